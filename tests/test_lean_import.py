@@ -1,0 +1,38 @@
+"""Importing the package is cheap: optional heavy libraries load where they are used, no GPU."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("onnx", "onnxruntime", "onnxscript", "matplotlib", "sklearn", "typer")
+
+PROBE = """
+import sys
+import torch
+
+def refuse(*args, **kwargs):
+    raise AssertionError("import deos_fx touches CUDA")
+
+torch.cuda._lazy_init = torch.cuda.current_device = torch.cuda.device_count = refuse
+import {module}
+
+assert not torch.cuda.is_initialized()
+loaded = [name for name in {heavy!r} if name in sys.modules]
+assert not loaded, f"import {module} loads {{loaded}}"
+"""
+
+
+def run_in_new_interpreter(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("module", ["deos_fx", "deos_fx.passes", "deos_fx.exporters"])
+def test_import_is_lean(module):
+    result = run_in_new_interpreter(PROBE.format(module=module, heavy=HEAVY))
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_prints_nothing():
+    result = run_in_new_interpreter("import deos_fx")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
