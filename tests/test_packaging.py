@@ -1,7 +1,6 @@
 """The two root folders are part of the package, and pyproject.toml lists what is in the tree."""
 
 import importlib
-import re
 import stat
 import subprocess
 import tomllib
@@ -98,14 +97,16 @@ def test_exactly_one_onnxruntime_on_every_platform(platform, machine):
 
 
 def test_every_dependency_is_bounded_on_both_sides():
-    extras = PROJECT["project"]["optional-dependencies"].values()
-    for text in [*PROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)]:
+    project = PROJECT["project"]
+    for text in sum(project["optional-dependencies"].values(), project["dependencies"]):
         operators = {specifier.operator for specifier in Requirement(text).specifier}
         assert operators == {">=", "<"}, text
 
 
 def test_readme_has_the_two_commands():
     lines = (ROOT / "README.md").read_text().splitlines()
-    setup = r"python3 -m venv \.venv && \.venv/bin/pip install -e "
-    assert sum(bool(re.fullmatch(setup + r"\. && \.venv/bin/deos-fx demo", x)) for x in lines) == 1
-    assert sum(bool(re.fullmatch(setup + r"'\.\[test\]' && \.venv/bin/pytest", x)) for x in lines) == 1
+    setup = "python3 -m venv .venv && .venv/bin/pip install -e"
+    assert lines.count(f"{setup} . && .venv/bin/deos-fx demo") == 1
+    # .ci/run takes the test command from README by how it ends.
+    assert lines.count(f"{setup} '.[test]' && .venv/bin/pytest") == 1
+    assert sum(line.endswith("bin/pytest") for line in lines) == 1
