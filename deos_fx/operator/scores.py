@@ -1,0 +1,148 @@
+"""How much each visual token matters: one small function per score.
+
+Every function returns one number per token, larger meaning more worth keeping, in at least single
+precision. A new score is a function here and a row of ``SCORES``; nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = [
+    "SCORES",
+    "Score",
+    "cls_attention",
+    "combine",
+    "feature_norm",
+    "full_precision",
+    "grid_coverage",
+    "key_norm",
+    "last_text_attention",
+    "novelty",
+    "standardize",
+    "text_attention",
+]
+
+LOG_FLOOR = 1e-13
+"""Gates are clamped here before a logarithm, so that a closed gate is a bias of about -30."""
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Returns ``x`` in single precision, or in double precision if it has it already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def last_text_attention(attention_last: Tensor) -> Tensor:
+    """Attention [B, V] that the last text token pays to each visual token (FastV, PyramidDrop)."""
+    return full_precision(attention_last)
+
+
+def text_attention(attention_text: Tensor) -> Tensor:
+    """Mean attention [B, V] that the text tokens pay to each visual token (SparseVLM's raters)."""
+    return full_precision(attention_text)
+
+
+def cls_attention(attention_cls: Tensor) -> Tensor:
+    """Attention [B, V] that the CLS token of the vision tower pays (FasterVLM, VisionZip)."""
+    return full_precision(attention_cls)
+
+
+def feature_norm(tokens: Tensor) -> Tensor:
+    """Euclidean norm [B, V] of the hidden states [B, V, d]."""
+    return full_precision(tokens).norm(dim=-1)
+
+
+def key_norm(keys: Tensor) -> Tensor:
+    """Euclidean norm [B, V] of the attention keys [B, V, Dk] (DART ranks its pivots by a norm)."""
+    return full_precision(keys).norm(dim=-1)
+
+
+def novelty(tokens: Tensor, alive: Tensor | None = None) -> Tensor:
+    """Minus the largest cosine [B, V] of each token of [B, V, d] to any other (DivPrune's start).
+
+    Args:
+        tokens: Hidden states [B, V, d].
+        alive: Gates [B, V] in [0, 1]; a token that is gone resembles nobody. All ones if None.
+    """
+    unit = F.normalize(full_precision(tokens), dim=-1)
+    cosine = unit @ unit.mT
+    if alive is not None:
+        cosine = cosine + alive.clamp_min(LOG_FLOOR).log().unsqueeze(-2)
+    itself = torch.eye(tokens.shape[1], dtype=cosine.dtype, device=cosine.device)
+    return -(cosine - 100.0 * itself).amax(dim=-1)
+
+
+def grid_coverage(grid: Tensor) -> Tensor:
+    """A constant preference [B or 1, V] whose best K tokens are evenly spread, whatever K is.
+
+    Minus the threshold of ordered dithering (Bayer 1973) at the token's row r and column c: with
+    bits r_b, c_b and x_b = r_b xor c_b, the threshold is sum_b 4^-(b+1) (2 x_b + r_b). Each token
+    is scored by its own position alone, and sides up to 64 are told apart.
+
+    Args:
+        grid: Image, row and column of every token, [V, 3] or [B, V, 3].
+    """
+    row, column = grid[..., 1].float(), grid[..., 2].float()
+    threshold = torch.zeros_like(row)
+    for bit in range(6):
+        row_bit, column_bit = (torch.floor(x / 2**bit) % 2 for x in (row, column))
+        threshold = threshold + 4.0 ** -(bit + 1) * (2 * (row_bit - column_bit).abs() + row_bit)
+    return -(threshold if grid.dim() == 3 else threshold.unsqueeze(0))
+
+
+def standardize(score: Tensor, alive: Tensor | None = None) -> Tensor:
+    """Scales a score [B, V] to mean 0 and deviation 1 over the tokens, so that scores can be mixed.
+
+    z = (s - mean) / deviation, both weighted by ``alive``. A score whose deviation is within the
+    rounding error of its values carries no information and becomes (nearly) 0, not noise.
+
+    Args:
+        score: One number per token.
+        alive: Gates [B, V] in [0, 1]; all ones if None.
+    """
+    score = full_precision(score)
+    share = torch.ones_like(score) if alive is None else alive.to(score.dtype)
+    share = share / share.sum(dim=-1, keepdim=True).clamp_min(LOG_FLOOR)
+    centred = score - (share * score).sum(dim=-1, keepdim=True)
+    variance = (share * centred.square()).sum(dim=-1, keepdim=True)
+    rounding = 1e-6 * (share * score.abs()).sum(dim=-1, keepdim=True)
+    return centred * torch.rsqrt(variance + rounding.square() + 1e-30)
+
+
+def combine(scores: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:
+    """The weighted sum [B, V] of standardized scores: s = sum_j w_j z_j."""
+    total = scores[0] * weights[0]
+    for score, weight in zip(scores[1:], weights[1:], strict=True):
+        total = total + score * weight
+    return total
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of ``SCORES``.
+
+    Attributes:
+        function: Takes the features named in ``needs``, in that order.
+        needs: Names of features: tokens, keys, attention_last, attention_text, attention_cls, grid.
+        compares: Whether tokens are compared with each other, so that ``alive`` is an argument too.
+    """
+
+    function: Callable[..., Tensor]
+    needs: tuple[str, ...]
+    compares: bool = False
+
+
+SCORES: Mapping[str, Score] = {
+    "last_text_attention": Score(last_text_attention, ("attention_last",)),
+    "text_attention": Score(text_attention, ("attention_text",)),
+    "cls_attention": Score(cls_attention, ("attention_cls",)),
+    "feature_norm": Score(feature_norm, ("tokens",)),
+    "key_norm": Score(key_norm, ("keys",)),
+    "novelty": Score(novelty, ("tokens",), compares=True),
+    "grid_coverage": Score(grid_coverage, ("grid",)),
+}
