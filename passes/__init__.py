@@ -1,1 +1,1 @@
-"""The passes of the compiler, one file each; deos_fx runs them in the order of its pipeline."""
+"""The pipeline: small passes from a captured graph to a searched or a lowered one."""

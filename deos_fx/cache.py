@@ -1,0 +1,107 @@
+"""A key-value cache whose layers hold different numbers of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+
+__all__ = ["ReducedCache", "TokenSpace"]
+
+
+@dataclass
+class TokenSpace:
+    """What the layers behind a reduction still hold of the prompt.
+
+    Attributes:
+        first_layer: First decoder layer of the space.
+        origin: [B, M] original prompt positions of the tokens that are left.
+        key_bias: [B, M] bias of their attention logits, or None.
+    """
+
+    first_layer: int
+    origin: Tensor
+    key_bias: Tensor | None = None
+
+
+class ReducedCache(DynamicCache):
+    """transformers' dynamic cache, plus which prompt tokens each layer kept.
+
+    The sequence length it reports is that of the *original* text, so that positions and the loop
+    of `generate` continue as if nothing had been dropped; masks are sized by what a layer holds.
+
+    Args:
+        config: The text model's config.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.spaces: list[TokenSpace] = []
+        self.prompt_length = 0
+
+    def record(self, prompt_length: int, spaces: Sequence[TokenSpace]) -> None:
+        """Remember what a prefill of `prompt_length` tokens left in each layer."""
+        self.prompt_length = prompt_length
+        self.spaces = list(spaces)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far, dropped ones included."""
+        return super().get_seq_length(layer_idx) + self._dropped(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Index of the next query among the keys that this layer holds."""
+        return super().get_seq_length(layer_idx)
+
+    def _dropped(self, layer_idx: int) -> int:
+        behind = [space for space in self.spaces if space.first_layer <= layer_idx]
+        return self.prompt_length - behind[-1].origin.shape[1] if behind else 0
+
+    def decode_inputs(
+        self, attention_mask: Tensor | None, position_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """Extra inputs of a lowered decode graph (see `deos_fx.passes.lower_decode`).
+
+        Args:
+            attention_mask: None or [B, T], over the original text and the new tokens.
+            position_ids: [B or 1, t] original positions of the new tokens.
+
+        Returns:
+            ``attention_mask_k``, ``position_ids_k`` and ``key_bias_k`` of every space k.
+        """
+        inputs = {}
+        new = position_ids.shape[-1] + self.get_seq_length() - self.prompt_length
+        for k, space in enumerate(self.spaces, start=1):
+            dropped = self.prompt_length - space.origin.shape[1]
+            inputs[f"position_ids_{k}"] = position_ids - dropped
+            if attention_mask is not None:
+                kept = torch.gather(attention_mask, 1, space.origin)
+                later = attention_mask[:, self.prompt_length :]
+                inputs[f"attention_mask_{k}"] = torch.cat([kept, later], dim=1)
+            if space.key_bias is not None:
+                inputs[f"key_bias_{k}"] = torch.nn.functional.pad(space.key_bias, (0, new))
+        return inputs
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow beam search: select rows, also of what was kept."""
+        super().reorder_cache(beam_idx)
+        self._rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, also of what was kept."""
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, also of what was kept."""
+        super().batch_select_indices(indices)
+        self._rows(lambda rows: rows[indices])
+
+    def _rows(self, change: Any) -> None:
+        for space in self.spaces:
+            space.origin = change(space.origin)
+            if space.key_bias is not None:
+                space.key_bias = change(space.key_bias)

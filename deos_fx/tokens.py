@@ -1,0 +1,241 @@
+"""Bookkeeping of prompts: which positions are visual, which stay, and how values follow them.
+
+These small tensor functions appear by name in lowered graphs. Shapes: B rows, N prompt positions,
+V visual tokens of a row, K of them kept, M = N - V + K. Only K and V are constants; B and N stay
+dynamic in an exported graph. Indices are ascending, so the order of the prompt is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "attention_to",
+    "attention_to_patches",
+    "class_token",
+    "compact_positions",
+    "kept_in_prompt",
+    "kept_of_prompt",
+    "last_token",
+    "mass_bias",
+    "masses_of_prompt",
+    "put",
+    "take",
+    "take_each",
+    "take_mask",
+    "text_attention_to",
+    "text_tokens",
+    "visual_after",
+    "visual_positions",
+]
+
+
+def _first(flags: Tensor, count: int) -> Tensor:
+    """[B, count]: positions of the set flags [B, N] (at least `count` per row), ascending.
+
+    One TopK over strictly decreasing priorities: no sort, no NonZero, no tie to break.
+    """
+    length = flags.shape[1]
+    descending = torch.arange(length, 0, -1, device=flags.device, dtype=torch.float32)
+    return torch.topk(flags.float() * descending, count, dim=1).indices
+
+
+def visual_positions(input_ids: Tensor, image_token: int, count: int) -> Tensor:
+    """Positions of the image placeholders.
+
+    Args:
+        input_ids: [B, N].
+        image_token: Id of the placeholder.
+        count: V, the number of placeholders of every row.
+
+    Returns:
+        [B, V] int64, ascending.
+    """
+    return _first(input_ids == image_token, count)
+
+
+def text_tokens(visual: Tensor, hidden: Tensor) -> Tensor:
+    """Positions [B, N - V] of everything in hidden [B, N, d] but the visual tokens [B, V]."""
+    flags = torch.ones(hidden.shape[:2], device=hidden.device).scatter(1, visual, 0.0)
+    return _first(flags, hidden.shape[1] - visual.shape[1])
+
+
+def class_token(hidden: Tensor) -> Tensor:
+    """Position [I, 1] of the CLS token of a vision tower's hidden states [I, V + 1, d]."""
+    return torch.zeros((hidden.shape[0], 1), dtype=torch.int64, device=hidden.device)
+
+
+def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Position of the last token that is not padding.
+
+    Args:
+        hidden: [B, N, d].
+        attention_mask: None or [B, N] with 1 for real tokens; padding may be on either side.
+
+    Returns:
+        [B, 1] int64.
+    """
+    batch, length = hidden.shape[:2]
+    steps = torch.arange(length, device=hidden.device)
+    if attention_mask is None:
+        return steps[-1:].expand(batch, 1)
+    return (attention_mask * steps).argmax(dim=1, keepdim=True)
+
+
+def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """Rows of `x` at `index`, per batch row.
+
+    Args:
+        x: [B or 1, N, ...] or, with dim = -1, [B or 1, ..., N]; a leading 1 is expanded.
+        index: [B, M].
+        dim: The axis that runs over tokens.
+
+    Returns:
+        `x` with N replaced by M.
+    """
+    x = x.movedim(dim, 1)
+    batch, length = index.shape[0], x.shape[1]
+    x = x.expand(batch, *x.shape[1:])
+    # One Gather on flattened rows: an index per element (torch.gather) would move more bytes
+    # than the tokens themselves.
+    offset = torch.arange(batch, device=index.device)[:, None] * length
+    rows = x.reshape(batch * length, *x.shape[2:]).index_select(0, (index + offset).flatten())
+    return rows.reshape(batch, index.shape[1], *x.shape[2:]).movedim(1, dim)
+
+
+def take_each(
+    parts: tuple[Tensor, ...], index: Tensor, dims: tuple[int | None, ...]
+) -> tuple[Tensor, ...]:
+    """`take` on every part of a tuple (cos, sin); parts whose axis is None stay as they are."""
+    return tuple(
+        part if dim is None else take(part, index, dim)
+        for part, dim in zip(parts, dims, strict=True)
+    )
+
+
+def take_mask(mask: Tensor | None, index: Tensor) -> Tensor | None:
+    """An attention mask restricted to kept tokens, on both axes.
+
+    Args:
+        mask: None, [B, N], or [B or 1, H, N, N] as transformers' mask functions return it.
+        index: [B, M].
+
+    Returns:
+        None, [B, M] or [B, H, M, M]: windows and bidirectional blocks keep original distances.
+    """
+    if mask is None or mask.ndim == 2:
+        return None if mask is None else take(mask, index)
+    return take(take(mask, index, dim=2), index, dim=3)
+
+
+def attention_to(rows: Tensor, visual: Tensor) -> Tensor:
+    """Mean over queries of attention rows [B, R, N], at the visual tokens: [B, V]."""
+    return take(rows.mean(dim=1), visual)
+
+
+def attention_to_patches(rows: Tensor, class_tokens: int) -> Tensor:
+    """Attention rows [I, R, c + V] of a vision tower, mean over queries, without the c class tokens.
+
+    Returns:
+        [I, V].
+    """
+    return rows.mean(dim=1)[:, class_tokens:]
+
+
+def text_attention_to(
+    rows: Tensor, text: Tensor, visual: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    """Attention that visual tokens receive from all real text tokens, mean over them.
+
+    Args:
+        rows: [B, R, N] attention of the text tokens.
+        text: [B, R] their positions.
+        visual: [B, V].
+        attention_mask: None or [B, N]; padding does not vote.
+
+    Returns:
+        [B, V].
+    """
+    if attention_mask is None:
+        return attention_to(rows, visual)
+    votes = take(attention_mask, text).to(rows.dtype)[..., None]
+    return take((rows * votes).sum(dim=1) / votes.sum(dim=1), visual)
+
+
+def kept_in_prompt(visual: Tensor, kept: Tensor, hidden: Tensor) -> Tensor:
+    """Positions of all text and the kept visual tokens.
+
+    Args:
+        visual: [B, V] positions of the visual tokens.
+        kept: [B, K] indices into `visual`.
+        hidden: [B, N, d]; only its shape is read.
+
+    Returns:
+        [B, M] ascending.
+    """
+    stays = torch.zeros_like(visual, dtype=torch.float32).scatter(1, kept, 1.0)
+    flags = torch.ones(hidden.shape[:2], device=hidden.device).scatter(1, visual, stays)
+    return _first(flags, hidden.shape[1] - visual.shape[1] + kept.shape[1])
+
+
+def kept_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
+    """Indices kept in each image [B * images, K] as indices into a prompt's tokens.
+
+    Args:
+        kept: Indices into the tokens of one image.
+        images: Images per prompt.
+        per_image: Tokens of one image before the reduction.
+
+    Returns:
+        [B, images * K] ascending.
+    """
+    offset = torch.arange(images, device=kept.device)[:, None] * per_image
+    return (kept.unflatten(0, (-1, images)) + offset).flatten(1)
+
+
+def masses_of_prompt(mass: Tensor, images: int) -> Tensor:
+    """Masses of each image's tokens [B * images, K] as masses of a prompt's [B, images * K]."""
+    return mass.unflatten(0, (-1, images)).flatten(1)
+
+
+def mass_bias(mass: Tensor, visual: Tensor, hidden: Tensor, beta: float) -> Tensor:
+    """What later attention adds to the logits of each key: beta log m (ToMe, proportional attention).
+
+    Args:
+        mass: [B, K] masses of the visual tokens.
+        visual: [B, K] their positions.
+        hidden: [B, M, d]; only its shape is read.
+        beta: 0 ignores masses, 1 counts a token as often as the tokens it stands for.
+
+    Returns:
+        [B, M] in float32, 0 at text tokens.
+    """
+    bias = torch.zeros(hidden.shape[:2], device=hidden.device)
+    return bias.scatter(1, visual, beta * mass.float().log())
+
+
+def visual_after(visual: Tensor, kept: Tensor) -> Tensor:
+    """Positions [B, K] of the kept visual tokens in the shortened prompt."""
+    dropped_before = kept - torch.arange(kept.shape[1], device=kept.device)
+    return take(visual, kept) - dropped_before
+
+
+def put(hidden: Tensor, visual: Tensor, tokens: Tensor) -> Tensor:
+    """Replace the rows of `hidden` [B, M, d] at `visual` [B, K] by `tokens` [B, K, d]."""
+    index = visual[..., None].expand(-1, -1, hidden.shape[-1])
+    return hidden.scatter(1, index, tokens.to(hidden.dtype))
+
+
+def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
+    """Position ids without gaps: each kept token moves down by the number dropped before it.
+
+    Args:
+        position_ids: [B or 1, N] of the unreduced prompt.
+        origin: [B, M] original prompt positions of the kept tokens.
+
+    Returns:
+        [B, M].
+    """
+    dropped_before = origin - torch.arange(origin.shape[1], device=origin.device)
+    return take(position_ids, origin) - dropped_before

@@ -1,0 +1,134 @@
+"""Find out which axes of which values run over the tokens of the prompt.
+
+The graph is run twice on fake tensors, at two prompt lengths: an axis that changes with the prompt
+is a prompt axis. No arithmetic is done and no memory is used.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from transformers import Cache
+
+from deos_fx.passes.capture import MaskBuilder, check_guard
+
+__all__ = ["MASK", "annotate_token_spaces", "position_tables"]
+
+# Masks have their prompt axes by role: their value may be None in one run and 4-D in the next.
+MASK = "mask"
+
+
+def annotate_token_spaces(
+    graph_module: fx.GraphModule, inputs: Mapping[str, Any], length_of: str = "input_ids"
+) -> fx.GraphModule:
+    """Write ``meta["prompt_axes"]``, ``meta["shape"]`` and ``meta["content"]`` on every node.
+
+    The annotation is `MASK` for attention masks, and otherwise a nested structure like the node's
+    value with, for each leaf, the axis that runs over the prompt, or None. The shape is the nested
+    shape of the value in the example run. Content is False for values that depend on no tensor's
+    contents by a differentiable path: masks and rotary tables read only the shape of the hidden
+    states they are given.
+
+    Args:
+        graph_module: A captured graph.
+        inputs: The example inputs it was captured with.
+        length_of: Name of the input whose last axis is the prompt.
+
+    Returns:
+        The same graph module, annotated.
+
+    Raises:
+        ValueError: If a value has two prompt axes and is not a mask.
+    """
+    length = inputs[length_of].shape[-1]
+    names = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
+    runs = [
+        _FakeRun(graph_module).note([_extended(inputs[name], length, more) for name in names])
+        for more in (0, 8)
+    ]
+    shapes = [run.shapes for run in runs]
+    for node in graph_module.graph.nodes:
+        node.meta["shape"] = shapes[0].get(node)
+        node.meta["content"] = node in runs[0].content
+        if _is_mask_builder(graph_module, node):
+            node.meta["prompt_axes"] = MASK
+        elif node.op != "output":
+            node.meta["prompt_axes"] = pytree.tree_map(
+                _changed_axis, shapes[0][node], shapes[1][node], is_leaf=_is_shape
+            )
+    return graph_module
+
+
+def position_tables(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """Rotary tables: modules without learned parameters that read the position ids."""
+    return [
+        node
+        for node in graph_module.graph.find_nodes(op="call_module")
+        if any(source.name == "position_ids" for source in node.all_input_nodes)
+        and node.meta["prompt_axes"] != MASK
+        and not list(graph_module.get_submodule(str(node.target)).parameters())
+    ]
+
+
+def _is_mask_builder(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(
+        graph_module.get_submodule(str(node.target)), MaskBuilder
+    )
+
+
+class _FakeRun(fx.Interpreter):
+    """Runs a graph on fake tensors and notes the shape of every value."""
+
+    def note(self, args: list[Any]) -> _FakeRun:
+        self.shapes: dict[fx.Node, Any] = {}
+        self.content: set[fx.Node] = set()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
+            self.run(*pytree.tree_map_only(torch.Tensor, partial(_fake, mode), args))
+        return self
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = None if n.target is check_guard else super().run_node(n)
+        self.shapes[n] = pytree.tree_map(_shape, value)
+        leaves = pytree.tree_leaves(value)
+        if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
+            self.content.add(n)
+        return value
+
+
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    return mode.from_tensor(tensor).requires_grad_(tensor.is_floating_point())
+
+
+class _Shape(tuple[int, ...]):
+    """A tensor's shape as a leaf of a nested structure."""
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, _Shape)
+
+
+def _shape(leaf: Any) -> _Shape:
+    return _Shape(leaf.shape) if isinstance(leaf, torch.Tensor) else _Shape()
+
+
+def _extended(value: Any, length: int, more: int) -> Any:
+    """The input at a longer prompt: contents do not matter, only shapes are looked at."""
+    if isinstance(value, Cache):
+        return copy.deepcopy(value)
+    if value.ndim < 2 or value.shape[-1] != length or value.is_floating_point():
+        return value
+    return torch.nn.functional.pad(value, (0, more))
+
+
+def _changed_axis(short: _Shape, long: _Shape) -> int | None:
+    changed = [axis for axis, (a, b) in enumerate(zip(short, long, strict=True)) if a != b]
+    if len(changed) > 1:
+        raise ValueError(f"a value of shape {tuple(short)} has two prompt axes: {changed}")
+    return changed[0] if changed else None

@@ -1,0 +1,361 @@
+"""Capture: run an unmodified model once and record the run as a torch.fx graph.
+
+The tracer's proxies carry the concrete value of the example run. Control flow and ``isinstance``
+checks look at the value, so any model code works; every operation on a proxy is recorded. One
+``call_module`` node stands for a transformer block, an embedding, a norm, the projector or the
+head; the glue between them is plain fx nodes. Blocks keep their kernels and their weights: nothing
+is copied.
+
+What the example run decides for good (a branch on a tensor or on a length) is recorded as a
+*guard* node that is checked at every later run, so a specialisation is never silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+from transformers import Cache, masking_utils
+from transformers.utils.import_utils import torch_compilable_check
+
+from deos_fx.passes.finish import finish
+
+__all__ = ["CaptureError", "GuardError", "MaskBuilder", "capture", "check_guard"]
+
+# Factories that take sizes do not dispatch on proxies, so they are wrapped while tracing.
+_FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
+
+# Mask construction looks at values and at the attention implementation: one opaque node each.
+_MASK_FUNCTIONS = tuple(
+    function
+    for name, function in vars(masking_utils).items()
+    if name.startswith("create_") and name.endswith("_mask")
+)
+
+# Results of these types describe the structure of the run, not its data: they are not recorded.
+_STRUCTURAL_TYPES = (str, torch.dtype, torch.device, torch.layout, type(None))
+
+
+class CaptureError(ValueError):
+    """The model or its inputs cannot be captured; the message says what to do instead."""
+
+
+class GuardError(RuntimeError):
+    """An input takes another branch than the captured one; the caller captures again."""
+
+
+@fx.node.has_side_effect
+def check_guard(value: Any, expected: Any) -> None:
+    """Raise `GuardError` unless ``value`` is what the captured run saw.
+
+    Args:
+        value: Result of a recorded comparison or length.
+        expected: What it was during capture.
+    """
+    if value != expected:
+        raise GuardError(f"captured for {expected!r}, called with {value!r}")
+
+
+class MaskBuilder(nn.Module):
+    """One of transformers' mask functions with its config, as a node of the graph.
+
+    It stays opaque because what it returns (None, a boolean or an additive mask) depends on the
+    attention implementation and on whether anything is padded.
+    """
+
+    def __init__(self, function: Callable[..., Any], config: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.config = config
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.function(config=self.config, **kwargs)
+
+
+class ValueProxy(fx.Proxy):
+    """An fx proxy that knows the value its node had in the example run."""
+
+    def __init__(self, node: fx.Node, tracer: _Tracer, value: Any) -> None:
+        super().__init__(node, tracer)
+        self.value = value
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        # transformers asks isinstance(x, torch.Tensor) in many places.
+        return type(self.value)
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.value, name)
+        if callable(attribute):
+            return lambda *args, **kwargs: self.tracer.create_proxy(
+                "call_method", name, (self, *args), kwargs
+            )
+        if isinstance(attribute, (*_STRUCTURAL_TYPES, bool)):
+            return attribute
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.value, torch.Tensor):
+            # Unrolls the leading axis; fold_unstack removes it again where it can.
+            parts = self.tracer.create_proxy("call_function", torch.unbind, (self,), {})
+            parts.node.meta["unrolled"] = len(self.value)
+            return iter(parts[i] for i in range(len(self.value)))
+        return iter(self[i] for i in range(len(self.value)))
+
+    def __len__(self) -> int:
+        length = self.tracer.create_proxy("call_function", len, (self,), {})
+        return int(length) if isinstance(length, ValueProxy) else length
+
+    def __bool__(self) -> bool:
+        return self._specialise(bool)
+
+    def __int__(self) -> int:
+        return self._specialise(int)
+
+    def __index__(self) -> int:
+        return self._specialise(operator.index)
+
+    def __float__(self) -> float:
+        return self._specialise(float)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+    def __repr__(self) -> str:
+        return f"ValueProxy({self.node.name})"
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.value
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def _specialise(self, convert: Callable[[Any], Any]) -> Any:
+        """Read the value into Python: from here on the graph holds for this value only."""
+        value = convert(self.value)
+        self.tracer.create_proxy("call_function", check_guard, (self, value), {})
+        return value
+
+
+class _Tracer(fx.Tracer):
+    """Records one run; every node keeps the value it had."""
+
+    def __init__(self, model: nn.Module, blocks: Mapping[str, str]) -> None:
+        super().__init__()
+        self.root = model
+        self.blocks = blocks
+        self.values: dict[fx.Node, Any] = {}
+        self.running = False
+        self.module_paths = {id(module): path for path, module in model.named_modules()}
+        self.leaves: dict[str, nn.Module] = {}
+        self.graph = fx.Graph()
+
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        """A leaf is every module that does not contain transformer blocks."""
+        return not any(block.startswith(f"{path}.") or not path for block in self.blocks)
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+    ) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind != "placeholder":
+            # Leaf modules read their own parameters while they run: not an access of glue code.
+            self.running, outer = True, self.running
+            self.values[node] = self._run(node)
+            self.running = outer
+        return node
+
+    def proxy(self, node: fx.Node) -> Any:
+        value = self.values[node]
+        if isinstance(value, _STRUCTURAL_TYPES):
+            return value
+        return ValueProxy(node, self, value)
+
+    def placeholder(self, name: str, value: Any) -> Any:
+        node = self.create_node("placeholder", name, (), {}, name)
+        self.values[node] = value
+        return self.proxy(node)
+
+    def call_leaf(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = self._leaf_name(module)
+        node = self.create_node(
+            "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
+        )
+        output = self.proxy(node)
+        # Hooks collect hidden states (transformers' output_hidden_states). They must see the
+        # proxy: with the value, everything collected would become a constant of the graph.
+        for hook_id, hook in module._forward_hooks.items():
+            extra = (kwargs,) if hook_id in module._forward_hooks_with_kwargs else ()
+            replaced = hook(module, args, *extra, output)
+            output = output if replaced is None else replaced
+        return output
+
+    def call_mask_function(self, function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        name = function.__name__.removeprefix("create_")
+        if name in self.leaves:
+            name = f"{name}_{len(self.leaves)}"
+        self.leaves[name] = MaskBuilder(function, kwargs.pop("config"))
+        node = self.create_node("call_module", name, (), self.create_arg(kwargs), name)
+        # Also a proxy when the example run needed no mask: the next batch may be padded.
+        return ValueProxy(node, self, self.values[node])
+
+    def attributes(self) -> dict[str, Any]:
+        """Everything the recorded nodes refer to, by target."""
+        return {
+            node.target: self._attribute(node.target)
+            for node in self.graph.nodes
+            if node.op in ("call_module", "get_attr")
+        }
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
+            if a.numel() > 1:
+                raise CaptureError(
+                    f"A tensor of shape {tuple(a.shape)} computed outside the graph would become a "
+                    "constant of it and freeze this input's data. Pass it as a model input."
+                )
+        return super().create_arg(a)
+
+    def _leaf_name(self, module: nn.Module) -> str:
+        """A short target (``decoder_3``, ``lm_head``), so that the printed graph can be read."""
+        path = self.module_paths[id(module)]
+        name = self.blocks.get(path, path.rpartition(".")[2])
+        if self.leaves.setdefault(name, module) is not module:
+            name = path.replace(".", "_")
+            self.leaves[name] = module
+        return name
+
+    def _attribute(self, target: str) -> Any:
+        return self.leaves.get(target) or operator.attrgetter(target)(self.root)
+
+    def _run(self, node: fx.Node) -> Any:
+        if node.op == "output":
+            return None
+        if node.op == "get_attr":
+            return self._attribute(node.target)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        if node.op == "call_module":
+            return self._attribute(node.target).forward(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+
+def capture(
+    model: nn.Module, inputs: Mapping[str, Any], block_names: Mapping[str, str]
+) -> fx.GraphModule:
+    """Record one forward pass as a graph of blocks and glue.
+
+    Args:
+        model: The unmodified model, in eval mode. Its weights are shared, never copied.
+        inputs: Arguments of its forward. Tensors and caches become graph inputs, everything else
+            is part of the structure and specialised.
+        block_names: Module path of every transformer block -> node name.
+
+    Returns:
+        A `GraphModule` with the same inputs that returns a dict of the model's output fields;
+        ``meta["output_class"]`` is the model's output class.
+
+    Raises:
+        CaptureError: If the model's code does something that cannot be recorded.
+    """
+    tracer = _Tracer(model, block_names)
+    arguments = {
+        name: tracer.placeholder(name, value)
+        if isinstance(value, (torch.Tensor, Cache))
+        else value
+        for name, value in inputs.items()
+    }
+    with torch.no_grad(), _tracing(tracer, model):
+        result = type(model).forward(model, **arguments)
+    fields = {name: value for name, value in result.items() if value is not None}
+    tracer.create_node("output", "output", (tracer.create_arg(fields),), {})
+    graph_module = fx.GraphModule(tracer.attributes(), tracer.graph, f"{type(model).__name__}Graph")
+    graph_module.meta["output_class"] = type(result)
+    return finish(graph_module)
+
+
+
+@contextlib.contextmanager
+def _tracing(tracer: _Tracer, model: nn.Module) -> Iterator[None]:
+    """Send what does not dispatch on proxies to the tracer; undone on exit, also on error."""
+    with contextlib.ExitStack() as stack:
+
+        def patch(owner: Any, name: str, replacement: Any) -> None:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
+
+        patch(nn.Module, "__call__", _traced_call(tracer, nn.Module.__call__))
+        patch(nn.Module, "__getattr__", _traced_getattr(tracer, nn.Module.__getattr__))
+        for name in _FACTORIES:
+            patch(torch, name, _traced_function(tracer, getattr(torch, name)))
+        for namespace in {sys.modules[type(module).__module__] for module in model.modules()}:
+            for name, value in list(vars(namespace).items()):
+                if value in _MASK_FUNCTIONS:
+                    patch(namespace, name, _traced_mask(tracer, value))
+                elif value is torch_compilable_check:
+                    # It compares tensors in Python; the inputs were checked before capture.
+                    patch(namespace, name, lambda *args, **kwargs: None)
+        yield
+
+
+def _traced_call(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        path = tracer.module_paths.get(id(module))
+        if path is None or not _has_proxy((args, kwargs)):
+            return original(module, *args, **kwargs)
+        if tracer.is_leaf_module(module, path):
+            return tracer.call_leaf(module, args, kwargs)
+        return original(module, *args, **kwargs)
+
+    return call
+
+
+def _traced_getattr(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Parameters and buffers that glue code reads become get_attr nodes."""
+
+    def getattribute(module: nn.Module, name: str) -> Any:
+        value = original(module, name)
+        path = tracer.module_paths.get(id(module))
+        if tracer.running or path is None or not isinstance(value, torch.Tensor):
+            return value
+        return tracer.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
+
+    return getattribute
+
+
+def _traced_function(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if _has_proxy((args, kwargs)):
+            return tracer.create_proxy("call_function", original, args, kwargs)
+        return original(*args, **kwargs)
+
+    return function
+
+
+def _traced_mask(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return tracer.call_mask_function(original, signature.bind(*args, **kwargs).arguments)
+
+    return function
+
+
+def _has_proxy(arguments: Any) -> bool:
+    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(arguments))

@@ -1,0 +1,235 @@
+"""Find the places where visual tokens can be reduced.
+
+A site is a value that every path from the visual features to the logits passes through (a
+dominator of the data flow): only there does dropping a token drop it everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import fx
+
+from deos_fx.passes.capture import CaptureError
+
+__all__ = ["Site", "Sites", "find_sites"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One candidate place for a reduction.
+
+    Attributes:
+        name: ``vision.<i>``, ``projector`` or ``decoder.<i>``.
+        node: Name of the graph node whose output is reduced.
+        reason: Why the site cannot be used; empty if it can.
+        scores: Names of the score features that can be computed there.
+    """
+
+    name: str
+    node: str
+    reason: str
+    scores: tuple[str, ...]
+
+    @property
+    def usable(self, name: str, scores: Iterable[str]) -> Site:
+        """The site, after checking that it can be reduced and has the scores.
+
+        Args:
+            name: Name of the site.
+            scores: Names of the scores a reduction wants to use there.
+
+        Raises:
+            ValueError: If it does not exist, cannot be used, or lacks a score.
+        """
+        site = self[name]
+        if not site.available:
+            raise ValueError(f"{name} cannot be reduced: {site.reason}. Use another site.")
+        for score in scores:
+            if score not in site.scores:
+                raise ValueError(
+                    f"{name} has no score {score!r}; it has {', '.join(site.scores)}."
+                )
+        return site
+
+    def available(self) -> bool:
+        """Whether a reduction can be inserted here."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The sites of a captured graph and the nodes that tie images to the prompt.
+
+    Attributes:
+        sites: All candidates, in order of depth.
+        features: Node of the visual features [I, V, d] just before they enter the prompt.
+        embeddings: Node of the prompt's embeddings [B, N, d] before the features enter.
+        tower_block: Node of the vision block the features come from.
+        tokens_per_image: V of one image.
+        class_tokens: Tokens of the tower that are not image patches (CLS), in front.
+    """
+
+    sites: tuple[Site, ...]
+    features: str
+    embeddings: str
+    tower_block: str
+    tokens_per_image: int
+    class_tokens: int
+
+    def __getitem__(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise ValueError(
+            f"No site {name!r} in this model. It has "
+            f"{', '.join(site.name for site in self.sites if site.available)}."
+        )
+
+    def usable(self, name: str, scores: Iterable[str]) -> Site:
+        """The site, after checking that it can be reduced and has the scores.
+
+        Args:
+            name: Name of the site.
+            scores: Names of the scores a reduction wants to use there.
+
+        Raises:
+            ValueError: If it does not exist, cannot be used, or lacks a score.
+        """
+        site = self[name]
+        if not site.available:
+            raise ValueError(f"{name} cannot be reduced: {site.reason}. Use another site.")
+        for score in scores:
+            if score not in site.scores:
+                raise ValueError(
+                    f"{name} has no score {score!r}; it has {', '.join(site.scores)}."
+                )
+        return site
+
+    def available(self) -> tuple[Site, ...]:
+        """The sites that can be used, in order of depth."""
+        return tuple(site for site in self.sites if site.available)
+
+
+_FEATURE_SCORES = ("feature_norm", "novelty", "grid_coverage")
+_DECODER_SCORES = ("last_text_attention", "text_attention", "key_norm", *_FEATURE_SCORES)
+
+
+def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks: int) -> Sites:
+    """List every site of an annotated prefill graph.
+
+    Args:
+        graph_module: A captured and annotated graph with inputs ``pixel_values`` and
+            ``input_ids``.
+        decoder_layers: Number of decoder layers of the model.
+        vision_blocks: Number of blocks of its vision tower.
+
+    Returns:
+        The sites, each with the reason if it cannot be used.
+
+    Raises:
+        CaptureError: If the visual features never enter the prompt (for example in
+            cross-attention models).
+    """
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    merge = _merge(nodes)
+    features, embeddings = _operands(merge, nodes)
+    flow = _data_flow(graph_module.graph)
+    logits = graph_module.graph.output_node().args[0]["logits"]
+    through = _dominators(flow, features.name, logits.name)
+    tower_block = _last_block(features, nodes)
+    tower_length = tower_block.meta["shape"][1]
+    per_image = features.meta["shape"][1]
+    class_tokens = tower_length - per_image
+    projector_scores = _FEATURE_SCORES + (("cls_attention",) if class_tokens == 1 else ())
+    sites = [_vision_site(i, nodes) for i in range(vision_blocks)]
+    sites.append(Site("projector", features.name, "", projector_scores))
+    sites += [_decoder_site(i, nodes, through, decoder_layers) for i in range(decoder_layers)]
+    return Sites(
+        tuple(sites), features.name, embeddings.name, tower_block.name, per_image, class_tokens
+    )
+
+
+def _vision_site(i: int, nodes: dict[str, fx.Node]) -> Site:
+    name = f"vision_{i}"
+    if name not in nodes:
+        return Site(f"vision.{i}", name, "its output is not used by the language model", ())
+    return Site(f"vision.{i}", name, "reductions inside the vision tower are not lowered yet", ())
+
+
+def _decoder_site(i: int, nodes: dict[str, fx.Node], through: set[str], layers: int) -> Site:
+    name = f"decoder_{i}"
+    reason = ""
+    if i == layers - 1:
+        reason = "no decoder layer comes after it, so nothing would be saved"
+    elif name not in nodes or name not in through:
+        reason = "visual tokens reach the logits by a path around it"
+    return Site(f"decoder.{i}", name, reason, _DECODER_SCORES)
+
+
+def _merge(nodes: dict[str, fx.Node]) -> fx.Node:
+    """The first value that depends on both the images and the prompt."""
+    if "pixel_values" not in nodes or "input_ids" not in nodes:
+        raise CaptureError("Sites are found on a graph with both input_ids and pixel_values.")
+    from_images = _reached([nodes["pixel_values"]])
+    from_prompt = _reached([nodes["input_ids"]])
+    for node in nodes.values():
+        if node in from_images and node in from_prompt and node.op != "output":
+            return node
+    raise CaptureError(
+        "The visual features never join the prompt's embeddings: models that read images through "
+        "cross-attention are not supported. Use a model with image placeholders in its prompt."
+    )
+
+
+def _operands(merge: fx.Node, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """The features [I, V, d] and the embeddings [B, N, d] that meet in the merge."""
+    from_images = _reached([nodes["pixel_values"]])
+    features = next(node for node in merge.all_input_nodes if node in from_images)
+    while len(features.meta["shape"]) != 3:
+        features = next(node for node in features.all_input_nodes if node in from_images)
+    embeddings = next(
+        node
+        for node in merge.all_input_nodes
+        if node not in from_images and len(node.meta["shape"]) == 3 and node.meta["shape"][2] > 1
+    )
+    return features, embeddings
+
+
+def _last_block(features: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node:
+    """The deepest vision block that the features depend on."""
+    blocks = [node for name, node in nodes.items() if name.startswith("vision_")]
+    return [block for block in blocks if features in _reached([block])][-1]
+
+
+def _reached(sources: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(sources)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.users)
+    return found
+
+
+def _data_flow(graph: fx.Graph) -> nx.DiGraph:
+    """Which values flow where; nodes that read only shapes carry nothing on."""
+    flow = nx.DiGraph()
+    for node in graph.nodes:
+        if node.meta["content"]:
+            flow.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+    return flow
+
+
+def _dominators(flow: nx.DiGraph, start: str, end: str) -> set[str]:
+    """Nodes that every path from `start` to `end` passes."""
+    parents = nx.immediate_dominators(flow, start)
+    through = {end}
+    node = end
+    while node != start:
+        node = parents[node]
+        through.add(node)
+    return through

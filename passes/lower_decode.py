@@ -1,0 +1,108 @@
+"""Lower the decode graph: each layer attends to its own, differently long, cache.
+
+Nothing is reduced while decoding. A new token only needs, for the layers of each token space, a
+mask as wide as those layers' caches and, where positions were compacted, its position there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from deos_fx.passes.annotate_token_spaces import MASK, position_tables
+from deos_fx.passes.finish import finish
+from deos_fx.passes.observe_block import bias_block
+from deos_fx.policy import Policy
+from deos_fx.reduction import split_site
+
+__all__ = ["DecodeSpace", "decode_spaces", "lower_decode"]
+
+
+@dataclass(frozen=True)
+class DecodeSpace:
+    """The layers behind one reduction.
+
+    Attributes:
+        first_layer: Index of the first decoder layer in this space.
+        compact: Whether its positions were compacted.
+        biased: Whether its keys carry a mass bias.
+    """
+
+    first_layer: int
+    compact: bool
+    biased: bool
+
+
+def lower_decode(
+    graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]
+) -> fx.GraphModule:
+    """Give the layers of every token space their own mask, positions and key bias.
+
+    For space k (from 1) the graph gains the inputs ``attention_mask_k`` [B, M_k + t] if the model
+    takes a mask, ``position_ids_k`` [B, t] if positions are compact and ``key_bias_k``
+    [B, M_k + t] if attention is biased by mass.
+
+    Args:
+        graph_module: A captured, annotated graph of a call with a filled cache. Changed in place.
+        spaces: The spaces in order of depth.
+
+    Returns:
+        The same graph module.
+    """
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    layers = [node for name, node in nodes.items() if name.startswith("decoder_")]
+    tables = position_tables(graph_module)
+    ends = [*(space.first_layer for space in spaces[1:]), len(layers)][: len(spaces)]
+    for k, (space, end) in enumerate(zip(spaces, ends, strict=True), start=1):
+        replaced, key_bias = _inputs_of(graph_module.graph, nodes, tables, k, space)
+        for node in layers[space.first_layer : end]:
+            node.args, node.kwargs = fx.node.map_arg(
+                (node.args, node.kwargs), lambda value, here=replaced: here.get(value, value)
+            )
+            bias_block(graph_module, node, key_bias)
+    return finish(graph_module)
+
+
+def decode_spaces(policy: Policy) -> tuple[DecodeSpace, ...]:
+    """The token spaces that a policy leaves behind, in order of depth."""
+    spaces = []
+    merged = False
+    for reduction in policy.reductions:
+        stage, layer = split_site(reduction.site)
+        merged = merged or reduction.gain > 0 or reduction.residual
+        first = layer + 1 if stage == "decoder" else 0
+        spaces.append(
+            DecodeSpace(
+                first, reduction.position == "compact", merged and reduction.mass_bias > 0
+            )
+        )
+    return tuple(spaces)
+
+
+def _inputs_of(
+    graph: fx.Graph, nodes: dict[str, fx.Node], tables: list[fx.Node], k: int, space: DecodeSpace
+) -> tuple[dict[fx.Node, fx.Node], fx.Node | None]:
+    """New graph inputs of a space, the masks and rotary tables made from them, the key bias."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    ids = nodes["position_ids"]
+    replaced: dict[fx.Node, fx.Node] = {}
+    key_bias = None
+    with graph.inserting_after(inputs[-1]):
+        if space.biased:
+            key_bias = graph.placeholder(f"key_bias_{k}")
+        if space.compact:
+            replaced[ids] = graph.placeholder(f"position_ids_{k}")
+        if "attention_mask" in nodes:
+            replaced[nodes["attention_mask"]] = graph.placeholder(f"attention_mask_{k}")
+    for node in nodes.values():
+        is_mask = node.meta.get("prompt_axes") == MASK
+        if is_mask or (space.compact and node in tables):
+            with graph.inserting_before(nodes[f"decoder_{space.first_layer}"]):
+                again = graph.node_copy(node, lambda value: replaced.get(value, value))
+            if is_mask:
+                # The mask is as wide as this layer's cache.
+                again.kwargs = {**again.kwargs, "layer_idx": space.first_layer}
+            replaced[node] = again
+    return replaced, key_bias

@@ -1,0 +1,87 @@
+"""Open a new token space: let everything behind a cut see the kept tokens only."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from deos_fx.passes.annotate_token_spaces import MASK
+from deos_fx.tokens import take, take_each, take_mask
+
+__all__ = ["open_space"]
+
+# Reading these of a tensor says nothing about its tokens' contents.
+_METADATA = ("shape", "dtype", "device")
+
+
+def open_space(
+    graph: fx.Graph,
+    cut: fx.Node,
+    reduced: fx.Node,
+    index: fx.Node,
+    replaced: dict[fx.Node, fx.Node],
+) -> None:
+    """Continue the graph behind `cut` in the space of the kept tokens.
+
+    1. Every user of `cut` that comes after `reduced` uses `reduced` instead. Nodes that read only
+       its shape stay in the old space: positions counted from it are original positions.
+    2. Every node behind the cut that also takes a value of the old space takes it re-indexed, by
+       the axes that `annotate_token_spaces` found. Values with a meaning of their own in the new
+       space (position ids) are given in `replaced`.
+
+    Args:
+        graph: An annotated graph. Changed in place.
+        cut: The hidden states [B, N, d] of the old space.
+        reduced: The hidden states [B, M, d] of the new space, already in the graph.
+        index: [B, M] positions of the kept tokens in the old space.
+        replaced: Old value -> its counterpart in the new space. Re-indexed values are added.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    behind = _behind(cut, order[reduced])
+    for node in sorted(behind, key=order.__getitem__):
+        for value in node.all_input_nodes:
+            if value is cut:
+                node.replace_input_with(cut, reduced)
+            elif value not in behind and value is not reduced and _has_prompt_axis(value):
+                if value not in replaced:
+                    # Also where the value is made behind the cut, just not from it.
+                    with graph.inserting_after(max(value, index, key=order.__getitem__)):
+                        replaced[value] = _reindexed(graph, value, index)
+                    order = {node: i for i, node in enumerate(graph.nodes)}
+                node.replace_input_with(value, replaced[value])
+
+
+def _behind(cut: fx.Node, position: int) -> set[fx.Node]:
+    """Nodes after `position` that depend on the cut, other than through its metadata."""
+    order = {node: i for i, node in enumerate(cut.graph.nodes)}
+    found: set[fx.Node] = set()
+    stack = [user for user in cut.users if order[user] > position and not _is_metadata(user)]
+    while stack:
+        node = stack.pop()
+        if node not in found and node.op != "output":
+            found.add(node)
+            stack.extend(user for user in node.users if not _is_metadata(user))
+    return found
+
+
+def _is_metadata(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1] in _METADATA
+
+
+def _has_prompt_axis(node: fx.Node) -> bool:
+    axes = node.meta.get("prompt_axes")
+    if isinstance(axes, (tuple, list)):
+        return any(axis is not None for axis in axes)
+    return axes is not None
+
+
+def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node) -> fx.Node:
+    """The value in the new space, annotated like the old one."""
+    axes = value.meta["prompt_axes"]
+    if axes == MASK:
+        node = graph.call_function(take_mask, (value, index))
+    elif isinstance(axes, int):
+        node = graph.call_function(take, (value, index) if axes == 1 else (value, index, axes))
+    else:
+        node = graph.call_function(take_each, (value, index, tuple(axes)))
+    node.meta["prompt_axes"] = axes
+    return node

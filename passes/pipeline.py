@@ -1,0 +1,76 @@
+"""The pipelines, each a literal list of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from transformers import PreTrainedModel
+
+from deos_fx.passes.annotate_token_spaces import annotate_token_spaces
+from deos_fx.passes.capture import capture
+from deos_fx.passes.find_blocks import Blocks, find_blocks
+from deos_fx.passes.find_sites import Sites, find_sites
+from deos_fx.passes.fold_unstack import fold_unstack
+from deos_fx.passes.layout import PromptLayout
+from deos_fx.passes.lower_decode import decode_spaces, lower_decode
+from deos_fx.passes.lower_reductions import lower_reductions
+from deos_fx.policy import Policy
+
+__all__ = ["Captured", "capture_call", "lower_call"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured and analysed call, before any reduction.
+
+    Attributes:
+        graph_module: The annotated graph.
+        blocks: The model's transformer blocks.
+        sites: Where its visual tokens can be reduced; None for a call without images.
+    """
+
+    graph_module: fx.GraphModule
+    blocks: Blocks
+    sites: Sites | None
+
+
+def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
+    """Capture -> fold -> annotate -> find sites.
+
+    Args:
+        model: The unmodified model.
+        inputs: Arguments of the call to capture; a cache among them is used up.
+
+    Returns:
+        The graph and its analysis.
+
+    Raises:
+        CaptureError: If the model cannot be captured.
+    """
+    blocks = find_blocks(model)
+    graph_module = capture(model, inputs, blocks.names())
+    graph_module = fold_unstack(graph_module)
+    graph_module = annotate_token_spaces(graph_module, inputs)
+    sites = None
+    if "pixel_values" in inputs:
+        sites = find_sites(graph_module, len(blocks.decoder), len(blocks.vision))
+    return Captured(graph_module, blocks, sites)
+
+
+def lower_call(captured: Captured, policy: Policy, layout: PromptLayout | None) -> fx.GraphModule:
+    """Lower a policy onto a captured call: a prefill with images, or a decode step without.
+
+    Args:
+        captured: The call. Its graph is changed in place.
+        policy: What to reduce where.
+        layout: The prompts of a prefill; None for a decode step.
+
+    Returns:
+        The lowered graph.
+    """
+    if captured.sites is None or layout is None:
+        return lower_decode(captured.graph_module, decode_spaces(policy))
+    return lower_reductions(captured.graph_module, captured.sites, policy, layout)
