@@ -1,0 +1,262 @@
+"""What the reference model is taught: descriptions of patches, and packs of questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deos_fx.reference.model import VISUAL_TOKENS, VOCABULARY
+from deos_fx.reference.scenes import (
+    BACKDROPS,
+    COLORS,
+    COLUMNS,
+    GRID,
+    KINDS,
+    ROWS,
+    Question,
+    SceneBatch,
+)
+
+__all__ = ["IGNORE", "PRESENCE", "Described", "Pack", "PackLayout", "presence"]
+
+IGNORE = -100
+PRESENCE = 10 + len(COLORS) + len(BACKDROPS)
+
+# Questions of a pack. The kinds that look something up get more, and so do words of a pack:
+# each kind's questions have one length, hence every pack has the same layout.
+_SLOTS = {
+    "at": 2,
+    "color": 2,
+    "where": 2,
+    "left_of": 3,
+    "count": 1,
+    "count_color": 2,
+    "scene": 1,
+    "most": 1,
+}
+_QUESTION_WORDS = {
+    "at": 5,
+    "color": 5,
+    "where": 4,
+    "left_of": 6,
+    "count": 3,
+    "count_color": 4,
+    "scene": 3,
+    "most": 3,
+}
+_ANSWER_WORDS = {kind: 2 if kind == "where" else 1 for kind in KINDS}
+_TEMPERATURE = 0.125
+
+
+def _words(*words: str) -> Tensor:
+    return torch.tensor([VOCABULARY[word] for word in words])
+
+
+_DIGIT_WORDS = _words(*map(str, range(10)))
+_COLOR_WORDS = _words(*COLORS)
+_BACKDROP_WORDS = _words(*BACKDROPS)
+_PATCH_ROWS = _words(*ROWS).repeat_interleave(GRID // 3).repeat_interleave(GRID)
+_PATCH_COLUMNS = _words(*COLUMNS).repeat_interleave(GRID // 3).repeat(GRID)
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is on every patch of some pictures.
+
+    Attributes:
+        digit: The digit, or ``IGNORE`` where there is none, ``[B, VISUAL_TOKENS]``.
+        color: Index of its color, likewise.
+        backdrop: Index of the photograph, or ``IGNORE`` where ink touches the patch, likewise.
+    """
+
+    digit: Tensor
+    color: Tensor
+    backdrop: Tensor
+
+    @classmethod
+    def of(cls, batch: SceneBatch) -> Described:
+        """Describes the patches: a digit is on those that hold a fifth of its ink or the most."""
+        shares = batch.shares()
+        mine, patch = np.nonzero(shares >= np.minimum(0.2, shares.max(1, keepdims=True)))
+        digit = np.full((len(batch), VISUAL_TOKENS), IGNORE)
+        color = digit.copy()
+        digit[batch.owner[mine], patch] = batch.digit[mine]
+        color[batch.owner[mine], patch] = batch.color[mine]
+        backdrop = np.repeat(batch.backdrop[:, None], VISUAL_TOKENS, 1)
+        touching, patch = np.nonzero(shares > 0.02)
+        backdrop[batch.owner[touching], patch] = IGNORE
+        return cls(*map(torch.from_numpy, (digit, color, backdrop)))
+
+    def to(self, device: torch.device) -> Described:
+        """The same on a device."""
+        return Described(*(each.to(device) for each in (self.digit, self.color, self.backdrop)))
+
+    def embed(self, words: Tensor) -> Tensor:
+        """Sums the vectors of the words that describe each patch.
+
+        Args:
+            words: Word vectors, ``[vocabulary, width]``.
+
+        Returns:
+            ``[B, VISUAL_TOKENS, width]``.
+        """
+        place = words[_PATCH_ROWS] + words[_PATCH_COLUMNS]
+        total = place.expand(len(self.digit), -1, -1).clone()
+        for labels, names in self._groups():
+            known = labels != IGNORE
+            total[known] += words[names.to(labels.device)[labels[known]]]
+        return total
+
+    def loss(self, tokens: Tensor, words: Tensor) -> Tensor:
+        """How far visual tokens are from their descriptions.
+
+        Args:
+            tokens: Projected visual tokens, ``[B, VISUAL_TOKENS, width]``.
+            words: Word vectors, ``[vocabulary, width]``.
+
+        Returns:
+            Scalar: squared distance, patches with and without ink weighing the same, plus the
+            cross-entropy of telling digits, colors and photographs apart.
+        """
+        distance = (tokens - self.embed(words)).square().sum(-1)
+        loss = distance[self.backdrop != IGNORE].mean() + distance[self.digit != IGNORE].mean()
+        for labels, names in self._groups():
+            logits = tokens @ words[names].T / _TEMPERATURE
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return loss
+
+    @torch.no_grad()
+    def accuracy(self, tokens: Tensor, words: Tensor) -> dict[str, float]:
+        """Fraction of patches whose token resembles the right digit, color and photograph most.
+
+        Args:
+            tokens: As for :meth:`loss`.
+            words: As for :meth:`loss`.
+        """
+        right = {}
+        for name, (labels, names) in zip(
+            ("digits", "colors", "backdrops"), self._groups(), strict=True
+        ):
+            known = labels != IGNORE
+            guess = (tokens[known] @ words[names].T).argmax(-1)
+            right[name] = (guess == labels[known]).float().mean().item()
+        return right
+
+    def _groups(self) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (self.digit, _DIGIT_WORDS),
+            (self.color, _COLOR_WORDS),
+            (self.backdrop, _BACKDROP_WORDS),
+        ]
+
+
+def presence(batch: SceneBatch) -> Tensor:
+    """Which digits, colors and photograph each picture shows, 0 or 1, float ``[B, PRESENCE]``."""
+    there = np.zeros((len(batch), PRESENCE), np.float32)
+    there[batch.owner, batch.digit] = 1
+    there[batch.owner, 10 + batch.color] = 1
+    there[np.arange(len(batch)), 10 + len(COLORS) + batch.backdrop] = 1
+    return torch.from_numpy(there)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Questions about each picture of a batch, side by side.
+
+    Attributes:
+        words: Questions with their answers, ``[B, T]``.
+        targets: The next word where it belongs to an answer or ends it, else ``IGNORE``,
+            ``[B, T]``.
+    """
+
+    words: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, batch: SceneBatch, rng: np.random.Generator) -> Pack:
+        """Picks questions for the slots; a slot whose kind cannot be asked stays silent."""
+        rows = [_fill(scene.questions, rng) for scene in batch.scenes()]
+        return cls(*torch.tensor(rows).unbind(1))
+
+    def to(self, device: torch.device) -> Pack:
+        """The same on a device."""
+        return Pack(self.words.to(device), self.targets.to(device))
+
+
+class PackLayout:
+    """Positions and attention of a pack; the same for every pack.
+
+    Attributes:
+        kind: Index into ``KINDS`` of every question, ``[Q]``.
+        slot: Which question a word belongs to, ``[T]``.
+        position: Place of a word in its question, ``[T]``.
+    """
+
+    def __init__(self) -> None:
+        order = [kind for kind in KINDS for _ in range(_SLOTS[kind])]
+        lengths = torch.tensor([_QUESTION_WORDS[kind] + _ANSWER_WORDS[kind] for kind in order])
+        self.kind = torch.tensor([KINDS.index(kind) for kind in order])
+        self.slot = torch.arange(len(order)).repeat_interleave(lengths)
+        self.position = torch.cat([torch.arange(length) for length in lengths])
+
+    def mask(self, visual: int) -> Tensor:
+        """Additive attention mask: words see the picture and the words before in their question.
+
+        Args:
+            visual: Number V of visual tokens.
+
+        Returns:
+            ``[1, 1, S, S]``, with S = 1 + V + T.
+        """
+        picture = torch.full((1 + visual,), -1)
+        slot = torch.cat([picture, self.slot])
+        seen = (slot == slot[:, None]) | (slot == -1)
+        blocked = ~seen.tril()
+        mask = torch.zeros(blocked.shape).masked_fill(blocked, torch.finfo(torch.float32).min)
+        return mask[None, None]
+
+    @torch.no_grad()
+    def accuracy(self, logits: Tensor, pack: Pack) -> dict[str, float]:
+        """Fraction of questions answered right to the last word, by kind.
+
+        Args:
+            logits: For every word that has a target, ``[A, vocabulary]``.
+            pack: The questions.
+        """
+        targets = pack.targets.cpu()
+        asked = targets != IGNORE
+        wrong = torch.zeros(targets.shape)
+        wrong[asked] = (logits.argmax(-1).cpu() != targets[asked]).float()
+        empty = torch.zeros(len(targets), len(self.kind))
+        failed = empty.index_add(1, self.slot, wrong) > 0
+        posed = empty.index_add(1, self.slot, asked.float()) > 0
+        right = {}
+        for index, kind in enumerate(KINDS):
+            these = posed & (self.kind == index)
+            if these.any():
+                right[kind] = 1 - failed[these].float().mean().item()
+        return right
+
+
+def _fill(questions: Sequence[Question], rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Words and targets of one picture's pack."""
+    words: list[int] = []
+    targets: list[int] = []
+    for kind, slots in _SLOTS.items():
+        length = _QUESTION_WORDS[kind] + _ANSWER_WORDS[kind]
+        choices = [question for question in questions if question.kind == kind]
+        if not choices:
+            words += [VOCABULARY["<pad>"]] * length * slots
+            targets += [IGNORE] * length * slots
+            continue
+        for pick in rng.permutation(max(slots, len(choices)))[:slots]:
+            question = choices[pick % len(choices)]
+            answer = [VOCABULARY[word] for word in question.answer.split()]
+            words += [VOCABULARY[word] for word in question.text.split()] + answer
+            targets += [IGNORE] * (_QUESTION_WORDS[kind] - 1) + answer + [VOCABULARY["<eos>"]]
+    return words, targets

@@ -1,0 +1,474 @@
+"""Scenes of handwritten digits and the questions one can ask about them.
+
+Everything is composed at run time from data that scikit-learn ships: 1,797 scanned handwritten
+digits (``load_digits``) in front of darkened crops of two photographs (``load_sample_images``).
+Training, validation and test scenes share neither a scan nor a piece of a photograph.
+
+A scene is a 144 x 144 image of 3 x 3 coarse cells, 48 pixels each. Three to seven cells hold one
+tinted digit each, and the digits of a scene are all different, so that "the 7" is unambiguous.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+
+__all__ = [
+    "BACKDROPS",
+    "CELLS",
+    "COLORS",
+    "COLUMNS",
+    "IMAGE_SIZE",
+    "KINDS",
+    "NUMBERS",
+    "PATCH_SIZE",
+    "ROWS",
+    "Example",
+    "Question",
+    "Scene",
+    "SceneBatch",
+    "SceneObject",
+    "Split",
+    "make_examples",
+    "make_scenes",
+    "sample_mosaics",
+    "sample_scenes",
+    "scans",
+]
+
+Split = Literal["train", "validation", "test"]
+
+IMAGE_SIZE = 144
+PATCH_SIZE = 12
+GRID = IMAGE_SIZE // PATCH_SIZE
+CELL_SIZE = IMAGE_SIZE // 3
+WINDOW = 32
+
+TINTS = {
+    "red": (235, 50, 50),
+    "green": (60, 215, 70),
+    "blue": (70, 115, 255),
+    "yellow": (245, 225, 50),
+    "white": (245, 245, 245),
+}
+COLORS = tuple(TINTS)
+BACKDROPS = ("temple", "flower")
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "center", "right")
+CELLS = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
+KINDS = ("at", "color", "where", "left_of", "count", "count_color", "scene", "most")
+
+# Scenes are sampled in blocks of this size, so that the first scenes of a longer list are the
+# scenes of a shorter one.
+_BLOCK = 256
+_CROPS_PER_BACKDROP = 192
+_SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_SPLIT_ENDS = {"train": (0, 1397), "validation": (1397, 1547), "test": (1547, 1797)}
+
+# Where each split may crop each photograph: (left, top, right, bottom). The subject of either
+# photograph is nearly symmetric; training sees its left side, the others its right side.
+_REGIONS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    "train": ((0, 0, 214, 427), (0, 0, 308, 427)),
+    "validation": ((214, 0, 428, 213), (308, 0, 616, 213)),
+    "test": ((214, 213, 428, 427), (308, 213, 616, 427)),
+}
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One digit of a scene.
+
+    Attributes:
+        digit: The digit, 0 to 9.
+        color: Its tint, one of ``COLORS``.
+        cell: The coarse cell it stands in, one of ``CELLS``.
+        box: Extent of its ink in pixels, ``(x0, y0, x1, y1)``, ends exclusive.
+    """
+
+    digit: int
+    color: str
+    cell: str
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene, of one of ``KINDS``, and its answer."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class SceneBatch:
+    """Scenes as arrays: the form in which they are sampled, rendered and trained on.
+
+    B is the number of scenes and N the number of objects of all of them.
+
+    Attributes:
+        backdrop: Index into ``BACKDROPS``, int ``[B]``.
+        crop: Which prepared crop of the photograph stands behind, int ``[B]``.
+        light: Brightness of the backdrop, float ``[B]``.
+        owner: The scene an object belongs to, ascending, int ``[N]``.
+        cell: Index into ``CELLS``, or -1 in a mosaic, int ``[N]``.
+        digit: The digit, int ``[N]``.
+        color: Index into ``COLORS``, int ``[N]``.
+        scan: Index into :func:`scans`, int ``[N]``.
+        center: Center in pixels, x and y, float ``[N, 2]``.
+        size: Side of the scan in pixels, float ``[N]``.
+        angle: Rotation in radians, float ``[N]``.
+        stretch: Logarithm of how much taller and narrower than scanned, float ``[N]``.
+        split: The split scans and crops are from.
+    """
+
+    backdrop: np.ndarray
+    crop: np.ndarray
+    light: np.ndarray
+    owner: np.ndarray
+    cell: np.ndarray
+    digit: np.ndarray
+    color: np.ndarray
+    scan: np.ndarray
+    center: np.ndarray
+    size: np.ndarray
+    angle: np.ndarray
+    stretch: np.ndarray
+    split: Split
+
+    def __len__(self) -> int:
+        return len(self.backdrop)
+
+    @cached_property
+    def origin(self) -> np.ndarray:
+        """Upper left pixel of the window each object is drawn in, x and y, int ``[N, 2]``."""
+        return np.round(self.center).astype(int) - WINDOW // 2
+
+    @cached_property
+    def ink(self) -> np.ndarray:
+        """Opacity of each object in its window, float32 ``[N, WINDOW, WINDOW]``."""
+        pixels = self.origin[:, :, None] + np.arange(WINDOW) + 0.5 - self.center[:, :, None]
+        x, y = pixels[:, 0, None, :], pixels[:, 1, :, None]
+        scale = (8 / self.size)[:, None, None]
+        cos, sin = np.cos(self.angle)[:, None, None], np.sin(self.angle)[:, None, None]
+        stretch = np.exp(self.stretch)[:, None, None]
+        u = np.clip((cos * x + sin * y) * scale * stretch + 4.5, 0, 8.999)
+        v = np.clip((cos * y - sin * x) * scale / stretch + 4.5, 0, 8.999)
+        left, top = u.astype(int), v.astype(int)
+        u, v = (u - left).astype(np.float32), (v - top).astype(np.float32)
+        padded = np.pad(scans()[0], ((0, 0), (1, 1), (1, 1)))[self.scan].ravel()
+        at = np.arange(len(self.scan))[:, None, None] * 100 + top * 10 + left
+        upper = padded[at] * (1 - u) + padded[at + 1] * u
+        lower = padded[at + 10] * (1 - u) + padded[at + 11] * u
+        return np.clip(1.4 * (upper * (1 - v) + lower * v), 0, 1)
+
+    def boxes(self) -> np.ndarray:
+        """Extent of the clearly visible ink, ``x0, y0, x1, y1``, int ``[N, 4]``."""
+        visible = self.ink > 0.25
+        ends = []
+        for axis, origin in ((1, self.origin[:, 0]), (2, self.origin[:, 1])):
+            line = visible.any(axis)
+            ends.append((origin + line.argmax(1), origin + WINDOW - line[:, ::-1].argmax(1)))
+        (x0, x1), (y0, y1) = ends
+        return np.clip(np.stack([x0, y0, x1, y1], 1), 0, IMAGE_SIZE)
+
+    def shares(self) -> np.ndarray:
+        """Fraction of each object's ink in each image patch, float ``[N, GRID * GRID]``."""
+        pixels = self.origin[:, :, None] + np.arange(WINDOW)
+        inside = (pixels >= 0) & (pixels < IMAGE_SIZE)
+        patch = np.clip(pixels // PATCH_SIZE, 0, GRID - 1)
+        ink = self.ink * (inside[:, 1, :, None] & inside[:, 0, None, :])
+        at = np.arange(len(ink))[:, None, None] * GRID**2
+        at = at + patch[:, 1, :, None] * GRID + patch[:, 0, None, :]
+        mass = np.bincount(at.ravel(), ink.ravel(), len(ink) * GRID**2).reshape(len(ink), -1)
+        return mass / self.ink.sum((1, 2))[:, None]
+
+    def render(self) -> np.ndarray:
+        """Draws the scenes.
+
+        Returns:
+            uint8 ``[B, IMAGE_SIZE, IMAGE_SIZE, 3]``.
+        """
+        pad = WINDOW
+        behind = _crops(self.split)[self.backdrop, self.crop] * self.light[:, None, None, None]
+        canvas = np.pad(behind, ((0, 0), (pad, pad), (pad, pad), (0, 0))).astype(np.float32)
+        tints = np.array(list(TINTS.values()), np.float32)[self.color]
+        for owner, (x, y), ink, tint in zip(
+            self.owner, self.origin + pad, self.ink[..., None], tints, strict=True
+        ):
+            window = canvas[owner, y : y + WINDOW, x : x + WINDOW]
+            window += ink * (tint - window)
+        return np.round(canvas[:, pad:-pad, pad:-pad]).astype(np.uint8)
+
+    def select(self, index: int) -> SceneBatch:
+        """The scene at ``index`` as a batch of one."""
+        rows = slice(*np.searchsorted(self.owner, [index, index + 1]))
+        per_object = {
+            name: getattr(self, name)[rows]
+            for name in ("cell", "digit", "color", "scan", "center", "size", "angle", "stretch")
+        }
+        per_scene = {
+            name: getattr(self, name)[index : index + 1] for name in ("backdrop", "crop", "light")
+        }
+        owner = np.zeros(rows.stop - rows.start, int)
+        return SceneBatch(**per_scene, **per_object, owner=owner, split=self.split)
+
+    def scenes(self) -> list[Scene]:
+        """The scenes of the batch, one by one, with their questions; images are drawn lazily."""
+        boxes = self.boxes()
+        objects: list[list[SceneObject]] = [[] for _ in range(len(self))]
+        for n, owner in enumerate(self.owner):
+            x0, y0, x1, y1 = (int(end) for end in boxes[n])
+            objects[owner].append(
+                SceneObject(
+                    int(self.digit[n]),
+                    COLORS[self.color[n]],
+                    CELLS[self.cell[n]],
+                    (x0, y0, x1, y1),
+                )
+            )
+        return [
+            Scene(tuple(things), BACKDROPS[self.backdrop[i]], self, i)
+            for i, things in enumerate(objects)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One scene: an image, what is in it, and every question that can be asked about it.
+
+    Attributes:
+        objects: The digits, in reading order.
+        backdrop: What the photograph behind them shows, one of ``BACKDROPS``.
+        batch: The arrays the scene is drawn from.
+        index: The place of the scene in ``batch``.
+    """
+
+    objects: tuple[SceneObject, ...]
+    backdrop: str
+    batch: SceneBatch
+    index: int
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The scene as an RGB image of ``IMAGE_SIZE`` x ``IMAGE_SIZE`` pixels."""
+        return Image.fromarray(self.batch.select(self.index).render()[0])
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """Every question with a well-defined answer."""
+        return list(_questions(self.objects, self.backdrop))
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One question about one scene."""
+
+    scene: Scene
+    question: Question
+
+
+def make_scenes(count: int, split: Split = "train", seed: int = 0) -> list[Scene]:
+    """Composes scenes; the same arguments always give the same scenes.
+
+    Args:
+        count: How many.
+        split: Which scans and which parts of the photographs to use.
+        seed: Other seeds give other scenes.
+
+    Returns:
+        The scenes. A longer list starts with the scenes of a shorter one.
+    """
+    rng = np.random.default_rng([seed, _SPLITS.index(split)])
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scenes += sample_scenes(_BLOCK, split, rng).scenes()
+    return scenes[:count]
+
+
+def make_examples(count: int, split: Split = "train", seed: int = 0) -> list[Example]:
+    """Composes questions about scenes, one question per scene, kinds in turn.
+
+    Args:
+        count: How many.
+        split: As for :func:`make_scenes`.
+        seed: As for :func:`make_scenes`.
+
+    Returns:
+        The examples. Every kind is asked equally often, up to one.
+    """
+    rng = np.random.default_rng([seed, _SPLITS.index(split), 1])
+    # Two kinds cannot be asked about every scene: twice as many scenes leave room to skip some.
+    spare = iter(make_scenes(2 * count + _BLOCK, split, seed))
+    examples = []
+    for n in range(count):
+        kind = KINDS[n % len(KINDS)]
+        for scene in spare:
+            questions = [question for question in scene.questions if question.kind == kind]
+            if questions:
+                examples.append(Example(scene, questions[rng.integers(len(questions))]))
+                break
+    return examples
+
+
+def sample_scenes(
+    count: int,
+    split: Split,
+    rng: np.random.Generator,
+    objects: tuple[int, int] = (3, 7),
+    difficulty: float = 1.0,
+) -> SceneBatch:
+    """Samples scenes.
+
+    Args:
+        count: Number of scenes B.
+        split: Which scans and which parts of the photographs to use.
+        rng: Source of randomness.
+        objects: Fewest and most objects of a scene.
+        difficulty: 1 is the real thing; towards 0 digits are nearer to one patch, less shifted
+            and less rotated, which is what a training run starts with.
+
+    Returns:
+        The batch.
+    """
+    present = rng.integers(objects[0], objects[1] + 1, count)[:, None] > np.arange(9)
+    owner, _ = np.nonzero(present)
+    cell = rng.random((count, 9)).argsort(1)
+    cell[~present] = 9
+    cell.sort(1)
+    digit = rng.random((count, 10)).argsort(1)[:, :9][present]
+    # Colors of a scene are drawn from its own uneven palette, so that one color often prevails.
+    palette = rng.dirichlet(np.ones(len(COLORS)), count).cumsum(1)
+    color = (rng.random((count, 9, 1)) > palette[:, None, :-1]).sum(2)[present]
+    cell = cell[present]
+    corner = np.stack([cell % 3, cell // 3], 1) * CELL_SIZE
+    center = corner + (rng.integers(1, 3, (len(cell), 2)) + 0.5) * PATCH_SIZE
+    return _compose(count, split, rng, difficulty, owner, cell, digit, color, center)
+
+
+def sample_mosaics(
+    count: int, split: Split, rng: np.random.Generator, difficulty: float = 1.0
+) -> SceneBatch:
+    """Samples images full of digits without cells or questions, to teach a vision tower.
+
+    Digits stand on every third patch in both directions, the grid starting at a random patch.
+
+    Args:
+        count: Number of images B.
+        split: As for :func:`sample_scenes`.
+        rng: As for :func:`sample_scenes`.
+        difficulty: As for :func:`sample_scenes`.
+
+    Returns:
+        The batch, with -1 for every cell.
+    """
+    owner = np.repeat(np.arange(count), 16)
+    start = rng.integers(0, 3, (count, 2))[owner]
+    place = np.stack(np.meshgrid(np.arange(4), np.arange(4)), -1).reshape(-1, 2)
+    center = (np.tile(place * 3, (count, 1)) + start + 0.5) * PATCH_SIZE
+    digit = rng.integers(0, 10, len(owner))
+    color = rng.integers(0, len(COLORS), len(owner))
+    cell = np.full(len(owner), -1)
+    return _compose(count, split, rng, difficulty, owner, cell, digit, color, center)
+
+
+def _compose(
+    count: int,
+    split: Split,
+    rng: np.random.Generator,
+    difficulty: float,
+    owner: np.ndarray,
+    cell: np.ndarray,
+    digit: np.ndarray,
+    color: np.ndarray,
+    center: np.ndarray,
+) -> SceneBatch:
+    """Adds to the given objects what is independent of the layout."""
+    pools = _pools(split)
+    sizes = np.array([len(pool) for pool in pools])
+    picks = rng.integers(0, sizes[digit])
+    scan = np.array([pools[d][pick] for d, pick in zip(digit, picks, strict=True)])
+    shift = 1 + 2 * difficulty
+    # Training distorts its scans more than it has to: there are only 1,397 of them.
+    bend = difficulty * (1.5 if split == "train" else 1.0)
+    return SceneBatch(
+        backdrop=rng.integers(0, len(BACKDROPS), count),
+        crop=rng.integers(0, _CROPS_PER_BACKDROP, count),
+        light=rng.uniform(0.2, 0.45, count),
+        owner=owner,
+        cell=cell,
+        digit=digit,
+        color=color,
+        scan=scan,
+        center=center + rng.uniform(-shift, shift, center.shape),
+        size=rng.uniform(12, 14 + 6 * difficulty, len(owner)),
+        angle=rng.uniform(-0.2, 0.2, len(owner)) * bend,
+        stretch=rng.uniform(-0.1, 0.1, len(owner)) * bend,
+        split=split,
+    )
+
+
+def _questions(objects: tuple[SceneObject, ...], backdrop: str) -> Iterator[Question]:
+    """Asks everything that has one right answer."""
+    by_cell = {thing.cell: thing for thing in objects}
+    for thing in objects:
+        row, column = thing.cell.split()
+        yield Question("at", f"what is at {thing.cell}", str(thing.digit))
+        yield Question("color", f"what color is the {thing.digit}", thing.color)
+        yield Question("where", f"where is the {thing.digit}", thing.cell)
+        beside = COLUMNS.index(column) - 1
+        neighbor = by_cell.get(f"{row} {COLUMNS[beside]}") if beside >= 0 else None
+        if neighbor:
+            text = f"what is left of the {thing.digit}"
+            yield Question("left_of", text, str(neighbor.digit))
+    colors = Counter(thing.color for thing in objects)
+    yield Question("count", "how many digits", NUMBERS[len(objects)])
+    for color in COLORS:
+        yield Question("count_color", f"how many {color} digits", NUMBERS[colors[color]])
+    yield Question("scene", "what is behind", backdrop)
+    (first, most), *rest = colors.most_common(2)
+    if not rest or rest[0][1] < most:
+        yield Question("most", "most common color", first)
+
+
+@cache
+def scans() -> tuple[np.ndarray, np.ndarray]:
+    """All scanned digits, in a fixed shuffled order.
+
+    Returns:
+        Ink from 0 to 1, float32 ``[1797, 8, 8]``, and the digits, int ``[1797]``.
+    """
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    return (digits.images[order] / 16).astype(np.float32), digits.target[order]
+
+
+@cache
+def _pools(split: Split) -> list[np.ndarray]:
+    """For each digit, the scans of the split that show it."""
+    start, end = _SPLIT_ENDS[split]
+    labels = scans()[1][start:end]
+    return [start + np.flatnonzero(labels == digit) for digit in range(10)]
+
+
+@cache
+def _crops(split: Split) -> np.ndarray:
+    """Square crops of the photographs, uint8 ``[2, crops, IMAGE_SIZE, IMAGE_SIZE, 3]``."""
+    rng = np.random.default_rng([7, _SPLITS.index(split)])
+    crops = []
+    for photograph, region in zip(load_sample_images().images, _REGIONS[split], strict=True):
+        part = Image.fromarray(photograph).crop(region)
+        for _ in range(_CROPS_PER_BACKDROP):
+            side = int(rng.integers(100, 190))
+            x, y = rng.integers(0, part.width - side), rng.integers(0, part.height - side)
+            crop = part.resize((IMAGE_SIZE, IMAGE_SIZE), box=(x, y, x + side, y + side))
+            crops.append(np.asarray(crop)[:, :: rng.choice([-1, 1])])
+    return np.stack(crops).reshape(len(BACKDROPS), -1, IMAGE_SIZE, IMAGE_SIZE, 3)

@@ -1,0 +1,359 @@
+"""Trains the reference model from nothing: ``python -m deos_fx.reference.train --output DIR``.
+
+Answering questions end to end teaches a small model nothing for hours: it cannot find what it
+does not see, and has no reason to see what it cannot find. So its two halves learn apart, within
+minutes, and meet in a space fixed beforehand, the one of the orthonormal word vectors:
+
+1. ``tower``: each visual token learns to be the sum of the words that describe its patch: row,
+   column, and the digit and color on it or the photograph behind it.
+2. ``language``: half of the decoder layers learn to answer questions about such sums, without
+   any picture. The other half starts as the identity and is left out.
+3. ``join``: the whole model on pictures, while descriptions fade out of the loss.
+
+In all stages with pictures the CLS token learns which digits and colors are present, so that, as
+in CLIP, its attention says what matters. The layer that reads it is thrown away at the end.
+
+Every step draws from its own random generator: an interrupted run continues from the checkpoint
+in ``DIR`` as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deos_fx import reference
+from deos_fx.reference.lessons import IGNORE, PRESENCE, Described, Pack, PackLayout, presence
+from deos_fx.reference.model import (
+    VISUAL_TOKENS,
+    VOCABULARY,
+    WIDTH,
+    build_model,
+    build_processor,
+)
+from deos_fx.reference.scenes import SceneBatch, Split, sample_mosaics, sample_scenes
+
+__all__ = ["STAGES", "Stage", "Student", "main", "train"]
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+
+_LAYOUT = PackLayout()
+# Visual tokens of a scene that the language stage shows: all with digits on them, some without.
+_SHOWN = 36
+
+
+class Student(nn.Module):
+    """The model in training, with the layer that reads its CLS token."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.model = build_model(seed)
+        self.presence = nn.Linear(WIDTH, PRESENCE)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.presence.weight.device
+
+    @property
+    def words(self) -> Tensor:
+        """Word vectors, without gradient, ``[vocabulary, width]``."""
+        return self.model.get_input_embeddings().weight.detach()
+
+    def look(self, batch: SceneBatch) -> tuple[Tensor, Tensor]:
+        """Shows pictures to the tower.
+
+        Args:
+            batch: The pictures.
+
+        Returns:
+            Visual tokens ``[B, VISUAL_TOKENS, width]``, and what the CLS token says is present,
+            logits ``[B, PRESENCE]``.
+        """
+        pixels = torch.from_numpy(batch.render()).to(self.device).permute(0, 3, 1, 2)
+        seen = self.model.model.vision_tower(pixels / 127.5 - 1)
+        tokens = self.model.model.multi_modal_projector(seen.last_hidden_state[:, 1:])
+        return tokens, self.presence(seen.pooler_output)
+
+    def answer(self, tokens: Tensor, pack: Pack, patches: Tensor | None = None) -> Tensor:
+        """Answers packs of questions.
+
+        Args:
+            tokens: Visual tokens, ``[B, V, width]``.
+            pack: The questions, on the device of the model.
+            patches: The patch each token comes from, ``[B, V]``; all patches unless given.
+
+        Returns:
+            Logits for every word that has a target, ``[A, vocabulary]``.
+        """
+        batch, visual = tokens.shape[:2]
+        if patches is None:
+            patches = torch.arange(VISUAL_TOKENS, device=tokens.device).expand(batch, -1)
+        embed = self.model.get_input_embeddings()
+        begin = embed.weight[VOCABULARY["<bos>"]].expand(batch, 1, -1)
+        after = (1 + VISUAL_TOKENS + _LAYOUT.position).to(tokens.device).expand(batch, -1)
+        hidden = self.model.model.language_model(
+            inputs_embeds=torch.cat([begin, tokens, embed(pack.words)], 1),
+            position_ids=torch.cat([torch.zeros_like(after[:, :1]), 1 + patches, after], 1),
+            attention_mask=_LAYOUT.mask(visual).to(tokens.device).expand(batch, -1, -1, -1),
+            use_cache=False,
+        ).last_hidden_state
+        return self.model.lm_head(hidden[:, 1 + visual :][pack.targets != IGNORE])
+
+
+def tower_lesson(
+    student: Student, rng: np.random.Generator, size: int, progress: float
+) -> tuple[Tensor, Metrics]:
+    """One step of the stage ``tower``: easy pictures full of digits first, scenes later."""
+    difficulty = min(1.0, max(0.0, (progress - 0.1) / 0.25))
+    if progress > 0.3 and rng.random() < 0.5:
+        batch = sample_scenes(size, "train", rng, (3, 9), difficulty)
+    else:
+        batch = sample_mosaics(size, "train", rng, difficulty)
+    tokens, present = student.look(batch)
+    return _description_loss(student, batch, tokens, present)
+
+
+def language_lesson(
+    student: Student, rng: np.random.Generator, size: int, progress: float
+) -> tuple[Tensor, Metrics]:
+    """One step of the stage ``language``: questions about descriptions with a little noise."""
+    batch = sample_scenes(size, "train", rng)
+    described, pack = Described.of(batch), Pack.of(batch, rng).to(student.device)
+    priority = torch.from_numpy(rng.random(described.digit.shape)) + (described.digit != IGNORE)
+    patches = priority.topk(_SHOWN, 1).indices.sort(1).values.to(student.device)
+    tokens = described.to(student.device).embed(student.words)
+    tokens = tokens.gather(1, patches[..., None].expand(-1, -1, WIDTH))
+    noise = rng.normal(size=tokens.shape) * rng.uniform(0, 0.06, (size, 1, 1))
+    tokens = tokens + torch.from_numpy(noise).to(tokens)
+    return _answer_loss(student.answer(tokens, pack, patches), pack)
+
+
+def join_lesson(
+    student: Student, rng: np.random.Generator, size: int, progress: float
+) -> tuple[Tensor, Metrics]:
+    """One step of the stage ``join``: questions about pictures."""
+    batch = sample_scenes(size, "train", rng)
+    pack = Pack.of(batch, rng).to(student.device)
+    tokens, present = student.look(batch)
+    loss, metrics = _answer_loss(student.answer(tokens, pack), pack)
+    described, more = _description_loss(student, batch, tokens, present)
+    weight = 0.3 * max(0.05, 1 - progress / 0.7)
+    return loss + weight * described, metrics | more
+
+
+def _answer_loss(logits: Tensor, pack: Pack) -> tuple[Tensor, Metrics]:
+    loss = F.cross_entropy(logits.float(), pack.targets[pack.targets != IGNORE])
+    return loss, {"answers": loss.item()} | _LAYOUT.accuracy(logits, pack)
+
+
+def _description_loss(
+    student: Student, batch: SceneBatch, tokens: Tensor, present: Tensor
+) -> tuple[Tensor, Metrics]:
+    described = Described.of(batch).to(student.device)
+    truth = presence(batch).to(student.device)
+    tokens, words = tokens.float(), student.words
+    loss = described.loss(tokens, words)
+    spotted = F.binary_cross_entropy_with_logits(present.float(), truth)
+    metrics = {"described": loss.item(), "presence": spotted.item()}
+    return loss + spotted, metrics | described.accuracy(tokens, words)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        name: Its name.
+        lesson: Gives loss and metrics of a step, from student, generator, batch size, progress.
+        learns: Beginnings of the names of the parameters of the student that it trains.
+        steps: How many steps.
+        size: Pictures of a step.
+        rate: Highest learning rate.
+        stride: The stage uses every ``stride``-th decoder layer.
+    """
+
+    name: str
+    lesson: Callable[[Student, np.random.Generator, int, float], tuple[Tensor, Metrics]]
+    learns: tuple[str, ...]
+    steps: int
+    size: int
+    rate: float
+    stride: int = 1
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step: up, constant, and down to zero in the last third."""
+        left = (self.steps - step) / (0.35 * self.steps)
+        return self.rate * min(1.0, (step + 1) / 60, left)
+
+    def parameters(self, student: Student) -> list[nn.Parameter]:
+        """What the stage trains."""
+        named = student.named_parameters()
+        return [parameter for name, parameter in named if name.startswith(self.learns)]
+
+
+_SIGHT = ("presence", "model.model.vision_tower", "model.model.multi_modal_projector")
+_SPEECH = ("model.model.language_model.layers", "model.model.language_model.norm", "model.lm_head")
+STAGES = (
+    Stage("tower", tower_lesson, _SIGHT, steps=1400, size=32, rate=1.5e-3),
+    Stage("language", language_lesson, _SPEECH, steps=1800, size=16, rate=1e-3, stride=2),
+    Stage("join", join_lesson, ("",), steps=1600, size=16, rate=6e-4),
+)
+
+
+def train(
+    output: Path,
+    stages: tuple[Stage, ...] = STAGES,
+    seed: int = 0,
+    every: int = 100,
+) -> Student:
+    """Runs the stages in order, continuing from the checkpoint in ``output`` if there is one.
+
+    Args:
+        output: Folder for checkpoints.
+        stages: What to run.
+        seed: Seed of weights and data.
+        every: Steps between reports and checkpoints.
+
+    Returns:
+        The trained student.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = Student(seed).to(device).train()
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint = output / "checkpoint.pt"
+    state = torch.load(checkpoint, map_location=device) if checkpoint.exists() else None
+    if state:
+        student.load_state_dict(state["student"])
+    for number, stage in enumerate(stages):
+        if state and number < state["stage"]:
+            continue
+        optimizer = torch.optim.AdamW(
+            stage.parameters(student), lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.05
+        )
+        first = 0
+        if state and number == state["stage"]:
+            optimizer.load_state_dict(state["optimizer"])
+            first = state["step"]
+        for step in _run(stage, student, optimizer, first, [seed, number], every):
+            _save(
+                checkpoint,
+                student=student.state_dict(),
+                optimizer=optimizer.state_dict(),
+                stage=number,
+                step=step,
+            )
+    return student.eval()
+
+
+def _run(
+    stage: Stage,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    first: int,
+    seed: list[int],
+    every: int,
+) -> Iterator[int]:
+    """Runs a stage, yielding the number of steps done when it is time for a checkpoint."""
+    start, means = time.perf_counter(), {}
+    for step in range(first, stage.steps):
+        metrics = _step(stage, student, optimizer, step, np.random.default_rng([*seed, step]))
+        for name, value in metrics.items():
+            means[name] = 0.95 * means.get(name, value) + 0.05 * value
+        done = step + 1
+        if done % every == 0 or done == stage.steps:
+            seconds = time.perf_counter() - start
+            report = " ".join(f"{name} {value:.3f}" for name, value in means.items())
+            log.info("%s %d/%d, %.0f s: %s", stage.name, done, stage.steps, seconds, report)
+            log.info("  validation: %s", _validate(student))
+            yield done
+
+
+def _step(
+    stage: Stage,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    rng: np.random.Generator,
+) -> Metrics:
+    for group in optimizer.param_groups:
+        group["lr"] = stage.rate_at(step)
+    optimizer.zero_grad(set_to_none=True)
+    with _thinned(student, stage.stride), torch.autocast(student.device.type, torch.bfloat16):
+        loss, metrics = stage.lesson(student, rng, stage.size, step / stage.steps)
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    return metrics
+
+
+@contextmanager
+def _thinned(student: Student, stride: int) -> Iterator[None]:
+    """Leaves only every ``stride``-th decoder layer for a while."""
+    decoder = student.model.model.language_model
+    layers = decoder.layers
+    decoder.layers = layers[::stride]
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+
+
+@torch.no_grad()
+def _validate(student: Student, split: Split = "validation", size: int = 64) -> str:
+    rng = np.random.default_rng(0)
+    batch = sample_scenes(size, split, rng)
+    pack = Pack.of(batch, rng).to(student.device)
+    tokens, _ = student.look(batch)
+    right = Described.of(batch).to(student.device).accuracy(tokens, student.words)
+    right |= _LAYOUT.accuracy(student.answer(tokens, pack), pack)
+    return " ".join(f"{name} {value:.3f}" for name, value in right.items())
+
+
+def _save(path: Path, **state: object) -> None:
+    """Writes a checkpoint in one go, so that there is always a whole one."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def main() -> None:
+    """Trains the model, saves it and reports its accuracy on held-out scenes."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the weights")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument(
+        "--hurry", type=float, default=1.0, help="fraction of the steps to take, for a quick look"
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    stages = tuple(
+        replace(stage, steps=max(1, round(stage.steps * arguments.hurry))) for stage in STAGES
+    )
+    student = train(arguments.output, stages, arguments.seed)
+    model, processor = student.model.cpu(), build_processor()
+    model.generation_config.update(max_new_tokens=4, do_sample=False)
+    model.save_pretrained(arguments.output)
+    processor.save_pretrained(arguments.output)
+    examples = reference.make_examples(800, "test")
+    for kind, right in reference.accuracy(model.generate, processor, examples).items():
+        log.info("%-12s %.3f", kind, right)
+
+
+if __name__ == "__main__":
+    main()
