@@ -118,6 +118,8 @@ class _Lowering:
         # Position ids and rotary tables: original node -> its counterpart in the current space.
         sources = [self.nodes["position_ids"], *position_tables(graph_module)]
         self.positions = {node: node for node in sources}
+        # The position ids of every space so far: a rotary table may read those of any.
+        self.position_ids = {sources[0]}
         input_ids = self.nodes["input_ids"]
         count = layout.images * layout.tokens_per_image
         with self.graph.inserting_after(input_ids):
@@ -320,6 +322,7 @@ class _Lowering:
         open_space(self.graph, hidden, shortened, index, replaced)
         for node, here in self.positions.items():
             self.positions[node] = replaced.get(here, here)
+        self.position_ids.add(self.positions[self.nodes["position_ids"]])
         for layer in self._layers_behind(index):
             bias_block(self.graph_module, layer, key_bias)
         self.spaces.append({"origin": origin} | ({"key_bias": key_bias} if key_bias else {}))
@@ -336,7 +339,7 @@ class _Lowering:
         for table in tables:
             if order[table] < order[origin]:
                 again = self.graph.node_copy(
-                    table, lambda node: compact if node is ids else node
+                    table, lambda node: compact if node in self.position_ids else node
                 )
                 again.meta = dict(table.meta)
                 replaced[self.positions[table]] = again
