@@ -34,26 +34,6 @@ class Site:
     scores: tuple[str, ...]
 
     @property
-    def usable(self, name: str, scores: Iterable[str]) -> Site:
-        """The site, after checking that it can be reduced and has the scores.
-
-        Args:
-            name: Name of the site.
-            scores: Names of the scores a reduction wants to use there.
-
-        Raises:
-            ValueError: If it does not exist, cannot be used, or lacks a score.
-        """
-        site = self[name]
-        if not site.available:
-            raise ValueError(f"{name} cannot be reduced: {site.reason}. Use another site.")
-        for score in scores:
-            if score not in site.scores:
-                raise ValueError(
-                    f"{name} has no score {score!r}; it has {', '.join(site.scores)}."
-                )
-        return site
-
     def available(self) -> bool:
         """Whether a reduction can be inserted here."""
         return not self.reason
