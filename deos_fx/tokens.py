@@ -10,17 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deos_fx.operator.scores import LOG_FLOOR
+
 __all__ = [
     "attention_to",
     "attention_to_patches",
     "class_token",
     "compact_positions",
+    "gate_bias",
     "kept_in_prompt",
     "kept_of_prompt",
     "last_token",
     "mass_bias",
     "masses_of_prompt",
+    "ones_at",
+    "ones_like_tokens",
     "put",
+    "relaxed_positions",
     "take",
     "take_each",
     "take_mask",
@@ -239,3 +245,53 @@ def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
     """
     dropped_before = origin - torch.arange(origin.shape[1], device=origin.device)
     return take(position_ids, origin) - dropped_before
+
+
+def relaxed_positions(
+    position_ids: Tensor, alive: Tensor, visual: Tensor, hidden: Tensor
+) -> Tensor:
+    """`compact_positions` where no token leaves: each token moves down by the closed gates before.
+
+    Args:
+        position_ids: [B or 1, N] of the unreduced prompt.
+        alive: Gates [B, V]; below one half counts as dropped. No gradient flows.
+        visual: [B, V].
+        hidden: [B, N, d]; only its shape is read.
+
+    Returns:
+        [B, N].
+    """
+    closed = (alive.detach() < 0.5).to(torch.int64)
+    dropped = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    dropped = dropped.scatter(1, visual, closed)
+    return position_ids - (dropped.cumsum(dim=1) - dropped)
+
+
+def gate_bias(
+    alive: Tensor, mass: Tensor, beta: Tensor, visual: Tensor, hidden: Tensor
+) -> Tensor:
+    """What relaxed reductions add to the logits of each key: log(gate) + beta log(mass).
+
+    Args:
+        alive: Gates [B, V].
+        mass: [B, V].
+        beta: 0-dim.
+        visual: [B, V].
+        hidden: [B, N, d]; only its shape is read.
+
+    Returns:
+        [B, N] in float32, 0 at text tokens.
+    """
+    bias = alive.float().clamp_min(LOG_FLOOR).log() + beta * mass.float().log()
+    zeros = torch.zeros(hidden.shape[:2], device=hidden.device)
+    return zeros.scatter(1, visual, bias)
+
+
+def ones_at(visual: Tensor) -> Tensor:
+    """Open gates [B, V] for visual positions [B, V]."""
+    return torch.ones_like(visual, dtype=torch.float32)
+
+
+def ones_like_tokens(visual: Tensor) -> Tensor:
+    """Open gates [I, V] for visual tokens [I, V, d]."""
+    return torch.ones(visual.shape[:2], device=visual.device)
