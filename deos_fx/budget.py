@@ -70,8 +70,8 @@ class Budget:
             unreduced: Cost of the model without reductions.
 
         Raises:
-            ValueError: If an absolute limit is above what the unreduced model costs, which is more
-                likely a mistake in its unit than an intention.
+            ValueError: If more visual tokens are allowed than the model has; a mistake in the unit,
+                since other costs also grow with the text and the batch, but this one does not.
         """
         whole = {
             "visual_tokens": unreduced.visual_tokens,
@@ -83,13 +83,13 @@ class Budget:
             value = getattr(self, name)
             if isinstance(value, float):
                 limits[name] = value * total
-            elif value is not None and value > total:
-                raise ValueError(
-                    f"budget {name}={value}, but the model without reductions has only {total:g}; "
-                    f"give at most {total:g}, or a fraction in (0, 1]"
-                )
             elif value is not None:
                 limits[name] = float(value)
+        if limits.get("visual_tokens", 0) > unreduced.visual_tokens:
+            raise ValueError(
+                f"budget visual_tokens={self.visual_tokens}, but the model has only "
+                f"{unreduced.visual_tokens:g}; give at most that, or a fraction in (0, 1]"
+            )
         if self.latency_ms is not None:
             limits["latency_ms"] = float(self.latency_ms)
         return limits

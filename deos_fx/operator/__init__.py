@@ -6,6 +6,8 @@ dynamic, half precision in and out. See the formulas in the modules.
 
 from __future__ import annotations
 
+from types import FunctionType
+
 from deos_fx.operator.assign import SIMILARITIES, dropped, nearest, similarity, soft, uniform
 from deos_fx.operator.scores import SCORES, Score, combine, standardize
 from deos_fx.operator.select import for_each_row, greedy, grid_anchors, grid_layout, take, top_k
@@ -38,3 +40,8 @@ __all__ = [
     "top_k",
     "uniform",
 ]
+
+# The code of a graph spells out where a function lives; the public place reads best there.
+for _function in [value for name, value in globals().items() if name in __all__]:
+    if isinstance(_function, FunctionType):
+        _function.__module__ = __name__

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deos_fx.operator.scores import full_precision
+from deos_fx.operator.scores import full_precision, grid_coverage
 
 __all__ = [
     "for_each_row",
@@ -14,6 +14,7 @@ __all__ = [
     "greedy_penalty",
     "grid_anchors",
     "grid_layout",
+    "grid_preference",
     "take",
     "top_k",
 ]
@@ -113,13 +114,12 @@ def grid_anchors(grid: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: If the grid is incomplete or no layout of windows has ``count`` cells.
     """
-    image, row, column = (axis.unique() for axis in grid.reshape(-1, 3).unbind(-1))
-    images, height, width = len(image), len(row), len(column)
-    if images * height * width != grid.reshape(-1, 3).shape[0]:
+    images, height, width = _sides(grid)
+    if images * height * width != grid.shape[-2]:
         raise ValueError(
-            f"grid anchors need complete grids, but {grid.reshape(-1, 3).shape[0]} tokens are not "
-            f"{images} x {height} x {width}; use the selector 'grid' only where no other selector "
-            "has removed tokens before"
+            f"grid anchors need complete grids, but {grid.shape[-2]} tokens are not {images} x "
+            f"{height} x {width}; use the selector 'grid' only where no other selector has removed "
+            "tokens before"
         )
     if count % images:
         raise ValueError(f"{count} anchors do not split evenly over {images} images")
@@ -127,6 +127,33 @@ def grid_anchors(grid: Tensor, count: int) -> Tensor:
     rows, columns = _centres(height, down), _centres(width, across)
     anchors = [(k * height + r) * width + c for k in range(images) for r in rows for c in columns]
     return torch.tensor([anchors], device=grid.device)
+
+
+def grid_preference(grid: Tensor, count: int) -> Tensor:
+    """A constant score [1, V] whose best tokens are grid anchors, for a search over the count.
+
+    1 on the anchors of the largest layout with at most ``count`` windows, so it selects exactly
+    what ``grid_anchors`` does where the count has a layout; elsewhere ``grid_coverage``, which is
+    at most 0. On an incomplete grid it is ``grid_coverage`` alone.
+
+    Args:
+        grid: Image, row and column of every token, a constant [V, 3].
+        count: Number of tokens to prefer.
+    """
+    images, height, width = _sides(grid)
+    if not 0 < grid.shape[-2] == images * height * width:
+        return grid_coverage(grid)
+    per_image = max(count // images, 1)
+    while not _layouts(height, width, per_image, float("inf")):
+        per_image -= 1
+    anchors = grid_anchors(grid, per_image * images)
+    chosen = F.one_hot(anchors, grid.shape[-2]).sum(dim=1)
+    return torch.where(chosen > 0, 1.0, grid_coverage(grid))
+
+
+def _sides(grid: Tensor) -> tuple[int, int, int]:
+    image, row, column = (axis.unique() for axis in grid.reshape(-1, 3).unbind(-1))
+    return len(image), len(row), len(column)
 
 
 def _centres(side: int, windows: int) -> list[int]:

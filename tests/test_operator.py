@@ -1,0 +1,826 @@
+"""The operator: properties, independent oracles, and relaxed against static."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from deos_fx import operator
+from deos_fx.operator import SCORES, static_reduce
+from deos_fx.operator.relaxed import RelaxedReduction, soft_top_k
+from deos_fx.operator.select import greedy_penalty, grid_preference
+from deos_fx.reduction import Reduction
+
+quick = settings(deadline=None, max_examples=25)
+seeds = st.integers(0, 2**31)
+SIDE, WIDTH = 6, 8
+TOKENS = SIDE**2
+
+# One of every regime and selector, and mixtures of them.
+BEHAVIOURS: dict[str, dict[str, Any]] = {
+    "prune": {},
+    "prune by a mixture": {"scores": {"novelty": 1, "key_norm": 2, "text_attention": 1}},
+    "merge": {"gain": 1},
+    "merge half by keys": {"gain": 0.5, "similarity": {"key": 1, "feature": 1}},
+    "sum": {"gain": 1, "exponent": 0, "weighting": "score"},
+    "pool": {"gain": 1, "selector": "grid", "similarity": {"grid": 1}},
+    "soft grid": {"gain": 1, "selector": "grid", "similarity": {"grid": 1}, "temperature": 0.05},
+    "grid prune": {"selector": "grid", "reweight": 0.2},
+    "uniform": {"gain": 1, "temperature": math.inf},
+    "redistribute": {"gain": 1, "temperature": 0.1},
+    "reweight": {"reweight": 0.3},
+    "greedy": {"selector": "greedy", "diversity": 0.7},
+    "greedy merge": {"selector": "greedy", "diversity": 2.0, "gain": 1, "temperature": 0.2},
+    "residual": {"residual": True},
+    "everything": {
+        "selector": "greedy",
+        "diversity": 0.3,
+        "gain": 0.4,
+        "temperature": 0.07,
+        "similarity": {"feature": 1, "key": 1, "grid": 1},
+        "weighting": "score",
+        "exponent": 0.6,
+        "reweight": -0.1,
+        "residual": True,
+    },
+}
+behaviours = pytest.mark.parametrize("behaviour", BEHAVIOURS)
+
+
+def _reduction(behaviour: str, keep: int, site: str = "projector") -> Reduction:
+    return Reduction(site, keep, **BEHAVIOURS[behaviour])
+
+
+def _grid(side: int = SIDE, images: int = 1) -> Tensor:
+    places = [
+        [image, row, column]
+        for image in range(images)
+        for row in range(side)
+        for column in range(side)
+    ]
+    return torch.tensor(places)
+
+
+def _inputs(
+    seed: int, rows: int = 3, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Tokens, masses and all features of a site."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    features = {
+        name: normal(rows, TOKENS).softmax(-1)
+        for name in ("attention_last", "attention_text", "attention_cls")
+    }
+    features |= {"keys": normal(rows, TOKENS, 5), "grid": _grid()}
+    return normal(rows, TOKENS, WIDTH), normal(rows, TOKENS).exp(), features
+
+
+def _gather(values: Tensor, kept: Tensor) -> Tensor:
+    return torch.stack([row[index] for row, index in zip(values, kept, strict=True)])
+
+
+# *** scores
+
+
+@pytest.mark.parametrize("name", SCORES)
+@quick
+@given(seed=seeds)
+def test_scores_are_permutation_equivariant(name: str, seed: int) -> None:
+    tokens, _, features = _inputs(seed)
+    features = {**features, "tokens": tokens, "grid": features["grid"].expand(3, -1, -1)}
+    order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))
+    score = SCORES[name]
+    plain = score.function(*(features[need] for need in score.needs))
+    shuffled = score.function(*(features[need][:, order] for need in score.needs))
+    torch.testing.assert_close(shuffled, plain[:, order])
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_are_in_single_precision(name: str, dtype: torch.dtype) -> None:
+    tokens, _, features = _inputs(0)
+    features = {name: value.to(dtype) for name, value in features.items() if name != "grid"}
+    features |= {"tokens": tokens.to(dtype), "grid": _grid()}
+    score = SCORES[name].function(*(features[need] for need in SCORES[name].needs))
+    assert score.dtype == torch.float32
+
+
+def test_novelty_is_the_distance_to_the_nearest() -> None:
+    tokens, _, _ = _inputs(0, rows=1)
+    for j, value in enumerate(operator.SCORES["novelty"].function(tokens)[0]):
+        others = [F.cosine_similarity(tokens[0, j], tokens[0, i], 0) for i in range(TOKENS)]
+        torch.testing.assert_close(value, -max(others[:j] + others[j + 1 :]))
+
+
+def test_novelty_ignores_tokens_that_are_gone() -> None:
+    tokens, _, _ = _inputs(0)
+    alive = torch.ones(3, TOKENS)
+    alive[:, 20:] = 0
+    novelty = SCORES["novelty"].function
+    torch.testing.assert_close(novelty(tokens, alive)[:, :20], novelty(tokens[:, :20]))
+
+
+@pytest.mark.parametrize("count", [1, 4, 16, 64])
+def test_grid_coverage_spreads_evenly_at_any_count(count: int) -> None:
+    grid = _grid(8)
+    best = operator.top_k(SCORES["grid_coverage"].function(grid), count)[0]
+    side = math.isqrt(count)
+    cells = {(int(r) * side // 8, int(c) * side // 8) for _, r, c in grid[best]}
+    assert len(cells) == count
+
+
+@quick
+@given(seeds, st.floats(1e-3, 1e3), st.floats(-10, 10))
+def test_standardize_forgets_scale_and_offset(seed: int, scale: float, offset: float) -> None:
+    score = _inputs(seed, dtype=torch.float64)[2]["attention_last"]
+    z = operator.standardize(score)
+    torch.testing.assert_close(z.mean(-1), torch.zeros(3, dtype=z.dtype))
+    torch.testing.assert_close(z.std(-1, correction=0), torch.ones(3, dtype=z.dtype))
+    moved = operator.standardize(scale * (score + offset))
+    torch.testing.assert_close(moved, z, atol=1e-2, rtol=1e-2)
+
+
+def test_standardize_makes_no_noise_of_a_constant() -> None:
+    for value in (0.0, 0.1, 1 / 576, 1e4):
+        assert operator.standardize(torch.full((2, 576), value)).abs().max() < 0.5
+
+
+def test_standardize_over_the_living_only() -> None:
+    score = torch.randn(2, 10)
+    alive = torch.ones(2, 10)
+    alive[:, 6:] = 0
+    expected = operator.standardize(score[:, :6])
+    torch.testing.assert_close(operator.standardize(score, alive)[:, :6], expected)
+
+
+# *** selectors
+
+
+@quick
+@given(seeds, st.integers(1, TOKENS))
+def test_top_k_is_torch_topk_in_order(seed: int, count: int) -> None:
+    score = _inputs(seed)[2]["attention_last"]
+    kept = operator.top_k(score, count)
+    assert kept.shape == (3, count)
+    assert (kept.diff(dim=-1) > 0).all()
+    torch.testing.assert_close(
+        _gather(score, kept).sort(-1).values, score.topk(count).values.flip(-1)
+    )
+
+
+@quick
+@given(seeds, st.integers(1, TOKENS), st.floats(0, 5))
+def test_greedy_is_a_plain_loop(seed: int, count: int, diversity: float) -> None:
+    tokens, _, features = _inputs(seed, dtype=torch.float64)
+    score = operator.standardize(features["attention_last"])
+    similarity = operator.similarity(tokens, None, None, {"feature": 1.0})
+    kept = operator.greedy(score, similarity, count, diversity)
+    for row in range(3):
+        chosen: list[int] = []
+        while len(chosen) < count:
+            gains = {
+                j: score[row, j]
+                - diversity * max((similarity[row, i, j] for i in chosen), default=-1)
+                for j in range(TOKENS)
+                if j not in chosen
+            }
+            chosen.append(max(gains, key=lambda j: gains[j]))
+        assert kept[row].tolist() == sorted(chosen)
+
+
+@quick
+@given(seeds, st.integers(1, TOKENS))
+def test_greedy_without_diversity_is_top_k(seed: int, count: int) -> None:
+    tokens, _, features = _inputs(seed)
+    score = features["attention_last"]
+    similarity = operator.similarity(tokens, None, None, {"feature": 1.0})
+    assert torch.equal(operator.greedy(score, similarity, count, 0.0), operator.top_k(score, count))
+
+
+@quick
+@given(seeds, st.integers(1, TOKENS), st.floats(0, 5))
+def test_greedy_penalty_ranks_like_greedy(seed: int, count: int, diversity: float) -> None:
+    tokens, _, features = _inputs(seed, dtype=torch.float64)
+    score = operator.standardize(features["attention_last"])
+    similarity = operator.similarity(tokens, None, None, {"feature": 1.0})
+    weight = torch.tensor(diversity, dtype=torch.float64)
+    for steps in (count, TOKENS):
+        gain = score - weight * greedy_penalty(score, similarity, steps, weight)
+        kept = operator.greedy(score, similarity, count, diversity)
+        assert torch.equal(operator.top_k(gain, count), kept)
+
+
+@pytest.mark.parametrize(
+    ("side", "count", "layout"),
+    [(12, 16, (4, 4)), (12, 72, (6, 12)), (12, 18, (3, 6)), (12, 144, (12, 12)), (12, 1, (1, 1))],
+)
+def test_grid_layout(side: int, count: int, layout: tuple[int, int]) -> None:
+    assert operator.grid_layout(side, side, count) == layout
+    anchors = operator.grid_anchors(_grid(side), count)
+    assert anchors.shape == (1, count)
+    assert (anchors.diff() > 0).all()
+
+
+@quick
+@given(st.integers(1, 14), st.integers(1, 14), st.integers(1, 196))
+def test_grid_layout_or_the_nearest_counts(height: int, width: int, count: int) -> None:
+    try:
+        down, across = operator.grid_layout(height, width, count)
+    except ValueError as error:
+        hint = str(error).split("keep one of ")[1]
+        for near in map(int, hint.strip("[]").split(", ")):
+            operator.grid_layout(height, width, near)
+        return
+    assert down * across == count and down <= height and across <= width
+
+
+def test_grid_anchors_of_several_images_and_sparse_grids() -> None:
+    both = operator.grid_anchors(_grid(6, images=2), 8)[0].tolist()
+    one = operator.grid_anchors(_grid(6), 4)[0].tolist()
+    assert both == one + [36 + anchor for anchor in one]
+    every_other = torch.tensor([[0, 2 * r, 2 * c] for r in range(6) for c in range(6)])
+    assert operator.grid_anchors(every_other, 4)[0].tolist() == one
+
+
+def test_grid_anchors_refuse() -> None:
+    with pytest.raises(ValueError, match="35 tokens are not 1 x 6 x 6"):
+        operator.grid_anchors(_grid()[1:], 4)
+    with pytest.raises(ValueError, match="9 anchors do not split evenly over 2 images"):
+        operator.grid_anchors(_grid(6, images=2), 9)
+    with pytest.raises(ValueError, match="7 windows do not fit .* keep one of"):
+        operator.grid_anchors(_grid(), 7)
+
+
+def test_grid_preference_ranks_the_anchors_first() -> None:
+    for count in (1, 4, 9, 18, 36):
+        anchors = operator.grid_anchors(_grid(), count)
+        assert torch.equal(operator.top_k(grid_preference(_grid(), count), count), anchors)
+    assert grid_preference(_grid(), 7).shape == (1, TOKENS)
+    assert torch.equal(
+        grid_preference(_grid()[1:], 7), SCORES["grid_coverage"].function(_grid()[1:])
+    )
+
+
+# *** assignment and transfer
+
+
+@quick
+@given(seeds, st.integers(1, TOKENS), st.sampled_from([0.0, 0.01, 0.3, math.inf]))
+def test_columns_of_the_assignment(seed: int, count: int, temperature: float) -> None:
+    tokens, _, features = _inputs(seed)
+    parameters = {"gain": 1.0, "temperature": temperature}
+    result = static_reduce(
+        Reduction("projector", count, **parameters), count, tokens, None, features
+    )
+    columns = result.assignment.sum(dim=1)
+    expected = torch.ones(3, TOKENS)
+    for row in range(3):
+        expected[row, result.kept[row]] = 0
+    torch.testing.assert_close(columns, expected)
+
+
+def test_nearest_gives_ties_to_the_first() -> None:
+    similarity = torch.zeros(1, 2, 5)
+    kept = torch.tensor([[1, 3]])
+    expected = torch.tensor([[[1.0, 0, 1, 0, 1], [0, 0, 0, 0, 0]]])
+    assert torch.equal(operator.nearest(similarity, kept), expected)
+
+
+@quick
+@given(seeds, st.integers(1, TOKENS - 1))
+def test_merge_is_a_plain_loop(seed: int, count: int) -> None:
+    tokens, mass, features = _inputs(seed, dtype=torch.float64)
+    result = static_reduce(_reduction("merge", count), count, tokens, mass, features)
+    for row in range(3):
+        kept = result.kept[row].tolist()
+        sums = {i: mass[row, i] * tokens[row, i] for i in kept}
+        masses = {i: mass[row, i] for i in kept}
+        for j in set(range(TOKENS)) - set(kept):
+            cosines = [F.cosine_similarity(tokens[row, i], tokens[row, j], 0) for i in kept]
+            target = kept[int(torch.stack(cosines).argmax())]
+            sums[target] = sums[target] + mass[row, j] * tokens[row, j]
+            masses[target] = masses[target] + mass[row, j]
+        expected = torch.stack([sums[i] / masses[i] for i in kept])
+        torch.testing.assert_close(result.tokens[row], expected)
+        torch.testing.assert_close(result.mass[row], torch.stack([masses[i] for i in kept]))
+
+
+@quick
+@given(seeds, st.integers(1, TOKENS - 1), st.floats(0.02, 5), st.floats(0, 1), st.floats(0, 2))
+def test_soft_transfer_is_a_plain_loop(
+    seed: int, count: int, temperature: float, gain: float, exponent: float
+) -> None:
+    tokens, _, features = _inputs(seed, rows=1, dtype=torch.float64)
+    reduction = Reduction(
+        "projector",
+        count,
+        gain=gain,
+        temperature=temperature,
+        exponent=exponent,
+        weighting="score",
+        reweight=0.2,
+    )
+    result = static_reduce(reduction, count, tokens, None, features)
+    x, score = tokens[0], features["attention_cls"][0]
+    z = (score - score.mean()) / score.std(correction=0)
+    kept = result.kept[0].tolist()
+    totals = dict.fromkeys(kept, torch.tensor(1.0, dtype=torch.float64))
+    sums = {i: x[i] for i in kept}
+    for j in set(range(TOKENS)) - set(kept):
+        closeness = {i: math.exp(F.cosine_similarity(x[i], x[j], 0) / temperature) for i in kept}
+        for i in kept:
+            content = gain * closeness[i] / sum(closeness.values()) * z[j].sigmoid()
+            sums[i] = sums[i] + content * x[j]
+            totals[i] = totals[i] + content
+    expected = [sums[i] / totals[i] ** exponent * (1 + 0.2 * z[i]) for i in kept]
+    torch.testing.assert_close(result.tokens[0], torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_residual_is_the_mean_of_everything_dropped() -> None:
+    tokens, _, features = _inputs(0, rows=1)
+    result = static_reduce(_reduction("residual", 5), 5, tokens, None, features)
+    kept = result.kept[0].tolist()
+    score = features["attention_cls"][0]
+    worst = min(kept, key=lambda i: score[i])
+    rest = sorted(set(range(TOKENS)) - set(kept) | {worst})
+    for slot, i in enumerate(kept):
+        expected = tokens[0, rest].mean(0) if i == worst else tokens[0, i]
+        torch.testing.assert_close(result.tokens[0, slot], expected)
+    assert result.mass.sum() == TOKENS
+
+
+def test_uniform_gives_all_the_same_share() -> None:
+    tokens, _, features = _inputs(0)
+    result = static_reduce(_reduction("uniform", 6), 6, tokens, None, features)
+    lost = tokens.sum(1) - _gather(tokens, result.kept).sum(1)
+    expected = (_gather(tokens, result.kept) + lost.unsqueeze(1) / 6) / (1 + 30 / 6)
+    torch.testing.assert_close(result.tokens, expected)
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_pooling_two_images_is_avg_pool2d(window: int) -> None:
+    tokens = torch.randn(2, 2 * TOKENS, WIDTH)
+    side = SIDE // window
+    count = 2 * side**2
+    result = static_reduce(
+        _reduction("pool", count), count, tokens, None, {"grid": _grid(images=2)}
+    )
+    images = tokens.mT.reshape(2, WIDTH, 2, SIDE, SIDE).transpose(1, 2).flatten(0, 1)
+    expected = F.avg_pool2d(images, window).unflatten(0, (2, 2)).transpose(1, 2).flatten(2).mT
+    torch.testing.assert_close(result.tokens, expected)
+
+
+@behaviours
+@quick
+@given(seed=seeds, count=st.sampled_from([1, 4, 9, 18, 36]))
+def test_shapes_order_and_rows(behaviour: str, seed: int, count: int) -> None:
+    tokens, mass, features = _inputs(seed)
+    reduction = _reduction(behaviour, count)
+    result = static_reduce(reduction, count, tokens, mass, features)
+    assert result.tokens.shape == (3, count, WIDTH)
+    assert result.kept.shape == result.mass.shape == (3, count)
+    assert (result.kept.diff(dim=-1) > 0).all()
+    row = {name: value if name == "grid" else value[1:2] for name, value in features.items()}
+    alone = static_reduce(reduction, count, tokens[1:2], mass[1:2], row)
+    assert torch.equal(alone.kept[0], result.kept[1])
+    torch.testing.assert_close(alone.tokens[0], result.tokens[1])
+
+
+@behaviours
+@quick
+@given(seed=seeds)
+def test_keeping_all_is_the_identity(behaviour: str, seed: int) -> None:
+    tokens, mass, features = _inputs(seed)
+    reduction = _reduction(behaviour, TOKENS)
+    result = static_reduce(reduction, TOKENS, tokens, mass, features)
+    assert torch.equal(result.kept, torch.arange(TOKENS).expand(3, -1))
+    torch.testing.assert_close(result.mass, mass)
+    if not reduction.reweight:
+        torch.testing.assert_close(result.tokens, tokens)
+
+
+@behaviours
+@quick
+@given(seed=seeds, count=st.sampled_from([1, 4, 9, 18]))
+def test_mass_is_conserved(behaviour: str, seed: int, count: int) -> None:
+    tokens, mass, features = _inputs(seed)
+    reduction = _reduction(behaviour, count)
+    result = static_reduce(reduction, count, tokens, mass, features)
+    total = result.mass.sum(-1)
+    if reduction.gain == 1 or reduction.residual:
+        torch.testing.assert_close(total, mass.sum(-1))
+    else:
+        kept = _gather(mass, result.kept).sum(-1)
+        expected = kept + reduction.gain * (mass.sum(-1) - kept)
+        torch.testing.assert_close(total, expected)
+
+
+@behaviours
+def test_no_masses_are_masses_of_one(behaviour: str) -> None:
+    tokens, _, features = _inputs(0)
+    reduction = _reduction(behaviour, 9)
+    ones = static_reduce(reduction, 9, tokens, torch.ones(3, TOKENS), features)
+    none = static_reduce(reduction, 9, tokens, None, features)
+    torch.testing.assert_close(none.tokens, ones.tokens)
+    if none.mass is None:
+        assert reduction.gain == 0
+        assert torch.equal(ones.mass, torch.ones(3, 9))
+    else:
+        torch.testing.assert_close(none.mass, ones.mass)
+
+
+@behaviours
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(behaviour: str, dtype: torch.dtype) -> None:
+    tokens, mass, features = _inputs(0)
+    rounded = {
+        name: value if name == "grid" else value.to(dtype) for name, value in features.items()
+    }
+    mass = mass * 2e4  # sums to more than the largest half
+    half = static_reduce(_reduction(behaviour, 9), 9, tokens.to(dtype), mass, rounded)
+    single = {name: value if name == "grid" else value.float() for name, value in rounded.items()}
+    full = static_reduce(_reduction(behaviour, 9), 9, tokens.to(dtype).float(), mass, single)
+    assert half.tokens.dtype == dtype
+    assert torch.equal(half.kept, full.kept)
+    atol = 8 * torch.finfo(dtype).eps * full.tokens.abs().max().item()
+    torch.testing.assert_close(half.tokens.float(), full.tokens, atol=atol, rtol=0)
+
+
+def test_features_that_are_required_are_enough() -> None:
+    tokens, mass, features = _inputs(0)
+    for behaviour in BEHAVIOURS:
+        reduction = _reduction(behaviour, 9)
+        needed = operator.required_features(reduction) - {"tokens"}
+        given_ = {name: features[name] for name in needed}
+        static_reduce(reduction, 9, tokens, mass, given_)
+        for name in needed:
+            fewer = {key: value for key, value in given_.items() if key != name}
+            with pytest.raises(KeyError, match=name):
+                static_reduce(reduction, 9, tokens, mass, fewer)
+
+
+# *** graphs
+
+
+def _record(reduction: Reduction, count: int, *, mass: bool) -> fx.GraphModule:
+    """Writes a reduction into a graph; operators on constants alone are run at once."""
+    graph = fx.Graph()
+    needed = sorted(operator.required_features(reduction) - {"tokens", "grid"})
+    features = {name: graph.placeholder(name) for name in needed}
+    tokens = graph.placeholder("tokens")
+    module = nn.Module()
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        if not any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(arguments)):
+            return function(*arguments)
+        return graph.call_function(function, tuple(constant(value) for value in arguments))
+
+    def constant(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        name = f"constant_{len(module.state_dict())}"
+        module.register_buffer(name, value)
+        return graph.get_attr(name)
+
+    masses = graph.placeholder("mass") if mass else None
+    result = static_reduce(reduction, count, tokens, masses, {**features, "grid": _grid()}, call)
+    graph.output((result.tokens, result.kept))
+    return fx.GraphModule(module, graph)
+
+
+def _operators(module: fx.GraphModule) -> list[str]:
+    return [node.target.__name__ for node in module.graph.nodes if node.op == "call_function"]
+
+
+@behaviours
+@pytest.mark.parametrize("mass", [False, True])
+def test_a_recorded_reduction_computes_the_same(behaviour: str, mass: bool) -> None:
+    tokens, masses, features = _inputs(0)
+    reduction = _reduction(behaviour, 9)
+    module = _record(reduction, 9, mass=mass)
+    inputs = {name: features[name] for name in operator.required_features(reduction) - {"tokens"}}
+    inputs.pop("grid", None)
+    inputs["tokens"] = tokens
+    if mass:
+        inputs["mass"] = masses
+    reduced, kept = module(**inputs)
+    plain = static_reduce(reduction, 9, tokens, masses if mass else None, features)
+    assert torch.equal(kept, plain.kept)
+    assert torch.equal(reduced, plain.tokens)
+
+
+def test_a_graph_has_only_the_operators_it_needs() -> None:
+    def operators(behaviour: str) -> list[str]:
+        module = _record(_reduction(behaviour, 9), 9, mass=False)
+        module.graph.eliminate_dead_code()
+        return _operators(module)
+
+    assert operators("prune") == ["cls_attention", "top_k", "take"]
+    assert operators("merge") == ["cls_attention", "top_k", "similarity", "nearest", "merge"]
+    assert operators("pool") == ["merge", "for_each_row"]
+    assert operators("uniform") == ["cls_attention", "top_k", "uniform", "merge"]
+    assert operators("residual") == ["cls_attention", "top_k", "residual", "merge"]
+
+
+def test_the_code_of_a_graph_reads_like_the_method() -> None:
+    module = _record(_reduction("merge", 9), 9, mass=False)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    body = [line.split(";")[0].strip() for line in module.code.splitlines() if " = " in line]
+    assert body == [
+        "cls_attention = deos_fx_operator_scores_cls_attention(attention_cls)",
+        "top_k = deos_fx_operator_top_k(cls_attention, 9)",
+        "similarity = deos_fx_operator_similarity(tokens, None, None, {'feature': 1.0}, top_k)",
+        "nearest = deos_fx_operator_nearest(similarity, top_k)",
+        "merge = deos_fx_operator_merge(tokens, top_k, nearest, None, None, 1, 1.0)",
+    ]
+
+
+class _Several(nn.Module):
+    """Several reductions side by side, so that one export serves them all."""
+
+    behaviours = ("everything", "pool", "uniform", "merge")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded = nn.ModuleList(
+            _record(_reduction(behaviour, 4), 4, mass=True) for behaviour in self.behaviours
+        )
+
+    def forward(
+        self, tokens: Tensor, mass: Tensor, attention_cls: Tensor, keys: Tensor
+    ) -> list[Tensor]:
+        given_ = {"tokens": tokens, "mass": mass, "attention_cls": attention_cls, "keys": keys}
+        results = []
+        for module in self.recorded:
+            names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+            results.extend(module(**{name: given_[name] for name in names}))
+        return results
+
+
+# torch.onnx of 2.13 warns of its own deprecations, and that inputs share their batch axis.
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:# The axis name"
+)
+def test_onnx_runtime_agrees_at_another_batch() -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model = _Several().eval()
+    tokens, mass, features = _inputs(0, rows=3)
+    inputs = (tokens, mass, features["attention_cls"], features["keys"])
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        model, inputs, dynamo=True, dynamic_shapes=[{0: batch}] * 4, verbose=False
+    )
+    buffer = io.BytesIO()
+    program.save(buffer)
+    operators = {node.op_type for node in program.model.graph}
+    assert not operators & {"NonZero", "ScatterElements", "ScatterND", "Loop", "If"}
+    session = runtime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
+    tokens, mass, features = _inputs(1, rows=5)
+    inputs = (tokens, mass, features["attention_cls"], features["keys"])
+    names = [value.name for value in session.get_inputs()]
+    feed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+    for found, expected in zip(session.run(None, feed), model(*inputs), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=1e-4)
+
+
+# *** relaxed
+
+
+@quick
+@given(seeds, st.floats(0, 1), st.floats(1e-4, 10), st.booleans())
+def test_soft_top_k_sums_to_the_count(
+    seed: int, fraction: float, temperature: float, partial: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randn(4, TOKENS, generator=generator, dtype=torch.float64)
+    alive = torch.rand(score.shape, generator=generator, dtype=torch.float64) ** 0.2
+    alive = alive if partial else torch.ones_like(alive)
+    count = fraction * alive.sum(-1)
+    gates = soft_top_k(score, count, temperature, alive)
+    torch.testing.assert_close(gates.sum(-1), count, atol=1e-9, rtol=0)
+    assert (gates >= 0).all() and (gates <= alive).all()
+
+
+@quick
+@given(seeds, st.integers(0, TOKENS))
+def test_soft_top_k_hardens_to_top_k(seed: int, count: int) -> None:
+    score = torch.randn(3, TOKENS, generator=torch.Generator().manual_seed(seed))
+    gates = soft_top_k(score, count, 1e-6, torch.ones_like(score))
+    expected = F.one_hot(operator.top_k(score, count), TOKENS).sum(1).float()
+    torch.testing.assert_close(gates, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 3.0])
+def test_soft_top_k_gradients(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(3, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    alive = torch.rand(3, 9, generator=generator, dtype=torch.float64) * 0.5 + 0.4
+    count = torch.tensor([0.7, 2.5, 4.0], dtype=torch.float64, requires_grad=True)
+    inputs = (score, count, alive.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda s, c, a: soft_top_k(s, c, temperature, a), inputs, atol=1e-6
+    )
+
+
+def test_soft_top_k_gradient_to_the_count_survives_saturation() -> None:
+    score = torch.arange(6.0).unsqueeze(0)
+    for count in (0.0, 3.0, 6.0):
+        wanted = torch.tensor(count, requires_grad=True)
+        gates = soft_top_k(score, wanted, 1e-5, torch.ones(1, 6))
+        (slope,) = torch.autograd.grad(gates.sum(), wanted)
+        torch.testing.assert_close(slope, torch.tensor(1.0))
+
+
+def _saturated(reduction: Reduction, fraction: float) -> RelaxedReduction:
+    return RelaxedReduction.from_reduction(reduction, fraction).double()
+
+
+@behaviours
+@quick
+@given(seed=seeds, count=st.sampled_from([1, 4, 9, 18, 36]))
+def test_saturated_relaxed_is_static(behaviour: str, seed: int, count: int) -> None:
+    tokens, mass, features = _inputs(seed, dtype=torch.float64)
+    reduction = _reduction(behaviour, count)
+    static = static_reduce(reduction, count, tokens, mass, features)
+    alive = torch.ones_like(mass)
+    relaxed = _saturated(reduction, count / TOKENS)(tokens, alive, mass, features)
+    expected = F.one_hot(static.kept, TOKENS).sum(1).double()
+    torch.testing.assert_close(relaxed.alive, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        _gather(relaxed.tokens, static.kept), static.tokens, atol=1e-4, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        _gather(relaxed.mass, static.kept), static.mass, atol=1e-3, rtol=1e-5
+    )
+
+
+@behaviours
+@pytest.mark.parametrize("first", ["merge", "prune", "pool", "everything"])
+def test_saturated_relaxed_is_static_after_another(first: str, behaviour: str) -> None:
+    if BEHAVIOURS[behaviour].get("selector") == "grid" and first != "pool":
+        pytest.skip("a policy refuses grid anchors where the grid is incomplete")
+    tokens, mass, features = _inputs(3, dtype=torch.float64)
+    one, two = _reduction(first, 9), _reduction(behaviour, 4, "decoder.1")
+    static = static_reduce(one, 9, tokens, mass, features)
+    left = {
+        name: value[static.kept[0]]
+        if name == "grid" and first == "pool"
+        else _gather(value.expand(3, -1, -1) if name == "grid" else value, static.kept)
+        for name, value in features.items()
+    }
+    again = static_reduce(two, 4, static.tokens, static.mass, left)
+    kept = static.kept.gather(1, again.kept)
+    relaxed = _saturated(one, 9 / TOKENS)(tokens, torch.ones_like(mass), mass, features)
+    relaxed = _saturated(two, 4 / 9)(relaxed.tokens, relaxed.alive, relaxed.mass, features)
+    assert torch.equal(operator.top_k(relaxed.alive, 4), kept)
+    torch.testing.assert_close(_gather(relaxed.tokens, kept), again.tokens, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(_gather(relaxed.mass, kept), again.mass, atol=1e-3, rtol=1e-5)
+
+
+@behaviours
+def test_an_inactive_site_is_the_identity(behaviour: str) -> None:
+    tokens, mass, features = _inputs(0)
+    alive = torch.rand(mass.shape) * 0.9 + 0.1
+    site = RelaxedReduction(_reduction(behaviour, 9), activation=0.0, retention=0.5)
+    relaxed = site(tokens, alive, mass, features)
+    torch.testing.assert_close(relaxed.tokens, tokens)
+    torch.testing.assert_close(relaxed.alive, alive)
+    torch.testing.assert_close(relaxed.mass, mass)
+    torch.testing.assert_close(site.keep_fraction(0.7), torch.tensor(0.7))
+    torch.testing.assert_close(site.bias_after(0.3), torch.tensor(0.3))
+
+
+@behaviours
+def test_gates_sum_to_the_fraction_kept(behaviour: str) -> None:
+    tokens, mass, features = _inputs(0)
+    site = RelaxedReduction(_reduction(behaviour, 9), activation=0.8, retention=0.3)
+    relaxed = site(tokens, torch.ones_like(mass), mass, features)
+    torch.testing.assert_close(relaxed.alive.mean(-1), site.keep_fraction().expand(3))
+    torch.testing.assert_close(site.keep_fraction(), torch.tensor(1 - 0.8 * 0.7))
+
+
+@behaviours
+@pytest.mark.parametrize("extreme", [-1e4, -30.0, 0.0, 30.0, 1e4])
+def test_gradients_are_finite_at_extreme_parameters(behaviour: str, extreme: float) -> None:
+    tokens, mass, features = _inputs(0)
+    tokens.requires_grad_()
+    for gate_temperature in (1.0, 1e-4):
+        site = RelaxedReduction(
+            _reduction(behaviour, 9),
+            activation=0.9,
+            retention=0.25,
+            gate_temperature=gate_temperature,
+        )
+        for moved in [*site.parameters()]:
+            before = moved.detach().clone()
+            with torch.no_grad():
+                moved.fill_(extreme)
+            relaxed = site(tokens, torch.ones_like(mass), mass, features)
+            loss = relaxed.tokens.square().mean() + (relaxed.alive * relaxed.mass.log()).mean()
+            loss = loss + site.bias_after() + site.keep_fraction()
+            site.zero_grad()
+            loss.backward()
+            grads = [p.grad for p in site.parameters() if p.grad is not None] + [tokens.grad]
+            assert all(torch.isfinite(grad).all() for grad in grads)
+            with torch.no_grad():
+                moved.copy_(before)
+
+
+def test_every_learned_parameter_has_a_gradient() -> None:
+    tokens, mass, features = _inputs(0)
+    start = Reduction(
+        "projector", 9, **BEHAVIOURS["everything"] | {"scores": {"novelty": 1, "key_norm": 2}}
+    )
+    site = RelaxedReduction(start, activation=0.9, retention=0.3)
+    relaxed = site(tokens, torch.ones_like(mass), mass, features)
+    (relaxed.tokens.square().sum() + site.bias_after()).backward()
+    for name, parameter in site.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_relaxed_gradients_are_those_of_finite_differences() -> None:
+    tokens, mass, features = _inputs(0, rows=2, dtype=torch.float64)
+    start = Reduction(
+        "projector",
+        9,
+        scores={"novelty": 1, "text_attention": 2},
+        gain=0.6,
+        temperature=0.3,
+        similarity={"feature": 1, "key": 1},
+        weighting="score",
+        reweight=0.1,
+        exponent=0.5,
+    )
+    site = RelaxedReduction(start, activation=0.8, retention=0.3).double()
+
+    def output(*parameters: Tensor) -> Tensor:
+        named = dict(zip([name for name, _ in site.named_parameters()], parameters, strict=True))
+        inputs = (tokens, torch.ones_like(mass), mass, features)
+        result = torch.func.functional_call(site, named, inputs)
+        return torch.cat([result.tokens.flatten(), result.alive.flatten(), result.mass.flatten()])
+
+    parameters = [value.detach().clone().requires_grad_() for value in site.parameters()]
+    assert torch.autograd.gradcheck(output, parameters, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_relaxed_in_half_precision(dtype: torch.dtype) -> None:
+    tokens, mass, features = _inputs(0)
+    features = {k: v if k == "grid" else v.to(dtype) for k, v in features.items()}
+    site = RelaxedReduction(_reduction("everything", 9), activation=0.9, retention=0.3)
+    relaxed = site(tokens.to(dtype), torch.ones_like(mass), mass, features)
+    assert relaxed.tokens.dtype == dtype
+    assert relaxed.alive.dtype == relaxed.mass.dtype == torch.float32
+    assert torch.isfinite(relaxed.tokens).all()
+
+
+@behaviours
+def test_discretising_a_saturated_site_gives_the_reduction_back(behaviour: str) -> None:
+    reduction = _reduction(behaviour, 9)
+    found = RelaxedReduction.from_reduction(reduction, 0.25).to_reduction("projector", 9)
+    for name in ("scores", "similarity"):
+        assert getattr(found, name) == pytest.approx(getattr(reduction, name), abs=1e-4)
+    for name in ("selector", "weighting", "exponent", "residual", "position", "keep", "site"):
+        assert getattr(found, name) == getattr(reduction, name)
+    for name in ("diversity", "gain", "reweight", "mass_bias", "temperature"):
+        assert getattr(found, name) == pytest.approx(getattr(reduction, name), abs=1e-4)
+
+
+def test_discretising_drops_what_is_negligible() -> None:
+    start = Reduction(
+        "decoder.1",
+        9,
+        scores={"novelty": 999, "key_norm": 1},
+        selector="greedy",
+        diversity=0.001,
+        gain=0.002,
+        temperature=0.1,
+        reweight=0.003,
+        mass_bias=0.004,
+    )
+    site = RelaxedReduction(start, activation=0.9, retention=0.5)
+    expected = Reduction("decoder.3", 0.25, scores={"novelty": 1})
+    assert site.to_reduction("decoder.3", 0.25) == expected
+
+
+def test_grid_search_passes_through_counts_without_a_layout() -> None:
+    tokens, mass, features = _inputs(0)
+    alive = torch.ones_like(mass)
+    for retention in torch.linspace(0.01, 0.99, 15).tolist():
+        site = RelaxedReduction(_reduction("pool", 9), activation=1.0, retention=retention)
+        relaxed = site(tokens, alive, mass, features)
+        torch.testing.assert_close(relaxed.alive.mean(-1), torch.full((3,), retention))

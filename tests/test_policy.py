@@ -1,0 +1,313 @@
+"""Policies: construction, counts, JSON and files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deos_fx.operator import SCORES
+from deos_fx.policy import ModelSignature, Policy, Reduction
+
+TINY = ModelSignature(model_type="llava", vision_layers=4, decoder_layers=10, visual_tokens=144)
+SITES = ["projector", "decoder.0", "decoder.4", "decoder.12", "vision.3"]
+
+weights = st.floats(0.01, 10)
+reductions = st.builds(
+    Reduction,
+    site=st.just("projector"),
+    keep=st.one_of(st.integers(1, 144), st.floats(0.001, 1)),
+    scores=st.dictionaries(st.sampled_from(sorted(SCORES)), weights, max_size=3),
+    selector=st.sampled_from(["top_k", "greedy"]),
+    gain=st.floats(0, 1),
+    temperature=st.one_of(st.floats(0, 100), st.just(math.inf)),
+    similarity=st.dictionaries(st.sampled_from(["feature", "key", "grid"]), weights),
+    weighting=st.sampled_from(["one", "score"]),
+    exponent=st.floats(0, 2),
+    reweight=st.floats(-1, 1),
+    residual=st.booleans(),
+    mass_bias=st.floats(0, 2),
+    position=st.sampled_from(["keep", "compact"]),
+)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    sites = draw(st.lists(st.sampled_from(SITES), unique=True, max_size=4))
+    parts = tuple(replace(draw(reductions), site=site) for site in sites)
+    model = draw(st.sampled_from([None, TINY]))
+    return Policy(parts, name=draw(st.text(max_size=8)), model=model)
+
+
+@settings(deadline=None, max_examples=100)
+@given(policies())
+def test_json_round_trip(policy: Policy) -> None:
+    text = policy.to_json()
+    assert Policy.from_json(text) == policy
+    assert Policy.from_json(text).to_json() == text
+
+
+@settings(deadline=None, max_examples=50)
+@given(reductions)
+def test_weights_are_on_the_simplex(reduction: Reduction) -> None:
+    assert sum(reduction.scores.values()) == pytest.approx(1)
+    assert sum(reduction.similarity.values()) == pytest.approx(1)
+
+
+def test_defaults_are_left_out_of_the_json() -> None:
+    data = json.loads(Policy((Reduction("decoder.1", 18),)).to_json())
+    assert data == {
+        "deos_fx": "policy",
+        "version": 1,
+        "reductions": [
+            {"site": "decoder.1", "keep": 18, "scores": {"last_text_attention": 1.0}},
+        ],
+    }
+
+
+def test_default_scores_follow_the_site() -> None:
+    assert Reduction("projector", 1).scores == {"cls_attention": 1.0}
+    assert Reduction("vision.0", 1).scores == {"cls_attention": 1.0}
+    assert Reduction("decoder.0", 1).scores == {"last_text_attention": 1.0}
+    assert Reduction("projector", 1, selector="grid").scores == {}
+    assert Reduction("projector", 1, selector="grid", reweight=0.1).scores != {}
+
+
+def test_reductions_are_sorted_by_depth() -> None:
+    policy = Policy(tuple(Reduction(site, 1) for site in SITES))
+    order = ["vision.3", "projector", "decoder.0", "decoder.4", "decoder.12"]
+    assert [reduction.site for reduction in policy.reductions] == order
+
+
+def test_empty_policy() -> None:
+    assert Policy().is_empty
+    assert Policy().counts(144) == []
+    assert repr(Policy()) == "Policy: no reduction"
+    assert not Policy((Reduction("projector", 1),)).is_empty
+
+
+def test_repr_reads_as_a_description() -> None:
+    policy = Policy(
+        (
+            Reduction("projector", 0.5, gain=1, mass_bias=1),
+            Reduction("decoder.3", 9, scores={"novelty": 1, "text_attention": 3}, residual=True),
+        ),
+        name="mine",
+        model=TINY,
+    )
+    assert repr(policy).splitlines() == [
+        f"Policy 'mine' for {TINY}:",
+        "  projector: keep 0.5, top_k by cls_attention, merge (gain 1, nearest by feature, "
+        "mass_bias 1), positions keep",
+        "  decoder.3: keep 9, top_k by 0.25 novelty + 0.75 text_attention, mixed (residual), "
+        "positions keep",
+    ]
+    assert eval(repr(policy.reductions[0])) == policy.reductions[0]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "regime"),
+    [
+        ({}, "prune"),
+        ({"gain": 1}, "merge"),
+        ({"gain": 1, "selector": "grid", "similarity": {"grid": 1}}, "pool"),
+        ({"gain": 1, "temperature": 0.1}, "reweight"),
+        ({"gain": 1, "temperature": math.inf}, "reweight"),
+        ({"reweight": 0.5}, "reweight"),
+        ({"gain": 1, "weighting": "score"}, "reweight"),
+        ({"gain": 0.5}, "mixed"),
+        ({"gain": 1, "exponent": 0.5}, "mixed"),
+        ({"residual": True}, "mixed"),
+    ],
+)
+def test_regimes(parameters: dict[str, Any], regime: str) -> None:
+    reduction = Reduction("projector", 1, **parameters)
+    assert reduction.regime == regime
+    assert Policy((reduction,)).regime(reduction) == regime
+
+
+def test_counts_are_rounded_and_at_least_one() -> None:
+    policy = Policy((Reduction("projector", 0.5), Reduction("decoder.1", 0.001)))
+    assert policy.counts(145) == [72, 1]
+    assert policy.count(Reduction("projector", 18), 144) == 18
+    assert Reduction("projector", 1).count(144) == 1
+    assert Reduction("projector", 1.0).count(144) == 144
+
+
+def test_counts_name_both_numbers_when_there_are_too_few_tokens() -> None:
+    with pytest.raises(ValueError, match="keeps 200 visual tokens, but .* only 144"):
+        Policy((Reduction("projector", 200),)).counts(144)
+
+
+def test_counts_may_not_grow_with_depth() -> None:
+    policy = Policy((Reduction("projector", 18), Reduction("decoder.1", 0.5)))
+    with pytest.raises(ValueError, match="decoder.1 keeps 72 .* only 18 are left by projector"):
+        policy.counts(144)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"site": "encoder.1"}, "no site 'encoder.1'; a site is"),
+        ({"site": "decoder"}, "no site"),
+        ({"site": "decoder.-1"}, "no site"),
+        ({"site": "projector.0"}, "no site"),
+        ({"keep": 0}, "keep is 0"),
+        ({"keep": -3}, "keep is -3"),
+        ({"keep": True}, "keep is True"),
+        ({"keep": 1.5}, "a float is a fraction"),
+        ({"keep": math.nan}, "keep is nan"),
+        ({"scores": {"beauty": 1}}, "no scores 'beauty'; choose from last_text_attention"),
+        ({"scores": {"novelty": -1}}, "weight of novelty is -1"),
+        ({"scores": {"novelty": 0}}, "sum to 0"),
+        ({"similarity": {"colour": 1}}, "no similarity 'colour'"),
+        ({"selector": "random"}, "selector is 'random'; choose from top_k, greedy, grid"),
+        ({"weighting": "two"}, "weighting is 'two'"),
+        ({"position": "grid"}, "position is 'grid'; choose from keep, compact"),
+        ({"gain": 1.5}, r"gain is 1.5; give a number in \[0, 1\]"),
+        ({"gain": math.nan}, "gain is nan"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"diversity": 0.5}, "no effect with the selector 'top_k'"),
+        ({"mass_bias": "1"}, "mass_bias is '1'"),
+    ],
+)
+def test_bad_reductions(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Reduction(**({"site": "projector", "keep": 18} | arguments))
+
+
+def test_wrong_types_in_a_reduction() -> None:
+    with pytest.raises(TypeError, match="scores is"):
+        Reduction("projector", 18, scores=["novelty"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="residual is"):
+        Reduction("projector", 18, residual=1)  # type: ignore[arg-type]
+
+
+def test_a_site_takes_one_reduction() -> None:
+    with pytest.raises(ValueError, match="two reductions at projector"):
+        Policy((Reduction("projector", 18), Reduction("projector", 9)))
+
+
+def test_grid_anchors_need_a_complete_grid() -> None:
+    grid = Reduction("decoder.1", 9, selector="grid")
+    with pytest.raises(ValueError, match="decoder.1 selects grid anchors, but projector"):
+        Policy((Reduction("projector", 18), grid))
+    Policy((Reduction("projector", 36, selector="grid"), grid))
+
+
+def test_a_signature_reads_as_a_description() -> None:
+    assert str(TINY) == ("llava (4 vision layers, 10 decoder layers, 144 visual tokens per image)")
+
+
+def test_check_against_a_model() -> None:
+    Policy((Reduction("decoder.9", 18), Reduction("vision.3", 18)), model=TINY).check(TINY)
+    with pytest.raises(
+        ValueError, match="was made for llava .*10 decoder.* this model is .*12 dec"
+    ):
+        Policy(model=TINY, name="a").check(replace(TINY, decoder_layers=12))
+    with pytest.raises(ValueError, match="has 10 decoder layers; the last site is decoder.9"):
+        Policy((Reduction("decoder.10", 18),)).check(TINY)
+    with pytest.raises(ValueError, match="only 144"):
+        Policy((Reduction("decoder.1", 145),)).check(TINY)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    policy = Policy((Reduction("projector", 18, gain=1, temperature=math.inf),), model=TINY)
+    path = tmp_path / "policy.json"
+    policy.save(path)
+    policy.save(path)
+    assert Policy.load(path) == policy
+    assert Policy.load(str(path)) == policy
+    assert [file.name for file in tmp_path.iterdir()] == ["policy.json"]
+    assert stat.S_IMODE(path.stat().st_mode) & 0o044
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "policy.json"
+    Policy().save(path)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        Policy((Reduction("projector", 18),)).save(path)
+    assert Policy.load(path) == Policy()
+    assert [file.name for file in tmp_path.iterdir()] == ["policy.json"]
+
+
+def test_saving_into_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Policy().save(tmp_path / "missing" / "policy.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("\x00\x01", "not JSON"),
+        ("[]", "not a policy"),
+        ('{"reductions": []}', "not a policy"),
+        ('{"deos_fx": "policy", "reductions": []}', "version None"),
+        ('{"deos_fx": "policy", "version": 2, "reductions": []}', "version 2; .* reads version 1"),
+        ('{"deos_fx": "policy", "version": 1}', "lacks the field 'reductions'"),
+        ('{"deos_fx": "policy", "version": 1, "reductions": {}}', "must be a list"),
+        ('{"deos_fx": "policy", "version": 1, "reductions": [1]}', "an object with named fields"),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [], "budget": 1}',
+            "no field 'budget'; the fields are",
+        ),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector"}]}',
+            "a reduction lacks the field 'keep'",
+        ),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
+            ' "speed": 9}]}',
+            "no field 'speed'",
+        ),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
+            ' "scores": [1]}]}',
+            "scores is",
+        ),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector",'
+            ' "keep": "x"}]}',
+            "keep is 'x'",
+        ),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [{"site": ["a"], "keep": 1}]}',
+            "no site",
+        ),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [], "model": {"model_type": "a"}}',
+            "model lacks the field",
+        ),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [], "model": {"model_type": "llava",'
+            ' "vision_layers": 1, "decoder_layers": "x", "visual_tokens": 1}}',
+            "decoder_layers is 'x'",
+        ),
+    ],
+)
+def test_corrupt_files_name_the_file_and_the_fault(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"bad.json is not a policy file: .*{message}"):
+        Policy.load(path)
+
+
+def test_a_binary_file_is_not_a_policy(tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(ValueError, match="bad.json is not a policy file"):
+        Policy.load(path)
