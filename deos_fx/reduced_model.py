@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from deos_fx.cache import ReducedCache, TokenSpace
-from deos_fx.passes.find_blocks import find_blocks
+from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces
 from deos_fx.passes.pipeline import capture_call, lower_call
-from deos_fx.policy import ModelSignature, Policy
+from deos_fx.policy import Policy
+from deos_fx.signature import signature_of
 
 __all__ = ["ReducedModel"]
 
@@ -106,10 +107,10 @@ class ReducedModel(nn.Module):
     # *** compiling ***
 
     def _run(self, inputs: dict[str, Any]) -> ModelOutput:
-        inputs = self._complete(inputs)
+        inputs = complete_inputs(self.model, inputs)
         cache = inputs.get("past_key_values")
         prefill = cache is None or cache.get_seq_length() == 0
-        layout = self._layout(inputs) if prefill else None
+        layout = prompt_layout(self.model, inputs) if prefill else None
         if not prefill:
             inputs |= cache.decode_inputs(inputs.get("attention_mask"), inputs["position_ids"])
         graph_module = self._graph(inputs, layout)
@@ -138,91 +139,9 @@ class ReducedModel(nn.Module):
             graphs[key] = lower_call(capture_call(self.model, example), self.policy, layout)
         return graphs[key]
 
-    def _complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Fill in what the model would make up by itself inside its forward."""
-        if "input_ids" not in inputs:
-            raise ValueError(
-                "deos_fx finds the visual tokens by input_ids, which is missing: pass input_ids "
-                "with image placeholders and pixel_values, not inputs_embeds."
-            )
-        use_cache = inputs.setdefault("use_cache", self.model.config.get_text_config().use_cache)
-        cache = inputs.get("past_key_values")
-        if cache is None and use_cache:
-            cache = inputs["past_key_values"] = self._new_cache()
-        if cache is not None and not isinstance(cache, ReducedCache):
-            raise ValueError(
-                f"past_key_values is a {type(cache).__name__}: the layers of a reduced model hold "
-                "different numbers of tokens. Pass None, or the cache an earlier call returned."
-            )
-        if "position_ids" not in inputs:
-            input_ids = inputs["input_ids"]
-            seen = 0 if cache is None else cache.get_seq_length()
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device) + seen
-            inputs["position_ids"] = positions[None]
-        inputs["return_dict"] = True
-        return inputs
-
     def _new_cache(self) -> ReducedCache:
         return ReducedCache(self.model.config.get_text_config())
 
-    def _layout(self, inputs: Mapping[str, Any]) -> PromptLayout:
-        """The prompts' layout, after checking that every prompt has the same images."""
-        config = self.model.config
-        placeholders = (inputs["input_ids"] == config.image_token_id).sum(dim=1)
-        counts = sorted(set(placeholders.tolist()))
-        if counts[-1] == 0 or "pixel_values" not in inputs:
-            raise ValueError(
-                "The prompt has no image: deos_fx reduces visual tokens, so the first call needs "
-                f"pixel_values and image placeholders (token id {config.image_token_id}) in "
-                "input_ids. Use the original model for text alone."
-            )
-        per_image = self.signature.visual_tokens
-        if len(counts) > 1 or counts[0] % per_image:
-            raise ValueError(
-                f"The prompts of this batch have {counts} image placeholders; every prompt needs "
-                f"the same number of images of {per_image} tokens each. Batch prompts with equally "
-                "many images of one size, or pass them one by one."
-            )
-        images = counts[0] // per_image
-        given = inputs["pixel_values"].shape[0]
-        if given != images * len(placeholders):
-            raise ValueError(
-                f"pixel_values has {given} images, but input_ids has placeholders for "
-                f"{images * len(placeholders)}."
-            )
-        return PromptLayout(config.image_token_id, images, grid_of(self.model))
-
-
-def signature_of(model: PreTrainedModel) -> ModelSignature:
-    """What a policy must match.
-
-    Args:
-        model: A transformers vision-language model.
-
-    Raises:
-        TypeError: If it is not a transformers model.
-        ValueError: If it has no vision tower.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model is a {type(model).__name__}; give a transformers vision-language model, for "
-            "example LlavaForConditionalGeneration.from_pretrained(...)."
-        )
-    blocks = find_blocks(model)
-    rows, columns = grid_of(model)
-    return ModelSignature(
-        model_type=model.config.model_type,
-        vision_layers=len(blocks.vision),
-        decoder_layers=len(blocks.decoder),
-        visual_tokens=rows * columns,
-    )
-
-
-def grid_of(model: PreTrainedModel) -> tuple[int, int]:
-    """Rows and columns of the visual tokens of one image."""
-    vision = model.config.vision_config
-    side = vision.image_size // vision.patch_size
-    return side, side
 
 
 def _structure(inputs: Mapping[str, Any]) -> tuple[Hashable, ...]:

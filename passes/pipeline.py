@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -35,6 +35,14 @@ class Captured:
     graph_module: fx.GraphModule
     blocks: Blocks
     sites: Sites | None
+
+    def copy(self) -> Captured:
+        """The same analysed graph once more, to be changed; modules and weights are shared."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph_module.graph, {}))
+        twin = fx.GraphModule(self.graph_module, graph, self.graph_module._get_name())
+        twin.meta = dict(self.graph_module.meta)
+        return replace(self, graph_module=twin)
 
 
 def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:

@@ -1,0 +1,42 @@
+"""What deos_fx has to know of a model before it is captured."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from deos_fx.passes.find_blocks import find_blocks
+from deos_fx.policy import ModelSignature
+
+__all__ = ["grid_of", "signature_of"]
+
+
+def signature_of(model: PreTrainedModel) -> ModelSignature:
+    """What a policy must match.
+
+    Args:
+        model: A transformers vision-language model.
+
+    Raises:
+        TypeError: If it is not a transformers model.
+        ValueError: If it has no vision tower.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}; give a transformers vision-language model, for "
+            "example LlavaForConditionalGeneration.from_pretrained(...)."
+        )
+    blocks = find_blocks(model)
+    rows, columns = grid_of(model)
+    return ModelSignature(
+        model_type=model.config.model_type,
+        vision_layers=len(blocks.vision),
+        decoder_layers=len(blocks.decoder),
+        visual_tokens=rows * columns,
+    )
+
+
+def grid_of(model: PreTrainedModel) -> tuple[int, int]:
+    """Rows and columns of the visual tokens of one image."""
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    return side, side

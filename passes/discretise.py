@@ -1,0 +1,113 @@
+"""Turn relaxed reductions into policies that meet every limit exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from deos_fx.cost import Cost
+from deos_fx.operator.relaxed import RelaxedReduction
+from deos_fx.policy import Policy
+from deos_fx.reduction import Reduction, site_order
+
+__all__ = ["discretise", "fit_counts", "within"]
+
+# A site that keeps more than this share of what reaches it is left out of the policy.
+_NEARLY_ALL = 0.97
+
+
+def within(cost: Cost, limits: Mapping[str, float]) -> bool:
+    """Whether a cost meets every limit; limits are one-sided.
+
+    Args:
+        cost: Cost of a policy.
+        limits: Absolute limits by name: visual_tokens, flops, kv_cache.
+    """
+    amounts = {"visual_tokens": cost.visual_tokens, "flops": cost.flops, "kv_cache": cost.kv_bytes}
+    return all(amounts[name] <= limit for name, limit in limits.items())
+
+
+def discretise(
+    reductions: Mapping[str, RelaxedReduction], visual_tokens: int, most_sites: int | None = None
+) -> Policy:
+    """Round relaxed reductions to a policy, which may still miss its limits.
+
+    Args:
+        reductions: Site -> relaxed reduction.
+        visual_tokens: Visual tokens of one image.
+        most_sites: Keep only the sites that drop most, at most so many; all if None.
+
+    Returns:
+        The policy; sites that keep nearly everything are left out.
+    """
+    fraction = 1.0
+    drops: dict[str, float] = {}
+    fractions: dict[str, float] = {}
+    for site in sorted(reductions, key=site_order):
+        after = float(reductions[site].keep_fraction(fraction))
+        drops[site] = after / fraction
+        fractions[site] = fraction = after
+    wanted = sorted(drops, key=drops.__getitem__)[:most_sites]
+    chosen: list[Reduction] = []
+    present = 1.0
+    for site in sorted(wanted, key=site_order):
+        if fractions[site] < _NEARLY_ALL * present:
+            present = fractions[site]
+            count = max(1, round(present * visual_tokens))
+            chosen.append(reductions[site].to_reduction(site, count))
+    return Policy(tuple(chosen))
+
+
+def fit_counts(
+    policy: Policy,
+    visual_tokens: int,
+    cost: Callable[[Policy], Cost],
+    limits: Mapping[str, float],
+) -> Policy | None:
+    """Scale a policy's counts to the largest that meet every limit.
+
+    All counts are scaled together as far as the limits allow, then single tokens are added where
+    they still fit, deepest site first.
+
+    Args:
+        policy: A policy with any counts.
+        visual_tokens: Visual tokens of one image.
+        cost: Exact cost of a policy.
+        limits: Absolute limits.
+
+    Returns:
+        The fitted policy, or None if even one token at every site breaks a limit.
+    """
+    counts = policy.counts(visual_tokens)
+
+    def scaled(factor: float) -> list[int]:
+        return [min(visual_tokens, max(1, round(factor * count))) for count in counts]
+
+    def fits(candidate: Sequence[int]) -> bool:
+        return within(cost(_with_counts(policy, candidate)), limits)
+
+    low, high = 0.0, float(visual_tokens)
+    if not fits(scaled(low)):
+        return None
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(scaled(middle)) else (low, middle)
+    return _with_counts(policy, _filled(scaled(low), visual_tokens, fits))
+
+
+def _filled(
+    counts: list[int], visual_tokens: int, fits: Callable[[Sequence[int]], bool]
+) -> list[int]:
+    """Add single tokens from the deepest site up while every limit holds."""
+    for i in reversed(range(len(counts))):
+        most = counts[i - 1] if i else visual_tokens
+        while counts[i] < most and fits([*counts[:i], counts[i] + 1, *counts[i + 1 :]]):
+            counts[i] += 1
+    return counts
+
+
+def _with_counts(policy: Policy, counts: Sequence[int]) -> Policy:
+    reductions = zip(policy.reductions, counts, strict=True)
+    return replace(
+        policy, reductions=tuple(replace(reduction, keep=count) for reduction, count in reductions)
+    )
