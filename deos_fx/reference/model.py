@@ -28,7 +28,14 @@ from deos_fx.reference.scenes import (
     ROWS,
 )
 
-__all__ = ["VISUAL_TOKENS", "VOCABULARY", "build_config", "build_model", "build_processor"]
+__all__ = [
+    "VISUAL_TOKENS",
+    "VOCABULARY",
+    "build_config",
+    "build_model",
+    "build_processor",
+    "word_embedding",
+]
 
 VISUAL_TOKENS = GRID**2
 WIDTH = 128
@@ -93,11 +100,7 @@ def _build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_config() -> LlavaConfig:
     """The configuration: 144 visual tokens, ten decoder layers."""
-    special = {
-        "bos_token_id": VOCABULARY["<bos>"],
-        "eos_token_id": VOCABULARY["<eos>"],
-        "pad_token_id": VOCABULARY["<pad>"],
-    }
+    begin, end, pad = (VOCABULARY[word] for word in ("<bos>", "<eos>", "<pad>"))
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
@@ -117,7 +120,9 @@ def build_config() -> LlavaConfig:
         num_key_value_heads=HEADS,
         max_position_embeddings=512,
         tie_word_embeddings=False,
-        **special,
+        bos_token_id=begin,
+        eos_token_id=end,
+        pad_token_id=pad,
     )
     return LlavaConfig(
         vision_config=vision,
@@ -127,7 +132,6 @@ def build_config() -> LlavaConfig:
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
-        **special,
     )
 
 
@@ -135,9 +139,11 @@ def build_config() -> LlavaConfig:
 def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     """Builds the untrained model.
 
-    Three things start otherwise than transformers starts them, because a small model learns
-    faster so: words are orthonormal vectors, position embeddings of the tower are sines and
-    cosines of row and column, and its patch embedding keeps the variance of the pixels.
+    Some weights start otherwise than transformers starts them, because a small model learns
+    faster so. Words are orthonormal vectors. The tower knows row and column of a patch as sines
+    and cosines, and its patch embedding keeps the variance of the pixels. In the decoder queries
+    equal keys, so that a word attends to the visual tokens that resemble it, and every other
+    layer is the identity, so that it can be left out at first.
 
     Args:
         seed: Seed of the weights.
@@ -147,19 +153,25 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     """
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(build_config())
-    nn.init.orthogonal_(model.get_input_embeddings().weight)
+    nn.init.orthogonal_(word_embedding(model).weight)
     embeddings = model.model.vision_tower.embeddings
     nn.init.normal_(embeddings.patch_embedding.weight, std=(3 * PATCH_SIZE**2) ** -0.5)
     embeddings.position_embedding.weight[1:] = 0.5 * _grid_codes(WIDTH)
-    # Every other decoder layer starts as the identity, so that it can join the others late.
-    for layer in model.model.language_model.layers[1::2]:
+    layers = model.model.language_model.layers
+    for layer in layers[1::2]:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
-    # Queries start equal to keys: a word attends to the visual tokens that resemble it.
-    for layer in model.model.language_model.layers:
+    for layer in layers:
         nn.init.normal_(layer.self_attn.q_proj.weight, std=WIDTH**-0.5)
         layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
     return model.train()
+
+
+def word_embedding(model: LlavaForConditionalGeneration) -> nn.Embedding:
+    """The layer that turns token ids into vectors."""
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return embedding
 
 
 def _grid_codes(width: int) -> Tensor:

@@ -175,7 +175,7 @@ class SceneBatch:
         visible = self.ink > 0.25
         ends = []
         for axis, origin in ((1, self.origin[:, 0]), (2, self.origin[:, 1])):
-            line = visible.any(axis)
+            line = np.asarray(visible.any(axis))
             ends.append((origin + line.argmax(1), origin + WINDOW - line[:, ::-1].argmax(1)))
         (x0, x1), (y0, y1) = ends
         return np.clip(np.stack([x0, y0, x1, y1], 1), 0, IMAGE_SIZE)
@@ -468,7 +468,7 @@ def _crops(split: Split) -> np.ndarray:
         part = Image.fromarray(photograph).crop(region)
         for _ in range(_CROPS_PER_BACKDROP):
             side = int(rng.integers(100, 190))
-            x, y = rng.integers(0, part.width - side), rng.integers(0, part.height - side)
+            x, y = (int(rng.integers(0, length - side)) for length in part.size)
             crop = part.resize((IMAGE_SIZE, IMAGE_SIZE), box=(x, y, x + side, y + side))
             crops.append(np.asarray(crop)[:, :: rng.choice([-1, 1])])
     return np.stack(crops).reshape(len(BACKDROPS), -1, IMAGE_SIZE, IMAGE_SIZE, 3)

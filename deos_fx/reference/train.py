@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +41,9 @@ from deos_fx.reference.model import (
     WIDTH,
     build_model,
     build_processor,
+    word_embedding,
 )
-from deos_fx.reference.scenes import SceneBatch, Split, sample_mosaics, sample_scenes
+from deos_fx.reference.scenes import SceneBatch, sample_mosaics, sample_scenes
 
 __all__ = ["STAGES", "Stage", "Student", "main", "train"]
 
@@ -70,7 +72,7 @@ class Student(nn.Module):
     @property
     def words(self) -> Tensor:
         """Word vectors, without gradient, ``[vocabulary, width]``."""
-        return self.model.get_input_embeddings().weight.detach()
+        return word_embedding(self.model).weight.detach()
 
     def look(self, batch: SceneBatch) -> tuple[Tensor, Tensor]:
         """Shows pictures to the tower.
@@ -101,7 +103,7 @@ class Student(nn.Module):
         batch, visual = tokens.shape[:2]
         if patches is None:
             patches = torch.arange(VISUAL_TOKENS, device=tokens.device).expand(batch, -1)
-        embed = self.model.get_input_embeddings()
+        embed = word_embedding(self.model)
         begin = embed.weight[VOCABULARY["<bos>"]].expand(batch, 1, -1)
         after = (1 + VISUAL_TOKENS + _LAYOUT.position).to(tokens.device).expand(batch, -1)
         hidden = self.model.model.language_model(
@@ -267,7 +269,8 @@ def _run(
     every: int,
 ) -> Iterator[int]:
     """Runs a stage, yielding the number of steps done when it is time for a checkpoint."""
-    start, means = time.perf_counter(), {}
+    start = time.perf_counter()
+    means: Metrics = {}
     for step in range(first, stage.steps):
         metrics = _step(stage, student, optimizer, step, np.random.default_rng([*seed, step]))
         for name, value in metrics.items():
@@ -277,7 +280,7 @@ def _run(
             seconds = time.perf_counter() - start
             report = " ".join(f"{name} {value:.3f}" for name, value in means.items())
             log.info("%s %d/%d, %.0f s: %s", stage.name, done, stage.steps, seconds, report)
-            log.info("  validation: %s", _validate(student))
+            log.info("  validation: %s", _validate(student, 2 * stage.size))
             yield done
 
 
@@ -312,9 +315,9 @@ def _thinned(student: Student, stride: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _validate(student: Student, split: Split = "validation", size: int = 64) -> str:
+def _validate(student: Student, size: int) -> str:
     rng = np.random.default_rng(0)
-    batch = sample_scenes(size, split, rng)
+    batch = sample_scenes(size, "validation", rng)
     pack = Pack.of(batch, rng).to(student.device)
     tokens, _ = student.look(batch)
     right = Described.of(batch).to(student.device).accuracy(tokens, student.words)
@@ -346,7 +349,9 @@ def main() -> None:
         replace(stage, steps=max(1, round(stage.steps * arguments.hurry))) for stage in STAGES
     )
     student = train(arguments.output, stages, arguments.seed)
-    model, processor = student.model.cpu(), build_processor()
+    # The annotations of transformers do not let ``generate`` be a method of its own models.
+    model: Any = student.model.cpu()
+    processor = build_processor()
     model.generation_config.update(max_new_tokens=4, do_sample=False)
     model.save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
