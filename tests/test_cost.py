@@ -1,0 +1,114 @@
+"""Predicted costs against torch's own FLOP counter and the bytes of a real cache."""
+
+import math
+
+import pytest
+import torch
+from tiny import VISUAL, inputs, shared_llava, tiny_llava
+from torch.utils.flop_counter import FlopCounterMode
+
+from deos_fx.cost import CostModel, CostReport
+from deos_fx.policy import Policy, Reduction
+from deos_fx.reduced_model import ReducedModel
+
+POLICIES = {
+    "empty": (),
+    "prune": (Reduction("decoder.1", 20),),
+    "prune at the projector": (Reduction("projector", 20, scores={"feature_norm": 1}),),
+    "class attention": (Reduction("projector", 0.5, scores={"cls_attention": 1}),),
+    "text attention": (
+        Reduction("decoder.0", 16, scores={"text_attention": 1, "last_text_attention": 1}),
+    ),
+    "novelty": (Reduction("decoder.2", 16, scores={"novelty": 1, "key_norm": 1}),),
+    "merge": (Reduction("decoder.1", 16, gain=1.0, mass_bias=1.0),),
+    "merge at the projector": (Reduction("projector", 16, gain=1.0),),
+    "pool": (Reduction("projector", 16, selector="grid", gain=1.0, similarity={"grid": 1}),),
+    "redistribute": (
+        Reduction("decoder.0", 30, gain=0.5, temperature=0.2, similarity={"feature": 1, "key": 1}),
+    ),
+    "uniform": (Reduction("decoder.3", 8, gain=1.0, temperature=math.inf),),
+    "residual": (Reduction("projector", 8, residual=True),),
+    "greedy": (Reduction("decoder.1", 8, selector="greedy", diversity=0.5, gain=1.0),),
+    "several sites": (
+        Reduction("projector", 48, gain=1.0, mass_bias=1.0),
+        Reduction("decoder.0", 32),
+        Reduction("decoder.2", 16, gain=1.0, position="compact"),
+        Reduction("decoder.4", 4, scores={"text_attention": 1}),
+    ),
+}
+
+
+def counted(reduced, **batch):
+    """FLOPs of a prefill by torch's counter, and the cache it fills."""
+    reduced(**batch)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = reduced(**batch)
+    return counter.get_total_flops(), output.past_key_values
+
+
+def shape_of(batch):
+    """Text tokens per prompt and the batch size."""
+    ids = batch["input_ids"]
+    images = len(batch["pixel_values"]) // len(ids)
+    return images, ids.shape[1] - images * VISUAL, len(ids)
+
+
+def check(model, policy, batch, **arguments):
+    """That a prediction equals what a run does, to the last operation and byte."""
+    cost = CostModel(model, *shape_of(batch), **arguments).of_policy(policy)
+    flops, cache = counted(ReducedModel(model, policy), **batch, **arguments)
+    held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+    assert cost.flops == flops
+    assert cost.kv_bytes == sum(states.nbytes for states in held)
+
+
+# The counter does not know the fused attention kernels of the CPU: eager attention counts in full.
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policy(name):
+    model = shared_llava(attn="eager")
+    check(model, Policy(POLICIES[name]), inputs(model, batch=2, images=2, layout="between"))
+
+
+@pytest.mark.parametrize("logits_to_keep", [1, 3])
+def test_some_logits(logits_to_keep):
+    model = shared_llava(attn="eager")
+    policy = Policy(POLICIES["several sites"])
+    check(model, policy, inputs(model), logits_to_keep=logits_to_keep)
+
+
+def test_half_precision():
+    model = tiny_llava(3, attn="eager").bfloat16()
+    check(model, Policy(POLICIES["merge"]), inputs(model))
+
+
+def test_tokens_per_layer():
+    cost = CostModel(shared_llava(), images=1, text_tokens=10)
+    several = cost.of_policy(Policy(POLICIES["several sites"]))
+    assert several.visual_tokens_per_layer == (48, 32, 32, 16, 16, 4)
+    assert several.visual_tokens == sum(several.visual_tokens_per_layer) / 6
+    two = CostModel(shared_llava(), images=2, text_tokens=10).of_policy(Policy())
+    assert two.visual_tokens_per_layer == (2 * VISUAL,) * 6
+
+
+def test_differentiable():
+    cost = CostModel(shared_llava(), images=1, text_tokens=10, batch=2)
+    policy = Policy(POLICIES["prune"])
+    exact = cost.of_policy(policy)
+    counts = torch.tensor(cost.counts(policy), dtype=torch.float64, requires_grad=True)
+    assert cost.flops(counts, cost.overhead(policy)).item() == exact.flops
+    assert cost.kv_bytes(counts).item() == exact.kv_bytes
+    assert cost.visual_tokens(counts).item() == exact.visual_tokens
+    (slope,) = torch.autograd.grad(cost.flops(counts), counts)
+    one_more = cost.of_policy(Policy((Reduction("decoder.1", 21),)))
+    rise = one_more.flops - exact.flops
+    assert slope[2:].sum().item() == pytest.approx(rise, rel=0.01)
+
+
+def test_report_is_readable():
+    cost = CostModel(shared_llava(), images=1, text_tokens=10)
+    after = cost.of_policy(Policy((Reduction("projector", 16),)))
+    text = str(CostReport(cost.of_policy(Policy()), after))
+    assert "25.0%" in text
+    assert "16 16 16 16 16 16" in text
