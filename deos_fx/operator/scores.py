@@ -54,12 +54,12 @@ def cls_attention(attention_cls: Tensor) -> Tensor:
 
 def feature_norm(tokens: Tensor) -> Tensor:
     """Euclidean norm [B, V] of the hidden states [B, V, d]."""
-    return full_precision(tokens).norm(dim=-1)
+    return torch.linalg.vector_norm(full_precision(tokens), dim=-1)
 
 
 def key_norm(keys: Tensor) -> Tensor:
     """Euclidean norm [B, V] of the attention keys [B, V, Dk] (DART ranks its pivots by a norm)."""
-    return full_precision(keys).norm(dim=-1)
+    return torch.linalg.vector_norm(full_precision(keys), dim=-1)
 
 
 def novelty(tokens: Tensor, alive: Tensor | None = None) -> Tensor:

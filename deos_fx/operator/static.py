@@ -22,6 +22,8 @@ __all__ = ["StaticOutput", "required_features", "static_reduce"]
 
 Call = Callable[..., Any]
 """Called as ``call(operator, *arguments)``; returns the result, or a graph node standing for it."""
+Feature = Callable[[str], Any]
+"""Looks a feature up by name."""
 
 
 class StaticOutput(NamedTuple):
@@ -63,14 +65,18 @@ def static_reduce(
         mass: [B, V], or None if every mass is 1.
         features: What ``required_features(reduction)`` names, except the tokens: ``keys``
             [B, V, Dk]; ``attention_last``, ``attention_text``, ``attention_cls`` [B, V]; ``grid``
-            [V, 3] (or [B, V, 3] once tokens were dropped by score).
+            [V, 3] (or [B, V, 3] once tokens were dropped by score). Looked up only when needed, so
+            the mapping may make them on demand.
         call: Runs or records an operator. One that records may run operators whose arguments are
             all plain tensors: anchors and grid similarities then become constants.
     """
-    features = {**features, "tokens": tokens}
-    score = _score(reduction, features, call)
-    kept = _select(reduction, count, score, features, call)
-    assignment, gain = _assignment(reduction, score, kept, features, call)
+
+    def feature(name: str) -> Any:
+        return tokens if name == "tokens" else features[name]
+
+    score = _score(reduction, feature, call)
+    kept = _select(reduction, count, score, feature, call)
+    assignment, gain = _assignment(reduction, score, kept, feature, call)
     weight = None
     if reduction.weighting == "score" and assignment is not None:
         weight = call(transfer.importance, score)
@@ -109,13 +115,13 @@ def _is_constant(reduction: Reduction) -> bool:
     return reduction.selector == "grid" or (reduction.selector == "top_k" and needs == {"grid"})
 
 
-def _score(reduction: Reduction, features: Mapping[str, Any], call: Call) -> Any:
+def _score(reduction: Reduction, feature: Feature, call: Call) -> Any:
     if not reduction.uses_scores:
         return None
     parts = []
     for name in reduction.scores:
         score = SCORES[name]
-        parts.append(call(score.function, *(features[need] for need in score.needs)))
+        parts.append(call(score.function, *map(feature, score.needs)))
     if len(parts) == 1 and not reduction.uses_score_values:
         return parts[0]
     parts = [call(standardize, part) for part in parts]
@@ -124,26 +130,24 @@ def _score(reduction: Reduction, features: Mapping[str, Any], call: Call) -> Any
     return call(combine, parts, list(reduction.scores.values()))
 
 
-def _select(
-    reduction: Reduction, count: int, score: Any, features: Mapping[str, Any], call: Call
-) -> Any:
+def _select(reduction: Reduction, count: int, score: Any, feature: Feature, call: Call) -> Any:
     if reduction.selector == "grid":
-        return call(select.grid_anchors, features["grid"], count)
+        return call(select.grid_anchors, feature("grid"), count)
     if reduction.selector == "top_k":
         return call(select.top_k, score, count)
-    similarity = call(assign.similarity, *_compared(reduction, features))
+    similarity = call(assign.similarity, *_compared(reduction, feature))
     return call(select.greedy, score, similarity, count, reduction.diversity)
 
 
 def _assignment(
-    reduction: Reduction, score: Any, kept: Any, features: Mapping[str, Any], call: Call
+    reduction: Reduction, score: Any, kept: Any, feature: Feature, call: Call
 ) -> tuple[Any, float]:
     """The assignment and the gain to merge with; None if nothing is transferred."""
     assignment = None
     if reduction.gain > 0 and reduction.temperature == math.inf:
-        assignment = call(assign.uniform, kept, features["tokens"])
+        assignment = call(assign.uniform, kept, feature("tokens"))
     elif reduction.gain > 0:
-        similarity = call(assign.similarity, *_compared(reduction, features), kept)
+        similarity = call(assign.similarity, *_compared(reduction, feature), kept)
         if reduction.temperature == 0:
             assignment = call(assign.nearest, similarity, kept)
         else:
@@ -153,7 +157,7 @@ def _assignment(
     return assignment, reduction.gain
 
 
-def _compared(reduction: Reduction, features: Mapping[str, Any]) -> tuple[Any, ...]:
+def _compared(reduction: Reduction, feature: Feature) -> tuple[Any, ...]:
     weights = dict(reduction.similarity)
-    sources = {kind: features[name] for kind, name in SIMILARITIES.items() if kind in weights}
+    sources = {kind: feature(name) for kind, name in SIMILARITIES.items() if kind in weights}
     return sources.get("feature"), sources.get("key"), sources.get("grid"), weights
