@@ -7,7 +7,6 @@ is never observed.
 
 from __future__ import annotations
 
-import operator as python_operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -249,6 +248,8 @@ class _Lowering:
         score = values[0]
         if len(values) > 1:
             score = self.call(scores.combine, values, list(reduction.scores.values()))
+        if all(_score_needs(name) == ("grid",) for name in reduction.scores):
+            score = self.call(select.for_each_row, score, visual["tokens"])
         return self.note("score", score)
 
     def _select(self, step: _Step, visual: _Visual, score: fx.Node | None) -> fx.Node:
@@ -279,9 +280,7 @@ class _Lowering:
             return self.call(transfer.residual, score, kept, *args), 1.0
         return assignment, reduction.gain
 
-    def _similarity(
-        self, reduction: Reduction, visual: _Visual, kept: fx.Node | None
-    ) -> fx.Node:
+    def _similarity(self, reduction: Reduction, visual: _Visual, kept: fx.Node | None) -> fx.Node:
         features = [
             visual[needed] if kind in reduction.similarity else None
             for kind, needed in assign.SIMILARITIES.items()
@@ -355,9 +354,7 @@ class _Lowering:
 
     # *** features ***
 
-    def _observe(
-        self, block: fx.Node, needs: set[str]
-    ) -> tuple[Observations, fx.Node, fx.Node]:
+    def _observe(self, block: fx.Node, needs: set[str]) -> tuple[Observations, fx.Node, fx.Node]:
         """Make a decoder layer report what is needed.
 
         Returns:
@@ -376,9 +373,7 @@ class _Lowering:
             query = self.call(tokens.class_token, block.args[0])
         seen, _, anchor = observe_block(self.graph_module, block, query, None, keys=False)
         with self.graph.inserting_before(anchor):
-            return self.call(
-                tokens.attention_to_patches, seen.last, self.sites.class_tokens
-            )
+            return self.call(tokens.attention_to_patches, seen.last, self.sites.class_tokens)
 
     def _padding(self) -> fx.Node | None:
         """The 2-D attention mask in the current space, if the model was given one."""
