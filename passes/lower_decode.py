@@ -35,9 +35,7 @@ class DecodeSpace:
     biased: bool
 
 
-def lower_decode(
-    graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]
-) -> fx.GraphModule:
+def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) -> fx.GraphModule:
     """Give the layers of every token space their own mask, positions and key bias.
 
     For space k (from 1) the graph gains the inputs ``attention_mask_k`` [B, M_k + t] if the model
@@ -55,8 +53,13 @@ def lower_decode(
     layers = [node for name, node in nodes.items() if name.startswith("decoder_")]
     tables = position_tables(graph_module)
     ends = [*(space.first_layer for space in spaces[1:]), len(layers)][: len(spaces)]
+    replaced: dict[fx.Node, fx.Node] = {}
     for k, (space, end) in enumerate(zip(spaces, ends, strict=True), start=1):
+        # To keep positions is to keep those of the space before, which may be compact.
+        same = [] if space.compact else [nodes["position_ids"], *tables]
+        before = {node: replaced[node] for node in same if node in replaced}
         replaced, key_bias = _inputs_of(graph_module.graph, nodes, tables, k, space)
+        replaced |= before
         for node in layers[space.first_layer : end]:
             node.args, node.kwargs = fx.node.map_arg(
                 (node.args, node.kwargs), lambda value, here=replaced: here.get(value, value)
@@ -74,9 +77,7 @@ def decode_spaces(policy: Policy) -> tuple[DecodeSpace, ...]:
         merged = merged or reduction.gain > 0 or reduction.residual
         first = layer + 1 if stage == "decoder" else 0
         spaces.append(
-            DecodeSpace(
-                first, reduction.position == "compact", merged and reduction.mass_bias > 0
-            )
+            DecodeSpace(first, reduction.position == "compact", merged and reduction.mass_bias > 0)
         )
     return tuple(spaces)
 
