@@ -1,0 +1,5 @@
+"""``python -m deos_fx`` is the command ``deos-fx``."""
+
+from deos_fx.cli import app
+
+app(prog_name="python -m deos_fx")

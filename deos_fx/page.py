@@ -1,0 +1,150 @@
+"""The frame of a report: one HTML file with its style, drawings and images inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+__all__ = ["Section", "build_page", "details", "table", "tiles"]
+
+
+class Section:
+    """A part of a page: a heading, a sentence that says what one sees, and the content."""
+
+    def __init__(self, heading: str, caption: str, *content: str) -> None:
+        self.heading = heading
+        self.caption = caption
+        self.content = content
+
+    def html(self) -> str:
+        """The section as HTML; the content is HTML already, the words are not."""
+        return (
+            f"<section><h2>{escape(self.heading)}</h2>"
+            f'<p class="caption">{escape(self.caption)}</p>{"".join(self.content)}</section>'
+        )
+
+
+def build_page(
+    title: str, lead: str, figures: str, sections: Iterable[Section], command: str
+) -> str:
+    """Puts a page together.
+
+    Args:
+        title: What the page is about.
+        lead: The result in a sentence or two.
+        figures: The result in figures, as HTML.
+        sections: In order.
+        command: What was called to make the page.
+
+    Returns:
+        A whole HTML document that refers to nothing outside itself.
+    """
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body><main>"
+        f'<header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{figures}</header>'
+        f"{''.join(section.html() for section in sections)}"
+        f"<footer>Made by <code>{escape(command)}</code></footer></main></body></html>\n"
+    )
+
+
+def tiles(items: Iterable[tuple[str, str, str]]) -> str:
+    """Large figures in a row: each a value, its name and a remark."""
+    parts = (
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span>'
+        f"<small>{escape(remark)}</small></div>"
+        for value, name, remark in items
+    )
+    return f'<div class="tiles">{"".join(parts)}</div>'
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], note: str = "", kind: str = "numbers"
+) -> str:
+    """A table whose cells are HTML already, ``<td>`` included, and whose head is plain text.
+
+    Args:
+        head: Titles of the columns.
+        rows: Cells of every row.
+        note: A remark below.
+        kind: ``numbers``, or ``listing`` if the last column is words.
+
+    Returns:
+        HTML.
+    """
+    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{titles}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>{below}"
+    )
+
+
+def details(summary: str, text: str) -> str:
+    """Preformatted text that opens at a click."""
+    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
+
+
+# Colours of the regimes: Okabe and Ito's set, which the colour-blind can tell apart, darkened or
+# lightened where the page's background asks for it.
+_STYLE = """
+:root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto,
+  "Helvetica Neue", Arial, sans-serif; --paper: #ffffff; --raised: #f6f7f9; --ink: #1b1f24;
+  --soft: #59636e; --line: #d5dae0; --accent: #0065a8; --prune: #c04a00; --merge: #0072b2;
+  --pool: #00805e; --reweight: #a8488c; --mixed: #8f6400; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --raised: #1d2127;
+  --ink: #e8ebef; --soft: #a2acb8; --line: #353c45; --accent: #62b5ee; --prune: #f0883f;
+  --merge: #56b4e9; --pool: #35c79b; --reweight: #dd93c2; --mixed: #e6ac2d; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 var(--font); }
+main { max-width: 1020px; margin: 0 auto; padding: 40px 24px 56px; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 10px; letter-spacing: -0.01em; }
+h2 { font-size: 21px; margin: 52px 0 4px; letter-spacing: -0.005em; }
+h3 { font-size: 16px; margin: 0; } section > .scroll { margin-top: 16px; }
+.lead { font-size: 18px; color: var(--soft); margin: 0; max-width: 52em; }
+.caption { color: var(--soft); margin: 0 0 16px; max-width: 56em; }
+.note, footer, small { color: var(--soft); font-size: 13px; }
+footer { margin-top: 56px; padding-top: 16px; border-top: 1px solid var(--line); }
+code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 13px; }
+pre { background: var(--raised); padding: 12px 16px; border-radius: 8px;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+summary { cursor: pointer; color: var(--accent); margin-top: 10px; }
+svg { display: block; width: 100%; height: auto; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px;
+  margin: 28px 0 0; }
+.tile { background: var(--raised); border-radius: 10px; padding: 14px 16px; }
+.tile b { display: block; font-size: 27px; line-height: 1.25;
+  font-variant-numeric: tabular-nums; }
+.tile span { display: block; } .tile small { display: block; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px;
+  font-variant-numeric: tabular-nums; }
+th { text-align: right; font-weight: 600; color: var(--soft); padding: 6px 8px;
+  border-bottom: 1px solid var(--line); vertical-align: bottom; }
+td { text-align: right; padding: 6px 8px; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 8px; }
+table.listing th:last-child { text-align: left; }
+td.words { text-align: left; white-space: normal; color: var(--soft); }
+td.shade { background: color-mix(in srgb, var(--accent) calc(var(--share) * 42%),
+  transparent); }
+.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
+.example { border: 1px solid var(--line); border-radius: 12px; padding: 16px; margin: 0 0 16px; }
+.example p { margin: 2px 0 12px; color: var(--soft); }
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr));
+  gap: 14px; }
+.strip svg { border-radius: 6px; }
+figure { margin: 0; } figcaption { font-size: 13px; color: var(--soft); margin-top: 6px; }
+.answers { display: flex; flex-wrap: wrap; gap: 6px 18px; margin-top: 12px; font-size: 14px; }
+.right::before { content: "\\2713\\00a0"; color: var(--pool); font-weight: 700; }
+.wrong::before { content: "\\2717\\00a0"; color: var(--prune); font-weight: 700; }
+.tokens .gone { fill: #05070a; opacity: 0.72; } .tokens .earlier { fill: #05070a; opacity: 0.86; }
+.tokens .kept { fill: none; stroke: #ffffff; stroke-width: 0.9; }
+.tokens line { stroke: #ffd54a; stroke-width: 0.8; stroke-linecap: round; }
+.tokens circle { fill: #ffd54a; }
+@media print { section { break-inside: avoid; } }
+"""

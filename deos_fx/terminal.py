@@ -1,0 +1,140 @@
+"""What the commands show while they work and when they are done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from deos_fx.report import DemoResult, Method
+
+__all__ = ["Advance", "Stages", "results_table", "stages", "times_table"]
+
+Advance: TypeAlias = Callable[[int, int], None]
+"""Called with how much of a stage is done and how much there is."""
+
+
+class Stages:
+    """Stages of a longer piece of work, each with a bar and its wall time."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Advance]:
+        """Runs one stage.
+
+        Args:
+            name: What the stage does.
+
+        Yields:
+            A function to call as the stage advances; a stage that does not call it shows a bar
+            that only says it is busy.
+        """
+        bar = self.progress.add_task(name, total=None)
+        start = time.perf_counter()
+        yield lambda done, total: self.progress.update(bar, completed=done, total=total)
+        self.seconds[name] = time.perf_counter() - start
+        total = self.progress.tasks[bar].total or 1
+        self.progress.update(bar, completed=total, total=total)
+
+
+    @contextmanager
+    def phased(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
+        """Runs one stage that has several phases, each with a bar of its own.
+
+        Args:
+            name: What the stage does.
+
+        Yields:
+            A function to call with a phase, how much of it is done and how much there is.
+        """
+        bars: dict[str, TaskID] = {}
+
+        def advance(phase: str, done: int, total: int) -> None:
+            if phase not in bars:
+                bars[phase] = self.progress.add_task(f"{name}: {phase}", total=total)
+            self.progress.update(bars[phase], completed=done, total=total)
+
+        start = time.perf_counter()
+        yield advance
+        self.seconds[name] = time.perf_counter() - start
+        for bar in bars.values():
+            self.progress.update(bar, total=self.progress.tasks[bar].completed)
+
+
+@contextmanager
+def stages(console: Console) -> Iterator[Stages]:
+    """Shows stages as they run.
+
+    Args:
+        console: Where.
+
+    Yields:
+        What to call with the name of each stage.
+    """
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Stages(progress)
+
+
+def results_table(result: DemoResult) -> Table:
+    """The comparison of the demo, as its report shows it."""
+    methods = result.ranked()
+    kinds = [kind for kind in methods[0].accuracy if kind != "overall"]
+    table = Table(
+        title=f"Right answers in % of {result.questions} test questions; "
+        f"budget {result.limit:.4g} visual tokens, mean over the decoder layers"
+    )
+    table.add_column("method")
+    for name in ("overall", *kinds, "tokens", "GFLOPs", "KV KiB"):
+        table.add_column(name.replace("_", " "), justify="right")
+    for method in methods:
+        style = "bold" if method.is_searched else None
+        table.add_row(method.name, *_cells(method, kinds), style=style)
+    return table
+
+
+def _cells(method: Method, kinds: list[str]) -> list[str]:
+    cost = method.cost
+    if not method.accuracy:
+        return ["-"] * (len(kinds) + 4)
+    shares = [f"{100 * method.accuracy[kind]:.1f}" for kind in ("overall", *kinds)]
+    return [
+        *shares,
+        f"{cost.visual_tokens:.4g}",
+        f"{cost.flops / 1e9:.3g}",
+        f"{cost.kv_bytes / 1024:.0f}",
+    ]
+
+
+def times_table(seconds: Mapping[str, float]) -> Table:
+    """Wall time of every stage."""
+    table = Table(title="Wall-clock seconds")
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    for stage, value in seconds.items():
+        table.add_row(stage, f"{value:.1f}")
+    table.add_row("total", f"{sum(seconds.values()):.1f}", style="bold")
+    return table
