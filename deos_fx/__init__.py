@@ -1,1 +1,60 @@
-"""deos_fx."""
+"""A compiler for the visual tokens of Hugging Face vision-language models.
+
+`transform` reduces the tokens of a model, `search` finds where, how many and how, `export_onnx`
+takes the result to ONNX Runtime. Names are loaded when they are used.
+"""
+
+import importlib as _importlib
+import typing as _typing
+
+if _typing.TYPE_CHECKING:
+    from deos_fx import presets as presets
+    from deos_fx.api import transform as transform
+    from deos_fx.budget import Budget as Budget
+    from deos_fx.exporters.onnx import export_onnx as export_onnx
+    from deos_fx.exporters.onnx_model import OnnxModel as OnnxModel
+    from deos_fx.passes.search import search as search
+    from deos_fx.policy import Policy as Policy
+    from deos_fx.policy import Reduction as Reduction
+    from deos_fx.reduced_model import ReducedModel as ReducedModel
+    from deos_fx.search_result import SearchResult as SearchResult
+
+__all__ = [
+    "Budget",
+    "OnnxModel",
+    "Policy",
+    "ReducedModel",
+    "Reduction",
+    "SearchResult",
+    "__version__",
+    "export_onnx",
+    "presets",
+    "search",
+    "transform",
+]
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "Budget": "budget",
+    "OnnxModel": "exporters.onnx_model",
+    "Policy": "policy",
+    "ReducedModel": "reduced_model",
+    "Reduction": "reduction",
+    "SearchResult": "search_result",
+    "export_onnx": "exporters.onnx",
+    "search": "passes.search",
+    "transform": "api",
+}
+
+
+def __getattr__(name: str) -> _typing.Any:
+    if name == "presets":
+        return _importlib.import_module("deos_fx.presets")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'deos_fx' has no attribute {name!r}")
+    return getattr(_importlib.import_module(f"deos_fx.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *globals()})

@@ -9,18 +9,19 @@ in full, whatever a kernel skips.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deos_fx.inputs import prompt_layout
 from deos_fx.operator.scores import SCORES
 from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduction import split_site
-from deos_fx.signature import signature_of
+from deos_fx.signature import has_class_token, signature_of
 
 __all__ = ["Amount", "Cost", "CostModel", "CostReport"]
 
@@ -43,6 +44,15 @@ class Cost:
     visual_tokens: float
     flops: int
     kv_bytes: int
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """What a `Budget` limits, by the names of its fields."""
+        return {
+            "visual_tokens": self.visual_tokens,
+            "flops": self.flops,
+            "kv_cache": self.kv_bytes,
+        }
 
 
 @dataclass(frozen=True)
@@ -135,8 +145,30 @@ class CostModel:
         self._width = model.config.get_text_config().hidden_size
         self._head = _linear_flops([model.get_output_embeddings()])
         self._bytes = model.dtype.itemsize
-        self._tower_tokens = _tower_tokens(model, self.signature.visual_tokens)
+        self._tower_tokens = self.signature.visual_tokens + has_class_token(model)
         self._encoding = self._encoding_flops(model)
+
+    @classmethod
+    def of_inputs(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> CostModel:
+        """The cost model for the prompts of a call.
+
+        Args:
+            model: A transformers vision-language model.
+            inputs: Arguments of its forward.
+
+        Raises:
+            ValueError: If the inputs have no image, or prompts with different numbers of images.
+        """
+        layout = prompt_layout(model, inputs)
+        batch, length = inputs["input_ids"].shape
+        kept = inputs.get("logits_to_keep", 0)
+        return cls(
+            model,
+            layout.images,
+            length - layout.images * layout.tokens_per_image,
+            batch,
+            logits_to_keep=len(kept) if isinstance(kept, Tensor) else kept,
+        )
 
     # *** from the visual tokens of each decoder layer; differentiable ***
 
@@ -322,13 +354,6 @@ def _patch_flops(tower: nn.Module) -> int:
     return sum(
         2 * module.weight.numel() for module in tower.modules() if isinstance(module, nn.Conv2d)
     )
-
-
-def _tower_tokens(model: PreTrainedModel, visual_tokens: int) -> int:
-    """Tokens of one image inside the tower: patches and, where there is one, CLS."""
-    tower = model.get_encoder(modality="image")
-    has_class = any("class_embedding" in name for name, _ in tower.named_parameters())
-    return visual_tokens + has_class
 
 
 def _used_blocks(model: PreTrainedModel, blocks: int) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
+import os
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from deos_fx import saved
 from deos_fx.cache import ReducedCache, TokenSpace
+from deos_fx.cost import CostModel, CostReport
+from deos_fx.explain import SiteExplanation, explain
+from deos_fx.generation import generation_host
 from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces
@@ -43,17 +45,19 @@ class ReducedModel(nn.Module):
         ValueError: If it has no vision tower, or the policy does not fit it.
     """
 
+    _host: Any
+
     def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
         super().__init__()
-        self.model = model.eval()
-        self.policy = policy
         self.signature = signature_of(model)
         policy.check(self.signature)
+        self.model = model.eval()
+        self.policy = policy
         self._arguments = inspect.signature(type(model).forward)
         self._spaces = decode_spaces(policy)
         # Not submodules: they share the model's weights.
         self._graphs: dict[str, dict[Hashable, fx.GraphModule]] = {"prefill": {}, "decode": {}}
-        self.__dict__["_host"] = _generation_host(self, model)
+        self.__dict__["_host"] = generation_host(self, model)
 
     # *** calling ***
 
@@ -73,10 +77,7 @@ class ReducedModel(nn.Module):
             ValueError: If the inputs have no image, rows with different numbers of image tokens,
                 or a cache that is not a `ReducedCache`.
         """
-        inputs = self._arguments.bind(self.model, *args, **kwargs).arguments
-        inputs.pop("self", None)
-        inputs |= inputs.pop("kwargs", {})
-        return self._run({name: value for name, value in inputs.items() if value is not None})
+        return self._run(self._bind(*args, **kwargs))
 
     def generate(self, **inputs: Any) -> Any:
         """transformers' own `generate`, run on the reduced model.
@@ -104,11 +105,100 @@ class ReducedModel(nn.Module):
             )
         return list(self._graphs["prefill"].values())[-1]
 
+    # *** looking ***
+
+    def cost(self, **inputs: Any) -> CostReport:
+        """What a prefill of these inputs costs, without running it.
+
+        Args:
+            **inputs: Arguments of the model's forward: prompts with images.
+
+        Returns:
+            Visual tokens per layer, FLOPs and KV bytes, without and with the policy.
+
+        Raises:
+            ValueError: If the inputs have no image.
+        """
+        costs = CostModel.of_inputs(self.model, self._bind(**inputs))
+        return CostReport(before=costs.of_policy(Policy()), after=costs.of_policy(self.policy))
+
+    def explain(self, **inputs: Any) -> list[SiteExplanation]:
+        """Which visual tokens each reduction keeps, and where the others go; runs one prefill.
+
+        Args:
+            **inputs: Arguments of the model's forward: prompts with images. A cache is ignored.
+
+        Returns:
+            An explanation of each reduction, from input to output of the model.
+
+        Raises:
+            ValueError: If the inputs have no image.
+        """
+        graph_module, layout, complete = self._prefill(inputs)
+        return explain(graph_module, self.policy, layout, complete)
+
+    def __repr__(self) -> str:
+        return f"ReducedModel of {type(self.model).__name__}, {self.signature}\n{self.policy}"
+
+    # *** saving ***
+
+    def save_pretrained(self, dir: str | os.PathLike[str]) -> None:
+        """Write the model, as transformers does, and the policy; whole or not at all.
+
+        Args:
+            dir: A folder, made if it does not exist; other files in it stay.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        saved.save(self.model, self.policy, dir)
+
+    @classmethod
+    def from_pretrained(cls, dir: str | os.PathLike[str], **options: Any) -> ReducedModel:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            dir: The folder.
+            **options: For transformers' `from_pretrained`, such as ``dtype`` and ``device_map``.
+
+        Raises:
+            ValueError: If there is no reduced model in the folder, or it cannot be read.
+        """
+        return cls(*saved.load(dir, **options))
+
     # *** compiling ***
+
+    def capture(self, **inputs: Any) -> None:
+        """Capture and lower the prefill of these inputs now, instead of at the first call.
+
+        Args:
+            **inputs: Arguments of the model's forward: prompts with images.
+
+        Raises:
+            ValueError: If the inputs have no image, or the model cannot be captured.
+        """
+        self._prefill(inputs)
+
+    def _prefill(
+        self, inputs: Mapping[str, Any]
+    ) -> tuple[fx.GraphModule, PromptLayout, dict[str, Any]]:
+        """The graph for prompts, their layout, and its inputs with an empty cache."""
+        given = self._bind(**inputs)
+        given.pop("past_key_values", None)
+        complete = complete_inputs(self.model, given)
+        layout = prompt_layout(self.model, complete)
+        return self._graph(complete, layout), layout, complete
+
+    def _bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Arguments of the model's forward by name, without those that are None."""
+        inputs = self._arguments.bind(self.model, *args, **kwargs).arguments
+        inputs.pop("self", None)
+        inputs |= inputs.pop("kwargs", {})
+        return {name: value for name, value in inputs.items() if value is not None}
 
     def _run(self, inputs: dict[str, Any]) -> ModelOutput:
         inputs = complete_inputs(self.model, inputs)
-        cache = inputs.get("past_key_values")
+        cache: Any = inputs.get("past_key_values")
         prefill = cache is None or cache.get_seq_length() == 0
         layout = prompt_layout(self.model, inputs) if prefill else None
         if not prefill:
@@ -129,7 +219,8 @@ class ReducedModel(nn.Module):
 
     def _graph(self, inputs: Mapping[str, Any], layout: PromptLayout | None) -> fx.GraphModule:
         kind = "decode" if layout is None else "prefill"
-        key = (layout, *_structure(inputs))
+        attention = self.model.config.get_text_config()._attn_implementation
+        key = (layout, self.model.dtype, attention, *_structure(inputs))
         graphs = self._graphs[kind]
         if key not in graphs:
             cache = self._new_cache() if inputs.get("past_key_values") is not None else None
@@ -143,7 +234,6 @@ class ReducedModel(nn.Module):
         return ReducedCache(self.model.config.get_text_config())
 
 
-
 def _structure(inputs: Mapping[str, Any]) -> tuple[Hashable, ...]:
     """What a captured graph depends on: which inputs there are, of what type, and all constants."""
     parts: list[Hashable] = []
@@ -155,7 +245,7 @@ def _structure(inputs: Mapping[str, Any]) -> tuple[Hashable, ...]:
     return tuple(parts)
 
 
-def _decode_example(inputs: Mapping[str, Any], cache: ReducedCache) -> dict[str, Any]:
+def _decode_example(inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """A decode step on a short cache of equal lengths, which the original model can run.
 
     Only its structure matters: on the caches that reductions leave, the original model fails.
@@ -170,29 +260,3 @@ def _decode_example(inputs: Mapping[str, Any], cache: ReducedCache) -> dict[str,
     if "attention_mask" in example:
         example["attention_mask"] = inputs["attention_mask"][:, -new - 2 :]
     return example
-
-
-def _generation_host(reduced: ReducedModel, model: PreTrainedModel) -> Any:
-    """A view of the model whose forward is the reduced one, so that `generate` is transformers'.
-
-    It shares all weights and configs with the model and is of a subclass of the model's class.
-    """
-
-    @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> ModelOutput:
-        return reduced(*args, **kwargs)
-
-    def keep_pixels(self: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        # transformers would encode the images before the prefill; here that is the graph's part.
-        return model_kwargs
-
-    host = copy.copy(model)
-    host.__class__ = type(
-        f"Reduced{type(model).__name__}",
-        (type(model),),
-        {
-            "forward": forward,
-            "_prepare_multimodal_encoder_kwargs_for_generation": keep_pixels,
-        },
-    )
-    return host

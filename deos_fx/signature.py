@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.policy import ModelSignature
 
-__all__ = ["grid_of", "signature_of"]
+__all__ = ["grid_of", "has_class_token", "signature_of"]
 
 
 def signature_of(model: PreTrainedModel) -> ModelSignature:
@@ -40,3 +40,9 @@ def grid_of(model: PreTrainedModel) -> tuple[int, int]:
     vision = model.config.vision_config
     side = vision.image_size // vision.patch_size
     return side, side
+
+
+def has_class_token(model: PreTrainedModel) -> bool:
+    """Whether the vision tower puts a CLS token in front of the patches."""
+    tower = model.get_encoder(modality="image")
+    return any("class_embedding" in name for name, _ in tower.named_parameters())

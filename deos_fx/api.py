@@ -1,0 +1,139 @@
+"""`transform`: from a model to a reduced model in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from deos_fx import presets
+from deos_fx.budget import Budget
+from deos_fx.cost import CostModel
+from deos_fx.passes.discretise import fit_counts
+from deos_fx.policy import Policy
+from deos_fx.reduced_model import ReducedModel
+from deos_fx.signature import has_class_token, signature_of
+
+__all__ = ["transform"]
+
+DEFAULT_BUDGET = Budget(visual_tokens=0.5)
+"""Half of the visual tokens."""
+
+
+def transform(
+    model: PreTrainedModel,
+    *,
+    policy: Policy | None = None,
+    budget: Budget | None = None,
+    data: Iterable[Mapping[str, Any]] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+) -> ReducedModel:
+    """Reduce the visual tokens of a vision-language model.
+
+    1. With `policy`, that policy is applied.
+    2. With `data`, a policy is searched for the budget, see `deos_fx.search`.
+    3. With neither, every dropped token is merged into the kept token it resembles most, before
+       the decoder (`presets.merge`), with the largest count that the budget allows.
+
+    The budget is half of the visual tokens if it is not given.
+
+    Args:
+        model: An unmodified transformers vision-language model; it is put in eval mode and shares
+            its weights with the result.
+        policy: What to reduce where, applied as it is.
+        budget: Limits on the cost.
+        data: Model input dicts (batches) to search with, with or without ``labels``.
+        example_inputs: Inputs of one call. The model is captured with them at once instead of at
+            the first call, and limits on ``flops`` and ``kv_cache`` are meant for their length.
+
+    Returns:
+        The reduced model, called like the model.
+
+    Raises:
+        TypeError: If an argument is of a wrong type, the model among them.
+        ValueError: If the model reads no images, the policy does not fit it, the budget cannot be
+            met, or arguments contradict each other.
+    """
+    signature_of(model)
+    _check_arguments(policy, budget, data)
+    wanted = budget or DEFAULT_BUDGET
+    if policy is None and data is not None:
+        from deos_fx.passes.search import search
+
+        policy = search(model, data, budget=wanted).policy
+    elif policy is None:
+        policy = _default_policy(model, wanted, example_inputs)
+    reduced = ReducedModel(model, policy)
+    if example_inputs is not None:
+        reduced.capture(**example_inputs)
+    return reduced
+
+
+def _check_arguments(policy: Any, budget: Any, data: Any) -> None:
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy is a {type(policy).__name__}; give a Policy: Policy.load(path), one of "
+            "deos_fx.presets such as presets.fastv(), or the .policy of a search."
+        )
+    if budget is not None and not isinstance(budget, Budget):
+        raise TypeError(
+            f"budget is a {type(budget).__name__}; give for example Budget(visual_tokens=0.125)."
+        )
+    if policy is not None and (budget is not None or data is not None):
+        other = "a budget" if data is None else "data"
+        raise ValueError(
+            f"Both a policy and {other} are given: a policy is applied as it is. Leave the policy "
+            f"out to have one made, or leave out {other}."
+        )
+
+
+def _default_policy(
+    model: PreTrainedModel, budget: Budget, example_inputs: Mapping[str, Any] | None
+) -> Policy:
+    """Merging before the decoder, with the largest count that meets the budget."""
+    costs = _cost_model(model, budget.require(), example_inputs)
+    unreduced = costs.of_policy(Policy())
+    limits = budget.limits(unreduced)
+    policy = fit_counts(
+        _merge_preset(model),
+        costs.signature.visual_tokens,
+        lambda candidate: costs.of_policy(candidate).amounts,
+        limits,
+    )
+    if policy is None:
+        wanted = ", ".join(f"{name} {limit:,.6g}" for name, limit in limits.items())
+        raise ValueError(
+            f"The budget ({wanted}) cannot be met: even with one visual token per image the model "
+            f"needs {costs.of_policy(_merge_preset(model, 1)).amounts}. Raise the budget."
+        )
+    return policy
+
+
+def _merge_preset(model: PreTrainedModel, keep: int | float = 0.5) -> Policy:
+    """`presets.merge`, ranked by what the model's vision tower offers."""
+    policy = presets.merge(keep=keep)
+    if has_class_token(model):
+        return policy
+    (reduction,) = policy.reductions
+    return replace(policy, reductions=(replace(reduction, scores={"novelty": 1.0}),))
+
+
+def _cost_model(
+    model: PreTrainedModel, budget: Budget, example_inputs: Mapping[str, Any] | None
+) -> CostModel:
+    if budget.latency_ms is not None:
+        raise ValueError(
+            f"budget latency_ms={budget.latency_ms}: latency is measured by the search. Give data "
+            "to search with, or limit something else."
+        )
+    if example_inputs is not None:
+        return CostModel.of_inputs(model, example_inputs)
+    if budget.flops is not None or budget.kv_cache is not None:
+        raise ValueError(
+            "The FLOPs and the KV cache of a prompt depend on its length: give example_inputs (or "
+            "data to search with), or limit visual_tokens only."
+        )
+    # The text does not matter for the visual tokens of a layer.
+    return CostModel(model, images=1, text_tokens=0)

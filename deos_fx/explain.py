@@ -1,0 +1,156 @@
+"""What reductions did to a batch of prompts: which tokens stayed and where the others went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from deos_fx.operator.assign import dropped
+from deos_fx.operator.transfer import importance, merged_mass
+from deos_fx.passes.layout import PromptLayout
+from deos_fx.policy import Policy, Reduction
+from deos_fx.tokens import take, visual_positions
+
+__all__ = ["SiteExplanation", "explain"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SiteExplanation:
+    """What one reduction did. B prompts, V visual tokens came in, K of them stayed.
+
+    Positions are indices into the original prompt, padding included. All tensors are on the CPU.
+
+    Attributes:
+        site: Where it happened.
+        positions_in: [B, V] positions of the visual tokens that came in.
+        kept: [B, K] positions of those that stayed.
+        dropped: [B, V - K] positions of the others.
+        destination: [B, K, V] how much of the content of each incoming token was added to each
+            kept one, g P u of the operator; 0 for kept tokens. None if nothing was transferred.
+        mass: [B, K] how many original tokens each kept one stands for.
+        scores: [B, V] what the incoming tokens were ranked by; None if by their place alone.
+        remaining: [B, M] positions of everything that is left of the prompt, text included.
+    """
+
+    site: str
+    positions_in: Tensor
+    kept: Tensor
+    dropped: Tensor
+    destination: Tensor | None
+    mass: Tensor
+    scores: Tensor | None
+    remaining: Tensor
+
+    def __repr__(self) -> str:
+        kept, incoming = self.kept.shape[1], self.positions_in.shape[1]
+        went = "dropped" if self.destination is None else "merged into them"
+        return (
+            f"SiteExplanation({self.site}: {kept} of {incoming} visual tokens kept, the others "
+            f"{went}, masses {self.mass.min():.3g} to {self.mass.max():.3g})"
+        )
+
+
+def explain(
+    graph_module: fx.GraphModule, policy: Policy, layout: PromptLayout, inputs: Mapping[str, Any]
+) -> list[SiteExplanation]:
+    """Run a lowered prefill graph and watch its reductions.
+
+    Args:
+        graph_module: The graph, lowered for the policy and the layout.
+        policy: The policy.
+        layout: The prompts' layout.
+        inputs: All inputs of the graph; a cache among them is filled.
+
+    Returns:
+        An explanation of each reduction, in order.
+    """
+    watching = _Watching(graph_module)
+    names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        watching.run(*(inputs[name] for name in names))
+    total = layout.images * layout.tokens_per_image
+    positions = visual_positions(inputs["input_ids"], layout.image_token, total)
+    mass = torch.ones(positions.shape, device=positions.device)
+    explanations = []
+    for reduction in policy.reductions:
+        seen = watching.seen[reduction.site.replace(".", "_")]
+        if reduction.site == "projector":
+            seen = _of_prompts(seen, layout.images)
+        explanation = _explain_site(reduction, seen, positions, mass)
+        positions, mass = explanation.kept, explanation.mass
+        explanations.append(_on_cpu(explanation))
+    return explanations
+
+
+class _Watching(fx.Interpreter):
+    """Runs a graph and keeps the values of the nodes that lowering marked."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.seen: dict[str, dict[str, Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if "explains" in n.meta:
+            site, role = n.meta["explains"]
+            self.seen.setdefault(site, {})[role] = value
+        return value
+
+
+def _of_prompts(seen: Mapping[str, Tensor], images: int) -> dict[str, Tensor]:
+    """What was noted per image, per prompt: nothing moves between the images of a prompt."""
+    seen = dict(seen)
+    if "score" in seen:
+        seen["score"] = seen["score"].unflatten(0, (-1, images)).flatten(1)
+    if "assignment" in seen:
+        per_image = seen["assignment"].unflatten(0, (-1, images)).movedim(1, -1)
+        seen["assignment"] = per_image.diag_embed(dim1=1, dim2=3).flatten(3, 4).flatten(1, 2)
+    return seen
+
+
+def _explain_site(
+    reduction: Reduction, seen: Mapping[str, Tensor], positions: Tensor, mass: Tensor
+) -> SiteExplanation:
+    """Explain one reduction.
+
+    Args:
+        reduction: What was done.
+        seen: Values by role; indices count incoming tokens.
+        positions: [B, V] prompt positions of the incoming tokens.
+        mass: [B, V] their masses.
+    """
+    kept = seen["kept"]
+    assignment, score = seen.get("assignment"), seen.get("score")
+    destination = None
+    after = take(mass, kept)
+    if assignment is not None:
+        # What goes to the residual token is already part of the assignment.
+        gain = 1.0 if reduction.has_rest else reduction.gain
+        destination = gain * assignment
+        if reduction.weighting == "score" and score is not None:
+            destination = destination * importance(score).unsqueeze(1)
+        # The graph has masses only where something reads them.
+        after = merged_mass(kept, assignment, mass, gain)
+    gone = dropped(kept, positions.shape[1]) > 0
+    return SiteExplanation(
+        site=reduction.site,
+        positions_in=positions,
+        kept=take(positions, kept),
+        dropped=positions[gone].reshape(len(positions), -1),
+        destination=destination,
+        mass=seen.get("mass", after),
+        scores=score,
+        remaining=seen["origin"],
+    )
+
+
+def _on_cpu(explanation: SiteExplanation) -> SiteExplanation:
+    values = {item.name: getattr(explanation, item.name) for item in fields(explanation)}
+    moved: dict[str, Any] = {
+        name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()
+    }
+    return SiteExplanation(**moved)
