@@ -26,7 +26,8 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
         The inputs with position ids and, unless ``use_cache`` is False, a cache.
 
     Raises:
-        ValueError: If ``input_ids`` is missing or the cache is not a `ReducedCache`.
+        ValueError: If ``input_ids`` is missing, the cache is not a `ReducedCache` or has its images
+            already, or something is asked for that a reduced model does not have.
     """
     inputs = dict(inputs)
     if "input_ids" not in inputs:
@@ -43,12 +44,32 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
             f"past_key_values is a {type(cache).__name__}: the layers of a reduced model hold "
             "different numbers of tokens. Pass None, or the cache an earlier call returned."
         )
+    if cache is not None and cache.get_seq_length() and "pixel_values" in inputs:
+        raise ValueError(
+            "pixel_values came with a cache that is not empty: its images are in the cache, and "
+            "images in a later turn are not supported. Leave pixel_values out, or start again "
+            "with one prompt that has all images."
+        )
+    _check_outputs(inputs)
     if "position_ids" not in inputs:
         input_ids = inputs["input_ids"]
         seen = 0 if cache is None else cache.get_seq_length()
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) + seen
         inputs["position_ids"] = positions[None]
     return inputs | {"return_dict": True}
+
+
+def _check_outputs(inputs: Mapping[str, Any]) -> None:
+    if inputs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions is not supported: attention weights are never materialised. See "
+            "ReducedModel.explain for what each reduction saw, or use the original model."
+        )
+    if isinstance(inputs.get("logits_to_keep"), torch.Tensor):
+        raise ValueError(
+            "logits_to_keep is a tensor of prompt positions, and reductions move these. Give the "
+            "number of last logits as an int, or 0 for all."
+        )
 
 
 def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLayout:

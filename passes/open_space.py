@@ -44,7 +44,8 @@ def open_space(
             elif value not in behind and value is not reduced and _has_prompt_axis(value):
                 if value not in replaced:
                     # Also where the value is made behind the cut, just not from it.
-                    with graph.inserting_after(max(value, index, key=order.__getitem__)):
+                    last = max(value, index, key=order.__getitem__)
+                    with graph.inserting_before(last.next):
                         replaced[value] = _reindexed(graph, value, index)
                     order = {node: i for i, node in enumerate(graph.nodes)}
                 node.replace_input_with(value, replaced[value])
@@ -77,6 +78,8 @@ def _has_prompt_axis(node: fx.Node) -> bool:
 def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node) -> fx.Node:
     """The value in the new space, annotated like the old one."""
     axes = value.meta["prompt_axes"]
+    if axes == 0:
+        return _flattened_again(graph, value, index)
     if axes == MASK:
         node = graph.call_function(take_mask, (value, index))
     elif isinstance(axes, int):
@@ -84,4 +87,20 @@ def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node) -> fx.Node:
     else:
         node = graph.call_function(take_each, (value, index, tuple(axes)))
     node.meta["prompt_axes"] = axes
+    return node
+
+
+def _flattened_again(graph: fx.Graph, value: fx.Node, index: fx.Node) -> fx.Node:
+    """A value whose leading axis is batch and prompt together, such as the labels of a loss.
+
+    It is made again from what it was made of, re-indexed where the two were still apart.
+    """
+    apart = {
+        source: _reindexed(graph, source, index)
+        for source in value.all_input_nodes
+        if _has_prompt_axis(source)
+    }
+    assert apart, f"{value.name} runs over the prompt but belongs to no row of the batch"
+    node = graph.node_copy(value, lambda source: apart.get(source, source))
+    node.meta = dict(value.meta)
     return node
