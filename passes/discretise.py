@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from deos_fx.cost import Cost
 from deos_fx.operator.relaxed import RelaxedReduction
 from deos_fx.policy import Policy
 from deos_fx.reduction import Reduction, site_order
@@ -16,14 +15,13 @@ __all__ = ["discretise", "fit_counts", "within"]
 _NEARLY_ALL = 0.97
 
 
-def within(cost: Cost, limits: Mapping[str, float]) -> bool:
-    """Whether a cost meets every limit; limits are one-sided.
+def within(amounts: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    """Whether a policy meets every limit; limits are one-sided.
 
     Args:
-        cost: Cost of a policy.
-        limits: Absolute limits by name: visual_tokens, flops, kv_cache.
+        amounts: What it costs, by name.
+        limits: Absolute limits by the same names; costs without a limit are free.
     """
-    amounts = {"visual_tokens": cost.visual_tokens, "flops": cost.flops, "kv_cache": cost.kv_bytes}
     return all(amounts[name] <= limit for name, limit in limits.items())
 
 
@@ -61,7 +59,7 @@ def discretise(
 def fit_counts(
     policy: Policy,
     visual_tokens: int,
-    cost: Callable[[Policy], Cost],
+    amounts: Callable[[Policy], Mapping[str, float]],
     limits: Mapping[str, float],
 ) -> Policy | None:
     """Scale a policy's counts to the largest that meet every limit.
@@ -72,7 +70,7 @@ def fit_counts(
     Args:
         policy: A policy with any counts.
         visual_tokens: Visual tokens of one image.
-        cost: Exact cost of a policy.
+        amounts: What a policy costs, by name.
         limits: Absolute limits.
 
     Returns:
@@ -84,7 +82,7 @@ def fit_counts(
         return [min(visual_tokens, max(1, round(factor * count))) for count in counts]
 
     def fits(candidate: Sequence[int]) -> bool:
-        return within(cost(_with_counts(policy, candidate)), limits)
+        return within(amounts(_with_counts(policy, candidate)), limits)
 
     low, high = 0.0, float(visual_tokens)
     if not fits(scaled(low)):

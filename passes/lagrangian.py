@@ -39,7 +39,7 @@ class AugmentedLagrangian:
     def update(self, costs: Mapping[str, Tensor]) -> None:
         """Move the multipliers after some steps."""
         for name, multiplier in self.multipliers.items():
-            violation = float(self._violation(costs, name))
+            violation = self._violation(costs, name).item()
             self.multipliers[name] = max(0.0, multiplier + self.stiffness * violation)
 
     def _violation(self, costs: Mapping[str, Tensor], name: str) -> Tensor:

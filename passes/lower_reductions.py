@@ -7,15 +7,17 @@ is never observed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from deos_fx import tokens
-from deos_fx.operator import assign, scores, select, transfer
+from deos_fx.operator import StaticOutput, required_features, select, static_reduce
 from deos_fx.passes.annotate_token_spaces import position_tables
 from deos_fx.passes.find_sites import Sites
 from deos_fx.passes.finish import finish
@@ -49,22 +51,15 @@ def lower_reductions(
     if not policy.is_empty:
         lowering = _Lowering(graph_module, sites, layout)
         counts = policy.counts(layout.tokens_per_image)
-        for i, (reduction, count) in enumerate(zip(policy.reductions, counts, strict=True)):
+        for reduction, count in zip(policy.reductions, counts, strict=True):
             site = sites.usable(reduction.site, reduction.scores)
-            with_mass = _mass_matters(policy.reductions[i:])
-            step = _Step(reduction, count, reduction.site.replace(".", "_"), with_mass)
+            step = _Step(reduction, count, reduction.site.replace(".", "_"))
             if site.name == "projector":
                 lowering.reduce_images(step)
             else:
                 lowering.reduce_prompt(step, lowering.nodes[site.node])
         lowering.add_output()
     return finish(graph_module)
-
-
-def _mass_matters(reductions: tuple[Reduction, ...]) -> bool:
-    """Whether anything from the first of these reductions on reads masses."""
-    biased = any(reduction.mass_bias for reduction in reductions)
-    return biased or any(reduction.gain or reduction.residual for reduction in reductions[1:])
 
 
 @dataclass(frozen=True)
@@ -74,22 +69,18 @@ class _Step:
     reduction: Reduction
     count: int
     suffix: str
-    with_mass: bool
 
 
-@dataclass
-class _Visual:
-    """The visual tokens at a site; a feature becomes a node when the operator asks for it."""
+class _Features(dict[str, Any]):
+    """Features of the visual tokens at a site; one becomes a node when it is looked up."""
 
-    total: int
-    features: dict[str, Callable[[], fx.Node]]
-    mass: fx.Node | None
-    made: dict[str, fx.Node] = field(default_factory=dict)
+    def __init__(self, makers: Mapping[str, Callable[[], Any]]) -> None:
+        super().__init__()
+        self.makers = makers
 
-    def __getitem__(self, name: str) -> fx.Node:
-        if name not in self.made:
-            self.made[name] = self.features[name]()
-        return self.made[name]
+    def __missing__(self, name: str) -> Any:
+        self[name] = self.makers[name]()
+        return self[name]
 
 
 @dataclass
@@ -97,9 +88,8 @@ class _Space:
     """The token space that the graph is in, from front to back."""
 
     visual: fx.Node
-    count: int
+    grid: fx.Node | torch.Tensor
     origin: fx.Node | None = None
-    grid: fx.Node | None = None
     mass: fx.Node | None = None
 
 
@@ -123,16 +113,24 @@ class _Lowering:
         count = layout.images * layout.tokens_per_image
         with self.graph.inserting_after(input_ids):
             visual = self.call(tokens.visual_positions, input_ids, layout.image_token, count)
-        self.space = _Space(visual, count)
+        self.space = _Space(visual, layout.grid_tensor(layout.images))
 
-    def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
-        """A call_function node named after its function and the site."""
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """A call_function node named after its function and the site.
+
+        What depends on nothing but constants (anchors on the grid) is computed at once.
+        """
+        leaves = pytree.tree_leaves(args)
+        if not any(isinstance(leaf, fx.Node) for leaf in leaves):
+            return function(*args)
+        args = pytree.tree_map_only(torch.Tensor, self._constant, args)
         name = f"{function.__name__}_{self.suffix}" if self.suffix else function.__name__
         return self.graph.create_node("call_function", function, args, {}, name)
 
-    def note(self, role: str, node: fx.Node) -> fx.Node:
+    def note(self, role: str, node: Any) -> Any:
         """Mark a node for `ReducedModel.explain`."""
-        node.meta["explains"] = (self.suffix, role)
+        if isinstance(node, fx.Node):
+            node.meta["explains"] = (self.suffix, role)
         return node
 
     # *** the two kinds of site ***
@@ -142,150 +140,62 @@ class _Lowering:
         self.suffix = step.suffix
         features = self.nodes[self.sites.features]
         per_image = self.layout.tokens_per_image
-        available: dict[str, Callable[[], fx.Node]] = {
-            "tokens": lambda: features,
-            "grid": lambda: self._grid(1),
-        }
-        if "cls_attention" in step.reduction.scores:
+        makers: dict[str, Callable[[], Any]] = {"grid": lambda: self.layout.grid_tensor(1)}
+        if "attention_cls" in required_features(step.reduction):
             attention = self._class_attention(self.nodes[self.sites.tower_block])
-            available["attention_cls"] = lambda: attention
+            makers["attention_cls"] = lambda: attention
         users = list(features.users)
         with self.graph.inserting_before(features.next):
-            visual = _Visual(per_image, available, None)
-            kept, reduced, mass = self._operate(step, visual)
-            reduced = reduced or self.call(tokens.take, features, kept)
+            reduced = self._operate(step, step.count, features, None, makers)
             for user in users:
-                user.replace_input_with(features, reduced)
+                user.replace_input_with(features, reduced.tokens)
             images = self.layout.images
-            kept = self.note("kept", self.call(tokens.kept_of_prompt, kept, images, per_image))
+            kept = self.call(tokens.kept_of_prompt, reduced.kept, images, per_image)
+            mass = reduced.mass
             if mass is not None:
                 mass = self.note("mass", self.call(tokens.masses_of_prompt, mass, images))
         embeddings = self.nodes[self.sites.embeddings]
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         last = max((mass or kept, embeddings), key=order.__getitem__)
         with self.graph.inserting_before(last.next):
-            self._enter_space(step, embeddings, kept, None, mass)
+            self._enter_space(step, embeddings, self.note("kept", kept), None, mass)
 
     def reduce_prompt(self, step: _Step, block: fx.Node) -> None:
         """Reduce all visual tokens of a prompt together, behind a decoder layer."""
         self.suffix = step.suffix
-        seen, hidden, anchor = self._observe(block, _needs(step.reduction))
+        space = self.space
+        seen, hidden, anchor = self._observe(block, required_features(step.reduction))
+        makers: dict[str, Callable[[], Any]] = {
+            "keys": lambda: self.call(tokens.take, seen.key, space.visual),
+            "grid": lambda: space.grid,
+            "attention_last": lambda: self.call(tokens.attention_to, seen.last, space.visual),
+            "attention_text": lambda: self.call(
+                tokens.text_attention_to, seen.rows, seen.text, space.visual, self._padding()
+            ),
+        }
         with self.graph.inserting_before(anchor):
-            visual = _Visual(
-                self.space.count,
-                {
-                    "tokens": lambda: self.call(tokens.take, hidden, self.space.visual),
-                    "keys": lambda: self.call(tokens.take, seen.key, self.space.visual),
-                    "grid": lambda: self.space.grid or self._grid(self.layout.images),
-                    "attention_last": lambda: self.call(
-                        tokens.attention_to, seen.last, self.space.visual
-                    ),
-                    "attention_text": lambda: self.call(
-                        tokens.text_attention_to,
-                        seen.rows,
-                        seen.text,
-                        self.space.visual,
-                        self._padding(),
-                    ),
-                },
-                self.space.mass,
-            )
-            total = _Step(
-                step.reduction, step.count * self.layout.images, step.suffix, step.with_mass
-            )
-            kept, reduced, mass = self._operate(total, visual)
-            self.note("kept", kept)
-            if mass is not None:
-                self.note("mass", mass)
-            self._enter_space(step, hidden, kept, reduced, mass)
-
-    # *** the operator: score, keep, assign, transfer, reweight ***
+            visual = self.call(tokens.take, hidden, space.visual)
+            count = step.count * self.layout.images
+            reduced = self._operate(step, count, visual, space.mass, makers)
+            self.note("mass", reduced.mass)
+            only_gathered = reduced.assignment is None and not step.reduction.reweight
+            content = None if only_gathered else reduced.tokens
+            self._enter_space(step, hidden, self.note("kept", reduced.kept), content, reduced.mass)
 
     def _operate(
-        self, step: _Step, visual: _Visual
-    ) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
-        """Emit one reduction: indices kept, new tokens (None: just gathered), new masses."""
-        reduction = step.reduction
-        score = self._score(reduction, visual)
-        kept = self._select(step, visual, score)
-        assignment, gain = self._assignment(reduction, visual, kept, score)
-        mass = visual.mass
-        reduced = None
-        if assignment is not None:
-            weight = None
-            if reduction.weighting == "score":
-                weight = self.call(transfer.importance, score)
-            self.note("assignment", assignment)
-            reduced = self.call(
-                transfer.merge,
-                visual["tokens"],
-                kept,
-                assignment,
-                mass,
-                weight,
-                gain,
-                reduction.exponent,
-            )
-            if step.with_mass:
-                mass = self.call(transfer.merged_mass, kept, assignment, mass, gain)
-        elif mass is not None:
-            mass = self.call(tokens.take, mass, kept) if step.with_mass else None
-        if reduction.reweight:
-            reduced = reduced or self.call(tokens.take, visual["tokens"], kept)
-            reduced = self.call(transfer.reweight, reduced, score, kept, reduction.reweight)
-        return kept, reduced, mass if step.with_mass else None
-
-    def _score(self, reduction: Reduction, visual: _Visual) -> fx.Node | None:
-        """The mixed score; standardized only if more than its order is used."""
-        if not reduction.uses_scores:
-            return None
-        values = [
-            self.call(scores.SCORES[name].function, *map(visual.__getitem__, _score_needs(name)))
-            for name in reduction.scores
-        ]
-        if len(values) > 1 or reduction.uses_score_values:
-            values = [self.call(scores.standardize, value) for value in values]
-        score = values[0]
-        if len(values) > 1:
-            score = self.call(scores.combine, values, list(reduction.scores.values()))
-        if all(_score_needs(name) == ("grid",) for name in reduction.scores):
-            score = self.call(select.for_each_row, score, visual["tokens"])
-        return self.note("score", score)
-
-    def _select(self, step: _Step, visual: _Visual, score: fx.Node | None) -> fx.Node:
-        reduction = step.reduction
-        if reduction.selector == "grid":
-            anchors = self._constant("anchors", self._grid_anchors(step, visual))
-            return self.call(select.for_each_row, anchors, visual["tokens"])
-        if reduction.selector == "greedy":
-            similarity = self._similarity(reduction, visual, None)
-            return self.call(select.greedy, score, similarity, step.count, reduction.diversity)
-        return self.call(select.top_k, score, step.count)
-
-    def _assignment(
-        self, reduction: Reduction, visual: _Visual, kept: fx.Node, score: fx.Node | None
-    ) -> tuple[fx.Node | None, float]:
-        """P and the gain it is used with; None for pure pruning."""
-        assignment = None
-        if reduction.gain and reduction.temperature == float("inf"):
-            assignment = self.call(assign.uniform, kept, visual["tokens"])
-        elif reduction.gain:
-            similarity = self._similarity(reduction, visual, kept)
-            if reduction.temperature == 0:
-                assignment = self.call(assign.nearest, similarity, kept)
-            else:
-                assignment = self.call(assign.soft, similarity, kept, reduction.temperature)
-        if reduction.has_rest:
-            args = () if assignment is None else (assignment, reduction.gain)
-            return self.call(transfer.residual, score, kept, *args), 1.0
-        return assignment, reduction.gain
-
-    def _similarity(self, reduction: Reduction, visual: _Visual, kept: fx.Node | None) -> fx.Node:
-        features = [
-            visual[needed] if kind in reduction.similarity else None
-            for kind, needed in assign.SIMILARITIES.items()
-        ]
-        return self.call(assign.similarity, *features, dict(reduction.similarity), kept)
+        self,
+        step: _Step,
+        count: int,
+        visual: fx.Node,
+        mass: fx.Node | None,
+        makers: Mapping[str, Callable[[], Any]],
+    ) -> StaticOutput:
+        """Emit the operator itself; nodes that nothing reads are dropped at the end."""
+        features = _Features(makers)
+        reduced = static_reduce(step.reduction, count, visual, mass, features, self.call)
+        self.note("score", reduced.score)
+        self.note("assignment", reduced.assignment)
+        return reduced
 
     # *** token spaces ***
 
@@ -308,10 +218,7 @@ class _Lowering:
         if space.origin is not None:
             origin = self.call(tokens.take, space.origin, index)
         self.note("origin", origin)
-        all_tokens = self.layout.grid_tensor(self.layout.images)[None]
-        grid = space.grid or self._constant("grid_before", all_tokens)
-        grid = self.call(tokens.take, grid, kept)
-        self.space = _Space(visual, step.count * self.layout.images, origin, grid, mass)
+        self.space = _Space(visual, self._grid_of_kept(step, kept), origin, mass)
         replaced = self._new_positions(step.reduction, origin)
         key_bias = None
         if step.reduction.mass_bias and mass is not None:
@@ -354,7 +261,9 @@ class _Lowering:
 
     # *** features ***
 
-    def _observe(self, block: fx.Node, needs: set[str]) -> tuple[Observations, fx.Node, fx.Node]:
+    def _observe(
+        self, block: fx.Node, needs: frozenset[str]
+    ) -> tuple[Observations, fx.Node, fx.Node]:
         """Make a decoder layer report what is needed.
 
         Returns:
@@ -382,21 +291,17 @@ class _Lowering:
             return mask
         return self.call(tokens.take, mask, self.space.origin)
 
-    def _grid(self, images: int) -> fx.Node:
-        return self._constant("grid", self.layout.grid_tensor(images))
+    def _grid_of_kept(self, step: _Step, kept: fx.Node) -> fx.Node | torch.Tensor:
+        """Image, row and column of what is left; still a constant if it was chosen by the grid."""
+        grid = self.space.grid
+        if step.reduction.selector == "grid" and isinstance(grid, torch.Tensor):
+            return grid[select.grid_anchors(grid, step.count * self.layout.images)[0]]
+        return self.call(tokens.take, grid[None] if isinstance(grid, torch.Tensor) else grid, kept)
 
-    def _grid_anchors(self, step: _Step, visual: _Visual) -> torch.Tensor:
-        images = visual.total // self.layout.tokens_per_image
-        if images * self.layout.tokens_per_image != visual.total:
-            raise ValueError(
-                f"{step.reduction.site}: the selector 'grid' needs complete images, but an earlier "
-                "reduction has removed tokens. Use it at the first site, or another selector here."
-            )
-        return select.grid_anchors(self.layout.grid_tensor(images), step.count)
-
-    def _constant(self, name: str, value: torch.Tensor) -> fx.Node:
+    def _constant(self, value: torch.Tensor) -> fx.Node:
         """A buffer of the graph, so that it moves to the model's device with it."""
-        name = f"{name}_{self.suffix}"
+        names = (f"constant_{self.suffix}_{i}" for i in itertools.count())
+        name = next(name for name in names if not hasattr(self.graph_module, name))
         device = next(self.graph_module.parameters()).device
         self.graph_module.register_buffer(name, value.to(device), persistent=False)
         return self.graph.get_attr(name)
@@ -405,17 +310,3 @@ class _Lowering:
         """Let the graph return what decoding needs to know of each space."""
         output = self.graph.output_node()
         output.args = ({**output.args[0], "spaces": self.spaces},)
-
-
-def _score_needs(name: str) -> tuple[str, ...]:
-    return scores.SCORES[name].needs
-
-
-def _needs(reduction: Reduction) -> set[str]:
-    """Every feature that lowering this reduction will ask for."""
-    needs = {assign.SIMILARITIES[kind] for kind in reduction.similarity}
-    if not reduction.gain and reduction.selector != "greedy":
-        needs = set()
-    if reduction.uses_scores:
-        needs |= {feature for name in reduction.scores for feature in _score_needs(name)}
-    return needs

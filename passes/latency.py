@@ -1,0 +1,86 @@
+"""Measured latency: a table of prefill times by token count, on the machine that searches."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LatencyTable", "milliseconds"]
+
+_WARM_UP = 2
+_REPEATS = 7
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Median wall-clock time of a call, after warming up.
+
+    Args:
+        call: What to time.
+        device: Where it runs; a GPU is synchronised before and after.
+
+    Returns:
+        Milliseconds.
+    """
+    times = []
+    for i in range(_WARM_UP + _REPEATS):
+        _synchronise(device)
+        start = time.perf_counter()
+        call()
+        _synchronise(device)
+        if i >= _WARM_UP:
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Prefill times of one prompt when *all* decoder layers process some number of visual tokens.
+
+    A policy's time is predicted as the mean over the decoder layers of the time at that layer's
+    count, linear between measured counts. It is a guide for the search only: the policy it returns
+    was timed itself.
+
+    Attributes:
+        counts: Visual tokens, ascending.
+        times: Milliseconds at each.
+    """
+
+    counts: tuple[int, ...]
+    times: tuple[float, ...]
+
+    @classmethod
+    def measure(
+        cls, counts: Sequence[int], run: Callable[[int], Callable[[], object]], device: torch.device
+    ) -> LatencyTable:
+        """Time prefills.
+
+        Args:
+            counts: Visual tokens to measure at.
+            run: Count -> a prefill with so many visual tokens in every decoder layer.
+            device: Where it runs.
+        """
+        ordered = sorted(set(counts))
+        return cls(tuple(ordered), tuple(milliseconds(run(count), device) for count in ordered))
+
+    def predict(self, counts: Sequence[float | Tensor]) -> Tensor:
+        """Milliseconds, 0-dim; differentiable in the counts.
+
+        Args:
+            counts: Visual tokens that each decoder layer processes.
+        """
+        x = torch.stack([torch.as_tensor(count, dtype=torch.float32) for count in counts])
+        at, times = torch.tensor(self.counts).float(), torch.tensor(self.times)
+        right = torch.searchsorted(at, x.detach()).clamp(1, len(at) - 1)
+        left = right - 1
+        slope = (times[right] - times[left]) / (at[right] - at[left])
+        return (times[left] + slope * (x - at[left])).mean()
