@@ -42,7 +42,7 @@ def discretise(
     drops: dict[str, float] = {}
     fractions: dict[str, float] = {}
     for site in sorted(reductions, key=site_order):
-        after = float(reductions[site].keep_fraction(fraction))
+        after = reductions[site].keep_fraction(fraction).item()
         drops[site] = after / fraction
         fractions[site] = fraction = after
     wanted = sorted(drops, key=drops.__getitem__)[:most_sites]
