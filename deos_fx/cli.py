@@ -211,6 +211,9 @@ def search(
     budget: TokenLimit = None,
     flops: OtherLimit = None,
     kv_cache: OtherLimit = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds of the prefill, measured on this machine.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps, one batch each.")] = 60,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Order of the batches.")] = 0,
@@ -244,9 +247,9 @@ def search(
     from deos_fx.passes.search import search as run_search
     from deos_fx.terminal import stages
 
-    if budget is flops is kv_cache is None:
-        budget = DEFAULT_LIMIT
-    limits = Budget(visual_tokens=budget, flops=flops, kv_cache=kv_cache)
+    limits = Budget(visual_tokens=budget, flops=flops, kv_cache=kv_cache, latency_ms=latency_ms)
+    if limits.is_empty:
+        limits = Budget(visual_tokens=DEFAULT_LIMIT)
     records = read_records(data)
     console = Console()
     with fresh_folder(output) as folder, stages(console) as stage:

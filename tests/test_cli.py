@@ -1,0 +1,284 @@
+"""The command line: what it does with good input, and one clear line for bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from deos_fx import Policy, ReducedModel, Reduction, presets, reference
+from deos_fx.cli import app
+from deos_fx.data import batches, read_records
+from deos_fx.files import fresh_folder
+from tests.tiny import inputs, tiny_llava
+
+COMMANDS = ("demo", "search", "transform", "export", "inspect")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llava().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return reference.make_examples(3, "validation")
+
+
+@pytest.fixture
+def questions(tmp_path, examples):
+    """A JSONL file of reference questions with answers."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for i, example in enumerate(examples):
+        example.scene.image.save(folder / f"{i}.png")
+        question = example.question
+        line = {"image": f"{i}.png", "prompt": question.text, "answer": question.answer}
+        lines.append(json.dumps(line))
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "questions.jsonl"
+
+
+def run(*arguments, code=0):
+    """What a command prints, after checking its exit code."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def fails(*arguments):
+    """The message of a command that fails: one line, and how to see more."""
+    message, hint = run(*arguments, code=1).strip().splitlines()
+    assert message.startswith("Error: ")
+    assert "--debug" in hint
+    return message
+
+
+# *** help ***
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command):
+    text = run(command, "--help")
+    assert "Examples" in text
+    assert f"deos-fx {command}" in text
+
+
+def test_help_lists_every_command_and_loads_no_model_code():
+    code = (
+        "import sys; sys.argv = ['deos-fx', '--help']\n"
+        "from deos_fx.cli import app\n"
+        "try: app()\n"
+        "finally: print([m for m in ('torch', 'transformers', 'onnx') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(name in output for name in COMMANDS)
+    assert output.splitlines()[-1] == "[]"
+
+
+def test_python_m_is_the_same():
+    command = [sys.executable, "-m", "deos_fx", "--help"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "python -m deos_fx" in output
+
+
+# *** inspect, transform, search ***
+
+
+def test_inspect_shows_sites_and_costs(model_dir):
+    text = run("inspect", model_dir, "--preset", "merge", "--budget", "12.5%")
+    assert "64 visual tokens an image (8 x 8)" in text
+    assert "projector" in text and "decoder.4" in text
+    assert "no decoder layer comes after it" in text
+    assert "keep 8" in text
+    assert "12.5%" in text
+
+
+def test_transform_with_a_preset_fits_it_to_the_budget(model_dir, tmp_path):
+    run("transform", model_dir, tmp_path / "out", "--preset", "fastv", "--budget", "0.5")
+    reduced = ReducedModel.from_pretrained(tmp_path / "out")
+    assert reduced.policy == presets.fit("fastv", 32, 6, 64)
+
+
+def test_transform_with_a_policy_file_gives_the_same_model(model_dir, tmp_path):
+    policy = Policy((Reduction("decoder.1", 9, gain=1.0),))
+    policy.save(tmp_path / "policy.json")
+    run("transform", model_dir, tmp_path / "out", "--policy", tmp_path / "policy.json")
+    given = inputs(tiny_llava())
+    expected = ReducedModel(tiny_llava(), policy)(**given).logits
+    got = ReducedModel.from_pretrained(tmp_path / "out")(**given).logits
+    assert torch.equal(got, expected)
+
+
+def test_transform_at_a_budget_alone(model_dir, tmp_path):
+    run("transform", model_dir, tmp_path / "out", "--budget", "8")
+    cost = ReducedModel.from_pretrained(tmp_path / "out").cost(**inputs(tiny_llava()))
+    assert cost.after.visual_tokens <= 8
+
+
+def test_search_writes_policy_and_report(questions, tmp_path):
+    out = tmp_path / "found"
+    options = ("--budget", "18", "--steps", 1, "--batch-size", 2, "--output", out)
+    run("search", reference.WEIGHTS, "--data", questions, *options)
+    policy = Policy.load(out / "policy.json")
+    assert presets.mean_visual_tokens(policy, 10, 144) <= 18
+    assert sorted(path.name for path in out.iterdir()) == ["policy.json", "report.html"]
+
+
+# *** data ***
+
+
+def test_batches_equal_those_of_the_reference(questions, examples):
+    _, processor = reference.load()
+    got = list(batches(processor, read_records(questions), 2))
+    expected = list(reference.batches(processor, examples, 2))
+    assert len(got) == len(expected) == 2
+    for ours, theirs in zip(got, expected, strict=True):
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_batches_without_answers_are_prompts(questions, examples):
+    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    bare = [json.dumps({k: v for k, v in line.items() if k != "answer"}) for line in lines]
+    questions.write_text("\n".join(bare))
+    _, processor = reference.load()
+    (got,) = batches(processor, read_records(questions), 3)
+    (expected,) = reference.batches(processor, examples, 3, answers=False)
+    assert "labels" not in got
+    assert torch.equal(got["input_ids"], expected["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('{"prompt": "what"}', "line 2: give an object with image"),
+        ('{"image": "0.png", "prompt": 3}', "line 2: prompt is 3"),
+        ('{"image": "none.png", "prompt": "what"}', "there is no image"),
+        ('{"image": "0.png", "prompt": "what"}', "1 of 2 lines have an answer"),
+        ('{"image": "0.png", "prompt": "what", "question": "what"}', "give an object with"),
+    ],
+)
+def test_bad_line_is_named(questions, line, words):
+    questions.write_text(questions.read_text().splitlines()[0] + "\n" + line)
+    with pytest.raises(ValueError, match=words):
+        read_records(questions)
+
+
+def test_empty_data_and_unreadable_image(questions):
+    records = read_records(questions)
+    records[0].image.write_text("no image")
+    _, processor = reference.load()
+    with pytest.raises(ValueError, match=r"0\.png is not an image"):
+        list(batches(processor, records, 2))
+    questions.write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        read_records(questions)
+
+
+# *** bad input ***
+
+
+def test_no_such_folder(tmp_path):
+    assert "there is no folder" in fails("inspect", tmp_path / "none")
+
+
+def test_text_model(tmp_path):
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "text")
+    assert "llama model, which reads no images" in fails("inspect", tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [("0", "positive number"), ("200", "the model has only 64"), ("1.5", "fraction in (0, 1]")],
+)
+def test_budget_out_of_range(model_dir, budget, words):
+    assert words in fails("inspect", model_dir, "--preset", "merge", "--budget", budget)
+
+
+def test_budget_that_is_no_number(model_dir):
+    text = run("inspect", model_dir, "--preset", "merge", "--budget", "few", code=2)
+    assert "12.5%" in text
+
+
+def test_corrupt_policy_leaves_nothing(model_dir, tmp_path):
+    (tmp_path / "policy.json").write_text("{")
+    message = fails("transform", model_dir, tmp_path / "out", "--policy", tmp_path / "policy.json")
+    assert "policy.json is not a policy file" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
+
+
+def test_policy_for_another_model(model_dir, tmp_path):
+    Policy((Reduction("decoder.20", 8),)).save(tmp_path / "policy.json")
+    message = fails("transform", model_dir, tmp_path / "out", "--policy", tmp_path / "policy.json")
+    assert "decoder.20" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_policy_and_preset_at_once(model_dir, tmp_path):
+    Policy().save(tmp_path / "policy.json")
+    options = ("--policy", tmp_path / "policy.json", "--preset", "merge")
+    assert "--policy" in fails("transform", model_dir, tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize("command", ["transform", "export"])
+def test_folder_that_cannot_be_written(command, model_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = fails(command, model_dir, tmp_path / "file" / "out")
+    assert "cannot write the folder" in message
+
+
+def test_demo_checks_its_folder_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "load", lambda: pytest.fail("worked before checking"))
+    (tmp_path / "file").write_text("")
+    assert "cannot write the folder" in fails("demo", "--output", tmp_path / "file")
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path):
+    result = CliRunner().invoke(app, ["--debug", "inspect", str(tmp_path / "none")])
+    assert isinstance(result.exception, ValueError)
+
+
+def test_interrupted(model_dir, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deos_fx.inspection.print_model", interrupt)
+    assert "Interrupted" in run("inspect", model_dir, code=130)
+
+
+# *** folders ***
+
+
+def test_fresh_folder_replaces_its_own_entries_only(tmp_path):
+    (tmp_path / "out" / "old").mkdir(parents=True)
+    (tmp_path / "out" / "stays").write_text("1")
+    (tmp_path / "out" / "old" / "gone").write_text("1")
+    with fresh_folder(tmp_path / "out") as folder:
+        (folder / "old").mkdir()
+        (folder / "old" / "new").write_text("2")
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert names == ["out", str(Path("out/old")), str(Path("out/old/new")), str(Path("out/stays"))]
+
+
+def test_fresh_folder_leaves_nothing_when_the_work_fails(tmp_path):
+    with pytest.raises(RuntimeError), fresh_folder(tmp_path / "a" / "b") as folder:
+        (folder / "half").write_text("half")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
