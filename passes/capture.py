@@ -276,9 +276,7 @@ def capture(
     """
     tracer = _Tracer(model, block_names)
     arguments = {
-        name: tracer.placeholder(name, value)
-        if isinstance(value, (torch.Tensor, Cache))
-        else value
+        name: tracer.placeholder(name, value) if isinstance(value, (torch.Tensor, Cache)) else value
         for name, value in inputs.items()
     }
     with torch.no_grad(), _tracing(tracer, model):
@@ -288,7 +286,6 @@ def capture(
     graph_module = fx.GraphModule(tracer.attributes(), tracer.graph, f"{type(model).__name__}Graph")
     graph_module.meta["output_class"] = type(result)
     return finish(graph_module)
-
 
 
 @contextlib.contextmanager

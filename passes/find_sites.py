@@ -83,9 +83,7 @@ class Sites:
             raise ValueError(f"{name} cannot be reduced: {site.reason}. Use another site.")
         for score in scores:
             if score not in site.scores:
-                raise ValueError(
-                    f"{name} has no score {score!r}; it has {', '.join(site.scores)}."
-                )
+                raise ValueError(f"{name} has no score {score!r}; it has {', '.join(site.scores)}.")
         return site
 
     def available(self) -> tuple[Site, ...]:

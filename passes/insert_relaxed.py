@@ -105,9 +105,7 @@ class _Insertion:
         count = layout.images * layout.tokens_per_image
         input_ids = self.nodes["input_ids"]
         with self.graph.inserting_after(input_ids):
-            self.visual = self.call(
-                tokens.visual_positions, input_ids, layout.image_token, count
-            )
+            self.visual = self.call(tokens.visual_positions, input_ids, layout.image_token, count)
         with self.graph.inserting_after(self.visual):
             self.alive = self.call(tokens.ones_at, self.visual)
         self.mass = self.alive

@@ -85,9 +85,7 @@ def observe_block(
     return seen, hidden, anchor
 
 
-def bias_block(
-    graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None
-) -> None:
+def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None) -> None:
     """Add a bias to the attention logits of one block.
 
     Args:
