@@ -103,10 +103,11 @@ def _default_policy(
         limits,
     )
     if policy is None:
-        wanted = ", ".join(f"{name} {limit:,.6g}" for name, limit in limits.items())
+        fewest = costs.of_policy(_merge_preset(model, 1)).amounts
+        missed = [f"{name}={limit:g} ({fewest[name]:g})" for name, limit in limits.items()]
         raise ValueError(
-            f"The budget ({wanted}) cannot be met: even with one visual token per image the model "
-            f"needs {costs.of_policy(_merge_preset(model, 1)).amounts}. Raise the budget."
+            f"The budget cannot be met: {', '.join(missed)}; in brackets what the model needs with "
+            "one visual token per image. Raise the budget."
         )
     return policy
 

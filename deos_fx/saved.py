@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+import deos_fx
 from deos_fx.files import fresh_folder
 from deos_fx.policy import Policy
 
@@ -33,10 +34,11 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
     Raises:
         OSError: If it cannot be written.
     """
+    packages = (deos_fx, torch, transformers)
     note = {
         "deos_fx": "reduced_model",
         "version": VERSION,
-        "written_with": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "packages": {package.__name__: package.__version__ for package in packages},
     }
     with fresh_folder(dir) as folder:
         model.save_pretrained(folder)

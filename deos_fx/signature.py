@@ -18,12 +18,18 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
 
     Raises:
         TypeError: If it is not a transformers model.
-        ValueError: If it has no vision tower.
+        ValueError: If it reads no images, or not through placeholders in its prompt.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model is a {type(model).__name__}; give a transformers vision-language model, for "
             "example LlavaForConditionalGeneration.from_pretrained(...)."
+        )
+    if model.get_output_embeddings() is None or _image_token(model) is None:
+        raise ValueError(
+            f"{type(model).__name__} does not read images through placeholders in its prompt and "
+            "answer in text. Give a vision-language model that does, for example "
+            "LlavaForConditionalGeneration."
         )
     blocks = find_blocks(model)
     rows, columns = grid_of(model)
@@ -33,6 +39,10 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
         decoder_layers=len(blocks.decoder),
         visual_tokens=rows * columns,
     )
+
+
+def _image_token(model: PreTrainedModel) -> int | None:
+    return getattr(model.config, "image_token_id", None)
 
 
 def grid_of(model: PreTrainedModel) -> tuple[int, int]:

@@ -1,0 +1,108 @@
+"""`transform`: which policy it applies, and when it captures."""
+
+from types import SimpleNamespace
+
+import pytest
+from tiny import IMAGE, VISUAL, inputs, shared_llava
+from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+import deos_fx
+from deos_fx import Budget, Policy, Reduction, presets
+
+
+def kept(reduced):
+    """Tokens kept per image by each reduction."""
+    return reduced.policy.counts(VISUAL)
+
+
+def test_nothing_but_a_model():
+    model = shared_llava()
+    reduced = deos_fx.transform(model)
+    assert reduced.policy.name == "merge"
+    assert [reduction.site for reduction in reduced.policy.reductions] == ["projector"]
+    assert kept(reduced) == [VISUAL // 2]
+    batch = inputs(model, batch=2)
+    assert reduced(**batch).logits.shape[1] == batch["input_ids"].shape[1] - VISUAL // 2
+
+
+@pytest.mark.parametrize("limit, count", [(0.125, 8), (20, 20), (1, 1), (1.0, VISUAL), (0.99, 63)])
+def test_budget_of_visual_tokens(limit, count):
+    assert kept(deos_fx.transform(shared_llava(), budget=Budget(visual_tokens=limit))) == [count]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(flops=0.5),
+        Budget(kv_cache=0.4),
+        Budget(kv_cache=100_000),
+        Budget(flops=0.7, kv_cache=0.7, visual_tokens=30),
+    ],
+)
+def test_largest_count_within_every_limit(budget):
+    model = shared_llava()
+    batch = inputs(model, batch=2, images=2)
+    reduced = deos_fx.transform(model, budget=budget, example_inputs=batch)
+    report = reduced.cost(**batch)
+    limits = budget.limits(report.before)
+    assert all(report.after.amounts[name] <= limit for name, limit in limits.items())
+    one_more = presets.merge(keep=kept(reduced)[0] + 1)
+    amounts = deos_fx.ReducedModel(model, one_more).cost(**batch).after.amounts
+    assert any(amounts[name] > limit for name, limit in limits.items())
+
+
+def test_policy_is_applied_as_it_is():
+    policy = Policy((Reduction("decoder.1", 9),))
+    assert deos_fx.transform(shared_llava(), policy=policy).policy is policy
+    assert deos_fx.transform(shared_llava(), policy=Policy()).policy.is_empty
+
+
+def test_data_is_searched_for_the_budget(monkeypatch):
+    found = Policy((Reduction("decoder.1", 9),))
+    calls = []
+
+    def search(model, data, *, budget):
+        calls.append((model, data, budget))
+        return SimpleNamespace(policy=found)
+
+    monkeypatch.setattr("deos_fx.passes.search.search", search)
+    model = shared_llava()
+    data = [inputs(model)]
+    assert deos_fx.transform(model, data=data).policy is found
+    deos_fx.transform(model, data=data, budget=Budget(flops=0.3))
+    assert calls == [
+        (model, data, Budget(visual_tokens=0.5)),
+        (model, data, Budget(flops=0.3)),
+    ]
+
+
+def test_capture_is_lazy_without_example_inputs():
+    model = shared_llava(2)
+    with pytest.raises(RuntimeError, match="example_inputs"):
+        _ = deos_fx.transform(model).graph_module
+    batch = inputs(model)
+    code = deos_fx.transform(model, example_inputs=batch).graph_module.code
+    assert "merge_projector" in code
+
+
+def test_default_without_a_class_token():
+    text = shared_llava(2).config.text_config
+    vision = SiglipVisionConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_seq_length=VISUAL,
+    )
+    reduced = deos_fx.transform(LlavaForConditionalGeneration(config))
+    (site,) = reduced.explain(**inputs(reduced.model))
+    assert site.kept.shape == (1, VISUAL // 2)
