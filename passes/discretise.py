@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from deos_fx.operator import grid_layout
 from deos_fx.operator.relaxed import RelaxedReduction
 from deos_fx.policy import Policy
 from deos_fx.reduction import Reduction, site_order
 
-__all__ = ["discretise", "fit_counts", "within"]
+__all__ = ["discretise", "fit_counts", "on_grid", "within"]
 
 # A site that keeps more than this share of what reaches it is left out of the policy.
 _NEARLY_ALL = 0.97
+# Pooling windows are at most this much longer than wide, as in the fitted preset.
+_ASPECT = 1.5
 
 
 def within(amounts: Mapping[str, float], limits: Mapping[str, float]) -> bool:
@@ -91,6 +94,34 @@ def fit_counts(
         middle = (low + high) / 2
         low, high = (middle, high) if fits(scaled(middle)) else (low, middle)
     return _with_counts(policy, _filled(scaled(low), visual_tokens, fits))
+
+
+def on_grid(policy: Policy, height: int, width: int) -> Policy:
+    """The policy with every count of grid anchors lowered to one that the grid can be split into.
+
+    Args:
+        policy: Counts as ints.
+        height: Rows of one image's tokens.
+        width: Columns.
+
+    Returns:
+        A policy that costs at most as much.
+    """
+    counts = policy.counts(height * width)
+    for i, reduction in enumerate(policy.reductions):
+        counts[i] = min(counts[: i + 1])
+        while reduction.selector == "grid" and not _splits(height, width, counts[i]):
+            counts[i] -= 1
+    return _with_counts(policy, counts)
+
+
+def _splits(height: int, width: int, count: int) -> bool:
+    """Whether squarish windows split the grid; a single window always does."""
+    try:
+        grid_layout(height, width, count, aspect=_ASPECT)
+    except ValueError:
+        return count == 1
+    return True
 
 
 def _filled(

@@ -23,7 +23,7 @@ from deos_fx.budget import Budget
 from deos_fx.cost import CostModel
 from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.operator.relaxed import RelaxedReduction
-from deos_fx.passes.discretise import discretise, fit_counts, within
+from deos_fx.passes.discretise import discretise, fit_counts, on_grid, within
 from deos_fx.passes.find_sites import Site, Sites
 from deos_fx.passes.insert_relaxed import insert_relaxed
 from deos_fx.passes.lagrangian import AugmentedLagrangian
@@ -211,7 +211,8 @@ class _Problem:
 
     def fit(self, policy: Policy) -> Policy | None:
         """The policy with the largest counts that meet every limit, if any do."""
-        return fit_counts(policy, self.visual_tokens, self.amounts, self.limits)
+        fitted = fit_counts(policy, self.visual_tokens, self.amounts, self.limits)
+        return None if fitted is None else on_grid(fitted, *self.layout.grid)
 
     def meets(self, policy: Policy) -> bool:
         """Whether it meets every limit as it is."""

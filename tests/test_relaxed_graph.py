@@ -1,0 +1,78 @@
+"""Invariant 4: with saturated gates the relaxed graph's logits equal the static graph's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import inputs, tiny_llava
+from transformers import LlavaForConditionalGeneration
+
+from deos_fx.inputs import complete_inputs, prompt_layout
+from deos_fx.operator.relaxed import RelaxedReduction
+from deos_fx.passes.insert_relaxed import insert_relaxed
+from deos_fx.passes.pipeline import capture_call, lower_call
+from deos_fx.policy import Policy, Reduction
+from deos_fx.tokens import take
+
+REGIMES: dict[str, dict[str, Any]] = {
+    "prune": {},
+    "merge": {"gain": 1.0},
+    "merge with mass bias": {"gain": 1.0, "mass_bias": 1.0},
+    "pool": {"selector": "grid", "gain": 1.0, "similarity": {"grid": 1.0}},
+    "uniform": {"gain": 1.0, "temperature": math.inf},
+    "soft": {"gain": 0.5, "temperature": 0.3, "mass_bias": 0.5},
+    "residual": {"gain": 0.25, "residual": True},
+    "reweight": {"reweight": 0.3},
+    "weighted by score": {"gain": 1.0, "temperature": 0.1, "weighting": "score"},
+    "diverse": {"selector": "greedy", "diversity": 0.5},
+    "compact": {"position": "compact"},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> LlavaForConditionalGeneration:
+    return tiny_llava(layers=5)
+
+
+def largest_difference(model: LlavaForConditionalGeneration, policy: Policy) -> float:
+    given = complete_inputs(model, inputs(model, batch=2) | {"use_cache": False})
+    layout = prompt_layout(model, given)
+    captured = capture_call(model, given)
+    relaxed = captured.copy()
+    reductions = {}
+    present = layout.tokens_per_image
+    for reduction, count in zip(policy.reductions, policy.counts(present), strict=True):
+        reductions[reduction.site] = RelaxedReduction.from_reduction(reduction, count / present)
+        present = count
+    graph = insert_relaxed(relaxed.graph_module, captured.sites, reductions, layout)
+    static = lower_call(captured.copy(), policy, layout)
+    names = [node.target for node in static.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        expected = static(**{name: given[name] for name in names})
+        logits = graph(**{name: given[name] for name in names})["logits"]
+    origin = expected["spaces"][-1]["origin"]
+    real = take(given["attention_mask"], origin).bool()
+    return float((take(logits, origin) - expected["logits"])[real].abs().max())
+
+
+@pytest.mark.parametrize("site", ["projector", "decoder.0", "decoder.2"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_saturated_relaxed_graph_equals_static(
+    model: LlavaForConditionalGeneration, site: str, regime: str
+) -> None:
+    policy = Policy((Reduction(site, 16, **REGIMES[regime]),))
+    assert largest_difference(model, policy) < 2e-5
+
+
+def test_several_sites_with_different_regimes(model: LlavaForConditionalGeneration) -> None:
+    policy = Policy(
+        (
+            Reduction("projector", 32, gain=1.0, mass_bias=1.0),
+            Reduction("decoder.1", 16, gain=0.5, temperature=0.2, mass_bias=0.5),
+            Reduction("decoder.2", 8, position="compact"),
+        )
+    )
+    assert largest_difference(model, policy) < 2e-5

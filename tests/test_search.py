@@ -1,0 +1,156 @@
+"""The search: limits are met, interruptions lose nothing, resuming changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import inputs, tiny_llava
+from transformers import LlavaForConditionalGeneration
+
+from deos_fx.budget import Budget
+from deos_fx.passes.search import search
+from deos_fx.search_result import SearchResult
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> LlavaForConditionalGeneration:
+    return tiny_llava(layers=4)
+
+
+def batches(model: LlavaForConditionalGeneration, *, labels: bool) -> list[dict[str, Any]]:
+    """Four batches that differ in their tokens and images."""
+    data = []
+    for i in range(4):
+        torch.manual_seed(i)
+        batch = inputs(model, batch=2)
+        batch["pixel_values"] = torch.randn_like(batch["pixel_values"])
+        if labels:
+            batch["labels"] = torch.full_like(batch["input_ids"], -100)
+            batch["labels"][:, -2:] = batch["input_ids"][:, -2:]
+        data.append(batch)
+    return data
+
+
+def interrupt_at(step: int) -> Callable[[str, int, int], None]:
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "steps" and done == step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def result(model: LlavaForConditionalGeneration) -> SearchResult:
+    data = batches(model, labels=True)
+    return search(model, data, budget=Budget(visual_tokens=0.3, flops=0.8), steps=STEPS)
+
+
+def test_policy_meets_every_limit(result: SearchResult) -> None:
+    for candidate in result.candidates:
+        assert candidate.cost.visual_tokens <= result.limits["visual_tokens"]
+        assert candidate.cost.flops <= result.limits["flops"]
+    assert result.limits["visual_tokens"] == pytest.approx(0.3 * 64)
+
+
+def test_returns_the_best_candidate_and_presets_are_among_them(result: SearchResult) -> None:
+    losses = [candidate.loss for candidate in result.candidates]
+    assert losses == sorted(losses)
+    assert result.best.policy == result.policy
+    sources = {candidate.source for candidate in result.candidates}
+    assert "preset merge" in sources
+    assert any(source.startswith("step ") for source in sources)
+
+
+def test_history_has_every_step_and_the_token_cost_falls(result: SearchResult) -> None:
+    assert [record["step"] for record in result.history] == list(range(1, STEPS + 1))
+    tokens = [record["visual_tokens"] for record in result.history]
+    assert tokens[-1] < tokens[0]
+
+
+def test_model_collects_no_gradients(
+    model: LlavaForConditionalGeneration, result: SearchResult
+) -> None:
+    assert result.history
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_self_distillation_of_the_unreduced_model_is_zero(
+    model: LlavaForConditionalGeneration,
+) -> None:
+    data = batches(model, labels=False)
+    found = search(model, data, budget=Budget(kv_cache=0.6), steps=2)
+    assert found.unreduced_loss == pytest.approx(0, abs=1e-6)
+    assert found.best.loss > 0
+    assert found.best.cost.kv_bytes <= found.limits["kv_cache"]
+
+
+def test_interruption_keeps_the_best_so_far(model: LlavaForConditionalGeneration) -> None:
+    data = batches(model, labels=True)
+    budget = Budget(visual_tokens=0.25)
+    found = search(model, data, budget=budget, steps=STEPS, progress=interrupt_at(2))
+    assert found.interrupted
+    assert len(found.history) == 2
+    assert found.best.cost.visual_tokens <= found.limits["visual_tokens"]
+
+
+def test_resumed_search_is_bit_identical(
+    model: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    data = batches(model, labels=True)
+    budget = Budget(visual_tokens=0.25)
+    whole = search(model, data, budget=budget, steps=STEPS)
+    search(model, data, budget=budget, steps=STEPS, checkpoint=tmp_path, progress=interrupt_at(3))
+    resumed = search(model, data, budget=budget, steps=STEPS, checkpoint=tmp_path)
+    assert json.dumps(resumed.history) == json.dumps(whole.history)
+    assert resumed.policy == whole.policy
+    assert resumed.candidates == whole.candidates
+
+
+def test_checkpoint_of_another_search_is_refused(
+    model: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    data = batches(model, labels=True)
+    search(model, data, budget=Budget(visual_tokens=0.25), steps=1, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="another search"):
+        search(model, data, budget=Budget(visual_tokens=0.5), steps=1, checkpoint=tmp_path)
+
+
+def test_latency_limit_is_measured(model: LlavaForConditionalGeneration) -> None:
+    data = batches(model, labels=True)[:1]
+    found = search(model, data, budget=Budget(visual_tokens=0.5, latency_ms=60_000), steps=1)
+    assert found.history[0]["latency_ms"] > 0
+    with pytest.raises(ValueError, match=r"No policy .* limits"):
+        search(model, data, budget=Budget(latency_ms=1e-6), steps=1)
+
+
+def test_bad_data_is_refused(model: LlavaForConditionalGeneration) -> None:
+    budget = Budget(visual_tokens=0.5)
+    with pytest.raises(ValueError, match="data is empty"):
+        search(model, [], budget=budget)
+    with pytest.raises(TypeError, match="dicts of model inputs"):
+        search(model, ["an image"], budget=budget)  # type: ignore[list-item]
+    uneven = batches(model, labels=True)[:2]
+    uneven[1]["pixel_values"] = torch.nn.functional.pad(uneven[1]["pixel_values"], (0, 8))
+    with pytest.raises(ValueError, match="vary in size"):
+        search(model, uneven, budget=budget)
+    unlabelled = batches(model, labels=True)[:1]
+    unlabelled[0]["labels"][:] = -100
+    with pytest.raises(ValueError, match="-100 everywhere"):
+        search(model, unlabelled, budget=budget)
+
+
+def test_bad_budget_is_refused(model: LlavaForConditionalGeneration) -> None:
+    data = batches(model, labels=True)[:1]
+    with pytest.raises(ValueError, match="no limit"):
+        search(model, data, budget=Budget())
+    with pytest.raises(TypeError, match="Budget"):
+        search(model, data, budget=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="No policy meets the limits"):
+        search(model, data, budget=Budget(flops=1000), steps=1)
