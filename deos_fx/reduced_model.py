@@ -45,8 +45,6 @@ class ReducedModel(nn.Module):
         ValueError: If it has no vision tower, or the policy does not fit it.
     """
 
-    _host: Any
-
     def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
         super().__init__()
         self.signature = signature_of(model)
@@ -57,7 +55,6 @@ class ReducedModel(nn.Module):
         self._spaces = decode_spaces(policy)
         # Not submodules: they share the model's weights.
         self._graphs: dict[str, dict[Hashable, fx.GraphModule]] = {"prefill": {}, "decode": {}}
-        self.__dict__["_host"] = generation_host(self, model)
 
     # *** calling ***
 
@@ -90,7 +87,7 @@ class ReducedModel(nn.Module):
         """
         if inputs.get("use_cache", True) and inputs.get("past_key_values") is None:
             inputs["past_key_values"] = self._new_cache()
-        return self._host.generate(**inputs)
+        return generation_host(self, self.model).generate(**inputs)
 
     @property
     def graph_module(self) -> fx.GraphModule:

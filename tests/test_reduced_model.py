@@ -1,5 +1,6 @@
 """What a reduced model says about itself, and that it survives being saved."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -175,6 +176,17 @@ def test_repr_names_model_and_policy():
     assert "LlavaForConditionalGeneration" in text
     assert "64 visual tokens" in text
     assert "decoder.1: keep 12" in text
+
+
+def test_copy_is_independent():
+    model = tiny_llava(2)
+    batch = inputs(model)
+    reduced = ReducedModel(model, Policy((Reduction("decoder.0", 9),)))
+    before = reduced.generate(**batch, max_new_tokens=3, do_sample=False)
+    twin = copy.deepcopy(reduced)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(twin.generate(**batch, max_new_tokens=3, do_sample=False), before)
 
 
 # *** saving ***
