@@ -71,7 +71,7 @@ class CostReport:
         before, after = self.before, self.after
         rows = [
             ("visual tokens (mean)", before.visual_tokens, after.visual_tokens, "{:,.1f}"),
-            ("prefill GFLOPs", before.flops / 1e9, after.flops / 1e9, "{:,.4g}"),
+            ("prefill GFLOPs", before.flops / 1e9, after.flops / 1e9, "{:,.3f}"),
             ("KV cache (KiB)", before.kv_bytes / 1024, after.kv_bytes / 1024, "{:,.1f}"),
         ]
         lines = [f"{'':22}{'before':>12}{'after':>12}{'ratio':>8}"]
