@@ -1,0 +1,372 @@
+"""Run an exported model in ONNX Runtime, called like the model itself."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from deos_fx.cache import ReducedCache, TokenSpace
+from deos_fx.exporters.onnx import FORMAT, MANIFEST, VERSION
+from deos_fx.generation import generation_host
+from deos_fx.inputs import complete_inputs, prompt_layout
+from deos_fx.passes.lower_decode import DecodeSpace
+
+__all__ = ["OnnxModel"]
+
+_CPU = torch.device("cpu")
+
+
+class OnnxModel:
+    """A model that `deos_fx.export_onnx` wrote, in ONNX Runtime.
+
+    Inputs and results are CPU tensors, whatever the device: only the prompt, the new token and the
+    logits travel. Keys and values stay where they are computed. `torch.get_num_threads()` at the
+    time of loading is the number of threads used on the CPU.
+
+    Attributes:
+        config: The model's config.
+        generation_config: Defaults of `generate`, as for a transformers model.
+        device: Where it runs.
+    """
+
+    def __init__(
+        self,
+        manifest: Mapping[str, Any],
+        skeleton: PreTrainedModel,
+        prefill: _Session,
+        decode: _Session,
+    ) -> None:
+        self.config = skeleton.config
+        self.generation_config = skeleton.generation_config
+        self.device = prefill.device
+        self._images: int = manifest["images"]
+        self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
+        self._image_shape = tuple(manifest["image_shape"])
+        names = [field.name for field in fields(DecodeSpace)]
+        self._spaces = [
+            DecodeSpace(**{name: space[name] for name in names}) for space in manifest["spaces"]
+        ]
+        self._prefill, self._decode = prefill, decode
+        self._arguments = inspect.signature(type(skeleton).forward)
+        self._host = generation_host(self, skeleton, device=_CPU)
+
+    @classmethod
+    def from_pretrained(
+        cls, dir: str | os.PathLike[str], device: str | torch.device | None = None
+    ) -> OnnxModel:
+        """Load what `deos_fx.export_onnx` wrote.
+
+        Args:
+            dir: The folder.
+            device: ``cpu``, ``cuda`` or ``cuda:<i>``. Left out: CUDA if ONNX Runtime can use it
+                here, else the CPU.
+
+        Raises:
+            FileNotFoundError: If the folder holds no export.
+            ValueError: If it was written by a newer release or is damaged, or the device is none
+                of the above.
+            RuntimeError: If CUDA is asked for and cannot be used.
+        """
+        folder = Path(dir)
+        manifest = _read_manifest(folder)
+        skeleton = _skeleton(folder)
+        sessions = (_open(folder / f"{name}.onnx", device) for name in ("prefill", "decode"))
+        return cls(manifest, skeleton, *sessions)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+        """Run the prefill graph or, given the cache of an earlier call, the decode graph.
+
+        Args:
+            *args: Arguments of the model's own forward.
+            **kwargs: Keyword arguments of the model's own forward. Those that choose what it
+                returns have no effect, except ``logits_to_keep``.
+
+        Returns:
+            ``logits`` in float32 at every prompt position that is left, and ``past_key_values``
+            for the next call.
+
+        Raises:
+            ValueError: If the prompts have not exactly the images that the graphs are for.
+        """
+        inputs = self._arguments.bind(self._host, *args, **kwargs).arguments
+        inputs.pop("self", None)
+        inputs |= inputs.pop("kwargs", {})
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        return self._run(inputs)
+
+    def generate(self, **inputs: Any) -> Any:
+        """transformers' own `generate`: greedy search, sampling, beams (on CUDA beams need a torch
+        with CUDA), streamers and stopping criteria work as they do there.
+
+        Args:
+            **inputs: Arguments of the model's `generate`, as CPU tensors.
+
+        Returns:
+            What the model's `generate` returns.
+
+        Raises:
+            ValueError: With ``use_cache=False``, or for prompts that do not fit the graphs.
+        """
+        if not inputs.get("use_cache", True):
+            raise ValueError("use_cache=False, but exported graphs always use a cache; omit it")
+        if inputs.get("past_key_values") is None:
+            inputs["past_key_values"] = self._new_cache()
+        return self._host.generate(**inputs)
+
+    # *** running ***
+
+    def _run(self, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
+        cache = inputs.setdefault("past_key_values", self._new_cache())
+        if not isinstance(cache, _SessionCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; pass None, or what an earlier call "
+                "of this model returned"
+            )
+        inputs = complete_inputs(self._host, inputs)
+        if cache.get_seq_length() == 0:
+            logits = self._run_prefill(inputs, cache)
+        else:
+            logits = self._run_decode(inputs, cache)
+        keep = inputs.get("logits_to_keep", 0)
+        kept = logits[:, -keep or None :] if isinstance(keep, int) else logits[:, keep]
+        return CausalLMOutputWithPast(logits=kept.float(), past_key_values=cache)
+
+    def _run_prefill(self, inputs: dict[str, Any], cache: _SessionCache) -> Tensor:
+        self._check_prompts(inputs)
+        ids = inputs["input_ids"]
+        outputs = self._prefill(
+            {
+                "input_ids": ids,
+                "attention_mask": inputs.get("attention_mask", torch.ones_like(ids)),
+                "position_ids": inputs["position_ids"].expand(ids.shape),
+                "pixel_values": inputs["pixel_values"].to(self._dtype),
+            }
+        )
+        cache.take_states(outputs, ids.shape[1])
+        cache.record(
+            ids.shape[1],
+            [
+                TokenSpace(
+                    space.first_layer,
+                    _tensor(outputs[f"origin_{k}"]),
+                    _tensor(outputs[f"key_bias_{k}"]) if space.biased else None,
+                )
+                for k, space in enumerate(self._spaces, start=1)
+            ],
+        )
+        return _tensor(outputs["logits"])
+
+    def _run_decode(self, inputs: dict[str, Any], cache: _SessionCache) -> Tensor:
+        """One step for each new token: the decode graph takes one at a time."""
+        ids = inputs["input_ids"]
+        positions = inputs["position_ids"].expand(ids.shape)
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = ids.new_ones(len(ids), cache.get_seq_length() + ids.shape[1])
+        logits = []
+        for step in range(ids.shape[1]):
+            now = slice(step, step + 1)
+            seen = cache.get_seq_length() + 1
+            values = {
+                "input_ids": ids[:, now],
+                "attention_mask": mask[:, :seen],
+                "position_ids": positions[:, now],
+            }
+            values |= cache.decode_inputs(values["attention_mask"], values["position_ids"])
+            outputs = self._decode(values | cache.states)
+            cache.take_states(outputs, seen)
+            logits.append(_tensor(outputs["logits"]))
+        return torch.cat(logits, dim=1)
+
+    def _check_prompts(self, inputs: Mapping[str, Any]) -> None:
+        images = prompt_layout(self._host, inputs).images
+        if images != self._images:
+            raise ValueError(
+                f"The prompts have {images} images each, but this model was exported for prompts "
+                f"with {self._images}. Export it again with example_inputs that have {images}."
+            )
+        shape = tuple(inputs["pixel_values"].shape[1:])
+        if shape != self._image_shape:
+            raise ValueError(
+                f"The images have the shape {shape}, but this model was exported for "
+                f"{self._image_shape}. Use the processor of the model."
+            )
+
+    def _new_cache(self) -> _SessionCache:
+        return _SessionCache(self.config.get_text_config())
+
+
+class _SessionCache(ReducedCache):
+    """Keys and values as ONNX Runtime holds them, on its device.
+
+    Attributes:
+        states: ``past_key_values.<layer>.key`` and ``.value`` -> OrtValue.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.states: dict[str, Any] = {}
+        self._length = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far, dropped ones included."""
+        return self._length
+
+    def take_states(self, outputs: Mapping[str, Any], length: int) -> None:
+        """Keep the states that a run returned, after `length` tokens in all."""
+        self.states = {
+            name.replace("present.", "past_key_values."): value
+            for name, value in outputs.items()
+            if name.startswith("present.")
+        }
+        self._length = length
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._rows(change)
+        self.states = {
+            name: _ort_value(change(_tensor(value))) for name, value in self.states.items()
+        }
+
+
+# *** ONNX Runtime ***
+
+
+class _Session:
+    """One graph. States stay on its device, all other outputs come to the CPU."""
+
+    def __init__(self, session: Any, device: torch.device) -> None:
+        self.session = session
+        self.device = device
+        self.inputs = [spec.name for spec in session.get_inputs()]
+        self.outputs = [spec.name for spec in session.get_outputs()]
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the graph.
+
+        Args:
+            values: Tensors on the CPU or OrtValues; those the graph does not read are ignored.
+
+        Returns:
+            OrtValues by name.
+        """
+        binding = self.session.io_binding()
+        for name in self.inputs:
+            value = values[name]
+            binding.bind_ortvalue_input(
+                name, _ort_value(value) if isinstance(value, Tensor) else value
+            )
+        for name in self.outputs:
+            device = self.device if name.startswith("present.") else _CPU
+            binding.bind_output(name, device.type, device.index or 0)
+        self.session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+
+
+def _ort_value(tensor: Tensor) -> Any:
+    """The tensor's memory as an OrtValue, not copied."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.from_dlpack(tensor.detach().contiguous())
+
+
+def _tensor(value: Any) -> Tensor:
+    """An OrtValue's memory as a tensor, not copied."""
+    return torch.from_dlpack(value)
+
+
+def _open(path: Path, device: str | torch.device | None) -> _Session:
+    """Open a graph on a device, and check that it is there: ONNX Runtime falls back silently."""
+    import onnxruntime
+
+    wanted = None if device is None else _device(device)
+    cuda = wanted or torch.device("cuda", 0)
+    found = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _cuda_devices()
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if cuda.type == "cuda" and (cuda.index or 0) < found:
+        onnxruntime.preload_dlls()
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": cuda.index or 0}))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be run on {device or 'this machine'}: {error}") from error
+    works = session.get_providers()[0] == "CUDAExecutionProvider"
+    if wanted is not None and wanted.type == "cuda" and not works:
+        raise RuntimeError(
+            f"device={str(device)!r}, but ONNX Runtime cannot use it: it finds {found or 0} CUDA "
+            "devices here and its providers are "
+            f"{', '.join(onnxruntime.get_available_providers())}. Leave device out to run on the "
+            "CPU, or install onnxruntime-gpu with the CUDA and cuDNN libraries it needs."
+        )
+    return _Session(session, cuda if works else _CPU)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        parsed = torch.device("meta")
+    if parsed.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; give 'cpu', 'cuda', 'cuda:<i>' or None")
+    return parsed
+
+
+def _cuda_devices() -> int:
+    """CUDA devices of this machine, asked of the driver: torch may be built without CUDA.
+
+    Trying a session instead would print errors of ONNX Runtime on every machine without a GPU.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 0 if failed else count.value
+
+
+# *** loading ***
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {MANIFEST}: it is not a folder that deos_fx.export_onnx wrote"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); export the model again") from error
+    if not isinstance(manifest, dict) or manifest.get("deos_fx") != FORMAT:
+        raise ValueError(f'{path} does not say "deos_fx": "{FORMAT}"; export the model again')
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {manifest.get('version')!r} and this release reads version "
+            f"{VERSION}. Export the model again, or use the release that wrote it."
+        )
+    return manifest
+
+
+def _skeleton(folder: Path) -> PreTrainedModel:
+    """The model's class with its configs and no weights: what `generate` needs of a model."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = getattr(transformers, config.architectures[0])._from_config(config)
+    skeleton.generation_config = GenerationConfig.from_pretrained(folder)
+    return skeleton.eval()

@@ -1,0 +1,364 @@
+"""Exported graphs in ONNX Runtime equal the PyTorch static model, on CPU (invariant 7).
+
+Exporting takes seconds, so each policy is exported once, and policies combine what can be combined.
+Every check runs at another batch size and text length than the graphs were traced with.
+"""
+
+import functools
+import json
+import math
+import shutil
+
+import onnx
+import pytest
+import tiny
+import torch
+
+from deos_fx.exporters import onnx_model
+from deos_fx.exporters.onnx import export_onnx
+from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.policy import Policy, Reduction
+from deos_fx.reduced_model import ReducedModel
+
+LAYERS, STEPS = 3, 6
+# Policy and images per prompt; together they have every regime, selector and kind of token space.
+CASES = {
+    "prune, two images": (Policy((Reduction("decoder.1", 16),)), 2),
+    "pool, merge with mass, compact": (
+        Policy(
+            (
+                Reduction(
+                    "projector", 16, selector="grid", gain=1, similarity={"grid": 1}, mass_bias=1
+                ),
+                Reduction("decoder.0", 6, gain=1, mass_bias=0.5, position="compact"),
+            )
+        ),
+        1,
+    ),
+    "reweight, greedy": (
+        Policy(
+            (
+                Reduction(
+                    "decoder.0",
+                    12,
+                    scores={"text_attention": 1, "novelty": 1, "key_norm": 1},
+                    gain=0.5,
+                    temperature=0.3,
+                    similarity={"feature": 1, "key": 1},
+                    weighting="score",
+                    reweight=0.1,
+                    residual=True,
+                ),
+                Reduction("decoder.1", 3, selector="greedy", diversity=0.5),
+            )
+        ),
+        1,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folder of an exported case, exported on first use."""
+
+    @functools.cache
+    def export(name):
+        policy, images = CASES[name]
+        model = tiny.shared_llava(LAYERS)
+        # One image per prompt is also what an export without example inputs is for.
+        example = tiny.inputs(model, 1, images) if images > 1 else None
+        target = tmp_path_factory.mktemp("onnx") / "model"
+        assert export_onnx(ReducedModel(model, policy), target, example) == target
+        return target
+
+    return export
+
+
+@functools.cache
+def _runtime(folder):
+    return OnnxModel.from_pretrained(folder, "cpu")
+
+
+def _both(folder, name):
+    policy, images = CASES[name]
+    reduced = ReducedModel(tiny.shared_llava(LAYERS), policy)
+    return reduced, _runtime(folder(name)), images
+
+
+def _equal(got, expected):
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def _graph(folder, name):
+    return onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("batch", "text", "layout", "padding"),
+    [(1, 5, "between", None), (3, 9, "middle", "left"), (2, 0, "first", "left")],
+)
+def test_onnx_runtime_equals_pytorch(folder, name, batch, text, layout, padding):
+    reduced, runtime, images = _both(folder, name)
+    inputs = tiny.inputs(reduced.model, batch, images, layout=layout, padding=padding, text=text)
+    real = slice(-5, None)  # The ends of the prompts: no padding, no visual tokens.
+    _equal(runtime(**inputs).logits[:, real], reduced(**inputs).logits[:, real])
+    options = {"max_new_tokens": STEPS, "do_sample": False}
+    assert torch.equal(
+        runtime.generate(**inputs, **options), reduced.generate(**inputs, **options)
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decode_logits_equal_pytorch(folder, name):
+    reduced, runtime, images = _both(folder, name)
+    inputs = tiny.inputs(reduced.model, 2, images, text=3)
+    results = [
+        model.generate(
+            **inputs,
+            max_new_tokens=STEPS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        for model in (runtime, reduced)
+    ]
+    _equal(*(torch.stack(result.logits) for result in results))
+
+
+def test_beams_and_sampling_are_those_of_transformers(folder):
+    reduced, runtime, _ = _both(folder, "pool, merge with mass, compact")
+    inputs = tiny.inputs(reduced.model, 2)
+    for options in ({"num_beams": 3, "do_sample": False}, {"do_sample": True, "top_k": 5}):
+        results = []
+        for model in (reduced, runtime):
+            torch.manual_seed(0)
+            results.append(model.generate(**inputs, **options, max_new_tokens=4))
+        assert torch.equal(*results)
+
+
+def test_several_new_tokens_continue_a_cache(folder):
+    reduced, runtime, images = _both(folder, "prune, two images")
+    inputs = tiny.inputs(reduced.model, 1, images, padding=None)
+    more = torch.tensor([[3, 4, 5]])
+    first = runtime(**inputs)
+    continued = runtime(input_ids=more, past_key_values=first.past_key_values).logits
+    expected = []
+    cache = reduced(**inputs).past_key_values
+    for token in more.T:
+        expected.append(reduced(input_ids=token[None], past_key_values=cache).logits)
+    _equal(continued, torch.cat(expected, dim=1))
+
+
+def test_logits_to_keep(folder):
+    reduced, runtime, images = _both(folder, "prune, two images")
+    inputs = tiny.inputs(reduced.model, 1, images)
+    logits = runtime(**inputs).logits
+    assert torch.equal(runtime(**inputs, logits_to_keep=1).logits, logits[:, -1:])
+    assert torch.equal(
+        runtime(**inputs, logits_to_keep=torch.tensor([0, 2])).logits, logits[:, [0, 2]]
+    )
+
+
+# *** the graphs ***
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_graphs_have_no_data_dependent_shapes(folder, name):
+    for graph in ("prefill", "decode"):
+        nodes = _graph(folder(name), graph).node
+        kinds = {node.op_type for node in nodes}
+        assert not kinds & {"NonZero", "Loop", "Scan", "If", "ScatterND", "Unique", "Compress"}
+        scatters = [node for node in nodes if node.op_type == "ScatterElements"]
+        reductions = [a for node in scatters for a in node.attribute if a.name == "reduction"]
+        assert {attribute.s for attribute in reductions} <= {b"none"}
+        assert not any(node.domain for node in nodes)
+
+
+def test_pruning_needs_no_assignment(folder):
+    """One more matmul than the model: the attention row that scores the tokens."""
+    counts = [
+        sum(node.op_type in ("MatMul", "Gemm") for node in _graph(folder(name), "prefill").node)
+        for name in CASES
+    ]
+    assert counts[0] == min(counts)
+
+
+def test_names_and_axes(folder):
+    prefill = _graph(folder("pool, merge with mass, compact"), "prefill")
+    decode = _graph(folder("pool, merge with mass, compact"), "decode")
+    axes = {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*prefill.input, *decode.input)
+        if not value.name.startswith("past") or "key" in value.name
+    }
+    shared = {"input_ids": ["batch", 1], "position_ids": ["batch", 1]}
+    assert [value.name for value in prefill.input] == [
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "pixel_values",
+    ]
+    assert axes["pixel_values"] == ["batch", 3, 64, 64]
+    assert axes["attention_mask"] == ["batch", "sequence"]
+    assert axes["attention_mask_1"] == ["batch", "past_1 + 1"]
+    assert axes["key_bias_2"] == ["batch", "past_2 + 1"]
+    assert axes["past_key_values.0.key"] == ["batch", 2, "past_1", 16]
+    assert axes["past_key_values.2.key"] == ["batch", 2, "past_2", 16]
+    assert {name: axes[name] for name in shared} == shared
+    outputs = {value.name for value in prefill.output}
+    assert {"logits", "next_position", "origin_1", "attention_mask_2", "key_bias_2"} <= outputs
+    assert {f"present.{i}.{part}" for i in range(LAYERS) for part in ("key", "value")} <= outputs
+
+
+def test_what_a_foreign_runtime_needs(folder):
+    """The outputs that our own runtime works out by itself."""
+    reduced, runtime, images = _both(folder, "prune, two images")
+    inputs = tiny.inputs(reduced.model, 2, images)
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    values = runtime._prefill(inputs | {"position_ids": positions})
+    origin, kept_mask, following = (
+        torch.from_dlpack(values[name])
+        for name in ("origin_1", "attention_mask_1", "next_position")
+    )
+    assert torch.equal(kept_mask, mask.gather(1, origin))
+    assert following.flatten().tolist() == mask.sum(1).tolist()
+
+
+# *** the folder ***
+
+
+def test_folder(folder):
+    target = folder("prune, two images")
+    assert {path.name for path in target.iterdir()} == {
+        "prefill.onnx",
+        "decode.onnx",
+        "weights.data",
+        "policy.json",
+        "deos_fx.json",
+        "config.json",
+        "generation_config.json",
+    }
+    policy, images = CASES["prune, two images"]
+    assert Policy.load(target / "policy.json") == policy
+    manifest = json.loads((target / "deos_fx.json").read_text())
+    assert (manifest["deos_fx"], manifest["version"]) == ("onnx", 1)
+    assert (manifest["images"], manifest["image_token"]) == (images, tiny.IMAGE)
+    assert manifest["dtype"] == "float32"
+    assert manifest["spaces"] == [
+        {"first_layer": 2, "compact": False, "biased": False, "dropped": 2 * (64 - 16)}
+    ]
+    assert manifest["packages"]["torch"] == torch.__version__
+
+
+def test_both_graphs_share_one_file_of_weights(folder):
+    target = folder("prune, two images")
+    model = tiny.shared_llava(LAYERS)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    # The last vision block and post_layernorm are not used. Pages and constants come on top.
+    assert (target / "weights.data").stat().st_size < 1.3 * weights
+    for graph in ("prefill", "decode"):
+        assert (target / f"{graph}.onnx").stat().st_size < 0.5 * weights
+
+
+def test_the_folder_can_be_moved(folder, tmp_path):
+    moved = shutil.copytree(folder("prune, two images"), tmp_path / "elsewhere")
+    inputs = tiny.inputs(tiny.shared_llava(LAYERS), 1, 2)
+    expected = _runtime(folder("prune, two images"))(**inputs).logits
+    assert torch.equal(OnnxModel.from_pretrained(moved, "cpu")(**inputs).logits, expected)
+
+
+# *** errors ***
+
+
+def test_export_refuses_what_it_cannot_export(tmp_path):
+    model = tiny.shared_llava(LAYERS)
+    reduced = ReducedModel(model, Policy())
+    with pytest.raises(TypeError, match="deos_fx.transform"):
+        export_onnx(model, tmp_path / "out")
+    with pytest.raises(ValueError, match="no image"):
+        export_onnx(reduced, tmp_path / "out", {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_checks_the_folder_first(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("deos_fx.exporters.onnx.capture_call", None)
+    with pytest.raises(OSError, match="cannot write the folder"):
+        export_onnx(ReducedModel(tiny.shared_llava(LAYERS), Policy()), tmp_path / "file" / "out")
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*args):
+        (args[1] / "half").write_text("half")
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr("deos_fx.exporters.onnx._Exportable.export", lambda self: None)
+    monkeypatch.setattr("deos_fx.exporters.onnx._write_weights", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        export_onnx(ReducedModel(tiny.shared_llava(LAYERS), Policy()), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_that_do_not_fit_the_graphs(folder):
+    _, runtime, _ = _both(folder, "prune, two images")
+    model = tiny.shared_llava(LAYERS)
+    with pytest.raises(ValueError, match="1 images each, but .* with 2.*example_inputs"):
+        runtime(**tiny.inputs(model, 2, 1))
+    with pytest.raises(ValueError, match="1 images each"):
+        runtime.generate(**tiny.inputs(model, 2, 1), max_new_tokens=2)
+    with pytest.raises(ValueError, match="no image"):
+        runtime(input_ids=torch.ones(1, 4, dtype=torch.int64))
+    inputs = tiny.inputs(model, 1, 2)
+    with pytest.raises(ValueError, match="shape"):
+        runtime(**inputs | {"pixel_values": inputs["pixel_values"][..., :32]})
+    with pytest.raises(ValueError, match="use_cache"):
+        runtime.generate(**inputs, use_cache=False)
+    with pytest.raises(ValueError, match="past_key_values is a ReducedCache"):
+        cache = ReducedModel(model, Policy())(**inputs).past_key_values
+        runtime(input_ids=torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
+
+
+def test_devices(folder, monkeypatch):
+    target = folder("prune, two images")
+    monkeypatch.setattr(onnx_model, "_cuda_devices", lambda: 0)
+    assert OnnxModel.from_pretrained(target).device == torch.device("cpu")
+    with pytest.raises(RuntimeError, match="0 CUDA devices.*Leave device out"):
+        OnnxModel.from_pretrained(target, device="cuda")
+    for device in ("tpu", "mps"):
+        with pytest.raises(ValueError, match="'cpu', 'cuda'"):
+            OnnxModel.from_pretrained(target, device=device)
+
+
+def test_folders_that_are_no_export(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="export_onnx"):
+        OnnxModel.from_pretrained(tmp_path)
+    target = shutil.copytree(folder("prune, two images"), tmp_path / "copy")
+    manifest = target / "deos_fx.json"
+    data = json.loads(manifest.read_text())
+    for text, message in (
+        ("{", "damaged"),
+        ("[]", "does not say"),
+        (json.dumps(data | {"version": 99}), "version 99"),
+    ):
+        manifest.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            OnnxModel.from_pretrained(target)
+    manifest.write_text(json.dumps(data))
+    (target / "prefill.onnx").write_text("not a graph")
+    with pytest.raises(ValueError, match="prefill.onnx cannot be run"):
+        OnnxModel.from_pretrained(target, "cpu")
+
+
+def test_half_precision(tmp_path):
+    model = tiny.tiny_llava(1).half()
+    reduced = ReducedModel(model, Policy((Reduction("projector", 16, gain=1, mass_bias=1),)))
+    export_onnx(reduced, tmp_path)
+    runtime = OnnxModel.from_pretrained(tmp_path, "cpu")
+    inputs = tiny.inputs(model, 3)
+    expected = reduced(**inputs).logits.float()[:, -1]
+    got = runtime(**inputs).logits[:, -1]
+    assert math.isclose((got - expected).abs().max() / expected.abs().max(), 0, abs_tol=2e-2)
+    assert runtime.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 3
