@@ -30,7 +30,9 @@ def generation_host(
         The host; the model is left as it is.
     """
 
-    @functools.wraps(type(model).forward)
+    original: Any = type(model)
+
+    @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> ModelOutput:
         return call(*args, **kwargs)
 
@@ -43,7 +45,7 @@ def generation_host(
     ) -> Any:
         # For beams, transformers repeats row by row; the images of a prompt have to stay together.
         pixels = kwargs.pop("pixel_values", None)
-        ids, kwargs = type(model)._expand_inputs_for_generation(
+        ids, kwargs = original._expand_inputs_for_generation(
             self, expand_size, *args, input_ids=input_ids, **kwargs
         )
         if pixels is not None:
