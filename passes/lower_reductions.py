@@ -225,7 +225,7 @@ class _Lowering:
             key_bias = self.call(
                 tokens.mass_bias, mass, visual, shortened, step.reduction.mass_bias
             )
-        open_space(self.graph, hidden, shortened, index, replaced)
+        open_space(self.graph, hidden, shortened, index, replaced, self.suffix)
         for node, here in self.positions.items():
             self.positions[node] = replaced.get(here, here)
         self.position_ids.add(self.positions[self.nodes["position_ids"]])

@@ -66,12 +66,9 @@ def observe_block(
     users = list(block.users)
     anchor = block.next
     with graph.inserting_before(anchor):
-        hidden = graph.call_function(operator.getitem, (block, 0))
+        hidden = _part(graph, block, 0, "hidden")
         hidden.meta = dict(block.meta)
-        parts = {
-            name: graph.call_function(operator.getitem, (block, i + 1))
-            for i, name in enumerate(observe)
-        }
+        parts = {name: _part(graph, block, i, name) for i, name in enumerate(observe, start=1)}
         seen = Observations(text=text, key=parts.get("keys"))
         rows = parts.get("rows")
         if last and text:
@@ -83,6 +80,12 @@ def observe_block(
     for user in users:
         user.replace_input_with(block, hidden)
     return seen, hidden, anchor
+
+
+def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
+    """One of a block's outputs, named after the block."""
+    args = (block, i)
+    return graph.create_node("call_function", operator.getitem, args, {}, f"{block.name}_{name}")
 
 
 def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import fx
 
 from deos_fx.passes.annotate_token_spaces import MASK
@@ -19,6 +22,7 @@ def open_space(
     reduced: fx.Node,
     index: fx.Node,
     replaced: dict[fx.Node, fx.Node],
+    space: str,
 ) -> None:
     """Continue the graph behind `cut` in the space of the kept tokens.
 
@@ -34,6 +38,7 @@ def open_space(
         reduced: The hidden states [B, M, d] of the new space, already in the graph.
         index: [B, M] positions of the kept tokens in the old space.
         replaced: Old value -> its counterpart in the new space. Re-indexed values are added.
+        space: Name of the new space; names of re-indexed values end in it.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     behind = _behind(cut, order[reduced])
@@ -46,7 +51,7 @@ def open_space(
                     # Also where the value is made behind the cut, just not from it.
                     last = max(value, index, key=order.__getitem__)
                     with graph.inserting_before(last.next):
-                        replaced[value] = _reindexed(graph, value, index)
+                        replaced[value] = _reindexed(graph, value, index, space)
                     order = {node: i for i, node in enumerate(graph.nodes)}
                 node.replace_input_with(value, replaced[value])
 
@@ -75,32 +80,20 @@ def _has_prompt_axis(node: fx.Node) -> bool:
     return axes is not None
 
 
-def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node) -> fx.Node:
-    """The value in the new space, annotated like the old one."""
+def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> fx.Node:
+    """The value in the new space: annotated like the old one and named after it and the space."""
     axes = value.meta["prompt_axes"]
-    if axes == 0:
-        return _flattened_again(graph, value, index)
+    root = value.meta.get("root", value.name)
+    target: Callable[..., Any]
+    args: tuple[Any, ...] = (value, index)
     if axes == MASK:
-        node = graph.call_function(take_mask, (value, index))
+        target = take_mask
     elif isinstance(axes, int):
-        node = graph.call_function(take, (value, index) if axes == 1 else (value, index, axes))
+        target = take
+        args = args if axes == 1 else (*args, axes)
     else:
-        node = graph.call_function(take_each, (value, index, tuple(axes)))
-    node.meta["prompt_axes"] = axes
-    return node
-
-
-def _flattened_again(graph: fx.Graph, value: fx.Node, index: fx.Node) -> fx.Node:
-    """A value whose leading axis is batch and prompt together, such as the labels of a loss.
-
-    It is made again from what it was made of, re-indexed where the two were still apart.
-    """
-    apart = {
-        source: _reindexed(graph, source, index)
-        for source in value.all_input_nodes
-        if _has_prompt_axis(source)
-    }
-    assert apart, f"{value.name} runs over the prompt but belongs to no row of the batch"
-    node = graph.node_copy(value, lambda source: apart.get(source, source))
-    node.meta = dict(value.meta)
+        target = take_each
+        args = (*args, tuple(axes))
+    node = graph.create_node("call_function", target, args, {}, f"{root}_{space}")
+    node.meta.update(prompt_axes=axes, root=root)
     return node
