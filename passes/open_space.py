@@ -54,6 +54,9 @@ def open_space(
                         replaced[value] = _reindexed(graph, value, index, space)
                     order = {node: i for i, node in enumerate(graph.nodes)}
                 node.replace_input_with(value, replaced[value])
+        if node.meta.get("prompt_axes") == MASK and "position_ids" in node.kwargs:
+            # transformers reads gaps in position ids as borders of packed sequences.
+            node.kwargs = {**node.kwargs, "position_ids": None}
 
 
 def _behind(cut: fx.Node, position: int) -> set[fx.Node]:
