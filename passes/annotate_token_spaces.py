@@ -90,13 +90,14 @@ class _FakeRun(fx.Interpreter):
         self.shapes: dict[fx.Node, Any] = {}
         self.content: set[fx.Node] = set()
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
-            self.run(*pytree.tree_map_only(torch.Tensor, partial(_fake, mode), args))
+            fake = partial(_fake, mode)
+            self.run(*pytree.tree_map_only(torch.Tensor, fake, args, is_leaf=_is_cache))
         return self
 
     def run_node(self, n: fx.Node) -> Any:
         value = None if n.target is check_guard else super().run_node(n)
-        self.shapes[n] = pytree.tree_map(_shape, value)
-        leaves = pytree.tree_leaves(value)
+        self.shapes[n] = pytree.tree_map(_shape, value, is_leaf=_is_cache)
+        leaves = pytree.tree_leaves(value, is_leaf=_is_cache)
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
             self.content.add(n)
         return value
@@ -112,6 +113,11 @@ class _Shape(tuple[int, ...]):
 
 def _is_shape(value: Any) -> bool:
     return isinstance(value, _Shape)
+
+
+def _is_cache(value: Any) -> bool:
+    """An export makes a cache a pytree for the rest of the process; here it is one object."""
+    return isinstance(value, Cache)
 
 
 def _shape(leaf: Any) -> _Shape:
