@@ -35,7 +35,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
+from deos_fx import __version__
 from deos_fx.cache import ReducedCache
 from deos_fx.files import fresh_folder
 from deos_fx.inputs import complete_inputs, prompt_layout
@@ -62,7 +63,7 @@ __all__ = ["FORMAT", "MANIFEST", "VERSION", "export_onnx"]
 
 FORMAT, VERSION, MANIFEST = "onnx", 1, "deos_fx.json"
 WEIGHTS = "weights.data"
-PACKAGES = ("deos-fx", "torch", "transformers", "onnx", "onnxscript")
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 
 # Text tokens of the prompt that is traced: any number, the axis is dynamic.
 _TEXT_TOKENS = 8
@@ -147,7 +148,7 @@ def _manifest(
     return {
         "deos_fx": FORMAT,
         "version": VERSION,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"deos_fx": __version__, **{name: version(name) for name in PACKAGES}},
         "opset": program.opset_imports[""],
         "model": asdict(reduced.signature),
         "dtype": str(pixels.dtype).removeprefix("torch."),
@@ -159,14 +160,6 @@ def _manifest(
             for space, count in zip(spaces, dropped, strict=True)
         ],
     }
-
-
-def _version(package: str) -> str | None:
-    """The installed version; None for a package that runs from its checkout."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 # *** the two graphs ***
