@@ -17,6 +17,7 @@ from deos_fx.passes.fold_unstack import fold_unstack
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces, lower_decode
 from deos_fx.passes.lower_reductions import lower_reductions
+from deos_fx.passes.verify import verify
 from deos_fx.policy import Policy
 
 __all__ = ["Captured", "capture_call", "lower_call"]
@@ -46,7 +47,7 @@ class Captured:
 
 
 def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
-    """Capture -> fold -> annotate -> find sites.
+    """Capture -> fold -> annotate -> verify -> find sites.
 
     Args:
         model: The unmodified model.
@@ -62,6 +63,7 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     graph_module = capture(model, inputs, blocks.names())
     graph_module = fold_unstack(graph_module)
     graph_module = annotate_token_spaces(graph_module, inputs)
+    graph_module = verify(graph_module, "captured")
     sites = None
     if "pixel_values" in inputs:
         sites = find_sites(graph_module, len(blocks.decoder), len(blocks.vision))
@@ -69,7 +71,7 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
 
 
 def lower_call(captured: Captured, policy: Policy, layout: PromptLayout | None) -> fx.GraphModule:
-    """Lower a policy onto a captured call: a prefill with images, or a decode step without.
+    """Lower a policy onto a captured call and verify: a prefill with images, or a decode step.
 
     Args:
         captured: The call. Its graph is changed in place.
@@ -80,5 +82,7 @@ def lower_call(captured: Captured, policy: Policy, layout: PromptLayout | None) 
         The lowered graph.
     """
     if captured.sites is None or layout is None:
-        return lower_decode(captured.graph_module, decode_spaces(policy))
-    return lower_reductions(captured.graph_module, captured.sites, policy, layout)
+        graph_module = lower_decode(captured.graph_module, decode_spaces(policy))
+        return verify(graph_module, "decode")
+    graph_module = lower_reductions(captured.graph_module, captured.sites, policy, layout)
+    return verify(graph_module, "lowered")

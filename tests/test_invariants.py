@@ -252,6 +252,18 @@ def test_every_regime_equals_loops(
         assert difference(steps, expected.logits[-4:-1]) < TOLERANCE
 
 
+@pytest.mark.parametrize("position", ["keep", "compact"])
+def test_without_cache_and_mask_a_gap_is_no_border(
+    model: LlavaForConditionalGeneration, eager: LlavaForConditionalGeneration, position: str
+) -> None:
+    # transformers takes gaps in position ids for packed sequences when it is given neither.
+    policy = Policy((Reduction("projector", 16, position=position), Reduction("decoder.1", 4)))
+    batch = inputs(model, 2, 2, layout="between", padding=None)
+    logits = ReducedModel(model, policy)(**batch, use_cache=False).logits
+    for row, expected in enumerate(each_row(eager, batch, policy)):
+        assert difference(logits[row], expected.logits) < TOLERANCE
+
+
 def test_hidden_states_are_those_of_the_kept_tokens(
     model: LlavaForConditionalGeneration, eager: LlavaForConditionalGeneration
 ) -> None:

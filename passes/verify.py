@@ -1,0 +1,149 @@
+"""Check what must be true of a graph after each stage; a failure is a bug in a pass.
+
+What every graph must fulfil:
+
+1. it lints, and nodes and their users agree;
+2. no tensor sits in an argument: values of an example run would be frozen in it;
+3. every decoder layer runs exactly once, in order.
+
+After lowering, also:
+
+4. an operator of ours is one of the static list, and nothing has a shape that depends on data;
+5. every reduction reports the space it leaves, and counts never grow.
+
+A decode graph reduces nothing, and a mask made for a layer is read from that layer on.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, cast
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from deos_fx import operator, tokens
+from deos_fx.operator import SCORES
+
+__all__ = ["Stage", "VerificationError", "verify"]
+
+Stage = Literal["captured", "lowered", "decode"]
+
+_STATIC = {
+    *(getattr(tokens, name) for name in tokens.__all__),
+    *(function for name in operator.__all__ if callable(function := getattr(operator, name))),
+    *(score.function for score in SCORES.values()),
+}
+
+# Their results have shapes that depend on data, or runtimes disagree on them.
+_DYNAMIC = {"index_add", "item", "masked_select", "nonzero", "scatter_add", "tolist", "unique"}
+
+
+class VerificationError(RuntimeError):
+    """A pass left a graph that breaks a rule; the message names the rule and the node."""
+
+
+def verify(graph_module: fx.GraphModule, stage: Stage) -> fx.GraphModule:
+    """Check a graph after a stage.
+
+    Args:
+        graph_module: A captured graph, or a lowered prefill or decode graph. Not changed.
+        stage: Which of these it is.
+
+    Returns:
+        The same graph module.
+
+    Raises:
+        VerificationError: If it breaks a rule of its stage.
+    """
+    graph = graph_module.graph
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise VerificationError(f"after stage {stage!r}: {error}") from error
+    for node in graph.nodes:
+        _check_edges(node, stage)
+        _check_constants(graph_module, node, stage)
+    _check_layers(graph, stage)
+    if stage != "captured":
+        for node in graph.nodes:
+            _check_operator(node, stage)
+    if stage == "lowered":
+        _check_spaces(graph)
+    if stage == "decode":
+        _check_decode(graph)
+    return graph_module
+
+
+def _require(condition: bool, stage: Stage, what: str) -> None:
+    if not condition:
+        raise VerificationError(f"after stage {stage!r}: {what}")
+
+
+def _check_edges(node: fx.Node, stage: Stage) -> None:
+    for source in node.all_input_nodes:
+        _require(node in source.users, stage, f"{source.name} does not know its user {node.name}")
+    for user in node.users:
+        known = node in user.all_input_nodes and user.graph is node.graph
+        _require(known, stage, f"{node.name} has a user {user.name} that does not read it")
+
+
+def _check_constants(graph_module: fx.GraphModule, node: fx.Node, stage: Stage) -> None:
+    leaves = pytree.tree_leaves((node.args, node.kwargs))
+    frozen = any(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    _require(not frozen, stage, f"{node.name} has a tensor as an argument")
+    if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+        size = getattr(graph_module, str(node.target)).numel()
+        _require(size == 1, stage, f"{node.name} is a constant of {size} values from an example")
+
+
+def _check_layers(graph: fx.Graph, stage: Stage) -> None:
+    layers = [
+        int(found[1])
+        for node in graph.nodes
+        if node.op == "call_module" and (found := re.fullmatch(r"decoder_(\d+)", str(node.target)))
+    ]
+    in_order = layers == list(range(len(layers)))
+    _require(in_order, stage, f"decoder layers run in the order {layers}")
+
+
+def _check_operator(node: fx.Node, stage: Stage) -> None:
+    if node.op not in ("call_function", "call_method"):
+        return
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    _require(name.strip("_") not in _DYNAMIC, stage, f"{node.name} calls {name}")
+    ours = getattr(node.target, "__module__", None) or ""
+    if ours.startswith(("deos_fx.tokens", "deos_fx.operator")):
+        _require(node.target in _STATIC, stage, f"{node.name}: {name} is not a static operator")
+
+
+def _check_spaces(graph: fx.Graph) -> None:
+    cuts = [node for node in graph.nodes if node.target is tokens.kept_in_prompt]
+    output = cast(dict[str, Any], graph.output_node().args[0])
+    spaces = output.get("spaces", [])
+    _require(len(cuts) == len(spaces), "lowered", f"{len(cuts)} cuts report {len(spaces)} spaces")
+    counts = [count for cut in cuts if (count := _count(cut.args[1])) is not None]
+    falling = counts == sorted(counts, reverse=True)
+    _require(falling, "lowered", f"the reductions keep {counts} visual tokens, in this order")
+
+
+def _count(kept: Any) -> int | None:
+    """Tokens of a prompt that a selection keeps, where the graph says it."""
+    if kept.target is tokens.kept_of_prompt:
+        per_image = _count(kept.args[0])
+        return None if per_image is None else per_image * kept.args[1]
+    place = {operator.top_k: 1, operator.greedy: 2}.get(kept.target)
+    return None if place is None else kept.args[place]
+
+
+def _check_decode(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        reduces = node.op == "call_function" and node.target in _STATIC
+        _require(not reduces, "decode", f"{node.name} reduces tokens")
+        first = node.kwargs.get("layer_idx")
+        for user in node.users:
+            layer = re.fullmatch(r"decoder_(\d+)", user.name)
+            if first is not None and layer is not None:
+                fits = int(layer[1]) >= int(first)
+                _require(fits, "decode", f"{user.name} reads {node.name}, made for layer {first}")
