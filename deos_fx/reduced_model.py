@@ -17,6 +17,7 @@ from deos_fx.cost import CostModel, CostReport
 from deos_fx.explain import SiteExplanation, explain
 from deos_fx.generation import generation_host
 from deos_fx.inputs import complete_inputs, prompt_layout
+from deos_fx.passes.capture import GuardError
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces
 from deos_fx.passes.pipeline import capture_call, lower_call
@@ -200,9 +201,16 @@ class ReducedModel(nn.Module):
         layout = prompt_layout(self.model, inputs) if prefill else None
         if not prefill:
             inputs |= cache.decode_inputs(inputs.get("attention_mask"), inputs["position_ids"])
-        graph_module = self._graph(inputs, layout)
-        names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
-        fields = graph_module(**{name: inputs[name] for name in names})
+        try:
+            graph_module = self._graph(inputs, layout)
+            fields = _call(graph_module, inputs)
+        except GuardError:
+            # The model's code takes another branch for these inputs than for those captured.
+            self._graphs["prefill" if prefill else "decode"].clear()
+            if prefill and cache is not None:
+                cache.reset()
+            graph_module = self._graph(inputs, layout)
+            fields = _call(graph_module, inputs)
         spaces = fields.pop("spaces", [])
         if cache is not None and prefill:
             cache.record(
@@ -229,6 +237,11 @@ class ReducedModel(nn.Module):
 
     def _new_cache(self) -> ReducedCache:
         return ReducedCache(self.model.config.get_text_config())
+
+
+def _call(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
+    return graph_module(**{name: inputs[name] for name in names})
 
 
 def _structure(inputs: Mapping[str, Any]) -> tuple[Hashable, ...]:

@@ -224,11 +224,14 @@ class _Tracer(fx.Tracer):
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
-            if a.numel() > 1:
-                raise CaptureError(
-                    f"A tensor of shape {tuple(a.shape)} computed outside the graph would become a "
-                    "constant of it and freeze this input's data. Pass it as a model input."
-                )
+            if a.numel() == 1:
+                # Reading a number from an input left a guard, so this one is a true constant.
+                where = {"dtype": a.dtype, "device": a.device}
+                return self.create_node("call_function", torch.tensor, (a.tolist(),), where)
+            raise CaptureError(
+                f"A tensor of shape {tuple(a.shape)} computed outside the graph would become a "
+                "constant of it and freeze this input's data. Pass it as a model input."
+            )
         return super().create_arg(a)
 
     def _leaf_name(self, module: nn.Module) -> str:
