@@ -86,6 +86,8 @@ def _has_prompt_axis(node: fx.Node) -> bool:
 def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> fx.Node:
     """The value in the new space: annotated like the old one and named after it and the space."""
     axes = value.meta["prompt_axes"]
+    if axes == 0:
+        return _flattened_again(graph, value, index, space)
     root = value.meta.get("root", value.name)
     target: Callable[..., Any]
     args: tuple[Any, ...] = (value, index)
@@ -99,4 +101,20 @@ def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> f
         args = (*args, tuple(axes))
     node = graph.create_node("call_function", target, args, {}, f"{root}_{space}")
     node.meta.update(prompt_axes=axes, root=root)
+    return node
+
+
+def _flattened_again(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> fx.Node:
+    """A value whose leading axis is batch and prompt together, such as the labels of a loss.
+
+    It is made again from what it was made of, re-indexed where the two were still apart.
+    """
+    apart = {
+        source: _reindexed(graph, source, index, space)
+        for source in value.all_input_nodes
+        if _has_prompt_axis(source)
+    }
+    assert apart, f"{value.name} runs over the prompt but belongs to no row of the batch"
+    node = graph.node_copy(value, lambda source: apart.get(source, source))
+    node.meta = dict(value.meta)
     return node
