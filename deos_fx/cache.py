@@ -56,6 +56,11 @@ class ReducedCache(DynamicCache):
         """Index of the next query among the keys that this layer holds."""
         return super().get_seq_length(layer_idx)
 
+    def reset(self) -> None:
+        """Forget everything, also what was kept of which prompt."""
+        super().reset()
+        self.record(0, [])
+
     def _dropped(self, layer_idx: int) -> int:
         behind = [space for space in self.spaces if space.first_layer <= layer_idx]
         return self.prompt_length - behind[-1].origin.shape[1] if behind else 0
@@ -85,7 +90,7 @@ class ReducedCache(DynamicCache):
                 inputs[f"key_bias_{k}"] = torch.nn.functional.pad(space.key_bias, (0, new))
         return inputs
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow beam search: select rows, also of what was kept."""
         super().reorder_cache(beam_idx)
         self._rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))

@@ -220,7 +220,8 @@ def _attention_implementation(block: nn.Module) -> str:
             f"{type(block).__name__} has no submodule whose config names an attention "
             "implementation, so its attention cannot be observed. Use another site."
         )
-    return str(block.get_submodule(names[0]).config._attn_implementation)
+    attention: Any = block.get_submodule(names[0])
+    return str(attention.config._attn_implementation)
 
 
 def _seam_view(block: nn.Module) -> nn.Module:

@@ -141,7 +141,7 @@ def attention_to(rows: Tensor, visual: Tensor) -> Tensor:
 
 
 def attention_to_patches(rows: Tensor, class_tokens: int) -> Tensor:
-    """Attention rows [I, R, c + V] of a vision tower, mean over queries, without the c class tokens.
+    """Attention rows [I, R, c + V] of a vision tower without the c class tokens: their mean.
 
     Returns:
         [I, V].
@@ -206,7 +206,7 @@ def masses_of_prompt(mass: Tensor, images: int) -> Tensor:
 
 
 def mass_bias(mass: Tensor, visual: Tensor, hidden: Tensor, beta: float) -> Tensor:
-    """What later attention adds to the logits of each key: beta log m (ToMe, proportional attention).
+    """What later attention adds to each key's logits: beta log m (proportional attention of ToMe).
 
     Args:
         mass: [B, K] masses of the visual tokens.

@@ -86,8 +86,8 @@ class ValueProxy(fx.Proxy):
         super().__init__(node, tracer)
         self.value = value
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         # transformers asks isinstance(x, torch.Tensor) in many places.
         return type(self.value)
 
@@ -104,14 +104,15 @@ class ValueProxy(fx.Proxy):
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, torch.Tensor):
             # Unrolls the leading axis; fold_unstack removes it again where it can.
-            parts = self.tracer.create_proxy("call_function", torch.unbind, (self,), {})
+            parts: Any = self.tracer.create_proxy("call_function", torch.unbind, (self,), {})
             parts.node.meta["unrolled"] = len(self.value)
             return iter(parts[i] for i in range(len(self.value)))
-        return iter(self[i] for i in range(len(self.value)))
+        items: Any = self
+        return iter(items[i] for i in range(len(self.value)))
 
     def __len__(self) -> int:
-        length = self.tracer.create_proxy("call_function", len, (self,), {})
-        return int(length) if isinstance(length, ValueProxy) else length
+        length: Any = self.tracer.create_proxy("call_function", len, (self,), {})
+        return int(length)
 
     def __bool__(self) -> bool:
         return self._specialise(bool)
@@ -249,14 +250,15 @@ class _Tracer(fx.Tracer):
     def _run(self, node: fx.Node) -> Any:
         if node.op == "output":
             return None
+        target: Any = node.target
         if node.op == "get_attr":
-            return self._attribute(node.target)
+            return self._attribute(target)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
         if node.op == "call_module":
-            return self._attribute(node.target).forward(*args, **kwargs)
+            return self._attribute(target).forward(*args, **kwargs)
         if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
 
 
 def capture(

@@ -73,4 +73,5 @@ def _blocks_under(model: nn.Module, part: nn.Module) -> tuple[str, ...]:
         and len(module) > 0
         and all(isinstance(block, GradientCheckpointingLayer) for block in module)
     ]
-    return tuple(max(stacks, key=len, default=[]))
+    longest: list[str] = max(stacks, key=lambda stack: len(stack), default=[])
+    return tuple(longest)

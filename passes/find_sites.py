@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 from torch import fx
@@ -115,7 +116,8 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
     merge = _merge(nodes)
     features, embeddings = _operands(merge, nodes)
     flow = _data_flow(graph_module.graph)
-    logits = graph_module.graph.output_node().args[0]["logits"]
+    outputs: Any = graph_module.graph.output_node().args[0]
+    logits = outputs["logits"]
     through = _dominators(flow, features.name, logits.name)
     tower_block = _last_block(features, nodes)
     tower_length = tower_block.meta["shape"][1]

@@ -42,7 +42,7 @@ def _fold(graph: fx.Graph, unbind: fx.Node) -> bool:
     if len(cats) != 1 or len(parts) != unbind.meta["unrolled"]:
         return False
     (cat,) = cats
-    if cat.target is not torch.cat or cat.kwargs.get("dim", 0) != 0 or list(cat.args[0]) != parts:
+    if cat.target is not torch.cat or cat.kwargs.get("dim", 0) != 0 or cat.args[0] != parts:
         return False
     stacked = unbind.args[0]
     with graph.inserting_before(cat):

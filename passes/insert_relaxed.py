@@ -231,7 +231,8 @@ class _Insertion:
 
     def add_output(self) -> None:
         output = self.graph.output_node()
-        output.args = ({**output.args[0], "gates": self.gates},)
+        fields: Any = output.args[0]
+        output.args = ({**fields, "gates": self.gates},)
 
 
 _SIMILARITY_NEEDS = {"key": "keys", "grid": "grid"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import fx
 
@@ -62,7 +63,7 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
         replaced |= before
         for node in layers[space.first_layer : end]:
             node.args, node.kwargs = fx.node.map_arg(
-                (node.args, node.kwargs), lambda value, here=replaced: here.get(value, value)
+                (node.args, node.kwargs), partial(_latest, replaced)
             )
             bias_block(graph_module, node, key_bias)
     return finish(graph_module)
@@ -107,3 +108,7 @@ def _inputs_of(
                 again.kwargs = {**again.kwargs, "layer_idx": space.first_layer}
             replaced[node] = again
     return replaced, key_bias
+
+
+def _latest(replaced: dict[fx.Node, fx.Node], value: fx.Node) -> fx.Node:
+    return replaced.get(value, value)

@@ -128,9 +128,11 @@ class _Lowering:
         return self.graph.create_node("call_function", function, args, {}, name)
 
     def note(self, role: str, node: Any) -> Any:
-        """Mark a node for `ReducedModel.explain`."""
+        """Mark a node, or a constant, for `ReducedModel.explain`."""
         if isinstance(node, fx.Node):
             node.meta["explains"] = (self.suffix, role)
+        elif node is not None:
+            self.graph_module.meta.setdefault("explains", {})[self.suffix, role] = node
         return node
 
     # *** the two kinds of site ***
@@ -309,4 +311,5 @@ class _Lowering:
     def add_output(self) -> None:
         """Let the graph return what decoding needs to know of each space."""
         output = self.graph.output_node()
-        output.args = ({**output.args[0], "spaces": self.spaces},)
+        fields: Any = output.args[0]
+        output.args = ({**fields, "spaces": self.spaces},)

@@ -56,11 +56,10 @@ def observe_block(
     if not observe:
         return Observations(), block, block.next
     _use_seam(graph_module, block, observe)
+    queries = last or text
     if last and text:
         with graph.inserting_before(block):
             queries = graph.call_function(torch.cat, ([last, text], 1))
-    else:
-        queries = last or text
     if queries:
         block.kwargs = {**block.kwargs, "queries": queries}
     users = list(block.users)

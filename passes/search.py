@@ -1,9 +1,9 @@
 """Search where to reduce, how many tokens to keep and how to treat the rest, by gradient.
 
 The model is frozen; a few dozen numbers a site are trained on the relaxed graph under one-sided
-constraints. The trajectory is then rounded to policies that meet every limit exactly; these, the
-presets fitted to the same limits and small variations of the best are scored in *static* form, the
-form that is deployed, and the best is returned.
+constraints, starting near the best preset fitted to the same limits. The trajectory is then rounded
+to policies that meet every limit exactly; these, the presets and small variations of the best are
+scored in *static* form, the form that is deployed, and the best is returned.
 """
 
 from __future__ import annotations
@@ -11,44 +11,39 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from transformers import PreTrainedModel
 
 from deos_fx import presets
 from deos_fx.budget import Budget
-from deos_fx.cost import CostModel
-from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.operator.relaxed import RelaxedReduction
-from deos_fx.passes.discretise import discretise, fit_counts, on_grid, within
-from deos_fx.passes.find_sites import Site, Sites
+from deos_fx.passes.discretise import discretise
 from deos_fx.passes.insert_relaxed import insert_relaxed
 from deos_fx.passes.lagrangian import AugmentedLagrangian
-from deos_fx.passes.latency import LatencyTable, milliseconds
-from deos_fx.passes.layout import PromptLayout
-from deos_fx.passes.objective import Target, labelled, self_distilled
-from deos_fx.passes.pipeline import Captured, capture_call, lower_call
+from deos_fx.passes.latency import milliseconds
+from deos_fx.passes.search_problem import SearchProblem, mean_loss, run_graph
+from deos_fx.passes.search_space import keep_fractions, relaxed_costs, start_reductions
 from deos_fx.passes.search_state import SearchState
 from deos_fx.passes.vary import variations
 from deos_fx.policy import Policy
-from deos_fx.reduction import Reduction, split_site
 from deos_fx.search_result import Candidate, SearchResult
-from deos_fx.signature import signature_of
 
 __all__ = ["search"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with the stage (``steps`` or ``scoring``), how much is done and how much there is."""
+"""Called with a stage (``presets``, ``steps``, ...), how much is done and how much there is."""
 
-_GATE_TEMPERATURES = (0.5, 0.05)
+# In standard deviations of the score. Wider gates let what they drop leak into the answer, and the
+# search then learns to rely on the leak.
+_GATE_TEMPERATURES = (0.2, 0.03)
 _UPDATE_EVERY = 5
 _CHECKPOINT_EVERY = 10
 _SNAPSHOTS = 4
 _VARIATIONS = 24
-_LATENCY_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def search(
@@ -93,220 +88,31 @@ def search(
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
-    problem = _Problem.of(model, data, budget.require())
+    problem = SearchProblem.of(model, data, budget.require())
+    scoring = _Scoring(problem, progress)
+    scoring.add_all("presets", _from_presets(problem))
+    start = scoring.best.policy if scoring.candidates else Policy()
     state = SearchState.start(
-        {site.name: _start(site) for site in problem.sites.available()},
+        start_reductions(problem.sites.available(), start, problem.visual_tokens),
         AugmentedLagrangian(problem.limits),
         {"steps": steps, "seed": seed, "limits": problem.limits, **problem.fingerprint()},
     )
     if checkpoint is not None:
         state.resume(checkpoint)
     interrupted = _descend(problem, state, steps, seed, checkpoint, progress)
-    return _choose(problem, state, interrupted, progress)
-
-
-# *** the problem ***
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """One batch: explicit model inputs and what its logits are compared with."""
-
-    inputs: dict[str, Any]
-    target: Target
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """Everything that stays the same during a search."""
-
-    model: PreTrainedModel
-    captured: Captured
-    layout: PromptLayout
-    cost: CostModel
-    latency: LatencyTable | None
-    limits: dict[str, float]
-    training: list[_Batch]
-    scoring: list[_Batch]
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, data: Iterable[Mapping[str, Any]], budget: Budget
-    ) -> _Problem:
-        signature_of(model)
-        raw = [_checked(model, batch) for batch in data]
-        if not raw:
-            raise ValueError("data is empty: give at least one dict of model inputs.")
-        layout = _common_layout(model, raw)
-        text = max(batch["input_ids"].shape[1] for batch in raw)
-        cost = CostModel(model, layout.images, text - layout.images * layout.tokens_per_image)
-        limits = budget.limits(cost.of_policy(Policy()))
-        example = {name: value for name, value in raw[0].items() if name != "labels"}
-        captured = capture_call(model.eval(), example)
-        batches = [_with_target(model, captured, batch) for batch in raw]
-        held_back = len(batches) // 4
-        problem = cls(
-            model=model,
-            captured=captured,
-            layout=layout,
-            cost=cost,
-            latency=None,
-            limits=limits,
-            training=batches[: len(batches) - held_back],
-            scoring=batches[len(batches) - held_back :] or batches,
-        )
-        return problem if budget.latency_ms is None else problem.with_latency()
-
-    @property
-    def visual_tokens(self) -> int:
-        """V of one image."""
-        return self.layout.tokens_per_image
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint must agree with."""
-        return {
-            "model": str(signature_of(self.model)),
-            "batches": [list(batch.inputs["input_ids"].shape) for batch in self.training],
-            "tokens": [int(batch.inputs["input_ids"].sum()) for batch in self.training],
-        }
-
-    @property
-    def sites(self) -> Sites:
-        """Where the model can be reduced."""
-        assert self.captured.sites is not None
-        return self.captured.sites
-
-    def with_latency(self) -> _Problem:
-        """The problem with a latency table, measured by pruning at the projector."""
-        counts = [max(1, round(self.visual_tokens * share)) for share in _LATENCY_SHARES]
-        table = LatencyTable.measure(counts, self._timed_prefill, self.model.device)
-        scaled = tuple(self.layout.images * count for count in table.counts)
-        return replace(self, latency=replace(table, counts=scaled))
-
-    def _timed_prefill(self, count: int) -> Callable[[], object]:
-        prune = Reduction("projector", count, scores={"feature_norm": 1.0})
-        return self.prefill(Policy((prune,)))
-
-    def prefill(self, policy: Policy) -> Callable[[], object]:
-        """The static prefill of one prompt, to be timed."""
-        graph = lower_call(self.captured.copy(), policy, self.layout)
-        rows = {"pixel_values": self.layout.images}
-        inputs = {
-            name: value[: rows.get(name, 1)] if isinstance(value, Tensor) else value
-            for name, value in self.scoring[0].inputs.items()
-        }
-        return torch.no_grad()(lambda: _run(graph, inputs))
-
-    def amounts(self, policy: Policy) -> dict[str, float]:
-        """What a policy costs, under the names of the budget's limits."""
-        cost = self.cost.of_policy(policy)
-        amounts = {
-            "visual_tokens": cost.visual_tokens,
-            "flops": cost.flops,
-            "kv_cache": cost.kv_bytes,
-        }
-        if self.latency is not None:
-            amounts["latency_ms"] = self.latency.predict(cost.visual_tokens_per_layer).item()
-        return amounts
-
-    def fit(self, policy: Policy) -> Policy | None:
-        """The policy with the largest counts that meet every limit, if any do."""
-        fitted = fit_counts(policy, self.visual_tokens, self.amounts, self.limits)
-        return None if fitted is None else on_grid(fitted, *self.layout.grid)
-
-    def meets(self, policy: Policy) -> bool:
-        """Whether it meets every limit as it is."""
-        return within(self.amounts(policy), self.limits)
-
-    def static_loss(self, policy: Policy) -> float:
-        """Task loss of the static graph, mean over the scoring batches."""
-        graph = lower_call(self.captured.copy(), policy, self.layout)
-        return _mean_loss(graph, self.scoring)
-
-
-def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"data holds a {type(batch).__name__}; give dicts of model inputs, as a processor "
-            "returns them."
-        )
-    given = {name: value for name, value in batch.items() if value is not None}
-    moved = {
-        name: value.to(model.device) if isinstance(value, Tensor) else value
-        for name, value in given.items()
-    }
-    return complete_inputs(model, moved | {"use_cache": False})
-
-
-def _common_layout(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> PromptLayout:
-    """The layout of all batches, after checking that they agree."""
-    layouts = [prompt_layout(model, batch) for batch in batches]
-    sizes = sorted({tuple(batch["pixel_values"].shape[1:]) for batch in batches})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"The images of data vary in size: {', '.join(map(str, sizes))} (channels, height, "
-            "width). Resize them to one size, as the model's processor does."
-        )
-    if len(set(layouts)) > 1:
-        counts = sorted({layout.images for layout in layouts})
-        raise ValueError(
-            f"The prompts of data have {counts} images; search with equally many in every prompt."
-        )
-    structures = sorted({tuple(sorted(batch)) for batch in batches})
-    if len(structures) > 1:
-        raise ValueError(f"The batches of data have different inputs: {structures}.")
-    return layouts[0]
-
-
-def _with_target(model: PreTrainedModel, captured: Captured, batch: Mapping[str, Any]) -> _Batch:
-    inputs = dict(batch)
-    labels = inputs.pop("labels", None)
-    visual = inputs["input_ids"] == model.config.image_token_id
-    if labels is not None:
-        return _Batch(inputs, labelled(labels, visual))
-    return _Batch(
-        inputs, self_distilled(inputs, visual, lambda **given: _run(captured.graph_module, given))
-    )
-
-
-def _run(graph: fx.GraphModule, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    names = [node.target for node in graph.graph.find_nodes(op="placeholder")]
-    return graph(**{name: inputs[name] for name in names})
-
-
-@torch.no_grad()
-def _mean_loss(graph: fx.GraphModule, batches: Sequence[_Batch]) -> float:
-    losses = []
-    for batch in batches:
-        output = _run(graph, batch.inputs)
-        spaces = output.get("spaces")
-        origin = spaces[-1]["origin"] if spaces else None
-        losses.append(float(batch.target.loss(output["logits"], origin)))
-    return sum(losses) / len(losses)
+    scoring.add_all("rounded policies", _from_steps(problem, state))
+    try:
+        _polish(problem, scoring)
+    except KeyboardInterrupt:
+        interrupted = True
+    return _result(problem, state, scoring.candidates, interrupted)
 
 
 # *** the steps ***
 
 
-def _start(site: Site) -> RelaxedReduction:
-    """Where a site starts: half active, half kept, halfway between the regimes."""
-    in_decoder = site.name != "projector"
-    wanted = ("last_text_attention", "text_attention") if in_decoder else ("cls_attention",)
-    scores = {name: 1.0 for name in (*wanted, "feature_norm", "novelty") if name in site.scores}
-    start = Reduction(
-        site.name,
-        0.5,
-        scores=scores,
-        gain=0.5,
-        temperature=0.1,
-        mass_bias=0.5,
-        similarity={"feature": 0.5} if in_decoder else {"feature": 0.5, "grid": 0.5},
-    )
-    return RelaxedReduction(start, activation=0.5, retention=0.5)
-
-
 def _descend(
-    problem: _Problem,
+    problem: SearchProblem,
     state: SearchState,
     steps: int,
     seed: int,
@@ -332,7 +138,7 @@ def _descend(
 
 
 def _step(
-    problem: _Problem, state: SearchState, graph: fx.GraphModule, steps: int, seed: int
+    problem: SearchProblem, state: SearchState, graph: fx.GraphModule, steps: int, seed: int
 ) -> None:
     """One step: task loss and penalty of one batch, gradients of the policy parameters alone."""
     temperature = _gate_temperature(state.step, steps)
@@ -340,8 +146,8 @@ def _step(
     for reduction in reductions.values():
         reduction.gate_temperature = temperature
     batch = problem.training[_batch_index(state.step, len(problem.training), seed)]
-    task = batch.target.loss(_run(graph, batch.inputs)["logits"])
-    costs = _relaxed_costs(problem, reductions)
+    task = batch.target.loss(run_graph(graph, batch.inputs)["logits"])
+    costs = relaxed_costs(reductions, problem.cost, problem.latency)
     loss = task + state.lagrangian.penalty(costs)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     # Not backward(): the model's own parameters must not collect gradients.
@@ -358,7 +164,7 @@ def _step(
             "gate_temperature": temperature,
             **{name: cost.item() for name, cost in costs.items()},
             **{f"multiplier_{k}": value for k, value in state.lagrangian.multipliers.items()},
-            "keep": _keep_fractions(reductions),
+            "keep": keep_fractions(reductions),
         }
     )
     if state.step in _snapshot_steps(steps):
@@ -383,72 +189,25 @@ def _snapshot_steps(steps: int) -> set[int]:
     return {steps - round(i * steps / (2 * _SNAPSHOTS)) for i in range(_SNAPSHOTS)}
 
 
-def _keep_fractions(reductions: Mapping[str, RelaxedReduction]) -> dict[str, float]:
-    fraction: Tensor | float = 1.0
-    fractions = {}
-    for site, reduction in reductions.items():
-        fraction = reduction.keep_fraction(fraction)
-        fractions[site] = fraction.item()
-    return fractions
-
-
-def _relaxed_costs(
-    problem: _Problem, reductions: Mapping[str, RelaxedReduction]
-) -> dict[str, Tensor]:
-    """Differentiable costs of one prompt, from the expected counts of every layer."""
-    whole = float(problem.layout.images * problem.visual_tokens)
-    layers = problem.cost.signature.decoder_layers
-    counts: list[Tensor] = [torch.tensor(whole)] * layers
-    overhead = torch.zeros(())
-    present = torch.tensor(whole)
-    for site, reduction in reductions.items():
-        after = reduction.keep_fraction(present)
-        share = problem.layout.images if site == "projector" else 1
-        flops = problem.cost.reduction_flops(reduction.start, present / share, after / share)
-        overhead = overhead + reduction.activation.sigmoid() * flops
-        stage, layer = split_site(site)
-        first = layer + 1 if stage == "decoder" else 0
-        counts = counts[:first] + [after] * (layers - first)
-        present = after
-    costs = {
-        "visual_tokens": problem.cost.visual_tokens(counts),
-        "flops": problem.cost.flops(counts, overhead),
-        "kv_cache": problem.cost.kv_bytes(counts),
-    }
-    if problem.latency is not None:
-        costs["latency_ms"] = problem.latency.predict(counts)
-    return {name: torch.as_tensor(cost) for name, cost in costs.items()}
-
-
 # *** the choice ***
 
 
-def _choose(
-    problem: _Problem, state: SearchState, interrupted: bool, progress: Progress | None
+def _result(
+    problem: SearchProblem, state: SearchState, candidates: list[Candidate], interrupted: bool
 ) -> SearchResult:
-    """Round, repair, score in static form, polish, and return the best."""
-    proposals = [*_from_steps(problem, state), *_from_presets(problem)]
-    if not proposals:
+    """The best candidate, with what is known of it."""
+    if not candidates:
         raise ValueError(
             f"No policy meets the limits {problem.limits}: even one visual token at every site is "
             "too much. Raise the budget."
         )
-    scoring = _Scoring(problem, len(proposals) + _VARIATIONS, progress)
-    for source, policy in proposals:
-        scoring.add(source, policy)
-    try:
-        _polish(problem, scoring)
-    except KeyboardInterrupt:
-        interrupted = True
-    candidates = sorted(scoring.candidates, key=lambda candidate: candidate.loss)
-    candidates = _in_time(problem, candidates)
+    candidates = _in_time(problem, sorted(candidates, key=lambda candidate: candidate.loss))
     best = candidates[0]
     policy = replace(best.policy, name="searched", model=problem.cost.signature)
-    candidates[0] = replace(best, policy=policy)
     return SearchResult(
         policy=policy,
         history=state.history,
-        candidates=candidates,
+        candidates=[replace(best, policy=policy), *candidates[1:]],
         limits=problem.limits,
         unreduced=problem.cost.of_policy(Policy()),
         unreduced_loss=problem.static_loss(Policy()),
@@ -457,7 +216,7 @@ def _choose(
     )
 
 
-def _in_time(problem: _Problem, candidates: list[Candidate]) -> list[Candidate]:
+def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candidate]:
     """The candidates from the best whose own, measured, latency meets the limit."""
     limit = problem.limits.get("latency_ms", math.inf)
     while limit < math.inf and candidates:
@@ -473,7 +232,7 @@ def _in_time(problem: _Problem, candidates: list[Candidate]) -> list[Candidate]:
     return candidates
 
 
-def _from_steps(problem: _Problem, state: SearchState) -> list[tuple[str, Policy]]:
+def _from_steps(problem: SearchProblem, state: SearchState) -> list[tuple[str, Policy]]:
     """Rounded snapshots, each with all its sites and with only those that drop most."""
     if state.step not in state.snapshots:
         state.take_snapshot()
@@ -484,12 +243,12 @@ def _from_steps(problem: _Problem, state: SearchState) -> list[tuple[str, Policy
         for most_sites in (None, 3, 2, 1):
             rounded = discretise(reductions, problem.visual_tokens, most_sites)
             fitted = problem.fit(rounded)
-            if fitted is not None and fitted not in [policy for _, policy in proposals]:
+            if fitted is not None:
                 proposals.append((f"step {step}", fitted))
     return proposals
 
 
-def _from_presets(problem: _Problem) -> list[tuple[str, Policy]]:
+def _from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
     """The presets, fitted to the same limits: the search returns nothing worse than them."""
     proposals = []
     signature = problem.cost.signature
@@ -506,46 +265,62 @@ def _from_presets(problem: _Problem) -> list[tuple[str, Policy]]:
     return proposals
 
 
-def _polish(problem: _Problem, scoring: _Scoring) -> None:
+def _polish(problem: SearchProblem, scoring: _Scoring) -> None:
     """Try single changes of the best candidate while they help."""
     left = _VARIATIONS
     signature = problem.cost.signature
-    tried: set[str] = set()
-    improved = True
+    improved = bool(scoring.candidates)
     while improved and left:
         improved = False
-        best = min(scoring.candidates, key=lambda candidate: candidate.loss)
+        best = scoring.best
+        origin = best.source.removeprefix("refined ")
         for policy in variations(best.policy, signature.decoder_layers, signature.visual_tokens):
             fitted = problem.fit(policy)
-            if not left or fitted is None or fitted.to_json() in tried:
+            if fitted is None or scoring.has(fitted):
                 continue
-            tried.add(fitted.to_json())
+            if not left:
+                return
             left -= 1
-            origin = best.source.removeprefix("refined ")
-            if scoring.add(f"refined {origin}", fitted) < best.loss:
+            loss = scoring.add(f"refined {origin}", fitted)
+            scoring.show("variations", _VARIATIONS - left, _VARIATIONS)
+            if loss < best.loss:
                 improved = True
                 break
 
 
 class _Scoring:
-    """Scores policies in static form and reports progress."""
+    """Scores policies in static form."""
 
-    def __init__(self, problem: _Problem, total: int, progress: Progress | None) -> None:
+    def __init__(self, problem: SearchProblem, progress: Progress | None) -> None:
         self.problem = problem
-        self.total = total
         self.progress = progress
         self.candidates: list[Candidate] = []
+
+    @property
+    def best(self) -> Candidate:
+        return min(self.candidates, key=lambda candidate: candidate.loss)
+
+    def has(self, policy: Policy) -> bool:
+        return any(known.policy.reductions == policy.reductions for known in self.candidates)
 
     def add(self, source: str, policy: Policy) -> float:
         loss = self.problem.static_loss(policy)
         cost = self.problem.cost.of_policy(policy)
         self.candidates.append(Candidate(policy, source, loss, cost))
-        if self.progress is not None:
-            self.progress("scoring", len(self.candidates), self.total)
         return loss
 
+    def add_all(self, stage: str, proposals: Sequence[tuple[str, Policy]]) -> None:
+        for done, (source, policy) in enumerate(proposals, start=1):
+            if not self.has(policy):
+                self.add(source, policy)
+            self.show(stage, done, len(proposals))
 
-def _relaxed_loss(problem: _Problem, policy: Policy) -> float:
+    def show(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+
+def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
     """Task loss of a policy in its relaxed form, at the last gate temperature."""
     present = problem.visual_tokens
     reductions = {}
@@ -558,4 +333,4 @@ def _relaxed_loss(problem: _Problem, policy: Policy) -> float:
         present = count
     captured = problem.captured.copy()
     graph = insert_relaxed(captured.graph_module, problem.sites, reductions, problem.layout)
-    return _mean_loss(graph, problem.scoring)
+    return mean_loss(graph, problem.scoring)

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -63,7 +63,8 @@ class SearchState:
 
     def by_site(self) -> dict[str, RelaxedReduction]:
         """Site -> relaxed reduction."""
-        return {_site(key): module for key, module in self.reductions.items()}
+        modules = cast("Mapping[str, RelaxedReduction]", self.reductions)
+        return {_site(key): module for key, module in modules.items()}
 
     def take_snapshot(self) -> None:
         """Remember the present parameters."""

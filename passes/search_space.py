@@ -1,0 +1,114 @@
+"""Where a search starts, and what its relaxed reductions cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from deos_fx.cost import CostModel
+from deos_fx.operator.relaxed import RelaxedReduction
+from deos_fx.passes.find_sites import Site
+from deos_fx.passes.latency import LatencyTable
+from deos_fx.policy import Policy
+from deos_fx.reduction import Reduction, split_site
+
+__all__ = ["keep_fractions", "relaxed_costs", "start_reductions"]
+
+# A site of the policy that the search starts from, and any other site.
+_ACTIVE, _DORMANT = 0.95, 0.1
+
+
+def start_reductions(
+    sites: Sequence[Site], policy: Policy, visual_tokens: int
+) -> dict[str, RelaxedReduction]:
+    """One relaxed reduction a site, near a policy in what it keeps and undecided in how.
+
+    The best hand-designed policy says where to start: its sites are active with its counts, all
+    others nearly dormant. What happens to dropped tokens starts halfway between the regimes,
+    because gates, gains and weights at their ends have no gradient.
+
+    Args:
+        sites: The sites to search.
+        policy: Where to start; the empty policy starts with every site half active.
+        visual_tokens: Visual tokens of one image.
+
+    Returns:
+        Site name -> relaxed reduction, in order of depth.
+    """
+    counts = dict(
+        zip((r.site for r in policy.reductions), policy.counts(visual_tokens), strict=True)
+    )
+    present = visual_tokens
+    reductions = {}
+    for site in sites:
+        activation, retention = (0.5 if policy.is_empty else _DORMANT), 0.5
+        if site.name in counts:
+            activation, retention = _ACTIVE, min(0.99, counts[site.name] / present)
+            present = counts[site.name]
+        reductions[site.name] = RelaxedReduction(
+            _undecided(site), activation=activation, retention=retention
+        )
+    return reductions
+
+
+def _undecided(site: Site) -> Reduction:
+    """A reduction between all regimes, ranking mostly by attention."""
+    in_decoder = site.name != "projector"
+    attention = ("last_text_attention", "text_attention") if in_decoder else ("cls_attention",)
+    weights = dict.fromkeys(attention, 3.0) | {"feature_norm": 1.0, "novelty": 1.0}
+    return Reduction(
+        site.name,
+        0.5,
+        scores={name: weight for name, weight in weights.items() if name in site.scores},
+        gain=0.5,
+        temperature=0.1,
+        mass_bias=0.25,
+        similarity={"feature": 1.0} if in_decoder else {"feature": 0.5, "grid": 0.5},
+    )
+
+
+def keep_fractions(reductions: Mapping[str, RelaxedReduction]) -> dict[str, float]:
+    """Site -> fraction of the original visual tokens behind it."""
+    fraction: Tensor | float = 1.0
+    fractions = {}
+    for site, reduction in reductions.items():
+        fraction = reduction.keep_fraction(fraction)
+        fractions[site] = fraction.item()
+    return fractions
+
+
+def relaxed_costs(
+    reductions: Mapping[str, RelaxedReduction], cost: CostModel, latency: LatencyTable | None
+) -> dict[str, Tensor]:
+    """Differentiable costs of one prompt, from the expected counts of every layer.
+
+    Args:
+        reductions: Site -> relaxed reduction, in order of depth.
+        cost: The model's costs.
+        latency: Measured times, if there is a limit on them.
+
+    Returns:
+        0-dim costs under the names of the budget's limits.
+    """
+    images, layers = cost.images, cost.signature.decoder_layers
+    present = torch.tensor(float(images * cost.signature.visual_tokens))
+    counts = [present] * layers
+    overhead = torch.zeros(())
+    for site, reduction in reductions.items():
+        after = reduction.keep_fraction(present)
+        stage, layer = split_site(site)
+        share, first = (1, layer + 1) if stage == "decoder" else (images, 0)
+        flops = cost.reduction_flops(reduction.start, present / share, after / share)
+        overhead = overhead + reduction.activation.sigmoid() * flops
+        counts = counts[:first] + [after] * (layers - first)
+        present = after
+    costs = {
+        "visual_tokens": cost.visual_tokens(counts),
+        "flops": cost.flops(counts, overhead),
+        "kv_cache": cost.kv_bytes(counts),
+    }
+    if latency is not None:
+        costs["latency_ms"] = latency.predict(counts)
+    return {name: torch.as_tensor(amount) for name, amount in costs.items()}
