@@ -1,0 +1,581 @@
+"""What reductions save: time, memory and operations, on this CPU or on one CUDA GPU.
+
+    python benchmarks/speed.py --output cpu.json
+    python benchmarks/speed.py --shape llava-1.5-7b --device cuda --output gpu.json
+
+benchmarks/README.md says what each figure means. Variants of a model take turns in one run, so that
+whatever else slows the machine slows all of them, and ratios stay fair.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from deos_fx import (
+    Budget,
+    OnnxModel,
+    Policy,
+    ReducedModel,
+    __version__,
+    export_onnx,
+    presets,
+    reference,
+)
+from deos_fx.cost import CostModel
+from deos_fx.files import write_text
+from deos_fx.passes.latency import milliseconds
+from deos_fx.signature import signature_of
+from deos_fx.terminal import Advance, stages
+
+__all__ = ["SHAPES", "Settings", "measure"]
+
+WARM_UP = 2
+ORIGINAL, EMPTY, REDUCED = "original", "empty", "reduced"
+RUNTIMES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+
+
+# *** shapes ***
+
+
+def _llava_1_5(width: int, inner: int, layers: int, heads: int) -> LlavaConfig:
+    """LLaVA-1.5 as liuhaotian's checkpoints have it: CLIP ViT-L/14 at 336 pixels and a Vicuna."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    text = LlamaConfig(
+        vocab_size=32064,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=32000,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+    )
+
+
+def _tiny() -> LlavaConfig:
+    """64 visual tokens, 4 decoder layers: to see whether the command works somewhere."""
+    vision = CLIPVisionConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        projection_dim=48,
+    )
+    text = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=127,
+        image_seq_length=64,
+        vision_feature_layer=-2,
+    )
+
+
+SHAPES: Mapping[str, Callable[[], LlavaConfig]] = {
+    "llava-tiny": _tiny,
+    "llava-1.5-7b": lambda: _llava_1_5(4096, 11008, 32, 32),
+    "llava-1.5-13b": lambda: _llava_1_5(5120, 13824, 40, 40),
+}
+"""Configs of the shapes that get random weights; ``reference`` brings its trained ones."""
+
+
+def _build_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    if shape == "reference":
+        trained: Any = reference.load()[0]
+        return trained.to(device, dtype).requires_grad_(False)
+    if shape not in SHAPES:
+        raise ValueError(f"no shape {shape!r}; choose from reference, {', '.join(SHAPES)}")
+    torch.manual_seed(0)
+    with device:
+        model = LlavaForConditionalGeneration._from_config(SHAPES[shape](), dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _build_inputs(model: PreTrainedModel, batch: int, text: int) -> dict[str, Tensor]:
+    """Prompts of one image and random words: ``input_ids`` and ``pixel_values``, no padding."""
+    config, generator = model.config, torch.Generator().manual_seed(1)
+    vision, words = config.vision_config, config.get_text_config().vocab_size
+    ids = torch.randint(words - 1, (batch, text), generator=generator)
+    # The image token itself must not be among the words.
+    ids += ids >= config.image_token_id
+    image = torch.full((batch, signature_of(model).visual_tokens), config.image_token_id)
+    pixels = torch.randn(
+        batch, vision.num_channels, vision.image_size, vision.image_size, generator=generator
+    )
+    return {
+        "input_ids": torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1).to(model.device),
+        "pixel_values": pixels.to(model.device, model.dtype),
+    }
+
+
+# *** measuring ***
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        shape: ``reference`` or a name in `SHAPES`.
+        policy: A policy for that shape; None takes `preset`.
+        preset: Name of a preset, fitted to the budget.
+        budget: Fraction of the visual tokens that may stay, mean over the decoder layers.
+        device: ``cpu`` or ``cuda``.
+        batch: Prompts.
+        text: Text tokens of each prompt.
+        new_tokens: Tokens to generate, at least 2; the first comes from the prefill.
+        dtype: ``fp32``, ``fp16`` or ``bf16``.
+        onnx: Whether to measure ONNX Runtime too.
+        repeats: Timed runs of every variant.
+    """
+
+    shape: str = "reference"
+    policy: Policy | None = None
+    preset: str = "merge"
+    budget: float = 0.125
+    device: str = "cpu"
+    batch: int = 1
+    text: int = 64
+    new_tokens: int = 16
+    dtype: str = "fp32"
+    onnx: bool = True
+    repeats: int = 15
+
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One generation.
+
+    Attributes:
+        prefill_ms: From pixels and prompt to the first new token.
+        decode_ms: Of each further token, on average.
+        tokens: [B, new_tokens] on the CPU.
+        peak_bytes: Most memory that torch held on the GPU, weights included.
+    """
+
+    prefill_ms: float
+    decode_ms: float
+    tokens: Tensor
+    peak_bytes: int
+
+
+@torch.no_grad()
+def _run(call: Callable[..., Any], inputs: Mapping[str, Tensor], new_tokens: int) -> _Run:
+    """Generate greedily, in the loop that every variant is timed in."""
+    device = inputs["input_ids"].device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = _now(device)
+    output = call(**inputs, logits_to_keep=1, use_cache=True)
+    tokens = [output.logits[:, -1:].argmax(-1)]
+    middle = _now(device)
+    for _ in range(new_tokens - 1):
+        output = call(input_ids=tokens[-1], past_key_values=output.past_key_values, use_cache=True)
+        tokens.append(output.logits[:, -1:].argmax(-1))
+    end = _now(device)
+    if not output.logits.isfinite().all():
+        raise RuntimeError("the logits are not finite; try another dtype")
+    return _Run(
+        1e3 * (middle - start),
+        1e3 * (end - middle) / (new_tokens - 1),
+        torch.cat(tokens, dim=1).cpu(),
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _take_turns(
+    variants: Mapping[str, Callable[..., Any]],
+    inputs: Mapping[str, Tensor],
+    settings: Settings,
+    advance: Advance,
+) -> dict[str, list[_Run]]:
+    """Runs of each variant: one after the other, back and forth, without those that warm up."""
+    runs: dict[str, list[_Run]] = {name: [] for name in variants}
+    rounds = WARM_UP + settings.repeats
+    for i in range(rounds):
+        for name in list(variants)[:: 1 if i % 2 == 0 else -1]:
+            runs[name].append(_run(variants[name], inputs, settings.new_tokens))
+        advance(i + 1, rounds)
+    return {name: made[WARM_UP:] for name, made in runs.items()}
+
+
+@torch.no_grad()
+def _kv_bytes(call: Callable[..., Any], inputs: Mapping[str, Tensor]) -> int:
+    """Bytes of the keys and values that a prefill leaves, read off the cache."""
+    cache = call(**inputs, logits_to_keep=1, use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def measure(
+    settings: Settings, console: Console, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Measure PyTorch and, if it is asked for, ONNX Runtime.
+
+    Args:
+        settings: What to measure.
+        console: Where to show progress.
+        save: Called with the results after each runtime, so that those of PyTorch are kept if the
+            export fails.
+
+    Returns:
+        Everything that was found out, as JSON takes it.
+
+    Raises:
+        ValueError: If a setting makes no sense or the policy does not fit the shape.
+        RuntimeError: If ONNX Runtime cannot use the device, or logits are not finite.
+    """
+    device = _device(settings.device)
+    with stages(console) as stage:
+        with stage("build the model"):
+            model = _build_model(settings.shape, device, _DTYPES[settings.dtype])
+            inputs = _build_inputs(model, settings.batch, settings.text)
+            costs = CostModel.of_inputs(model, {**inputs, "logits_to_keep": 1})
+            policy = settings.policy or _fitted_preset(settings, costs)
+            reduced = {EMPTY: ReducedModel(model, Policy()), REDUCED: ReducedModel(model, policy)}
+        results = _conditions(settings, device) | _predictions(policy, costs)
+        with stage("PyTorch") as advance:
+            variants = {ORIGINAL: model, **reduced}
+            runs = _take_turns(variants, inputs, settings, advance)
+            results["vision_ms"] = milliseconds(_vision(model, inputs), device)
+            results["pytorch"] = _figures(runs)
+            for name, variant in variants.items():
+                results["pytorch"][name]["kv_bytes"] = _kv_bytes(variant, inputs)
+        save(results)
+        if settings.onnx:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                with stage("export to ONNX") as advance:
+                    _export(reduced, Path(folder), advance)
+                _release(model)
+                with stage("ONNX Runtime") as advance:
+                    sessions = _sessions(Path(folder), reduced, device)
+                    on_cpu = {name: tensor.cpu() for name, tensor in inputs.items()}
+                    onnx_runs = _take_turns(sessions, on_cpu, settings, advance)
+                    results["onnxruntime"] = _figures(onnx_runs, same_as=runs)
+                    del sessions
+            save(results)
+    return results
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is 'cuda', but torch {torch.__version__} finds no GPU here; give --device cpu"
+        )
+    return torch.device(name)
+
+
+def _fitted_preset(settings: Settings, costs: CostModel) -> Policy:
+    limits = Budget(visual_tokens=settings.budget).limits(costs.of_policy(Policy()))
+    signature = costs.signature
+    return presets.fit(
+        settings.preset,
+        limits["visual_tokens"],
+        signature.decoder_layers,
+        signature.visual_tokens,
+    )
+
+
+def _vision(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
+    """The part of the prefill that reductions behind the vision tower leave as it is."""
+    encode: Any = model.get_image_features
+
+    def run() -> None:
+        with torch.no_grad():
+            encode(pixel_values=inputs["pixel_values"])
+
+    return run
+
+
+def _export(reduced: Mapping[str, ReducedModel], folder: Path, advance: Advance) -> None:
+    for i, (name, variant) in enumerate(reduced.items()):
+        advance(i, len(reduced))
+        export_onnx(variant, folder / name)
+
+
+def _release(model: PreTrainedModel) -> None:
+    """Make room on the GPU: ONNX Runtime loads the weights once for every graph."""
+    movable: Any = model
+    movable.to("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _sessions(folder: Path, names: Iterable[str], device: torch.device) -> dict[str, OnnxModel]:
+    """The exported variants; `OnnxModel` raises if ONNX Runtime falls back to another device."""
+    sessions = {name: OnnxModel.from_pretrained(folder / name, device) for name in names}
+    used = {session.device.type for session in sessions.values()}
+    if used != {device.type}:
+        raise RuntimeError(f"ONNX Runtime runs on {used}, but {device.type} is to be measured")
+    return sessions
+
+
+# *** results ***
+
+
+def _figures(
+    runs: Mapping[str, Sequence[_Run]], same_as: Mapping[str, Sequence[_Run]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Medians of each variant, and medians of its ratios to the first variant in the same round.
+
+    Args:
+        runs: By variant.
+        same_as: Runs whose tokens should be the same, by variant.
+    """
+    baseline = next(iter(runs.values()))
+    figures: dict[str, dict[str, Any]] = {}
+    for name, made in runs.items():
+        figure: dict[str, Any] = {"peak_bytes": max(run.peak_bytes for run in made) or None}
+        for part in ("prefill_ms", "decode_ms"):
+            times = [getattr(run, part) for run in made]
+            bases = [getattr(run, part) for run in baseline]
+            ratios = [new / base for new, base in zip(times, bases, strict=True)]
+            figure[part] = statistics.median(times)
+            figure[part.replace("_ms", "_ratio")] = statistics.median(ratios)
+            figure[part.replace("_ms", "_samples_ms")] = times
+        if same_as is not None:
+            equal = made[-1].tokens == same_as[name][-1].tokens
+            figure |= {"equal_tokens": int(equal.sum()), "tokens": equal.numel()}
+        figures[name] = figure
+    return figures
+
+
+def _predictions(policy: Policy, costs: CostModel) -> dict[str, Any]:
+    """What the cost model says of the two, without running them."""
+    before, after = costs.of_policy(Policy()), costs.of_policy(policy)
+    return {
+        "policy": json.loads(policy.to_json()),
+        "predicted": {
+            ORIGINAL: asdict(before),
+            REDUCED: asdict(after),
+            "flops_ratio": after.flops / before.flops,
+            "kv_ratio": after.kv_bytes / before.kv_bytes,
+        },
+    }
+
+
+def _conditions(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """What another machine needs to measure the same, and what this one is."""
+    measured = {name: value for name, value in asdict(settings).items() if name != "policy"}
+    return {
+        "benchmark": "speed",
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "settings": measured | {"warm_up": WARM_UP},
+        "hardware": _hardware(device),
+        "versions": {"python": platform.python_version(), "deos-fx": __version__, **_versions()},
+    }
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    hardware: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        # Above the number of threads, something else was running too.
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        hardware |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "cuda": torch.version.cuda}
+    return hardware
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str | None:
+    """The checkout that this file is in, ``-dirty`` if it has changes."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+# *** the command ***
+
+
+def _table(results: Mapping[str, Any]) -> Table:
+    settings = results["settings"]
+    table = Table(
+        title=f"{settings['shape']}, {settings['dtype']}, {settings['device']}: milliseconds, "
+        f"medians of {settings['repeats']} runs"
+    )
+    table.add_column("variant")
+    for name in ("prefill", "ratio", "decode", "ratio", "KV MiB", "GPU MiB", "same"):
+        table.add_column(name, justify="right")
+    for key, runtime in RUNTIMES.items():
+        for name, figure in results.get(key, {}).items():
+            table.add_row(f"{runtime} {name}", *_cells(figure))
+    return table
+
+
+def _cells(figure: Mapping[str, Any]) -> list[str]:
+    kv, peak = figure.get("kv_bytes"), figure["peak_bytes"]
+    return [
+        f"{figure['prefill_ms']:.1f}",
+        f"{figure['prefill_ratio']:.2f}",
+        f"{figure['decode_ms']:.2f}",
+        f"{figure['decode_ratio']:.2f}",
+        f"{kv / 2**20:.3g}" if kv else "-",
+        f"{peak / 2**20:.0f}" if peak else "-",
+        f"{figure['equal_tokens']}/{figure['tokens']}" if "tokens" in figure else "-",
+    ]
+
+
+def _print(results: Mapping[str, Any], console: Console) -> None:
+    console.print(_table(results))
+    predicted = results["predicted"]
+    console.print(
+        f"Predicted: {predicted['flops_ratio']:.1%} of the FLOPs of a prefill, "
+        f"{predicted['kv_ratio']:.1%} of the KV cache after it. "
+        f"Vision tower and projector alone: {results['vision_ms']:.2f} ms.",
+        highlight=False,
+    )
+
+
+Device = StrEnum("Device", ["cpu", "cuda"])
+Dtype = StrEnum("Dtype", ["fp32", "fp16", "bf16"])
+
+
+def main(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="JSON to write.")],
+    shape: Annotated[str, typer.Option(help=f"reference, {', '.join(SHAPES)}.")] = "reference",
+    policy: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A policy file, instead of a preset.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help=f"Fitted to the budget: {', '.join(presets.names())}.")
+    ] = Settings.preset,
+    budget: Annotated[
+        float, typer.Option(help="Fraction of the visual tokens that may stay.")
+    ] = Settings.budget,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts.")] = Settings.batch,
+    text: Annotated[int, typer.Option(min=2, help="Text tokens of a prompt.")] = Settings.text,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens to generate.")
+    ] = Settings.new_tokens,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Default: fp32 on the CPU, fp16 on a GPU.")
+    ] = None,
+    onnx: Annotated[bool, typer.Option(help="Whether to measure ONNX Runtime too.")] = True,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed runs of every variant.")
+    ] = Settings.repeats,
+) -> None:
+    """Measure what reductions save: time, memory and operations."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    console = Console()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        settings = Settings(
+            shape=shape,
+            policy=Policy.load(policy) if policy else None,
+            preset=preset,
+            budget=budget,
+            device=device,
+            batch=batch,
+            text=text,
+            new_tokens=new_tokens,
+            dtype=dtype or ("fp16" if device is Device.cuda else "fp32"),
+            onnx=onnx,
+            repeats=repeats,
+        )
+        results = measure(
+            settings,
+            console,
+            lambda found: write_text(output, json.dumps(found, indent=2) + "\n"),
+        )
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    _print(results, console)
+    console.print(f"Wrote {output}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

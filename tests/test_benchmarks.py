@@ -1,0 +1,66 @@
+"""The benchmark commands run and write what they promise; how fast anything is, is not tested."""
+
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from benchmarks import speed
+
+QUICK = {"shape": "llava-tiny", "text": 4, "new_tokens": 2, "repeats": 2}
+VARIANTS = ("original", "empty", "reduced")
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[dict, list[dict]]:
+    """Results, and what was saved on the way. Exporting takes long and has tests of its own."""
+    monkeypatch.setattr(speed, "_export", lambda reduced, folder, advance: None)
+    monkeypatch.setattr(speed, "_sessions", lambda folder, reduced, device: dict(reduced))
+    saved: list[dict] = []
+    quiet = Console(quiet=True)
+    found = speed.measure(
+        speed.Settings(**QUICK | settings),
+        quiet,
+        lambda results: saved.append(json.loads(json.dumps(results))),
+    )
+    speed._print(found, quiet)
+    return found, saved
+
+
+def test_speed_measures_all_variants_alike(monkeypatch):
+    found, saved = measured(monkeypatch, batch=2)
+    assert list(found["pytorch"]) == list(VARIANTS)
+    assert list(found["onnxruntime"]) == ["empty", "reduced"]
+    for figure in (*found["pytorch"].values(), *found["onnxruntime"].values()):
+        for part in ("prefill", "decode"):
+            assert len(figure[f"{part}_samples_ms"]) == QUICK["repeats"]
+            assert figure[f"{part}_ms"] > 0 and figure[f"{part}_ratio"] > 0
+    # The stand-ins for ONNX Runtime are the very same models.
+    assert [figure["equal_tokens"] for figure in found["onnxruntime"].values()] == [4, 4]
+    for runtime in ("pytorch", "onnxruntime"):
+        first = next(iter(found[runtime].values()))
+        assert first["prefill_ratio"] == first["decode_ratio"] == 1
+    assert {"command", "date", "hardware", "versions", "settings", "policy"} <= set(found)
+    # The results of PyTorch are safe before the export starts.
+    assert ["onnxruntime" in results for results in saved] == [False, True]
+
+
+def test_predicted_kv_cache_is_the_measured_one(monkeypatch):
+    found, _ = measured(monkeypatch, onnx=False, preset="fastv", budget=0.5)
+    for name in ("original", "reduced"):
+        assert found["pytorch"][name]["kv_bytes"] == found["predicted"][name]["kv_bytes"]
+    assert found["predicted"]["flops_ratio"] < 1
+    assert "onnxruntime" not in found
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"shape": "llava-2"}, "llava-1.5-7b"),
+        ({"preset": "fast"}, "choose from fastv"),
+        ({"budget": 1.5}, "visual_tokens"),
+    ],
+)
+def test_bad_settings(monkeypatch, settings, message):
+    with pytest.raises(ValueError, match=message):
+        measured(monkeypatch, **settings)
