@@ -77,7 +77,12 @@ def explain(
     mass = torch.ones(positions.shape, device=positions.device)
     explanations = []
     for reduction in policy.reductions:
-        seen = watching.seen[reduction.site.replace(".", "_")]
+        suffix = reduction.site.replace(".", "_")
+        seen = watching.seen[suffix]
+        rows = len(positions) * (layout.images if reduction.site == "projector" else 1)
+        for (site, role), constant in graph_module.meta.get("explains", {}).items():
+            if site == suffix:
+                seen[role] = constant.to(positions.device).expand(rows, *constant.shape[1:])
         if reduction.site == "projector":
             seen = _of_prompts(seen, layout.images)
         explanation = _explain_site(reduction, seen, positions, mass)

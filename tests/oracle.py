@@ -101,11 +101,16 @@ class ByHand(NamedTuple):
         origin: Their positions in the prompt, after every reduction.
         hidden: What goes into the first layer, and what comes out of each layer but the last,
             before it is reduced: [M_i, d].
+        mass: Masses of the visual tokens, after every reduction.
+        moved: (position of a kept token, of a dropped one) -> share of its content that was added,
+            for every reduction.
     """
 
     logits: Tensor
     origin: list[list[int]]
     hidden: list[Tensor]
+    mass: list[list[float]]
+    moved: list[dict[tuple[int, int], float]]
 
 
 def by_hand(
@@ -132,7 +137,16 @@ def by_hand(
     visual = [p for p, token in enumerate(ids) if token == IMAGE]
     hidden[visual] = features
     state = _State(hidden, visual, end)
-    origins = []
+    origins: list[list[int]] = []
+    masses: list[list[float]] = []
+    moves: list[dict[tuple[int, int], float]] = []
+
+    def record() -> None:
+        origins.append(list(state.origin))
+        masses.append([state.mass[p] for p in state.visual])
+        moves.append(state.moved)
+        state.moved = {}
+
     if "projector" in steps:
         for image in reversed(range(len(features) // VISUAL)):
             state.reduce(
@@ -142,7 +156,7 @@ def by_hand(
                 None,
             )
         state.renumber(steps["projector"])
-        origins.append(list(state.origin))
+        record()
     seen = [state.hidden.clone()]
     for i, layer in enumerate(core.language_model.layers):
         attention, keys = state.run(core.language_model, layer)
@@ -158,9 +172,9 @@ def by_hand(
             images = len(features) // VISUAL
             state.reduce(step, range(len(state.visual)), received, keys[state.visual], images)
             state.renumber(step)
-            origins.append(list(state.origin))
+            record()
     hidden = core.language_model.norm(state.hidden)
-    return ByHand(eager.lm_head(hidden), origins, seen[:-1])
+    return ByHand(eager.lm_head(hidden), origins, seen[:-1], masses, moves)
 
 
 def _image_features(
@@ -183,6 +197,7 @@ class _State:
         self.position = list(range(len(hidden)))
         self.mass = [1.0] * len(hidden)
         self.bias = [0.0] * len(hidden)
+        self.moved: dict[tuple[int, int], float] = {}
         self.cell = {p: (i // VISUAL, i % VISUAL // 8, i % 8) for i, p in enumerate(visual)}
 
     def run(self, decoder: Any, layer: Any) -> tuple[Tensor, Tensor]:
@@ -237,6 +252,7 @@ class _State:
                 total += part * weight * mass[j]
                 content = content + part * weight * mass[j] * x[j]
                 self.mass[places[i]] += part * mass[j]
+                self.moved[self.origin[places[i]], self.origin[places[j]]] = part * weight
             y = content / own * (own / total) ** step.exponent
             if step.reweight:
                 y = y * (1 + step.reweight * score[i])

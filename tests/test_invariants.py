@@ -250,6 +250,22 @@ def test_every_regime_equals_loops(
         assert difference(logits, expected.logits[:-3]) < TOLERANCE
         steps = torch.stack(new.logits, dim=1)[row]
         assert difference(steps, expected.logits[-4:-1]) < TOLERANCE
+    for site, told in enumerate(reduced.explain(**batch)):
+        for row, expected in enumerate(rows):
+            start = int(batch["attention_mask"][row].argmax())
+            mass = torch.tensor(expected.mass[site])
+            assert difference(told.mass[row], mass) < 1e-4
+            origin, ids = expected.origin[site], batch["input_ids"][row]
+            visual = [p for p in origin if p + start < len(ids) and ids[p + start] == IMAGE]
+            assert (told.kept[row] - start).tolist() == visual
+            moved = torch.zeros(len(visual), told.positions_in.shape[1])
+            came = (told.positions_in[row] - start).tolist()
+            for (i, j), share in expected.moved[site].items():
+                moved[visual.index(i), came.index(j)] = share
+            destination = torch.zeros_like(moved)
+            if told.destination is not None:
+                destination = told.destination[row]
+            assert difference(destination, moved) < 1e-5
 
 
 @pytest.mark.parametrize("position", ["keep", "compact"])
@@ -334,6 +350,15 @@ def test_generate_continues_a_conversation(model: LlavaForConditionalGeneration)
         second.sequences[:, batch["input_ids"].shape[1] :],
     )[0]
     assert difference(torch.stack(second.logits, dim=1)[0], expected.logits[-4:-1]) < TOLERANCE
+
+
+def test_an_emptied_cache_starts_again(model: LlavaForConditionalGeneration) -> None:
+    reduced = reduce(model, *PYRAMID)
+    batch = inputs(model, 2)
+    first = reduced(**batch)
+    first.past_key_values.reset()
+    again = reduced(**batch, past_key_values=first.past_key_values)
+    assert torch.equal(again.logits, first.logits)
 
 
 # *** 6: a batch is its rows ***
