@@ -209,7 +209,7 @@ def _check_onnx(
         done += len(expected)
         advance(done, len(examples))
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    return OnnxCheck(done, equal, files)
+    return OnnxCheck(done, equal, str(runtime.device), files)
 
 
 # *** examples ***

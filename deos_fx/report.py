@@ -87,10 +87,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class OnnxCheck:
-    """How ONNX Runtime's answers compare with PyTorch's, and the files it ran."""
+    """How ONNX Runtime's answers compare with PyTorch's, where it ran, and the files it ran."""
 
     compared: int
     equal: int
+    device: str
     files: Mapping[str, int]
 
 
@@ -340,9 +341,9 @@ def _onnx_section(result: DemoResult) -> Section:
     ]
     return Section(
         "In ONNX Runtime",
-        f"The searched model was exported, prefill and decode apart, and generated answers to "
-        f"{check.compared} test questions; {check.equal} of them are equal to PyTorch's, "
-        "token by token.",
+        "The searched model was exported, prefill and decode apart, and generated answers to "
+        f"{check.compared} test questions on the {check.device.upper()}; {check.equal} of them are "
+        "equal to PyTorch's, token by token.",
         table(["file", "MiB"], rows),
     )
 

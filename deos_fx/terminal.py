@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -29,7 +29,10 @@ Advance: TypeAlias = Callable[[int, int], None]
 
 
 class Stages:
-    """Stages of a longer piece of work, each with a bar and its wall time."""
+    """Stages of a longer piece of work, each with a bar and its wall time.
+
+    Where the output is not a terminal there are no bars, but a line at the end of each stage.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -46,16 +49,12 @@ class Stages:
             A function to call as the stage advances; a stage that does not call it shows a bar
             that only says it is busy.
         """
-        bar = self.progress.add_task(name, total=None)
-        start = time.perf_counter()
-        yield lambda done, total: self.progress.update(bar, completed=done, total=total)
-        self.seconds[name] = time.perf_counter() - start
-        total = self.progress.tasks[bar].total or 1
-        self.progress.update(bar, completed=total, total=total)
-
+        with self.phased(name) as advance:
+            advance("", 0, None)
+            yield lambda done, total: advance("", done, total)
 
     @contextmanager
-    def phased(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
+    def phased(self, name: str) -> Iterator[Callable[[str, int, int | None], None]]:
         """Runs one stage that has several phases, each with a bar of its own.
 
         Args:
@@ -66,16 +65,24 @@ class Stages:
         """
         bars: dict[str, TaskID] = {}
 
-        def advance(phase: str, done: int, total: int) -> None:
+        def advance(phase: str, done: int, total: int | None) -> None:
             if phase not in bars:
-                bars[phase] = self.progress.add_task(f"{name}: {phase}", total=total)
+                title = f"{name}: {phase}" if phase else name
+                bars[phase] = self.progress.add_task(title, total=total)
             self.progress.update(bars[phase], completed=done, total=total)
 
         start = time.perf_counter()
         yield advance
-        self.seconds[name] = time.perf_counter() - start
-        for bar in bars.values():
-            self.progress.update(bar, total=self.progress.tasks[bar].completed)
+        self._finish(name, time.perf_counter() - start, bars.values())
+
+    def _finish(self, name: str, seconds: float, bars: Iterable[TaskID]) -> None:
+        self.seconds[name] = seconds
+        for bar in bars:
+            # A phase may end early: what it has done is all there was.
+            done = self.progress.tasks[bar].completed or 1
+            self.progress.update(bar, completed=done, total=done)
+        if self.progress.disable:
+            self.progress.console.print(f"{name}: {seconds:.1f} s", highlight=False)
 
 
 @contextmanager
@@ -95,7 +102,7 @@ def stages(console: Console) -> Iterator[Stages]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Stages(progress)
 
 

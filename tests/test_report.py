@@ -77,7 +77,7 @@ def demo(found):
         questions=40,
         grid=(8, 8),
         pictures=[Picture(image, "at", "what is at <top>", "7", answers, [step])],
-        onnx=OnnxCheck(32, 31, {"prefill.onnx": 2**20}),
+        onnx=OnnxCheck(32, 31, "cpu", {"prefill.onnx": 2**20}),
         seconds={"search": 2.0, "export": 1.0},
     )
 
