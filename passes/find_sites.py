@@ -13,6 +13,7 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
+from deos_fx.operator import SCORES
 from deos_fx.passes.capture import CaptureError
 
 __all__ = ["Site", "Sites", "find_sites"]
@@ -92,8 +93,9 @@ class Sites:
         return tuple(site for site in self.sites if site.available)
 
 
-_FEATURE_SCORES = ("feature_norm", "novelty", "grid_coverage")
-_DECODER_SCORES = ("last_text_attention", "text_attention", "key_norm", *_FEATURE_SCORES)
+# Features that can be computed at each kind of site; they decide which scores it has.
+_PROJECTOR_FEATURES = frozenset({"tokens", "grid"})
+_DECODER_FEATURES = frozenset({"tokens", "grid", "keys", "attention_last", "attention_text"})
 
 
 def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks: int) -> Sites:
@@ -123,13 +125,18 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
     tower_length = tower_block.meta["shape"][1]
     per_image = features.meta["shape"][1]
     class_tokens = tower_length - per_image
-    projector_scores = _FEATURE_SCORES + (("cls_attention",) if class_tokens == 1 else ())
+    at_projector = _PROJECTOR_FEATURES | ({"attention_cls"} if class_tokens == 1 else set())
     sites = [_vision_site(i, nodes) for i in range(vision_blocks)]
-    sites.append(Site("projector", features.name, "", projector_scores))
+    sites.append(Site("projector", features.name, "", _scores_from(at_projector)))
     sites += [_decoder_site(i, nodes, through, decoder_layers) for i in range(decoder_layers)]
     return Sites(
         tuple(sites), features.name, embeddings.name, tower_block.name, per_image, class_tokens
     )
+
+
+def _scores_from(features: frozenset[str]) -> tuple[str, ...]:
+    """Names of the scores that need nothing but these features."""
+    return tuple(name for name, score in SCORES.items() if features.issuperset(score.needs))
 
 
 def _vision_site(i: int, nodes: dict[str, fx.Node]) -> Site:
@@ -146,7 +153,7 @@ def _decoder_site(i: int, nodes: dict[str, fx.Node], through: set[str], layers: 
         reason = "no decoder layer comes after it, so nothing would be saved"
     elif name not in nodes or name not in through:
         reason = "visual tokens reach the logits by a path around it"
-    return Site(f"decoder.{i}", name, reason, _DECODER_SCORES)
+    return Site(f"decoder.{i}", name, reason, _scores_from(_DECODER_FEATURES))
 
 
 def _merge(nodes: dict[str, fx.Node]) -> fx.Node:

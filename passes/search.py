@@ -1,9 +1,9 @@
 """Search where to reduce, how many tokens to keep and how to treat the rest, by gradient.
 
 The model is frozen; a few dozen numbers a site are trained on the relaxed graph under one-sided
-constraints, starting near the best preset fitted to the same limits. The trajectory is then rounded
-to policies that meet every limit exactly; these, the presets and small variations of the best are
-scored in *static* form, the form that is deployed, and the best is returned.
+constraints, starting near the best hand-designed policy that meets them. The trajectory is then
+rounded to policies that meet every limit exactly; these, the presets and small variations of the
+best are scored in *static* form, the form that is deployed, and the best is returned.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ _GATE_TEMPERATURES = (0.2, 0.03)
 _UPDATE_EVERY = 5
 _CHECKPOINT_EVERY = 10
 _SNAPSHOTS = 4
+_FIRST_VARIATIONS = 8
 _VARIATIONS = 24
 
 
@@ -51,7 +52,7 @@ def search(
     data: Iterable[Mapping[str, Any]],
     *,
     budget: Budget,
-    steps: int = 60,
+    steps: int = 40,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -91,6 +92,7 @@ def search(
     problem = SearchProblem.of(model, data, budget.require())
     scoring = _Scoring(problem, progress)
     scoring.add_all("presets", _from_presets(problem))
+    _polish(problem, scoring, "first variations", _FIRST_VARIATIONS)
     start = scoring.best.policy if scoring.candidates else Policy()
     state = SearchState.start(
         start_reductions(problem.sites.available(), start, problem.visual_tokens),
@@ -102,7 +104,7 @@ def search(
     interrupted = _descend(problem, state, steps, seed, checkpoint, progress)
     scoring.add_all("rounded policies", _from_steps(problem, state))
     try:
-        _polish(problem, scoring)
+        _polish(problem, scoring, "variations", _VARIATIONS)
     except KeyboardInterrupt:
         interrupted = True
     return _result(problem, state, scoring.candidates, interrupted)
@@ -265,16 +267,16 @@ def _from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
     return proposals
 
 
-def _polish(problem: SearchProblem, scoring: _Scoring) -> None:
-    """Try single changes of the best candidate while they help."""
-    left = _VARIATIONS
+def _polish(problem: SearchProblem, scoring: _Scoring, stage: str, most: int) -> None:
+    """Try single changes of the best candidate while they help, `most` in all."""
+    left = most
     signature = problem.cost.signature
     improved = bool(scoring.candidates)
     while improved and left:
         improved = False
         best = scoring.best
         origin = best.source.removeprefix("refined ")
-        for policy in variations(best.policy, signature.decoder_layers, signature.visual_tokens):
+        for policy in variations(best.policy, problem.sites, signature.visual_tokens):
             fitted = problem.fit(policy)
             if fitted is None or scoring.has(fitted):
                 continue
@@ -282,7 +284,7 @@ def _polish(problem: SearchProblem, scoring: _Scoring) -> None:
                 return
             left -= 1
             loss = scoring.add(f"refined {origin}", fitted)
-            scoring.show("variations", _VARIATIONS - left, _VARIATIONS)
+            scoring.show(stage, most - left, most)
             if loss < best.loss:
                 improved = True
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,11 +24,11 @@ _ACTIVE, _DORMANT = 0.95, 0.1
 def start_reductions(
     sites: Sequence[Site], policy: Policy, visual_tokens: int
 ) -> dict[str, RelaxedReduction]:
-    """One relaxed reduction a site, near a policy in what it keeps and undecided in how.
+    """One relaxed reduction a site, near a policy where it has one.
 
-    The best hand-designed policy says where to start: its sites are active with its counts, all
-    others nearly dormant. What happens to dropped tokens starts halfway between the regimes,
-    because gates, gains and weights at their ends have no gradient.
+    The best hand-designed policy says where to start: its sites are active with its counts and its
+    treatment, all others nearly dormant and halfway between the regimes. Gates, gains and weights
+    at their ends have no gradient, so everything starts a little inside.
 
     Args:
         sites: The sites to search.
@@ -37,19 +38,17 @@ def start_reductions(
     Returns:
         Site name -> relaxed reduction, in order of depth.
     """
-    counts = dict(
-        zip((r.site for r in policy.reductions), policy.counts(visual_tokens), strict=True)
-    )
+    known = {reduction.site: reduction for reduction in policy.reductions}
     present = visual_tokens
     reductions = {}
     for site in sites:
+        start = _undecided(site)
         activation, retention = (0.5 if policy.is_empty else _DORMANT), 0.5
-        if site.name in counts:
-            activation, retention = _ACTIVE, min(0.99, counts[site.name] / present)
-            present = counts[site.name]
-        reductions[site.name] = RelaxedReduction(
-            _undecided(site), activation=activation, retention=retention
-        )
+        if site.name in known:
+            count = known[site.name].count(visual_tokens)
+            activation, retention = _ACTIVE, min(0.99, count / present)
+            start, present = _inside(known[site.name], start), count
+        reductions[site.name] = RelaxedReduction(start, activation=activation, retention=retention)
     return reductions
 
 
@@ -67,6 +66,24 @@ def _undecided(site: Site) -> Reduction:
         mass_bias=0.25,
         similarity={"feature": 1.0} if in_decoder else {"feature": 0.5, "grid": 0.5},
     )
+
+
+def _inside(policy: Reduction, undecided: Reduction) -> Reduction:
+    """A policy's reduction moved off the ends of its parameters."""
+    scores = _mixed(policy.scores, undecided.scores) if policy.uses_scores else {}
+    return replace(
+        policy,
+        scores=scores,
+        similarity=_mixed(policy.similarity, undecided.similarity),
+        gain=min(0.9, max(0.1, policy.gain)),
+        temperature=min(1.0, max(0.05, policy.temperature)),
+        mass_bias=max(0.05, policy.mass_bias),
+    )
+
+
+def _mixed(mostly: Mapping[str, float], little: Mapping[str, float]) -> dict[str, float]:
+    names = (*mostly, *(name for name in little if name not in mostly))
+    return {name: 0.9 * mostly.get(name, 0.0) + 0.1 * little.get(name, 0.0) for name in names}
 
 
 def keep_fractions(reductions: Mapping[str, RelaxedReduction]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from deos_fx.passes.lagrangian import AugmentedLagrangian
 
 __all__ = ["SearchState"]
 
-_LEARNING_RATE = 0.15
+_LEARNING_RATE = 0.1
 
 
 @dataclass

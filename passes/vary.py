@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from deos_fx.passes.find_sites import Sites
 from deos_fx.policy import Policy
 from deos_fx.reduction import Reduction, split_site
 
@@ -20,25 +21,40 @@ _TREATMENTS: tuple[dict[str, Any], ...] = (
     {"gain": 1.0, "temperature": 0.1, "mass_bias": 1.0},
     {"gain": 1.0, "temperature": math.inf, "mass_bias": 0.0},
 )
-_POSITIONS = ({"position": "keep"}, {"position": "compact"})
+_SELECTORS: tuple[dict[str, Any], ...] = (
+    {"selector": "top_k", "diversity": 0.0},
+    {"selector": "greedy", "diversity": 0.5},
+    {"selector": "greedy", "diversity": 2.0},
+)
+_POSITIONS: tuple[dict[str, Any], ...] = ({"position": "keep"}, {"position": "compact"})
 _SHARES = (0.5, 0.75, 1.5, 2.0)
+_NEW_SCORE = 0.3
 
 
-def variations(policy: Policy, decoder_layers: int, visual_tokens: int) -> Iterator[Policy]:
+def variations(policy: Policy, sites: Sites, visual_tokens: int) -> Iterator[Policy]:
     """Policies that differ from one in a single respect.
 
-    In this order: the share of tokens between two sites, the treatment of what is dropped, the
-    depth of a site, the rule for positions, one site less.
+    In this order: the treatment of what is dropped, the selector, another score in the mix or one
+    less, the share of tokens between two sites, the depth of a site, the rule for positions, one
+    site less.
 
     Args:
         policy: Where to start.
-        decoder_layers: Decoder layers of the model.
+        sites: The model's sites.
         visual_tokens: Visual tokens of one image.
 
     Yields:
         Policies whose counts may miss the limits.
     """
-    for changed in _changed_reductions(policy, decoder_layers, visual_tokens):
+    reductions = policy.reductions
+    for changed in (
+        *_changed(reductions, _TREATMENTS + _SELECTORS),
+        *_other_scores(reductions, sites),
+        *_other_shares(policy, visual_tokens),
+        *_other_depths(reductions, sites),
+        *_changed(reductions, _POSITIONS),
+        *_fewer(reductions),
+    ):
         try:
             yield replace(policy, reductions=changed)
         except ValueError:
@@ -46,29 +62,53 @@ def variations(policy: Policy, decoder_layers: int, visual_tokens: int) -> Itera
             continue
 
 
-def _changed_reductions(
-    policy: Policy, decoder_layers: int, visual_tokens: int
-) -> Iterator[tuple[Reduction, ...]]:
-    reductions = policy.reductions
+_Reductions = tuple[Reduction, ...]
+
+
+def _changed(reductions: _Reductions, changes: tuple[dict[str, Any], ...]) -> Iterator[_Reductions]:
+    for i, reduction in enumerate(reductions):
+        for change in changes:
+            if any(getattr(reduction, name) != value for name, value in change.items()):
+                yield _with(reductions, i, **change)
+
+
+def _other_scores(reductions: _Reductions, sites: Sites) -> Iterator[_Reductions]:
+    for i, reduction in enumerate(reductions):
+        if not reduction.uses_scores:
+            continue
+        for name in sites[reduction.site].scores:
+            rest = {other: w for other, w in reduction.scores.items() if other != name}
+            if name not in reduction.scores:
+                mixed = {other: (1 - _NEW_SCORE) * w for other, w in rest.items()}
+                yield _with(reductions, i, scores=mixed | {name: _NEW_SCORE})
+            elif rest:
+                yield _with(reductions, i, scores=rest)
+
+
+def _other_shares(policy: Policy, visual_tokens: int) -> Iterator[_Reductions]:
     counts = policy.counts(visual_tokens)
-    for i in range(len(reductions) if len(reductions) > 1 else 0):
+    for i in range(len(counts) if len(counts) > 1 else 0):
         for share in _SHARES:
             most = counts[i - 1] if i else visual_tokens
             least = counts[i + 1] if i + 1 < len(counts) else 1
             count = min(most, max(least, round(share * counts[i])))
             if count != counts[i]:
-                yield _with(reductions, i, keep=count)
+                yield _with(policy.reductions, i, keep=count)
+
+
+def _other_depths(reductions: _Reductions, sites: Sites) -> Iterator[_Reductions]:
+    available = {site.name for site in sites.available()}
     for i, reduction in enumerate(reductions):
-        for change in _TREATMENTS + _POSITIONS:
-            if any(getattr(reduction, name) != value for name, value in change.items()):
-                yield _with(reductions, i, **change)
         stage, layer = split_site(reduction.site)
-        for moved in (layer - 1, layer + 1) if stage == "decoder" else ():
-            if 0 <= moved < decoder_layers - 1:
+        for moved in (layer - 1, layer + 1):
+            if stage == "decoder" and f"decoder.{moved}" in available:
                 yield _with(reductions, i, site=f"decoder.{moved}")
+
+
+def _fewer(reductions: _Reductions) -> Iterator[_Reductions]:
     for i in range(len(reductions) if len(reductions) > 1 else 0):
         yield reductions[:i] + reductions[i + 1 :]
 
 
-def _with(reductions: tuple[Reduction, ...], i: int, **change: Any) -> tuple[Reduction, ...]:
+def _with(reductions: _Reductions, i: int, **change: Any) -> _Reductions:
     return (*reductions[:i], replace(reductions[i], **change), *reductions[i + 1 :])
