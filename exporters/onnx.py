@@ -63,6 +63,7 @@ __all__ = ["FORMAT", "MANIFEST", "VERSION", "export_onnx"]
 
 FORMAT, VERSION, MANIFEST = "onnx", 1, "deos_fx.json"
 WEIGHTS = "weights.data"
+ATTENTION = ("sdpa", "eager")
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 
 # Text tokens of the prompt that is traced: any number, the axis is dynamic.
@@ -96,7 +97,8 @@ def export_onnx(
 
     Raises:
         TypeError: If `reduced` is not a `ReducedModel`.
-        ValueError: If the example has no image, or prompts that cannot share a graph.
+        ValueError: If the example has no image, or prompts that cannot share a graph, or the
+            model's attention implementation cannot be exported.
         OSError: If the folder cannot be written; this is found out before the work starts.
     """
     if not isinstance(reduced, ReducedModel):
@@ -104,12 +106,22 @@ def export_onnx(
             f"reduced is a {type(reduced).__name__}; give what deos_fx.transform(model) returns "
             "(with policy=deos_fx.Policy() for a model without reductions)"
         )
+    _check_attention(reduced.model)
     images = 1
     if example_inputs is not None:
         images = prompt_layout(reduced.model, complete_inputs(reduced.model, example_inputs)).images
     with fresh_folder(dir) as folder:
         _write(reduced, images, folder)
     return Path(dir)
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    for config in (model.config.get_text_config(), model.config.vision_config):
+        if config._attn_implementation not in ATTENTION:
+            raise ValueError(
+                f"the model's attention implementation is {config._attn_implementation!r}, which "
+                f"has no ONNX form; load the model with attn_implementation={ATTENTION[0]!r}"
+            )
 
 
 def _write(reduced: ReducedModel, images: int, folder: Path) -> None:
@@ -121,7 +133,7 @@ def _write(reduced: ReducedModel, images: int, folder: Path) -> None:
         layout = prompt_layout(model, example)
         graphs = {
             "prefill": _prefill(reduced, layout, example),
-            "decode": _decode(reduced, layout),
+            "decode": _decode(reduced),
         }
         programs = {name: graph.export() for name, graph in graphs.items()}
     _write_weights(list(programs.values()), folder)
@@ -252,7 +264,7 @@ def _filled(cache: ReducedCache, states: Mapping[str, Mapping[str, Tensor]]) -> 
 def _prefill(
     reduced: ReducedModel, layout: PromptLayout, example: dict[str, Tensor]
 ) -> _Exportable:
-    inputs = complete_inputs(reduced.model, example)
+    inputs = complete_inputs(reduced.model, example | {"use_cache": True})
     lowered = lower_call(capture_call(reduced.model, inputs), reduced.policy, layout)
     lowered = replace_placeholder_merge(lowered)
     batch, sequence = Dim("batch"), Dim("sequence", min=layout.images * layout.tokens_per_image + 2)
@@ -283,7 +295,7 @@ def _words(model: PreTrainedModel, length: int) -> Tensor:
     return torch.full((_BATCH, length), word, device=model.device)
 
 
-def _decode(reduced: ReducedModel, layout: PromptLayout) -> _Exportable:
+def _decode(reduced: ReducedModel) -> _Exportable:
     """The graph is captured on a cache of equal lengths, which the original model can run."""
     model, spaces = reduced.model, decode_spaces(reduced.policy)
     cache = ReducedCache(model.config.get_text_config())
@@ -294,6 +306,7 @@ def _decode(reduced: ReducedModel, layout: PromptLayout) -> _Exportable:
         "attention_mask": _words(model, 3).fill_(1),
         "position_ids": _words(model, 1).fill_(2),
         "past_key_values": cache,
+        "use_cache": True,
     }
     captured = capture_call(model, complete_inputs(model, inputs))
     lowered = lower_call(captured, reduced.policy, None)
@@ -319,17 +332,21 @@ def _decode_exportable(
         axes = {0: batch, 2: pasts[k]}
         dynamic["past_key_values"][str(layer)] = {"key": axes, "value": axes}
     for name in module.used:
-        base, _, k_text = name.rpartition("_")
-        k = int(k_text) if k_text.isdigit() else 0
-        if name.startswith(("attention_mask", "key_bias")):
-            inputs[name] = _words(model, lengths[k] + 1).fill_(1)
+        kind, k = _kind_and_space(name)
+        if kind in ("attention_mask", "key_bias"):
+            value = _words(model, lengths[k] + 1).fill_(1)
+            inputs[name] = value.to(model.dtype) if kind == "key_bias" else value
             dynamic[name] = {0: batch, 1: pasts[k] + 1}
         else:
             inputs[name] = _words(model, 1)
             dynamic[name] = {0: batch}
-        if base == "key_bias":
-            inputs[name] = inputs[name].to(model.dtype)
     return _Exportable(module, inputs, dynamic)
+
+
+def _kind_and_space(name: str) -> tuple[str, int]:
+    """``attention_mask_2`` -> (``attention_mask``, 2); names without a number are of space 0."""
+    kind, _, number = name.rpartition("_")
+    return (kind, int(number)) if number.isdigit() else (name, 0)
 
 
 # *** writing ***

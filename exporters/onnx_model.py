@@ -140,8 +140,7 @@ class OnnxModel:
             logits = self._run_prefill(inputs, cache)
         else:
             logits = self._run_decode(inputs, cache)
-        keep = inputs.get("logits_to_keep", 0)
-        kept = logits[:, -keep or None :] if isinstance(keep, int) else logits[:, keep]
+        kept = logits[:, -inputs.get("logits_to_keep", 0) :]
         return CausalLMOutputWithPast(logits=kept.float(), past_key_values=cache)
 
     def _run_prefill(self, inputs: dict[str, Any], cache: _SessionCache) -> Tensor:
