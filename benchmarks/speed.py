@@ -54,13 +54,13 @@ from deos_fx.cost import CostModel
 from deos_fx.files import write_text
 from deos_fx.passes.latency import milliseconds
 from deos_fx.signature import signature_of
-from deos_fx.terminal import Advance, stages
+from deos_fx.terminal import Advance, Stages, stages
 
 __all__ = ["SHAPES", "Settings", "measure"]
 
 WARM_UP = 2
 ORIGINAL, EMPTY, REDUCED = "original", "empty", "reduced"
-RUNTIMES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+RUNTIMES = {"pytorch": "PyTorch", "onnxruntime": "ONNX RT"}
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 
 
@@ -207,12 +207,14 @@ class _Run:
         prefill_ms: From pixels and prompt to the first new token.
         decode_ms: Of each further token, on average.
         tokens: [B, new_tokens] on the CPU.
-        peak_bytes: Most memory that torch held on the GPU, weights included.
+        held_bytes: Memory that torch held on the GPU before: the weights.
+        peak_bytes: The most it held during the run, weights included.
     """
 
     prefill_ms: float
     decode_ms: float
     tokens: Tensor
+    held_bytes: int
     peak_bytes: int
 
 
@@ -220,8 +222,7 @@ class _Run:
 def _run(call: Callable[..., Any], inputs: Mapping[str, Tensor], new_tokens: int) -> _Run:
     """Generate greedily, in the loop that every variant is timed in."""
     device = inputs["input_ids"].device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    held = _held_bytes(device)
     start = _now(device)
     output = call(**inputs, logits_to_keep=1, use_cache=True)
     tokens = [output.logits[:, -1:].argmax(-1)]
@@ -236,8 +237,17 @@ def _run(call: Callable[..., Any], inputs: Mapping[str, Tensor], new_tokens: int
         1e3 * (middle - start),
         1e3 * (end - middle) / (new_tokens - 1),
         torch.cat(tokens, dim=1).cpu(),
+        held,
         torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     )
+
+
+def _held_bytes(device: torch.device) -> int:
+    """What torch holds on a GPU now, from where the peak is measured anew."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _now(device: torch.device) -> float:
@@ -296,27 +306,37 @@ def measure(
             policy = settings.policy or _fitted_preset(settings, costs)
             reduced = {EMPTY: ReducedModel(model, Policy()), REDUCED: ReducedModel(model, policy)}
         results = _conditions(settings, device) | _predictions(policy, costs)
+        variants = {ORIGINAL: model, **reduced}
         with stage("PyTorch") as advance:
-            variants = {ORIGINAL: model, **reduced}
             runs = _take_turns(variants, inputs, settings, advance)
-            results["vision_ms"] = milliseconds(_vision(model, inputs), device)
             results["pytorch"] = _figures(runs)
             for name, variant in variants.items():
                 results["pytorch"][name]["kv_bytes"] = _kv_bytes(variant, inputs)
+            results["vision_ms"] = milliseconds(_vision(model, inputs), device)
         save(results)
         if settings.onnx:
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                with stage("export to ONNX") as advance:
-                    _export(reduced, Path(folder), advance)
-                _release(model)
-                with stage("ONNX Runtime") as advance:
-                    sessions = _sessions(Path(folder), reduced, device)
-                    on_cpu = {name: tensor.cpu() for name, tensor in inputs.items()}
-                    onnx_runs = _take_turns(sessions, on_cpu, settings, advance)
-                    results["onnxruntime"] = _figures(onnx_runs, same_as=runs)
-                    del sessions
+            onnx_runs = _run_onnx(reduced, inputs, settings, stage)
+            results["onnxruntime"] = _figures(onnx_runs, same_as=runs)
             save(results)
     return results
+
+
+def _run_onnx(
+    reduced: Mapping[str, ReducedModel],
+    inputs: Mapping[str, Tensor],
+    settings: Settings,
+    stage: Stages,
+) -> dict[str, list[_Run]]:
+    """Export the variants and let them take turns in ONNX Runtime. The models end on the CPU."""
+    on_cpu = {name: tensor.cpu() for name, tensor in inputs.items()}
+    # Windows keeps files that sessions have mapped.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        with stage("export to ONNX") as advance:
+            _export(reduced, Path(folder), advance)
+        _release(reduced[EMPTY].model)
+        with stage("ONNX Runtime") as advance:
+            sessions = _sessions(Path(folder), reduced, torch.device(settings.device))
+            return _take_turns(sessions, on_cpu, settings, advance)
 
 
 def _device(name: str) -> torch.device:
@@ -387,7 +407,10 @@ def _figures(
     baseline = next(iter(runs.values()))
     figures: dict[str, dict[str, Any]] = {}
     for name, made in runs.items():
-        figure: dict[str, Any] = {"peak_bytes": max(run.peak_bytes for run in made) or None}
+        figure: dict[str, Any] = {
+            "held_bytes": made[-1].held_bytes or None,
+            "peak_bytes": max(run.peak_bytes for run in made) or None,
+        }
         for part in ("prefill_ms", "decode_ms"):
             times = [getattr(run, part) for run in made]
             bases = [getattr(run, part) for run in baseline]
@@ -481,29 +504,34 @@ def _commit() -> str | None:
 def _table(results: Mapping[str, Any]) -> Table:
     settings = results["settings"]
     table = Table(
-        title=f"{settings['shape']}, {settings['dtype']}, {settings['device']}: milliseconds, "
+        title=f"{settings['shape']}, {settings['dtype']}, {settings['device']}: "
         f"medians of {settings['repeats']} runs"
     )
-    table.add_column("variant")
-    for name in ("prefill", "ratio", "decode", "ratio", "KV MiB", "GPU MiB", "same"):
-        table.add_column(name, justify="right")
-    for key, runtime in RUNTIMES.items():
-        for name, figure in results.get(key, {}).items():
-            table.add_row(f"{runtime} {name}", *_cells(figure))
+    table.add_column("variant", no_wrap=True)
+    figures = {
+        f"{runtime} {name}": _cells(figure)
+        for key, runtime in RUNTIMES.items()
+        for name, figure in results.get(key, {}).items()
+    }
+    for column in next(iter(figures.values())):
+        table.add_column(column, justify="right")
+    for name, cells in figures.items():
+        table.add_row(name, *cells.values())
     return table
 
 
-def _cells(figure: Mapping[str, Any]) -> list[str]:
+def _cells(figure: Mapping[str, Any]) -> dict[str, str]:
+    """A row of the table by column; a GPU's memory only where there is a GPU."""
     kv, peak = figure.get("kv_bytes"), figure["peak_bytes"]
-    return [
-        f"{figure['prefill_ms']:.1f}",
-        f"{figure['prefill_ratio']:.2f}",
-        f"{figure['decode_ms']:.2f}",
-        f"{figure['decode_ratio']:.2f}",
-        f"{kv / 2**20:.3g}" if kv else "-",
-        f"{peak / 2**20:.0f}" if peak else "-",
-        f"{figure['equal_tokens']}/{figure['tokens']}" if "tokens" in figure else "-",
-    ]
+    cells = {
+        "prefill ms": f"{figure['prefill_ms']:.1f}",
+        "prefill ratio": f"{figure['prefill_ratio']:.2f}",
+        "decode ms": f"{figure['decode_ms']:.2f}",
+        "decode ratio": f"{figure['decode_ratio']:.2f}",
+        "KV MiB": f"{kv / 2**20:.3g}" if kv else "-",
+        "same": f"{figure['equal_tokens']}/{figure['tokens']}" if "tokens" in figure else "-",
+    }
+    return cells | ({"GPU MiB": f"{peak / 2**20:.0f}"} if peak else {})
 
 
 def _print(results: Mapping[str, Any], console: Console) -> None:
