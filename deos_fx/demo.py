@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import transformers
 from rich.console import Console
 from torch import Tensor
-from transformers import LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from deos_fx import OnnxModel, export_onnx, presets, reference, search
 from deos_fx.budget import Budget
@@ -34,7 +34,7 @@ from deos_fx.report import (
     demo_report,
 )
 from deos_fx.search_result import SearchResult
-from deos_fx.signature import grid_of
+from deos_fx.signature import grid_of, signature_of
 from deos_fx.terminal import Advance, Stages, results_table, stages, times_table
 
 __all__ = ["run_demo"]
@@ -83,22 +83,23 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
         limit = budget.limits(costs.of_policy(Policy()))["visual_tokens"]
     with stage.phased("search") as progress:
         found = search(model, data, budget=budget, seed=seed, progress=progress)
-    policies = _policies(found.policy, limit, costs)
-    methods = []
-    for name, policy in policies.items():
-        with stage(f"test {name}") as advance:
-            methods.append(_test(name, policy, model, processor, tests, costs, advance))
     reduced = ReducedModel(model, found.policy)
+    methods = [_Tested(UNREDUCED, Policy(), model), _Tested(SEARCHED, found.policy, reduced)]
+    methods += [_preset(name, model, limit) for name in presets.names()]
+    measured = []
+    for method in methods:
+        with stage(f"test {method.name}") as advance:
+            measured.append(method.measure(processor, tests, costs, advance))
     with stage("export to ONNX"):
         export_onnx(reduced, folder / "onnx", example_inputs=_prompts(processor, tests[:2]))
     with stage("run in ONNX Runtime") as advance:
         onnx = _check_onnx(folder / "onnx", reduced, processor, tests[:COMPARED], advance)
     with stage("draw examples"):
-        pictures = _pictures(reduced, processor, tests[: len(reference.KINDS)], methods)
+        pictures = _pictures(reduced, processor, tests[: len(reference.KINDS)], measured)
     return DemoResult(
         limit=limit,
         search=found,
-        methods=methods,
+        methods=measured,
         questions=len(tests),
         grid=grid_of(model),
         pictures=pictures,
@@ -132,35 +133,39 @@ def _text_tokens(processor: LlavaProcessor, examples: Sequence[Example]) -> int:
 # *** comparing ***
 
 
-def _policies(searched: Policy, limit: float, costs: CostModel) -> dict[str, Policy | str]:
-    """What to compare; a preset that cannot meet the budget comes with the reason."""
-    signature = costs.signature
-    policies: dict[str, Policy | str] = {UNREDUCED: Policy(), SEARCHED: searched}
-    for name in presets.names():
-        try:
-            policies[name] = presets.fit(
-                name, limit, signature.decoder_layers, signature.visual_tokens
-            )
-        except ValueError as error:
-            policies[name] = str(error)
-    return policies
+@dataclass(frozen=True)
+class _Tested:
+    """A method to measure; without a model there is a reason why it cannot be."""
+
+    name: str
+    policy: Policy
+    model: Any
+    reason: str = ""
+
+    def measure(
+        self,
+        processor: LlavaProcessor,
+        examples: Sequence[Example],
+        costs: CostModel,
+        advance: Advance,
+    ) -> Method:
+        """Answers the questions and counts what is right."""
+        cost = costs.of_policy(self.policy)
+        if self.model is None:
+            return Method(self.name, self.policy, cost, {}, reason=self.reason)
+        recorder = _Recorder(self.model.generate, processor, len(examples), advance)
+        accuracy = reference.accuracy(recorder, processor, examples)
+        return Method(self.name, self.policy, cost, accuracy, answers=recorder.answers)
 
 
-def _test(
-    name: str,
-    policy: Policy | str,
-    model: Any,
-    processor: LlavaProcessor,
-    examples: Sequence[Example],
-    costs: CostModel,
-    advance: Advance,
-) -> Method:
-    if isinstance(policy, str):
-        return Method(name, Policy(), costs.of_policy(Policy()), {}, reason=policy)
-    generate = model.generate if policy.is_empty else ReducedModel(model, policy).generate
-    recorder = _Recorder(generate, processor, len(examples), advance)
-    accuracy = reference.accuracy(recorder, processor, examples)
-    return Method(name, policy, costs.of_policy(policy), accuracy, answers=recorder.answers)
+def _preset(name: str, model: LlavaForConditionalGeneration, limit: float) -> _Tested:
+    """A preset fitted to the budget, or the reason why it cannot meet it."""
+    signature = signature_of(model)
+    try:
+        policy = presets.fit(name, limit, signature.decoder_layers, signature.visual_tokens)
+    except ValueError as error:
+        return _Tested(name, Policy(), None, str(error))
+    return _Tested(name, policy, ReducedModel(model, policy))
 
 
 class _Recorder:

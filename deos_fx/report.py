@@ -392,9 +392,10 @@ def _search_section(result: SearchResult) -> Section:
     return Section(
         "The search",
         "Above, the task loss of each step (thin) and its running mean; below, the visual tokens "
-        "of the relaxed model, which a growing multiplier brings under the limit. At the end, "
-        "policies along the way, presets fitted to the limits and small changes of the best are "
-        "measured in the static form, the form that runs, and the best is returned. Its loss is "
+        "of the relaxed model, which a growing multiplier holds under the limit. The steps start "
+        "near the best preset. Policies along the way are rounded to whole tokens; these, the "
+        "presets and small changes of the best are measured in the static form, the form that "
+        "runs, and the best is returned. Its loss is "
         f"{result.best.loss:.4g} static and {result.relaxed_loss:.4g} relaxed, a gap of "
         f"{result.gap:+.2g}; without reduction it is {result.unreduced_loss:.4g}.",
         charts.history_chart(result.history, limit),

@@ -10,10 +10,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from deos_fx import Policy, ReducedModel, Reduction, presets, reference
+from deos_fx import Budget, Policy, ReducedModel, Reduction, SearchResult, presets, reference
 from deos_fx.cli import app
+from deos_fx.cost import CostModel
 from deos_fx.data import batches, read_records
 from deos_fx.files import fresh_folder
+from deos_fx.search_result import Candidate
 from tests.tiny import inputs, tiny_llava
 
 COMMANDS = ("demo", "search", "transform", "export", "inspect")
@@ -124,12 +126,43 @@ def test_transform_at_a_budget_alone(model_dir, tmp_path):
     assert cost.after.visual_tokens <= 8
 
 
-def test_search_writes_policy_and_report(questions, tmp_path):
+def test_export_takes_the_policy_of_a_reduced_model(model_dir, tmp_path, monkeypatch):
+    exported = []
+
+    def note(reduced, folder):
+        exported.append(reduced.policy)
+        (folder / "prefill.onnx").write_text("")
+
+    monkeypatch.setattr("deos_fx.exporters.onnx.export_onnx", note)
+    run("transform", model_dir, tmp_path / "reduced", "--preset", "merge", "--budget", "9")
+    run("export", tmp_path / "reduced", tmp_path / "onnx")
+    run("export", model_dir, tmp_path / "onnx", "--preset", "avg_pool", "--budget", "16")
+    assert exported == [presets.merge(keep=9), presets.avg_pool(keep=16)]
+    assert (tmp_path / "onnx" / "prefill.onnx").exists()
+
+
+def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
+    """Searching itself takes minutes and is tested elsewhere; here a preset is found."""
+    seen = {}
+
+    def find(model, data, *, budget, progress, **options):
+        costs = CostModel(model, images=1, text_tokens=8)
+        policy = presets.fit("merge", budget.visual_tokens, 10, 144)
+        progress("steps", 1, 1)
+        seen.update(options, budget=budget, shapes=[batch["labels"].shape[0] for batch in data])
+        found = Candidate(policy, "preset merge", 0.5, costs.of_policy(policy))
+        history = [{"step": 1, "task": 0.5, "visual_tokens": 18.0}]
+        whole = costs.of_policy(Policy())
+        limits = {"visual_tokens": 18.0}
+        return SearchResult(policy, history, [found], limits, whole, 0.4, 0.5)
+
+    monkeypatch.setattr("deos_fx.passes.search.search", find)
     out = tmp_path / "found"
-    options = ("--budget", "18", "--steps", 1, "--batch-size", 2, "--output", out)
+    options = ("--budget", "18", "--steps", 3, "--batch-size", 2, "--output", out)
     run("search", reference.WEIGHTS, "--data", questions, *options)
-    policy = Policy.load(out / "policy.json")
-    assert presets.mean_visual_tokens(policy, 10, 144) <= 18
+    assert seen["budget"] == Budget(visual_tokens=18)
+    assert (seen["steps"], seen["seed"], seen["shapes"]) == (3, 0, [2, 1])
+    assert Policy.load(out / "policy.json") == presets.merge(keep=18)
     assert sorted(path.name for path in out.iterdir()) == ["policy.json", "report.html"]
 
 
