@@ -59,7 +59,7 @@ class ReducedModel(nn.Module):
 
     # *** calling ***
 
-    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Any, ...]:
         """Run the reduced model.
 
         Args:
@@ -68,17 +68,24 @@ class ReducedModel(nn.Module):
 
         Returns:
             The model's own output class. After reductions, ``logits`` cover the M prompt
-            positions that are left, in order (`explain` says which); the last one is always the
-            last token of the prompt.
+            positions that are left, in order (`explain` says which); text always stays, so the last
+            one is the last token of any prompt that ends in text. With ``return_dict=False``, a
+            tuple.
 
         Raises:
             ValueError: If the inputs have no image, rows with different numbers of image tokens,
                 or a cache that is not a `ReducedCache`.
         """
-        return self._run(self._bind(*args, **kwargs))
+        inputs = self._bind(*args, **kwargs)
+        output = self._run(inputs)
+        return output if inputs.get("return_dict", True) else output.to_tuple()
 
     def generate(self, **inputs: Any) -> Any:
         """transformers' own `generate`, run on the reduced model.
+
+        The prompt is reduced once and decoding continues on what is left. Only with
+        ``use_cache=False`` the whole text is reduced anew for every token, and scores that read the
+        text may then keep other tokens.
 
         Args:
             **inputs: Arguments of the model's `generate`.
@@ -205,9 +212,12 @@ class ReducedModel(nn.Module):
             graph_module = self._graph(inputs, layout)
             fields = _call(graph_module, inputs)
         except GuardError:
+            if not prefill:
+                # The layers before the guard have already added to their caches.
+                raise
             # The model's code takes another branch for these inputs than for those captured.
-            self._graphs["prefill" if prefill else "decode"].clear()
-            if prefill and cache is not None:
+            self._graphs["prefill"].clear()
+            if cache is not None:
                 cache.reset()
             graph_module = self._graph(inputs, layout)
             fields = _call(graph_module, inputs)

@@ -48,7 +48,7 @@ class CaptureError(ValueError):
 
 
 class GuardError(RuntimeError):
-    """An input takes another branch than the captured one; the caller captures again."""
+    """An input takes another branch than the captured one; a prefill is then captured again."""
 
 
 @fx.node.has_side_effect
