@@ -71,7 +71,7 @@ def accuracy_chart(
         methods: What was measured; those without a measurement are left out.
         limit: Visual tokens the budget allows, mean over the layers.
         visual_tokens: Visual tokens of the unreduced model.
-        questions: Questions the accuracies are over, for the error bars.
+        questions: Questions the accuracies are over, for their intervals.
 
     Returns:
         An SVG element.
@@ -80,18 +80,19 @@ def accuracy_chart(
     axes.axvspan(0, limit, color=_paint("accent"), alpha=0.09, lw=0)
     axes.axvline(limit, color=_paint("accent"), lw=1.2, ls=(0, (4, 3)))
     shown = sorted((m for m in methods if m.accuracy), key=lambda m: -m.accuracy["overall"])
-    low = min(_wilson(method.accuracy["overall"], questions)[0] for method in shown)
-    axes.set(xlim=(0, visual_tokens * 1.06), ylim=(max(0.0, low - 0.04) * 100, 102))
+    low = shown[-1].accuracy["overall"]
+    axes.set(xlim=(0, visual_tokens * 1.06), ylim=(max(0.0, low - 0.08) * 100, 102))
     cluster = [method for method in shown if method.cost.visual_tokens < 0.6 * visual_tokens]
     heights = _spread([100 * m.accuracy["overall"] for m in cluster], *axes.get_ylim(), 0.075)
     for method in shown:
-        _draw_point(axes, method, questions)
+        _draw_point(axes, method)
     for method, height in zip(cluster, heights, strict=True):
-        _label_point(axes, method, height, limit + 0.13 * visual_tokens)
+        text = _named(method, questions)
+        _label_point(axes, method, text, height, limit + 0.13 * visual_tokens)
     for method in shown:
         if method not in cluster:
             point = (method.cost.visual_tokens, 100 * method.accuracy["overall"])
-            _annotate(axes, _named(method), point, (-10, 12), ha="right")
+            _annotate(axes, _named(method, questions), point, (-10, 12), ha="right")
     bottom = axes.get_ylim()[0]
     _annotate(axes, f"budget {limit:.4g}", (limit, bottom), (5, 6), color=_paint("accent"))
     axes.set_xlabel("visual tokens a decoder layer processes (mean over layers)")
@@ -151,6 +152,7 @@ def history_chart(history: Sequence[Mapping[str, Any]], limit: float | None) -> 
         label = f"limit {limit:.4g}"
         _annotate(used, label, (steps[-1], limit), (0, 5), ha="right", color=_paint("prune"))
     used.set_ylim(bottom=0)
+    used.xaxis.get_major_locator().set_params(integer=True)
     used.set_ylabel("visual tokens, mean")
     used.set_xlabel("step of the search")
     return _svg(figure, "history", "Task loss and visual tokens over the steps of the search")
@@ -159,31 +161,37 @@ def history_chart(history: Sequence[Mapping[str, Any]], limit: float | None) -> 
 # *** parts of them ***
 
 
-def _draw_point(axes: Axes, method: Method, questions: int) -> None:
-    accuracy = method.accuracy["overall"]
-    low, high = _wilson(accuracy, questions)
-    x, y = method.cost.visual_tokens, 100 * accuracy
-    color = _paint(method.paint)
-    axes.plot([x, x], [100 * low, 100 * high], color=color, lw=1.4, alpha=0.7)
+def _draw_point(axes: Axes, method: Method) -> None:
+    x, y = method.cost.visual_tokens, 100 * method.accuracy["overall"]
     size, marker = (190, "*") if method.is_searched else (52, "o")
-    axes.scatter(x, y, s=size, marker=marker, color=color, ec=_paint("paper"), lw=0.8, zorder=3)
+    style = {"color": _paint(method.paint), "ec": _paint("paper"), "lw": 0.8}
+    axes.scatter(x, y, s=size, marker=marker, zorder=3, **style)
 
 
-def _label_point(axes: Axes, method: Method, height: float, x: float) -> None:
-    """The name of a point beside the others, tied to it by a line."""
+def _label_point(axes: Axes, method: Method, text: str, height: float, x: float) -> None:
+    """What to say of a point, beside the others and tied to it by a line."""
     axes.annotate(
-        _named(method),
+        text,
         (method.cost.visual_tokens, 100 * method.accuracy["overall"]),
         (x, height),
         va="center",
         color=_paint("ink"),
         weight="bold" if method.is_searched else "normal",
-        arrowprops={"arrowstyle": "-", "color": _paint("soft"), "lw": 0.6, "shrinkB": 6},
+        arrowprops={
+            "arrowstyle": "-",
+            "color": _paint("soft"),
+            "lw": 0.6,
+            "relpos": (0, 0.5),
+            "shrinkB": 6,
+        },
     )
 
 
-def _named(method: Method) -> str:
-    return f"{method.name}  {100 * method.accuracy['overall']:.1f} %"
+def _named(method: Method, questions: int) -> str:
+    """The name of a method, its accuracy and the 95 % interval of it."""
+    accuracy = method.accuracy["overall"]
+    low, high = (100 * end for end in _wilson(accuracy, questions))
+    return f"{method.name}  {100 * accuracy:.1f} %  ({low:.0f} to {high:.0f})"
 
 
 def _after(site: str, counts: Sequence[int]) -> int:

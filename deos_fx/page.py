@@ -133,9 +133,11 @@ td.words { text-align: left; white-space: normal; color: var(--soft); }
 td.shade { background: color-mix(in srgb, var(--accent) calc(var(--share) * 42%),
   transparent); }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
-.example { border: 1px solid var(--line); border-radius: 12px; padding: 16px; margin: 0 0 16px; }
+.pairs, .rows { display: grid; gap: 16px; }
+.pairs { grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
+.example { border: 1px solid var(--line); border-radius: 12px; padding: 16px; }
 .example p { margin: 2px 0 12px; color: var(--soft); }
-.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr));
+.strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr));
   gap: 14px; }
 .strip svg { border-radius: 6px; }
 figure { margin: 0; } figcaption { font-size: 13px; color: var(--soft); margin-top: 6px; }

@@ -227,8 +227,8 @@ def _comparison(result: DemoResult) -> Section:
     return Section(
         "Accuracy at the same cost",
         "Every method may use the shaded part: presets are fitted to the budget with as many "
-        f"tokens as it allows. Bars are 95 % intervals over the {result.questions} test questions; "
-        "digits and photographs of the test scenes were seen neither in training nor in the "
+        f"tokens as it allows. In brackets, the 95 % interval that {result.questions} questions "
+        "give; digits and photographs of the test scenes were seen neither in training nor in the "
         "search.",
         chart,
         _legend(result.methods),
@@ -295,13 +295,15 @@ def _spending(result: DemoResult) -> Section:
 
 def _pictures(result: DemoResult) -> Section:
     drawn = (_picture(picture, i, result.grid) for i, picture in enumerate(result.pictures))
+    single = all(len(picture.steps) <= 1 for picture in result.pictures)
+    layout = "pairs" if single else "rows"
     return Section(
         "Kept and merged tokens",
         "The first test question of every kind. A square is a visual token. Outlined ones are "
         "still there after the reduction, dark ones are gone, and a yellow line leads from a "
         "dropped token to the kept one (the dot) that takes in its content, brighter with more "
         "of it.",
-        *drawn,
+        f'<div class="{layout}">{"".join(drawn)}</div>',
     )
 
 
@@ -322,7 +324,8 @@ def _picture(picture: Picture, index: int, grid: tuple[int, int]) -> str:
     )
     return (
         f'<div class="example"><h3>{escape(picture.question)}?</h3>'
-        f"<p>{escape(picture.kind.replace('_', ' '))}; right is {escape(picture.expected)}</p>"
+        f"<p>kind “{escape(picture.kind.replace('_', ' '))}”, "
+        f"right answer: {escape(picture.expected)}</p>"
         f'<div class="strip">{"".join(figures)}</div><div class="answers">{answers}</div></div>'
     )
 
