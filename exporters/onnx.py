@@ -87,7 +87,8 @@ def export_onnx(
     and ``generation_config.json``. It is written whole or not at all.
 
     Args:
-        reduced: What to export, in the dtype it has. Graphs in bfloat16 run on CUDA only.
+        reduced: What to export, in the dtype it has. ONNX Runtime runs float32 and float16 on any
+            device, bfloat16 not on the CPU.
         dir: The folder; it is made if it does not exist.
         example_inputs: A call of the model, which says how many images its prompts have. Left out,
             a prompt has one image.

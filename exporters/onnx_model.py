@@ -303,7 +303,10 @@ def _open(path: Path, device: str | torch.device | None) -> _Session:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:
-        raise ValueError(f"{path} cannot be run on {device or 'this machine'}: {error}") from error
+        hint = ""
+        if "NOT_IMPLEMENTED" in str(error):
+            hint = ". If the model is in bfloat16, export it in float32 or float16"
+        raise ValueError(f"{path} cannot be run here: {error}{hint}") from error
     works = session.get_providers()[0] == "CUDAExecutionProvider"
     if wanted is not None and wanted.type == "cuda" and not works:
         raise RuntimeError(

@@ -351,7 +351,7 @@ def test_folders_that_are_no_export(folder, tmp_path):
             OnnxModel.from_pretrained(target)
     manifest.write_text(json.dumps(data))
     (target / "prefill.onnx").write_text("not a graph")
-    with pytest.raises(ValueError, match="prefill.onnx cannot be run"):
+    with pytest.raises(ValueError, match="prefill.onnx cannot be run here"):
         OnnxModel.from_pretrained(target, "cpu")
 
 
