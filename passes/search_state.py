@@ -20,6 +20,9 @@ from deos_fx.passes.lagrangian import AugmentedLagrangian
 __all__ = ["SearchState"]
 
 _LEARNING_RATE = 0.1
+# Large, so that a parameter with a negligible gradient stays where it is; Adam's default would move
+# it as fast as any other, and dormant sites would drift into the policy.
+_EPSILON = 0.1
 
 
 @dataclass
@@ -52,8 +55,7 @@ class SearchState:
         """The state before the first step."""
         # Module names cannot hold dots.
         modules = nn.ModuleDict({_key(site): module for site, module in reductions.items()})
-        # capturable=False keeps Adam's step count on the CPU in float32, so that it can be saved.
-        optimizer = torch.optim.Adam(modules.parameters(), lr=_LEARNING_RATE)
+        optimizer = torch.optim.Adam(modules.parameters(), lr=_LEARNING_RATE, eps=_EPSILON)
         return cls(modules, optimizer, lagrangian, settings)
 
     @property
