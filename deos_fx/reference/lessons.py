@@ -27,8 +27,8 @@ __all__ = ["IGNORE", "PRESENCE", "Described", "Pack", "PackLayout", "presence"]
 IGNORE = -100
 PRESENCE = 10 + len(COLORS) + len(BACKDROPS)
 
-# Questions of a pack. The kinds that look something up get more, and so do words of a pack:
-# each kind's questions have one length, hence every pack has the same layout.
+# Questions of a pack: more of the kinds that are slow to learn, those that look something up. All
+# questions of a kind have the same number of words, hence all packs the same layout.
 _SLOTS = {
     "at": 2,
     "color": 2,
@@ -50,6 +50,7 @@ _QUESTION_WORDS = {
     "most": 3,
 }
 _ANSWER_WORDS = {kind: 2 if kind == "where" else 1 for kind in KINDS}
+# Similarities of unit vectors span too little to be logits.
 _TEMPERATURE = 0.125
 
 
@@ -64,7 +65,7 @@ _PATCH_ROWS = _words(*ROWS).repeat_interleave(GRID // 3).repeat_interleave(GRID)
 _PATCH_COLUMNS = _words(*COLUMNS).repeat_interleave(GRID // 3).repeat(GRID)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Described:
     """What is on every patch of some pictures.
 
@@ -164,7 +165,7 @@ def presence(batch: SceneBatch) -> Tensor:
     return torch.from_numpy(there)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pack:
     """Questions about each picture of a batch, side by side.
 

@@ -108,7 +108,7 @@ class Question:
     answer: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SceneBatch:
     """Scenes as arrays: the form in which they are sampled, rendered and trained on.
 

@@ -210,8 +210,8 @@ _SIGHT = ("presence", "model.model.vision_tower", "model.model.multi_modal_proje
 _SPEECH = ("model.model.language_model.layers", "model.model.language_model.norm", "model.lm_head")
 STAGES = (
     Stage("tower", tower_lesson, _SIGHT, steps=1400, size=32, rate=1.5e-3),
-    Stage("language", language_lesson, _SPEECH, steps=1800, size=16, rate=1e-3, stride=2),
-    Stage("join", join_lesson, ("",), steps=1600, size=16, rate=6e-4),
+    Stage("language", language_lesson, _SPEECH, steps=2400, size=16, rate=1e-3, stride=2),
+    Stage("join", join_lesson, ("",), steps=1200, size=16, rate=6e-4),
 )
 
 
