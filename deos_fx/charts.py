@@ -164,7 +164,7 @@ def history_chart(history: Sequence[Mapping[str, Any]], limit: float | None) -> 
 def _draw_point(axes: Axes, method: Method) -> None:
     x, y = method.cost.visual_tokens, 100 * method.accuracy["overall"]
     size, marker = (190, "*") if method.is_searched else (52, "o")
-    style = {"color": _paint(method.paint), "ec": _paint("paper"), "lw": 0.8}
+    style: dict[str, Any] = {"color": _paint(method.paint), "ec": _paint("paper"), "lw": 0.8}
     axes.scatter(x, y, s=size, marker=marker, zorder=3, **style)
 
 
