@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from deos_fx.checkpoint import load_optimizer, optimizer_tensors
 from deos_fx.operator.relaxed import RelaxedReduction
 from deos_fx.passes.lagrangian import AugmentedLagrangian
 
@@ -81,8 +82,8 @@ class SearchState:
         tensors = {f"now/{name}": value for name, value in self.reductions.state_dict().items()}
         for step, parameters in self.snapshots.items():
             tensors |= {f"{step}/{name}": value for name, value in parameters.items()}
-        for i, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam/{i}/{name}": value for name, value in moments.items()}
+        moments = optimizer_tensors(self.optimizer)
+        tensors |= {f"adam/{name}": value for name, value in moments.items()}
         # The tensors are named by step, so a kill between the two files leaves a valid pair.
         name = f"step-{self.step}.safetensors"
         _replace(path / name, lambda part: save_file(tensors, part))
@@ -125,18 +126,10 @@ class SearchState:
             head, _, rest = name.partition("/")
             parts.setdefault(head, {})[rest] = value
         self.reductions.load_state_dict(parts.pop("now"))
-        self._load_optimizer(parts.pop("adam", {}))
+        load_optimizer(self.optimizer, parts.pop("adam", {}))
         self.snapshots = {int(step): parameters for step, parameters in parts.items()}
         self.history = record["history"]
         self.lagrangian.multipliers = record["multipliers"]
-
-    def _load_optimizer(self, moments: Mapping[str, Tensor]) -> None:
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in moments.items():
-            i, _, moment = name.partition("/")
-            state.setdefault(int(i), {})[moment] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _key(site: str) -> str:

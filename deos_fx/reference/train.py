@@ -30,10 +30,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deos_fx import reference
+from deos_fx.checkpoint import load_optimizer, optimizer_tensors
 from deos_fx.reference.lessons import IGNORE, PRESENCE, Described, Pack, PackLayout, presence
 from deos_fx.reference.model import (
     VISUAL_TOKENS,
@@ -235,28 +238,20 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = Student(seed).to(device).train()
     output.mkdir(parents=True, exist_ok=True)
-    checkpoint = output / "checkpoint.pt"
-    state = torch.load(checkpoint, map_location=device) if checkpoint.exists() else None
-    if state:
-        student.load_state_dict(state["student"])
+    checkpoint = output / "checkpoint.safetensors"
+    reached, steps, moments = _resume(checkpoint, student)
     for number, stage in enumerate(stages):
-        if state and number < state["stage"]:
+        if number < reached:
             continue
         optimizer = torch.optim.AdamW(
             stage.parameters(student), lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.05
         )
         first = 0
-        if state and number == state["stage"]:
-            optimizer.load_state_dict(state["optimizer"])
-            first = state["step"]
+        if moments and number == reached:
+            load_optimizer(optimizer, moments)
+            first = steps
         for step in _run(stage, student, optimizer, first, [seed, number], every):
-            _save(
-                checkpoint,
-                student=student.state_dict(),
-                optimizer=optimizer.state_dict(),
-                stage=number,
-                step=step,
-            )
+            _save(checkpoint, student, optimizer, number, step)
     return student.eval()
 
 
@@ -325,11 +320,37 @@ def _validate(student: Student, size: int) -> str:
     return " ".join(f"{name} {value:.3f}" for name, value in right.items())
 
 
-def _save(path: Path, **state: object) -> None:
+def _save(
+    path: Path, student: Student, optimizer: torch.optim.Optimizer, stage: int, step: int
+) -> None:
     """Writes a checkpoint in one go, so that there is always a whole one."""
+    tensors = {f"student/{name}": value for name, value in student.state_dict().items()}
+    moments = optimizer_tensors(optimizer)
+    tensors |= {f"optimizer/{name}": value for name, value in moments.items()}
     partial = path.with_suffix(".partial")
-    torch.save(state, partial)
+    # Copies, because a file of safetensors takes no tensors that share memory.
+    copies = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+    save_file(copies, partial, {"stage": str(stage), "step": str(step)})
     partial.replace(path)
+
+
+def _resume(path: Path, student: Student) -> tuple[int, int, dict[str, Tensor]]:
+    """Loads a checkpoint, if there is one.
+
+    Returns:
+        The stage it was written in, the steps taken of it, and the optimizer's tensors; empty at
+        the start.
+    """
+    if not path.exists():
+        return 0, 0, {}
+    parts: dict[str, dict[str, Tensor]] = {"student": {}, "optimizer": {}}
+    with safe_open(path, framework="pt") as file:
+        place = file.metadata()
+        for name in file.keys():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = file.get_tensor(name)
+    student.load_state_dict(parts["student"])
+    return int(place["stage"]), int(place["step"]), parts["optimizer"]
 
 
 def main() -> None:
