@@ -140,6 +140,8 @@ def history_chart(history: Sequence[Mapping[str, Any]], limit: float | None) -> 
     Returns:
         An SVG element.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, (task, used) = _figures(8.6, 4.6, 2)
     steps = [entry["step"] for entry in history]
     losses = [entry["task"] for entry in history]
@@ -152,7 +154,7 @@ def history_chart(history: Sequence[Mapping[str, Any]], limit: float | None) -> 
         label = f"limit {limit:.4g}"
         _annotate(used, label, (steps[-1], limit), (0, 5), ha="right", color=_paint("prune"))
     used.set_ylim(bottom=0)
-    used.xaxis.get_major_locator().set_params(integer=True)
+    used.xaxis.set_major_locator(MaxNLocator(integer=True))
     used.set_ylabel("visual tokens, mean")
     used.set_xlabel("step of the search")
     return _svg(figure, "history", "Task loss and visual tokens over the steps of the search")
