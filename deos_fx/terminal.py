@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,7 +21,8 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from deos_fx.report import DemoResult, Method
+    from deos_fx.cost import Cost
+    from deos_fx.report import DemoResult
 
 __all__ = ["Advance", "Stages", "results_table", "stages", "times_table"]
 
@@ -107,33 +109,33 @@ def stages(console: Console) -> Iterator[Stages]:
 
 
 def results_table(result: DemoResult) -> Table:
-    """The comparison of the demo, as its report shows it."""
+    """The comparison of the demo: one column a method, so that it fits 80 characters."""
     methods = result.ranked()
-    kinds = [kind for kind in methods[0].accuracy if kind != "overall"]
     table = Table(
         title=f"Right answers in % of {result.questions} test questions; "
-        f"budget {result.limit:.4g} visual tokens, mean over the decoder layers"
+        f"budget {result.limit:.4g} visual tokens, mean over the decoder layers",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    table.add_column("method")
-    for name in ("overall", *kinds, "tokens", "GFLOPs", "KV KiB"):
-        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column("")
     for method in methods:
         style = "bold" if method.is_searched else None
-        table.add_row(method.name, *_cells(method, kinds), style=style)
+        table.add_column(method.name, justify="right", style=style)
+    kinds = [kind for kind in methods[0].accuracy if kind != "overall"]
+    for kind in ("overall", *kinds):
+        shares = [f"{100 * m.accuracy[kind]:.1f}" if m.accuracy else "-" for m in methods]
+        table.add_row(kind.replace("_", " "), *shares, end_section=kind == kinds[-1])
+    for name, cell in _COSTS.items():
+        table.add_row(name, *(cell(m.cost) if m.accuracy else "-" for m in methods))
     return table
 
 
-def _cells(method: Method, kinds: list[str]) -> list[str]:
-    cost = method.cost
-    if not method.accuracy:
-        return ["-"] * (len(kinds) + 4)
-    shares = [f"{100 * method.accuracy[kind]:.1f}" for kind in ("overall", *kinds)]
-    return [
-        *shares,
-        f"{cost.visual_tokens:.4g}",
-        f"{cost.flops / 1e9:.3g}",
-        f"{cost.kv_bytes / 1024:.0f}",
-    ]
+_COSTS: Mapping[str, Callable[[Cost], str]] = {
+    "tokens": lambda cost: f"{cost.visual_tokens:.4g}",
+    "GFLOPs": lambda cost: f"{cost.flops / 1e9:.3g}",
+    "KV KiB": lambda cost: f"{cost.kv_bytes / 1024:.0f}",
+}
 
 
 def times_table(seconds: Mapping[str, float]) -> Table:
