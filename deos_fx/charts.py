@@ -92,7 +92,7 @@ def accuracy_chart(
     for method in shown:
         if method not in cluster:
             point = (method.cost.visual_tokens, 100 * method.accuracy["overall"])
-            _annotate(axes, _named(method, questions), point, (-10, 12), ha="right")
+            _annotate(axes, _named(method, questions), point, (-10, 0), ha="right", va="center")
     bottom = axes.get_ylim()[0]
     _annotate(axes, f"budget {limit:.4g}", (limit, bottom), (5, 6), color=_paint("accent"))
     axes.set_xlabel("visual tokens a decoder layer processes (mean over layers)")

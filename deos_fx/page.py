@@ -69,7 +69,7 @@ def table(
         head: Titles of the columns.
         rows: Cells of every row.
         note: A remark below.
-        kind: ``numbers``, or ``listing`` if the last column is words.
+        kind: ``numbers``, ``listing`` if the last column is words, or ``narrow``.
 
     Returns:
         HTML.
@@ -128,7 +128,7 @@ th { text-align: right; font-weight: 600; color: var(--soft); padding: 6px 8px;
 td { text-align: right; padding: 6px 8px; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 8px; }
-table.listing th:last-child { text-align: left; }
+table.listing th:last-child { text-align: left; } table.narrow { max-width: 420px; }
 td.words { text-align: left; white-space: normal; color: var(--soft); }
 td.shade { background: color-mix(in srgb, var(--accent) calc(var(--share) * 42%),
   transparent); }

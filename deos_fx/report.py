@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -189,8 +190,11 @@ def search_report(result: SearchResult, path: str | os.PathLike[str]) -> None:
 
 
 def _command() -> str:
+    """The command line, as one would type it."""
     program = os.path.basename(sys.argv[0]) or "python"
-    return shlex.join([program, *sys.argv[1:]])
+    if program == "__main__.py":
+        program = "python -m deos_fx"
+    return f"{program} {shlex.join(sys.argv[1:])}"
 
 
 # *** the demo's parts ***
@@ -339,7 +343,7 @@ def _telling(steps: Sequence[TokenStep]) -> list[TokenStep]:
 def _onnx_section(result: DemoResult) -> Section:
     check = result.onnx
     rows = [
-        [f"<td>{escape(name)}</td>", f"<td>{size / 2**20:.2f}</td>"]
+        [f"<td>{escape(name)}</td>", f"<td>{math.ceil(size / 1024):,}</td>"]
         for name, size in check.files.items()
     ]
     return Section(
@@ -347,7 +351,7 @@ def _onnx_section(result: DemoResult) -> Section:
         "The searched model was exported, prefill and decode apart, and generated answers to "
         f"{check.compared} test questions on the {check.device.upper()}; {check.equal} of them are "
         "equal to PyTorch's, token by token.",
-        table(["file", "MiB"], rows),
+        table(["file", "KiB"], rows, kind="narrow"),
     )
 
 
@@ -360,7 +364,7 @@ def _times(result: DemoResult) -> Section:
     return Section(
         "How long it took",
         "Wall-clock seconds of each stage on this machine.",
-        table(["stage", "seconds"], rows),
+        table(["stage", "seconds"], rows, kind="narrow"),
         details("Versions and settings", settings),
     )
 
@@ -404,11 +408,20 @@ def _search_section(result: SearchResult) -> Section:
         charts.history_chart(result.history, limit),
         table(
             ["candidate", "task loss", "visual tokens", "GFLOPs", "KV KiB", "reductions"],
-            [_candidate_row(candidate) for candidate in result.candidates[:SHOWN_CANDIDATES]],
-            f"The best of {len(result.candidates)} candidates; the first was returned.",
+            [_candidate_row(candidate) for candidate in _telling_candidates(result.candidates)],
+            f"The best from each source, of {len(result.candidates)} candidates; the first was "
+            "returned. A refined one is a small change of the best so far.",
             "listing",
         ),
     )
+
+
+def _telling_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The best candidate from each source, best first."""
+    by_source: dict[str, Candidate] = {}
+    for candidate in candidates:
+        by_source.setdefault(candidate.source, candidate)
+    return list(by_source.values())[:SHOWN_CANDIDATES]
 
 
 def _candidate_row(candidate: Candidate) -> list[str]:
