@@ -121,7 +121,8 @@ def results_table(result: DemoResult) -> Table:
     table.add_column("")
     for method in methods:
         style = "bold" if method.is_searched else None
-        table.add_column(method.name, justify="right", style=style)
+        name = method.name.replace("_", " ")
+        table.add_column(name, justify="right", style=style, overflow="fold")
     kinds = [kind for kind in methods[0].accuracy if kind != "overall"]
     for kind in ("overall", *kinds):
         shares = [f"{100 * m.accuracy[kind]:.1f}" if m.accuracy else "-" for m in methods]
