@@ -122,8 +122,8 @@ def results_table(result: DemoResult) -> Table:
     for method in methods:
         style = "bold" if method.is_searched else None
         name = method.name.replace("_", " ")
-        longest = max(map(len, name.split()))
-        table.add_column(name, justify="right", style=style, min_width=longest)
+        width = max(5, *map(len, name.split()))
+        table.add_column(name, justify="right", style=style, width=width)
     kinds = [kind for kind in methods[0].accuracy if kind != "overall"]
     for kind in ("overall", *kinds):
         shares = [f"{100 * m.accuracy[kind]:.1f}" if m.accuracy else "-" for m in methods]
