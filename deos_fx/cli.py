@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,9 +66,12 @@ def _main(
     Start with [bold]deos-fx demo[/].
     """
     import logging
+    import signal
 
     from transformers.utils import logging as transformers_logging
 
+    # Terminated from outside, a command still removes its temporary folder.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
