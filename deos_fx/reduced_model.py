@@ -20,7 +20,7 @@ from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.passes.capture import GuardError
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces
-from deos_fx.passes.pipeline import capture_call, lower_call
+from deos_fx.passes.pipeline import capture_call, lower_call, run_graph
 from deos_fx.policy import Policy
 from deos_fx.signature import signature_of
 
@@ -210,7 +210,7 @@ class ReducedModel(nn.Module):
             inputs |= cache.decode_inputs(inputs.get("attention_mask"), inputs["position_ids"])
         try:
             graph_module = self._graph(inputs, layout)
-            fields = _call(graph_module, inputs)
+            fields = run_graph(graph_module, inputs)
         except GuardError:
             if not prefill:
                 # The layers before the guard have already added to their caches.
@@ -220,7 +220,7 @@ class ReducedModel(nn.Module):
             if cache is not None:
                 cache.reset()
             graph_module = self._graph(inputs, layout)
-            fields = _call(graph_module, inputs)
+            fields = run_graph(graph_module, inputs)
         spaces = fields.pop("spaces", [])
         if cache is not None and prefill:
             cache.record(
@@ -247,11 +247,6 @@ class ReducedModel(nn.Module):
 
     def _new_cache(self) -> ReducedCache:
         return ReducedCache(self.model.config.get_text_config())
-
-
-def _call(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
-    return graph_module(**{name: inputs[name] for name in names})
 
 
 def _structure(inputs: Mapping[str, Any]) -> tuple[Hashable, ...]:

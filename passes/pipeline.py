@@ -20,7 +20,7 @@ from deos_fx.passes.lower_reductions import lower_reductions
 from deos_fx.passes.verify import verify
 from deos_fx.policy import Policy
 
-__all__ = ["Captured", "capture_call", "lower_call"]
+__all__ = ["Captured", "capture_call", "lower_call", "run_graph"]
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,9 @@ def lower_call(captured: Captured, policy: Policy, layout: PromptLayout | None) 
         return verify(graph_module, "decode")
     graph_module = lower_reductions(captured.graph_module, captured.sites, policy, layout)
     return verify(graph_module, "lowered")
+
+
+def run_graph(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Call a graph with those of the inputs that it takes."""
+    names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
+    return graph_module(**{name: inputs[name] for name in names})

@@ -25,7 +25,8 @@ from deos_fx.passes.discretise import discretise
 from deos_fx.passes.insert_relaxed import insert_relaxed
 from deos_fx.passes.lagrangian import AugmentedLagrangian
 from deos_fx.passes.latency import milliseconds
-from deos_fx.passes.search_problem import SearchProblem, mean_loss, run_graph
+from deos_fx.passes.pipeline import run_graph
+from deos_fx.passes.search_problem import SearchProblem, mean_loss
 from deos_fx.passes.search_space import keep_fractions, relaxed_costs, start_reductions
 from deos_fx.passes.search_state import SearchState
 from deos_fx.passes.vary import variations

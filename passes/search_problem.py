@@ -18,12 +18,12 @@ from deos_fx.passes.find_sites import Sites
 from deos_fx.passes.latency import LatencyTable
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.objective import Target, labelled, self_distilled
-from deos_fx.passes.pipeline import Captured, capture_call, lower_call
+from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.policy import Policy
 from deos_fx.reduction import Reduction
 from deos_fx.signature import signature_of
 
-__all__ = ["SearchBatch", "SearchProblem", "mean_loss", "run_graph"]
+__all__ = ["SearchBatch", "SearchProblem", "mean_loss"]
 
 _LATENCY_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
 
@@ -190,12 +190,6 @@ def _with_target(
         inputs,
         self_distilled(inputs, visual, lambda **given: run_graph(captured.graph_module, given)),
     )
-
-
-def run_graph(graph: fx.GraphModule, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Call a graph with those of the inputs that it takes."""
-    names = [node.target for node in graph.graph.find_nodes(op="placeholder")]
-    return graph(**{name: inputs[name] for name in names})
 
 
 @torch.no_grad()
