@@ -20,7 +20,7 @@ from deos_fx.passes.annotate_token_spaces import position_tables
 from deos_fx.passes.find_sites import Sites
 from deos_fx.passes.finish import finish
 from deos_fx.passes.layout import PromptLayout
-from deos_fx.passes.observe_block import bias_block, observe_block
+from deos_fx.passes.observe_block import bias_block, observe_block, observe_class_token
 from deos_fx.reduction import site_order
 
 __all__ = ["RelaxedSite", "insert_relaxed"]
@@ -121,7 +121,10 @@ class _Insertion:
         images = self.layout.images
         available: dict[str, Callable[[], fx.Node]] = {"grid": lambda: self._grid("projector", 1)}
         if "attention_cls" in _needs(reduction):
-            attention = self._class_attention()
+            block = self.nodes[self.sites.tower_block]
+            attention = observe_class_token(
+                self.graph_module, block, self.sites.class_tokens, self.call
+            )
             available["attention_cls"] = lambda: attention
         users = list(features.users)
         with self.graph.inserting_before(features.next):
@@ -213,14 +216,6 @@ class _Insertion:
             )
         for node, here in self.positions.items():
             self.positions[node] = replaced.get(here, here)
-
-    def _class_attention(self) -> fx.Node:
-        block = self.nodes[self.sites.tower_block]
-        with self.graph.inserting_before(block):
-            query = self.call(tokens.class_token, block.args[0])
-        seen, _, anchor = observe_block(self.graph_module, block, query, None, keys=False)
-        with self.graph.inserting_before(anchor):
-            return self.call(tokens.attention_to_patches, seen.last, self.sites.class_tokens)
 
     def _grid(self, name: str, images: int) -> fx.Node:
         target = f"grid_{name.replace('.', '_')}"

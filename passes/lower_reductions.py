@@ -22,7 +22,12 @@ from deos_fx.passes.annotate_token_spaces import position_tables
 from deos_fx.passes.find_sites import Sites
 from deos_fx.passes.finish import finish
 from deos_fx.passes.layout import PromptLayout
-from deos_fx.passes.observe_block import Observations, bias_block, observe_block
+from deos_fx.passes.observe_block import (
+    Observations,
+    bias_block,
+    observe_block,
+    observe_class_token,
+)
 from deos_fx.passes.open_space import open_space
 from deos_fx.policy import Policy, Reduction
 
@@ -144,7 +149,10 @@ class _Lowering:
         per_image = self.layout.tokens_per_image
         makers: dict[str, Callable[[], Any]] = {"grid": lambda: self.layout.grid_tensor(1)}
         if "attention_cls" in required_features(step.reduction):
-            attention = self._class_attention(self.nodes[self.sites.tower_block])
+            block = self.nodes[self.sites.tower_block]
+            attention = observe_class_token(
+                self.graph_module, block, self.sites.class_tokens, self.call
+            )
             makers["attention_cls"] = lambda: attention
         users = list(features.users)
         with self.graph.inserting_before(features.next):
@@ -278,13 +286,6 @@ class _Lowering:
             if "attention_text" in needs:
                 text = self.call(tokens.text_tokens, self.space.visual, block.args[0])
         return observe_block(self.graph_module, block, last, text, keys="keys" in needs)
-
-    def _class_attention(self, block: fx.Node) -> fx.Node:
-        with self.graph.inserting_before(block):
-            query = self.call(tokens.class_token, block.args[0])
-        seen, _, anchor = observe_block(self.graph_module, block, query, None, keys=False)
-        with self.graph.inserting_before(anchor):
-            return self.call(tokens.attention_to_patches, seen.last, self.sites.class_tokens)
 
     def _padding(self) -> fx.Node | None:
         """The 2-D attention mask in the current space, if the model was given one."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from deos_fx import tokens
 from deos_fx.seam import ObservedBlock
 
-__all__ = ["Observations", "bias_block", "observe_block"]
+__all__ = ["Observations", "bias_block", "observe_block", "observe_class_token"]
 
 
 @dataclass
@@ -79,6 +81,30 @@ def observe_block(
     for user in users:
         user.replace_input_with(block, hidden)
     return seen, hidden, anchor
+
+
+def observe_class_token(
+    graph_module: fx.GraphModule,
+    block: fx.Node,
+    class_tokens: int,
+    call: Callable[..., fx.Node],
+) -> fx.Node:
+    """Let a vision block report the attention of its CLS token.
+
+    Args:
+        graph_module: The graph. Changed in place.
+        block: call_module node of the block.
+        class_tokens: Tokens in front of the patches.
+        call: Emits a call_function node at the place of insertion.
+
+    Returns:
+        Node of [I, V].
+    """
+    with graph_module.graph.inserting_before(block):
+        query = call(tokens.class_token, block.args[0])
+    seen, _, anchor = observe_block(graph_module, block, query, None, keys=False)
+    with graph_module.graph.inserting_before(anchor):
+        return call(tokens.attention_to_patches, seen.last, class_tokens)
 
 
 def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
