@@ -377,8 +377,9 @@ def vispruner(features: Tensor, attention: Tensor, keep: int, important: float =
     the features come from. The others, in *falling attention*, are thinned in rounds: split into
     even and odd places of the list, drop the r = min(8, surplus) even ones with the largest cosine
     to any odd one. Odd: the next list is the surviving even ones by *falling* cosine, then the odd
-    ones. The official code needs an even list: N - int(keep * important) odd is an error. Cosine
-    on features before the projector. Image order.
+    ones. The official code needs an even list and 8 tokens to drop in a half of it: it fails for
+    N - int(keep * important) odd, and for a few diverse tokens. Cosine on features before the
+    projector. Image order.
 
     Args:
         features: [N, d] out of the vision tower.
@@ -392,9 +393,9 @@ def vispruner(features: Tensor, attention: Tensor, keep: int, important: float =
     diverse = keep - first
     while diverse and len(rest) > diverse:
         even, odd = rest[::2], rest[1::2]
-        assert len(even) == len(odd), "the official code fails for a list of odd length"
-        nearest = cosines(features[even], features[odd]).amax(dim=1)
         surplus = min(8, len(rest) - diverse)
+        assert surplus <= len(even) == len(odd), "the official code fails here"
+        nearest = cosines(features[even], features[odd]).amax(dim=1)
         rest = [even[i] for i in descending(nearest)[surplus:]] + odd
     return _sorted_rows(features, chosen + (rest if diverse else []))
 
