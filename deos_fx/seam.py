@@ -3,8 +3,8 @@
 Scores need queries and keys, merging needs a log-mass bias, the relaxed form needs a log-gate
 bias. All of it goes through one registered attention function, which receives the post-rotary
 query and key of whatever family is running, adds the bias to the mask and then calls the
-implementation the user had chosen (sdpa, flash, eager). It computes the attention *rows* of a few
-query tokens, O(N), and never the N x N matrix.
+implementation the user had chosen (sdpa, flash, eager). What the keys receive is computed a few
+queries at a time, O(N) each, and never as the N x N matrix.
 
 A block that needs the seam is run through a *view*: a shallow copy that shares every weight with
 the original and differs only in the attention implementation its config names. The model itself is
@@ -15,19 +15,55 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-__all__ = ["OBSERVATIONS", "ObservedBlock", "attention_rows"]
+__all__ = ["Asked", "Observation", "ObservedBlock", "PeekedBlock", "received_attention"]
 
 _NAME = "deos_fx"
 
-# What a block can report about its attention, beside its own output.
-OBSERVATIONS = ("rows", "keys")
+# As many attention rows are held at once, for all heads.
+_QUERIES_AT_ONCE = 64
+
+# Votes that are all zero give zeros, not NaN.
+_NO_VOTES = 1e-13
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a block reports of its attention, beside its own output.
+
+    Attributes:
+        kind: ``attention`` (what every key receives from some queries, [B, N]), ``rows`` (each of
+            these queries alone, [B, R, N]), ``keys`` (mean over heads, [B, N, D]) or
+            ``joint_keys`` (heads side by side, [B, N, H_kv D]).
+        heads: How the heads' attention becomes one: their ``mean``, their ``max`` (FitPrune), or
+            ``joint``: one softmax over full-width products, scaled by (H D)^-1/2 (PruMerge).
+        strongest: Only so many heads count, those that attend most to the keys asked about
+            (SparseVLM+); 0 for all.
+        gravity: Divide attention by what rotary positions alone make of each distance (SparseVLM+).
+    """
+
+    kind: Literal["attention", "rows", "keys", "joint_keys"] = "attention"
+    heads: Literal["mean", "max", "joint"] = "mean"
+    strongest: int = 0
+    gravity: bool = False
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is about the attention of some queries."""
+        return self.kind in ("attention", "rows")
+
+
+Asked = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Whose attention is observed: positions of the queries [B, R] (None for all), their votes [B, R]
+(None for equal ones) and, for ``Observation.strongest``, positions [B, V] of the keys that count.
+"""
 
 
 @dataclass
@@ -36,9 +72,11 @@ class _SeamCall:
 
     implementation: str
     key_bias: Tensor | None
-    queries: Tensor | None
-    observe: tuple[str, ...]
-    seen: dict[str, Tensor] = field(default_factory=dict)
+    observe: tuple[Observation, ...]
+    asked: tuple[Asked, ...]
+    tables: Any
+    peek: bool = False
+    seen: list[Tensor] = field(default_factory=list)
 
 
 class ObservedBlock(nn.Module):
@@ -46,17 +84,20 @@ class ObservedBlock(nn.Module):
 
     Args:
         block: The model's own block; its weights are shared.
-        observe: Any of `OBSERVATIONS`: ``rows`` (attention of some queries over all keys, mean
-            over heads) and ``keys`` (keys, mean over heads).
+        observe: What to report.
 
     Raises:
-        ValueError: If no submodule of the block names an attention implementation.
+        ValueError: If no submodule of the block names an attention implementation, or an
+            observation does not fit its heads.
     """
 
-    def __init__(self, block: nn.Module, observe: tuple[str, ...]) -> None:
+    def __init__(self, block: nn.Module, observe: tuple[Observation, ...]) -> None:
         super().__init__()
         self.observe = observe
-        self.implementation = _attention_implementation(block)
+        attention = _attention_of(block)
+        if any(observation.heads == "joint" for observation in observe):
+            _check_joint(attention)
+        self.implementation = str(attention.config._attn_implementation)
         self.block = _seam_view(block)
         # Kept out of the module tree: it shares all weights with the view.
         self._original = (block,)
@@ -69,26 +110,73 @@ class ObservedBlock(nn.Module):
         self,
         *args: Any,
         key_bias: Tensor | None = None,
-        queries: Tensor | None = None,
+        asked: tuple[Asked, ...] = (),
         **kwargs: Any,
     ) -> Any:
         """Run the block.
 
         Args:
             key_bias: [B, N] added to the attention logits of each key.
-            queries: [B, R] positions of the queries whose attention ``rows`` are observed.
+            asked: The queries of each observation that is about some.
             *args: The block's own arguments.
             **kwargs: The block's own keyword arguments.
 
         Returns:
-            The block's output; if anything is observed, a tuple (output, *observed) with
-            ``rows`` [B, R, N] and ``keys`` [B, N, D] in the order of ``observe``.
+            The block's output; if anything is observed, a tuple (output, *observed) in the order
+            of ``observe``.
         """
-        call = _SeamCall(self.implementation, key_bias, queries, self.observe)
+        call = self._call(key_bias, asked, kwargs)
         output = self.block(*args, seam=call, **kwargs)
-        if not self.observe:
-            return output
-        return (output, *(call.seen[name] for name in self.observe))
+        return (output, *call.seen) if self.observe else output
+
+    def extra_repr(self) -> str:
+        """What it reports."""
+        return ", ".join(map(str, self.observe))
+
+    def _call(
+        self, key_bias: Tensor | None, asked: tuple[Asked, ...], kwargs: dict[str, Any]
+    ) -> _SeamCall:
+        tables = kwargs.get("position_embeddings")
+        return _SeamCall(self.implementation, key_bias, self.observe, asked, tables)
+
+
+class PeekedBlock(ObservedBlock):
+    """A block that is run up to its attention only, to see what it would attend to.
+
+    PyramidDrop ranks by the queries and keys of the layer behind the cut, PruMerge by those of a
+    vision block whose output nobody uses. Its norm, projections and rotary embedding run; its
+    attention, its MLP and an update of the cache do not.
+    """
+
+    def forward(
+        self,
+        *args: Any,
+        key_bias: Tensor | None = None,
+        asked: tuple[Asked, ...] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """Look into the block.
+
+        Args:
+            key_bias: [B, N] added to the attention logits of each key.
+            asked: The queries of each observation that is about some.
+            *args: The block's own arguments.
+            **kwargs: The block's own keyword arguments, without a cache.
+
+        Returns:
+            The tuple of what was observed, in the order of ``observe``.
+        """
+        call = self._call(key_bias, asked, kwargs)
+        call.peek = True
+        try:
+            self.block(*args, seam=call, **kwargs)
+        except _Seen:
+            return tuple(call.seen)
+        raise AssertionError(f"{type(self.original()).__name__} did not call its attention")
+
+
+class _Seen(Exception):  # noqa: N818 - not an error: how a peek leaves the rest of the block out
+    """Everything there is to see has been seen."""
 
 
 def _seam_attention(
@@ -107,13 +195,11 @@ def _seam_attention(
     if seam.key_bias is not None:
         attention_mask = _additive_mask(attention_mask, seam.key_bias, query, key, causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if "rows" in seam.observe:
-        assert seam.queries is not None
-        seam.seen["rows"] = attention_rows(
-            query, key, attention_mask, seam.queries, scale, causal=causal
-        )
-    if "keys" in seam.observe:
-        seam.seen["keys"] = key.mean(dim=1)
+    view = _AttentionView(query, key, attention_mask, scale, causal, seam.tables)
+    asked = iter(seam.asked)
+    seam.seen += [_observed(view, item, asked) for item in seam.observe]
+    if seam.peek:
+        raise _Seen
     attention = AttentionInterface().get_interface(seam.implementation, _eager_attention)
     return attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
@@ -121,52 +207,150 @@ def _seam_attention(
 AttentionInterface.register(_NAME, _seam_attention)
 
 
-def attention_rows(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    positions: Tensor,
-    scale: float,
-    *,
-    causal: bool,
-) -> Tensor:
-    """Softmax attention of a few query tokens over all keys, mean over heads.
+# *** what can be seen ***
 
-    Args:
+
+@dataclass(frozen=True)
+class _AttentionView:
+    """What an attention function is given.
+
+    Attributes:
         query: [B, H, N, D] after rotary embedding.
         key: [B, H_kv, N, D]; H is a multiple of H_kv.
-        mask: None, boolean or additive, broadcastable to [B, H, N, N].
-        positions: [B, R] indices of the queries.
+        mask: None, [B, N] of real keys, or boolean or additive, broadcastable to [B, H, N, N].
         scale: Factor of the logits.
-        causal: Whether, without a mask, a query sees only keys up to its own position.
+        causal: Whether, without a mask of its own, a query sees only keys up to its position.
+        tables: Rotary cosines and sines [B or 1, N, D], if the block is given any.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scale: float
+    causal: bool
+    tables: Any = None
+
+    def joint(self) -> _AttentionView:
+        """All heads as one of full width."""
+        query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (self.query, self.key))
+        scale = query.shape[-1] ** -0.5
+        return _AttentionView(query, key, self.mask, scale, self.causal, self.tables)
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """Attention [B, H, R, N] of the queries at positions [B, R], in float32."""
+        batch, heads, _, dim = self.query.shape
+        groups, length = self.key.shape[1:3]
+        rows = positions.shape[1]
+        index = positions[:, None, :, None].expand(-1, heads, -1, dim)
+        chosen = torch.gather(self.query, 2, index).reshape(batch, groups, -1, dim)
+        logits = (chosen @ self.key.transpose(2, 3)).float() * self.scale
+        return self._masked(logits.reshape(batch, heads, rows, length), positions).softmax(dim=-1)
+
+    def gravity(self, positions: Tensor) -> Tensor:
+        """Logits [B, 1, R, N] of all-ones queries and keys, rotated and scaled by D^-1/2.
+
+        A rotation turns the ones of two positions p and r into a product of
+        sum_i cos(p f_i) cos(r f_i) + sin(p f_i) sin(r f_i), whatever way dimensions are paired.
+        """
+        if not isinstance(self.tables, (tuple, list)) or self.tables[0].ndim != 3:
+            raise ValueError(
+                "Attention can be corrected for rotary positions only in blocks that are given "
+                "position_embeddings (cos, sin) of shape [B, N, D]. Use a score without gravity."
+            )
+        dim = self.query.shape[-1]
+        pull: Any = float(dim - self.tables[0].shape[-1])
+        for table in self.tables:
+            table = table.float().expand(positions.shape[0], -1, -1)
+            index = positions[..., None].expand(-1, -1, table.shape[-1])
+            pull = pull + torch.gather(table, 1, index) @ table.transpose(1, 2)
+        return pull[:, None] * dim**-0.5
+
+    def _masked(self, logits: Tensor, positions: Tensor) -> Tensor:
+        lowest = torch.finfo(torch.float32).min
+        mask = self.mask
+        if mask is not None and mask.ndim == 4:
+            mask = mask.expand(positions.shape[0], -1, -1, -1)
+            index = positions[:, None, :, None].expand(-1, mask.shape[1], -1, logits.shape[-1])
+            mask = torch.gather(mask, 2, index)
+            if mask.dtype == torch.bool:
+                return logits.masked_fill(~mask, lowest)
+            return logits + mask.float()
+        if self.causal:
+            later = torch.arange(logits.shape[-1], device=logits.device) > positions[..., None]
+            logits = logits.masked_fill(later[:, None], lowest)
+        if mask is not None:
+            logits = logits.masked_fill(mask[:, None, None, :] == 0, lowest)
+        return logits
+
+
+def _observed(view: _AttentionView, observation: Observation, asked: Iterator[Asked]) -> Tensor:
+    if observation.kind == "keys":
+        return view.key.mean(dim=1)
+    if observation.kind == "joint_keys":
+        return view.key.transpose(1, 2).flatten(2)
+    if observation.kind == "rows":
+        positions, _, _ = next(asked)
+        assert positions is not None
+        return view.rows(positions).mean(dim=1)
+    return received_attention(view, observation, next(asked))
+
+
+def received_attention(view: _AttentionView, observation: Observation, asked: Asked) -> Tensor:
+    """Attention that every key receives: the mean over queries, weighted by their votes.
+
+    Args:
+        view: What the attention function was given.
+        observation: How to read it.
+        asked: Whose attention.
 
     Returns:
-        [B, R, N] in float32; each row sums to 1.
+        [B, N] in float32.
     """
-    batch, heads, _, dim = query.shape
-    groups = key.shape[1]
-    rows = positions.shape[1]
-    index = positions[:, None, :, None].expand(-1, heads, -1, dim)
-    chosen = torch.gather(query, 2, index).reshape(batch, groups, -1, dim)
-    logits = (chosen @ key.transpose(2, 3)).float() * scale
-    logits = logits.reshape(batch, heads, rows, -1)
-    if mask is not None:
-        mask_rows = _rows_of_mask(mask, positions, logits.shape[-1])
-        if mask.dtype == torch.bool:
-            logits = logits.masked_fill(~mask_rows, torch.finfo(torch.float32).min)
+    positions, votes, among = asked
+    view = view.joint() if observation.heads == "joint" else view
+    batch, _, length, _ = view.query.shape
+    if positions is None:
+        positions = torch.arange(length, device=view.query.device).expand(batch, -1)
+    # A mean over heads may wait until heads have been chosen; a maximum is one of every query.
+    received: Any = 0.0
+    for part, weight in _few(positions, votes):
+        rows = view.rows(part)
+        if observation.gravity:
+            rows = rows / view.gravity(part)
+        if observation.heads == "max":
+            rows = rows.amax(dim=1, keepdim=True)
+        if weight is None:
+            received = received + rows.sum(dim=2)
         else:
-            logits = logits + mask_rows.float()
-    elif causal:
-        later = torch.arange(logits.shape[-1], device=key.device) > positions[..., None]
-        logits = logits.masked_fill(later[:, None], torch.finfo(torch.float32).min)
-    return logits.softmax(dim=-1).mean(dim=1)
+            received = received + (weight[:, None, None, :] @ rows)[:, :, 0]
+    if observation.strongest:
+        assert among is not None
+        received = _strongest_heads(received, among, observation.strongest)
+    received = received.mean(dim=1)
+    if votes is None:
+        return received / positions.shape[1]
+    return received / votes.float().sum(dim=1, keepdim=True).clamp_min(_NO_VOTES)
 
 
-def _rows_of_mask(mask: Tensor, positions: Tensor, length: int) -> Tensor:
-    """[B, 1 or H, R, N]: the mask rows of the chosen queries."""
-    mask = mask.expand(positions.shape[0], -1, -1, -1)
-    index = positions[:, None, :, None].expand(-1, mask.shape[1], -1, length)
-    return torch.gather(mask, 2, index)
+def _few(positions: Tensor, votes: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A few queries at a time; all at once where an export leaves their number open."""
+    count = positions.shape[1]
+    known = isinstance(count, int)
+    for start in range(0, count, _QUERIES_AT_ONCE) if known else [0]:
+        part = slice(start, start + _QUERIES_AT_ONCE) if known else slice(None)
+        yield positions[:, part], None if votes is None else votes[:, part].float()
+
+
+def _strongest_heads(received: Tensor, among: Tensor, count: int) -> Tensor:
+    """Of [B, H, N], the `count` heads that give most to the keys at `among` [B, V], per sample."""
+    heads, length = received.shape[1:]
+    index = among[:, None].expand(-1, heads, -1)
+    share = torch.gather(received, 2, index).sum(dim=2)
+    chosen = share.topk(min(count, heads), dim=1).indices
+    return torch.gather(received, 1, chosen[..., None].expand(-1, -1, length))
+
+
+# *** bias, and the implementation behind the seam ***
 
 
 def _additive_mask(
@@ -205,6 +389,9 @@ def _eager_attention(
     )
 
 
+# *** views ***
+
+
 def _attention_modules(block: nn.Module) -> list[str]:
     return [
         name
@@ -213,15 +400,26 @@ def _attention_modules(block: nn.Module) -> list[str]:
     ]
 
 
-def _attention_implementation(block: nn.Module) -> str:
+def _attention_of(block: nn.Module) -> Any:
     names = _attention_modules(block)
     if not names:
         raise ValueError(
             f"{type(block).__name__} has no submodule whose config names an attention "
             "implementation, so its attention cannot be observed. Use another site."
         )
-    attention: Any = block.get_submodule(names[0])
-    return str(attention.config._attn_implementation)
+    return block.get_submodule(names[0])
+
+
+def _check_joint(attention: Any) -> None:
+    config = attention.config
+    heads = getattr(config, "num_attention_heads", None)
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads != key_heads:
+        raise ValueError(
+            f"attention_cls_joint reads attention without heads, which needs as many key heads as "
+            f"query heads; {type(attention).__name__} has {key_heads} and {heads}. "
+            "Use attention_cls."
+        )
 
 
 def _seam_view(block: nn.Module) -> nn.Module:

@@ -274,7 +274,8 @@ def capture(
 
     Returns:
         A `GraphModule` with the same inputs that returns a dict of the model's output fields;
-        ``meta["output_class"]`` is the model's output class.
+        ``meta["output_class"]`` is the model's output class, ``meta["blocks"]`` has all blocks by
+        node name, also those whose output nothing uses.
 
     Raises:
         CaptureError: If the model's code does something that cannot be recorded.
@@ -290,6 +291,9 @@ def capture(
     tracer.create_node("output", "output", (tracer.create_arg(fields),), {})
     graph_module = fx.GraphModule(tracer.attributes(), tracer.graph, f"{type(model).__name__}Graph")
     graph_module.meta["output_class"] = type(result)
+    graph_module.meta["blocks"] = {
+        name: model.get_submodule(path) for path, name in block_names.items()
+    }
     return finish(graph_module)
 
 

@@ -3,16 +3,136 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from deos_fx import tokens
-from deos_fx.seam import ObservedBlock
+from deos_fx.seam import Observation, ObservedBlock, PeekedBlock
 
-__all__ = ["Observations", "bias_block", "observe_block", "observe_class_token"]
+__all__ = [
+    "AskedNodes",
+    "Observations",
+    "bias_block",
+    "observe_attention",
+    "observe_block",
+    "observe_class_token",
+    "peek_block",
+]
+
+AskedNodes = tuple[fx.Node | None, fx.Node | None, fx.Node | None]
+"""Nodes of ``deos_fx.seam.Asked``: positions of queries, their votes, and keys that count."""
+
+
+def observe_attention(
+    graph_module: fx.GraphModule,
+    block: fx.Node,
+    wanted: Sequence[tuple[Observation, AskedNodes | None]],
+) -> tuple[list[fx.Node], fx.Node, fx.Node]:
+    """Let a block's node return what its attention saw.
+
+    Args:
+        graph_module: The graph. Changed in place.
+        block: call_module node of a transformer block that does not observe anything yet.
+        wanted: What to observe, with the nodes of whose attention where it is about some queries.
+
+    Returns:
+        The observed values, the node of the block's hidden states, and the first node behind them
+        (where to insert).
+    """
+    if not wanted:
+        return [], block, block.next
+    graph = graph_module.graph
+    observe = tuple(observation for observation, _ in wanted)
+    _use_seam(graph_module, block, observe)
+    block.kwargs = {**block.kwargs, **_asked(wanted)}
+    users = list(block.users)
+    anchor = block.next
+    with graph.inserting_before(anchor):
+        hidden = _part(graph, block, 0, "hidden")
+        hidden.meta = dict(block.meta)
+        seen = [_part(graph, block, i, item.kind) for i, item in enumerate(observe, start=1)]
+    for user in users:
+        user.replace_input_with(block, hidden)
+    return seen, hidden, anchor
+
+
+def peek_block(
+    graph_module: fx.GraphModule,
+    module: nn.Module,
+    name: str,
+    like: fx.Node,
+    hidden: fx.Node,
+    wanted: Sequence[tuple[Observation, AskedNodes | None]],
+) -> list[fx.Node]:
+    """See what a block would attend to on some hidden states, without running the rest of it.
+
+    Args:
+        graph_module: The graph. Changed in place, at the current place of insertion.
+        module: The block; it need not be in the graph.
+        name: Of the new node and its module.
+        like: The call_module node whose other arguments it gets.
+        hidden: [B, N, d].
+        wanted: What to observe.
+
+    Returns:
+        The observed values.
+    """
+    observe = tuple(observation for observation, _ in wanted)
+    graph_module.add_submodule(name, PeekedBlock(module, observe))
+    # The cache gets this block's keys when it runs, not when it is peeked into.
+    left_out = ("asked", "past_key_values")
+    kwargs = {key: value for key, value in like.kwargs.items() if key not in left_out}
+    graph = graph_module.graph
+    arguments = (hidden, *like.args[1:]), {**kwargs, **_asked(wanted)}
+    peek = graph.create_node("call_module", name, *arguments, name)
+    return [_part(graph, peek, i, item.kind) for i, item in enumerate(observe)]
+
+
+def _asked(
+    wanted: Sequence[tuple[Observation, AskedNodes | None]],
+) -> dict[str, tuple[AskedNodes, ...]]:
+    asked = tuple(nodes for _, nodes in wanted if nodes is not None)
+    return {"asked": asked} if asked else {}
+
+
+def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
+    """One of a block's outputs, named after the block."""
+    args = (block, i)
+    return graph.create_node("call_function", operator.getitem, args, {}, f"{block.name}_{name}")
+
+
+def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None) -> None:
+    """Add a bias to the attention logits of one block.
+
+    Args:
+        graph_module: The graph. Changed in place.
+        block: call_module node of a transformer block.
+        key_bias: Node of [B, N]; None takes an earlier bias away.
+    """
+    kwargs = {name: value for name, value in block.kwargs.items() if name != "key_bias"}
+    if key_bias is not None:
+        module = graph_module.get_submodule(str(block.target))
+        if not isinstance(module, ObservedBlock):
+            _use_seam(graph_module, block, ())
+        kwargs["key_bias"] = key_bias
+    block.kwargs = kwargs
+
+
+def _use_seam(
+    graph_module: fx.GraphModule, block: fx.Node, observe: tuple[Observation, ...]
+) -> None:
+    """Replace the block by a view of it that goes through the seam."""
+    module = graph_module.get_submodule(str(block.target))
+    if isinstance(module, ObservedBlock):
+        assert not module.observe, f"{block.name} is observed twice"
+        module = module.original()
+    graph_module.set_submodule(str(block.target), ObservedBlock(module, observe))
+
+
+# *** rows of the last token and of text, each alone ***
 
 
 @dataclass
@@ -54,32 +174,25 @@ def observe_block(
         (where to insert).
     """
     graph = graph_module.graph
-    observe = (("rows",) if last or text else ()) + (("keys",) if keys else ())
-    if not observe:
-        return Observations(), block, block.next
-    _use_seam(graph_module, block, observe)
     queries = last or text
     if last and text:
         with graph.inserting_before(block):
             queries = graph.call_function(torch.cat, ([last, text], 1))
+    wanted: list[tuple[Observation, AskedNodes | None]] = []
     if queries:
-        block.kwargs = {**block.kwargs, "queries": queries}
-    users = list(block.users)
-    anchor = block.next
-    with graph.inserting_before(anchor):
-        hidden = _part(graph, block, 0, "hidden")
-        hidden.meta = dict(block.meta)
-        parts = {name: _part(graph, block, i, name) for i, name in enumerate(observe, start=1)}
-        seen = Observations(text=text, key=parts.get("keys"))
-        rows = parts.get("rows")
-        if last and text:
+        wanted.append((Observation("rows"), (queries, None, None)))
+    if keys:
+        wanted.append((Observation("keys"), None))
+    parts, hidden, anchor = observe_attention(graph_module, block, wanted)
+    rows = parts[0] if queries else None
+    seen = Observations(text=text, key=parts[-1] if keys else None)
+    if last and text:
+        with graph.inserting_before(anchor):
             first, rest = (slice(None), slice(0, 1)), (slice(None), slice(1, None))
             seen.last = graph.call_function(operator.getitem, (rows, first))
             seen.rows = graph.call_function(operator.getitem, (rows, rest))
-        else:
-            seen.last, seen.rows = (rows, None) if last else (None, rows)
-    for user in users:
-        user.replace_input_with(block, hidden)
+    else:
+        seen.last, seen.rows = (rows, None) if last else (None, rows)
     return seen, hidden, anchor
 
 
@@ -105,34 +218,3 @@ def observe_class_token(
     seen, _, anchor = observe_block(graph_module, block, query, None, keys=False)
     with graph_module.graph.inserting_before(anchor):
         return call(tokens.attention_to_patches, seen.last, class_tokens)
-
-
-def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
-    """One of a block's outputs, named after the block."""
-    args = (block, i)
-    return graph.create_node("call_function", operator.getitem, args, {}, f"{block.name}_{name}")
-
-
-def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None) -> None:
-    """Add a bias to the attention logits of one block.
-
-    Args:
-        graph_module: The graph. Changed in place.
-        block: call_module node of a transformer block.
-        key_bias: Node of [B, N]; None takes an earlier bias away.
-    """
-    kwargs = {name: value for name, value in block.kwargs.items() if name != "key_bias"}
-    if key_bias is not None:
-        module = graph_module.get_submodule(str(block.target))
-        if not isinstance(module, ObservedBlock):
-            _use_seam(graph_module, block, ())
-        kwargs["key_bias"] = key_bias
-    block.kwargs = kwargs
-
-
-def _use_seam(graph_module: fx.GraphModule, block: fx.Node, observe: tuple[str, ...]) -> None:
-    """Replace the block by a view of it that goes through the seam."""
-    module = graph_module.get_submodule(str(block.target))
-    if isinstance(module, ObservedBlock):
-        module = module.original()
-    graph_module.set_submodule(str(block.target), ObservedBlock(module, observe))

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from deos_fx import operator, tokens
+from deos_fx import context, operator, tokens
 from deos_fx.operator import SCORES
 
 __all__ = ["Stage", "VerificationError", "verify"]
@@ -31,7 +31,7 @@ __all__ = ["Stage", "VerificationError", "verify"]
 Stage = Literal["captured", "lowered", "decode"]
 
 _STATIC = {
-    *(getattr(tokens, name) for name in tokens.__all__),
+    *(getattr(module, name) for module in (tokens, context) for name in module.__all__),
     *(function for name in operator.__all__ if callable(function := getattr(operator, name))),
     *(score.function for score in SCORES.values()),
 }
@@ -114,7 +114,7 @@ def _check_operator(node: fx.Node, stage: Stage) -> None:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     _require(name.strip("_") not in _DYNAMIC, stage, f"{node.name} calls {name}")
     ours = getattr(node.target, "__module__", None) or ""
-    if ours.startswith(("deos_fx.tokens", "deos_fx.operator")):
+    if ours.startswith(("deos_fx.context", "deos_fx.tokens", "deos_fx.operator")):
         _require(node.target in _STATIC, stage, f"{node.name}: {name} is not a static operator")
 
 
