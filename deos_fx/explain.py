@@ -13,7 +13,8 @@ from deos_fx.operator.assign import dropped
 from deos_fx.operator.transfer import importance, merged_mass
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.policy import Policy, Reduction
-from deos_fx.tokens import take, visual_positions
+from deos_fx.reduction import split_site
+from deos_fx.tokens import kept_of_prompt, take, visual_positions
 
 __all__ = ["SiteExplanation", "explain"]
 
@@ -75,18 +76,22 @@ def explain(
     total = layout.images * layout.tokens_per_image
     positions = visual_positions(inputs["input_ids"], layout.image_token, total)
     mass = torch.ones(positions.shape, device=positions.device)
+    remaining = torch.arange(inputs["input_ids"].shape[1], device=positions.device)
+    remaining = remaining.expand(len(positions), -1)
     explanations = []
     for reduction in policy.reductions:
         suffix = reduction.site.replace(".", "_")
         seen = watching.seen[suffix]
-        rows = len(positions) * (layout.images if reduction.site == "projector" else 1)
+        images = 1 if split_site(reduction.site)[0] == "decoder" else layout.images
         for (site, role), constant in graph_module.meta.get("explains", {}).items():
             if site == suffix:
+                rows = images * len(positions)
                 seen[role] = constant.to(positions.device).expand(rows, *constant.shape[1:])
-        if reduction.site == "projector":
-            seen = _of_prompts(seen, layout.images)
-        explanation = _explain_site(reduction, seen, positions, mass)
+        if images > 1:
+            seen = _of_prompts(seen, images, positions.shape[1] // images)
+        explanation = _explain_site(reduction, seen, positions, mass, remaining)
         positions, mass = explanation.kept, explanation.mass
+        remaining = explanation.remaining
         explanations.append(_on_cpu(explanation))
     return explanations
 
@@ -106,19 +111,25 @@ class _Watching(fx.Interpreter):
         return value
 
 
-def _of_prompts(seen: Mapping[str, Tensor], images: int) -> dict[str, Tensor]:
+def _of_prompts(seen: Mapping[str, Tensor], images: int, per_image: int) -> dict[str, Tensor]:
     """What was noted per image, per prompt: nothing moves between the images of a prompt."""
-    seen = dict(seen)
-    if "score" in seen:
-        seen["score"] = seen["score"].unflatten(0, (-1, images)).flatten(1)
+    found = dict(seen)
+    found["kept"] = kept_of_prompt(seen["kept"], images, per_image)
+    for role in ("score", "mass"):
+        if role in seen:
+            found[role] = seen[role].unflatten(0, (-1, images)).flatten(1)
     if "assignment" in seen:
-        per_image = seen["assignment"].unflatten(0, (-1, images)).movedim(1, -1)
-        seen["assignment"] = per_image.diag_embed(dim1=1, dim2=3).flatten(3, 4).flatten(1, 2)
-    return seen
+        of_images = seen["assignment"].unflatten(0, (-1, images)).movedim(1, -1)
+        found["assignment"] = of_images.diag_embed(dim1=1, dim2=3).flatten(3, 4).flatten(1, 2)
+    return found
 
 
 def _explain_site(
-    reduction: Reduction, seen: Mapping[str, Tensor], positions: Tensor, mass: Tensor
+    reduction: Reduction,
+    seen: Mapping[str, Tensor],
+    positions: Tensor,
+    mass: Tensor,
+    remaining: Tensor,
 ) -> SiteExplanation:
     """Explain one reduction.
 
@@ -127,6 +138,7 @@ def _explain_site(
         seen: Values by role; indices count incoming tokens.
         positions: [B, V] prompt positions of the incoming tokens.
         mass: [B, V] their masses.
+        remaining: [B, N] prompt positions of everything that came so far.
     """
     kept = seen["kept"]
     assignment, score = seen.get("assignment"), seen.get("score")
@@ -141,15 +153,17 @@ def _explain_site(
         # The graph has masses only where something reads them.
         after = merged_mass(kept, assignment, mass, gain)
     gone = dropped(kept, positions.shape[1]) > 0
+    lost = positions[gone].reshape(len(positions), -1)
+    stays = (remaining.unsqueeze(-1) != lost.unsqueeze(1)).all(dim=-1)
     return SiteExplanation(
         site=reduction.site,
         positions_in=positions,
         kept=take(positions, kept),
-        dropped=positions[gone].reshape(len(positions), -1),
+        dropped=lost,
         destination=destination,
         mass=seen.get("mass", after),
         scores=score,
-        remaining=seen["origin"],
+        remaining=remaining[stays].reshape(len(positions), -1),
     )
 
 

@@ -25,6 +25,8 @@ __all__ = [
     "masses_of_prompt",
     "ones_at",
     "ones_like_tokens",
+    "patch_bias",
+    "patches",
     "put",
     "relaxed_positions",
     "take",
@@ -34,6 +36,7 @@ __all__ = [
     "text_tokens",
     "visual_after",
     "visual_positions",
+    "with_patches",
 ]
 
 
@@ -147,6 +150,27 @@ def attention_to_patches(rows: Tensor, class_tokens: int) -> Tensor:
         [I, V].
     """
     return rows.mean(dim=1)[:, class_tokens:]
+
+
+def patches(x: Tensor, class_tokens: int) -> Tensor:
+    """Values [I, c + V, ...] of a vision tower's tokens without those of the c class tokens."""
+    return x[:, class_tokens:]
+
+
+def with_patches(hidden: Tensor, patches: Tensor, class_tokens: int) -> Tensor:
+    """A tower's hidden states [I, c + V, d] with other patches: [I, c + K, d].
+
+    Args:
+        hidden: Hidden states; the c class tokens in front stay.
+        patches: [I, K, d].
+        class_tokens: c.
+    """
+    return torch.cat([hidden[:, :class_tokens], patches.to(hidden.dtype)], dim=1)
+
+
+def patch_bias(mass: Tensor, class_tokens: int, beta: float) -> Tensor:
+    """`mass_bias` in a vision tower: [I, c + K] from masses [I, K], 0 for the c class tokens."""
+    return torch.nn.functional.pad(beta * mass.float().log(), (class_tokens, 0))
 
 
 def text_attention_to(
@@ -267,9 +291,7 @@ def relaxed_positions(
     return position_ids - (dropped.cumsum(dim=1) - dropped)
 
 
-def gate_bias(
-    alive: Tensor, mass: Tensor, beta: Tensor, visual: Tensor, hidden: Tensor
-) -> Tensor:
+def gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, visual: Tensor, hidden: Tensor) -> Tensor:
     """What relaxed reductions add to the logits of each key: log(gate) + beta log(mass).
 
     Args:

@@ -6,12 +6,14 @@ dominator of the data flow): only there does dropping a token drop it everywhere
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from deos_fx.operator import SCORES
 from deos_fx.passes.capture import CaptureError
@@ -51,7 +53,8 @@ class Sites:
         embeddings: Node of the prompt's embeddings [B, N, d] before the features enter.
         tower_block: Node of the vision block the features come from.
         tokens_per_image: V of one image.
-        class_tokens: Tokens of the tower that are not image patches (CLS), in front.
+        class_tokens: Tokens of the tower that are not image patches (CLS), in front; they are
+            never reduced.
     """
 
     sites: tuple[Site, ...]
@@ -93,7 +96,9 @@ class Sites:
         return tuple(site for site in self.sites if site.available)
 
 
-# Features that can be computed at each kind of site; they decide which scores it has.
+# Features that can be computed at each kind of site; they decide which scores it has. Where the
+# tower has one class token, its attention is known too.
+_VISION_FEATURES = frozenset({"tokens", "grid", "keys"})
 _PROJECTOR_FEATURES = frozenset({"tokens", "grid"})
 _DECODER_FEATURES = frozenset({"tokens", "grid", "keys", "attention_last", "attention_text"})
 
@@ -120,15 +125,20 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
     flow = _data_flow(graph_module.graph)
     outputs: Any = graph_module.graph.output_node().args[0]
     logits = outputs["logits"]
-    through = _dominators(flow, features.name, logits.name)
+    to_logits = _dominators(flow, features.name, logits.name)
+    to_features = _dominators(flow, "pixel_values", features.name)
     tower_block = _last_block(features, nodes)
     tower_length = tower_block.meta["shape"][1]
     per_image = features.meta["shape"][1]
     class_tokens = tower_length - per_image
-    at_projector = _PROJECTOR_FEATURES | ({"attention_cls"} if class_tokens == 1 else set())
-    sites = [_vision_site(i, nodes) for i in range(vision_blocks)]
-    sites.append(Site("projector", features.name, "", _scores_from(at_projector)))
-    sites += [_decoder_site(i, nodes, through, decoder_layers) for i in range(decoder_layers)]
+    of_class = frozenset({"attention_cls"} if class_tokens == 1 else ())
+    in_tower = _scores_from(_VISION_FEATURES | of_class)
+    sites = []
+    for i in range(vision_blocks):
+        reason = _why_not_behind(f"vision_{i}", nodes, to_features, features, tower_length)
+        sites.append(Site(f"vision.{i}", f"vision_{i}", reason, () if reason else in_tower))
+    sites.append(Site("projector", features.name, "", _scores_from(_PROJECTOR_FEATURES | of_class)))
+    sites += [_decoder_site(i, nodes, to_logits, decoder_layers) for i in range(decoder_layers)]
     return Sites(
         tuple(sites), features.name, embeddings.name, tower_block.name, per_image, class_tokens
     )
@@ -139,11 +149,21 @@ def _scores_from(features: frozenset[str]) -> tuple[str, ...]:
     return tuple(name for name, score in SCORES.items() if features.issuperset(score.needs))
 
 
-def _vision_site(i: int, nodes: dict[str, fx.Node]) -> Site:
-    name = f"vision_{i}"
-    if name not in nodes:
-        return Site(f"vision.{i}", name, "its output is not used by the language model", ())
-    return Site(f"vision.{i}", name, "reductions inside the vision tower are not lowered yet", ())
+def _why_not_behind(
+    name: str, nodes: dict[str, fx.Node], through: set[str], features: fx.Node, tokens: int
+) -> str:
+    """Why a vision block's output cannot be reduced; empty if it can."""
+    if name not in nodes or features not in _reached([nodes[name]]):
+        return "its output is not used by the language model"
+    if name not in through:
+        return "the visual features are also made from earlier blocks, by a path around it"
+    behind = _reached([nodes[name]])
+    for node in behind - _reached([features]) - {nodes[name]}:
+        for value in set(node.all_input_nodes) - behind:
+            shapes = pytree.tree_leaves(value.meta["shape"])
+            if value.op != "get_attr" and any(tokens in shape for shape in shapes):
+                return f"later blocks read {value.name}, which has a value for every token"
+    return ""
 
 
 def _decoder_site(i: int, nodes: dict[str, fx.Node], through: set[str], layers: int) -> Site:
@@ -187,7 +207,7 @@ def _operands(merge: fx.Node, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.No
 
 def _last_block(features: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node:
     """The deepest vision block that the features depend on."""
-    blocks = [node for name, node in nodes.items() if name.startswith("vision_")]
+    blocks = [node for name, node in nodes.items() if re.fullmatch(r"vision_\d+", name)]
     return [block for block in blocks if features in _reached([block])][-1]
 
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from deos_fx.passes.annotate_token_spaces import MASK, position_tables
 from deos_fx.passes.finish import finish
+from deos_fx.passes.layout import rule_before_decoder
 from deos_fx.passes.observe_block import bias_block
 from deos_fx.policy import Policy
 from deos_fx.reduction import split_site
@@ -70,16 +71,21 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
 
 
 def decode_spaces(policy: Policy) -> tuple[DecodeSpace, ...]:
-    """The token spaces that a policy leaves behind, in order of depth."""
-    spaces = []
+    """The token spaces that a policy leaves in the decoder, in order of depth.
+
+    All reductions before the decoder shorten the prompt together: they leave one space.
+    """
+    spaces: list[DecodeSpace] = []
     merged = False
     for reduction in policy.reductions:
         stage, layer = split_site(reduction.site)
         merged = merged or reduction.gain > 0 or reduction.residual
-        first = layer + 1 if stage == "decoder" else 0
-        spaces.append(
-            DecodeSpace(first, reduction.position == "compact", merged and reduction.mass_bias > 0)
-        )
+        biased = merged and reduction.mass_bias > 0 and stage != "vision"
+        if stage == "decoder":
+            spaces.append(DecodeSpace(layer + 1, reduction.position == "compact", biased))
+        else:
+            compact = rule_before_decoder(policy.reductions) == "compact"
+            spaces = [DecodeSpace(0, compact, biased)]
     return tuple(spaces)
 
 

@@ -8,7 +8,8 @@ is never observed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +20,13 @@ from torch.utils import _pytree as pytree
 from deos_fx import tokens
 from deos_fx.operator import StaticOutput, required_features, select, static_reduce
 from deos_fx.passes.annotate_token_spaces import position_tables
-from deos_fx.passes.find_sites import Sites
+from deos_fx.passes.find_sites import Site, Sites
 from deos_fx.passes.finish import finish
-from deos_fx.passes.layout import PromptLayout
-from deos_fx.passes.observe_block import (
-    Observations,
-    bias_block,
-    observe_block,
-    observe_class_token,
-)
+from deos_fx.passes.layout import PromptLayout, rule_before_decoder
+from deos_fx.passes.observe_block import Observations, bias_block, observe_block
 from deos_fx.passes.open_space import open_space
 from deos_fx.policy import Policy, Reduction
+from deos_fx.reduction import split_site
 
 __all__ = ["lower_reductions"]
 
@@ -46,34 +43,49 @@ def lower_reductions(
         layout: The prompts this graph is for.
 
     Returns:
-        The same graph module. Its output gains ``spaces``: one dict for each reduction with
-        ``origin`` [B, M] (original prompt positions of what is left) and, if later attention is
-        biased by mass, ``key_bias`` [B, M].
+        The same graph module. Its output gains ``spaces``: one dict for all reductions before the
+        decoder together, and one for each reduction in it, with ``origin`` [B, M] (original prompt
+        positions of what is left) and, if later attention is biased by mass, ``key_bias`` [B, M].
 
     Raises:
         ValueError: If a site does not exist, cannot be used or lacks a score the policy needs.
     """
     if not policy.is_empty:
-        lowering = _Lowering(graph_module, sites, layout)
-        counts = policy.counts(layout.tokens_per_image)
-        for reduction, count in zip(policy.reductions, counts, strict=True):
-            site = sites.usable(reduction.site, reduction.scores)
-            step = _Step(reduction, count, reduction.site.replace(".", "_"))
-            if site.name == "projector":
-                lowering.reduce_images(step)
-            else:
-                lowering.reduce_prompt(step, lowering.nodes[site.node])
+        steps = [
+            _Step(reduction, count, sites.usable(reduction.site, reduction.scores))
+            for reduction, count in zip(
+                policy.reductions, policy.counts(layout.tokens_per_image), strict=True
+            )
+        ]
+        lowering = _Lowering(graph_module, sites, layout, steps)
+        of_images = [step for step in steps if step.stage != "decoder"]
+        for step in of_images:
+            lowering.reduce_images(step)
+        if of_images:
+            lowering.shorten_prompt(of_images)
+        for step in steps[len(of_images) :]:
+            lowering.reduce_prompt(step)
         lowering.add_output()
     return finish(graph_module)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One reduction to lower: how many tokens (per image) and the suffix of its nodes' names."""
+    """One reduction to lower: how many tokens it keeps per image, and where."""
 
     reduction: Reduction
     count: int
-    suffix: str
+    site: Site
+
+    @property
+    def stage(self) -> str:
+        """``vision``, ``projector`` or ``decoder``."""
+        return split_site(self.reduction.site)[0]
+
+    @property
+    def suffix(self) -> str:
+        """What the names of its nodes end in."""
+        return self.reduction.site.replace(".", "_")
 
 
 class _Features(dict[str, Any]):
@@ -89,8 +101,27 @@ class _Features(dict[str, Any]):
 
 
 @dataclass
+class _Images:
+    """What is left of each image before the decoder, from front to back.
+
+    Attributes:
+        grid: Image, row and column of every token: constant [V, 3] until scores choose.
+        kept: [I, K] which of the image's own tokens are left; None as long as all are.
+        mass: [I, K]; None while every mass is 1.
+        cut_behind: Block of the tower behind which the latest cut was.
+        last_kept: [I, K] what that cut kept, of the tokens that came to it.
+    """
+
+    grid: fx.Node | torch.Tensor
+    kept: fx.Node | None = None
+    mass: fx.Node | None = None
+    cut_behind: fx.Node | None = None
+    last_kept: fx.Node | None = None
+
+
+@dataclass
 class _Space:
-    """The token space that the graph is in, from front to back."""
+    """The token space that the prompt is in, from front to back."""
 
     visual: fx.Node
     grid: fx.Node | torch.Tensor
@@ -101,11 +132,18 @@ class _Space:
 class _Lowering:
     """Inserts reductions in order of depth and keeps track of the token space."""
 
-    def __init__(self, graph_module: fx.GraphModule, sites: Sites, layout: PromptLayout) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        sites: Sites,
+        layout: PromptLayout,
+        steps: Sequence[_Step],
+    ) -> None:
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.sites = sites
         self.layout = layout
+        self.steps = steps
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.suffix = ""
         self.spaces: list[dict[str, fx.Node]] = []
@@ -118,6 +156,9 @@ class _Lowering:
         count = layout.images * layout.tokens_per_image
         with self.graph.inserting_after(input_ids):
             visual = self.call(tokens.visual_positions, input_ids, layout.image_token, count)
+        self.images = _Images(layout.grid_tensor(1))
+        # What blocks of the tower report: a cut behind the last one and the projector share it.
+        self.seen: dict[fx.Node, tuple[Observations, fx.Node, fx.Node]] = {}
         self.space = _Space(visual, layout.grid_tensor(layout.images))
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -143,37 +184,69 @@ class _Lowering:
     # *** the two kinds of site ***
 
     def reduce_images(self, step: _Step) -> None:
-        """Reduce every image's features alone, then shorten the prompts' runs of placeholders."""
+        """Reduce every image alone: its patches in the tower, or its features behind it."""
         self.suffix = step.suffix
-        features = self.nodes[self.sites.features]
-        per_image = self.layout.tokens_per_image
-        makers: dict[str, Callable[[], Any]] = {"grid": lambda: self.layout.grid_tensor(1)}
-        if "attention_cls" in required_features(step.reduction):
-            block = self.nodes[self.sites.tower_block]
-            attention = observe_class_token(
-                self.graph_module, block, self.sites.class_tokens, self.call
-            )
-            makers["attention_cls"] = lambda: attention
-        users = list(features.users)
-        with self.graph.inserting_before(features.next):
-            reduced = self._operate(step, step.count, features, None, makers)
+        images = self.images
+        in_tower = step.stage == "vision"
+        class_tokens = self.sites.class_tokens if in_tower else 0
+        block = self._block_of(step)
+        seen, whole, anchor = self._observe_tower(block)
+        if not in_tower:
+            whole = self.nodes[self.sites.features]
+            anchor = whole.next
+        makers: dict[str, Callable[[], Any]] = {
+            "grid": lambda: images.grid,
+            "keys": lambda: self.call(tokens.patches, seen.key, self.sites.class_tokens),
+            "attention_cls": lambda: self._since(
+                block,
+                self.call(tokens.attention_to_patches, seen.last, self.sites.class_tokens),
+            ),
+        }
+        users = list(whole.users)
+        with self.graph.inserting_before(anchor):
+            own = self.call(tokens.patches, whole, class_tokens) if class_tokens else whole
+            reduced = self._operate(step, step.count, own, images.mass, makers)
+            left = reduced.tokens
+            if class_tokens:
+                left = self.call(tokens.with_patches, whole, left, class_tokens)
             for user in users:
-                user.replace_input_with(features, reduced.tokens)
-            images = self.layout.images
-            kept = self.call(tokens.kept_of_prompt, reduced.kept, images, per_image)
-            mass = reduced.mass
-            if mass is not None:
-                mass = self.note("mass", self.call(tokens.masses_of_prompt, mass, images))
-        embeddings = self.nodes[self.sites.embeddings]
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        last = max((mass or kept, embeddings), key=order.__getitem__)
-        with self.graph.inserting_before(last.next):
-            self._enter_space(step, embeddings, self.note("kept", kept), None, mass)
+                user.replace_input_with(whole, left)
+            kept, mass = self.note("kept", reduced.kept), self.note("mass", reduced.mass)
+            self.images = _Images(
+                self._grid_of_kept(step, images.grid, kept),
+                kept if images.kept is None else self.call(tokens.take, images.kept, kept),
+                mass,
+            )
+            if in_tower:
+                self.images.cut_behind, self.images.last_kept = block, kept
+                self._bias_tower(step, left)
 
-    def reduce_prompt(self, step: _Step, block: fx.Node) -> None:
+    def shorten_prompt(self, steps: Sequence[_Step]) -> None:
+        """Shorten the prompts' runs of placeholders to what is left of each image, at once."""
+        last, left = steps[-1], self.images
+        images, per_image = self.layout.images, self.layout.tokens_per_image
+        embeddings = self.nodes[self.sites.embeddings]
+        made = [node for node in (left.kept, left.mass, embeddings) if node is not None]
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        with self.graph.inserting_before(max(made, key=order.__getitem__).next):
+            kept = self.call(tokens.kept_of_prompt, left.kept, images, per_image)
+            mass = left.mass
+            if mass is not None:
+                mass = self.call(tokens.masses_of_prompt, mass, images)
+            self._enter_space(
+                embeddings,
+                kept,
+                None,
+                mass,
+                grid=self._grid_of_prompt(kept),
+                position=rule_before_decoder(step.reduction for step in steps),
+                beta=0.0 if last.stage == "vision" else last.reduction.mass_bias,
+            )
+
+    def reduce_prompt(self, step: _Step) -> None:
         """Reduce all visual tokens of a prompt together, behind a decoder layer."""
         self.suffix = step.suffix
-        space = self.space
+        space, block = self.space, self.nodes[step.site.node]
         seen, hidden, anchor = self._observe(block, required_features(step.reduction))
         makers: dict[str, Callable[[], Any]] = {
             "keys": lambda: self.call(tokens.take, seen.key, space.visual),
@@ -189,8 +262,16 @@ class _Lowering:
             reduced = self._operate(step, count, visual, space.mass, makers)
             self.note("mass", reduced.mass)
             only_gathered = reduced.assignment is None and not step.reduction.reweight
-            content = None if only_gathered else reduced.tokens
-            self._enter_space(step, hidden, self.note("kept", reduced.kept), content, reduced.mass)
+            kept = self.note("kept", reduced.kept)
+            self._enter_space(
+                hidden,
+                kept,
+                None if only_gathered else reduced.tokens,
+                reduced.mass,
+                grid=self._grid_of_kept(step, space.grid, kept),
+                position=step.reduction.position,
+                beta=step.reduction.mass_bias,
+            )
 
     def _operate(
         self,
@@ -211,11 +292,14 @@ class _Lowering:
 
     def _enter_space(
         self,
-        step: _Step,
         hidden: fx.Node,
         kept: fx.Node,
         reduced: fx.Node | None,
         mass: fx.Node | None,
+        *,
+        grid: fx.Node | torch.Tensor,
+        position: str,
+        beta: float,
     ) -> None:
         """Shorten the prompt to text and kept tokens, for everything behind this point."""
         space = self.space
@@ -227,25 +311,31 @@ class _Lowering:
         origin = index
         if space.origin is not None:
             origin = self.call(tokens.take, space.origin, index)
-        self.note("origin", origin)
-        self.space = _Space(visual, self._grid_of_kept(step, kept), origin, mass)
-        replaced = self._new_positions(step.reduction, origin)
+        self.space = _Space(visual, grid, origin, mass)
+        replaced = self._new_positions(position, origin)
         key_bias = None
-        if step.reduction.mass_bias and mass is not None:
-            key_bias = self.call(
-                tokens.mass_bias, mass, visual, shortened, step.reduction.mass_bias
-            )
+        if beta and mass is not None:
+            key_bias = self.call(tokens.mass_bias, mass, visual, shortened, beta)
         open_space(self.graph, hidden, shortened, index, replaced, self.suffix)
         for node, here in self.positions.items():
             self.positions[node] = replaced.get(here, here)
         self.position_ids.add(self.positions[self.nodes["position_ids"]])
-        for layer in self._layers_behind(index):
+        for layer in self._blocks_behind(index, "decoder"):
             bias_block(self.graph_module, layer, key_bias)
         self.spaces.append({"origin": origin} | ({"key_bias": key_bias} if key_bias else {}))
 
-    def _new_positions(self, reduction: Reduction, origin: fx.Node) -> dict[fx.Node, fx.Node]:
+    def _bias_tower(self, step: _Step, left: fx.Node) -> None:
+        """Bias the attention of the later blocks of the tower by the masses of their patches."""
+        beta, mass = step.reduction.mass_bias, self.images.mass
+        key_bias = None
+        if beta and mass is not None:
+            key_bias = self.call(tokens.patch_bias, mass, self.sites.class_tokens, beta)
+        for block in self._blocks_behind(left, "vision"):
+            bias_block(self.graph_module, block, key_bias)
+
+    def _new_positions(self, position: str, origin: fx.Node) -> dict[fx.Node, fx.Node]:
         """Under ``compact``, position ids without gaps and the rotary tables made from them."""
-        if reduction.position == "keep":
+        if position == "keep":
             return {}
         ids, *tables = self.positions
         compact = self.call(tokens.compact_positions, ids, origin)
@@ -261,15 +351,46 @@ class _Lowering:
                 replaced[self.positions[table]] = again
         return replaced
 
-    def _layers_behind(self, node: fx.Node) -> list[fx.Node]:
+    def _blocks_behind(self, node: fx.Node, stage: str) -> list[fx.Node]:
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         return [
-            layer
-            for name, layer in self.nodes.items()
-            if name.startswith("decoder_") and order[layer] > order[node]
+            block
+            for name, block in self.nodes.items()
+            if re.fullmatch(rf"{stage}_\d+", name) and order[block] > order[node]
         ]
 
     # *** features ***
+
+    def _block_of(self, step: _Step) -> fx.Node:
+        """The block of the tower before a site."""
+        in_tower = step.stage == "vision"
+        return self.nodes[step.site.node if in_tower else self.sites.tower_block]
+
+    def _observe_tower(self, block: fx.Node) -> tuple[Observations, fx.Node, fx.Node]:
+        """Make a block of the tower report what any reduction behind it needs.
+
+        Returns:
+            The observations, the block's hidden states and the node to insert before.
+        """
+        if block not in self.seen:
+            needs: set[str] = set()
+            for step in self.steps:
+                if step.stage != "decoder" and self._block_of(step) is block:
+                    needs |= required_features(step.reduction)
+            query = None
+            if "attention_cls" in needs:
+                with self.graph.inserting_before(block):
+                    query = self.call(tokens.class_token, block.args[0])
+            self.seen[block] = observe_block(
+                self.graph_module, block, query, None, keys="keys" in needs
+            )
+        return self.seen[block]
+
+    def _since(self, block: fx.Node, seen: fx.Node) -> fx.Node:
+        """What a block saw of its patches, at those that a cut right behind it has left."""
+        if self.images.cut_behind is not block:
+            return seen
+        return self.call(tokens.take, seen, self.images.last_kept)
 
     def _observe(
         self, block: fx.Node, needs: frozenset[str]
@@ -294,12 +415,24 @@ class _Lowering:
             return mask
         return self.call(tokens.take, mask, self.space.origin)
 
-    def _grid_of_kept(self, step: _Step, kept: fx.Node) -> fx.Node | torch.Tensor:
+    def _grid_of_kept(
+        self, step: _Step, grid: fx.Node | torch.Tensor, kept: fx.Node
+    ) -> fx.Node | torch.Tensor:
         """Image, row and column of what is left; still a constant if it was chosen by the grid."""
-        grid = self.space.grid
-        if step.reduction.selector == "grid" and isinstance(grid, torch.Tensor):
-            return grid[select.grid_anchors(grid, step.count * self.layout.images)[0]]
-        return self.call(tokens.take, grid[None] if isinstance(grid, torch.Tensor) else grid, kept)
+        if isinstance(grid, fx.Node):
+            return self.call(tokens.take, grid, kept)
+        if step.reduction.selector == "grid":
+            count = step.count * (self.layout.images if step.stage == "decoder" else 1)
+            return grid[select.grid_anchors(grid, count)[0]]
+        return self.call(tokens.take, grid[None], kept)
+
+    def _grid_of_prompt(self, kept: fx.Node) -> fx.Node | torch.Tensor:
+        """Image, row and column of what is left of all images of a prompt."""
+        grid = self.images.grid
+        if isinstance(grid, torch.Tensor):
+            per_image = [grid + torch.tensor([i, 0, 0]) for i in range(self.layout.images)]
+            return torch.cat(per_image)
+        return self.call(tokens.take, self.layout.grid_tensor(self.layout.images)[None], kept)
 
     def _constant(self, value: torch.Tensor) -> fx.Node:
         """A buffer of the graph, so that it moves to the model's device with it."""

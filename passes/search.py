@@ -96,7 +96,7 @@ def search(
     _polish(problem, scoring, "first variations", _FIRST_VARIATIONS)
     start = scoring.best.policy if scoring.candidates else Policy()
     state = SearchState.start(
-        start_reductions(problem.sites.available(), start, problem.visual_tokens),
+        start_reductions(problem.searched_sites, start, problem.visual_tokens),
         AugmentedLagrangian(problem.limits),
         {"steps": steps, "seed": seed, "limits": problem.limits, **problem.fingerprint()},
     )

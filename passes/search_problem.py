@@ -14,13 +14,13 @@ from deos_fx.budget import Budget
 from deos_fx.cost import CostModel
 from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.passes.discretise import fit_counts, on_grid, within
-from deos_fx.passes.find_sites import Sites
+from deos_fx.passes.find_sites import Site, Sites
 from deos_fx.passes.latency import LatencyTable
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.objective import Target, labelled, self_distilled
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.policy import Policy
-from deos_fx.reduction import Reduction
+from deos_fx.reduction import Reduction, split_site
 from deos_fx.signature import signature_of
 
 __all__ = ["SearchBatch", "SearchProblem", "mean_loss"]
@@ -95,6 +95,13 @@ class SearchProblem:
         """Where the model can be reduced."""
         assert self.captured.sites is not None
         return self.captured.sites
+
+    @property
+    def searched_sites(self) -> tuple[Site, ...]:
+        """Sites that a search tries: those behind the vision tower."""
+        return tuple(
+            site for site in self.sites.available() if split_site(site.name)[0] != "vision"
+        )
 
     def with_latency(self) -> SearchProblem:
         """The problem with a latency table, measured by pruning at the projector."""

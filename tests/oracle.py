@@ -3,8 +3,8 @@
 Two oracles that share nothing with the code under test but the policy's data:
 
 1. `masked_keys` runs the original forward with dropped tokens hidden from later layers;
-2. `by_hand` runs one prompt, without padding and without a cache, layer by layer, and applies the
-   formulas of the operator token by token.
+2. `by_hand` runs one prompt, without padding and without a cache, layer by layer, from the vision
+   tower's first block on, and applies the formulas of the operator token by token.
 """
 
 from __future__ import annotations
@@ -112,6 +112,21 @@ class ByHand(NamedTuple):
     mass: list[list[float]]
     moved: list[dict[tuple[int, int], float]]
 
+    def note_images(
+        self, site: str, images: Sequence[_Image], visual: Sequence[int], tokens: int
+    ) -> None:
+        """What a reduction did to all images of a text of so many tokens."""
+        left, mass, moved = [], [], {}
+        for i, image in enumerate(images):
+            own, masses, shares = image.after[site]
+            place = visual[i * VISUAL :]
+            left += [place[j] for j in own]
+            mass += masses
+            moved |= {(place[a], place[b]): share for (a, b), share in shares.items()}
+        self.origin.append(sorted({*range(tokens)} - {*visual} | {*left}))
+        self.mass.append(mass)
+        self.moved.append(moved)
+
 
 def by_hand(
     eager: LlavaForConditionalGeneration,
@@ -131,32 +146,19 @@ def by_hand(
     steps = {reduction.site: reduction for reduction in policy.reductions}
     ids = prompt["input_ids"][0].tolist()
     end = len(ids)
-    features, class_attention = _image_features(eager, prompt["pixel_values"])
-    ids += list(generated)
-    hidden = core.language_model.embed_tokens(torch.tensor(ids))
     visual = [p for p, token in enumerate(ids) if token == IMAGE]
-    hidden[visual] = features
-    state = _State(hidden, visual, end)
-    origins: list[list[int]] = []
-    masses: list[list[float]] = []
-    moves: list[dict[tuple[int, int], float]] = []
-
-    def record() -> None:
-        origins.append(list(state.origin))
-        masses.append([state.mass[p] for p in state.visual])
-        moves.append(state.moved)
-        state.moved = {}
-
-    if "projector" in steps:
-        for image in reversed(range(len(features) // VISUAL)):
-            state.reduce(
-                steps["projector"],
-                range(image * VISUAL, (image + 1) * VISUAL),
-                {"cls_attention": class_attention[image]},
-                None,
-            )
-        state.renumber(steps["projector"])
-        record()
+    found = ByHand(torch.empty(0), [], [], [], [])
+    images = _run_tower(eager, prompt["pixel_values"], steps)
+    early = [step for step in policy.reductions if not step.site.startswith("decoder")]
+    ids += list(generated)
+    for step in early:
+        found.note_images(step.site, images, visual, len(ids))
+    state = _State(core.language_model.embed_tokens(torch.tensor(ids)), visual)
+    state.last = end - 1
+    state.enter(images)
+    if early:
+        state.renumber("compact" if "compact" in {step.position for step in early} else "keep")
+        state.bias_by_mass(steps["projector"].mass_bias if "projector" in steps else 0.0)
     seen = [state.hidden.clone()]
     for i, layer in enumerate(core.language_model.layers):
         attention, keys = state.run(core.language_model, layer)
@@ -169,36 +171,61 @@ def by_hand(
                 "text_attention": attention[text].mean(dim=0)[state.visual],
                 "key_norm": keys[state.visual].norm(dim=-1),
             }
-            images = len(features) // VISUAL
-            state.reduce(step, range(len(state.visual)), received, keys[state.visual], images)
-            state.renumber(step)
-            record()
+            moved = state.reduce(step, received, keys[state.visual], len(images))
+            state.renumber(step.position)
+            state.bias_by_mass(step.mass_bias)
+            found.origin.append(list(state.origin))
+            found.mass.append([state.mass[p] for p in state.visual])
+            found.moved.append(moved)
     hidden = core.language_model.norm(state.hidden)
-    return ByHand(eager.lm_head(hidden), origins, seen[:-1], masses, moves)
+    return found._replace(logits=eager.lm_head(hidden), hidden=seen[:-1])
 
 
-def _image_features(
-    eager: LlavaForConditionalGeneration, pixels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Features [I * V, d], and the attention [I, V] that CLS pays in the block they come from."""
-    tower = eager.model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
-    features = eager.model.multi_modal_projector(tower.hidden_states[-2][:, 1:])
-    return features.flatten(0, 1), tower.attentions[-2].mean(dim=1)[:, 0, 1:]
+def _run_tower(
+    eager: LlavaForConditionalGeneration, pixels: Tensor, steps: Mapping[str, Reduction]
+) -> list[_Image]:
+    """Run the tower and the projector, image by image and block by block."""
+    tower = eager.model.vision_tower
+    images = []
+    for pixel in pixels:
+        hidden = tower.embeddings(pixel[None])
+        if hasattr(tower, "pre_layrnorm"):
+            hidden = tower.pre_layrnorm(hidden)
+        image = _Image(hidden[0])
+        # The features are what comes out of the last block but one.
+        for i, block in enumerate(tower.encoder.layers[:-1]):
+            image.run_block(block)
+            image.reduce_at(f"vision.{i}", steps)
+        image.hidden = eager.model.multi_modal_projector(image.hidden[None])[0]
+        image.reduce_at("projector", steps)
+        images.append(image)
+    return images
 
 
 class _State:
-    """The tokens of one prompt on their way through the layers."""
+    """The tokens of one prompt, or of one image, on their way through the layers."""
 
-    def __init__(self, hidden: Tensor, visual: list[int], end: int) -> None:
+    def __init__(self, hidden: Tensor, visual: list[int]) -> None:
         self.hidden = hidden
         self.visual = visual
-        self.last = end - 1
+        self.last = 0
         self.origin = list(range(len(hidden)))
         self.position = list(range(len(hidden)))
         self.mass = [1.0] * len(hidden)
         self.bias = [0.0] * len(hidden)
-        self.moved: dict[tuple[int, int], float] = {}
         self.cell = {p: (i // VISUAL, i % VISUAL // 8, i % 8) for i, p in enumerate(visual)}
+
+    def enter(self, images: Sequence[_Image]) -> None:
+        """Put what is left of the images in the place of their placeholders; the others go."""
+        gone = []
+        for place, p in enumerate(self.visual):
+            image, own = images[place // VISUAL], place % VISUAL
+            if own in image.left():
+                row = image.visual[image.left().index(own)]
+                self.hidden[p], self.mass[p] = image.hidden[row], image.mass[row]
+            else:
+                gone.append(p)
+        self._drop(gone)
 
     def run(self, decoder: Any, layer: Any) -> tuple[Tensor, Tensor]:
         """One layer of the model: attention [N, N], mean over heads, and keys [N, D]."""
@@ -228,15 +255,14 @@ class _State:
         return seen["attention"][0].mean(dim=0), keys
 
     def reduce(
-        self,
-        step: Reduction,
-        which: Sequence[int],
-        received: Mapping[str, Tensor],
-        keys: Tensor | None,
-        images: int = 1,
-    ) -> None:
-        """Apply the operator to some of the visual tokens (all of a prompt, or of an image)."""
-        places = [self.visual[i] for i in which]
+        self, step: Reduction, received: Mapping[str, Tensor], keys: Tensor, images: int = 1
+    ) -> dict[tuple[int, int], float]:
+        """Apply the operator to the visual tokens.
+
+        Returns:
+            What moved: (origin of a kept token, of a dropped one) -> share of its content.
+        """
+        places = list(self.visual)
         x = self.hidden[places].clone()
         cells = [self.cell[self.origin[p]] for p in places]
         mass = [self.mass[p] for p in places]
@@ -244,6 +270,7 @@ class _State:
         count = step.count(VISUAL) * images
         kept = _kept(step, score, x, keys, cells, count, images)
         share = _shares(step, score, x, keys, cells, kept)
+        moved = {}
         for i in kept:
             own = mass[i]
             total, content = own, own * x[i]
@@ -252,18 +279,22 @@ class _State:
                 total += part * weight * mass[j]
                 content = content + part * weight * mass[j] * x[j]
                 self.mass[places[i]] += part * mass[j]
-                self.moved[self.origin[places[i]], self.origin[places[j]]] = part * weight
+                moved[self.origin[places[i]], self.origin[places[j]]] = part * weight
             y = content / own * (own / total) ** step.exponent
             if step.reweight:
                 y = y * (1 + step.reweight * score[i])
             self.hidden[places[i]] = y
         self._drop([places[j] for j in range(len(places)) if j not in kept])
+        return moved
 
-    def renumber(self, step: Reduction) -> None:
-        """Positions and the bias of later attention, after a reduction."""
-        if step.position == "compact":
+    def renumber(self, rule: str) -> None:
+        """Positions after a reduction."""
+        if rule == "compact":
             self.position = list(range(len(self.hidden)))
-        self.bias = [step.mass_bias * math.log(mass) for mass in self.mass]
+
+    def bias_by_mass(self, beta: float) -> None:
+        """The bias of later attention."""
+        self.bias = [beta * math.log(mass) for mass in self.mass]
 
     def _drop(self, gone: list[int]) -> None:
         stay = [p for p in range(len(self.hidden)) if p not in set(gone)]
@@ -271,7 +302,57 @@ class _State:
             setattr(self, name, [getattr(self, name)[p] for p in stay])
         self.hidden = self.hidden[stay]
         self.visual = [stay.index(p) for p in self.visual if p in stay]
-        self.last = stay.index(self.last)
+        if self.last in stay:
+            self.last = stay.index(self.last)
+
+
+class _Image(_State):
+    """The tokens of one image in the tower, class tokens in front.
+
+    Attributes:
+        after: Site -> own indices of the patches left by it, their masses, and what moved.
+    """
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.first = len(hidden) - VISUAL
+        super().__init__(hidden, list(range(self.first, len(hidden))))
+        self.after: dict[str, tuple[list[int], list[float], dict[tuple[int, int], float]]] = {}
+
+    def left(self) -> list[int]:
+        """Which of the patches are left."""
+        return [self.origin[p] - self.first for p in self.visual]
+
+    def run_block(self, block: Any) -> None:
+        """One block of the tower; what its attention saw is noted by patch."""
+        count = len(self.hidden)
+        mask = torch.tensor(self.bias).expand(count, count)
+        attention = block.self_attn
+        normed = block.layer_norm1(self.hidden)
+        rows = attention(normed[None], attention_mask=mask[None, None])[1][0].mean(dim=0)
+        keys = attention.k_proj(normed).unflatten(-1, (attention.num_heads, -1)).mean(dim=1)
+        self.from_class = {own: rows[0, p] for own, p in zip(self.left(), self.visual, strict=True)}
+        self.keys = {own: keys[p] for own, p in zip(self.left(), self.visual, strict=True)}
+        self.hidden = block(self.hidden[None], mask[None, None])[0]
+
+    def reduce_at(self, site: str, steps: Mapping[str, Reduction]) -> None:
+        """Reduce, if there is a step for the site."""
+        step = steps.get(site)
+        if step is None:
+            return
+        keys = torch.stack([self.keys[own] for own in self.left()])
+        received = {
+            "cls_attention": torch.stack([self.from_class[own] for own in self.left()]),
+            "key_norm": keys.norm(dim=-1),
+        }
+        first = self.first
+        moved = self.reduce(step, received, keys)
+        self.bias_by_mass(step.mass_bias)
+        masses = [self.mass[p] for p in self.visual]
+        self.after[site] = (
+            self.left(),
+            masses,
+            {(a - first, b - first): share for (a, b), share in moved.items()},
+        )
 
 
 def _score(step: Reduction, x: Tensor, received: Mapping[str, Tensor]) -> Tensor:
@@ -295,7 +376,7 @@ def _kept(
     step: Reduction,
     score: Tensor,
     x: Tensor,
-    keys: Tensor | None,
+    keys: Tensor,
     cells: list[tuple[int, int, int]],
     count: int,
     images: int,
@@ -329,7 +410,7 @@ def _shares(
     step: Reduction,
     score: Tensor,
     x: Tensor,
-    keys: Tensor | None,
+    keys: Tensor,
     cells: list[tuple[int, int, int]],
     kept: list[int],
 ) -> dict[int, dict[int, float]]:
@@ -360,7 +441,7 @@ def _similarity(
     i: int,
     j: int,
     x: Tensor,
-    keys: Tensor | None,
+    keys: Tensor,
     cells: list[tuple[int, int, int]],
 ) -> float:
     total = 0.0
@@ -369,7 +450,6 @@ def _similarity(
             (image, row, column), (other, r, c) = cells[i], cells[j]
             near = 1 / (1 + math.hypot(row - r, column - c)) if image == other else -1.0
         elif kind == "key":
-            assert keys is not None
             near = _cosine(keys[i], keys[j])
         else:
             near = _cosine(x[i], x[j])

@@ -189,7 +189,7 @@ def test_policy_for_another_model():
         (Reduction("decoder.9", 8), "decoder.9, but llava has 6 decoder layers"),
         (Reduction("decoder.1", 100), "keeps 100 visual tokens, .* only 64; keep at most 64"),
         (Reduction("decoder.5", 8), "nothing would be saved. Use another site"),
-        (Reduction("vision.0", 8), "not lowered yet. Use another site"),
+        (Reduction("vision.2", 8), "not used by the language model. Use another site"),
         (Reduction("decoder.1", 8, scores={"cls_attention": 1}), "decoder.1 has no score"),
         (Reduction("projector", 8, scores={"text_attention": 1}), "it has .*cls_attention"),
         (Reduction("projector", 59, selector="grid"), r"59 windows do not fit .* keep one of \["),

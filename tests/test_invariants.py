@@ -16,7 +16,9 @@ from tiny import IMAGE, LAYOUTS, VISUAL, inputs, row_of, shared_llava, tiny_llav
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from deos_fx.inputs import complete_inputs
 from deos_fx.passes.capture import CaptureError
+from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduced_model import ReducedModel
 
@@ -52,7 +54,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "compact": {"position": "compact"},
     "mixed scores": {"scores": {"novelty": 1.0, "feature_norm": 2.0}},
 }
-SITES = ("projector", "decoder.1")
+SITES = ("vision.0", "projector", "decoder.1")
 
 
 def pieces() -> dict[str, tuple[Reduction, ...]]:
@@ -65,6 +67,26 @@ def pieces() -> dict[str, tuple[Reduction, ...]]:
     keys = {"similarity": {"key": 1.0, "grid": 0.2}, "scores": {"text_attention": 1, "key_norm": 1}}
     return single | {
         "keys": (Reduction("decoder.2", 16, gain=1.0, **keys),),
+        "tower": (
+            Reduction("vision.0", 32, scores={"key_norm": 1, "cls_attention": 1}, gain=1.0),
+            Reduction("vision.1", 16, scores={"cls_attention": 1}),
+        ),
+        "everywhere": (
+            Reduction("vision.0", 48, gain=1.0, similarity={"key": 1.0}, mass_bias=1.0),
+            Reduction("vision.1", 32, scores={"key_norm": 1}),
+            Reduction("projector", 16, gain=0.5, residual=True, mass_bias=0.5, position="compact"),
+            Reduction("decoder.1", 8),
+            Reduction("decoder.2", 4, gain=1.0, mass_bias=1.0),
+        ),
+        "tower, then decoder": (
+            Reduction("vision.1", 32, gain=1.0, temperature=0.2, mass_bias=1.0, position="compact"),
+            Reduction("decoder.2", 8, mass_bias=1.0),
+        ),
+        "pool in the tower": (
+            Reduction("vision.0", 16, selector="grid", **NEAREST),
+            Reduction("projector", 4, gain=1.0, similarity={"grid": 1, "feature": 1}),
+            Reduction("decoder.1", 2, gain=1.0, similarity={"grid": 1}),
+        ),
         "pyramid": PYRAMID,
         "images, then prompt": (Reduction("projector", 16), Reduction("decoder.1", 4)),
         "masses across": (
@@ -294,6 +316,73 @@ def test_hidden_states_are_those_of_the_kept_tokens(
         assert difference(ours[0], theirs) < TOLERANCE
 
 
+# *** reductions inside the vision tower ***
+
+
+@pytest.mark.parametrize("tower", ["clip"])
+def test_reductions_all_along_a_deeper_tower(tower: str) -> None:
+    scores = {"cls_attention": 1.0, "key_norm": 1.0} if tower == "clip" else {"key_norm": 1.0}
+    keys = {"scores": scores, "similarity": {"key": 1.0}}
+    policy = Policy(
+        (
+            Reduction("vision.0", 56, gain=1.0, mass_bias=1.0, **keys),
+            Reduction("vision.1", 44, gain=1.0, mass_bias=1.0, **keys),
+            # The end of the tower, where the projector's scores come from too.
+            Reduction("vision.3", 20, scores=scores),
+            Reduction("projector", 12, scores={**scores, "key_norm": 0, "novelty": 1}, gain=1.0),
+            Reduction("decoder.1", 6),
+            Reduction("decoder.3", 3, gain=1.0, mass_bias=1.0, position="compact"),
+        )
+    )
+    model, eager = (shared_llava(attn=attn, tower=tower, blocks=5) for attn in ("sdpa", "eager"))
+    for batch in (inputs(model, 1, 1, padding=None), inputs(model, 3, 2, layout="between")):
+        reduced = ReducedModel(model, policy)
+        output = reduced(**batch)
+        for row, expected in enumerate(each_row(eager, batch, policy)):
+            logits, origin = left(output, batch, row)
+            assert origin == expected.origin[-1]
+            assert difference(logits, expected.logits) < TOLERANCE
+        assert len(output.past_key_values.spaces) == 3, "one space for all that is before layer 0"
+
+
+def test_pruning_in_the_tower_is_running_the_rest_on_what_is_left(
+    model: LlavaForConditionalGeneration,
+) -> None:
+    batch = inputs(model, 2, 2, layout="between")
+    reduced = reduce(model, Reduction("vision.0", 24))
+    told = reduced.explain(**batch)[0]
+    tower = model.model.vision_tower
+    hidden = tower.pre_layrnorm(tower.embeddings(batch["pixel_values"]))
+    blocks = tower.encoder.layers
+    first = blocks[0](hidden, None)
+    where = (batch["input_ids"] == IMAGE).nonzero()[:, 1].reshape(2, -1)
+    kept = (where[:, :, None] == told.kept[:, None]).any(-1).reshape(4, VISUAL)
+    assert kept.sum(1).tolist() == [24] * 4, "as many of every image"
+    rows = [torch.cat([first[i, :1], first[i, 1:][kept[i]]]) for i in range(4)]
+    features = model.model.multi_modal_projector(blocks[1](torch.stack(rows), None)[:, 1:])
+    seen = reduced(**batch).image_hidden_states
+    assert difference(seen, features.flatten(0, 1)) < TOLERANCE
+
+
+def test_features_of_several_blocks_leave_the_sites_that_all_of_them_pass() -> None:
+    model = tiny_llava(2, blocks=5, feature_layer=[-4, -2])
+    batch = inputs(model)
+    listed = capture_call(model, complete_inputs(model, batch)).sites.sites
+    reasons = {site.name: site.reason for site in listed if site.name.startswith("vision")}
+    assert not reasons["vision.0"] and not reasons["vision.1"]
+    assert "path around" in reasons["vision.2"] and "path around" in reasons["vision.3"]
+    assert "not used" in reasons["vision.4"]
+    assert reduce(model, Reduction("vision.1", 16))(**batch).logits.shape[1] == 16 + 11
+    with pytest.raises(ValueError, match="vision.2 cannot be reduced: .* path around"):
+        reduce(model, Reduction("vision.2", 16))(**batch)
+
+
+def test_a_tower_without_class_token_has_no_class_attention() -> None:
+    model = shared_llava(tower="siglip")
+    with pytest.raises(ValueError, match="vision.0 has no score 'cls_attention'; it has"):
+        reduce(model, Reduction("vision.0", 16))(**inputs(model))
+
+
 # *** 5: decoding ***
 
 
@@ -303,7 +392,10 @@ def test_decoding_equals_recomputing_where_nothing_later_votes(
     # use_cache=False reduces anew at every step: the same only if the scores are of the images.
     scores = {"scores": {"feature_norm": 1.0}}
     reduced = reduce(
-        model, Reduction("projector", 32, **scores), Reduction("decoder.2", 8, gain=1.0, **scores)
+        model,
+        Reduction("vision.1", 48, **scores),
+        Reduction("projector", 32, **scores),
+        Reduction("decoder.2", 8, gain=1.0, **scores),
     )
     batch = inputs(model, 2, 2, layout="between")
     for search in ({}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
@@ -373,6 +465,7 @@ def test_a_padded_batch_is_its_rows(
     scores = {"scores": {"text_attention": 1.0, "last_text_attention": 1.0}}
     reduced = reduce(
         model,
+        Reduction("vision.0", 48, gain=1.0, mass_bias=1.0),
         Reduction("projector", 32, gain=1.0, mass_bias=0.5, position=position),
         Reduction("decoder.2", 16, gain=1.0, temperature=0.2, **scores, position=position),
     )

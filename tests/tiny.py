@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    SiglipVisionConfig,
 )
 
 PAD, IMAGE, VOCABULARY = 0, 120, 128
@@ -29,23 +30,32 @@ LAYOUTS = {
 
 
 def tiny_llava(
-    layers: int = 6, *, attn: str = "sdpa", seed: int = 0
+    layers: int = 6,
+    *,
+    attn: str = "sdpa",
+    seed: int = 0,
+    tower: str = "clip",
+    blocks: int = 3,
+    feature_layer: int | list[int] = -2,
 ) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights: 64 visual tokens per image, 3 vision blocks, eval mode.
+    """A LLaVA with random weights: 64 visual tokens per image, eval mode.
 
     Args:
         layers: Number of decoder layers.
         attn: Attention implementation.
         seed: Of the weights.
+        tower: ``clip`` (with a class token, which is not among the features) or ``siglip``.
+        blocks: Number of vision blocks; the features come from the last but one.
+        feature_layer: Which hidden states of the tower are the features.
     """
-    vision = CLIPVisionConfig(
+    vision = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower](
         hidden_size=48,
         intermediate_size=96,
-        num_hidden_layers=3,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         image_size=64,
         patch_size=8,
-        projection_dim=48,
+        **({"projection_dim": 48} if tower == "clip" else {"vision_use_head": False}),
     )
     text = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -63,7 +73,8 @@ def tiny_llava(
         vision_config=vision,
         text_config=text,
         image_token_index=IMAGE,
-        vision_feature_layer=-2,
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
         image_seq_length=VISUAL,
     )
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn)
@@ -81,9 +92,11 @@ def tiny_llava(
 
 
 @functools.cache
-def shared_llava(layers: int = 6, attn: str = "sdpa") -> LlavaForConditionalGeneration:
+def shared_llava(
+    layers: int = 6, attn: str = "sdpa", tower: str = "clip", blocks: int = 3
+) -> LlavaForConditionalGeneration:
     """One model for all tests that leave it as it is."""
-    return tiny_llava(layers, attn=attn)
+    return tiny_llava(layers, attn=attn, tower=tower, blocks=blocks)
 
 
 def inputs(
