@@ -54,7 +54,7 @@ def question_votes(text: Tensor, visual: Tensor, attention_mask: Tensor | None) 
     """
     real = torch.ones_like(text) if attention_mask is None else take(attention_mask, text)
     behind = (text > visual.amax(dim=1, keepdim=True)) & (real != 0)
-    return torch.where(behind.any(dim=1, keepdim=True), behind, real != 0).float()
+    return (behind | (real != 0) & ~behind.any(dim=1, keepdim=True)).float()
 
 
 def rater_votes(
@@ -86,7 +86,7 @@ def rater_votes(
     called = called * question
     average = called.sum(dim=1, keepdim=True) / question.sum(dim=1, keepdim=True)
     raters = (called > average) & (question != 0)
-    return torch.where(raters.any(dim=1, keepdim=True), raters, question != 0).float()
+    return (raters | (question != 0) & ~raters.any(dim=1, keepdim=True)).float()
 
 
 def tower_votes(alive: Tensor, class_tokens: int) -> Tensor:

@@ -17,14 +17,20 @@ import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-__all__ = ["Asked", "Observation", "ObservedBlock", "PeekedBlock", "received_attention"]
+__all__ = [
+    "Asked",
+    "AttentionView",
+    "Observation",
+    "ObservedBlock",
+    "PeekedBlock",
+    "received_attention",
+]
 
 _NAME = "deos_fx"
 
@@ -147,7 +153,17 @@ class PeekedBlock(ObservedBlock):
     PyramidDrop ranks by the queries and keys of the layer behind the cut, PruMerge by those of a
     vision block whose output nobody uses. Its norm, projections and rotary embedding run; its
     attention, its MLP and an update of the cache do not.
+
+    Args:
+        block: The model's own block; its weights are shared.
+        observe: What to report.
     """
+
+    def __init__(self, block: nn.Module, observe: tuple[Observation, ...]) -> None:
+        super().__init__(block, observe)
+        path = _attention_modules(block)[0].split(".")
+        for depth in range(len(path) + 1):
+            _call_directly(self.block.get_submodule(".".join(path[:depth])))
 
     def forward(
         self,
@@ -187,17 +203,16 @@ def _seam_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
+    seam: _SeamCall,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: bias, observe, then the user's own implementation."""
-    calls: Any = module.deos_fx_calls
-    seam: _SeamCall = calls[-1]
     causal = getattr(module, "is_causal", True)
     if seam.key_bias is not None:
         attention_mask = _additive_mask(attention_mask, seam.key_bias, query, key, causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    view = _AttentionView(query, key, attention_mask, scale, causal, seam.tables)
+    view = AttentionView(query, key, attention_mask, scale, causal, seam.tables)
     asked = iter(seam.asked)
     seam.seen += [_observed(view, item, asked) for item in seam.observe]
     if seam.peek:
@@ -213,7 +228,7 @@ AttentionInterface.register(_NAME, _seam_attention)
 
 
 @dataclass(frozen=True)
-class _AttentionView:
+class AttentionView:
     """What an attention function is given.
 
     Attributes:
@@ -232,11 +247,11 @@ class _AttentionView:
     causal: bool
     tables: Any = None
 
-    def joint(self) -> _AttentionView:
+    def joint(self) -> AttentionView:
         """All heads as one of full width."""
         query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (self.query, self.key))
         scale = query.shape[-1] ** -0.5
-        return _AttentionView(query, key, self.mask, scale, self.causal, self.tables)
+        return AttentionView(query, key, self.mask, scale, self.causal, self.tables)
 
     def rows(self, positions: Tensor) -> Tensor:
         """Attention [B, H, R, N] of the queries at positions [B, R], in float32."""
@@ -285,7 +300,7 @@ class _AttentionView:
         return logits
 
 
-def _observed(view: _AttentionView, observation: Observation, asked: Iterator[Asked]) -> Tensor:
+def _observed(view: AttentionView, observation: Observation, asked: Iterator[Asked]) -> Tensor:
     if observation.kind == "keys":
         return view.key.mean(dim=1)
     if observation.kind == "joint_keys":
@@ -297,7 +312,7 @@ def _observed(view: _AttentionView, observation: Observation, asked: Iterator[As
     return received_attention(view, observation, next(asked))
 
 
-def received_attention(view: _AttentionView, observation: Observation, asked: Asked) -> Tensor:
+def received_attention(view: AttentionView, observation: Observation, asked: Asked) -> Tensor:
     """Attention that every key receives: the mean over queries, weighted by their votes.
 
     Args:
@@ -313,7 +328,6 @@ def received_attention(view: _AttentionView, observation: Observation, asked: As
     batch, _, length, _ = view.query.shape
     if positions is None:
         positions = torch.arange(length, device=view.query.device).expand(batch, -1)
-    # A mean over heads may wait until heads have been chosen; a maximum is one of every query.
     received: Any = 0.0
     for part, weight in _few(positions, votes):
         rows = view.rows(part)
@@ -321,10 +335,11 @@ def received_attention(view: _AttentionView, observation: Observation, asked: As
             rows = rows / view.gravity(part)
         if observation.heads == "max":
             rows = rows.amax(dim=1, keepdim=True)
-        if weight is None:
-            received = received + rows.sum(dim=2)
-        else:
-            received = received + (weight[:, None, None, :] @ rows)[:, :, 0]
+        elif not observation.strongest:
+            rows = rows.mean(dim=1, keepdim=True)
+        if weight is not None:
+            rows = rows * weight[:, None, :, None]
+        received = received + rows.sum(dim=2)
     if observation.strongest:
         assert among is not None
         received = _strongest_heads(received, among, observation.strongest)
@@ -440,23 +455,23 @@ def _seam_view(block: nn.Module) -> nn.Module:
         attention = _shallow_copy(parent._modules[last])
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation_internal = _NAME
-        attention.deos_fx_calls = []
-        attention.forward = partial(_with_seam, attention)
         parent._modules[last] = attention
     return view
 
 
-def _with_seam(module: Any, *args: Any, seam: _SeamCall | None = None, **kwargs: Any) -> Any:
-    """The forward of a view's attention, which leaves the call where `_seam_attention` finds it.
+def _call_directly(module: nn.Module) -> None:
+    """Let calls of a view go straight to its forward.
 
-    Not every family hands unknown arguments on to the attention function (SigLIP does not). Other
-    parts that know the attention implementation (an MLP with a config) are run without a call.
+    An export keeps a stack of the modules that are running, which leaving one by an exception would
+    not unwind.
     """
-    module.deos_fx_calls.append(seam)
-    try:
-        return type(module).forward(module, *args, **kwargs)
-    finally:
-        module.deos_fx_calls.pop()
+    kind = type(module)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    members = {"__module__": kind.__module__, "__call__": call}
+    module.__class__ = type(kind.__name__, (kind,), members)
 
 
 def _shallow_copy(module: Any) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import IMAGE, VISUAL, inputs, shared_llava
+from tiny import IMAGE, VISUAL, inputs, shared_llava, tiny_llava
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 
 from deos_fx import tokens
@@ -17,7 +18,13 @@ from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.finish import finish
 from deos_fx.passes.pipeline import Captured, capture_call, run_graph
-from deos_fx.seam import Observation, ObservedBlock, PeekedBlock
+from deos_fx.seam import (
+    AttentionView,
+    Observation,
+    ObservedBlock,
+    PeekedBlock,
+    received_attention,
+)
 
 LAYERS = 4
 TOWER_BLOCK = 1
@@ -336,3 +343,103 @@ def test_joint_attention_needs_as_many_key_heads() -> None:
     block = shared_llava(LAYERS).model.language_model.layers[0]
     with pytest.raises(ValueError, match="2 and 4. Use attention_cls"):
         ObservedBlock(block, (Observation(heads="joint"),))
+
+
+def test_a_peek_exports() -> None:
+    """What leaves the block early leaves nothing behind in the tracer."""
+    model = shared_llava(LAYERS)
+    site = Features(model, inputs(model, 2, text=6))
+    site.at("decoder.1", "attention_last@next", "attention_raters_plus@next", "attention_mutual")
+    length = torch.export.Dim("length", min=VISUAL + 2)
+    names = [node.target for node in site.graph.find_nodes(op="placeholder")]
+    program = torch.export.export(
+        site.graph_module,
+        (),
+        {name: site.given[name] for name in names},
+        dynamic_shapes={name: None if name == "pixel_values" else {1: length} for name in names},
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    longer = complete_inputs(model, {**inputs(model, 2, text=9), "use_cache": False})
+    given = {name: longer[name] for name in names}
+    with torch.no_grad():
+        expected, seen = site.graph_module(**given), program.module()(**given)
+    for name, value in expected.items():
+        torch.testing.assert_close(seen[name], value)
+    weights = {name for name, _ in program.named_parameters()}
+    assert any("decoder_2" in name and "q_proj" in name for name in weights)
+
+
+HALF = ("decoder.1", "attention_last@next", "attention_raters_plus", "attention_mutual_max")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_scored_in_single(dtype: torch.dtype) -> None:
+    model = tiny_llava(LAYERS).to(dtype)
+    given = inputs(model, 2)
+    full = features_at(shared_llava(LAYERS), inputs(shared_llava(LAYERS), 2), *HALF)
+    for name, value in features_at(model, given, *HALF).items():
+        assert value.dtype == torch.float32
+        assert (value - full[name]).abs().max() < 0.05
+
+
+def test_closed_gates_do_not_vote() -> None:
+    """A relaxed graph keeps every token, but those that a static one drops must not be asked."""
+    model = shared_llava(LAYERS)
+    truth = Truth(inputs(model))
+    open_gates = (torch.arange(VISUAL) % 3 == 0).float()[None]
+    for site in ("decoder.1", "projector"):
+        features = Features(model, inputs(model), alive=True)
+        features.given["alive"] = open_gates
+        seen = features.at(site, "attention_mutual")["attention_mutual"][0]
+        asked = open_gates[0].nonzero()[:, 0]
+        if site == "projector":
+            rows = truth.vision[TOWER_BLOCK][0].mean(dim=0)[[0, *(asked + 1).tolist()]]
+            expected = rows.mean(dim=0)[1:]
+        else:
+            visual = truth.visual(0)
+            expected = truth.decoder[1][0].mean(dim=0)[visual[asked]][:, visual].mean(dim=0)
+        torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_n_by_n_attention_is_held() -> None:
+    """Asking all of many tokens keeps a few rows at a time."""
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, _: Any, args: Any, kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            largest = max(largest, out.numel() if isinstance(out, Tensor) else 0)
+            return out
+
+    length, heads, dim = 1024, 4, 16
+    query, key = torch.randn(2, 1, heads, length, dim).unbind()
+    view = AttentionView(query, key, None, dim**-0.5, causal=True)
+    with Sizes():
+        seen = received_attention(view, Observation(), (None, None, None))
+    whole = torch.nn.functional.scaled_dot_product_attention(
+        query, key, torch.eye(length).expand(1, heads, -1, -1), is_causal=True
+    )
+    torch.testing.assert_close(seen, whole.mean(dim=(1, 2)))
+    assert largest <= heads * length * 64
+
+
+def test_a_padding_mask_of_two_axes_is_read_like_one_of_four() -> None:
+    query, key = torch.randn(2, 2, 4, 12, 8).unbind()
+    real = torch.ones(2, 12, dtype=torch.int64)
+    real[1, :3] = 0
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()
+    four = causal & real[:, None, None, :].bool()
+    asked = (torch.tensor([[5, 11], [4, 11]]), None, None)
+    seen = [
+        received_attention(AttentionView(query, key, mask, 0.3, causal=True), Observation(), asked)
+        for mask in (real, four, torch.where(four, 0.0, torch.finfo(torch.float32).min))
+    ]
+    torch.testing.assert_close(seen[0], seen[1])
+    torch.testing.assert_close(seen[0], seen[2])
+
+
+def test_gravity_needs_rotary_tables() -> None:
+    view = AttentionView(*torch.randn(2, 1, 4, 8, 8).unbind(), None, 1.0, causal=False)
+    with pytest.raises(ValueError, match="position_embeddings"):
+        received_attention(view, Observation(gravity=True), (None, None, None))
