@@ -26,7 +26,6 @@ __all__ = [
     "ones_at",
     "ones_like_tokens",
     "patch_bias",
-    "patches",
     "put",
     "relaxed_positions",
     "take",
@@ -150,11 +149,6 @@ def attention_to_patches(rows: Tensor, class_tokens: int) -> Tensor:
         [I, V].
     """
     return rows.mean(dim=1)[:, class_tokens:]
-
-
-def patches(x: Tensor, class_tokens: int) -> Tensor:
-    """Values [I, c + V, ...] of a vision tower's tokens without those of the c class tokens."""
-    return x[:, class_tokens:]
 
 
 def with_patches(hidden: Tensor, patches: Tensor, class_tokens: int) -> Tensor:

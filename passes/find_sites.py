@@ -96,11 +96,22 @@ class Sites:
         return tuple(site for site in self.sites if site.available)
 
 
-# Features that can be computed at each kind of site; they decide which scores it has. Where the
-# tower has one class token, its attention is known too.
-_VISION_FEATURES = frozenset({"tokens", "grid", "keys"})
-_PROJECTOR_FEATURES = frozenset({"tokens", "grid"})
-_DECODER_FEATURES = frozenset({"tokens", "grid", "keys", "attention_last", "attention_text"})
+# Features that can be computed at each kind of site; they decide which scores it has.
+_ANYWHERE = frozenset(
+    {"tokens", "grid", "keys", "joint_keys", "attention_mutual", "attention_mutual_max"}
+)
+_OF_CLASS_TOKEN = frozenset({"attention_cls", "attention_cls_joint"})
+_OF_TEXT = frozenset({"text_tokens", "text_mask"})
+_OF_LATER_TEXT = frozenset(
+    {
+        "text_keys",
+        "attention_last",
+        "attention_text",
+        "attention_text_max",
+        "attention_raters",
+        "attention_raters_plus",
+    }
+)
 
 
 def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks: int) -> Sites:
@@ -131,14 +142,19 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
     tower_length = tower_block.meta["shape"][1]
     per_image = features.meta["shape"][1]
     class_tokens = tower_length - per_image
-    of_class = frozenset({"attention_cls"} if class_tokens == 1 else ())
-    in_tower = _scores_from(_VISION_FEATURES | of_class)
+    of_image = _ANYWHERE | (_OF_CLASS_TOKEN if class_tokens == 1 else frozenset())
+    in_tower = _scores_from(of_image | ({"class_token"} if class_tokens == 1 else set()))
+    in_decoder = _scores_from(_ANYWHERE | _OF_TEXT | _OF_LATER_TEXT)
     sites = []
     for i in range(vision_blocks):
-        reason = _why_not_behind(f"vision_{i}", nodes, to_features, features, tower_length)
+        reason = _why_not_in_tower(f"vision_{i}", nodes, to_features, features, tower_length)
         sites.append(Site(f"vision.{i}", f"vision_{i}", reason, () if reason else in_tower))
-    sites.append(Site("projector", features.name, "", _scores_from(_PROJECTOR_FEATURES | of_class)))
-    sites += [_decoder_site(i, nodes, to_logits, decoder_layers) for i in range(decoder_layers)]
+    # Keys of the tower's last block are for similarities there: features are ranked as they are.
+    at_projector = _scores_from((of_image | _OF_TEXT) - {"keys"})
+    sites.append(Site("projector", features.name, "", at_projector))
+    for i in range(decoder_layers):
+        reason = _why_not_in_decoder(i, nodes, to_logits, decoder_layers)
+        sites.append(Site(f"decoder.{i}", f"decoder_{i}", reason, in_decoder))
     return Sites(
         tuple(sites), features.name, embeddings.name, tower_block.name, per_image, class_tokens
     )
@@ -149,7 +165,7 @@ def _scores_from(features: frozenset[str]) -> tuple[str, ...]:
     return tuple(name for name, score in SCORES.items() if features.issuperset(score.needs))
 
 
-def _why_not_behind(
+def _why_not_in_tower(
     name: str, nodes: dict[str, fx.Node], through: set[str], features: fx.Node, tokens: int
 ) -> str:
     """Why a vision block's output cannot be reduced; empty if it can."""
@@ -166,14 +182,13 @@ def _why_not_behind(
     return ""
 
 
-def _decoder_site(i: int, nodes: dict[str, fx.Node], through: set[str], layers: int) -> Site:
-    name = f"decoder_{i}"
-    reason = ""
+def _why_not_in_decoder(i: int, nodes: dict[str, fx.Node], through: set[str], layers: int) -> str:
+    """Why a decoder layer's output cannot be reduced; empty if it can."""
     if i == layers - 1:
-        reason = "no decoder layer comes after it, so nothing would be saved"
-    elif name not in nodes or name not in through:
-        reason = "visual tokens reach the logits by a path around it"
-    return Site(f"decoder.{i}", name, reason, _scores_from(_DECODER_FEATURES))
+        return "no decoder layer comes after it, so nothing would be saved"
+    if f"decoder_{i}" not in through:
+        return "visual tokens reach the logits by a path around it"
+    return ""
 
 
 def _merge(nodes: dict[str, fx.Node]) -> fx.Node:

@@ -11,19 +11,21 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from deos_fx import tokens
+from deos_fx import context, tokens
 from deos_fx.operator import StaticOutput, required_features, select, static_reduce
 from deos_fx.passes.annotate_token_spaces import position_tables
+from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.find_sites import Site, Sites
 from deos_fx.passes.finish import finish
 from deos_fx.passes.layout import PromptLayout, rule_before_decoder
-from deos_fx.passes.observe_block import Observations, bias_block, observe_block
+from deos_fx.passes.observe_block import bias_block
 from deos_fx.passes.open_space import open_space
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduction import split_site
@@ -63,7 +65,10 @@ def lower_reductions(
             lowering.reduce_images(step)
         if of_images:
             lowering.shorten_prompt(of_images)
-        for step in steps[len(of_images) :]:
+        in_decoder = steps[len(of_images) :]
+        if in_decoder:
+            lowering.enter_decoder()
+        for step in in_decoder:
             lowering.reduce_prompt(step)
         lowering.add_output()
     return finish(graph_module)
@@ -88,18 +93,6 @@ class _Step:
         return self.reduction.site.replace(".", "_")
 
 
-class _Features(dict[str, Any]):
-    """Features of the visual tokens at a site; one becomes a node when it is looked up."""
-
-    def __init__(self, makers: Mapping[str, Callable[[], Any]]) -> None:
-        super().__init__()
-        self.makers = makers
-
-    def __missing__(self, name: str) -> Any:
-        self[name] = self.makers[name]()
-        return self[name]
-
-
 @dataclass
 class _Images:
     """What is left of each image before the decoder, from front to back.
@@ -108,15 +101,13 @@ class _Images:
         grid: Image, row and column of every token: constant [V, 3] until scores choose.
         kept: [I, K] which of the image's own tokens are left; None as long as all are.
         mass: [I, K]; None while every mass is 1.
-        cut_behind: Block of the tower behind which the latest cut was.
-        last_kept: [I, K] what that cut kept, of the tokens that came to it.
+        cut: Features of the latest site in the tower, and what [I, K] was kept there.
     """
 
     grid: fx.Node | torch.Tensor
     kept: fx.Node | None = None
     mass: fx.Node | None = None
-    cut_behind: fx.Node | None = None
-    last_kept: fx.Node | None = None
+    cut: tuple[TowerFeatures, fx.Node] | None = None
 
 
 @dataclass
@@ -127,6 +118,7 @@ class _Space:
     grid: fx.Node | torch.Tensor
     origin: fx.Node | None = None
     mass: fx.Node | None = None
+    padding: fx.Node | None = None
 
 
 class _Lowering:
@@ -144,6 +136,7 @@ class _Lowering:
         self.sites = sites
         self.layout = layout
         self.steps = steps
+        self.done: list[str] = []
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.suffix = ""
         self.spaces: list[dict[str, fx.Node]] = []
@@ -157,9 +150,9 @@ class _Lowering:
         with self.graph.inserting_after(input_ids):
             visual = self.call(tokens.visual_positions, input_ids, layout.image_token, count)
         self.images = _Images(layout.grid_tensor(1))
-        # What blocks of the tower report: a cut behind the last one and the projector share it.
-        self.seen: dict[fx.Node, tuple[Observations, fx.Node, fx.Node]] = {}
         self.space = _Space(visual, layout.grid_tensor(layout.images))
+        mask = self.nodes.get("attention_mask")
+        self.text = PromptText(self.call, self.nodes[sites.embeddings], visual, mask)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """A call_function node named after its function and the site.
@@ -189,23 +182,15 @@ class _Lowering:
         images = self.images
         in_tower = step.stage == "vision"
         class_tokens = self.sites.class_tokens if in_tower else 0
-        block = self._block_of(step)
-        seen, whole, anchor = self._observe_tower(block)
+        features = self._image_features(step)
+        whole, anchor = features.hidden, features.anchor
         if not in_tower:
             whole = self.nodes[self.sites.features]
             anchor = whole.next
-        makers: dict[str, Callable[[], Any]] = {
-            "grid": lambda: images.grid,
-            "keys": lambda: self.call(tokens.patches, seen.key, self.sites.class_tokens),
-            "attention_cls": lambda: self._since(
-                block,
-                self.call(tokens.attention_to_patches, seen.last, self.sites.class_tokens),
-            ),
-        }
         users = list(whole.users)
         with self.graph.inserting_before(anchor):
-            own = self.call(tokens.patches, whole, class_tokens) if class_tokens else whole
-            reduced = self._operate(step, step.count, own, images.mass, makers)
+            own = self.call(context.without_class, whole, class_tokens) if class_tokens else whole
+            reduced = self._operate(step, step.count, own, images.mass, features)
             left = reduced.tokens
             if class_tokens:
                 left = self.call(tokens.with_patches, whole, left, class_tokens)
@@ -218,7 +203,7 @@ class _Lowering:
                 mass,
             )
             if in_tower:
-                self.images.cut_behind, self.images.last_kept = block, kept
+                self.images.cut = features, kept
                 self._bias_tower(step, left)
 
     def shorten_prompt(self, steps: Sequence[_Step]) -> None:
@@ -246,20 +231,13 @@ class _Lowering:
     def reduce_prompt(self, step: _Step) -> None:
         """Reduce all visual tokens of a prompt together, behind a decoder layer."""
         self.suffix = step.suffix
-        space, block = self.space, self.nodes[step.site.node]
-        seen, hidden, anchor = self._observe(block, required_features(step.reduction))
-        makers: dict[str, Callable[[], Any]] = {
-            "keys": lambda: self.call(tokens.take, seen.key, space.visual),
-            "grid": lambda: space.grid,
-            "attention_last": lambda: self.call(tokens.attention_to, seen.last, space.visual),
-            "attention_text": lambda: self.call(
-                tokens.text_attention_to, seen.rows, seen.text, space.visual, self._padding()
-            ),
-        }
-        with self.graph.inserting_before(anchor):
+        space = self.space
+        features = self._prompt_features(step)
+        hidden = features.hidden
+        with self.graph.inserting_before(features.anchor):
             visual = self.call(tokens.take, hidden, space.visual)
             count = step.count * self.layout.images
-            reduced = self._operate(step, count, visual, space.mass, makers)
+            reduced = self._operate(step, count, visual, space.mass, features)
             self.note("mass", reduced.mass)
             only_gathered = reduced.assignment is None and not step.reduction.reweight
             kept = self.note("kept", reduced.kept)
@@ -279,10 +257,10 @@ class _Lowering:
         count: int,
         visual: fx.Node,
         mass: fx.Node | None,
-        makers: Mapping[str, Callable[[], Any]],
+        features: Mapping[str, Any],
     ) -> StaticOutput:
         """Emit the operator itself; nodes that nothing reads are dropped at the end."""
-        features = _Features(makers)
+        self.done.append(step.site.name)
         reduced = static_reduce(step.reduction, count, visual, mass, features, self.call)
         self.note("score", reduced.score)
         self.note("assignment", reduced.assignment)
@@ -361,59 +339,72 @@ class _Lowering:
 
     # *** features ***
 
-    def _block_of(self, step: _Step) -> fx.Node:
-        """The block of the tower before a site."""
-        in_tower = step.stage == "vision"
-        return self.nodes[step.site.node if in_tower else self.sites.tower_block]
+    def _image_features(self, step: _Step) -> TowerFeatures:
+        """What a reduction of images can know.
 
-    def _observe_tower(self, block: fx.Node) -> tuple[Observations, fx.Node, fx.Node]:
-        """Make a block of the tower report what any reduction behind it needs.
-
-        Returns:
-            The observations, the block's hidden states and the node to insert before.
+        A cut behind the last block and one at the projector look into the same block: what the
+        second needs is observed at the first, and read at the tokens that are left.
         """
-        if block not in self.seen:
-            needs: set[str] = set()
-            for step in self.steps:
-                if step.stage != "decoder" and self._block_of(step) is block:
-                    needs |= required_features(step.reduction)
-            query = None
-            if "attention_cls" in needs:
-                with self.graph.inserting_before(block):
-                    query = self.call(tokens.class_token, block.args[0])
-            self.seen[block] = observe_block(
-                self.graph_module, block, query, None, keys="keys" in needs
-            )
-        return self.seen[block]
+        block = self.nodes[step.site.node if step.stage == "vision" else self.sites.tower_block]
+        needs = required_features(step.reduction)
+        makers: dict[str, Callable[[], Any]] = {"grid": lambda: self.images.grid}
+        cut = self.images.cut
+        if step.stage == "projector" and cut is not None and cut[0].block is block:
+            makers |= {name: partial(self._since_cut, name) for name in needs & OBSERVED.keys()}
+        elif block.name == self.sites.tower_block:
+            for other in self.steps:
+                if other.stage == "projector":
+                    needs |= required_features(other.reduction) & OBSERVED.keys()
+        return TowerFeatures(
+            self.graph_module,
+            step.site.name,
+            block,
+            needs - makers.keys(),
+            self.call,
+            class_tokens=self.sites.class_tokens,
+            text=self.text,
+            images=self.layout.images,
+            reduced=self.done,
+            makers=makers,
+        )
 
-    def _since(self, block: fx.Node, seen: fx.Node) -> fx.Node:
-        """What a block saw of its patches, at those that a cut right behind it has left."""
-        if self.images.cut_behind is not block:
-            return seen
-        return self.call(tokens.take, seen, self.images.last_kept)
+    def _since_cut(self, name: str) -> fx.Node:
+        """A feature of the block before the latest cut, at the tokens which that cut has left."""
+        assert self.images.cut is not None
+        features, kept = self.images.cut
+        return self.call(tokens.take, features[name], kept)
 
-    def _observe(
-        self, block: fx.Node, needs: frozenset[str]
-    ) -> tuple[Observations, fx.Node, fx.Node]:
-        """Make a decoder layer report what is needed.
+    def _prompt_features(self, step: _Step) -> PromptFeatures:
+        space = self.space
+        return PromptFeatures(
+            self.graph_module,
+            step.site.name,
+            self.nodes[step.site.node],
+            required_features(step.reduction),
+            self.call,
+            visual=space.visual,
+            padding=self._padding,
+            text=self.text,
+            reduced=self.done,
+            makers={"grid": lambda: space.grid},
+        )
 
-        Returns:
-            The observations, the layer's hidden states and the node to insert before.
-        """
-        last = text = None
-        with self.graph.inserting_before(block):
-            if "attention_last" in needs:
-                last = self.call(tokens.last_token, block.args[0], self._padding())
-            if "attention_text" in needs:
-                text = self.call(tokens.text_tokens, self.space.visual, block.args[0])
-        return observe_block(self.graph_module, block, last, text, keys="keys" in needs)
+    def enter_decoder(self) -> None:
+        """From here on, a reduction sees the text as the first decoder layer gets it."""
+        first = self.nodes["decoder_0"]
+        with self.graph.inserting_before(first):
+            padding = self._padding()
+        embeddings: Any = first.args[0]
+        self.text = PromptText(self.call, embeddings, self.space.visual, padding, before=first)
 
     def _padding(self) -> fx.Node | None:
         """The 2-D attention mask in the current space, if the model was given one."""
-        mask = self.nodes.get("attention_mask")
-        if mask is None or self.space.origin is None:
+        mask, space = self.nodes.get("attention_mask"), self.space
+        if mask is None or space.origin is None:
             return mask
-        return self.call(tokens.take, mask, self.space.origin)
+        if space.padding is None:
+            space.padding = self.call(tokens.take, mask, space.origin)
+        return space.padding
 
     def _grid_of_kept(
         self, step: _Step, grid: fx.Node | torch.Tensor, kept: fx.Node
