@@ -17,6 +17,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -203,11 +204,12 @@ def _seam_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    seam: _SeamCall,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: bias, observe, then the user's own implementation."""
+    calls: Any = module.deos_fx_calls
+    seam: _SeamCall = calls[-1]
     causal = getattr(module, "is_causal", True)
     if seam.key_bias is not None:
         attention_mask = _additive_mask(attention_mask, seam.key_bias, query, key, causal)
@@ -455,6 +457,8 @@ def _seam_view(block: nn.Module) -> nn.Module:
         attention = _shallow_copy(parent._modules[last])
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation_internal = _NAME
+        attention.deos_fx_calls = []
+        attention.forward = partial(_with_seam, attention)
         parent._modules[last] = attention
     return view
 
@@ -472,6 +476,19 @@ def _call_directly(module: nn.Module) -> None:
 
     members = {"__module__": kind.__module__, "__call__": call}
     module.__class__ = type(kind.__name__, (kind,), members)
+
+
+def _with_seam(module: Any, *args: Any, seam: _SeamCall | None = None, **kwargs: Any) -> Any:
+    """The forward of a view's attention, which leaves the call where `_seam_attention` finds it.
+
+    Not every family hands unknown arguments on to the attention function (SigLIP does not). Other
+    parts that know the attention implementation (an MLP with a config) are run without a call.
+    """
+    module.deos_fx_calls.append(seam)
+    try:
+        return type(module).forward(module, *args, **kwargs)
+    finally:
+        module.deos_fx_calls.pop()
 
 
 def _shallow_copy(module: Any) -> Any:
