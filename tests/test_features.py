@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 
 from deos_fx import tokens
+from deos_fx.cache import ReducedCache
 from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.finish import finish
@@ -43,7 +44,7 @@ class Features:
     ) -> None:
         self.model = model
         self.images = images
-        self.given = complete_inputs(model, {**given, "use_cache": False})
+        self.given = complete_inputs(model, {"use_cache": False, **given})
         self.captured: Captured = capture_call(model, self.given)
         self.graph_module = self.captured.graph_module
         self.graph = self.graph_module.graph
@@ -175,6 +176,7 @@ CASES = [
     pytest.param({"batch": 1, "padding": None}, id="one"),
     pytest.param({"batch": 3, "padding": "left"}, id="three, padded left"),
     pytest.param({"batch": 2, "padding": "right"}, id="two, padded right"),
+    pytest.param({"batch": 2, "images": 2, "layout": "between"}, id="text between two images"),
 ]
 
 
@@ -296,7 +298,7 @@ def test_blocks_that_are_not_in_the_graph_can_be_peeked_into() -> None:
     torch.testing.assert_close(seen["joint_keys@next"], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_each_block_is_observed_once_and_a_peek_leaves_the_cache_alone() -> None:
+def test_each_block_is_observed_once() -> None:
     model = shared_llava(LAYERS)
     site = Features(model, inputs(model))
     needs = ("attention_last", "attention_text", "keys", "joint_keys", "text_keys")
@@ -304,8 +306,16 @@ def test_each_block_is_observed_once_and_a_peek_leaves_the_cache_alone() -> None
     modules = [m for m in site.graph_module.modules() if isinstance(m, ObservedBlock)]
     assert [type(module) for module in modules] == [ObservedBlock, PeekedBlock]
     assert [len(module.observe) for module in modules] == [4, 4]
-    peek = next(n for n in site.graph.nodes if n.name == "decoder_2_at_decoder_1")
-    assert "past_key_values" not in peek.kwargs
+
+
+def test_a_peek_leaves_the_cache_alone() -> None:
+    model = shared_llava(LAYERS)
+    given = inputs(model)
+    site = Features(model, {**given, "use_cache": True})
+    cache = site.given["past_key_values"] = ReducedCache(model.config.get_text_config())
+    site.at("decoder.1", "attention_last", "attention_last@next")
+    length = given["input_ids"].shape[1]
+    assert [cache.get_seq_length(layer) for layer in range(3)] == [length, length, 0]
 
 
 @pytest.mark.parametrize(
