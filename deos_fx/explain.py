@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deos_fx.operator.assign import dropped
-from deos_fx.operator.transfer import importance, merged_mass
+from deos_fx.operator.gather import chosen
+from deos_fx.operator.transfer import importance
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduction import split_site
@@ -87,6 +87,8 @@ def explain(
             if site == suffix:
                 rows = images * len(positions)
                 seen[role] = constant.to(positions.device).expand(rows, *constant.shape[1:])
+        per_row = positions.unflatten(1, (images, -1)).flatten(0, 1)
+        seen |= _destinations(reduction, seen, per_row)
         if images > 1:
             seen = _of_prompts(seen, images, positions.shape[1] // images)
         explanation = _explain_site(reduction, seen, positions, mass, remaining)
@@ -105,8 +107,7 @@ class _Watching(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if "explains" in n.meta:
-            site, role = n.meta["explains"]
+        for site, role in n.meta.get("explains", ()):
             self.seen.setdefault(site, {})[role] = value
         return value
 
@@ -118,10 +119,40 @@ def _of_prompts(seen: Mapping[str, Tensor], images: int, per_image: int) -> dict
     for role in ("score", "mass"):
         if role in seen:
             found[role] = seen[role].unflatten(0, (-1, images)).flatten(1)
-    if "assignment" in seen:
-        of_images = seen["assignment"].unflatten(0, (-1, images)).movedim(1, -1)
-        found["assignment"] = of_images.diag_embed(dim1=1, dim2=3).flatten(3, 4).flatten(1, 2)
+    for role in ("destination", "moved"):
+        if role in seen:
+            of_images = seen[role].unflatten(0, (-1, images)).movedim(1, -1)
+            found[role] = of_images.diag_embed(dim1=1, dim2=3).flatten(3, 4).flatten(1, 2)
     return found
+
+
+def _destinations(
+    reduction: Reduction, seen: Mapping[str, Tensor], tokens: Tensor
+) -> dict[str, Tensor]:
+    """Where content and mass went: ``destination`` and ``moved``, each [rows, K, V].
+
+    Args:
+        reduction: What was done.
+        seen: Values by role.
+        tokens: [rows, V]; only its shape is read.
+    """
+    if "assignment" not in seen:
+        return {}
+    receivers, sources = seen["receivers"], seen.get("sources")
+    # What goes to the residual token is already part of the assignment.
+    moved = (1.0 if reduction.has_rest else reduction.gain) * seen["assignment"]
+    slots = (seen["kept"].unsqueeze(-1) == receivers.unsqueeze(1)).to(moved.dtype)
+    moved = slots @ moved.expand(len(tokens), -1, -1)
+    if sources is not None:
+        places = torch.zeros((*moved.shape[:2], tokens.shape[1]), device=moved.device)
+        index = sources.expand(len(tokens), -1).unsqueeze(1).expand(-1, moved.shape[1], -1)
+        moved = places.scatter(2, index, moved)
+    destination = moved
+    if reduction.weighting != "one":
+        score = seen["score"]
+        weight = importance(score) if reduction.weighting == "score" else score
+        destination = moved * weight.unsqueeze(1)
+    return {"destination": destination, "moved": moved}
 
 
 def _explain_site(
@@ -141,18 +172,11 @@ def _explain_site(
         remaining: [B, N] prompt positions of everything that came so far.
     """
     kept = seen["kept"]
-    assignment, score = seen.get("assignment"), seen.get("score")
-    destination = None
     after = take(mass, kept)
-    if assignment is not None:
-        # What goes to the residual token is already part of the assignment.
-        gain = 1.0 if reduction.has_rest else reduction.gain
-        destination = gain * assignment
-        if reduction.weighting == "score" and score is not None:
-            destination = destination * importance(score).unsqueeze(1)
+    if "moved" in seen:
         # The graph has masses only where something reads them.
-        after = merged_mass(kept, assignment, mass, gain)
-    gone = dropped(kept, positions.shape[1]) > 0
+        after = after + (seen["moved"] * mass.unsqueeze(1)).sum(dim=-1)
+    gone = chosen(kept, positions.unsqueeze(-1)) == 0
     lost = positions[gone].reshape(len(positions), -1)
     stays = (remaining.unsqueeze(-1) != lost.unsqueeze(1)).all(dim=-1)
     return SiteExplanation(
@@ -160,9 +184,9 @@ def _explain_site(
         positions_in=positions,
         kept=take(positions, kept),
         dropped=lost,
-        destination=destination,
+        destination=seen.get("destination"),
         mass=seen.get("mass", after),
-        scores=score,
+        scores=seen.get("score"),
         remaining=remaining[stays].reshape(len(positions), -1),
     )
 

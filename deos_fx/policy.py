@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from deos_fx.files import write_text
-from deos_fx.reduction import Reduction, Regime, check_fields, site_order, split_site
+from deos_fx.reduction import Reduction, Regime, Tier, check_fields, site_order, split_site
 
-__all__ = ["ModelSignature", "Policy", "Reduction", "Regime"]
+__all__ = ["ModelSignature", "Policy", "Reduction", "Regime", "Tier"]
 
 VERSION = 1
 
@@ -52,10 +52,11 @@ class Policy:
         for earlier, later in zip(ordered, ordered[1:], strict=False):
             if earlier.site == later.site:
                 raise ValueError(f"two reductions at {later.site}; a site takes one")
-            if later.selector == "grid" and earlier.selector != "grid":
+            if later.whole_grid and not earlier.leaves_grid:
                 raise ValueError(
-                    f"{later.site} selects grid anchors, but {earlier.site} before it does not "
-                    f"leave a complete grid; put the grid first or choose another selector"
+                    f"{later.site} needs complete images to select from, but {earlier.site} before "
+                    f"it does not leave a complete grid; put the grid first or choose another "
+                    f"selector"
                 )
         object.__setattr__(self, "reductions", ordered)
 

@@ -5,18 +5,55 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES
+from deos_fx.operator.select import SELECTORS
 
-__all__ = ["Reduction", "Regime", "check_fields", "site_order", "split_site"]
+__all__ = ["Reduction", "Regime", "Tier", "check_fields", "site_order", "split_site"]
 
-SELECTORS = ("top_k", "greedy", "grid")
-WEIGHTINGS = ("one", "score")
+ASSIGNMENTS = ("similar", "k_nearest", "window")
+ORDERS = ("position", "tier", "selection")
 POSITIONS = ("keep", "compact")
+RECEIVERS = ("all", "last")
+WEIGHTINGS = ("one", "score", "raw")
 Regime = Literal["prune", "merge", "pool", "reweight", "mixed"]
+Option = float | tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """One step of a selection: it adds tokens to those that earlier tiers chose.
+
+    Attributes:
+        keep: Tokens it chooses: a number, or a fraction of those of the whole reduction, rounded
+            up. The first tier takes what the others leave.
+        selector: Name of a row of ``operator.SELECTORS``.
+        scores: As in `Reduction`.
+        diversity: As in `Reduction`.
+        options: As in `Reduction`.
+        observe: As in `Reduction`.
+    """
+
+    keep: int | float = 0
+    selector: str = "top_k"
+    scores: Mapping[str, float] = field(default_factory=dict)
+    diversity: float = 0.0
+    options: Mapping[str, Option] = field(default_factory=dict)
+    observe: str = ""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the size of its score matters beside its order."""
+        return self.selector == "greedy"
+
+    def count(self, total: int) -> int:
+        """Tokens it chooses of a reduction that keeps ``total``."""
+        if isinstance(self.keep, int):
+            return self.keep
+        return math.ceil(self.keep * total - 1e-9)
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,24 +61,43 @@ class Reduction:
     """One reduction at one site: a point in the operator space.
 
     Attributes:
-        site: ``projector``, ``decoder.<i>`` (after decoder layer i) or ``vision.<i>``.
-        keep: Visual tokens kept per image: an int, or a fraction in (0, 1] of the image's original
-            visual tokens.
+        site: ``projector``, ``decoder.<i>`` (after decoder layer i) or ``vision.<i>`` (after block
+            i of the vision tower).
+        keep: Visual tokens that come out, per image: an int, or a fraction in (0, 1] of the image's
+            original visual tokens.
         scores: Weight by name of a score (see ``operator.SCORES``), normalised to sum 1. Left
             empty, it is the attention of the CLS token before the decoder and of the last text
             token inside it (nothing where the scores have no effect).
-        selector: ``top_k``, ``greedy`` (with ``diversity`` > 0) or ``grid`` (evenly spread anchors,
-            whatever the scores).
+        selector: Name of a row of ``operator.SELECTORS``: ``top_k``, ``greedy`` (with ``diversity``
+            > 0), ``grid`` (evenly spread anchors, whatever the scores) and others.
         diversity: How much the greedy selector holds similarity to tokens already kept against a
             token.
+        options: Parameters of the selector and of the scores, by name.
+        observe: Where attention and keys come from: the block before the site if empty, ``next``
+            for the block behind it, on the same hidden states, or a site such as ``vision.5``.
+        tiers: Further tiers, each choosing among what those before left.
+        order: Order of the output: ``position`` in the image, ``tier`` (tier by tier, each in the
+            order of the image) or ``selection`` (as it was chosen).
+        receivers: Which kept tokens take in others: ``all``, or those of the ``last`` tier.
         gain: g, how much of a dropped token is transferred: 0 prunes, 1 merges.
+        assignment: ``similar``: every dropped token goes to similar kept ones; ``k_nearest``: every
+            kept one takes its ``neighbours`` nearest others; ``window``: bilinear interpolation of
+            the grid.
         temperature: tau of the assignment: 0 is the nearest kept token, infinity all of them alike.
-        similarity: Weight by kind, of ``feature``, ``key`` and ``grid``, normalised to sum 1.
-        weighting: u of the transfer: ``one``, or ``score`` for the logistic of the score.
+        similarity: Weight by kind, of ``feature``, ``key``, ``joint_key`` and ``grid``, normalised
+            to sum 1.
+        neighbours: Tokens that each kept one takes with ``k_nearest``.
+        weighting: u of the transfer: ``one``, ``score`` for the logistic of the standardized score,
+            ``raw`` for the (first) score as it is.
         exponent: n of the transfer: 1 is a weighted mean, 0 a sum.
+        average: What a token receives is averaged before it is added.
         reweight: rho, kept tokens are scaled by 1 + rho * score.
-        residual: The kept token with the lowest score also takes in whatever is not transferred.
-        mass_bias: beta, later attention to a token gets the bias beta * log(mass).
+        residual: One of the tokens that come out takes in whatever is not transferred. It has the
+            place of the last choice, or, with further tiers, of the best by score that none chose,
+            and comes last unless the order is that of the image.
+        keep_class: The first token that comes out is a copy of the CLS token.
+        mass_bias: beta, later attention of the same stage (tower or decoder) to a token gets the
+            bias beta * log(mass).
         position: ``keep`` the positions of the original prompt, or ``compact`` them.
     """
 
@@ -50,49 +106,64 @@ class Reduction:
     scores: Mapping[str, float] = field(default_factory=dict)
     selector: str = "top_k"
     diversity: float = 0.0
+    options: Mapping[str, Option] = field(default_factory=dict)
+    observe: str = ""
+    tiers: tuple[Tier, ...] = ()
+    order: str = "position"
+    receivers: str = "all"
     gain: float = 0.0
+    assignment: str = "similar"
     temperature: float = 0.0
     similarity: Mapping[str, float] = field(default_factory=lambda: {"feature": 1.0})
+    neighbours: int = 0
     weighting: str = "one"
     exponent: float = 1.0
+    average: bool = False
     reweight: float = 0.0
     residual: bool = False
+    keep_class: bool = False
     mass_bias: float = 0.0
     position: str = "keep"
 
     def __post_init__(self) -> None:
         stage, _ = split_site(self.site)
-        keep = self.keep
-        if isinstance(keep, bool) or not isinstance(keep, int | float) or not keep > 0:
-            raise ValueError(f"{self.site}: keep is {keep!r}; give a count >= 1 or a fraction")
-        if isinstance(keep, float) and keep > 1:
-            raise ValueError(
-                f"{self.site}: keep is {keep!r}; a float is a fraction in (0, 1], for a number of "
-                f"tokens give an int"
-            )
-        default = "last_text_attention" if stage == "decoder" else "cls_attention"
-        self._normalise("scores", SCORES, {default: 1.0} if self.uses_scores else {})
-        self._normalise("similarity", SIMILARITIES, {"feature": 1.0})
-        self._check_choice("selector", SELECTORS)
+        _check_keep(self.site, self.keep)
+        if not self.keep:
+            raise ValueError(f"{self.site}: keep is {self.keep!r}; give a count >= 1 or a fraction")
+        self._check_choice("selector", tuple(SELECTORS))
+        self._check_choice("assignment", ASSIGNMENTS)
+        self._check_choice("order", ORDERS)
+        self._check_choice("receivers", RECEIVERS)
         self._check_choice("weighting", WEIGHTINGS)
         self._check_choice("position", POSITIONS)
+        default = "last_text_attention" if stage == "decoder" else "cls_attention"
+        scores = _normal(f"{self.site}: scores", self.scores, SCORES)
+        used = {default: 1.0} if self.uses_scores else {}
+        object.__setattr__(self, "scores", scores or used)
+        similarity = _normal(f"{self.site}: similarity", self.similarity, SIMILARITIES)
+        object.__setattr__(self, "similarity", similarity or {"feature": 1.0})
+        object.__setattr__(self, "options", _options(self.site, self))
+        object.__setattr__(
+            self, "tiers", tuple(self._checked(tier, default) for tier in self.tiers)
+        )
         self._check_numbers()
+        self._check_together()
 
-    def _normalise(self, name: str, known: Mapping[str, object], default: dict[str, float]) -> None:
-        weights = getattr(self, name)
-        if not isinstance(weights, Mapping):
-            raise TypeError(f"{self.site}: {name} is {weights!r}; give a weight for each name")
-        for key, weight in weights.items():
-            if key not in known:
-                raise ValueError(f"{self.site}: no {name} {key!r}; choose from {', '.join(known)}")
-            _check_number(f"{self.site}: {name} weight of {key}", weight, 0, math.inf)
-        total = sum(weights.values())
-        if weights and not 0 < total < math.inf:
-            raise ValueError(f"{self.site}: the weights of {name} sum to {total}; give a positive")
-        # Left alone when they sum to 1 already, so that a policy read from a file is unchanged.
-        scale = 1.0 if abs(total - 1) < 1e-9 else total
-        normal = {key: weight / scale for key, weight in weights.items() if weight > 0}
-        object.__setattr__(self, name, normal or default)
+    def _checked(self, tier: Tier, default: str) -> Tier:
+        """A further tier with its scores and options complete."""
+        if not isinstance(tier, Tier):
+            raise TypeError(f"{self.site}: tiers has {tier!r}; give Tier(keep=..., selector=...)")
+        if tier.selector not in SELECTORS:
+            raise ValueError(
+                f"{self.site}: selector is {tier.selector!r}; choose from {', '.join(SELECTORS)}"
+            )
+        _check_keep(f"{self.site}: a tier", tier.keep)
+        scores = _normal(f"{self.site}: scores", tier.scores, SCORES)
+        if not scores and SELECTORS[tier.selector].ranks:
+            scores = {default: 1.0}
+        tier = replace(tier, scores=scores)
+        _check_diversity(self.site, tier)
+        return replace(tier, options=_options(self.site, tier))
 
     def _check_choice(self, name: str, choices: Sequence[str]) -> None:
         value = getattr(self, name)
@@ -105,18 +176,85 @@ class Reduction:
             _check_number(f"{self.site}: {name}", getattr(self, name), low, high)
         if self.temperature != math.inf:
             _check_number(f"{self.site}: temperature", self.temperature, 0, math.inf)
-        if not isinstance(self.residual, bool):
-            raise TypeError(f"{self.site}: residual is {self.residual!r}; give True or False")
-        if self.diversity > 0 and self.selector != "greedy":
+        for name in ("residual", "keep_class", "average"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(
+                    f"{self.site}: {name} is {getattr(self, name)!r}; give True or False"
+                )
+        _check_diversity(self.site, self)
+
+    def _check_together(self) -> None:
+        """Settings that need each other."""
+        site, stage = self.site, split_site(self.site)[0]
+        if self.order != "position" and (stage == "decoder" or self.position != "compact"):
             raise ValueError(
-                f"{self.site}: diversity {self.diversity} has no effect with the selector "
-                f"{self.selector!r}; choose 'greedy' or leave it at 0"
+                f"{site}: order {self.order!r} needs a site before the decoder and the position "
+                f"'compact', because tokens out of the image's order have no positions to keep"
             )
+        if self.keep_class and (stage != "vision" or self.order == "position"):
+            raise ValueError(
+                f"{site}: keep_class works in the vision tower with the order 'tier' or 'selection'"
+            )
+        if (self.assignment == "k_nearest") != (self.neighbours > 0):
+            raise ValueError(
+                f"{site}: assignment {self.assignment!r} with {self.neighbours} neighbours; give "
+                f"'k_nearest' and a number of neighbours together"
+            )
+        if self.assignment == "window" and self.selector != "grid":
+            raise ValueError(f"{site}: the assignment 'window' needs the selector 'grid'")
+        if self.weighting == "raw" and len(self.scores) != 1:
+            raise ValueError(f"{site}: weighting 'raw' needs exactly one score, not {self.scores}")
+        if self.residual and (not SELECTORS[self.selector].ranks or self.selector == "bipartite"):
+            raise ValueError(f"{site}: residual needs a selector that ranks, not {self.selector!r}")
+        if self.observe and self.observe != "next" and split_site(self.observe)[0] == "projector":
+            raise ValueError(f"{site}: observe is {self.observe!r}; give 'next' or a block's site")
+
+    @property
+    def selection(self) -> tuple[Tier, ...]:
+        """All tiers; the first is made of the reduction's own fields."""
+        first = Tier(
+            selector=self.selector,
+            scores=self.scores,
+            diversity=self.diversity,
+            options=self.options,
+            observe=self.observe,
+        )
+        return (first, *self.tiers)
+
+    def tier_counts(self, total: int) -> list[int]:
+        """Tokens that each tier chooses of ``total``; with further tiers, less the residual one.
+
+        Raises:
+            ValueError: If the further tiers leave nothing for the first.
+        """
+        others = [tier.count(total) for tier in self.tiers]
+        first = total - sum(others) - (1 if self.tiers and self.has_rest else 0)
+        if first < (0 if SELECTORS[self.selector].flags else 1):
+            raise ValueError(
+                f"{self.site} keeps {total} tokens, of which the tiers after the first take "
+                f"{sum(others)}; keep more, or give the tiers less"
+            )
+        return [first, *others]
+
+    @property
+    def transfers(self) -> bool:
+        """Whether the content of dropped tokens goes anywhere."""
+        return self.gain > 0 or self.has_rest
+
+    @property
+    def whole_grid(self) -> bool:
+        """Whether it needs complete images, of which nothing was dropped by score before."""
+        return any(SELECTORS[tier.selector].whole_grid for tier in self.selection)
+
+    @property
+    def leaves_grid(self) -> bool:
+        """Whether the kept tokens are complete, coarser images again."""
+        return self.selector == "grid" and not self.tiers
 
     @property
     def has_rest(self) -> bool:
         """Whether some content of dropped tokens goes to the residual token."""
-        return self.residual and self.gain < 1
+        return self.residual and (self.gain < 1 or self.assignment == "k_nearest")
 
     @property
     def uses_score_values(self) -> bool:
@@ -127,7 +265,8 @@ class Reduction:
     @property
     def uses_scores(self) -> bool:
         """Whether the scores have any effect; grid anchors alone ignore them."""
-        return self.selector != "grid" or self.uses_score_values or self.has_rest
+        raw = self.weighting == "raw" and self.transfers
+        return SELECTORS[self.selector].ranks or self.uses_score_values or self.has_rest or raw
 
     @property
     def regime(self) -> Regime:
@@ -144,7 +283,8 @@ class Reduction:
             return "reweight"
         if self.exponent != 1:
             return "mixed"
-        return "pool" if self.selector == "grid" and set(self.similarity) == {"grid"} else "merge"
+        over_grid = set(self.similarity) == {"grid"} or self.assignment == "window"
+        return "pool" if self.selector == "grid" and over_grid else "merge"
 
     def count(self, visual_tokens: int) -> int:
         """Tokens kept of an image that has ``visual_tokens``: rounded, and at least 1.
@@ -163,12 +303,9 @@ class Reduction:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not at their defaults, ready for JSON."""
-        values = asdict(self)
-        given = {
-            item.name: values[item.name]
-            for item in fields(self)
-            if values[item.name] != _default(item)
-        }
+        given = _given(self)
+        if self.tiers:
+            given["tiers"] = [_given(tier) for tier in self.tiers]
         return given | ({"temperature": "inf"} if self.temperature == math.inf else {})
 
     @classmethod
@@ -182,7 +319,11 @@ class Reduction:
         check_fields(values, {item.name for item in fields(cls)}, {"site", "keep"}, "a reduction")
         if values.get("temperature") == "inf":
             values["temperature"] = math.inf
-        return cls(**values)
+        tiers = []
+        for tier in values.pop("tiers", ()):
+            check_fields(tier, {item.name for item in fields(Tier)}, {"keep"}, "a tier")
+            tiers.append(Tier(**tier))
+        return cls(**values, tiers=tuple(tiers))
 
     def __repr__(self) -> str:
         given = self.to_dict()
@@ -190,24 +331,35 @@ class Reduction:
 
     def __str__(self) -> str:
         keep = f"{self.keep:.4g}" if isinstance(self.keep, float) else str(self.keep)
-        chosen = "grid" if self.selector == "grid" else f"{self.selector} by {_mix(self.scores)}"
-        return f"{self.site}: keep {keep}, {chosen}, {self._treatment()}, positions {self.position}"
+        chosen = " then ".join(_described(tier) for tier in self.selection)
+        order = "" if self.order == "position" else f" in the order of the {self.order}"
+        treatment = self._treatment()
+        return f"{self.site}: keep {keep}, {chosen}{order}, {treatment}, positions {self.position}"
 
     def _treatment(self) -> str:
         words = [f"{self.regime}"]
         if self.gain > 0:
-            how = {0: "nearest", math.inf: "uniform"}.get(self.temperature)
-            words.append(f"gain {self.gain:.3g}, {how or f'temperature {self.temperature:.3g}'}")
-            if self.temperature != math.inf:
+            words.append(f"gain {self.gain:.3g}, {self._assigned()}")
+            if self.assignment != "window" and self.temperature != math.inf:
                 words[-1] += f" by {_mix(self.similarity)}"
         named = {"diversity": 0, "exponent": 1, "reweight": 0, "mass_bias": 0, "weighting": "one"}
         for name, default in named.items():
             value = getattr(self, name)
             if value != default:
                 words.append(f"{name} {value if isinstance(value, str) else format(value, '.3g')}")
-        if self.residual:
-            words.append("residual")
+        flags = ("average", "residual", "keep_class")
+        words += [name.replace("_", " ") for name in flags if getattr(self, name)]
+        if self.receivers == "last":
+            words.append("into the last tier")
         return words[0] + (f" ({', '.join(words[1:])})" if words[1:] else "")
+
+    def _assigned(self) -> str:
+        if self.assignment == "k_nearest":
+            return f"{self.neighbours} nearest"
+        if self.assignment == "window":
+            return "bilinear"
+        how = {0: "nearest", math.inf: "uniform"}.get(self.temperature)
+        return how or f"temperature {self.temperature:.3g}"
 
 
 def split_site(site: str) -> tuple[str, int]:
@@ -233,6 +385,104 @@ def check_fields(values: Mapping[str, Any], known: set[str], needed: set[str], w
         raise ValueError(f"{what} lacks the field {missing!r}")
     for unknown in sorted(set(values) - known):
         raise ValueError(f"{what} has no field {unknown!r}; the fields are {sorted(known)}")
+
+
+def _check_keep(what: str, keep: object) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, int | float) or not keep >= 0:
+        raise ValueError(f"{what}: keep is {keep!r}; give a count >= 1 or a fraction")
+    if isinstance(keep, float) and keep > 1:
+        raise ValueError(
+            f"{what}: keep is {keep!r}; a float is a fraction in (0, 1], for a number of tokens "
+            f"give an int"
+        )
+
+
+def _normal(what: str, weights: object, known: Mapping[str, object]) -> dict[str, float]:
+    """Weights that sum to 1, without those that are 0."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"{what} is {weights!r}; give a weight for each name")
+    for key, weight in weights.items():
+        if key not in known:
+            name = what.rpartition(" ")[2]
+            raise ValueError(
+                f"{what.partition(':')[0]}: no {name} {key!r}; choose from {', '.join(known)}"
+            )
+        _check_number(f"{what} weight of {key}", weight, 0, math.inf)
+    total = sum(weights.values())
+    if weights and not 0 < total < math.inf:
+        raise ValueError(
+            f"{what.partition(':')[0]}: the weights of {what.rpartition(' ')[2]} sum to {total}; "
+            f"give a positive"
+        )
+    # Left alone when they sum to 1 already, so that a policy read from a file is unchanged.
+    scale = 1.0 if abs(total - 1) < 1e-9 else total
+    return {key: weight / scale for key, weight in weights.items() if weight > 0}
+
+
+def _options(site: str, tier: Reduction | Tier) -> dict[str, Option]:
+    """The options of a selector and its scores, with the defaults of those that are not given."""
+    known = _known_options(tier)
+    for name, value in tier.options.items():
+        if name not in known:
+            raise ValueError(
+                f"{site}: no option {name!r} of {tier.selector} and its scores; "
+                f"choose from {', '.join(known) or 'nothing'}"
+            )
+        values = value if isinstance(value, list | tuple) else [value]
+        for number in values:
+            _check_number(f"{site}: option {name}", number, -1e9, 1e9)
+    options = dict(known) | {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in tier.options.items()
+    }
+    for name, given in options.items():
+        if given is None:
+            raise ValueError(f"{site}: {tier.selector} needs the option {name!r}; give a value")
+    return options
+
+
+def _known_options(tier: Reduction | Tier) -> dict[str, Any]:
+    known: dict[str, Any] = dict(SELECTORS[tier.selector].options)
+    for score in tier.scores:
+        known |= SCORES[score].options
+    return known
+
+
+def _check_diversity(site: str, tier: Reduction | Tier) -> None:
+    if tier.diversity > 0 and tier.selector != "greedy":
+        raise ValueError(
+            f"{site}: diversity {tier.diversity} has no effect with the selector "
+            f"{tier.selector!r}; choose 'greedy' or leave it at 0"
+        )
+
+
+def _given(item: Reduction | Tier) -> dict[str, Any]:
+    """Fields and options that are not at their defaults, without the tiers."""
+    values = {entry.name: getattr(item, entry.name) for entry in fields(item)}
+    given = {
+        entry.name: values[entry.name]
+        for entry in fields(item)
+        if entry.name not in ("tiers", "options") and values[entry.name] != _default(entry)
+    }
+    known = _known_options(item)
+    options = {name: value for name, value in item.options.items() if value != known[name]}
+    if options:
+        given["options"] = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in options.items()
+        }
+    return {"keep": item.keep} | given if isinstance(item, Tier) else given
+
+
+def _described(tier: Tier) -> str:
+    """A tier in words: what chooses, by what, observed where."""
+    selector = SELECTORS[tier.selector]
+    words = tier.selector
+    if selector.ranks:
+        words += f" by {_mix(tier.scores)}"
+    if tier.observe:
+        words += f" of {'the next block' if tier.observe == 'next' else tier.observe}"
+    return words
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:

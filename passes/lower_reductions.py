@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from deos_fx import context, tokens
-from deos_fx.operator import StaticOutput, required_features, select, static_reduce
+from deos_fx.operator import StaticOutput, grid_anchors, required_features, static_reduce
 from deos_fx.passes.annotate_token_spaces import position_tables
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.find_sites import Site, Sites
@@ -169,7 +169,7 @@ class _Lowering:
     def note(self, role: str, node: Any) -> Any:
         """Mark a node, or a constant, for `ReducedModel.explain`."""
         if isinstance(node, fx.Node):
-            node.meta["explains"] = (self.suffix, role)
+            node.meta.setdefault("explains", []).append((self.suffix, role))
         elif node is not None:
             self.graph_module.meta.setdefault("explains", {})[self.suffix, role] = node
         return node
@@ -264,6 +264,9 @@ class _Lowering:
         reduced = static_reduce(step.reduction, count, visual, mass, features, self.call)
         self.note("score", reduced.score)
         self.note("assignment", reduced.assignment)
+        if reduced.assignment is not None:
+            self.note("receivers", reduced.receivers)
+            self.note("sources", reduced.sources)
         return reduced
 
     # *** token spaces ***
@@ -414,7 +417,7 @@ class _Lowering:
             return self.call(tokens.take, grid, kept)
         if step.reduction.selector == "grid":
             count = step.count * (self.layout.images if step.stage == "decoder" else 1)
-            return grid[select.grid_anchors(grid, count)[0]]
+            return grid[grid_anchors(grid, count)[0]]
         return self.call(tokens.take, grid[None], kept)
 
     def _grid_of_prompt(self, kept: fx.Node) -> fx.Node | torch.Tensor:

@@ -24,17 +24,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from deos_fx import context, operator, tokens
-from deos_fx.operator import SCORES
+from deos_fx.operator import SCORES, SELECTORS
 
 __all__ = ["Stage", "VerificationError", "verify"]
 
 Stage = Literal["captured", "lowered", "decode"]
 
-_STATIC = {
-    *(getattr(module, name) for module in (tokens, context) for name in module.__all__),
-    *(function for name in operator.__all__ if callable(function := getattr(operator, name))),
-    *(score.function for score in SCORES.values()),
-}
 
 # Their results have shapes that depend on data, or runtimes disagree on them.
 _DYNAMIC = {"index_add", "item", "masked_select", "nonzero", "scatter_add", "tolist", "unique"}
@@ -108,6 +103,16 @@ def _check_layers(graph: fx.Graph, stage: Stage) -> None:
     _require(in_order, stage, f"decoder layers run in the order {layers}")
 
 
+def _static_operators() -> set[Any]:
+    """Our functions that a lowered graph may call: those of the tables, as they are now."""
+    return {
+        *(getattr(module, name) for module in (tokens, context) for name in module.__all__),
+        *(function for name in operator.__all__ if callable(function := getattr(operator, name))),
+        *(score.function for score in SCORES.values()),
+        *(selector.function for selector in SELECTORS.values()),
+    }
+
+
 def _check_operator(node: fx.Node, stage: Stage) -> None:
     if node.op not in ("call_function", "call_method"):
         return
@@ -115,7 +120,8 @@ def _check_operator(node: fx.Node, stage: Stage) -> None:
     _require(name.strip("_") not in _DYNAMIC, stage, f"{node.name} calls {name}")
     ours = getattr(node.target, "__module__", None) or ""
     if ours.startswith(("deos_fx.context", "deos_fx.tokens", "deos_fx.operator")):
-        _require(node.target in _STATIC, stage, f"{node.name}: {name} is not a static operator")
+        known = node.target in _static_operators()
+        _require(known, stage, f"{node.name}: {name} is not a static operator")
 
 
 def _check_spaces(graph: fx.Graph) -> None:
@@ -133,13 +139,23 @@ def _count(kept: Any) -> int | None:
     if kept.target is tokens.kept_of_prompt:
         per_image = _count(kept.args[0])
         return None if per_image is None else per_image * kept.args[1]
-    place = {operator.top_k: 1, operator.greedy: 2}.get(kept.target)
+    if kept.target in (operator.in_order, operator.take):
+        return _count(kept.args[0])
+    if kept.target is torch.narrow:
+        return kept.args[3]
+    if kept.target is torch.cat:
+        parts = [_count(part) for part in kept.args[0]]
+        return None if None in parts else sum(cast(list[int], parts))
+    # A selector takes the number of tokens behind what it needs.
+    places = {row.function: len(row.needs) for row in SELECTORS.values() if not row.flags}
+    place = places.get(kept.target)
     return None if place is None else kept.args[place]
 
 
 def _check_decode(graph: fx.Graph) -> None:
+    ours = _static_operators()
     for node in graph.nodes:
-        reduces = node.op == "call_function" and node.target in _STATIC
+        reduces = node.op == "call_function" and node.target in ours
         _require(not reduces, "decode", f"{node.name} reduces tokens")
         first = node.kwargs.get("layer_idx")
         for user in node.users:

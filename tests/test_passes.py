@@ -184,7 +184,7 @@ def test_a_graph_has_one_selection_for_each_reduction() -> None:
     picks = [node for node in graph_module.graph.nodes if node.target is top_k]
     names = [f"top_k_{step.site.replace('.', '_')}" for step in steps]
     assert [node.name for node in picks] == names
-    assert [node.args[1] for node in picks] == [32, 16, 4]
+    assert [node.args[2] for node in picks] == [32, 16, 4]
     assert len(graph_module.graph.output_node().args[0]["spaces"]) == 3
 
 
@@ -245,7 +245,7 @@ def forgotten(graph_module: fx.GraphModule) -> None:
 
 def grown(graph_module: fx.GraphModule) -> None:
     last = [node for node in graph_module.graph.nodes if node.target is top_k][-1]
-    last.args = (last.args[0], 60)
+    last.args = (*last.args[:2], 60)
 
 
 @pytest.mark.parametrize(

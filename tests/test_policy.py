@@ -6,6 +6,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,35 +15,80 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deos_fx.operator import SCORES
-from deos_fx.policy import ModelSignature, Policy, Reduction
+from deos_fx.operator import SCORES, SELECTORS, SIMILARITIES
+from deos_fx.policy import ModelSignature, Policy, Reduction, Tier
 
 TINY = ModelSignature(model_type="llava", vision_layers=4, decoder_layers=10, visual_tokens=144)
 SITES = ["projector", "decoder.0", "decoder.4", "decoder.12", "vision.3"]
 
 weights = st.floats(0.01, 10)
-reductions = st.builds(
-    Reduction,
-    site=st.just("projector"),
-    keep=st.one_of(st.integers(1, 144), st.floats(0.001, 1)),
-    scores=st.dictionaries(st.sampled_from(sorted(SCORES)), weights, max_size=3),
-    selector=st.sampled_from(["top_k", "greedy"]),
-    gain=st.floats(0, 1),
-    temperature=st.one_of(st.floats(0, 100), st.just(math.inf)),
-    similarity=st.dictionaries(st.sampled_from(["feature", "key", "grid"]), weights),
-    weighting=st.sampled_from(["one", "score"]),
-    exponent=st.floats(0, 2),
-    reweight=st.floats(-1, 1),
-    residual=st.booleans(),
-    mass_bias=st.floats(0, 2),
-    position=st.sampled_from(["keep", "compact"]),
-)
+PICKING = sorted(name for name, row in SELECTORS.items() if "taken" in row.needs)
+ANYWHERE = [name for name in PICKING if not SELECTORS[name].whole_grid]
+
+
+@st.composite
+def tiers(draw: st.DrawFn, selectors: Sequence[str] = PICKING, most_scores: int = 3) -> Tier:
+    """A tier with the options that its selector and scores know."""
+    selector = draw(st.sampled_from(selectors))
+    scores = draw(st.dictionaries(st.sampled_from(sorted(SCORES)), weights, max_size=most_scores))
+    known = set(SELECTORS[selector].options).union(*(SCORES[name].options for name in scores))
+    options: dict[str, Any] = {name: draw(st.integers(1, 9)) for name in known - {"probe", "first"}}
+    if "probe" in known:
+        options["probe"] = tuple(draw(st.lists(st.floats(-9, 9), min_size=1, max_size=4)))
+    return Tier(
+        keep=draw(st.one_of(st.integers(1, 9), st.floats(0.001, 0.3))),
+        selector=selector,
+        scores=scores,
+        diversity=draw(st.floats(0, 3)) if selector == "greedy" else 0.0,
+        options=options,
+        observe=draw(st.sampled_from(["", "next", "vision.1"])),
+    )
+
+
+@st.composite
+def reductions(
+    draw: st.DrawFn, site: str = "projector", selectors: Sequence[str] = PICKING
+) -> Reduction:
+    """A reduction of any kind that is possible at a site."""
+    weighting = draw(st.sampled_from(["one", "score", "raw"]))
+    first = draw(tiers(selectors, most_scores=1 if weighting == "raw" else 3))
+    if weighting == "raw" and not first.scores:
+        first = replace(first, scores={"novelty": 1.0})
+    neighbours = draw(st.sampled_from([0, 0, 3]))
+    order, position = "position", draw(st.sampled_from(["keep", "compact"]))
+    if position == "compact" and not site.startswith("decoder"):
+        order = draw(st.sampled_from(["position", "tier", "selection"]))
+    return Reduction(
+        site,
+        draw(st.one_of(st.integers(1, 144), st.floats(0.001, 1))),
+        scores=first.scores,
+        selector=first.selector,
+        diversity=first.diversity,
+        options=first.options,
+        observe=first.observe,
+        tiers=tuple(draw(st.lists(tiers(selectors), max_size=2))),
+        order=order,
+        receivers=draw(st.sampled_from(["all", "last"])),
+        gain=draw(st.floats(0, 1)),
+        assignment="k_nearest" if neighbours else "similar",
+        neighbours=neighbours,
+        temperature=draw(st.one_of(st.floats(0, 100), st.just(math.inf))),
+        similarity=draw(st.dictionaries(st.sampled_from(sorted(SIMILARITIES)), weights)),
+        weighting=weighting,
+        exponent=draw(st.floats(0, 2)),
+        average=draw(st.booleans()),
+        reweight=draw(st.floats(-1, 1)),
+        residual=SELECTORS[first.selector].ranks and draw(st.booleans()),
+        keep_class=order != "position" and site.startswith("vision") and draw(st.booleans()),
+        mass_bias=draw(st.floats(0, 2)),
+        position=position,
+    )
 
 
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
     sites = draw(st.lists(st.sampled_from(SITES), unique=True, max_size=4))
-    parts = tuple(replace(draw(reductions), site=site) for site in sites)
+    parts = tuple(draw(reductions(site, ANYWHERE)) for site in sites)
     model = draw(st.sampled_from([None, TINY]))
     return Policy(parts, name=draw(st.text(max_size=8)), model=model)
 
@@ -56,9 +102,10 @@ def test_json_round_trip(policy: Policy) -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(reductions)
+@given(reductions())
 def test_weights_are_on_the_simplex(reduction: Reduction) -> None:
-    assert sum(reduction.scores.values()) == pytest.approx(1)
+    if reduction.uses_scores:
+        assert sum(reduction.scores.values()) == pytest.approx(1)
     assert sum(reduction.similarity.values()) == pytest.approx(1)
 
 
@@ -169,7 +216,7 @@ def test_counts_may_not_grow_with_depth() -> None:
         ({"scores": {"novelty": -1}}, "weight of novelty is -1"),
         ({"scores": {"novelty": 0}}, "sum to 0"),
         ({"similarity": {"colour": 1}}, "no similarity 'colour'"),
-        ({"selector": "random"}, "selector is 'random'; choose from top_k, greedy, grid"),
+        ({"selector": "random"}, "selector is 'random'; choose from top_k, greedy, max_min"),
         ({"weighting": "two"}, "weighting is 'two'"),
         ({"position": "grid"}, "position is 'grid'; choose from keep, compact"),
         ({"gain": 1.5}, r"gain is 1.5; give a number in \[0, 1\]"),
@@ -196,11 +243,22 @@ def test_a_site_takes_one_reduction() -> None:
         Policy((Reduction("projector", 18), Reduction("projector", 9)))
 
 
-def test_grid_anchors_need_a_complete_grid() -> None:
-    grid = Reduction("decoder.1", 9, selector="grid")
-    with pytest.raises(ValueError, match="decoder.1 selects grid anchors, but projector"):
-        Policy((Reduction("projector", 18), grid))
-    Policy((Reduction("projector", 36, selector="grid"), grid))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"selector": "grid"},
+        {"selector": "windows", "options": {"windows": 9}},
+        {"tiers": (Tier(keep=3, selector="windows", options={"windows": 9}),)},
+        {"selector": "neighbourhood", "tiers": (Tier(keep=1.0),)},
+    ],
+)
+def test_some_selectors_need_a_complete_grid(fields: dict[str, Any]) -> None:
+    second = Reduction("decoder.1", 9, **fields)
+    with pytest.raises(ValueError, match="decoder.1 needs complete images .*, but projector"):
+        Policy((Reduction("projector", 18), second))
+    with pytest.raises(ValueError, match="decoder.1 needs complete images .*, but projector"):
+        Policy((Reduction("projector", 18, selector="grid", tiers=(Tier(keep=2),)), second))
+    Policy((Reduction("projector", 36, selector="grid"), second))
 
 
 def test_a_signature_reads_as_a_description() -> None:

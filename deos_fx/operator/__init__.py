@@ -8,37 +8,95 @@ from __future__ import annotations
 
 from types import FunctionType
 
-from deos_fx.operator.assign import SIMILARITIES, dropped, nearest, similarity, soft, uniform
+from deos_fx.operator.assign import (
+    SIMILARITIES,
+    between_halves,
+    k_nearest,
+    nearest,
+    similarity,
+    soft,
+    uniform,
+)
+from deos_fx.operator.gather import chosen, for_each_row, in_order, others, take
+from deos_fx.operator.grid import columns, grid_anchors, grid_layout, interpolation, window_members
 from deos_fx.operator.scores import SCORES, Score, combine, standardize
-from deos_fx.operator.select import for_each_row, greedy, grid_anchors, grid_layout, take, top_k
+from deos_fx.operator.select import (
+    SELECTORS,
+    Selector,
+    bipartite,
+    favour,
+    lattice,
+    neighbourhood,
+    quota,
+    second_half,
+    strided,
+    top_k,
+    windows,
+)
+from deos_fx.operator.sequential import determinantal, distinct, greedy, max_min, probe
 from deos_fx.operator.static import StaticOutput, required_features, static_reduce
-from deos_fx.operator.transfer import importance, merge, merged_mass, residual, reweight
+from deos_fx.operator.transfer import (
+    importance,
+    merge,
+    merged_mass,
+    own_part,
+    rest,
+    rest_beside,
+    reweight,
+    slot_of,
+    with_class,
+)
 
 __all__ = [
     "SCORES",
+    "SELECTORS",
     "SIMILARITIES",
     "Score",
+    "Selector",
     "StaticOutput",
+    "between_halves",
+    "bipartite",
+    "chosen",
+    "columns",
     "combine",
-    "dropped",
+    "determinantal",
+    "distinct",
+    "favour",
     "for_each_row",
     "greedy",
     "grid_anchors",
     "grid_layout",
     "importance",
+    "in_order",
+    "interpolation",
+    "k_nearest",
+    "lattice",
+    "max_min",
     "merge",
     "merged_mass",
     "nearest",
+    "neighbourhood",
+    "others",
+    "own_part",
+    "probe",
+    "quota",
     "required_features",
-    "residual",
+    "rest",
+    "rest_beside",
     "reweight",
+    "second_half",
     "similarity",
+    "slot_of",
     "soft",
     "standardize",
     "static_reduce",
+    "strided",
     "take",
     "top_k",
     "uniform",
+    "window_members",
+    "windows",
+    "with_class",
 ]
 
 # The code of a graph spells out where a function lives; the public place reads best there.

@@ -1,7 +1,8 @@
 """Where a dropped token goes: similarities between tokens, and the assignment P made from them.
 
-P [B, K, V] says how much of token j goes to kept token i. Columns of kept tokens are 0 (they stay
-where they are); every other column sums to 1.
+P [B, R, S] says how much of source token j goes to receiver i. The sources are the dropped tokens,
+and every column sums to 1, except where receivers choose (``k_nearest``, interpolation): there the
+sources are all tokens.
 """
 
 from __future__ import annotations
@@ -12,110 +13,144 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deos_fx.operator.gather import take
 from deos_fx.operator.scores import full_precision
-from deos_fx.operator.select import take
 
 __all__ = [
     "SIMILARITIES",
-    "dropped",
+    "between_halves",
+    "k_nearest",
     "nearest",
     "similarity",
     "soft",
     "uniform",
 ]
 
-SIMILARITIES: Mapping[str, str] = {"feature": "tokens", "key": "keys", "grid": "grid"}
+SIMILARITIES: Mapping[str, str] = {
+    "feature": "tokens",
+    "key": "keys",
+    "joint_key": "joint_keys",
+    "grid": "grid",
+}
 """Kinds of similarity and the feature each is computed from."""
+
+_Which = Tensor | slice | None
+"""Which tokens: indices [B or 1, R], a slice, or all."""
 
 
 def similarity(
-    tokens: Tensor | None,
-    keys: Tensor | None,
-    grid: Tensor | None,
+    features: Mapping[str, Tensor],
     weights: Mapping[str, float] | Mapping[str, Tensor],
-    kept: Tensor | None = None,
+    rows: _Which = None,
+    columns: _Which = None,
 ) -> Tensor:
     """Mixes similarities of feature, key and grid position, each in [-1, 1].
 
-    a_ij = w_feature cos(x_i, x_j) + w_key cos(k_i, k_j) + w_grid / (1 + |p_i - p_j|); the grid
-    part is -1 between tokens of different images.
+    a_ij = sum_f w_f cos(f_i, f_j) + w_grid / (1 + |p_i - p_j|), where f is the hidden state, the
+    mean of the keys over heads, or the keys of all heads together; the grid part is -1 between
+    tokens of different images.
 
     Args:
-        tokens: Hidden states [B, V, d], or None if the feature weight is not given.
-        keys: Attention keys [B, V, Dk], or None if the key weight is not given.
-        grid: Image, row and column, [V, 3] or [B, V, 3], or None if its weight is not given.
+        features: What each kind compares: [B, V, d], and for ``grid`` image, row and column,
+            [V, 3] or [B, V, 3].
         weights: Weight by kind; the kinds given are those computed.
-        kept: Rows to compute, [B or 1, K]; all rows if None.
+        rows: Tokens i, indices [B or 1, R] or a slice; all tokens if None.
+        columns: Tokens j, indices [B or 1, C] or a slice; all tokens if None.
 
     Returns:
-        [B, K, V], or [B, V, V] without ``kept``; B is 1 if nothing depends on the input.
+        [B, R, C]; B is 1 if nothing depends on the input.
     """
-    parts = []
-    if "feature" in weights and tokens is not None:
-        parts.append(weights["feature"] * _cosine(tokens, kept))
-    if "key" in weights and keys is not None:
-        parts.append(weights["key"] * _cosine(keys, kept))
-    if "grid" in weights and grid is not None:
-        parts.append(weights["grid"] * _proximity(grid, kept))
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+    total: Tensor | None = None
+    for kind, weight in weights.items():
+        compare = _proximity if kind == "grid" else _cosine
+        part = compare(features[kind], rows, columns)
+        # A pass over all pairs is saved where there is but one kind.
+        part = part if isinstance(weight, float) and weight == 1 else weight * part
+        total = part if total is None else total + part
+    assert total is not None, "no similarity to compute"
     return total
 
 
-def _cosine(x: Tensor, kept: Tensor | None) -> Tensor:
+def between_halves(
+    features: Mapping[str, Tensor], weights: Mapping[str, float], first: int
+) -> Tensor:
+    """Similarities of alternating tokens, A = first, first + 2, ... and B the others.
+
+    Args:
+        features: As for ``similarity``.
+        weights: As for ``similarity``.
+        first: 0 or 1.
+
+    Returns:
+        [B, |A|, |B|].
+    """
+    return similarity(features, weights, slice(first, None, 2), slice(1 - first, None, 2))
+
+
+def _cosine(x: Tensor, rows: _Which, columns: _Which) -> Tensor:
     unit = F.normalize(full_precision(x), dim=-1)
-    return (unit if kept is None else take(unit, kept)) @ unit.mT
+    return _some(unit, rows) @ _some(unit, columns).mT
 
 
-def _proximity(grid: Tensor, kept: Tensor | None) -> Tensor:
+def _proximity(grid: Tensor, rows: _Which, columns: _Which) -> Tensor:
     every = (grid if grid.dim() == 3 else grid.unsqueeze(0)).float()
-    some = every
-    if kept is not None and grid.dim() == 3:
-        some = take(every, kept)
-    elif kept is not None:
-        some = every[0].index_select(0, kept.flatten()).unflatten(0, (kept.shape[0], -1))
-    apart = some.unsqueeze(2) - every.unsqueeze(1)
+    apart = _some(every, rows).unsqueeze(2) - _some(every, columns).unsqueeze(1)
     distance = apart[..., 1:].square().sum(-1).sqrt()
     return torch.where(apart[..., 0] == 0, 1 / (1 + distance), -1.0)
 
 
-def dropped(kept: Tensor, tokens: int) -> Tensor:
-    """1 for tokens that are not kept and 0 for those that are: [B, V] from indices [B, K]."""
-    index = torch.arange(tokens, device=kept.device)
-    # A sum of floats: the CUDA provider of ONNX Runtime reduces booleans on the CPU
-    # (microsoft/onnxruntime#33876).
-    return 1 - (kept.unsqueeze(-1) == index).float().sum(dim=1)
+def _some(x: Tensor, index: _Which) -> Tensor:
+    """Rows of [B or 1, V, d] at indices [B or 1, R], or of a slice."""
+    if index is None:
+        return x
+    if isinstance(index, slice):
+        return x[:, index]
+    if index.shape[0] == 1:
+        return x.index_select(1, index.flatten())
+    return take(x.expand(index.shape[0], -1, -1), index)
 
 
-def nearest(similarity: Tensor, kept: Tensor) -> Tensor:
-    """Assigns each dropped token to the most similar kept one, the first of them on a tie.
+def nearest(similarity: Tensor) -> Tensor:
+    """Assigns each source to the most similar receiver, the first of them on a tie.
 
     Args:
-        similarity: [B, K, V], rows of the kept tokens.
-        kept: Indices [B, K].
+        similarity: [B, R, S].
 
     Returns:
-        One-hot P [B, K, V].
+        One-hot P [B, R, S].
     """
     slot = torch.arange(similarity.shape[1], device=similarity.device).unsqueeze(-1)
-    chosen = (slot == similarity.argmax(dim=1, keepdim=True)).to(similarity.dtype)
-    return chosen * dropped(kept, similarity.shape[-1]).unsqueeze(1)
+    return (slot == similarity.argmax(dim=1, keepdim=True)).to(similarity.dtype)
 
 
-def soft(similarity: Tensor, kept: Tensor, temperature: float) -> Tensor:
-    """Spreads each dropped token over the kept ones: P = softmax_i(a_ij / tau).
+def soft(similarity: Tensor, temperature: float) -> Tensor:
+    """Spreads each source over the receivers: P = softmax_i(a_ij / tau).
 
     Args:
-        similarity: [B, K, V], rows of the kept tokens.
-        kept: Indices [B, K].
+        similarity: [B, R, S].
         temperature: tau > 0.
     """
-    share = (similarity / temperature).softmax(dim=1)
-    return share * dropped(kept, similarity.shape[-1]).unsqueeze(1)
+    return (similarity / temperature).softmax(dim=1)
 
 
-def uniform(kept: Tensor, tokens: Tensor) -> Tensor:
-    """Spreads each dropped token of [B, V, d] evenly: the limit tau = infinity, P = 1 / K."""
-    gone = dropped(kept, tokens.shape[1]).unsqueeze(1)
-    return (gone / kept.shape[1]).expand(-1, kept.shape[1], -1)
+def uniform(receivers: Tensor, sources: Tensor) -> Tensor:
+    """Spreads each source [B, S] evenly over [B, R]: the limit tau = infinity, P = 1 / R."""
+    share = torch.ones(sources.shape, device=sources.device).unsqueeze(1) / receivers.shape[1]
+    return share.expand(-1, receivers.shape[1], -1)
+
+
+def k_nearest(similarity: Tensor, receivers: Tensor, neighbours: int) -> Tensor:
+    """Gives each receiver its most similar other tokens, kept or dropped (PruMerge).
+
+    Args:
+        similarity: [B, R, V] to all tokens.
+        receivers: Indices [B, R].
+        neighbours: How many.
+
+    Returns:
+        P [B, R, V] of zeros and ones, with so many ones in every row.
+    """
+    index = receivers.unsqueeze(-1)
+    apart = similarity.scatter(2, index, torch.finfo(similarity.dtype).min)
+    best = apart.topk(min(neighbours, similarity.shape[2] - 1), dim=-1).indices
+    return torch.zeros_like(similarity).scatter(2, best, 1.0)

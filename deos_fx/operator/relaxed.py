@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deos_fx.operator import assign, select, transfer
+from deos_fx.operator import assign, grid, sequential, transfer
 from deos_fx.operator.scores import LOG_FLOOR, SCORES, combine, standardize
+from deos_fx.operator.select import SELECTORS
+from deos_fx.operator.static import feature_name
 from deos_fx.reduction import Reduction
 
-__all__ = ["RelaxedOutput", "RelaxedReduction", "soft_top_k"]
+__all__ = ["RelaxedOutput", "RelaxedReduction", "has_relaxed_form", "soft_top_k"]
 
 HARD = 1e-3
 """Assignments at a temperature below this are made to the nearest token alone."""
@@ -132,6 +134,11 @@ class RelaxedReduction(nn.Module):
         gate_temperature: float = 0.5,
     ) -> None:
         super().__init__()
+        if not has_relaxed_form(start):
+            raise ValueError(
+                f"{start} has no relaxed form, so it cannot be searched; start from one with a "
+                f"single tier of {', '.join(_RELAXED)}, in the order of the image"
+            )
         self.start = start
         self.gate_temperature = gate_temperature
         self.activation = _parameter(_logit(activation))
@@ -160,18 +167,21 @@ class RelaxedReduction(nn.Module):
         scores = dict(zip(self.start.scores, self.scores.softmax(0).tolist(), strict=True))
         kinds = dict(zip(self.start.similarity, self.similarity.softmax(0).tolist(), strict=True))
         temperature = self.log_temperature.exp().item()
+        scores, kinds = _main(scores), _main(kinds)
         diversity = _rounded(F.softplus(self.diversity).item())
         greedy = self.start.selector == "greedy" and diversity > 0
+        plain = self.start.selector == "greedy" and not greedy
+        selector = "top_k" if plain else self.start.selector
+        known = {*SELECTORS[selector].options}.union(*(SCORES[name].options for name in scores))
         gain = _rounded(self.gain.sigmoid().item())
         return replace(
             self.start,
             site=site,
             keep=keep,
-            scores=_main(scores),
-            similarity=_main(kinds),
-            selector="top_k"
-            if self.start.selector == "greedy" and not greedy
-            else self.start.selector,
+            scores=scores,
+            similarity=kinds,
+            selector=selector,
+            options={name: value for name, value in self.start.options.items() if name in known},
             diversity=diversity if greedy else 0.0,
             gain=gain,
             temperature=_snapped(temperature) if gain else 0.0,
@@ -202,20 +212,27 @@ class RelaxedReduction(nn.Module):
             mass: [B, V].
             features: As for ``static_reduce``.
         """
-        features = {**features, "tokens": tokens}
+        options = {
+            feature_name(name, self.start.observe): torch.tensor(value)
+            for name, value in self.start.options.items()
+        }
+        features = {**options, **features, "tokens": tokens}
         score = self._score(features, alive)
         count = self.keep_fraction(alive.sum(dim=-1))
-        gates = soft_top_k(
-            self._ranking(score, count, alive, features), count, self.gate_temperature, alive
-        )
-        assignment = self._assignment(score, gates, features)
+        ranking = self._ranking(score, count, alive, features)
+        gates = soft_top_k(ranking, count, self.gate_temperature, alive)
+        # In half open rows the fullest gates count as open, so that there is always a target.
+        closed = gates < 0.5 * gates.amax(dim=-1, keepdim=True)
+        slot = self._slot(ranking, closed)
+        assignment = self._assignment(gates, closed, slot, features)
         moved = (mass * (alive - gates)).unsqueeze(1) * assignment
-        content = moved
+        content, own = moved, torch.ones_like(mass)
         if self.start.weighting == "score":
-            content = moved * transfer.importance(score).unsqueeze(1)
-        share = (mass / (mass + content.sum(dim=-1))) ** self.start.exponent
+            weight = transfer.importance(score)
+            content, own = moved * weight.unsqueeze(1), 1 + self._fused(slot) * (weight - 1)
+        share = (mass / (mass * own + content.sum(dim=-1))) ** self.start.exponent
         received = (content * (share / mass).unsqueeze(-1)).to(tokens.dtype) @ tokens
-        reduced = tokens * share.unsqueeze(-1).to(tokens.dtype) + received
+        reduced = tokens * (own * share).unsqueeze(-1).to(tokens.dtype) + received
         factor = 1 + self.activation.sigmoid() * self.reweight * score
         reduced = reduced * factor.unsqueeze(-1).to(tokens.dtype)
         return RelaxedOutput(reduced, gates, mass + moved.sum(dim=-1), score)
@@ -226,7 +243,7 @@ class RelaxedReduction(nn.Module):
         parts = []
         for name in self.start.scores:
             score = SCORES[name]
-            inputs = [features[need] for need in score.needs]
+            inputs = [features[feature_name(need, self.start.observe)] for need in score.needs]
             part = score.function(*inputs, alive) if score.compares else score.function(*inputs)
             parts.append(standardize(part.expand_as(alive), alive))
         return combine(parts, self.scores.softmax(0))
@@ -241,27 +258,35 @@ class RelaxedReduction(nn.Module):
         if self.start.selector == "grid":
             return _grid_ranking(features["grid"], round(count.mean().item()), alive)
         diversity = F.softplus(self.diversity)
-        penalty = select.greedy_penalty(
+        penalty = sequential.greedy_penalty(
             score + alive.clamp_min(LOG_FLOOR).log(), self._similarity(features), steps, diversity
         )
         return score - diversity * penalty
 
     def _similarity(self, features: Mapping[str, Tensor]) -> Tensor:
         weights = dict(zip(self.start.similarity, self.similarity.softmax(0), strict=True))
-        sources = [features[name] if kind in weights else None for kind, name in _KINDS]
-        return assign.similarity(sources[0], sources[1], sources[2], weights)
+        names = {kind: assign.SIMILARITIES[kind] for kind in weights}
+        observe = self.start.observe
+        compared = {kind: features[feature_name(name, observe)] for kind, name in names.items()}
+        return assign.similarity(compared, weights)
 
-    def _assignment(self, score: Tensor, gates: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+    def _slot(self, ranking: Tensor, closed: Tensor) -> Tensor:
+        """1 at the residual token, the last one that the selector takes; [B, V]."""
+        if not self.start.residual:
+            return torch.zeros_like(ranking)
+        last = ranking.masked_fill(closed, math.inf).argmin(dim=-1)
+        return F.one_hot(last, ranking.shape[-1]).to(ranking.dtype)
+
+    def _fused(self, slot: Tensor) -> Tensor:
+        """How far the residual token counts like what it takes in: not at all at full gain."""
+        return slot * self.activation.sigmoid() * (self.gain.sigmoid() < 1)
+
+    def _assignment(
+        self, gates: Tensor, closed: Tensor, slot: Tensor, features: Mapping[str, Tensor]
+    ) -> Tensor:
         """g P with whatever goes to the residual token, [B, V, V]."""
         gain = self.gain.sigmoid()
-        # In half open rows the fullest gates count as open, so that there is always a target.
-        closed = gates < 0.5 * gates.amax(dim=-1, keepdim=True)
-        assignment = gain * self._targets(gates, closed, features)
-        if not self.start.residual:
-            return assignment
-        last = score.masked_fill(closed, math.inf).argmin(dim=-1)
-        slot = F.one_hot(last, score.shape[-1]).to(score.dtype)
-        return assignment + (1 - gain) * slot.unsqueeze(-1)
+        return gain * self._targets(gates, closed, features) + (1 - gain) * slot.unsqueeze(-1)
 
     def _targets(self, gates: Tensor, closed: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         similarity = self._similarity(features).expand(gates.shape[0], -1, -1)
@@ -281,14 +306,24 @@ class RelaxedReduction(nn.Module):
         return soft + (hard - soft).detach()
 
 
-_KINDS = tuple(assign.SIMILARITIES.items())
+_RELAXED = tuple(name for name, selector in SELECTORS.items() if selector.relaxed)
 
 
-def _grid_ranking(grid: Tensor, count: int, alive: Tensor) -> Tensor:
+def has_relaxed_form(reduction: Reduction) -> bool:
+    """Whether a reduction can be searched: one tier that ranks, in the order of the image."""
+    fixed = replace(
+        reduction, tiers=(), order="position", receivers="all", assignment="similar", neighbours=0
+    )
+    one_step = reduction.options.get("at_once", 1) == 1 and not reduction.keep_class
+    plain = not reduction.average and reduction.weighting != "raw"
+    return reduction == fixed and reduction.selector in _RELAXED and one_step and plain
+
+
+def _grid_ranking(places: Tensor, count: int, alive: Tensor) -> Tensor:
     """The grid's preference among the tokens that are left, if those are still a grid."""
     left = (alive.amin(dim=0) > 0.5).nonzero().squeeze(-1)
     ranking = torch.full_like(alive, -1.0)
-    ranking[:, left] = select.grid_preference(grid[left], count).to(alive.dtype)
+    ranking[:, left] = grid.grid_preference(places[left], count).to(alive.dtype)
     return ranking
 
 

@@ -7,7 +7,7 @@ precision. A new score is a function here and a row of ``SCORES``; nothing else 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,16 +16,26 @@ from torch.nn import functional as F
 __all__ = [
     "SCORES",
     "Score",
+    "agreed_attention",
+    "calibrated_rater_attention",
     "cls_attention",
     "combine",
     "feature_norm",
     "full_precision",
     "grid_coverage",
+    "joint_cls_attention",
+    "key_l1_norm",
     "key_norm",
     "last_text_attention",
+    "linear_probe",
+    "mutual_attention",
     "novelty",
+    "random",
+    "rater_attention",
     "standardize",
     "text_attention",
+    "text_irrelevance",
+    "text_relevance",
 ]
 
 LOG_FLOOR = 1e-13
@@ -50,6 +60,82 @@ def text_attention(attention_text: Tensor) -> Tensor:
 def cls_attention(attention_cls: Tensor) -> Tensor:
     """Attention [B, V] that the CLS token of the vision tower pays (FasterVLM, VisionZip)."""
     return full_precision(attention_cls)
+
+
+def joint_cls_attention(attention_cls_joint: Tensor) -> Tensor:
+    """Attention [B, V] of the CLS token over the full width, heads not split (PruMerge)."""
+    return full_precision(attention_cls_joint)
+
+
+def rater_attention(attention_raters: Tensor) -> Tensor:
+    """Mean attention [B, V] of the text tokens that the image speaks to (SparseVLM's raters)."""
+    return full_precision(attention_raters)
+
+
+def calibrated_rater_attention(attention_raters_plus: Tensor) -> Tensor:
+    """Attention [B, V] of the raters in the heads that look at the image, without the part that
+    rotary positions alone explain (SparseVLM+)."""
+    return full_precision(attention_raters_plus)
+
+
+def mutual_attention(attention_mutual: Tensor) -> Tensor:
+    """Mean attention [B, V] that a token gets: in the tower from all its tokens (HiPrune), in the
+    decoder from the visual ones."""
+    return full_precision(attention_mutual)
+
+
+def agreed_attention(attention_text_max: Tensor, attention_mutual_max: Tensor) -> Tensor:
+    """Product [B, V] of the attention from the text and from the image, largest head of each
+    (FitPrune drops what neither looks at)."""
+    return full_precision(attention_text_max) * full_precision(attention_mutual_max)
+
+
+def key_l1_norm(joint_keys: Tensor) -> Tensor:
+    """Sum of absolute values [B, V] of the keys of all heads [B, V, H * D] (DART's pivots)."""
+    return full_precision(joint_keys).abs().sum(dim=-1)
+
+
+def text_relevance(tokens: Tensor, text_tokens: Tensor, text_mask: Tensor) -> Tensor:
+    """Mean cosine [B, V] of each token of [B, V, d] to the text [B, T, d] (see CDPruner).
+
+    Args:
+        tokens: Hidden states [B, V, d].
+        text_tokens: Embeddings of the text [B, T, d].
+        text_mask: [B, T], 1 where the text is not padding.
+    """
+    image, text = (F.normalize(full_precision(x), dim=-1) for x in (tokens, text_tokens))
+    votes = full_precision(text_mask)
+    share = (votes / votes.sum(dim=-1, keepdim=True).clamp_min(1)).unsqueeze(-1)
+    return (image @ (text * share).sum(dim=1, keepdim=True).mT).squeeze(-1)
+
+
+def text_irrelevance(tokens: Tensor, text_tokens: Tensor, text_mask: Tensor) -> Tensor:
+    """Minus ``text_relevance``: the code of CDPruner negates it, for the cosines of CLIP."""
+    return -text_relevance(tokens, text_tokens, text_mask)
+
+
+def linear_probe(tokens: Tensor, probe: Tensor) -> Tensor:
+    """Inner product [B, V] of the hidden states [B, V, d] with a given direction [d]."""
+    values = full_precision(tokens)
+    return values @ probe.to(values)
+
+
+def random(grid: Tensor, seed: Tensor) -> Tensor:
+    """Noise in [0, 1), [B or 1, V]: fixed by the token's place and a seed, the same for all inputs.
+
+    Places are hashed by squaring modulo the prime 2^31 - 1, which whole numbers of every runtime
+    hold exactly; so a graph needs no generator and repeats itself.
+
+    Args:
+        grid: Image, row and column of every token, [V, 3] or [B, V, 3].
+        seed: 0-dim.
+    """
+    prime = 2**31 - 1
+    value = grid[..., 0] * 10007 + grid[..., 1] * 1009 + grid[..., 2] + 1
+    for _ in range(4):
+        value = (value * value + value * 31 + seed.long() * 7919 + 12345) % prime
+    noise = value.float() / prime
+    return noise if grid.dim() == 3 else noise.unsqueeze(0)
 
 
 def feature_norm(tokens: Tensor) -> Tensor:
@@ -128,21 +214,49 @@ class Score:
 
     Attributes:
         function: Takes the features named in ``needs``, in that order.
-        needs: Names of features: tokens, keys, attention_last, attention_text, attention_cls, grid.
+        needs: Names of features, or of its options.
         compares: Whether tokens are compared with each other, so that ``alive`` is an argument too.
+        options: Name -> default of its parameters; None where one must be given.
+        searched: Whether a search tries it among its variations; not if it costs much to observe
+            or needs to be given something.
     """
 
     function: Callable[..., Tensor]
     needs: tuple[str, ...]
     compares: bool = False
+    options: Mapping[str, float | None] = field(default_factory=dict)
+    searched: bool = True
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The needs that are features of the tokens, not options."""
+        return tuple(need for need in self.needs if need not in self.options)
 
 
 SCORES: Mapping[str, Score] = {
     "last_text_attention": Score(last_text_attention, ("attention_last",)),
     "text_attention": Score(text_attention, ("attention_text",)),
     "cls_attention": Score(cls_attention, ("attention_cls",)),
+    "joint_cls_attention": Score(joint_cls_attention, ("attention_cls_joint",), searched=False),
+    "rater_attention": Score(rater_attention, ("attention_raters",), searched=False),
+    "calibrated_rater_attention": Score(
+        calibrated_rater_attention, ("attention_raters_plus",), searched=False
+    ),
+    "mutual_attention": Score(mutual_attention, ("attention_mutual",), searched=False),
+    "agreed_attention": Score(
+        agreed_attention, ("attention_text_max", "attention_mutual_max"), searched=False
+    ),
     "feature_norm": Score(feature_norm, ("tokens",)),
     "key_norm": Score(key_norm, ("keys",)),
     "novelty": Score(novelty, ("tokens",), compares=True),
+    "key_l1_norm": Score(key_l1_norm, ("joint_keys",), searched=False),
+    "text_relevance": Score(text_relevance, ("tokens", "text_tokens", "text_mask"), searched=False),
+    "text_irrelevance": Score(
+        text_irrelevance, ("tokens", "text_tokens", "text_mask"), searched=False
+    ),
+    "linear_probe": Score(
+        linear_probe, ("tokens", "probe"), options={"probe": None}, searched=False
+    ),
+    "random": Score(random, ("grid", "seed"), options={"seed": 0}, searched=False),
     "grid_coverage": Score(grid_coverage, ("grid",)),
 }

@@ -1,203 +1,311 @@
-"""Which tokens stay: K indices per row, ascending, so that the order of the tokens is kept."""
+"""Which tokens stay: one function per selector, and the table of all of them.
+
+A selector returns K indices per row in the order it picked them. It is told which tokens earlier
+tiers have chosen (``taken``) and leaves them alone. A new selector is a function here, or in a
+file of its own, and a row of ``SELECTORS``; nothing else changes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from deos_fx.operator.scores import full_precision, grid_coverage
+from deos_fx.operator import grid, sequential
+from deos_fx.operator.gather import chosen, listed, take
+from deos_fx.operator.scores import full_precision
 
 __all__ = [
-    "for_each_row",
-    "greedy",
-    "greedy_penalty",
-    "grid_anchors",
-    "grid_layout",
-    "grid_preference",
-    "take",
+    "SELECTORS",
+    "Selector",
+    "bipartite",
+    "favour",
+    "lattice",
+    "neighbourhood",
+    "quota",
+    "second_half",
+    "strided",
     "top_k",
+    "windows",
 ]
 
 
-def take(values: Tensor, kept: Tensor) -> Tensor:
-    """Gathers the kept entries of every row.
-
-    Rows are flattened into one index, because a gather along an expanded index would read eight
-    bytes of index per element.
+def top_k(score: Tensor, taken: Tensor | None, count: int) -> Tensor:
+    """Indices [B, K] of the ``count`` largest scores of [B, V], the largest first.
 
     Args:
-        values: [B, V] or [B, V, d].
-        kept: Indices [B, K], or [1, K] when every row keeps the same.
+        score: [B, V].
+        taken: Flags [B, V] of tokens that are not to be picked again, or None.
+        count: K.
+    """
+    return _free(full_precision(score), taken).topk(count, dim=-1).indices
+
+
+def windows(
+    score: Tensor, members: Tensor, taken: Tensor | None, count: int, windows: int
+) -> Tensor:
+    """The best tokens of each window of the image (the local stage of VScan).
+
+    Every window gives its K / W best, rounded up; of these, the K best stay.
+
+    Args:
+        score: [B, V].
+        members: Tokens of each window, a constant [W, m] (see ``grid.window_members``).
+        taken: Flags [B, V] of tokens that are not to be picked again, or None.
+        count: K.
+        windows: Windows of one image; they are in ``members`` already.
 
     Returns:
-        [B, K] or [B, K, d].
+        Indices [B, K], the largest score first.
     """
-    rows, tokens = values.shape[:2]
-    start = torch.arange(rows, device=kept.device).unsqueeze(-1) * tokens
-    index = kept + start
-    return values.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (rows, -1))
+    score = _free(full_precision(score), taken)
+    inside = score.index_select(1, members.flatten()).unflatten(1, members.shape)
+    best = inside.topk(-(-count // len(members)), dim=-1)
+    place = torch.arange(len(members), device=score.device).unsqueeze(-1) * members.shape[1]
+    index = members.flatten()[(best.indices + place).flatten(1)]
+    return take(index, best.values.flatten(1).topk(count, dim=-1).indices)
 
 
-def for_each_row(kept: Tensor, tokens: Tensor) -> Tensor:
-    """Repeats a constant choice [1, K] for every row of the tokens [B, V, d]: [B, K]."""
-    return kept.expand(tokens.shape[0], -1)
+def quota(score: Tensor, taken: Tensor | None, count: int, windows: int) -> Tensor:
+    """Windows of the list of tokens get places in proportion to their mean score (HoloV).
 
-
-def top_k(score: Tensor, count: int) -> Tensor:
-    """Indices [B, K] of the ``count`` largest scores of [B, V], ascending."""
-    best = full_precision(score).topk(count, dim=-1).indices
-    return best.sort(dim=-1).values
-
-
-def greedy(score: Tensor, similarity: Tensor, count: int, diversity: float) -> Tensor:
-    """Picks tokens one by one, each unlike those picked before.
-
-    Step t takes argmax_j s_j - delta * max_{i in S} a_ij over the tokens not yet in S. With
-    delta = 0 it is ``top_k``; with the score left out it is the max-min rule of DivPrune.
+    The list is cut into W runs, the first of them one longer if they cannot be equal. With the
+    share w of each run's mean in the sum of the means, a run gets floor(K w) places, and those
+    with the largest w one more until K are given. A run fills them with its best tokens; places it
+    has no tokens for go to the best of what is left (HoloV pads with zero vectors instead).
 
     Args:
-        score: Standardized scores [B, V].
-        similarity: a, [B or 1, V, V], at least -1.
-        count: Number of tokens to keep, at least 1.
-        diversity: delta >= 0.
+        score: [B, V], not negative.
+        taken: Flags [B, V] of tokens that are not to be picked again, or None.
+        count: K.
+        windows: W.
+
+    Returns:
+        Indices [B, K], run by run, the largest score of each first.
+    """
+    score = full_precision(score)
+    size, longer = divmod(score.shape[-1], windows)
+    lengths = torch.full((windows,), size, device=score.device)
+    lengths[:longer] += 1
+    width = size + (longer > 0)
+    start = lengths.cumsum(0) - lengths
+    inside = torch.arange(width, device=score.device) < lengths.unsqueeze(-1)
+    member = (start.unsqueeze(-1) + torch.arange(width, device=score.device)) * inside
+    runs = score.index_select(1, member.flatten()).unflatten(1, member.shape) * inside
+    mean = runs.sum(dim=-1) / lengths
+    share = mean / (mean.sum(dim=-1, keepdim=True) + 1e-6)
+    places = (share * count).floor()
+    missing = count - places.sum(dim=-1, keepdim=True)
+    places = places + (_rank(share) < missing).to(places.dtype)
+
+    wanted = _free(score, taken).index_select(1, member.flatten()).unflatten(1, member.shape)
+    wanted = torch.where(inside, wanted, torch.finfo(score.dtype).min)
+    # A run that is kept whole stays in the order of the list.
+    whole = (places >= lengths).unsqueeze(-1)
+    wanted = torch.where(whole & inside, -torch.arange(width, device=score.device), wanted)
+    best = wanted.topk(width, dim=-1)
+    index = take(
+        member.flatten().expand(score.shape[0], -1),
+        (best.indices + torch.arange(windows, device=score.device).unsqueeze(-1) * width).flatten(
+            1
+        ),
+    )
+    place = torch.arange(width, device=score.device)
+    within = ((place < places.unsqueeze(-1)) & (place < lengths.unsqueeze(-1))).flatten(1)
+    # In the order of the runs; what no run has places for comes after them, best first.
+    slots = windows * width
+    order = torch.arange(slots, 0, -1, device=score.device, dtype=score.dtype)
+    priority = torch.where(within, order, -_rank(best.values.flatten(1)).to(score.dtype))
+    return take(index, priority.topk(count, dim=-1).indices)
+
+
+def strided(tokens: Tensor, taken: Tensor | None, already: int, count: int) -> Tensor:
+    """Every step-th of the tokens that are left, step = max(1, left // K) (VisionZip's targets).
+
+    Args:
+        tokens: [B, V, d]; only its shape is read.
+        taken: Flags [B, V] of tokens that are chosen already, or None.
+        already: Tokens that are chosen already.
+        count: K.
 
     Returns:
         Indices [B, K], ascending.
     """
-    picks, _ = _pick(score, similarity, count, diversity)
-    return picks.sort(dim=-1).values
+    left = tokens.shape[1] - already
+    step = max(1, left // count)
+    if taken is None:
+        index = torch.arange(left, device=tokens.device).expand(tokens.shape[0], -1)
+    else:
+        index = listed(1 - taken, left)
+    return index[:, ::step][:, :count]
 
 
-def greedy_penalty(score: Tensor, similarity: Tensor, count: int, diversity: Tensor) -> Tensor:
-    """What the greedy rule holds against each token, [B, V]: max_{i in S} a_ij when it was picked.
-
-    Tokens that are not picked within ``count`` steps get the value after the last step. Since the
-    penalty only grows, ``score - diversity * penalty`` falls in the order of the picks, and its
-    largest K are the K tokens ``greedy`` takes. No gradient flows through the penalty.
-    """
-    with torch.no_grad():
-        return _pick(score, similarity, count, diversity)[1]
-
-
-def _pick(
-    score: Tensor, similarity: Tensor, count: int, diversity: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    score = full_precision(score)
-    similarity = similarity.expand(score.shape[0], -1, -1)
-    # Nothing is less similar than -1, so the first pick has the largest gain of all.
-    closest = torch.full_like(score, -1.0)
-    free = torch.ones_like(score)
-    picks = []
-    for _ in range(count):
-        gain = torch.where(free > 0, score - diversity * closest, torch.finfo(score.dtype).min)
-        pick = gain.argmax(dim=-1, keepdim=True)
-        picks.append(pick)
-        free = free - F.one_hot(pick.squeeze(-1), score.shape[-1]).to(free.dtype)
-        nearer = torch.maximum(closest, take(similarity, pick).squeeze(1).to(closest.dtype))
-        closest = torch.where(free > 0, nearer, closest)
-    return torch.cat(picks, dim=-1), closest
-
-
-def grid_anchors(grid: Tensor, count: int) -> Tensor:
-    """Indices [1, K] of tokens evenly spread over the grid: the centres of pooling windows.
-
-    Window i of n along a side of N covers [i N/n, (i+1) N/n) and its centre is rounded down; with
-    that, assigning every token to its nearest anchor, ties to the first, gives exactly the windows
-    of ``avg_pool2d`` when the windows divide the grid.
+def lattice(tokens: Tensor, taken: Tensor | None, count: int, step: int) -> Tensor:
+    """Tokens at multiples of a step that are not chosen yet, without the last one (PruMerge+).
 
     Args:
-        grid: Image, row and column of every token, a constant [V, 3] (or [1, V, 3]): the complete
-            grids of one or more images of one size, image by image, row by row.
-        count: Anchors over all images together.
+        tokens: [B, V, d]; only its shape is read.
+        taken: Flags [B, V] of tokens that are chosen already, or None.
+        count: K; if the step gives fewer, others follow in the order of the list.
+        step: The step.
+
+    Returns:
+        Indices [B, K], ascending among those at the step, then among the others.
+    """
+    length = tokens.shape[1]
+    place = torch.arange(length, device=tokens.device)
+    wanted = ((place % step == 0) & (place < length - 1)).float().expand(tokens.shape[0], -1)
+    priority = wanted * length + (length - place)
+    free = priority if taken is None else priority * (1 - taken)
+    return free.topk(count, dim=-1).indices
+
+
+def bipartite(between: Tensor, taken: Tensor | None, count: int, first: int) -> Tensor:
+    """Leaves out the tokens of one half that resemble some token of the other most (ToMe).
+
+    The list is split into two halves A and B of alternating tokens. All of B stays, and of A
+    those whose nearest token of B is farthest; the others are to be merged into B.
+
+    Args:
+        between: Similarity of A and B [B, |A|, |B|].
+        taken: Always None: the halves are made of all tokens.
+        count: K, at least |B|.
+        first: Place of the first token of A, 0 or 1.
+
+    Returns:
+        Indices [B, K]: what stays of A, ascending, and then B.
 
     Raises:
-        ValueError: If the grid is incomplete or no layout of windows has ``count`` cells.
+        ValueError: If more than half A would have to leave.
     """
-    images, height, width = _sides(grid)
-    if images * height * width != grid.shape[-2]:
+    rows, size, other = between.shape
+    if taken is not None or count < other:
         raise ValueError(
-            f"grid anchors need complete grids, but {grid.shape[-2]} tokens are not {images} x "
-            f"{height} x {width}; use the selector 'grid' only where no other selector has removed "
-            "tokens before"
+            f"the selector 'bipartite' keeps {count} of {size + other} tokens, but at most one "
+            f"half can be merged into the other: keep at least {other}, all in one tier, and "
+            "reduce at several sites"
         )
-    if count % images:
-        raise ValueError(f"{count} anchors do not split evenly over {images} images")
-    down, across = grid_layout(height, width, count // images)
-    rows, columns = _centres(height, down), _centres(width, across)
-    anchors = [(k * height + r) * width + c for k in range(images) for r in rows for c in columns]
-    return torch.tensor([anchors], device=grid.device)
+    alone = (-full_precision(between).amax(dim=-1)).topk(count - other, dim=-1).indices
+    half_a = alone.sort(dim=-1).values * 2 + first
+    half_b = torch.arange(other, device=between.device) * 2 + (1 - first)
+    return torch.cat([half_a, half_b.expand(rows, -1)], dim=-1)
 
 
-def grid_preference(grid: Tensor, count: int) -> Tensor:
-    """A constant score [1, V] whose best tokens are grid anchors, for a search over the count.
-
-    1 on the anchors of the largest layout with at most ``count`` windows, so it selects exactly
-    what ``grid_anchors`` does where the count has a layout; elsewhere ``grid_coverage``, which is
-    at most 0. On an incomplete grid it is ``grid_coverage`` alone.
-
-    Args:
-        grid: Image, row and column of every token, a constant [V, 3].
-        count: Number of tokens to prefer.
-    """
-    images, height, width = _sides(grid)
-    if not 0 < grid.shape[-2] == images * height * width:
-        return grid_coverage(grid)
-    per_image = max(count // images, 1)
-    while not _layouts(height, width, per_image, float("inf")):
-        per_image -= 1
-    anchors = grid_anchors(grid, per_image * images)
-    chosen = F.one_hot(anchors, grid.shape[-2]).sum(dim=1)
-    return torch.where(chosen > 0, 1.0, grid_coverage(grid))
+def second_half(kept: Tensor, tokens: Tensor, first: int) -> Tensor:
+    """The tokens of B among what ``bipartite`` kept of [B, V, d]: indices [B, |B|]."""
+    size = (tokens.shape[1] + first) // 2
+    return kept[:, kept.shape[1] - size :]
 
 
-def _sides(grid: Tensor) -> tuple[int, int, int]:
-    image, row, column = (axis.unique() for axis in grid.reshape(-1, 3).unbind(-1))
-    return len(image), len(row), len(column)
+def neighbourhood(score: Tensor, columns: int, count: int, share: float) -> Tensor:
+    """Flags [B, V] of the best tokens and their four neighbours (HiPrune's anchors and buffers).
 
-
-def _centres(side: int, windows: int) -> list[int]:
-    return [((2 * i + 1) * side - windows) // (2 * windows) for i in range(windows)]
-
-
-def grid_layout(
-    height: int, width: int, count: int, *, aspect: float = float("inf")
-) -> tuple[int, int]:
-    """Splits a grid into ``count`` windows: how many down and how many across.
-
-    Windows that divide the grid and are at most twice as long as wide come first (they are the
-    windows of ``avg_pool2d``), then the squarest.
+    round(K alpha / 5) anchors are the best by score; flagged are they and the tokens one place and
+    one row before and behind them in the list, at its ends the outermost. Places that overlap
+    leave to the next tier.
 
     Args:
-        height: Rows of the grid.
-        width: Columns of the grid.
-        count: Number of windows.
-        aspect: The longest window allowed, long side over short side.
-
-    Raises:
-        ValueError: If no layout has ``count`` windows; the message names the nearest counts.
+        score: [B, V].
+        columns: Tokens in one row of the image.
+        count: K of the whole reduction.
+        share: alpha.
     """
-    layouts = _layouts(height, width, count, aspect)
-    if layouts:
-        return min(layouts)[2:]
-    near = sorted(range(1, height * width + 1), key=lambda n: abs(n - count))
-    good = [n for n in near if _layouts(height, width, n, aspect)][:3]
-    raise ValueError(
-        f"{count} windows do not fit a grid of {height} x {width} tokens; keep one of {good}"
-    )
+    anchors = top_k(score, None, max(1, round(count * share / 5)))
+    steps = torch.tensor([0, -1, 1, -columns, columns], device=score.device)
+    near = (anchors.unsqueeze(-1) + steps).clamp(0, score.shape[-1] - 1)
+    return chosen(near.flatten(1), score)
 
 
-def _layouts(
-    height: int, width: int, count: int, aspect: float
-) -> list[tuple[bool, float, int, int]]:
-    found = []
-    for down in range(1, min(height, count) + 1):
-        across, rest = divmod(count, down)
-        if rest or across > width:
-            continue
-        window = (height / down) / (width / across)
-        shape = max(window, 1 / window)
-        uneven = bool(height % down or width % across) or shape > 2
-        if shape <= aspect:
-            found.append((uneven, shape, down, across))
-    return found
+def favour(score: Tensor, flags: Tensor) -> Tensor:
+    """The score [B, V] with flagged tokens [B, V] above all others."""
+    score = full_precision(score)
+    return torch.where(flags > 0, torch.finfo(score.dtype).max, score)
+
+
+def _free(score: Tensor, taken: Tensor | None) -> Tensor:
+    if taken is None:
+        return score
+    return torch.where(taken > 0, torch.finfo(score.dtype).min, score)
+
+
+def _rank(values: Tensor) -> Tensor:
+    """Places [..., n] of the values in falling order."""
+    order = values.topk(values.shape[-1], dim=-1).indices
+    place = torch.arange(values.shape[-1], device=values.device).expand_as(order)
+    return torch.zeros_like(order).scatter(-1, order, place)
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A row of ``SELECTORS``.
+
+    Attributes:
+        function: Takes what ``needs`` names, then the count, then the options, in that order.
+        needs: ``score``; ``similarity`` [B, V, V]; ``halves``, the similarity [B, |A|, |B|] of
+            alternating tokens; ``members`` of the windows and ``columns`` of the grid, constants;
+            ``taken``, flags [B, V] or None, and ``already``, their number; ``diversity``; or names
+            of features.
+        options: Name -> default of its parameters; None where one must be given.
+        flags: Whether it flags tokens that the next tier prefers, instead of picking some.
+        relaxed: Whether it has a differentiable form, so that a search can use it.
+    """
+
+    function: Callable[..., Any]
+    needs: tuple[str, ...]
+    options: Mapping[str, float | None] = field(default_factory=dict)
+    flags: bool = False
+    relaxed: bool = False
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it ranks by the scores."""
+        return "score" in self.needs
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares tokens with each other by the similarity."""
+        return not {"similarity", "halves"}.isdisjoint(self.needs)
+
+    @property
+    def whole_grid(self) -> bool:
+        """Whether it needs complete images, of which nothing was dropped by score before."""
+        return not {"grid", "members", "columns"}.isdisjoint(self.needs)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the features it reads, beside those of scores and similarities."""
+        made = {"members": "grid", "columns": "grid"}
+        return tuple(made.get(name, name) for name in self.needs if name not in _BOOKKEEPING)
+
+
+_BOOKKEEPING = ("score", "similarity", "halves", "taken", "already", "diversity")
+
+SELECTORS: Mapping[str, Selector] = {
+    "top_k": Selector(top_k, ("score", "taken"), relaxed=True),
+    "greedy": Selector(
+        sequential.greedy,
+        ("score", "similarity", "taken", "diversity"),
+        {"at_once": 1},
+        relaxed=True,
+    ),
+    "max_min": Selector(sequential.max_min, ("similarity", "taken"), {"at_once": 1}),
+    "determinantal": Selector(sequential.determinantal, ("score", "similarity", "taken")),
+    "distinct": Selector(
+        sequential.distinct, ("score", "similarity", "taken", "already"), {"per_round": 8}
+    ),
+    "probe": Selector(
+        sequential.probe,
+        ("score", "normed_tokens", "text_score", "normed_text", "taken"),
+        {"image_pivots": 4, "text_pivots": 4},
+    ),
+    "grid": Selector(grid.grid_anchors, ("grid",), relaxed=True),
+    "strided": Selector(strided, ("tokens", "taken", "already")),
+    "lattice": Selector(lattice, ("tokens", "taken"), {"step": None}),
+    "windows": Selector(windows, ("score", "members", "taken"), {"windows": None}),
+    "quota": Selector(quota, ("score", "taken"), {"windows": None}),
+    "bipartite": Selector(bipartite, ("halves", "taken"), {"first": 0}),
+    "neighbourhood": Selector(neighbourhood, ("score", "columns"), {"share": 0.1}, flags=True),
+}

@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from deos_fx.operator import assign, select, transfer
+import torch
+
+from deos_fx.operator import assign, gather, grid, select, transfer
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES, combine, standardize
+from deos_fx.operator.select import SELECTORS
 
 if TYPE_CHECKING:
-    from deos_fx.reduction import Reduction
+    from deos_fx.reduction import Reduction, Tier
 
-__all__ = ["StaticOutput", "required_features", "static_reduce"]
+__all__ = ["StaticOutput", "feature_name", "required_features", "static_reduce"]
 
 Call = Callable[..., Any]
 """Called as ``call(operator, *arguments)``; returns the result, or a graph node standing for it."""
 Feature = Callable[[str], Any]
 """Looks a feature up by name."""
+
+# Features that are those of the tokens at the site, whichever block is observed.
+_OF_THE_SITE = frozenset(
+    {"tokens", "grid", "class_token", "text_tokens", "text_mask", "normed_tokens", "normed_text"}
+)
 
 
 class StaticOutput(NamedTuple):
@@ -31,16 +40,21 @@ class StaticOutput(NamedTuple):
 
     Attributes:
         tokens: [B, K, d].
-        kept: Indices [B, K] into the incoming tokens, ascending.
+        kept: Indices [B, K] into the incoming tokens, in the order of the output; -1 for the copy
+            of the CLS token.
         mass: [B, K]; None while every mass is 1.
-        assignment: P [B or 1, K, V], with whatever goes to the residual token; None for pruning.
-        score: [B or 1, V], standardized where that matters; None if the reduction uses no score.
+        assignment: P [B or 1, R, S], with whatever goes to the residual token; None for pruning.
+        receivers: Indices [B, R] of the tokens that take in others.
+        sources: Indices [B, S] of the tokens that are taken in; None if that can be any token.
+        score: [B or 1, V] of the first tier, standardized where that matters; None if it has none.
     """
 
     tokens: Any
     kept: Any
     mass: Any
     assignment: Any
+    receivers: Any
+    sources: Any
     score: Any
 
 
@@ -60,104 +74,309 @@ def static_reduce(
 
     Args:
         reduction: What to do.
-        count: K, tokens to keep per row.
+        count: K, tokens that come out per row.
         tokens: Hidden states [B, V, d].
         mass: [B, V], or None if every mass is 1.
-        features: What ``required_features(reduction)`` names, except the tokens: ``keys``
-            [B, V, Dk]; ``attention_last``, ``attention_text``, ``attention_cls`` [B, V]; ``grid``
-            [V, 3] (or [B, V, 3] once tokens were dropped by score). Looked up only when needed, so
-            the mapping may make them on demand.
+        features: What ``required_features(reduction)`` names, except the tokens. Looked up only
+            when needed, so the mapping may make them on demand.
         call: Runs or records an operator. One that records may run operators whose arguments are
             all plain tensors: anchors and grid similarities then become constants.
+
+    Raises:
+        ValueError: If a selector cannot keep so many tokens, or needs complete images where
+            tokens were dropped before.
     """
-
-    def feature(name: str) -> Any:
-        return tokens if name == "tokens" else features[name]
-
-    score = _score(reduction, feature, call)
-    kept = _select(reduction, count, score, feature, call)
-    assignment, gain = _assignment(reduction, score, kept, feature, call)
-    weight = None
-    if reduction.weighting == "score" and assignment is not None:
-        weight = call(transfer.importance, score)
-    if assignment is None:
-        reduced = call(select.take, tokens, kept)
-        mass = None if mass is None else call(select.take, mass, kept)
+    choice = _Choice(reduction, count, tokens, features, call)
+    kept = choice.kept()
+    moved = _assignment(choice, kept)
+    if moved.assignment is None:
+        reduced = call(gather.take, tokens, kept)
+        mass = None if mass is None else call(gather.take, mass, kept)
     else:
-        reduced = call(
-            transfer.merge, tokens, kept, assignment, mass, weight, gain, reduction.exponent
-        )
-        mass = call(transfer.merged_mass, kept, assignment, mass, gain)
+        parts = (kept, moved.sources, moved.assignment)
+        weight = choice.weight()
+        own = None
+        if weight is not None and moved.slot is not None:
+            own = call(transfer.own_part, moved.slot, moved.receivers, weight)
+        how = (own, mass, weight, moved.gain, reduction.exponent, reduction.average)
+        reduced = call(transfer.merge, tokens, *parts, *how)
+        mass = call(transfer.merged_mass, *parts, mass, moved.gain)
     if reduction.reweight:
-        reduced = call(transfer.reweight, reduced, score, kept, reduction.reweight)
-    if _is_constant(reduction):
-        kept = call(select.for_each_row, kept, tokens)
-        mass = None if mass is None else call(select.for_each_row, mass, tokens)
-    return StaticOutput(reduced, kept, mass, assignment, score)
+        reduced = call(transfer.reweight, reduced, choice.score, kept, reduction.reweight)
+    if choice.sorted_last:
+        order = call(torch.argsort, kept)
+        reduced, kept = (call(gather.take, value, order) for value in (reduced, kept))
+        mass = None if mass is None else call(gather.take, mass, order)
+    if choice.is_constant:
+        kept = call(gather.for_each_row, kept, tokens)
+        mass = None if mass is None else call(gather.for_each_row, mass, tokens)
+    if reduction.keep_class:
+        reduced = call(transfer.with_class, reduced, choice.feature("class_token"))
+        kept = call(torch.nn.functional.pad, kept, (1, 0), "constant", -1)
+        mass = None if mass is None else call(torch.nn.functional.pad, mass, (1, 0), "constant", 1)
+    return StaticOutput(
+        reduced, kept, mass, moved.assignment, moved.receivers, moved.sources, choice.score
+    )
 
 
 def required_features(reduction: Reduction) -> frozenset[str]:
-    """Names of the features that ``static_reduce`` reads for this reduction."""
-    needs: set[str] = {"grid"} if reduction.selector == "grid" else set()
-    if reduction.uses_scores:
-        needs.update(name for score in reduction.scores for name in SCORES[score].needs)
-    if reduction.selector == "greedy" or _compares(reduction):
-        needs.update(SIMILARITIES[kind] for kind in reduction.similarity)
-    return frozenset(needs | {"tokens"})
+    """Names of the features that ``static_reduce`` reads for this reduction.
+
+    What is observed at another block than the one before the site has the name of that place
+    behind it: ``keys@next``, ``attention_cls@vision.5``.
+    """
+    needs: set[str] = {"tokens"} | ({"class_token"} if reduction.keep_class else set())
+    for i, tier in enumerate(reduction.selection):
+        selector = SELECTORS[tier.selector]
+        names = list(selector.features)
+        if selector.ranks or (i == 0 and reduction.uses_scores):
+            names += [name for score in tier.scores for name in SCORES[score].features]
+        if selector.compares or (i == 0 and _compares(reduction)):
+            names += [SIMILARITIES[kind] for kind in reduction.similarity]
+        needs.update(feature_name(name, tier.observe) for name in names)
+    return frozenset(needs)
 
 
 def _compares(reduction: Reduction) -> bool:
-    return reduction.gain > 0 and reduction.temperature != math.inf
+    """Whether the assignment compares tokens."""
+    by_likeness = reduction.assignment == "similar" and reduction.temperature != math.inf
+    return reduction.gain > 0 and (by_likeness or reduction.assignment == "k_nearest")
 
 
-def _is_constant(reduction: Reduction) -> bool:
-    needs = {name for score in reduction.scores for name in SCORES[score].needs}
-    return reduction.selector == "grid" or (reduction.selector == "top_k" and needs == {"grid"})
+def feature_name(name: str, observe: str) -> str:
+    """The name of a feature where it is observed: ``keys``, ``keys@next``, ``keys@vision.5``."""
+    return name if name in _OF_THE_SITE or not observe else f"{name}@{observe}"
 
 
-def _score(reduction: Reduction, feature: Feature, call: Call) -> Any:
-    if not reduction.uses_scores:
-        return None
-    parts = []
-    for name in reduction.scores:
-        score = SCORES[name]
-        parts.append(call(score.function, *map(feature, score.needs)))
-    if len(parts) == 1 and not reduction.uses_score_values:
-        return parts[0]
-    parts = [call(standardize, part) for part in parts]
-    if len(parts) == 1:
-        return parts[0]
-    return call(combine, parts, list(reduction.scores.values()))
+class _Choice:
+    """Chooses the tokens of a reduction, tier by tier."""
+
+    def __init__(
+        self, reduction: Reduction, count: int, tokens: Any, features: Mapping[str, Any], call: Call
+    ) -> None:
+        self.reduction = reduction
+        self.count = count - reduction.keep_class
+        self.tokens = tokens
+        self.features = features
+        self.call = call
+        self.first = reduction.selection[0]
+        self.raw: Any = None
+        self.score: Any = None
+        self.rest: Any = None
+        """The token [B, 1] that gives its place to the residual one."""
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether every row keeps the same tokens, so that the choice is a constant [1, K]."""
+        needs = {name for score in self.first.scores for name in SCORES[score].features}
+        by_place = self.first.selector == "top_k" and needs == {"grid"}
+        return not self.reduction.tiers and (self.first.selector == "grid" or by_place)
+
+    @property
+    def token_axis(self) -> Any:
+        """Something whose axis 1 runs over the tokens; a constant if the choice is one."""
+        return self.feature("grid").unsqueeze(0) if self.is_constant else self.tokens
+
+    @property
+    def sorted_last(self) -> bool:
+        """Whether the order matters while merging: then the image's order is restored behind it."""
+        receivers = self.reduction.receivers == "last"
+        return self.reduction.order == "position" and receivers
+
+    def feature(self, name: str, tier: Tier | None = None) -> Any:
+        """A feature where the tier observes it, or a constant from the tier's options."""
+        tier = tier or self.first
+        if name == "tokens":
+            return self.tokens
+        if name in tier.options:
+            return torch.tensor(tier.options[name])
+        return self.features[feature_name(name, tier.observe)]
+
+    def compared(self) -> dict[str, Any]:
+        """What the similarity compares, by kind."""
+        return {kind: self.feature(SIMILARITIES[kind]) for kind in self.reduction.similarity}
+
+    def kept(self) -> Any:
+        """Indices [B, K] in the order of the output, or of the tiers if sorted last."""
+        if self.reduction.uses_scores:
+            self.raw, self.score = self._scored(self.first)
+        order = self.reduction.order
+        parts = self._picks()
+        if self.reduction.has_rest:
+            parts = self._with_rest_apart(parts)
+        if order == "tier":
+            parts = [self.call(gather.in_order, picks) for picks in parts]
+        kept = parts[0] if len(parts) == 1 else self.call(torch.cat, parts, 1)
+        in_order = order != "position" or self.sorted_last or self.first.selector == "grid"
+        return kept if in_order else self.call(gather.in_order, kept)
+
+    def _picks(self) -> list[Any]:
+        """What each tier picks; the best of what is left gives its place to the residual token."""
+        tiers = list(self.reduction.selection)
+        counts = self.reduction.tier_counts(self.count)
+        if self.reduction.has_rest and self.reduction.tiers:
+            tiers.append(replace(self.first, selector="top_k"))
+            counts.append(1)
+        parts: list[Any] = []
+        taken = flags = None
+        for i, (tier, count) in enumerate(zip(tiers, counts, strict=True)):
+            if SELECTORS[tier.selector].flags:
+                flags = self._run(tier, None, 0, self.count, None)
+                continue
+            parts.append(self._run(tier, taken, sum(counts[:i]), count, flags))
+            if i + 1 < len(tiers):
+                now = self.call(gather.chosen, parts[-1], self.tokens)
+                taken = now if taken is None else self.call(torch.add, taken, now)
+        return parts
+
+    def _with_rest_apart(self, parts: list[Any]) -> list[Any]:
+        """The picks with the last one by itself."""
+        if len(parts) == 1:
+            picks = parts[0]
+            ends = ((0, self.count - 1), (self.count - 1, 1))
+            parts = [self.call(torch.narrow, picks, 1, start, size) for start, size in ends]
+        self.rest = parts[-1]
+        return parts
+
+    def _run(self, tier: Tier, taken: Any, already: int, count: int, flags: Any) -> Any:
+        selector = SELECTORS[tier.selector]
+        values: dict[str, Callable[[], Any]] = {
+            "score": lambda: self._ranking(tier, flags),
+            "similarity": lambda: self.call(
+                assign.similarity, self.compared(), dict(self.reduction.similarity)
+            ),
+            "halves": lambda: self.call(
+                assign.between_halves,
+                self.compared(),
+                dict(self.reduction.similarity),
+                _number(tier.options["first"]),
+            ),
+            "taken": lambda: taken,
+            "already": lambda: already,
+            "diversity": lambda: tier.diversity,
+            "members": lambda: self.call(
+                grid.window_members, self._whole_grid(tier), _number(tier.options["windows"])
+            ),
+            "columns": lambda: self.call(grid.columns, self._whole_grid(tier)),
+            "grid": lambda: self._whole_grid(tier),
+        }
+        needs = (
+            values[name]() if name in values else self.feature(name, tier)
+            for name in selector.needs
+        )
+        options = [_number(tier.options[name]) for name in selector.options]
+        return self.call(selector.function, *needs, count, *options)
+
+    def _whole_grid(self, tier: Tier) -> Any:
+        places = self.feature("grid", tier)
+        if not isinstance(places, torch.Tensor) or places.dim() != 2:
+            raise ValueError(
+                f"{self.reduction.site}: the selector {tier.selector!r} needs complete images, and "
+                "a reduction before it dropped tokens by score; choose another selector"
+            )
+        return places
+
+    def _ranking(self, tier: Tier, flags: Any) -> Any:
+        first = (self.first.scores, self.first.observe)
+        shared = self.score is not None and (tier.scores, tier.observe) == first
+        known = shared and (tier is self.first or not tier.mixes)
+        score = self.score if known else self._scored(tier)[1]
+        return score if flags is None else self.call(select.favour, score, flags)
+
+    def _scored(self, tier: Tier) -> tuple[Any, Any]:
+        """The first score as it is, and the mixture, standardized where more than order matters."""
+        parts = []
+        for name in tier.scores:
+            score = SCORES[name]
+            inputs = (self.feature(need, tier) for need in score.needs)
+            parts.append(self.call(score.function, *inputs))
+        raw = parts[0]
+        values_matter = tier is self.first and self.reduction.uses_score_values
+        if len(parts) == 1 and not values_matter and not tier.mixes:
+            return raw, raw
+        parts = [self.call(standardize, part) for part in parts]
+        if len(parts) == 1:
+            return raw, parts[0]
+        return raw, self.call(combine, parts, list(tier.scores.values()))
+
+    def weight(self) -> Any:
+        """u of the transfer [B, V], or None if it is 1."""
+        if self.reduction.weighting == "score":
+            return self.call(transfer.importance, self.score)
+        return self.raw if self.reduction.weighting == "raw" else None
 
 
-def _select(reduction: Reduction, count: int, score: Any, feature: Feature, call: Call) -> Any:
-    if reduction.selector == "grid":
-        return call(select.grid_anchors, feature("grid"), count)
-    if reduction.selector == "top_k":
-        return call(select.top_k, score, count)
-    similarity = call(assign.similarity, *_compared(reduction, feature))
-    return call(select.greedy, score, similarity, count, reduction.diversity)
+@dataclass
+class _Assignment:
+    """What moves where; the fields as in ``StaticOutput``, and the slot of the residual token."""
+
+    assignment: Any = None
+    receivers: Any = None
+    sources: Any = None
+    slot: Any = None
+    gain: float = 1.0
 
 
-def _assignment(
-    reduction: Reduction, score: Any, kept: Any, feature: Feature, call: Call
-) -> tuple[Any, float]:
-    """The assignment and the gain to merge with; None if nothing is transferred."""
-    assignment = None
-    if reduction.gain > 0 and reduction.temperature == math.inf:
-        assignment = call(assign.uniform, kept, feature("tokens"))
-    elif reduction.gain > 0:
-        similarity = call(assign.similarity, *_compared(reduction, feature), kept)
-        if reduction.temperature == 0:
-            assignment = call(assign.nearest, similarity, kept)
-        else:
-            assignment = call(assign.soft, similarity, kept, reduction.temperature)
-    if reduction.has_rest:
-        return call(transfer.residual, score, kept, assignment, reduction.gain), 1.0
-    return assignment, reduction.gain
+def _assignment(choice: _Choice, kept: Any) -> _Assignment:
+    """Assigns what was not chosen; nothing if it is only pruned."""
+    reduction, call = choice.reduction, choice.call
+    if not reduction.transfers:
+        return _Assignment()
+    moved = _Assignment(receivers=_receivers(choice, kept), gain=reduction.gain)
+    if reduction.assignment == "window":
+        moved.assignment = call(grid.interpolation, choice.feature("grid"), choice.count)
+    elif reduction.assignment == "k_nearest":
+        likeness = _likeness(choice, moved.receivers, None)
+        nearest = (likeness, moved.receivers, reduction.neighbours)
+        moved.assignment = call(assign.k_nearest, *nearest)
+    else:
+        moved.sources = call(gather.others, kept, choice.token_axis)
+        if reduction.gain:
+            moved.assignment = _shares(choice, moved)
+    if choice.rest is not None:
+        _add_rest(choice, kept, moved)
+    return moved
 
 
-def _compared(reduction: Reduction, feature: Feature) -> tuple[Any, ...]:
-    weights = dict(reduction.similarity)
-    sources = {kind: feature(name) for kind, name in SIMILARITIES.items() if kind in weights}
-    return sources.get("feature"), sources.get("key"), sources.get("grid"), weights
+def _shares(choice: _Choice, moved: _Assignment) -> Any:
+    reduction, call = choice.reduction, choice.call
+    if reduction.temperature == math.inf:
+        return call(assign.uniform, moved.receivers, moved.sources)
+    likeness = _likeness(choice, moved.receivers, moved.sources)
+    if reduction.temperature == 0:
+        return call(assign.nearest, likeness)
+    return call(assign.soft, likeness, reduction.temperature)
+
+
+def _likeness(choice: _Choice, receivers: Any, sources: Any) -> Any:
+    weights = dict(choice.reduction.similarity)
+    return choice.call(assign.similarity, choice.compared(), weights, receivers, sources)
+
+
+def _receivers(choice: _Choice, kept: Any) -> Any:
+    """The kept tokens that may take in others: all, or those of the last tier."""
+    reduction, call = choice.reduction, choice.call
+    if reduction.receivers == "all":
+        return kept
+    last = reduction.selection[-1]
+    if last.selector == "bipartite":
+        return call(select.second_half, kept, choice.tokens, _number(last.options["first"]))
+    size = reduction.tier_counts(choice.count)[-1] + reduction.has_rest
+    return call(torch.narrow, kept, 1, choice.count - size, size)
+
+
+def _add_rest(choice: _Choice, kept: Any, moved: _Assignment) -> None:
+    """Let the residual token take in what is dropped and not transferred."""
+    reduction, call = choice.reduction, choice.call
+    moved.slot = call(transfer.slot_of, moved.receivers, choice.rest)
+    if moved.sources is None:
+        moved.assignment = call(transfer.rest_beside, moved.assignment, moved.slot, kept)
+    else:
+        parts = (moved.assignment, moved.slot, moved.sources, reduction.gain)
+        moved.assignment = call(transfer.rest, *parts)
+        moved.gain = 1.0
+
+
+def _number(value: Any) -> Any:
+    """Whole numbers as int: counts are written without a decimal point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -5,14 +5,23 @@ The mass of a token is how many original tokens it stands for. Masses are kept i
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deos_fx.operator.assign import dropped
-from deos_fx.operator.scores import full_precision
-from deos_fx.operator.select import take
+from deos_fx.operator.gather import take
 
-__all__ = ["importance", "merge", "merged_mass", "residual", "reweight"]
+__all__ = [
+    "importance",
+    "merge",
+    "merged_mass",
+    "own_part",
+    "rest",
+    "rest_beside",
+    "reweight",
+    "slot_of",
+    "with_class",
+]
 
 
 def importance(score: Tensor) -> Tensor:
@@ -27,17 +36,20 @@ def importance(score: Tensor) -> Tensor:
 def merge(
     tokens: Tensor,
     kept: Tensor,
+    sources: Tensor | None,
     assignment: Tensor,
+    own: Tensor | None = None,
     mass: Tensor | None = None,
     weight: Tensor | None = None,
     gain: float = 1.0,
     exponent: float = 1.0,
+    average: bool = False,
 ) -> Tensor:
-    """Adds the dropped tokens to the kept ones they are assigned to.
+    """Adds source tokens to the kept ones they are assigned to.
 
-    With c_ij = g P_ij u_j m_j and the total M_i = m_i + sum_j c_ij,
+    With c_ij = g P_ij u_j m_j, the own part o_i = m_i and the total M_i = o_i + sum_j c_ij,
 
-        y_i = (m_i x_i + sum_j c_ij x_j) / m_i * (m_i / M_i)^n
+        y_i = (o_i x_i + sum_j c_ij x_j) / m_i * (m_i / M_i)^n
 
     so n = 1 is the mean weighted by mass and n = 0 the plain sum of PruMerge. A kept token that
     receives nothing is unchanged whatever n is. The weights are computed in single precision and
@@ -45,60 +57,121 @@ def merge(
 
     Args:
         tokens: Hidden states x [B, V, d].
-        kept: Indices [B, K].
-        assignment: P [B, K, V].
+        kept: Indices [B, K]; the receivers are the last R of them.
+        sources: Indices [B, S] of the tokens that move; all tokens if None.
+        assignment: P [B, R, S].
+        own: Factors [B, R] of the own parts; ones if None.
         mass: m [B, V]; ones if None.
         weight: u [B, V]; ones if None.
         gain: g.
         exponent: n.
+        average: Whether what a token receives is averaged before it is added (VisionZip).
 
     Returns:
         y [B, K, d], in the precision of the tokens.
     """
-    content = gain * assignment
-    if mass is not None:
-        content = content * mass.unsqueeze(1)
-    if weight is not None:
-        content = content * weight.unsqueeze(1)
-    own = 1.0 if mass is None else take(mass, kept)
-    total = own + content.sum(dim=-1)
-    share = (own / total) ** exponent
-    moved = content * (share / own).unsqueeze(-1)
-    stays = take(tokens, kept) * share.unsqueeze(-1).to(tokens.dtype)
-    return stays + moved.to(tokens.dtype) @ tokens
+    receivers = kept[:, kept.shape[1] - assignment.shape[1] :]
+    content = gain * _content(assignment, sources, mass, weight)
+    if average:
+        content = content / content.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    base = 1.0 if mass is None else take(mass, receivers)
+    part = base if own is None else base * own
+    total = part + content.sum(dim=-1)
+    share = (base / total) ** exponent
+    stays = share if own is None else share * own
+    moving = tokens if sources is None else take(tokens, sources)
+    moved = (content * (share / base).unsqueeze(-1)).to(tokens.dtype) @ moving
+    factors = stays.unsqueeze(-1).to(tokens.dtype)
+    received = torch.addcmul(moved, take(tokens, receivers), factors)
+    if assignment.shape[1] == kept.shape[1]:
+        return received
+    alone = take(tokens, kept[:, : kept.shape[1] - assignment.shape[1]])
+    return torch.cat([alone, received], dim=1)
+
+
+def _content(
+    assignment: Tensor, sources: Tensor | None, mass: Tensor | None, weight: Tensor | None
+) -> Tensor:
+    """c [B, R, S]."""
+    content = assignment
+    for factor in (mass, weight):
+        if factor is not None:
+            part = factor if sources is None else take(factor, sources)
+            content = content * part.unsqueeze(1)
+    return content
 
 
 def merged_mass(
-    kept: Tensor, assignment: Tensor, mass: Tensor | None = None, gain: float = 1.0
+    kept: Tensor,
+    sources: Tensor | None,
+    assignment: Tensor,
+    mass: Tensor | None = None,
+    gain: float = 1.0,
 ) -> Tensor:
-    """Masses [B, K] after merging: m_i + g sum_j P_ij m_j. With g = 1 their sum is conserved."""
-    if mass is None:
-        return 1.0 + gain * assignment.sum(dim=-1)
-    return take(mass, kept) + gain * (assignment * mass.unsqueeze(1)).sum(dim=-1)
-
-
-def residual(
-    score: Tensor, kept: Tensor, assignment: Tensor | None = None, gain: float = 0.0
-) -> Tensor:
-    """Sends what is not transferred to the kept token with the lowest score.
-
-    P' = g P + (1 - g) e_r 1^T over the dropped tokens, where r is that token's slot: with g = 0 it
-    becomes the mean of everything dropped and itself (the fused token of EViT, the extra token of
-    PruMerge), with g = 1 nothing is left for it. Merge with P' and gain 1.
+    """Masses [B, K] after merging: m_i + g sum_j P_ij m_j. With g = 1 their sum is conserved.
 
     Args:
-        score: [B, V].
-        kept: Indices [B, K].
-        assignment: P [B, K, V]; may be None if ``gain`` is 0.
+        kept: Indices [B, K]; the receivers are the last R of them.
+        sources: Indices [B, S] of the tokens that move; all tokens if None.
+        assignment: P [B, R, S].
+        mass: m [B, V]; ones if None.
         gain: g.
     """
-    last = take(full_precision(score), kept).argmin(dim=-1)
-    slot = F.one_hot(last, kept.shape[1]).to(score.dtype).unsqueeze(-1)
-    rest = slot * dropped(kept, score.shape[-1]).unsqueeze(1)
-    return rest if assignment is None else gain * assignment + (1 - gain) * rest
+    received = gain * _content(assignment, sources, mass, None).sum(dim=-1)
+    received = F.pad(received, (kept.shape[1] - received.shape[1], 0))
+    return received + (1.0 if mass is None else take(mass, kept))
+
+
+def slot_of(receivers: Tensor, token: Tensor) -> Tensor:
+    """Flags [B, R]: 1 at the receiver that is the given token [B, 1]."""
+    return (receivers == token).float()
+
+
+def own_part(slot: Tensor, receivers: Tensor, weight: Tensor) -> Tensor:
+    """Factors [B, R] of the own parts: the residual token counts like what it takes in.
+
+    Args:
+        slot: [B, R], 1 at the residual token.
+        receivers: Indices [B, R].
+        weight: u [B, V].
+    """
+    return torch.where(slot > 0, take(weight, receivers), 1.0)
+
+
+def rest(assignment: Tensor | None, slot: Tensor, sources: Tensor, gain: float) -> Tensor:
+    """Sends what is not transferred to the residual token.
+
+    P' = g P + (1 - g) e_r 1^T: with g = 0 the residual token r takes in everything that is dropped
+    (the fused token of EViT), with g = 1 nothing is left for it. Merge with P' and gain 1.
+
+    Args:
+        assignment: P [B, R, S]; may be None if ``gain`` is 0.
+        slot: e_r, [B, R].
+        sources: Indices [B, S]; only their shape is read.
+        gain: g.
+    """
+    everything = slot.unsqueeze(-1).expand(-1, -1, sources.shape[1])
+    return everything if assignment is None else gain * assignment + (1 - gain) * everything
+
+
+def rest_beside(assignment: Tensor, slot: Tensor, kept: Tensor) -> Tensor:
+    """Gives the residual token all that is dropped, whatever others take of it (PruMerge).
+
+    Args:
+        assignment: P [B, R, V].
+        slot: [B, R], 1 at the residual token.
+        kept: Indices [B, K].
+    """
+    lost = torch.ones_like(assignment[:, 0]).scatter(1, kept, 0.0)
+    return torch.where(slot.unsqueeze(-1) > 0, lost.unsqueeze(1), assignment)
 
 
 def reweight(tokens: Tensor, score: Tensor, kept: Tensor, rho: float) -> Tensor:
     """Scales kept tokens [B, K, d] by their standardized scores [B, V]: y_i (1 + rho s_i)."""
     factor = 1 + rho * take(score, kept)
     return tokens * factor.unsqueeze(-1).to(tokens.dtype)
+
+
+def with_class(tokens: Tensor, class_token: Tensor) -> Tensor:
+    """Puts a copy of the CLS token [B, 1, d] in front of the tokens [B, K, d] (VisionZip)."""
+    return torch.cat([class_token.to(tokens.dtype), tokens], dim=1)

@@ -1,0 +1,60 @@
+"""Index bookkeeping of a choice of tokens: gathering them, flagging them, listing the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["chosen", "for_each_row", "in_order", "others", "take"]
+
+
+def take(values: Tensor, kept: Tensor) -> Tensor:
+    """Gathers the kept entries of every row.
+
+    Rows of vectors are flattened into one index, because a gather along an expanded index would
+    read eight bytes of index per element.
+
+    Args:
+        values: [B, V] or [B, V, d].
+        kept: Indices [B, K], or [1, K] when every row keeps the same.
+
+    Returns:
+        [B, K] or [B, K, d].
+    """
+    rows, tokens = values.shape[:2]
+    if values.dim() == 2:
+        return values.gather(1, kept.expand(rows, -1))
+    start = torch.arange(rows, device=kept.device).unsqueeze(-1) * tokens
+    index = kept + start
+    return values.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (rows, -1))
+
+
+def for_each_row(kept: Tensor, tokens: Tensor) -> Tensor:
+    """Repeats a constant choice [1, K] for every row of the tokens [B, V, d]: [B, K]."""
+    return kept.expand(tokens.shape[0], -1)
+
+
+def in_order(kept: Tensor) -> Tensor:
+    """The same indices [B, K], ascending."""
+    return kept.sort(dim=-1).values
+
+
+def chosen(kept: Tensor, tokens: Tensor) -> Tensor:
+    """Flags [B, V]: 1 for the kept tokens of [B, V, d], 0 for the others."""
+    flags = torch.zeros((kept.shape[0], tokens.shape[1]), device=kept.device)
+    return flags.scatter(1, kept, 1.0)
+
+
+def others(kept: Tensor, tokens: Tensor) -> Tensor:
+    """Indices [B, V - K] of the tokens of [B, V, d] that are not kept, ascending."""
+    return listed(1 - chosen(kept, tokens), tokens.shape[1] - kept.shape[1])
+
+
+def listed(flags: Tensor, count: int) -> Tensor:
+    """The first ``count`` positions of set flags [B, V], ascending: [B, count].
+
+    One TopK over strictly decreasing priorities: no sort, no NonZero, no tie to break.
+    """
+    length = flags.shape[1]
+    descending = torch.arange(length, 0, -1, device=flags.device, dtype=torch.float32)
+    return (flags * descending).topk(count, dim=1).indices

@@ -1,0 +1,235 @@
+"""Selectors that pick tokens one by one, each choice depending on those before.
+
+Every step is a few batched tensor operations and the number of steps is a constant, so a graph
+has the loop unrolled. ``at_once`` > 1 makes several picks by the same gains: an approximation with
+fewer steps (the benchmarks measure how often it picks other tokens).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deos_fx.operator.gather import take
+from deos_fx.operator.scores import full_precision
+
+__all__ = ["determinantal", "distinct", "greedy", "greedy_penalty", "max_min", "probe"]
+
+
+def greedy(
+    score: Tensor,
+    similarity: Tensor,
+    taken: Tensor | None,
+    diversity: float,
+    count: int,
+    at_once: int = 1,
+) -> Tensor:
+    """Picks tokens one by one, each unlike those picked before.
+
+    Step t takes argmax_j s_j - delta * max_{i in S} a_ij over the tokens not yet in S.
+
+    Args:
+        score: Standardized scores [B, V].
+        similarity: a, [B or 1, V, V], at least -1.
+        taken: Flags [B, V] of tokens that are chosen already, or None. They are not picked again,
+            and like the picks they make what resembles them less wanted.
+        diversity: delta >= 0.
+        count: Number of tokens to pick, at least 1.
+        at_once: Picks per step.
+
+    Returns:
+        Indices [B, K], in the order of the picks.
+    """
+    return _pick(score, similarity, taken, count, diversity, at_once)[0]
+
+
+def greedy_penalty(
+    score: Tensor, similarity: Tensor, count: int, diversity: float | Tensor
+) -> Tensor:
+    """What the greedy rule holds against each token, [B, V]: max_{i in S} a_ij when it was picked.
+
+    Tokens that are not picked within ``count`` steps get the value after the last step. Since the
+    penalty only grows, ``score - diversity * penalty`` falls in the order of the picks, and its
+    largest K are the K tokens ``greedy`` takes. No gradient flows through the penalty.
+    """
+    with torch.no_grad():
+        return _pick(score, similarity, None, count, diversity, 1)[1]
+
+
+def max_min(similarity: Tensor, taken: Tensor | None, count: int, at_once: int = 1) -> Tensor:
+    """Picks the token that is farthest from all picked before, again and again (DivPrune).
+
+    The first is the one whose nearest neighbour is farthest (the most novel), then
+    argmin_j max_{i in S} a_ij.
+
+    Args:
+        similarity: a, [B or 1, V, V].
+        taken: Flags [B, V] of tokens that are chosen already, or None.
+        count: Number of tokens to pick.
+        at_once: Picks per step, after the first.
+
+    Returns:
+        Indices [B, K], in the order of the picks.
+    """
+    itself = torch.eye(similarity.shape[-1], device=similarity.device)
+    nearest = (similarity - 4 * itself).amax(dim=-1)
+    first = -nearest if taken is None else torch.zeros_like(taken)
+    return _pick(first, similarity, taken, count, 1.0, at_once, only_first=True)[0]
+
+
+def _pick(
+    score: Tensor,
+    similarity: Tensor,
+    taken: Tensor | None,
+    count: int,
+    diversity: float | Tensor,
+    at_once: int,
+    *,
+    only_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The picks and what was held against every token; ``only_first`` forgets the score then."""
+    score = full_precision(score)
+    similarity = similarity.expand(score.shape[0], -1, -1)
+    # Nothing is less similar than -1, so the first pick has the largest gain of all.
+    closest = torch.full_like(score, -1.0)
+    free = torch.ones_like(score)
+    if taken is not None:
+        free = free - taken
+        resembles = torch.where(taken.unsqueeze(-1) > 0, similarity.to(score.dtype), -1.0)
+        closest = torch.maximum(closest, resembles.amax(dim=1))
+    picks: list[Tensor] = []
+    while (left := count - sum(pick.shape[-1] for pick in picks)) > 0:
+        gain = torch.where(free > 0, score - diversity * closest, torch.finfo(score.dtype).min)
+        alone = at_once == 1 or not picks
+        pick = gain.argmax(-1, keepdim=True) if alone else gain.topk(min(at_once, left)).indices
+        picks.append(pick)
+        free = free - F.one_hot(pick, score.shape[-1]).to(free.dtype).sum(dim=1)
+        near = take(similarity, pick).amax(dim=1).to(closest.dtype)
+        closest = torch.where(free > 0, torch.maximum(closest, near), closest)
+        if only_first:
+            score = torch.zeros_like(score)
+    return torch.cat(picks, dim=-1), closest
+
+
+def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count: int) -> Tensor:
+    """Greedy MAP inference of a determinantal point process (CDPruner, fast greedy MAP 2018).
+
+    The kernel is L_ij = r_i a_ij r_j with the relevance r = (s - min + 1e-6) / (max - min). Each
+    step takes the token with the largest remaining variance L_jj and conditions the kernel on it:
+    L <- L - L_:j L_j: / L_jj.
+
+    Args:
+        score: Relevance before it is scaled [B, V].
+        similarity: a, [B or 1, V, V], positive semidefinite with ones on the diagonal.
+        taken: Flags [B, V] of tokens that are chosen already, or None; they are not picked again.
+        count: Number of tokens to pick.
+
+    Returns:
+        Indices [B, K], in the order of the picks.
+    """
+    low, high = score.amin(dim=-1, keepdim=True), score.amax(dim=-1, keepdim=True)
+    relevance = (score - low + 1e-6) / (high - low)
+    kernel = relevance.unsqueeze(-1) * similarity.to(score.dtype) * relevance.unsqueeze(-2)
+    noise = 1e-6 * kernel.diagonal(dim1=-2, dim2=-1).amax(dim=-1, keepdim=True)
+    free = torch.ones_like(score) if taken is None else 1 - taken
+    picks = []
+    for _ in range(count):
+        variance = kernel.diagonal(dim1=-2, dim2=-1)
+        pick = torch.where(free > 0, variance, -torch.inf).argmax(dim=-1, keepdim=True)
+        picks.append(pick)
+        free = free - F.one_hot(pick.squeeze(-1), score.shape[-1]).to(free.dtype)
+        # Where the picks span everything, what remains is rounding error to leave alone.
+        remains = take(variance, pick)
+        scale = torch.where(remains > noise, remains.clamp_min(1e-12).rsqrt(), 0.0)
+        spread = take(kernel, pick) * scale.unsqueeze(-1)
+        kernel = kernel - spread.mT * spread
+    return torch.cat(picks, dim=-1)
+
+
+def distinct(
+    score: Tensor,
+    similarity: Tensor,
+    taken: Tensor | None,
+    already: int,
+    count: int,
+    per_round: int,
+) -> Tensor:
+    """Drops near duplicates in rounds until ``count`` tokens are left (VisPruner).
+
+    The list starts in the order of falling scores. A round splits it into even and odd places and
+    drops the ``per_round`` even tokens that resemble some odd one most; then the surviving even
+    tokens, most similar first, come before the odd ones.
+
+    Args:
+        score: [B, V].
+        similarity: a, [B or 1, V, V].
+        taken: Flags [B, V] of tokens that are chosen already, or None; they are not on the list.
+        already: Tokens that are chosen already.
+        count: Number of tokens to leave.
+        per_round: Tokens that a round drops.
+
+    Returns:
+        Indices [B, K], in the order of the last list.
+    """
+    score = full_precision(score)
+    similarity = similarity.expand(score.shape[0], -1, -1)
+    if taken is not None:
+        score = torch.where(taken > 0, torch.finfo(score.dtype).min, score)
+    left = score.topk(score.shape[-1] - already).indices
+    while left.shape[1] > count:
+        even, odd = left[:, ::2], left[:, 1::2]
+        between = take(take(similarity, even).mT, odd)
+        most = between.amax(dim=1)
+        drop = min(per_round, left.shape[1] - count, even.shape[1])
+        order = most.topk(even.shape[1]).indices[:, drop:]
+        left = torch.cat([take(even, order), odd], dim=-1)
+    return left
+
+
+def probe(
+    score: Tensor,
+    tokens: Tensor,
+    text_score: Tensor,
+    text: Tensor,
+    taken: Tensor | None,
+    count: int,
+    image_pivots: int,
+    text_pivots: int,
+) -> Tensor:
+    """Keeps what resembles a few pivot tokens least (DART).
+
+    The pivots are the best visual tokens by score, which are picked first, and the best text
+    tokens, which are only compared with. One pivot after the other picks an equal share of the
+    places that are left (the first pivots one more, if they cannot be equal) among the free tokens
+    with the smallest cosine to it.
+
+    Args:
+        score: [B, V].
+        tokens: What is compared, [B, V, d].
+        text_score: [B, T]; very small where no pivot may be.
+        text: [B, T, d].
+        taken: Flags [B, V] of tokens that are chosen already, or None.
+        count: K, at least ``image_pivots``.
+        image_pivots: Pivots among the visual tokens.
+        text_pivots: Pivots among the text tokens.
+
+    Returns:
+        Indices [B, K]: the pivots in the order of the image, then what each of them picks.
+    """
+    score = full_precision(score)
+    free = torch.ones_like(score) if taken is None else 1 - taken
+    ranked = torch.where(free > 0, score, torch.finfo(score.dtype).min)
+    first = ranked.topk(min(image_pivots, count), dim=-1).indices.sort(dim=-1).values
+    behind = text_score.topk(text_pivots, dim=-1).indices.sort(dim=-1).values
+    vectors = torch.cat([take(tokens, first), take(text, behind)], dim=1)
+    unit = (F.normalize(full_precision(x), dim=-1) for x in (vectors, tokens))
+    cosine = next(unit) @ next(unit).mT
+    picks = [first]
+    free = free - F.one_hot(first, score.shape[-1]).to(free.dtype).sum(dim=1)
+    share, more = divmod(count - first.shape[1], vectors.shape[1])
+    for i in range(vectors.shape[1]):
+        unlike = torch.where(free > 0, -cosine[:, i], torch.finfo(score.dtype).min)
+        picks.append(unlike.topk(share + (i < more), dim=-1).indices)
+        free = free - F.one_hot(picks[-1], score.shape[-1]).to(free.dtype).sum(dim=1)
+    return torch.cat(picks, dim=-1)
