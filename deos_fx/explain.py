@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deos_fx.operator.gather import chosen
 from deos_fx.operator.transfer import importance
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.policy import Policy, Reduction
@@ -28,13 +27,14 @@ class SiteExplanation:
     Attributes:
         site: Where it happened.
         positions_in: [B, V] positions of the visual tokens that came in.
-        kept: [B, K] positions of those that stayed.
+        kept: [B, K] positions of those that stayed, in their order; -1 for a copy of the CLS token.
         dropped: [B, V - K] positions of the others.
         destination: [B, K, V] how much of the content of each incoming token was added to each
             kept one, g P u of the operator; 0 for kept tokens. None if nothing was transferred.
         mass: [B, K] how many original tokens each kept one stands for.
         scores: [B, V] what the incoming tokens were ranked by; None if by their place alone.
-        remaining: [B, M] positions of everything that is left of the prompt, text included.
+        remaining: [B, M] positions of everything that is left of the prompt, text included; a copy
+            of the CLS token has none.
     """
 
     site: str
@@ -115,7 +115,9 @@ class _Watching(fx.Interpreter):
 def _of_prompts(seen: Mapping[str, Tensor], images: int, per_image: int) -> dict[str, Tensor]:
     """What was noted per image, per prompt: nothing moves between the images of a prompt."""
     found = dict(seen)
-    found["kept"] = kept_of_prompt(seen["kept"], images, per_image)
+    kept = seen["kept"]
+    copies = kept.unflatten(0, (-1, images)).flatten(1) < 0
+    found["kept"] = kept_of_prompt(kept, images, per_image).masked_fill(copies, -1)
     for role in ("score", "mass"):
         if role in seen:
             found[role] = seen[role].unflatten(0, (-1, images)).flatten(1)
@@ -172,17 +174,18 @@ def _explain_site(
         remaining: [B, N] prompt positions of everything that came so far.
     """
     kept = seen["kept"]
-    after = take(mass, kept)
+    copies = kept < 0
+    after = take(mass, kept.clamp(min=0)).masked_fill(copies, 1.0)
     if "moved" in seen:
         # The graph has masses only where something reads them.
         after = after + (seen["moved"] * mass.unsqueeze(1)).sum(dim=-1)
-    gone = chosen(kept, positions.unsqueeze(-1)) == 0
+    gone = (kept.unsqueeze(-1) != torch.arange(positions.shape[1], device=kept.device)).all(dim=1)
     lost = positions[gone].reshape(len(positions), -1)
     stays = (remaining.unsqueeze(-1) != lost.unsqueeze(1)).all(dim=-1)
     return SiteExplanation(
         site=reduction.site,
         positions_in=positions,
-        kept=take(positions, kept),
+        kept=take(positions, kept.clamp(min=0)).masked_fill(copies, -1),
         dropped=lost,
         destination=seen.get("destination"),
         mass=seen.get("mass", after),

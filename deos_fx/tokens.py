@@ -17,9 +17,12 @@ __all__ = [
     "attention_to_patches",
     "class_token",
     "compact_positions",
+    "first_of_prompt",
     "gate_bias",
     "kept_in_prompt",
+    "kept_of_kept",
     "kept_of_prompt",
+    "known_of_kept",
     "last_token",
     "mass_bias",
     "masses_of_prompt",
@@ -216,6 +219,39 @@ def kept_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
     """
     offset = torch.arange(images, device=kept.device)[:, None] * per_image
     return (kept.unflatten(0, (-1, images)) + offset).flatten(1)
+
+
+def kept_of_kept(before: Tensor, kept: Tensor) -> Tensor:
+    """What two reductions in a row keep, of the tokens that came to the first.
+
+    Args:
+        before: [I, K1] indices that the first kept; -1 stands for a copy of the CLS token.
+        kept: [I, K2] indices into these, or -1.
+
+    Returns:
+        [I, K2].
+    """
+    return torch.where(kept < 0, kept, take(before, kept.clamp(min=0)))
+
+
+def known_of_kept(x: Tensor, kept: Tensor) -> Tensor:
+    """Values [B or 1, V, ...] of kept tokens [B, K]; a copy of the CLS token has the first's."""
+    return take(x, kept.clamp(min=0))
+
+
+def first_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
+    """The placeholders of tokens that are not in the order of the image: each image's first K.
+
+    Args:
+        kept: [B * images, K]; only its shape is read.
+        images: Images per prompt.
+        per_image: Placeholders of one image.
+
+    Returns:
+        [B, images * K] ascending indices into a prompt's placeholders.
+    """
+    first = torch.arange(kept.shape[1], device=kept.device)
+    return kept_of_prompt(first.expand(kept.shape[0], -1), images, per_image)
 
 
 def masses_of_prompt(mass: Tensor, images: int) -> Tensor:

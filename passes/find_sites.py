@@ -162,7 +162,7 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
 
 def _scores_from(features: frozenset[str]) -> tuple[str, ...]:
     """Names of the scores that need nothing but these features."""
-    return tuple(name for name, score in SCORES.items() if features.issuperset(score.needs))
+    return tuple(name for name, score in SCORES.items() if features.issuperset(score.features))
 
 
 def _why_not_in_tower(

@@ -197,11 +197,12 @@ class _Lowering:
             for user in users:
                 user.replace_input_with(whole, left)
             kept, mass = self.note("kept", reduced.kept), self.note("mass", reduced.mass)
-            self.images = _Images(
-                self._grid_of_kept(step, images.grid, kept),
-                kept if images.kept is None else self.call(tokens.take, images.kept, kept),
-                mass,
-            )
+            kept_so_far = kept
+            if images.kept is not None:
+                in_order = step.reduction.order == "position"
+                compose = tokens.take if in_order else tokens.kept_of_kept
+                kept_so_far = self.call(compose, images.kept, kept)
+            self.images = _Images(self._grid_of_kept(step, images.grid, kept), kept_so_far, mass)
             if in_tower:
                 self.images.cut = features, kept
                 self._bias_tower(step, left)
@@ -215,6 +216,9 @@ class _Lowering:
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         with self.graph.inserting_before(max(made, key=order.__getitem__).next):
             kept = self.call(tokens.kept_of_prompt, left.kept, images, per_image)
+            grid = self._grid_of_prompt(kept)
+            if any(step.reduction.order != "position" for step in steps):
+                kept = self.call(tokens.first_of_prompt, left.kept, images, per_image)
             mass = left.mass
             if mass is not None:
                 mass = self.call(tokens.masses_of_prompt, mass, images)
@@ -223,7 +227,7 @@ class _Lowering:
                 kept,
                 None,
                 mass,
-                grid=self._grid_of_prompt(kept),
+                grid=grid,
                 position=rule_before_decoder(step.reduction for step in steps),
                 beta=0.0 if last.stage == "vision" else last.reduction.mass_bias,
             )
@@ -375,7 +379,7 @@ class _Lowering:
         """A feature of the block before the latest cut, at the tokens which that cut has left."""
         assert self.images.cut is not None
         features, kept = self.images.cut
-        return self.call(tokens.take, features[name], kept)
+        return self.call(tokens.known_of_kept, features[name], kept)
 
     def _prompt_features(self, step: _Step) -> PromptFeatures:
         space = self.space
@@ -414,11 +418,11 @@ class _Lowering:
     ) -> fx.Node | torch.Tensor:
         """Image, row and column of what is left; still a constant if it was chosen by the grid."""
         if isinstance(grid, fx.Node):
-            return self.call(tokens.take, grid, kept)
-        if step.reduction.selector == "grid":
+            return self.call(tokens.known_of_kept, grid, kept)
+        if step.reduction.selector == "grid" and not step.reduction.tiers:
             count = step.count * (self.layout.images if step.stage == "decoder" else 1)
             return grid[grid_anchors(grid, count)[0]]
-        return self.call(tokens.take, grid[None], kept)
+        return self.call(tokens.known_of_kept, grid[None], kept)
 
     def _grid_of_prompt(self, kept: fx.Node) -> fx.Node | torch.Tensor:
         """Image, row and column of what is left of all images of a prompt."""
@@ -426,7 +430,8 @@ class _Lowering:
         if isinstance(grid, torch.Tensor):
             per_image = [grid + torch.tensor([i, 0, 0]) for i in range(self.layout.images)]
             return torch.cat(per_image)
-        return self.call(tokens.take, self.layout.grid_tensor(self.layout.images)[None], kept)
+        whole = self.layout.grid_tensor(self.layout.images)[None]
+        return self.call(tokens.known_of_kept, whole, kept)
 
     def _constant(self, value: torch.Tensor) -> fx.Node:
         """A buffer of the graph, so that it moves to the model's device with it."""

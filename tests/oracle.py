@@ -101,7 +101,8 @@ class ByHand(NamedTuple):
         origin: Their positions in the prompt, after every reduction.
         hidden: What goes into the first layer, and what comes out of each layer but the last,
             before it is reduced: [M_i, d].
-        mass: Masses of the visual tokens, after every reduction.
+        kept: Positions that the visual tokens that are left came from, after every reduction.
+        mass: Their masses.
         moved: (position of a kept token, of a dropped one) -> share of its content that was added,
             for every reduction.
     """
@@ -109,6 +110,7 @@ class ByHand(NamedTuple):
     logits: Tensor
     origin: list[list[int]]
     hidden: list[Tensor]
+    kept: list[list[int]]
     mass: list[list[float]]
     moved: list[dict[tuple[int, int], float]]
 
@@ -124,6 +126,7 @@ class ByHand(NamedTuple):
             mass += masses
             moved |= {(place[a], place[b]): share for (a, b), share in shares.items()}
         self.origin.append(sorted({*range(tokens)} - {*visual} | {*left}))
+        self.kept.append(left)
         self.mass.append(mass)
         self.moved.append(moved)
 
@@ -147,7 +150,7 @@ def by_hand(
     ids = prompt["input_ids"][0].tolist()
     end = len(ids)
     visual = [p for p, token in enumerate(ids) if token == IMAGE]
-    found = ByHand(torch.empty(0), [], [], [], [])
+    found = ByHand(torch.empty(0), [], [], [], [], [])
     images = _run_tower(eager, prompt["pixel_values"], steps)
     early = [step for step in policy.reductions if not step.site.startswith("decoder")]
     ids += list(generated)
@@ -155,7 +158,7 @@ def by_hand(
         found.note_images(step.site, images, visual, len(ids))
     state = _State(core.language_model.embed_tokens(torch.tensor(ids)), visual)
     state.last = end - 1
-    state.enter(images)
+    state.enter(images, in_order=all(step.order == "position" for step in early))
     if early:
         state.renumber("compact" if "compact" in {step.position for step in early} else "keep")
         state.bias_by_mass(steps["projector"].mass_bias if "projector" in steps else 0.0)
@@ -175,8 +178,11 @@ def by_hand(
             state.renumber(step.position)
             state.bias_by_mass(step.mass_bias)
             found.origin.append(list(state.origin))
+            found.kept.append([state.patch[state.origin[p]] for p in state.visual])
             found.mass.append([state.mass[p] for p in state.visual])
-            found.moved.append(moved)
+            found.moved.append(
+                {(state.patch[a], state.patch[b]): share for (a, b), share in moved.items()}
+            )
     hidden = core.language_model.norm(state.hidden)
     return found._replace(logits=eager.lm_head(hidden), hidden=seen[:-1])
 
@@ -214,17 +220,28 @@ class _State:
         self.mass = [1.0] * len(hidden)
         self.bias = [0.0] * len(hidden)
         self.cell = {p: (i // VISUAL, i % VISUAL // 8, i % 8) for i, p in enumerate(visual)}
+        # Where the content of a placeholder comes from: itself, as long as the order is kept.
+        self.patch = {p: p for p in visual}
 
-    def enter(self, images: Sequence[_Image]) -> None:
-        """Put what is left of the images in the place of their placeholders; the others go."""
+    def enter(self, images: Sequence[_Image], *, in_order: bool) -> None:
+        """Put what is left of the images in the place of their placeholders; the others go.
+
+        Tokens that are not in the order of the image take its first placeholders.
+        """
         gone = []
-        for place, p in enumerate(self.visual):
-            image, own = images[place // VISUAL], place % VISUAL
-            if own in image.left():
-                row = image.visual[image.left().index(own)]
-                self.hidden[p], self.mass[p] = image.hidden[row], image.mass[row]
-            else:
-                gone.append(p)
+        for i, image in enumerate(images):
+            own = image.left()
+            here = self.visual[i * VISUAL : (i + 1) * VISUAL]
+            places = own if in_order else list(range(len(own)))
+            for place, p in enumerate(here):
+                if place in places:
+                    which = places.index(place)
+                    row = image.visual[which]
+                    self.hidden[p], self.mass[p] = image.hidden[row], image.mass[row]
+                    self.patch[p] = here[own[which]]
+                    self.cell[p] = (i, own[which] // 8, own[which] % 8)
+                else:
+                    gone.append(p)
         self._drop(gone)
 
     def run(self, decoder: Any, layer: Any) -> tuple[Tensor, Tensor]:
@@ -284,7 +301,10 @@ class _State:
             if step.reweight:
                 y = y * (1 + step.reweight * score[i])
             self.hidden[places[i]] = y
+        order = [self.origin[places[i]] for i in kept]
         self._drop([places[j] for j in range(len(places)) if j not in kept])
+        if step.order == "selection":
+            self.visual = [self.origin.index(p) for p in order]
         return moved
 
     def renumber(self, rule: str) -> None:
@@ -391,7 +411,8 @@ def _kept(
             i for i, (_, r, c) in enumerate(cells) if r % width == centre and c % width == centre
         ]
     if not step.diversity:
-        return sorted(sorted(range(len(x)), key=score.__getitem__, reverse=True)[:count])
+        best = sorted(range(len(x)), key=score.__getitem__, reverse=True)[:count]
+        return best if step.order == "selection" else sorted(best)
     kept: list[int] = []
     for _ in range(count):
         gains = [
