@@ -8,25 +8,25 @@ in full, whatever a kernel skips.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deos_fx.inputs import prompt_layout
-from deos_fx.operator.scores import SCORES
+from deos_fx.operator import required_features
+from deos_fx.operator_cost import Amount, SiteSizes, operator_flops, relaxed_flops
+from deos_fx.passes.features import OBSERVED
 from deos_fx.passes.find_blocks import find_blocks
+from deos_fx.passes.layout import PromptLayout, grid_after, grid_of_prompt
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduction import split_site
-from deos_fx.signature import has_class_token, signature_of
+from deos_fx.seam import Observation
+from deos_fx.signature import grid_of, has_class_token, signature_of
 
 __all__ = ["Amount", "Cost", "CostModel", "CostReport"]
-
-Amount: TypeAlias = float | Tensor
-"""A number, or a 0-dim tensor through which a gradient flows."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,14 @@ class _Block:
         heads: Query heads.
         key_heads: Key and value heads.
         dim: Size of a head.
+        width: Size of a hidden state.
     """
 
     linear: int
     heads: int
     key_heads: int
     dim: int
+    width: int
 
     def flops(self, tokens: Amount) -> Amount:
         """Of the whole block: linear layers, query-key and attention-value products."""
@@ -105,6 +107,11 @@ class _Block:
     def row_flops(self, queries: Amount, tokens: Amount) -> Amount:
         """Of the attention logits of a few queries that a score observes."""
         return 2 * self.heads * self.dim * queries * tokens
+
+    @property
+    def projections(self) -> int:
+        """Of the queries, keys and values of one token."""
+        return 2 * self.width * (self.heads + 2 * self.key_heads) * self.dim
 
 
 class CostModel:
@@ -145,8 +152,11 @@ class CostModel:
         self._width = model.config.get_text_config().hidden_size
         self._head = _linear_flops([model.get_output_embeddings()])
         self._bytes = model.dtype.itemsize
-        self._tower_tokens = self.signature.visual_tokens + has_class_token(model)
-        self._encoding = self._encoding_flops(model)
+        self._class_tokens = int(has_class_token(model))
+        self._used = self._vision[: _used_blocks(model, len(self._vision))]
+        self._per_patch, self._per_feature = _encoding_flops(model)
+        self._grid = grid_of(model)
+        self._counted: dict[tuple[str, int, int, bool], int] = {}
 
     @classmethod
     def of_inputs(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> CostModel:
@@ -181,19 +191,27 @@ class CostModel:
         """
         return sum(counts) / len(self._decoder)
 
-    def flops(self, counts: Sequence[Amount] | Tensor, overhead: Amount = 0) -> Amount:
+    def flops(
+        self,
+        counts: Sequence[Amount] | Tensor,
+        overhead: Amount = 0,
+        patches: Sequence[Amount] | None = None,
+    ) -> Amount:
         """Of one prefill of the whole batch, from pixels to logits.
 
         Args:
             counts: As in `visual_tokens`.
             overhead: FLOPs of the reductions themselves, see `overhead`.
+            patches: Patches of one image that each used block of the vision tower processes, and
+                then the projector, see `patches`; by default all of them.
         """
         lengths = [self.text_tokens + count for count in counts]
         layers = sum(
             block.flops(length) for block, length in zip(self._decoder, lengths, strict=True)
         )
         head = self._head * (self.logits_to_keep or lengths[-1])
-        return self.batch * (self.images * self._encoding + layers + head) + overhead
+        encoding = self._encoding(self.patches(Policy()) if patches is None else patches)
+        return self.batch * (self.images * encoding + layers + head) + overhead
 
     def kv_bytes(self, counts: Sequence[Amount] | Tensor) -> Amount:
         """Of the keys and values that one prefill of the whole batch leaves.
@@ -209,15 +227,15 @@ class CostModel:
         """FLOPs of one reduction's own scores, similarities and merging, for the whole batch.
 
         Args:
-            reduction: What is done; its ``keep`` is not read.
-            before: Visual tokens that come in, of one image at the projector and of one prompt
-                in the decoder.
+            reduction: What is done, as far as a search can vary it; its ``keep`` is not read.
+            before: Visual tokens that come in, of one image before the decoder and of one prompt
+                in it.
             after: Those that are kept, counted alike.
         """
-        stage, layer = split_site(reduction.site)
-        rows = self.batch if stage == "decoder" else self.batch * self.images
-        attention = self._attention_flops(reduction, layer, before)
-        return rows * (attention + self._operator_flops(reduction, before, after))
+        site = self._site(reduction)
+        observed = site.observed_flops(_observed(reduction), before, before, self.text_tokens)
+        operator = relaxed_flops(reduction, before, after, site.sizes)
+        return site.rows * (observed + operator)
 
     # *** of a policy; exact ***
 
@@ -234,7 +252,7 @@ class CostModel:
         return Cost(
             visual_tokens_per_layer=tuple(counts),
             visual_tokens=sum(counts) / len(counts),
-            flops=int(self.flops(counts, self.overhead(policy))),
+            flops=int(self.flops(counts, self.overhead(policy), self.patches(policy))),
             kv_bytes=int(self.kv_bytes(counts)),
         )
 
@@ -255,6 +273,25 @@ class CostModel:
             per_layer[first:] = [kept] * (len(per_layer) - first)
         return [self.images * count for count in per_layer]
 
+    @property
+    def tower_blocks(self) -> int:
+        """Blocks of the vision tower that the language model depends on."""
+        return len(self._used)
+
+    def patches(self, policy: Policy) -> list[int]:
+        """Patches of one image in each used block of the vision tower, and then in the projector.
+
+        Args:
+            policy: A policy for this model.
+        """
+        tokens = self.signature.visual_tokens
+        per_block = [tokens] * (self.tower_blocks + 1)
+        for reduction, kept in zip(policy.reductions, policy.counts(tokens), strict=True):
+            stage, block = split_site(reduction.site)
+            if stage == "vision":
+                per_block[block + 1 :] = [kept] * (self.tower_blocks - block)
+        return per_block
+
     def overhead(self, policy: Policy) -> int:
         """FLOPs of all the reductions of a policy, for the whole batch.
 
@@ -263,48 +300,129 @@ class CostModel:
         """
         total = 0
         present = self.signature.visual_tokens
+        inside = self.patches(policy)
+        at_decoder = self.counts(policy)[0]
+        grid: Tensor | None = PromptLayout(0, 1, self._grid).grid_tensor(1)
+        at_once = 1
+        known: set[_Seen] = set()
         for reduction, kept in zip(policy.reductions, policy.counts(present), strict=True):
-            at_once = self.images if _first_layer(reduction) else 1
-            flops = self.reduction_flops(reduction, at_once * present, at_once * kept)
-            total += int(flops)
+            stage, layer = split_site(reduction.site)
+            if stage == "decoder" and at_once < self.images:
+                at_once = self.images
+                grid = None if grid is None else grid_of_prompt(grid, self.images)
+            site = self._site(reduction)
+            before, after = at_once * present, at_once * kept
+            seen = _observed(reduction)
+            attended = before
+            if stage == "projector":
+                # A cut right behind the last block looks into the same block.
+                attended = inside[-2]
+                seen = seen - known
+            known = seen if stage == "vision" and layer == self.tower_blocks - 1 else set()
+            total += site.rows * int(
+                site.observed_flops(seen, attended, before, self.text_tokens)
+                + self._operator_flops(reduction, before, after, site.sizes, grid)
+            )
+            grid = None if grid is None else grid_after(reduction, after, grid)
             present = kept
+        if any(of == "raters" for step in policy.reductions for _, _, of in _observed(step)):
+            total += self.batch * 2 * self._width * at_decoder * self.text_tokens
         return total
 
     # *** parts ***
 
-    def _encoding_flops(self, model: PreTrainedModel) -> int:
+    def _encoding(self, patches: Sequence[Amount]) -> Amount:
         """FLOPs of one image: patch embedding, vision blocks, projector."""
-        patches = self.signature.visual_tokens
-        used = self._vision[: _used_blocks(model, len(self._vision))]
-        tower, decoder = model.get_encoder(modality="image"), model.get_decoder()
-        parts = {id(module) for part in (tower, decoder) for module in part.modules()}
-        parts.add(id(model.get_output_embeddings()))
-        between = [module for module in model.modules() if id(module) not in parts]
-        per_patch = _patch_flops(tower) + _linear_flops(_leaves(between))
-        blocks = sum(block.flops(self._tower_tokens) for block in used)
-        return patches * per_patch + int(blocks)
+        *in_blocks, in_projector = patches
+        blocks = zip(self._used, in_blocks, strict=True)
+        tower = sum(block.flops(self._class_tokens + count) for block, count in blocks)
+        embedding = self.signature.visual_tokens * self._per_patch
+        return embedding + tower + in_projector * self._per_feature
 
-    def _attention_flops(self, reduction: Reduction, layer: int, tokens: Amount) -> Amount:
-        """Of the attention rows that the scores observe, for one row of the batch."""
-        needs = _needs_of_scores(reduction)
-        if "attention_cls" in needs:
-            return self._vision[0].row_flops(1, self._tower_tokens)
-        queries = ("attention_last" in needs) + ("attention_text" in needs) * self.text_tokens
-        return self._decoder[layer].row_flops(queries, self.text_tokens + tokens)
+    def _site(self, reduction: Reduction) -> _Site:
+        stage, layer = split_site(reduction.site)
+        blocks = self._decoder if stage == "decoder" else self._vision
+        block = self.tower_blocks - 1 if stage == "projector" else layer
+        return _Site(
+            stage=stage,
+            block=blocks[block],
+            following=blocks[block + 1] if block + 1 < len(blocks) else None,
+            others=self.text_tokens if stage == "decoder" else self._class_tokens,
+            rows=self.batch * (1 if stage == "decoder" else self.images),
+            sizes=SiteSizes(
+                width=blocks[block].width if stage == "vision" else self._width,
+                key=blocks[block].dim,
+                joint_key=blocks[block].key_heads * blocks[block].dim,
+                text=self.text_tokens,
+            ),
+        )
 
-    def _operator_flops(self, reduction: Reduction, before: Amount, after: Amount) -> Amount:
-        """Of what compares and merges visual tokens, for one row of the batch."""
-        widths = {"feature": self._width, "key": self._decoder[0].dim, "grid": 0}
-        compared = sum(widths[kind] for kind in reduction.similarity)
+    def _operator_flops(
+        self, reduction: Reduction, before: int, after: int, sizes: SiteSizes, grid: Tensor | None
+    ) -> int:
+        """Counted once for each pair of numbers: a search asks again and again."""
+        key = (repr(replace(reduction, keep=1.0)), before, after, grid is None)
+        if key not in self._counted:
+            self._counted[key] = operator_flops(reduction, before, after, sizes, grid)
+        return self._counted[key]
+
+
+_Seen: TypeAlias = tuple[str, Observation, str]
+"""Where, what and of whose queries: see `deos_fx.passes.features`."""
+
+
+def _observed(reduction: Reduction) -> set[_Seen]:
+    """What the reduction observes, each once."""
+    needs = (need.partition("@") for need in required_features(reduction))
+    return {(where, *OBSERVED[name]) for name, _, where in needs if name in OBSERVED}
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What is there at a site.
+
+    Attributes:
+        stage: ``vision``, ``projector`` or ``decoder``.
+        block: The block before it.
+        following: The block behind it.
+        others: Tokens of a row that are not visual.
+        rows: Rows of the batch: prompts, or images.
+        sizes: Of features.
+    """
+
+    stage: str
+    block: _Block
+    following: _Block | None
+    others: int
+    rows: int
+    sizes: SiteSizes
+
+    def observed_flops(
+        self, seen: set[_Seen], attended: Amount, visual: Amount, text: int
+    ) -> Amount:
+        """Of what is observed, for one row of the batch; formulas in `deos_fx.passes.features`.
+
+        Args:
+            seen: What is observed.
+            attended: Visual tokens in the block before the site.
+            visual: Visual tokens at the site.
+            text: Text tokens.
+        """
         total: Amount = 0
-        if "novelty" in reduction.scores and reduction.uses_scores:
-            total += 2 * self._width * before * before
-        if reduction.selector == "greedy":
-            total += 2 * compared * before * before
-        if reduction.gain and reduction.temperature != math.inf:
-            total += 2 * compared * after * before
-        if reduction.gain or reduction.residual:
-            total += 2 * self._width * after * before
+        for where, observation, of in seen:
+            block, tokens = self.block, self.others + attended
+            if where == "next":
+                assert self.following is not None
+                block, tokens = self.following, self.others + visual
+            # In the tower all tokens are asked, class tokens too.
+            every = visual if self.stage == "decoder" else tokens
+            queries = {"class": 1, "last": 1, "text": text, "raters": text, "visual": every}
+            if of:
+                total += block.row_flops(queries[of], tokens)
+            if observation.gravity:
+                total += 4 * block.dim * queries[of] * tokens
+        if self.following is not None and any(where == "next" for where, _, _ in seen):
+            total += self.following.projections * (self.others + visual)
         return total
 
 
@@ -314,10 +432,13 @@ def _first_layer(reduction: Reduction) -> int:
     return layer + 1 if stage == "decoder" else 0
 
 
-def _needs_of_scores(reduction: Reduction) -> set[str]:
-    if not reduction.uses_scores:
-        return set()
-    return {need for name in reduction.scores for need in SCORES[name].needs}
+def _encoding_flops(model: PreTrainedModel) -> tuple[int, int]:
+    """FLOPs of one patch in front of the tower's blocks, and of one feature behind them."""
+    tower, decoder = model.get_encoder(modality="image"), model.get_decoder()
+    parts = {id(module) for part in (tower, decoder) for module in part.modules()}
+    parts.add(id(model.get_output_embeddings()))
+    between = [module for module in model.modules() if id(module) not in parts]
+    return _patch_flops(tower), _linear_flops(_leaves(between))
 
 
 def _block(block: nn.Module) -> _Block:
@@ -332,6 +453,7 @@ def _block(block: nn.Module) -> _Block:
         heads=heads,
         key_heads=getattr(config, "num_key_value_heads", None) or heads,
         dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        width=config.hidden_size,
     )
 
 

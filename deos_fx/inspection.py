@@ -80,11 +80,15 @@ def print_cost(model: PreTrainedModel, policy: Policy, console: Console) -> None
     before, after = costs.of_policy(Policy()), costs.of_policy(policy)
     console.print(policy, highlight=False, markup=False)
     layers = Table(title=f"Visual tokens, one image and {TEXT_TOKENS} text tokens")
-    for name in ("decoder layer", "before", "after"):
+    for name in ("layer", "before", "after"):
         layers.add_column(name, justify="right")
+    old, new = costs.patches(Policy()), costs.patches(policy)
+    rows = [(f"vision {i}", *pair) for i, pair in enumerate(zip(old, new, strict=True))][:-1]
+    rows = rows if new != old else []
     pairs = zip(before.visual_tokens_per_layer, after.visual_tokens_per_layer, strict=True)
-    for layer, (old, new) in enumerate(pairs):
-        layers.add_row(str(layer), str(old), str(new))
+    rows += [(f"decoder {layer}", *pair) for layer, pair in enumerate(pairs)]
+    for name, *numbers in rows:
+        layers.add_row(name, *map(str, numbers))
     console.print(layers)
     totals = Table("", *(("before", "after", "ratio")), title="Cost of the prefill")
     amounts = {

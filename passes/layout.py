@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deos_fx.operator import grid_anchors
 from deos_fx.reduction import Reduction, split_site
 
-__all__ = ["PromptLayout", "rule_before_decoder"]
+__all__ = ["PromptLayout", "grid_after", "grid_of_prompt", "rule_before_decoder"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,27 @@ class PromptLayout:
         """Image, row and column of every token of `images` images: int64 [images * V, 3]."""
         axes = [torch.arange(side) for side in (images, *self.grid)]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+
+
+def grid_after(reduction: Reduction, count: int, grid: Tensor) -> Tensor | None:
+    """What a reduction leaves of a grid [V, 3] that is the same in all rows.
+
+    Args:
+        reduction: What is done.
+        count: K, tokens that it keeps.
+        grid: Image, row and column of the tokens that come in.
+
+    Returns:
+        [K, 3], or None if what is left depends on the input.
+    """
+    if reduction.selector != "grid" or reduction.tiers:
+        return None
+    return grid[grid_anchors(grid, count)[0]]
+
+
+def grid_of_prompt(grid: Tensor, images: int) -> Tensor:
+    """The grid [images * K, 3] of a prompt whose images all have the grid [K, 3]."""
+    return torch.cat([grid + torch.tensor([image, 0, 0]) for image in range(images)])
 
 
 def rule_before_decoder(reductions: Iterable[Reduction]) -> str:

@@ -19,12 +19,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from deos_fx import context, tokens
-from deos_fx.operator import StaticOutput, grid_anchors, required_features, static_reduce
+from deos_fx.operator import StaticOutput, required_features, static_reduce
 from deos_fx.passes.annotate_token_spaces import position_tables
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.find_sites import Site, Sites
 from deos_fx.passes.finish import finish
-from deos_fx.passes.layout import PromptLayout, rule_before_decoder
+from deos_fx.passes.layout import PromptLayout, grid_after, grid_of_prompt, rule_before_decoder
 from deos_fx.passes.observe_block import bias_block
 from deos_fx.passes.open_space import open_space
 from deos_fx.policy import Policy, Reduction
@@ -419,17 +419,15 @@ class _Lowering:
         """Image, row and column of what is left; still a constant if it was chosen by the grid."""
         if isinstance(grid, fx.Node):
             return self.call(tokens.known_of_kept, grid, kept)
-        if step.reduction.selector == "grid" and not step.reduction.tiers:
-            count = step.count * (self.layout.images if step.stage == "decoder" else 1)
-            return grid[grid_anchors(grid, count)[0]]
-        return self.call(tokens.known_of_kept, grid[None], kept)
+        count = step.count * (self.layout.images if step.stage == "decoder" else 1)
+        left = grid_after(step.reduction, count, grid)
+        return self.call(tokens.known_of_kept, grid[None], kept) if left is None else left
 
     def _grid_of_prompt(self, kept: fx.Node) -> fx.Node | torch.Tensor:
         """Image, row and column of what is left of all images of a prompt."""
         grid = self.images.grid
         if isinstance(grid, torch.Tensor):
-            per_image = [grid + torch.tensor([i, 0, 0]) for i in range(self.layout.images)]
-            return torch.cat(per_image)
+            return grid_of_prompt(grid, self.layout.images)
         whole = self.layout.grid_tensor(self.layout.images)[None]
         return self.call(tokens.known_of_kept, whole, kept)
 

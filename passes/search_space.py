@@ -112,6 +112,7 @@ def relaxed_costs(
     images, layers = cost.images, cost.signature.decoder_layers
     present = torch.tensor(float(images * cost.signature.visual_tokens))
     counts = [present] * layers
+    patches = [present / images] * (cost.tower_blocks + 1)
     overhead = torch.zeros(())
     for site, reduction in reductions.items():
         after = reduction.keep_fraction(present)
@@ -120,10 +121,12 @@ def relaxed_costs(
         flops = cost.reduction_flops(reduction.start, present / share, after / share)
         overhead = overhead + reduction.activation.sigmoid() * flops
         counts = counts[:first] + [after] * (layers - first)
+        if stage == "vision":
+            patches = patches[: layer + 1] + [after / images] * (cost.tower_blocks - layer)
         present = after
     costs = {
         "visual_tokens": cost.visual_tokens(counts),
-        "flops": cost.flops(counts, overhead),
+        "flops": cost.flops(counts, overhead, patches),
         "kv_cache": cost.kv_bytes(counts),
     }
     if latency is not None:

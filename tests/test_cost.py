@@ -8,6 +8,10 @@ from tiny import VISUAL, inputs, shared_llava, tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
 
 from deos_fx.cost import CostModel, CostReport
+from deos_fx.operator.relaxed import RelaxedReduction
+from deos_fx.operator_cost import SiteSizes, operator_flops, relaxed_flops
+from deos_fx.passes.layout import PromptLayout
+from deos_fx.passes.search_space import relaxed_costs
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduced_model import ReducedModel
 
@@ -29,6 +33,25 @@ POLICIES = {
     "uniform": (Reduction("decoder.3", 8, gain=1.0, temperature=math.inf),),
     "residual": (Reduction("projector", 8, residual=True),),
     "greedy": (Reduction("decoder.1", 8, selector="greedy", diversity=0.5, gain=1.0),),
+    "tower": (
+        Reduction("vision.0", 40, scores={"key_norm": 1, "cls_attention": 1}, gain=1.0),
+        Reduction("vision.1", 24, scores={"cls_attention": 1}, residual=True),
+        Reduction("projector", 16, scores={"cls_attention": 1, "novelty": 1}, gain=1.0),
+    ),
+    "before the last block": (
+        Reduction("vision.0", 30, gain=1.0, similarity={"key": 1.0}, mass_bias=1.0),
+        Reduction("projector", 16),
+        Reduction("decoder.2", 4),
+    ),
+    "mutual": (
+        Reduction("vision.0", 30, scores={"mutual_attention": 1}),
+        Reduction("decoder.1", 10, scores={"mutual_attention": 1, "agreed_attention": 1}),
+    ),
+    "raters of the next layer": (
+        Reduction("projector", 40),
+        Reduction("decoder.1", 20, scores={"rater_attention": 1}, observe="next"),
+        Reduction("decoder.3", 9, scores={"calibrated_rater_attention": 1}),
+    ),
     "several sites": (
         Reduction("projector", 48, gain=1.0, mass_bias=1.0),
         Reduction("decoder.0", 32),
@@ -104,6 +127,28 @@ def test_differentiable():
     one_more = cost.of_policy(Policy((Reduction("decoder.1", 21),)))
     rise = one_more.flops - exact.flops
     assert slope[2:].sum().item() == pytest.approx(rise, rel=0.01)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_search_sees_the_operations_of_the_policy(name):
+    sizes = SiteSizes(width=48, key=12, joint_key=24, text=9)
+    grid = PromptLayout(0, 1, (8, 8)).grid_tensor(1)
+    for step in POLICIES[name]:
+        after = step.count(VISUAL)
+        exact = operator_flops(step, VISUAL, after, sizes, grid)
+        assert relaxed_flops(step, VISUAL, torch.tensor(float(after)), sizes) == exact
+
+
+@pytest.mark.parametrize("stage", ["vision", "projector", "decoder"])
+def test_relaxed_costs_are_those_of_the_policy(stage):
+    site = "projector" if stage == "projector" else f"{stage}.0"
+    cost = CostModel(shared_llava(), images=2, text_tokens=10)
+    policy = Policy((Reduction(site, 16, scores={"feature_norm": 1}, gain=1.0),))
+    relaxed = {site: RelaxedReduction.from_reduction(policy.reductions[0], 16 / VISUAL)}
+    predicted = relaxed_costs(relaxed, cost, None)
+    exact = cost.of_policy(policy)
+    assert predicted["flops"].item() == pytest.approx(exact.flops, rel=1e-4)
+    assert predicted["visual_tokens"].item() == pytest.approx(exact.visual_tokens)
 
 
 def test_report_is_readable():
