@@ -1,10 +1,10 @@
 """The one seam to attention: transformers' `AttentionInterface`.
 
-Scores need queries and keys, merging needs a log-mass bias, the relaxed form needs a log-gate
-bias. All of it goes through one registered attention function, which receives the post-rotary
-query and key of whatever family is running, adds the bias to the mask and then calls the
-implementation the user had chosen (sdpa, flash, eager). What the keys receive is computed a few
-queries at a time, O(N) each, and never as the N x N matrix.
+Scores need queries and keys. One registered attention function receives the post-rotary query and
+key of whatever family is running and then calls the implementation the user had chosen (sdpa,
+eager). What the keys receive is computed a few queries at a time, O(N) each, and never as the
+N x N matrix. The log-mass bias of merging and the log-gate bias of the relaxed form are part of
+the mask.
 
 A block that needs the seam is run through a *view*: a shallow copy that shares every weight with
 the original and differs only in the attention implementation its config names. The model itself is
@@ -30,6 +30,8 @@ __all__ = [
     "Observation",
     "ObservedBlock",
     "PeekedBlock",
+    "biased_mask",
+    "is_causal",
     "received_attention",
 ]
 
@@ -76,10 +78,9 @@ Asked = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 @dataclass
 class _SeamCall:
-    """One call of one block: what to add, what to observe, what was seen."""
+    """One call of one block: what to observe, what was seen."""
 
     implementation: str
-    key_bias: Tensor | None
     observe: tuple[Observation, ...]
     asked: tuple[Asked, ...]
     tables: Any
@@ -88,7 +89,7 @@ class _SeamCall:
 
 
 class ObservedBlock(nn.Module):
-    """A transformer block whose attention is biased and observed.
+    """A transformer block whose attention is observed.
 
     Args:
         block: The model's own block; its weights are shared.
@@ -117,35 +118,30 @@ class ObservedBlock(nn.Module):
     def forward(
         self,
         *args: Any,
-        key_bias: Tensor | None = None,
         asked: tuple[Asked, ...] = (),
         **kwargs: Any,
     ) -> Any:
         """Run the block.
 
         Args:
-            key_bias: [B, N] added to the attention logits of each key.
             asked: The queries of each observation that is about some.
             *args: The block's own arguments.
             **kwargs: The block's own keyword arguments.
 
         Returns:
-            The block's output; if anything is observed, a tuple (output, *observed) in the order
-            of ``observe``.
+            The tuple (output, *observed), in the order of ``observe``.
         """
-        call = self._call(key_bias, asked, kwargs)
+        call = self._call(asked, kwargs)
         output = self.block(*args, seam=call, **kwargs)
-        return (output, *call.seen) if self.observe else output
+        return (output, *call.seen)
 
     def extra_repr(self) -> str:
         """What it reports."""
         return ", ".join(map(str, self.observe))
 
-    def _call(
-        self, key_bias: Tensor | None, asked: tuple[Asked, ...], kwargs: dict[str, Any]
-    ) -> _SeamCall:
+    def _call(self, asked: tuple[Asked, ...], kwargs: dict[str, Any]) -> _SeamCall:
         tables = kwargs.get("position_embeddings")
-        return _SeamCall(self.implementation, key_bias, self.observe, asked, tables)
+        return _SeamCall(self.implementation, self.observe, asked, tables)
 
 
 class PeekedBlock(ObservedBlock):
@@ -169,14 +165,12 @@ class PeekedBlock(ObservedBlock):
     def forward(
         self,
         *args: Any,
-        key_bias: Tensor | None = None,
         asked: tuple[Asked, ...] = (),
         **kwargs: Any,
     ) -> Any:
         """Look into the block.
 
         Args:
-            key_bias: [B, N] added to the attention logits of each key.
             asked: The queries of each observation that is about some.
             *args: The block's own arguments.
             **kwargs: The block's own keyword arguments, without a cache.
@@ -184,7 +178,7 @@ class PeekedBlock(ObservedBlock):
         Returns:
             The tuple of what was observed, in the order of ``observe``.
         """
-        call = self._call(key_bias, asked, kwargs)
+        call = self._call(asked, kwargs)
         call.peek = True
         try:
             self.block(*args, seam=call, **kwargs)
@@ -207,12 +201,10 @@ def _seam_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The registered attention function: bias, observe, then the user's own implementation."""
+    """The registered attention function: observe, then the user's own implementation."""
     calls: Any = module.deos_fx_calls
     seam: _SeamCall = calls[-1]
     causal = getattr(module, "is_causal", True)
-    if seam.key_bias is not None:
-        attention_mask = _additive_mask(attention_mask, seam.key_bias, query, key, causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     view = AttentionView(query, key, attention_mask, scale, causal, seam.tables)
     asked = iter(seam.asked)
@@ -369,26 +361,50 @@ def _strongest_heads(received: Tensor, among: Tensor, count: int) -> Tensor:
     return torch.gather(received, 1, chosen[..., None].expand(-1, -1, length))
 
 
-# *** bias, and the implementation behind the seam ***
+# *** masks, and the implementation behind the seam ***
 
 
-def _additive_mask(
-    mask: Tensor | None, key_bias: Tensor, query: Tensor, key: Tensor, causal: bool
-) -> Tensor:
-    """Mask and key bias as one additive mask [B, 1, Q, N] in the query's dtype."""
-    bias = key_bias[:, None, None, :].to(query.dtype)
-    lowest = torch.finfo(query.dtype).min
+def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: bool) -> Tensor:
+    """A block's mask with a bias on the logits of each key.
+
+    Args:
+        mask: None, boolean or additive, broadcastable to [B, 1, Q, N].
+        key_bias: [B, N].
+        hidden: [B, Q, d]; its shape and precision are read.
+        causal: Whether, without a mask, a query sees only keys up to its own position.
+
+    Returns:
+        Additive [B, 1, Q, N] in the precision of the hidden states.
+    """
+    bias = key_bias[:, None, None, :].to(hidden.dtype)
+    lowest = torch.finfo(hidden.dtype).min
     if mask is None:
-        queries, keys = query.shape[2], key.shape[2]
+        queries, keys = hidden.shape[1], key_bias.shape[1]
         if not causal:
             return bias.expand(-1, -1, queries, -1)
         # The last query is the last key: also right when earlier keys come from a cache.
-        rows = torch.arange(queries, device=key.device) + (keys - queries)
-        visible = torch.arange(keys, device=key.device) <= rows[:, None]
+        rows = torch.arange(queries, device=hidden.device) + (keys - queries)
+        visible = torch.arange(keys, device=hidden.device) <= rows[:, None]
         return torch.where(visible, bias, lowest)
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, lowest)
     return (mask + bias).clamp(min=lowest)
+
+
+def is_causal(block: nn.Module) -> bool:
+    """Whether a block without a mask lets a query see only keys up to its own position.
+
+    Raises:
+        ValueError: If the block's attention implementation cannot take an additive mask.
+    """
+    attention = _attention_of(block)
+    implementation = str(attention.config._attn_implementation)
+    if implementation.startswith(("flash", "flex", "kernels")):
+        raise ValueError(
+            f"The attention implementation {implementation!r} takes no bias on its logits. Load "
+            "the model with attn_implementation='sdpa', or use mass_bias=0."
+        )
+    return bool(getattr(attention, "is_causal", True))
 
 
 def _eager_attention(

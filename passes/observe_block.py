@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from deos_fx import tokens
-from deos_fx.seam import Observation, ObservedBlock, PeekedBlock
+from deos_fx.seam import Observation, ObservedBlock, PeekedBlock, biased_mask, is_causal
 
 __all__ = [
     "AskedNodes",
@@ -105,20 +107,71 @@ def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
 
 
 def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None) -> None:
-    """Add a bias to the attention logits of one block.
+    """Add a bias to the attention logits of one block, as part of its mask.
+
+    Blocks that share a mask and a bias share the node of both. Where a mask was re-indexed for a
+    new token space together with an old bias, the bias is taken out of it: blocks of one space
+    have one bias.
 
     Args:
         graph_module: The graph. Changed in place.
         block: call_module node of a transformer block.
         key_bias: Node of [B, N]; None takes an earlier bias away.
+
+    Raises:
+        ValueError: If the block takes no attention mask.
     """
-    kwargs = {name: value for name, value in block.kwargs.items() if name != "key_bias"}
+    module = graph_module.get_submodule(str(block.target))
+    if isinstance(module, ObservedBlock):
+        module = module.original()
+    arguments = _arguments(module, block)
+    mask = _without_bias(arguments["attention_mask"])
     if key_bias is not None:
-        module = graph_module.get_submodule(str(block.target))
-        if not isinstance(module, ObservedBlock):
-            _use_seam(graph_module, block, ())
-        kwargs["key_bias"] = key_bias
-    block.kwargs = kwargs
+        mask = _with_bias(mask, key_bias, block, is_causal(module))
+    _set_mask(block, list(arguments).index("attention_mask"), mask)
+
+
+def _arguments(module: nn.Module, block: fx.Node) -> dict[str, Any]:
+    """What the block's own forward gets, by name."""
+    own = {name: value for name, value in block.kwargs.items() if name != "asked"}
+    arguments = inspect.signature(module.forward).bind(*block.args, **own).arguments
+    if "attention_mask" not in arguments:
+        raise ValueError(
+            f"{block.name} ({type(module).__name__}) takes no attention_mask, so its attention "
+            "cannot be biased. Use mass_bias=0 there."
+        )
+    return arguments
+
+
+def _set_mask(block: fx.Node, place: int, mask: Any) -> None:
+    if place < len(block.args):
+        block.update_arg(place, mask)
+    else:
+        block.update_kwarg("attention_mask", mask)
+
+
+def _without_bias(mask: Any) -> Any:
+    if not isinstance(mask, fx.Node):
+        return mask
+    if mask.target is biased_mask:
+        return mask.args[0]
+    if mask.target is tokens.take_mask:
+        inner, *index = mask.args
+        mask.args = (_without_bias(inner), *index)
+    return mask
+
+
+def _with_bias(mask: Any, key_bias: fx.Node, block: fx.Node, causal: bool) -> fx.Node:
+    for user in key_bias.users:
+        if user.target is biased_mask and user.args[0] is mask:
+            return user
+    graph = block.graph
+    with graph.inserting_before(block):
+        node = graph.call_function(biased_mask, (mask, key_bias, block.args[0], causal))
+    if isinstance(mask, fx.Node):
+        axes = mask.meta["prompt_axes"]
+        node.meta.update(prompt_axes=axes, root=mask.meta.get("root", mask.name))
+    return node
 
 
 def _use_seam(
@@ -127,8 +180,7 @@ def _use_seam(
     """Replace the block by a view of it that goes through the seam."""
     module = graph_module.get_submodule(str(block.target))
     if isinstance(module, ObservedBlock):
-        assert not module.observe, f"{block.name} is observed twice"
-        module = module.original()
+        raise AssertionError(f"{block.name} is observed twice")
     graph_module.set_submodule(str(block.target), ObservedBlock(module, observe))
 
 

@@ -18,12 +18,15 @@ from deos_fx.cache import ReducedCache
 from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.finish import finish
-from deos_fx.passes.pipeline import Captured, capture_call, run_graph
+from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
+from deos_fx.policy import Policy, Reduction
 from deos_fx.seam import (
     AttentionView,
     Observation,
     ObservedBlock,
     PeekedBlock,
+    biased_mask,
+    is_causal,
     received_attention,
 )
 
@@ -453,3 +456,27 @@ def test_gravity_needs_rotary_tables() -> None:
     view = AttentionView(*torch.randn(2, 1, 4, 8, 8).unbind(), None, 1.0, causal=False)
     with pytest.raises(ValueError, match="position_embeddings"):
         received_attention(view, Observation(gravity=True), (None, None, None))
+
+
+def test_blocks_of_one_space_share_a_biased_mask() -> None:
+    """Merging twice: each space has one mask with its own bias, and none of the one before."""
+    model = shared_llava(LAYERS)
+    given = complete_inputs(model, {**inputs(model, 2), "use_cache": False})
+    merge: dict[str, Any] = {"gain": 1.0, "mass_bias": 1.0, "scores": {"feature_norm": 1.0}}
+    policy = Policy((Reduction("vision.0", 48, **merge), Reduction("decoder.1", 16, **merge)))
+    captured = capture_call(model, given)
+    graph_module = lower_call(captured, policy, prompt_layout(model, given))
+    masks = [node for node in graph_module.graph.nodes if node.target is biased_mask]
+    assert [[user.name for user in mask.users] for mask in masks] == [
+        ["vision_1"],
+        ["decoder_2", "decoder_3"],
+    ]
+    assert not any(source.target is biased_mask for source in masks[1].all_input_nodes)
+    assert not [m for m in graph_module.modules() if isinstance(m, ObservedBlock)]
+
+
+def test_flash_attention_takes_no_bias() -> None:
+    block = tiny_llava(LAYERS).model.language_model.layers[0]
+    block.self_attn.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="takes no bias"):
+        is_causal(block)
