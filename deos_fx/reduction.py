@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES
-from deos_fx.operator.select import SELECTORS
+from deos_fx.operator.select import SELECTORS, WHOLE_NUMBERS
 
 __all__ = ["Reduction", "Regime", "Tier", "check_fields", "site_order", "split_site"]
 
@@ -23,7 +23,7 @@ Regime = Literal["prune", "merge", "pool", "reweight", "mixed"]
 Option = float | tuple[float, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Tier:
     """One step of a selection: it adds tokens to those that earlier tiers chose.
 
@@ -54,6 +54,10 @@ class Tier:
         if isinstance(self.keep, int):
             return self.keep
         return math.ceil(self.keep * total - 1e-9)
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in _given(self).items())
+        return f"Tier({given})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,7 +92,7 @@ class Reduction:
             to sum 1.
         neighbours: Tokens that each kept one takes with ``k_nearest``.
         weighting: u of the transfer: ``one``, ``score`` for the logistic of the standardized score,
-            ``raw`` for the (first) score as it is.
+            ``raw`` for the score as it is, whatever the masses.
         exponent: n of the transfer: 1 is a weighted mean, 0 a sum.
         average: What a token receives is averaged before it is added.
         reweight: rho, kept tokens are scaled by 1 + rho * score.
@@ -163,6 +167,7 @@ class Reduction:
             scores = {default: 1.0}
         tier = replace(tier, scores=scores)
         _check_diversity(self.site, tier)
+        _check_observe(self.site, tier.observe)
         return replace(tier, options=_options(self.site, tier))
 
     def _check_choice(self, name: str, choices: Sequence[str]) -> None:
@@ -171,7 +176,7 @@ class Reduction:
             raise ValueError(f"{self.site}: {name} is {value!r}; choose from {', '.join(choices)}")
 
     def _check_numbers(self) -> None:
-        limits = {"gain": (0, 1), "diversity": (0, 1e3), "exponent": (0, 4), "mass_bias": (0, 4)}
+        limits = {"gain": (0, 1), "exponent": (0, 4), "mass_bias": (0, 4)}
         for name, (low, high) in (limits | {"reweight": (-1e3, 1e3)}).items():
             _check_number(f"{self.site}: {name}", getattr(self, name), low, high)
         if self.temperature != math.inf:
@@ -181,7 +186,12 @@ class Reduction:
                 raise TypeError(
                     f"{self.site}: {name} is {getattr(self, name)!r}; give True or False"
                 )
+        if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int):
+            raise TypeError(
+                f"{self.site}: neighbours is {self.neighbours!r}; give a number of tokens"
+            )
         _check_diversity(self.site, self)
+        _check_observe(self.site, self.observe)
 
     def _check_together(self) -> None:
         """Settings that need each other."""
@@ -195,7 +205,7 @@ class Reduction:
             raise ValueError(
                 f"{site}: keep_class works in the vision tower with the order 'tier' or 'selection'"
             )
-        if (self.assignment == "k_nearest") != (self.neighbours > 0):
+        if (self.assignment == "k_nearest") != (self.neighbours > 0) or self.neighbours < 0:
             raise ValueError(
                 f"{site}: assignment {self.assignment!r} with {self.neighbours} neighbours; give "
                 f"'k_nearest' and a number of neighbours together"
@@ -204,14 +214,36 @@ class Reduction:
             raise ValueError(f"{site}: the assignment 'window' needs the selector 'grid'")
         if self.weighting == "raw" and len(self.scores) != 1:
             raise ValueError(f"{site}: weighting 'raw' needs exactly one score, not {self.scores}")
-        if self.residual and (not SELECTORS[self.selector].ranks or self.selector == "bipartite"):
+        first = SELECTORS[self.selector]
+        if self.residual and (not first.ranks or first.flags):
             raise ValueError(f"{site}: residual needs a selector that ranks, not {self.selector!r}")
-        if self.observe and self.observe != "next" and split_site(self.observe)[0] == "projector":
-            raise ValueError(f"{site}: observe is {self.observe!r}; give 'next' or a block's site")
+        if self.residual and self.average:
+            raise ValueError(f"{site}: average and residual exclude each other; choose one")
+        self._check_tiers()
+
+    def _check_tiers(self) -> None:
+        """What each tier has to choose, and from what."""
+        last = self.selection[-1].selector
+        if SELECTORS[last].flags:
+            raise ValueError(
+                f"{self.site}: {last!r} only says what a later tier prefers; add Tier(keep=1.0)"
+            )
+        for tier in self.tiers:
+            selector = SELECTORS[tier.selector]
+            if not selector.flags and "taken" not in selector.needs:
+                raise ValueError(
+                    f"{self.site}: {tier.selector!r} chooses among all tokens of a site, so it "
+                    f"works in the first tier only"
+                )
+            if (tier.keep == 0) != selector.flags:
+                raise ValueError(
+                    f"{self.site}: a tier of {tier.selector!r} keeps {tier.keep!r}; give "
+                    + ("0, it chooses none itself" if selector.flags else "it some tokens")
+                )
 
     @property
     def selection(self) -> tuple[Tier, ...]:
-        """All tiers; the first is made of the reduction's own fields."""
+        """All tiers, with all options; the first is made of the reduction's own fields."""
         first = Tier(
             selector=self.selector,
             scores=self.scores,
@@ -219,7 +251,10 @@ class Reduction:
             options=self.options,
             observe=self.observe,
         )
-        return (first, *self.tiers)
+        return tuple(
+            replace(tier, options=_known_options(tier) | dict(tier.options))
+            for tier in (first, *self.tiers)
+        )
 
     def tier_counts(self, total: int) -> list[int]:
         """Tokens that each tier chooses of ``total``; with further tiers, less the residual one.
@@ -229,10 +264,16 @@ class Reduction:
         """
         others = [tier.count(total) for tier in self.tiers]
         first = total - sum(others) - (1 if self.tiers and self.has_rest else 0)
-        if first < (0 if SELECTORS[self.selector].flags else 1):
+        flags = SELECTORS[self.selector].flags
+        if first != 0 if flags else first < 1:
             raise ValueError(
                 f"{self.site} keeps {total} tokens, of which the tiers after the first take "
-                f"{sum(others)}; keep more, or give the tiers less"
+                f"{sum(others)}; "
+                + (
+                    "let them take all"
+                    if flags and first > 0
+                    else "keep more, or give the tiers less"
+                )
             )
         return [first, *others]
 
@@ -320,13 +361,16 @@ class Reduction:
         if values.get("temperature") == "inf":
             values["temperature"] = math.inf
         tiers = []
-        for tier in values.pop("tiers", ()):
+        given = values.pop("tiers", ())
+        if not isinstance(given, list | tuple) or not all(isinstance(x, Mapping) for x in given):
+            raise ValueError(f"tiers is {given!r}; give a list of objects with named fields")
+        for tier in given:
             check_fields(tier, {item.name for item in fields(Tier)}, {"keep"}, "a tier")
             tiers.append(Tier(**tier))
         return cls(**values, tiers=tuple(tiers))
 
     def __repr__(self) -> str:
-        given = self.to_dict()
+        given = _given(self) | ({"tiers": self.tiers} if self.tiers else {})
         return f"Reduction({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def __str__(self) -> str:
@@ -420,25 +464,41 @@ def _normal(what: str, weights: object, known: Mapping[str, object]) -> dict[str
 
 
 def _options(site: str, tier: Reduction | Tier) -> dict[str, Option]:
-    """The options of a selector and its scores, with the defaults of those that are not given."""
+    """The options of a selector and its scores, without those that are at their defaults."""
     known = _known_options(tier)
+    if not isinstance(tier.options, Mapping):
+        raise TypeError(f"{site}: options is {tier.options!r}; give a value for each name")
     for name, value in tier.options.items():
         if name not in known:
             raise ValueError(
                 f"{site}: no option {name!r} of {tier.selector} and its scores; "
                 f"choose from {', '.join(known) or 'nothing'}"
             )
-        values = value if isinstance(value, list | tuple) else [value]
-        for number in values:
-            _check_number(f"{site}: option {name}", number, -1e9, 1e9)
-    options = dict(known) | {
+        _check_option(f"{site}: option {name}", name, value)
+    options = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in tier.options.items()
     }
-    for name, given in options.items():
-        if given is None:
+    for name, default in known.items():
+        if options.get(name, default) is None:
             raise ValueError(f"{site}: {tier.selector} needs the option {name!r}; give a value")
-    return options
+    return {name: value for name, value in options.items() if value != known[name]}
+
+
+def _check_option(what: str, name: str, value: object) -> None:
+    low, high = WHOLE_NUMBERS.get(name, (-1e9, 1e9))
+    numbers = value if isinstance(value, list | tuple) and name not in WHOLE_NUMBERS else [value]
+    for number in numbers:
+        _check_number(what, number, low, high)
+        if name in WHOLE_NUMBERS and number != int(cast(float, number)):
+            raise ValueError(f"{what} is {number!r}; give a whole number")
+
+
+def _check_observe(site: str, observe: object) -> None:
+    if observe in ("", "next"):
+        return
+    if not isinstance(observe, str) or split_site(observe)[0] == "projector":
+        raise ValueError(f"{site}: observe is {observe!r}; give 'next' or a block's site")
 
 
 def _known_options(tier: Reduction | Tier) -> dict[str, Any]:
@@ -449,6 +509,7 @@ def _known_options(tier: Reduction | Tier) -> dict[str, Any]:
 
 
 def _check_diversity(site: str, tier: Reduction | Tier) -> None:
+    _check_number(f"{site}: diversity", tier.diversity, 0, 1e3)
     if tier.diversity > 0 and tier.selector != "greedy":
         raise ValueError(
             f"{site}: diversity {tier.diversity} has no effect with the selector "
@@ -464,12 +525,10 @@ def _given(item: Reduction | Tier) -> dict[str, Any]:
         for entry in fields(item)
         if entry.name not in ("tiers", "options") and values[entry.name] != _default(entry)
     }
-    known = _known_options(item)
-    options = {name: value for name, value in item.options.items() if value != known[name]}
-    if options:
+    if item.options:
         given["options"] = {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in options.items()
+            for name, value in item.options.items()
         }
     return {"keep": item.keep} | given if isinstance(item, Tier) else given
 

@@ -55,6 +55,7 @@ def reductions(
     if weighting == "raw" and not first.scores:
         first = replace(first, scores={"novelty": 1.0})
     neighbours = draw(st.sampled_from([0, 0, 3]))
+    residual = SELECTORS[first.selector].ranks and draw(st.booleans())
     order, position = "position", draw(st.sampled_from(["keep", "compact"]))
     if position == "compact" and not site.startswith("decoder"):
         order = draw(st.sampled_from(["position", "tier", "selection"]))
@@ -76,9 +77,9 @@ def reductions(
         similarity=draw(st.dictionaries(st.sampled_from(sorted(SIMILARITIES)), weights)),
         weighting=weighting,
         exponent=draw(st.floats(0, 2)),
-        average=draw(st.booleans()),
+        average=not residual and draw(st.booleans()),
         reweight=draw(st.floats(-1, 1)),
-        residual=SELECTORS[first.selector].ranks and draw(st.booleans()),
+        residual=residual,
         keep_class=order != "position" and site.startswith("vision") and draw(st.booleans()),
         mass_bias=draw(st.floats(0, 2)),
         position=position,

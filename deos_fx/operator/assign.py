@@ -150,7 +150,7 @@ def k_nearest(similarity: Tensor, receivers: Tensor, neighbours: int) -> Tensor:
     Returns:
         P [B, R, V] of zeros and ones, with so many ones in every row.
     """
-    index = receivers.unsqueeze(-1)
+    index = receivers.unsqueeze(-1).expand(similarity.shape[0], -1, -1)
     apart = similarity.scatter(2, index, torch.finfo(similarity.dtype).min)
     best = apart.topk(min(neighbours, similarity.shape[2] - 1), dim=-1).indices
     return torch.zeros_like(similarity).scatter(2, best, 1.0)

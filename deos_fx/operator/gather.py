@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["chosen", "for_each_row", "in_order", "others", "take"]
+__all__ = ["chosen", "for_each_row", "in_order", "others", "same_rows", "take"]
 
 
 def take(values: Tensor, kept: Tensor) -> Tensor:
@@ -15,18 +15,26 @@ def take(values: Tensor, kept: Tensor) -> Tensor:
     read eight bytes of index per element.
 
     Args:
-        values: [B, V] or [B, V, d].
+        values: [B, V] or [B, V, d]; one row serves all if there is only one.
         kept: Indices [B, K], or [1, K] when every row keeps the same.
 
     Returns:
         [B, K] or [B, K, d].
     """
+    if values.shape[0] == 1 and kept.shape[0] != 1:
+        values = values.expand(kept.shape[0], *values.shape[1:])
     rows, tokens = values.shape[:2]
     if values.dim() == 2:
         return values.gather(1, kept.expand(rows, -1))
     start = torch.arange(rows, device=kept.device).unsqueeze(-1) * tokens
     index = kept + start
     return values.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (rows, -1))
+
+
+def same_rows(*values: Tensor) -> list[Tensor]:
+    """The values [B or 1, ...], all with B rows."""
+    rows = next((value.shape[0] for value in values if value.shape[0] != 1), 1)
+    return [value.expand(rows, *value.shape[1:]) for value in values]
 
 
 def for_each_row(kept: Tensor, tokens: Tensor) -> Tensor:

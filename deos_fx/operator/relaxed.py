@@ -214,7 +214,7 @@ class RelaxedReduction(nn.Module):
         """
         options = {
             feature_name(name, self.start.observe): torch.tensor(value)
-            for name, value in self.start.options.items()
+            for name, value in self.start.selection[0].options.items()
         }
         features = {**options, **features, "tokens": tokens}
         score = self._score(features, alive)
@@ -257,6 +257,9 @@ class RelaxedReduction(nn.Module):
         steps = min(math.ceil(count.max().item()) + 1, score.shape[-1])
         if self.start.selector == "grid":
             return _grid_ranking(features["grid"], round(count.mean().item()), alive)
+        if self.start.selector == "max_min":
+            ranking = sequential.max_min_ranking(self._similarity(features), steps, alive)
+            return standardize(ranking, alive)
         diversity = F.softplus(self.diversity)
         penalty = sequential.greedy_penalty(
             score + alive.clamp_min(LOG_FLOOR).log(), self._similarity(features), steps, diversity

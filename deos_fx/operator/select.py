@@ -59,14 +59,15 @@ def windows(
         windows: Windows of one image; they are in ``members`` already.
 
     Returns:
-        Indices [B, K], the largest score first.
+        Indices [B, K], the largest score first; if a window has too few tokens that are free, the
+        best of the others follow.
     """
     score = _free(full_precision(score), taken)
     inside = score.index_select(1, members.flatten()).unflatten(1, members.shape)
-    best = inside.topk(-(-count // len(members)), dim=-1)
+    best = inside.topk(-(-count // len(members)), dim=-1).indices
     place = torch.arange(len(members), device=score.device).unsqueeze(-1) * members.shape[1]
-    index = members.flatten()[(best.indices + place).flatten(1)]
-    return take(index, best.values.flatten(1).topk(count, dim=-1).indices)
+    flags = chosen(members.flatten()[(best + place).flatten(1)], score)
+    return top_k(favour(score, flags), taken, count)
 
 
 def quota(score: Tensor, taken: Tensor | None, count: int, windows: int) -> Tensor:
@@ -78,7 +79,7 @@ def quota(score: Tensor, taken: Tensor | None, count: int, windows: int) -> Tens
     has no tokens for go to the best of what is left (HoloV pads with zero vectors instead).
 
     Args:
-        score: [B, V], not negative.
+        score: [B, V]; a run whose mean is negative gets places only if others leave some.
         taken: Flags [B, V] of tokens that are not to be picked again, or None.
         count: K.
         windows: W.
@@ -95,7 +96,7 @@ def quota(score: Tensor, taken: Tensor | None, count: int, windows: int) -> Tens
     inside = torch.arange(width, device=score.device) < lengths.unsqueeze(-1)
     member = (start.unsqueeze(-1) + torch.arange(width, device=score.device)) * inside
     runs = score.index_select(1, member.flatten()).unflatten(1, member.shape) * inside
-    mean = runs.sum(dim=-1) / lengths
+    mean = (runs.sum(dim=-1) / lengths).clamp_min(0)
     share = mean / (mean.sum(dim=-1, keepdim=True) + 1e-6)
     places = (share * count).floor()
     missing = count - places.sum(dim=-1, keepdim=True)
@@ -163,7 +164,7 @@ def lattice(tokens: Tensor, taken: Tensor | None, count: int, step: int) -> Tens
     return free.topk(count, dim=-1).indices
 
 
-def bipartite(between: Tensor, taken: Tensor | None, count: int, first: int) -> Tensor:
+def bipartite(between: Tensor, count: int, first: int) -> Tensor:
     """Leaves out the tokens of one half that resemble some token of the other most (ToMe).
 
     The list is split into two halves A and B of alternating tokens. All of B stays, and of A
@@ -171,7 +172,6 @@ def bipartite(between: Tensor, taken: Tensor | None, count: int, first: int) -> 
 
     Args:
         between: Similarity of A and B [B, |A|, |B|].
-        taken: Always None: the halves are made of all tokens.
         count: K, at least |B|.
         first: Place of the first token of A, 0 or 1.
 
@@ -182,11 +182,10 @@ def bipartite(between: Tensor, taken: Tensor | None, count: int, first: int) -> 
         ValueError: If more than half A would have to leave.
     """
     rows, size, other = between.shape
-    if taken is not None or count < other:
+    if count < other:
         raise ValueError(
             f"the selector 'bipartite' keeps {count} of {size + other} tokens, but at most one "
-            f"half can be merged into the other: keep at least {other}, all in one tier, and "
-            "reduce at several sites"
+            f"half can be merged into the other: keep at least {other}, and reduce at several sites"
         )
     alone = (-full_precision(between).amax(dim=-1)).topk(count - other, dim=-1).indices
     half_a = alone.sort(dim=-1).values * 2 + first
@@ -213,16 +212,19 @@ def neighbourhood(score: Tensor, columns: int, count: int, share: float) -> Tens
         count: K of the whole reduction.
         share: alpha.
     """
-    anchors = top_k(score, None, max(1, round(count * share / 5)))
+    wanted = min(round(count * share / 5), score.shape[-1])
+    if wanted < 1:
+        return torch.zeros_like(full_precision(score))
+    anchors = top_k(score, None, wanted)
     steps = torch.tensor([0, -1, 1, -columns, columns], device=score.device)
     near = (anchors.unsqueeze(-1) + steps).clamp(0, score.shape[-1] - 1)
     return chosen(near.flatten(1), score)
 
 
 def favour(score: Tensor, flags: Tensor) -> Tensor:
-    """The score [B, V] with flagged tokens [B, V] above all others."""
+    """Places [B, V] by score, from the worst up, with flagged tokens [B, V] above all others."""
     score = full_precision(score)
-    return torch.where(flags > 0, torch.finfo(score.dtype).max, score)
+    return flags * score.shape[-1] - _rank(score).to(score.dtype)
 
 
 def _free(score: Tensor, taken: Tensor | None) -> Tensor:
@@ -281,6 +283,18 @@ class Selector:
         return tuple(made.get(name, name) for name in self.needs if name not in _BOOKKEEPING)
 
 
+WHOLE_NUMBERS: Mapping[str, tuple[float, float]] = {
+    "at_once": (1, 1e6),
+    "first": (0, 1),
+    "image_pivots": (1, 1e6),
+    "per_round": (1, 1e6),
+    "seed": (-1e9, 1e9),
+    "step": (1, 1e6),
+    "text_pivots": (0, 1e6),
+    "windows": (1, 1e6),
+}
+"""Options of selectors and scores that are whole numbers, with the least and the largest."""
+
 _BOOKKEEPING = ("score", "similarity", "halves", "taken", "already", "diversity")
 
 SELECTORS: Mapping[str, Selector] = {
@@ -291,7 +305,7 @@ SELECTORS: Mapping[str, Selector] = {
         {"at_once": 1},
         relaxed=True,
     ),
-    "max_min": Selector(sequential.max_min, ("similarity", "taken"), {"at_once": 1}),
+    "max_min": Selector(sequential.max_min, ("similarity", "taken"), {"at_once": 1}, relaxed=True),
     "determinantal": Selector(sequential.determinantal, ("score", "similarity", "taken")),
     "distinct": Selector(
         sequential.distinct, ("score", "similarity", "taken", "already"), {"per_round": 8}
@@ -306,6 +320,6 @@ SELECTORS: Mapping[str, Selector] = {
     "lattice": Selector(lattice, ("tokens", "taken"), {"step": None}),
     "windows": Selector(windows, ("score", "members", "taken"), {"windows": None}),
     "quota": Selector(quota, ("score", "taken"), {"windows": None}),
-    "bipartite": Selector(bipartite, ("halves", "taken"), {"first": 0}),
+    "bipartite": Selector(bipartite, ("halves",), {"first": 0}),
     "neighbourhood": Selector(neighbourhood, ("score", "columns"), {"share": 0.1}, flags=True),
 }

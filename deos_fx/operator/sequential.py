@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deos_fx.operator.gather import take
-from deos_fx.operator.scores import full_precision
+from deos_fx.operator.gather import same_rows, take
+from deos_fx.operator.scores import LOG_FLOOR, full_precision
 
-__all__ = ["determinantal", "distinct", "greedy", "greedy_penalty", "max_min", "probe"]
+__all__ = [
+    "determinantal",
+    "distinct",
+    "greedy",
+    "greedy_penalty",
+    "max_min",
+    "max_min_ranking",
+    "probe",
+]
 
 
 def greedy(
@@ -72,10 +80,32 @@ def max_min(similarity: Tensor, taken: Tensor | None, count: int, at_once: int =
     Returns:
         Indices [B, K], in the order of the picks.
     """
-    itself = torch.eye(similarity.shape[-1], device=similarity.device)
-    nearest = (similarity - 4 * itself).amax(dim=-1)
-    first = -nearest if taken is None else torch.zeros_like(taken)
-    return _pick(first, similarity, taken, count, 1.0, at_once, only_first=True)[0]
+    first = _isolation(similarity) if taken is None else torch.zeros_like(taken)
+    return _pick(first, similarity, taken, count, 1.0, at_once, then=torch.zeros_like(first))[0]
+
+
+def max_min_ranking(similarity: Tensor, count: int, alive: Tensor) -> Tensor:
+    """How early ``max_min`` picks each token, [B, V]: -max_{i in S} a_ij when it was picked.
+
+    Tokens that are not picked within ``count`` steps get the value after the last step. It falls
+    in the order of the picks, so its largest K are the K tokens ``max_min`` takes. No gradient
+    flows through it.
+
+    Args:
+        similarity: a, [B or 1, V, V].
+        count: Number of steps.
+        alive: Gates [B, V] in [0, 1]; a token that is gone is not picked and resembles nobody.
+    """
+    with torch.no_grad():
+        gate = alive.clamp_min(LOG_FLOOR).log()
+        first = _isolation(similarity + gate.unsqueeze(1)) + gate
+        return -_pick(first, similarity, None, count, 1.0, 1, then=gate)[1]
+
+
+def _isolation(similarity: Tensor) -> Tensor:
+    """Minus the similarity [B or 1, V] of each token to its nearest."""
+    itself = torch.eye(similarity.shape[-1], dtype=similarity.dtype, device=similarity.device)
+    return -(similarity - 100.0 * itself).amax(dim=-1)
 
 
 def _pick(
@@ -86,11 +116,10 @@ def _pick(
     diversity: float | Tensor,
     at_once: int,
     *,
-    only_first: bool = False,
+    then: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The picks and what was held against every token; ``only_first`` forgets the score then."""
-    score = full_precision(score)
-    similarity = similarity.expand(score.shape[0], -1, -1)
+    """The picks and what was held against every token; ``then`` is the score after the first."""
+    score, similarity = same_rows(full_precision(score), similarity)
     # Nothing is less similar than -1, so the first pick has the largest gain of all.
     closest = torch.full_like(score, -1.0)
     free = torch.ones_like(score)
@@ -107,8 +136,7 @@ def _pick(
         free = free - F.one_hot(pick, score.shape[-1]).to(free.dtype).sum(dim=1)
         near = take(similarity, pick).amax(dim=1).to(closest.dtype)
         closest = torch.where(free > 0, torch.maximum(closest, near), closest)
-        if only_first:
-            score = torch.zeros_like(score)
+        score = score if then is None else then
     return torch.cat(picks, dim=-1), closest
 
 
@@ -121,27 +149,28 @@ def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count
 
     Args:
         score: Relevance before it is scaled [B, V].
-        similarity: a, [B or 1, V, V], positive semidefinite with ones on the diagonal.
+        similarity: a, [B or 1, V, V], positive semidefinite (with ones on the diagonal).
         taken: Flags [B, V] of tokens that are chosen already, or None; they are not picked again.
         count: Number of tokens to pick.
 
     Returns:
         Indices [B, K], in the order of the picks.
     """
+    score, kernel = same_rows(full_precision(score), full_precision(similarity))
     low, high = score.amin(dim=-1, keepdim=True), score.amax(dim=-1, keepdim=True)
-    relevance = (score - low + 1e-6) / (high - low)
-    kernel = relevance.unsqueeze(-1) * similarity.to(score.dtype) * relevance.unsqueeze(-2)
-    noise = 1e-6 * kernel.diagonal(dim1=-2, dim2=-1).amax(dim=-1, keepdim=True)
+    relevance = (score - low + 1e-6) / (high - low).clamp_min(1e-6)
     free = torch.ones_like(score) if taken is None else 1 - taken
     picks = []
+    # Conditioning commutes with the relevance, so the kernel stays without it: a then.
     for _ in range(count):
         variance = kernel.diagonal(dim1=-2, dim2=-1)
-        pick = torch.where(free > 0, variance, -torch.inf).argmax(dim=-1, keepdim=True)
+        gain = torch.where(free > 0, relevance.square() * variance, -torch.inf)
+        pick = gain.argmax(dim=-1, keepdim=True)
         picks.append(pick)
         free = free - F.one_hot(pick.squeeze(-1), score.shape[-1]).to(free.dtype)
         # Where the picks span everything, what remains is rounding error to leave alone.
         remains = take(variance, pick)
-        scale = torch.where(remains > noise, remains.clamp_min(1e-12).rsqrt(), 0.0)
+        scale = torch.where(remains > 1e-5, remains.clamp_min(1e-5).rsqrt(), 0.0)
         spread = take(kernel, pick) * scale.unsqueeze(-1)
         kernel = kernel - spread.mT * spread
     return torch.cat(picks, dim=-1)
@@ -172,8 +201,7 @@ def distinct(
     Returns:
         Indices [B, K], in the order of the last list.
     """
-    score = full_precision(score)
-    similarity = similarity.expand(score.shape[0], -1, -1)
+    score, similarity = same_rows(full_precision(score), similarity)
     if taken is not None:
         score = torch.where(taken > 0, torch.finfo(score.dtype).min, score)
     left = score.topk(score.shape[-1] - already).indices
@@ -217,14 +245,14 @@ def probe(
     Returns:
         Indices [B, K]: the pivots in the order of the image, then what each of them picks.
     """
-    score = full_precision(score)
+    score, tokens = same_rows(full_precision(score), tokens)
     free = torch.ones_like(score) if taken is None else 1 - taken
     ranked = torch.where(free > 0, score, torch.finfo(score.dtype).min)
     first = ranked.topk(min(image_pivots, count), dim=-1).indices.sort(dim=-1).values
     behind = text_score.topk(text_pivots, dim=-1).indices.sort(dim=-1).values
     vectors = torch.cat([take(tokens, first), take(text, behind)], dim=1)
-    unit = (F.normalize(full_precision(x), dim=-1) for x in (vectors, tokens))
-    cosine = next(unit) @ next(unit).mT
+    pivots, unit = (F.normalize(full_precision(x), dim=-1) for x in (vectors, tokens))
+    cosine = pivots @ unit.mT
     picks = [first]
     free = free - F.one_hot(first, score.shape[-1]).to(free.dtype).sum(dim=1)
     share, more = divmod(count - first.shape[1], vectors.shape[1])

@@ -98,7 +98,9 @@ def static_reduce(
         own = None
         if weight is not None and moved.slot is not None:
             own = call(transfer.own_part, moved.slot, moved.receivers, weight)
-        how = (own, mass, weight, moved.gain, reduction.exponent, reduction.average)
+        # Raw scores stand in place of the masses.
+        masses = None if reduction.weighting == "raw" else mass
+        how = (own, masses, weight, moved.gain, reduction.exponent, reduction.average)
         reduced = call(transfer.merge, tokens, *parts, *how)
         mass = call(transfer.merged_mass, *parts, mass, moved.gain)
     if reduction.reweight:
@@ -107,7 +109,7 @@ def static_reduce(
         order = call(torch.argsort, kept)
         reduced, kept = (call(gather.take, value, order) for value in (reduced, kept))
         mass = None if mass is None else call(gather.take, mass, order)
-    if choice.is_constant:
+    if choice.is_constant(kept):
         kept = call(gather.for_each_row, kept, tokens)
         mass = None if mass is None else call(gather.for_each_row, mass, tokens)
     if reduction.keep_class:
@@ -131,9 +133,10 @@ def required_features(reduction: Reduction) -> frozenset[str]:
         names = list(selector.features)
         if selector.ranks or (i == 0 and reduction.uses_scores):
             names += [name for score in tier.scores for name in SCORES[score].features]
-        if selector.compares or (i == 0 and _compares(reduction)):
-            names += [SIMILARITIES[kind] for kind in reduction.similarity]
         needs.update(feature_name(name, tier.observe) for name in names)
+        if selector.compares or (i == 0 and _compares(reduction)):
+            kinds = (SIMILARITIES[kind] for kind in reduction.similarity)
+            needs.update(feature_name(name, reduction.observe) for name in kinds)
     return frozenset(needs)
 
 
@@ -159,23 +162,21 @@ class _Choice:
         self.tokens = tokens
         self.features = features
         self.call = call
-        self.first = reduction.selection[0]
+        self.tiers = reduction.selection
+        self.first = self.tiers[0]
         self.raw: Any = None
         self.score: Any = None
         self.rest: Any = None
         """The token [B, 1] that gives its place to the residual one."""
 
-    @property
-    def is_constant(self) -> bool:
+    def is_constant(self, kept: Any) -> bool:
         """Whether every row keeps the same tokens, so that the choice is a constant [1, K]."""
-        needs = {name for score in self.first.scores for name in SCORES[score].features}
-        by_place = self.first.selector == "top_k" and needs == {"grid"}
-        return not self.reduction.tiers and (self.first.selector == "grid" or by_place)
+        one_row = isinstance(self.tokens, torch.Tensor) and len(self.tokens) == 1
+        return isinstance(kept, torch.Tensor) and len(kept) == 1 and not one_row
 
-    @property
-    def token_axis(self) -> Any:
+    def token_axis(self, kept: Any) -> Any:
         """Something whose axis 1 runs over the tokens; a constant if the choice is one."""
-        return self.feature("grid").unsqueeze(0) if self.is_constant else self.tokens
+        return self.feature("grid").unsqueeze(0) if self.is_constant(kept) else self.tokens
 
     @property
     def sorted_last(self) -> bool:
@@ -212,7 +213,7 @@ class _Choice:
 
     def _picks(self) -> list[Any]:
         """What each tier picks; the best of what is left gives its place to the residual token."""
-        tiers = list(self.reduction.selection)
+        tiers = list(self.tiers)
         counts = self.reduction.tier_counts(self.count)
         if self.reduction.has_rest and self.reduction.tiers:
             tiers.append(replace(self.first, selector="top_k"))
@@ -223,7 +224,10 @@ class _Choice:
             if SELECTORS[tier.selector].flags:
                 flags = self._run(tier, None, 0, self.count, None)
                 continue
-            parts.append(self._run(tier, taken, sum(counts[:i]), count, flags))
+            picks = self._run(tier, taken, sum(counts[:i]), count, flags)
+            if len(tiers) > 1 and self.is_constant(picks):
+                picks = self.call(gather.for_each_row, picks, self.tokens)
+            parts.append(picks)
             if i + 1 < len(tiers):
                 now = self.call(gather.chosen, parts[-1], self.tokens)
                 taken = now if taken is None else self.call(torch.add, taken, now)
@@ -277,10 +281,13 @@ class _Choice:
         return places
 
     def _ranking(self, tier: Tier, flags: Any) -> Any:
-        first = (self.first.scores, self.first.observe)
-        shared = self.score is not None and (tier.scores, tier.observe) == first
-        known = shared and (tier is self.first or not tier.mixes)
-        score = self.score if known else self._scored(tier)[1]
+        shared = self.score is not None and _scoring(tier) == _scoring(self.first)
+        if shared and (not tier.mixes or self.reduction.uses_score_values):
+            raw, score = self.raw, self.score
+        else:
+            raw, score = self._scored(tier)
+        if len(tier.scores) == 1 and not tier.mixes:
+            score = raw
         return score if flags is None else self.call(select.favour, score, flags)
 
     def _scored(self, tier: Tier) -> tuple[Any, Any]:
@@ -330,7 +337,7 @@ def _assignment(choice: _Choice, kept: Any) -> _Assignment:
         nearest = (likeness, moved.receivers, reduction.neighbours)
         moved.assignment = call(assign.k_nearest, *nearest)
     else:
-        moved.sources = call(gather.others, kept, choice.token_axis)
+        moved.sources = call(gather.others, kept, choice.token_axis(kept))
         if reduction.gain:
             moved.assignment = _shares(choice, moved)
     if choice.rest is not None:
@@ -370,11 +377,18 @@ def _add_rest(choice: _Choice, kept: Any, moved: _Assignment) -> None:
     reduction, call = choice.reduction, choice.call
     moved.slot = call(transfer.slot_of, moved.receivers, choice.rest)
     if moved.sources is None:
-        moved.assignment = call(transfer.rest_beside, moved.assignment, moved.slot, kept)
+        parts = (moved.assignment, moved.slot, kept, reduction.gain)
+        moved.assignment = call(transfer.rest_beside, *parts)
     else:
         parts = (moved.assignment, moved.slot, moved.sources, reduction.gain)
         moved.assignment = call(transfer.rest, *parts)
-        moved.gain = 1.0
+    moved.gain = 1.0
+
+
+def _scoring(tier: Tier) -> tuple[Any, ...]:
+    """All that the score of a tier depends on."""
+    names = {name for score in tier.scores for name in SCORES[score].options}
+    return tier.scores, tier.observe, {name: tier.options[name] for name in names}
 
 
 def _number(value: Any) -> Any:

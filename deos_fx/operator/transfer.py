@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deos_fx.operator.gather import take
+from deos_fx.operator.gather import chosen, same_rows, take
 
 __all__ = [
     "importance",
@@ -65,28 +65,41 @@ def merge(
         weight: u [B, V]; ones if None.
         gain: g.
         exponent: n.
-        average: Whether what a token receives is averaged before it is added (VisionZip).
+        average: Whether what a token receives is averaged, and counts as much as the token itself
+            (VisionZip).
 
     Returns:
         y [B, K, d], in the precision of the tokens.
     """
     receivers = kept[:, kept.shape[1] - assignment.shape[1] :]
-    content = gain * _content(assignment, sources, mass, weight)
+    base = 1.0 if mass is None else take(mass, receivers)
+    content = _content(assignment, sources, mass, weight)
     if average:
         content = content / content.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-    base = 1.0 if mass is None else take(mass, receivers)
+        content = content if mass is None else content * take(mass, receivers).unsqueeze(-1)
+    content = gain * content
     part = base if own is None else base * own
     total = part + content.sum(dim=-1)
     share = (base / total) ** exponent
     stays = share if own is None else share * own
-    moving = tokens if sources is None else take(tokens, sources)
+    staying, moving = _parted(tokens, kept, sources)
     moved = (content * (share / base).unsqueeze(-1)).to(tokens.dtype) @ moving
+    alone = kept.shape[1] - assignment.shape[1]
     factors = stays.unsqueeze(-1).to(tokens.dtype)
-    received = torch.addcmul(moved, take(tokens, receivers), factors)
-    if assignment.shape[1] == kept.shape[1]:
-        return received
-    alone = take(tokens, kept[:, : kept.shape[1] - assignment.shape[1]])
-    return torch.cat([alone, received], dim=1)
+    received = torch.addcmul(moved, staying[:, alone:], factors)
+    return torch.cat([staying[:, :alone], received], dim=1) if alone else received
+
+
+def _parted(tokens: Tensor, kept: Tensor, sources: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The kept tokens [B, K, d] and those that move [B, S, d].
+
+    One gather for both, because a gather from a part of a tensor, as the patches without their
+    class token are, copies that part first.
+    """
+    if sources is None:
+        return take(tokens, kept), tokens
+    every = take(tokens, torch.cat(same_rows(kept, sources), dim=1))
+    return every[:, : kept.shape[1]], every[:, kept.shape[1] :]
 
 
 def _content(
@@ -154,16 +167,17 @@ def rest(assignment: Tensor | None, slot: Tensor, sources: Tensor, gain: float) 
     return everything if assignment is None else gain * assignment + (1 - gain) * everything
 
 
-def rest_beside(assignment: Tensor, slot: Tensor, kept: Tensor) -> Tensor:
+def rest_beside(assignment: Tensor, slot: Tensor, kept: Tensor, gain: float) -> Tensor:
     """Gives the residual token all that is dropped, whatever others take of it (PruMerge).
 
     Args:
         assignment: P [B, R, V].
         slot: [B, R], 1 at the residual token.
         kept: Indices [B, K].
+        gain: g of what the others take. Merge with the result and gain 1.
     """
-    lost = torch.ones_like(assignment[:, 0]).scatter(1, kept, 0.0)
-    return torch.where(slot.unsqueeze(-1) > 0, lost.unsqueeze(1), assignment)
+    lost = 1 - chosen(kept, assignment.mT)
+    return torch.where(slot.unsqueeze(-1) > 0, lost.unsqueeze(1), gain * assignment)
 
 
 def reweight(tokens: Tensor, score: Tensor, kept: Tensor, rho: float) -> Tensor:
