@@ -142,6 +142,35 @@ def demo(
     run_demo(output, budget, seed, Console())
 
 
+@app.command("presets")
+def show_presets(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Write this preset's policy as JSON.")
+    ] = None,
+) -> None:
+    """List the published methods, or write the policy of one.
+
+    Policies are written with the defaults of the official code; in Python,
+    deos_fx.presets has them as functions with all their settings.
+
+    [bold]Examples[/]
+
+      deos-fx presets
+
+      deos-fx presets fastv > policy.json
+    """
+    from deos_fx import presets
+    from deos_fx.terminal import presets_table
+
+    if name is None:
+        Console().print(presets_table(presets.list()))
+        return
+    known = {method.name: method for method in presets.list()}
+    if name not in known:
+        raise ValueError(f"no preset {name!r}; choose from {', '.join(known)}")
+    typer.echo(known[name].function().to_json(), nl=False)
+
+
 @app.command()
 def inspect(
     model_dir: Model,

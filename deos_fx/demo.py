@@ -86,7 +86,7 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
         found = search(model, data, budget=budget, seed=seed, progress=progress)
     reduced = ReducedModel(model, found.policy)
     methods = [_Tested(UNREDUCED, Policy(), model), _Tested(SEARCHED, found.policy, reduced)]
-    methods += [_preset(name, model, limit) for name in presets.names()]
+    methods += [_preset(name, model, limit) for name in presets.fitted()]
     measured = []
     for method in methods:
         with stage(f"test {method.name}") as advance:

@@ -22,9 +22,10 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from deos_fx.cost import Cost
+    from deos_fx.presets import Method
     from deos_fx.report import DemoResult
 
-__all__ = ["Advance", "Stages", "results_table", "stages", "times_table"]
+__all__ = ["Advance", "Stages", "presets_table", "results_table", "stages", "times_table"]
 
 Advance: TypeAlias = Callable[[int, int], None]
 """Called with how much of a stage is done and how much there is."""
@@ -148,4 +149,22 @@ def times_table(seconds: Mapping[str, float]) -> Table:
     for stage, value in seconds.items():
         table.add_row(stage, f"{value:.1f}")
     table.add_row("total", f"{sum(seconds.values()):.1f}", style="bold")
+    return table
+
+
+def presets_table(methods: Iterable[Method]) -> Table:
+    """Published methods: what they do, where, and where they come from.
+
+    Args:
+        methods: In the order of the rows.
+    """
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 1, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for method in methods:
+        sites = [reduction.site for reduction in method.function().reductions]
+        where = sites[0] if len(sites) == 1 else f"{sites[0]} to {sites[-1]}, {len(sites)} sites"
+        needs = f"; needs {method.needs}" if method.needs else ""
+        source = f"{method.source} (licence of its code: {method.licence})"
+        table.add_row(method.name, f"{method.title}\nAt {where}{needs}.\n[dim]{source}[/]")
     return table

@@ -257,7 +257,7 @@ def _from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
     signature = problem.cost.signature
     share = problem.limits.get("visual_tokens", math.inf) / problem.layout.images
     tokens = min(share, signature.visual_tokens)
-    for name in presets.names():
+    for name in presets.fitted():
         try:
             policy = presets.fit(name, tokens, signature.decoder_layers, signature.visual_tokens)
         except ValueError:

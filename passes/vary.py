@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from deos_fx.operator import SCORES
 from deos_fx.passes.find_sites import Sites
 from deos_fx.policy import Policy
 from deos_fx.reduction import Reduction, split_site
@@ -76,7 +77,8 @@ def _other_scores(reductions: _Reductions, sites: Sites) -> Iterator[_Reductions
     for i, reduction in enumerate(reductions):
         if not reduction.uses_scores:
             continue
-        for name in sites[reduction.site].scores:
+        searched = (name for name in sites[reduction.site].scores if SCORES[name].searched)
+        for name in searched:
             rest = {other: w for other, w in reduction.scores.items() if other != name}
             if name not in reduction.scores:
                 mixed = {other: (1 - _NEW_SCORE) * w for other, w in rest.items()}

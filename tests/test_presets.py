@@ -15,13 +15,7 @@ from deos_fx import presets
 from deos_fx.operator import static_reduce
 from deos_fx.policy import Policy, Reduction
 
-PUBLISHED = [
-    presets.fastv(),
-    presets.pyramid_drop(),
-    presets.merge(),
-    presets.avg_pool(),
-    presets.redistribute(),
-]
+PUBLISHED = {name: method.function() for name, method in presets.CATALOGUE.items()}
 
 
 def _grid(side: int) -> Tensor:
@@ -29,14 +23,36 @@ def _grid(side: int) -> Tensor:
 
 
 def test_names_match_the_policies() -> None:
-    assert [policy.name for policy in PUBLISHED] == presets.names()
+    assert {name: policy.name for name, policy in PUBLISHED.items()} == {
+        name: name for name in presets.names()
+    }
+    assert [method.name for method in presets.list()] == presets.names() == sorted(PUBLISHED)
+    assert set(presets.fitted()) <= set(PUBLISHED)
 
 
-@pytest.mark.parametrize("policy", PUBLISHED, ids=presets.names())
-def test_presets_round_trip_and_cite_their_source(policy: Policy) -> None:
+@pytest.mark.parametrize("method", presets.list(), ids=presets.names())
+def test_presets_round_trip_and_cite_their_source(method: presets.Method) -> None:
+    policy = method.function()
     assert Policy.from_json(policy.to_json()) == policy
-    documentation = getattr(presets, policy.name).__doc__
+    assert getattr(presets, method.name) is method.function
+    documentation = method.function.__doc__ or ""
     assert "ource" in documentation or "arXiv" in documentation
+    assert method.title.endswith(".") and method.source and method.licence
+
+
+def test_counts_of_the_official_settings() -> None:
+    counts = {name: PUBLISHED[name].counts(576) for name in PUBLISHED}
+    assert counts["fastv"] == [288]
+    assert counts["pyramid_drop"] == [288, 144, 72]
+    assert counts["sparsevlm_plus"] == [300, 200, 118]
+    assert counts["visionzip"] == [64]
+    assert counts["prumerge"] == [int(576 / 8) + 1]
+    assert counts["divprune"] == [round(0.098 * 576)]
+    assert counts["dart"] == [4 + 8 * int(576 * (1 - 0.778) / 8)]
+    assert counts["evit"] == [405, 285, 201]
+    assert counts["tome"] == [576 - 16 * (i + 1) for i in range(23)]
+    assert counts["fitprune"][:3] == [562, 529, 440] and counts["fitprune"][-1] == 576 - 449
+    assert counts["vscan"] == [96, 32]
 
 
 def test_published_sites_and_positions() -> None:
@@ -50,15 +66,13 @@ def test_published_sites_and_positions() -> None:
     ]
 
 
-def test_one_preset_per_regime() -> None:
-    regimes = {policy.name: policy.reductions[0].regime for policy in PUBLISHED}
-    assert regimes == {
-        "fastv": "prune",
-        "pyramid_drop": "prune",
-        "merge": "merge",
-        "avg_pool": "pool",
-        "redistribute": "reweight",
-    }
+def test_a_preset_for_every_regime() -> None:
+    regimes = {name: policy.reductions[0].regime for name, policy in PUBLISHED.items()}
+    assert regimes["fastv"] == regimes["divprune"] == "prune"
+    assert regimes["merge"] == regimes["tome"] == "merge"
+    assert regimes["avg_pool"] == regimes["bilinear_pool"] == "pool"
+    assert regimes["redistribute"] == "reweight"
+    assert regimes["visionzip"] == regimes["prumerge"] == regimes["evit"] == "mixed"
 
 
 def test_fastv_is_top_k_of_the_last_attention() -> None:
@@ -89,6 +103,10 @@ def test_bad_arguments() -> None:
         presets.pyramid_drop(layers=(8, 16), keep=(0.5,))
     with pytest.raises(ValueError, match="at least 1"):
         presets.pyramid_drop(layers=(0,), keep=(0.5,))
+    with pytest.raises(ValueError, match="layer is 0; DART reads the keys of the layer before"):
+        presets.dart(layer=0)
+    with pytest.raises(ValueError, match="the schedule drops 576 of 576 tokens"):
+        presets.fitprune(drops=(576,))
 
 
 def test_mean_visual_tokens() -> None:
@@ -105,7 +123,7 @@ def test_mean_visual_tokens() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from(presets.names()),
+    st.sampled_from(presets.fitted()),
     st.floats(0.02, 1),
     st.integers(2, 40),
     st.integers(3, 24),
@@ -136,7 +154,7 @@ def test_fit_uses_the_whole_budget(name: str, fraction: float) -> None:
     assert presets.mean_visual_tokens(larger, 10, 144) > fraction * 144
 
 
-@pytest.mark.parametrize("name", presets.names())
+@pytest.mark.parametrize("name", presets.fitted())
 def test_fit_with_everything_allowed_keeps_everything(name: str) -> None:
     assert set(presets.fit(name, 576, 32, 576).counts(576)) == {576}
 

@@ -1,0 +1,89 @@
+"""Published methods as policies, and some of them fitted to a budget.
+
+Every preset is a plain policy of the one operator; lowering and export know nothing of presets.
+`list` says where each comes from. Methods that are no preset, and why:
+
+- SparseVLM (version 1.5) merges what it drops into clusters whose ties are broken by random noise.
+- ATS and the outlier counts of PruMerge keep a number of tokens that depends on the image.
+- TokenPacker, Q-Former and pixel shuffling have trained weights or change the number of channels:
+  they are parts of a model, not reductions of its tokens.
+- DynamicViT, AdaViT and SPViT need predictors that are trained with the model.
+"""
+
+from __future__ import annotations
+
+import builtins
+
+from deos_fx.presets.catalogue import CATALOGUE, Method
+from deos_fx.presets.decoder import dart, fastv, fitprune, pyramid_drop, sparsevlm_plus
+from deos_fx.presets.fit import FITTED, fit, mean_visual_tokens
+from deos_fx.presets.projector import (
+    avg_pool,
+    bilinear_pool,
+    cdpruner,
+    divprune,
+    holov,
+    merge,
+    random,
+    redistribute,
+    uniform,
+    vscan,
+)
+from deos_fx.presets.tower import (
+    evit,
+    fastervlm,
+    hiprune,
+    prumerge,
+    prumerge_plus,
+    tome,
+    visionzip,
+    vispruner,
+)
+
+__all__ = [
+    "CATALOGUE",
+    "Method",
+    "avg_pool",
+    "bilinear_pool",
+    "cdpruner",
+    "dart",
+    "divprune",
+    "evit",
+    "fastervlm",
+    "fastv",
+    "fit",
+    "fitprune",
+    "fitted",
+    "hiprune",
+    "holov",
+    "list",
+    "mean_visual_tokens",
+    "merge",
+    "names",
+    "prumerge",
+    "prumerge_plus",
+    "pyramid_drop",
+    "random",
+    "redistribute",
+    "sparsevlm_plus",
+    "tome",
+    "uniform",
+    "visionzip",
+    "vispruner",
+    "vscan",
+]
+
+
+def list() -> builtins.list[Method]:
+    """All presets with their sources, licences and needs, by name."""
+    return [CATALOGUE[name] for name in sorted(CATALOGUE)]
+
+
+def names() -> builtins.list[str]:
+    """Names of all presets."""
+    return sorted(CATALOGUE)
+
+
+def fitted() -> builtins.list[str]:
+    """Names of the presets that `fit` can fit to a budget."""
+    return [*FITTED]

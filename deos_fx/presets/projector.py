@@ -1,0 +1,261 @@
+"""Methods that reduce the features of an image just before they enter the prompt.
+
+After these methods LLaVA numbers the positions of the prompt without gaps.
+"""
+
+from __future__ import annotations
+
+from deos_fx.policy import Policy, Reduction, Tier
+from deos_fx.presets.catalogue import method
+
+__all__ = [
+    "avg_pool",
+    "bilinear_pool",
+    "cdpruner",
+    "divprune",
+    "holov",
+    "merge",
+    "random",
+    "redistribute",
+    "uniform",
+    "vscan",
+]
+
+_CLS = "a CLS token in the tower"
+
+
+@method(
+    "Liu et al., CDPruner (NeurIPS 2025); Theia-4869/CDPruner",
+    licence="Apache-2.0",
+    needs="text in the prompt (the paper: CLIP's text tower)",
+)
+def cdpruner(keep: int | float = 64) -> Policy:
+    """Keep the most diverse set of relevant tokens: greedy MAP of a determinantal process.
+
+    Source: the official code (encode_images). The kernel is r_i cos(x_i, x_j) r_j of the projected
+    features, with the relevance r scaled to [0, 1]; the code *negates* the similarity to the text
+    before it is scaled, which is right for the cosines of CLIP.
+
+    Differences: the relevance is that of CLIP's image tower to CLIP's text tower, which the models
+    in transformers do not contain. Here the projected features are compared with the model's own
+    embeddings of the words. The scale is that of each image alone instead of the whole batch.
+
+    Args:
+        keep: Tokens or fraction kept per image.
+    """
+    reduction = Reduction(
+        "projector",
+        keep,
+        scores={"text_irrelevance": 1.0},
+        selector="determinantal",
+        position="compact",
+    )
+    return Policy((reduction,), name="cdpruner")
+
+
+@method("Alvar et al., DivPrune (CVPR 2025); vbdi/divprune", licence="CC BY-NC 4.0")
+def divprune(keep: int | float = 0.098) -> Policy:
+    """Keep the set of tokens that are far from each other: greedy max-min distance.
+
+    Source: the official code (divprune in llava_arch.py). The first token is the one whose nearest
+    other is farthest, by the cosine of the projected features; then always the token whose nearest
+    kept one is farthest.
+
+    Args:
+        keep: Tokens or fraction kept per image.
+    """
+    reduction = Reduction("projector", keep, selector="max_min", position="compact")
+    return Policy((reduction,), name="divprune")
+
+
+@method("Zou et al., HoloV (NeurIPS 2025); obananas/HoloV", licence="Apache-2.0", needs=_CLS)
+def holov(keep: int | float = 64, windows: int = 16) -> Policy:
+    """Share the places among parts of the image, and fill each part by the attention of CLS.
+
+    Source: the official code (llava/model/utils.py). The flat list is cut into 16 runs; each gets
+    places in proportion to its mean score and fills them with its best tokens by attention, best
+    first. The score also has a term for the variance of similarities, which its scaling makes
+    proportional to the attention when it is averaged over a run, so it drops out here.
+
+    Differences: places that a run has no tokens for go to the best of the others instead of being
+    filled with zero vectors.
+
+    Args:
+        keep: Tokens or fraction kept per image.
+        windows: Runs.
+    """
+    reduction = Reduction(
+        "projector",
+        keep,
+        selector="quota",
+        options={"windows": windows},
+        order="selection",
+        position="compact",
+    )
+    return Policy((reduction,), name="holov")
+
+
+@method(
+    "Zhang et al., VScan (2025); Tencent/SelfEvolvingAgent",
+    licence="MIT",
+    needs=_CLS,
+)
+def vscan(
+    keep: int | float = 96,
+    final: int | float = 32,
+    layer: int = 16,
+    local_block: int = 5,
+    windows: int = 16,
+) -> Policy:
+    """Keep the best of every window and of the image, merge the rest, and prune in the decoder.
+
+    Source: the official code. Half of the tokens are the best of 6 x 6 windows by the attention of
+    CLS in an early block, half the best others by that of the last block; every other token is
+    averaged into the kept one with the most similar projected features. In the decoder, tokens are
+    ranked as PyramidDrop does.
+
+    Differences: if the windows' half does not divide by their number, the official code keeps fewer
+    tokens, and here the best by score fill them.
+
+    Args:
+        keep: Tokens or fraction kept before the decoder.
+        final: Tokens or fraction of the original tokens kept in it.
+        layer: Decoder layers before the second stage.
+        local_block: Block of the tower that the windows look at.
+        windows: Windows of the image.
+    """
+    first = Reduction(
+        "projector",
+        keep,
+        selector="windows",
+        options={"windows": windows},
+        observe=f"vision.{local_block}",
+        tiers=(Tier(keep=0.5),),
+        gain=1.0,
+        position="compact",
+    )
+    second = Reduction(f"decoder.{layer - 1}", final, observe="next", position="compact")
+    return Policy((first, second), name="vscan")
+
+
+@method(
+    "first stage of VScan (2025) with the masses of Token Merging (ICLR 2023)",
+    licence="see vscan and tome",
+)
+def merge(site: str = "projector", keep: int | float = 0.5) -> Policy:
+    """Merging: every dropped token joins the kept token it resembles most.
+
+    Sources: the first stage of VScan (Tencent/SelfEvolvingAgent: keep by CLS attention, average
+    every other token into the kept token of largest cosine), with masses and the bias log(mass) in
+    later attention as in Bolya et al., "Token Merging" (ICLR 2023).
+
+    Differences: all tokens are the global top-K and positions are kept, the combination with
+    calibrated attention that RESTORE (ICML 2026) found best; see `vscan` and `tome` for the
+    methods themselves.
+
+    Args:
+        site: Where to merge.
+        keep: Tokens or fraction kept per image.
+    """
+    return Policy((Reduction(site, keep, gain=1.0, mass_bias=1.0),), name="merge")
+
+
+@method(
+    "Cai et al., Matryoshka Multimodal Models (ICLR 2025); mu-cai/matryoshka-mm. "
+    "Yao et al., DeCo (2024)",
+    licence="Apache-2.0",
+)
+def avg_pool(site: str = "projector", keep: int | float = 0.25) -> Policy:
+    """Average pooling over windows of the grid, whatever the image and the text say.
+
+    Sources: Cai et al., "Matryoshka Multimodal Models" (mu-cai/matryoshka-mm: ``avg_pool2d`` after
+    the projector) and Yao et al., "DeCo" (``AdaptiveAvgPool2d`` before it). Both train the model
+    with it; here it is applied to a model that was not.
+
+    Where the windows divide the grid this is ``avg_pool2d`` exactly. Differences: elsewhere each
+    token goes to the nearest window centre, so windows differ by a row or column and, unlike those
+    of adaptive pooling, never overlap.
+
+    Args:
+        site: Where to pool; no other reduction may come before.
+        keep: Tokens or fraction kept per image; the count must split the grid into windows.
+    """
+    reduction = Reduction(
+        site, keep, selector="grid", gain=1.0, similarity={"grid": 1.0}, position="compact"
+    )
+    return Policy((reduction,), name="avg_pool")
+
+
+@method(
+    "get_2dPool of LLaVA-OneVision and LLaVA-NeXT-Video; LLaVA-VL/LLaVA-NeXT",
+    licence="Apache-2.0",
+)
+def bilinear_pool(site: str = "projector", keep: int | float = 0.25) -> Policy:
+    """Bilinear interpolation onto a coarser grid, whatever the image and the text say.
+
+    Source: the official code (get_2dPool): ``interpolate`` of the grid of features to
+    ceil(h / s) x ceil(w / s), without aligned corners. LLaVA-OneVision does it for video frames,
+    with s = 2, and is trained with it.
+
+    Args:
+        site: Where to pool; no other reduction may come before.
+        keep: Tokens or fraction kept per image; the count must split the grid into windows.
+    """
+    reduction = Reduction(
+        site, keep, selector="grid", gain=1.0, assignment="window", position="compact"
+    )
+    return Policy((reduction,), name="bilinear_pool")
+
+
+@method(
+    "the regime of Differentiable Efficient Operator Search (arXiv 2606.05232)",
+    licence="no code is public",
+)
+def redistribute(site: str = "projector", keep: int | float = 0.5) -> Policy:
+    """Soft reweighting: every dropped token is spread over all kept ones by similarity.
+
+    The regime that "Differentiable Efficient Operator Search" (arXiv 2606.05232) calls adaptive
+    reweighting. Only the abstract of that paper is public to us, so the formula is ours: weights
+    softmax(cosine / 0.1) over the kept tokens, means by mass, and the bias log(mass) in later
+    attention. The nearest published relative with code is the package token of SPViT (ECCV 2022),
+    which gathers the dropped tokens, weighted by score, in one extra token.
+
+    Args:
+        site: Where to reduce.
+        keep: Tokens or fraction kept per image.
+    """
+    reduction = Reduction(site, keep, gain=1.0, temperature=0.1, mass_bias=1.0)
+    return Policy((reduction,), name="redistribute")
+
+
+@method("a baseline of most papers", licence="-")
+def random(keep: int | float = 0.25, seed: int = 0, site: str = "projector") -> Policy:
+    """Prune at random: a choice by position and seed, the same for every image.
+
+    Source: the baseline that papers compare with; they draw for every input, here one draw is part
+    of the policy, so that its graph repeats itself. Average over seeds.
+
+    Args:
+        keep: Tokens or fraction kept per image.
+        seed: Another seed, another choice.
+        site: Where to prune.
+    """
+    reduction = Reduction(
+        site, keep, scores={"random": 1.0}, options={"seed": seed}, position="compact"
+    )
+    return Policy((reduction,), name="random")
+
+
+@method("a baseline of most papers", licence="-")
+def uniform(keep: int | float = 0.25, site: str = "projector") -> Policy:
+    """Prune evenly over the grid, whatever the image and the text say.
+
+    Source: the baseline that papers compare with; here in the order of dithering (Bayer 1973), so
+    that any number of tokens is spread evenly.
+
+    Args:
+        keep: Tokens or fraction kept per image.
+        site: Where to prune.
+    """
+    reduction = Reduction(site, keep, scores={"grid_coverage": 1.0}, position="compact")
+    return Policy((reduction,), name="uniform")

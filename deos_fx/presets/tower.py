@@ -1,0 +1,291 @@
+"""Methods that reduce inside the vision tower or at its end, by what the tower attends to.
+
+``block`` is the last block of the tower whose output the language model uses: block 22 of the 24 of
+CLIP ViT-L in LLaVA-1.5. After these methods LLaVA numbers the positions of the prompt without gaps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from deos_fx.policy import Policy, Reduction, Tier
+from deos_fx.presets.catalogue import method
+
+__all__ = [
+    "evit",
+    "fastervlm",
+    "hiprune",
+    "prumerge",
+    "prumerge_plus",
+    "tome",
+    "visionzip",
+    "vispruner",
+]
+
+LAST_BLOCK = 22
+_CLS = "a CLS token in the tower"
+
+
+@method(
+    "Yang et al., VisionZip (CVPR 2025); JIA-Lab-research/VisionZip",
+    licence="Apache-2.0",
+    needs=_CLS,
+)
+def visionzip(dominant: int = 54, contextual: int = 10, block: int = LAST_BLOCK) -> Policy:
+    """Keep the tokens CLS looks at, and merge the others into a few taken at equal steps.
+
+    Source: the official code (visionzip/clip_encoder.py). The dominant tokens are CLS itself and
+    the ``dominant`` - 1 patches with most of its attention. Of the rest, every step-th is a target;
+    the others go to the target with the most similar key (mean over heads), which becomes itself
+    *plus* the mean of what it got, about twice as long. Dominant tokens come first.
+
+    Args:
+        dominant: Tokens kept as they are, the CLS token among them.
+        contextual: Targets.
+        block: Last block of the tower that is used.
+    """
+    reduction = Reduction(
+        f"vision.{block}",
+        dominant + contextual,
+        keep_class=True,
+        tiers=(Tier(keep=contextual, selector="strided"),),
+        order="tier",
+        receivers="last",
+        gain=1.0,
+        similarity={"key": 1.0},
+        exponent=0.0,
+        average=True,
+        position="compact",
+    )
+    return Policy((reduction,), name="visionzip")
+
+
+def _prumerge(keep: int | float, block: int, tiers: tuple[Tier, ...], name: str) -> Policy:
+    reduction = Reduction(
+        f"vision.{block}",
+        keep,
+        scores={"joint_cls_attention": 1.0},
+        observe="next",
+        tiers=tiers,
+        order="selection",
+        gain=1.0,
+        assignment="k_nearest",
+        neighbours=32,
+        similarity={"joint_key": 1.0},
+        weighting="raw",
+        exponent=0.0,
+        residual=True,
+        position="compact",
+    )
+    return Policy((reduction,), name=name)
+
+
+@method(
+    "Shang et al., LLaVA-PruMerge (ICCV 2025); 42Shawn/LLaVA-PruMerge",
+    licence="Apache-2.0",
+    needs=_CLS,
+)
+def prumerge(keep: int | float = 73, block: int = LAST_BLOCK) -> Policy:
+    """Keep the tokens CLS looks at, and add to each its neighbours, weighted by attention.
+
+    Source: the official code (token_prune_merge_advanced). Attention is that of the block *behind*
+    the features, over the full width without splitting heads. To each kept token the 32 others with
+    the most similar keys, kept or not, are added with their attention as weight, without dividing;
+    one token more is the sum of everything dropped, weighted alike. The order is that of attention.
+
+    Differences: the official code keeps as many tokens as there are outliers of attention, which
+    depends on the image; here the count is fixed (its default without outliers is 1/8 of 576, and
+    the one token more).
+
+    Args:
+        keep: Tokens or fraction that come out per image, the extra one included.
+        block: Last block of the tower that is used.
+    """
+    return _prumerge(keep, block, (), "prumerge")
+
+
+@method(
+    "Shang et al., LLaVA-PruMerge+ (ICCV 2025); 42Shawn/LLaVA-PruMerge",
+    licence="Apache-2.0",
+    needs=_CLS,
+)
+def prumerge_plus(
+    selected: int = 36, spatial: int = 108, visual_tokens: int = 576, block: int = LAST_BLOCK
+) -> Policy:
+    """PruMerge with additional tokens at equal steps over the image.
+
+    Source: the official code (token_prune_merge_advanced_plus). With the share rho of tokens
+    selected by attention, the spatial ones are every int(int(1 / rho) / 3)-th token that is not
+    selected already, without the last token of the image.
+
+    Differences: fixed counts, as in `prumerge`; the defaults are those of a rho of 1/16. If there
+    are fewer tokens at these steps than asked for, others follow in the order of the image.
+
+    Args:
+        selected: Tokens selected by attention.
+        spatial: Tokens at equal steps.
+        visual_tokens: Tokens of an image before.
+        block: Last block of the tower that is used.
+    """
+    step = max(1, visual_tokens // selected // 3)
+    spread = Tier(keep=spatial, selector="lattice", options={"step": step})
+    return _prumerge(selected + spatial + 1, block, (spread,), "prumerge_plus")
+
+
+@method(
+    "Zhang et al., FasterVLM (2024); Theia-4869/FasterVLM",
+    licence="Apache-2.0",
+    needs=_CLS,
+)
+def fastervlm(keep: int | float = 0.25) -> Policy:
+    """Prune before the decoder, by the attention of CLS.
+
+    Source: the official code (encode_images): mean over heads of the attention of CLS in the block
+    the features come from, the top T in the order of the image.
+
+    Args:
+        keep: Tokens or fraction kept per image.
+    """
+    return Policy((Reduction("projector", keep, position="compact"),), name="fastervlm")
+
+
+@method(
+    "Zhang et al., VisPruner (ICCV 2025); Theia-4869/VisPruner",
+    licence="Apache-2.0",
+    needs=_CLS,
+)
+def vispruner(keep: int | float = 128, important: float = 0.5, block: int = LAST_BLOCK) -> Policy:
+    """Keep important tokens by the attention of CLS, and of the others those that are distinct.
+
+    Source: the official code (encode_images). int(T r) tokens are the best by attention. The others
+    are listed in the order of attention and split into even and odd places again and again, each
+    time dropping the 8 even ones that resemble an odd one most, until T - int(T r) are left.
+    Similarity is that of the tower's features before the projector.
+
+    Args:
+        keep: T, tokens or fraction kept per image.
+        important: r.
+        block: Last block of the tower that is used.
+    """
+    distinct = Tier(keep=1.0 - important, selector="distinct")
+    reduction = Reduction(f"vision.{block}", keep, tiers=(distinct,), position="compact")
+    return Policy((reduction,), name="vispruner")
+
+
+@method(
+    "Liu et al., HiPrune (2025); Danielement321/HiPrune",
+    licence="MIT",
+)
+def hiprune(
+    keep: int | float = 192, alpha: float = 0.1, object_block: int = 8, block: int = LAST_BLOCK
+) -> Policy:
+    """Keep what a middle block attends to, with its neighbours, and what the last block does.
+
+    Source: the official code (encode_images). Tokens are ranked by the attention they get from all
+    tokens of the tower, averaged over heads. Anchors are the best round(T alpha / 5) of a middle
+    block (its ninth); they and their neighbours in the flat list, one place and one row before and
+    behind, are kept, and the best of the last block fill the rest of T.
+
+    Args:
+        keep: T, tokens or fraction kept per image.
+        alpha: Share of T for anchors and their neighbours.
+        object_block: Block that says where objects are.
+        block: Last block of the tower that is used.
+    """
+    reduction = Reduction(
+        f"vision.{block}",
+        keep,
+        scores={"mutual_attention": 1.0},
+        selector="neighbourhood",
+        options={"share": alpha},
+        observe=f"vision.{object_block}",
+        tiers=(Tier(keep=1.0, scores={"mutual_attention": 1.0}),),
+        position="compact",
+    )
+    return Policy((reduction,), name="hiprune")
+
+
+@method(
+    "Bolya et al., Token Merging (ICLR 2023); facebookresearch/ToMe",
+    licence="CC BY-NC 4.0",
+)
+def tome(
+    merged: int = 16,
+    blocks: int = LAST_BLOCK + 1,
+    visual_tokens: int = 576,
+    class_token: bool = True,
+) -> Policy:
+    """Merge the most similar pairs of tokens after every block of the vision tower.
+
+    Source: the paper, and the official code (tome/merge.py) for its details. Tokens are split into
+    alternating halves A and B; of A the r with the most similar token in B, by the mean of the keys
+    over heads, are merged into it, weighted by how many patches each stands for; attention gets the
+    logarithm of that number as a bias. CLS takes part in the alternation, but never merges.
+
+    Differences: the official code merges between attention and MLP of a block, here it is behind
+    the block, so a merged token is the mean of two outputs of the MLP instead of the output for the
+    mean. Without a class token the official order of A is that of similarity, here of the image.
+
+    Args:
+        merged: r, tokens merged after each block; at most half of those left.
+        blocks: Blocks after which tokens are merged, from the first.
+        visual_tokens: Tokens of an image before.
+        class_token: Whether the tower has a class token in front.
+    """
+    reductions, left = [], visual_tokens
+    for block in range(blocks):
+        left -= min(merged, left // 2)
+        reductions.append(
+            Reduction(
+                f"vision.{block}",
+                left,
+                selector="bipartite",
+                options={"first": int(class_token)},
+                order="selection",
+                receivers="last",
+                gain=1.0,
+                similarity={"key": 1.0},
+                mass_bias=1.0,
+                position="compact",
+            )
+        )
+    return Policy(tuple(reductions), name="tome")
+
+
+@method(
+    "Liang et al., EViT (ICLR 2022); youweiliang/evit",
+    licence="Apache-2.0",
+    needs=_CLS,
+)
+def evit(keep: float = 0.7, blocks: Sequence[int] = (3, 6, 9), visual_tokens: int = 576) -> Policy:
+    """Prune in the vision tower by the attention of CLS, and fuse what is dropped in one token.
+
+    Source: the official code (evit.py). After blocks 3, 6 and 9 (counted from 0) the ceil(rho n)
+    tokens with most attention of CLS, averaged over heads, are kept in that order, and one token
+    more is the sum of the others, each times its attention. Later stages treat it as any token.
+
+    Differences: the official code drops between attention and MLP of a block, here it is behind the
+    block; for tokens that are kept this is the same, and the fused token is a sum of outputs of the
+    MLP instead of the output for the sum.
+
+    Args:
+        keep: rho, kept at each stage of those that are left.
+        blocks: Blocks after which tokens are dropped.
+        visual_tokens: Tokens of an image before.
+    """
+    reductions, left = [], visual_tokens
+    for block in blocks:
+        left = math.ceil(keep * left - 1e-9) + 1
+        reductions.append(
+            Reduction(
+                f"vision.{block}",
+                left,
+                order="selection",
+                weighting="raw",
+                exponent=0.0,
+                residual=True,
+                position="compact",
+            )
+        )
+    return Policy(tuple(reductions), name="evit")
