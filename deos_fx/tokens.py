@@ -29,6 +29,7 @@ __all__ = [
     "ones_at",
     "ones_like_tokens",
     "patch_bias",
+    "patch_gate_bias",
     "put",
     "relaxed_positions",
     "take",
@@ -337,6 +338,19 @@ def gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, visual: Tensor, hidden:
     bias = alive.float().clamp_min(LOG_FLOOR).log() + beta * mass.float().log()
     zeros = torch.zeros(hidden.shape[:2], device=hidden.device)
     return zeros.scatter(1, visual, bias)
+
+
+def patch_gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, class_tokens: int) -> Tensor:
+    """`gate_bias` in a vision tower: [I, c + V] from gates and masses [I, V], 0 for class tokens.
+
+    Args:
+        alive: Gates.
+        mass: Masses.
+        beta: 0-dim.
+        class_tokens: c.
+    """
+    bias = alive.float().clamp_min(LOG_FLOOR).log() + beta * mass.float().log()
+    return torch.nn.functional.pad(bias, (class_tokens, 0))
 
 
 def ones_at(visual: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def largest_difference(model: LlavaForConditionalGeneration, policy: Policy) -> 
     return float((take(logits, origin) - expected["logits"])[real].abs().max())
 
 
-@pytest.mark.parametrize("site", ["projector", "decoder.0", "decoder.2"])
+@pytest.mark.parametrize("site", ["vision.0", "vision.1", "projector", "decoder.0", "decoder.2"])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_saturated_relaxed_graph_equals_static(
     model: LlavaForConditionalGeneration, site: str, regime: str
@@ -73,6 +73,34 @@ def test_several_sites_with_different_regimes(model: LlavaForConditionalGenerati
             Reduction("projector", 32, gain=1.0, mass_bias=1.0),
             Reduction("decoder.1", 16, gain=0.5, temperature=0.2, mass_bias=0.5),
             Reduction("decoder.2", 8, position="compact"),
+        )
+    )
+    assert largest_difference(model, policy) < 2e-5
+
+
+@pytest.mark.parametrize("position", ["keep", "compact"])
+def test_sites_all_along_the_tower(position: str) -> None:
+    model = tiny_llava(layers=3, blocks=5)
+    policy = Policy(
+        (
+            Reduction("vision.0", 48, gain=1.0, similarity={"key": 1.0}, mass_bias=1.0),
+            Reduction("vision.1", 40, scores={"key_norm": 1}, position=position),
+            Reduction("vision.3", 24, gain=0.5, temperature=0.2, mass_bias=0.5),
+            Reduction("projector", 16, gain=1.0, mass_bias=1.0),
+            Reduction("decoder.0", 8, mass_bias=0.5),
+        )
+    )
+    assert largest_difference(model, policy) < 2e-5
+    assert largest_difference(model, Policy(policy.reductions[:2])) < 2e-5
+
+
+def test_sites_of_a_tower_without_class_token() -> None:
+    model = tiny_llava(layers=2, tower="siglip")
+    scores = {"scores": {"key_norm": 1.0}}
+    policy = Policy(
+        (
+            Reduction("vision.0", 40, gain=1.0, mass_bias=1.0, **scores),
+            Reduction("projector", 8, scores={"novelty": 1.0}),
         )
     )
     assert largest_difference(model, policy) < 2e-5
