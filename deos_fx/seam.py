@@ -49,9 +49,8 @@ class Observation:
     """What a block reports of its attention, beside its own output.
 
     Attributes:
-        kind: ``attention`` (what every key receives from some queries, [B, N]), ``rows`` (each of
-            these queries alone, [B, R, N]), ``keys`` (mean over heads, [B, N, D]) or
-            ``joint_keys`` (heads side by side, [B, N, H_kv D]).
+        kind: ``attention`` (what every key receives from some queries, [B, N]), ``keys`` (mean over
+            heads, [B, N, D]) or ``joint_keys`` (heads side by side, [B, N, H_kv D]).
         heads: How the heads' attention becomes one: their ``mean``, their ``max`` (FitPrune), or
             ``joint``: one softmax over full-width products, scaled by (H D)^-1/2 (PruMerge).
         strongest: Only so many heads count, those that attend most to the keys asked about
@@ -59,15 +58,10 @@ class Observation:
         gravity: Divide attention by what rotary positions alone make of each distance (SparseVLM+).
     """
 
-    kind: Literal["attention", "rows", "keys", "joint_keys"] = "attention"
+    kind: Literal["attention", "keys", "joint_keys"] = "attention"
     heads: Literal["mean", "max", "joint"] = "mean"
     strongest: int = 0
     gravity: bool = False
-
-    @property
-    def asks(self) -> bool:
-        """Whether it is about the attention of some queries."""
-        return self.kind in ("attention", "rows")
 
 
 Asked = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -299,10 +293,6 @@ def _observed(view: AttentionView, observation: Observation, asked: Iterator[Ask
         return view.key.mean(dim=1)
     if observation.kind == "joint_keys":
         return view.key.transpose(1, 2).flatten(2)
-    if observation.kind == "rows":
-        positions, _, _ = next(asked)
-        assert positions is not None
-        return view.rows(positions).mean(dim=1)
     return received_attention(view, observation, next(asked))
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from deos_fx import tokens
@@ -16,11 +14,8 @@ from deos_fx.seam import Observation, ObservedBlock, PeekedBlock, biased_mask, i
 
 __all__ = [
     "AskedNodes",
-    "Observations",
     "bias_block",
     "observe_attention",
-    "observe_block",
-    "observe_class_token",
     "peek_block",
 ]
 
@@ -182,91 +177,3 @@ def _use_seam(
     if isinstance(module, ObservedBlock):
         raise AssertionError(f"{block.name} is observed twice")
     graph_module.set_submodule(str(block.target), ObservedBlock(module, observe))
-
-
-# *** rows of the last token and of text, each alone ***
-
-
-@dataclass
-class Observations:
-    """Nodes of what a block reports; asking for something not observed is a bug.
-
-    Attributes:
-        last: Node of [B, 1, N] attention rows of the first query set (the last token, or CLS).
-        text: Node of the positions [B, T] of the second query set.
-        rows: Node of [B, T, N] attention rows of the second query set.
-        key: Node of [B, N, D] keys.
-    """
-
-    last: fx.Node | None = None
-    text: fx.Node | None = None
-    rows: fx.Node | None = None
-    key: fx.Node | None = None
-
-
-def observe_block(
-    graph_module: fx.GraphModule,
-    block: fx.Node,
-    last: fx.Node | None,
-    text: fx.Node | None,
-    *,
-    keys: bool,
-) -> tuple[Observations, fx.Node, fx.Node]:
-    """Let a block's node return what its attention saw.
-
-    Args:
-        graph_module: The graph. Changed in place.
-        block: call_module node of a transformer block.
-        last: Node of query positions [B, 1] whose rows are wanted, or None.
-        text: Node of further query positions [B, T], or None.
-        keys: Whether the keys are wanted.
-
-    Returns:
-        The observations, the node of the block's hidden states, and the first node behind them
-        (where to insert).
-    """
-    graph = graph_module.graph
-    queries = last or text
-    if last and text:
-        with graph.inserting_before(block):
-            queries = graph.call_function(torch.cat, ([last, text], 1))
-    wanted: list[tuple[Observation, AskedNodes | None]] = []
-    if queries:
-        wanted.append((Observation("rows"), (queries, None, None)))
-    if keys:
-        wanted.append((Observation("keys"), None))
-    parts, hidden, anchor = observe_attention(graph_module, block, wanted)
-    rows = parts[0] if queries else None
-    seen = Observations(text=text, key=parts[-1] if keys else None)
-    if last and text:
-        with graph.inserting_before(anchor):
-            first, rest = (slice(None), slice(0, 1)), (slice(None), slice(1, None))
-            seen.last = graph.call_function(operator.getitem, (rows, first))
-            seen.rows = graph.call_function(operator.getitem, (rows, rest))
-    else:
-        seen.last, seen.rows = (rows, None) if last else (None, rows)
-    return seen, hidden, anchor
-
-
-def observe_class_token(
-    graph_module: fx.GraphModule,
-    block: fx.Node,
-    class_tokens: int,
-    call: Callable[..., fx.Node],
-) -> fx.Node:
-    """Let a vision block report the attention of its CLS token.
-
-    Args:
-        graph_module: The graph. Changed in place.
-        block: call_module node of the block.
-        class_tokens: Tokens in front of the patches.
-        call: Emits a call_function node at the place of insertion.
-
-    Returns:
-        Node of [I, V].
-    """
-    with graph_module.graph.inserting_before(block):
-        query = call(tokens.class_token, block.args[0])
-    seen, _, anchor = observe_block(graph_module, block, query, None, keys=False)
-    with graph_module.graph.inserting_before(anchor):
-        return call(tokens.attention_to_patches, seen.last, class_tokens)
