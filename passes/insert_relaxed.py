@@ -7,24 +7,26 @@ gates of those that would be dropped; later attention gets the log-gates as a bi
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from deos_fx import tokens
+from deos_fx import context, tokens
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.relaxed import RelaxedReduction
 from deos_fx.operator.scores import SCORES
 from deos_fx.operator.static import feature_name
 from deos_fx.passes.annotate_token_spaces import position_tables
-from deos_fx.passes.features import PromptFeatures, PromptText, SiteFeatures, TowerFeatures
+from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.find_sites import Sites
 from deos_fx.passes.finish import finish
-from deos_fx.passes.layout import PromptLayout
+from deos_fx.passes.layout import PromptLayout, rule_before_decoder
 from deos_fx.passes.observe_block import bias_block
-from deos_fx.reduction import site_order
+from deos_fx.reduction import site_order, split_site
 
 __all__ = ["RelaxedSite", "insert_relaxed"]
 
@@ -83,13 +85,17 @@ def insert_relaxed(
     Raises:
         ValueError: If a site cannot be used or lacks a score.
     """
-    insertion = _Insertion(graph_module, sites, layout)
-    for name in sorted(reductions, key=site_order):
-        site = sites.usable(name, reductions[name].start.scores)
-        if name == "projector":
-            insertion.at_projector(reductions[name])
-        else:
-            insertion.in_decoder(name, reductions[name], insertion.nodes[site.node])
+    insertion = _Insertion(graph_module, sites, layout, reductions)
+    ordered = sorted(reductions, key=site_order)
+    for name in ordered:
+        sites.usable(name, reductions[name].start.scores)
+    of_images = [name for name in ordered if split_site(name)[0] != "decoder"]
+    for name in of_images:
+        insertion.at_images(name)
+    if of_images:
+        insertion.enter_prompt(of_images)
+    for name in ordered[len(of_images) :]:
+        insertion.in_decoder(name)
     insertion.add_output()
     return finish(graph_module)
 
@@ -97,11 +103,18 @@ def insert_relaxed(
 class _Insertion:
     """Walks the sites in order of depth; gates and masses flow from one to the next."""
 
-    def __init__(self, graph_module: fx.GraphModule, sites: Sites, layout: PromptLayout) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        sites: Sites,
+        layout: PromptLayout,
+        reductions: Mapping[str, RelaxedReduction],
+    ) -> None:
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.sites = sites
         self.layout = layout
+        self.reductions = reductions
         self.nodes = {node.name: node for node in self.graph.nodes}
         ids = self.nodes["position_ids"]
         self.positions = {node: node for node in [ids, *position_tables(graph_module)]}
@@ -109,113 +122,162 @@ class _Insertion:
         input_ids = self.nodes["input_ids"]
         with self.graph.inserting_after(input_ids):
             self.visual = self.call(tokens.visual_positions, input_ids, layout.image_token, count)
+        # Gates and masses: of each image before the decoder, of the prompt in it.
         with self.graph.inserting_after(self.visual):
             self.alive = self.call(tokens.ones_at, self.visual)
         self.mass = self.alive
         with self.graph.inserting_after(self.alive):
-            self.beta = self.call(torch.zeros, ())
+            self.zero = self.call(torch.zeros, ())
+        self.beta = self.zero
         self.gates: list[fx.Node] = []
         self.done: list[str] = []
-        self.text: PromptText | None = None
+        self.tower: TowerFeatures | None = None
+        mask = self.nodes.get("attention_mask")
+        self.text = PromptText(self.call, self.nodes[sites.embeddings], self.visual, mask)
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.call_function(function, args)
 
-    def at_projector(self, reduction: RelaxedReduction) -> None:
-        features = self.nodes[self.sites.features]
-        images = self.layout.images
-        needs = _needs(reduction)
-        known = TowerFeatures(
-            self.graph_module,
-            "projector",
-            self.nodes[self.sites.tower_block],
-            needs,
-            self.call,
-            class_tokens=self.sites.class_tokens,
-            text=self._text(self.nodes[self.sites.embeddings]),
-            images=images,
-            makers={"grid": lambda: self._grid("projector", 1)},
-        )
-        users = list(features.users)
-        with self.graph.inserting_before(features.next):
-            alive = self.call(tokens.ones_like_tokens, features)
-            parts = self._site(reduction, "projector", features, alive, alive, known, needs)
-            reduced, alive, mass, self.beta = parts
-            self.alive = self.call(tokens.masses_of_prompt, alive, images)
-            self.mass = self.call(tokens.masses_of_prompt, mass, images)
-            for user in users:
-                user.replace_input_with(features, reduced)
-        self._behind(reduction, self.nodes["decoder_0"].prev, self.nodes["decoder_0"].args[0])
+    # *** before the decoder ***
 
-    def in_decoder(self, name: str, reduction: RelaxedReduction, block: fx.Node) -> None:
-        needs = _needs(reduction)
-        if self.text is None:
-            first = self.nodes["decoder_0"]
-            self.text = self._text(first.args[0], self.alive, first)
-        known = PromptFeatures(
+    def at_images(self, name: str) -> None:
+        """Reduce every image alone: its patches in the tower, or its features behind it."""
+        in_tower = name != "projector"
+        features = self._tower_features(name)
+        whole, anchor = features.hidden, features.anchor
+        class_tokens = self.sites.class_tokens
+        if not in_tower:
+            whole = self.nodes[self.sites.features]
+            anchor, class_tokens = whole.next, 0
+            # Masses bias the stage they arise in.
+            self.beta = self.zero
+        users = list(whole.users)
+        with self.graph.inserting_before(anchor):
+            own = whole
+            if class_tokens:
+                own = self.call(context.without_class, whole, class_tokens)
+            if self.tower is None:
+                self.alive = self.mass = self.call(tokens.ones_like_tokens, own)
+            reduced = self._site(name, own, features)
+            if class_tokens:
+                reduced = self.call(tokens.with_patches, whole, reduced, class_tokens)
+            for user in users:
+                user.replace_input_with(whole, reduced)
+            self.gates.append(self.call(tokens.masses_of_prompt, self.alive, self.layout.images))
+            if in_tower:
+                given = (self.alive, self.mass, self.beta, self.sites.class_tokens)
+                bias = self.call(tokens.patch_gate_bias, *given)
+                for block in self._blocks_behind(bias, "vision"):
+                    bias_block(self.graph_module, block, bias)
+        self.tower = features
+
+    def enter_prompt(self, of_images: Sequence[str]) -> None:
+        """From here on, gates and masses are those of a prompt's visual tokens."""
+        first = self.nodes["decoder_0"]
+        images = self.layout.images
+        with self.graph.inserting_before(first):
+            self.alive = self.call(tokens.masses_of_prompt, self.alive, images)
+            self.mass = self.call(tokens.masses_of_prompt, self.mass, images)
+        self.beta = self.beta if of_images[-1] == "projector" else self.zero
+        rule = rule_before_decoder(self.reductions[name].start for name in of_images)
+        embeddings: Any = first.args[0]
+        self._behind(rule, self.mass, embeddings)
+
+    def _tower_features(self, name: str) -> TowerFeatures:
+        """What a reduction of images can know; a block is looked into once, for all that ask."""
+        in_tower = name != "projector"
+        block = self.nodes[name.replace(".", "_") if in_tower else self.sites.tower_block]
+        needs = _needs(self.reductions[name])
+        makers: dict[str, Callable[[], Any]] = {"grid": lambda: self._grid(name, 1)}
+        tower = self.tower
+        if not in_tower and tower is not None and tower.block is block:
+            shared = needs & OBSERVED.keys()
+            makers |= {feature: partial(tower.__getitem__, feature) for feature in shared}
+        elif block.name == self.sites.tower_block and "projector" in self.reductions:
+            needs |= _needs(self.reductions["projector"]) & OBSERVED.keys()
+        return TowerFeatures(
             self.graph_module,
             name,
             block,
-            needs,
+            needs - makers.keys(),
+            self.call,
+            class_tokens=self.sites.class_tokens,
+            alive=None if tower is None else self.alive,
+            text=self.text,
+            images=self.layout.images,
+            reduced=self.done,
+            makers=makers,
+        )
+
+    # *** in the decoder ***
+
+    def in_decoder(self, name: str) -> None:
+        """Reduce all visual tokens of a prompt together, behind a decoder layer."""
+        mask = self.nodes.get("attention_mask")
+        first = self.nodes["decoder_0"]
+        if self.text.before is None:
+            embeddings: Any = first.args[0]
+            self.text = PromptText(
+                self.call, embeddings, self.visual, mask, self.alive, before=first
+            )
+        features = PromptFeatures(
+            self.graph_module,
+            name,
+            self.nodes[name.replace(".", "_")],
+            _needs(self.reductions[name]),
             self.call,
             visual=self.visual,
-            padding=lambda: self.nodes.get("attention_mask"),
+            padding=lambda: mask,
             text=self.text,
             alive=self.alive,
             reduced=self.done,
             makers={"grid": lambda: self._grid(name, self.layout.images)},
         )
-        hidden = known.hidden
+        hidden = features.hidden
         users = list(hidden.users)
-        with self.graph.inserting_before(known.anchor):
+        with self.graph.inserting_before(features.anchor):
             visual = self.call(tokens.take, hidden, self.visual)
-            parts = self._site(reduction, name, visual, self.alive, self.mass, known, needs)
-            reduced, self.alive, self.mass, self.beta = parts
+            reduced = self._site(name, visual, features)
             behind = self.call(tokens.put, hidden, self.visual, reduced)
         for user in users:
             user.replace_input_with(hidden, behind)
-        self._behind(reduction, behind, behind)
-
-    def _text(
-        self, embeddings: Any, alive: fx.Node | None = None, before: fx.Node | None = None
-    ) -> PromptText:
-        mask = self.nodes.get("attention_mask")
-        return PromptText(self.call, embeddings, self.visual, mask, alive, before)
-
-    def _site(
-        self,
-        reduction: RelaxedReduction,
-        name: str,
-        visual: fx.Node,
-        alive: fx.Node,
-        mass: fx.Node,
-        known: SiteFeatures,
-        needs: tuple[str, ...],
-    ) -> list[fx.Node]:
-        self.done.append(name)
-        features = [known[need] for need in needs]
-        target = f"reduce_{name.replace('.', '_')}"
-        self.graph_module.add_submodule(target, RelaxedSite(reduction, needs))
-        node = self.graph.call_module(target, (visual, alive, mass, self.beta, *features))
-        return [self.call(operator.getitem, node, i) for i in range(4)]
-
-    def _behind(self, reduction: RelaxedReduction, after: fx.Node, hidden: fx.Node) -> None:
-        """Bias the attention, and under ``compact`` move the positions, of all later layers."""
         self.gates.append(self.alive)
+        self._behind(self.reductions[name].start.position, behind, behind)
+
+    # *** both ***
+
+    def _site(self, name: str, visual: fx.Node, features: Mapping[str, fx.Node]) -> fx.Node:
+        """The reduced tokens; gates, masses and the mass bias are updated."""
+        reduction = self.reductions[name]
+        names = tuple(sorted(_needs(reduction)))
+        target = f"reduce_{name.replace('.', '_')}"
+        self.graph_module.add_submodule(target, RelaxedSite(reduction, names))
+        given = (visual, self.alive, self.mass, self.beta)
+        node = self.graph.call_module(target, (*given, *(features[need] for need in names)))
+        reduced, *rest = (self.call(operator.getitem, node, i) for i in range(4))
+        self.alive, self.mass, self.beta = rest
+        self.done.append(name)
+        return reduced
+
+    def _behind(self, position: str, after: fx.Node, hidden: fx.Node) -> None:
+        """Bias the attention of all later layers, and move their positions."""
         with self.graph.inserting_before(after.next):
             bias = self.call(
                 tokens.gate_bias, self.alive, self.mass, self.beta, self.visual, hidden
             )
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        layers = [
-            node
-            for name, node in self.nodes.items()
-            if name.startswith("decoder_") and order[node] > order[bias]
-        ]
+        layers = self._blocks_behind(bias, "decoder")
         for layer in layers:
             bias_block(self.graph_module, layer, bias)
-        if reduction.start.position == "compact":
+        if position == "compact":
             self._compact(bias, layers, hidden)
+
+    def _blocks_behind(self, node: fx.Node, stage: str) -> list[fx.Node]:
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        return [
+            block
+            for name, block in self.nodes.items()
+            if re.fullmatch(rf"{stage}_\d+", name) and order[block] > order[node]
+        ]
 
     def _compact(self, before: fx.Node, layers: list[fx.Node], hidden: fx.Node) -> None:
         ids, *tables = self.positions
@@ -246,10 +308,11 @@ class _Insertion:
         output.args = ({**fields, "gates": self.gates},)
 
 
-def _needs(reduction: RelaxedReduction) -> tuple[str, ...]:
+def _needs(reduction: RelaxedReduction) -> set[str]:
     """Features of a site, beside the tokens themselves, that a reduction reads."""
     start = reduction.start
-    names = {need for name in start.scores for need in SCORES[name].features}
+    names = {feature for score in start.scores for feature in SCORES[score].features}
     names |= {SIMILARITIES[kind] for kind in start.similarity}
-    names |= {"grid"} if start.selector == "grid" else set()
-    return tuple(sorted(feature_name(name, start.observe) for name in names - {"tokens"}))
+    if start.selector == "grid":
+        names.add("grid")
+    return {feature_name(name, start.observe) for name in names - {"tokens"}}
