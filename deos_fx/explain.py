@@ -80,7 +80,7 @@ def explain(
     remaining = remaining.expand(len(positions), -1)
     explanations = []
     for reduction in policy.reductions:
-        suffix = reduction.site.replace(".", "_")
+        suffix = reduction.site.replace(".", "")
         seen = watching.seen[suffix]
         images = 1 if split_site(reduction.site)[0] == "decoder" else layout.images
         for (site, role), constant in graph_module.meta.get("explains", {}).items():

@@ -89,8 +89,8 @@ class _Step:
 
     @property
     def suffix(self) -> str:
-        """What the names of its nodes end in."""
-        return self.reduction.site.replace(".", "_")
+        """What the names of its nodes end in: fx would count on from a number by itself."""
+        return self.reduction.site.replace(".", "")
 
 
 @dataclass
@@ -187,7 +187,9 @@ class _Lowering:
         if not in_tower:
             whole = self.nodes[self.sites.features]
             anchor = whole.next
-        users = list(whole.users)
+        # A peek into the next block, before the cut, still reads what is whole.
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        users = [user for user in whole.users if order[user] >= order[anchor]]
         with self.graph.inserting_before(anchor):
             own = self.call(context.without_class, whole, class_tokens) if class_tokens else whole
             reduced = self._operate(step, step.count, own, images.mass, features)

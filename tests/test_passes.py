@@ -182,7 +182,7 @@ def test_a_graph_has_one_selection_for_each_reduction() -> None:
     steps = [Reduction("projector", 32), Reduction("decoder.0", 16), Reduction("decoder.3", 4)]
     graph_module = lowered(*steps)
     picks = [node for node in graph_module.graph.nodes if node.target is top_k]
-    names = [f"top_k_{step.site.replace('.', '_')}" for step in steps]
+    names = [f"top_k_{step.site.replace('.', '')}" for step in steps]
     assert [node.name for node in picks] == names
     assert [node.args[2] for node in picks] == [32, 16, 4]
     assert len(graph_module.graph.output_node().args[0]["spaces"]) == 3
@@ -193,6 +193,11 @@ def test_a_graph_has_one_selection_for_each_reduction() -> None:
     [
         ("fastv", presets.fastv(layer=2, keep=0.25)),
         ("merge", presets.merge(site="projector", keep=0.25)),
+        ("pyramid_drop", presets.pyramid_drop(layers=(2, 4), keep=(0.5, 0.25))),
+        ("tome", presets.tome(merged=8, blocks=2, visual_tokens=64)),
+        ("visionzip", presets.visionzip(dominant=10, contextual=6, block=1)),
+        ("prumerge", presets.prumerge(keep=17, block=1)),
+        ("vispruner", presets.vispruner(keep=16, block=1)),
         ("empty", Policy()),
     ],
 )

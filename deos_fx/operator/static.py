@@ -234,13 +234,14 @@ class _Choice:
         return parts
 
     def _with_rest_apart(self, parts: list[Any]) -> list[Any]:
-        """The picks with the last one by itself."""
-        if len(parts) == 1:
-            picks = parts[0]
-            ends = ((0, self.count - 1), (self.count - 1, 1))
-            parts = [self.call(torch.narrow, picks, 1, start, size) for start, size in ends]
-        self.rest = parts[-1]
-        return parts
+        """The picks, and the last of them noted; by itself where the others are put in order."""
+        if len(parts) > 1:
+            self.rest = parts[-1]
+            return parts
+        self.rest = self.call(torch.narrow, parts[0], 1, self.count - 1, 1)
+        if self.reduction.order != "tier":
+            return parts
+        return [self.call(torch.narrow, parts[0], 1, 0, self.count - 1), self.rest]
 
     def _run(self, tier: Tier, taken: Any, already: int, count: int, flags: Any) -> Any:
         selector = SELECTORS[tier.selector]
