@@ -2,8 +2,9 @@
 
 A feature is asked for by name: ``keys`` is that of the block before the site, ``keys@next`` that of
 the block behind it, ``keys@vision.5`` that of an earlier block. What blocks have to observe is
-arranged at once, when the site's features are made; the nodes that follow from it (its rows at the
-visual tokens, ...) appear when a feature is first looked up, so what nothing reads leaves no node.
+arranged at once, when the site's features are made; the nodes that follow from it (what it says of
+the visual tokens, ...) appear when a feature is first looked up, so what nothing reads leaves no
+node.
 
 Cost of an observation, in FLOPs for each row of the batch, with N tokens, H heads, H_kv key heads
 of size D, width d, T text tokens, V visual tokens and c class tokens:
@@ -72,7 +73,9 @@ OBSERVED: Mapping[str, tuple[Observation, str]] = {
 class SiteFeatures(dict[str, Any]):
     """Features of the visual tokens at a site; one becomes graph nodes when it is looked up.
 
-    Making it lets the blocks in question observe what is needed, each block once.
+    Making it lets the blocks in question observe what is needed, each block once. Behind the site
+    nothing is added before the first look-up: who reads ``hidden`` then is who reads it without
+    this site.
 
     Args:
         graph_module: The graph. Changed in place.
@@ -116,6 +119,7 @@ class SiteFeatures(dict[str, Any]):
         wanted = self._wanted(needs)
         for where in wanted:
             self._check_space(where, reduced)
+        self._behind = wanted.pop("next", [])
         for where in sorted(wanted, key=self._depth):
             self._observe(where, wanted[where])
 
@@ -124,6 +128,8 @@ class SiteFeatures(dict[str, Any]):
         if name in self.makers:
             self[name] = self.makers[name]()
         elif base in OBSERVED:
+            if where == "next" and ("next", *OBSERVED[base]) not in self._seen:
+                self._peek()
             self[name] = self._of_visual(base, self._seen[where, *OBSERVED[base]])
         else:
             self[name] = self._other(name)
@@ -169,9 +175,8 @@ class SiteFeatures(dict[str, Any]):
                 raise ValueError(f"{need!r}: only attention and keys can be observed: {known}.")
         return wanted
 
-    def _depth(self, where: str) -> tuple[int, tuple[int, int]]:
-        """Earlier blocks first, what is peeked into last."""
-        return (where == "next", site_order(where if "." in where else self._own))
+    def _depth(self, where: str) -> tuple[int, int]:
+        return site_order(where or self._own)
 
     def _check_space(self, where: str, reduced: Sequence[str]) -> None:
         """Attention is observed of the tokens that are at the site, of no others."""
@@ -191,20 +196,16 @@ class SiteFeatures(dict[str, Any]):
                 )
 
     def _observe(self, where: str, wanted: list[tuple[Observation, str]]) -> None:
+        """Let the block before the site, or an earlier one, report something."""
         graph = self.graph_module.graph
-        if where == "next":
-            with graph.inserting_before(self.anchor):
-                asked = [(item, self._queries(of, self.hidden)) for item, of in wanted]
-                seen = self._peek(asked)
-        else:
-            nodes = {node.name: node for node in graph.nodes}
-            block = nodes[where.replace(".", "_")] if where else self.block
-            hidden: Any = block.args[0]
-            with graph.inserting_before(block):
-                asked = [(item, self._queries(of, hidden)) for item, of in wanted]
-            seen, behind, anchor = observe_attention(self.graph_module, block, asked)
-            if block is self.block:
-                self.hidden, self.anchor = behind, anchor
+        nodes = {node.name: node for node in graph.nodes}
+        block = nodes[where.replace(".", "_")] if where else self.block
+        given: Any = block.args[0]
+        with graph.inserting_before(block):
+            asked = [(item, self._queries(of, given)) for item, of in wanted]
+        seen, hidden, anchor = observe_attention(self.graph_module, block, asked)
+        if block is self.block:
+            self.hidden, self.anchor = hidden, anchor
         for key, node in zip(wanted, seen, strict=True):
             self._seen[where, *key] = node
 
@@ -214,7 +215,7 @@ class SiteFeatures(dict[str, Any]):
             self._asked[of] = self._ask(of, hidden)
         return self._asked[of] if of else None
 
-    def _peek(self, asked: list[tuple[Observation, AskedNodes | None]]) -> list[fx.Node]:
+    def _peek(self) -> None:
         """Look into the block behind this one, which need not be in the graph."""
         stage, _, index = self._own.partition(".")
         name = f"{stage}_{int(index) + 1}"
@@ -226,7 +227,10 @@ class SiteFeatures(dict[str, Any]):
         nodes = {node.name: node for node in self.graph_module.graph.nodes}
         like = nodes.get(name, self.block)
         peek = f"{name}_at_{self.site.replace('.', '_')}"
-        return peek_block(self.graph_module, blocks[name], peek, like, self.hidden, asked)
+        asked = [(item, self._queries(of, self.hidden)) for item, of in self._behind]
+        seen = peek_block(self.graph_module, blocks[name], peek, like, self.hidden, asked)
+        for key, node in zip(self._behind, seen, strict=True):
+            self._seen["next", *key] = node
 
 
 class TowerFeatures(SiteFeatures):

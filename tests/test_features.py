@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import masked_keys
+from test_relaxed_graph import largest_difference
 from tiny import IMAGE, VISUAL, inputs, shared_llava, tiny_llava
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +22,7 @@ from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerF
 from deos_fx.passes.finish import finish
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.policy import Policy, Reduction
+from deos_fx.reduced_model import ReducedModel
 from deos_fx.seam import (
     AttentionView,
     Observation,
@@ -480,3 +483,68 @@ def test_flash_attention_takes_no_bias() -> None:
     block.self_attn.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="takes no bias"):
         is_causal(block)
+
+
+def test_ranking_by_the_next_layer_equals_masking_in_the_original() -> None:
+    """PyramidDrop with original positions, several cuts, padded: see `oracle.masked_keys`."""
+    model, eager = shared_llava(5), shared_llava(5, "eager")
+    given = inputs(model, 2)
+    counts = {0: 32, 2: 9}
+    alive: dict[int, Tensor] = {}
+    now = given["attention_mask"].bool()
+    for layer, count in counts.items():
+        with masked_keys(eager, alive), torch.no_grad():
+            attention = eager(**given, output_attentions=True).attentions[layer + 1]
+        now = now.clone()
+        for row in range(2):
+            there = (now[row] & (given["input_ids"][row] == IMAGE)).nonzero()[:, 0]
+            last = int(given["attention_mask"][row].nonzero().max())
+            best = attention[row, :, last, there].mean(dim=0).topk(count).indices
+            now[row, there] = False
+            now[row, there[best]] = True
+        alive |= {later: now for later in range(layer + 1, 5)}
+    with masked_keys(eager, alive), torch.no_grad():
+        expected = eager(**given).logits
+    policy = Policy(
+        tuple(Reduction(f"decoder.{i}", count, observe="next") for i, count in counts.items())
+    )
+    with torch.no_grad():
+        output = ReducedModel(model, policy)(**given)
+    origin = output.past_key_values.spaces[-1].origin
+    for row in range(2):
+        left = now[row].nonzero()[:, 0]
+        places = [origin[row].tolist().index(int(p)) for p in left]
+        torch.testing.assert_close(
+            output.logits[row, places], expected[row, left], rtol=1e-4, atol=1e-4
+        )
+
+
+RELAXED: dict[str, dict[str, Any]] = {
+    "raters": {"scores": {"rater_attention": 1.0}},
+    "mutual": {"scores": {"mutual_attention": 1.0}},
+    "products": {"scores": {"agreed_attention": 1.0}},
+    "next": {"observe": "next", "gain": 1.0, "similarity": {"key": 1.0}},
+    "earlier": {"observe": "decoder.1"},
+}
+
+
+@pytest.mark.parametrize("case", RELAXED)
+def test_relaxed_and_static_reductions_see_the_same(case: str) -> None:
+    first = Reduction("decoder.0", 48, scores={"feature_norm": 1.0})
+    reduction = Reduction("decoder.2", 16, **RELAXED[case])
+    assert largest_difference(tiny_llava(5), Policy((first, reduction))) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scores": {"mutual_attention": 1.0}},
+        {"scores": {"joint_cls_attention": 1.0}, "observe": "next"},
+        {"scores": {"cls_attention": 1.0}, "observe": "vision.1"},
+        {"similarity": {"key": 1.0}, "gain": 1.0, "observe": "next"},
+    ],
+)
+def test_relaxed_and_static_towers_see_the_same(change: dict[str, Any]) -> None:
+    first = Reduction("vision.0", 48, scores={"feature_norm": 1.0})
+    reduction = Reduction("projector", 16, **{"scores": {"cls_attention": 1.0}, **change})
+    assert largest_difference(tiny_llava(5), Policy((first, reduction))) < 2e-5
