@@ -653,8 +653,8 @@ def test_preset_is_the_published_method(name: str, kind: str, batch: int) -> Non
         assert kept[one].tolist() == [place for place in expected.kept if place >= 0]
 
 
-UNFINISHED = ("dart", "prumerge", "prumerge_plus")
-"""Their features are not made in graphs yet."""
+UNFINISHED = ("dart",)
+"""Features of hidden states behind the final norm are not made in graphs yet."""
 
 
 @pytest.mark.parametrize(
