@@ -226,7 +226,7 @@ class SiteFeatures(dict[str, Any]):
             )
         nodes = {node.name: node for node in self.graph_module.graph.nodes}
         like = nodes.get(name, self.block)
-        peek = f"{name}_at_{self.site.replace('.', '_')}"
+        peek = f"{name}_at_{self.site.replace('.', '')}"
         asked = [(item, self._queries(of, self.hidden)) for item, of in self._behind]
         seen = peek_block(self.graph_module, blocks[name], peek, like, self.hidden, asked)
         for key, node in zip(self._behind, seen, strict=True):
