@@ -323,7 +323,7 @@ class CostModel:
                 site.observed_flops(seen, attended, before, self.text_tokens)
                 + self._operator_flops(reduction, before, after, site.sizes, grid)
             )
-            grid = None if grid is None else grid_after(reduction, after, grid)
+            grid = _grid_after(reduction, after, grid)
             present = kept
         if any(of == "raters" for step in policy.reductions for _, _, of in _observed(step)):
             total += self.batch * 2 * self._width * at_decoder * self.text_tokens
@@ -363,8 +363,20 @@ class CostModel:
         """Counted once for each pair of numbers: a search asks again and again."""
         key = (repr(replace(reduction, keep=1.0)), before, after, grid is None)
         if key not in self._counted:
-            self._counted[key] = operator_flops(reduction, before, after, sizes, grid)
+            try:
+                flops = operator_flops(reduction, before, after, sizes, grid)
+            except ValueError:
+                # A search also asks for counts between those that the grid can be split into.
+                flops = int(relaxed_flops(reduction, before, after, sizes))
+            self._counted[key] = flops
         return self._counted[key]
+
+
+def _grid_after(reduction: Reduction, count: int, grid: Tensor | None) -> Tensor | None:
+    try:
+        return None if grid is None else grid_after(reduction, count, grid)
+    except ValueError:
+        return None
 
 
 _Seen: TypeAlias = tuple[str, Observation, str]

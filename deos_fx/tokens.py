@@ -13,8 +13,6 @@ from torch import Tensor
 from deos_fx.operator.scores import LOG_FLOOR
 
 __all__ = [
-    "attention_to",
-    "attention_to_patches",
     "class_token",
     "compact_positions",
     "first_of_prompt",
@@ -35,7 +33,6 @@ __all__ = [
     "take",
     "take_each",
     "take_mask",
-    "text_attention_to",
     "text_tokens",
     "visual_after",
     "visual_positions",
@@ -141,20 +138,6 @@ def take_mask(mask: Tensor | None, index: Tensor) -> Tensor | None:
     return take(take(mask, index, dim=2), index, dim=3)
 
 
-def attention_to(rows: Tensor, visual: Tensor) -> Tensor:
-    """Mean over queries of attention rows [B, R, N], at the visual tokens: [B, V]."""
-    return take(rows.mean(dim=1), visual)
-
-
-def attention_to_patches(rows: Tensor, class_tokens: int) -> Tensor:
-    """Attention rows [I, R, c + V] of a vision tower without the c class tokens: their mean.
-
-    Returns:
-        [I, V].
-    """
-    return rows.mean(dim=1)[:, class_tokens:]
-
-
 def with_patches(hidden: Tensor, patches: Tensor, class_tokens: int) -> Tensor:
     """A tower's hidden states [I, c + V, d] with other patches: [I, c + K, d].
 
@@ -169,26 +152,6 @@ def with_patches(hidden: Tensor, patches: Tensor, class_tokens: int) -> Tensor:
 def patch_bias(mass: Tensor, class_tokens: int, beta: float) -> Tensor:
     """`mass_bias` in a vision tower: [I, c + K] from masses [I, K], 0 for the c class tokens."""
     return torch.nn.functional.pad(beta * mass.float().log(), (class_tokens, 0))
-
-
-def text_attention_to(
-    rows: Tensor, text: Tensor, visual: Tensor, attention_mask: Tensor | None
-) -> Tensor:
-    """Attention that visual tokens receive from all real text tokens, mean over them.
-
-    Args:
-        rows: [B, R, N] attention of the text tokens.
-        text: [B, R] their positions.
-        visual: [B, V].
-        attention_mask: None or [B, N]; padding does not vote.
-
-    Returns:
-        [B, V].
-    """
-    if attention_mask is None:
-        return attention_to(rows, visual)
-    votes = take(attention_mask, text).to(rows.dtype)[..., None]
-    return take((rows * votes).sum(dim=1) / votes.sum(dim=1), visual)
 
 
 def kept_in_prompt(visual: Tensor, kept: Tensor, hidden: Tensor) -> Tensor:

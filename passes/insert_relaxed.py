@@ -151,7 +151,7 @@ class _Insertion:
             anchor, class_tokens = whole.next, 0
             # Masses bias the stage they arise in.
             self.beta = self.zero
-        users = list(whole.users)
+        users = self._users_behind(whole, anchor)
         with self.graph.inserting_before(anchor):
             own = whole
             if class_tokens:
@@ -234,7 +234,7 @@ class _Insertion:
             makers={"grid": lambda: self._grid(name, self.layout.images)},
         )
         hidden = features.hidden
-        users = list(hidden.users)
+        users = self._users_behind(hidden, features.anchor)
         with self.graph.inserting_before(features.anchor):
             visual = self.call(tokens.take, hidden, self.visual)
             reduced = self._site(name, visual, features)
@@ -270,6 +270,11 @@ class _Insertion:
             bias_block(self.graph_module, layer, bias)
         if position == "compact":
             self._compact(bias, layers, hidden)
+
+    def _users_behind(self, node: fx.Node, anchor: fx.Node) -> list[fx.Node]:
+        """Users from the place of insertion on: a peek into the next block is not one of them."""
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        return [user for user in node.users if order[user] >= order[anchor]]
 
     def _blocks_behind(self, node: fx.Node, stage: str) -> list[fx.Node]:
         order = {node: i for i, node in enumerate(self.graph.nodes)}

@@ -53,6 +53,7 @@ def search(
     data: Iterable[Mapping[str, Any]],
     *,
     budget: Budget,
+    sites: Sequence[str] | None = None,
     steps: int = 40,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -67,6 +68,8 @@ def search(
             unreduced model's own predictions. From four batches on, a quarter is held back for
             scoring the rounded candidates.
         budget: At least one limit.
+        sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the
+            projector and all sites in the decoder.
         steps: Gradient steps; one batch each.
         seed: Order of the batches.
         checkpoint: Folder to save the state of the steps in; a search that finds one there
@@ -77,8 +80,8 @@ def search(
         The result; its policy meets every limit exactly.
 
     Raises:
-        ValueError: If the data is empty or uneven, the budget cannot be met, or the checkpoint is
-            of another search.
+        ValueError: If the data is empty or uneven, a site cannot be reduced, the budget cannot be
+            met, or the checkpoint is of another search.
         TypeError: If an argument is of a wrong type.
 
     Interrupted by Ctrl-C, the steps end and the best policy so far is rounded and returned; press
@@ -91,14 +94,21 @@ def search(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
     problem = SearchProblem.of(model, data, budget.require())
+    searched = problem.searched_sites(sites)
     scoring = _Scoring(problem, progress)
     scoring.add_all("presets", _from_presets(problem))
     _polish(problem, scoring, "first variations", _FIRST_VARIATIONS)
     start = scoring.best.policy if scoring.candidates else Policy()
     state = SearchState.start(
-        start_reductions(problem.searched_sites, start, problem.visual_tokens),
+        start_reductions(searched, start, problem.visual_tokens),
         AugmentedLagrangian(problem.limits),
-        {"steps": steps, "seed": seed, "limits": problem.limits, **problem.fingerprint()},
+        {
+            "steps": steps,
+            "seed": seed,
+            "limits": problem.limits,
+            "sites": [site.name for site in searched],
+            **problem.fingerprint(),
+        },
     )
     if checkpoint is not None:
         state.resume(checkpoint)

@@ -20,7 +20,7 @@ from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.objective import Target, labelled, self_distilled
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.policy import Policy
-from deos_fx.reduction import Reduction, split_site
+from deos_fx.reduction import Reduction, site_order, split_site
 from deos_fx.signature import signature_of
 
 __all__ = ["SearchBatch", "SearchProblem", "mean_loss"]
@@ -96,12 +96,20 @@ class SearchProblem:
         assert self.captured.sites is not None
         return self.captured.sites
 
-    @property
-    def searched_sites(self) -> tuple[Site, ...]:
-        """Sites that a search tries: those behind the vision tower."""
-        return tuple(
-            site for site in self.sites.available() if split_site(site.name)[0] != "vision"
-        )
+    def searched_sites(self, names: Iterable[str] | None) -> tuple[Site, ...]:
+        """The sites to search.
+
+        Args:
+            names: Their names; None for those behind the vision tower.
+
+        Raises:
+            ValueError: If one does not exist or cannot be reduced.
+        """
+        if names is not None:
+            chosen = [self.sites.usable(name, ()) for name in names]
+            return tuple(sorted(chosen, key=lambda site: site_order(site.name)))
+        usable = self.sites.available()
+        return tuple(site for site in usable if split_site(site.name)[0] != "vision")
 
     def with_latency(self) -> SearchProblem:
         """The problem with a latency table, measured by pruning at the projector."""

@@ -54,7 +54,7 @@ def start_reductions(
 
 def _undecided(site: Site) -> Reduction:
     """A reduction between all regimes, ranking mostly by attention."""
-    in_decoder = site.name != "projector"
+    in_decoder = site.name.startswith("decoder")
     attention = ("last_text_attention", "text_attention") if in_decoder else ("cls_attention",)
     weights = dict.fromkeys(attention, 3.0) | {"feature_norm": 1.0, "novelty": 1.0}
     return Reduction(

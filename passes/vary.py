@@ -103,8 +103,8 @@ def _other_depths(reductions: _Reductions, sites: Sites) -> Iterator[_Reductions
     for i, reduction in enumerate(reductions):
         stage, layer = split_site(reduction.site)
         for moved in (layer - 1, layer + 1):
-            if stage == "decoder" and f"decoder.{moved}" in available:
-                yield _with(reductions, i, site=f"decoder.{moved}")
+            if f"{stage}.{moved}" in available:
+                yield _with(reductions, i, site=f"{stage}.{moved}")
 
 
 def _fewer(reductions: _Reductions) -> Iterator[_Reductions]:

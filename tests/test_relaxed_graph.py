@@ -29,6 +29,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "weighted by score": {"gain": 1.0, "temperature": 0.1, "weighting": "score"},
     "diverse": {"selector": "greedy", "diversity": 0.5},
     "compact": {"position": "compact"},
+    "of the next block": {"observe": "next"},
 }
 
 

@@ -154,3 +154,17 @@ def test_bad_budget_is_refused(model: LlavaForConditionalGeneration) -> None:
         search(model, data, budget=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="No policy meets the limits"):
         search(model, data, budget=Budget(flops=1000), steps=1)
+
+
+def test_sites_in_the_tower_are_searched_if_asked_for(
+    model: LlavaForConditionalGeneration,
+) -> None:
+    data = batches(model, labels=True)
+    sites = ("decoder.1", "vision.0", "vision.1")
+    found = search(model, data, budget=Budget(flops=0.6), steps=2, sites=sites)
+    assert all(candidate.cost.flops <= found.limits["flops"] for candidate in found.candidates)
+    rounded = [each.policy for each in found.candidates if each.source.startswith("step ")]
+    reduced = {step.site for policy in rounded for step in policy.reductions}
+    assert reduced and reduced <= set(sites) and reduced & {"vision.0", "vision.1"}
+    with pytest.raises(ValueError, match="vision.2 cannot be reduced: its output is not used"):
+        search(model, data, budget=Budget(flops=0.6), sites=["vision.2"])
