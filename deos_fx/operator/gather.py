@@ -55,7 +55,9 @@ def chosen(kept: Tensor, tokens: Tensor) -> Tensor:
 
 def others(kept: Tensor, tokens: Tensor) -> Tensor:
     """Indices [B, V - K] of the tokens of [B, V, d] that are not kept, ascending."""
-    return listed(1 - chosen(kept, tokens), tokens.shape[1] - kept.shape[1])
+    left = tokens.shape[1] - kept.shape[1]
+    falling = _falling(tokens.shape[1], kept).expand(kept.shape[0], -1)
+    return falling.scatter(1, kept, 0.0).topk(left, dim=1).indices
 
 
 def listed(flags: Tensor, count: int) -> Tensor:
@@ -63,6 +65,9 @@ def listed(flags: Tensor, count: int) -> Tensor:
 
     One TopK over strictly decreasing priorities: no sort, no NonZero, no tie to break.
     """
-    length = flags.shape[1]
-    descending = torch.arange(length, 0, -1, device=flags.device, dtype=torch.float32)
-    return (flags * descending).topk(count, dim=1).indices
+    return (flags * _falling(flags.shape[1], flags)).topk(count, dim=1).indices
+
+
+def _falling(length: int, like: Tensor) -> Tensor:
+    """Priorities [V] that fall along the list and are all above 0."""
+    return torch.arange(length, 0, -1, device=like.device, dtype=torch.float32)

@@ -187,9 +187,10 @@ def bipartite(between: Tensor, count: int, first: int) -> Tensor:
             f"the selector 'bipartite' keeps {count} of {size + other} tokens, but at most one "
             f"half can be merged into the other: keep at least {other}, and reduce at several sites"
         )
-    alone = (-full_precision(between).amax(dim=-1)).topk(count - other, dim=-1).indices
+    nearest = full_precision(between).amax(dim=-1)
+    alone = nearest.topk(count - other, dim=-1, largest=False).indices
     half_a = alone.sort(dim=-1).values * 2 + first
-    half_b = torch.arange(other, device=between.device) * 2 + (1 - first)
+    half_b = torch.arange(1 - first, 2 * other, 2, device=between.device)
     return torch.cat([half_a, half_b.expand(rows, -1)], dim=-1)
 
 

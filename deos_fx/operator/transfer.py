@@ -77,10 +77,11 @@ def merge(
     if average:
         content = content / content.sum(dim=-1, keepdim=True).clamp_min(1e-12)
         content = content if mass is None else content * take(mass, receivers).unsqueeze(-1)
-    content = gain * content
+    content = content if gain == 1 else gain * content
     part = base if own is None else base * own
     total = part + content.sum(dim=-1)
-    share = (base / total) ** exponent
+    share = base / total
+    share = share if exponent == 1 else share**exponent
     stays = share if own is None else share * own
     staying, moving = _parted(tokens, kept, sources)
     moved = (content * (share / base).unsqueeze(-1)).to(tokens.dtype) @ moving
@@ -130,7 +131,8 @@ def merged_mass(
         mass: m [B, V]; ones if None.
         gain: g.
     """
-    received = gain * _content(assignment, sources, mass, None).sum(dim=-1)
+    received = _content(assignment, sources, mass, None).sum(dim=-1)
+    received = received if gain == 1 else gain * received
     received = F.pad(received, (kept.shape[1] - received.shape[1], 0))
     return received + (1.0 if mass is None else take(mass, kept))
 
