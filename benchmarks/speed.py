@@ -10,34 +10,20 @@ whatever else slows the machine slows all of them, and ratios stay fair.
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from common import DTYPES, SHAPES, Device, Dtype, conditions, device_of, now
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from deos_fx import (
@@ -45,7 +31,6 @@ from deos_fx import (
     OnnxModel,
     Policy,
     ReducedModel,
-    __version__,
     export_onnx,
     presets,
     reference,
@@ -56,81 +41,14 @@ from deos_fx.passes.latency import milliseconds
 from deos_fx.signature import signature_of
 from deos_fx.terminal import Advance, Stages, stages
 
-__all__ = ["SHAPES", "Settings", "measure"]
+__all__ = ["Settings", "measure"]
 
 WARM_UP = 2
 ORIGINAL, EMPTY, REDUCED = "original", "empty", "reduced"
 RUNTIMES = {"pytorch": "PyTorch", "onnxruntime": "ONNX RT"}
-PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 
 
-# *** shapes ***
-
-
-def _llava_1_5(width: int, inner: int, layers: int, heads: int) -> LlavaConfig:
-    """LLaVA-1.5 as liuhaotian's checkpoints have it: CLIP ViT-L/14 at 336 pixels and a Vicuna."""
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    text = LlamaConfig(
-        vocab_size=32064,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-    )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=32000,
-        image_seq_length=576,
-        vision_feature_layer=-2,
-    )
-
-
-def _tiny() -> LlavaConfig:
-    """64 visual tokens, 4 decoder layers: to see whether the command works somewhere."""
-    vision = CLIPVisionConfig(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=64,
-        patch_size=8,
-        projection_dim=48,
-    )
-    text = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-    )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=127,
-        image_seq_length=64,
-        vision_feature_layer=-2,
-    )
-
-
-SHAPES: Mapping[str, Callable[[], LlavaConfig]] = {
-    "llava-tiny": _tiny,
-    "llava-1.5-7b": lambda: _llava_1_5(4096, 11008, 32, 32),
-    "llava-1.5-13b": lambda: _llava_1_5(5120, 13824, 40, 40),
-}
-"""Configs of the shapes that get random weights; ``reference`` brings its trained ones."""
+# *** the model ***
 
 
 def _build_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -196,9 +114,6 @@ class Settings:
     repeats: int = 15
 
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
 @dataclass(frozen=True)
 class _Run:
     """One generation.
@@ -223,14 +138,14 @@ def _run(call: Callable[..., Any], inputs: Mapping[str, Tensor], new_tokens: int
     """Generate greedily, in the loop that every variant is timed in."""
     device = inputs["input_ids"].device
     held = _held_bytes(device)
-    start = _now(device)
+    start = now(device)
     output = call(**inputs, logits_to_keep=1, use_cache=True)
     tokens = [output.logits[:, -1:].argmax(-1)]
-    middle = _now(device)
+    middle = now(device)
     for _ in range(new_tokens - 1):
         output = call(input_ids=tokens[-1], past_key_values=output.past_key_values, use_cache=True)
         tokens.append(output.logits[:, -1:].argmax(-1))
-    end = _now(device)
+    end = now(device)
     if not output.logits.isfinite().all():
         raise RuntimeError("the logits are not finite; try another dtype")
     return _Run(
@@ -248,12 +163,6 @@ def _held_bytes(device: torch.device) -> int:
         return 0
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _take_turns(
@@ -297,15 +206,17 @@ def measure(
         ValueError: If a setting makes no sense or the policy does not fit the shape.
         RuntimeError: If ONNX Runtime cannot use the device, or logits are not finite.
     """
-    device = _device(settings.device)
+    device = device_of(settings.device)
     with stages(console) as stage:
         with stage("build the model"):
-            model = _build_model(settings.shape, device, _DTYPES[settings.dtype])
+            model = _build_model(settings.shape, device, DTYPES[settings.dtype])
             inputs = _build_inputs(model, settings.batch, settings.text)
             costs = CostModel.of_inputs(model, {**inputs, "logits_to_keep": 1})
             policy = settings.policy or _fitted_preset(settings, costs)
             reduced = {EMPTY: ReducedModel(model, Policy()), REDUCED: ReducedModel(model, policy)}
-        results = _conditions(settings, device) | _predictions(policy, costs)
+        measured = {name: value for name, value in asdict(settings).items() if name != "policy"}
+        measured |= {"warm_up": WARM_UP}
+        results = conditions("speed", measured, device) | _predictions(policy, costs)
         variants = {ORIGINAL: model, **reduced}
         with stage("PyTorch") as advance:
             runs = _take_turns(variants, inputs, settings, advance)
@@ -337,14 +248,6 @@ def _run_onnx(
         with stage("ONNX Runtime") as advance:
             sessions = _sessions(Path(folder), reduced, torch.device(settings.device))
             return _take_turns(sessions, on_cpu, settings, advance)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device is 'cuda', but torch {torch.__version__} finds no GPU here; give --device cpu"
-        )
-    return torch.device(name)
 
 
 def _fitted_preset(settings: Settings, costs: CostModel) -> Policy:
@@ -439,65 +342,6 @@ def _predictions(policy: Policy, costs: CostModel) -> dict[str, Any]:
     }
 
 
-def _conditions(settings: Settings, device: torch.device) -> dict[str, Any]:
-    """What another machine needs to measure the same, and what this one is."""
-    measured = {name: value for name, value in asdict(settings).items() if name != "policy"}
-    return {
-        "benchmark": "speed",
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "settings": measured | {"warm_up": WARM_UP},
-        "hardware": _hardware(device),
-        "versions": {"python": platform.python_version(), "deos-fx": __version__, **_versions()},
-    }
-
-
-def _hardware(device: torch.device) -> dict[str, Any]:
-    hardware: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        # Above the number of threads, something else was running too.
-        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-    }
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        hardware |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "cuda": torch.version.cuda}
-    return hardware
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def _commit() -> str | None:
-    """The checkout that this file is in, ``-dirty`` if it has changes."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
 # *** the command ***
 
 
@@ -545,10 +389,6 @@ def _print(results: Mapping[str, Any], console: Console) -> None:
     )
 
 
-Device = StrEnum("Device", ["cpu", "cuda"])
-Dtype = StrEnum("Dtype", ["fp32", "fp16", "bf16"])
-
-
 def main(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="JSON to write.")],
     shape: Annotated[str, typer.Option(help=f"reference, {', '.join(SHAPES)}.")] = "reference",
@@ -556,7 +396,7 @@ def main(
         Path | None, typer.Option(metavar="FILE", help="A policy file, instead of a preset.")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help=f"Fitted to the budget: {', '.join(presets.names())}.")
+        str, typer.Option(help=f"Fitted to the budget: {', '.join(presets.fitted())}.")
     ] = Settings.preset,
     budget: Annotated[
         float, typer.Option(help="Fraction of the visual tokens that may stay.")

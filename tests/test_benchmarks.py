@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import speed
+from benchmarks import operators, speed
 
 QUICK = {"shape": "llava-tiny", "text": 4, "new_tokens": 2, "repeats": 2}
+TINY = {"shape": "llava-tiny", "text": 4, "keep": 8, "rounds": 1, "calls": 1, "scenes": 4}
 VARIANTS = ("original", "empty", "reduced")
 
 
@@ -64,3 +65,41 @@ def test_predicted_kv_cache_is_the_measured_one(monkeypatch):
 def test_bad_settings(monkeypatch, settings, message):
     with pytest.raises(ValueError, match=message):
         measured(monkeypatch, **settings)
+
+
+def test_operators_measures_all_parts():
+    saved: list[dict] = []
+    quiet = Console(quiet=True)
+    found = operators.measure(
+        operators.Settings(**TINY, batch=2),
+        quiet,
+        lambda results: saved.append(json.loads(json.dumps(results))),
+    )
+    operators._print(found, quiet)
+    reductions = dict(found["reductions"])
+    assert reductions.pop("layer")["ratio"] == 1
+    targets = {name: figure["target"] for name, figure in reductions.items() if figure["target"]}
+    assert targets == {"prune (fastv)": 0.02, "merge": 0.04}
+    for name, figure in reductions.items():
+        assert figure["ms"] > 0 and len(figure["samples_ms"]) == 1
+        # What neither looks at attention nor compares keys has nothing to observe.
+        blind = name.startswith(("pool", "max_min", "determinantal"))
+        assert (figure["observed"] is None) == blind
+    # Both ways to write ToMe are one method.
+    assert found["tome"]["difference"] < 1e-5 and found["tome"]["direct"]["ratio"] == 1
+    alone = [figure for name, figure in found["at_once"].items() if name.endswith(", 1")]
+    assert [figure["disagreement"] for figure in alone] == [0, 0]
+    assert all(0 <= figure["disagreement"] <= 1 for figure in found["at_once"].values())
+    assert [set(results) - set(saved[0]) for results in saved] == [
+        set(),
+        {"tome"},
+        {"tome", "at_once"},
+    ]
+
+
+@pytest.mark.parametrize("settings", [{"shape": "llava-2"}, {"keep": 64}])
+def test_bad_operator_settings(settings):
+    with pytest.raises(ValueError, match="llava-1.5-7b|64 tokens"):
+        operators.measure(
+            operators.Settings(**TINY | settings), Console(quiet=True), lambda found: None
+        )

@@ -1,0 +1,179 @@
+"""What the benchmarks share: shapes of models, the clock, and what to say of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from deos_fx import __version__
+
+__all__ = ["DTYPES", "SHAPES", "Device", "Dtype", "conditions", "device_of", "now"]
+
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+Device = StrEnum("Device", ["cpu", "cuda"])
+Dtype = StrEnum("Dtype", ["fp32", "fp16", "bf16"])
+
+
+# *** shapes ***
+
+
+def _llava_1_5(width: int, inner: int, layers: int, heads: int) -> LlavaConfig:
+    """LLaVA-1.5 as liuhaotian's checkpoints have it: CLIP ViT-L/14 at 336 pixels and a Vicuna."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    text = LlamaConfig(
+        vocab_size=32064,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=32000,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+    )
+
+
+def _tiny() -> LlavaConfig:
+    """64 visual tokens, 4 decoder layers: to see whether the command works somewhere."""
+    vision = CLIPVisionConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        projection_dim=48,
+    )
+    text = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=127,
+        image_seq_length=64,
+        vision_feature_layer=-2,
+    )
+
+
+SHAPES: Mapping[str, Callable[[], LlavaConfig]] = {
+    "llava-tiny": _tiny,
+    "llava-1.5-7b": lambda: _llava_1_5(4096, 11008, 32, 32),
+    "llava-1.5-13b": lambda: _llava_1_5(5120, 13824, 40, 40),
+}
+"""Configs of the shapes that get random weights; ``reference`` brings its trained ones."""
+
+
+# *** the machine ***
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is 'cuda', but torch {torch.__version__} finds no GPU here; give --device cpu"
+        )
+    return torch.device(name)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once everything that was started on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def conditions(benchmark: str, settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What another machine needs to measure the same, and what this one is."""
+    return {
+        "benchmark": benchmark,
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "settings": dict(settings),
+        "hardware": _hardware(device),
+        "versions": {"python": platform.python_version(), "deos-fx": __version__, **_versions()},
+    }
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    hardware: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        # Above the number of threads, something else was running too.
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        hardware |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "cuda": torch.version.cuda}
+    return hardware
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str | None:
+    """The checkout that this file is in, ``-dirty`` if it has changes."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
