@@ -12,12 +12,11 @@ of size D, width d, T text tokens, V visual tokens and c class tokens:
     keys, joint_keys, text_keys             0
     attention_last, attention_cls           2 H D N
     attention_cls_joint                     2 H D N
-    attention_text, attention_text_max      2 H D N T  + 2 H N T for the votes if padded
-    attention_raters                        2 H D N T  + 2 H N T + raters
-    attention_raters_plus                   2 H D N T  + 2 H N T + 4 D N T + raters
-    attention_mutual, attention_mutual_max  2 H D N V; in the vision tower N = V + c and V is N too
-    raters                                  2 d V T, once for all sites
-    anything @next, once                    2 d (H + 2 H_kv) D N, the projections of queries, keys
+    attention_text, attention_text_max      2 H D N T
+    attention_raters                        2 H D N T, and 2 d V T once for all sites
+    attention_raters_plus                   2 (H + 2) D N T, and 2 d V T once for all sites
+    attention_mutual, attention_mutual_max  2 H D N V; in the vision tower 2 H D N N, N = V + c
+    anything @next, once                    2 d (H + 2 H_kv) D N: the projections of queries, keys
                                             and values of the block that is peeked into
 
 Observations are shared: two features that read the same attention of the same queries of one block

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from transformers import LlavaForConditionalGeneration
 
 from deos_fx import tokens
 from deos_fx.cache import ReducedCache
+from deos_fx.exporters.onnx import export_onnx
+from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.finish import finish
@@ -91,7 +94,7 @@ class Features:
                 block,
                 needs,
                 self.call,
-                class_tokens=1,
+                class_tokens=sites.class_tokens,
                 text=self.text(self.nodes[sites.embeddings], None),
                 images=self.images,
                 alive=self.alive,
@@ -548,3 +551,37 @@ def test_relaxed_and_static_towers_see_the_same(change: dict[str, Any]) -> None:
     first = Reduction("vision.0", 48, scores={"feature_norm": 1.0})
     reduction = Reduction("projector", 16, **{"scores": {"cls_attention": 1.0}, **change})
     assert largest_difference(tiny_llava(5), Policy((first, reduction))) < 2e-5
+
+
+def test_towers_without_class_token_that_hand_no_arguments_on() -> None:
+    model = shared_llava(LAYERS, tower="siglip")
+    given = inputs(model, 2)
+    seen = features_at(model, given, "vision.0", "attention_mutual", "attention_mutual@next")
+    eager = shared_llava(LAYERS, "eager", tower="siglip")
+    with torch.no_grad():
+        tower = eager.model.vision_tower(given["pixel_values"], output_attentions=True)
+    for name, block in (("attention_mutual", 0), ("attention_mutual@next", 1)):
+        torch.testing.assert_close(seen[name], tower.attentions[block].mean(dim=(1, 2)))
+    with pytest.raises(ValueError, match="no CLS token"):
+        features_at(model, given, "projector", "attention_cls")
+
+
+def test_what_is_observed_survives_an_export(tmp_path: Path) -> None:
+    """Peeks in tower and decoder, raters, products and earlier layers in ONNX Runtime."""
+    policy = Policy(
+        (
+            Reduction("projector", 40, scores={"joint_cls_attention": 1.0}, observe="next"),
+            Reduction("decoder.0", 20, scores={"calibrated_rater_attention": 1.0}, observe="next"),
+            Reduction("decoder.2", 8, scores={"agreed_attention": 1.0}, observe="decoder.1"),
+        )
+    )
+    model = shared_llava(LAYERS)
+    reduced = ReducedModel(model, policy)
+    folder = export_onnx(reduced, tmp_path / "model")
+    given = inputs(model, 3, text=4)
+    runtime = OnnxModel.from_pretrained(folder, "cpu")
+    torch.testing.assert_close(
+        runtime(**given).logits[:, -5:], reduced(**given).logits[:, -5:], rtol=1e-4, atol=1e-4
+    )
+    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert (folder / "weights.data").stat().st_size < 1.01 * weights
