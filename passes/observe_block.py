@@ -119,30 +119,31 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
     module = graph_module.get_submodule(str(block.target))
     if isinstance(module, ObservedBlock):
         module = module.original()
-    arguments = _arguments(module, block)
-    mask = _without_bias(arguments["attention_mask"])
-    if key_bias is not None:
-        mask = _with_bias(mask, key_bias, block, is_causal(module))
-    _set_mask(block, list(arguments).index("attention_mask"), mask)
-
-
-def _arguments(module: nn.Module, block: fx.Node) -> dict[str, Any]:
-    """What the block's own forward gets, by name."""
-    own = {name: value for name, value in block.kwargs.items() if name != "asked"}
-    arguments = inspect.signature(module.forward).bind(*block.args, **own).arguments
-    if "attention_mask" not in arguments:
+    place = _place_of_mask(module, block)
+    if place is None:
+        if key_bias is None:
+            return
         raise ValueError(
             f"{block.name} ({type(module).__name__}) takes no attention_mask, so its attention "
             "cannot be biased. Use mass_bias=0 there."
         )
-    return arguments
-
-
-def _set_mask(block: fx.Node, place: int, mask: Any) -> None:
-    if place < len(block.args):
+    mask = block.args[place] if isinstance(place, int) else block.kwargs.get(place)
+    mask = _without_bias(mask)
+    if key_bias is not None:
+        mask = _with_bias(mask, key_bias, block, is_causal(module))
+    if isinstance(place, int):
         block.update_arg(place, mask)
     else:
-        block.update_kwarg("attention_mask", mask)
+        block.update_kwarg(place, mask)
+
+
+def _place_of_mask(module: nn.Module, block: fx.Node) -> int | str | None:
+    """Where among its arguments a block gets its mask; None if it takes none."""
+    parameters = list(inspect.signature(module.forward).parameters)
+    name = "attention_mask"
+    if name in parameters and parameters.index(name) < len(block.args):
+        return parameters.index(name)
+    return name if name in parameters or name in block.kwargs else None
 
 
 def _without_bias(mask: Any) -> Any:

@@ -23,6 +23,7 @@ from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.finish import finish
+from deos_fx.passes.observe_block import bias_block
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduced_model import ReducedModel
@@ -585,3 +586,18 @@ def test_what_is_observed_survives_an_export(tmp_path: Path) -> None:
     )
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
     assert (folder / "weights.data").stat().st_size < 1.01 * weights
+
+
+def test_only_blocks_with_a_mask_can_be_biased() -> None:
+    class Plain(torch.nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden
+
+    graph = fx.Graph()
+    hidden, bias = graph.placeholder("hidden"), graph.placeholder("bias")
+    block = graph.call_module("block", (hidden,))
+    graph.output(block)
+    graph_module = fx.GraphModule({"block": Plain()}, graph)
+    bias_block(graph_module, block, None)
+    with pytest.raises(ValueError, match="Plain. takes no attention_mask"):
+        bias_block(graph_module, block, bias)
