@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deos_fx.operator.scores import full_precision
 from deos_fx.tokens import take
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "for_images",
     "question_votes",
     "rater_votes",
+    "text_key_size",
     "text_votes",
     "tower_votes",
     "without_class",
@@ -55,6 +57,17 @@ def question_votes(text: Tensor, visual: Tensor, attention_mask: Tensor | None) 
     real = torch.ones_like(text) if attention_mask is None else take(attention_mask, text)
     behind = (text > visual.amax(dim=1, keepdim=True)) & (real != 0)
     return (behind | (real != 0) & ~behind.any(dim=1, keepdim=True)).float()
+
+
+def text_key_size(text_keys: Tensor, question: Tensor) -> Tensor:
+    """Sum of absolute values [B, T] of the keys of all heads [B, T, H * D] of the text (DART).
+
+    Args:
+        text_keys: [B, T, H * D].
+        question: Votes [B, T]; text that has none gets the lowest number there is.
+    """
+    size = full_precision(text_keys).abs().sum(dim=-1)
+    return torch.where(question > 0, size, torch.finfo(size.dtype).min)
 
 
 def rater_votes(

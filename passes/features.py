@@ -68,6 +68,8 @@ OBSERVED: Mapping[str, tuple[Observation, str]] = {
 }
 """Feature of an attention -> what to observe, and whose queries; a new one is a row here."""
 
+_MADE_OF = {"text_score": "text_keys"}
+
 
 class SiteFeatures(dict[str, Any]):
     """Features of the visual tokens at a site; one becomes graph nodes when it is looked up.
@@ -165,6 +167,7 @@ class SiteFeatures(dict[str, Any]):
         wanted: dict[str, list[tuple[Observation, str]]] = {}
         for need in sorted(needs):
             name, where = self._parts(need)
+            name = _MADE_OF.get(name, name)
             if name in OBSERVED:
                 there = wanted.setdefault(where, [])
                 if OBSERVED[name] not in there:
@@ -300,7 +303,8 @@ class PromptFeatures(SiteFeatures):
 
     Beside what is observed: ``text_tokens`` [B, T, d], the hidden states of the text, with
     ``text_mask`` [B, T]. Text is everything that is not visual; the mask leaves those that stand
-    behind the images.
+    behind the images. ``normed_tokens`` and ``normed_text`` are the hidden states of both behind
+    the final norm, ``text_score`` [B, T] is the size of the text's keys.
 
     Args:
         graph_module: The graph. Changed in place.
@@ -366,7 +370,25 @@ class PromptFeatures(SiteFeatures):
             return self.call(tokens.take, self.hidden, self._text_positions(self.hidden))
         if name == "text_mask":
             return self.text.question
+        if name == "text_score":
+            return self.call(context.text_key_size, self["text_keys"], self.text.question)
+        if name == "normed_tokens":
+            return self._normed(self.call(tokens.take, self.hidden, self.visual))
+        if name == "normed_text":
+            return self._normed(self["text_tokens"])
         return super()._other(name)
+
+    def _normed(self, hidden: fx.Node) -> fx.Node:
+        """Hidden states behind the norm that follows the last layer."""
+        layers = [node for node in self.graph_module.graph.nodes if node.name in self._layers()]
+        behind = [user for user in layers[-1].users if user.op == "call_module"]
+        if len(behind) != 1:
+            raise ValueError(f"{self.site} has no feature behind the final norm: there is none.")
+        return self.graph_module.graph.call_module(str(behind[0].target), (hidden,))
+
+    def _layers(self) -> set[str]:
+        blocks: dict[str, nn.Module] = self.graph_module.meta["blocks"]
+        return {name for name in blocks if name.startswith("decoder_")}
 
 
 @dataclass
