@@ -21,11 +21,13 @@ class TokenSpace:
         first_layer: First decoder layer of the space.
         origin: [B, M] original prompt positions of the tokens that are left.
         key_bias: [B, M] bias of their attention logits, or None.
+        shift: [B, 1] how far later tokens move up; None for the number of dropped tokens.
     """
 
     first_layer: int
     origin: Tensor
     key_bias: Tensor | None = None
+    shift: Tensor | None = None
 
 
 class ReducedCache(DynamicCache):
@@ -81,7 +83,8 @@ class ReducedCache(DynamicCache):
         new = position_ids.shape[-1] + self.get_seq_length() - self.prompt_length
         for k, space in enumerate(self.spaces, start=1):
             dropped = self.prompt_length - space.origin.shape[1]
-            inputs[f"position_ids_{k}"] = position_ids - dropped
+            shift = dropped if space.shift is None else space.shift
+            inputs[f"position_ids_{k}"] = position_ids - shift
             if attention_mask is not None:
                 kept = torch.gather(attention_mask, 1, space.origin)
                 later = attention_mask[:, self.prompt_length :]
@@ -110,3 +113,5 @@ class ReducedCache(DynamicCache):
             space.origin = change(space.origin)
             if space.key_bias is not None:
                 space.key_bias = change(space.key_bias)
+            if space.shift is not None:
+                space.shift = change(space.shift)

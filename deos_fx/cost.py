@@ -20,7 +20,7 @@ from deos_fx.operator import required_features
 from deos_fx.operator_cost import Amount, SiteSizes, operator_flops, relaxed_flops
 from deos_fx.passes.features import OBSERVED
 from deos_fx.passes.find_blocks import find_blocks
-from deos_fx.passes.layout import PromptLayout, grid_after, grid_of_prompt
+from deos_fx.passes.layout import PromptLayout, first_layer, grid_after, grid_of_prompt
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduction import split_site
 from deos_fx.seam import Observation
@@ -269,7 +269,7 @@ class CostModel:
         tokens = self.signature.visual_tokens
         per_layer = [tokens] * len(self._decoder)
         for reduction, kept in zip(policy.reductions, policy.counts(tokens), strict=True):
-            first = _first_layer(reduction)
+            first = first_layer(reduction.site)
             per_layer[first:] = [kept] * (len(per_layer) - first)
         return [self.images * count for count in per_layer]
 
@@ -436,12 +436,6 @@ class _Site:
         if self.following is not None and any(where == "next" for where, _, _ in seen):
             total += self.following.projections * (self.others + visual)
         return total
-
-
-def _first_layer(reduction: Reduction) -> int:
-    """First decoder layer that sees the reduced tokens."""
-    stage, layer = split_site(reduction.site)
-    return layer + 1 if stage == "decoder" else 0
 
 
 def _encoding_flops(model: PreTrainedModel) -> tuple[int, int]:

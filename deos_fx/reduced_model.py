@@ -226,7 +226,7 @@ class ReducedModel(nn.Module):
             cache.record(
                 inputs["input_ids"].shape[1],
                 [
-                    TokenSpace(known.first_layer, space["origin"], space.get("key_bias"))
+                    TokenSpace(known.first_layer, **space)
                     for known, space in zip(self._spaces, spaces, strict=True)
                 ],
             )

@@ -16,7 +16,7 @@ __all__ = ["Reduction", "Regime", "Tier", "check_fields", "site_order", "split_s
 
 ASSIGNMENTS = ("similar", "k_nearest", "window")
 ORDERS = ("position", "tier", "selection")
-POSITIONS = ("keep", "compact")
+POSITIONS = ("keep", "compact", "grid")
 RECEIVERS = ("all", "last")
 WEIGHTINGS = ("one", "score", "raw")
 Regime = Literal["prune", "merge", "pool", "reweight", "mixed"]
@@ -102,7 +102,10 @@ class Reduction:
         keep_class: The first token that comes out is a copy of the CLS token.
         mass_bias: beta, later attention of the same stage (tower or decoder) to a token gets the
             bias beta * log(mass).
-        position: ``keep`` the positions of the original prompt, or ``compact`` them.
+        position: ``keep`` the positions of the original prompt, ``compact`` them, or ``grid``:
+            tokens keep their place in their image, and what is behind an image follows the last
+            token that is kept of it. Before the decoder one rule holds for all reductions:
+            ``compact`` if one of them asks for it, else ``grid``, else ``keep``.
     """
 
     site: str

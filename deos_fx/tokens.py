@@ -17,6 +17,7 @@ __all__ = [
     "compact_positions",
     "first_of_prompt",
     "gate_bias",
+    "grid_positions",
     "kept_in_prompt",
     "kept_of_kept",
     "kept_of_prompt",
@@ -29,11 +30,14 @@ __all__ = [
     "patch_bias",
     "patch_gate_bias",
     "put",
+    "relaxed_grid_positions",
     "relaxed_positions",
+    "shift_of",
     "take",
     "take_each",
     "take_mask",
     "text_tokens",
+    "trailing",
     "visual_after",
     "visual_positions",
     "with_patches",
@@ -263,6 +267,73 @@ def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
     """
     dropped_before = origin - torch.arange(origin.shape[1], device=origin.device)
     return take(position_ids, origin) - dropped_before
+
+
+def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) -> Tensor:
+    """Dropped visual tokens with no kept token of their image behind them.
+
+    Args:
+        origin: [B, M] original prompt positions of the tokens that are left.
+        visual: [B, V] original prompt positions of all visual tokens, image by image.
+        position_ids: [B or 1, N]; only its shape is read.
+        images: Images per prompt.
+
+    Returns:
+        [B, N] int64, 1 at these tokens of the original prompt.
+    """
+    batch, length = origin.shape[0], position_ids.shape[1]
+    left = torch.zeros((batch, length), device=origin.device).scatter(1, origin, 1.0)
+    return _trailing(take(left, visual), visual, length, images)
+
+
+def _trailing(left: Tensor, visual: Tensor, length: int, images: int) -> Tensor:
+    """`trailing` from flags [B, V] of what is left: last_j = max over its kept tokens of place."""
+    per_image = left.unflatten(1, (images, -1))
+    place = torch.arange(1, per_image.shape[2] + 1, device=left.device)
+    last = (per_image * place).amax(dim=2, keepdim=True)
+    behind = (place > last).to(torch.int64).flatten(1)
+    nothing = torch.zeros((left.shape[0], length), dtype=torch.int64, device=left.device)
+    return nothing.scatter(1, visual, behind)
+
+
+def grid_positions(position_ids: Tensor, trailing: Tensor, origin: Tensor) -> Tensor:
+    """Position ids that keep a token's place in its image.
+
+    Everything behind an image moves up to follow the last token that is kept of it (the rule of
+    OpenVINO GenAI for positions in two dimensions, in one).
+
+    Args:
+        position_ids: [B or 1, N] of the unreduced prompt.
+        trailing: [B, N], see `trailing`.
+        origin: [B, M] original prompt positions of the kept tokens.
+
+    Returns:
+        [B, M].
+    """
+    return take(position_ids - trailing.cumsum(dim=1), origin)
+
+
+def shift_of(trailing: Tensor) -> Tensor:
+    """How far [B, 1] the tokens behind the prompt move up, from `trailing` [B, N]."""
+    return trailing.sum(dim=1, keepdim=True)
+
+
+def relaxed_grid_positions(
+    position_ids: Tensor, alive: Tensor, visual: Tensor, images: int
+) -> Tensor:
+    """`grid_positions` where no token leaves.
+
+    Args:
+        position_ids: [B or 1, N] of the unreduced prompt.
+        alive: Gates [B, V]; below one half counts as dropped. No gradient flows.
+        visual: [B, V].
+        images: Images per prompt.
+
+    Returns:
+        [B, N].
+    """
+    left = (alive.detach() >= 0.5).float()
+    return position_ids - _trailing(left, visual, position_ids.shape[1], images).cumsum(dim=1)
 
 
 def relaxed_positions(

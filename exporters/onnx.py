@@ -9,13 +9,15 @@ Prefill. B prompts of N tokens, I images each; M_k tokens are left in token spac
     input_ids, attention_mask, position_ids [B, N], pixel_values [B * I, C, H, W]
     -> logits [B, M, vocabulary] at every position that is left, next_position [B, 1],
        present.<layer>.key / .value [B, heads, M_k, D] and, for each space k,
-       origin_k [B, M_k] (which prompt positions are left), attention_mask_k [B, M_k]
-       and, if masses bias attention, key_bias_k [B, M_k]
+       origin_k [B, M_k] (which prompt positions are left), attention_mask_k [B, M_k],
+       if masses bias attention key_bias_k [B, M_k]
+       and under the position rule grid shift_k [B, 1] (how far later tokens move up)
 
 Decode. One new token; P_k keys are in the layers of space k:
 
     input_ids [B, 1], past_key_values.<layer>.key / .value [B, heads, P_k, D],
-    position_ids [B, 1] (of the unreduced text; ``position_ids_k`` where positions are compact),
+    position_ids [B, 1] (of the unreduced text; ``position_ids_k`` where tokens have moved: minus
+    the number of dropped tokens under the rule compact, minus shift_k under grid),
     attention_mask [B, P_0 + 1], attention_mask_k [B, P_k + 1], key_bias_k [B, P_k + 1]
     -> logits [B, 1, vocabulary], present.<layer>.key / .value [B, heads, P_k + 1, D]
 
@@ -48,7 +50,7 @@ from deos_fx import __version__
 from deos_fx.cache import ReducedCache
 from deos_fx.files import fresh_folder
 from deos_fx.inputs import complete_inputs, prompt_layout
-from deos_fx.passes.layout import PromptLayout
+from deos_fx.passes.layout import PromptLayout, first_layer
 from deos_fx.passes.lower_decode import DecodeSpace, decode_spaces
 from deos_fx.passes.pipeline import capture_call, lower_call
 from deos_fx.passes.replace_placeholder_merge import replace_placeholder_merge
@@ -61,7 +63,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "MANIFEST", "VERSION", "export_onnx"]
 
-FORMAT, VERSION, MANIFEST = "onnx", 1, "deos_fx.json"
+FORMAT, VERSION, MANIFEST = "onnx", 2, "deos_fx.json"
 WEIGHTS = "weights.data"
 ATTENTION = ("sdpa", "eager")
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
@@ -153,11 +155,14 @@ def _manifest(
     reduced: ReducedModel, layout: PromptLayout, pixels: Tensor, program: onnx_ir.Model
 ) -> dict[str, Any]:
     """What a runtime has to know of the graphs, and what made them."""
-    dropped = [
-        layout.images * (layout.tokens_per_image - count)
-        for count in reduced.policy.counts(layout.tokens_per_image)
-    ]
-    spaces = decode_spaces(reduced.policy)
+    per_image = layout.tokens_per_image
+    # Of several reductions before the decoder, the last one counts.
+    left = {
+        first_layer(reduction.site): count
+        for reduction, count in zip(
+            reduced.policy.reductions, reduced.policy.counts(per_image), strict=True
+        )
+    }
     return {
         "deos_fx": FORMAT,
         "version": VERSION,
@@ -169,8 +174,11 @@ def _manifest(
         "images": layout.images,
         "image_shape": list(pixels.shape[1:]),
         "spaces": [
-            {**asdict(space), "dropped": count}
-            for space, count in zip(spaces, dropped, strict=True)
+            {
+                **asdict(space),
+                "dropped": layout.images * (per_image - left[space.first_layer]),
+            }
+            for space in decode_spaces(reduced.policy)
         ],
     }
 
@@ -226,6 +234,8 @@ class _Prefill(nn.Module):
             if "key_bias" in space:
                 # Attention adds it in the model's dtype anyway.
                 outputs[f"key_bias_{k}"] = space["key_bias"].to(self.dtype)
+            if "shift" in space:
+                outputs[f"shift_{k}"] = space["shift"]
         return outputs
 
 
@@ -326,9 +336,7 @@ def _decode_exportable(
     dynamic: dict[str, Any] = {"past_key_values": {}}
     for layer, (_, heads, _, dim) in enumerate(shapes):
         k = sum(space.first_layer <= layer for space in spaces)
-        state = torch.zeros(
-            _BATCH, heads, lengths[k], dim, dtype=model.dtype, device=model.device
-        )
+        state = torch.zeros(_BATCH, heads, lengths[k], dim, dtype=model.dtype, device=model.device)
         inputs["past_key_values"][str(layer)] = {"key": state, "value": state.clone()}
         axes = {0: batch, 2: pasts[k]}
         dynamic["past_key_values"][str(layer)] = {"key": axes, "value": axes}

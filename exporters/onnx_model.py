@@ -162,6 +162,7 @@ class OnnxModel:
                     space.first_layer,
                     _tensor(outputs[f"origin_{k}"]),
                     _tensor(outputs[f"key_bias_{k}"]) if space.biased else None,
+                    _tensor(outputs[f"shift_{k}"]) if space.position == "grid" else None,
                 )
                 for k, space in enumerate(self._spaces, start=1)
             ],

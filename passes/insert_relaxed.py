@@ -268,8 +268,8 @@ class _Insertion:
         layers = self._blocks_behind(bias, "decoder")
         for layer in layers:
             bias_block(self.graph_module, layer, bias)
-        if position == "compact":
-            self._compact(bias, layers, hidden)
+        if position != "keep":
+            self._move(position, bias, layers, hidden)
 
     def _users_behind(self, node: fx.Node, anchor: fx.Node) -> list[fx.Node]:
         """Users from the place of insertion on: a peek into the next block is not one of them."""
@@ -284,14 +284,18 @@ class _Insertion:
             if re.fullmatch(rf"{stage}_\d+", name) and order[block] > order[node]
         ]
 
-    def _compact(self, before: fx.Node, layers: list[fx.Node], hidden: fx.Node) -> None:
+    def _move(self, position: str, before: fx.Node, layers: list[fx.Node], hidden: fx.Node) -> None:
         ids, *tables = self.positions
+        given = (ids, self.alive, self.visual)
         with self.graph.inserting_after(before):
-            compact = self.call(tokens.relaxed_positions, ids, self.alive, self.visual, hidden)
-        replaced = {self.positions[ids]: compact}
+            if position == "compact":
+                moved = self.call(tokens.relaxed_positions, *given, hidden)
+            else:
+                moved = self.call(tokens.relaxed_grid_positions, *given, self.layout.images)
+        replaced = {self.positions[ids]: moved}
         for table in tables:
-            with self.graph.inserting_after(compact):
-                again = self.graph.node_copy(table, lambda node: compact if node is ids else node)
+            with self.graph.inserting_after(moved):
+                again = self.graph.node_copy(table, lambda node: moved if node is ids else node)
             replaced[self.positions[table]] = again
         for layer in layers:
             layer.args, layer.kwargs = fx.node.map_arg(

@@ -11,7 +11,7 @@ from torch import Tensor
 from deos_fx.operator import grid_anchors
 from deos_fx.reduction import Reduction, split_site
 
-__all__ = ["PromptLayout", "grid_after", "grid_of_prompt", "rule_before_decoder"]
+__all__ = ["PromptLayout", "first_layer", "grid_after", "grid_of_prompt", "rule_before_decoder"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class PromptLayout:
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
 
+def first_layer(site: str) -> int:
+    """The first decoder layer that sees what a reduction at this site leaves."""
+    stage, layer = split_site(site)
+    return layer + 1 if stage == "decoder" else 0
+
+
 def grid_after(reduction: Reduction, count: int, grid: Tensor) -> Tensor | None:
     """What a reduction leaves of a grid [V, 3] that is the same in all rows.
 
@@ -63,7 +69,8 @@ def grid_of_prompt(grid: Tensor, images: int) -> Tensor:
 def rule_before_decoder(reductions: Iterable[Reduction]) -> str:
     """How positions follow the reductions before the decoder, which shorten the prompt at once.
 
-    The rule that moves tokens furthest holds for all of them: ``compact`` before ``keep``.
+    The rule that moves tokens furthest holds for all of them: ``compact`` before ``grid`` before
+    ``keep``.
     """
     rules = {step.position for step in reductions if split_site(step.site)[0] != "decoder"}
-    return "compact" if "compact" in rules else "keep"
+    return next((rule for rule in ("compact", "grid") if rule in rules), "keep")

@@ -14,7 +14,7 @@ from torch import fx
 
 from deos_fx.passes.annotate_token_spaces import MASK, position_tables
 from deos_fx.passes.finish import finish
-from deos_fx.passes.layout import rule_before_decoder
+from deos_fx.passes.layout import first_layer, rule_before_decoder
 from deos_fx.passes.observe_block import bias_block
 from deos_fx.policy import Policy
 from deos_fx.reduction import split_site
@@ -28,20 +28,26 @@ class DecodeSpace:
 
     Attributes:
         first_layer: Index of the first decoder layer in this space.
-        compact: Whether its positions were compacted.
+        position: How its positions follow: ``keep`` those of the space before, ``compact`` or
+            ``grid``.
         biased: Whether its keys carry a mass bias.
     """
 
     first_layer: int
-    compact: bool
+    position: str
     biased: bool
+
+    @property
+    def moved(self) -> bool:
+        """Whether its tokens have positions of their own."""
+        return self.position != "keep"
 
 
 def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) -> fx.GraphModule:
     """Give the layers of every token space their own mask, positions and key bias.
 
     For space k (from 1) the graph gains the inputs ``attention_mask_k`` [B, M_k + t] if the model
-    takes a mask, ``position_ids_k`` [B, t] if positions are compact and ``key_bias_k``
+    takes a mask, ``position_ids_k`` [B, t] if tokens have moved and ``key_bias_k``
     [B, M_k + t] if attention is biased by mass.
 
     Args:
@@ -57,8 +63,8 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
     ends = [*(space.first_layer for space in spaces[1:]), len(layers)][: len(spaces)]
     replaced: dict[fx.Node, fx.Node] = {}
     for k, (space, end) in enumerate(zip(spaces, ends, strict=True), start=1):
-        # To keep positions is to keep those of the space before, which may be compact.
-        same = [] if space.compact else [nodes["position_ids"], *tables]
+        # To keep positions is to keep those of the space before, which may have moved.
+        same = [] if space.moved else [nodes["position_ids"], *tables]
         before = {node: replaced[node] for node in same if node in replaced}
         replaced, key_bias = _inputs_of(graph_module.graph, nodes, tables, k, space)
         replaced |= before
@@ -78,14 +84,13 @@ def decode_spaces(policy: Policy) -> tuple[DecodeSpace, ...]:
     spaces: list[DecodeSpace] = []
     merged = False
     for reduction in policy.reductions:
-        stage, layer = split_site(reduction.site)
-        merged = merged or reduction.gain > 0 or reduction.residual
+        stage, _ = split_site(reduction.site)
+        merged = merged or reduction.transfers
         biased = merged and reduction.mass_bias > 0 and stage != "vision"
         if stage == "decoder":
-            spaces.append(DecodeSpace(layer + 1, reduction.position == "compact", biased))
+            spaces.append(DecodeSpace(first_layer(reduction.site), reduction.position, biased))
         else:
-            compact = rule_before_decoder(policy.reductions) == "compact"
-            spaces = [DecodeSpace(0, compact, biased)]
+            spaces = [DecodeSpace(0, rule_before_decoder(policy.reductions), biased)]
     return tuple(spaces)
 
 
@@ -100,13 +105,13 @@ def _inputs_of(
     with graph.inserting_after(inputs[-1]):
         if space.biased:
             key_bias = graph.placeholder(f"key_bias_{k}")
-        if space.compact:
+        if space.moved:
             replaced[ids] = graph.placeholder(f"position_ids_{k}")
         if "attention_mask" in nodes:
             replaced[nodes["attention_mask"]] = graph.placeholder(f"attention_mask_{k}")
     for node in nodes.values():
         is_mask = node.meta.get("prompt_axes") == MASK
-        if is_mask or (space.compact and node in tables):
+        if is_mask or (space.moved and node in tables):
             with graph.inserting_before(nodes[f"decoder_{space.first_layer}"]):
                 again = graph.node_copy(node, lambda value: replaced.get(value, value))
             if is_mask:

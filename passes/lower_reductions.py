@@ -47,7 +47,8 @@ def lower_reductions(
     Returns:
         The same graph module. Its output gains ``spaces``: one dict for all reductions before the
         decoder together, and one for each reduction in it, with ``origin`` [B, M] (original prompt
-        positions of what is left) and, if later attention is biased by mass, ``key_bias`` [B, M].
+        positions of what is left), if later attention is biased by mass ``key_bias`` [B, M], and
+        under the position rule ``grid`` ``shift`` [B, 1], how far later tokens move up.
 
     Raises:
         ValueError: If a site does not exist, cannot be used or lacks a score the policy needs.
@@ -149,6 +150,7 @@ class _Lowering:
         count = layout.images * layout.tokens_per_image
         with self.graph.inserting_after(input_ids):
             visual = self.call(tokens.visual_positions, input_ids, layout.image_token, count)
+        self.placeholders = visual
         self.images = _Images(layout.grid_tensor(1))
         self.space = _Space(visual, layout.grid_tensor(layout.images))
         mask = self.nodes.get("attention_mask")
@@ -299,7 +301,12 @@ class _Lowering:
         if space.origin is not None:
             origin = self.call(tokens.take, space.origin, index)
         self.space = _Space(visual, grid, origin, mass)
-        replaced = self._new_positions(position, origin)
+        trailing = None
+        if position == "grid":
+            ids = self.nodes["position_ids"]
+            where = (origin, self.placeholders, ids, self.layout.images)
+            trailing = self.call(tokens.trailing, *where)
+        replaced = self._new_positions(position, origin, trailing)
         key_bias = None
         if beta and mass is not None:
             key_bias = self.call(tokens.mass_bias, mass, visual, shortened, beta)
@@ -309,7 +316,10 @@ class _Lowering:
         self.position_ids.add(self.positions[self.nodes["position_ids"]])
         for layer in self._blocks_behind(index, "decoder"):
             bias_block(self.graph_module, layer, key_bias)
-        self.spaces.append({"origin": origin} | ({"key_bias": key_bias} if key_bias else {}))
+        left = {"origin": origin} | ({"key_bias": key_bias} if key_bias else {})
+        if trailing is not None:
+            left["shift"] = self.call(tokens.shift_of, trailing)
+        self.spaces.append(left)
 
     def _bias_tower(self, step: _Step, left: fx.Node) -> None:
         """Bias the attention of the later blocks of the tower by the masses of their patches."""
@@ -320,19 +330,24 @@ class _Lowering:
         for block in self._blocks_behind(left, "vision"):
             bias_block(self.graph_module, block, key_bias)
 
-    def _new_positions(self, position: str, origin: fx.Node) -> dict[fx.Node, fx.Node]:
-        """Under ``compact``, position ids without gaps and the rotary tables made from them."""
+    def _new_positions(
+        self, position: str, origin: fx.Node, trailing: fx.Node | None
+    ) -> dict[fx.Node, fx.Node]:
+        """Unless positions are kept, new position ids and the rotary tables made from them."""
         if position == "keep":
             return {}
         ids, *tables = self.positions
-        compact = self.call(tokens.compact_positions, ids, origin)
-        compact.meta["prompt_axes"] = ids.meta["prompt_axes"]
-        replaced = {self.positions[ids]: compact}
+        if trailing is None:
+            moved = self.call(tokens.compact_positions, ids, origin)
+        else:
+            moved = self.call(tokens.grid_positions, ids, trailing, origin)
+        moved.meta["prompt_axes"] = ids.meta["prompt_axes"]
+        replaced = {self.positions[ids]: moved}
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         for table in tables:
             if order[table] < order[origin]:
                 again = self.graph.node_copy(
-                    table, lambda node: compact if node in self.position_ids else node
+                    table, lambda node: moved if node in self.position_ids else node
                 )
                 again.meta = dict(table.meta)
                 replaced[self.positions[table]] = again

@@ -160,7 +160,8 @@ def by_hand(
     state.last = end - 1
     state.enter(images, in_order=all(step.order == "position" for step in early))
     if early:
-        state.renumber("compact" if "compact" in {step.position for step in early} else "keep")
+        rules = {step.position for step in early}
+        state.renumber(next((rule for rule in ("compact", "grid") if rule in rules), "keep"))
         state.bias_by_mass(steps["projector"].mass_bias if "projector" in steps else 0.0)
     seen = [state.hidden.clone()]
     for i, layer in enumerate(core.language_model.layers):
@@ -220,6 +221,7 @@ class _State:
         self.mass = [1.0] * len(hidden)
         self.bias = [0.0] * len(hidden)
         self.cell = {p: (i // VISUAL, i % VISUAL // 8, i % 8) for i, p in enumerate(visual)}
+        self.places = list(visual)
         # Where the content of a placeholder comes from: itself, as long as the order is kept.
         self.patch = {p: p for p in visual}
 
@@ -311,6 +313,18 @@ class _State:
         """Positions after a reduction."""
         if rule == "compact":
             self.position = list(range(len(self.hidden)))
+        elif rule == "grid":
+            self.position = [p - sum(q < p for q in self._trailing()) for p in self.origin]
+
+    def _trailing(self) -> list[int]:
+        """Dropped placeholders that no kept one of their image stands behind."""
+        images = [self.places[i : i + VISUAL] for i in range(0, len(self.places), VISUAL)]
+        return [
+            p
+            for places in images
+            for i, p in enumerate(places)
+            if not set(places[i:]) & set(self.origin)
+        ]
 
     def bias_by_mass(self, beta: float) -> None:
         """The bias of later attention."""

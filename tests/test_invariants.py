@@ -52,6 +52,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "residual": {"gain": 0.4, "residual": True, "mass_bias": 1.0},
     "reweight": {"gain": 1.0, "temperature": 0.1, "weighting": "score", "reweight": 0.3},
     "compact": {"position": "compact"},
+    "grid positions": {"position": "grid", "gain": 1.0},
     "mixed scores": {"scores": {"novelty": 1.0, "feature_norm": 2.0}},
 }
 SITES = ("vision.0", "projector", "decoder.1")
@@ -108,6 +109,17 @@ def pieces() -> dict[str, tuple[Reduction, ...]]:
             Reduction("decoder.0", 32, position="compact"),
             Reduction("decoder.2", 16),
             Reduction("decoder.3", 8, position="compact"),
+        ),
+        "grid, grid": (
+            Reduction("vision.1", 40, position="grid"),
+            Reduction("projector", 24),
+            Reduction("decoder.1", 12),
+            Reduction("decoder.2", 3, position="grid", gain=1.0),
+        ),
+        "grid, compact, grid": (
+            Reduction("projector", 32, position="grid"),
+            Reduction("decoder.1", 12, position="compact"),
+            Reduction("decoder.3", 4, position="grid"),
         ),
         "compact after keep": (
             Reduction("projector", 32),
@@ -295,7 +307,7 @@ def test_every_regime_equals_loops(
             assert difference(destination, moved) < 1e-5
 
 
-@pytest.mark.parametrize("position", ["keep", "compact"])
+@pytest.mark.parametrize("position", ["keep", "compact", "grid"])
 def test_without_cache_and_mask_a_gap_is_no_border(
     model: LlavaForConditionalGeneration, eager: LlavaForConditionalGeneration, position: str
 ) -> None:
@@ -398,7 +410,7 @@ def test_decoding_equals_recomputing_where_nothing_later_votes(
     scores = {"scores": {"feature_norm": 1.0}}
     reduced = reduce(
         model,
-        Reduction("vision.1", 48, **scores),
+        Reduction("vision.1", 48, **scores, position="grid"),
         Reduction("projector", 32, **scores),
         Reduction("decoder.2", 8, gain=1.0, **scores),
     )
@@ -463,7 +475,7 @@ def test_an_emptied_cache_starts_again(model: LlavaForConditionalGeneration) -> 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("position", ["keep", "compact"])
+@pytest.mark.parametrize("position", ["keep", "compact", "grid"])
 def test_a_padded_batch_is_its_rows(
     model: LlavaForConditionalGeneration, padding: str, images: int, position: str
 ) -> None:

@@ -35,6 +35,33 @@ CASES = {
         ),
         1,
     ),
+    "tower, projector, decoder, grid positions": (
+        Policy(
+            (
+                Reduction(
+                    "vision.0",
+                    48,
+                    scores={"key_norm": 1, "cls_attention": 1},
+                    gain=1,
+                    similarity={"key": 1},
+                    mass_bias=1,
+                ),
+                Reduction("vision.1", 30, position="grid"),
+                Reduction("projector", 20, gain=1, mass_bias=0.5),
+                Reduction("decoder.0", 9, position="grid"),
+            )
+        ),
+        2,
+    ),
+    "out of order": (
+        Policy(
+            (
+                Reduction("vision.1", 20, order="selection", position="compact"),
+                Reduction("projector", 8, gain=1, temperature=0.2),
+            )
+        ),
+        1,
+    ),
     "greedy, reweight": (
         Policy(
             (
@@ -243,11 +270,11 @@ def test_folder(folder):
     policy, images = CASES["prune, two images"]
     assert Policy.load(target / "policy.json") == policy
     manifest = json.loads((target / "deos_fx.json").read_text())
-    assert (manifest["deos_fx"], manifest["version"]) == ("onnx", 1)
+    assert (manifest["deos_fx"], manifest["version"]) == ("onnx", 2)
     assert (manifest["images"], manifest["image_token"]) == (images, tiny.IMAGE)
     assert manifest["dtype"] == "float32"
     assert manifest["spaces"] == [
-        {"first_layer": 1, "compact": False, "biased": False, "dropped": 2 * (64 - 16)}
+        {"first_layer": 1, "position": "keep", "biased": False, "dropped": 2 * (64 - 16)}
     ]
     assert manifest["packages"]["torch"] == torch.__version__
 

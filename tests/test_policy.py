@@ -219,7 +219,7 @@ def test_counts_may_not_grow_with_depth() -> None:
         ({"similarity": {"colour": 1}}, "no similarity 'colour'"),
         ({"selector": "random"}, "selector is 'random'; choose from top_k, greedy, max_min"),
         ({"weighting": "two"}, "weighting is 'two'"),
-        ({"position": "grid"}, "position is 'grid'; choose from keep, compact"),
+        ({"position": "last"}, "position is 'last'; choose from keep, compact, grid"),
         ({"gain": 1.5}, r"gain is 1.5; give a number in \[0, 1\]"),
         ({"gain": math.nan}, "gain is nan"),
         ({"temperature": -1}, "temperature is -1"),

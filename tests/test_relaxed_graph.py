@@ -29,6 +29,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "weighted by score": {"gain": 1.0, "temperature": 0.1, "weighting": "score"},
     "diverse": {"selector": "greedy", "diversity": 0.5},
     "compact": {"position": "compact"},
+    "grid positions": {"position": "grid"},
     "of the next block": {"observe": "next"},
 }
 
@@ -79,7 +80,7 @@ def test_several_sites_with_different_regimes(model: LlavaForConditionalGenerati
     assert largest_difference(model, policy) < 2e-5
 
 
-@pytest.mark.parametrize("position", ["keep", "compact"])
+@pytest.mark.parametrize("position", ["keep", "compact", "grid"])
 def test_sites_all_along_the_tower(position: str) -> None:
     model = tiny_llava(layers=3, blocks=5)
     policy = Policy(
