@@ -163,7 +163,9 @@ def dart(
 
     Differences: the official code visits the pivots in the order of a Python set, here they come
     visual ones first, each in the order of the prompt. It keeps 4 + 8 * int(N (1 - R) / 8) tokens;
-    the default is that count for 576 tokens and R = 77.8 %.
+    the default is that count for 576 tokens and R = 77.8 %. The L1 norm of a rotated key depends on
+    its position, so give ``position_ids`` with a padded batch, as ``generate`` does, if every sample
+    is to keep what it keeps alone.
 
     Args:
         layer: K, counted from 0. At least 1.
