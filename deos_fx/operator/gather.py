@@ -26,9 +26,10 @@ def take(values: Tensor, kept: Tensor) -> Tensor:
     rows, tokens = values.shape[:2]
     if values.dim() == 2:
         return values.gather(1, kept.expand(rows, -1))
-    start = torch.arange(rows, device=kept.device).unsqueeze(-1) * tokens
-    index = kept + start
-    return values.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (rows, -1))
+    # A single row, unless an export leaves the batch open, needs no other index.
+    if not isinstance(rows, int) or rows > 1:
+        kept = kept + torch.arange(rows, device=kept.device).unsqueeze(-1) * tokens
+    return values.flatten(0, 1).index_select(0, kept.flatten()).unflatten(0, (rows, -1))
 
 
 def same_rows(*values: Tensor) -> list[Tensor]:
