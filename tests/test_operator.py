@@ -9,23 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from site_inputs import SIDE, TOKENS, WIDTH, gather, grid, inputs
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from deos_fx import operator
-from deos_fx.operator import SCORES, static_reduce
+from deos_fx.operator import SCORES, SELECTORS, StaticOutput, static_reduce
 from deos_fx.operator.grid import grid_preference
-from deos_fx.operator.relaxed import RelaxedReduction, soft_top_k
+from deos_fx.operator.relaxed import RelaxedReduction, has_relaxed_form, soft_top_k
 from deos_fx.operator.sequential import greedy_penalty
-from deos_fx.reduction import Reduction
+from deos_fx.reduction import Reduction, Tier
 
 quick = settings(deadline=None, max_examples=10)
 seeds = st.integers(0, 2**31)
-SIDE, WIDTH, TEXT = 6, 8, 7
-TOKENS = SIDE**2
 PROBE = {"probe": (0.5, -1.0, 2.0, 0.25, -0.75, 1.0, 0.0, 3.0)}
 
 # One of every regime and selector, and mixtures of them.
@@ -46,6 +45,15 @@ BEHAVIOURS: dict[str, dict[str, Any]] = {
     "residual": {"residual": True},
     "residual by score": {"residual": True, "gain": 0.3, "weighting": "score", "exponent": 0},
     "residual without rest": {"residual": True, "gain": 1, "weighting": "score"},
+    "max_min": {"selector": "max_min"},
+    "max_min merge": {"selector": "max_min", "gain": 1, "similarity": {"key": 1, "feature": 2}},
+    "by place": {"scores": {"random": 1}, "options": {"seed": 3}, "gain": 1, "weighting": "score"},
+    "greedy by place": {
+        "scores": {"grid_coverage": 1, "random": 1},
+        "selector": "greedy",
+        "diversity": 1.0,
+        "similarity": {"key": 1},
+    },
     "every score": {"scores": {name: 1 for name in SCORES}, "options": PROBE},
     "everything": {
         "selector": "greedy",
@@ -59,55 +67,123 @@ BEHAVIOURS: dict[str, dict[str, Any]] = {
         "residual": True,
     },
 }
-behaviours = pytest.mark.parametrize("behaviour", BEHAVIOURS)
+_AS_CHOSEN = {"order": "selection", "position": "compact"}
+
+# Those without a relaxed form.
+STATIC: dict[str, dict[str, Any]] = {
+    "greedy in steps": {"selector": "greedy", "diversity": 0.7, "options": {"at_once": 3}},
+    "max_min in steps": {"selector": "max_min", "options": {"at_once": 3}, "gain": 1},
+    "determinantal": {
+        "selector": "determinantal",
+        "scores": {"text_relevance": 1},
+        "similarity": {"feature": 1, "grid": 1},
+    },
+    "distinct": {"tiers": (Tier(keep=0.5, selector="distinct", options={"per_round": 7}),)},
+    "probe": {
+        "selector": "probe",
+        "scores": {"key_l1_norm": 1},
+        "options": {"image_pivots": 2, "text_pivots": 3},
+    },
+    "windows": {"selector": "windows", "options": {"windows": 9}, "gain": 1},
+    "windows after": {
+        "tiers": (
+            Tier(keep=0.5, selector="windows", scores={"novelty": 1}, options={"windows": 4}),
+        ),
+    },
+    "quota": {"selector": "quota", "options": {"windows": 5}, **_AS_CHOSEN},
+    "quota of a mixture": {
+        "selector": "quota",
+        "scores": {"novelty": 1, "key_norm": 1},
+        "options": {"windows": 4},
+        "reweight": 0.1,
+    },
+    "bipartite": {
+        "selector": "bipartite",
+        "options": {"first": 1},
+        "similarity": {"key": 1},
+        "gain": 1,
+        "receivers": "last",
+        **_AS_CHOSEN,
+    },
+    "bipartite sorted": {"selector": "bipartite", "gain": 1, "receivers": "last"},
+    "neighbourhood": {
+        "selector": "neighbourhood",
+        "scores": {"mutual_attention": 1},
+        "observe": "vision.1",
+        "options": {"share": 1.5},
+        "tiers": (Tier(keep=1.0, scores={"mutual_attention": 1}, observe="next"),),
+    },
+    "contextual": {
+        "tiers": (Tier(keep=0.25, selector="strided"),),
+        "order": "tier",
+        "position": "compact",
+        "receivers": "last",
+        "gain": 1,
+        "similarity": {"key": 1},
+        "average": True,
+        "exponent": 0,
+    },
+    "contextual sorted": {
+        "tiers": (Tier(keep=0.25, selector="strided"),),
+        "receivers": "last",
+        "gain": 1,
+        "average": True,
+    },
+    "neighbours": {"gain": 1, "assignment": "k_nearest", "neighbours": 5},
+    "neighbours and rest": {
+        "tiers": (Tier(keep=0.5, selector="lattice", options={"step": 3}),),
+        "gain": 0.5,
+        "assignment": "k_nearest",
+        "neighbours": 5,
+        "similarity": {"joint_key": 1},
+        "weighting": "raw",
+        "exponent": 0,
+        "residual": True,
+        **_AS_CHOSEN,
+    },
+    "fused by attention": {"residual": True, "weighting": "raw", "exponent": 0, **_AS_CHOSEN},
+    "rest into the last tier": {
+        "tiers": (Tier(keep=0.25, selector="max_min"),),
+        "receivers": "last",
+        "gain": 0.5,
+        "residual": True,
+    },
+    "interpolate": {"selector": "grid", "assignment": "window", "gain": 1},
+    "grid and best": {"selector": "grid", "tiers": (Tier(keep=0.5),), "gain": 1},
+    "three tiers": {
+        "scores": {"random": 1},
+        "tiers": (
+            Tier(keep=0.25, selector="greedy", diversity=0.5, scores={"novelty": 1}),
+            Tier(keep=0.25, scores={"key_norm": 1, "novelty": 1}, observe="next"),
+        ),
+        "gain": 1,
+        "temperature": 0.3,
+        "order": "tier",
+        "position": "compact",
+    },
+}
+LEAST = {"bipartite": TOKENS // 2, "bipartite sorted": TOKENS // 2}
+LEAST |= {name: 4 for name, fields in STATIC.items() if "tiers" in fields}
+COUNTS = [1, 4, 9, 18, 36]
+behaviours = pytest.mark.parametrize("behaviour", BEHAVIOURS | STATIC)
+relaxed_behaviours = pytest.mark.parametrize("behaviour", BEHAVIOURS)
 
 
 def _reduction(behaviour: str, keep: int, site: str = "projector") -> Reduction:
-    return Reduction(site, keep, **BEHAVIOURS[behaviour])
+    """A reduction that keeps so many tokens, or as few as this kind can."""
+    return Reduction(site, max(keep, LEAST.get(behaviour, 1)), **(BEHAVIOURS | STATIC)[behaviour])
 
 
-def _grid(side: int = SIDE, images: int = 1) -> Tensor:
-    places = [
-        [image, row, column]
-        for image in range(images)
-        for row in range(side)
-        for column in range(side)
-    ]
-    return torch.tensor(places)
-
-
-def _inputs(
-    seed: int, rows: int = 3, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Tokens, masses and all features of a site."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=dtype)
-
-    attentions = sorted({need for score in SCORES.values() for need in score.features})
-    features = {
-        name: normal(rows, TOKENS).softmax(-1)
-        for name in attentions
-        if name.startswith("attention_")
-    }
-    features |= {"keys": normal(rows, TOKENS, 5), "joint_keys": normal(rows, TOKENS, 10)}
-    mask = torch.ones(rows, TEXT, dtype=dtype)
-    mask[::2, :2] = 0
-    features |= {"text_tokens": normal(rows, TEXT, WIDTH), "text_mask": mask, "grid": _grid()}
-    features |= {"normed_tokens": normal(rows, TOKENS, 12), "normed_text": normal(rows, TEXT, 12)}
-    features |= {"text_score": normal(rows, TEXT)}
-    return normal(rows, TOKENS, WIDTH), normal(rows, TOKENS).exp(), features
+def _reduce(
+    reduction: Reduction, tokens: Tensor, mass: Tensor | None, features: dict[str, Tensor]
+) -> StaticOutput:
+    return static_reduce(reduction, reduction.count(TOKENS), tokens, mass, features)
 
 
 def _score(name: str, features: dict[str, Tensor]) -> Tensor:
     """A score with its options at their defaults."""
     options = {key: torch.tensor(value) for key, value in ({"seed": 0} | PROBE).items()}
     return SCORES[name].function(*((features | options)[need] for need in SCORES[name].needs))
-
-
-def _gather(values: Tensor, kept: Tensor) -> Tensor:
-    return torch.stack([row[index] for row, index in zip(values, kept, strict=True)])
 
 
 # *** scores
@@ -117,7 +193,7 @@ def _gather(values: Tensor, kept: Tensor) -> Tensor:
 @quick
 @given(seed=seeds)
 def test_scores_are_permutation_equivariant(name: str, seed: int) -> None:
-    tokens, _, features = _inputs(seed)
+    tokens, _, features = inputs(seed)
     features = {**features, "tokens": tokens, "grid": features["grid"].expand(3, -1, -1)}
     order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))
     plain = _score(name, features)
@@ -132,22 +208,22 @@ def test_scores_are_permutation_equivariant(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scores_are_in_single_precision(name: str, dtype: torch.dtype) -> None:
-    tokens, _, features = _inputs(0)
+    tokens, _, features = inputs(0)
     features = {name: value.to(dtype) for name, value in features.items() if name != "grid"}
-    features |= {"tokens": tokens.to(dtype), "grid": _grid()}
+    features |= {"tokens": tokens.to(dtype), "grid": grid()}
     score = _score(name, features)
     assert score.dtype == torch.float32
 
 
 def test_novelty_is_the_distance_to_the_nearest() -> None:
-    tokens, _, _ = _inputs(0, rows=1)
+    tokens, _, _ = inputs(0, rows=1)
     for j, value in enumerate(operator.SCORES["novelty"].function(tokens)[0]):
         others = [F.cosine_similarity(tokens[0, j], tokens[0, i], 0) for i in range(TOKENS)]
         torch.testing.assert_close(value, -max(others[:j] + others[j + 1 :]))
 
 
 def test_novelty_ignores_tokens_that_are_gone() -> None:
-    tokens, _, _ = _inputs(0)
+    tokens, _, _ = inputs(0)
     alive = torch.ones(3, TOKENS)
     alive[:, 20:] = 0
     novelty = SCORES["novelty"].function
@@ -156,17 +232,17 @@ def test_novelty_ignores_tokens_that_are_gone() -> None:
 
 @pytest.mark.parametrize("count", [1, 4, 16, 64])
 def test_grid_coverage_spreads_evenly_at_any_count(count: int) -> None:
-    grid = _grid(8)
-    best = operator.top_k(SCORES["grid_coverage"].function(grid), None, count)[0]
+    places = grid(8)
+    best = operator.top_k(SCORES["grid_coverage"].function(places), None, count)[0]
     side = math.isqrt(count)
-    cells = {(int(r) * side // 8, int(c) * side // 8) for _, r, c in grid[best]}
+    cells = {(int(r) * side // 8, int(c) * side // 8) for _, r, c in places[best]}
     assert len(cells) == count
 
 
 @quick
 @given(seeds, st.floats(1e-3, 1e3), st.floats(-10, 10))
 def test_standardize_forgets_scale_and_offset(seed: int, scale: float, offset: float) -> None:
-    score = _inputs(seed, dtype=torch.float64)[2]["attention_last"]
+    score = inputs(seed, dtype=torch.float64)[2]["attention_last"]
     z = operator.standardize(score)
     torch.testing.assert_close(z.mean(-1), torch.zeros(3, dtype=z.dtype))
     torch.testing.assert_close(z.std(-1, correction=0), torch.ones(3, dtype=z.dtype))
@@ -193,17 +269,17 @@ def test_standardize_over_the_living_only() -> None:
 @quick
 @given(seeds, st.integers(1, TOKENS))
 def test_top_k_is_torch_topk(seed: int, count: int) -> None:
-    score = _inputs(seed)[2]["attention_last"]
+    score = inputs(seed)[2]["attention_last"]
     kept = operator.top_k(score, None, count)
     assert kept.shape == (3, count)
-    assert torch.equal(_gather(score, kept), score.topk(count).values)
+    assert torch.equal(gather(score, kept), score.topk(count).values)
     assert (operator.in_order(kept).diff(dim=-1) > 0).all()
 
 
 @quick
 @given(seeds, st.integers(1, TOKENS), st.floats(0, 5))
 def test_greedy_is_a_plain_loop(seed: int, count: int, diversity: float) -> None:
-    tokens, _, features = _inputs(seed, dtype=torch.float64)
+    tokens, _, features = inputs(seed, dtype=torch.float64)
     score = operator.standardize(features["attention_last"])
     similarity = operator.similarity({"feature": tokens}, {"feature": 1.0})
     kept = operator.greedy(score, similarity, None, diversity, count)
@@ -223,7 +299,7 @@ def test_greedy_is_a_plain_loop(seed: int, count: int, diversity: float) -> None
 @quick
 @given(seeds, st.integers(1, TOKENS))
 def test_greedy_without_diversity_is_top_k(seed: int, count: int) -> None:
-    tokens, _, features = _inputs(seed)
+    tokens, _, features = inputs(seed)
     score = features["attention_last"]
     similarity = operator.similarity({"feature": tokens}, {"feature": 1.0})
     kept = operator.greedy(score, similarity, None, 0.0, count)
@@ -233,7 +309,7 @@ def test_greedy_without_diversity_is_top_k(seed: int, count: int) -> None:
 @quick
 @given(seeds, st.integers(1, TOKENS), st.floats(0, 5))
 def test_greedy_penalty_ranks_like_greedy(seed: int, count: int, diversity: float) -> None:
-    tokens, _, features = _inputs(seed, dtype=torch.float64)
+    tokens, _, features = inputs(seed, dtype=torch.float64)
     score = operator.standardize(features["attention_last"])
     similarity = operator.similarity({"feature": tokens}, {"feature": 1.0})
     weight = torch.tensor(diversity, dtype=torch.float64)
@@ -250,7 +326,7 @@ def test_greedy_penalty_ranks_like_greedy(seed: int, count: int, diversity: floa
 )
 def test_grid_layout(side: int, count: int, layout: tuple[int, int]) -> None:
     assert operator.grid_layout(side, side, count) == layout
-    anchors = operator.grid_anchors(_grid(side), count)
+    anchors = operator.grid_anchors(grid(side), count)
     assert anchors.shape == (1, count)
     assert (anchors.diff() > 0).all()
 
@@ -269,8 +345,8 @@ def test_grid_layout_or_the_nearest_counts(height: int, width: int, count: int) 
 
 
 def test_grid_anchors_of_several_images_and_sparse_grids() -> None:
-    both = operator.grid_anchors(_grid(6, images=2), 8)[0].tolist()
-    one = operator.grid_anchors(_grid(6), 4)[0].tolist()
+    both = operator.grid_anchors(grid(6, images=2), 8)[0].tolist()
+    one = operator.grid_anchors(grid(6), 4)[0].tolist()
     assert both == one + [36 + anchor for anchor in one]
     every_other = torch.tensor([[0, 2 * r, 2 * c] for r in range(6) for c in range(6)])
     assert operator.grid_anchors(every_other, 4)[0].tolist() == one
@@ -278,22 +354,20 @@ def test_grid_anchors_of_several_images_and_sparse_grids() -> None:
 
 def test_grid_anchors_refuse() -> None:
     with pytest.raises(ValueError, match="35 tokens are not 1 x 6 x 6"):
-        operator.grid_anchors(_grid()[1:], 4)
+        operator.grid_anchors(grid()[1:], 4)
     with pytest.raises(ValueError, match="9 anchors do not split evenly over 2 images"):
-        operator.grid_anchors(_grid(6, images=2), 9)
+        operator.grid_anchors(grid(6, images=2), 9)
     with pytest.raises(ValueError, match="7 windows do not fit .* keep one of"):
-        operator.grid_anchors(_grid(), 7)
+        operator.grid_anchors(grid(), 7)
 
 
 def test_grid_preference_ranks_the_anchors_first() -> None:
     for count in (1, 4, 9, 18, 36):
-        anchors = operator.grid_anchors(_grid(), count)
-        best = operator.top_k(grid_preference(_grid(), count), None, count)
+        anchors = operator.grid_anchors(grid(), count)
+        best = operator.top_k(grid_preference(grid(), count), None, count)
         assert torch.equal(operator.in_order(best), anchors)
-    assert grid_preference(_grid(), 7).shape == (1, TOKENS)
-    assert torch.equal(
-        grid_preference(_grid()[1:], 7), SCORES["grid_coverage"].function(_grid()[1:])
-    )
+    assert grid_preference(grid(), 7).shape == (1, TOKENS)
+    assert torch.equal(grid_preference(grid()[1:], 7), SCORES["grid_coverage"].function(grid()[1:]))
 
 
 # *** assignment and transfer
@@ -302,7 +376,7 @@ def test_grid_preference_ranks_the_anchors_first() -> None:
 @quick
 @given(seeds, st.integers(1, TOKENS), st.sampled_from([0.0, 0.01, 0.3, math.inf]))
 def test_columns_of_the_assignment(seed: int, count: int, temperature: float) -> None:
-    tokens, _, features = _inputs(seed)
+    tokens, _, features = inputs(seed)
     parameters = {"gain": 1.0, "temperature": temperature}
     result = static_reduce(
         Reduction("projector", count, **parameters), count, tokens, None, features
@@ -322,7 +396,7 @@ def test_nearest_gives_ties_to_the_first() -> None:
 @quick
 @given(seeds, st.integers(1, TOKENS - 1))
 def test_merge_is_a_plain_loop(seed: int, count: int) -> None:
-    tokens, mass, features = _inputs(seed, dtype=torch.float64)
+    tokens, mass, features = inputs(seed, dtype=torch.float64)
     result = static_reduce(_reduction("merge", count), count, tokens, mass, features)
     for row in range(3):
         kept = result.kept[row].tolist()
@@ -343,7 +417,7 @@ def test_merge_is_a_plain_loop(seed: int, count: int) -> None:
 def test_soft_transfer_is_a_plain_loop(
     seed: int, count: int, temperature: float, gain: float, exponent: float
 ) -> None:
-    tokens, _, features = _inputs(seed, rows=1, dtype=torch.float64)
+    tokens, _, features = inputs(seed, rows=1, dtype=torch.float64)
     reduction = Reduction(
         "projector",
         count,
@@ -370,7 +444,7 @@ def test_soft_transfer_is_a_plain_loop(
 
 
 def test_residual_is_the_mean_of_everything_dropped() -> None:
-    tokens, _, features = _inputs(0, rows=1)
+    tokens, _, features = inputs(0, rows=1)
     result = static_reduce(_reduction("residual", 5), 5, tokens, None, features)
     kept = result.kept[0].tolist()
     score = features["attention_cls"][0]
@@ -383,10 +457,10 @@ def test_residual_is_the_mean_of_everything_dropped() -> None:
 
 
 def test_uniform_gives_all_the_same_share() -> None:
-    tokens, _, features = _inputs(0)
+    tokens, _, features = inputs(0)
     result = static_reduce(_reduction("uniform", 6), 6, tokens, None, features)
-    lost = tokens.sum(1) - _gather(tokens, result.kept).sum(1)
-    expected = (_gather(tokens, result.kept) + lost.unsqueeze(1) / 6) / (1 + 30 / 6)
+    lost = tokens.sum(1) - gather(tokens, result.kept).sum(1)
+    expected = (gather(tokens, result.kept) + lost.unsqueeze(1) / 6) / (1 + 30 / 6)
     torch.testing.assert_close(result.tokens, expected)
 
 
@@ -395,9 +469,7 @@ def test_pooling_two_images_is_avg_pool2d(window: int) -> None:
     tokens = torch.randn(2, 2 * TOKENS, WIDTH)
     side = SIDE // window
     count = 2 * side**2
-    result = static_reduce(
-        _reduction("pool", count), count, tokens, None, {"grid": _grid(images=2)}
-    )
+    result = static_reduce(_reduction("pool", count), count, tokens, None, {"grid": grid(images=2)})
     images = tokens.mT.reshape(2, WIDTH, 2, SIDE, SIDE).transpose(1, 2).flatten(0, 1)
     expected = F.avg_pool2d(images, window).unflatten(0, (2, 2)).transpose(1, 2).flatten(2).mT
     torch.testing.assert_close(result.tokens, expected)
@@ -405,16 +477,18 @@ def test_pooling_two_images_is_avg_pool2d(window: int) -> None:
 
 @behaviours
 @quick
-@given(seed=seeds, count=st.sampled_from([1, 4, 9, 18, 36]))
+@given(seed=seeds, count=st.sampled_from(COUNTS))
 def test_shapes_order_and_rows(behaviour: str, seed: int, count: int) -> None:
-    tokens, mass, features = _inputs(seed)
+    tokens, mass, features = inputs(seed)
     reduction = _reduction(behaviour, count)
-    result = static_reduce(reduction, count, tokens, mass, features)
+    count = reduction.count(TOKENS)
+    result = _reduce(reduction, tokens, mass, features)
     assert result.tokens.shape == (3, count, WIDTH)
     assert result.kept.shape == result.mass.shape == (3, count)
-    assert (result.kept.diff(dim=-1) > 0).all()
+    in_order = result.kept if reduction.order == "position" else result.kept.sort(dim=-1).values
+    assert (in_order.diff(dim=-1) > 0).all()
     row = {name: value if name == "grid" else value[1:2] for name, value in features.items()}
-    alone = static_reduce(reduction, count, tokens[1:2], mass[1:2], row)
+    alone = _reduce(reduction, tokens[1:2], mass[1:2], row)
     assert torch.equal(alone.kept[0], result.kept[1])
     torch.testing.assert_close(alone.tokens[0], result.tokens[1])
 
@@ -423,43 +497,46 @@ def test_shapes_order_and_rows(behaviour: str, seed: int, count: int) -> None:
 @quick
 @given(seed=seeds)
 def test_keeping_all_is_the_identity(behaviour: str, seed: int) -> None:
-    tokens, mass, features = _inputs(seed)
+    tokens, mass, features = inputs(seed)
     reduction = _reduction(behaviour, TOKENS)
-    result = static_reduce(reduction, TOKENS, tokens, mass, features)
-    assert torch.equal(result.kept, torch.arange(TOKENS).expand(3, -1))
-    torch.testing.assert_close(result.mass, mass)
-    # A fused token counts itself by its score too, even if it is alone.
-    fused = reduction.has_rest and reduction.weighting == "score" and reduction.exponent != 1
-    if not reduction.reweight and not fused:
-        torch.testing.assert_close(result.tokens, tokens)
+    result = _reduce(reduction, tokens, mass, features)
+    assert torch.equal(result.kept.sort(-1).values, torch.arange(TOKENS).expand(3, -1))
+    # A fused token counts itself by its score too, even if it is alone; neighbours can be kept.
+    fused = reduction.has_rest and reduction.weighting != "one" and reduction.exponent != 1
+    if not reduction.neighbours:
+        torch.testing.assert_close(result.mass, gather(mass, result.kept))
+    if not (reduction.reweight or fused or reduction.neighbours):
+        torch.testing.assert_close(result.tokens, gather(tokens, result.kept))
 
 
 @behaviours
 @quick
 @given(seed=seeds, count=st.sampled_from([1, 4, 9, 18]))
 def test_mass_is_conserved(behaviour: str, seed: int, count: int) -> None:
-    tokens, mass, features = _inputs(seed)
+    tokens, mass, features = inputs(seed)
     reduction = _reduction(behaviour, count)
-    result = static_reduce(reduction, count, tokens, mass, features)
+    result = _reduce(reduction, tokens, mass, features)
     total = result.mass.sum(-1)
-    if reduction.gain == 1 or reduction.residual:
+    if reduction.assignment != "similar":
+        assert (result.mass >= gather(mass, result.kept)).all()
+    elif reduction.gain == 1 or reduction.residual:
         torch.testing.assert_close(total, mass.sum(-1))
     else:
-        kept = _gather(mass, result.kept).sum(-1)
+        kept = gather(mass, result.kept).sum(-1)
         expected = kept + reduction.gain * (mass.sum(-1) - kept)
         torch.testing.assert_close(total, expected)
 
 
 @behaviours
 def test_no_masses_are_masses_of_one(behaviour: str) -> None:
-    tokens, _, features = _inputs(0)
+    tokens, _, features = inputs(0)
     reduction = _reduction(behaviour, 9)
-    ones = static_reduce(reduction, 9, tokens, torch.ones(3, TOKENS), features)
-    none = static_reduce(reduction, 9, tokens, None, features)
+    ones = _reduce(reduction, tokens, torch.ones(3, TOKENS), features)
+    none = _reduce(reduction, tokens, None, features)
     torch.testing.assert_close(none.tokens, ones.tokens)
     if none.mass is None:
         assert reduction.gain == 0
-        assert torch.equal(ones.mass, torch.ones(3, 9))
+        assert torch.equal(ones.mass, torch.ones(ones.kept.shape))
     else:
         torch.testing.assert_close(none.mass, ones.mass)
 
@@ -467,14 +544,14 @@ def test_no_masses_are_masses_of_one(behaviour: str) -> None:
 @behaviours
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(behaviour: str, dtype: torch.dtype) -> None:
-    tokens, mass, features = _inputs(0)
+    tokens, mass, features = inputs(0)
     rounded = {
         name: value if name == "grid" else value.to(dtype) for name, value in features.items()
     }
     mass = mass * 2e4  # sums to more than the largest half
-    half = static_reduce(_reduction(behaviour, 9), 9, tokens.to(dtype), mass, rounded)
+    half = _reduce(_reduction(behaviour, 9), tokens.to(dtype), mass, rounded)
     single = {name: value if name == "grid" else value.float() for name, value in rounded.items()}
-    full = static_reduce(_reduction(behaviour, 9), 9, tokens.to(dtype).float(), mass, single)
+    full = _reduce(_reduction(behaviour, 9), tokens.to(dtype).float(), mass, single)
     assert half.tokens.dtype == dtype
     assert torch.equal(half.kept, full.kept)
     atol = 8 * torch.finfo(dtype).eps * full.tokens.abs().max().item()
@@ -482,26 +559,26 @@ def test_half_precision(behaviour: str, dtype: torch.dtype) -> None:
 
 
 def test_features_that_are_required_are_enough() -> None:
-    tokens, mass, features = _inputs(0)
-    for behaviour in BEHAVIOURS:
+    tokens, mass, features = inputs(0)
+    for behaviour in BEHAVIOURS | STATIC:
         reduction = _reduction(behaviour, 9)
         needed = operator.required_features(reduction) - {"tokens"}
         given_ = {name: features[name] for name in needed}
-        static_reduce(reduction, 9, tokens, mass, given_)
+        _reduce(reduction, tokens, mass, given_)
         for name in needed:
             fewer = {key: value for key, value in given_.items() if key != name}
             with pytest.raises(KeyError, match=name):
-                static_reduce(reduction, 9, tokens, mass, fewer)
+                _reduce(reduction, tokens, mass, fewer)
 
 
 # *** graphs
 
 
-def _record(reduction: Reduction, count: int, *, mass: bool) -> fx.GraphModule:
+def _record(reduction: Reduction, *, mass: bool) -> fx.GraphModule:
     """Writes a reduction into a graph; operators on constants alone are run at once."""
     graph = fx.Graph()
     needed = sorted(operator.required_features(reduction) - {"tokens", "grid"})
-    features = {name: graph.placeholder(name) for name in needed}
+    features = {name: graph.placeholder(_plain(name)) for name in needed}
     tokens = graph.placeholder("tokens")
     module = nn.Module()
 
@@ -518,9 +595,15 @@ def _record(reduction: Reduction, count: int, *, mass: bool) -> fx.GraphModule:
         return graph.get_attr(name)
 
     masses = graph.placeholder("mass") if mass else None
-    result = static_reduce(reduction, count, tokens, masses, {**features, "grid": _grid()}, call)
+    count = reduction.count(TOKENS)
+    result = static_reduce(reduction, count, tokens, masses, {**features, "grid": grid()}, call)
     graph.output((result.tokens, result.kept))
     return fx.GraphModule(module, graph)
+
+
+def _plain(name: str) -> str:
+    """The name of a feature as that of a placeholder."""
+    return name.replace("@", "_").replace(".", "_")
 
 
 def _operators(module: fx.GraphModule) -> list[str]:
@@ -530,23 +613,22 @@ def _operators(module: fx.GraphModule) -> list[str]:
 @behaviours
 @pytest.mark.parametrize("mass", [False, True])
 def test_a_recorded_reduction_computes_the_same(behaviour: str, mass: bool) -> None:
-    tokens, masses, features = _inputs(0)
+    tokens, masses, features = inputs(0)
     reduction = _reduction(behaviour, 9)
-    module = _record(reduction, 9, mass=mass)
-    inputs = {name: features[name] for name in operator.required_features(reduction) - {"tokens"}}
-    inputs.pop("grid", None)
-    inputs["tokens"] = tokens
+    module = _record(reduction, mass=mass)
+    needed = operator.required_features(reduction) - {"tokens", "grid"}
+    values = {_plain(name): features[name] for name in needed} | {"tokens": tokens}
     if mass:
-        inputs["mass"] = masses
-    reduced, kept = module(**inputs)
-    plain = static_reduce(reduction, 9, tokens, masses if mass else None, features)
+        values["mass"] = masses
+    reduced, kept = module(**values)
+    plain = _reduce(reduction, tokens, masses if mass else None, features)
     assert torch.equal(kept, plain.kept)
     assert torch.equal(reduced, plain.tokens)
 
 
 def test_a_graph_has_only_the_operators_it_needs() -> None:
     def operators(behaviour: str) -> list[str]:
-        module = _record(_reduction(behaviour, 9), 9, mass=False)
+        module = _record(_reduction(behaviour, 9), mass=False)
         module.graph.eliminate_dead_code()
         return _operators(module)
 
@@ -555,12 +637,12 @@ def test_a_graph_has_only_the_operators_it_needs() -> None:
     assert operators("merge") == [*chosen, "others", "similarity", "nearest", "merge"]
     assert operators("pool") == ["merge", "for_each_row"]
     assert operators("uniform") == [*chosen, "others", "uniform", "merge"]
-    split = ["cls_attention", "top_k", "narrow", "narrow", "cat", "in_order"]
-    assert operators("residual") == [*split, "others", "slot_of", "rest", "merge"]
+    rest = ["cls_attention", "top_k", "narrow", "in_order", "others", "slot_of", "rest", "merge"]
+    assert operators("residual") == rest
 
 
 def test_the_code_of_a_graph_reads_like_the_method() -> None:
-    module = _record(_reduction("merge", 9), 9, mass=False)
+    module = _record(_reduction("merge", 9), mass=False)
     module.graph.eliminate_dead_code()
     module.recompile()
     body = [line.split(";")[0].strip() for line in module.code.splitlines() if " = " in line]
@@ -577,27 +659,43 @@ def test_the_code_of_a_graph_reads_like_the_method() -> None:
     ]
 
 
-_ONNX_INPUTS = ("tokens", "mass", *(name for name in _inputs(0)[2] if name != "grid"))
+_ONNX_INPUTS = ("tokens", "mass", *(name for name in inputs(0)[2] if name != "grid"))
 
 
 def _onnx_inputs(seed: int, rows: int) -> tuple[Tensor, ...]:
-    tokens, mass, features = _inputs(seed, rows=rows)
+    tokens, mass, features = inputs(seed, rows=rows)
     return tuple((features | {"tokens": tokens, "mass": mass})[name] for name in _ONNX_INPUTS)
 
 
 class _Several(nn.Module):
     """Several reductions side by side, so that one export serves them all."""
 
-    behaviours = ("everything", "pool", "uniform", "merge", "every score")
+    behaviours = (
+        "everything",
+        "pool",
+        "uniform",
+        "every score",
+        "max_min in steps",
+        "determinantal",
+        "distinct",
+        "probe",
+        "windows",
+        "quota",
+        "bipartite sorted",
+        "neighbourhood",
+        "contextual",
+        "neighbours and rest",
+        "interpolate",
+    )
 
     def __init__(self) -> None:
         super().__init__()
         self.recorded = nn.ModuleList(
-            _record(_reduction(behaviour, 4), 4, mass=True) for behaviour in self.behaviours
+            _record(_reduction(behaviour, 4), mass=True) for behaviour in self.behaviours
         )
 
-    def forward(self, *inputs: Tensor) -> list[Tensor]:
-        given_ = dict(zip(_ONNX_INPUTS, inputs, strict=True))
+    def forward(self, *values: Tensor) -> list[Tensor]:
+        given_ = dict(zip(map(_plain, _ONNX_INPUTS), values, strict=True))
         results = []
         for module in self.recorded:
             assert isinstance(module, fx.GraphModule)
@@ -613,14 +711,15 @@ class _Several(nn.Module):
 def test_onnx_runtime_agrees_at_another_batch() -> None:
     runtime = pytest.importorskip("onnxruntime")
     model = _Several().eval()
-    inputs = _onnx_inputs(0, rows=3)
+    values = _onnx_inputs(0, rows=3)
     batch = torch.export.Dim("batch")
     program = torch.onnx.export(
         model,
-        inputs,
+        values,
         dynamo=True,
-        dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+        dynamic_shapes=(tuple({0: batch} for _ in values),),
         verbose=False,
+        optimize=False,
     )
     assert program is not None
     buffer = io.BytesIO()
@@ -630,10 +729,10 @@ def test_onnx_runtime_agrees_at_another_batch() -> None:
     scatters = [node for node in program.model.graph if node.op_type == "ScatterElements"]
     assert all(node.attributes.get_string("reduction", "none") == "none" for node in scatters)
     session = runtime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
-    inputs = _onnx_inputs(1, rows=5)
+    values = _onnx_inputs(1, rows=5)
     names = [value.name for value in session.get_inputs()]
-    feed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-    for found, expected in zip(session.run(None, feed), model(*inputs), strict=True):
+    feed = {name: value.numpy() for name, value in zip(names, values, strict=True)}
+    for found, expected in zip(session.run(None, feed), model(*values), strict=True):
         torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -658,7 +757,8 @@ def test_soft_top_k_sums_to_the_count(
 @quick
 @given(seeds, st.integers(0, TOKENS))
 def test_soft_top_k_hardens_to_top_k(seed: int, count: int) -> None:
-    score = torch.randn(3, TOKENS, generator=torch.Generator().manual_seed(seed))
+    noise = torch.rand(3, TOKENS, generator=torch.Generator().manual_seed(seed))
+    score = noise.argsort(dim=-1) / TOKENS
     gates = soft_top_k(score, count, 1e-6, torch.ones_like(score))
     expected = F.one_hot(operator.top_k(score, None, count), TOKENS).sum(1).float()
     torch.testing.assert_close(gates, expected, atol=1e-6, rtol=0)
@@ -670,9 +770,9 @@ def test_soft_top_k_gradients(temperature: float) -> None:
     score = torch.randn(3, 9, generator=generator, dtype=torch.float64, requires_grad=True)
     alive = torch.rand(3, 9, generator=generator, dtype=torch.float64) * 0.5 + 0.4
     count = torch.tensor([0.7, 2.5, 4.0], dtype=torch.float64, requires_grad=True)
-    inputs = (score, count, alive.requires_grad_())
+    values = (score, count, alive.requires_grad_())
     assert torch.autograd.gradcheck(
-        lambda s, c, a: soft_top_k(s, c, temperature, a), inputs, atol=1e-6
+        lambda s, c, a: soft_top_k(s, c, temperature, a), values, atol=1e-6
     )
 
 
@@ -689,30 +789,30 @@ def _saturated(reduction: Reduction, fraction: float) -> RelaxedReduction:
     return RelaxedReduction.from_reduction(reduction, fraction).double()
 
 
-@behaviours
+@relaxed_behaviours
 @quick
-@given(seed=seeds, count=st.sampled_from([1, 4, 9, 18, 36]))
+@given(seed=seeds, count=st.sampled_from(COUNTS))
 def test_saturated_relaxed_is_static(behaviour: str, seed: int, count: int) -> None:
-    tokens, mass, features = _inputs(seed, dtype=torch.float64)
+    tokens, mass, features = inputs(seed, dtype=torch.float64)
     reduction = _reduction(behaviour, count)
     static = static_reduce(reduction, count, tokens, mass, features)
     alive = torch.ones_like(mass)
     relaxed = _saturated(reduction, count / TOKENS)(tokens, alive, mass, features)
+    # Now and then two scores are closer than the gates are wide.
+    assume(not ((relaxed.alive > 1e-5) & (relaxed.alive < 1 - 1e-5)).any())
     expected = F.one_hot(static.kept, TOKENS).sum(1).double()
     torch.testing.assert_close(relaxed.alive, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(
-        _gather(relaxed.tokens, static.kept), static.tokens, atol=1e-4, rtol=1e-5
+        gather(relaxed.tokens, static.kept), static.tokens, atol=1e-4, rtol=1e-5
     )
-    torch.testing.assert_close(
-        _gather(relaxed.mass, static.kept), static.mass, atol=1e-3, rtol=1e-5
-    )
+    torch.testing.assert_close(gather(relaxed.mass, static.kept), static.mass, atol=1e-3, rtol=1e-5)
 
 
 def _left(name: str, values: Tensor, kept: Tensor) -> Tensor:
     """The feature of the tokens that are kept."""
     if name in ("text_tokens", "text_mask", "text_score", "normed_text"):
         return values
-    return _gather(values.expand(len(kept), -1, -1) if name == "grid" else values, kept)
+    return gather(values.expand(len(kept), -1, -1) if name == "grid" else values, kept)
 
 
 @pytest.mark.parametrize(
@@ -726,7 +826,7 @@ def _left(name: str, values: Tensor, kept: Tensor) -> Tensor:
     ],
 )
 def test_saturated_relaxed_is_static_after_another(first: str, behaviour: str) -> None:
-    tokens, mass, features = _inputs(3, dtype=torch.float64)
+    tokens, mass, features = inputs(3, dtype=torch.float64)
     one, two = _reduction(first, 9), _reduction(behaviour, 4, "decoder.1")
     static = static_reduce(one, 9, tokens, mass, features)
     left = {name: _left(name, value, static.kept) for name, value in features.items()}
@@ -737,13 +837,24 @@ def test_saturated_relaxed_is_static_after_another(first: str, behaviour: str) -
     relaxed = _saturated(one, 9 / TOKENS)(tokens, torch.ones_like(mass), mass, features)
     relaxed = _saturated(two, 4 / 9)(relaxed.tokens, relaxed.alive, relaxed.mass, features)
     assert torch.equal(operator.in_order(operator.top_k(relaxed.alive, None, 4)), kept)
-    torch.testing.assert_close(_gather(relaxed.tokens, kept), again.tokens, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(_gather(relaxed.mass, kept), again.mass, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(gather(relaxed.tokens, kept), again.tokens, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(gather(relaxed.mass, kept), again.mass, atol=1e-3, rtol=1e-5)
 
 
-@behaviours
+def test_what_has_a_relaxed_form_is_tested() -> None:
+    searched = {name for name, row in SELECTORS.items() if row.relaxed}
+    assert searched == {fields.get("selector", "top_k") for fields in BEHAVIOURS.values()}
+    for behaviour in BEHAVIOURS:
+        assert has_relaxed_form(_reduction(behaviour, 9))
+    for behaviour in STATIC:
+        assert not has_relaxed_form(_reduction(behaviour, 9))
+        with pytest.raises(ValueError, match="has no relaxed form"):
+            RelaxedReduction(_reduction(behaviour, 9), activation=0.5, retention=0.5)
+
+
+@relaxed_behaviours
 def test_an_inactive_site_is_the_identity(behaviour: str) -> None:
-    tokens, mass, features = _inputs(0)
+    tokens, mass, features = inputs(0)
     alive = torch.rand(mass.shape) * 0.9 + 0.1
     site = RelaxedReduction(_reduction(behaviour, 9), activation=0.0, retention=0.5)
     relaxed = site(tokens, alive, mass, features)
@@ -754,19 +865,19 @@ def test_an_inactive_site_is_the_identity(behaviour: str) -> None:
     torch.testing.assert_close(site.bias_after(0.3), torch.tensor(0.3))
 
 
-@behaviours
+@relaxed_behaviours
 def test_gates_sum_to_the_fraction_kept(behaviour: str) -> None:
-    tokens, mass, features = _inputs(0)
+    tokens, mass, features = inputs(0)
     site = RelaxedReduction(_reduction(behaviour, 9), activation=0.8, retention=0.3)
     relaxed = site(tokens, torch.ones_like(mass), mass, features)
     torch.testing.assert_close(relaxed.alive.mean(-1), site.keep_fraction().expand(3))
     torch.testing.assert_close(site.keep_fraction(), torch.tensor(1 - 0.8 * 0.7))
 
 
-@behaviours
+@relaxed_behaviours
 @pytest.mark.parametrize("extreme", [-1e4, -30.0, 0.0, 30.0, 1e4])
 def test_gradients_are_finite_at_extreme_parameters(behaviour: str, extreme: float) -> None:
-    tokens, mass, features = _inputs(0)
+    tokens, mass, features = inputs(0)
     tokens.requires_grad_()
     for gate_temperature in (1.0, 1e-4):
         site = RelaxedReduction(
@@ -791,7 +902,7 @@ def test_gradients_are_finite_at_extreme_parameters(behaviour: str, extreme: flo
 
 
 def test_every_learned_parameter_has_a_gradient() -> None:
-    tokens, mass, features = _inputs(0)
+    tokens, mass, features = inputs(0)
     start = Reduction(
         "projector", 9, **BEHAVIOURS["everything"] | {"scores": {"novelty": 1, "key_norm": 2}}
     )
@@ -803,7 +914,7 @@ def test_every_learned_parameter_has_a_gradient() -> None:
 
 
 def test_relaxed_gradients_are_those_of_finite_differences() -> None:
-    tokens, mass, features = _inputs(0, rows=2, dtype=torch.float64)
+    tokens, mass, features = inputs(0, rows=2, dtype=torch.float64)
     start = Reduction(
         "projector",
         9,
@@ -819,8 +930,8 @@ def test_relaxed_gradients_are_those_of_finite_differences() -> None:
 
     def output(*parameters: Tensor) -> Tensor:
         named = dict(zip([name for name, _ in site.named_parameters()], parameters, strict=True))
-        inputs = (tokens, torch.ones_like(mass), mass, features)
-        result = torch.func.functional_call(site, named, inputs)
+        given_ = (tokens, torch.ones_like(mass), mass, features)
+        result = torch.func.functional_call(site, named, given_)
         return torch.cat([result.tokens.flatten(), result.alive.flatten(), result.mass.flatten()])
 
     parameters = [value.detach().clone().requires_grad_() for value in site.parameters()]
@@ -829,7 +940,7 @@ def test_relaxed_gradients_are_those_of_finite_differences() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_relaxed_in_half_precision(dtype: torch.dtype) -> None:
-    tokens, mass, features = _inputs(0)
+    tokens, mass, features = inputs(0)
     features = {k: v if k == "grid" else v.to(dtype) for k, v in features.items()}
     site = RelaxedReduction(_reduction("everything", 9), activation=0.9, retention=0.3)
     relaxed = site(tokens.to(dtype), torch.ones_like(mass), mass, features)
@@ -838,7 +949,7 @@ def test_relaxed_in_half_precision(dtype: torch.dtype) -> None:
     assert torch.isfinite(relaxed.tokens).all()
 
 
-@behaviours
+@relaxed_behaviours
 def test_discretising_a_saturated_site_gives_the_reduction_back(behaviour: str) -> None:
     reduction = _reduction(behaviour, 9)
     found = RelaxedReduction.from_reduction(reduction, 0.25).to_reduction("projector", 9)
@@ -868,7 +979,7 @@ def test_discretising_drops_what_is_negligible() -> None:
 
 
 def test_grid_search_passes_through_counts_without_a_layout() -> None:
-    tokens, mass, features = _inputs(0)
+    tokens, mass, features = inputs(0)
     alive = torch.ones_like(mass)
     for retention in torch.linspace(0.01, 0.99, 15).tolist():
         site = RelaxedReduction(_reduction("pool", 9), activation=1.0, retention=retention)

@@ -314,12 +314,11 @@ _RELAXED = tuple(name for name, selector in SELECTORS.items() if selector.relaxe
 
 def has_relaxed_form(reduction: Reduction) -> bool:
     """Whether a reduction can be searched: one tier that ranks, in the order of the image."""
-    fixed = replace(
-        reduction, tiers=(), order="position", receivers="all", assignment="similar", neighbours=0
-    )
-    one_step = reduction.options.get("at_once", 1) == 1 and not reduction.keep_class
+    one_by_one = not reduction.tiers and reduction.options.get("at_once", 1) == 1
+    in_order = reduction.order == "position" and not reduction.keep_class
+    by_likeness = reduction.assignment == "similar" and reduction.receivers == "all"
     plain = not reduction.average and reduction.weighting != "raw"
-    return reduction == fixed and reduction.selector in _RELAXED and one_step and plain
+    return reduction.selector in _RELAXED and one_by_one and in_order and by_likeness and plain
 
 
 def _grid_ranking(places: Tensor, count: int, alive: Tensor) -> Tensor:

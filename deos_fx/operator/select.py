@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deos_fx.operator import grid, sequential
-from deos_fx.operator.gather import chosen, listed, take
+from deos_fx.operator.gather import chosen, listed
 from deos_fx.operator.scores import full_precision
 
 __all__ = [
@@ -88,39 +88,42 @@ def quota(score: Tensor, taken: Tensor | None, count: int, windows: int) -> Tens
         Indices [B, K], run by run, the largest score of each first.
     """
     score = full_precision(score)
+    member, inside = _runs(score, windows)
+    width, length = member.shape[1], inside.sum(dim=-1)
+    runs = score.index_select(1, member.flatten()).unflatten(1, member.shape)
+    places = _places((runs * inside).sum(dim=-1) / length, count).unsqueeze(-1)
+    free = inside.expand_as(runs)
+    if taken is not None:
+        free = free * (1 - taken.index_select(1, member.flatten()).unflatten(1, member.shape))
+    wanted = torch.where(free > 0, runs, torch.finfo(score.dtype).min)
+    rank = _rank(wanted)
+    # A run that is kept whole stays in the order of the list.
+    place = torch.arange(width, device=score.device)
+    slot = torch.where(places >= length.unsqueeze(-1), place, rank)
+    slot = slot + torch.arange(windows, device=score.device).unsqueeze(-1) * width
+    # What no run has places for comes behind, best first.
+    behind = -_rank(wanted.flatten(1)) - 1
+    chosen_by_run = ((rank < places) & (free > 0)).flatten(1)
+    priority = torch.where(chosen_by_run, member.numel() - slot.flatten(1), behind)
+    return member.flatten()[priority.to(score.dtype).topk(count, dim=-1).indices]
+
+
+def _runs(score: Tensor, windows: int) -> tuple[Tensor, Tensor]:
+    """Tokens [W, m] of equal runs of the list, and flags of those that are not filled up."""
     size, longer = divmod(score.shape[-1], windows)
-    lengths = torch.full((windows,), size, device=score.device)
-    lengths[:longer] += 1
-    width = size + (longer > 0)
-    start = lengths.cumsum(0) - lengths
-    inside = torch.arange(width, device=score.device) < lengths.unsqueeze(-1)
-    member = (start.unsqueeze(-1) + torch.arange(width, device=score.device)) * inside
-    runs = score.index_select(1, member.flatten()).unflatten(1, member.shape) * inside
-    mean = (runs.sum(dim=-1) / lengths).clamp_min(0)
+    length = size + (torch.arange(windows, device=score.device).unsqueeze(-1) < longer).long()
+    place = torch.arange(size + (longer > 0), device=score.device)
+    inside = place < length
+    return (length.cumsum(0) - length + place) * inside, inside.to(score.dtype)
+
+
+def _places(mean: Tensor, count: int) -> Tensor:
+    """Splits ``count`` places over the runs [B, W] in proportion to their means."""
+    mean = mean.clamp_min(0)
     share = mean / (mean.sum(dim=-1, keepdim=True) + 1e-6)
     places = (share * count).floor()
     missing = count - places.sum(dim=-1, keepdim=True)
-    places = places + (_rank(share) < missing).to(places.dtype)
-
-    wanted = _free(score, taken).index_select(1, member.flatten()).unflatten(1, member.shape)
-    wanted = torch.where(inside, wanted, torch.finfo(score.dtype).min)
-    # A run that is kept whole stays in the order of the list.
-    whole = (places >= lengths).unsqueeze(-1)
-    wanted = torch.where(whole & inside, -torch.arange(width, device=score.device), wanted)
-    best = wanted.topk(width, dim=-1)
-    index = take(
-        member.flatten().expand(score.shape[0], -1),
-        (best.indices + torch.arange(windows, device=score.device).unsqueeze(-1) * width).flatten(
-            1
-        ),
-    )
-    place = torch.arange(width, device=score.device)
-    within = ((place < places.unsqueeze(-1)) & (place < lengths.unsqueeze(-1))).flatten(1)
-    # In the order of the runs; what no run has places for comes after them, best first.
-    slots = windows * width
-    order = torch.arange(slots, 0, -1, device=score.device, dtype=score.dtype)
-    priority = torch.where(within, order, -_rank(best.values.flatten(1)).to(score.dtype))
-    return take(index, priority.topk(count, dim=-1).indices)
+    return places + (_rank(share) < missing).to(places.dtype)
 
 
 def strided(tokens: Tensor, taken: Tensor | None, already: int, count: int) -> Tensor:

@@ -208,7 +208,7 @@ class _Choice:
         if order == "tier":
             parts = [self.call(gather.in_order, picks) for picks in parts]
         kept = parts[0] if len(parts) == 1 else self.call(torch.cat, parts, 1)
-        in_order = order != "position" or self.sorted_last or self.first.selector == "grid"
+        in_order = order != "position" or self.sorted_last or self.reduction.leaves_grid
         return kept if in_order else self.call(gather.in_order, kept)
 
     def _picks(self) -> list[Any]:
