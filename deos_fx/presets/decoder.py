@@ -164,7 +164,7 @@ def dart(
     Differences: the official code visits the pivots in the order of a Python set, here they come
     visual ones first, each in the order of the prompt. It keeps 4 + 8 * int(N (1 - R) / 8) tokens;
     the default is that count for 576 tokens and R = 77.8 %. The L1 norm of a rotated key depends on
-    its position, so give ``position_ids`` with a padded batch, as ``generate`` does, if every sample
+    its position, so give ``position_ids`` with a padded batch, as ``generate`` does, if each sample
     is to keep what it keeps alone.
 
     Args:
