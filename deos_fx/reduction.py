@@ -477,21 +477,24 @@ def _options(site: str, tier: Reduction | Tier) -> dict[str, Option]:
                 f"{site}: no option {name!r} of {tier.selector} and its scores; "
                 f"choose from {', '.join(known) or 'nothing'}"
             )
-        _check_option(f"{site}: option {name}", name, value)
+        _check_option(f"{site}: option {name}", name, value, known[name])
     options = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in tier.options.items()
     }
     for name, default in known.items():
-        if options.get(name, default) is None:
+        if options.get(name, default) in (None, ()):
             raise ValueError(f"{site}: {tier.selector} needs the option {name!r}; give a value")
     return {name: value for name, value in options.items() if value != known[name]}
 
 
-def _check_option(what: str, name: str, value: object) -> None:
+def _check_option(what: str, name: str, value: object, default: object) -> None:
+    """An option is a number, or a list of them where the default is one."""
+    several = isinstance(default, tuple)
+    if several and not isinstance(value, list | tuple):
+        raise ValueError(f"{what} is {value!r}; give a list of numbers")
     low, high = WHOLE_NUMBERS.get(name, (-1e9, 1e9))
-    numbers = value if isinstance(value, list | tuple) and name not in WHOLE_NUMBERS else [value]
-    for number in numbers:
+    for number in cast(Sequence[object], value) if several else [value]:
         _check_number(what, number, low, high)
         if name in WHOLE_NUMBERS and number != int(cast(float, number)):
             raise ValueError(f"{what} is {number!r}; give a whole number")

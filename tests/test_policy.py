@@ -23,7 +23,8 @@ SITES = ["projector", "decoder.0", "decoder.4", "decoder.12", "vision.3"]
 
 weights = st.floats(0.01, 10)
 PICKING = sorted(name for name, row in SELECTORS.items() if "taken" in row.needs)
-ANYWHERE = [name for name in PICKING if not SELECTORS[name].whole_grid]
+FIRST = sorted(SELECTORS)
+ANYWHERE = [name for name in FIRST if not SELECTORS[name].whole_grid]
 
 
 @st.composite
@@ -33,6 +34,8 @@ def tiers(draw: st.DrawFn, selectors: Sequence[str] = PICKING, most_scores: int 
     scores = draw(st.dictionaries(st.sampled_from(sorted(SCORES)), weights, max_size=most_scores))
     known = set(SELECTORS[selector].options).union(*(SCORES[name].options for name in scores))
     options: dict[str, Any] = {name: draw(st.integers(1, 9)) for name in known - {"probe", "first"}}
+    if "first" in known:
+        options["first"] = draw(st.integers(0, 1))
     if "probe" in known:
         options["probe"] = tuple(draw(st.lists(st.floats(-9, 9), min_size=1, max_size=4)))
     return Tier(
@@ -47,15 +50,20 @@ def tiers(draw: st.DrawFn, selectors: Sequence[str] = PICKING, most_scores: int 
 
 @st.composite
 def reductions(
-    draw: st.DrawFn, site: str = "projector", selectors: Sequence[str] = PICKING
+    draw: st.DrawFn, site: str = "projector", selectors: Sequence[str] = FIRST
 ) -> Reduction:
     """A reduction of any kind that is possible at a site."""
     weighting = draw(st.sampled_from(["one", "score", "raw"]))
     first = draw(tiers(selectors, most_scores=1 if weighting == "raw" else 3))
     if weighting == "raw" and not first.scores:
         first = replace(first, scores={"novelty": 1.0})
+    row = SELECTORS[first.selector]
+    later = draw(st.lists(tiers([x for x in selectors if x in PICKING]), max_size=2))
+    if row.flags:
+        later.append(Tier(keep=1.0))
     neighbours = draw(st.sampled_from([0, 0, 3]))
-    residual = SELECTORS[first.selector].ranks and draw(st.booleans())
+    windows = ["similar", "window"] if first.selector == "grid" else ["similar"]
+    residual = row.ranks and not row.flags and draw(st.booleans())
     order, position = "position", draw(st.sampled_from(["keep", "compact"]))
     if position == "compact" and not site.startswith("decoder"):
         order = draw(st.sampled_from(["position", "tier", "selection"]))
@@ -67,11 +75,11 @@ def reductions(
         diversity=first.diversity,
         options=first.options,
         observe=first.observe,
-        tiers=tuple(draw(st.lists(tiers(selectors), max_size=2))),
+        tiers=tuple(later),
         order=order,
         receivers=draw(st.sampled_from(["all", "last"])),
         gain=draw(st.floats(0, 1)),
-        assignment="k_nearest" if neighbours else "similar",
+        assignment="k_nearest" if neighbours else draw(st.sampled_from(windows)),
         neighbours=neighbours,
         temperature=draw(st.one_of(st.floats(0, 100), st.just(math.inf))),
         similarity=draw(st.dictionaries(st.sampled_from(sorted(SIMILARITIES)), weights)),
@@ -100,6 +108,16 @@ def test_json_round_trip(policy: Policy) -> None:
     text = policy.to_json()
     assert Policy.from_json(text) == policy
     assert Policy.from_json(text).to_json() == text
+
+
+@settings(deadline=None, max_examples=50)
+@given(reductions())
+def test_reductions_survive_json_and_repr(reduction: Reduction) -> None:
+    text = json.dumps(reduction.to_dict())
+    assert Reduction.from_dict(json.loads(text)) == reduction
+    if reduction.temperature != math.inf:
+        assert eval(repr(reduction)) == reduction
+    assert str(reduction)
 
 
 @settings(deadline=None, max_examples=50)
@@ -161,6 +179,33 @@ def test_repr_reads_as_a_description() -> None:
     assert eval(repr(policy.reductions[0])) == policy.reductions[0]
 
 
+def test_tiers_read_as_a_description() -> None:
+    reduction = Reduction(
+        "vision.22",
+        64,
+        keep_class=True,
+        observe="next",
+        tiers=(Tier(keep=10, selector="strided"), Tier(keep=0.1, scores={"random": 1})),
+        order="tier",
+        receivers="last",
+        gain=1,
+        average=True,
+        position="compact",
+    )
+    assert str(reduction) == (
+        "vision.22: keep 64, top_k by cls_attention of the next block then strided then top_k by "
+        "random in the order of the tier, merge (gain 1, nearest by feature, average, keep class, "
+        "into the last tier), positions compact"
+    )
+    assert repr(reduction) == (
+        "Reduction(site='vision.22', keep=64, scores={'cls_attention': 1.0}, observe='next', "
+        "order='tier', receivers='last', gain=1, average=True, keep_class=True, "
+        "position='compact', tiers=(Tier(keep=10, selector='strided'), "
+        "Tier(keep=0.1, scores={'random': 1.0})))"
+    )
+    assert eval(repr(reduction)) == reduction
+
+
 @pytest.mark.parametrize(
     ("parameters", "regime"),
     [
@@ -180,6 +225,30 @@ def test_regimes(parameters: dict[str, Any], regime: str) -> None:
     reduction = Reduction("projector", 1, **parameters)
     assert reduction.regime == regime
     assert Policy((reduction,)).regime(reduction) == regime
+
+
+def test_the_first_tier_takes_what_the_others_leave() -> None:
+    tiers = (Tier(keep=0.3), Tier(keep=2))
+    assert Reduction("projector", 10, tiers=tiers).tier_counts(10) == [5, 3, 2]
+    # Rounded up, but not for the rounding error of a product.
+    assert Reduction("projector", 100, tiers=(Tier(keep=0.07),)).tier_counts(100) == [93, 7]
+    rest = Reduction("projector", 10, tiers=tiers, residual=True)
+    assert rest.tier_counts(10) == [4, 3, 2]
+    with pytest.raises(ValueError, match="keeps 4 tokens, of which .* take 4; keep more"):
+        Reduction("projector", 4, tiers=tiers).tier_counts(4)
+    flags = Reduction("projector", 4, selector="neighbourhood", tiers=(Tier(keep=1.0),))
+    assert flags.tier_counts(4) == [0, 4]
+    with pytest.raises(ValueError, match="take 2; let them take all"):
+        replace(flags, tiers=(Tier(keep=2),)).tier_counts(4)
+
+
+def test_options_at_their_defaults_are_not_data() -> None:
+    plain = Reduction("projector", 18, selector="greedy")
+    assert Reduction("projector", 18, selector="greedy", options={"at_once": 1}) == plain
+    assert plain.selection[0].options == {"at_once": 1}
+    assert "options" not in plain.to_dict()
+    # So another selector can take its place.
+    assert replace(plain, selector="top_k") == Reduction("projector", 18)
 
 
 def test_counts_are_rounded_and_at_least_one() -> None:
@@ -225,6 +294,49 @@ def test_counts_may_not_grow_with_depth() -> None:
         ({"temperature": -1}, "temperature is -1"),
         ({"diversity": 0.5}, "no effect with the selector 'top_k'"),
         ({"mass_bias": "1"}, "mass_bias is '1'"),
+        ({"options": {"at_once": 2}}, "no option 'at_once' of top_k .* choose from nothing"),
+        ({"selector": "windows"}, "windows needs the option 'windows'"),
+        ({"scores": {"linear_probe": 1}}, "needs the option 'probe'"),
+        ({"scores": {"linear_probe": 1}, "options": {"probe": []}}, "needs the option 'probe'"),
+        ({"scores": {"linear_probe": 1}, "options": {"probe": 2.0}}, "give a list of numbers"),
+        ({"scores": {"linear_probe": 1}, "options": {"probe": ["a"]}}, "option probe is 'a'"),
+        ({"selector": "greedy", "options": {"at_once": 0}}, r"at_once is 0; .* in \[1, "),
+        ({"selector": "greedy", "options": {"at_once": 1.5}}, "1.5; give a whole number"),
+        ({"selector": "windows", "options": {"windows": [4]}}, r"option windows is \[4\]"),
+        ({"scores": {"random": 1}, "options": {"seed": True}}, "option seed is True"),
+        ({"selector": "bipartite", "options": {"first": 2}}, "option first is 2"),
+        ({"order": "tier"}, "needs a site before the decoder and the position 'compact'"),
+        ({"order": "tier", "position": "compact", "site": "decoder.1"}, "before the decoder"),
+        ({"order": "tier", "position": "compact", "keep_class": True}, "works in the vision tower"),
+        ({"site": "vision.1", "keep_class": True}, "with the order 'tier' or 'selection'"),
+        ({"neighbours": 3}, "'similar' with 3 neighbours"),
+        ({"assignment": "k_nearest"}, "'k_nearest' with 0 neighbours"),
+        ({"neighbours": -1}, "'similar' with -1 neighbours"),
+        ({"assignment": "window"}, "'window' needs the selector 'grid'"),
+        ({"assignment": "far"}, "assignment is 'far'; choose from similar, k_nearest, window"),
+        ({"receivers": "none"}, "receivers is 'none'; choose from all, last"),
+        ({"weighting": "raw", "scores": {"novelty": 1, "key_norm": 1}}, "needs exactly one score"),
+        ({"residual": True, "selector": "max_min"}, "residual needs a selector that ranks"),
+        ({"residual": True, "selector": "bipartite"}, "residual needs a selector that ranks"),
+        ({"residual": True, "average": True}, "average and residual exclude each other"),
+        ({"selector": "neighbourhood"}, r"'neighbourhood' only says .* add Tier\(keep=1.0\)"),
+        ({"observe": "projector"}, "observe is 'projector'; give 'next' or a block's site"),
+        ({"observe": "last"}, "no site 'last'"),
+        ({"observe": None}, "observe is None"),
+        ({"tiers": (Tier(keep=1, observe="projector"),)}, "observe is 'projector'"),
+        ({"tiers": (Tier(keep=1, selector="best"),)}, "selector is 'best'; choose from top_k"),
+        ({"tiers": (Tier(keep=4, selector="grid"),)}, "'grid' .* works in the first tier only"),
+        ({"tiers": (Tier(keep=4, selector="bipartite"),)}, "'bipartite' .* first tier only"),
+        ({"tiers": (Tier(),)}, "a tier of 'top_k' keeps 0; give it some tokens"),
+        (
+            {"tiers": (Tier(keep=2, selector="neighbourhood"), Tier(keep=1.0))},
+            "a tier of 'neighbourhood' keeps 2; give 0",
+        ),
+        ({"tiers": (Tier(keep=-1),)}, "a tier: keep is -1"),
+        ({"tiers": (Tier(keep=1, diversity=1.0),)}, "no effect with the selector 'top_k'"),
+        ({"tiers": (Tier(keep=1, selector="greedy", diversity="x"),)}, "diversity is 'x'"),
+        ({"tiers": (Tier(keep=1, scores={"beauty": 1}),)}, "no scores 'beauty'"),
+        ({"tiers": (Tier(keep=1, options={"seed": 1}),)}, "no option 'seed'"),
     ],
 )
 def test_bad_reductions(arguments: dict[str, Any], message: str) -> None:
@@ -237,6 +349,12 @@ def test_wrong_types_in_a_reduction() -> None:
         Reduction("projector", 18, scores=["novelty"])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="residual is"):
         Reduction("projector", 18, residual=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="neighbours is 1.5"):
+        Reduction("projector", 18, neighbours=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="options is"):
+        Reduction("projector", 18, options=[1])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"tiers has 3; give Tier\(keep="):
+        Reduction("projector", 18, tiers=(3,))  # type: ignore[arg-type]
 
 
 def test_a_site_takes_one_reduction() -> None:
@@ -337,6 +455,21 @@ def test_saving_into_a_missing_folder(tmp_path: Path) -> None:
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
             ' "scores": [1]}]}',
             "scores is",
+        ),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
+            ' "options": [1]}]}',
+            "options is",
+        ),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
+            ' "tiers": 1}]}',
+            "tiers is 1; give a list",
+        ),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 2,'
+            ' "tiers": [{"selector": "top_k"}]}]}',
+            "a tier lacks the field 'keep'",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector",'

@@ -216,7 +216,8 @@ class Score:
         function: Takes the features named in ``needs``, in that order.
         needs: Names of features, or of its options.
         compares: Whether tokens are compared with each other, so that ``alive`` is an argument too.
-        options: Name -> default of its parameters; None where one must be given.
+        options: Name -> default of its parameters; None where a number, and () where a list of
+            numbers must be given.
         searched: Whether a search tries it among its variations; not if it costs much to observe
             or needs to be given something.
     """
@@ -224,7 +225,7 @@ class Score:
     function: Callable[..., Tensor]
     needs: tuple[str, ...]
     compares: bool = False
-    options: Mapping[str, float | None] = field(default_factory=dict)
+    options: Mapping[str, float | tuple[float, ...] | None] = field(default_factory=dict)
     searched: bool = True
 
     @property
@@ -255,7 +256,7 @@ SCORES: Mapping[str, Score] = {
         text_irrelevance, ("tokens", "text_tokens", "text_mask"), searched=False
     ),
     "linear_probe": Score(
-        linear_probe, ("tokens", "probe"), options={"probe": None}, searched=False
+        linear_probe, ("tokens", "probe"), options={"probe": ()}, searched=False
     ),
     "random": Score(random, ("grid", "seed"), options={"seed": 0}, searched=False),
     "grid_coverage": Score(grid_coverage, ("grid",)),
