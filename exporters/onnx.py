@@ -54,6 +54,7 @@ from deos_fx.passes.layout import PromptLayout, first_layer
 from deos_fx.passes.lower_decode import DecodeSpace, decode_spaces
 from deos_fx.passes.pipeline import capture_call, lower_call
 from deos_fx.passes.replace_placeholder_merge import replace_placeholder_merge
+from deos_fx.policy import Policy
 from deos_fx.reduced_model import ReducedModel
 from deos_fx.signature import signature_of
 from deos_fx.tokens import take
@@ -70,6 +71,8 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 
 # Text tokens of the prompt that is traced: any number, the axis is dynamic.
 _TEXT_TOKENS = 8
+# The fewest text tokens that a graph is for.
+_LEAST_TEXT = 2
 # Rows that are traced: torch.export takes an axis of length 1 for a constant.
 _BATCH = 2
 # Smaller constants stay in the graph; the others start on a page, so that they can be mapped.
@@ -132,10 +135,11 @@ def _write(reduced: ReducedModel, images: int, folder: Path) -> None:
 
     model = reduced.model
     with torch.no_grad():
-        example = _prefill_example(model, images)
+        least = _least_text(reduced.policy)
+        example = _prefill_example(model, images, least + _TEXT_TOKENS)
         layout = prompt_layout(model, example)
         graphs = {
-            "prefill": _prefill(reduced, layout, example),
+            "prefill": _prefill(reduced, layout, example, least),
             "decode": _decode(reduced),
         }
         programs = {name: graph.export() for name, graph in graphs.items()}
@@ -273,22 +277,32 @@ def _filled(cache: ReducedCache, states: Mapping[str, Mapping[str, Tensor]]) -> 
 
 
 def _prefill(
-    reduced: ReducedModel, layout: PromptLayout, example: dict[str, Tensor]
+    reduced: ReducedModel, layout: PromptLayout, example: dict[str, Tensor], least: int
 ) -> _Exportable:
     inputs = complete_inputs(reduced.model, example | {"use_cache": True})
     lowered = lower_call(capture_call(reduced.model, inputs), reduced.policy, layout)
     lowered = replace_placeholder_merge(lowered)
-    batch, sequence = Dim("batch"), Dim("sequence", min=layout.images * layout.tokens_per_image + 2)
+    visual = layout.images * layout.tokens_per_image
+    batch, sequence = Dim("batch"), Dim("sequence", min=visual + least)
     shapes = dict.fromkeys(example, {0: batch, 1: sequence})
     shapes["pixel_values"] = {0: batch if layout.images == 1 else layout.images * batch}
     return _Exportable(_Prefill(lowered, reduced), example, shapes)
 
 
-def _prefill_example(model: PreTrainedModel, images: int) -> dict[str, Tensor]:
+def _least_text(policy: Policy) -> int:
+    """The fewest text tokens of a prompt: a selector may need some to compare with."""
+    tiers = (tier for reduction in policy.reductions for tier in reduction.selection)
+    pivots = (tier.options.get("text_pivots") for tier in tiers)
+    return max(
+        [_LEAST_TEXT, *(int(number) for number in pivots if isinstance(number, int | float))]
+    )
+
+
+def _prefill_example(model: PreTrainedModel, images: int, text: int) -> dict[str, Tensor]:
     """Prompts of images and text. What they say does not matter, only how long they are."""
     config = model.config
     visual = images * signature_of(model).visual_tokens
-    input_ids = _words(model, visual + _TEXT_TOKENS)
+    input_ids = _words(model, visual + text)
     input_ids[:, 1 : visual + 1] = config.image_token_id
     side = config.vision_config.image_size
     pixels = (_BATCH * images, config.vision_config.num_channels, side, side)

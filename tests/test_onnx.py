@@ -8,12 +8,14 @@ import functools
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import onnx
 import pytest
 import tiny
 import torch
 
+from deos_fx import presets
 from deos_fx.exporters import onnx_model
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
@@ -21,6 +23,14 @@ from deos_fx.policy import Policy, Reduction
 from deos_fx.reduced_model import ReducedModel
 
 LAYERS, STEPS = 2, 6
+
+
+def _joined(*presets_of_one):
+    """One policy of presets with one reduction each, some of them changed a little."""
+    pairs = (preset if isinstance(preset, tuple) else (preset, {}) for preset in presets_of_one)
+    return Policy(tuple(replace(policy.reductions[0], **change) for policy, change in pairs))
+
+
 # Policy and images per prompt; together they have every regime, selector and kind of token space.
 CASES = {
     "prune, two images": (Policy((Reduction("decoder.0", 16),)), 2),
@@ -53,12 +63,27 @@ CASES = {
         ),
         2,
     ),
-    "out of order": (
-        Policy(
-            (
-                Reduction("vision.1", 20, order="selection", position="compact"),
-                Reduction("projector", 8, gain=1, temperature=0.2),
-            )
+    "ToMe, VisionZip, DivPrune, SparseVLM+": (
+        _joined(
+            presets.tome(12, 1, 64),
+            presets.visionzip(20, 8, 1),
+            (presets.divprune(14), {"position": "compact"}),
+            presets.sparsevlm_plus((0,), (6,)),
+        ),
+        1,
+    ),
+    "EViT, PruMerge, CDPruner, PyramidDrop": (
+        _joined(
+            presets.evit(0.7, (0,), 64),
+            presets.prumerge(24, 1),
+            (presets.cdpruner(12), {"position": "compact"}),
+            (presets.pyramid_drop((1,), (0.1,)), {"site": "decoder.0"}),
+        ),
+        2,
+    ),
+    "VisPruner, DART": (
+        _joined(
+            presets.vispruner(32, 0.5, 1), (presets.dart(), {"site": "decoder.0", "keep": 12})
         ),
         1,
     ),
