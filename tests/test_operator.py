@@ -654,8 +654,7 @@ def test_the_code_of_a_graph_reads_like_the_method() -> None:
         "similarity = deos_fx_operator_similarity({'feature': tokens}, {'feature': 1.0}, "
         "in_order, others)",
         "nearest = deos_fx_operator_nearest(similarity)",
-        "merge = deos_fx_operator_merge(tokens, in_order, others, nearest, None, None, None, 1, "
-        "1.0, False)",
+        "merge = deos_fx_operator_merge(tokens, in_order, others, nearest)",
     ]
 
 

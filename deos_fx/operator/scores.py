@@ -255,9 +255,7 @@ SCORES: Mapping[str, Score] = {
     "text_irrelevance": Score(
         text_irrelevance, ("tokens", "text_tokens", "text_mask"), searched=False
     ),
-    "linear_probe": Score(
-        linear_probe, ("tokens", "probe"), options={"probe": ()}, searched=False
-    ),
+    "linear_probe": Score(linear_probe, ("tokens", "probe"), options={"probe": ()}, searched=False),
     "random": Score(random, ("grid", "seed"), options={"seed": 0}, searched=False),
     "grid_coverage": Score(grid_coverage, ("grid",)),
 }

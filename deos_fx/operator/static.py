@@ -58,6 +58,22 @@ class StaticOutput(NamedTuple):
     score: Any
 
 
+def _short(call: Call) -> Call:
+    """The call, without arguments at the end that are at their defaults: graphs read better."""
+
+    def shortened(operator: Callable[..., Any], *arguments: Any) -> Any:
+        defaults = getattr(operator, "__defaults__", None) or ()
+        while defaults and len(arguments) > operator.__code__.co_argcount - len(defaults):
+            default = defaults[len(arguments) - operator.__code__.co_argcount - 1]
+            number = isinstance(arguments[-1], int | float)
+            if not (arguments[-1] is default or (number and arguments[-1] == default)):
+                break
+            arguments = arguments[:-1]
+        return call(operator, *arguments)
+
+    return shortened
+
+
 def _execute(operator: Callable[..., Any], *arguments: Any) -> Any:
     return operator(*arguments)
 
@@ -86,6 +102,7 @@ def static_reduce(
         ValueError: If a selector cannot keep so many tokens, or needs complete images where
             tokens were dropped before.
     """
+    call = _short(call)
     choice = _Choice(reduction, count, tokens, features, call)
     kept = choice.kept()
     moved = _assignment(choice, kept)
