@@ -28,13 +28,13 @@ class SiteExplanation:
         site: Where it happened.
         positions_in: [B, V] positions of the visual tokens that came in.
         kept: [B, K] positions of those that stayed, in their order; -1 for a copy of the CLS token.
-        dropped: [B, V - K] positions of the others.
+        dropped: [B, V - K] positions of the others; -1 for a copy of the CLS token.
         destination: [B, K, V] how much of the content of each incoming token was added to each
             kept one, g P u of the operator; 0 for kept tokens. None if nothing was transferred.
         mass: [B, K] how many original tokens each kept one stands for.
         scores: [B, V] what the incoming tokens were ranked by; None if by their place alone.
-        remaining: [B, M] positions of everything that is left of the prompt, text included; a copy
-            of the CLS token has none.
+        remaining: [B, M] positions of everything that is left of the prompt, text included. Tokens
+            that are not in the order of the image stand at its first placeholders.
     """
 
     site: str
@@ -76,8 +76,7 @@ def explain(
     total = layout.images * layout.tokens_per_image
     positions = visual_positions(inputs["input_ids"], layout.image_token, total)
     mass = torch.ones(positions.shape, device=positions.device)
-    remaining = torch.arange(inputs["input_ids"].shape[1], device=positions.device)
-    remaining = remaining.expand(len(positions), -1)
+    slots = _Slots(positions, inputs["input_ids"], layout)
     explanations = []
     for reduction in policy.reductions:
         suffix = reduction.site.replace(".", "")
@@ -91,9 +90,8 @@ def explain(
         seen |= _destinations(reduction, seen, per_row)
         if images > 1:
             seen = _of_prompts(seen, images, positions.shape[1] // images)
-        explanation = _explain_site(reduction, seen, positions, mass, remaining)
+        explanation = _explain_site(reduction, seen, positions, mass, slots)
         positions, mass = explanation.kept, explanation.mass
-        remaining = explanation.remaining
         explanations.append(_on_cpu(explanation))
     return explanations
 
@@ -110,6 +108,41 @@ class _Watching(fx.Interpreter):
         for site, role in n.meta.get("explains", ()):
             self.seen.setdefault(site, {})[role] = value
         return value
+
+
+class _Slots:
+    """Where in the prompt visual tokens stand: out of order, they take an image's first places.
+
+    Args:
+        visual: [B, V] positions of all placeholders.
+        input_ids: [B, N].
+        layout: The prompts' layout.
+    """
+
+    def __init__(self, visual: Tensor, input_ids: Tensor, layout: PromptLayout) -> None:
+        text = (input_ids != layout.image_token).nonzero()[:, 1]
+        self.text = text.reshape(len(input_ids), -1)
+        self.placeholders = visual.unflatten(1, (layout.images, -1))
+        self.now = visual
+        self.in_order = True
+
+    def after(self, reduction: Reduction, kept: Tensor, positions: Tensor) -> Tensor:
+        """Positions [B, M] of what is left of the prompt.
+
+        Args:
+            reduction: What was done.
+            kept: [B, K] indices of incoming tokens.
+            positions: [B, K] where these came from.
+        """
+        self.in_order &= reduction.order == "position"
+        if split_site(reduction.site)[0] == "decoder":
+            self.now = take(self.now, kept)
+        elif self.in_order:
+            self.now = positions
+        else:
+            each = positions.shape[1] // self.placeholders.shape[1]
+            self.now = self.placeholders[:, :, :each].flatten(1)
+        return torch.cat([self.text, self.now], dim=1).sort(dim=1).values
 
 
 def _of_prompts(seen: Mapping[str, Tensor], images: int, per_image: int) -> dict[str, Tensor]:
@@ -162,7 +195,7 @@ def _explain_site(
     seen: Mapping[str, Tensor],
     positions: Tensor,
     mass: Tensor,
-    remaining: Tensor,
+    slots: _Slots,
 ) -> SiteExplanation:
     """Explain one reduction.
 
@@ -171,7 +204,7 @@ def _explain_site(
         seen: Values by role; indices count incoming tokens.
         positions: [B, V] prompt positions of the incoming tokens.
         mass: [B, V] their masses.
-        remaining: [B, N] prompt positions of everything that came so far.
+        slots: Where the incoming tokens stand in the prompt; is updated.
     """
     kept = seen["kept"]
     copies = kept < 0
@@ -180,17 +213,16 @@ def _explain_site(
         # The graph has masses only where something reads them.
         after = after + (seen["moved"] * mass.unsqueeze(1)).sum(dim=-1)
     gone = (kept.unsqueeze(-1) != torch.arange(positions.shape[1], device=kept.device)).all(dim=1)
-    lost = positions[gone].reshape(len(positions), -1)
-    stays = (remaining.unsqueeze(-1) != lost.unsqueeze(1)).all(dim=-1)
+    left = take(positions, kept.clamp(min=0)).masked_fill(copies, -1)
     return SiteExplanation(
         site=reduction.site,
         positions_in=positions,
-        kept=take(positions, kept.clamp(min=0)).masked_fill(copies, -1),
-        dropped=lost,
+        kept=left,
+        dropped=positions[gone].reshape(len(positions), -1),
         destination=seen.get("destination"),
         mass=seen.get("mass", after),
         scores=seen.get("score"),
-        remaining=remaining[stays].reshape(len(positions), -1),
+        remaining=slots.after(reduction, kept, left),
     )
 
 

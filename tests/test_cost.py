@@ -7,6 +7,7 @@ import torch
 from tiny import VISUAL, inputs, shared_llava, tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
 
+from deos_fx import presets
 from deos_fx.cost import CostModel, CostReport
 from deos_fx.operator.relaxed import RelaxedReduction
 from deos_fx.operator_cost import SiteSizes, operator_flops, relaxed_flops
@@ -14,6 +15,7 @@ from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.search_space import relaxed_costs
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduced_model import ReducedModel
+from deos_fx.reduction import site_order
 
 POLICIES = {
     "empty": (),
@@ -61,6 +63,33 @@ POLICIES = {
 }
 
 
+PUBLISHED = {
+    "in the tower": (
+        presets.tome(12, 1, VISUAL),
+        presets.visionzip(20, 8, 1),
+        presets.divprune(14),
+        presets.sparsevlm_plus((1, 3), (10, 6)),
+    ),
+    "of the next block": (
+        presets.evit(0.7, (0,), VISUAL),
+        presets.prumerge(24, 1),
+        presets.cdpruner(12),
+        presets.pyramid_drop((1, 3), (0.1, 0.05)),
+    ),
+    "pooled": (
+        presets.vispruner(32, 0.5, 1),
+        presets.fitprune((40, 10, 2, 0, 0, 0), VISUAL),
+    ),
+    "probed": (presets.bilinear_pool(keep=16), presets.dart(2, 12)),
+}
+
+
+def joined(parts):
+    """One policy of several; before the decoder all have one rule for positions."""
+    steps = [step for policy in parts for step in policy.reductions]
+    return Policy(tuple(sorted(steps, key=lambda step: site_order(step.site))))
+
+
 def counted(reduced, **batch):
     """FLOPs of a prefill by torch's counter, and the cache it fills."""
     reduced(**batch)
@@ -92,6 +121,13 @@ def check(model, policy, batch, **arguments):
 def test_policy(name):
     model = shared_llava(attn="eager")
     check(model, Policy(POLICIES[name]), inputs(model, batch=2, images=2, layout="between"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_methods(name):
+    model = shared_llava(attn="eager")
+    batch = inputs(model, batch=2, images=2, layout="between")
+    check(model, joined(PUBLISHED[name]), batch)
 
 
 @pytest.mark.parametrize("logits_to_keep", [1, 3])

@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 from deos_fx.inputs import complete_inputs
 from deos_fx.passes.capture import CaptureError
 from deos_fx.passes.pipeline import capture_call
-from deos_fx.policy import Policy, Reduction
+from deos_fx.policy import Policy, Reduction, Tier
 from deos_fx.reduced_model import ReducedModel
 
 TOLERANCE = 1e-5
@@ -290,7 +290,10 @@ def test_every_regime_equals_loops(
         assert difference(logits, expected.logits[:-3]) < TOLERANCE
         steps = torch.stack(new.logits, dim=1)[row]
         assert difference(steps, expected.logits[-4:-1]) < TOLERANCE
-    for site, told in enumerate(reduced.explain(**batch)):
+    explained = reduced.explain(**batch)
+    spaces = output.past_key_values.spaces
+    assert torch.equal(explained[-1].remaining, spaces[-1].origin)
+    for site, told in enumerate(explained):
         for row, expected in enumerate(rows):
             start = int(batch["attention_mask"][row].argmax())
             mass = torch.tensor(expected.mass[site])
@@ -392,6 +395,27 @@ def test_features_of_several_blocks_leave_the_sites_that_all_of_them_pass() -> N
     assert reduce(model, Reduction("vision.1", 16))(**batch).logits.shape[1] == 16 + 11
     with pytest.raises(ValueError, match="vision.2 cannot be reduced: .* path around"):
         reduce(model, Reduction("vision.2", 16))(**batch)
+
+
+def test_copies_of_the_class_token_come_from_no_position(
+    model: LlavaForConditionalGeneration,
+) -> None:
+    batch = inputs(model, 2, 2, layout="between")
+    tiers = (Tier(keep=4, selector="strided"),)
+    zip_ = Reduction("vision.1", 16, tiers=tiers, order="tier", position="compact", keep_class=True)
+    later = Reduction("decoder.1", 6, gain=1.0, similarity={"grid": 1.0})
+    first, second = reduce(model, zip_, later).explain(**batch)
+    copies = first.kept == -1
+    assert copies.nonzero()[:, 1].tolist() == [0, 16, 0, 16], "the first of every image"
+    assert first.kept.shape == (2, 32) and first.dropped.shape == (2, 2 * (VISUAL - 15))
+    assert (first.mass[copies] == 1).all()
+    ids = batch["input_ids"].gather(1, first.kept.clamp(min=0))
+    assert (ids[~copies] == IMAGE).all()
+    left_over = batch["input_ids"].shape[1] - 2 * (VISUAL - 16)
+    assert first.remaining.shape[1] == left_over and second.remaining.shape[1] == left_over - 20
+    assert torch.equal(second.positions_in, first.kept)
+    kept = [set(row.tolist()) for row in second.kept]
+    assert all(row <= set(before.tolist()) for row, before in zip(kept, first.kept, strict=True))
 
 
 def test_a_tower_without_class_token_has_no_class_attention() -> None:
@@ -587,7 +611,10 @@ def test_a_constant_made_from_an_input_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_attention_can_be_switched_after_capture() -> None:
     model = tiny_llava()
     batch = inputs(model, 2)
-    reduced = reduce(model, Reduction("decoder.1", 16, gain=1.0, mass_bias=1.0))
+    merge = {"gain": 1.0, "mass_bias": 1.0}
+    reduced = reduce(
+        model, Reduction("vision.0", 40, **merge), Reduction("decoder.1", 16, **merge)
+    )
     first = reduced(**batch)
     model.set_attn_implementation("eager")
     second = reduced(**batch)
@@ -600,7 +627,12 @@ def test_attention_can_be_switched_after_capture() -> None:
 def test_half_precision_also_after_capture() -> None:
     model = tiny_llava()
     batch = inputs(model)
-    reduced = reduce(model, Reduction("projector", 32, gain=1.0, mass_bias=1.0), *FASTV)
+    reduced = reduce(
+        model,
+        Reduction("vision.0", 48, gain=1.0, mass_bias=1.0),
+        Reduction("projector", 32, gain=1.0, mass_bias=1.0),
+        *FASTV,
+    )
     exact = reduced(**batch).logits
     reduced.to(torch.bfloat16)
     rounded = reduced(**batch).logits
@@ -615,7 +647,13 @@ def test_half_precision_also_after_capture() -> None:
 def test_gradients_reach_every_weight_the_model_uses(checkpointing: bool) -> None:
     model = tiny_llava().requires_grad_(True)
     batch = inputs(model) | {"use_cache": False}
-    soft = reduce(model, Reduction("projector", 32, gain=1.0, temperature=0.1), *FASTV)
+    into = {"gain": 1.0, "temperature": 0.1}
+    soft = reduce(
+        model,
+        Reduction("vision.0", 48, **into, mass_bias=1.0),
+        Reduction("projector", 32, **into),
+        *FASTV,
+    )
     model(**batch).logits.square().mean().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
