@@ -41,6 +41,7 @@ def inputs(
     features |= {"text_tokens": normal(rows, TEXT, WIDTH), "text_mask": mask, "grid": grid()}
     features |= {"normed_tokens": normal(rows, TOKENS, 12), "normed_text": normal(rows, TEXT, 12)}
     features |= {"text_score": normal(rows, TEXT), "keys@next": normal(rows, TOKENS, 5)}
+    features |= {"class_token": normal(rows, 1, WIDTH)}
     return normal(rows, TOKENS, WIDTH), normal(rows, TOKENS).exp(), features
 
 

@@ -165,6 +165,7 @@ STATIC: dict[str, dict[str, Any]] = {
 LEAST = {"bipartite": TOKENS // 2, "bipartite sorted": TOKENS // 2}
 LEAST |= {name: 4 for name, fields in STATIC.items() if "tiers" in fields}
 COUNTS = [1, 4, 9, 18, 36]
+WITH_CLASS_TOKEN = Reduction("vision.1", 5, keep_class=True, **_AS_CHOSEN)
 behaviours = pytest.mark.parametrize("behaviour", BEHAVIOURS | STATIC)
 relaxed_behaviours = pytest.mark.parametrize("behaviour", BEHAVIOURS)
 
@@ -198,9 +199,8 @@ def test_scores_are_permutation_equivariant(name: str, seed: int) -> None:
     order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))
     plain = _score(name, features)
     shuffled = {
-        need: value if need.startswith("text_") else value[:, order]
+        need: value[:, order] if value.shape[1] == TOKENS else value
         for need, value in features.items()
-        if need != "normed_text"
     }
     torch.testing.assert_close(_score(name, shuffled), plain[:, order])
 
@@ -690,7 +690,8 @@ class _Several(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.recorded = nn.ModuleList(
-            _record(_reduction(behaviour, 4), mass=True) for behaviour in self.behaviours
+            _record(reduction, mass=True)
+            for reduction in (*(_reduction(name, 4) for name in self.behaviours), WITH_CLASS_TOKEN)
         )
 
     def forward(self, *values: Tensor) -> list[Tensor]:
@@ -809,7 +810,7 @@ def test_saturated_relaxed_is_static(behaviour: str, seed: int, count: int) -> N
 
 def _left(name: str, values: Tensor, kept: Tensor) -> Tensor:
     """The feature of the tokens that are kept."""
-    if name in ("text_tokens", "text_mask", "text_score", "normed_text"):
+    if name in ("text_tokens", "text_mask", "text_score", "normed_text", "class_token"):
         return values
     return gather(values.expand(len(kept), -1, -1) if name == "grid" else values, kept)
 

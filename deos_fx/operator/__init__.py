@@ -1,7 +1,7 @@
 """The operator: pruning, merging, pooling and reweighting of visual tokens as one family.
 
-Pure tensor functions on the visual tokens alone: no scatter, no data-dependent shape, batch
-dynamic, half precision in and out. See the formulas in the modules.
+Pure tensor functions on the visual tokens alone: no scatter that adds, no data-dependent shape,
+batch dynamic, half precision in and out. See the formulas in the modules.
 """
 
 from __future__ import annotations
