@@ -219,14 +219,14 @@ class _Lowering:
         made = [node for node in (left.kept, left.mass, embeddings) if node is not None]
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         with self.graph.inserting_before(max(made, key=order.__getitem__).next):
-            own = left.kept
-            in_order = all(step.reduction.order == "position" for step in steps)
-            if not in_order:
-                own = self.call(torch.clamp, own, 0)
-            kept = self.call(tokens.kept_of_prompt, own, images, per_image)
-            grid = self._grid_of_prompt(kept)
-            if not in_order:
-                kept = self.call(tokens.first_of_prompt, own, images, per_image)
+            if all(step.reduction.order == "position" for step in steps):
+                kept = self.call(tokens.kept_of_prompt, left.kept, images, per_image)
+                grid = self._grid_of_prompt(kept)
+            else:
+                patches = self.call(torch.clamp, left.kept, 0)
+                patches = self.call(tokens.kept_of_prompt, patches, images, per_image)
+                grid = self._grid_of_prompt(patches)
+                kept = self.call(tokens.first_of_prompt, left.kept, images, per_image)
             mass = left.mass
             if mass is not None:
                 mass = self.call(tokens.masses_of_prompt, mass, images)
@@ -450,7 +450,7 @@ class _Lowering:
         if isinstance(grid, torch.Tensor):
             return grid_of_prompt(grid, self.layout.images)
         whole = self.layout.grid_tensor(self.layout.images)[None]
-        return self.call(tokens.take, whole, kept)
+        return self.call(tokens.known_of_kept, whole, kept)
 
     def _constant(self, value: torch.Tensor) -> fx.Node:
         """A buffer of the graph, so that it moves to the model's device with it."""
