@@ -7,7 +7,6 @@ gates of those that would be dropped; later attention gets the log-gates as a bi
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from deos_fx.operator.relaxed import RelaxedReduction
 from deos_fx.operator.scores import SCORES
 from deos_fx.operator.static import feature_name
 from deos_fx.passes.annotate_token_spaces import position_tables
+from deos_fx.passes.behind import blocks_behind, users_behind
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.find_sites import Sites
 from deos_fx.passes.finish import finish
@@ -151,7 +151,7 @@ class _Insertion:
             anchor, class_tokens = whole.next, 0
             # Masses bias the stage they arise in.
             self.beta = self.zero
-        users = self._users_behind(whole, anchor)
+        users = users_behind(whole, anchor)
         with self.graph.inserting_before(anchor):
             own = whole
             if class_tokens:
@@ -167,7 +167,7 @@ class _Insertion:
             if in_tower:
                 given = (self.alive, self.mass, self.beta, self.sites.class_tokens)
                 bias = self.call(tokens.patch_gate_bias, *given)
-                for block in self._blocks_behind(bias, "vision"):
+                for block in blocks_behind(bias, "vision"):
                     bias_block(self.graph_module, block, bias)
         self.tower = features
 
@@ -234,7 +234,7 @@ class _Insertion:
             makers={"grid": lambda: self._grid(name, self.layout.images)},
         )
         hidden = features.hidden
-        users = self._users_behind(hidden, features.anchor)
+        users = users_behind(hidden, features.anchor)
         with self.graph.inserting_before(features.anchor):
             visual = self.call(tokens.take, hidden, self.visual)
             reduced = self._site(name, visual, features)
@@ -265,24 +265,11 @@ class _Insertion:
             bias = self.call(
                 tokens.gate_bias, self.alive, self.mass, self.beta, self.visual, hidden
             )
-        layers = self._blocks_behind(bias, "decoder")
+        layers = blocks_behind(bias, "decoder")
         for layer in layers:
             bias_block(self.graph_module, layer, bias)
         if position != "keep":
             self._move(position, bias, layers, hidden)
-
-    def _users_behind(self, node: fx.Node, anchor: fx.Node) -> list[fx.Node]:
-        """Users from the place of insertion on: a peek into the next block is not one of them."""
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        return [user for user in node.users if order[user] >= order[anchor]]
-
-    def _blocks_behind(self, node: fx.Node, stage: str) -> list[fx.Node]:
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        return [
-            block
-            for name, block in self.nodes.items()
-            if re.fullmatch(rf"{stage}_\d+", name) and order[block] > order[node]
-        ]
 
     def _move(self, position: str, before: fx.Node, layers: list[fx.Node], hidden: fx.Node) -> None:
         ids, *tables = self.positions

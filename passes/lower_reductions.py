@@ -8,7 +8,6 @@ is never observed.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 from deos_fx import context, tokens
 from deos_fx.operator import StaticOutput, required_features, static_reduce
 from deos_fx.passes.annotate_token_spaces import position_tables
+from deos_fx.passes.behind import blocks_behind, users_behind
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.find_sites import Site, Sites
 from deos_fx.passes.finish import finish
@@ -189,9 +189,7 @@ class _Lowering:
         if not in_tower:
             whole = self.nodes[self.sites.features]
             anchor = whole.next
-        # A peek into the next block, before the cut, still reads what is whole.
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        users = [user for user in whole.users if order[user] >= order[anchor]]
+        users = users_behind(whole, anchor)
         with self.graph.inserting_before(anchor):
             own = self.call(context.without_class, whole, class_tokens) if class_tokens else whole
             reduced = self._operate(step, step.count, own, images.mass, features)
@@ -318,7 +316,7 @@ class _Lowering:
         for node, here in self.positions.items():
             self.positions[node] = replaced.get(here, here)
         self.position_ids.add(self.positions[self.nodes["position_ids"]])
-        for layer in self._blocks_behind(index, "decoder"):
+        for layer in blocks_behind(index, "decoder"):
             bias_block(self.graph_module, layer, key_bias)
         left = {"origin": origin} | ({"key_bias": key_bias} if key_bias else {})
         if trailing is not None:
@@ -331,7 +329,7 @@ class _Lowering:
         key_bias = None
         if beta and mass is not None:
             key_bias = self.call(tokens.patch_bias, mass, self.sites.class_tokens, beta)
-        for block in self._blocks_behind(left, "vision"):
+        for block in blocks_behind(left, "vision"):
             bias_block(self.graph_module, block, key_bias)
 
     def _new_positions(
@@ -356,14 +354,6 @@ class _Lowering:
                 again.meta = dict(table.meta)
                 replaced[self.positions[table]] = again
         return replaced
-
-    def _blocks_behind(self, node: fx.Node, stage: str) -> list[fx.Node]:
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        return [
-            block
-            for name, block in self.nodes.items()
-            if re.fullmatch(rf"{stage}_\d+", name) and order[block] > order[node]
-        ]
 
     # *** features ***
 

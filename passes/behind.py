@@ -1,0 +1,29 @@
+"""What comes behind a place of a graph."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+__all__ = ["blocks_behind", "users_behind"]
+
+
+def blocks_behind(node: fx.Node, stage: str) -> list[fx.Node]:
+    """The transformer blocks of a stage (``vision`` or ``decoder``) behind a node, in order."""
+    behind = False
+    found = []
+    for other in node.graph.nodes:
+        if behind and re.fullmatch(rf"{stage}_\d+", other.name):
+            found.append(other)
+        behind = behind or other is node
+    return found
+
+
+def users_behind(node: fx.Node, anchor: fx.Node) -> list[fx.Node]:
+    """Users of a node from a place of insertion on.
+
+    What a reduction looked at before (a peek into the next block) still reads what is whole.
+    """
+    order = {other: i for i, other in enumerate(node.graph.nodes)}
+    return [user for user in node.users if order[user] >= order[anchor]]
