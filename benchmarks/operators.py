@@ -39,6 +39,7 @@ from deos_fx.terminal import Advance, stages
 __all__ = ["Settings", "direct_tome", "measure"]
 
 WARM_UP = 2
+PARTS = ("reductions", "tome", "at_once")
 AT_ONCE = (1, 4, 8, 16)
 APPROXIMATED = ("greedy", "max_min")
 LAYER, DIRECT, OURS = "layer", "direct", "ours"
@@ -63,6 +64,7 @@ class Settings:
         calls: Calls of a reduction that are timed together; the layer is called once.
         scenes: Held-out scenes of the reference model, on which the choices of selectors that
             pick several tokens at once are compared with those of one at a time.
+        only: Name of the one part to measure; None for all.
     """
 
     shape: str = "llava-1.5-7b"
@@ -75,6 +77,7 @@ class Settings:
     rounds: int = 15
     calls: int = 3
     scenes: int = 256
+    only: str | None = None
 
 
 def measure(
@@ -99,6 +102,8 @@ def measure(
     visual = shape.image_seq_length
     if not 0 < settings.keep < visual:
         raise ValueError(f"keep is {settings.keep}; an image of this shape has {visual} tokens")
+    if settings.only not in (None, *PARTS):
+        raise ValueError(f"no part {settings.only!r}; choose from {', '.join(PARTS)}")
     results = conditions("operators", asdict(settings) | {"warm_up": WARM_UP}, device)
     parts = {
         "reductions": _measure_reductions,
@@ -107,9 +112,9 @@ def measure(
     }
     torch.manual_seed(0)
     with stages(console) as stage, torch.no_grad():
-        for name, part in parts.items():
+        for name in PARTS if settings.only is None else (settings.only,):
             with stage(name.replace("_", " ")) as advance:
-                results[name] = part(shape, settings, advance)
+                results[name] = parts[name](shape, settings, advance)
             save(results)
     return results
 
@@ -453,10 +458,13 @@ def _reference_features(count: int) -> dict[str, Tensor]:
 def _print(results: Mapping[str, Any], console: Console) -> None:
     settings = results["settings"]
     where = f"{settings['shape']}, {settings['dtype']}, {settings['device']}"
-    layer = f"{where}: a layer takes {results['reductions'][LAYER]['ms']:.1f} ms"
-    console.print(_reductions_table(results["reductions"], layer))
-    console.print(_tome_table(results["tome"], f"one block of ToMe, {where}"))
-    console.print(_at_once_table(results["at_once"], "several picks at once"))
+    if "reductions" in results:
+        layer = f"{where}: a layer takes {results['reductions'][LAYER]['ms']:.1f} ms"
+        console.print(_reductions_table(results["reductions"], layer))
+    if "tome" in results:
+        console.print(_tome_table(results["tome"], f"one block of ToMe, {where}"))
+    if "at_once" in results:
+        console.print(_at_once_table(results["at_once"], "several picks at once"))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -523,6 +531,9 @@ def main(
     scenes: Annotated[
         int, typer.Option(min=1, help="Scenes on which choices are compared.")
     ] = Settings.scenes,
+    only: Annotated[
+        str | None, typer.Option(help=f"Just this part: {', '.join(PARTS)}.")
+    ] = Settings.only,
 ) -> None:
     """Measure what the operator costs."""
     transformers_logging.set_verbosity_error()
@@ -541,6 +552,7 @@ def main(
             rounds=rounds,
             calls=calls,
             scenes=scenes,
+            only=only,
         )
         results = measure(
             settings,

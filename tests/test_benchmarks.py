@@ -97,9 +97,9 @@ def test_operators_measures_all_parts():
     ]
 
 
-@pytest.mark.parametrize("settings", [{"shape": "llava-2"}, {"keep": 64}])
+@pytest.mark.parametrize("settings", [{"shape": "llava-2"}, {"keep": 64}, {"only": "time"}])
 def test_bad_operator_settings(settings):
-    with pytest.raises(ValueError, match="llava-1.5-7b|64 tokens"):
+    with pytest.raises(ValueError, match="llava-1.5-7b|64 tokens|at_once"):
         operators.measure(
             operators.Settings(**TINY | settings), Console(quiet=True), lambda found: None
         )
