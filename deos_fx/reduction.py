@@ -217,6 +217,11 @@ class Reduction:
             raise ValueError(f"{site}: the assignment 'window' needs the selector 'grid'")
         if self.weighting == "raw" and len(self.scores) != 1:
             raise ValueError(f"{site}: weighting 'raw' needs exactly one score, not {self.scores}")
+        if self.selector == "bipartite" and self.order == "tier":
+            raise ValueError(
+                f"{site}: the halves of 'bipartite' are one tier, and the order 'tier' would mix "
+                f"them; choose 'selection' or 'position'"
+            )
         first = SELECTORS[self.selector]
         if self.residual and (not first.ranks or first.flags):
             raise ValueError(f"{site}: residual needs a selector that ranks, not {self.selector!r}")

@@ -66,7 +66,8 @@ def reductions(
     residual = row.ranks and not row.flags and draw(st.booleans())
     order, position = "position", draw(st.sampled_from(["keep", "compact"]))
     if position == "compact" and not site.startswith("decoder"):
-        order = draw(st.sampled_from(["position", "tier", "selection"]))
+        mixed = [] if first.selector == "bipartite" else ["tier"]
+        order = draw(st.sampled_from(["position", "selection", *mixed]))
     return Reduction(
         site,
         draw(st.one_of(st.integers(1, 144), st.floats(0.001, 1))),
@@ -318,6 +319,10 @@ def test_counts_may_not_grow_with_depth() -> None:
         ({"weighting": "raw", "scores": {"novelty": 1, "key_norm": 1}}, "needs exactly one score"),
         ({"residual": True, "selector": "max_min"}, "residual needs a selector that ranks"),
         ({"residual": True, "selector": "bipartite"}, "residual needs a selector that ranks"),
+        (
+            {"selector": "bipartite", "order": "tier", "position": "compact"},
+            "halves of 'bipartite' are one tier",
+        ),
         ({"residual": True, "average": True}, "average and residual exclude each other"),
         ({"selector": "neighbourhood"}, r"'neighbourhood' only says .* add Tier\(keep=1.0\)"),
         ({"observe": "projector"}, "observe is 'projector'; give 'next' or a block's site"),
