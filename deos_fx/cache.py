@@ -38,12 +38,17 @@ class ReducedCache(DynamicCache):
 
     Args:
         config: The text model's config.
+
+    Attributes:
+        rope_deltas: Where the model counts positions of images by their grid: how much the
+            position of a new token differs from its index, [B, 1].
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
         self.spaces: list[TokenSpace] = []
         self.prompt_length = 0
+        self.rope_deltas: Tensor | None = None
 
     def record(self, prompt_length: int, spaces: Sequence[TokenSpace]) -> None:
         """Remember what a prefill of `prompt_length` tokens left in each layer."""

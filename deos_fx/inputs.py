@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import weakref
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from deos_fx.cache import ReducedCache
 from deos_fx.passes.layout import PromptLayout
-from deos_fx.signature import grid_of
+from deos_fx.signature import grid_of, image_token_of, size_inputs, sizes_vary
+from deos_fx.tokens import is_separator
 
 __all__ = ["complete_inputs", "prompt_layout"]
+
+_SEPARATORS: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, int]]
+_SEPARATORS = weakref.WeakKeyDictionary()
 
 
 def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,12 +58,46 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
             "with one prompt that has all images."
         )
     _check_outputs(inputs)
+    inputs["return_dict"] = True
     if "position_ids" not in inputs:
-        input_ids = inputs["input_ids"]
-        seen = 0 if cache is None else cache.get_seq_length()
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device) + seen
-        inputs["position_ids"] = positions[None]
-    return inputs | {"return_dict": True}
+        inputs["position_ids"] = _default_positions(model, inputs)
+    return inputs
+
+
+class _DecoderReached(Exception):  # noqa: N818 - not an error: how the rest is left out
+    """The model has come to its decoder."""
+
+
+def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """The position ids that the model's own code makes up, by families in many ways.
+
+    It is asked for them with the text alone and stopped before its decoder runs.
+    """
+    found: list[Any] = []
+
+    def stop(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        found.append(kwargs.get("position_ids"))
+        raise _DecoderReached
+
+    cache: Any = inputs.get("past_key_values")
+    seen = 0 if cache is None else cache.get_seq_length()
+    core: Any = model.base_model
+    if seen and hasattr(core, "rope_deltas"):
+        # The model remembers how positions go on behind the images of its latest prompt.
+        core.rope_deltas = cache.rope_deltas
+    handle = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        text = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        with torch.no_grad():
+            type(model).forward(model, **text)
+    except _DecoderReached:
+        pass
+    finally:
+        handle.remove()
+    if found and found[0] is not None:
+        return found[0]
+    input_ids = inputs["input_ids"]
+    return torch.arange(input_ids.shape[1], device=input_ids.device)[None] + seen
 
 
 def _check_outputs(inputs: Mapping[str, Any]) -> None:
@@ -86,22 +127,24 @@ def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLa
         ValueError: If there is no image, prompts differ in their number of images, or images and
             placeholders do not match.
     """
-    config = model.config
     rows, columns = grid_of(model)
     per_image = rows * columns
-    placeholders = (inputs["input_ids"] == config.image_token_id).sum(dim=1)
+    token = image_token_of(model)
+    placeholders = (inputs["input_ids"] == token).sum(dim=1)
     counts = sorted(set(placeholders.tolist()))
     if counts[-1] == 0 or "pixel_values" not in inputs:
         raise ValueError(
             "The prompt has no image: deos_fx reduces visual tokens, so the first call needs "
-            f"pixel_values and image placeholders (token id {config.image_token_id}) in input_ids. "
+            f"pixel_values and image placeholders (token id {token}) in input_ids. "
             "Use the original model for text alone."
         )
+    if len(counts) == 1 and sizes_vary(model):
+        return _layout_of_sizes(model, inputs, counts[0])
     if len(counts) > 1 or counts[0] % per_image:
         raise ValueError(
             f"The prompts of this batch have {counts} image placeholders; every prompt needs the "
-            f"same number of images of {per_image} tokens each. Batch prompts with equally many "
-            "images of one size, or pass them one by one."
+            f"same number of images of {per_image or 'equally many'} tokens each. Batch prompts "
+            "with equally many images of one size, or pass them one by one."
         )
     images = counts[0] // per_image
     given = inputs["pixel_values"].shape[0]
@@ -110,4 +153,54 @@ def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLa
             f"pixel_values has {given} images, but input_ids has placeholders for "
             f"{images * len(placeholders)}."
         )
-    return PromptLayout(config.image_token_id, images, (rows, columns))
+    return PromptLayout(token, images, (rows, columns))
+
+
+def _layout_of_sizes(
+    model: PreTrainedModel, inputs: Mapping[str, Any], placeholders: int
+) -> PromptLayout:
+    """The layout of prompts with so many placeholders each, whose images may be of any size."""
+    separators = _separators(model, inputs)
+    visual, batch = placeholders - separators, len(inputs["input_ids"])
+    sizes = [inputs[name] for name in sorted(size_inputs(model)) if name in inputs]
+    table = next((size for size in sizes if size.ndim == 2 and size.shape[1] in (2, 3)), None)
+    pixels = inputs["pixel_values"]
+    if table is not None:
+        height, width = table[0, -2:].tolist()
+        images, rest = divmod(len(table), batch)
+        alike = bool((table == table[0]).all())
+    else:
+        height, width = pixels.shape[-2:]
+        images, rest = divmod(math.prod(pixels.shape[:-3]), batch)
+        alike = pixels.ndim > 3
+    token = image_token_of(model)
+    if alike and not rest and visual % images == 0:
+        # The tokens of an image stand as its pixels do: n = rows x columns in its aspect ratio.
+        rows = math.isqrt(visual // images * height // width)
+        if rows and rows * rows * width == visual // images * height:
+            grid = rows, visual // images // rows
+            return PromptLayout(token, images, grid, separators)
+    return PromptLayout(token, 1, (1, visual), separators, placed=False)
+
+
+def _separators(model: PreTrainedModel, inputs: Mapping[str, Any]) -> int:
+    """Placeholders of a prompt that stand for the end of an image row, not for a part of it.
+
+    Their features are a parameter of the model, whatever the pixels are.
+    """
+    core: Any = model.base_model
+    newline = getattr(core, "image_newline", None)
+    if newline is None:
+        return 0
+    names = sorted(size_inputs(model) & inputs.keys())
+    sizes = tuple((name, inputs[name].tolist().__repr__()) for name in names)
+    pixels = inputs["pixel_values"]
+    known = _SEPARATORS.setdefault(model, {})
+    key = (*sizes, tuple(pixels.shape), len(inputs["input_ids"]))
+    if key not in known:
+        with torch.no_grad():
+            given = {name: inputs[name] for name in names}
+            output = core.get_image_features(pixels, **given, return_dict=True)
+        count = int(is_separator(torch.cat(list(output.pooler_output)), newline).sum())
+        known[key] = count // len(inputs["input_ids"])
+    return known[key]

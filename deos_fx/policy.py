@@ -19,7 +19,14 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSignature:
-    """What a policy has to know of the model it was searched for."""
+    """What a policy has to know of the model it was searched for.
+
+    Attributes:
+        model_type: The model's family.
+        vision_layers: Blocks of its vision tower.
+        decoder_layers: Layers of its decoder.
+        visual_tokens: Visual tokens of an image; 0 if that depends on the image's size.
+    """
 
     model_type: str
     vision_layers: int
@@ -27,9 +34,10 @@ class ModelSignature:
     visual_tokens: int
 
     def __str__(self) -> str:
+        count = self.visual_tokens or "any number of"
         return (
             f"{self.model_type} ({self.vision_layers} vision layers, {self.decoder_layers} decoder "
-            f"layers, {self.visual_tokens} visual tokens per image)"
+            f"layers, {count} visual tokens per image)"
         )
 
 
@@ -109,7 +117,8 @@ class Policy:
                     f"the policy reduces at {reduction.site}, but {model.model_type} has "
                     f"{layers[stage]} {stage} layers; the last site is {stage}.{layers[stage] - 1}"
                 )
-        self.counts(model.visual_tokens)
+        if model.visual_tokens:
+            self.counts(model.visual_tokens)
 
     def to_json(self) -> str:
         """Writes the policy as indented JSON, without the fields that are at their defaults."""

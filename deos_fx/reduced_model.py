@@ -223,6 +223,7 @@ class ReducedModel(nn.Module):
             fields = run_graph(graph_module, inputs)
         spaces = fields.pop("spaces", [])
         if cache is not None and prefill:
+            cache.rope_deltas = getattr(self.model.base_model, "rope_deltas", None)
             cache.record(
                 inputs["input_ids"].shape[1],
                 [

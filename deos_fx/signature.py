@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.policy import ModelSignature
 
-__all__ = ["grid_of", "has_class_token", "signature_of"]
+__all__ = [
+    "grid_of",
+    "has_class_token",
+    "image_token_of",
+    "signature_of",
+    "size_inputs",
+    "sizes_vary",
+]
+
+_GRIDS: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = weakref.WeakKeyDictionary()
 
 
 def signature_of(model: PreTrainedModel) -> ModelSignature:
@@ -25,7 +41,7 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
             f"model is a {type(model).__name__}; give a transformers vision-language model, for "
             "example LlavaForConditionalGeneration.from_pretrained(...)."
         )
-    if model.get_output_embeddings() is None or _image_token(model) is None:
+    if model.get_output_embeddings() is None or _image_token(model.config) is None:
         raise ValueError(
             f"{type(model).__name__} does not read images through placeholders in its prompt and "
             "answer in text. Give a vision-language model that does, for example "
@@ -41,15 +57,67 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
     )
 
 
-def _image_token(model: PreTrainedModel) -> int | None:
-    return getattr(model.config, "image_token_id", None)
+def image_token_of(model: PreTrainedModel) -> int:
+    """Id of the placeholder of one visual token of an image."""
+    token = _image_token(model.config)
+    assert token is not None, "signature_of has refused this model"
+    return token
+
+
+def _image_token(config: Any) -> int | None:
+    names = ("image_token_id", "image_token_index")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
+
+
+def size_inputs(model: PreTrainedModel) -> frozenset[str]:
+    """Inputs that tell how large each image is: tensors that model and image encoder both take."""
+    encoders = (model.base_model.get_image_features, model.get_encoder(modality="image").forward)
+    taken = frozenset[str]().union(*map(_tensor_arguments, encoders))
+    return (taken & _tensor_arguments(type(model).forward)) - {"pixel_values"}
+
+
+def _tensor_arguments(function: Any) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(item.name for item in parameters if "Tensor" in str(item.annotation))
+
+
+def sizes_vary(model: PreTrainedModel) -> bool:
+    """Whether an image has as many visual tokens as its size calls for, not always equally many."""
+    return grid_of(model) == (0, 0)
 
 
 def grid_of(model: PreTrainedModel) -> tuple[int, int]:
-    """Rows and columns of the visual tokens of one image."""
-    vision = model.config.vision_config
-    side = vision.image_size // vision.patch_size
-    return side, side
+    """Rows and columns of the visual tokens of one image; (0, 0) where that depends on its size."""
+    if model not in _GRIDS:
+        count = _visual_tokens(model)
+        side = math.isqrt(count)
+        _GRIDS[model] = (side, side) if side * side == count else (min(1, count), count)
+    return _GRIDS[model]
+
+
+def _visual_tokens(model: PreTrainedModel) -> int:
+    """Visual tokens of an image, if the pixels are all that the image encoder needs; else 0.
+
+    They are counted on a fake image: no arithmetic is done.
+    """
+    config: Any = model.config.vision_config
+    tower = model.get_encoder(modality="image")
+    if _tensor_arguments(tower.forward) & size_inputs(model) or not hasattr(config, "image_size"):
+        return 0
+    sides = config.image_size
+    height, width = sides if isinstance(sides, (list, tuple)) else (sides, sides)
+    shape = (1, getattr(config, "num_channels", 3), height, width)
+    device = next(tower.parameters()).device
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            pixels = torch.empty(shape, dtype=model.dtype, device=device)
+            core: Any = model.base_model
+            features = core.get_image_features(pixels, return_dict=True).pooler_output
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        # The encoder wants to know more than the pixels.
+        return 0
+    first = features if isinstance(features, torch.Tensor) else features[0]
+    return math.prod(first.shape[:-1])
 
 
 def has_class_token(model: PreTrainedModel) -> bool:

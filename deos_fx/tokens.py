@@ -18,6 +18,7 @@ __all__ = [
     "first_of_prompt",
     "gate_bias",
     "grid_positions",
+    "is_separator",
     "kept_in_prompt",
     "kept_of_kept",
     "kept_of_prompt",
@@ -54,18 +55,30 @@ def _first(flags: Tensor, count: int) -> Tensor:
     return torch.topk(flags.float() * descending, count, dim=1).indices
 
 
-def visual_positions(input_ids: Tensor, image_token: int, count: int) -> Tensor:
+def visual_positions(
+    input_ids: Tensor, image_token: int, count: int, separators: Tensor | None = None
+) -> Tensor:
     """Positions of the image placeholders.
 
     Args:
         input_ids: [B, N].
         image_token: Id of the placeholder.
-        count: V, the number of placeholders of every row.
+        count: V, the number of placeholders of every row that are no separators.
+        separators: None, or flags [B V] of all placeholders, row after row.
 
     Returns:
         [B, V] int64, ascending.
     """
-    return _first(input_ids == image_token, count)
+    visual = input_ids == image_token
+    if separators is not None:
+        index = (visual.flatten().to(torch.int64).cumsum(0) - 1).clamp(min=0)
+        visual = visual & ~separators[index].reshape(visual.shape)
+    return _first(visual, count)
+
+
+def is_separator(features: Tensor, newline: Tensor) -> Tensor:
+    """Flags [T] of the features [..., d] that are the learned end of an image row, newline [d]."""
+    return (features.flatten(0, -2) == newline.to(features)).all(dim=-1)
 
 
 def text_tokens(visual: Tensor, hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ is a prompt axis. No arithmetic is done and no memory is used.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -63,6 +64,7 @@ def annotate_token_spaces(
             node.meta["prompt_axes"] = pytree.tree_map(
                 _changed_axis, shapes[0][node], shapes[1][node], is_leaf=_is_shape
             )
+        node.meta.pop("example", None)
     return graph_module
 
 
@@ -78,6 +80,9 @@ def position_tables(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def _is_mask_builder(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        # Of masks by kind of layer.
+        return _is_mask_builder(graph_module, node.all_input_nodes[0])
     return node.op == "call_module" and isinstance(
         graph_module.get_submodule(str(node.target)), MaskBuilder
     )
@@ -95,7 +100,11 @@ class _FakeRun(fx.Interpreter):
         return self
 
     def run_node(self, n: fx.Node) -> Any:
-        value = None if n.target is check_guard else super().run_node(n)
+        if "example" in n.meta:
+            # What reads values cannot run on fake tensors.
+            value = pytree.tree_map_only(torch.Tensor, _like, n.meta["example"])
+        else:
+            value = None if n.target is check_guard else super().run_node(n)
         self.shapes[n] = pytree.tree_map(_shape, value, is_leaf=_is_cache)
         leaves = pytree.tree_leaves(value, is_leaf=_is_cache)
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
@@ -105,6 +114,11 @@ class _FakeRun(fx.Interpreter):
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     return mode.from_tensor(tensor).requires_grad_(tensor.is_floating_point())
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return fake.requires_grad_(tensor.is_floating_point())
 
 
 class _Shape(tuple[int, ...]):

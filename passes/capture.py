@@ -16,28 +16,38 @@ import contextlib
 import inspect
 import operator
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 from torch.utils import _pytree as pytree
-from transformers import Cache, masking_utils
+from transformers import Cache, PreTrainedModel
 from transformers.utils.import_utils import torch_compilable_check
 
+from deos_fx.passes.families import HELPERS
 from deos_fx.passes.finish import finish
 
 __all__ = ["CaptureError", "GuardError", "MaskBuilder", "capture", "check_guard"]
 
-# Factories that take sizes do not dispatch on proxies, so they are wrapped while tracing.
-_FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
+# Not every function that is written in C dispatches on proxies (factories that take sizes do not),
+# so all are wrapped while tracing.
+_BUILTINS = tuple(
+    (namespace, name)
+    for namespace in (torch, functional)
+    for name, function in vars(namespace).items()
+    if isinstance(function, types.BuiltinFunctionType) and not name.startswith("_")
+)
+
 
 # Mask construction looks at values and at the attention implementation: one opaque node each.
-_MASK_FUNCTIONS = tuple(
-    function
-    for name, function in vars(masking_utils).items()
-    if name.startswith("create_") and name.endswith("_mask")
-)
+def _makes_masks(name: str, value: Any) -> bool:
+    """Whether this is a function, of transformers or of a model file, that makes masks."""
+    named = name.startswith("create_") and "mask" in name and inspect.isfunction(value)
+    return named and "config" in inspect.signature(value).parameters
+
 
 # Results of these types describe the structure of the run, not its data: they are not recorded.
 _STRUCTURAL_TYPES = (str, torch.dtype, torch.device, torch.layout, type(None))
@@ -79,6 +89,26 @@ class MaskBuilder(nn.Module):
         return self.function(config=self.config, **kwargs)
 
 
+class ImageEncoder(nn.Module):
+    """From pixels to the features that enter the prompt, as one node of the graph.
+
+    An encoder that reads the sizes of images into Python stays opaque: another size takes another
+    path through it. Features of several images come out as one tensor [T, d].
+    """
+
+    def __init__(self, core: nn.Module, encode: Callable[..., Any]) -> None:
+        super().__init__()
+        self.core = core
+        self.encode = encode
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.encode(self.core, *args, **kwargs)
+        features = output.pooler_output
+        if not isinstance(features, torch.Tensor):
+            output.pooler_output = (torch.cat(list(features)),)
+        return output
+
+
 class ValueProxy(fx.Proxy):
     """An fx proxy that knows the value its node had in the example run."""
 
@@ -100,6 +130,17 @@ class ValueProxy(fx.Proxy):
         if isinstance(attribute, (*_STRUCTURAL_TYPES, bool)):
             return attribute
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __getitem__(self, key: Any) -> Any:
+        # Also where a mask for some layers is None now: the next batch may be padded.
+        tracer: Any = self.tracer
+        parts = tracer.mask_parts.get(self.node)
+        if parts is None:
+            return tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+        if key not in parts:
+            node = tracer.create_node("call_function", operator.getitem, (self.node, key), {})
+            parts[key] = ValueProxy(node, tracer, tracer.values[node])
+        return parts[key]
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, torch.Tensor):
@@ -157,6 +198,8 @@ class _Tracer(fx.Tracer):
         self.module_paths = {id(module): path for path, module in model.named_modules()}
         self.leaves: dict[str, nn.Module] = {}
         self.graph = fx.Graph()
+        # Masks by kind of layer: node of all of them -> kind -> proxy.
+        self.mask_parts: dict[fx.Node, dict[Any, ValueProxy]] = {}
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         """A leaf is every module that does not contain transformer blocks."""
@@ -210,8 +253,19 @@ class _Tracer(fx.Tracer):
             name = f"{name}_{len(self.leaves)}"
         self.leaves[name] = MaskBuilder(function, kwargs.pop("config"))
         node = self.create_node("call_module", name, (), self.create_arg(kwargs), name)
+        if isinstance(self.values[node], dict):
+            self.mask_parts[node] = {}
         # Also a proxy when the example run needed no mask: the next batch may be padded.
         return ValueProxy(node, self, self.values[node])
+
+    def call_encoder(self, encode: Callable[..., Any], core: Any, args: Any, kwargs: Any) -> Any:
+        name = "image_encoder"
+        self.leaves[name] = ImageEncoder(core, encode)
+        node = self.create_node(
+            "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
+        )
+        node.meta["example"] = self.values[node]
+        return self.proxy(node)
 
     def attributes(self) -> dict[str, Any]:
         """Everything the recorded nodes refer to, by target."""
@@ -262,7 +316,11 @@ class _Tracer(fx.Tracer):
 
 
 def capture(
-    model: nn.Module, inputs: Mapping[str, Any], block_names: Mapping[str, str]
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    block_names: Mapping[str, str],
+    *,
+    opaque_encoder: bool = False,
 ) -> fx.GraphModule:
     """Record one forward pass as a graph of blocks and glue.
 
@@ -271,6 +329,7 @@ def capture(
         inputs: Arguments of its forward. Tensors and caches become graph inputs, everything else
             is part of the structure and specialised.
         block_names: Module path of every transformer block -> node name.
+        opaque_encoder: Record the image encoder as one node.
 
     Returns:
         A `GraphModule` with the same inputs that returns a dict of the model's output fields;
@@ -285,7 +344,7 @@ def capture(
         name: tracer.placeholder(name, value) if isinstance(value, (torch.Tensor, Cache)) else value
         for name, value in inputs.items()
     }
-    with torch.no_grad(), _tracing(tracer, model):
+    with torch.no_grad(), _tracing(tracer, model, opaque_encoder):
         result = type(model).forward(model, **arguments)
     fields = {name: value for name, value in result.items() if value is not None}
     tracer.create_node("output", "output", (tracer.create_arg(fields),), {})
@@ -298,7 +357,7 @@ def capture(
 
 
 @contextlib.contextmanager
-def _tracing(tracer: _Tracer, model: nn.Module) -> Iterator[None]:
+def _tracing(tracer: _Tracer, model: PreTrainedModel, opaque_encoder: bool) -> Iterator[None]:
     """Send what does not dispatch on proxies to the tracer; undone on exit, also on error."""
     with contextlib.ExitStack() as stack:
 
@@ -306,13 +365,20 @@ def _tracing(tracer: _Tracer, model: nn.Module) -> Iterator[None]:
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
 
+        if opaque_encoder:
+            core: Any = type(model.base_model)
+            patch(core, "get_image_features", _traced_encoder(tracer, core.get_image_features))
         patch(nn.Module, "__call__", _traced_call(tracer, nn.Module.__call__))
         patch(nn.Module, "__getattr__", _traced_getattr(tracer, nn.Module.__getattr__))
-        for name in _FACTORIES:
-            patch(torch, name, _traced_function(tracer, getattr(torch, name)))
+        for owner, name in _BUILTINS:
+            patch(owner, name, _traced_function(tracer, getattr(owner, name)))
+        for kind in {type(module) for module in model.modules()}:
+            for name in HELPERS.keys() & vars(kind).keys():
+                leaf, stand_in = HELPERS[name]
+                patch(kind, name, stand_in(_traced_function(tracer, leaf)))
         for namespace in {sys.modules[type(module).__module__] for module in model.modules()}:
             for name, value in list(vars(namespace).items()):
-                if value in _MASK_FUNCTIONS:
+                if _makes_masks(name, value):
                     patch(namespace, name, _traced_mask(tracer, value))
                 elif value is torch_compilable_check:
                     # It compares tensors in Python; the inputs were checked before capture.
@@ -332,6 +398,15 @@ def _traced_call(tracer: _Tracer, original: Callable[..., Any]) -> Callable[...,
     return call
 
 
+def _traced_encoder(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
+    def encode(core: Any, *args: Any, **kwargs: Any) -> Any:
+        if _has_proxy((args, kwargs)):
+            return tracer.call_encoder(original, core, args, kwargs)
+        return original(core, *args, **kwargs)
+
+    return encode
+
+
 def _traced_getattr(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
     """Parameters and buffers that glue code reads become get_attr nodes."""
 
@@ -347,7 +422,7 @@ def _traced_getattr(tracer: _Tracer, original: Callable[..., Any]) -> Callable[.
 
 def _traced_function(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
-        if _has_proxy((args, kwargs)):
+        if not tracer.running and _has_proxy((args, kwargs)):
             return tracer.create_proxy("call_function", original, args, kwargs)
         return original(*args, **kwargs)
 
@@ -358,6 +433,8 @@ def _traced_mask(tracer: _Tracer, original: Callable[..., Any]) -> Callable[...,
     signature = inspect.signature(original)
 
     def function(*args: Any, **kwargs: Any) -> Any:
+        if tracer.running:
+            return original(*args, **kwargs)
         return tracer.call_mask_function(original, signature.bind(*args, **kwargs).arguments)
 
     return function

@@ -22,11 +22,16 @@ class PromptLayout:
         image_token: Id of the image placeholder.
         images: Images per prompt.
         grid: Rows and columns of one image's tokens.
+        separators: Placeholders of a prompt that are no part of an image (ends of rows): they are
+            never reduced.
+        placed: Whether the grid is known; otherwise all tokens of a prompt count as one row.
     """
 
     image_token: int
     images: int
     grid: tuple[int, int]
+    separators: int = 0
+    placed: bool = True
 
     @property
     def tokens_per_image(self) -> int:

@@ -19,6 +19,7 @@ from deos_fx.passes.lower_decode import decode_spaces, lower_decode
 from deos_fx.passes.lower_reductions import lower_reductions
 from deos_fx.passes.verify import verify
 from deos_fx.policy import Policy
+from deos_fx.signature import sizes_vary
 
 __all__ = ["Captured", "capture_call", "lower_call", "run_graph"]
 
@@ -60,7 +61,8 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
         CaptureError: If the model cannot be captured.
     """
     blocks = find_blocks(model)
-    graph_module = capture(model, inputs, blocks.names())
+    opaque = sizes_vary(model)
+    graph_module = capture(model, inputs, blocks.names(), opaque_encoder=opaque)
     graph_module = fold_unstack(graph_module)
     graph_module = annotate_token_spaces(graph_module, inputs)
     graph_module = verify(graph_module, "captured")
