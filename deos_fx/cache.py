@@ -82,7 +82,8 @@ class ReducedCache(DynamicCache):
             position_ids: [B or 1, t] original positions of the new tokens.
 
         Returns:
-            ``attention_mask_k``, ``position_ids_k`` and ``key_bias_k`` of every space k.
+            ``key_positions_k``, ``attention_mask_k``, ``position_ids_k`` and ``key_bias_k`` of
+            every space k.
         """
         inputs = {}
         new = position_ids.shape[-1] + self.get_seq_length() - self.prompt_length
@@ -90,6 +91,9 @@ class ReducedCache(DynamicCache):
             dropped = self.prompt_length - space.origin.shape[1]
             shift = dropped if space.shift is None else space.shift
             inputs[f"position_ids_{k}"] = position_ids - shift
+            index = torch.arange(new, device=space.origin.device) + self.prompt_length
+            later = index.expand(len(space.origin), -1)
+            inputs[f"key_positions_{k}"] = torch.cat([space.origin, later], dim=1)
             if attention_mask is not None:
                 kept = torch.gather(attention_mask, 1, space.origin)
                 later = attention_mask[:, self.prompt_length :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Hashable, Mapping
@@ -270,6 +271,10 @@ def _decode_example(inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
         name: value for name, value in inputs.items() if not name.rpartition("_")[2].isdigit()
     }
     for layer, held in enumerate(cache.layers):
+        if not hasattr(held, "keys"):
+            # A recurrent layer: its state is as long in any space.
+            example["past_key_values"].layers[layer] = copy.deepcopy(held)
+            continue
         short = [states[:, :, :2].clone() for states in (held.keys, held.values)]
         example["past_key_values"].update(*short, layer)
     new = inputs["input_ids"].shape[1]

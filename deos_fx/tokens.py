@@ -26,6 +26,8 @@ __all__ = [
     "last_token",
     "mass_bias",
     "masses_of_prompt",
+    "of_images",
+    "of_prompts",
     "ones_at",
     "ones_like_tokens",
     "patch_bias",
@@ -36,6 +38,7 @@ __all__ = [
     "shift_of",
     "take",
     "take_each",
+    "take_in_each",
     "take_mask",
     "text_tokens",
     "trailing",
@@ -128,6 +131,11 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     offset = torch.arange(batch, device=index.device)[:, None] * length
     rows = x.reshape(batch * length, *x.shape[2:]).index_select(0, (index + offset).flatten())
     return rows.reshape(batch, index.shape[1], *x.shape[2:]).movedim(1, dim)
+
+
+def take_in_each(x: Tensor, index: Tensor) -> Tensor:
+    """`take` of values [k, B or 1, N, ...] with k coordinates for each token: [k, B, M, ...]."""
+    return torch.stack([take(coordinate, index) for coordinate in x.unbind(0)])
 
 
 def take_each(
@@ -233,6 +241,16 @@ def first_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
     """
     first = torch.arange(kept.shape[1], device=kept.device)
     return kept_of_prompt(first.expand(kept.shape[0], -1), images, per_image)
+
+
+def of_images(x: Tensor, images: int) -> Tensor:
+    """Visual tokens of prompts [B, images * V, d] as those of each image [B * images, V, d]."""
+    return x.unflatten(1, (images, -1)).flatten(0, 1)
+
+
+def of_prompts(x: Tensor, images: int) -> Tensor:
+    """Tokens of each image [B * images, K, d] as those of prompts [B, images * K, d]."""
+    return x.unflatten(0, (-1, images)).flatten(1, 2)
 
 
 def masses_of_prompt(mass: Tensor, images: int) -> Tensor:

@@ -60,6 +60,9 @@ def annotate_token_spaces(
         node.meta["content"] = node in runs[0].content
         if _is_mask_builder(graph_module, node):
             node.meta["prompt_axes"] = MASK
+            if node.op == "call_module":
+                builder: Any = graph_module.get_submodule(str(node.target))
+                node.meta["plain_mask"] = builder.is_plain(node.kwargs)
         elif node.op != "output":
             node.meta["prompt_axes"] = pytree.tree_map(
                 _changed_axis, shapes[0][node], shapes[1][node], is_leaf=_is_shape

@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, masking_utils
 from transformers.utils.import_utils import torch_compilable_check
 
 from deos_fx.passes.families import HELPERS
@@ -73,6 +73,9 @@ def check_guard(value: Any, expected: Any) -> None:
         raise GuardError(f"captured for {expected!r}, called with {value!r}")
 
 
+_PLAIN = {"inputs_embeds", "attention_mask", "past_key_values", "position_ids", "layer_idx"}
+
+
 class MaskBuilder(nn.Module):
     """One of transformers' mask functions with its config, as a node of the graph.
 
@@ -84,6 +87,11 @@ class MaskBuilder(nn.Module):
         super().__init__()
         self.function = function
         self.config = config
+
+    def is_plain(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether all that matters is which token comes first and what is padding."""
+        given = {name for name, value in kwargs.items() if value is not None}
+        return self.function is masking_utils.create_causal_mask and given <= _PLAIN
 
     def forward(self, **kwargs: Any) -> Any:
         return self.function(config=self.config, **kwargs)

@@ -7,16 +7,19 @@ dominator of the data flow): only there does dropping a token drop it everywhere
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
+import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from deos_fx.operator import SCORES
 from deos_fx.passes.capture import CaptureError
+from deos_fx.passes.families import visual_rows
 
 __all__ = ["Site", "Sites", "find_sites"]
 
@@ -49,12 +52,15 @@ class Sites:
 
     Attributes:
         sites: All candidates, in order of depth.
-        features: Node of the visual features [I, V, d] just before they enter the prompt.
+        features: Node of the visual features [I, V, d] just before they enter the prompt; of the
+            prompts [B, N, d] with them in place where the image encoder is one node.
         embeddings: Node of the prompt's embeddings [B, N, d] before the features enter.
         tower_block: Node of the vision block the features come from.
-        tokens_per_image: V of one image.
+        tokens_per_image: V of one image; 0 if that depends on its size.
         class_tokens: Tokens of the tower that are not image patches (CLS), in front; they are
             never reduced.
+        merged: Whether ``features`` are the prompts.
+        encoded: Node of what the image encoder gives, [T, d] or [I, V, d], if it is one node.
     """
 
     sites: tuple[Site, ...]
@@ -63,6 +69,13 @@ class Sites:
     tower_block: str
     tokens_per_image: int
     class_tokens: int
+    merged: bool = False
+    encoded: str = ""
+
+    @property
+    def sees_tower(self) -> bool:
+        """Whether the features are tokens of a block of the vision tower, which can be observed."""
+        return self.tower_block != self.features
 
     def __getitem__(self, name: str) -> Site:
         for site in self.sites:
@@ -100,6 +113,8 @@ class Sites:
 _ANYWHERE = frozenset(
     {"tokens", "grid", "keys", "joint_keys", "attention_mutual", "attention_mutual_max"}
 )
+# Features where the tokens are those of no block that could be observed.
+_OF_FEATURES = frozenset({"tokens", "grid", "text_tokens", "text_mask"})
 _OF_CLASS_TOKEN = frozenset({"attention_cls", "attention_cls_joint"})
 _OF_TEXT = frozenset({"text_tokens", "text_mask"})
 _OF_LATER_TEXT = frozenset(
@@ -137,14 +152,34 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
     outputs: Any = graph_module.graph.output_node().args[0]
     logits = outputs["logits"]
     to_logits = _dominators(flow, features.name, logits.name)
+    if "image_encoder" in nodes:
+        if _length(merge) != _length(embeddings):
+            raise CaptureError(
+                f"{merge.name} is the first value made of images and prompt, and it is no prompt "
+                "with the images in place. Use a model with image placeholders in its prompt."
+            )
+        reason = "the image encoder reads the sizes of images, so it is one node of the graph"
+        sites = [Site(f"vision.{i}", f"vision_{i}", reason, ()) for i in range(vision_blocks)]
+        sites.append(Site("projector", merge.name, "", _scores_from(_OF_FEATURES)))
+        sites += _decoder_sites(nodes, to_logits, decoder_layers)
+        from_images = _reached([nodes["pixel_values"]])
+        encoded = next(node.name for node in merge.all_input_nodes if node in from_images)
+        return Sites(tuple(sites), merge.name, embeddings.name, merge.name, 0, 0, True, encoded)
     to_features = _dominators(flow, "pixel_values", features.name)
     tower_block = _last_block(features, nodes)
-    tower_length = tower_block.meta["shape"][1]
     per_image = features.meta["shape"][1]
-    class_tokens = tower_length - per_image
+    class_tokens = None
+    if tower_block is not None:
+        class_tokens = _class_tokens(graph_module, tower_block, features)
+    if tower_block is None or class_tokens is None:
+        reason = "the visual tokens are made of several patches each"
+        sites = [Site(f"vision.{i}", f"vision_{i}", reason, ()) for i in range(vision_blocks)]
+        sites.append(Site("projector", features.name, "", _scores_from(_OF_FEATURES)))
+        sites += _decoder_sites(nodes, to_logits, decoder_layers)
+        return Sites(tuple(sites), features.name, embeddings.name, features.name, per_image, 0)
+    tower_length = tower_block.meta["shape"][1]
     of_image = _ANYWHERE | (_OF_CLASS_TOKEN if class_tokens == 1 else frozenset())
     in_tower = _scores_from(of_image | ({"class_token"} if class_tokens == 1 else set()))
-    in_decoder = _scores_from(_ANYWHERE | _OF_TEXT | _OF_LATER_TEXT)
     sites = []
     for i in range(vision_blocks):
         reason = _why_not_in_tower(f"vision_{i}", nodes, to_features, features, tower_length)
@@ -152,11 +187,58 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
     # Keys of the tower's last block are for similarities there: features are ranked as they are.
     at_projector = _scores_from((of_image | _OF_TEXT) - {"keys"})
     sites.append(Site("projector", features.name, "", at_projector))
-    for i in range(decoder_layers):
-        reason = _why_not_in_decoder(i, nodes, to_logits, decoder_layers)
-        sites.append(Site(f"decoder.{i}", f"decoder_{i}", reason, in_decoder))
+    sites += _decoder_sites(nodes, to_logits, decoder_layers)
     return Sites(
         tuple(sites), features.name, embeddings.name, tower_block.name, per_image, class_tokens
+    )
+
+
+def _decoder_sites(nodes: dict[str, fx.Node], to_logits: set[str], layers: int) -> list[Site]:
+    scores = _scores_from(_ANYWHERE | _OF_TEXT | _OF_LATER_TEXT)
+    reasons = [_why_not_in_decoder(i, nodes, to_logits, layers) for i in range(layers)]
+    return [
+        Site(f"decoder.{i}", f"decoder_{i}", reason, scores) for i, reason in enumerate(reasons)
+    ]
+
+
+def _length(node: fx.Node) -> Any:
+    return node.meta["shape"][:2]
+
+
+def _class_tokens(graph_module: fx.GraphModule, block: fx.Node, features: fx.Node) -> int | None:
+    """Tokens of a tower [I, c + V, d] that are not among the features [I, V, d]; None if patches
+    are mixed in between.
+
+    What comes behind the block is run on a fake tensor with one patch less: if the features have
+    one token less as well, each is made of one patch.
+    """
+    shape = block.meta["shape"]
+    per_image = features.meta["shape"][1]
+    if len(shape) != 3 or shape[1] - per_image not in (0, 1):
+        return None
+    between = _reached([block])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        values = {block: torch.empty(shape[0], shape[1] - 1, shape[2])}
+        for node in graph_module.graph.nodes:
+            if node in between and node is not block and features in _reached([node]):
+                try:
+                    values[node] = _run(graph_module, node, values)
+                except (KeyError, RuntimeError, ValueError, TypeError):
+                    return None
+                if node is features:
+                    break
+    return shape[1] - per_image if values[features].shape[1] == per_image - 1 else None
+
+
+def _run(graph_module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    target: Any = node.target
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    if node.op == "call_module":
+        return graph_module.get_submodule(target)(*args, **kwargs)
+    return (
+        getattr(args[0], target)(*args[1:], **kwargs)
+        if node.op == "call_method"
+        else target(*args, **kwargs)
     )
 
 
@@ -210,7 +292,7 @@ def _operands(merge: fx.Node, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.No
     """The features [I, V, d] and the embeddings [B, N, d] that meet in the merge."""
     from_images = _reached([nodes["pixel_values"]])
     features = next(node for node in merge.all_input_nodes if node in from_images)
-    while len(features.meta["shape"]) != 3:
+    while len(features.meta["shape"]) != 3 and features.target != "image_encoder":
         features = next(node for node in features.all_input_nodes if node in from_images)
     embeddings = next(
         node
@@ -220,10 +302,10 @@ def _operands(merge: fx.Node, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.No
     return features, embeddings
 
 
-def _last_block(features: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node:
-    """The deepest vision block that the features depend on."""
+def _last_block(features: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node | None:
+    """The deepest vision block that the features depend on, if blocks of the tower are known."""
     blocks = [node for name, node in nodes.items() if re.fullmatch(r"vision_\d+", name)]
-    return [block for block in blocks if features in _reached([block])][-1]
+    return next((block for block in blocks[::-1] if features in _reached([block])), None)
 
 
 def _reached(sources: Iterable[fx.Node]) -> set[fx.Node]:
@@ -241,7 +323,8 @@ def _data_flow(graph: fx.Graph) -> nx.DiGraph:
     """Which values flow where; nodes that read only shapes carry nothing on."""
     flow = nx.DiGraph()
     for node in graph.nodes:
-        if node.meta["content"]:
+        # What has a row for every prompt position follows its tokens.
+        if node.meta["content"] and node.target is not visual_rows:
             flow.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
     return flow
 

@@ -6,11 +6,15 @@ mask as wide as those layers' caches and, where positions were compacted, its po
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
+from transformers.masking_utils import create_causal_mask
 
 from deos_fx.passes.annotate_token_spaces import MASK, position_tables
 from deos_fx.passes.finish import finish
@@ -66,7 +70,7 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
         # To keep positions is to keep those of the space before, which may have moved.
         same = [] if space.moved else [nodes["position_ids"], *tables]
         before = {node: replaced[node] for node in same if node in replaced}
-        replaced, key_bias = _inputs_of(graph_module.graph, nodes, tables, k, space)
+        replaced, key_bias = _inputs_of(graph_module, nodes, tables, k, space)
         replaced |= before
         for node in layers[space.first_layer : end]:
             node.args, node.kwargs = fx.node.map_arg(
@@ -95,9 +99,14 @@ def decode_spaces(policy: Policy) -> tuple[DecodeSpace, ...]:
 
 
 def _inputs_of(
-    graph: fx.Graph, nodes: dict[str, fx.Node], tables: list[fx.Node], k: int, space: DecodeSpace
+    graph_module: fx.GraphModule,
+    nodes: dict[str, fx.Node],
+    tables: list[fx.Node],
+    k: int,
+    space: DecodeSpace,
 ) -> tuple[dict[fx.Node, fx.Node], fx.Node | None]:
     """New graph inputs of a space, the masks and rotary tables made from them, the key bias."""
+    graph = graph_module.graph
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     ids = nodes["position_ids"]
     replaced: dict[fx.Node, fx.Node] = {}
@@ -109,9 +118,16 @@ def _inputs_of(
             replaced[ids] = graph.placeholder(f"position_ids_{k}")
         if "attention_mask" in nodes:
             replaced[nodes["attention_mask"]] = graph.placeholder(f"attention_mask_{k}")
+    windows: dict[bool, fx.Node] = {}
     for node in nodes.values():
         is_mask = node.meta.get("prompt_axes") == MASK
-        if is_mask or (space.moved and node in tables):
+        if is_mask and not _is_plain(node):
+            if _is_of_attention(node):
+                sliding = "sliding" in _kind(node)
+                if sliding not in windows:
+                    windows[sliding] = _mask_of_space(graph_module, node, replaced, k, space)
+                replaced[node] = windows[sliding]
+        elif is_mask or (space.moved and node in tables):
             with graph.inserting_before(nodes[f"decoder_{space.first_layer}"]):
                 again = graph.node_copy(node, lambda value: replaced.get(value, value))
             if is_mask:
@@ -119,6 +135,105 @@ def _inputs_of(
                 again.kwargs = {**again.kwargs, "layer_idx": space.first_layer}
             replaced[node] = again
     return replaced, key_bias
+
+
+class WindowMask(nn.Module):
+    """Who sees which key of a cache from which tokens have left, in layers of one kind.
+
+    The prompt's own blocks (images that see themselves in both directions) do not matter to new
+    tokens, which see everything before them; a window is a distance in the original prompt.
+
+    Args:
+        config: The text model's config.
+        window: How far a token sees; 0 for everything.
+    """
+
+    def __init__(self, config: Any, window: int) -> None:
+        super().__init__()
+        self.config = config
+        self.window = window
+
+    def forward(
+        self, *, inputs_embeds: Tensor, past_key_values: Any, layer_idx: int, **kwargs: Any
+    ) -> Tensor | None:
+        """A mask as transformers makes it.
+
+        Args:
+            inputs_embeds: [B, t, d] of the new tokens.
+            past_key_values: The cache.
+            layer_idx: A layer of this kind.
+            **kwargs: ``attention_mask`` [B, M + t] and, if there is a window, ``key_positions``
+                [B, M + t], original positions of what the layer has seen.
+        """
+        positions = kwargs.pop("key_positions", None)
+        mask: Any = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            layer_idx=layer_idx,
+            attention_mask=kwargs.get("attention_mask"),
+        )
+        if not self.window:
+            return mask
+        new = inputs_embeds.shape[1]
+        held, _ = past_key_values.get_mask_sizes(new, layer_idx)
+        distance = positions[:, -new:, None] - positions[:, None, -held:]
+        near = ((distance >= 0) & (distance < self.window))[:, None]
+        if mask is None or mask.dtype == torch.bool:
+            return near if mask is None else near & mask
+        return mask.masked_fill(~near, torch.finfo(mask.dtype).min)
+
+
+def _is_plain(mask: fx.Node) -> bool:
+    return bool(mask.meta.get("plain_mask", False))
+
+
+def _is_of_attention(mask: fx.Node) -> bool:
+    """Whether decoder layers read this, not the dict of masks for all kinds, and attend by it.
+
+    What padding is to recurrent layers is about the new tokens only.
+    """
+    recurrent = {"conv", "linear_attention", "recurrent_attention_mask"}
+    read = any(user.name.startswith("decoder_") for user in mask.users)
+    return read and _kind(mask) not in recurrent
+
+
+def _kind(mask: fx.Node) -> str:
+    """What layers of the mask's kind are called, or what the function that makes it is."""
+    return str(mask.args[1] if mask.target is operator.getitem else mask.target)
+
+
+def _mask_of_space(
+    graph_module: fx.GraphModule,
+    mask: fx.Node,
+    replaced: dict[fx.Node, fx.Node],
+    k: int,
+    space: DecodeSpace,
+) -> fx.Node:
+    """The mask of one kind of layers in a space, at the caches' original positions."""
+    graph = graph_module.graph
+    made = mask.all_input_nodes[0] if mask.target is operator.getitem else mask
+    builder: Any = graph_module.get_submodule(str(made.target))
+    config = builder.config.get_text_config()
+    layers = sorted(int(user.name.partition("_")[2]) for user in mask.users)
+    layer = next((layer for layer in layers if layer >= space.first_layer), layers[-1])
+    window = config.sliding_window if "sliding" in _kind(mask) else 0
+    names = ("inputs_embeds", "attention_mask", "past_key_values")
+    kwargs = {name: made.kwargs[name] for name in names if name in made.kwargs}
+    kwargs = dict(fx.node.map_arg(kwargs, partial(_latest, replaced)))
+    if window:
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        with graph.inserting_after(inputs[-1]):
+            kwargs["key_positions"] = graph.placeholder(f"key_positions_{k}")
+    name = f"{'window' if window else 'mask'}_{k}"
+    graph_module.add_submodule(name, WindowMask(config, window))
+    with graph.inserting_before(min(made.users, key=_order(graph))):
+        return graph.create_node("call_module", name, (), {**kwargs, "layer_idx": layer}, name)
+
+
+def _order(graph: fx.Graph) -> Any:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    return order.__getitem__
 
 
 def _latest(replaced: dict[fx.Node, fx.Node], value: fx.Node) -> fx.Node:

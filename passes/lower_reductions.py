@@ -63,8 +63,11 @@ def lower_reductions(
         lowering = _Lowering(graph_module, sites, layout, steps)
         of_images = [step for step in steps if step.stage != "decoder"]
         for step in of_images:
-            lowering.reduce_images(step)
-        if of_images:
+            if sites.merged:
+                lowering.reduce_merged(step)
+            else:
+                lowering.reduce_images(step)
+        if of_images and not sites.merged:
             lowering.shorten_prompt(of_images)
         in_decoder = steps[len(of_images) :]
         if in_decoder:
@@ -148,8 +151,11 @@ class _Lowering:
         self.position_ids = {sources[0]}
         input_ids = self.nodes["input_ids"]
         count = layout.images * layout.tokens_per_image
-        with self.graph.inserting_after(input_ids):
-            visual = self.call(tokens.visual_positions, input_ids, layout.image_token, count)
+        if layout.separators:
+            visual = self._visual_but_separators(input_ids, count)
+        else:
+            with self.graph.inserting_after(input_ids):
+                visual = self.call(tokens.visual_positions, input_ids, layout.image_token, count)
         self.placeholders = visual
         self.images = _Images(layout.grid_tensor(1))
         self.space = _Space(visual, layout.grid_tensor(layout.images))
@@ -175,6 +181,18 @@ class _Lowering:
         elif node is not None:
             self.graph_module.meta.setdefault("explains", {})[self.suffix, role] = node
         return node
+
+    def _visual_but_separators(self, input_ids: fx.Node, count: int) -> fx.Node:
+        """Positions of the placeholders whose features are not the learned end of a row."""
+        merge = self.nodes[self.sites.features]
+        newline = "image_newline"
+        encoder: Any = self.graph_module.get_submodule("image_encoder")
+        self.graph_module.register_parameter(newline, getattr(encoder.core, newline))
+        with self.graph.inserting_before(merge.next):
+            learned = self.graph.get_attr(newline)
+            ends = self.call(tokens.is_separator, self.nodes[self.sites.encoded], learned)
+            placeholder = self.layout.image_token
+            return self.call(tokens.visual_positions, input_ids, placeholder, count, ends)
 
     # *** the two kinds of site ***
 
@@ -208,6 +226,41 @@ class _Lowering:
             if in_tower:
                 self.images.cut = features, kept
                 self._bias_tower(step, left)
+
+    def reduce_merged(self, step: _Step) -> None:
+        """Reduce every image alone, its features already being in the prompt."""
+        self.suffix = step.suffix
+        hidden, images = self.nodes[self.sites.features], self.layout.images
+        if step.reduction.order != "position":
+            raise ValueError(
+                f"{step.site.name}: the features of this model enter the prompt in the order of "
+                "the image. Use order='position'."
+            )
+        features = self._image_features(step)
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        anchor = max(hidden, self.space.visual, key=order.__getitem__).next
+        with self.graph.inserting_before(anchor):
+            visual = self.call(tokens.take, hidden, self.space.visual)
+            own = self.call(tokens.of_images, visual, images)
+            reduced = self._operate(step, step.count, own, None, features)
+            kept = self.note("kept", reduced.kept)
+            mass = self.note("mass", reduced.mass)
+            only_gathered = reduced.assignment is None and not step.reduction.reweight
+            left = None if only_gathered else self.call(tokens.of_prompts, reduced.tokens, images)
+            if mass is not None:
+                mass = self.call(tokens.masses_of_prompt, mass, images)
+            grid = self._grid_of_kept(step, self.images.grid, kept)
+            self.images = _Images(grid, kept, mass)
+            kept = self.call(tokens.kept_of_prompt, kept, images, self.layout.tokens_per_image)
+            self._enter_space(
+                hidden,
+                kept,
+                left,
+                mass,
+                grid=self._grid_of_prompt(kept),
+                position=step.reduction.position,
+                beta=step.reduction.mass_bias,
+            )
 
     def shorten_prompt(self, steps: Sequence[_Step]) -> None:
         """Shorten the prompts' runs of placeholders to what is left of each image, at once."""
@@ -270,6 +323,11 @@ class _Lowering:
         features: Mapping[str, Any],
     ) -> StaticOutput:
         """Emit the operator itself; nodes that nothing reads are dropped at the end."""
+        if not self.layout.placed and "grid" in required_features(step.reduction):
+            raise ValueError(
+                f"{step.site.name}: rows and columns of the visual tokens are not known for images "
+                "of these sizes. Use scores, similarities and a selector that do not need the grid."
+            )
         self.done.append(step.site.name)
         reduced = static_reduce(step.reduction, count, visual, mass, features, self.call)
         self.note("score", reduced.score)
@@ -365,6 +423,12 @@ class _Lowering:
         """
         block = self.nodes[step.site.node if step.stage == "vision" else self.sites.tower_block]
         needs = required_features(step.reduction)
+        hidden_from = sorted(name for name in needs if name.partition("@")[0] in OBSERVED)
+        if hidden_from and not self.sites.sees_tower:
+            raise ValueError(
+                f"{step.site.name} has no {', '.join(hidden_from)}: its tokens are not those of a "
+                "block of the vision tower. Use scores and similarities of the features themselves."
+            )
         makers: dict[str, Callable[[], Any]] = {"grid": lambda: self.images.grid}
         cut = self.images.cut
         if step.stage == "projector" and cut is not None and cut[0].block is block:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from deos_fx.passes.annotate_token_spaces import MASK
-from deos_fx.tokens import take, take_each, take_mask
+from deos_fx.tokens import take, take_each, take_in_each, take_mask
 
 __all__ = ["open_space"]
 
@@ -31,6 +31,8 @@ def open_space(
     2. Every node behind the cut that also takes a value of the old space takes it re-indexed, by
        the axes that `annotate_token_spaces` found. Values with a meaning of their own in the new
        space (position ids) are given in `replaced`.
+    3. Masks that know more than who comes first (windows, blocks of image tokens) are made in the
+       old space and re-indexed: distances are those of the original prompt.
 
     Args:
         graph: An annotated graph. Changed in place.
@@ -42,6 +44,12 @@ def open_space(
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     behind = _behind(cut, order[reduced])
+    for node in graph.nodes:
+        if node not in behind and any(value in behind for value in node.all_input_nodes):
+            # A mask of the old space reads of the hidden states only how long they are.
+            node.kwargs = fx.node.map_arg(
+                node.kwargs, lambda value: cut if value in behind else value
+            )
     for node in sorted(behind, key=order.__getitem__):
         for value in node.all_input_nodes:
             if value is cut:
@@ -66,10 +74,15 @@ def _behind(cut: fx.Node, position: int) -> set[fx.Node]:
     stack = [user for user in cut.users if order[user] > position and not _is_metadata(user)]
     while stack:
         node = stack.pop()
-        if node not in found and node.op != "output":
+        if node not in found and node.op != "output" and not _stays(node):
             found.add(node)
             stack.extend(user for user in node.users if not _is_metadata(user))
     return found
+
+
+def _stays(node: fx.Node) -> bool:
+    """Whether this makes masks that are no plain causal ones."""
+    return node.op == "call_module" and not node.meta.get("plain_mask", True)
 
 
 def _is_metadata(node: fx.Node) -> bool:
@@ -93,6 +106,8 @@ def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> f
     args: tuple[Any, ...] = (value, index)
     if axes == MASK:
         target = take_mask
+    elif axes == 2:
+        target = take_in_each
     elif isinstance(axes, int):
         target = take
         args = args if axes == 1 else (*args, axes)
