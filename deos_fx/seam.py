@@ -421,7 +421,8 @@ def _attention_modules(block: nn.Module) -> list[str]:
     return [
         name
         for name, module in block.named_modules()
-        if getattr(getattr(module, "config", None), "_attn_implementation", None) is not None
+        if name
+        and getattr(getattr(module, "config", None), "_attn_implementation", None) is not None
     ]
 
 

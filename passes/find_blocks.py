@@ -71,8 +71,8 @@ def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
     if recurrent:
         raise CaptureError(
             f"{type(model).__name__} has {' and '.join(sorted(set(recurrent)))} layers, whose "
-            "state runs through every token: dropping some changes what the others mean. Use a model "
-            "whose layers all attend."
+            "state runs through every token: dropping some changes what the others mean. Use a "
+            "model whose layers all attend."
         )
     crossing = [
         path

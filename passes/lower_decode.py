@@ -132,7 +132,7 @@ def _inputs_of(
                 again = graph.node_copy(node, lambda value: replaced.get(value, value))
             if is_mask:
                 # The mask is as wide as this layer's cache.
-                again.kwargs = {**again.kwargs, "layer_idx": space.first_layer}
+                again.kwargs = {**again.kwargs, "layer_idx": _layer_of(node, space)}
             replaced[node] = again
     return replaced, key_bias
 
@@ -203,6 +203,14 @@ def _kind(mask: fx.Node) -> str:
     return str(mask.args[1] if mask.target is operator.getitem else mask.target)
 
 
+def _layer_of(mask: fx.Node, space: DecodeSpace) -> int:
+    """The first layer of a space that reads a mask: as wide as its cache is what it has to be."""
+    numbers = [user.name.partition("decoder_")[2] for user in mask.users]
+    layers = [int(number) for number in numbers if number.isdigit()]
+    behind = [layer for layer in layers if layer >= space.first_layer]
+    return min(behind, default=space.first_layer)
+
+
 def _mask_of_space(
     graph_module: fx.GraphModule,
     mask: fx.Node,
@@ -215,8 +223,6 @@ def _mask_of_space(
     made = mask.all_input_nodes[0] if mask.target is operator.getitem else mask
     builder: Any = graph_module.get_submodule(str(made.target))
     config = builder.config.get_text_config()
-    layers = sorted(int(user.name.partition("_")[2]) for user in mask.users)
-    layer = next((layer for layer in layers if layer >= space.first_layer), layers[-1])
     window = config.sliding_window if "sliding" in _kind(mask) else 0
     names = ("inputs_embeds", "attention_mask", "past_key_values")
     kwargs = {name: made.kwargs[name] for name in names if name in made.kwargs}
@@ -227,8 +233,9 @@ def _mask_of_space(
             kwargs["key_positions"] = graph.placeholder(f"key_positions_{k}")
     name = f"{'window' if window else 'mask'}_{k}"
     graph_module.add_submodule(name, WindowMask(config, window))
+    arguments = {**kwargs, "layer_idx": _layer_of(mask, space)}
     with graph.inserting_before(min(made.users, key=_order(graph))):
-        return graph.create_node("call_module", name, (), {**kwargs, "layer_idx": layer}, name)
+        return graph.create_node("call_module", name, (), arguments, name)
 
 
 def _order(graph: fx.Graph) -> Any:

@@ -1,0 +1,214 @@
+"""The invariants on many families, against the original model with dropped tokens masked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from families import FAMILIES, IMAGE, alone, prompts, shared
+from torch import Tensor
+
+from deos_fx.inputs import complete_inputs
+from deos_fx.passes.capture import CaptureError
+from deos_fx.passes.pipeline import capture_call
+from deos_fx.policy import Policy, Reduction
+from deos_fx.reduced_model import ReducedModel
+from deos_fx.signature import signature_of
+
+TOLERANCE = 1e-5
+STEPS = 3
+NORM = {"scores": {"feature_norm": 1.0}}
+PRUNED = {
+    "projector": (Reduction("projector", 0.25, **NORM),),
+    "decoder": (Reduction("decoder.1", 0.25),),
+    "both": (Reduction("projector", 0.5, **NORM), Reduction("decoder.2", 0.25)),
+}
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def reduce(name: str, reductions: tuple[Reduction, ...] = ()) -> ReducedModel:
+    return ReducedModel(shared(name), Policy(reductions))
+
+
+def generate(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens and logits [B, STEPS, vocabulary] of greedy decoding."""
+    batch = {name: value.clone() for name, value in batch.items()}
+    output = model.generate(
+        **batch,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return output.sequences[:, -STEPS:], torch.stack(output.logits, dim=1)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+@contextlib.contextmanager
+def masked_from(model: Any, alive: dict[int, Tensor]) -> Iterator[Any]:
+    """The original model, whose layers from some on do not see some keys of the prompt.
+
+    Args:
+        model: The model, called on the whole prompt and then token by token.
+        alive: First layer -> flags [B, N] of the keys that it and those behind it see.
+    """
+    handles = []
+    for i, layer in enumerate(model.get_decoder().layers):
+        first = max((start for start in alive if start <= i), default=None)
+        if first is not None:
+            hook = _hide(alive[first])
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hide(alive: Tensor) -> Any:
+    seen = 0
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        nonlocal seen
+        new = args[0].shape[1]
+        seen = new if new > 1 else seen + 1
+        mask = kwargs["attention_mask"]
+        if mask is None:
+            mask = torch.ones(1, 1, new, seen, dtype=torch.bool).tril(seen - new)
+        # A window holds the last keys only.
+        held = torch.arange(seen)[-mask.shape[-1] :]
+        keys = torch.cat([alive, torch.ones(len(alive), seen - alive.shape[1]).bool()], dim=1)
+        itself = torch.arange(seen - new, seen)[:, None] == held
+        hidden = ~(keys[:, None, None, held] | itself)
+        if mask.dtype == torch.bool:
+            mask = mask & ~hidden
+        else:
+            mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+        return args, {**kwargs, "attention_mask": mask}
+
+    return hook
+
+
+def flags(origin: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return torch.zeros(batch["input_ids"].shape, dtype=torch.bool).scatter(1, origin, True)
+
+
+# *** 1: the empty policy changes nothing ***
+
+
+@every_family
+def test_the_empty_policy_is_bit_identical(name: str) -> None:
+    model, batch = shared(name), prompts(name, 2)
+    assert torch.equal(reduce(name)(**batch).logits, model(**batch).logits)
+    for ours, theirs in zip(generate(reduce(name), batch), generate(model, batch), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# *** 2: keeping everything changes nothing but rounding ***
+
+
+@every_family
+@pytest.mark.parametrize("site", ["projector", "decoder.1"])
+def test_keeping_all_tokens_changes_nothing(name: str, site: str) -> None:
+    batch = prompts(name, 2)
+    kept_all = reduce(name, (Reduction(site, 1.0, gain=1.0, mass_bias=1.0, **NORM),))
+    real = batch["attention_mask"].bool()
+    expected = shared(name)(**batch).logits[real]
+    assert difference(kept_all(**batch).logits[real], expected) < TOLERANCE
+
+
+# *** 3 and 5: pruning equals masking, in the prefill and token by token ***
+
+
+@every_family
+@pytest.mark.parametrize("policy", PRUNED)
+def test_pruning_is_masking(name: str, policy: str) -> None:
+    model, reduced = shared(name), reduce(name, PRUNED[policy])
+    # Without padding most masks are None; with it they are not.
+    batch = prompts(name, 1 if policy == "both" else 2)
+    output = reduced(**batch)
+    spaces = output.past_key_values.spaces
+    alive = {space.first_layer: flags(space.origin, batch) for space in spaces}
+    text = batch["input_ids"] != IMAGE
+    for kept in alive.values():
+        assert kept[text].all() and (~kept).any(dim=1).all()
+    with masked_from(model, alive):
+        whole = model(**batch).logits
+        tokens, logits = generate(model, batch)
+    left = alive[spaces[-1].first_layer] & batch["attention_mask"].bool()
+    real = batch["attention_mask"].gather(1, spaces[-1].origin).bool()
+    assert difference(output.logits[real], whole[left]) < TOLERANCE
+    assert difference(model(**batch).logits[left], whole[left]) > 1e-3
+    our_tokens, our_logits = generate(reduced, batch)
+    assert torch.equal(our_tokens, tokens)
+    assert difference(our_logits, logits) < TOLERANCE
+
+
+# *** 6: a padded batch gives each prompt what it gets alone ***
+
+
+@every_family
+@pytest.mark.parametrize("policy", ["both"])
+def test_rows_of_a_batch_are_independent(name: str, policy: str) -> None:
+    batch, reduced = prompts(name, 2), reduce(name, PRUNED[policy])
+    tokens, logits = generate(reduced, batch)
+    for row in range(2):
+        own_tokens, own_logits = generate(reduced, alone(name, batch, row))
+        assert torch.equal(own_tokens[0], tokens[row])
+        assert difference(own_logits[0], logits[row]) < TOLERANCE
+
+
+# *** what belongs to one kind of family ***
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_ends_of_rows_are_never_dropped(name: str) -> None:
+    batch = prompts(name)
+    # 16 tokens of the whole image, then 8 rows of 8 and an end each, behind 3 tokens of text.
+    ends = [3 + 16 + 9 * row + 8 for row in range(8)]
+    for reductions in PRUNED.values():
+        origin = reduce(name, reductions)(**batch).past_key_values.spaces[-1].origin[0].tolist()
+        assert {*ends} < {*origin}
+
+
+@pytest.mark.parametrize("name", ["pixtral", "qwen2_5_vl"])
+def test_an_image_of_another_size_is_seen(name: str) -> None:
+    batch, model = prompts(name), shared(name)
+    reduced = reduce(name, (Reduction("decoder.1", 1.0),))
+    reduced(**batch)
+    if name == "pixtral":
+        batch["image_sizes"] = torch.tensor([[32, 16]])
+    else:
+        batch["image_grid_thw"] = torch.tensor([[1, 16, 8]])
+    assert difference(reduced(**batch).logits, model(**batch).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["aya_vision", "idefics3", "got_ocr2"])
+def test_sites_that_cannot_be_used_say_why(name: str) -> None:
+    inputs = complete_inputs(shared(name), prompts(name) | {"use_cache": False})
+    sites = capture_call(shared(name), inputs).sites
+    assert sites is not None
+    assert {site.name for site in sites.available()} == {
+        "projector",
+        *(f"decoder.{i}" for i in range(4)),
+    }
+    assert all(site.reason for site in sites.sites if site.name.startswith("vision"))
+
+
+def test_models_without_visual_tokens_are_refused() -> None:
+    vision = {"hidden_size": 32, "attention_heads": 2, "image_size": 32, "patch_size": 8}
+    crossing = hf.MllamaConfig(
+        vision_config={**vision, "num_hidden_layers": 2, "intermediate_layers_indices": [0]},
+        text_config={"hidden_size": 32, "num_hidden_layers": 3, "cross_attention_layers": [1]},
+    )
+    with torch.device("meta"):
+        model = hf.MllamaForConditionalGeneration(crossing)
+    with pytest.raises(CaptureError, match="cross-attention"):
+        signature_of(model)
