@@ -209,18 +209,22 @@ def _class_tokens(graph_module: fx.GraphModule, block: fx.Node, features: fx.Nod
     """Tokens of a tower [I, c + V, d] that are not among the features [I, V, d]; None if patches
     are mixed in between.
 
-    What comes behind the block is run on a fake tensor with one patch less: if the features have
+    What comes behind the blocks is run on fake tensors with one patch less: if the features have
     one token less as well, each is made of one patch.
     """
     shape = block.meta["shape"]
     per_image = features.meta["shape"][1]
     if len(shape) != 3 or shape[1] - per_image not in (0, 1):
         return None
-    between = _reached([block])
+    towers = [node for node in graph_module.graph.nodes if node.name.startswith("vision_")]
+    blocks = [node for node in towers if node.meta["shape"] == shape]
+    between = _reached(blocks)
+    dtype = next(graph_module.get_submodule(str(block.target)).parameters()).dtype
     with FakeTensorMode(allow_non_fake_inputs=True):
-        values = {block: torch.empty(shape[0], shape[1] - 1, shape[2])}
+        one_less = torch.empty(shape[0], shape[1] - 1, shape[2], dtype=dtype)
+        values = dict.fromkeys(blocks, one_less)
         for node in graph_module.graph.nodes:
-            if node in between and node is not block and features in _reached([node]):
+            if node in between and node not in values and features in _reached([node]):
                 try:
                     values[node] = _run(graph_module, node, values)
                 except (KeyError, RuntimeError, ValueError, TypeError):
