@@ -64,6 +64,10 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
     return inputs
 
 
+# What only the whole model takes, and the images, which positions do not depend on.
+_NOT_OF_CORE = {"pixel_values", "labels", "logits_to_keep"}
+
+
 class _DecoderReached(Exception):  # noqa: N818 - not an error: how the rest is left out
     """The model has come to its decoder."""
 
@@ -85,11 +89,14 @@ def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
     if seen and hasattr(core, "rope_deltas"):
         # The model remembers how positions go on behind the images of its latest prompt.
         core.rope_deltas = cache.rope_deltas
+    # Weights that are elsewhere (in an exported graph) cannot embed the text.
+    here = next(core.parameters()).device == inputs["input_ids"].device
     handle = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        text = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        text = {name: value for name, value in inputs.items() if name not in _NOT_OF_CORE}
         with torch.no_grad():
-            type(model).forward(model, **text)
+            if here:
+                core.forward(**text)
     except _DecoderReached:
         pass
     finally:
