@@ -89,13 +89,18 @@ def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
     if seen and hasattr(core, "rope_deltas"):
         # The model remembers how positions go on behind the images of its latest prompt.
         core.rope_deltas = cache.rope_deltas
-    # Weights that are elsewhere (in an exported graph) cannot embed the text.
-    here = next(core.parameters()).device == inputs["input_ids"].device
+    # An exported graph has the weights; the model beside it has none to embed the text.
+    has_weights = next(core.parameters()).device.type != "meta"
+    if not has_weights and hasattr(core, "rope_deltas"):
+        raise ValueError(
+            f"{type(model).__name__} counts the positions of images by their grid, which needs its "
+            "weights: pass position_ids, or run the model in PyTorch."
+        )
     handle = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
     try:
         text = {name: value for name, value in inputs.items() if name not in _NOT_OF_CORE}
         with torch.no_grad():
-            if here:
+            if has_weights:
                 core.forward(**text)
     except _DecoderReached:
         pass

@@ -397,6 +397,11 @@ class _Lowering:
         if position == "keep":
             return {}
         ids, *tables = self.positions
+        if len(ids.meta["shape"]) != 2:
+            raise ValueError(
+                f"position {position!r} works where a position is one number, and this model's "
+                "have several coordinates: use position='keep'."
+            )
         if trailing is None:
             moved = self.call(tokens.compact_positions, ids, origin)
         else:

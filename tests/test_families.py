@@ -212,3 +212,10 @@ def test_models_without_visual_tokens_are_refused() -> None:
         model = hf.MllamaForConditionalGeneration(crossing)
     with pytest.raises(CaptureError, match="cross-attention"):
         signature_of(model)
+
+
+@pytest.mark.parametrize("position", ["compact", "grid"])
+def test_positions_with_coordinates_are_kept(position: str) -> None:
+    reductions = (Reduction("decoder.1", 0.25, position=position),)
+    with pytest.raises(ValueError, match="have several coordinates: use position='keep'"):
+        reduce("qwen2_vl", reductions)(**prompts("qwen2_vl", 1))
