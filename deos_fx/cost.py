@@ -24,7 +24,7 @@ from deos_fx.passes.layout import PromptLayout, first_layer, grid_after, grid_of
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduction import split_site
 from deos_fx.seam import Observation
-from deos_fx.signature import grid_of, has_class_token, signature_of
+from deos_fx.signature import check_verified, grid_of, has_class_token, signature_of
 
 __all__ = ["Amount", "Cost", "CostModel", "CostReport"]
 
@@ -129,7 +129,7 @@ class CostModel:
 
     Raises:
         TypeError: If `model` is not a transformers model.
-        ValueError: If it has no vision tower.
+        ValueError: If it has no vision tower, or is not a LLaVA with images of one size.
     """
 
     def __init__(
@@ -142,6 +142,7 @@ class CostModel:
         logits_to_keep: int = 0,
     ) -> None:
         self.signature = signature_of(model)
+        check_verified(model, "Counting costs (and searching by them)")
         self.images = images
         self.text_tokens = text_tokens
         self.batch = batch

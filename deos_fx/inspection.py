@@ -12,7 +12,7 @@ from deos_fx.cost import CostModel
 from deos_fx.inputs import complete_inputs
 from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy import Policy
-from deos_fx.signature import grid_of, signature_of
+from deos_fx.signature import check_verified, grid_of, signature_of
 
 __all__ = ["example_inputs", "print_cost", "print_model"]
 
@@ -49,6 +49,7 @@ def print_model(model: PreTrainedModel, console: Console) -> None:
         ValueError: If it is no such model, or cannot be captured.
     """
     signature = signature_of(model)
+    check_verified(model, "Inspecting a model")
     inputs = complete_inputs(model, example_inputs(model) | {"use_cache": False})
     captured = capture_call(model, inputs)
     rows, columns = grid_of(model)

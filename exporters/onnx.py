@@ -56,7 +56,7 @@ from deos_fx.passes.pipeline import capture_call, lower_call
 from deos_fx.passes.replace_placeholder_merge import replace_placeholder_merge
 from deos_fx.policy import Policy
 from deos_fx.reduced_model import ReducedModel
-from deos_fx.signature import signature_of
+from deos_fx.signature import check_verified, signature_of
 from deos_fx.tokens import take
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ def export_onnx(
 
     Raises:
         TypeError: If `reduced` is not a `ReducedModel`.
-        ValueError: If the example has no image, or prompts that cannot share a graph, or the
-            model's attention implementation cannot be exported.
+        ValueError: If the example has no image, or prompts that cannot share a graph, the model's
+            attention implementation cannot be exported, or it is no LLaVA with images of one size.
         OSError: If the folder cannot be written; this is found out before the work starts.
     """
     if not isinstance(reduced, ReducedModel):
@@ -112,6 +112,7 @@ def export_onnx(
             f"reduced is a {type(reduced).__name__}; give what deos_fx.transform(model) returns "
             "(with policy=deos_fx.Policy() for a model without reductions)"
         )
+    check_verified(reduced.model, "Export to ONNX")
     _check_attention(reduced.model)
     images = 1
     if example_inputs is not None:

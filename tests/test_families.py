@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import transformers as hf
 from families import FAMILIES, IMAGE, alone, prompts, shared
 from torch import Tensor
 
+from deos_fx import export_onnx, transform
 from deos_fx.inputs import complete_inputs
 from deos_fx.passes.capture import CaptureError
 from deos_fx.passes.pipeline import capture_call
@@ -219,3 +221,14 @@ def test_positions_with_coordinates_are_kept(position: str) -> None:
     reductions = (Reduction("decoder.1", 0.25, position=position),)
     with pytest.raises(ValueError, match="have several coordinates: use position='keep'"):
         reduce("qwen2_vl", reductions)(**prompts("qwen2_vl", 1))
+
+
+@pytest.mark.parametrize("name", ["vipllava", "qwen2_vl", "pixtral"])
+def test_what_is_not_verified_for_a_family_is_refused(name: str, tmp_path: Path) -> None:
+    reduced = reduce(name, PRUNED["decoder"])
+    with pytest.raises(ValueError, match="Counting costs .* works for LLaVA with images of one"):
+        reduced.cost(**prompts(name))
+    with pytest.raises(ValueError, match="Export to ONNX works for LLaVA with images of one size"):
+        export_onnx(reduced, tmp_path / "onnx")
+    with pytest.raises(ValueError, match="give deos_fx.transform a policy"):
+        transform(shared(name))
