@@ -205,7 +205,7 @@ def _separators(model: PreTrainedModel, inputs: Mapping[str, Any]) -> int:
     if newline is None:
         return 0
     names = sorted(size_inputs(model) & inputs.keys())
-    sizes = tuple((name, inputs[name].tolist().__repr__()) for name in names)
+    sizes = tuple((name, repr(inputs[name].tolist())) for name in names)
     pixels = inputs["pixel_values"]
     known = _SEPARATORS.setdefault(model, {})
     key = (*sizes, tuple(pixels.shape), len(inputs["input_ids"]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deos_fx.operator.gather import listed
 from deos_fx.operator.scores import LOG_FLOOR
 
 __all__ = [
@@ -48,16 +49,6 @@ __all__ = [
 ]
 
 
-def _first(flags: Tensor, count: int) -> Tensor:
-    """[B, count]: positions of the set flags [B, N] (at least `count` per row), ascending.
-
-    One TopK over strictly decreasing priorities: no sort, no NonZero, no tie to break.
-    """
-    length = flags.shape[1]
-    descending = torch.arange(length, 0, -1, device=flags.device, dtype=torch.float32)
-    return torch.topk(flags.float() * descending, count, dim=1).indices
-
-
 def visual_positions(
     input_ids: Tensor, image_token: int, count: int, separators: Tensor | None = None
 ) -> Tensor:
@@ -76,7 +67,7 @@ def visual_positions(
     if separators is not None:
         index = (visual.flatten().to(torch.int64).cumsum(0) - 1).clamp(min=0)
         visual = visual & ~separators[index].reshape(visual.shape)
-    return _first(visual, count)
+    return listed(visual.float(), count)
 
 
 def is_separator(features: Tensor, newline: Tensor) -> Tensor:
@@ -87,7 +78,7 @@ def is_separator(features: Tensor, newline: Tensor) -> Tensor:
 def text_tokens(visual: Tensor, hidden: Tensor) -> Tensor:
     """Positions [B, N - V] of everything in hidden [B, N, d] but the visual tokens [B, V]."""
     flags = torch.ones(hidden.shape[:2], device=hidden.device).scatter(1, visual, 0.0)
-    return _first(flags, hidden.shape[1] - visual.shape[1])
+    return listed(flags, hidden.shape[1] - visual.shape[1])
 
 
 def class_token(hidden: Tensor) -> Tensor:
@@ -192,7 +183,7 @@ def kept_in_prompt(visual: Tensor, kept: Tensor, hidden: Tensor) -> Tensor:
     """
     stays = torch.zeros_like(visual, dtype=torch.float32).scatter(1, kept, 1.0)
     flags = torch.ones(hidden.shape[:2], device=hidden.device).scatter(1, visual, stays)
-    return _first(flags, hidden.shape[1] - visual.shape[1] + kept.shape[1])
+    return listed(flags, hidden.shape[1] - visual.shape[1] + kept.shape[1])
 
 
 def kept_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
