@@ -216,6 +216,34 @@ def test_models_without_visual_tokens_are_refused() -> None:
         signature_of(model)
 
 
+def test_other_ways_to_read_images_are_refused() -> None:
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    kinds = {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    convolving = hf.Lfm2VlConfig(
+        text_config={"model_type": "lfm2", **size, **kinds},
+        vision_config={"model_type": "siglip2_vision_model", **size, "patch_size": 8},
+    )
+    querying = hf.Blip2Config(
+        vision_config={**size, "image_size": 32, "patch_size": 8},
+        qformer_config={**size, "encoder_hidden_size": 32},
+        text_config={"model_type": "opt", **size, "ffn_dim": 64, "word_embed_proj_dim": 32},
+        image_token_index=IMAGE,
+    )
+    with torch.device("meta"):
+        models = {
+            "conv layers": hf.Lfm2VlForConditionalGeneration(convolving),
+            "Q-Former": hf.Blip2ForConditionalGeneration(querying),
+        }
+    for reason, model in models.items():
+        with pytest.raises(CaptureError, match=reason):
+            signature_of(model)
+
+
 @pytest.mark.parametrize("position", ["compact", "grid"])
 def test_positions_with_coordinates_are_kept(position: str) -> None:
     reductions = (Reduction("decoder.1", 0.25, position=position),)
