@@ -91,7 +91,9 @@ def size_inputs(model: PreTrainedModel) -> frozenset[str]:
     """Inputs that tell how large each image is: tensors that model and image encoder both take."""
     encoders = (model.base_model.get_image_features, model.get_encoder(modality="image").forward)
     taken = frozenset[str]().union(*map(_tensor_arguments, encoders))
-    return (taken & _tensor_arguments(type(model).forward)) - {"pixel_values"}
+    # Towers of text models' shape take an attention mask too, which is not the prompt's.
+    of_text = _tensor_arguments(model.get_decoder().forward)
+    return (taken & _tensor_arguments(type(model).forward)) - of_text - {"pixel_values"}
 
 
 def _tensor_arguments(function: Any) -> frozenset[str]:
