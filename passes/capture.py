@@ -246,6 +246,8 @@ class _Tracer(fx.Tracer):
         node = self.create_node(
             "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
         )
+        if self.module_paths[id(module)] in self.blocks:
+            node.meta["like_input"] = _alike(self.values[node], self.values.get(node.args[0]))
         output = self.proxy(node)
         # Hooks collect hidden states (transformers' output_hidden_states). They must see the
         # proxy: with the value, everything collected would become a constant of the graph.
@@ -446,6 +448,11 @@ def _traced_mask(tracer: _Tracer, original: Callable[..., Any]) -> Callable[...,
         return tracer.call_mask_function(original, signature.bind(*args, **kwargs).arguments)
 
     return function
+
+
+def _alike(a: Any, b: Any) -> bool:
+    both = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    return both and (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 def _has_proxy(arguments: Any) -> bool:
