@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from deos_fx.passes.families import IMAGE_TOKENS
 from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.policy import ModelSignature
 
@@ -83,8 +84,7 @@ def image_token_of(model: PreTrainedModel) -> int:
 
 
 def _image_token(config: Any) -> int | None:
-    names = ("image_token_id", "image_token_index")
-    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
+    return next((getattr(config, name) for name in IMAGE_TOKENS if hasattr(config, name)), None)
 
 
 def size_inputs(model: PreTrainedModel) -> frozenset[str]:

@@ -106,8 +106,8 @@ class _FakeRun(fx.Interpreter):
         if "example" in n.meta:
             # What reads values cannot run on fake tensors.
             value = pytree.tree_map_only(torch.Tensor, _like, n.meta["example"])
-        elif n.meta.get("like_input"):
-            # Inside a block there may be what cannot, such as experts that are looked up.
+        elif n.meta.get("keeps_shape"):
+            # Experts are chosen by value, and their kernels are picky: a block is not run.
             value = _like(self.fetch_args_kwargs_from_env(n)[0][0])
         else:
             value = None if n.target is check_guard else super().run_node(n)

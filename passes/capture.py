@@ -27,7 +27,6 @@ from torch.utils import _pytree as pytree
 from transformers import Cache, PreTrainedModel, masking_utils
 from transformers.utils.import_utils import torch_compilable_check
 
-from deos_fx.passes.families import HELPERS
 from deos_fx.passes.finish import finish
 
 __all__ = ["CaptureError", "GuardError", "MaskBuilder", "capture", "check_guard"]
@@ -40,6 +39,9 @@ _BUILTINS = tuple(
     for name, function in vars(namespace).items()
     if isinstance(function, types.BuiltinFunctionType) and not name.startswith("_")
 )
+
+# They make constants of the graph of sizes alone; a tensor made of other data is refused.
+_FACTORIES = {"arange", "eye", "full", "linspace", "ones", "zeros"}
 
 
 # Mask construction looks at values and at the attention implementation: one opaque node each.
@@ -144,11 +146,37 @@ class ValueProxy(fx.Proxy):
         tracer: Any = self.tracer
         parts = tracer.mask_parts.get(self.node)
         if parts is None:
-            return tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+            item = tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+            mask = key[0] if isinstance(key, tuple) and key else key
+            if isinstance(mask, ValueProxy) and mask.dtype == torch.bool:
+                # How many axes a row has that the mask selects, for fold_masked_add.
+                item.node.meta["masked"] = self.value.ndim - mask.value.ndim
+            return item
         if key not in parts:
             node = tracer.create_node("call_function", operator.getitem, (self.node, key), {})
             parts[key] = ValueProxy(node, tracer, tracer.values[node])
         return parts[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Rows that a mask selects are replaced: from here on this stands for the new tensor."""
+        mask, *rest = key if isinstance(key, tuple) else (key,)
+        masked = isinstance(mask, ValueProxy) and mask.dtype == torch.bool
+        if not masked or any(part != slice(None) for part in rest):
+            raise CaptureError(
+                "The model's code assigns to a part of a tensor that no mask selects, which cannot "
+                "be captured. Use a model that makes its inputs in another way."
+            )
+        trailing = self.value.ndim - mask.value.ndim
+        for _ in range(trailing):
+            mask = mask[..., None]
+        own: Any = self
+        if isinstance(value, ValueProxy) and value.dtype != own.dtype:
+            value = value.to(own.dtype)
+        if isinstance(value, ValueProxy) and value.value.ndim > trailing:
+            changed = own.masked_scatter(mask, value)
+        else:
+            changed = torch.where(mask, value, own)
+        self.node, self.value = changed.node, changed.value
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, torch.Tensor):
@@ -246,8 +274,9 @@ class _Tracer(fx.Tracer):
         node = self.create_node(
             "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
         )
-        if self.module_paths[id(module)] in self.blocks:
-            node.meta["like_input"] = _alike(self.values[node], self.values.get(node.args[0]))
+        # What a block does to its tokens need not be run again to know the shape of the result.
+        is_block = self.module_paths[id(module)] in self.blocks
+        node.meta["keeps_shape"] = is_block and bool(args) and _alike(self.values[node], args[0])
         output = self.proxy(node)
         # Hooks collect hidden states (transformers' output_hidden_states). They must see the
         # proxy: with the value, everything collected would become a constant of the graph.
@@ -382,10 +411,6 @@ def _tracing(tracer: _Tracer, model: PreTrainedModel, opaque_encoder: bool) -> I
         patch(nn.Module, "__getattr__", _traced_getattr(tracer, nn.Module.__getattr__))
         for owner, name in _BUILTINS:
             patch(owner, name, _traced_function(tracer, getattr(owner, name)))
-        for kind in {type(module) for module in model.modules()}:
-            for name in HELPERS.keys() & vars(kind).keys():
-                leaf, stand_in = HELPERS[name]
-                patch(kind, name, stand_in(_traced_function(tracer, leaf)))
         for namespace in {sys.modules[type(module).__module__] for module in model.modules()}:
             for name, value in list(vars(namespace).items()):
                 if _makes_masks(name, value):
@@ -431,8 +456,10 @@ def _traced_getattr(tracer: _Tracer, original: Callable[..., Any]) -> Callable[.
 
 
 def _traced_function(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
+    makes = original.__name__ in _FACTORIES
+
     def function(*args: Any, **kwargs: Any) -> Any:
-        if not tracer.running and _has_proxy((args, kwargs)):
+        if not tracer.running and (makes or _has_proxy((args, kwargs))):
             return tracer.create_proxy("call_function", original, args, kwargs)
         return original(*args, **kwargs)
 
@@ -450,9 +477,11 @@ def _traced_mask(tracer: _Tracer, original: Callable[..., Any]) -> Callable[...,
     return function
 
 
-def _alike(a: Any, b: Any) -> bool:
-    both = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
-    return both and (a.shape, a.dtype) == (b.shape, b.dtype)
+def _alike(output: Any, hidden: Any) -> bool:
+    """Whether a block's output is a tensor like the hidden states that came in."""
+    before = hidden.value if isinstance(hidden, ValueProxy) else hidden
+    both_tensors = isinstance(output, torch.Tensor) and isinstance(before, torch.Tensor)
+    return both_tensors and (output.shape, output.dtype) == (before.shape, before.dtype)
 
 
 def _has_proxy(arguments: Any) -> bool:

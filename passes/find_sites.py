@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from deos_fx.operator import SCORES
 from deos_fx.passes.capture import CaptureError
-from deos_fx.passes.families import visual_rows
+from deos_fx.passes.fold_masked_add import visual_rows
 
 __all__ = ["Site", "Sites", "find_sites"]
 
@@ -148,7 +148,7 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
     nodes = {node.name: node for node in graph_module.graph.nodes}
     merge = _merge(nodes)
     features, embeddings = _operands(merge, nodes)
-    flow = _data_flow(graph_module.graph)
+    flow = _data_flow(graph_module.graph, merge)
     outputs: Any = graph_module.graph.output_node().args[0]
     logits = outputs["logits"]
     to_logits = _dominators(flow, features.name, logits.name)
@@ -162,9 +162,14 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
         sites = [Site(f"vision.{i}", f"vision_{i}", reason, ()) for i in range(vision_blocks)]
         sites.append(Site("projector", merge.name, "", _scores_from(_OF_FEATURES)))
         sites += _decoder_sites(nodes, to_logits, decoder_layers)
-        from_images = _reached([nodes["pixel_values"]])
-        encoded = next(node.name for node in merge.all_input_nodes if node in from_images)
+        encoded = _from_images(merge, nodes).name
         return Sites(tuple(sites), merge.name, embeddings.name, merge.name, 0, 0, True, encoded)
+    if any(node.target is visual_rows for node in merge.all_input_nodes):
+        raise CaptureError(
+            "The features of images are added to the embeddings of their placeholders, which has "
+            "been verified only where the image encoder reads the sizes of images. Use a model "
+            "whose features take the placeholders' places."
+        )
     to_features = _dominators(flow, "pixel_values", features.name)
     tower_block = _last_block(features, nodes)
     per_image = features.meta["shape"][1]
@@ -260,7 +265,10 @@ def _why_not_in_tower(
     if name not in through:
         return "the visual features are also made from earlier blocks, by a path around it"
     behind = _reached([nodes[name]])
-    for node in behind - _reached([features]) - {nodes[name]}:
+    beside = behind - _reached([features])
+    if any(node.target is visual_rows for node in beside):
+        return "features of earlier blocks also enter the decoder"
+    for node in beside - {nodes[name]}:
         for value in set(node.all_input_nodes) - behind:
             shapes = pytree.tree_leaves(value.meta["shape"])
             if value.op != "get_attr" and any(tokens in shape for shape in shapes):
@@ -285,17 +293,25 @@ def _merge(nodes: dict[str, fx.Node]) -> fx.Node:
     from_prompt = _reached([nodes["input_ids"]])
     for node in nodes.values():
         if node in from_images and node in from_prompt and node.op != "output":
-            return node
+            # Features with a row for every position are added to the embeddings right behind.
+            return next(iter(node.users)) if node.target is visual_rows else node
     raise CaptureError(
         "The visual features never join the prompt's embeddings: models that read images through "
         "cross-attention are not supported. Use a model with image placeholders in its prompt."
     )
 
 
+def _from_images(merge: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node:
+    """What enters the prompt in the merge."""
+    from_images = _reached([nodes["pixel_values"]])
+    features = next(node for node in merge.all_input_nodes if node in from_images)
+    return features.all_input_nodes[1] if features.target is visual_rows else features
+
+
 def _operands(merge: fx.Node, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node]:
     """The features [I, V, d] and the embeddings [B, N, d] that meet in the merge."""
     from_images = _reached([nodes["pixel_values"]])
-    features = next(node for node in merge.all_input_nodes if node in from_images)
+    features = _from_images(merge, nodes)
     while len(features.meta["shape"]) != 3 and features.target != "image_encoder":
         features = next(node for node in features.all_input_nodes if node in from_images)
     embeddings = next(
@@ -323,12 +339,13 @@ def _reached(sources: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _data_flow(graph: fx.Graph) -> nx.DiGraph:
+def _data_flow(graph: fx.Graph, merge: fx.Node) -> nx.DiGraph:
     """Which values flow where; nodes that read only shapes carry nothing on."""
     flow = nx.DiGraph()
     for node in graph.nodes:
         # What has a row for every prompt position follows its tokens.
-        if node.meta["content"] and node.target is not visual_rows:
+        beside = node.target is visual_rows and node not in merge.all_input_nodes
+        if node.meta["content"] and not beside:
             flow.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
     return flow
 

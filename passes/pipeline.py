@@ -13,6 +13,7 @@ from deos_fx.passes.annotate_token_spaces import annotate_token_spaces
 from deos_fx.passes.capture import capture
 from deos_fx.passes.find_blocks import Blocks, find_blocks
 from deos_fx.passes.find_sites import Sites, find_sites
+from deos_fx.passes.fold_masked_add import fold_masked_add
 from deos_fx.passes.fold_unstack import fold_unstack
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces, lower_decode
@@ -48,7 +49,7 @@ class Captured:
 
 
 def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
-    """Capture -> fold -> annotate -> verify -> find sites.
+    """Capture -> fold -> fold -> annotate -> verify -> find sites.
 
     Args:
         model: The unmodified model.
@@ -64,6 +65,7 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     opaque = sizes_vary(model)
     graph_module = capture(model, inputs, blocks.names(), opaque_encoder=opaque)
     graph_module = fold_unstack(graph_module)
+    graph_module = fold_masked_add(graph_module)
     graph_module = annotate_token_spaces(graph_module, inputs)
     graph_module = verify(graph_module, "captured")
     sites = None
