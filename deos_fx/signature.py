@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from deos_fx.passes.families import IMAGE_TOKENS
-from deos_fx.passes.find_blocks import find_blocks
+from deos_fx.passes.find_blocks import find_blocks, image_tower
 from deos_fx.policy import ModelSignature
 
 __all__ = [
@@ -36,20 +36,27 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
 
     Raises:
         TypeError: If it is not a transformers model.
-        ValueError: If it reads no images, or not through placeholders in its prompt.
+        ValueError: If it reads no images, or not through placeholders in its prompt. The message
+            names the reason.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model is a {type(model).__name__}; give a transformers vision-language model, for "
             "example LlavaForConditionalGeneration.from_pretrained(...)."
         )
-    if model.get_output_embeddings() is None or _image_token(model.config) is None:
+    name = type(model).__name__
+    if {"image", "video"}.isdisjoint(model.input_modalities) or not model.can_generate():
         raise ValueError(
-            f"{type(model).__name__} does not read images through placeholders in its prompt and "
-            "answer in text. Give a vision-language model that does, for example "
-            "LlavaForConditionalGeneration."
+            f"{name} does not read images and answer in text. Give a vision-language model that "
+            "does, for example LlavaForConditionalGeneration."
         )
     blocks = find_blocks(model)
+    if _image_token(model.config) is None:
+        raise ValueError(
+            f"The config of {name} names no image placeholder ({' or '.join(IMAGE_TOKENS)}), by "
+            "which deos_fx finds the visual tokens in input_ids. Set model.config.image_token_id "
+            "if prompts have one."
+        )
     rows, columns = grid_of(model)
     return ModelSignature(
         model_type=model.config.model_type,
@@ -89,8 +96,11 @@ def _image_token(config: Any) -> int | None:
 
 def size_inputs(model: PreTrainedModel) -> frozenset[str]:
     """Inputs that tell how large each image is: tensors that model and image encoder both take."""
-    encoders = (model.base_model.get_image_features, model.get_encoder(modality="image").forward)
-    taken = frozenset[str]().union(*map(_tensor_arguments, encoders))
+    core: Any = model.base_model
+    tower = image_tower(model)
+    taken = _tensor_arguments(core.get_image_features)
+    if tower is not None:
+        taken |= _tensor_arguments(tower.forward)
     # Towers of text models' shape take an attention mask too, which is not the prompt's.
     of_text = _tensor_arguments(model.get_decoder().forward)
     return (taken & _tensor_arguments(type(model).forward)) - of_text - {"pixel_values"}
@@ -120,9 +130,11 @@ def _visual_tokens(model: PreTrainedModel) -> int:
 
     They are counted on a fake image: no arithmetic is done.
     """
-    config: Any = model.config.vision_config
-    tower = model.get_encoder(modality="image")
-    if _tensor_arguments(tower.forward) & size_inputs(model) or not hasattr(config, "image_size"):
+    config: Any = getattr(model.config, "vision_config", None)
+    tower = image_tower(model)
+    if tower is None or not hasattr(config, "image_size"):
+        return 0
+    if _tensor_arguments(tower.forward) & size_inputs(model):
         return 0
     sides = config.image_size
     height, width = sides if isinstance(sides, (list, tuple)) else (sides, sides)
@@ -133,7 +145,7 @@ def _visual_tokens(model: PreTrainedModel) -> int:
             pixels = torch.empty(shape, dtype=model.dtype, device=device)
             core: Any = model.base_model
             features = core.get_image_features(pixels, return_dict=True).pooler_output
-    except (TypeError, ValueError, AttributeError, RuntimeError):
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
         # The encoder wants to know more than the pixels.
         return 0
     first = features if isinstance(features, torch.Tensor) else features[0]
@@ -142,5 +154,6 @@ def _visual_tokens(model: PreTrainedModel) -> int:
 
 def has_class_token(model: PreTrainedModel) -> bool:
     """Whether the vision tower puts a CLS token in front of the patches."""
-    tower = model.get_encoder(modality="image")
-    return any("class_embedding" in name for name, _ in tower.named_parameters())
+    tower = image_tower(model)
+    names = () if tower is None else (name for name, _ in tower.named_parameters())
+    return any("class_embedding" in name or "cls_token" in name for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,7 +11,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.passes.capture import CaptureError
 
-__all__ = ["Blocks", "find_blocks"]
+__all__ = ["Blocks", "find_blocks", "image_tower"]
+
+_INSTEAD = (
+    "Use a model whose visual tokens take the places of image placeholders in the prompt, for "
+    "example LlavaForConditionalGeneration."
+)
 
 # Kinds of layers, in transformers' words, that keep a running state instead of keys.
 _RECURRENT = ("conv", "linear_attention", "mamba", "recurrent", "hybrid")
@@ -45,17 +51,15 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
         The paths of its vision blocks and decoder layers.
 
     Raises:
-        CaptureError: If the model has no vision tower, no decoder made of such blocks, or one in
-            which visual tokens cannot be dropped.
+        CaptureError: If its images are no tokens of its decoder's prompt, its decoder is not made
+            of such blocks, or visual tokens cannot be dropped there.
     """
-    tower = model.get_encoder(modality="image")
-    if tower in (model, model.base_model):
-        raise CaptureError(
-            f"{type(model).__name__} has no vision tower: deos_fx reduces visual tokens. Give it a "
-            "vision-language model, for example LlavaForConditionalGeneration."
-        )
-    decoder = model.get_decoder()
-    blocks = Blocks(_blocks_under(model, tower), _blocks_under(model, decoder))
+    _check_reading(model)
+    tower = image_tower(model)
+    blocks = Blocks(
+        () if tower is None else _blocks_under(model, tower),
+        _blocks_under(model, model.get_decoder()),
+    )
     if not blocks.decoder:
         raise CaptureError(
             f"{type(model).__name__} has no list of decoder layers that derive from transformers' "
@@ -63,6 +67,39 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
         )
     _check_layers(model, blocks)
     return blocks
+
+
+def image_tower(model: PreTrainedModel) -> nn.Module | None:
+    """The module that encodes images; None where patches enter the prompt without one."""
+    tower = model.get_encoder(modality="image")
+    return None if tower in (model, model.base_model) else tower
+
+
+def _check_reading(model: PreTrainedModel) -> None:
+    """Refuse models whose images are no tokens of the decoder's prompt."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise CaptureError(
+            f"{name} reads images in an encoder that its decoder attends to, so its decoder has no "
+            f"visual tokens to reduce. {_INSTEAD}"
+        )
+    core: Any = model.base_model
+    if hasattr(core, "query_tokens"):
+        raise CaptureError(
+            f"{name} reads images through a Q-Former, whose few queries stand for no part of the "
+            f"image. {_INSTEAD}"
+        )
+    parts = model.get_decoder().named_modules()
+    if any("cross" in f"{path} {type(part).__name__}".lower() for path, part in parts):
+        raise CaptureError(
+            f"{name} reads images through cross-attention, not in its prompt: its decoder has no "
+            f"visual tokens to reduce. {_INSTEAD}"
+        )
+    if not hasattr(core, "get_image_features"):
+        raise CaptureError(
+            f"{name} has no get_image_features, so its images do not enter the prompt in the way "
+            f"that transformers' models share and deos_fx follows. {_INSTEAD}"
+        )
 
 
 def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
@@ -74,31 +111,10 @@ def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
             "state runs through every token: dropping some changes what the others mean. Use a "
             "model whose layers all attend."
         )
-    crossing = [
-        path
-        for path in blocks.decoder
-        if "cross" in f"{type(model.get_submodule(path)).__name__} {_parts(model, path)}".lower()
-    ]
-    if crossing or not hasattr(model.base_model, "get_image_features"):
-        raise CaptureError(
-            f"{type(model).__name__} reads images through cross-attention, not in its prompt, so "
-            "its decoder has no visual tokens to reduce. Use a model with image placeholders in "
-            "its prompt, for example LlavaForConditionalGeneration."
-        )
-    bridge = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "qformer"]
-    if bridge:
-        raise CaptureError(
-            f"{type(model).__name__} reads images through a Q-Former ({bridge[0]}), whose few "
-            "queries stand for no part of the image. Use a model whose visual tokens are patches."
-        )
 
 
 def _kinds(model: PreTrainedModel) -> list[str]:
     return list(getattr(model.config.get_text_config(), "layer_types", None) or ())
-
-
-def _parts(model: nn.Module, path: str) -> str:
-    return " ".join(name for name, _ in model.get_submodule(path).named_children())
 
 
 def _blocks_under(model: nn.Module, part: nn.Module) -> tuple[str, ...]:

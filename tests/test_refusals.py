@@ -1,0 +1,64 @@
+"""Models whose visual tokens cannot be dropped are refused with the reason, before any compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from deos_fx.passes.capture import CaptureError
+from deos_fx.signature import signature_of
+
+CROSS, ENCODER, QUERIES = "through cross-attention", "encoder that its decoder", "a Q-Former"
+OTHER = "no get_image_features"
+REFUSED = {
+    "blip": CROSS,
+    "idefics": CROSS,
+    "mllama": CROSS,
+    "florence2": ENCODER,
+    "pix2struct": ENCODER,
+    "pp_formulanet": ENCODER,
+    "t5gemma2": ENCODER,
+    "udop": ENCODER,
+    "blip-2": QUERIES,
+    "instructblip": QUERIES,
+    "instructblipvideo": QUERIES,
+    "git": OTHER,
+    "kosmos-2": OTHER,
+    "kosmos-2.5": OTHER,
+}
+NO_ANSWERS: list[tuple[Any, Any]] = [
+    (hf.LlamaForCausalLM, hf.LlamaConfig),
+    (hf.LlavaModel, hf.LlavaConfig),
+    (hf.CLIPModel, hf.CLIPConfig),
+    (hf.ViTForImageClassification, hf.ViTConfig),
+    (hf.WhisperForConditionalGeneration, hf.WhisperConfig),
+    (hf.VoxtralForConditionalGeneration, hf.VoxtralConfig),
+]
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_images_that_are_no_tokens_of_the_prompt(family: str) -> None:
+    kind: Any = getattr(hf, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family])
+    with torch.device("meta"):
+        model = kind(hf.AutoConfig.for_model(family))
+    with pytest.raises(CaptureError, match=f"{REFUSED[family]}.* Use a model whose visual tokens"):
+        signature_of(model)
+
+
+@pytest.mark.parametrize(("kind", "config"), NO_ANSWERS)
+def test_models_that_do_not_read_images_and_answer(kind: Any, config: Any) -> None:
+    with torch.device("meta"):
+        model = kind(config())
+    with pytest.raises(ValueError, match="does not read images and answer in text. Give a vision"):
+        signature_of(model)
+
+
+def test_a_config_without_a_placeholder() -> None:
+    with torch.device("meta"):
+        model = hf.Emu3ForConditionalGeneration(hf.Emu3Config(vocabulary_map={}))
+    with pytest.raises(ValueError, match="names no image placeholder .*Set model.config.image_tok"):
+        signature_of(model)
