@@ -42,6 +42,7 @@ class ReducedCache(DynamicCache):
     Attributes:
         rope_deltas: Where the model counts positions of images by their grid: how much the
             position of a new token differs from its index, [B, 1].
+        images: The inputs that the images in the cache came from, by name.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -49,11 +50,18 @@ class ReducedCache(DynamicCache):
         self.spaces: list[TokenSpace] = []
         self.prompt_length = 0
         self.rope_deltas: Tensor | None = None
+        self.images: dict[str, Tensor] = {}
 
     def record(self, prompt_length: int, spaces: Sequence[TokenSpace]) -> None:
         """Remember what a prefill of `prompt_length` tokens left in each layer."""
         self.prompt_length = prompt_length
         self.spaces = list(spaces)
+
+    @property
+    def rows(self) -> int:
+        """Texts in the cache; 0 for an empty one."""
+        held = (layer.keys for layer in self.layers if getattr(layer, "keys", None) is not None)
+        return next((len(keys) for keys in held), 0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, dropped ones included."""
@@ -67,6 +75,24 @@ class ReducedCache(DynamicCache):
         """Forget everything, also what was kept of which prompt."""
         super().reset()
         self.record(0, [])
+        self.rope_deltas, self.images = None, {}
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the latest tokens, as transformers' caches do (assisted decoding takes back).
+
+        Args:
+            tokens_to_remove: How many, as a negative number.
+
+        Raises:
+            ValueError: If they reach into the prompt that was reduced.
+        """
+        if self.spaces and self.get_seq_length() - abs(tokens_to_remove) < self.prompt_length:
+            raise ValueError(
+                f"crop({tokens_to_remove}) reaches into the prompt of {self.prompt_length} tokens, "
+                "of which each layer holds others. Crop only what came behind it, or start with an "
+                "empty cache."
+            )
+        super().crop(tokens_to_remove)
 
     def _dropped(self, layer_idx: int) -> int:
         behind = [space for space in self.spaces if space.first_layer <= layer_idx]
@@ -86,6 +112,8 @@ class ReducedCache(DynamicCache):
             every space k.
         """
         inputs = {}
+        # A space is made where its layers are, which may be on another device than the inputs.
+        self._change_spaces(lambda rows: rows.to(position_ids.device))
         new = position_ids.shape[-1] + self.get_seq_length() - self.prompt_length
         for k, space in enumerate(self.spaces, start=1):
             dropped = self.prompt_length - space.origin.shape[1]
@@ -115,9 +143,14 @@ class ReducedCache(DynamicCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, also of what was kept."""
         super().batch_select_indices(indices)
-        self._rows(lambda rows: rows[indices])
+        self._rows(lambda rows: rows[indices.to(rows.device)])
 
     def _rows(self, change: Any) -> None:
+        self._change_spaces(change)
+        if self.rope_deltas is not None:
+            self.rope_deltas = change(self.rope_deltas)
+
+    def _change_spaces(self, change: Any) -> None:
         for space in self.spaces:
             space.origin = change(space.origin)
             if space.key_bias is not None:

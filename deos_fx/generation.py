@@ -8,14 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
+
+from deos_fx.cache import ReducedCache
 
 __all__ = ["generation_host"]
 
 
 def generation_host(
-    call: Callable[..., ModelOutput], model: PreTrainedModel, device: torch.device | None = None
+    call: Callable[..., ModelOutput],
+    model: PreTrainedModel,
+    new_cache: Callable[[], ReducedCache],
+    device: torch.device | None = None,
 ) -> Any:
     """A view of a model whose forward is another callable, so that `generate` is transformers'.
 
@@ -24,6 +29,7 @@ def generation_host(
     Args:
         call: Takes the arguments of the model's forward.
         model: The model; its weights are not used and may be on the meta device.
+        new_cache: Makes the cache of a new conversation.
         device: Where `call` wants its inputs, if that is not where the model is.
 
     Returns:
@@ -56,13 +62,95 @@ def generation_host(
             )
         return ids, kwargs
 
+    def prepare_cache(
+        self: Any, config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        _check_cache(config, given)
+        if given is not None:
+            # transformers' own mark: what is undone at the end has to be undone in this cache, too.
+            given._is_user_defined = True
+        elif config.use_cache is not False:
+            model_kwargs["past_key_values"] = new_cache()
+
+    def positions(self: Any, inputs: Any, model_kwargs: dict[str, Any]) -> Any:
+        # Where the model itself remembers how positions go on, its latest prompt may be another.
+        cache = model_kwargs.get("past_key_values")
+        counts = isinstance(cache, ReducedCache) and hasattr(self.base_model, "rope_deltas")
+        if counts and cache.get_seq_length():
+            self.base_model.rope_deltas = cache.rope_deltas
+        return original._prepare_position_ids_for_generation(self, inputs, model_kwargs)
+
+    def candidates(self: Any, **kwargs: Any) -> Any:
+        _check_candidates(kwargs["generation_config"], kwargs["model_kwargs"])
+        generator = original._get_candidate_generator(self, **kwargs)
+        propose = generator.get_candidates
+
+        def after_prompt(*args: Any, **options: Any) -> Any:
+            # transformers gives the model its prompt and the first candidates at once. A reduction
+            # would take the last candidate for the last token of the prompt, so they are left out.
+            generator.get_candidates = propose
+            propose(*args, **options)
+            return args[0], None
+
+        generator.get_candidates = after_prompt
+        return generator
+
     replaced: dict[str, Any] = {
         "forward": forward,
         "_prepare_multimodal_encoder_kwargs_for_generation": keep_pixels,
         "_expand_inputs_for_generation": expand,
+        "_prepare_cache_for_generation": prepare_cache,
+        "_prepare_position_ids_for_generation": positions,
+        "_get_candidate_generator": candidates,
+        "generate_batch": _refuse_continuous_batching,
     }
     if device is not None:
         replaced["device"] = device
     host = copy.copy(model)
     host.__class__ = type(f"Reduced{type(model).__name__}", (type(model),), replaced)
     return host
+
+
+def _check_cache(config: GenerationConfig, given: Any) -> None:
+    """Refuse caches whose layers all have one length, or that are not used as they should be."""
+    implementation = config.cache_implementation
+    if implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation={implementation!r}: the layers of a reduced model hold "
+            "different numbers of tokens, which only its own dynamic cache can. Leave "
+            "cache_implementation out (or set it to None in generation_config)."
+        )
+    if given is not None and config.use_cache is False:
+        raise ValueError(
+            "past_key_values came with use_cache=False, which runs the whole text anew for every "
+            "token. Leave one of the two out."
+        )
+
+
+def _check_candidates(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Refuse those kinds of assisted decoding that look into the model or into its cache."""
+    names = ("assistant_early_exit", "use_mtp", "speculation_type")
+    inside = [name for name in names if getattr(config, name, None)]
+    if inside:
+        raise ValueError(
+            f"{inside[0]} drafts tokens with layers of the model itself, which a reduced model "
+            "runs as a graph. Use assistant_model or prompt_lookup_num_tokens."
+        )
+    if config.output_hidden_states:
+        raise ValueError(
+            "output_hidden_states with assisted decoding needs hidden states of every prompt "
+            "position, and a reduced model drops some. Leave one of the two out."
+        )
+    if model_kwargs["past_key_values"].get_seq_length():
+        raise ValueError(
+            "Assisted decoding reads the whole text again and cannot continue past_key_values. "
+            "Leave out assistant_model and prompt_lookup_num_tokens, or past_key_values."
+        )
+
+
+def _refuse_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        "cache_implementation='paged' packs prompts of text into one row; a reduced model needs "
+        "each prompt with its images in a row of its own. Leave cache_implementation out."
+    )

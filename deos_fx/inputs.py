@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from deos_fx.cache import ReducedCache
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.signature import grid_of, image_token_of, size_inputs, sizes_vary
 from deos_fx.tokens import is_separator
 
-__all__ = ["complete_inputs", "prompt_layout"]
+__all__ = ["complete_inputs", "image_inputs", "prompt_layout"]
 
 _SEPARATORS: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, int]]
 _SEPARATORS = weakref.WeakKeyDictionary()
@@ -33,8 +34,8 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
         The inputs with position ids and, unless ``use_cache`` is False, a cache.
 
     Raises:
-        ValueError: If ``input_ids`` is missing, the cache is not a `ReducedCache` or has its images
-            already, or something is asked for that a reduced model does not have.
+        ValueError: If ``input_ids`` is missing, the cache is not a `ReducedCache` or not of this
+            text, there are new images in a later turn, or something is asked for that a reduced model does not have.
     """
     inputs = dict(inputs)
     if "input_ids" not in inputs:
@@ -51,17 +52,50 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
             f"past_key_values is a {type(cache).__name__}: the layers of a reduced model hold "
             "different numbers of tokens. Pass None, or the cache an earlier call returned."
         )
-    if cache is not None and cache.get_seq_length() and "pixel_values" in inputs:
-        raise ValueError(
-            "pixel_values came with a cache that is not empty: its images are in the cache, and "
-            "images in a later turn are not supported. Leave pixel_values out, or start again "
-            "with one prompt that has all images."
-        )
+    if cache is not None and cache.get_seq_length():
+        inputs = _without_images(model, inputs, cache)
     _check_outputs(inputs)
     inputs["return_dict"] = True
     if "position_ids" not in inputs:
         inputs["position_ids"] = _default_positions(model, inputs)
     return inputs
+
+
+def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those of the inputs that images come in: pixels, and how large each image is."""
+    names = {*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, *size_inputs(model)}
+    given = {name: inputs[name] for name in sorted(names & inputs.keys())}
+    return {name: value for name, value in given.items() if isinstance(value, Tensor)}
+
+
+def _without_images(
+    model: PreTrainedModel, inputs: dict[str, Any], cache: ReducedCache
+) -> dict[str, Any]:
+    """The inputs of a call that continues a text, after checking that they do.
+
+    Processors give the images of the whole conversation in every turn: these are in the cache.
+    """
+    ids, rows = inputs["input_ids"], cache.rows
+    if ids.shape[1] == 0 or len(ids) != rows:
+        raise ValueError(
+            f"input_ids {tuple(ids.shape)} do not continue a cache of {rows} rows and "
+            f"{cache.get_seq_length()} tokens: give generate the whole conversation, or a call the "
+            "new tokens alone, with an attention_mask over both."
+        )
+    given, known = image_inputs(model, inputs), cache.images
+    same = all(_same(value, known.get(name)) for name, value in given.items())
+    if not same or (ids == image_token_of(model)).any():
+        raise ValueError(
+            "There are images in a later turn that are not those of the cache, and images in a "
+            "later turn are not supported. Start again with one prompt that has all images; leave "
+            "out pixel_values if they are in the cache."
+        )
+    return {name: value for name, value in inputs.items() if name not in given}
+
+
+def _same(value: Tensor, known: Tensor | None) -> bool:
+    # generate gives the very same tensors at every step: these need no comparison.
+    return value is known or known is not None and torch.equal(value, known.to(value.device))
 
 
 # What only the whole model takes, and the images, which positions do not depend on.

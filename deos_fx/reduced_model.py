@@ -17,7 +17,7 @@ from deos_fx.cache import ReducedCache, TokenSpace
 from deos_fx.cost import CostModel, CostReport
 from deos_fx.explain import SiteExplanation, explain
 from deos_fx.generation import generation_host
-from deos_fx.inputs import complete_inputs, prompt_layout
+from deos_fx.inputs import complete_inputs, image_inputs, prompt_layout
 from deos_fx.passes.capture import GuardError
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces
@@ -81,22 +81,32 @@ class ReducedModel(nn.Module):
         output = self._run(inputs)
         return output if inputs.get("return_dict", True) else output.to_tuple()
 
-    def generate(self, **inputs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own `generate`, run on the reduced model.
 
         The prompt is reduced once and decoding continues on what is left. Only with
         ``use_cache=False`` the whole text is reduced anew for every token, and scores that read the
         text may then keep other tokens.
 
+        The next turn of a conversation continues on the cache of the one before: give the whole
+        conversation as ``input_ids``, and the ``past_key_values`` of the output that
+        ``return_dict_in_generate=True`` returned. Images that are in the cache may be given again,
+        as a processor does; they are not looked at. New images need a new conversation.
+
         Args:
-            **inputs: Arguments of the model's `generate`.
+            *args: Arguments of the model's `generate`.
+            **kwargs: Keyword arguments of the model's `generate`.
 
         Returns:
             What the model's `generate` returns.
+
+        Raises:
+            ValueError: If something is asked for that a reduced model cannot do: a cache of fixed
+                or equal lengths (``cache_implementation``), attention weights, or drafting with
+                layers of its own.
         """
-        if inputs.get("use_cache", True) and inputs.get("past_key_values") is None:
-            inputs["past_key_values"] = self._new_cache()
-        return generation_host(self, self.model).generate(**inputs)
+        host = generation_host(self, self.model, self._new_cache)
+        return host.generate(*args, **kwargs)
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -205,7 +215,8 @@ class ReducedModel(nn.Module):
     def _run(self, inputs: dict[str, Any]) -> ModelOutput:
         inputs = complete_inputs(self.model, inputs)
         cache: Any = inputs.get("past_key_values")
-        prefill = cache is None or cache.get_seq_length() == 0
+        seen = 0 if cache is None else cache.get_seq_length()
+        prefill = not seen
         layout = prompt_layout(self.model, inputs) if prefill else None
         if not prefill:
             inputs |= cache.decode_inputs(inputs.get("attention_mask"), inputs["position_ids"])
@@ -213,18 +224,19 @@ class ReducedModel(nn.Module):
             graph_module = self._graph(inputs, layout)
             fields = run_graph(graph_module, inputs)
         except GuardError:
-            if not prefill:
+            # The model's code takes another branch for these inputs than for those captured.
+            if not prefill and cache.get_seq_length() != seen:
                 # The layers before the guard have already added to their caches.
                 raise
-            # The model's code takes another branch for these inputs than for those captured.
-            self._graphs["prefill"].clear()
-            if cache is not None:
+            self._graphs["prefill" if prefill else "decode"].clear()
+            if cache is not None and prefill:
                 cache.reset()
             graph_module = self._graph(inputs, layout)
             fields = run_graph(graph_module, inputs)
         spaces = fields.pop("spaces", [])
         if cache is not None and prefill:
-            cache.rope_deltas = getattr(self.model.base_model, "rope_deltas", None)
+            cache.rope_deltas = _deltas_of_rows(self.model, len(inputs["input_ids"]))
+            cache.images = image_inputs(self.model, inputs)
             cache.record(
                 inputs["input_ids"].shape[1],
                 [
@@ -251,12 +263,22 @@ class ReducedModel(nn.Module):
         return ReducedCache(self.model.config.get_text_config())
 
 
+def _deltas_of_rows(model: PreTrainedModel, rows: int) -> Tensor | None:
+    """What the model adds to a new token's index, [rows, 1]; generate makes several of a prompt."""
+    deltas: Tensor | None = getattr(model.base_model, "rope_deltas", None)
+    if deltas is None or rows % len(deltas):
+        return None
+    return deltas.repeat_interleave(rows // len(deltas), dim=0)
+
+
 def _structure(inputs: Mapping[str, Any]) -> tuple[Hashable, ...]:
     """What a captured graph depends on: which inputs there are, of what type, and all constants."""
     parts: list[Hashable] = []
     for name, value in sorted(inputs.items()):
         if isinstance(value, Tensor):
-            parts.append((name, value.dtype, value.device, value.ndim))
+            # Position ids [4, B, t] of a prompt's own steps go on as [1, B, t] in a later turn.
+            coordinates = value.shape[:-2] if name == "position_ids" else ()
+            parts.append((name, value.dtype, value.device, value.ndim, coordinates))
         else:
             parts.append((name, type(value) if isinstance(value, ReducedCache) else value))
     return tuple(parts)

@@ -61,7 +61,7 @@ class OnnxModel:
         ]
         self._prefill, self._decode = prefill, decode
         self._arguments = inspect.signature(type(skeleton).forward)
-        self._host = generation_host(self, skeleton, device=_CPU)
+        self._host = generation_host(self, skeleton, self._new_cache, device=_CPU)
 
     @classmethod
     def from_pretrained(
@@ -122,8 +122,6 @@ class OnnxModel:
         """
         if not inputs.get("use_cache", True):
             raise ValueError("use_cache=False, but exported graphs always use a cache; omit it")
-        if inputs.get("past_key_values") is None:
-            inputs["past_key_values"] = self._new_cache()
         return self._host.generate(**inputs)
 
     # *** running ***
@@ -233,6 +231,13 @@ class _SessionCache(ReducedCache):
             if name.startswith("present.")
         }
         self._length = length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: the states are not here."""
+        raise ValueError(
+            "Tokens cannot be taken back from an exported model's cache: leave out assistant_model "
+            "and prompt_lookup_num_tokens, or generate with the ReducedModel in PyTorch."
+        )
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._rows(change)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -97,9 +96,10 @@ class _FakeRun(fx.Interpreter):
     def note(self, args: list[Any]) -> _FakeRun:
         self.shapes: dict[fx.Node, Any] = {}
         self.content: set[fx.Node] = set()
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
-            fake = partial(_fake, mode)
-            self.run(*pytree.tree_map_only(torch.Tensor, fake, args, is_leaf=_is_cache))
+        # Gradients tell what depends on contents, also where the caller is in inference mode.
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.inference_mode(False), torch.enable_grad(), fake:
+            self.run(*pytree.tree_map_only(torch.Tensor, _like, args, is_leaf=_is_cache))
         return self
 
     def run_node(self, n: fx.Node) -> Any:
@@ -116,10 +116,6 @@ class _FakeRun(fx.Interpreter):
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
             self.content.add(n)
         return value
-
-
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    return mode.from_tensor(tensor).requires_grad_(tensor.is_floating_point())
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
