@@ -83,8 +83,8 @@ def _without_images(
             "new tokens alone, with an attention_mask over both."
         )
     given, known = image_inputs(model, inputs), cache.images
-    same = all(_same(value, known.get(name)) for name, value in given.items())
-    if not same or (ids == image_token_of(model)).any():
+    again = all(_same(value, known.get(name)) for name, value in given.items())
+    if not again or "pixel_values" in given and (ids == image_token_of(model)).any():
         raise ValueError(
             "There are images in a later turn that are not those of the cache, and images in a "
             "later turn are not supported. Start again with one prompt that has all images; leave "

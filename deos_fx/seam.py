@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 __all__ = [
@@ -222,7 +223,8 @@ class AttentionView:
     Attributes:
         query: [B, H, N, D] after rotary embedding.
         key: [B, H_kv, N, D]; H is a multiple of H_kv.
-        mask: None, [B, N] of real keys, or boolean or additive, broadcastable to [B, H, N, N].
+        mask: None, [B, N] of real keys, boolean or additive, broadcastable to [B, H, N, N], or
+            what flex_attention takes.
         scale: Factor of the logits.
         causal: Whether, without a mask of its own, a query sees only keys up to its position.
         tables: Rotary cosines and sines [B or 1, N, D], if the block is given any.
@@ -230,7 +232,7 @@ class AttentionView:
 
     query: Tensor
     key: Tensor
-    mask: Tensor | None
+    mask: Tensor | BlockMask | None
     scale: float
     causal: bool
     tables: Any = None
@@ -273,6 +275,12 @@ class AttentionView:
     def _masked(self, logits: Tensor, positions: Tensor) -> Tensor:
         lowest = torch.finfo(torch.float32).min
         mask = self.mask
+        if isinstance(mask, BlockMask):
+            batch, length = len(logits), logits.shape[-1]
+            rows = torch.arange(batch, device=logits.device)[:, None, None, None]
+            keys = torch.arange(length, device=logits.device)
+            visible = mask.mask_mod(rows, torch.zeros_like(rows), positions[:, None, :, None], keys)
+            return logits.masked_fill(~visible, lowest)
         if mask is not None and mask.ndim == 4:
             mask = mask.expand(positions.shape[0], -1, -1, -1)
             index = positions[:, None, :, None].expand(-1, mask.shape[1], -1, logits.shape[-1])
@@ -359,14 +367,14 @@ def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: b
 
     Args:
         mask: None, boolean or additive, broadcastable to [B, 1, Q, N].
-        key_bias: [B, N].
-        hidden: [B, Q, d]; its shape and precision are read.
+        key_bias: [B, N], or [B, more] where a cache holds the last N keys only.
+        hidden: [B, Q, d]; its shape, precision and device are read.
         causal: Whether, without a mask, a query sees only keys up to its own position.
 
     Returns:
         Additive [B, 1, Q, N] in the precision of the hidden states.
     """
-    bias = key_bias[:, None, None, :].to(hidden.dtype)
+    bias = key_bias[:, None, None, :].to(hidden)
     lowest = torch.finfo(hidden.dtype).min
     if mask is None:
         queries, keys = hidden.shape[1], key_bias.shape[1]
@@ -376,6 +384,7 @@ def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: b
         rows = torch.arange(queries, device=hidden.device) + (keys - queries)
         visible = torch.arange(keys, device=hidden.device) <= rows[:, None]
         return torch.where(visible, bias, lowest)
+    mask, bias = mask.to(hidden.device), bias[..., -mask.shape[-1] :]
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, lowest)
     return (mask + bias).clamp(min=lowest)

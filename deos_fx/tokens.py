@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from deos_fx.operator.gather import listed
 from deos_fx.operator.scores import LOG_FLOOR
@@ -139,16 +140,24 @@ def take_each(
     )
 
 
-def take_mask(mask: Tensor | None, index: Tensor) -> Tensor | None:
+def take_mask(mask: Tensor | BlockMask | None, index: Tensor) -> Tensor | BlockMask | None:
     """An attention mask restricted to kept tokens, on both axes.
 
     Args:
-        mask: None, [B, N], or [B or 1, H, N, N] as transformers' mask functions return it.
+        mask: None, [B, N], or [B or 1, H, N, N] as transformers' mask functions return it, or what
+            they return for flex_attention.
         index: [B, M].
 
     Returns:
         None, [B, M] or [B, H, M, M]: windows and bidirectional blocks keep original distances.
     """
+    if isinstance(mask, BlockMask):
+        visible, (batch, length) = mask.mask_mod, index.shape
+
+        def kept(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return visible(row, head, index[row, query], index[row, key])
+
+        return create_block_mask(kept, batch, None, length, length, device=index.device)
     if mask is None or mask.ndim == 2:
         return None if mask is None else take(mask, index)
     return take(take(mask, index, dim=2), index, dim=3)

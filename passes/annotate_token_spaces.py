@@ -117,6 +117,12 @@ class _FakeRun(fx.Interpreter):
             self.content.add(n)
         return value
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, MaskBuilder):
+            return module.as_tensors(**kwargs)
+        return super().call_module(target, args, kwargs)
+
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
     fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

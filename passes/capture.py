@@ -13,6 +13,7 @@ What the example run decides for good (a branch on a tensor or on a length) is r
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import operator
 import sys
@@ -97,6 +98,13 @@ class MaskBuilder(nn.Module):
 
     def forward(self, **kwargs: Any) -> Any:
         return self.function(config=self.config, **kwargs)
+
+    def as_tensors(self, **kwargs: Any) -> Any:
+        """The masks as tensors, whatever the attention implementation: those of flex_attention
+        cannot be made without values."""
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = "sdpa"
+        return self.function(config=config, **kwargs)
 
 
 class ImageEncoder(nn.Module):

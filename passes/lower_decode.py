@@ -7,13 +7,14 @@ mask as wide as those layers' caches and, where positions were compacted, its po
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 from transformers.masking_utils import create_causal_mask
 
 from deos_fx.passes.annotate_token_spaces import MASK, position_tables
@@ -155,7 +156,7 @@ class WindowMask(nn.Module):
 
     def forward(
         self, *, inputs_embeds: Tensor, past_key_values: Any, layer_idx: int, **kwargs: Any
-    ) -> Tensor | None:
+    ) -> Tensor | BlockMask | None:
         """A mask as transformers makes it.
 
         Args:
@@ -177,11 +178,24 @@ class WindowMask(nn.Module):
             return mask
         new = inputs_embeds.shape[1]
         held, _ = past_key_values.get_mask_sizes(new, layer_idx)
+        if isinstance(mask, BlockMask):
+            in_window = and_masks(mask.mask_mod, self._in_window(positions, new, held))
+            batch, device = len(positions), positions.device
+            return create_block_mask(in_window, batch, None, new, held, device=device)
         distance = positions[:, -new:, None] - positions[:, None, -held:]
         near = ((distance >= 0) & (distance < self.window))[:, None]
         if mask is None or mask.dtype == torch.bool:
             return near if mask is None else near & mask
         return mask.masked_fill(~near, torch.finfo(mask.dtype).min)
+
+    def _in_window(self, positions: Tensor, new: int, held: int) -> Callable[..., Tensor]:
+        queries, keys = positions[:, -new:], positions[:, -held:]
+
+        def near(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            distance = queries[row, query] - keys[row, key]
+            return (distance >= 0) & (distance < self.window)
+
+        return near
 
 
 def _is_plain(mask: fx.Node) -> bool:
@@ -235,7 +249,9 @@ def _mask_of_space(
     graph_module.add_submodule(name, WindowMask(config, window))
     arguments = {**kwargs, "layer_idx": _layer_of(mask, space)}
     with graph.inserting_before(min(made.users, key=_order(graph))):
-        return graph.create_node("call_module", name, (), arguments, name)
+        node = graph.create_node("call_module", name, (), arguments, name)
+    node.meta["prompt_axes"] = MASK
+    return node
 
 
 def _order(graph: fx.Graph) -> Any:
