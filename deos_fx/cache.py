@@ -60,8 +60,8 @@ class ReducedCache(DynamicCache):
     @property
     def rows(self) -> int:
         """Texts in the cache; 0 for an empty one."""
-        held = (layer.keys for layer in self.layers if getattr(layer, "keys", None) is not None)
-        return next((len(keys) for keys in held), 0)
+        held = (getattr(layer, "keys", None) for layer in self.layers)
+        return next((len(keys) for keys in held if keys is not None), 0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, dropped ones included."""

@@ -76,9 +76,9 @@ def generation_host(
     def positions(self: Any, inputs: Any, model_kwargs: dict[str, Any]) -> Any:
         # Where the model itself remembers how positions go on, its latest prompt may be another.
         cache = model_kwargs.get("past_key_values")
-        counts = isinstance(cache, ReducedCache) and hasattr(self.base_model, "rope_deltas")
-        if counts and cache.get_seq_length():
-            self.base_model.rope_deltas = cache.rope_deltas
+        if isinstance(cache, ReducedCache) and cache.get_seq_length():
+            if hasattr(self.base_model, "rope_deltas"):
+                self.base_model.rope_deltas = cache.rope_deltas
         return original._prepare_position_ids_for_generation(self, inputs, model_kwargs)
 
     def candidates(self: Any, **kwargs: Any) -> Any:

@@ -35,7 +35,8 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
 
     Raises:
         ValueError: If ``input_ids`` is missing, the cache is not a `ReducedCache` or not of this
-            text, there are new images in a later turn, or something is asked for that a reduced model does not have.
+            text, there are new images in a later turn, or something is asked for that a reduced
+            model does not have.
     """
     inputs = dict(inputs)
     if "input_ids" not in inputs:

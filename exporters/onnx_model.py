@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from deos_fx.cache import ReducedCache, TokenSpace
 from deos_fx.exporters.onnx import FORMAT, MANIFEST, VERSION
 from deos_fx.generation import generation_host
-from deos_fx.inputs import complete_inputs, prompt_layout
+from deos_fx.inputs import complete_inputs, image_inputs, prompt_layout
 from deos_fx.passes.lower_decode import DecodeSpace
 
 __all__ = ["OnnxModel"]
@@ -153,6 +153,7 @@ class OnnxModel:
             }
         )
         cache.take_states(outputs, ids.shape[1])
+        cache.images = image_inputs(self._host, inputs)
         cache.record(
             ids.shape[1],
             [
@@ -218,6 +219,11 @@ class _SessionCache(ReducedCache):
         super().__init__(config)
         self.states: dict[str, Any] = {}
         self._length = 0
+
+    @property
+    def rows(self) -> int:
+        """Texts in the cache; 0 for an empty one."""
+        return next((value.shape()[0] for value in self.states.values()), 0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, dropped ones included."""
