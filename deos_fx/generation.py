@@ -108,6 +108,8 @@ def generation_host(
     if device is not None:
         replaced["device"] = device
     host = copy.copy(model)
+    # Hooks (accelerate's, for several devices) put a forward on the instance, before the class's.
+    vars(host).pop("forward", None)
     host.__class__ = type(f"Reduced{type(model).__name__}", (type(model),), replaced)
     return host
 
