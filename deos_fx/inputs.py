@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from deos_fx.cache import ReducedCache
+from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.signature import grid_of, image_token_of, size_inputs, sizes_vary
 from deos_fx.tokens import is_separator
@@ -131,7 +132,11 @@ def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
             f"{type(model).__name__} counts the positions of images by their grid, which needs its "
             "weights: pass position_ids, or run the model in PyTorch."
         )
-    handle = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
+    decoder = model.get_decoder()
+    if decoder is core:
+        # Where the decoder has the images too, its layers are what is told the positions.
+        decoder = model.get_submodule(find_blocks(model).decoder[0])
+    handle = decoder.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         text = {name: value for name, value in inputs.items() if name not in _NOT_OF_CORE}
         with torch.no_grad():

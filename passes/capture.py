@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import operator
 import sys
@@ -74,6 +75,13 @@ def check_guard(value: Any, expected: Any) -> None:
     """
     if value != expected:
         raise GuardError(f"captured for {expected!r}, called with {value!r}")
+
+
+def with_features(x: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
+    """`x` [B, N, ...] with other values at a key that takes all of the first two axes."""
+    x = x.clone()
+    x[key] = value
+    return x
 
 
 _PLAIN = {"inputs_embeds", "attention_mask", "past_key_values", "position_ids", "layer_idx"}
@@ -166,9 +174,17 @@ class ValueProxy(fx.Proxy):
         return parts[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Rows that a mask selects are replaced: from here on this stands for the new tensor."""
+        """From here on this stands for the tensor with something replaced.
+
+        That can be rows that a mask selects, or the same features of all rows.
+        """
         mask, *rest = key if isinstance(key, tuple) else (key,)
+        tracer: Any = self.tracer
         masked = isinstance(mask, ValueProxy) and mask.dtype == torch.bool
+        if isinstance(key, tuple) and key[:2] == (slice(None),) * 2 and not _has_proxy(key):
+            changed = tracer.create_proxy("call_function", with_features, (self, key, value), {})
+            self.node, self.value = changed.node, changed.value
+            return
         if not masked or any(part != slice(None) for part in rest):
             raise CaptureError(
                 "The model's code assigns to a part of a tensor that no mask selects, which cannot "
@@ -283,9 +299,14 @@ class _Tracer(fx.Tracer):
             "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
         )
         # What a block does to its tokens need not be run again to know the shape of the result.
-        is_block = self.module_paths[id(module)] in self.blocks
-        node.meta["keeps_shape"] = is_block and bool(args) and _alike(self.values[node], args[0])
-        output = self.proxy(node)
+        is_block = self.module_paths[id(module)] in self.blocks and bool(args)
+        value = self.values[node]
+        alone = is_block and isinstance(value, tuple) and not any(v is not None for v in value[1:])
+        if alone:
+            # A tuple of the hidden states and of what was not asked for: the node has the former.
+            self.values[node], self.leaves[name] = value[0], _first_of(module)
+        node.meta["keeps_shape"] = is_block and _alike(self.values[node], args[0])
+        output = (self.proxy(node), *value[1:]) if alone else self.proxy(node)
         # Hooks collect hidden states (transformers' output_hidden_states). They must see the
         # proxy: with the value, everything collected would become a constant of the graph.
         for hook_id, hook in module._forward_hooks.items():
@@ -427,6 +448,19 @@ def _tracing(tracer: _Tracer, model: PreTrainedModel, opaque_encoder: bool) -> I
                     # It compares tensors in Python; the inputs were checked before capture.
                     patch(namespace, name, lambda *args, **kwargs: None)
         yield
+
+
+def _first_of(module: nn.Module) -> nn.Module:
+    """A view of a module that returns the first of its outputs; it shares everything else."""
+    kind: Any = type(module)
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return kind.forward(self, *args, **kwargs)[0]
+
+    view = copy.copy(module)
+    view.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return view
 
 
 def _traced_call(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:

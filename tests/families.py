@@ -338,3 +338,8 @@ def alone(name: str, batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     }
     extra = FAMILIES[name].extra(ids)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images, **extra}
+
+
+from more_families2 import MORE  # noqa: E402 - it is made of what is above
+
+FAMILIES |= MORE
