@@ -137,4 +137,4 @@ def _cost_model(
             "data to search with), or limit visual_tokens only."
         )
     # The text does not matter for the visual tokens of a layer.
-    return CostModel(model, images=1, text_tokens=0)
+    return CostModel.of_images(model, images=1, text_tokens=0)

@@ -1,6 +1,7 @@
 """What a prefill costs: visual tokens per layer, floating-point operations, bytes of KV cache.
 
-Everything is computed from the model's modules and the token counts, without running the model.
+Everything is measured on a twin of the model that has no numbers and computed from token counts;
+the model does not run.
 Operations are counted as `torch.utils.flop_counter` counts them: two for each multiply-add of a
 linear layer, a convolution or an attention product, nothing for the rest. Masked attention counts
 in full, whatever a kernel skips.
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deos_fx.inputs import prompt_layout
+from deos_fx.measure import Decoder, Encoder, measure_decoder, measure_encoder
 from deos_fx.operator import required_features
 from deos_fx.operator_cost import Amount, SiteSizes, operator_flops, relaxed_flops
 from deos_fx.passes.features import OBSERVED
@@ -24,7 +27,14 @@ from deos_fx.passes.layout import PromptLayout, first_layer, grid_after, grid_of
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduction import split_site
 from deos_fx.seam import Observation
-from deos_fx.signature import check_verified, grid_of, has_class_token, signature_of
+from deos_fx.signature import (
+    grid_of,
+    has_class_token,
+    image_token_of,
+    signature_of,
+    size_inputs,
+    sizes_vary,
+)
 
 __all__ = ["Amount", "Cost", "CostModel", "CostReport"]
 
@@ -84,17 +94,19 @@ class CostReport:
 
 @dataclass(frozen=True)
 class _Block:
-    """What a transformer block costs: `linear` FLOPs per token, and its attention products.
+    """What a transformer block costs, and the sizes of its attention.
 
     Attributes:
-        linear: FLOPs of the linear layers for one token.
+        linear: FLOPs for each token.
+        quadratic: FLOPs for each pair of tokens.
         heads: Query heads.
         key_heads: Key and value heads.
         dim: Size of a head.
         width: Size of a hidden state.
     """
 
-    linear: int
+    linear: float
+    quadratic: float
     heads: int
     key_heads: int
     dim: int
@@ -102,7 +114,7 @@ class _Block:
 
     def flops(self, tokens: Amount) -> Amount:
         """Of the whole block: linear layers, query-key and attention-value products."""
-        return tokens * self.linear + 4 * self.heads * self.dim * tokens * tokens
+        return tokens * self.linear + self.quadratic * tokens * tokens
 
     def row_flops(self, queries: Amount, tokens: Amount) -> Amount:
         """Of the attention logits of a few queries that a score observes."""
@@ -117,47 +129,70 @@ class _Block:
 class CostModel:
     """Predicts the cost of prompts of one shape, for any policy.
 
-    A vision block whose output the language model does not use costs nothing: capture leaves it
-    out, whatever the policy.
+    What the image encoder computes and the language model does not use costs nothing where capture
+    leaves it out.
 
     Args:
         model: A transformers vision-language model.
-        images: Images per prompt.
+        layout: The prompts' images.
         text_tokens: Tokens of a prompt that are not visual, padding included.
         batch: Prompts.
         logits_to_keep: Positions of each prompt whose logits are computed; 0 for all of them.
+        images: Arguments of the model's ``get_image_features``, for all prompts together. Only
+            where images are all of one size, they need not be given.
 
     Raises:
         TypeError: If `model` is not a transformers model.
-        ValueError: If it has no vision tower, or is not a LLaVA with images of one size.
+        ValueError: If it reads no images.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        images: int,
+        layout: PromptLayout,
         text_tokens: int,
         batch: int = 1,
         *,
         logits_to_keep: int = 0,
+        images: Mapping[str, Any] | None = None,
     ) -> None:
         self.signature = signature_of(model)
-        check_verified(model, "Counting costs (and searching by them)")
-        self.images = images
+        self.layout = layout
         self.text_tokens = text_tokens
         self.batch = batch
         self.logits_to_keep = logits_to_keep
-        blocks = find_blocks(model)
-        self._vision = [_block(model.get_submodule(path)) for path in blocks.vision]
-        self._decoder = [_block(model.get_submodule(path)) for path in blocks.decoder]
+        self._model = model
+        self._images = images
+        self._opaque = sizes_vary(model)
         self._width = model.config.get_text_config().hidden_size
-        self._head = _linear_flops([model.get_output_embeddings()])
-        self._bytes = model.dtype.itemsize
+        self._head = linear_flops([model.get_output_embeddings()])
         self._class_tokens = int(has_class_token(model))
-        self._used = self._vision[: _used_blocks(model, len(self._vision))]
-        self._per_patch, self._per_feature = _encoding_flops(model)
-        self._grid = grid_of(model)
         self._counted: dict[tuple[str, int, int, bool], int] = {}
+
+    @classmethod
+    def of_images(
+        cls, model: PreTrainedModel, images: int, text_tokens: int, batch: int = 1, **options: Any
+    ) -> CostModel:
+        """The cost model for prompts with so many images, for models whose images have one size.
+
+        Args:
+            model: A transformers vision-language model.
+            images: Images per prompt.
+            text_tokens: As for the class.
+            batch: As for the class.
+            **options: As for the class.
+
+        Raises:
+            ValueError: If the number of visual tokens depends on the image's size.
+        """
+        signature_of(model)
+        if sizes_vary(model):
+            raise ValueError(
+                f"How many visual tokens an image of a {model.config.model_type} model has depends "
+                "on its size: give inputs of a call."
+            )
+        layout = PromptLayout(image_token_of(model), images, grid_of(model))
+        return cls(model, layout, text_tokens, batch, **options)
 
     @classmethod
     def of_inputs(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> CostModel:
@@ -170,16 +205,29 @@ class CostModel:
         Raises:
             ValueError: If the inputs have no image, or prompts with different numbers of images.
         """
+        signature_of(model)
         layout = prompt_layout(model, inputs)
         batch, length = inputs["input_ids"].shape
         kept = inputs.get("logits_to_keep", 0)
+        names = {"pixel_values", *size_inputs(model)} & inputs.keys()
         return cls(
             model,
-            layout.images,
+            layout,
             length - layout.images * layout.tokens_per_image,
             batch,
             logits_to_keep=len(kept) if isinstance(kept, Tensor) else kept,
+            images={name: inputs[name] for name in sorted(names)},
         )
+
+    @property
+    def images(self) -> int:
+        """Images per prompt."""
+        return self.layout.images
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Visual tokens of an image before any reduction."""
+        return self.layout.tokens_per_image
 
     # *** from the visual tokens of each decoder layer; differentiable ***
 
@@ -210,9 +258,10 @@ class CostModel:
         layers = sum(
             block.flops(length) for block, length in zip(self._decoder, lengths, strict=True)
         )
+        around = self._measured.around * lengths[0]
         head = self._head * (self.logits_to_keep or lengths[-1])
         encoding = self._encoding(self.patches(Policy()) if patches is None else patches)
-        return self.batch * (self.images * encoding + layers + head) + overhead
+        return encoding + self.batch * (layers + around + head) + overhead
 
     def kv_bytes(self, counts: Sequence[Amount] | Tensor) -> Amount:
         """Of the keys and values that one prefill of the whole batch leaves.
@@ -220,9 +269,11 @@ class CostModel:
         Args:
             counts: As in `visual_tokens`.
         """
-        per_token = [2 * block.key_heads * block.dim * self._bytes for block in self._decoder]
-        layers = zip(per_token, counts, strict=True)
-        return self.batch * sum(size * (self.text_tokens + count) for size, count in layers)
+        total: Amount = 0
+        for layer, count in zip(self._measured.layers, counts, strict=True):
+            held = _at_most(self.text_tokens + count, layer.window)
+            total = total + layer.cached * held + layer.state
+        return self.batch * total
 
     def reduction_flops(self, reduction: Reduction, before: Amount, after: Amount) -> Amount:
         """FLOPs of one reduction's own scores, similarities and merging, for the whole batch.
@@ -253,8 +304,8 @@ class CostModel:
         return Cost(
             visual_tokens_per_layer=tuple(counts),
             visual_tokens=sum(counts) / len(counts),
-            flops=int(self.flops(counts, self.overhead(policy), self.patches(policy))),
-            kv_bytes=int(self.kv_bytes(counts)),
+            flops=round(float(self.flops(counts, self.overhead(policy), self.patches(policy)))),
+            kv_bytes=round(float(self.kv_bytes(counts))),
         )
 
     def counts(self, policy: Policy) -> list[int]:
@@ -267,7 +318,7 @@ class CostModel:
             ValueError: If it does not fit the model.
         """
         policy.check(self.signature)
-        tokens = self.signature.visual_tokens
+        tokens = self.tokens_per_image
         per_layer = [tokens] * len(self._decoder)
         for reduction, kept in zip(policy.reductions, policy.counts(tokens), strict=True):
             first = first_layer(reduction.site)
@@ -276,8 +327,8 @@ class CostModel:
 
     @property
     def tower_blocks(self) -> int:
-        """Blocks of the vision tower that the language model depends on."""
-        return len(self._used)
+        """Blocks of the vision tower that can be told apart, up to the last that is used."""
+        return 0 if self._opaque else self._encoder.used
 
     def patches(self, policy: Policy) -> list[int]:
         """Patches of one image in each used block of the vision tower, and then in the projector.
@@ -285,7 +336,7 @@ class CostModel:
         Args:
             policy: A policy for this model.
         """
-        tokens = self.signature.visual_tokens
+        tokens = self.tokens_per_image
         per_block = [tokens] * (self.tower_blocks + 1)
         for reduction, kept in zip(policy.reductions, policy.counts(tokens), strict=True):
             stage, block = split_site(reduction.site)
@@ -300,10 +351,10 @@ class CostModel:
             policy: A policy for this model.
         """
         total = 0
-        present = self.signature.visual_tokens
+        present = self.tokens_per_image
         inside = self.patches(policy)
         at_decoder = self.counts(policy)[0]
-        grid: Tensor | None = PromptLayout(0, 1, self._grid).grid_tensor(1)
+        grid: Tensor | None = self.layout.grid_tensor(1)
         at_once = 1
         known: set[_Seen] = set()
         for reduction, kept in zip(policy.reductions, policy.counts(present), strict=True):
@@ -317,7 +368,7 @@ class CostModel:
             attended = before
             if stage == "projector":
                 # A cut right behind the last block looks into the same block.
-                attended = inside[-2]
+                attended = inside[self.tower_blocks - 1]
                 seen = seen - known
             known = seen if stage == "vision" and layer == self.tower_blocks - 1 else set()
             total += site.rows * int(
@@ -332,28 +383,84 @@ class CostModel:
 
     # *** parts ***
 
+    @cached_property
+    def _measured(self) -> Decoder:
+        return measure_decoder(self._model)
+
+    @cached_property
+    def _decoder(self) -> list[_Block]:
+        paths = find_blocks(self._model).decoder
+        layers = zip(paths, self._measured.layers, strict=True)
+        return [
+            _Block(
+                linear=layer.linear,
+                quadratic=layer.quadratic,
+                heads=_heads_of(self._model.get_submodule(path))[0],
+                key_heads=layer.key_heads,
+                dim=layer.dim,
+                width=self._width,
+            )
+            for path, layer in layers
+        ]
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        """Of one image; of all images of the call where their sizes matter."""
+        if not self._opaque:
+            return measure_encoder(self._model)
+        if self._images is None:
+            raise ValueError(
+                f"What encoding an image of a {self.signature.model_type} model costs depends on "
+                "its size: give inputs of a call."
+            )
+        return measure_encoder(self._model, self._images)
+
+    @cached_property
+    def _vision(self) -> list[_Block]:
+        """The vision blocks, if they can be told apart."""
+        if self._opaque:
+            return []
+        blocks = []
+        for i, path in enumerate(find_blocks(self._model).vision):
+            block = self._model.get_submodule(path)
+            heads, key_heads, dim, width = _heads_of(block)
+            linear = linear_flops(block.modules())
+            tokens = self._tokens_in_block(i)
+            quadratic = (self._encoder.blocks[i] - linear * tokens) / tokens**2
+            blocks.append(_Block(linear, quadratic, heads, key_heads, dim, width))
+        return blocks
+
+    def _tokens_in_block(self, i: int) -> int:
+        """Tokens of an image in a vision block, class tokens included."""
+        return self._encoder.tokens[i] or self.tokens_per_image
+
     def _encoding(self, patches: Sequence[Amount]) -> Amount:
-        """FLOPs of one image: patch embedding, vision blocks, projector."""
+        """FLOPs of encoding all images: patch embedding, vision blocks, projector."""
+        if self._opaque:
+            return self._encoder.total
         *in_blocks, in_projector = patches
-        blocks = zip(self._used, in_blocks, strict=True)
-        tower = sum(block.flops(self._class_tokens + count) for block, count in blocks)
-        embedding = self.signature.visual_tokens * self._per_patch
-        return embedding + tower + in_projector * self._per_feature
+        whole = self.tokens_per_image
+        tower: Amount = 0
+        for i, count in enumerate(in_blocks):
+            tower = tower + self._vision[i].flops(self._tokens_in_block(i) - whole + count)
+        projector = self._encoder.behind * in_projector / whole
+        return self.batch * self.images * (self._encoder.front + tower + projector)
 
     def _site(self, reduction: Reduction) -> _Site:
         stage, layer = split_site(reduction.site)
         blocks = self._decoder if stage == "decoder" else self._vision
-        block = self.tower_blocks - 1 if stage == "projector" else layer
+        index = self.tower_blocks - 1 if stage == "projector" else layer
+        block = blocks[index] if blocks else None
         return _Site(
             stage=stage,
-            block=blocks[block],
-            following=blocks[block + 1] if block + 1 < len(blocks) else None,
+            block=block,
+            following=blocks[index + 1] if index + 1 < len(blocks) else None,
             others=self.text_tokens if stage == "decoder" else self._class_tokens,
             rows=self.batch * (1 if stage == "decoder" else self.images),
             sizes=SiteSizes(
-                width=blocks[block].width if stage == "vision" else self._width,
-                key=blocks[block].dim,
-                joint_key=blocks[block].key_heads * blocks[block].dim,
+                width=block.width if block and stage == "vision" else self._width,
+                key=block.dim if block else 0,
+                joint_key=block.key_heads * block.dim if block else 0,
                 text=self.text_tokens,
             ),
         )
@@ -404,7 +511,7 @@ class _Site:
     """
 
     stage: str
-    block: _Block
+    block: _Block | None
     following: _Block | None
     others: int
     rows: int
@@ -425,8 +532,8 @@ class _Site:
         for where, observation, of in seen:
             block, tokens = self.block, self.others + attended
             if where == "next":
-                assert self.following is not None
                 block, tokens = self.following, self.others + visual
+            assert block is not None, "a site without blocks has no features of attention"
             # In the tower all tokens are asked, class tokens too.
             every = visual if self.stage == "decoder" else tokens
             queries = {"class": 1, "last": 1, "text": text, "raters": text, "visual": every}
@@ -439,32 +546,26 @@ class _Site:
         return total
 
 
-def _encoding_flops(model: PreTrainedModel) -> tuple[int, int]:
-    """FLOPs of one patch in front of the tower's blocks, and of one feature behind them."""
-    tower, decoder = model.get_encoder(modality="image"), model.get_decoder()
-    parts = {id(module) for part in (tower, decoder) for module in part.modules()}
-    parts.add(id(model.get_output_embeddings()))
-    between = [module for module in model.modules() if id(module) not in parts]
-    return _patch_flops(tower), _linear_flops(_leaves(between))
-
-
-def _block(block: nn.Module) -> _Block:
-    """Measure a block by its linear modules and the config of its attention."""
-    attention = next(
-        module for module in block.modules() if hasattr(module, "config") and module is not block
-    )
-    config: Any = attention.config
+def _heads_of(block: nn.Module) -> tuple[int, int, int, int]:
+    """Query heads, key heads, size of a head and width, by the config of a block's attention."""
+    configs: list[Any] = [module.config for module in block.modules() if hasattr(module, "config")]
+    config = next((item for item in configs if hasattr(item, "num_attention_heads")), None)
+    if config is None:
+        # Its attention cannot be observed.
+        return 0, 0, 0, 0
     heads = config.num_attention_heads
-    return _Block(
-        linear=_linear_flops(block.modules()),
-        heads=heads,
-        key_heads=getattr(config, "num_key_value_heads", None) or heads,
-        dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        width=config.hidden_size,
-    )
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, key_heads, dim, config.hidden_size
 
 
-def _linear_flops(modules: Iterable[nn.Module]) -> int:
+def _at_most(tokens: Amount, most: int | None) -> Amount:
+    if most is None:
+        return tokens
+    return tokens.clamp(max=most) if isinstance(tokens, Tensor) else min(tokens, most)
+
+
+def linear_flops(modules: Iterable[nn.Module]) -> int:
     """FLOPs per token of all linear layers, quantised ones too: known by their two sizes."""
     sizes = [
         (getattr(module, "in_features", None), getattr(module, "out_features", None))
@@ -476,21 +577,3 @@ def _linear_flops(modules: Iterable[nn.Module]) -> int:
 def _leaves(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Modules without children: an adapter and the linear layer it wraps count once each."""
     return [module for module in modules if not any(module.children())]
-
-
-def _patch_flops(tower: nn.Module) -> int:
-    """FLOPs of the tower's convolutions for one patch."""
-    return sum(
-        2 * module.weight.numel() for module in tower.modules() if isinstance(module, nn.Conv2d)
-    )
-
-
-def _used_blocks(model: PreTrainedModel, blocks: int) -> int:
-    """How many vision blocks the language model depends on.
-
-    ``vision_feature_layer`` of the LLaVA family indexes hidden states, of which there is one more
-    than blocks.
-    """
-    layer = getattr(model.config, "vision_feature_layer", -1)
-    layers = layer if isinstance(layer, list | tuple) else [layer]
-    return max(index if index >= 0 else blocks + 1 + index for index in layers)

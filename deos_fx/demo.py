@@ -80,7 +80,7 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
         model, processor = reference.load()
         data = _search_data(processor, seed)
         tests = reference.make_examples(TEST, "test")
-        costs = CostModel(model, images=1, text_tokens=_text_tokens(processor, tests))
+        costs = CostModel.of_images(model, images=1, text_tokens=_text_tokens(processor, tests))
         limit = budget.limits(costs.of_policy(Policy()))["visual_tokens"]
     with stage.phased("search") as progress:
         found = search(model, data, budget=budget, seed=seed, progress=progress)

@@ -77,7 +77,7 @@ def print_cost(model: PreTrainedModel, policy: Policy, console: Console) -> None
     Raises:
         ValueError: If the policy does not fit the model.
     """
-    costs = CostModel(model, images=1, text_tokens=TEXT_TOKENS)
+    costs = CostModel.of_images(model, images=1, text_tokens=TEXT_TOKENS)
     before, after = costs.of_policy(Policy()), costs.of_policy(policy)
     console.print(policy, highlight=False, markup=False)
     layers = Table(title=f"Visual tokens, one image and {TEXT_TOKENS} text tokens")

@@ -19,6 +19,7 @@ __all__ = [
     "check_verified",
     "grid_of",
     "has_class_token",
+    "image_of",
     "image_token_of",
     "signature_of",
     "size_inputs",
@@ -136,13 +137,9 @@ def _visual_tokens(model: PreTrainedModel) -> int:
         return 0
     if _tensor_arguments(tower.forward) & size_inputs(model):
         return 0
-    sides = config.image_size
-    height, width = sides if isinstance(sides, (list, tuple)) else (sides, sides)
-    shape = (1, getattr(config, "num_channels", 3), height, width)
-    device = next(tower.parameters()).device
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            pixels = torch.empty(shape, dtype=model.dtype, device=device)
+            pixels = torch.empty_like(image_of(model), device=next(tower.parameters()).device)
             core: Any = model.base_model
             features = core.get_image_features(pixels, return_dict=True).pooler_output
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
@@ -150,6 +147,15 @@ def _visual_tokens(model: PreTrainedModel) -> int:
         return 0
     first = features if isinstance(features, torch.Tensor) else features[0]
     return math.prod(first.shape[:-1])
+
+
+def image_of(model: PreTrainedModel) -> torch.Tensor:
+    """Pixels [1, C, H, W] of an image as large as the config says: their shape, on "meta"."""
+    config: Any = model.config.vision_config
+    sides = config.image_size
+    height, width = sides if isinstance(sides, (list, tuple)) else (sides, sides)
+    shape = (1, getattr(config, "num_channels", 3), height, width)
+    return torch.empty(shape, dtype=model.dtype, device="meta")
 
 
 def has_class_token(model: PreTrainedModel) -> bool:

@@ -58,8 +58,8 @@ class SearchProblem:
         if not raw:
             raise ValueError("data is empty: give at least one dict of model inputs.")
         layout = _common_layout(model, raw)
-        text = max(batch["input_ids"].shape[1] for batch in raw)
-        cost = CostModel(model, layout.images, text - layout.images * layout.tokens_per_image)
+        longest = max(raw, key=lambda batch: batch["input_ids"].shape[1])
+        cost = CostModel.of_inputs(model, longest)
         limits = budget.limits(cost.of_policy(Policy()))
         example = {name: value for name, value in raw[0].items() if name != "labels"}
         captured = capture_call(model.eval(), example)

@@ -146,7 +146,7 @@ def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
     seen = {}
 
     def find(model, data, *, budget, progress, **options):
-        costs = CostModel(model, images=1, text_tokens=8)
+        costs = CostModel.of_images(model, images=1, text_tokens=8)
         policy = presets.fit("merge", budget.visual_tokens, 10, 144)
         progress("steps", 1, 1)
         seen.update(options, budget=budget, shapes=[batch["labels"].shape[0] for batch in data])

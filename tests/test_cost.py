@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from families import FAMILIES, prompts, shared
 from tiny import VISUAL, inputs, shared_llava, tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from deos_fx import presets
 from deos_fx.cost import CostModel, CostReport
+from deos_fx.measure import measure_decoder
 from deos_fx.operator.relaxed import RelaxedReduction
 from deos_fx.operator_cost import SiteSizes, operator_flops, relaxed_flops
 from deos_fx.passes.layout import PromptLayout
@@ -107,7 +110,7 @@ def shape_of(batch):
 
 def check(model, policy, batch, **arguments):
     """That a prediction equals what a run does, to the last operation and byte."""
-    cost = CostModel(model, *shape_of(batch), **arguments).of_policy(policy)
+    cost = CostModel.of_images(model, *shape_of(batch), **arguments).of_policy(policy)
     flops, cache = counted(ReducedModel(model, policy), **batch, **arguments)
     held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
     assert cost.flops == flops
@@ -142,17 +145,67 @@ def test_half_precision():
     check(model, Policy(POLICIES["merge"]), inputs(model))
 
 
+ANYWHERE = Policy(
+    (
+        Reduction("projector", 0.5, scores={"feature_norm": 1}, gain=1.0, mass_bias=1.0),
+        Reduction("decoder.1", 0.4, scores={"text_attention": 1}, similarity={"key": 1}, gain=1.0),
+        Reduction("decoder.2", 0.25, scores={"mutual_attention": 1}, observe="next"),
+    )
+)
+
+
+@pytest.fixture
+def eager(request):
+    """A family's model while its attention counts in full."""
+    model = shared(request.param)
+    model.set_attn_implementation("eager")
+    yield request.param, model
+    model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("eager", FAMILIES, indirect=True)
+def test_families(eager):
+    name, model = eager
+    reduced, batch = ReducedModel(model, ANYWHERE), prompts(name, 2)
+    cost = reduced.cost(**batch).after
+    flops, cache = counted(reduced, **batch)
+    assert cost.flops == flops
+    held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+    assert cost.kv_bytes == sum(states.nbytes for states in held)
+
+
+def test_experts_count_as_many_as_are_active():
+    text = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 128,
+    }
+    with torch.device("meta"):
+        model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text))
+    (layer, _), around = measure_decoder(model).layers, measure_decoder(model).around
+    attention = 64 * (4 + 2 + 2) * 16 + 4 * 16 * 64
+    assert layer.linear == 2 * (attention + 64 * 8 + 2 * 3 * 64 * 48)
+    assert layer.quadratic == 4 * 4 * 16
+    assert around == 0
+
+
 def test_tokens_per_layer():
-    cost = CostModel(shared_llava(), images=1, text_tokens=10)
+    cost = CostModel.of_images(shared_llava(), images=1, text_tokens=10)
     several = cost.of_policy(Policy(POLICIES["several sites"]))
     assert several.visual_tokens_per_layer == (48, 32, 32, 16, 16, 4)
     assert several.visual_tokens == sum(several.visual_tokens_per_layer) / 6
-    two = CostModel(shared_llava(), images=2, text_tokens=10).of_policy(Policy())
+    two = CostModel.of_images(shared_llava(), images=2, text_tokens=10).of_policy(Policy())
     assert two.visual_tokens_per_layer == (2 * VISUAL,) * 6
 
 
 def test_differentiable():
-    cost = CostModel(shared_llava(), images=1, text_tokens=10, batch=2)
+    cost = CostModel.of_images(shared_llava(), images=1, text_tokens=10, batch=2)
     policy = Policy(POLICIES["prune"])
     exact = cost.of_policy(policy)
     counts = torch.tensor(cost.counts(policy), dtype=torch.float64, requires_grad=True)
@@ -178,7 +231,7 @@ def test_a_search_sees_the_operations_of_the_policy(name):
 @pytest.mark.parametrize("stage", ["vision", "projector", "decoder"])
 def test_relaxed_costs_are_those_of_the_policy(stage):
     site = "projector" if stage == "projector" else f"{stage}.0"
-    cost = CostModel(shared_llava(), images=2, text_tokens=10)
+    cost = CostModel.of_images(shared_llava(), images=2, text_tokens=10)
     policy = Policy((Reduction(site, 16, scores={"feature_norm": 1}, gain=1.0),))
     relaxed = {site: RelaxedReduction.from_reduction(policy.reductions[0], 16 / VISUAL)}
     predicted = relaxed_costs(relaxed, cost, None)
@@ -188,7 +241,7 @@ def test_relaxed_costs_are_those_of_the_policy(stage):
 
 
 def test_report_is_readable():
-    cost = CostModel(shared_llava(), images=1, text_tokens=10)
+    cost = CostModel.of_images(shared_llava(), images=1, text_tokens=10)
     after = cost.of_policy(Policy((Reduction("projector", 16),)))
     text = str(CostReport(cost.of_policy(Policy()), after))
     assert "25.0%" in text

@@ -1,0 +1,323 @@
+"""What the parts of a model cost, measured on a twin of it that has shapes and no numbers.
+
+The weights of the twin are on torch's meta device, where an operation takes no time and no memory.
+Its blocks are the model's own code, so what is counted is right for any family: experts, shared or
+sliding caches, heads of different sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, PreTrainedModel
+
+from deos_fx.passes.find_blocks import find_blocks
+from deos_fx.signature import image_of
+
+__all__ = ["Decoder", "Encoder", "Layer", "measure_decoder", "measure_encoder"]
+
+_KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Any]]
+_KNOWN = weakref.WeakKeyDictionary()
+
+# Lengths that a decoder is measured at: two, for a linear and a quadratic part.
+_SHORT, _LONG = 2, 4
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a decoder layer costs for one prompt.
+
+    Attributes:
+        linear: FLOPs for each token.
+        quadratic: FLOPs for each pair of tokens.
+        cached: Bytes of its cache for each token that it holds.
+        state: Bytes of its cache whatever the length.
+        window: Tokens that its cache holds at most; None for all.
+        key_heads: Heads of the keys in its cache.
+        dim: Size of such a head.
+    """
+
+    linear: int
+    quadratic: int
+    cached: int
+    state: int
+    window: int | None
+    key_heads: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a decoder costs for one prompt.
+
+    Attributes:
+        layers: Its layers.
+        around: FLOPs for each token outside of the layers, without the head.
+    """
+
+    layers: tuple[Layer, ...]
+    around: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What the image encoder costs in one call, in FLOPs.
+
+    Attributes:
+        total: All of it.
+        blocks: Each vision block; 0 if the features do not depend on it.
+        tokens: Tokens of an image in each vision block; 0 where its hidden states are no sequence.
+        used: How many vision blocks the features depend on: all up to the deepest of them.
+        front: What the features depend on before the first block.
+        behind: What they depend on behind the last.
+    """
+
+    total: int
+    blocks: tuple[int, ...]
+    tokens: tuple[int, ...]
+    used: int
+    front: int
+    behind: int
+
+
+def measure_decoder(model: PreTrainedModel) -> Decoder:
+    """Measure the decoder, once for each model; nothing of it runs and no weight is touched.
+
+    Args:
+        model: A transformers vision-language model.
+    """
+    return _once(model, "decoder", lambda: _decoder(model))
+
+
+def measure_encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = None) -> Encoder:
+    """Measure the encoding of images; nothing of it runs and no weight is touched.
+
+    Args:
+        model: A transformers vision-language model.
+        inputs: Arguments of its ``get_image_features``; None for one image as large as its config
+            says, which is measured once for each model.
+    """
+    if inputs is not None:
+        return _encoder(model, inputs)
+    return _once(model, "encoder", lambda: _encoder(model, {"pixel_values": image_of(model)}))
+
+
+def _once(model: PreTrainedModel, what: str, measure: Callable[[], Any]) -> Any:
+    known = _KNOWN.setdefault(model, {})
+    # A model can be converted, and gain adapters.
+    key = (what, model.dtype, sum(1 for _ in model.modules()))
+    if key not in known:
+        known[key] = measure()
+    return known[key]
+
+
+# *** the decoder ***
+
+
+def _decoder(model: PreTrainedModel) -> Decoder:
+    twin = _twin(model)
+    paths = find_blocks(model).decoder
+    short, long = (_run_decoder(twin, paths, length) for length in (_SHORT, _LONG))
+    layers = []
+    for i in range(len(paths)):
+        quadratic, rest = divmod(_per(long.flops[i], _LONG) - _per(short.flops[i], _SHORT), 2)
+        assert not rest, "the FLOPs of a layer are a n^2 + b n"
+        held = short.held[i], long.held[i]
+        cached = (held[1].bytes - held[0].bytes) // (_LONG - _SHORT)
+        layers.append(
+            Layer(
+                linear=_per(short.flops[i], _SHORT) - quadratic * _SHORT,
+                quadratic=quadratic,
+                cached=cached,
+                state=held[0].bytes - _SHORT * cached,
+                window=held[0].window,
+                key_heads=held[0].key_heads,
+                dim=held[0].dim,
+            )
+        )
+    return Decoder(tuple(layers), _per(short.around, _SHORT))
+
+
+def _per(flops: int, tokens: int) -> int:
+    assert flops % tokens == 0
+    return flops // tokens
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a layer's cache holds after a run."""
+
+    bytes: int
+    window: int | None
+    key_heads: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    flops: list[int]
+    around: int
+    held: list[_Held]
+
+
+def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
+    config = twin.config.get_text_config()
+    hidden = torch.empty(1, length, config.hidden_size, dtype=twin.dtype, device="meta")
+    cache = DynamicCache(config=config)
+    with _counting() as counter, torch.no_grad():
+        flops = _watch(counter, [twin.get_submodule(path) for path in paths])
+        twin.get_decoder()(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
+    held = [_held(layer) for layer in cache.layers]
+    # Layers at the end may read the keys of others and hold none.
+    nothing = _Held(0, None, held[-1].key_heads, held[-1].dim)
+    held += [nothing] * (len(paths) - len(held))
+    return _Run(flops, counter.get_total_flops() - sum(flops), held)
+
+
+def _held(layer: Any) -> _Held:
+    states = [x for x in vars(layer).values() if isinstance(x, Tensor) and x.is_floating_point()]
+    keys = getattr(layer, "keys", None)
+    heads, dim = (0, 0) if keys is None else (keys.shape[1], keys.shape[3])
+    window = layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None
+    return _Held(sum(x.nbytes for x in states), window, heads, dim)
+
+
+# *** the image encoder ***
+
+
+def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Encoder:
+    twin = _twin(model)
+    blocks = [twin.get_submodule(path) for path in find_blocks(model).vision]
+    units = _units(twin.base_model, blocks)
+    order: list[nn.Module] = []
+    tokens = dict.fromkeys(blocks, 0)
+
+    def note(module: nn.Module, args: Any) -> None:
+        order.append(module)
+        if module in tokens and args[0].ndim == 3:
+            tokens[module] = args[0].shape[1]
+
+    for unit in units:
+        unit.register_forward_pre_hook(note)
+    # Code that leaves out padding images looks at pixels.
+    given = {name: x if x.is_meta else x.cpu() for name, x in inputs.items()}
+    with _counting() as counter, torch.enable_grad():
+        counts = _watch(counter, units)
+        output = twin.base_model.get_image_features(**given, return_dict=True)
+    flops = dict(zip(units, counts, strict=True))
+    features = pytree.tree_leaves(output.pooler_output)
+    used = _used(features, units)
+    ran = [i for i, unit in enumerate(order) if unit in tokens]
+    first, behind = (ran[0], ran[-1] + 1) if ran else (0, 0)
+    glue = counter.get_total_flops() - sum(flops.values())
+    costs = {unit: flops[unit] for unit in used}
+    return Encoder(
+        total=counter.get_total_flops(),
+        blocks=tuple(costs.get(block, 0) for block in blocks),
+        tokens=tuple(tokens.values()),
+        used=max((i + 1 for i, block in enumerate(blocks) if block in used), default=0),
+        front=glue + sum(costs.get(unit, 0) for unit in {*order[:first]}),
+        behind=sum(costs.get(unit, 0) for unit in {*order[behind:]}),
+    )
+
+
+def _units(module: nn.Module, blocks: Container[nn.Module]) -> list[nn.Module]:
+    """The blocks, and the largest modules that contain none."""
+    if module in blocks or not any(inner in blocks for inner in module.modules()):
+        return [module]
+    return [unit for child in module.children() for unit in _units(child, blocks)]
+
+
+def _used(features: list[Tensor], units: list[nn.Module]) -> set[nn.Module]:
+    """The units whose parameters the features depend on."""
+    parameters = {unit: [*unit.parameters()] for unit in units}
+    every = [x for of_unit in parameters.values() for x in of_unit]
+    with _WholeNumbers():
+        total = torch.stack([feature.float().sum() for feature in features]).sum()
+        gradients = torch.autograd.grad(total, every, allow_unused=True)
+    reached = {x for x, gradient in zip(every, gradients, strict=True) if gradient is not None}
+    return {unit for unit in units if not reached.isdisjoint(parameters[unit])}
+
+
+# *** both ***
+
+
+def _watch(counter: FlopCounterMode, modules: Sequence[nn.Module]) -> list[int]:
+    """FLOPs of each module, filled in while they run."""
+    flops = [0] * len(modules)
+
+    def add(i: int, sign: int, *_: Any) -> None:
+        flops[i] += sign * counter.get_total_flops()
+
+    for i, module in enumerate(modules):
+        module.register_forward_pre_hook(partial(add, i, -1))
+        module.register_forward_hook(partial(add, i, 1))
+    return flops
+
+
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    with _WholeNumbers(), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+class _WholeNumbers(TorchDispatchMode):
+    """Computes for real whatever depends on no weight: positions, sizes of images, masks.
+
+    Code reads these numbers. It wants them where the weights are, which for the twin is nowhere.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+            args, kwargs = pytree.tree_map_only(Tensor, _without_numbers, (args, kwargs))
+        elif "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        return func(*args, **kwargs)
+
+
+def _without_numbers(x: Tensor) -> Tensor:
+    if x.is_meta:
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _twin(model: PreTrainedModel) -> Any:
+    """A copy of a model on the meta device, whose attention and experts count in full.
+
+    Quantised linear layers become plain ones: known by their two sizes.
+    """
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        rows, columns = (getattr(module, name, None) for name in ("in_features", "out_features"))
+        if isinstance(rows, int) and isinstance(columns, int) and not any(module.children()):
+            bias = getattr(module, "bias", None) is not None
+            known[id(module)] = nn.Linear(rows, columns, bias, device="meta", dtype=model.dtype)
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.is_floating_point())
+        known[id(tensor)] = empty
+    # accelerate moves weights and inputs between devices by hooks: there is nothing to move.
+    known |= {id(m._hf_hook): None for m in model.modules() if hasattr(m, "_hf_hook")}
+    twin = copy.deepcopy(model, known)
+    for module in twin.modules():
+        if hasattr(module, "_hf_hook"):
+            module.forward = module._old_forward
+        config: Any = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation_internal = "eager"
+            config._experts_implementation_internal = "batched_mm"
+    return twin
