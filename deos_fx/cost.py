@@ -9,6 +9,7 @@ in full, whatever a kernel skips.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -163,6 +164,7 @@ class CostModel:
         self.logits_to_keep = logits_to_keep
         self._model = model
         self._images = images
+        self._encoded = batch
         self._opaque = sizes_vary(model)
         self._width = model.config.get_text_config().hidden_size
         self._head = linear_flops([model.get_output_embeddings()])
@@ -218,6 +220,12 @@ class CostModel:
             logits_to_keep=len(kept) if isinstance(kept, Tensor) else kept,
             images={name: inputs[name] for name in sorted(names)},
         )
+
+    def of_one_prompt(self) -> CostModel:
+        """The same for a batch of one."""
+        alone = copy.copy(self)
+        alone.batch = 1
+        return alone
 
     @property
     def images(self) -> int:
@@ -437,7 +445,7 @@ class CostModel:
     def _encoding(self, patches: Sequence[Amount]) -> Amount:
         """FLOPs of encoding all images: patch embedding, vision blocks, projector."""
         if self._opaque:
-            return self._encoder.total
+            return self._encoder.total * self.batch / self._encoded
         *in_blocks, in_projector = patches
         whole = self.tokens_per_image
         tower: Amount = 0

@@ -91,8 +91,11 @@ def insert_relaxed(
         sites.usable(name, reductions[name].start.scores)
     of_images = [name for name in ordered if split_site(name)[0] != "decoder"]
     for name in of_images:
-        insertion.at_images(name)
-    if of_images:
+        if sites.merged:
+            insertion.at_merged(name)
+        else:
+            insertion.at_images(name)
+    if of_images and not sites.merged:
         insertion.enter_prompt(of_images)
     for name in ordered[len(of_images) :]:
         insertion.in_decoder(name)
@@ -118,10 +121,7 @@ class _Insertion:
         self.nodes = {node.name: node for node in self.graph.nodes}
         ids = self.nodes["position_ids"]
         self.positions = {node: node for node in [ids, *position_tables(graph_module)]}
-        count = layout.images * layout.tokens_per_image
-        input_ids = self.nodes["input_ids"]
-        with self.graph.inserting_after(input_ids):
-            self.visual = self.call(tokens.visual_positions, input_ids, layout.image_token, count)
+        self.visual = self._visual()
         # Gates and masses: of each image before the decoder, of the prompt in it.
         with self.graph.inserting_after(self.visual):
             self.alive = self.call(tokens.ones_at, self.visual)
@@ -138,7 +138,44 @@ class _Insertion:
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.call_function(function, args)
 
+    def _visual(self) -> fx.Node:
+        """Positions of the visual tokens, without separators."""
+        layout, input_ids = self.layout, self.nodes["input_ids"]
+        given = input_ids, layout.image_token, layout.images * layout.tokens_per_image
+        if not layout.separators:
+            with self.graph.inserting_after(input_ids):
+                return self.call(tokens.visual_positions, *given)
+        newline = "image_newline"
+        encoder: Any = self.graph_module.get_submodule("image_encoder")
+        self.graph_module.register_parameter(newline, getattr(encoder.core, newline))
+        with self.graph.inserting_before(self.nodes[self.sites.features].next):
+            learned = self.graph.get_attr(newline)
+            ends = self.call(tokens.is_separator, self.nodes[self.sites.encoded], learned)
+            return self.call(tokens.visual_positions, *given, ends)
+
     # *** before the decoder ***
+
+    def at_merged(self, name: str) -> None:
+        """Reduce every image alone, its features already being in the prompt."""
+        hidden, images = self.nodes[self.sites.features], self.layout.images
+        features = self._tower_features(name)
+        anchor = max(hidden, self.zero, key=self._order().__getitem__).next
+        users = users_behind(hidden, anchor)
+        with self.graph.inserting_before(anchor):
+            visual = self.call(tokens.take, hidden, self.visual)
+            own = self.call(tokens.of_images, visual, images)
+            self.alive = self.mass = self.call(tokens.ones_like_tokens, own)
+            reduced = self.call(tokens.of_prompts, self._site(name, own, features), images)
+            self.alive = self.call(tokens.masses_of_prompt, self.alive, images)
+            self.mass = self.call(tokens.masses_of_prompt, self.mass, images)
+            behind = self.call(tokens.put, hidden, self.visual, reduced)
+        for user in users:
+            user.replace_input_with(hidden, behind)
+        self.gates.append(self.alive)
+        self._behind(self.reductions[name].start.position, behind, behind)
+
+    def _order(self) -> dict[fx.Node, int]:
+        return {node: i for i, node in enumerate(self.graph.nodes)}
 
     def at_images(self, name: str) -> None:
         """Reduce every image alone: its patches in the tower, or its features behind it."""

@@ -59,7 +59,7 @@ class SearchProblem:
             raise ValueError("data is empty: give at least one dict of model inputs.")
         layout = _common_layout(model, raw)
         longest = max(raw, key=lambda batch: batch["input_ids"].shape[1])
-        cost = CostModel.of_inputs(model, longest)
+        cost = CostModel.of_inputs(model, longest).of_one_prompt()
         limits = budget.limits(cost.of_policy(Policy()))
         example = {name: value for name, value in raw[0].items() if name != "labels"}
         captured = capture_call(model.eval(), example)
