@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,10 +12,11 @@ from transformers import PreTrainedModel
 from deos_fx import presets
 from deos_fx.budget import Budget
 from deos_fx.cost import CostModel
-from deos_fx.passes.discretise import fit_counts
+from deos_fx.measure import measure_encoder
+from deos_fx.passes.discretise import as_shares, fit_counts
 from deos_fx.policy import Policy
 from deos_fx.reduced_model import ReducedModel
-from deos_fx.signature import has_class_token, signature_of
+from deos_fx.signature import grid_of, has_class_token, signature_of, sizes_vary
 
 __all__ = ["transform"]
 
@@ -37,7 +39,9 @@ def transform(
     3. With neither, every dropped token is merged into the kept token it resembles most, before
        the decoder (`presets.merge`), with the largest count that the budget allows.
 
-    The budget is half of the visual tokens if it is not given.
+    The budget is half of the visual tokens if it is not given. Where the number of visual tokens
+    depends on an image's size, the policy keeps a share of each image, to the nearest token; with
+    example inputs or data, limits hold exactly for images of their sizes.
 
     Args:
         model: An unmodified transformers vision-language model; it is put in eval mode and shares
@@ -93,42 +97,63 @@ def _default_policy(
     model: PreTrainedModel, budget: Budget, example_inputs: Mapping[str, Any] | None
 ) -> Policy:
     """Merging before the decoder, with the largest count that meets the budget."""
-    costs = _cost_model(model, budget.require(), example_inputs)
-    unreduced = costs.of_policy(Policy())
-    limits = budget.limits(unreduced)
+    if budget.require().latency_ms is not None:
+        raise ValueError(
+            f"budget latency_ms={budget.latency_ms}: latency is measured by the search. Give data "
+            "to search with, or limit something else."
+        )
+    ranking = _ranking(model)
+    if example_inputs is None and sizes_vary(model):
+        return _merge(ranking, _share(model, budget))
+    costs = _cost_model(model, budget, example_inputs)
+    limits = budget.limits(costs.of_policy(Policy()))
     policy = fit_counts(
-        _merge_preset(model),
-        costs.signature.visual_tokens,
+        _merge(ranking, 0.5),
+        costs.tokens_per_image,
         lambda candidate: costs.of_policy(candidate).amounts,
         limits,
     )
     if policy is None:
-        fewest = costs.of_policy(_merge_preset(model, 1)).amounts
+        fewest = costs.of_policy(_merge(ranking, 1)).amounts
         missed = [f"{name}={limit:g} ({fewest[name]:g})" for name, limit in limits.items()]
         raise ValueError(
             f"The budget cannot be met: {', '.join(missed)}; in brackets what the model needs with "
             "one visual token per image. Raise the budget."
         )
-    return policy
+    return as_shares(policy, costs.tokens_per_image) if sizes_vary(model) else policy
 
 
-def _merge_preset(model: PreTrainedModel, keep: int | float = 0.5) -> Policy:
-    """`presets.merge`, ranked by what the model's vision tower offers."""
+def _share(model: PreTrainedModel, budget: Budget) -> float:
+    """What a budget allows to keep of every image, whatever its size."""
+    others = {name for name in ("flops", "kv_cache") if getattr(budget, name) is not None}
+    if others or not isinstance(budget.visual_tokens, float):
+        raise ValueError(
+            f"How many visual tokens an image of a {model.config.model_type} model has depends on "
+            "its size, and what it costs does too: give example_inputs (or data to search with), "
+            "or limit visual_tokens by a fraction and nothing else, as Budget(visual_tokens=0.25)."
+        )
+    return budget.visual_tokens
+
+
+def _merge(ranking: str, keep: int | float) -> Policy:
+    """`presets.merge`, ranked by what the model's image encoder offers."""
     policy = presets.merge(keep=keep)
-    if has_class_token(model):
-        return policy
     (reduction,) = policy.reductions
-    return replace(policy, reductions=(replace(reduction, scores={"novelty": 1.0}),))
+    return replace(policy, reductions=(replace(reduction, scores={ranking: 1.0}),))
+
+
+def _ranking(model: PreTrainedModel) -> str:
+    """The attention of the CLS token, if the tokens behind it are the visual tokens."""
+    if sizes_vary(model) or not has_class_token(model):
+        return "novelty"
+    encoder = measure_encoder(model)
+    patches = encoder.tokens[encoder.used - 1] - 1
+    return "cls_attention" if patches == math.prod(grid_of(model)) else "novelty"
 
 
 def _cost_model(
     model: PreTrainedModel, budget: Budget, example_inputs: Mapping[str, Any] | None
 ) -> CostModel:
-    if budget.latency_ms is not None:
-        raise ValueError(
-            f"budget latency_ms={budget.latency_ms}: latency is measured by the search. Give data "
-            "to search with, or limit something else."
-        )
     if example_inputs is not None:
         return CostModel.of_inputs(model, example_inputs)
     if budget.flops is not None or budget.kv_cache is not None:

@@ -313,10 +313,11 @@ def _twin(model: PreTrainedModel) -> Any:
     # accelerate moves weights and inputs between devices by hooks: there is nothing to move.
     known |= {id(m._hf_hook): None for m in model.modules() if hasattr(m, "_hf_hook")}
     twin = copy.deepcopy(model, known)
-    for module in twin.modules():
+    modules: list[Any] = [*twin.modules()]
+    for module in modules:
         if hasattr(module, "_hf_hook"):
             module.forward = module._old_forward
-        config: Any = getattr(module, "config", None)
+        config = getattr(module, "config", None)
         if config is not None:
             config._attn_implementation_internal = "eager"
             config._experts_implementation_internal = "batched_mm"

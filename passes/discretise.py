@@ -10,7 +10,7 @@ from deos_fx.operator.relaxed import RelaxedReduction
 from deos_fx.policy import Policy
 from deos_fx.reduction import Reduction, site_order
 
-__all__ = ["discretise", "fit_counts", "on_grid", "within"]
+__all__ = ["as_shares", "discretise", "fit_counts", "on_grid", "within"]
 
 # A site that keeps more than this share of what reaches it is left out of the policy.
 _NEARLY_ALL = 0.97
@@ -96,6 +96,17 @@ def fit_counts(
     return _with_counts(policy, _filled(scaled(low), visual_tokens, fits))
 
 
+def as_shares(policy: Policy, visual_tokens: int) -> Policy:
+    """The policy with every count as a share of the image, for images of any size.
+
+    Args:
+        policy: Counts as ints.
+        visual_tokens: Visual tokens of one image, of which the shares are the same counts.
+    """
+    shares = [count / visual_tokens for count in policy.counts(visual_tokens)]
+    return _with_counts(policy, shares)
+
+
 def on_grid(policy: Policy, height: int, width: int) -> Policy:
     """The policy with every count of grid anchors lowered to one that the grid can be split into.
 
@@ -135,7 +146,7 @@ def _filled(
     return counts
 
 
-def _with_counts(policy: Policy, counts: Sequence[int]) -> Policy:
+def _with_counts(policy: Policy, counts: Sequence[int | float]) -> Policy:
     reductions = zip(policy.reductions, counts, strict=True)
     return replace(
         policy, reductions=tuple(replace(reduction, keep=count) for reduction, count in reductions)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, prompts, shared
 from tiny import inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
@@ -39,8 +40,9 @@ def model() -> LlavaForConditionalGeneration:
     return tiny_llava(layers=5)
 
 
-def largest_difference(model: LlavaForConditionalGeneration, policy: Policy) -> float:
-    given = complete_inputs(model, inputs(model, batch=2) | {"use_cache": False})
+def largest_difference(model: Any, policy: Policy, batch: dict[str, Any] | None = None) -> float:
+    batch = batch or inputs(model, batch=2)
+    given = complete_inputs(model, batch | {"use_cache": False})
     layout = prompt_layout(model, given)
     captured = capture_call(model, given)
     relaxed = captured.copy()
@@ -49,6 +51,7 @@ def largest_difference(model: LlavaForConditionalGeneration, policy: Policy) -> 
     for reduction, count in zip(policy.reductions, policy.counts(present), strict=True):
         reductions[reduction.site] = RelaxedReduction.from_reduction(reduction, count / present)
         present = count
+    assert captured.sites is not None
     graph = insert_relaxed(relaxed.graph_module, captured.sites, reductions, layout)
     static = lower_call(captured.copy(), policy, layout)
     names = [node.target for node in static.graph.find_nodes(op="placeholder")]
@@ -106,3 +109,35 @@ def test_sites_of_a_tower_without_class_token() -> None:
         )
     )
     assert largest_difference(model, policy) < 2e-5
+
+
+# Scores that no two tokens share, also in layers with windows: a tie leaves two gates half open.
+NORM: dict[str, Any] = {"scores": {"feature_norm": 1.0}}
+IN_FAMILIES = {
+    "prune": (
+        Reduction("projector", 0.5, **NORM),
+        Reduction("decoder.1", 0.25, scores={"text_attention": 1.0}),
+    ),
+    "merge": (
+        Reduction("projector", 0.5, gain=0.5, temperature=0.3, mass_bias=0.5, **NORM),
+        Reduction("decoder.0", 0.25, gain=1.0, similarity={"key": 1.0}, **NORM),
+        Reduction("decoder.2", 0.125, gain=1.0, mass_bias=1.0, **NORM),
+    ),
+}
+
+
+@pytest.mark.parametrize("regime", IN_FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str, regime: str) -> None:
+    policy = Policy(IN_FAMILIES[regime])
+    assert largest_difference(shared(name), policy, prompts(name, 2)) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "llava_next"])
+def test_families_with_eager_attention(name: str) -> None:
+    model = shared(name)
+    model.set_attn_implementation("eager")
+    try:
+        assert largest_difference(model, Policy(IN_FAMILIES["merge"]), prompts(name, 2)) < 2e-5
+    finally:
+        model.set_attn_implementation("sdpa")

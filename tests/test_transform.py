@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from families import FAMILIES, prompts, shared
 from tiny import IMAGE, VISUAL, inputs, shared_llava
 from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
@@ -106,3 +107,30 @@ def test_default_without_a_class_token():
     reduced = deos_fx.transform(LlavaForConditionalGeneration(config))
     (site,) = reduced.explain(**inputs(reduced.model))
     assert site.kept.shape == (1, VISUAL // 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name):
+    model, batch = shared(name), prompts(name, 2)
+    report = deos_fx.transform(model, budget=Budget(visual_tokens=0.25)).cost(**batch)
+    assert report.after.visual_tokens == report.before.visual_tokens / 4
+    reduced = deos_fx.transform(model, budget=Budget(kv_cache=0.6), example_inputs=batch)
+    (site,) = reduced.explain(**batch)
+    before, after = reduced.cost(**batch).before, reduced.cost(**batch).after
+    assert site.kept.shape == (2, after.visual_tokens_per_layer[0])
+    assert 0.5 * before.kv_bytes < after.kv_bytes <= 0.6 * before.kv_bytes
+    one_more = (site.kept.shape[1] + 1) / before.visual_tokens_per_layer[0]
+    costs = deos_fx.ReducedModel(model, presets.uniform(keep=one_more)).cost(**batch)
+    assert costs.after.kv_bytes > 0.6 * before.kv_bytes
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm"])
+def test_what_an_image_has_depends_on_its_size(name):
+    assert deos_fx.transform(shared(name)).policy.reductions[0].keep == 0.5
+    for budget in (Budget(visual_tokens=8), Budget(kv_cache=0.5), Budget(flops=0.5)):
+        with pytest.raises(ValueError, match="depends on its size.* give example_inputs"):
+            deos_fx.transform(shared(name), budget=budget)
+    batch = prompts(name)
+    exact = deos_fx.transform(shared(name), budget=Budget(visual_tokens=7), example_inputs=batch)
+    assert exact.explain(**batch)[0].kept.shape == (1, 7)
+    assert isinstance(exact.policy.reductions[0].keep, float)
