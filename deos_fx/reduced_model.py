@@ -19,6 +19,7 @@ from deos_fx.explain import SiteExplanation, explain
 from deos_fx.generation import generation_host
 from deos_fx.inputs import complete_inputs, image_inputs, prompt_layout
 from deos_fx.passes.capture import GuardError
+from deos_fx.passes.families import FORMER_IMAGES
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces
 from deos_fx.passes.pipeline import capture_call, lower_call, run_graph
@@ -210,6 +211,8 @@ class ReducedModel(nn.Module):
         inputs = self._arguments.bind(self.model, *args, **kwargs).arguments
         inputs.pop("self", None)
         inputs |= inputs.pop("kwargs", {})
+        for name in FORMER_IMAGES & inputs.keys():
+            inputs["pixel_values"] = inputs.pop(name)
         return {name: value for name, value in inputs.items() if value is not None}
 
     def _run(self, inputs: dict[str, Any]) -> ModelOutput:

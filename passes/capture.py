@@ -130,7 +130,7 @@ class ImageEncoder(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.encode(self.core, *args, **kwargs)
         features = output.pooler_output
-        if not isinstance(features, torch.Tensor):
+        if isinstance(features, (list, tuple)):
             output.pooler_output = (torch.cat(list(features)),)
         return output
 
@@ -216,7 +216,12 @@ class ValueProxy(fx.Proxy):
         return int(length)
 
     def __bool__(self) -> bool:
-        return self._specialise(bool)
+        itself: Any = self
+        if isinstance(self.value, torch.Tensor) and self.value.dtype != torch.bool:
+            itself = itself != 0
+        elif not isinstance(self.value, (torch.Tensor, bool)):
+            itself = self.tracer.create_proxy("call_function", operator.truth, (self,), {})
+        return bool(itself._specialise(bool))
 
     def __int__(self) -> int:
         return self._specialise(int)

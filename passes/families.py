@@ -6,7 +6,10 @@ decoder, what runs over the prompt) is read from the model, its config or the ca
 
 from __future__ import annotations
 
-__all__ = ["IMAGE_TOKENS"]
+__all__ = ["FORMER_IMAGES", "IMAGE_TOKENS"]
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 """Where a config has the id of the placeholder of one visual token."""
+
+FORMER_IMAGES = frozenset({"pixel_values_images", "image_patches"})
+"""What processors still call ``pixel_values``: video_llava, fuyu."""
