@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.passes.capture import CaptureError
 
 __all__ = ["Blocks", "find_blocks", "image_tower"]
+
+_CACHES = "transformers.cache_utils"
 
 _INSTEAD = (
     "Use a model whose visual tokens take the places of image placeholders in the prompt, for "
@@ -110,6 +112,14 @@ def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
             f"{type(model).__name__} has {' and '.join(sorted(set(recurrent)))} layers, whose "
             "state runs through every token: dropping some changes what the others mean. Use a "
             "model whose layers all attend."
+        )
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    own = {type(layer).__name__ for layer in layers if type(layer).__module__ != _CACHES}
+    if own:
+        raise CaptureError(
+            f"{type(model).__name__} keeps keys by a rule of its own ({', '.join(sorted(own))}), "
+            "which is not known to hold when some have been dropped. Use a model with the caches "
+            "that transformers' models share."
         )
 
 

@@ -204,6 +204,50 @@ MORE: dict[str, Family] = {
         _patches,
         _SHORT,
     ),
+    "video_llava": Family(
+        lambda: hf.VideoLlavaConfig(
+            vision_config=_clip(),
+            text_config=_text(),
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+        ),
+        lambda batch: {"pixel_values_images": _noise(batch, 3, 32, 32)},
+    ),
+    "fuyu": Family(
+        lambda: hf.FuyuConfig(
+            text_config=_text(hf.PersimmonConfig), image_token_id=IMAGE, patch_size=4
+        ),
+        lambda batch: {"image_patches": _noise(batch, 64, 48)},
+        [*[IMAGE] * 8, BREAK] * 8,
+    ),
+    "deepseek_ocr2": Family(
+        lambda: hf.DeepseekOcr2Config(
+            vision_config={
+                "sam_config": _sizes(
+                    image_size=64,
+                    patch_size=4,
+                    output_channels=8,
+                    global_attn_indexes=[1],
+                    window_size=6,
+                    mlp_dim=64,
+                    downsample_channels=[16, 32],
+                ),
+                "encoder_config": _text(dict, num_hidden_layers=1, hidden_size=32),
+            },
+            text_config=_text(
+                hf.DeepseekOcr2TextConfig,
+                n_routed_experts=4,
+                moe_intermediate_size=32,
+                num_experts_per_tok=2,
+                n_group=1,
+                topk_group=1,
+                mlp_layer_types=["dense"] + ["sparse"] * 4,
+            ),
+            image_token_id=IMAGE,
+        ),
+        _plain(64),
+        [IMAGE] * (144 + 1),
+    ),
     "chameleon": Family(
         lambda: _text(
             hf.ChameleonConfig,
@@ -236,6 +280,8 @@ TWINS = frozenset(
         "hyperclovax_v2",
         "idefics2",
         "aria",
+        "video_llava",
+        "deepseek_ocr2",
     }
 )
 """Families whose structure is that of another one: fewer tests do for them."""

@@ -57,6 +57,13 @@ def test_models_that_do_not_read_images_and_answer(kind: Any, config: Any) -> No
         signature_of(model)
 
 
+def test_caches_of_another_kind() -> None:
+    with torch.device("meta"):
+        model = hf.UnlimitedOcrForConditionalGeneration(hf.UnlimitedOcrConfig())
+    with pytest.raises(CaptureError, match="a rule of its own .*ReferenceSlidingWindowLayer"):
+        signature_of(model)
+
+
 def test_a_config_without_a_placeholder() -> None:
     with torch.device("meta"):
         model = hf.Emu3ForConditionalGeneration(hf.Emu3Config(vocabulary_map={}))
