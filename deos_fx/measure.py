@@ -107,6 +107,9 @@ def measure_encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None 
         model: A transformers vision-language model.
         inputs: Arguments of its ``get_image_features``; None for one image as large as its config
             says, which is measured once for each model.
+
+    Raises:
+        ValueError: If the encoder reads the numbers of its pixels.
     """
     if inputs is not None:
         return _encoder(model, inputs)
@@ -214,9 +217,16 @@ def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Encoder:
     given = {name: x if x.is_meta else x.cpu() for name, x in inputs.items()}
     with _counting() as counter, torch.enable_grad():
         counts = _watch(counter, units)
-        output = twin.base_model.get_image_features(**given, return_dict=True)
+        try:
+            output = twin.base_model.get_image_features(**given, return_dict=True)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"What an image costs is not known for {type(model).__name__}, whose image encoder "
+                "looks at numbers of its own and not only at sizes. Give a policy or limit "
+                "visual_tokens, which need no costs."
+            ) from error
     flops = dict(zip(units, counts, strict=True))
-    features = pytree.tree_leaves(output.pooler_output)
+    features = pytree.tree_leaves([output.get("pooler_output", output.last_hidden_state)])
     used = _used(features, units)
     ran = [i for i, unit in enumerate(order) if unit in tokens]
     first, behind = (ran[0], ran[-1] + 1) if ran else (0, 0)
@@ -243,7 +253,7 @@ def _used(features: list[Tensor], units: list[nn.Module]) -> set[nn.Module]:
     """The units whose parameters the features depend on."""
     parameters = {unit: [*unit.parameters()] for unit in units}
     every = [x for of_unit in parameters.values() for x in of_unit]
-    with _WholeNumbers():
+    with _WholeNumbers(), torch.enable_grad():
         total = torch.stack([feature.float().sum() for feature in features]).sum()
         gradients = torch.autograd.grad(total, every, allow_unused=True)
     reached = {x for x, gradient in zip(every, gradients, strict=True) if gradient is not None}

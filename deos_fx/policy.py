@@ -113,9 +113,11 @@ class Policy:
             stage, layer = split_site(reduction.site)
             layers = {"vision": model.vision_layers, "decoder": model.decoder_layers}
             if stage in layers and layer >= layers[stage]:
+                last = layers[stage] - 1
                 raise ValueError(
                     f"the policy reduces at {reduction.site}, but {model.model_type} has "
-                    f"{layers[stage]} {stage} layers; the last site is {stage}.{layers[stage] - 1}"
+                    f"{layers[stage]} {stage} layers; "
+                    + (f"the last site is {stage}.{last}" if last >= 0 else "reduce at projector")
                 )
         if model.visual_tokens:
             self.counts(model.visual_tokens)
