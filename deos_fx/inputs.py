@@ -15,6 +15,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 from deos_fx.cache import ReducedCache
 from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.passes.layout import PromptLayout
+from deos_fx.passes.shapes_only import ShapesOnly
 from deos_fx.signature import grid_of, image_token_of, size_inputs, sizes_vary
 from deos_fx.tokens import is_separator
 
@@ -125,13 +126,6 @@ def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
     if seen and hasattr(core, "rope_deltas"):
         # The model remembers how positions go on behind the images of its latest prompt.
         core.rope_deltas = cache.rope_deltas
-    # An exported graph has the weights; the model beside it has none to embed the text.
-    has_weights = next(core.parameters()).device.type != "meta"
-    if not has_weights and hasattr(core, "rope_deltas"):
-        raise ValueError(
-            f"{type(model).__name__} counts the positions of images by their grid, which needs its "
-            "weights: pass position_ids, or run the model in PyTorch."
-        )
     decoder = model.get_decoder()
     if decoder is core:
         # Where the decoder has the images too, its layers are what is told the positions.
@@ -139,9 +133,8 @@ def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
     handle = decoder.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         text = {name: value for name, value in inputs.items() if name not in _NOT_OF_CORE}
-        with torch.no_grad():
-            if has_weights:
-                core.forward(**text)
+        with torch.no_grad(), ShapesOnly():
+            core.forward(**text)
     except _DecoderReached:
         pass
     finally:

@@ -8,11 +8,11 @@ import weakref
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from deos_fx.passes.families import IMAGE_TOKENS
 from deos_fx.passes.find_blocks import find_blocks, image_tower
+from deos_fx.passes.shapes_only import ShapesOnly
 from deos_fx.policy import ModelSignature
 
 __all__ = [
@@ -129,7 +129,7 @@ def grid_of(model: PreTrainedModel) -> tuple[int, int]:
 def _visual_tokens(model: PreTrainedModel) -> int:
     """Visual tokens of an image, if the pixels are all that the image encoder needs; else 0.
 
-    They are counted on a fake image: no arithmetic is done.
+    They are counted on the shape of an image: no arithmetic is done.
     """
     config: Any = getattr(model.config, "vision_config", None)
     tower = image_tower(model)
@@ -138,10 +138,9 @@ def _visual_tokens(model: PreTrainedModel) -> int:
     if _tensor_arguments(tower.forward) & size_inputs(model):
         return 0
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            pixels = torch.empty_like(image_of(model), device=next(tower.parameters()).device)
+        with ShapesOnly(), torch.no_grad():
             core: Any = model.base_model
-            features = core.get_image_features(pixels, return_dict=True).pooler_output
+            features = core.get_image_features(image_of(model), return_dict=True).pooler_output
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
         # The encoder wants to know more than the pixels.
         return 0

@@ -1,7 +1,7 @@
 """Find out which axes of which values run over the tokens of the prompt.
 
-The graph is run twice on fake tensors, at two prompt lengths: an axis that changes with the prompt
-is a prompt axis. No arithmetic is done and no memory is used.
+The graph is run twice on shapes alone, at two prompt lengths: an axis that changes with the prompt
+is a prompt axis. No arithmetic is done on weights and no memory is used.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
 from deos_fx.passes.capture import MaskBuilder, check_guard
+from deos_fx.passes.shapes_only import ShapesOnly
 
 __all__ = ["MASK", "annotate_token_spaces", "position_tables"]
 
@@ -50,7 +50,7 @@ def annotate_token_spaces(
     length = inputs[length_of].shape[-1]
     names = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
     runs = [
-        _FakeRun(graph_module).note([_extended(inputs[name], length, more) for name in names])
+        _ShapeRun(graph_module).note([_extended(inputs[name], length, more) for name in names])
         for more in (0, 8)
     ]
     shapes = [run.shapes for run in runs]
@@ -90,21 +90,20 @@ def _is_mask_builder(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
-class _FakeRun(fx.Interpreter):
-    """Runs a graph on fake tensors and notes the shape of every value."""
+class _ShapeRun(fx.Interpreter):
+    """Runs a graph on shapes and notes that of every value."""
 
-    def note(self, args: list[Any]) -> _FakeRun:
+    def note(self, args: list[Any]) -> _ShapeRun:
         self.shapes: dict[fx.Node, Any] = {}
         self.content: set[fx.Node] = set()
         # Gradients tell what depends on contents, also where the caller is in inference mode.
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.inference_mode(False), torch.enable_grad(), fake:
-            self.run(*pytree.tree_map_only(torch.Tensor, _like, args, is_leaf=_is_cache))
+        with torch.inference_mode(False), torch.enable_grad(), ShapesOnly():
+            self.run(*pytree.tree_map_only(torch.Tensor, _tracked, args, is_leaf=_is_cache))
         return self
 
     def run_node(self, n: fx.Node) -> Any:
         if "example" in n.meta:
-            # What reads values cannot run on fake tensors.
+            # What reads sizes of images would read those of the example again.
             value = pytree.tree_map_only(torch.Tensor, _like, n.meta["example"])
         elif n.meta.get("keeps_shape"):
             # Experts are chosen by value, and their kernels are picky: a block is not run.
@@ -115,7 +114,7 @@ class _FakeRun(fx.Interpreter):
         leaves = pytree.tree_leaves(value, is_leaf=_is_cache)
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
             self.content.add(n)
-        return value
+        return pytree.tree_map_only(torch.Tensor, _light, value, is_leaf=_is_cache)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
@@ -123,10 +122,21 @@ class _FakeRun(fx.Interpreter):
             return module.as_tensors(**kwargs)
         return super().call_module(target, args, kwargs)
 
+def _tracked(tensor: torch.Tensor) -> torch.Tensor:
+    """An input: content flows from floats, and code may read what counts something."""
+    return _like(tensor) if tensor.is_floating_point() else tensor.clone()
+
+
+def _light(tensor: torch.Tensor) -> torch.Tensor:
+    """The same without what led to it, and without values unless they count something."""
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        return _like(tensor).requires_grad_(tensor.requires_grad)
+    return tensor
+
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
-    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return fake.requires_grad_(tensor.is_floating_point())
+    shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return shape.requires_grad_(tensor.is_floating_point())
 
 
 class _Shape(tuple[int, ...]):
@@ -149,10 +159,15 @@ def _shape(leaf: Any) -> _Shape:
 def _extended(value: Any, length: int, more: int) -> Any:
     """The input at a longer prompt: contents do not matter, only shapes are looked at."""
     if isinstance(value, Cache):
-        return copy.deepcopy(value)
+        return copy.deepcopy(value, {id(held): _like(held) for held in _tensors_of(value)})
     if value.ndim < 2 or value.shape[-1] != length or value.is_floating_point():
         return value
     return torch.nn.functional.pad(value, (0, more))
+
+
+def _tensors_of(cache: Cache) -> list[torch.Tensor]:
+    parts = [part for layer in cache.layers for part in vars(layer).values()]
+    return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
 def _changed_axis(short: _Shape, long: _Shape) -> int | None:

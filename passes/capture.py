@@ -30,6 +30,7 @@ from transformers import Cache, PreTrainedModel, masking_utils
 from transformers.utils.import_utils import torch_compilable_check
 
 from deos_fx.passes.finish import finish
+from deos_fx.passes.shapes_only import without_missing_weights
 
 __all__ = ["CaptureError", "GuardError", "MaskBuilder", "capture", "check_guard"]
 
@@ -417,7 +418,7 @@ def capture(
         name: tracer.placeholder(name, value) if isinstance(value, (torch.Tensor, Cache)) else value
         for name, value in inputs.items()
     }
-    with torch.no_grad(), _tracing(tracer, model, opaque_encoder):
+    with torch.no_grad(), without_missing_weights(model), _tracing(tracer, model, opaque_encoder):
         result = type(model).forward(model, **arguments)
     fields = {name: value for name, value in result.items() if value is not None}
     tracer.create_node("output", "output", (tracer.create_arg(fields),), {})

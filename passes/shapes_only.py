@@ -1,0 +1,64 @@
+"""Run a model without its weights: values where inputs decide them, and otherwise only shapes.
+
+The code of a model reads some values into Python: sizes of images, token ids, whether anything is
+padded. These follow from the inputs alone. What its weights enter, its code takes as it comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["ShapesOnly", "without_missing_weights"]
+
+META = torch.device("meta")
+
+
+class ShapesOnly(TorchDispatchMode):
+    """While active, the result of an operation has values only if all its operands have.
+
+    Parameters count as having none. Everything else is on the meta device, and stays there if it is
+    to be moved. What is moved there, or counted there in integers (positions), keeps its values on
+    the CPU.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if any(_has_no_values(operand) for operand in operands):
+            args, kwargs = pytree.tree_map_only(torch.Tensor, _without_values, (args, kwargs))
+            return func(*args, **(kwargs | {"device": META} if "device" in kwargs else kwargs))
+        result = func(*args, **kwargs)
+        if kwargs.get("device") == META and not result.is_floating_point():
+            if operands or result.dtype == torch.int64:
+                return func(*args, **{**kwargs, "device": "cpu"})
+        return result
+
+
+def without_missing_weights(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """What to run a model in: nothing special, but `ShapesOnly` if it is on the meta device."""
+    on_meta = next(model.parameters()).is_meta
+    return ShapesOnly() if on_meta else contextlib.nullcontext()
+
+
+def _has_no_values(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, nn.Parameter)
+
+
+def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
