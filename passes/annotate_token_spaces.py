@@ -119,8 +119,10 @@ class _ShapeRun(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
         if isinstance(module, MaskBuilder):
-            return module.as_tensors(**kwargs)
+            masks = module.as_tensors(**pytree.tree_map_only(torch.Tensor, _readable, kwargs))
+            return pytree.tree_map_only(torch.Tensor, _like, masks)
         return super().call_module(target, args, kwargs)
+
 
 def _tracked(tensor: torch.Tensor) -> torch.Tensor:
     """An input: content flows from floats, and code may read what counts something."""
@@ -129,8 +131,15 @@ def _tracked(tensor: torch.Tensor) -> torch.Tensor:
 
 def _light(tensor: torch.Tensor) -> torch.Tensor:
     """The same without what led to it, and without values unless they count something."""
-    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+    if tensor.is_floating_point():
         return _like(tensor).requires_grad_(tensor.requires_grad)
+    return tensor
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """What a mask is made of: whether all flags are set is asked of their values."""
+    if tensor.is_meta and tensor.dtype == torch.bool:
+        return torch.ones(tensor.shape, dtype=torch.bool)
     return tensor
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from deos_fx.operator import SCORES
 from deos_fx.passes.capture import CaptureError
 from deos_fx.passes.fold_masked_add import visual_rows
+from deos_fx.passes.shapes_only import ShapesOnly
 
 __all__ = ["Site", "Sites", "find_sites"]
 
@@ -214,7 +214,7 @@ def _class_tokens(graph_module: fx.GraphModule, block: fx.Node, features: fx.Nod
     """Tokens of a tower [I, c + V, d] that are not among the features [I, V, d]; None if patches
     are mixed in between.
 
-    What comes behind the blocks is run on fake tensors with one patch less: if the features have
+    What comes behind the blocks is run on shapes with one patch less: if the features have
     one token less as well, each is made of one patch.
     """
     shape = block.meta["shape"]
@@ -225,8 +225,8 @@ def _class_tokens(graph_module: fx.GraphModule, block: fx.Node, features: fx.Nod
     blocks = [node for node in towers if node.meta["shape"] == shape]
     between = _reached(blocks)
     dtype = next(graph_module.get_submodule(str(block.target)).parameters()).dtype
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        one_less = torch.empty(shape[0], shape[1] - 1, shape[2], dtype=dtype)
+    with ShapesOnly():
+        one_less = torch.empty(shape[0], shape[1] - 1, shape[2], dtype=dtype, device="meta")
         values = dict.fromkeys(blocks, one_less)
         for node in graph_module.graph.nodes:
             if node in between and node not in values and features in _reached([node]):

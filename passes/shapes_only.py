@@ -38,7 +38,10 @@ class ShapesOnly(TorchDispatchMode):
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
         operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if any(_has_no_values(operand) for operand in operands):
+        if any(map(_has_no_values, operands)):
+            if func is torch.ops.aten.index.Tensor:
+                # How many rows a mask selects, its values say.
+                return func(_without_values(args[0]), args[1])
             args, kwargs = pytree.tree_map_only(torch.Tensor, _without_values, (args, kwargs))
             return func(*args, **(kwargs | {"device": META} if "device" in kwargs else kwargs))
         result = func(*args, **kwargs)
