@@ -1,6 +1,8 @@
 """Bookkeeping of prompts: which positions are visual, which stay, and how values follow them.
 
-These small tensor functions appear by name in lowered graphs. Shapes: B rows, N prompt positions,
+Layers of one model may be on several devices: results are where the values (hidden states,
+attention, masks) are, and indices follow them. The small tensor functions appear by name in lowered
+graphs. Shapes: B rows, N prompt positions,
 V visual tokens of a row, K of them kept, M = N - V + K. Only K and V are constants; B and N stay
 dynamic in an exported graph. Indices are ascending, so the order of the prompt is kept.
 """
@@ -78,7 +80,8 @@ def is_separator(features: Tensor, newline: Tensor) -> Tensor:
 
 def text_tokens(visual: Tensor, hidden: Tensor) -> Tensor:
     """Positions [B, N - V] of everything in hidden [B, N, d] but the visual tokens [B, V]."""
-    flags = torch.ones(hidden.shape[:2], device=hidden.device).scatter(1, visual, 0.0)
+    flags = torch.ones(hidden.shape[:2], device=hidden.device)
+    flags = flags.scatter(1, visual.to(hidden.device), 0.0)
     return listed(flags, hidden.shape[1] - visual.shape[1])
 
 
@@ -101,7 +104,7 @@ def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     steps = torch.arange(length, device=hidden.device)
     if attention_mask is None:
         return steps[-1:].expand(batch, 1)
-    return (attention_mask * steps).argmax(dim=1, keepdim=True)
+    return (attention_mask.to(steps.device) * steps).argmax(dim=1, keepdim=True)
 
 
 def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
@@ -115,7 +118,7 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     Returns:
         `x` with N replaced by M.
     """
-    x = x.movedim(dim, 1)
+    x, index = x.movedim(dim, 1), index.to(x.device)
     batch, length = index.shape[0], x.shape[1]
     x = x.expand(batch, *x.shape[1:])
     # One Gather on flattened rows: an index per element (torch.gather) would move more bytes
@@ -171,7 +174,7 @@ def with_patches(hidden: Tensor, patches: Tensor, class_tokens: int) -> Tensor:
         patches: [I, K, d].
         class_tokens: c.
     """
-    return torch.cat([hidden[:, :class_tokens], patches.to(hidden.dtype)], dim=1)
+    return torch.cat([hidden[:, :class_tokens], patches.to(hidden)], dim=1)
 
 
 def patch_bias(mass: Tensor, class_tokens: int, beta: float) -> Tensor:
@@ -190,6 +193,7 @@ def kept_in_prompt(visual: Tensor, kept: Tensor, hidden: Tensor) -> Tensor:
     Returns:
         [B, M] ascending.
     """
+    visual, kept = visual.to(hidden.device), kept.to(hidden.device)
     stays = torch.zeros_like(visual, dtype=torch.float32).scatter(1, kept, 1.0)
     flags = torch.ones(hidden.shape[:2], device=hidden.device).scatter(1, visual, stays)
     return listed(flags, hidden.shape[1] - visual.shape[1] + kept.shape[1])
@@ -220,6 +224,7 @@ def kept_of_kept(before: Tensor, kept: Tensor) -> Tensor:
     Returns:
         [I, K2].
     """
+    kept = kept.to(before.device)
     return torch.where(kept < 0, kept, take(before, kept.clamp(min=0)))
 
 
@@ -270,20 +275,21 @@ def mass_bias(mass: Tensor, visual: Tensor, hidden: Tensor, beta: float) -> Tens
     Returns:
         [B, M] in float32, 0 at text tokens.
     """
-    bias = torch.zeros(hidden.shape[:2], device=hidden.device)
-    return bias.scatter(1, visual, beta * mass.float().log())
+    bias, mass = torch.zeros(hidden.shape[:2], device=hidden.device), mass.to(hidden.device)
+    return bias.scatter(1, visual.to(hidden.device), beta * mass.float().log())
 
 
 def visual_after(visual: Tensor, kept: Tensor) -> Tensor:
     """Positions [B, K] of the kept visual tokens in the shortened prompt."""
+    kept = kept.to(visual.device)
     dropped_before = kept - torch.arange(kept.shape[1], device=kept.device)
     return take(visual, kept) - dropped_before
 
 
 def put(hidden: Tensor, visual: Tensor, tokens: Tensor) -> Tensor:
     """Replace the rows of `hidden` [B, M, d] at `visual` [B, K] by `tokens` [B, K, d]."""
-    index = visual[..., None].expand(-1, -1, hidden.shape[-1])
-    return hidden.scatter(1, index, tokens.to(hidden.dtype))
+    index = visual.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+    return hidden.scatter(1, index, tokens.to(hidden))
 
 
 def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
@@ -296,6 +302,7 @@ def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
     Returns:
         [B, M].
     """
+    origin = origin.to(position_ids.device)
     dropped_before = origin - torch.arange(origin.shape[1], device=origin.device)
     return take(position_ids, origin) - dropped_before
 
@@ -312,6 +319,7 @@ def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) 
     Returns:
         [B, N] int64, 1 at these tokens of the original prompt.
     """
+    visual = visual.to(origin.device)
     batch, length = origin.shape[0], position_ids.shape[1]
     left = torch.zeros((batch, length), device=origin.device).scatter(1, origin, 1.0)
     return _trailing(take(left, visual), visual, length, images)
@@ -341,7 +349,7 @@ def grid_positions(position_ids: Tensor, trailing: Tensor, origin: Tensor) -> Te
     Returns:
         [B, M].
     """
-    return take(position_ids - trailing.cumsum(dim=1), origin)
+    return take(position_ids - trailing.to(position_ids.device).cumsum(dim=1), origin)
 
 
 def shift_of(trailing: Tensor) -> Tensor:
