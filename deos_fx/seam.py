@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
+from deos_fx.hooks import shallow_copy
+
 __all__ = [
     "Asked",
     "AttentionView",
@@ -267,7 +269,7 @@ class AttentionView:
         dim = self.query.shape[-1]
         pull: Any = float(dim - self.tables[0].shape[-1])
         for table in self.tables:
-            table = table.float().expand(positions.shape[0], -1, -1)
+            table = table.to(positions.device).float().expand(positions.shape[0], -1, -1)
             index = positions[..., None].expand(-1, -1, table.shape[-1])
             pull = pull + torch.gather(table, 1, index) @ table.transpose(1, 2)
         return pull[:, None] * dim**-0.5
@@ -315,7 +317,10 @@ def received_attention(view: AttentionView, observation: Observation, asked: Ask
     Returns:
         [B, N] in float32.
     """
-    positions, votes, among = asked
+    # Who asks is told where the inputs are; the layer may be on another device.
+    positions, votes, among = (
+        None if value is None else value.to(view.query.device) for value in asked
+    )
     view = view.joint() if observation.heads == "joint" else view
     batch, _, length, _ = view.query.shape
     if positions is None:
@@ -458,22 +463,19 @@ def _check_joint(attention: Any) -> None:
 
 
 def _seam_view(block: nn.Module) -> nn.Module:
-    """A shallow copy of the block whose attention goes through the seam.
-
-    Parameters and buffers are the same dict objects as the original's, so moving or loading the
-    model moves the view.
-    """
-    view = _shallow_copy(block)
+    """A shallow copy of the block whose attention goes through the seam."""
+    view = shallow_copy(block)
     for name in _attention_modules(block):
         parent = view
         *path, last = name.split(".")
         for part in path:
-            parent._modules[part] = _shallow_copy(parent._modules[part])
+            parent._modules[part] = shallow_copy(parent._modules[part])
             parent = parent._modules[part]
-        attention = _shallow_copy(parent._modules[last])
+        attention = shallow_copy(parent._modules[last])
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation_internal = _NAME
         attention.deos_fx_calls = []
+        attention.deos_fx_forward = vars(attention).get("forward")
         attention.forward = partial(_with_seam, attention)
         parent._modules[last] = attention
     return view
@@ -500,14 +502,9 @@ def _with_seam(module: Any, *args: Any, seam: _SeamCall | None = None, **kwargs:
     Not every family hands unknown arguments on to the attention function (SigLIP does not). Other
     parts that know the attention implementation (an MLP with a config) are run without a call.
     """
+    forward = module.deos_fx_forward or partial(type(module).forward, module)
     module.deos_fx_calls.append(seam)
     try:
-        return type(module).forward(module, *args, **kwargs)
+        return forward(*args, **kwargs)
     finally:
         module.deos_fx_calls.pop()
-
-
-def _shallow_copy(module: Any) -> Any:
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin

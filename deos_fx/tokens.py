@@ -17,6 +17,7 @@ from deos_fx.operator.gather import listed
 from deos_fx.operator.scores import LOG_FLOOR
 
 __all__ = [
+    "beside",
     "class_token",
     "compact_positions",
     "first_of_prompt",
@@ -50,6 +51,11 @@ __all__ = [
     "visual_positions",
     "with_patches",
 ]
+
+
+def beside(value: Tensor, tokens: Tensor) -> Tensor:
+    """The value on the device that the tokens are on."""
+    return value.to(tokens.device)
 
 
 def visual_positions(

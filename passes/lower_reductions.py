@@ -18,6 +18,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from deos_fx import context, tokens
+from deos_fx.hooks import execution_device, has_several_devices
 from deos_fx.operator import StaticOutput, required_features, static_reduce
 from deos_fx.passes.annotate_token_spaces import position_tables
 from deos_fx.passes.behind import blocks_behind, users_behind
@@ -143,6 +144,7 @@ class _Lowering:
         self.done: list[str] = []
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.suffix = ""
+        self.several_devices = has_several_devices(graph_module)
         self.spaces: list[dict[str, fx.Node]] = []
         # Position ids and rotary tables: original node -> its counterpart in the current space.
         sources = [self.nodes["position_ids"], *position_tables(graph_module)]
@@ -173,6 +175,17 @@ class _Lowering:
         args = pytree.tree_map_only(torch.Tensor, self._constant, args)
         name = f"{function.__name__}_{self.suffix}" if self.suffix else function.__name__
         return self.graph.create_node("call_function", function, args, {}, name)
+
+    def _call_beside(self, visual: fx.Node, function: Callable[..., Any], *args: Any) -> Any:
+        """`call` with everything where the visual tokens are: masses, grids and votes may be where
+        earlier layers or the inputs are."""
+        kinds = (fx.Node, torch.Tensor)
+        if not any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(args)):
+            return function(*args)
+        moved = partial(self.call, tokens.beside)
+        return self.call(
+            function, *pytree.tree_map_only(kinds, lambda value: moved(value, visual), args)
+        )
 
     def note(self, role: str, node: Any) -> Any:
         """Mark a node, or a constant, for `ReducedModel.explain`."""
@@ -329,7 +342,8 @@ class _Lowering:
                 "of these sizes. Use scores, similarities and a selector that do not need the grid."
             )
         self.done.append(step.site.name)
-        reduced = static_reduce(step.reduction, count, visual, mass, features, self.call)
+        call = partial(self._call_beside, visual) if self.several_devices else self.call
+        reduced = static_reduce(step.reduction, count, visual, mass, features, call)
         self.note("score", reduced.score)
         self.note("assignment", reduced.assignment)
         if reduced.assignment is not None:
@@ -515,8 +529,9 @@ class _Lowering:
         """A buffer of the graph, so that it moves to the model's device with it."""
         names = (f"constant_{self.suffix}_{i}" for i in itertools.count())
         name = next(name for name in names if not hasattr(self.graph_module, name))
-        device = next(self.graph_module.parameters()).device
-        self.graph_module.register_buffer(name, value.to(device), persistent=False)
+        with torch.inference_mode(False):
+            constant = value.to(execution_device(self.graph_module), copy=True)
+        self.graph_module.register_buffer(name, constant, persistent=False)
         return self.graph.get_attr(name)
 
     def add_output(self) -> None:
