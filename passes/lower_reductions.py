@@ -55,6 +55,7 @@ def lower_reductions(
         ValueError: If a site does not exist, cannot be used or lacks a score the policy needs.
     """
     if not policy.is_empty:
+        _check_masks(graph_module)
         steps = [
             _Step(reduction, count, sites.usable(reduction.site, reduction.scores))
             for reduction, count in zip(
@@ -77,6 +78,21 @@ def lower_reductions(
             lowering.reduce_prompt(step)
         lowering.add_output()
     return finish(graph_module)
+
+
+def _check_masks(graph_module: fx.GraphModule) -> None:
+    """Refuse attention that is told of windows and blocks by sizes, which reductions change."""
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        if node.meta.get("plain_mask", True):
+            continue
+        builder: Any = graph_module.get_submodule(str(node.target))
+        implementation = str(builder.config.get_text_config()._attn_implementation)
+        if implementation.startswith(("flash", "kernels")):
+            raise ValueError(
+                f"The attention implementation {implementation!r} has no mask of windows and "
+                "blocks of image tokens: where tokens were dropped it would count them wrongly. "
+                "Load the model with attn_implementation='sdpa'."
+            )
 
 
 @dataclass(frozen=True)
