@@ -279,7 +279,7 @@ def test_padding_on_the_right(name: str) -> None:
     model, batch = shared(name), prompts(name, 2)
     length = batch["input_ids"].shape[1]
     for row, real in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
-        for key, value in batch.items():
+        for value in batch.values():
             if value.shape == (2, length):
                 value[row] = value[row].roll(real - length)
     assert batch["attention_mask"][1, -1] == 0
