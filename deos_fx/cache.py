@@ -65,6 +65,10 @@ class ReducedCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, dropped ones included."""
+        if layer_idx == 0:
+            # Convolutions hold no keys: the length is that of the first layer that does.
+            held = (i for i, layer in enumerate(self.layers) if hasattr(layer, "get_seq_length"))
+            layer_idx = next(held, 0)
         return super().get_seq_length(layer_idx) + self._dropped(layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:

@@ -9,20 +9,25 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
-from deos_fx.passes.capture import MaskBuilder, check_guard
+from deos_fx.passes.behind import made_of
+from deos_fx.passes.capture import MaskBuilder
 from deos_fx.passes.shapes_only import ShapesOnly
 
-__all__ = ["MASK", "annotate_token_spaces", "position_tables"]
+__all__ = ["MASK", "annotate_token_spaces", "kind_of_mask", "position_tables"]
 
 # Masks have their prompt axes by role: their value may be None in one run and 4-D in the next.
 MASK = "mask"
+
+# Kinds of masks, in transformers' words, that only say which tokens are padding: their layers keep
+# a running state and do not attend.
+_OF_PADDING = {"conv", "linear_attention", "recurrent_attention_mask"}
 
 
 def annotate_token_spaces(
@@ -48,17 +53,18 @@ def annotate_token_spaces(
         ValueError: If a value has two prompt axes and is not a mask.
     """
     length = inputs[length_of].shape[-1]
+    # While decoding, a mask covers all that is in the cache, these tokens included.
+    lengths = {length, *(v.get_seq_length() for v in inputs.values() if _is_cache(v))}
     names = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
-    runs = [
-        _ShapeRun(graph_module).note([_extended(inputs[name], length, more) for name in names])
-        for more in (0, 8)
-    ]
+    prompts = [[_extended(name, inputs[name], lengths, more) for name in names] for more in (0, 8)]
+    runs = [_ShapeRun(graph_module).note(prompt) for prompt in prompts]
     shapes = [run.shapes for run in runs]
     for node in graph_module.graph.nodes:
         node.meta["shape"] = shapes[0].get(node)
         node.meta["content"] = node in runs[0].content
         if _is_mask_builder(graph_module, node):
             node.meta["prompt_axes"] = MASK
+            node.meta["padding"] = kind_of_mask(node) in _OF_PADDING
             if node.op == "call_module":
                 builder: Any = graph_module.get_submodule(str(node.target))
                 node.meta["plain_mask"] = builder.is_plain(node.kwargs)
@@ -81,6 +87,11 @@ def position_tables(graph_module: fx.GraphModule) -> list[fx.Node]:
     ]
 
 
+def kind_of_mask(mask: fx.Node) -> str:
+    """What layers of the mask's kind are called, or what the function that makes it is."""
+    return str(mask.args[1] if mask.target is operator.getitem else mask.target)
+
+
 def _is_mask_builder(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if node.target is operator.getitem:
         # Of masks by kind of layer.
@@ -94,6 +105,7 @@ class _ShapeRun(fx.Interpreter):
     """Runs a graph on shapes and notes that of every value."""
 
     def note(self, args: list[Any]) -> _ShapeRun:
+        self.needed = made_of(cast(fx.Graph, self.module.graph).output_node())
         self.shapes: dict[fx.Node, Any] = {}
         self.content: set[fx.Node] = set()
         # Gradients tell what depends on contents, also where the caller is in inference mode.
@@ -109,7 +121,9 @@ class _ShapeRun(fx.Interpreter):
             # Experts are chosen by value, and their kernels are picky: a block is not run.
             value = _like(self.fetch_args_kwargs_from_env(n)[0][0])
         else:
-            value = None if n.target is check_guard else super().run_node(n)
+            # What only a guard reads may look at values.
+            runs = n.op == "placeholder" or n in self.needed
+            value = super().run_node(n) if runs else None
         self.shapes[n] = pytree.tree_map(_shape, value, is_leaf=_is_cache)
         leaves = pytree.tree_leaves(value, is_leaf=_is_cache)
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
@@ -165,11 +179,13 @@ def _shape(leaf: Any) -> _Shape:
     return _Shape(leaf.shape) if isinstance(leaf, torch.Tensor) else _Shape()
 
 
-def _extended(value: Any, length: int, more: int) -> Any:
+def _extended(name: str, value: Any, lengths: set[int], more: int) -> Any:
     """The input at a longer prompt: contents do not matter, only shapes are looked at."""
     if isinstance(value, Cache):
         return copy.deepcopy(value, {id(held): _like(held) for held in _tensors_of(value)})
-    if value.ndim < 2 or value.shape[-1] != length or value.is_floating_point():
+    # Of the images, whose sides may be as long as the prompt, are all other numbers.
+    of_prompt = name == "position_ids" or not value.is_floating_point()
+    if value.ndim < 2 or value.shape[-1] not in lengths or not of_prompt:
         return value
     return torch.nn.functional.pad(value, (0, more))
 

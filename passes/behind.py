@@ -1,4 +1,4 @@
-"""What comes behind a place of a graph."""
+"""What comes before and behind a place of a graph."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from torch import fx
 
-__all__ = ["blocks_behind", "users_behind"]
+__all__ = ["blocks_behind", "made_of", "users_behind"]
 
 
 def blocks_behind(node: fx.Node, stage: str) -> list[fx.Node]:
@@ -27,3 +27,15 @@ def users_behind(node: fx.Node, anchor: fx.Node) -> list[fx.Node]:
     """
     order = {other: i for i, other in enumerate(node.graph.nodes)}
     return [user for user in node.users if order[user] >= order[anchor]]
+
+
+def made_of(node: fx.Node) -> set[fx.Node]:
+    """The node and everything that it is made of."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found

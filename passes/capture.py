@@ -85,7 +85,14 @@ def with_features(x: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
     return x
 
 
-_PLAIN = {"inputs_embeds", "attention_mask", "past_key_values", "position_ids", "layer_idx"}
+_PLAIN = {
+    "inputs_embeds",
+    "attention_mask",
+    "past_key_values",
+    "position_ids",
+    "layer_idx",
+    "allow_is_causal_skip",
+}
 
 
 class MaskBuilder(nn.Module):
@@ -261,6 +268,8 @@ class _Tracer(fx.Tracer):
         self.blocks = blocks
         self.values: dict[fx.Node, Any] = {}
         self.running = False
+        # The transformer block that is running.
+        self.block = ""
         self.module_paths = {id(module): path for path, module in model.named_modules()}
         self.leaves: dict[str, nn.Module] = {}
         self.graph = fx.Graph()
@@ -301,9 +310,11 @@ class _Tracer(fx.Tracer):
 
     def call_leaf(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self._leaf_name(module)
+        self.block = self.blocks.get(self.module_paths[id(module)], "")
         node = self.create_node(
             "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
         )
+        self.block = ""
         # What a block does to its tokens need not be run again to know the shape of the result.
         is_block = self.module_paths[id(module)] in self.blocks and bool(args)
         value = self.values[node]
@@ -442,6 +453,8 @@ def _tracing(tracer: _Tracer, model: PreTrainedModel, opaque_encoder: bool) -> I
         if opaque_encoder:
             core: Any = type(model.base_model)
             patch(core, "get_image_features", _traced_encoder(tracer, core.get_image_features))
+        for name in ("get_seq_length", "get_mask_sizes"):
+            patch(Cache, name, _traced_length(tracer, getattr(Cache, name)))
         patch(nn.Module, "__call__", _traced_call(tracer, nn.Module.__call__))
         patch(nn.Module, "__getattr__", _traced_getattr(tracer, nn.Module.__getattr__))
         for owner, name in _BUILTINS:
@@ -479,6 +492,20 @@ def _traced_call(tracer: _Tracer, original: Callable[..., Any]) -> Callable[...,
         return original(module, *args, **kwargs)
 
     return call
+
+
+def _traced_length(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Lengths of a cache are for masks and positions: a layer that counts by its own is refused."""
+
+    def length(*args: Any, **kwargs: Any) -> Any:
+        if tracer.block:
+            raise CaptureError(
+                f"{tracer.block} counts positions itself, by the length of its cache, which is "
+                "shorter where tokens were dropped. Use a model that gives its layers positions."
+            )
+        return original(*args, **kwargs)
+
+    return length
 
 
 def _traced_encoder(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:

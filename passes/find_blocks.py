@@ -21,7 +21,7 @@ _INSTEAD = (
 )
 
 # Kinds of layers, in transformers' words, that keep a running state instead of keys.
-_RECURRENT = ("conv", "linear_attention", "mamba", "recurrent", "hybrid")
+_RECURRENT = ("linear_attention", "mamba", "recurrent", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,13 @@ def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
         raise CaptureError(
             f"{type(model).__name__} has {' and '.join(sorted(set(recurrent)))} layers, whose "
             "state runs through every token: dropping some changes what the others mean. Use a "
-            "model whose layers all attend."
+            "model whose layers attend or convolve over a few tokens."
+        )
+    if "chunked_attention" in _kinds(model):
+        raise CaptureError(
+            f"{type(model).__name__} has chunked_attention layers: a new token sees the keys since "
+            "the last border of a chunk, and borders move when tokens are dropped. Use a model "
+            "whose layers attend to everything or within a sliding window."
         )
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     own = {type(layer).__name__ for layer in layers if type(layer).__module__ != _CACHES}

@@ -199,10 +199,14 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
 
 
 def _decoder_sites(nodes: dict[str, fx.Node], to_logits: set[str], layers: int) -> list[Site]:
-    scores = _scores_from(_ANYWHERE | _OF_TEXT | _OF_LATER_TEXT)
+    attending = _scores_from(_ANYWHERE | _OF_TEXT | _OF_LATER_TEXT)
+    # A convolution attends to nothing.
+    masks = [nodes[f"decoder_{i}"].kwargs.get("attention_mask") for i in range(layers)]
+    conv = [isinstance(mask, fx.Node) and mask.meta.get("padding") for mask in masks]
+    scores = [_scores_from(_OF_FEATURES) if state else attending for state in conv]
     reasons = [_why_not_in_decoder(i, nodes, to_logits, layers) for i in range(layers)]
     return [
-        Site(f"decoder.{i}", f"decoder_{i}", reason, scores) for i, reason in enumerate(reasons)
+        Site(f"decoder.{i}", f"decoder_{i}", reason, scores[i]) for i, reason in enumerate(reasons)
     ]
 
 
@@ -286,13 +290,16 @@ def _why_not_in_decoder(i: int, nodes: dict[str, fx.Node], through: set[str], la
 
 
 def _merge(nodes: dict[str, fx.Node]) -> fx.Node:
-    """The first value that depends on both the images and the prompt."""
+    """The first value that is made of the images and has a row for every token of the prompt.
+
+    What is only as long, wide or precise as the prompt's embeddings has none.
+    """
     if "pixel_values" not in nodes or "input_ids" not in nodes:
         raise CaptureError("Sites are found on a graph with both input_ids and pixel_values.")
     from_images = _reached([nodes["pixel_values"]])
-    from_prompt = _reached([nodes["input_ids"]])
     for node in nodes.values():
-        if node in from_images and node in from_prompt and node.op != "output":
+        of_prompt = node.op != "output" and isinstance(node.meta["prompt_axes"], int)
+        if of_prompt and node in from_images and node.meta["content"]:
             # Features with a row for every position are added to the embeddings right behind.
             return next(iter(node.users)) if node.target is visual_rows else node
     raise CaptureError(

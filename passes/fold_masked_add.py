@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from deos_fx.passes.behind import made_of
 from deos_fx.passes.capture import CaptureError
 from deos_fx.passes.finish import finish
 
@@ -63,7 +64,9 @@ def fold_masked_add(graph_module: fx.GraphModule) -> fx.GraphModule:
             rows = graph.call_function(visual_rows, (mask, features))
             node.replace_all_uses_with(graph.call_function(operator.add, (hidden, rows)))
     graph_module = finish(graph_module)
-    left = next((node.name for node in graph_module.graph.nodes if "masked" in node.meta), None)
+    # How many rows there are may be checked.
+    used = made_of(graph_module.graph.output_node())
+    left = next((node.name for node in used if "masked" in node.meta), None)
     if left is not None:
         raise CaptureError(
             f"The model's code reads the rows of a tensor that a mask selects ({left}) and does "

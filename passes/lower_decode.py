@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 from transformers.masking_utils import create_causal_mask
 
-from deos_fx.passes.annotate_token_spaces import MASK, position_tables
+from deos_fx.passes.annotate_token_spaces import MASK, kind_of_mask, position_tables
 from deos_fx.passes.finish import finish
 from deos_fx.passes.layout import first_layer, rule_before_decoder
 from deos_fx.passes.observe_block import bias_block
@@ -124,7 +124,7 @@ def _inputs_of(
         is_mask = node.meta.get("prompt_axes") == MASK
         if is_mask and not _is_plain(node):
             if _is_of_attention(node):
-                sliding = "sliding" in _kind(node)
+                sliding = "sliding" in kind_of_mask(node)
                 if sliding not in windows:
                     windows[sliding] = _mask_of_space(graph_module, node, replaced, k, space)
                 replaced[node] = windows[sliding]
@@ -205,16 +205,10 @@ def _is_plain(mask: fx.Node) -> bool:
 def _is_of_attention(mask: fx.Node) -> bool:
     """Whether decoder layers read this, not the dict of masks for all kinds, and attend by it.
 
-    What padding is to recurrent layers is about the new tokens only.
+    What padding is to layers with a state is about the new tokens only.
     """
-    recurrent = {"conv", "linear_attention", "recurrent_attention_mask"}
     read = any(user.name.startswith("decoder_") for user in mask.users)
-    return read and _kind(mask) not in recurrent
-
-
-def _kind(mask: fx.Node) -> str:
-    """What layers of the mask's kind are called, or what the function that makes it is."""
-    return str(mask.args[1] if mask.target is operator.getitem else mask.target)
+    return read and not mask.meta["padding"]
 
 
 def _layer_of(mask: fx.Node, space: DecodeSpace) -> int:
@@ -237,7 +231,7 @@ def _mask_of_space(
     made = mask.all_input_nodes[0] if mask.target is operator.getitem else mask
     builder: Any = graph_module.get_submodule(str(made.target))
     config = builder.config.get_text_config()
-    window = config.sliding_window if "sliding" in _kind(mask) else 0
+    window = config.sliding_window if "sliding" in kind_of_mask(mask) else 0
     names = ("inputs_embeds", "attention_mask", "past_key_values")
     kwargs = {name: made.kwargs[name] for name in names if name in made.kwargs}
     kwargs = dict(fx.node.map_arg(kwargs, partial(_latest, replaced)))

@@ -128,6 +128,9 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
             "cannot be biased. Use mass_bias=0 there."
         )
     mask = block.args[place] if isinstance(place, int) else block.kwargs.get(place)
+    if isinstance(mask, fx.Node) and mask.meta.get("padding"):
+        # This block does not attend.
+        return
     mask = _without_bias(mask)
     if key_bias is not None:
         mask = _with_bias(mask, key_bias, block, is_causal(module))

@@ -115,7 +115,7 @@ def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> f
         target = take_each
         args = (*args, tuple(axes))
     node = graph.create_node("call_function", target, args, {}, f"{root}_{space}")
-    node.meta.update(prompt_axes=axes, root=root)
+    node.meta.update(prompt_axes=axes, root=root, padding=value.meta.get("padding", False))
     return node
 
 

@@ -334,12 +334,15 @@ def alone(name: str, batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     images = {
         key: value.unflatten(0, (count, -1))[row]
         for key, value in batch.items()
-        if key.startswith(("pixel", "image"))
+        if key in FAMILIES[name].pixels(1)
     }
     extra = FAMILIES[name].extra(ids)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images, **extra}
 
 
-from more_families2 import MORE  # noqa: E402 - it is made of what is above
+import more_families1  # noqa: E402 - they are made of what is above
+import more_families2  # noqa: E402
 
-FAMILIES |= MORE
+FAMILIES |= more_families1.MORE | more_families2.MORE
+TWINS = more_families1.TWINS | more_families2.TWINS
+CONVOLVING = more_families1.CONVOLVING

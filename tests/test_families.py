@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import FAMILIES, IMAGE, alone, prompts, shared
-from more_families2 import TWINS
+from families import CONVOLVING, FAMILIES, IMAGE, TWINS, alone, prompts, shared
 from torch import Tensor
 
 from deos_fx import export_onnx
@@ -136,7 +135,7 @@ def test_keeping_all_tokens_changes_nothing(name: str, site: str) -> None:
         (name, policy)
         for name in FAMILIES
         for policy in PRUNED
-        if name not in TWINS or policy == "both"
+        if name not in CONVOLVING and (name not in TWINS or policy == "both")
     ],
 )
 def test_pruning_is_masking(name: str, policy: str) -> None:
@@ -159,6 +158,23 @@ def test_pruning_is_masking(name: str, policy: str) -> None:
     our_tokens, our_logits = generate(reduced, batch)
     assert torch.equal(our_tokens, tokens)
     assert difference(our_logits, logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("site", ["projector", "decoder.1", "decoder.2"])
+@pytest.mark.parametrize("name", CONVOLVING)
+def test_decoding_is_a_longer_prompt(name: str, site: str) -> None:
+    # Layers that do not attend have no keys to hide: a token meets its kept neighbours.
+    batch, reduced = prompts(name, 2), reduce(name, (Reduction(site, 0.25, **NORM),))
+    tokens, logits = generate(reduced, batch)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(tokens)], dim=1)
+    longer = batch | {
+        "input_ids": torch.cat([batch["input_ids"], tokens], dim=1),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+    }
+    again = reduced(**longer, use_cache=False).logits[:, -STEPS - 1 : -1]
+    assert difference(again, logits) < TOLERANCE
+    assert difference(shared(name)(**longer).logits[:, -STEPS - 1 : -1], logits) > 1e-3
 
 
 # *** 6: a padded batch gives each prompt what it gets alone ***
@@ -231,10 +247,13 @@ def test_other_ways_to_read_images_are_refused() -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    kinds = {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
-    convolving = hf.Lfm2VlConfig(
-        text_config={"model_type": "lfm2", **size, **kinds},
-        vision_config={"model_type": "siglip2_vision_model", **size, "patch_size": 8},
+    recurrent = hf.Qwen3_5Config(
+        text_config={**size, "layer_types": ["linear_attention", "full_attention"]},
+        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2},
+    )
+    chunked = hf.Llama4Config(
+        text_config={**size, "intermediate_size_mlp": 64, "num_local_experts": 2},
+        vision_config={**size, "image_size": 32, "patch_size": 8},
     )
     querying = hf.Blip2Config(
         vision_config={**size, "image_size": 32, "patch_size": 8},
@@ -244,7 +263,8 @@ def test_other_ways_to_read_images_are_refused() -> None:
     )
     with torch.device("meta"):
         models = {
-            "conv layers": hf.Lfm2VlForConditionalGeneration(convolving),
+            "linear_attention layers": hf.Qwen3_5ForConditionalGeneration(recurrent),
+            "chunked_attention": hf.Llama4ForConditionalGeneration(chunked),
             "Q-Former": hf.Blip2ForConditionalGeneration(querying),
         }
     for reason, model in models.items():
