@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ class TokenSpace:
 
     Attributes:
         first_layer: First decoder layer of the space.
-        origin: [B, M] original prompt positions of the tokens that are left.
+        origin: [B, M] original prompt positions of the tokens that are left; -1 is padding.
         key_bias: [B, M] bias of their attention logits, or None.
         shift: [B, 1] how far later tokens move up; None for the number of dropped tokens.
     """
@@ -62,6 +63,18 @@ class ReducedCache(DynamicCache):
         """Texts in the cache; 0 for an empty one."""
         held = (getattr(layer, "keys", None) for layer in self.layers)
         return next((len(keys) for keys in held if keys is not None), 0)
+
+    def join(self, parts: Sequence[ReducedCache], rows: Sequence[int]) -> None:
+        """Take over what prefills of parts of a batch left, padded on the left to the longest.
+
+        Args:
+            parts: Their caches.
+            rows: For every row of all parts in turn, its place in the batch.
+        """
+        self.layers = [
+            _joined_layer(layers, rows)
+            for layers in zip(*(part.layers for part in parts), strict=True)
+        ]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, dropped ones included."""
@@ -113,12 +126,19 @@ class ReducedCache(DynamicCache):
 
         Returns:
             ``key_positions_k``, ``attention_mask_k``, ``position_ids_k`` and ``key_bias_k`` of
-            every space k.
+            every space k; also ``attention_mask`` if there was none but rows are padded.
         """
         inputs = {}
         # A space is made where its layers are, which may be on another device than the inputs.
         self._change_spaces(lambda rows: rows.to(position_ids.device))
         new = position_ids.shape[-1] + self.get_seq_length() - self.prompt_length
+        if attention_mask is None and any(bool((space.origin < 0).any()) for space in self.spaces):
+            attention_mask = torch.ones(
+                (len(self.spaces[0].origin), self.prompt_length + new),
+                dtype=torch.int64,
+                device=self.spaces[0].origin.device,
+            )
+            inputs["attention_mask"] = attention_mask
         for k, space in enumerate(self.spaces, start=1):
             dropped = self.prompt_length - space.origin.shape[1]
             shift = dropped if space.shift is None else space.shift
@@ -127,7 +147,8 @@ class ReducedCache(DynamicCache):
             later = index.expand(len(space.origin), -1)
             inputs[f"key_positions_{k}"] = torch.cat([space.origin, later], dim=1)
             if attention_mask is not None:
-                kept = torch.gather(attention_mask, 1, space.origin)
+                kept = torch.gather(attention_mask, 1, space.origin.clamp(min=0))
+                kept = kept * (space.origin >= 0)
                 later = attention_mask[:, self.prompt_length :]
                 inputs[f"attention_mask_{k}"] = torch.cat([kept, later], dim=1)
             if space.key_bias is not None:
@@ -161,3 +182,45 @@ class ReducedCache(DynamicCache):
                 space.key_bias = change(space.key_bias)
             if space.shift is not None:
                 space.shift = change(space.shift)
+
+
+def in_rows(values: Sequence[Tensor], rows: Sequence[int], axis: int) -> Tensor:
+    """Values of parts of a batch together, shorter ones with zeros in front.
+
+    Args:
+        values: [B_i, ...], of different sizes along one axis.
+        rows: For every row of all parts in turn, its place in the batch.
+        axis: The axis that is padded.
+
+    Returns:
+        [B, ...] in the order of the batch.
+    """
+    longest = max(value.shape[axis] for value in values)
+    behind = [0, 0] * (values[0].ndim - 1 - axis)
+    padded = [
+        torch.nn.functional.pad(value, [*behind, longest - value.shape[axis], 0])
+        for value in values
+    ]
+    order = torch.tensor(rows, device=values[0].device).argsort()
+    return torch.cat(padded).index_select(0, order)
+
+
+def _joined_layer(layers: Sequence[Any], rows: Sequence[int]) -> Any:
+    """One layer's cache for a batch from those for its parts: keys and values, or a state."""
+    joined = copy.copy(layers[0])
+    for name in ("keys", "values"):
+        if hasattr(joined, name):
+            setattr(joined, name, in_rows([getattr(layer, name) for layer in layers], rows, axis=2))
+    for name in ("conv_states", "recurrent_states"):
+        states: dict[int, Any] = getattr(joined, name, {})
+        together = {
+            i: in_rows([getattr(layer, name)[i] for layer in layers], rows, axis=1)
+            for i in states
+            if states[i] is not None
+        }
+        if together:
+            setattr(joined, name, {**states, **together})
+    if hasattr(joined, "cumulative_length"):
+        # A window counts what has come by, and the longest row is what it is as wide as.
+        joined.cumulative_length = max(layer.cumulative_length for layer in layers)
+    return joined

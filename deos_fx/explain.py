@@ -13,7 +13,7 @@ from deos_fx.operator.transfer import importance
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduction import split_site
-from deos_fx.tokens import kept_of_prompt, take, visual_positions
+from deos_fx.tokens import are_visual, kept_of_prompt, take, visual_positions
 
 __all__ = ["SiteExplanation", "explain"]
 
@@ -120,7 +120,7 @@ class _Slots:
     """
 
     def __init__(self, visual: Tensor, input_ids: Tensor, layout: PromptLayout) -> None:
-        text = (input_ids != layout.image_token).nonzero()[:, 1]
+        text = (~are_visual(input_ids, layout.image_token)).nonzero()[:, 1]
         self.text = text.reshape(len(input_ids), -1)
         self.placeholders = visual.unflatten(1, (layout.images, -1))
         self.now = visual

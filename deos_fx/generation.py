@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from deos_fx.cache import ReducedCache
+from deos_fx.images import has_images, images_of_prompts, media_of_rows
 
 __all__ = ["generation_host"]
 
@@ -50,17 +51,17 @@ def generation_host(
         self: Any, expand_size: int = 1, *args: Any, input_ids: Any = None, **kwargs: Any
     ) -> Any:
         # For beams, transformers repeats row by row; the images of a prompt have to stay together.
-        pixels = kwargs.pop("pixel_values", None)
-        ids, kwargs = original._expand_inputs_for_generation(
-            self, expand_size, *args, input_ids=input_ids, **kwargs
+        media: dict[str, Any] = {}
+        if expand_size > 1 and has_images(kwargs):
+            given = {**kwargs, "input_ids": input_ids}
+            prompts = images_of_prompts(model, given)
+            rows = [row for row in range(len(prompts)) for _ in range(expand_size)]
+            media = media_of_rows(model, given, prompts, rows)
+        others = {name: value for name, value in kwargs.items() if name not in media}
+        ids, others = original._expand_inputs_for_generation(
+            self, expand_size, *args, input_ids=input_ids, **others
         )
-        if pixels is not None:
-            images = max(1, len(pixels) // len(input_ids))
-            prompts = pixels.split(images)
-            kwargs["pixel_values"] = torch.cat(
-                [prompt for prompt in prompts for _ in range(expand_size)]
-            )
-        return ids, kwargs
+        return ids, others | media
 
     def prepare_cache(
         self: Any, config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from deos_fx.cache import ReducedCache
+from deos_fx.images import has_images, image_inputs, images_of_prompts
 from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.shapes_only import ShapesOnly
-from deos_fx.signature import grid_of, image_token_of, size_inputs, sizes_vary
-from deos_fx.tokens import is_separator
+from deos_fx.signature import image_token_of
 
-__all__ = ["complete_inputs", "image_inputs", "prompt_layout"]
-
-_SEPARATORS: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, int]]
-_SEPARATORS = weakref.WeakKeyDictionary()
+__all__ = ["complete_inputs", "prompt_layout", "prompt_layouts"]
 
 
 def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,13 +58,6 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
     return inputs
 
 
-def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Those of the inputs that images come in: pixels, and how large each image is."""
-    names = {*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, *size_inputs(model)}
-    given = {name: inputs[name] for name in sorted(names & inputs.keys())}
-    return {name: value for name, value in given.items() if isinstance(value, Tensor)}
-
-
 def _without_images(
     model: PreTrainedModel, inputs: dict[str, Any], cache: ReducedCache
 ) -> dict[str, Any]:
@@ -87,7 +74,7 @@ def _without_images(
         )
     given, known = image_inputs(model, inputs), cache.images
     again = all(_same(value, known.get(name)) for name, value in given.items())
-    if not again or "pixel_values" in given and (ids == image_token_of(model)).any():
+    if not again or has_images(given) and (ids == image_token_of(model)).any():
         raise ValueError(
             "There are images in a later turn that are not those of the cache, and images in a "
             "later turn are not supported. Start again with one prompt that has all images; leave "
@@ -102,7 +89,7 @@ def _same(value: Tensor, known: Tensor | None) -> bool:
 
 
 # What only the whole model takes, and the images, which positions do not depend on.
-_NOT_OF_CORE = {"pixel_values", "labels", "logits_to_keep"}
+_NOT_OF_CORE = {"pixel_values", "pixel_values_videos", "labels", "logits_to_keep"}
 
 
 class _DecoderReached(Exception):  # noqa: N818 - not an error: how the rest is left out
@@ -159,7 +146,7 @@ def _check_outputs(inputs: Mapping[str, Any]) -> None:
 
 
 def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLayout:
-    """Where the visual tokens of a batch are, after checking that every prompt has the same images.
+    """Where the visual tokens of a batch are, whose prompts have to be alike in that.
 
     Args:
         model: The model.
@@ -169,83 +156,36 @@ def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLa
         The layout that a graph is lowered for.
 
     Raises:
-        ValueError: If there is no image, prompts differ in their number of images, or images and
+        ValueError: If there is no image, prompts differ in their images, or images and
             placeholders do not match.
     """
-    rows, columns = grid_of(model)
-    per_image = rows * columns
-    token = image_token_of(model)
-    placeholders = (inputs["input_ids"] == token).sum(dim=1)
-    counts = sorted(set(placeholders.tolist()))
-    if counts[-1] == 0 or "pixel_values" not in inputs:
+    layouts = prompt_layouts(model, inputs)
+    (layout, *others) = dict.fromkeys(layouts)
+    if others or layout is None:
+        counts = sorted({sum(one.sizes) if one else 0 for one in layouts})
         raise ValueError(
-            "The prompt has no image: deos_fx reduces visual tokens, so the first call needs "
-            f"pixel_values and image placeholders (token id {token}) in input_ids. "
-            "Use the original model for text alone."
+            f"The prompts of this batch differ: they have {counts} visual tokens. Only calling and "
+            "generating take such batches; here give prompts with equally many images of the same "
+            "sizes, or one by one."
         )
-    if len(counts) == 1 and sizes_vary(model):
-        return _layout_of_sizes(model, inputs, counts[0])
-    if len(counts) > 1 or counts[0] % per_image:
-        raise ValueError(
-            f"The prompts of this batch have {counts} image placeholders; every prompt needs the "
-            f"same number of images of {per_image or 'equally many'} tokens each. Batch prompts "
-            "with equally many images of one size, or pass them one by one."
-        )
-    images = counts[0] // per_image
-    given = inputs["pixel_values"].shape[0]
-    if given != images * len(placeholders):
-        raise ValueError(
-            f"pixel_values has {given} images, but input_ids has placeholders for "
-            f"{images * len(placeholders)}."
-        )
-    return PromptLayout(token, images, (rows, columns))
+    return layout
 
 
-def _layout_of_sizes(
-    model: PreTrainedModel, inputs: Mapping[str, Any], placeholders: int
-) -> PromptLayout:
-    """The layout of prompts with so many placeholders each, whose images may be of any size."""
-    separators = _separators(model, inputs)
-    visual, batch = placeholders - separators, len(inputs["input_ids"])
-    sizes = [inputs[name] for name in sorted(size_inputs(model)) if name in inputs]
-    table = next((size for size in sizes if size.ndim == 2 and size.shape[1] in (2, 3)), None)
-    pixels = inputs["pixel_values"]
-    if table is not None:
-        height, width = table[0, -2:].tolist()
-        images, rest = divmod(len(table), batch)
-        alike = bool((table == table[0]).all())
-    else:
-        height, width = pixels.shape[-2:]
-        images, rest = divmod(math.prod(pixels.shape[:-3]), batch)
-        alike = pixels.ndim > 3
-    token = image_token_of(model)
-    if alike and not rest and visual % images == 0:
-        # The tokens of an image stand as its pixels do: n = rows x columns in its aspect ratio.
-        rows = math.isqrt(visual // images * height // width)
-        if rows and rows * rows * width == visual // images * height:
-            grid = rows, visual // images // rows
-            return PromptLayout(token, images, grid, separators)
-    return PromptLayout(token, 1, (1, visual), separators, placed=False)
+def prompt_layouts(
+    model: PreTrainedModel, inputs: Mapping[str, Any]
+) -> list[PromptLayout | None]:
+    """Where the visual tokens of each prompt of a batch are; None for a prompt of text alone.
 
+    Args:
+        model: The model.
+        inputs: Arguments of its forward.
 
-def _separators(model: PreTrainedModel, inputs: Mapping[str, Any]) -> int:
-    """Placeholders of a prompt that stand for the end of an image row, not for a part of it.
-
-    Their features are a parameter of the model, whatever the pixels are.
+    Raises:
+        ValueError: If there is no image, or images and placeholders do not match.
     """
-    core: Any = model.base_model
-    newline = getattr(core, "image_newline", None)
-    if newline is None:
-        return 0
-    names = sorted(size_inputs(model) & inputs.keys())
-    sizes = tuple((name, repr(inputs[name].tolist())) for name in names)
-    pixels = inputs["pixel_values"]
-    known = _SEPARATORS.setdefault(model, {})
-    key = (*sizes, tuple(pixels.shape), len(inputs["input_ids"]))
-    if key not in known:
-        with torch.no_grad():
-            given = {name: inputs[name] for name in names}
-            output = core.get_image_features(pixels, **given, return_dict=True)
-        count = int(is_separator(torch.cat(list(output.pooler_output)), newline).sum())
-        known[key] = count // len(inputs["input_ids"])
-    return known[key]
+    if not has_images(inputs):
+        raise ValueError(
+            "The prompt has no image, so there are no visual tokens to look at. Give a prompt with "
+            f"pixel_values and image placeholders (token id {image_token_of(model)}) in input_ids."
+        )
+    return [prompt.layout for prompt in images_of_prompts(model, inputs)]

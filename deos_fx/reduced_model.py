@@ -5,26 +5,29 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from deos_fx import saved
+from deos_fx.batch import Part, join_outputs, join_spaces, parts_of_batch
 from deos_fx.cache import ReducedCache, TokenSpace
 from deos_fx.cost import CostModel, CostReport
 from deos_fx.explain import SiteExplanation, explain
 from deos_fx.generation import generation_host
-from deos_fx.inputs import complete_inputs, image_inputs, prompt_layout
+from deos_fx.images import image_inputs
+from deos_fx.inputs import complete_inputs, prompt_layout, prompt_layouts
 from deos_fx.passes.capture import GuardError
 from deos_fx.passes.families import FORMER_IMAGES
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces
-from deos_fx.passes.pipeline import capture_call, lower_call, run_graph
+from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.policy import Policy
-from deos_fx.signature import signature_of
+from deos_fx.signature import image_token_of, signature_of
 
 __all__ = ["ReducedModel"]
 
@@ -58,6 +61,8 @@ class ReducedModel(nn.Module):
         self._spaces = decode_spaces(policy)
         # Not submodules: they share the model's weights.
         self._graphs: dict[str, dict[Hashable, fx.GraphModule]] = {"prefill": {}, "decode": {}}
+        # What was captured of each structure of inputs: lowered again for other images.
+        self._captured: dict[Hashable, Captured] = {}
 
     # *** calling ***
 
@@ -75,8 +80,8 @@ class ReducedModel(nn.Module):
             tuple.
 
         Raises:
-            ValueError: If the inputs have no image, rows with different numbers of image tokens,
-                or a cache that is not a `ReducedCache`.
+            ValueError: If images and placeholders do not match, or the cache is not a
+                `ReducedCache`.
         """
         inputs = self._bind(*args, **kwargs)
         output = self._run(inputs)
@@ -194,7 +199,11 @@ class ReducedModel(nn.Module):
         Raises:
             ValueError: If the inputs have no image, or the model cannot be captured.
         """
-        self._prefill(inputs)
+        complete = complete_inputs(self.model, self._bind(**inputs))
+        prompt_layouts(self.model, complete)
+        for part in self._parts(complete):
+            if part.layout is not None:
+                self._graph(part.inputs, part.layout)
 
     def _prefill(
         self, inputs: Mapping[str, Any]
@@ -218,49 +227,109 @@ class ReducedModel(nn.Module):
     def _run(self, inputs: dict[str, Any]) -> ModelOutput:
         inputs = complete_inputs(self.model, inputs)
         cache: Any = inputs.get("past_key_values")
-        seen = 0 if cache is None else cache.get_seq_length()
-        prefill = not seen
-        layout = prompt_layout(self.model, inputs) if prefill else None
-        if not prefill:
-            inputs |= cache.decode_inputs(inputs.get("attention_mask"), inputs["position_ids"])
-        try:
-            graph_module = self._graph(inputs, layout)
-            fields = run_graph(graph_module, inputs)
-        except GuardError:
-            # The model's code takes another branch for these inputs than for those captured.
-            if not prefill and cache.get_seq_length() != seen:
-                # The layers before the guard have already added to their caches.
-                raise
-            self._graphs["prefill" if prefill else "decode"].clear()
-            if cache is not None and prefill:
-                cache.reset()
-            graph_module = self._graph(inputs, layout)
-            fields = run_graph(graph_module, inputs)
-        spaces = fields.pop("spaces", [])
-        if cache is not None and prefill:
+        if cache is not None and cache.get_seq_length():
+            return self._continue(inputs, cache)
+        parts = self._parts(inputs)
+        outputs, spaces = [], []
+        for part in parts:
+            if len(parts) > 1 and cache is not None:
+                part.inputs["past_key_values"] = self._new_cache()
+            fields, output_class = self._prefill_part(part)
+            spaces.append(self._spaces_of(fields.pop("spaces", None), part.inputs["input_ids"]))
+            outputs.append(fields)
+        (fields, left) = outputs[0], spaces[0]
+        length = inputs["input_ids"].shape[1]
+        if len(parts) > 1:
+            fields, left = join_outputs(parts, outputs), join_spaces(parts, spaces, length)
+        if cache is not None:
+            if len(parts) > 1:
+                rows = [row for part in parts for row in part.rows]
+                cache.join([part.inputs["past_key_values"] for part in parts], rows)
+                fields["past_key_values"] = cache
             cache.rope_deltas = _deltas_of_rows(self.model, len(inputs["input_ids"]))
             cache.images = image_inputs(self.model, inputs)
-            cache.record(
-                inputs["input_ids"].shape[1],
-                [
-                    TokenSpace(known.first_layer, **space)
-                    for known, space in zip(self._spaces, spaces, strict=True)
-                ],
-            )
-        return graph_module.meta["output_class"](**fields)
+            cache.record(length, left)
+        return output_class(**fields)
+
+    def _continue(self, inputs: dict[str, Any], cache: ReducedCache) -> ModelOutput:
+        """New tokens behind what the cache holds."""
+        seen = cache.get_seq_length()
+        inputs |= cache.decode_inputs(inputs.get("attention_mask"), inputs["position_ids"])
+        try:
+            fields, output_class = self._call(inputs, None)
+        except GuardError:
+            if cache.get_seq_length() != seen:
+                # The layers before the guard have already added to their caches.
+                raise
+            self._forget()
+            fields, output_class = self._call(inputs, None)
+        return output_class(**fields)
+
+    def _parts(self, inputs: dict[str, Any]) -> list[Part]:
+        """The prompts that are alike; all of them if nothing is reduced."""
+        if self.policy.is_empty:
+            layout = PromptLayout(image_token_of(self.model), 0, (0, 0))
+            return [Part(tuple(range(len(inputs["input_ids"]))), layout, inputs)]
+        return parts_of_batch(self.model, inputs)
+
+    def _prefill_part(self, part: Part) -> tuple[dict[str, Any], type[ModelOutput]]:
+        """Fields of the output, with ``spaces`` where anything was reduced, and its class."""
+        if part.layout is None:
+            # Text alone: there is nothing to reduce.
+            output = self.model(**part.inputs)
+            return dict(output.items()), type(output)
+        try:
+            return self._call(part.inputs, part.layout)
+        except GuardError:
+            # The model's code takes another branch for these inputs than for those captured.
+            self._forget()
+            cache = part.inputs.get("past_key_values")
+            if cache is not None:
+                cache.reset()
+            return self._call(part.inputs, part.layout)
+
+    def _forget(self) -> None:
+        """Let everything be captured again."""
+        for graphs in self._graphs.values():
+            graphs.clear()
+        self._captured.clear()
+
+    def _call(
+        self, inputs: Mapping[str, Any], layout: PromptLayout | None
+    ) -> tuple[dict[str, Any], type[ModelOutput]]:
+        graph_module = self._graph(inputs, layout)
+        return run_graph(graph_module, inputs), graph_module.meta["output_class"]
+
+    def _spaces_of(
+        self, left: Sequence[Mapping[str, Tensor]] | None, input_ids: Tensor
+    ) -> list[TokenSpace]:
+        """The token spaces behind each reduction; of text alone, nothing was dropped."""
+        if left is None:
+            whole = torch.arange(input_ids.shape[1], device=input_ids.device)
+            left = [{"origin": whole.expand(input_ids.shape)}] * len(self._spaces)
+        return [
+            TokenSpace(known.first_layer, **space)
+            for known, space in zip(self._spaces, left, strict=True)
+        ]
 
     def _graph(self, inputs: Mapping[str, Any], layout: PromptLayout | None) -> fx.GraphModule:
         kind = "decode" if layout is None else "prefill"
         attention = self.model.config.get_text_config()._attn_implementation
-        key = (layout, self.model.dtype, attention, *_structure(inputs))
+        structure = (kind, self.model.dtype, attention, *_structure(inputs))
         graphs = self._graphs[kind]
-        if key not in graphs:
-            cache = self._new_cache() if inputs.get("past_key_values") is not None else None
-            example = {**inputs, "past_key_values": cache} if cache is not None else {**inputs}
-            if layout is None:
-                example = _decode_example(example, inputs["past_key_values"])
-            graphs[key] = lower_call(capture_call(self.model, example), self.policy, layout)
-        return graphs[key]
+        if (layout, structure) not in graphs:
+            if structure not in self._captured:
+                self._captured[structure] = self._capture(inputs, layout)
+            captured = self._captured[structure].copy()
+            graphs[layout, structure] = lower_call(captured, self.policy, layout)
+        return graphs[layout, structure]
+
+    def _capture(self, inputs: Mapping[str, Any], layout: PromptLayout | None) -> Captured:
+        cache = self._new_cache() if inputs.get("past_key_values") is not None else None
+        example = {**inputs, "past_key_values": cache} if cache is not None else {**inputs}
+        if layout is None:
+            example = _decode_example(example, inputs["past_key_values"])
+        return capture_call(self.model, example)
 
     def _new_cache(self) -> ReducedCache:
         return ReducedCache(self.model.config.get_text_config())

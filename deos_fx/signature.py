@@ -24,6 +24,7 @@ __all__ = [
     "signature_of",
     "size_inputs",
     "sizes_vary",
+    "video_token_of",
 ]
 
 _GRIDS: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = weakref.WeakKeyDictionary()
@@ -93,6 +94,12 @@ def image_token_of(model: PreTrainedModel) -> int:
 
 def _image_token(config: Any) -> int | None:
     return next((getattr(config, name) for name in IMAGE_TOKENS if hasattr(config, name)), None)
+
+
+def video_token_of(model: PreTrainedModel) -> int | None:
+    """Id of the placeholder of one visual token of a video; None if the model takes no videos."""
+    config, names = model.config, ("video_token_id", "video_token_index")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
 
 
 def size_inputs(model: PreTrainedModel) -> frozenset[str]:

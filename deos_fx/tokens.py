@@ -17,6 +17,7 @@ from deos_fx.operator.gather import listed
 from deos_fx.operator.scores import LOG_FLOOR
 
 __all__ = [
+    "are_visual",
     "beside",
     "class_token",
     "compact_positions",
@@ -53,35 +54,44 @@ __all__ = [
 ]
 
 
+def are_visual(input_ids: Tensor, image_token: int | tuple[int, ...]) -> Tensor:
+    """Flags of the placeholders, of one kind or of several, in input_ids [B, N]."""
+    if isinstance(image_token, int):
+        return torch.eq(input_ids, image_token)
+    return torch.isin(input_ids, torch.tensor(image_token, device=input_ids.device))
+
+
 def beside(value: Tensor, tokens: Tensor) -> Tensor:
     """The value on the device that the tokens are on."""
     return value.to(tokens.device)
 
 
 def visual_positions(
-    input_ids: Tensor, image_token: int, count: int, separators: Tensor | None = None
+    input_ids: Tensor,
+    image_token: int | tuple[int, ...],
+    count: int,
+    separators: Tensor | None = None,
 ) -> Tensor:
     """Positions of the image placeholders.
 
     Args:
         input_ids: [B, N].
-        image_token: Id of the placeholder.
+        image_token: Id of the placeholder, or of each kind of placeholder.
         count: V, the number of placeholders of every row that are no separators.
-        separators: None, or flags [B V] of all placeholders, row after row.
+        separators: None, or flags [B, N] of those that are.
 
     Returns:
         [B, V] int64, ascending.
     """
-    visual = input_ids == image_token
+    visual = are_visual(input_ids, image_token)
     if separators is not None:
-        index = (visual.flatten().to(torch.int64).cumsum(0) - 1).clamp(min=0)
-        visual = visual & ~separators[index].reshape(visual.shape)
+        visual = visual & ~separators
     return listed(visual.float(), count)
 
 
 def is_separator(features: Tensor, newline: Tensor) -> Tensor:
-    """Flags [T] of the features [..., d] that are the learned end of an image row, newline [d]."""
-    return (features.flatten(0, -2) == newline.to(features)).all(dim=-1)
+    """Flags [...] of features [..., d] that are the learned end of an image row, newline [d]."""
+    return (features == newline.to(features)).all(dim=-1)
 
 
 def text_tokens(visual: Tensor, hidden: Tensor) -> Tensor:

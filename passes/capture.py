@@ -20,7 +20,7 @@ import operator
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -32,7 +32,15 @@ from transformers.utils.import_utils import torch_compilable_check
 from deos_fx.passes.finish import finish
 from deos_fx.passes.shapes_only import without_missing_weights
 
-__all__ = ["CaptureError", "GuardError", "MaskBuilder", "capture", "check_guard"]
+__all__ = [
+    "PIXELS",
+    "CaptureError",
+    "GuardError",
+    "MaskBuilder",
+    "capture",
+    "check_guard",
+    "is_encoder",
+]
 
 # Not every function that is written in C dispatches on proxies (factories that take sizes do not),
 # so all are wrapped while tracing.
@@ -53,6 +61,9 @@ def _makes_masks(name: str, value: Any) -> bool:
     named = name.startswith("create_") and "mask" in name and inspect.isfunction(value)
     return named and "config" in inspect.signature(value).parameters
 
+
+PIXELS = ("pixel_values", "pixel_values_videos")
+"""The inputs that images and videos come in."""
 
 # Results of these types describe the structure of the run, not its data: they are not recorded.
 _STRUCTURAL_TYPES = (str, torch.dtype, torch.device, torch.layout, type(None))
@@ -123,6 +134,15 @@ class MaskBuilder(nn.Module):
         return self.function(config=config, **kwargs)
 
 
+# Method of a model's core that encodes images or videos -> name of its node.
+_ENCODERS = {"get_image_features": "image_encoder", "get_video_features": "video_encoder"}
+
+
+def is_encoder(node: fx.Node) -> bool:
+    """Whether the node encodes images or videos as a whole."""
+    return node.op == "call_module" and node.target in _ENCODERS.values()
+
+
 class ImageEncoder(nn.Module):
     """From pixels to the features that enter the prompt, as one node of the graph.
 
@@ -172,8 +192,10 @@ class ValueProxy(fx.Proxy):
         if parts is None:
             item = tracer.create_proxy("call_function", operator.getitem, (self, key), {})
             mask = key[0] if isinstance(key, tuple) and key else key
-            if isinstance(mask, ValueProxy) and mask.dtype == torch.bool:
-                # How many axes a row has that the mask selects, for fold_masked_add.
+            masked = isinstance(mask, ValueProxy) and mask.dtype == torch.bool
+            if masked and self.value.dtype != torch.bool:
+                # How many axes a row has that the mask selects, for fold_masked_add. Flags that
+                # are read know nothing of the rows' content.
                 item.node.meta["masked"] = self.value.ndim - mask.value.ndim
             return item
         if key not in parts:
@@ -344,7 +366,7 @@ class _Tracer(fx.Tracer):
         return ValueProxy(node, self, self.values[node])
 
     def call_encoder(self, encode: Callable[..., Any], core: Any, args: Any, kwargs: Any) -> Any:
-        name = "image_encoder"
+        name = _ENCODERS[encode.__name__]
         self.leaves[name] = ImageEncoder(core, encode)
         node = self.create_node(
             "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
@@ -450,9 +472,10 @@ def _tracing(tracer: _Tracer, model: PreTrainedModel, opaque_encoder: bool) -> I
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
 
-        if opaque_encoder:
-            core: Any = type(model.base_model)
-            patch(core, "get_image_features", _traced_encoder(tracer, core.get_image_features))
+        core: Any = type(model.base_model)
+        for method in _ENCODERS if opaque_encoder else ():
+            if hasattr(core, method):
+                patch(core, method, _traced_encoder(tracer, getattr(core, method)))
         for name in ("get_seq_length", "get_mask_sizes"):
             patch(Cache, name, _traced_length(tracer, getattr(Cache, name)))
         patch(nn.Module, "__call__", _traced_call(tracer, nn.Module.__call__))

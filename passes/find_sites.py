@@ -7,7 +7,7 @@ dominator of the data flow): only there does dropping a token drop it everywhere
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from deos_fx.operator import SCORES
-from deos_fx.passes.capture import CaptureError
+from deos_fx.passes.capture import PIXELS, CaptureError, is_encoder
 from deos_fx.passes.fold_masked_add import visual_rows
 from deos_fx.passes.shapes_only import ShapesOnly
 
@@ -60,7 +60,6 @@ class Sites:
         class_tokens: Tokens of the tower that are not image patches (CLS), in front; they are
             never reduced.
         merged: Whether ``features`` are the prompts.
-        encoded: Node of what the image encoder gives, [T, d] or [I, V, d], if it is one node.
     """
 
     sites: tuple[Site, ...]
@@ -70,7 +69,6 @@ class Sites:
     tokens_per_image: int
     class_tokens: int
     merged: bool = False
-    encoded: str = ""
 
     @property
     def sees_tower(self) -> bool:
@@ -133,8 +131,8 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
     """List every site of an annotated prefill graph.
 
     Args:
-        graph_module: A captured and annotated graph with inputs ``pixel_values`` and
-            ``input_ids``.
+        graph_module: A captured and annotated graph with the inputs ``input_ids`` and
+            ``pixel_values`` or ``pixel_values_videos``.
         decoder_layers: Number of decoder layers of the model.
         vision_blocks: Number of blocks of its vision tower.
 
@@ -146,13 +144,14 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
             cross-attention models).
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    merge = _merge(nodes)
-    features, embeddings = _operands(merge, nodes)
+    pixels = [nodes[name] for name in PIXELS if name in nodes]
+    merge = _merge(nodes, pixels)
+    features, embeddings = _operands(_merge(nodes, pixels[:1]), pixels)
     flow = _data_flow(graph_module.graph, merge)
     outputs: Any = graph_module.graph.output_node().args[0]
     logits = outputs["logits"]
     to_logits = _dominators(flow, features.name, logits.name)
-    if "image_encoder" in nodes:
+    if is_encoder(features):
         if _length(merge) != _length(embeddings):
             raise CaptureError(
                 f"{merge.name} is the first value made of images and prompt, and it is no prompt "
@@ -162,8 +161,7 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
         sites = [Site(f"vision.{i}", f"vision_{i}", reason, ()) for i in range(vision_blocks)]
         sites.append(Site("projector", merge.name, "", _scores_from(_OF_FEATURES)))
         sites += _decoder_sites(nodes, to_logits, decoder_layers)
-        encoded = _from_images(merge, nodes).name
-        return Sites(tuple(sites), merge.name, embeddings.name, merge.name, 0, 0, True, encoded)
+        return Sites(tuple(sites), merge.name, embeddings.name, merge.name, 0, 0, True)
     if any(node.target is visual_rows for node in merge.all_input_nodes):
         raise CaptureError(
             "The features of images are added to the embeddings of their placeholders, which has "
@@ -289,17 +287,17 @@ def _why_not_in_decoder(i: int, nodes: dict[str, fx.Node], through: set[str], la
     return ""
 
 
-def _merge(nodes: dict[str, fx.Node]) -> fx.Node:
-    """The first value that is made of the images and has a row for every token of the prompt.
+def _merge(nodes: dict[str, fx.Node], pixels: Sequence[fx.Node]) -> fx.Node:
+    """The first value made of all images and videos that has a row for every token of the prompt.
 
     What is only as long, wide or precise as the prompt's embeddings has none.
     """
-    if "pixel_values" not in nodes or "input_ids" not in nodes:
+    if not pixels or "input_ids" not in nodes:
         raise CaptureError("Sites are found on a graph with both input_ids and pixel_values.")
-    from_images = _reached([nodes["pixel_values"]])
+    sources = [_reached([source]) for source in pixels]
     for node in nodes.values():
         of_prompt = node.op != "output" and isinstance(node.meta["prompt_axes"], int)
-        if of_prompt and node in from_images and node.meta["content"]:
+        if of_prompt and node.meta["content"] and all(node in behind for behind in sources):
             # Features with a row for every position are added to the embeddings right behind.
             return next(iter(node.users)) if node.target is visual_rows else node
     raise CaptureError(
@@ -308,18 +306,13 @@ def _merge(nodes: dict[str, fx.Node]) -> fx.Node:
     )
 
 
-def _from_images(merge: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node:
-    """What enters the prompt in the merge."""
-    from_images = _reached([nodes["pixel_values"]])
-    features = next(node for node in merge.all_input_nodes if node in from_images)
-    return features.all_input_nodes[1] if features.target is visual_rows else features
-
-
-def _operands(merge: fx.Node, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node]:
+def _operands(merge: fx.Node, pixels: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
     """The features [I, V, d] and the embeddings [B, N, d] that meet in the merge."""
-    from_images = _reached([nodes["pixel_values"]])
-    features = _from_images(merge, nodes)
-    while len(features.meta["shape"]) != 3 and features.target != "image_encoder":
+    from_images = _reached(pixels)
+    features = next(node for node in merge.all_input_nodes if node in from_images)
+    if features.target is visual_rows:
+        features = features.all_input_nodes[1]
+    while len(features.meta["shape"]) != 3 and not is_encoder(features):
         features = next(node for node in features.all_input_nodes if node in from_images)
     embeddings = next(
         node

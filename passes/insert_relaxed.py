@@ -24,6 +24,7 @@ from deos_fx.passes.behind import blocks_behind, users_behind
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.find_sites import Sites
 from deos_fx.passes.finish import finish
+from deos_fx.passes.insert_visual_positions import insert_visual_positions
 from deos_fx.passes.layout import PromptLayout, rule_before_decoder
 from deos_fx.passes.observe_block import bias_block
 from deos_fx.reduction import site_order, split_site
@@ -121,7 +122,7 @@ class _Insertion:
         self.nodes = {node.name: node for node in self.graph.nodes}
         ids = self.nodes["position_ids"]
         self.positions = {node: node for node in [ids, *position_tables(graph_module)]}
-        self.visual = self._visual()
+        self.visual = insert_visual_positions(graph_module, sites, layout, self.call)
         # Gates and masses: of each image before the decoder, of the prompt in it.
         with self.graph.inserting_after(self.visual):
             self.alive = self.call(tokens.ones_at, self.visual)
@@ -137,21 +138,6 @@ class _Insertion:
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.call_function(function, args)
-
-    def _visual(self) -> fx.Node:
-        """Positions of the visual tokens, without separators."""
-        layout, input_ids = self.layout, self.nodes["input_ids"]
-        given = input_ids, layout.image_token, layout.images * layout.tokens_per_image
-        if not layout.separators:
-            with self.graph.inserting_after(input_ids):
-                return self.call(tokens.visual_positions, *given)
-        newline = "image_newline"
-        encoder: Any = self.graph_module.get_submodule("image_encoder")
-        self.graph_module.register_parameter(newline, getattr(encoder.core, newline))
-        with self.graph.inserting_before(self.nodes[self.sites.features].next):
-            learned = self.graph.get_attr(newline)
-            ends = self.call(tokens.is_separator, self.nodes[self.sites.encoded], learned)
-            return self.call(tokens.visual_positions, *given, ends)
 
     # *** before the decoder ***
 

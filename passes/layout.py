@@ -19,29 +19,56 @@ class PromptLayout:
     """Where and how many the visual tokens of a prompt are.
 
     Attributes:
-        image_token: Id of the image placeholder.
-        images: Images per prompt.
+        image_token: Id of the image placeholder, or the ids of all kinds of placeholders.
+        images: Images per prompt; each frame of a video is one.
         grid: Rows and columns of one image's tokens.
         separators: Placeholders of a prompt that are no part of an image (ends of rows): they are
             never reduced.
-        placed: Whether the grid is known; otherwise all tokens of a prompt count as one row.
+        placed: Whether the grid is known; otherwise all tokens of an image count as one row.
+        grids: Rows and columns of every image, if they differ; ``grid`` is then the first.
     """
 
-    image_token: int
+    image_token: int | tuple[int, ...]
     images: int
     grid: tuple[int, int]
     separators: int = 0
     placed: bool = True
+    grids: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens_per_image(self) -> int:
-        """V of one image."""
-        return self.grid[0] * self.grid[1]
+        """V of one image.
+
+        Raises:
+            ValueError: If images have different numbers of tokens.
+        """
+        if len(set(self.sizes)) > 1:
+            raise ValueError(
+                f"The images of a prompt have {', '.join(map(str, self.sizes))} visual tokens. "
+                "This works for images of one size: pass images one by one."
+            )
+        return self.sizes[0]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """V of every image."""
+        grids = self.grids or (self.grid,) * self.images
+        return tuple(rows * columns for rows, columns in grids)
+
+    def alike(self) -> list[list[int]]:
+        """Numbers of the images of each size."""
+        grids = self.grids or (self.grid,) * self.images
+        return [[i for i, grid in enumerate(grids) if grid == one] for one in dict.fromkeys(grids)]
 
     def grid_tensor(self, images: int) -> Tensor:
         """Image, row and column of every token of `images` images: int64 [images * V, 3]."""
-        axes = [torch.arange(side) for side in (images, *self.grid)]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+        grids = self.grids[:images] or (self.grid,) * images
+        return torch.cat([_cells(image, *grid) for image, grid in enumerate(grids)])
+
+
+def _cells(image: int, rows: int, columns: int) -> Tensor:
+    axes = [torch.tensor([image]), torch.arange(rows), torch.arange(columns)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
 
 def first_layer(site: str) -> int:

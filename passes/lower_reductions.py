@@ -25,6 +25,7 @@ from deos_fx.passes.behind import blocks_behind, users_behind
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.find_sites import Site, Sites
 from deos_fx.passes.finish import finish
+from deos_fx.passes.insert_visual_positions import insert_visual_positions
 from deos_fx.passes.layout import PromptLayout, grid_after, grid_of_prompt, rule_before_decoder
 from deos_fx.passes.observe_block import bias_block
 from deos_fx.passes.open_space import open_space
@@ -56,11 +57,10 @@ def lower_reductions(
     """
     if not policy.is_empty:
         _check_masks(graph_module)
+        counts = zip(*map(policy.counts, layout.sizes), strict=True)
         steps = [
-            _Step(reduction, count, sites.usable(reduction.site, reduction.scores))
-            for reduction, count in zip(
-                policy.reductions, policy.counts(layout.tokens_per_image), strict=True
-            )
+            _Step(reduction, of_images, sites.usable(reduction.site, reduction.scores))
+            for reduction, of_images in zip(policy.reductions, counts, strict=True)
         ]
         lowering = _Lowering(graph_module, sites, layout, steps)
         of_images = [step for step in steps if step.stage != "decoder"]
@@ -97,11 +97,17 @@ def _check_masks(graph_module: fx.GraphModule) -> None:
 
 @dataclass(frozen=True)
 class _Step:
-    """One reduction to lower: how many tokens it keeps per image, and where."""
+    """One reduction to lower: how many tokens it keeps of each image, and where."""
 
     reduction: Reduction
-    count: int
+    counts: tuple[int, ...]
     site: Site
+
+    @property
+    def count(self) -> int:
+        """Tokens kept of one image, where all have as many."""
+        (count,) = set(self.counts)
+        return count
 
     @property
     def stage(self) -> str:
@@ -167,13 +173,7 @@ class _Lowering:
         self.positions = {node: node for node in sources}
         # The position ids of every space so far: a rotary table may read those of any.
         self.position_ids = {sources[0]}
-        input_ids = self.nodes["input_ids"]
-        count = layout.images * layout.tokens_per_image
-        if layout.separators:
-            visual = self._visual_but_separators(input_ids, count)
-        else:
-            with self.graph.inserting_after(input_ids):
-                visual = self.call(tokens.visual_positions, input_ids, layout.image_token, count)
+        visual = insert_visual_positions(graph_module, sites, layout, self.call)
         self.placeholders = visual
         self.images = _Images(layout.grid_tensor(1))
         self.space = _Space(visual, layout.grid_tensor(layout.images))
@@ -211,18 +211,6 @@ class _Lowering:
             self.graph_module.meta.setdefault("explains", {})[self.suffix, role] = node
         return node
 
-    def _visual_but_separators(self, input_ids: fx.Node, count: int) -> fx.Node:
-        """Positions of the placeholders whose features are not the learned end of a row."""
-        merge = self.nodes[self.sites.features]
-        newline = "image_newline"
-        encoder: Any = self.graph_module.get_submodule("image_encoder")
-        self.graph_module.register_parameter(newline, getattr(encoder.core, newline))
-        with self.graph.inserting_before(merge.next):
-            learned = self.graph.get_attr(newline)
-            ends = self.call(tokens.is_separator, self.nodes[self.sites.encoded], learned)
-            placeholder = self.layout.image_token
-            return self.call(tokens.visual_positions, input_ids, placeholder, count, ends)
-
     # *** the two kinds of site ***
 
     def reduce_images(self, step: _Step) -> None:
@@ -251,7 +239,8 @@ class _Lowering:
                 in_order = step.reduction.order == "position"
                 compose = tokens.take if in_order else tokens.kept_of_kept
                 kept_so_far = self.call(compose, images.kept, kept)
-            self.images = _Images(self._grid_of_kept(step, images.grid, kept), kept_so_far, mass)
+            grid = self._grid_of_kept(step, step.count, images.grid, kept)
+            self.images = _Images(grid, kept_so_far, mass)
             if in_tower:
                 self.images.cut = features, kept
                 self._bias_tower(step, left)
@@ -259,28 +248,17 @@ class _Lowering:
     def reduce_merged(self, step: _Step) -> None:
         """Reduce every image alone, its features already being in the prompt."""
         self.suffix = step.suffix
-        hidden, images = self.nodes[self.sites.features], self.layout.images
+        hidden, layout = self.nodes[self.sites.features], self.layout
         if step.reduction.order != "position":
             raise ValueError(
                 f"{step.site.name}: the features of this model enter the prompt in the order of "
                 "the image. Use order='position'."
             )
-        features = self._image_features(step)
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         anchor = max(hidden, self.space.visual, key=order.__getitem__).next
         with self.graph.inserting_before(anchor):
-            visual = self.call(tokens.take, hidden, self.space.visual)
-            own = self.call(tokens.of_images, visual, images)
-            reduced = self._operate(step, step.count, own, None, features)
-            kept = self.note("kept", reduced.kept)
-            mass = self.note("mass", reduced.mass)
-            only_gathered = reduced.assignment is None and not step.reduction.reweight
-            left = None if only_gathered else self.call(tokens.of_prompts, reduced.tokens, images)
-            if mass is not None:
-                mass = self.call(tokens.masses_of_prompt, mass, images)
-            grid = self._grid_of_kept(step, self.images.grid, kept)
-            self.images = _Images(grid, kept, mass)
-            kept = self.call(tokens.kept_of_prompt, kept, images, self.layout.tokens_per_image)
+            parts = [self._reduce_alike(step, hidden, alike) for alike in layout.alike()]
+            kept, left, mass = parts[0] if len(parts) == 1 else self._in_order(parts)
             self._enter_space(
                 hidden,
                 kept,
@@ -290,6 +268,60 @@ class _Lowering:
                 position=step.reduction.position,
                 beta=step.reduction.mass_bias,
             )
+
+    def _reduce_alike(
+        self, step: _Step, hidden: fx.Node, alike: Sequence[int]
+    ) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
+        """Reduce the images of one size, of prompts that they are already in.
+
+        Args:
+            step: What to do.
+            hidden: [B, N, d].
+            alike: Numbers of the images in a prompt.
+
+        Returns:
+            Indices [B, K] of the kept among a prompt's visual tokens, what becomes of them
+            [B, K, d] unless they stay as they are, and their masses [B, K] unless all are 1.
+        """
+        layout, visual, cells = self.layout, self.space.visual, self.images.grid
+        columns = None
+        if len(alike) < layout.images:
+            whole = layout.grid_tensor(layout.images)
+            columns = torch.isin(whole[:, 0], torch.tensor(alike)).nonzero()[:, 0]
+            cells = whole[columns[: layout.sizes[alike[0]]]]
+            visual = self.call(torch.index_select, visual, 1, columns)
+        features = self._image_features(step, cells, len(alike))
+        own = self.call(tokens.of_images, self.call(tokens.take, hidden, visual), len(alike))
+        count = step.counts[alike[0]]
+        reduced = self._operate(step, count, own, None, features)
+        kept = self.note("kept", reduced.kept)
+        mass = self.note("mass", reduced.mass)
+        only_gathered = reduced.assignment is None and not step.reduction.reweight
+        left = None if only_gathered else self.call(tokens.of_prompts, reduced.tokens, len(alike))
+        if mass is not None:
+            mass = self.call(tokens.masses_of_prompt, mass, len(alike))
+        self.images = _Images(self._grid_of_kept(step, count, cells, kept), kept, mass)
+        kept = self.call(tokens.kept_of_prompt, kept, len(alike), layout.sizes[alike[0]])
+        if columns is not None:
+            kept = self.call(tokens.take, columns[None], kept)
+        return kept, left, mass
+
+    def _in_order(
+        self, parts: Sequence[tuple[fx.Node, fx.Node | None, fx.Node | None]]
+    ) -> tuple[Any, Any, Any]:
+        """What is left of the images of each size, together and in the order of the prompt."""
+        kept, left, mass = (
+            None if any(part is None for part in same) else self.call(torch.cat, same, 1)
+            for same in map(list, zip(*parts, strict=True))
+        )
+        order = self.call(torch.argsort, kept, 1)
+        whole = self.layout.grid_tensor(self.layout.images)[None]
+        kept, left, mass = (
+            None if same is None else self.call(tokens.take, same, order)
+            for same in (kept, left, mass)
+        )
+        self.images = _Images(self.call(tokens.known_of_kept, whole, kept), kept, mass)
+        return kept, left, mass
 
     def shorten_prompt(self, steps: Sequence[_Step]) -> None:
         """Shorten the prompts' runs of placeholders to what is left of each image, at once."""
@@ -328,7 +360,7 @@ class _Lowering:
         hidden = features.hidden
         with self.graph.inserting_before(features.anchor):
             visual = self.call(tokens.take, hidden, space.visual)
-            count = step.count * self.layout.images
+            count = sum(step.counts)
             reduced = self._operate(step, count, visual, space.mass, features)
             self.note("mass", reduced.mass)
             only_gathered = reduced.assignment is None and not step.reduction.reweight
@@ -338,7 +370,7 @@ class _Lowering:
                 kept,
                 None if only_gathered else reduced.tokens,
                 reduced.mass,
-                grid=self._grid_of_kept(step, space.grid, kept),
+                grid=self._grid_of_kept(step, count, space.grid, kept),
                 position=step.reduction.position,
                 beta=step.reduction.mass_bias,
             )
@@ -393,6 +425,11 @@ class _Lowering:
         self.space = _Space(visual, grid, origin, mass)
         trailing = None
         if position == "grid":
+            if self.layout.grids:
+                raise ValueError(
+                    f"{self.suffix}: position 'grid' works for images of one size, and these have "
+                    f"{', '.join(map(str, self.layout.sizes))} tokens. Use position='keep'."
+                )
             ids = self.nodes["position_ids"]
             where = (origin, self.placeholders, ids, self.layout.images)
             trailing = self.call(tokens.trailing, *where)
@@ -450,8 +487,10 @@ class _Lowering:
 
     # *** features ***
 
-    def _image_features(self, step: _Step) -> TowerFeatures:
-        """What a reduction of images can know.
+    def _image_features(
+        self, step: _Step, grid: fx.Node | torch.Tensor | None = None, images: int | None = None
+    ) -> TowerFeatures:
+        """What a reduction of images, of all or of some of a prompt, can know.
 
         A cut behind the last block and one at the projector look into the same block: what the
         second needs is observed at the first, and read at the tokens that are left.
@@ -464,7 +503,8 @@ class _Lowering:
                 f"{step.site.name} has no {', '.join(hidden_from)}: its tokens are not those of a "
                 "block of the vision tower. Use scores and similarities of the features themselves."
             )
-        makers: dict[str, Callable[[], Any]] = {"grid": lambda: self.images.grid}
+        cells = self.images.grid if grid is None else grid
+        makers: dict[str, Callable[[], Any]] = {"grid": lambda: cells}
         cut = self.images.cut
         if step.stage == "projector" and cut is not None and cut[0].block is block:
             makers |= {name: partial(self._since_cut, name) for name in needs & OBSERVED.keys()}
@@ -480,7 +520,7 @@ class _Lowering:
             self.call,
             class_tokens=self.sites.class_tokens,
             text=self.text,
-            images=self.layout.images,
+            images=self.layout.images if images is None else images,
             reduced=self.done,
             makers=makers,
         )
@@ -524,12 +564,11 @@ class _Lowering:
         return space.padding
 
     def _grid_of_kept(
-        self, step: _Step, grid: fx.Node | torch.Tensor, kept: fx.Node
+        self, step: _Step, count: int, grid: fx.Node | torch.Tensor, kept: fx.Node
     ) -> fx.Node | torch.Tensor:
         """Image, row and column of what is left; still a constant if it was chosen by the grid."""
         if isinstance(grid, fx.Node):
             return self.call(tokens.known_of_kept, grid, kept)
-        count = step.count * (self.layout.images if step.stage == "decoder" else 1)
         left = grid_after(step.reduction, count, grid)
         return self.call(tokens.known_of_kept, grid[None], kept) if left is None else left
 

@@ -10,7 +10,7 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from deos_fx.passes.annotate_token_spaces import annotate_token_spaces
-from deos_fx.passes.capture import capture
+from deos_fx.passes.capture import PIXELS, capture
 from deos_fx.passes.find_blocks import Blocks, find_blocks
 from deos_fx.passes.find_sites import Sites, find_sites
 from deos_fx.passes.fold_masked_add import fold_masked_add
@@ -62,14 +62,15 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
         CaptureError: If the model cannot be captured.
     """
     blocks = find_blocks(model)
-    opaque = sizes_vary(model)
+    # Frames of a video are taken apart by their number.
+    opaque = sizes_vary(model) or "pixel_values_videos" in inputs
     graph_module = capture(model, inputs, blocks.names(), opaque_encoder=opaque)
     graph_module = fold_unstack(graph_module)
     graph_module = fold_masked_add(graph_module)
     graph_module = annotate_token_spaces(graph_module, inputs)
     graph_module = verify(graph_module, "captured")
     sites = None
-    if "pixel_values" in inputs:
+    if any(name in inputs for name in PIXELS):
         sites = find_sites(graph_module, len(blocks.decoder), len(blocks.vision))
     return Captured(graph_module, blocks, sites)
 

@@ -70,11 +70,19 @@ def test_something_that_is_no_model(model):
 # *** the inputs ***
 
 
-@pytest.mark.parametrize("method", ["__call__", "generate", "cost", "explain", "capture"])
+@pytest.mark.parametrize("method", ["cost", "explain", "capture"])
 def test_prompt_without_an_image(reduced, method):
+    with pytest.raises(ValueError, match="no image, .*pixel_values"):
+        getattr(reduced, method)(**text_prompt())
+
+
+@pytest.mark.parametrize("method", ["__call__", "generate", "cost"])
+def test_placeholders_without_an_image(reduced, method):
+    batch = inputs(reduced.model)
+    del batch["pixel_values"]
     options = {"max_new_tokens": 2} if method == "generate" else {}
-    with pytest.raises(ValueError, match="no image: .*pixel_values.* original model"):
-        getattr(reduced, method)(**text_prompt(), **options)
+    with pytest.raises(ValueError, match="no image, .*pixel_values|no images: pass pixel_values"):
+        getattr(reduced, method)(**batch, **options)
 
 
 def test_example_without_an_image():
@@ -87,14 +95,24 @@ def test_example_without_an_image():
 def test_prompts_with_different_numbers_of_images(reduced):
     batch = inputs(reduced.model, batch=2)
     batch["input_ids"][1].clamp_(max=99)
-    with pytest.raises(ValueError, match=r"\[0, 64\] image placeholders; .*same number"):
+    batch["pixel_values"] = batch["pixel_values"][:1]
+    with pytest.raises(ValueError, match=r"have \[0, 64\] visual tokens.*Only calling"):
+        reduced.cost(**batch)
+    with pytest.raises(ValueError, match="labels with prompts that have equally many images"):
+        reduced(**batch, labels=batch["input_ids"])
+
+
+def test_fewer_images_than_placeholders(reduced):
+    batch = inputs(reduced.model, batch=2)
+    batch["pixel_values"] = batch["pixel_values"][:1]
+    with pytest.raises(ValueError, match="Prompt 1 .* 64 image placeholders .* not those of"):
         reduced(**batch)
 
 
 def test_more_images_than_placeholders(reduced):
     batch = inputs(reduced.model)
     batch["pixel_values"] = batch["pixel_values"].repeat(2, 1, 1, 1)
-    with pytest.raises(ValueError, match="pixel_values has 2 images, .* placeholders for 1"):
+    with pytest.raises(ValueError, match=r"pixel_values has 2 images, .* id 120\) for 1\."):
         reduced(**batch)
 
 
@@ -113,7 +131,7 @@ def test_a_failed_call_does_no_harm(reduced):
     batch = inputs(reduced.model)
     expected = reduced(**batch).logits
     with pytest.raises(ValueError, match="no image"):
-        reduced(**text_prompt())
+        reduced.explain(**text_prompt())
     with pytest.raises(ValueError, match=r"128\*128"):
         reduced(**{**batch, "pixel_values": torch.zeros(1, 3, 128, 128)})
     assert torch.equal(reduced(**batch).logits, expected)

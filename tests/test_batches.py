@@ -1,0 +1,218 @@
+"""Batches whose prompts differ: in how many images they have, of which sizes, and in videos."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from families import BREAK, END, FAMILIES, IMAGE, PAD, START, VIDEO, shared
+from test_families import NORM, PRUNED, TOLERANCE, difference, flags, generate, masked_from
+from tiny import shared_llava
+from torch import Tensor
+
+from deos_fx.passes.pipeline import capture_call
+from deos_fx.policy import Policy, Reduction
+from deos_fx.reduced_model import ReducedModel
+
+Image = tuple[list[int], dict[str, Tensor]]
+"""Placeholders of one image, and its inputs with a leading axis of images."""
+
+_seeds = itertools.count(11)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(next(_seeds)))
+
+
+def grid(rows: int, columns: int) -> Image:
+    """As Qwen-VL takes images: patches of 4 x 4 pixels in 2 frames, merged by twos."""
+    patches = noise(4 * rows * columns, 3 * 2 * 16)
+    table = torch.tensor([[1, 2 * rows, 2 * columns]])
+    block = [START, *[IMAGE] * (rows * columns), END]
+    return block, {"pixel_values": patches, "image_grid_thw": table}
+
+
+def video(frames: int, rows: int, columns: int) -> Image:
+    patches = noise(4 * frames * rows * columns, 3 * 2 * 16)
+    table = torch.tensor([[frames, 2 * rows, 2 * columns]])
+    block = [START, *[VIDEO] * (frames * rows * columns), END]
+    return block, {"pixel_values_videos": patches, "video_grid_thw": table}
+
+
+def rows(height: int, width: int) -> Image:
+    """As Pixtral takes images: padded to the largest, a break behind each row of 4 x 4 patches."""
+    pixels = torch.zeros(1, 3, 32, 32)
+    pixels[:, :, :height, :width] = noise(1, 3, height, width)
+    block = [*[IMAGE] * (width // 4), BREAK] * (height // 4)
+    return block, {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
+
+
+def anyres(height: int, width: int) -> Image:
+    """As LLaVA-NeXT takes images: the whole and its tiles of 16 x 16, an end behind each row."""
+    tiles = torch.zeros(1, 5, 3, 16, 16)
+    used = 1 + height * width // 256
+    tiles[:, :used] = noise(1, used, 3, 16, 16)
+    block = [IMAGE] * (16 + (height // 4) * (width // 4 + 1))
+    return block, {"pixel_values": tiles, "image_sizes": torch.tensor([[height, width]])}
+
+
+def plain(side: int = 32) -> Image:
+    return [IMAGE] * 64, {"pixel_values": noise(1, 3, side, side)}
+
+
+def batch_of(name: str, prompts: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
+    """Prompts with these images, text around them, padded on the left."""
+    generator = torch.Generator().manual_seed(5)
+    texts = []
+    for shown in prompts:
+        ids: list[int] = []
+        for block, _ in shown:
+            ids += torch.randint(1, 100, (3,), generator=generator).tolist() + block
+        ids += torch.randint(1, 100, (5,), generator=generator).tolist()
+        texts.append(torch.tensor(ids))
+    ids = torch.nn.utils.rnn.pad_sequence(
+        texts, batch_first=True, padding_value=PAD, padding_side="left"
+    )
+    media: dict[str, list[Tensor]] = {}
+    for shown in prompts:
+        for _, inputs in shown:
+            for key, value in inputs.items():
+                media.setdefault(key, []).append(value)
+    extra = FAMILIES[name].extra(ids) if name in FAMILIES else {}
+    if "mm_token_type_ids" in extra:
+        extra["mm_token_type_ids"] = extra["mm_token_type_ids"] + 2 * (ids == VIDEO).int()
+    joined = {key: torch.cat(values) for key, values in media.items()}
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), **joined, **extra}
+
+
+def model_of(name: str) -> Any:
+    return shared_llava(4) if name == "llava" else shared(name)
+
+
+def tiles(count: int) -> Image:
+    """As Idefics 3 takes the images of one prompt: filled up with zeros."""
+    pixels, real = torch.zeros(1, 3, 3, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.int64)
+    pixels[:, :count] = noise(1, count, 3, 32, 32)
+    real[:, :count] = 1
+    block = [START, *[IMAGE] * 64, END] * count
+    return block, {"pixel_values": pixels, "pixel_attention_mask": real}
+
+
+BATCHES: dict[str, Callable[[], list[list[Image]]]] = {
+    "llava": lambda: [[plain(64)], [plain(64), plain(64)], []],
+    "gemma3": lambda: [[plain(), plain()], [plain()]],
+    "internvl": lambda: [[plain()], [plain(), plain()]],
+    "qwen2_5_vl": lambda: [[grid(4, 8)], [grid(2, 3), grid(4, 4)], [grid(4, 8)]],
+    "qwen3_vl": lambda: [[grid(3, 4)], [], [grid(5, 4), grid(2, 2)]],
+    "pixtral": lambda: [[rows(16, 32)], [rows(32, 16), rows(16, 16)]],
+    "idefics3": lambda: [[tiles(1)], [tiles(3)]],
+    "llava_next": lambda: [[anyres(32, 32)], [anyres(16, 32)]],
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("policy", ["both"])
+def test_prompts_with_other_images_get_what_they_get_alone(name: str, policy: str) -> None:
+    prompts = BATCHES[name]()
+    reduced = ReducedModel(model_of(name), Policy(PRUNED[policy]))
+    batch = batch_of(name, prompts)
+    tokens, logits = generate(reduced, batch)
+    ends = reduced(**batch).logits[:, -1]
+    for row, shown in enumerate(prompts):
+        alone = batch_of(name, [shown])
+        real = batch["attention_mask"][row].bool()
+        alone["input_ids"] = batch["input_ids"][row][real][None]
+        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+        own_tokens, own_logits = generate(reduced, alone)
+        assert torch.equal(own_tokens[0], tokens[row])
+        assert difference(own_logits[0], logits[row]) < TOLERANCE
+        assert difference(ends[row], own_logits[0, 0]) < TOLERANCE
+
+
+# *** prompts with several images, and videos, against the masked original ***
+
+PROMPTS: dict[str, tuple[str, Callable[[], list[list[Image]]]]] = {
+    "images of one size": ("gemma3", lambda: [[plain(), plain()]] * 2),
+    "images of two sizes": ("qwen2_5_vl", lambda: [[grid(2, 3), grid(4, 4)]] * 2),
+    "images of two sizes, deepstack": ("qwen3_vl", lambda: [[grid(4, 3), grid(4, 4)]] * 2),
+    "images with breaks": ("pixtral", lambda: [[rows(16, 32), rows(32, 32)]] * 2),
+    "images with ends of rows": ("llava_next", lambda: [[anyres(16, 32), anyres(32, 32)]] * 2),
+    "a video": ("qwen2_5_vl", lambda: [[video(3, 2, 4)]] * 2),
+    "a video, deepstack": ("qwen3_vl", lambda: [[video(1, 3, 4)]] * 2),
+    "an image and a video": ("qwen2_vl", lambda: [[grid(4, 4), video(2, 3, 2)]] * 2),
+    "a video and an image, deepstack": ("qwen3_vl", lambda: [[video(1, 3, 2), grid(2, 4)]] * 2),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("policy", ["both"])
+def test_pruning_is_masking(kind: str, policy: str) -> None:
+    name, prompts = PROMPTS[kind]
+    model, batch = shared(name), batch_of(name, prompts())
+    reduced = ReducedModel(model, Policy(PRUNED[policy]))
+    output = reduced(**batch)
+    spaces = output.past_key_values.spaces
+    alive = {space.first_layer: flags(space.origin, batch) for space in spaces}
+    visual = torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO]))
+    for kept in alive.values():
+        assert kept[~visual].all() and (~kept).any(dim=1).all()
+    with masked_from(model, alive):
+        whole = model(**batch).logits
+        tokens, logits = generate(model, batch)
+    left = alive[spaces[-1].first_layer]
+    assert difference(output.logits.flatten(0, 1), whole[left]) < TOLERANCE
+    assert difference(model(**batch).logits[left], whole[left]) > 1e-3
+    our_tokens, our_logits = generate(reduced, batch)
+    assert torch.equal(our_tokens, tokens)
+    assert difference(our_logits, logits) < TOLERANCE
+
+
+def test_each_image_keeps_its_share() -> None:
+    batch = batch_of("qwen2_5_vl", [[grid(2, 4), grid(4, 8), grid(2, 4)]])
+    reduced = ReducedModel(shared("qwen2_5_vl"), Policy((Reduction("projector", 0.25, **NORM),)))
+    origin = reduced(**batch).past_key_values.spaces[0].origin[0]
+    kept = batch["input_ids"][0][origin] == IMAGE
+    starts = batch["input_ids"][0] == START
+    image = starts.cumsum(0)[origin][kept]
+    assert image.bincount().tolist() == [0, 2, 8, 2]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "idefics3", "llava_next"])
+def test_beams_keep_the_images_of_their_prompt(name: str) -> None:
+    batch, model = batch_of(name, BATCHES[name]()), shared(name)
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4, "do_sample": False}
+    same = ReducedModel(model, Policy((Reduction("decoder.1", 1.0),)))
+    given = {key: value.clone() for key, value in batch.items()}
+    assert torch.equal(same.generate(**batch, **beams), model.generate(**given, **beams))
+
+
+def test_prompts_of_text_alone_are_answered_as_by_the_model() -> None:
+    model = shared("qwen2_5_vl")
+    text = batch_of("qwen2_5_vl", [[], []])
+    text["input_ids"][1, :2], text["attention_mask"][1, :2] = PAD, 0
+    reduced = ReducedModel(model, Policy(PRUNED["both"]))
+    assert torch.equal(reduced(**text).logits, model(**text).logits)
+    for ours, theirs in zip(generate(reduced, text), generate(model, text), strict=True):
+        assert difference(ours.float(), theirs.float()) < TOLERANCE
+
+
+def test_a_new_size_is_lowered_again_but_not_captured_again(monkeypatch: Any) -> None:
+    captured = []
+    monkeypatch.setattr(
+        "deos_fx.reduced_model.capture_call",
+        lambda *args: captured.append(0) or capture_call(*args),
+    )
+    reduced = ReducedModel(shared("qwen2_5_vl"), Policy(PRUNED["both"]))
+    for image in (grid(4, 8), grid(2, 3), grid(6, 2)):
+        reduced(**batch_of("qwen2_5_vl", [[image]]))
+    assert len(captured) == 1
+
+
+def test_pixels_that_belong_to_nobody_are_refused() -> None:
+    batch = batch_of("pixtral", [[rows(16, 16)], [rows(32, 32)]])
+    batch["image_sizes"] = batch["image_sizes"].flip(0)
+    with pytest.raises(ValueError, match="Prompt 0 .* 16 image placeholders .* same call of the"):
+        ReducedModel(shared("pixtral"), Policy(PRUNED["both"]))(**batch)
