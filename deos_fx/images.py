@@ -7,6 +7,7 @@ placeholders, and taken apart again where prompts have to go separate ways.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import weakref
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.passes.capture import PIXELS
 from deos_fx.passes.layout import PromptLayout
+from deos_fx.passes.shapes_only import ShapesOnly
 from deos_fx.signature import grid_of, image_token_of, size_inputs, sizes_vary, video_token_of
 from deos_fx.tokens import is_separator
 
@@ -101,9 +103,8 @@ def images_of_prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list
         ValueError: If images and placeholders do not match.
     """
     kinds = {_token(model, kind): kind for kind in (_IMAGES, _VIDEOS) if kind.pixels in inputs}
-    flags = {token: inputs["input_ids"] == token for token in kinds}
     items = {
-        token: _items(model, inputs, kind, int(flags[token].sum()))
+        token: _items(model, inputs, kind, (inputs["input_ids"] == token).sum(dim=1).tolist())
         for token, kind in kinds.items()
     }
     waiting = {token: iter(enumerate(given)) for token, given in items.items()}
@@ -182,21 +183,25 @@ def _of_prompt(
 
 
 def _items(
-    model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind, placeholders: int
+    model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind, of_rows: list[int]
 ) -> list[_Item]:
-    """All images of a batch."""
-    pixels = inputs[kind.pixels]
+    """All images of a batch, whose prompts have so many placeholders each.
+
+    Where it cannot be told which token is of which image, those of a prompt count as one.
+    """
+    pixels, placeholders = inputs[kind.pixels], sum(of_rows)
     if kind is _IMAGES and not sizes_vary(model):
         grid = grid_of(model)
         return [_Item((grid,), math.prod(grid))] * math.prod(pixels.shape[:-3])
     table = _table(model, inputs, kind)
-    if getattr(model.base_model, "image_newline", None) is not None:
-        return _encoded(model, inputs, kind)
-    if table is not None:
-        return _of_table(table.tolist(), placeholders) or _encoded(model, inputs, kind)
-    if kind is _IMAGES and pixels.ndim == 5:
-        return _of_tiles(pixels, placeholders)
-    return _encoded(model, inputs, kind)
+    found = None
+    if getattr(model.base_model, "image_newline", None) is None:
+        if table is not None:
+            found = _of_table(table.tolist(), placeholders)
+        elif kind is _IMAGES and pixels.ndim == 5:
+            found = _of_tiles(pixels, placeholders)
+    found = found or _encoded(model, inputs, kind)
+    return found or [_Item(None, tokens) for tokens in of_rows if tokens]
 
 
 def _table(model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind) -> Tensor | None:
@@ -244,10 +249,13 @@ def _of_tiles(pixels: Tensor, placeholders: int) -> list[_Item]:
     return [_Item(((rows, tokens // rows),) if whole else None, tokens)] * real
 
 
-def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind) -> list[_Item]:
+def _encoded(
+    model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind
+) -> list[_Item] | None:
     """The images as the model's own encoder makes them; it runs once for each set of sizes.
 
-    The features of an end of a row are a parameter of the model, whatever the pixels are.
+    Only their number matters unless there are ends of rows, whose features are a parameter of the
+    model, whatever the pixels are. None if the encoder does not keep images apart.
     """
     core: Any = model.base_model
     given = {name: inputs[name] for name in sorted(_media(model, kind)) if name in inputs}
@@ -258,23 +266,19 @@ def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind) -> 
     )
     known = _ENCODED.setdefault(model, {})
     if sizes not in known:
-        with torch.no_grad():
-            features = getattr(core, kind.encode)(**given, return_dict=True).pooler_output
         newline = getattr(core, "image_newline", None)
-        parts = list(features) if not isinstance(features, Tensor) or features.ndim > 2 else []
-        if not parts:
-            raise ValueError(
-                f"{type(model).__name__} makes the features of all images of a batch one list, and "
-                f"{kind.pixels} of shape {tuple(inputs[kind.pixels].shape)} does not tell them "
-                "apart. Pass the prompts one by one."
-            )
+        with torch.no_grad(), ShapesOnly() if newline is None else contextlib.nullcontext():
+            features = getattr(core, kind.encode)(**given, return_dict=True).pooler_output
+        apart = isinstance(features, (list, tuple))
+        if not apart and (features is None or features.ndim < 3):
+            return None
         known[sizes] = [
             _Item(
                 None,
                 math.prod(part.shape[:-1]),
                 0 if newline is None else int(is_separator(part, newline).sum()),
             )
-            for part in parts
+            for part in features
         ]
     return known[sizes]
 
