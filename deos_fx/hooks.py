@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["execution_device", "has_several_devices", "shallow_copy"]
+__all__ = ["execution_device", "has_several_devices", "is_offloaded", "shallow_copy"]
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -29,6 +29,12 @@ def execution_device(module: nn.Module) -> torch.device:
 def has_several_devices(module: nn.Module) -> bool:
     """Whether not all weights are in one place."""
     return len({weight.device for weight in module.parameters()}) > 1
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether weights of the module itself, not of its parts, are elsewhere between its calls."""
+    hook = getattr(module, "_hf_hook", None)
+    return bool(getattr(hook, "offload", False)) and bool(module._parameters)
 
 
 def shallow_copy(module: Any) -> Any:

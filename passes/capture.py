@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from transformers import Cache, PreTrainedModel, masking_utils
 from transformers.utils.import_utils import torch_compilable_check
 
+from deos_fx.hooks import is_offloaded, shallow_copy
 from deos_fx.passes.finish import finish
 from deos_fx.passes.shapes_only import without_missing_weights
 
@@ -447,6 +448,7 @@ def capture(
         CaptureError: If the model's code does something that cannot be recorded.
     """
     tracer = _Tracer(model, block_names)
+    _check_offloaded(tracer, model)
     arguments = {
         name: tracer.placeholder(name, value) if isinstance(value, (torch.Tensor, Cache)) else value
         for name, value in inputs.items()
@@ -492,15 +494,28 @@ def _tracing(tracer: _Tracer, model: PreTrainedModel, opaque_encoder: bool) -> I
         yield
 
 
+def _check_offloaded(tracer: _Tracer, model: nn.Module) -> None:
+    """Refuse offloaded weights that glue reads: hooks bring them in for whole modules only."""
+    for path, module in model.named_modules():
+        if not tracer.is_leaf_module(module, path) and is_offloaded(module):
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            raise CaptureError(
+                f"{', '.join(names)} of {path or 'the model'} are offloaded, and the model's code "
+                "reads them between its layers. Give them a device of their own in device_map."
+            )
+
+
 def _first_of(module: nn.Module) -> nn.Module:
     """A view of a module that returns the first of its outputs; it shares everything else."""
     kind: Any = type(module)
+    view = shallow_copy(module)
+    hooked = vars(view).pop("forward", None)
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return kind.forward(self, *args, **kwargs)[0]
+        whole = hooked or functools.partial(kind.forward, self)
+        return whole(*args, **kwargs)[0]
 
-    view = copy.copy(module)
     view.__class__ = type(kind.__name__, (kind,), {"forward": forward})
     return view
 

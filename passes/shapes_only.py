@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deos_fx.hooks import execution_device
+
 __all__ = ["ShapesOnly", "without_missing_weights"]
 
 META = torch.device("meta")
@@ -53,8 +55,7 @@ class ShapesOnly(TorchDispatchMode):
 
 def without_missing_weights(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """What to run a model in: nothing special, but `ShapesOnly` if it is on the meta device."""
-    on_meta = next(model.parameters()).is_meta
-    return ShapesOnly() if on_meta else contextlib.nullcontext()
+    return ShapesOnly() if execution_device(model) == META else contextlib.nullcontext()
 
 
 def _has_no_values(tensor: torch.Tensor) -> bool:

@@ -7,13 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from families import IMAGE, PAD, prompts, shared
 from masked import alive_of, masked_from
+from tiny import inputs, tiny_llava
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface
 
+from deos_fx.inputs import complete_inputs
+from deos_fx.passes import lower_reductions
+from deos_fx.passes.capture import CaptureError
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduced_model import ReducedModel
 
@@ -296,3 +303,116 @@ def test_padding_on_the_right(name: str) -> None:
         == batch["attention_mask"][batch["input_ids"] != IMAGE].sum()
     )
     assert difference(output.logits[real], whole[left]) < 1e-5
+
+
+# *** devices ***
+
+
+def in_parts(model: Any, place: str, layers: range) -> dict[str, str]:
+    """A device map with the tower and some decoder layers at a place, the rest on the CPU."""
+    inner = model.get_decoder()
+    decoder = next(path for path, module in model.named_modules() if module is inner)
+    places: dict[str, str] = {}
+
+    def put(prefix: str, module: nn.Module) -> None:
+        places.update({prefix + name: "cpu" for name, _ in module.named_parameters(recurse=False)})
+        for name, part in module.named_children():
+            path = prefix + name
+            if decoder.startswith(path):
+                put(f"{path}.", part)
+            elif isinstance(part, nn.ModuleList):
+                chosen = {f"{path}.{i}": place if i in layers else "cpu" for i in range(len(part))}
+                places.update(chosen)
+            else:
+                places[path] = place if "vis" in path else "cpu"
+
+    put("", model)
+    return places
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys:UserWarning")
+@pytest.mark.parametrize("name", ["vipllava", "gemma3", "qwen2_5_vl", "llava_next"])
+def test_offloaded_weights(name: str, tmp_path: Path) -> None:
+    """Hooks of accelerate bring weights in when a module of the graph, or a view of it, is run."""
+    model, batch = own(name), prompts(name, 2)
+    places = in_parts(model, "disk", range(1, 4))
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
+    layers = model.get_decoder().layers
+    assert {next(layer.parameters()).device.type for layer in layers} == {"meta", "cpu"}
+    for policy in (POLICY, MERGE):
+        ours = generate(ReducedModel(model, policy), batch)
+        assert_same(ours, generate(ReducedModel(shared(name), policy), batch))
+
+
+def test_a_wholly_offloaded_model() -> None:
+    name = "qwen2_5_vl"
+    model, batch = own(name), prompts(name, 2)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert all(weight.is_meta for weight in model.parameters())
+    ours = generate(ReducedModel(model, POLICY), batch)
+    assert_same(ours, generate(ReducedModel(shared(name), POLICY), batch))
+
+
+def test_offloaded_weights_between_layers_are_refused() -> None:
+    model = own("llava_next")
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(CaptureError, match="image_newline of model are offloaded"):
+        ReducedModel(model, POLICY)(**prompts("llava_next"))
+
+
+DEVICES = (torch.device("cpu"), torch.device("cpu:1"))
+SPREAD = {
+    "attention": (Reduction("decoder.1", 0.5), Reduction("decoder.2", 0.25)),
+    "merge": (
+        Reduction("vision.0", 0.75, **NORM),
+        Reduction("projector", 0.5, gain=1.0, mass_bias=1.0, **NORM),
+        Reduction("decoder.2", 0.25, gain=0.5, temperature=0.2, mass_bias=1.0),
+    ),
+    "positions": (
+        Reduction("decoder.1", 0.5, position="compact"),
+        Reduction("decoder.3", 0.25, gain=1.0, similarity={"grid": 1.0}, position="grid"),
+    ),
+    "text": (
+        Reduction("decoder.1", 0.5, scores={"grid_coverage": 1.0}),
+        Reduction("decoder.2", 0.25, scores={"text_relevance": 1.0, "random": 0.1}),
+        Reduction("decoder.3", 0.125, scores={"rater_attention": 1.0}, residual=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("policy", SPREAD)
+def test_layers_on_several_devices(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors know on which device they would be, and refuse to be mixed.
+
+    The decoder layers from 2 on are on a second device, and get what they are given there.
+    """
+    monkeypatch.setattr(lower_reductions, "has_several_devices", lambda module: True)
+    model = tiny_llava(5)
+    batch = {**inputs(model, 2, 2, layout="between"), "use_cache": False}
+    reduced = ReducedModel(model, Policy(SPREAD[policy]))
+    reduced.capture(**batch)
+    graph_module = reduced.graph_module
+    given = complete_inputs(model, batch)
+    with FakeTensorMode() as mode, torch.no_grad():
+        for name, part in graph_module.named_children():
+            late = name in [*(f"decoder_{i}" for i in range(2, 5)), "norm", "lm_head"]
+            _move(part, mode, DEVICES[late])
+        _move(graph_module, mode, DEVICES[0], hook=False)
+        names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
+        output = graph_module(**{name: mode.from_tensor(given[name]) for name in names})
+    assert output["logits"].device == DEVICES[1]
+    assert len(output["spaces"]) >= 2
+
+
+def _move(part: nn.Module, mode: FakeTensorMode, device: torch.device, hook: bool = True) -> None:
+    for module in part.modules():
+        for held in (module._parameters, module._buffers):
+            for name, value in held.items():
+                if value is not None and not isinstance(value, FakeTensor):
+                    held[name] = mode.from_tensor(value).to(device)
+
+    def bring(module: Any, args: Any, kwargs: Any) -> Any:
+        return tree_map_only(Tensor, lambda value: value.to(device), (args, kwargs))
+
+    if hook:
+        part.register_forward_pre_hook(bring, with_kwargs=True)
