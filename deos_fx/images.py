@@ -47,7 +47,9 @@ class _Kind:
 
 
 _IMAGES = _Kind(PIXELS[0], "get_image_features")
-_VIDEOS = _Kind(PIXELS[1], "get_video_features", frozenset({"second_per_grid_ts"}))
+_VIDEOS = _Kind(
+    PIXELS[1], "get_video_features", frozenset({"second_per_grid_ts", "video_second_per_grid"})
+)
 
 
 class _Item(NamedTuple):

@@ -111,7 +111,8 @@ def size_inputs(model: PreTrainedModel) -> frozenset[str]:
         taken |= _tensor_arguments(tower.forward)
     # Towers of text models' shape take an attention mask too, which is not the prompt's.
     of_text = _tensor_arguments(model.get_decoder().forward)
-    return (taken & _tensor_arguments(type(model).forward)) - of_text - {"pixel_values"}
+    of_model = inspect.signature(type(model).forward).parameters
+    return (taken & of_model.keys()) - of_text - {"pixel_values"}
 
 
 def _tensor_arguments(function: Any) -> frozenset[str]:
