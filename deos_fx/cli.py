@@ -177,8 +177,14 @@ def inspect(
     policy: PolicyFile = None,
     preset: Preset = None,
     budget: TokenLimit = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Draw it as well, in this file.")
+    ] = None,
 ) -> None:
-    """Show a model's blocks, its sites and what a policy would cost.
+    """Show a model's blocks, its token spaces and its sites; with a policy, what that leaves.
+
+    Only the config is read, so a folder with config.json alone is enough, and
+    a large model takes no more time and memory than a small one.
 
     [bold]Examples[/]
 
@@ -186,16 +192,25 @@ def inspect(
 
       deos-fx inspect my-llava --preset merge --budget 12.5%
 
-      deos-fx inspect my-llava --policy policy.json
+      deos-fx inspect my-llava --policy policy.json --svg my-llava.svg
     """
-    from deos_fx.inspection import print_cost, print_model
+    from deos_fx.example import example_inputs
+    from deos_fx.files import write_text
+    from deos_fx.inspection import print_cost, print_outline
+    from deos_fx.outline import outline
+    from deos_fx.outline_chart import outline_chart
 
     console = Console()
-    model = _load_model(model_dir)
+    model = _meta_model(model_dir)
     chosen = _policy(model, policy, preset, budget)
-    print_model(model, console)
+    inputs = example_inputs(model, _processor(model_dir))
+    found = outline(model, inputs, chosen)
+    print_outline(found, console)
     if chosen is not None:
-        print_cost(model, chosen, console)
+        print_cost(model, inputs, chosen, console)
+    if svg is not None:
+        write_text(svg, outline_chart(found))
+        console.print(f"Wrote {svg}", highlight=False)
 
 
 @app.command()
@@ -345,7 +360,24 @@ def export(
 
 def _load_model(model_dir: str) -> PreTrainedModel:
     """Loads a vision-language model, or says what the folder holds instead."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
+
+    _config(model_dir)
+    return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto").eval()
+
+
+def _meta_model(model_dir: str) -> PreTrainedModel:
+    """The model without its weights."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    config = _config(model_dir)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=config.dtype).eval()
+
+
+def _config(model_dir: str) -> Any:
+    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if not os.path.isdir(model_dir) and not _HUB_ID.fullmatch(model_dir):
@@ -356,7 +388,7 @@ def _load_model(model_dir: str) -> PreTrainedModel:
             f"{model_dir} holds a {config.model_type} model, which reads no images; give a "
             "vision-language model such as a LLaVA"
         )
-    return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto").eval()
+    return config
 
 
 def _reduced(
@@ -406,10 +438,16 @@ def _tokens(limit: int | float, signature: ModelSignature) -> float:
 
 def _copy_processor(model_dir: str, folder: Path) -> None:
     """Saves the model's processor beside it, where there is one."""
+    processor = _processor(model_dir)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def _processor(model_dir: str) -> Any:
+    """The model's processor, where there is one."""
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(model_dir)
+        return AutoProcessor.from_pretrained(model_dir)
     except (OSError, ValueError):
-        return
-    processor.save_pretrained(folder)
+        return None

@@ -1,97 +1,97 @@
-"""What ``deos-fx inspect`` tells about a model, and inputs to capture it with."""
+"""What ``deos-fx inspect`` tells about a model."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from deos_fx.cost import CostModel
-from deos_fx.inputs import complete_inputs
-from deos_fx.passes.pipeline import capture_call
+from deos_fx.outline import Outline
 from deos_fx.policy import Policy
-from deos_fx.signature import check_verified, grid_of, signature_of
 
-__all__ = ["example_inputs", "print_cost", "print_model"]
+__all__ = ["print_cost", "print_outline"]
 
-TEXT_TOKENS = 16
-
-
-def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A prompt with one grey image and a few words, to capture or export a model with.
-
-    Args:
-        model: A vision-language model with image placeholders in its prompt.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` ``[1, V + 16]`` and ``pixel_values`` ``[1, 3, S, S]``.
-    """
-    config = model.config
-    visual_tokens = signature_of(model).visual_tokens
-    word = next(token for token in range(2) if token != config.image_token_id)
-    ids = torch.full((1, visual_tokens + TEXT_TOKENS), word)
-    ids[:, 1 : visual_tokens + 1] = config.image_token_id
-    side = config.vision_config.image_size
-    pixels = torch.zeros(1, config.vision_config.num_channels, side, side, dtype=model.dtype)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+_STAGES = ("vision", "projector", "decoder")
 
 
-def print_model(model: PreTrainedModel, console: Console) -> None:
-    """Prints a model's blocks and sites.
+def print_outline(found: Outline, console: Console) -> None:
+    """Prints a model's blocks, token spaces and sites, from front to back.
 
     Args:
-        model: A vision-language model.
+        found: The outline of the model.
         console: Where.
-
-    Raises:
-        ValueError: If it is no such model, or cannot be captured.
     """
-    signature = signature_of(model)
-    check_verified(model, "Inspecting a model")
-    inputs = complete_inputs(model, example_inputs(model) | {"use_cache": False})
-    captured = capture_call(model, inputs)
-    rows, columns = grid_of(model)
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    console.print(f"{type(model).__name__}, {millions:,.1f} million parameters", highlight=False)
-    console.print(f"{signature.visual_tokens} visual tokens an image ({rows} x {columns})")
-    for name, paths in (("vision", captured.blocks.vision), ("decoder", captured.blocks.decoder)):
-        console.print(f"{len(paths)} {name} blocks: {paths[0]} ...", highlight=False)
-    assert captured.sites is not None
-    table = Table("site", "usable", "scores that can be computed there", title="Sites")
-    for site in captured.sites.sites:
-        usable = "no" if site.reason else "yes"
-        table.add_row(site.name, usable, site.reason or ", ".join(site.scores))
+    size = f"{found.parameters / 1e6:,.1f} million parameters"
+    console.print(f"[bold]{found.name}[/] ({found.family}), {size}", highlight=False)
+    rows, columns = found.grid
+    grid = f" ({rows} x {columns})" if rows else ", here of an image of the usual size"
+    console.print(f"{found.visual} visual tokens an image{grid}", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("blocks", no_wrap=True, style="bold")
+    table.add_column("module", overflow="fold")
+    table.add_column("tokens", justify="right")
+    table.add_column("visual", justify="right")
+    table.add_column("site")
+    reasons = list(dict.fromkeys(row.reason for row in found.rows if row.reason))
+    for row, behind in zip(found.rows, (*found.rows[1:], None), strict=True):
+        last = behind is None or behind.stage != row.stage
+        number = f"no ({reasons.index(row.reason) + 1})" if row.reason else "[green]available[/]"
+        numbers = [str(count) if count else "-" for count in (row.tokens, row.visual)]
+        module = f"{row.module} x {row.count}" if row.count > 1 else row.module
+        cut = row.reduction
+        table.add_row(row.name, module, *numbers, number, end_section=last and cut is None)
+        if cut is not None:
+            left = f"[bold]-> {row.left}[/]"
+            table.add_row(f"  [cyan]{cut.regime}[/]", "", "", left, "", end_section=last)
     console.print(table)
+    for i, reason in enumerate(reasons):
+        console.print(f" ({i + 1}) {reason}", highlight=False)
+    console.print(_scores(found))
 
 
-def print_cost(model: PreTrainedModel, policy: Policy, console: Console) -> None:
-    """Prints what a policy costs, layer by layer and in all, for one image and 16 text tokens.
+def _scores(found: Outline) -> Table:
+    """Which scores can be computed at which stage."""
+    known = {
+        stage: dict.fromkeys(
+            score for row in found.rows if row.stage == stage for score in row.scores
+        )
+        for stage in _STAGES
+    }
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("scores", overflow="fold")
+    for stage in _STAGES:
+        table.add_column(stage, justify="center")
+    groups: dict[tuple[bool, ...], list[str]] = {}
+    for score in dict.fromkeys(score for stage in reversed(_STAGES) for score in known[stage]):
+        groups.setdefault(tuple(score in known[stage] for stage in _STAGES), []).append(score)
+    for places, names in groups.items():
+        table.add_row(", ".join(names), *("[green]yes[/]" if place else "-" for place in places))
+    return table
+
+
+def print_cost(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], policy: Policy, console: Console
+) -> None:
+    """Prints what a policy costs in all.
 
     Args:
         model: A vision-language model.
+        inputs: A prompt with one image.
         policy: A policy for it.
         console: Where.
 
     Raises:
         ValueError: If the policy does not fit the model.
     """
-    costs = CostModel.of_images(model, images=1, text_tokens=TEXT_TOKENS)
+    costs = CostModel.of_inputs(model, inputs)
     before, after = costs.of_policy(Policy()), costs.of_policy(policy)
-    console.print(policy, highlight=False, markup=False)
-    layers = Table(title=f"Visual tokens, one image and {TEXT_TOKENS} text tokens")
-    for name in ("layer", "before", "after"):
-        layers.add_column(name, justify="right")
-    old, new = costs.patches(Policy()), costs.patches(policy)
-    rows = [(f"vision {i}", *pair) for i, pair in enumerate(zip(old, new, strict=True))][:-1]
-    rows = rows if new != old else []
-    pairs = zip(before.visual_tokens_per_layer, after.visual_tokens_per_layer, strict=True)
-    rows += [(f"decoder {layer}", *pair) for layer, pair in enumerate(pairs)]
-    for name, *numbers in rows:
-        layers.add_row(name, *map(str, numbers))
-    console.print(layers)
-    totals = Table("", *(("before", "after", "ratio")), title="Cost of the prefill")
+    console.print(policy, highlight=False, markup=False, soft_wrap=True)
+    totals = Table("", "before", "after", "ratio", title="Cost of the prefill", box=box.SIMPLE_HEAD)
     amounts = {
         "visual tokens, mean": (before.visual_tokens, after.visual_tokens),
         "GFLOPs": (before.flops / 1e9, after.flops / 1e9),

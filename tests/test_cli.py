@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from families import FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -98,10 +100,51 @@ def test_python_m_is_the_same():
 def test_inspect_shows_sites_and_costs(model_dir):
     text = run("inspect", model_dir, "--preset", "merge", "--budget", "12.5%")
     assert "64 visual tokens an image (8 x 8)" in text
-    assert "projector" in text and "decoder.4" in text
-    assert "no decoder layer comes after it" in text
-    assert "keep 8" in text
+    assert "decoder.0 ... decoder.4" in text and "LlamaDecoderLayer x 5" in text
+    assert "(2) no decoder layer comes after it" in text
+    assert "-> 8" in text and "keep 8" in text
     assert "12.5%" in text
+
+
+def drawn(svg):
+    """The texts of a drawing from top to bottom, after checking that nothing lies on them."""
+    root = ElementTree.fromstring(svg.read_text(encoding="utf-8"))
+    width, height = map(float, root.attrib["viewBox"].split()[2:])
+    texts = [node for node in root if node.tag.endswith("text")]
+    places = [(float(node.attrib["y"]), float(node.attrib["x"]), node.text) for node in texts]
+    assert all(0 < y < height and 0 < x < width for y, x, _ in places)
+    for column in {x for _, x, _ in places}:
+        ys = sorted(y for y, x, _ in places if x == column)
+        assert all(below - above >= 16 for above, below in zip(ys, ys[1:], strict=False))
+    return [text for _, _, text in sorted(places)]
+
+
+@pytest.mark.parametrize("layers", [2, 80])
+def test_a_config_is_enough_to_inspect_and_draw_a_model(layers, tmp_path):
+    tiny_llava(2).config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = layers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    Policy((Reduction("decoder.0", 16),)).save(tmp_path / "policy.json")
+    svg = tmp_path / "model.svg"
+    text = run("inspect", tmp_path, "--policy", tmp_path / "policy.json", "--svg", svg)
+    assert f"decoder.{layers - 1}" in text and "Wrote" in text
+    texts = drawn(svg)
+    assert texts[0] == "LlavaForConditionalGeneration" and texts[-1] == "logits"
+    assert "prune: 64 → 16 visual tokens" in texts
+    assert "80 tokens: 64 visual, 16 text" in texts and "32 tokens: 16 visual, 16 text" in texts
+
+
+@pytest.mark.parametrize("name", ["internvl", "gemma3", "smolvlm", "qwen2_5_vl", "llava_next"])
+def test_other_families_are_inspected(name, tmp_path):
+    FAMILIES[name].config().save_pretrained(tmp_path)
+    text = run("inspect", tmp_path)
+    assert "decoder.0 ... decoder.3" in text and "projector" in text and "available" in text
+
+
+def test_inspect_says_what_it_needs(tmp_path):
+    FAMILIES["fuyu"].config().save_pretrained(tmp_path)
+    assert "Save its processor in the model's folder" in fails("inspect", tmp_path)
 
 
 def test_transform_with_a_preset_fits_it_to_the_budget(model_dir, tmp_path):
@@ -292,7 +335,7 @@ def test_interrupted(model_dir, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deos_fx.inspection.print_model", interrupt)
+    monkeypatch.setattr("deos_fx.inspection.print_outline", interrupt)
     assert "Interrupted" in run("inspect", model_dir, code=130)
 
 
