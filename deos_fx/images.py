@@ -269,20 +269,34 @@ def _encoded(
     known = _ENCODED.setdefault(model, {})
     if sizes not in known:
         newline = getattr(core, "image_newline", None)
-        with torch.no_grad(), ShapesOnly() if newline is None else contextlib.nullcontext():
+        shapes_suffice = newline is None or newline.is_meta
+        with torch.no_grad(), ShapesOnly() if shapes_suffice else contextlib.nullcontext():
             features = getattr(core, kind.encode)(**given, return_dict=True).pooler_output
         apart = isinstance(features, (list, tuple))
         if not apart and (features is None or features.ndim < 3):
             return None
-        known[sizes] = [
-            _Item(
-                None,
-                math.prod(part.shape[:-1]),
-                0 if newline is None else int(is_separator(part, newline).sum()),
-            )
-            for part in features
-        ]
+        counts = [math.prod(part.shape[:-1]) for part in features]
+        if newline is None:
+            ends = [0] * len(counts)
+        elif newline.is_meta:
+            ends = _ends_without_weights(core, kind, given, counts)
+        else:
+            ends = [int(is_separator(part, newline).sum()) for part in features]
+        known[sizes] = [_Item(None, *pair) for pair in zip(counts, ends, strict=True)]
     return known[sizes]
+
+
+def _ends_without_weights(
+    core: Any, kind: _Kind, given: Mapping[str, Any], counts: Sequence[int]
+) -> list[int]:
+    """How many tokens fewer each image has if rows have no end, in a model that cannot compare."""
+    newline, core.image_newline = core.image_newline, None
+    try:
+        with torch.no_grad(), ShapesOnly():
+            features = getattr(core, kind.encode)(**given, return_dict=True).pooler_output
+    finally:
+        core.image_newline = newline
+    return [count - len(part) for count, part in zip(counts, features, strict=True)]
 
 
 # *** whose pixels are whose ***

@@ -169,19 +169,21 @@ def _rows(model: PreTrainedModel, captured: Captured, visual: int, text: int) ->
             tokens = node.meta["shape"][-2]
             share = tokens - sites.class_tokens
         kind = type(modules[f"{stage}_{number}"]).__name__
-        used = site.node in nodes or bool(sites.encoded)
+        used = site.node in nodes or sites.merged
         yield Row(stage, number, number, kind, tokens, share, site.reason, site.scores, used)
 
 
 def _projector(model: PreTrainedModel, captured: Captured, sites: Sites) -> str:
     """Class of what makes the tower's output as wide as the text."""
-    nodes = {node.name: node for node in captured.graph_module.graph.nodes}
-    node = nodes[sites.encoded or sites.features]
+    if sites.merged:
+        return _last_named(model)
+    graph_module = captured.graph_module
+    node = next(node for node in graph_module.graph.nodes if node.name == sites.features)
     while node.op != "call_module" and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    if node.op != "call_module" or node.target == "image_encoder":
+    if node.op != "call_module":
         return _last_named(model)
-    return type(captured.graph_module.get_submodule(str(node.target))).__name__
+    return type(graph_module.get_submodule(str(node.target))).__name__
 
 
 def _last_named(model: PreTrainedModel) -> str:
