@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.cache import ReducedCache
 from deos_fx.images import has_images, image_inputs, images_of_prompts
+from deos_fx.passes.families import FORMER_IMAGES
 from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.shapes_only import ShapesOnly
@@ -34,7 +35,7 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
             text, there are new images in a later turn, or something is asked for that a reduced
             model does not have.
     """
-    inputs = dict(inputs)
+    inputs = {"pixel_values" if name in FORMER_IMAGES else name: x for name, x in inputs.items()}
     if "input_ids" not in inputs:
         raise ValueError(
             "deos_fx finds the visual tokens by input_ids, which is missing: pass input_ids with "

@@ -13,10 +13,11 @@ from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -278,7 +279,9 @@ def _watch(counter: FlopCounterMode, modules: Sequence[nn.Module]) -> list[int]:
 
 @contextmanager
 def _counting() -> Iterator[FlopCounterMode]:
-    with _WholeNumbers(), FlopCounterMode(display=False) as counter:
+    # What a mask selects may be all that there is.
+    whole = cast(Any, fx_config).patch(meta_nonzero_assume_all_nonzero=True)
+    with whole, _WholeNumbers(), FlopCounterMode(display=False) as counter:
         yield counter
 
 
@@ -293,6 +296,8 @@ class _WholeNumbers(TorchDispatchMode):
         leaves = pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
             args, kwargs = pytree.tree_map_only(Tensor, _without_numbers, (args, kwargs))
+            if func is torch.ops.aten._to_copy.default:
+                kwargs = {**kwargs, "device": torch.device("meta")}
         elif "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return func(*args, **kwargs)

@@ -22,7 +22,6 @@ from deos_fx.generation import generation_host
 from deos_fx.images import image_inputs
 from deos_fx.inputs import complete_inputs, prompt_layout, prompt_layouts
 from deos_fx.passes.capture import GuardError
-from deos_fx.passes.families import FORMER_IMAGES
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
@@ -220,8 +219,6 @@ class ReducedModel(nn.Module):
         inputs = self._arguments.bind(self.model, *args, **kwargs).arguments
         inputs.pop("self", None)
         inputs |= inputs.pop("kwargs", {})
-        for name in FORMER_IMAGES & inputs.keys():
-            inputs["pixel_values"] = inputs.pop(name)
         return {name: value for name, value in inputs.items() if value is not None}
 
     def _run(self, inputs: dict[str, Any]) -> ModelOutput:

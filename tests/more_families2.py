@@ -69,10 +69,7 @@ def _molmo_patches(batch: int) -> dict[str, Tensor]:
 
 
 MORE: dict[str, Family] = {
-    "llava_mistral": _llava(_clip, hf.MistralConfig, {}, sliding_window=24),
-    "llava_gemma2": _llava(lambda: _siglip(32, 4), hf.Gemma2Config, _FULL, **_GEMMA2),
     "llava_dinov2": _llava(lambda: hf.Dinov2Config(**_VISION), hf.Olmo2Config, {}),
-    "llava_mixtral": _llava(lambda: _siglip(32, 4), hf.MixtralConfig, _FULL, num_local_experts=4),
     "paligemma2": Family(
         lambda: hf.PaliGemmaConfig(
             vision_config=_siglip(32, 4),
@@ -82,51 +79,6 @@ MORE: dict[str, Family] = {
         ),
         _plain(32),
         extra=lambda ids: {"token_type_ids": torch.zeros_like(ids)},
-    ),
-    "granite_vision": Family(
-        lambda: hf.LlavaNextConfig(
-            vision_config=_siglip(16, 4),
-            text_config=_text(hf.GraniteConfig),
-            vision_feature_layer=[-2, -1],
-            **_FULL,
-            **_ANYRES,
-        ),
-        _sized(5, 3, 16, 16, height=32, width=32),
-        [IMAGE] * (16 + 8 * 9),
-    ),
-    "llava_next_video": Family(
-        lambda: hf.LlavaNextVideoConfig(
-            vision_config=_clip(16), text_config=_text(), video_token_index=VIDEO, **_ANYRES
-        ),
-        _sized(5, 3, 16, 16, height=32, width=32),
-        [IMAGE] * (16 + 8 * 9),
-    ),
-    "aria": Family(
-        lambda: hf.AriaConfig(
-            vision_config=hf.Idefics3VisionConfig(**_VISION),
-            text_config=_text(hf.AriaTextConfig, moe_num_experts=4),
-            projector_patch_to_query_dict={64: 16},
-            image_token_index=IMAGE,
-        ),
-        _plain(32),
-        [IMAGE] * 16,
-    ),
-    "idefics2": Family(
-        lambda: hf.Idefics2Config(
-            vision_config=_sizes(image_size=16, patch_size=4),
-            perceiver_config={
-                "hidden_size": 64,
-                "resampler_n_latents": 16,
-                "resampler_depth": 1,
-                "resampler_n_heads": 2,
-                "resampler_head_dim": 16,
-                "num_key_value_heads": 1,
-            },
-            text_config=_text(hf.MistralConfig, sliding_window=None),
-            image_token_id=IMAGE,
-        ),
-        _tiles,
-        [START, *[IMAGE] * 16, END] * 2,
     ),
     "ovis2": Family(
         lambda: hf.Ovis2Config(
@@ -178,6 +130,61 @@ MORE: dict[str, Family] = {
             "pixel_attention_mask": torch.ones(batch, 1, dtype=torch.bool),
         },
     ),
+    "fuyu": Family(
+        lambda: hf.FuyuConfig(
+            text_config=_text(hf.PersimmonConfig), image_token_id=IMAGE, patch_size=4
+        ),
+        lambda batch: {"pixel_values": _noise(batch, 64, 48)},
+        [*[IMAGE] * 8, BREAK] * 8,
+    ),
+    "llava_mistral": _llava(_clip, hf.MistralConfig, {}, sliding_window=24),
+    "llava_gemma2": _llava(lambda: _siglip(32, 4), hf.Gemma2Config, _FULL, **_GEMMA2),
+    "llava_mixtral": _llava(lambda: _siglip(32, 4), hf.MixtralConfig, _FULL, num_local_experts=4),
+    "granite_vision": Family(
+        lambda: hf.LlavaNextConfig(
+            vision_config=_siglip(16, 4),
+            text_config=_text(hf.GraniteConfig),
+            vision_feature_layer=[-2, -1],
+            **_FULL,
+            **_ANYRES,
+        ),
+        _sized(5, 3, 16, 16, height=32, width=32),
+        [IMAGE] * (16 + 8 * 9),
+    ),
+    "llava_next_video": Family(
+        lambda: hf.LlavaNextVideoConfig(
+            vision_config=_clip(16), text_config=_text(), video_token_index=VIDEO, **_ANYRES
+        ),
+        _sized(5, 3, 16, 16, height=32, width=32),
+        [IMAGE] * (16 + 8 * 9),
+    ),
+    "aria": Family(
+        lambda: hf.AriaConfig(
+            vision_config=hf.Idefics3VisionConfig(**_VISION),
+            text_config=_text(hf.AriaTextConfig, moe_num_experts=4),
+            projector_patch_to_query_dict={64: 16},
+            image_token_index=IMAGE,
+        ),
+        _plain(32),
+        [IMAGE] * 16,
+    ),
+    "idefics2": Family(
+        lambda: hf.Idefics2Config(
+            vision_config=_sizes(image_size=16, patch_size=4),
+            perceiver_config={
+                "hidden_size": 64,
+                "resampler_n_latents": 16,
+                "resampler_depth": 1,
+                "resampler_n_heads": 2,
+                "resampler_head_dim": 16,
+                "num_key_value_heads": 1,
+            },
+            text_config=_text(hf.MistralConfig, sliding_window=None),
+            image_token_id=IMAGE,
+        ),
+        _tiles,
+        [START, *[IMAGE] * 16, END] * 2,
+    ),
     "lighton_ocr": Family(
         lambda: hf.LightOnOcrConfig(
             vision_config=_pixtral(2),
@@ -212,13 +219,6 @@ MORE: dict[str, Family] = {
             video_token_index=VIDEO,
         ),
         lambda batch: {"pixel_values_images": _noise(batch, 3, 32, 32)},
-    ),
-    "fuyu": Family(
-        lambda: hf.FuyuConfig(
-            text_config=_text(hf.PersimmonConfig), image_token_id=IMAGE, patch_size=4
-        ),
-        lambda batch: {"image_patches": _noise(batch, 64, 48)},
-        [*[IMAGE] * 8, BREAK] * 8,
     ),
     "deepseek_ocr2": Family(
         lambda: hf.DeepseekOcr2Config(
@@ -275,13 +275,14 @@ TWINS = frozenset(
         "llava_mixtral",
         "granite_vision",
         "llava_next_video",
+        "aria",
+        "idefics2",
         "lighton_ocr",
         "qianfan_ocr",
         "hyperclovax_v2",
-        "idefics2",
-        "aria",
         "video_llava",
         "deepseek_ocr2",
+        "chameleon",
     }
 )
-"""Families whose structure is that of another one: fewer tests do for them."""
+"""Families whose structure is that of another one: few tests do for them."""

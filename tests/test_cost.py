@@ -156,11 +156,17 @@ ANYWHERE = Policy(
 
 @pytest.fixture
 def eager(request):
-    """A family's model while its attention counts in full."""
+    """A family's model while its attention and its experts count in full."""
     model = shared(request.param)
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    attention = {name: part._attn_implementation for name, part in parts.items() if part}
+    attention |= {"": model.config._attn_implementation}
+    experts = model.config._experts_implementation
     model.set_attn_implementation("eager")
+    model.set_experts_implementation("batched_mm")
     yield request.param, model
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(attention)
+    model.set_experts_implementation(experts)
 
 
 @pytest.mark.parametrize("eager", FAMILIES, indirect=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ PRUNED = {
     "decoder": (Reduction("decoder.1", 0.25),),
     "both": (Reduction("projector", 0.5, **NORM), Reduction("decoder.2", 0.25)),
 }
-every_family = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in TWINS])
+every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def reduce(name: str, reductions: tuple[Reduction, ...] = ()) -> ReducedModel:
@@ -132,10 +133,8 @@ def test_keeping_all_tokens_changes_nothing(name: str, site: str) -> None:
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
-        (name, policy)
-        for name in FAMILIES
-        for policy in PRUNED
-        if name not in CONVOLVING and (name not in TWINS or policy == "both")
+        *itertools.product([name for name in FAMILIES if name not in CONVOLVING], PRUNED),
+        *itertools.product(sorted(TWINS), ["both"]),
     ],
 )
 def test_pruning_is_masking(name: str, policy: str) -> None:
@@ -180,7 +179,7 @@ def test_decoding_is_a_longer_prompt(name: str, site: str) -> None:
 # *** 6: a padded batch gives each prompt what it gets alone ***
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *sorted(TWINS)])
 @pytest.mark.parametrize("policy", ["both"])
 def test_rows_of_a_batch_are_independent(name: str, policy: str) -> None:
     batch, reduced = prompts(name, 2), reduce(name, PRUNED[policy])
