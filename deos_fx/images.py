@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deos_fx.passes.capture import PIXELS
+from deos_fx.passes.capture import PIXELS, features_of
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.shapes_only import ShapesOnly
 from deos_fx.signature import grid_of, image_token_of, size_inputs, sizes_vary, video_token_of
@@ -271,7 +271,7 @@ def _encoded(
         newline = getattr(core, "image_newline", None)
         shapes_suffice = newline is None or newline.is_meta
         with torch.no_grad(), ShapesOnly() if shapes_suffice else contextlib.nullcontext():
-            features = getattr(core, kind.encode)(**given, return_dict=True).pooler_output
+            features = features_of(getattr(core, kind.encode)(**given, return_dict=True))
         apart = isinstance(features, (list, tuple))
         if not apart and (features is None or features.ndim < 3):
             return None

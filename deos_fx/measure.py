@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
+from deos_fx.passes.capture import features_of
 from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.signature import image_of
 
@@ -227,7 +228,7 @@ def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Encoder:
                 "visual_tokens, which need no costs."
             ) from error
     flops = dict(zip(units, counts, strict=True))
-    features = pytree.tree_leaves([output.get("pooler_output", output.last_hidden_state)])
+    features = pytree.tree_leaves([features_of(output)])
     used = _used(features, units)
     ran = [i for i, unit in enumerate(order) if unit in tokens]
     first, behind = (ran[0], ran[-1] + 1) if ran else (0, 0)

@@ -40,6 +40,7 @@ __all__ = [
     "MaskBuilder",
     "capture",
     "check_guard",
+    "features_of",
     "is_encoder",
 ]
 
@@ -142,6 +143,11 @@ _ENCODERS = {"get_image_features": "image_encoder", "get_video_features": "video
 def is_encoder(node: fx.Node) -> bool:
     """Whether the node encodes images or videos as a whole."""
     return node.op == "call_module" and node.target in _ENCODERS.values()
+
+
+def features_of(output: Any) -> Any:
+    """What enters the prompt, of the output of an image encoder: [I, V, d], or a list of [V, d]."""
+    return output.last_hidden_state if output.pooler_output is None else output.pooler_output
 
 
 class ImageEncoder(nn.Module):
