@@ -41,10 +41,12 @@ def shallow_copy(module: Any) -> Any:
     """Another module with the same weights, whose submodules and attributes can be replaced.
 
     Parameters and buffers are the same dict objects as the original's, so moving or loading the
-    original moves the copy. Hooks work on the copy.
+    original moves the copy. Hooks work on the copy; `torch.nn.Module.compile` has to be called
+    again.
     """
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
+    vars(twin).pop("_compiled_call_impl", None)
     for name in ("forward", "_old_forward"):
         if name in vars(twin):
             vars(twin)[name] = _bound_to(twin, vars(twin)[name], module)

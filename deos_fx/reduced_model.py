@@ -65,8 +65,13 @@ class ReducedModel(nn.Module):
 
     # *** calling ***
 
+    # Captured already: tracing the bookkeeping around the graphs once more gains nothing.
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Any, ...]:
         """Run the reduced model.
+
+        torch.compile leaves this call as it is. Compile the parts instead, for example
+        ``for layer in model.get_decoder().layers: layer.compile()``.
 
         Args:
             *args: Arguments of the model's own forward.

@@ -133,7 +133,7 @@ class _ShapeRun(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
         if isinstance(module, MaskBuilder):
-            masks = module.as_tensors(**pytree.tree_map_only(torch.Tensor, _readable, kwargs))
+            masks = module(**pytree.tree_map_only(torch.Tensor, _readable, kwargs))
             return pytree.tree_map_only(torch.Tensor, _like, masks)
         return super().call_module(target, args, kwargs)
 

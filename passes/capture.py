@@ -13,7 +13,6 @@ What the example run decides for good (a branch on a tensor or on a length) is r
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import operator
@@ -31,7 +30,7 @@ from transformers.utils.import_utils import torch_compilable_check
 
 from deos_fx.hooks import is_offloaded, shallow_copy
 from deos_fx.passes.finish import finish
-from deos_fx.passes.shapes_only import without_missing_weights
+from deos_fx.passes.shapes_only import plain_attention, without_missing_weights
 
 __all__ = [
     "PIXELS",
@@ -127,13 +126,6 @@ class MaskBuilder(nn.Module):
 
     def forward(self, **kwargs: Any) -> Any:
         return self.function(config=self.config, **kwargs)
-
-    def as_tensors(self, **kwargs: Any) -> Any:
-        """The masks as tensors, whatever the attention implementation: those of flex_attention
-        cannot be made without values."""
-        config = copy.deepcopy(self.config)
-        config._attn_implementation = "sdpa"
-        return self.function(config=config, **kwargs)
 
 
 # Method of a model's core that encodes images or videos -> name of its node.
@@ -459,7 +451,9 @@ def capture(
         name: tracer.placeholder(name, value) if isinstance(value, (torch.Tensor, Cache)) else value
         for name, value in inputs.items()
     }
-    with torch.no_grad(), without_missing_weights(model), _tracing(tracer, model, opaque_encoder):
+    # Kernels that are compiled at their first call would be compiled as patched for tracing.
+    run = without_missing_weights(model), plain_attention()
+    with torch.no_grad(), run[0], run[1], _tracing(tracer, model, opaque_encoder):
         result = type(model).forward(model, **arguments)
     fields = {name: value for name, value in result.items() if value is not None}
     tracer.create_node("output", "output", (tracer.create_arg(fields),), {})

@@ -7,19 +7,23 @@ padded. These follow from the inputs alone. What its weights enter, its code tak
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from deos_fx.hooks import execution_device
 
-__all__ = ["ShapesOnly", "without_missing_weights"]
+__all__ = ["ShapesOnly", "plain_attention", "without_missing_weights"]
 
 META = torch.device("meta")
+
+# What the names of attention implementations begin with.
+_KERNELS = ("flash", "flex", "paged", "kernels")
 
 
 class ShapesOnly(TorchDispatchMode):
@@ -27,8 +31,18 @@ class ShapesOnly(TorchDispatchMode):
 
     Parameters count as having none. Everything else is on the meta device, and stays there if it is
     to be moved. What is moved there, or counted there in integers (positions), keeps its values on
-    the CPU.
+    the CPU. Attention is sdpa, whatever was chosen: other kernels want numbers.
     """
+
+    def __enter__(self) -> Any:
+        plain = contextlib.ExitStack()
+        plain.enter_context(plain_attention(masks=("eager",)))
+        self._plain = [*getattr(self, "_plain", ()), plain]
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._plain.pop().close()
 
     def __torch_dispatch__(
         self,
@@ -51,6 +65,25 @@ class ShapesOnly(TorchDispatchMode):
             if operands or result.dtype == torch.int64:
                 return func(*args, **{**kwargs, "device": "cpu"})
         return result
+
+
+@contextlib.contextmanager
+def plain_attention(masks: tuple[str, ...] = ()) -> Iterator[None]:
+    """Run every attention implementation that needs a kernel of its own as sdpa.
+
+    Args:
+        masks: Further implementations whose masks are to be those of sdpa.
+    """
+    known: dict[str, Any] = AttentionInterface._global_mapping
+    made: dict[str, Any] = AttentionMaskInterface._global_mapping
+    before = dict(known), dict(made)
+    known.update({name: known["sdpa"] for name in known if name.startswith(_KERNELS)})
+    made.update({name: made["sdpa"] for name in made if name.startswith((*_KERNELS, *masks))})
+    try:
+        yield
+    finally:
+        known.update(before[0])
+        made.update(before[1])
 
 
 def without_missing_weights(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, IMAGE, PAD, alone, prompts, shared
 from masked import alive_of, masked_from
+from test_batches import BATCHES, batch_of
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -201,6 +203,17 @@ def test_inference_mode() -> None:
     assert torch.equal(generate(reduced, batch).sequences, tokens)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_by_torch() -> None:
+    batch, reduced = prompts(NAME, 2), reduced_model()
+    expected = reduced(**batch).logits
+    assert torch.equal(torch.compile(reduced, backend="eager")(**batch).logits, expected)
+    model = copy.deepcopy(shared(NAME))
+    for layer in model.get_decoder().layers[1:3]:
+        layer.compile(backend="eager")
+    assert difference(ReducedModel(model, POLICY)(**batch).logits, expected) < TOLERANCE
+
+
 # *** what is refused ***
 
 CONFIG = shared(NAME).config
@@ -292,6 +305,34 @@ def test_turns_of_a_chat(name: str, rows: int) -> None:
         assert difference(logits_of(ours), logits_of(theirs)) < TOLERANCE
         assert ours.past_key_values.get_seq_length() == ours.sequences.shape[1] - 1 > seen
         mask = conversation["attention_mask"]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl", "pixtral"])
+def test_turns_of_a_batch_whose_prompts_differ(name: str) -> None:
+    """Each conversation goes on as it does alone."""
+    shown = [*BATCHES[name](), []]
+    reduced, first = reduced_model(name), batch_of(name, shown)
+    generator = torch.Generator().manual_seed(5)
+    words = [torch.randint(1, 100, (len(shown), 6), generator=generator) for _ in range(2)]
+
+    def chat(first: dict[str, Tensor], rows: slice) -> list[Any]:
+        outputs, mask = [generate(reduced, first, output_logits=True)], first["attention_mask"]
+        for question in words:
+            past = outputs[-1]
+            turn = next_turn(name, first, past.sequences, question[rows], mask)
+            mask = turn["attention_mask"]
+            cache = past.past_key_values
+            outputs.append(generate(reduced, turn, past_key_values=cache, output_logits=True))
+        return outputs
+
+    together = chat(first, slice(None))
+    for row, images in enumerate(shown):
+        alone_first = batch_of(name, [images])
+        ids = first["input_ids"][row][first["attention_mask"][row].bool()][None]
+        alone_first |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for ours, theirs in zip(together, chat(alone_first, slice(row, row + 1)), strict=True):
+            assert torch.equal(ours.sequences[row, -STEPS:], theirs.sequences[0, -STEPS:])
+            assert difference(logits_of(ours)[row], logits_of(theirs)[0]) < TOLERANCE
 
 
 def test_two_conversations_at_once() -> None:
