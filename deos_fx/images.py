@@ -193,8 +193,10 @@ def _items(
     """
     pixels, placeholders = inputs[kind.pixels], sum(of_rows)
     if kind is _IMAGES and not sizes_vary(model):
-        grid = grid_of(model)
-        return [_Item((grid,), math.prod(grid))] * math.prod(pixels.shape[:-3])
+        rows, columns = grid_of(model)
+        # As many as are no square may have a class token or registers among them, and no rows.
+        grids = ((rows, columns),) if rows == columns else None
+        return [_Item(grids, rows * columns)] * math.prod(pixels.shape[:-3])
     table = _table(model, inputs, kind)
     found = None
     if getattr(model.base_model, "image_newline", None) is None:
@@ -293,7 +295,7 @@ def _ends_without_weights(
     newline, core.image_newline = core.image_newline, None
     try:
         with torch.no_grad(), ShapesOnly():
-            features = getattr(core, kind.encode)(**given, return_dict=True).pooler_output
+            features = features_of(getattr(core, kind.encode)(**given, return_dict=True))
     finally:
         core.image_newline = newline
     return [count - len(part) for count, part in zip(counts, features, strict=True)]

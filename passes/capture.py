@@ -139,7 +139,10 @@ def is_encoder(node: fx.Node) -> bool:
 
 def features_of(output: Any) -> Any:
     """What enters the prompt, of the output of an image encoder: [I, V, d], or a list of [V, d]."""
-    return output.last_hidden_state if output.pooler_output is None else output.pooler_output
+    if output.pooler_output is not None or "deepstack_features" not in output:
+        return output.last_hidden_state if output.pooler_output is None else output.pooler_output
+    # Features for several layers, and the first of them take the placeholders' places.
+    return output.deepstack_features[0][1]
 
 
 class ImageEncoder(nn.Module):
@@ -271,7 +274,8 @@ class ValueProxy(fx.Proxy):
         return key in self.value
 
     def __hash__(self) -> int:
-        return id(self)
+        # A number may be looked up among numbers.
+        return hash(self._specialise(int)) if isinstance(self.value, int) else id(self)
 
     def _specialise(self, convert: Callable[[Any], Any]) -> Any:
         """Read the value into Python: from here on the graph holds for this value only."""

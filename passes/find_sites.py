@@ -159,7 +159,9 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
             )
         reason = "the image encoder reads the sizes of images, so it is one node of the graph"
         sites = [Site(f"vision.{i}", f"vision_{i}", reason, ()) for i in range(vision_blocks)]
-        sites.append(Site("projector", merge.name, "", _scores_from(_OF_FEATURES)))
+        late = merge in _reached([nodes["decoder_0"]])
+        reason = "images enter the prompt behind the first decoder layer" if late else ""
+        sites.append(Site("projector", merge.name, reason, _scores_from(_OF_FEATURES)))
         sites += _decoder_sites(nodes, to_logits, decoder_layers)
         return Sites(tuple(sites), merge.name, embeddings.name, merge.name, 0, 0, True)
     if any(node.target is visual_rows for node in merge.all_input_nodes):
@@ -206,6 +208,12 @@ def _decoder_sites(nodes: dict[str, fx.Node], to_logits: set[str], layers: int) 
     return [
         Site(f"decoder.{i}", f"decoder_{i}", reason, scores[i]) for i, reason in enumerate(reasons)
     ]
+
+
+def _rank(node: fx.Node) -> int:
+    """Axes of a tensor; -1 for what is none."""
+    shape = node.meta["shape"]
+    return len(shape) if all(isinstance(size, int) for size in shape) else -1
 
 
 def _length(node: fx.Node) -> Any:
@@ -312,12 +320,12 @@ def _operands(merge: fx.Node, pixels: Sequence[fx.Node]) -> tuple[fx.Node, fx.No
     features = next(node for node in merge.all_input_nodes if node in from_images)
     if features.target is visual_rows:
         features = features.all_input_nodes[1]
-    while len(features.meta["shape"]) != 3 and not is_encoder(features):
+    while _rank(features) != 3 and not is_encoder(features):
         features = next(node for node in features.all_input_nodes if node in from_images)
     embeddings = next(
         node
         for node in merge.all_input_nodes
-        if node not in from_images and len(node.meta["shape"]) == 3 and node.meta["shape"][2] > 1
+        if node not in from_images and _rank(node) == 3 and node.meta["shape"][2] > 1
     )
     return features, embeddings
 

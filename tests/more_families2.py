@@ -185,6 +185,32 @@ MORE: dict[str, Family] = {
         _tiles,
         [START, *[IMAGE] * 16, END] * 2,
     ),
+    "granite4_vision": Family(
+        lambda: hf.Granite4VisionConfig(
+            vision_config={
+                "model_type": "siglip_vision_model",
+                **_VISION,
+                "hidden_size": 64,
+                "vision_use_head": False,
+            },
+            text_config=_text(hf.Granite4VisionTextConfig),
+            qformer_config={
+                "model_type": "blip_2_qformer",
+                "num_hidden_layers": 1,
+                "intermediate_size": 64,
+                "cross_attention_frequency": 1,
+                "use_qformer_text_input": False,
+            },
+            downsample_rate="1/2",
+            deepstack_layer_map=[[-2, 0], [-1, 3]],
+            spatial_target_layers=[2],
+            image_token_index=IMAGE,
+            image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+            **_FULL,
+        ),
+        _sized(5, 3, 32, 32, height=64, width=64),
+        [IMAGE] * (16 + 8 * 9),
+    ),
     "lighton_ocr": Family(
         lambda: hf.LightOnOcrConfig(
             vision_config=_pixtral(2),
@@ -270,6 +296,7 @@ MORE: dict[str, Family] = {
 }
 TWINS = frozenset(
     {
+        "granite4_vision",
         "llava_mistral",
         "llava_gemma2",
         "llava_mixtral",
