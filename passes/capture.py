@@ -49,7 +49,9 @@ _BUILTINS = tuple(
     (namespace, name)
     for namespace in (torch, functional)
     for name, function in vars(namespace).items()
-    if isinstance(function, types.BuiltinFunctionType) and not name.startswith("_")
+    if isinstance(function, types.BuiltinFunctionType)
+    # Whether a value overrides torch's functions is no fact about the input.
+    and not name.startswith(("_", "has_torch_function"))
 )
 
 # They make constants of the graph of sizes alone; a tensor made of other data is refused.
@@ -159,10 +161,17 @@ class ImageEncoder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.encode(self.core, *args, **kwargs)
-        features = output.pooler_output
-        if isinstance(features, (list, tuple)):
-            output.pooler_output = (torch.cat(list(features)),)
+        output.pooler_output = _joined(output.pooler_output)
+        for name, levels in output.items():
+            # DeepStack: features of several depths, each a tensor per image.
+            if isinstance(levels, list) and all(isinstance(level, tuple) for level in levels):
+                output[name] = [_joined(level) for level in levels]
         return output
+
+
+def _joined(images: Any) -> Any:
+    """The features of several images as one, in the structure that the model's code expects."""
+    return (torch.cat(list(images)),) if isinstance(images, (list, tuple)) else images
 
 
 class ValueProxy(fx.Proxy):

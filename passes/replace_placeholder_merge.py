@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from deos_fx.passes.finish import finish
+from deos_fx.passes.fold_masked_add import visual_rows
 from deos_fx.tokens import take
 
 __all__ = ["merge_placeholders", "replace_placeholder_merge"]
@@ -36,8 +37,23 @@ def merge_placeholders(embeddings: Tensor, mask: Tensor, features: Tensor) -> Te
     return torch.where(mask, rows.reshape(embeddings.shape).to(embeddings.dtype), embeddings)
 
 
+def rows_of_placeholders(mask: Tensor, features: Tensor) -> Tensor:
+    """Like `visual_rows`: the n-th feature where the mask is set for the n-th time, else zeros.
+
+    Args:
+        mask: [B, N, 1].
+        features: [T, d].
+
+    Returns:
+        [B, N, d].
+    """
+    return merge_placeholders(
+        features.new_zeros(*mask.shape[:-1], features.shape[-1]), mask, features
+    )
+
+
 def replace_placeholder_merge(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Replace every ``masked_scatter`` whose mask has one flag per token.
+    """Replace every ``masked_scatter`` whose mask has one flag per token, and `visual_rows`.
 
     Any other is left as it is: there a mask selects elements, not tokens.
 
@@ -48,6 +64,8 @@ def replace_placeholder_merge(graph_module: fx.GraphModule) -> fx.GraphModule:
         The same graph module.
     """
     for node in list(graph_module.graph.nodes):
+        if node.target is visual_rows:
+            node.target = rows_of_placeholders
         if node.target not in ("masked_scatter", torch.masked_scatter):
             continue
         embeddings, mask, features = node.all_input_nodes
