@@ -128,7 +128,8 @@ def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
     finally:
         handle.remove()
     if found and found[0] is not None:
-        return found[0]
+        # With a cache, some models count all tokens that the attention mask is for.
+        return found[0][..., -inputs["input_ids"].shape[1] :]
     input_ids = inputs["input_ids"]
     return torch.arange(input_ids.shape[1], device=input_ids.device)[None] + seen
 
