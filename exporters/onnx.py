@@ -6,7 +6,9 @@ prefill, explicit dynamic axes, and one file of weights for both graphs.
 
 Prefill. B prompts of N tokens, I images each; M_k tokens are left in token space k (from 1):
 
-    input_ids, attention_mask, position_ids [B, N], pixel_values [B * I, C, H, W]
+    input_ids, attention_mask, position_ids [B, N] (or [3, B, N], where the model counts images by
+    time, row and column), other inputs with a number per token such as token_type_ids [B, N],
+    pixel_values [B * I, C, H, W]
     -> logits [B, M, vocabulary] at every position that is left, next_position [B, 1],
        present.<layer>.key / .value [B, heads, M_k, D] and, for each space k,
        origin_k [B, M_k] (which prompt positions are left), attention_mask_k [B, M_k],
@@ -20,6 +22,17 @@ Decode. One new token; P_k keys are in the layers of space k:
     the number of dropped tokens under the rule compact, minus shift_k under grid),
     attention_mask [B, P_0 + 1], attention_mask_k [B, P_k + 1], key_bias_k [B, P_k + 1]
     -> logits [B, 1, vocabulary], present.<layer>.key / .value [B, heads, P_k + 1, D]
+
+    and key_positions_k [B, P_k + 1] (the prompt positions origin_k and then those of new tokens)
+    for layers that see a window: all layers of a space hold all its keys, also these.
+
+Image encoder. Where the encoder reads sizes of images, it is a graph of its own, for the images of
+one prompt, which have the sizes in ``images.safetensors``:
+
+    pixel_values (of one prompt) -> image_features_0, image_features_1, ..., read_0, ...
+
+The prefill takes the features of all prompts, one after the other, in place of pixel_values. What
+the encoder read of the pixels (an image that is all zeros is none) has to be as in that file.
 
 A graph has only those of the inputs that it reads.
 """
@@ -36,36 +49,41 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.export import Dim
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from deos_fx import __version__
 from deos_fx.cache import ReducedCache
+from deos_fx.exporters.example import BATCH, Example, example_of, words
+from deos_fx.exporters.record import record
 from deos_fx.files import fresh_folder
-from deos_fx.inputs import complete_inputs, prompt_layout
-from deos_fx.passes.layout import PromptLayout, first_layer
+from deos_fx.inputs import complete_inputs
+from deos_fx.passes.finish import finish
+from deos_fx.passes.layout import first_layer
 from deos_fx.passes.lower_decode import DecodeSpace, decode_spaces
 from deos_fx.passes.pipeline import capture_call, lower_call
 from deos_fx.passes.replace_placeholder_merge import replace_placeholder_merge
+from deos_fx.passes.split_encoder import split_encoder
 from deos_fx.policy import Policy
 from deos_fx.reduced_model import ReducedModel
-from deos_fx.signature import check_verified, signature_of
 from deos_fx.tokens import take
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["FORMAT", "MANIFEST", "VERSION", "export_onnx"]
+__all__ = ["FORMAT", "IMAGES", "MANIFEST", "VERSION", "export_onnx"]
 
-FORMAT, VERSION, MANIFEST = "onnx", 2, "deos_fx.json"
-WEIGHTS = "weights.data"
+FORMAT, VERSION, MANIFEST = "onnx", 3, "deos_fx.json"
+WEIGHTS, IMAGES = "weights.data", "images.safetensors"
 ATTENTION = ("sdpa", "eager")
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 
@@ -73,8 +91,6 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 _TEXT_TOKENS = 8
 # The fewest text tokens that a graph is for.
 _LEAST_TEXT = 2
-# Rows that are traced: torch.export takes an axis of length 1 for a constant.
-_BATCH = 2
 # Smaller constants stay in the graph; the others start on a page, so that they can be mapped.
 _EXTERNAL_BYTES, _ALIGNMENT = 1024, 4096
 
@@ -86,25 +102,27 @@ def export_onnx(
 ) -> Path:
     """Write a reduced model as ONNX graphs that `deos_fx.OnnxModel` (or any runtime) can run.
 
-    Batch size and text length are dynamic; the number of images in a prompt and their size are
-    not. The folder gets ``prefill.onnx``, ``decode.onnx``, ``weights.data`` (the weights of both),
-    ``policy.json``, ``deos_fx.json`` (what the graphs are for), and the model's own ``config.json``
-    and ``generation_config.json``. It is written whole or not at all.
+    Batch size and text length are dynamic; the number of images in a prompt and their sizes are
+    not. The folder gets ``prefill.onnx``, ``decode.onnx``, ``weights.data`` (the weights of all
+    graphs), ``policy.json``, ``deos_fx.json`` (what the graphs are for), and the model's own
+    ``config.json`` and ``generation_config.json``; if the image encoder reads the sizes of images,
+    also ``image_encoder.onnx`` and ``images.safetensors``. It is written whole or not at all.
 
     Args:
         reduced: What to export, in the dtype it has. ONNX Runtime runs float32 and float16 on any
             device, bfloat16 not on the CPU.
         dir: The folder; it is made if it does not exist.
-        example_inputs: A call of the model, which says how many images its prompts have. Left out,
-            a prompt has one image.
+        example_inputs: A call of the model, which says how many images its prompts have, of which
+            sizes, and which inputs there are. Left out, a prompt has one image; models that take
+            images of many sizes or kinds of tokens need an example.
 
     Returns:
         The folder.
 
     Raises:
         TypeError: If `reduced` is not a `ReducedModel`.
-        ValueError: If the example has no image, or prompts that cannot share a graph, the model's
-            attention implementation cannot be exported, or it is no LLaVA with images of one size.
+        ValueError: If the example has no image, or prompts that cannot share a graph, the model
+            needs an example, or its attention implementation cannot be exported.
         OSError: If the folder cannot be written; this is found out before the work starts.
     """
     if not isinstance(reduced, ReducedModel):
@@ -112,61 +130,61 @@ def export_onnx(
             f"reduced is a {type(reduced).__name__}; give what deos_fx.transform(model) returns "
             "(with policy=deos_fx.Policy() for a model without reductions)"
         )
-    check_verified(reduced.model, "Export to ONNX")
     _check_attention(reduced.model)
-    images = 1
-    if example_inputs is not None:
-        images = prompt_layout(reduced.model, complete_inputs(reduced.model, example_inputs)).images
+    least = _least_text(reduced.policy)
+    with torch.no_grad():
+        example = example_of(reduced.model, example_inputs, least + _TEXT_TOKENS)
     with fresh_folder(dir) as folder:
-        _write(reduced, images, folder)
+        _write(reduced, example, least, folder)
     return Path(dir)
 
 
 def _check_attention(model: PreTrainedModel) -> None:
-    for config in (model.config.get_text_config(), model.config.vision_config):
-        if config._attn_implementation not in ATTENTION:
+    for name in model.config.sub_configs:
+        implementation = getattr(model.config, name)._attn_implementation
+        if implementation not in ATTENTION:
             raise ValueError(
-                f"the model's attention implementation is {config._attn_implementation!r}, which "
+                f"the model's attention implementation is {implementation!r}, which "
                 f"has no ONNX form; load the model with attn_implementation={ATTENTION[0]!r}"
             )
 
 
-def _write(reduced: ReducedModel, images: int, folder: Path) -> None:
+def _write(reduced: ReducedModel, example: Example, least: int, folder: Path) -> None:
     import onnx_ir
 
     model = reduced.model
     with torch.no_grad():
-        least = _least_text(reduced.policy)
-        example = _prefill_example(model, images, least + _TEXT_TOKENS)
-        layout = prompt_layout(model, example)
-        graphs = {
-            "prefill": _prefill(reduced, layout, example, least),
-            "decode": _decode(reduced),
-        }
+        decode = _decode(reduced, example)
+        prefill = _prefill(reduced, example, least)
+        graphs = {"prefill": prefill.graph, "decode": decode}
+        if prefill.encoder is not None:
+            graphs["image_encoder"] = prefill.encoder
         programs = {name: graph.export() for name, graph in graphs.items()}
     _write_weights(list(programs.values()), folder)
     for name, program in programs.items():
         onnx_ir.save(program, folder / f"{name}.onnx")
+    if prefill.encoder is not None:
+        save_file(prefill.constants, folder / IMAGES)
     reduced.policy.save(folder / "policy.json")
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    manifest = _manifest(reduced, layout, example["pixel_values"], programs["prefill"])
+    manifest = _manifest(reduced, example, list(programs), programs["prefill"])
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _manifest(
-    reduced: ReducedModel, layout: PromptLayout, pixels: Tensor, program: onnx_ir.Model
+    reduced: ReducedModel, example: Example, graphs: list[str], program: onnx_ir.Model
 ) -> dict[str, Any]:
     """What a runtime has to know of the graphs, and what made them."""
-    per_image = layout.tokens_per_image
+    layout, pixels = example.layout, example.images["pixel_values"]
+    positions = example.inputs["position_ids"]
+    counts = [reduced.policy.counts(size) for size in layout.sizes]
     # Of several reductions before the decoder, the last one counts.
     left = {
-        first_layer(reduction.site): count
-        for reduction, count in zip(
-            reduced.policy.reductions, reduced.policy.counts(per_image), strict=True
-        )
+        first_layer(reduction.site): sum(of_image[i] for of_image in counts)
+        for i, reduction in enumerate(reduced.policy.reductions)
     }
     return {
         "deos_fx": FORMAT,
@@ -175,20 +193,24 @@ def _manifest(
         "opset": program.opset_imports[""],
         "model": asdict(reduced.signature),
         "dtype": str(pixels.dtype).removeprefix("torch."),
+        "graphs": graphs,
+        "inputs": list(example.given),
         "image_token": layout.image_token,
         "images": layout.images,
-        "image_shape": list(pixels.shape[1:]),
+        "image_tokens": example.placeholders,
+        "pixels": list(pixels.shape),
+        "coordinates": len(positions) if positions.ndim == 3 else 0,
         "spaces": [
             {
                 **asdict(space),
-                "dropped": layout.images * (per_image - left[space.first_layer]),
+                "dropped": sum(layout.sizes) - left[space.first_layer],
             }
             for space in decode_spaces(reduced.policy)
         ],
     }
 
 
-# *** the two graphs ***
+# *** the graphs ***
 
 
 @dataclass(frozen=True)
@@ -200,7 +222,11 @@ class _Exportable:
     shapes: dict[str, Any]
 
     def export(self) -> onnx_ir.Model:
-        """Run transformers' exporter."""
+        """Run transformers' exporter.
+
+        Raises:
+            ValueError: If something in the graph has no ONNX form.
+        """
         from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
         config = OnnxConfig(
@@ -208,8 +234,16 @@ class _Exportable:
         )
         # The exporter takes any module; only its annotation asks for a whole model.
         module: Any = self.module
-        with _without_noise():
-            program, _ = OnnxExporter().export_program(module, dict(self.inputs), config)
+        try:
+            with _without_noise():
+                program, _ = OnnxExporter().export_program(module, dict(self.inputs), config)
+        except Exception as error:
+            # Whatever the exporters fail with, it is this model that they cannot export.
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ValueError(
+                f"{type(module).__name__.strip('_')} cannot be exported to ONNX ({reason}). Run "
+                "the reduced model in PyTorch."
+            ) from error
         _name_axes(program.graph, self.shapes)
         _forget_sources(program.graph)
         return program
@@ -223,14 +257,19 @@ class _Prefill(nn.Module):
         self.lowered = lowered
         self.text_config = reduced.model.config.get_text_config()
         self.dtype = reduced.model.dtype
+        self.used, self.unused = _inputs_of(lowered)
 
     def forward(self, **inputs: Tensor) -> dict[str, Any]:
         cache = ReducedCache(self.text_config)
-        fields = self.lowered(**inputs, past_key_values=cache)
+        taken = {name: inputs[name] for name in self.used}
+        fields = self.lowered(**taken, **dict.fromkeys(self.unused), past_key_values=cache)
         mask = inputs["attention_mask"]
+        positions = inputs["position_ids"]
+        if positions.ndim == 3:
+            positions = positions.amax(dim=0)
         outputs = {
             "logits": fields["logits"],
-            "next_position": inputs["position_ids"].amax(dim=1, keepdim=True) + 1,
+            "next_position": positions.amax(dim=1, keepdim=True) + 1,
             "present": _states(cache),
         }
         for k, space in enumerate(fields.get("spaces", ()), start=1):
@@ -251,10 +290,7 @@ class _Decode(nn.Module):
         super().__init__()
         self.lowered = lowered
         self.text_config = reduced.model.config.get_text_config()
-        placeholders = lowered.graph.find_nodes(op="placeholder")
-        given = [node for node in placeholders if node.name != "past_key_values"]
-        self.used = [str(node.target) for node in given if node.users]
-        self.unused = [str(node.target) for node in given if not node.users]
+        self.used, self.unused = _inputs_of(lowered)
 
     def forward(
         self, past_key_values: dict[str, dict[str, Tensor]], **inputs: Tensor
@@ -262,6 +298,28 @@ class _Decode(nn.Module):
         cache = _filled(ReducedCache(self.text_config), past_key_values)
         fields = self.lowered(**inputs, **dict.fromkeys(self.unused), past_key_values=cache)
         return {"logits": fields["logits"], "present": _states(cache)}
+
+
+class _Encoder(nn.Module):
+    """The image encoder of one prompt, recorded."""
+
+    def __init__(self, recorded: fx.GraphModule) -> None:
+        super().__init__()
+        self.recorded = recorded
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        parts = zip(("image_features", "read"), self.recorded(pixel_values), strict=True)
+        return {f"{part}_{i}": value for part, values in parts for i, value in enumerate(values)}
+
+
+def _inputs_of(lowered: fx.GraphModule) -> tuple[list[str], list[str]]:
+    """Names of the inputs that a graph reads, but for the cache, and of those it does not."""
+    nodes = lowered.graph.find_nodes(op="placeholder")
+    given = [node for node in nodes if node.name != "past_key_values"]
+    return (
+        [str(node.target) for node in given if node.users],
+        [str(node.target) for node in given if not node.users],
+    )
 
 
 def _states(cache: ReducedCache) -> dict[str, dict[str, Tensor]]:
@@ -277,17 +335,72 @@ def _filled(cache: ReducedCache, states: Mapping[str, Mapping[str, Tensor]]) -> 
     return cache
 
 
-def _prefill(
-    reduced: ReducedModel, layout: PromptLayout, example: dict[str, Tensor], least: int
-) -> _Exportable:
-    inputs = complete_inputs(reduced.model, example | {"use_cache": True})
-    lowered = lower_call(capture_call(reduced.model, inputs), reduced.policy, layout)
+@dataclass(frozen=True)
+class _Prompts:
+    """The prefill.
+
+    Attributes:
+        graph: Its graph.
+        encoder: That of the image encoder, if it reads the sizes of images.
+        constants: These sizes, and what the encoder reads of the pixels.
+    """
+
+    graph: _Exportable
+    encoder: _Exportable | None = None
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _prefill(reduced: ReducedModel, example: Example, least: int) -> _Prompts:
+    inputs = complete_inputs(reduced.model, example.inputs | {"use_cache": True})
+    lowered = lower_call(capture_call(reduced.model, inputs), reduced.policy, example.layout)
+    _keep_outputs(lowered, ("logits", "spaces"))
+    values = dict(example.inputs)
+    encoder, constants = None, dict[str, Tensor]()
+    if lowered.graph.find_nodes(op="call_module", target="image_encoder"):
+        images = {name: values[name] for name in example.images}
+        encode = split_encoder(lowered, images)
+        for i, features in enumerate(pytree.tree_leaves(encode(**images))):
+            values[f"image_features_{i}"] = features
+        encoder, constants = _encoder(encode, example.images)
     lowered = replace_placeholder_merge(lowered)
-    visual = layout.images * layout.tokens_per_image
-    batch, sequence = Dim("batch"), Dim("sequence", min=visual + least)
-    shapes = dict.fromkeys(example, {0: batch, 1: sequence})
-    shapes["pixel_values"] = {0: batch if layout.images == 1 else layout.images * batch}
-    return _Exportable(_Prefill(lowered, reduced), example, shapes)
+    module = _Prefill(lowered, reduced)
+    batch, sequence = Dim("batch"), Dim("sequence", min=example.placeholders + least)
+    # What the wrapper reads itself is an input in any case.
+    names = dict.fromkeys(["input_ids", "attention_mask", "position_ids", *module.used])
+    taken, shapes = {name: values[name] for name in names}, {}
+    for name, value in taken.items():
+        if name == "position_ids":
+            shapes[name] = {value.ndim - 2: batch, value.ndim - 1: sequence}
+        elif value.shape == values["input_ids"].shape:
+            shapes[name] = {0: batch, 1: sequence}
+        else:
+            each = len(value) // BATCH
+            shapes[name] = {0: batch if each == 1 else each * batch}
+    return _Prompts(_Exportable(module, taken, shapes), encoder, constants)
+
+
+def _encoder(
+    encode: fx.GraphModule, images: Mapping[str, Tensor]
+) -> tuple[_Exportable, dict[str, Tensor]]:
+    """The encoder of one prompt's images, and what it is constant for."""
+    pixels = images["pixel_values"]
+    sizes = {name: value for name, value in images.items() if name != "pixel_values"}
+    recorded = record(
+        lambda pixels: pytree.tree_leaves(encode(pixel_values=pixels, **sizes)), pixels
+    )
+    _, reads = recorded(pixels)
+    constants = sizes | {f"read_{i}": value for i, value in enumerate(reads)}
+    # Of their own memory: the file does not take parts of other tensors.
+    constants = {name: value.cpu().clone() for name, value in constants.items()}
+    given = {"pixel_values": pixels}
+    return _Exportable(_Encoder(recorded), given, {"pixel_values": {}}), constants
+
+
+def _keep_outputs(graph_module: fx.GraphModule, names: tuple[str, ...]) -> None:
+    output = graph_module.graph.output_node()
+    fields: Any = output.args[0]
+    output.args = ({name: fields[name] for name in names if name in fields},)
+    finish(graph_module)
 
 
 def _least_text(policy: Policy) -> int:
@@ -299,48 +412,37 @@ def _least_text(policy: Policy) -> int:
     )
 
 
-def _prefill_example(model: PreTrainedModel, images: int, text: int) -> dict[str, Tensor]:
-    """Prompts of images and text. What they say does not matter, only how long they are."""
-    config = model.config
-    visual = images * signature_of(model).visual_tokens
-    input_ids = _words(model, visual + text)
-    input_ids[:, 1 : visual + 1] = config.image_token_id
-    side = config.vision_config.image_size
-    pixels = (_BATCH * images, config.vision_config.num_channels, side, side)
-    return {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "position_ids": torch.arange(input_ids.shape[1]).repeat(_BATCH, 1).to(model.device),
-        "pixel_values": torch.zeros(pixels, dtype=model.dtype, device=model.device),
-    }
-
-
-def _words(model: PreTrainedModel, length: int) -> Tensor:
-    """[2, length] tokens that are no images."""
-    word = next(token for token in range(2) if token != model.config.image_token_id)
-    return torch.full((_BATCH, length), word, device=model.device)
-
-
-def _decode(reduced: ReducedModel) -> _Exportable:
+def _decode(reduced: ReducedModel, example: Example) -> _Exportable:
     """The graph is captured on a cache of equal lengths, which the original model can run."""
     model, spaces = reduced.model, decode_spaces(reduced.policy)
     cache = ReducedCache(model.config.get_text_config())
-    model(input_ids=_words(model, 2), past_key_values=cache)
+    model(input_ids=words(model, 2), past_key_values=cache)
+    if not all(isinstance(getattr(held, "keys", None), Tensor) for held in cache.layers):
+        raise ValueError(
+            f"{type(model).__name__} has layers that keep a state instead of keys and values, "
+            "which exported graphs do not hand over. Run the reduced model in PyTorch."
+        )
     shapes = [state["key"].shape for state in _states(cache).values()]
+    coordinates = example.inputs["position_ids"].shape[:-2]
+    positions = words(model, 1).fill_(2).expand(*coordinates, BATCH, 1)
     inputs = {
-        "input_ids": _words(model, 1),
-        "attention_mask": _words(model, 3).fill_(1),
-        "position_ids": _words(model, 1).fill_(2),
+        "input_ids": words(model, 1),
+        "attention_mask": words(model, 3).fill_(1),
+        "position_ids": positions,
         "past_key_values": cache,
         "use_cache": True,
     }
     captured = capture_call(model, complete_inputs(model, inputs))
     lowered = lower_call(captured, reduced.policy, None)
-    return _decode_exportable(_Decode(lowered, reduced), model, shapes, spaces)
+    return _decode_exportable(_Decode(lowered, reduced), model, shapes, spaces, positions)
 
 
 def _decode_exportable(
-    module: _Decode, model: PreTrainedModel, shapes: list[torch.Size], spaces: Sequence[DecodeSpace]
+    module: _Decode,
+    model: PreTrainedModel,
+    shapes: list[torch.Size],
+    spaces: Sequence[DecodeSpace],
+    positions: Tensor,
 ) -> _Exportable:
     """Inputs of the decode graph: the layers of each space share one number of keys."""
     batch = Dim("batch")
@@ -351,19 +453,19 @@ def _decode_exportable(
     dynamic: dict[str, Any] = {"past_key_values": {}}
     for layer, (_, heads, _, dim) in enumerate(shapes):
         k = sum(space.first_layer <= layer for space in spaces)
-        state = torch.zeros(_BATCH, heads, lengths[k], dim, dtype=model.dtype, device=model.device)
+        state = torch.zeros(BATCH, heads, lengths[k], dim, dtype=model.dtype, device=model.device)
         inputs["past_key_values"][str(layer)] = {"key": state, "value": state.clone()}
         axes = {0: batch, 2: pasts[k]}
         dynamic["past_key_values"][str(layer)] = {"key": axes, "value": axes}
     for name in module.used:
         kind, k = _kind_and_space(name)
-        if kind in ("attention_mask", "key_bias"):
-            value = _words(model, lengths[k] + 1).fill_(1)
+        if kind in ("attention_mask", "key_bias", "key_positions"):
+            value = words(model, lengths[k] + 1).fill_(1)
             inputs[name] = value.to(model.dtype) if kind == "key_bias" else value
             dynamic[name] = {0: batch, 1: pasts[k] + 1}
         else:
-            inputs[name] = _words(model, 1)
-            dynamic[name] = {0: batch}
+            inputs[name] = positions.clone() if kind == "position_ids" else words(model, 1)
+            dynamic[name] = {inputs[name].ndim - 2: batch}
     return _Exportable(module, inputs, dynamic)
 
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deos_fx.cache import ReducedCache, TokenSpace
-from deos_fx.exporters.onnx import FORMAT, MANIFEST, VERSION
+from deos_fx.exporters.onnx import FORMAT, IMAGES, MANIFEST, VERSION
 from deos_fx.generation import generation_host
-from deos_fx.inputs import complete_inputs, image_inputs, prompt_layout
+from deos_fx.inputs import complete_inputs, image_inputs
 from deos_fx.passes.lower_decode import DecodeSpace
 
 __all__ = ["OnnxModel"]
@@ -45,21 +46,22 @@ class OnnxModel:
     def __init__(
         self,
         manifest: Mapping[str, Any],
+        constants: Mapping[str, Tensor],
         skeleton: PreTrainedModel,
-        prefill: _Session,
-        decode: _Session,
+        sessions: Mapping[str, _Session],
     ) -> None:
         self.config = skeleton.config
         self.generation_config = skeleton.generation_config
-        self.device = prefill.device
-        self._images: int = manifest["images"]
+        self.device = sessions["prefill"].device
+        self._manifest = manifest
+        self._constants = constants
         self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
-        self._image_shape = tuple(manifest["image_shape"])
         names = [field.name for field in fields(DecodeSpace)]
         self._spaces = [
             DecodeSpace(**{name: space[name] for name in names}) for space in manifest["spaces"]
         ]
-        self._prefill, self._decode = prefill, decode
+        self._prefill, self._decode = sessions["prefill"], sessions["decode"]
+        self._encoder = sessions.get("image_encoder")
         self._arguments = inspect.signature(type(skeleton).forward)
         self._host = generation_host(self, skeleton, self._new_cache, device=_CPU)
 
@@ -83,8 +85,9 @@ class OnnxModel:
         folder = Path(dir)
         manifest = _read_manifest(folder)
         skeleton = _skeleton(folder)
-        sessions = (_open(folder / f"{name}.onnx", device) for name in ("prefill", "decode"))
-        return cls(manifest, skeleton, *sessions)
+        sessions = {name: _open(folder / f"{name}.onnx", device) for name in manifest["graphs"]}
+        constants = load_file(folder / IMAGES) if "image_encoder" in sessions else {}
+        return cls(manifest, constants, skeleton, sessions)
 
     def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         """Run the prefill graph or, given the cache of an earlier call, the decode graph.
@@ -99,7 +102,8 @@ class OnnxModel:
             for the next call.
 
         Raises:
-            ValueError: If the prompts have not exactly the images that the graphs are for.
+            ValueError: If the prompts have not exactly the images, or the call not the inputs,
+                that the graphs are for.
         """
         inputs = self._arguments.bind(self._host, *args, **kwargs).arguments
         inputs.pop("self", None)
@@ -144,14 +148,16 @@ class OnnxModel:
     def _run_prefill(self, inputs: dict[str, Any], cache: _SessionCache) -> Tensor:
         self._check_prompts(inputs)
         ids = inputs["input_ids"]
-        outputs = self._prefill(
-            {
-                "input_ids": ids,
-                "attention_mask": inputs.get("attention_mask", torch.ones_like(ids)),
-                "position_ids": inputs["position_ids"].expand(ids.shape),
-                "pixel_values": inputs["pixel_values"].to(self._dtype),
-            }
-        )
+        values = {
+            **inputs,
+            "attention_mask": inputs.get("attention_mask", torch.ones_like(ids)),
+            "position_ids": self._positions(ids, inputs["position_ids"]),
+            "pixel_values": inputs["pixel_values"].to(self._dtype),
+        }
+        if self._encoder is not None:
+            values |= self._encode(self._encoder, values["pixel_values"], len(ids))
+        outputs = self._prefill(values)
+        cache.rope_deltas = getattr(self._host.base_model, "rope_deltas", None)
         cache.take_states(outputs, ids.shape[1])
         cache.images = image_inputs(self._host, inputs)
         cache.record(
@@ -171,7 +177,7 @@ class OnnxModel:
     def _run_decode(self, inputs: dict[str, Any], cache: _SessionCache) -> Tensor:
         """One step for each new token: the decode graph takes one at a time."""
         ids = inputs["input_ids"]
-        positions = inputs["position_ids"].expand(ids.shape)
+        positions = self._positions(ids, inputs["position_ids"])
         mask = inputs.get("attention_mask")
         if mask is None:
             mask = ids.new_ones(len(ids), cache.get_seq_length() + ids.shape[1])
@@ -182,7 +188,7 @@ class OnnxModel:
             values = {
                 "input_ids": ids[:, now],
                 "attention_mask": mask[:, :seen],
-                "position_ids": positions[:, now],
+                "position_ids": positions[..., now],
             }
             values |= cache.decode_inputs(values["attention_mask"], values["position_ids"])
             outputs = self._decode(values | cache.states)
@@ -190,22 +196,82 @@ class OnnxModel:
             logits.append(_tensor(outputs["logits"]))
         return torch.cat(logits, dim=1)
 
+    def _positions(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Positions as the graphs take them: [B, t], or [coordinates, B, t]."""
+        coordinates = self._manifest["coordinates"]
+        if not coordinates:
+            return positions.expand(ids.shape)
+        if positions.ndim == 3 and len(positions) == coordinates + 1:
+            # transformers' generate puts the index in the text in front.
+            positions = positions[1:]
+        return positions.expand(coordinates, *ids.shape)
+
+    def _encode(self, encoder: _Session, pixels: Tensor, prompts: int) -> dict[str, Tensor]:
+        """Features of the images of every prompt, which the encoder takes one prompt at a time."""
+        parts: dict[str, list[Tensor]] = {}
+        for own in pixels.split(len(pixels) // prompts):
+            for name, value in encoder({"pixel_values": own}).items():
+                parts.setdefault(name, []).append(_tensor(value))
+        for name, values in parts.items():
+            if name in self._constants and any(
+                not torch.equal(value, self._constants[name]) for value in values
+            ):
+                raise ValueError(
+                    "The image encoder of this model treats some images in another way than those "
+                    "it was exported with: an image that is all zeros counts as none. Leave such "
+                    "images out, or export again with example_inputs that have as many."
+                )
+        return {name: torch.cat(values) for name, values in parts.items()}
+
     def _check_prompts(self, inputs: Mapping[str, Any]) -> None:
-        images = prompt_layout(self._host, inputs).images
-        if images != self._images:
+        manifest, ids = self._manifest, inputs["input_ids"]
+        counts = sorted({*(ids == manifest["image_token"]).sum(dim=1).tolist()})
+        if "pixel_values" not in inputs or counts[-1] == 0:
             raise ValueError(
-                f"The prompts have {images} images each, but this model was exported for prompts "
-                f"with {self._images}. Export it again with example_inputs that have {images}."
+                "The prompt has no image, but this model was exported for prompts with "
+                f"{manifest['images']}: pass pixel_values, and input_ids with image placeholders "
+                f"(token id {manifest['image_token']})."
             )
-        shape = tuple(inputs["pixel_values"].shape[1:])
-        if shape != self._image_shape:
+        again = "Export it again with example_inputs like these."
+        if counts != [manifest["image_tokens"]]:
             raise ValueError(
-                f"The images have the shape {shape}, but this model was exported for "
-                f"{self._image_shape}. Use the processor of the model."
+                f"The prompts have {counts} image tokens each, but this model was exported for "
+                f"prompts with {manifest['image_tokens']} ({manifest['images']} images). {again}"
             )
+        self._check_inputs(inputs, again)
+        shape, own = tuple(inputs["pixel_values"].shape), manifest["pixels"]
+        if shape != (own[0] * len(ids), *own[1:]):
+            raise ValueError(
+                f"pixel_values of {len(ids)} prompts has the shape {shape}, but this model was "
+                f"exported for {tuple(own)} per prompt. Use the processor of the model, or export "
+                "it again with example_inputs like these."
+            )
+        for name in self._constants.keys() & set(manifest["inputs"]):
+            expected = torch.cat([self._constants[name]] * len(ids))
+            if not torch.equal(inputs[name], expected.to(inputs[name].dtype)):
+                raise ValueError(
+                    f"{name} is {_shown(inputs[name])}, but this model was exported for images "
+                    f"with {_shown(self._constants[name])} in every prompt. {again}"
+                )
+
+    def _check_inputs(self, inputs: Mapping[str, Any], again: str) -> None:
+        """Refuse inputs that the graphs know nothing of, and calls without those they need."""
+        names = set(self._manifest["inputs"])
+        given = {name for name, value in inputs.items() if isinstance(value, Tensor)}
+        needed = names & (set(self._prefill.inputs) | self._constants.keys()) - {"attention_mask"}
+        for what, wrong in (("has", given - names), ("lacks", needed - given)):
+            if wrong:
+                raise ValueError(
+                    f"The call {what} {', '.join(sorted(wrong))}, but this model was exported for "
+                    f"{', '.join(sorted(names))}. {again}"
+                )
 
     def _new_cache(self) -> _SessionCache:
         return _SessionCache(self.config.get_text_config())
+
+
+def _shown(tensor: Tensor) -> str:
+    return str(tensor.tolist()) if tensor.numel() <= 16 else f"of shape {tuple(tensor.shape)}"
 
 
 class _SessionCache(ReducedCache):

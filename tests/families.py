@@ -292,9 +292,15 @@ def _family(name: str) -> Family:
 
 
 @functools.cache
-def shared(name: str) -> Any:
-    """One model of a family for all tests that leave it as it is."""
+def shared(name: str, layers: int | None = None) -> Any:
+    """One model of a family, possibly with fewer decoder layers, for all tests that leave it as it
+    is."""
     config = _family(name).config()
+    if layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None) is not None:
+            text.layer_types = text.layer_types[:layers]
     torch.manual_seed(0)
     model = hf.AutoModelForImageTextToText.from_config(config)
     generator = torch.Generator().manual_seed(1)

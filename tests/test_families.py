@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import transformers as hf
 from families import CONVOLVING, FAMILIES, IMAGE, TWINS, alone, prompts, shared
 from torch import Tensor
 
-from deos_fx import export_onnx
 from deos_fx.inputs import complete_inputs
 from deos_fx.passes.capture import CaptureError
 from deos_fx.passes.pipeline import capture_call
@@ -276,10 +274,3 @@ def test_positions_with_coordinates_are_kept(position: str) -> None:
     reductions = (Reduction("decoder.1", 0.25, position=position),)
     with pytest.raises(ValueError, match="have several coordinates: use position='keep'"):
         reduce("qwen2_vl", reductions)(**prompts("qwen2_vl", 1))
-
-
-@pytest.mark.parametrize("name", ["vipllava", "qwen2_vl", "pixtral"])
-def test_what_is_not_verified_for_a_family_is_refused(name: str, tmp_path: Path) -> None:
-    reduced = reduce(name, PRUNED["decoder"])
-    with pytest.raises(ValueError, match="Export to ONNX works for LLaVA with images of one size"):
-        export_onnx(reduced, tmp_path / "onnx")

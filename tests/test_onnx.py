@@ -295,7 +295,7 @@ def test_folder(folder):
     policy, images = CASES["prune, two images"]
     assert Policy.load(target / "policy.json") == policy
     manifest = json.loads((target / "deos_fx.json").read_text())
-    assert (manifest["deos_fx"], manifest["version"]) == ("onnx", 2)
+    assert (manifest["deos_fx"], manifest["version"]) == ("onnx", 3)
     assert (manifest["images"], manifest["image_token"]) == (images, tiny.IMAGE)
     assert manifest["dtype"] == "float32"
     assert manifest["spaces"] == [
@@ -360,9 +360,9 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
 def test_prompts_that_do_not_fit_the_graphs(folder):
     _, runtime, _ = _both(folder, "prune, two images")
     model = tiny.shared_llava(LAYERS)
-    with pytest.raises(ValueError, match="1 images each, but .* with 2.*example_inputs"):
+    with pytest.raises(ValueError, match="64. image tokens .* with 128 .2 images.*example_inputs"):
         runtime(**tiny.inputs(model, 2, 1))
-    with pytest.raises(ValueError, match="1 images each"):
+    with pytest.raises(ValueError, match="64. image tokens"):
         runtime.generate(**tiny.inputs(model, 2, 1), max_new_tokens=2)
     with pytest.raises(ValueError, match="no image"):
         runtime(input_ids=torch.ones(1, 4, dtype=torch.int64))

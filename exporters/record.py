@@ -1,0 +1,102 @@
+"""Record an image encoder at aten level, for images of fixed sizes.
+
+Encoders that pack images of any size read these sizes into Python, which `torch.export` cannot
+follow. Here they run once for real: whatever follows from the sizes alone becomes a constant, and
+what is done to the pixels is recorded. Where the code looks at the pixels themselves (an image
+that is all zeros is left out), what it saw is an output of the graph, to be compared at every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["record"]
+
+
+def record(function: Callable[[Tensor], list[Tensor]], pixels: Tensor) -> fx.GraphModule:
+    """Run a function of pixels and record it.
+
+    Args:
+        function: From pixels to features; it may read anything else into Python.
+        pixels: What it is run on.
+
+    Returns:
+        A graph from pixels to two lists: the features, and what was read of the pixels.
+    """
+    seen: list[Tensor] = []
+
+    def run(pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        seen.clear()
+        # The kernels of a CPU have no ONNX form.
+        with sdpa_kernel(SDPBackend.MATH), _Reads(seen), _Lists(seen):
+            return function(pixels), list(seen)
+
+    with torch.no_grad():
+        graph_module = make_fx(run)(pixels)
+    graph = graph_module.graph
+    (given,) = graph.find_nodes(op="placeholder")
+    output = graph.output_node()
+    made: Any = output.args[0]
+    features, reads = made
+    from_pixels = {given}
+    for node in graph.nodes:
+        if from_pixels.intersection(node.all_input_nodes):
+            from_pixels.add(node)
+    output.args = ((features, [node for node in reads if node in from_pixels]),)
+    for name, value in list(vars(graph_module).items()):
+        if isinstance(value, Tensor):
+            delattr(graph_module, name)
+            graph_module.register_buffer(name, value)
+    graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+class _Reads(TorchDispatchMode):
+    """Values that are read, and positions of flags, are what they are in this run."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.squeeze.dim and args[0].shape[args[1]] != 1:
+            # ONNX has no way to squeeze an axis only if it can be.
+            return torch.ops.aten.alias(args[0])
+        if func is torch.ops.aten.index.Tensor:
+            return func(args[0], [self._positions(index) for index in args[1]])
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}:
+            self.seen += [value for value in args if isinstance(value, Tensor)]
+            with disable_proxy_modes_tracing():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _positions(self, index: Tensor | None) -> Tensor | None:
+        """The index, or for flags along one axis where they are set."""
+        if index is None or index.dtype != torch.bool or index.ndim != 1:
+            return index
+        self.seen.append(index)
+        with disable_proxy_modes_tracing():
+            return index.nonzero()[:, 0]
+
+
+class _Lists(TorchFunctionMode):
+    """Tensors that become lists are read as well; these calls do not reach the dispatcher."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy):
+            self.seen.append(args[0])
+        return func(*args, **(kwargs or {}))

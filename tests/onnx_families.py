@@ -1,0 +1,83 @@
+"""Whether a family can be exported to ONNX, found out by doing it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import prompts, shared
+from torch import Tensor
+
+from deos_fx.exporters.onnx import export_onnx
+from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.policy import Policy, Reduction
+from deos_fx.reduced_model import ReducedModel
+
+__all__ = ["LAYERS", "POLICY", "TOLERANCE", "check_onnx", "difference", "generate", "reduced"]
+
+LAYERS = 3
+# Most of what ONNX Runtime may differ by, of the largest value.
+TOLERANCE = 1e-4
+# Layer 0 of some has a window, in which most visual tokens have the same score: none.
+POLICY = Policy(
+    (
+        Reduction("projector", 0.5, scores={"feature_norm": 1.0}),
+        Reduction("decoder.1", 0.25, gain=1.0, mass_bias=0.5),
+    )
+)
+
+
+def reduced(name: str) -> ReducedModel:
+    """The model of a family that is exported."""
+    return ReducedModel(shared(name, LAYERS), POLICY)
+
+
+def generate(model: Any, batch: dict[str, Tensor], steps: int) -> tuple[Tensor, Tensor]:
+    """Tokens and logits [B, steps, vocabulary] of greedy decoding."""
+    output = model.generate(
+        **{name: value.clone() for name, value in batch.items()},
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return output.sequences, torch.stack(output.logits, dim=1)
+
+
+def difference(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a part of the largest value."""
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def check_onnx(name: str, steps: int = 30) -> str:
+    """Export a family and compare ONNX Runtime with PyTorch.
+
+    The graphs are traced with 2 prompts and run with 3 that are shorter, of different lengths and
+    padded, for more steps than a window is long.
+
+    Args:
+        name: A family of `families.FAMILIES`.
+        steps: New tokens.
+
+    Returns:
+        ``yes``, or ``no: `` and the reason that the export is refused with.
+
+    Raises:
+        AssertionError: If it is exported and says anything else than PyTorch.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model = reduced(name)
+            target = export_onnx(model, Path(folder) / "onnx", prompts(name, 1))
+        except ValueError as error:
+            return f"no: {error}"
+        runtime = OnnxModel.from_pretrained(target, "cpu")
+        batch = prompts(name, 3)
+        tokens, logits = generate(runtime, batch, steps)
+        expected_tokens, expected = generate(model, batch, steps)
+        assert torch.equal(tokens, expected_tokens), f"{name}: other tokens"
+        worst = difference(logits, expected)
+        assert worst < TOLERANCE, f"{name}: logits differ by {worst:.1e}"
+        return "yes"
