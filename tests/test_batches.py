@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from families import BREAK, END, FAMILIES, IMAGE, PAD, START, VIDEO, shared
-from test_families import NORM, PRUNED, TOLERANCE, difference, flags, generate, masked_from
+from masked import alive_of, masked_from
+from test_families import NORM, PRUNED, TOLERANCE, difference, generate
 from tiny import shared_llava
 from torch import Tensor
 
@@ -155,7 +156,7 @@ def test_pruning_is_masking(kind: str, policy: str) -> None:
     reduced = ReducedModel(model, Policy(PRUNED[policy]))
     output = reduced(**batch)
     spaces = output.past_key_values.spaces
-    alive = {space.first_layer: flags(space.origin, batch) for space in spaces}
+    alive = alive_of(output.past_key_values, batch["input_ids"])
     visual = torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO]))
     for kept in alive.values():
         assert kept[~visual].all() and (~kept).any(dim=1).all()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from families import CONVOLVING, FAMILIES, IMAGE, TWINS, alone, prompts, shared
+from masked import alive_of, masked_from
 from torch import Tensor
 
 from deos_fx.inputs import complete_inputs
@@ -25,9 +26,10 @@ STEPS = 3
 NORM = {"scores": {"feature_norm": 1.0}}
 PRUNED = {
     "projector": (Reduction("projector", 0.25, **NORM),),
-    "decoder": (Reduction("decoder.1", 0.25),),
+    "decoder": (Reduction("decoder.1", 0.25, **NORM),),
     "both": (Reduction("projector", 0.5, **NORM), Reduction("decoder.2", 0.25)),
 }
+ENDS = {"llava_next": 8, "llava_onevision": 8}
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -53,52 +55,18 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def masked_from(model: Any, alive: dict[int, Tensor]) -> Iterator[Any]:
-    """The original model, whose layers from some on do not see some keys of the prompt.
+def outputs_of(layer: Any) -> Iterator[list[Tensor]]:
+    """What a decoder layer gives in every call."""
+    found: list[Tensor] = []
 
-    Args:
-        model: The model, called on the whole prompt and then token by token.
-        alive: First layer -> flags [B, N] of the keys that it and those behind it see.
-    """
-    handles = []
-    for i, layer in enumerate(model.get_decoder().layers):
-        first = max((start for start in alive if start <= i), default=None)
-        if first is not None:
-            hook = _hide(alive[first])
-            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    def hook(module: Any, args: Any, output: Any) -> None:
+        found.append(output if isinstance(output, Tensor) else output[0])
+
+    handle = layer.register_forward_hook(hook)
     try:
-        yield model
+        yield found
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hide(alive: Tensor) -> Any:
-    seen = 0
-
-    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        nonlocal seen
-        new = args[0].shape[1]
-        seen = new if new > 1 else seen + 1
-        mask = kwargs["attention_mask"]
-        if mask is None:
-            mask = torch.ones(1, 1, new, seen, dtype=torch.bool).tril(seen - new)
-        # A window holds the last keys only.
-        held = torch.arange(seen)[-mask.shape[-1] :]
-        keys = torch.cat([alive, torch.ones(len(alive), seen - alive.shape[1]).bool()], dim=1)
-        itself = torch.arange(seen - new, seen)[:, None] == held
-        hidden = ~(keys[:, None, None, held] | itself)
-        if mask.dtype == torch.bool:
-            mask = mask & ~hidden
-        else:
-            mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
-        return args, {**kwargs, "attention_mask": mask}
-
-    return hook
-
-
-def flags(origin: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    return torch.zeros(batch["input_ids"].shape, dtype=torch.bool).scatter(1, origin, True)
+        handle.remove()
 
 
 # *** 1: the empty policy changes nothing ***
@@ -141,13 +109,19 @@ def test_pruning_is_masking(name: str, policy: str) -> None:
     batch = prompts(name, 1 if policy == "both" else 2)
     output = reduced(**batch)
     spaces = output.past_key_values.spaces
-    alive = {space.first_layer: flags(space.origin, batch) for space in spaces}
+    alive = alive_of(output.past_key_values, batch["input_ids"])
     text = batch["input_ids"] != IMAGE
     for kept in alive.values():
         assert kept[text].all() and (~kept).any(dim=1).all()
-    with masked_from(model, alive):
+    with masked_from(model, alive), outputs_of(model.get_decoder().layers[1]) as hidden:
         whole = model(**batch).logits
+        norms = hidden[0].norm(dim=-1)
         tokens, logits = generate(model, batch)
+    if policy == "decoder":
+        dropped = norms.masked_fill(alive[2], 0.0).amax(dim=1, keepdim=True)
+        small = (norms < dropped) & alive[2] & ~text
+        # Ends of rows stay, whatever their norm.
+        assert small.sum() == len(small) * ENDS.get(name, 0)
     left = alive[spaces[-1].first_layer] & batch["attention_mask"].bool()
     real = batch["attention_mask"].gather(1, spaces[-1].origin).bool()
     assert difference(output.logits[real], whole[left]) < TOLERANCE
