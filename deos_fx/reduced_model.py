@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from deos_fx import saved
@@ -130,6 +130,32 @@ class ReducedModel(nn.Module):
                 "Nothing is captured yet: call the model once, or give example_inputs to transform."
             )
         return list(self._graphs["prefill"].values())[-1]
+
+    # *** what transformers' pipelines ask of a model ***
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's config."""
+        return self.model.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Defaults of `generate`."""
+        return self.model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the model's weights."""
+        return self.model.dtype
+
+    def can_generate(self) -> bool:
+        """Yes."""
+        return True
 
     # *** looking ***
 

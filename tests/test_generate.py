@@ -17,8 +17,10 @@ from transformers import (
     LogitsProcessor,
     StaticCache,
     StoppingCriteria,
+    pipeline,
 )
 
+from deos_fx import reference
 from deos_fx.cache import ReducedCache
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduced_model import ReducedModel
@@ -212,6 +214,21 @@ def test_compiled_by_torch() -> None:
     for layer in model.get_decoder().layers[1:3]:
         layer.compile(backend="eager")
     assert difference(ReducedModel(model, POLICY)(**batch).logits, expected) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pipeline() -> None:
+    model, processor = reference.load()
+    (example,) = reference.make_examples(1, "train")
+    kept = ReducedModel(model, Policy((Reduction("decoder.1", 1.0),)))
+    image, text = example.scene.image, f"{processor.image_token}{example.question.text}"
+    ours, theirs = (
+        pipeline("image-text-to-text", model=own, processor=processor)(
+            images=[image], text=[text], max_new_tokens=4
+        )
+        for own in (kept, model)
+    )
+    assert ours == theirs
 
 
 # *** what is refused ***
