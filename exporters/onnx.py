@@ -108,6 +108,11 @@ def export_onnx(
     ``config.json`` and ``generation_config.json``; if the image encoder reads the sizes of images,
     also ``image_encoder.onnx`` and ``images.safetensors``. It is written whole or not at all.
 
+    Of visual tokens whose scores are exactly equal, ONNX Runtime may keep others than PyTorch: both
+    leave open which come first. That happens where tokens are equal themselves (Chameleon's are
+    entries of a codebook), and where a layer with a window is asked how much the last token attends
+    to what is outside of it; reduce behind a layer that sees everything instead.
+
     Args:
         reduced: What to export, in the dtype it has. ONNX Runtime runs float32 and float16 on any
             device, bfloat16 not on the CPU.
