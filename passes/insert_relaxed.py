@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from deos_fx.operator.scores import SCORES
 from deos_fx.operator.static import feature_name
 from deos_fx.passes.annotate_token_spaces import position_tables
 from deos_fx.passes.behind import blocks_behind, users_behind
+from deos_fx.passes.check_reduction import check_reduction
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.find_sites import Sites
 from deos_fx.passes.finish import finish
@@ -86,10 +88,10 @@ def insert_relaxed(
     Raises:
         ValueError: If a site cannot be used or lacks a score.
     """
-    insertion = _Insertion(graph_module, sites, layout, reductions)
     ordered = sorted(reductions, key=site_order)
     for name in ordered:
-        sites.usable(name, reductions[name].start.scores)
+        check_reduction(graph_module, sites, replace(reductions[name].start, site=name), layout)
+    insertion = _Insertion(graph_module, sites, layout, reductions)
     of_images = [name for name in ordered if split_site(name)[0] != "decoder"]
     for name in of_images:
         if sites.merged:

@@ -22,9 +22,11 @@ from deos_fx import presets
 from deos_fx.budget import Budget
 from deos_fx.operator.relaxed import RelaxedReduction
 from deos_fx.passes.discretise import discretise
+from deos_fx.passes.find_sites import Sites
 from deos_fx.passes.insert_relaxed import insert_relaxed
 from deos_fx.passes.lagrangian import AugmentedLagrangian
 from deos_fx.passes.latency import milliseconds
+from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.pipeline import run_graph
 from deos_fx.passes.search_problem import SearchProblem, mean_loss
 from deos_fx.passes.search_space import keep_fractions, relaxed_costs, start_reductions
@@ -63,8 +65,9 @@ def search(
 
     Args:
         model: An unmodified transformers vision-language model.
-        data: Model input dicts (batches), all with equally many images of one size per prompt.
-            With ``labels`` the task is cross-entropy on them, otherwise the distance to the
+        data: Model input dicts (batches), all with equally many images per prompt, those of a
+            batch alike in size. Where the model has more visual tokens for larger images, batches
+            may differ in it, and the policy keeps shares of each image. With ``labels`` the task is cross-entropy on them, otherwise the distance to the
             unreduced model's own predictions. From four batches on, a quarter is held back for
             scoring the rounded candidates.
         budget: At least one limit.
@@ -100,7 +103,7 @@ def search(
     _polish(problem, scoring, "first variations", _FIRST_VARIATIONS)
     start = scoring.best.policy if scoring.candidates else Policy()
     state = SearchState.start(
-        start_reductions(searched, start, problem.visual_tokens),
+        start_reductions(searched, start, problem.layout),
         AugmentedLagrangian(problem.limits),
         {
             "steps": steps,
@@ -133,11 +136,13 @@ def _descend(
     progress: Progress | None,
 ) -> bool:
     """Take the gradient steps; returns whether they were interrupted."""
-    captured = problem.captured.copy()
-    graph = insert_relaxed(captured.graph_module, problem.sites, state.by_site(), problem.layout)
+    graphs = {
+        batch.layout: _relaxed(problem, state.by_site(), batch.layout)
+        for batch in problem.training
+    }
     try:
         while state.step < steps:
-            _step(problem, state, graph, steps, seed)
+            _step(problem, state, graphs, steps, seed)
             if progress is not None:
                 progress("steps", state.step, steps)
             if checkpoint is not None and state.step % _CHECKPOINT_EVERY == 0:
@@ -150,8 +155,19 @@ def _descend(
     return False
 
 
+def _relaxed(
+    problem: SearchProblem, reductions: Mapping[str, RelaxedReduction], layout: PromptLayout
+) -> fx.GraphModule:
+    graph_module = problem.captured.copy().graph_module
+    return insert_relaxed(graph_module, problem.sites, reductions, layout)
+
+
 def _step(
-    problem: SearchProblem, state: SearchState, graph: fx.GraphModule, steps: int, seed: int
+    problem: SearchProblem,
+    state: SearchState,
+    graphs: Mapping[PromptLayout, fx.GraphModule],
+    steps: int,
+    seed: int,
 ) -> None:
     """One step: task loss and penalty of one batch, gradients of the policy parameters alone."""
     temperature = _gate_temperature(state.step, steps)
@@ -159,7 +175,7 @@ def _step(
     for reduction in reductions.values():
         reduction.gate_temperature = temperature
     batch = problem.training[_batch_index(state.step, len(problem.training), seed)]
-    task = batch.target.loss(run_graph(graph, batch.inputs)["logits"])
+    task = batch.target.loss(run_graph(graphs[batch.layout], batch.inputs)["logits"])
     costs = relaxed_costs(reductions, problem.cost, problem.latency)
     loss = task + state.lagrangian.penalty(costs)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
@@ -266,11 +282,14 @@ def _from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
     proposals = []
     signature = problem.cost.signature
     share = problem.limits.get("visual_tokens", math.inf) / problem.layout.images
-    tokens = min(share, signature.visual_tokens)
+    tokens = min(share, problem.visual_tokens)
     for name in presets.fitted():
         try:
-            policy = presets.fit(name, tokens, signature.decoder_layers, signature.visual_tokens)
+            policy = presets.fit(name, tokens, signature.decoder_layers, problem.visual_tokens)
         except ValueError:
+            continue
+        policy = problem.of_any_size(_with_own_scores(problem.sites, policy))
+        if not problem.runs(policy):
             continue
         fitted = policy if problem.meets(policy) else problem.fit(policy)
         if fitted is not None:
@@ -278,17 +297,27 @@ def _from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
     return proposals
 
 
+def _with_own_scores(sites: Sites, policy: Policy) -> Policy:
+    """The policy with scores that the model has: ranked by novelty where one is missing."""
+    steps = [
+        replace(step, scores={"novelty": 1.0})
+        if not set(step.scores) <= set(sites[step.site].scores)
+        else step
+        for step in policy.reductions
+    ]
+    return replace(policy, reductions=tuple(steps))
+
+
 def _polish(problem: SearchProblem, scoring: _Scoring, stage: str, most: int) -> None:
     """Try single changes of the best candidate while they help, `most` in all."""
     left = most
-    signature = problem.cost.signature
     improved = bool(scoring.candidates)
     while improved and left:
         improved = False
         best = scoring.best
         origin = best.source.removeprefix("refined ")
-        for policy in variations(best.policy, problem.sites, signature.visual_tokens):
-            fitted = problem.fit(policy)
+        for policy in variations(best.policy, problem.sites, problem.visual_tokens):
+            fitted = problem.fit(policy) if problem.runs(policy) else None
             if fitted is None or scoring.has(fitted):
                 continue
             if not left:
@@ -344,6 +373,4 @@ def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
         relaxed.gate_temperature = _GATE_TEMPERATURES[1]
         reductions[reduction.site] = relaxed
         present = count
-    captured = problem.captured.copy()
-    graph = insert_relaxed(captured.graph_module, problem.sites, reductions, problem.layout)
-    return mean_loss(graph, problem.scoring)
+    return mean_loss(lambda layout: _relaxed(problem, reductions, layout), problem.scoring)

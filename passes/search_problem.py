@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from deos_fx.budget import Budget
 from deos_fx.cost import CostModel
 from deos_fx.inputs import complete_inputs, prompt_layout
-from deos_fx.passes.discretise import fit_counts, on_grid, within
+from deos_fx.passes.check_reduction import check_reduction
+from deos_fx.passes.discretise import as_shares, fit_counts, on_grid, within
 from deos_fx.passes.find_sites import Site, Sites
 from deos_fx.passes.latency import LatencyTable
 from deos_fx.passes.layout import PromptLayout
@@ -21,7 +22,7 @@ from deos_fx.passes.objective import Target, labelled, self_distilled
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.policy import Policy
 from deos_fx.reduction import Reduction, site_order, split_site
-from deos_fx.signature import signature_of
+from deos_fx.signature import image_token_of, signature_of, sizes_vary
 
 __all__ = ["SearchBatch", "SearchProblem", "mean_loss"]
 
@@ -30,20 +31,27 @@ _LATENCY_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class SearchBatch:
-    """One batch: explicit model inputs and what its logits are compared with."""
+    """One batch: explicit model inputs, whose prompts are alike, and the goal for its logits."""
 
     inputs: dict[str, Any]
+    layout: PromptLayout
     target: Target
 
 
 @dataclass(frozen=True)
 class SearchProblem:
-    """Everything that stays the same during a search."""
+    """Everything that stays the same during a search.
+
+    Where images are of several sizes, ``layout``, ``cost`` and ``limits`` are those of the longest
+    prompts, and policies keep shares of each image, which are held to every batch's own limits.
+    """
 
     model: PreTrainedModel
     captured: Captured
     layout: PromptLayout
     cost: CostModel
+    other_costs: list[CostModel]
+    budget: Budget
     latency: LatencyTable | None
     limits: dict[str, float]
     training: list[SearchBatch]
@@ -57,21 +65,29 @@ class SearchProblem:
         raw = [_checked(model, batch) for batch in data]
         if not raw:
             raise ValueError("data is empty: give at least one dict of model inputs.")
-        layout = _common_layout(model, raw)
-        longest = max(raw, key=lambda batch: batch["input_ids"].shape[1])
-        cost = CostModel.of_inputs(model, longest).of_one_prompt()
-        limits = budget.limits(cost.of_policy(Policy()))
-        example = {name: value for name, value in raw[0].items() if name != "labels"}
+        layouts = _layouts(model, raw)
+        longest = sorted(raw, key=lambda batch: batch["input_ids"].shape[1])[::-1]
+        costs: dict[PromptLayout, CostModel] = {}
+        for batch in longest:
+            cost = CostModel.of_inputs(model, batch)
+            costs.setdefault(cost.layout, cost.of_one_prompt())
+        cost, *others = costs.values()
+        example = {name: value for name, value in longest[0].items() if name != "labels"}
         captured = capture_call(model.eval(), example)
-        batches = [_with_target(model, captured, batch) for batch in raw]
+        batches = [
+            _with_target(model, captured, batch, layout)
+            for batch, layout in zip(raw, layouts, strict=True)
+        ]
         held_back = len(batches) // 4
         problem = cls(
             model=model,
             captured=captured,
-            layout=layout,
+            layout=cost.layout,
             cost=cost,
+            other_costs=others,
+            budget=budget,
             latency=None,
-            limits=limits,
+            limits=budget.limits(cost.of_policy(Policy())),
             training=batches[: len(batches) - held_back],
             scoring=batches[len(batches) - held_back :] or batches,
         )
@@ -124,30 +140,54 @@ class SearchProblem:
 
     def prefill(self, policy: Policy) -> Callable[[], object]:
         """The static prefill of one prompt, to be timed."""
-        graph = lower_call(self.captured.copy(), policy, self.layout)
-        rows = {"pixel_values": self.layout.images}
-        inputs = {
-            name: value[: rows.get(name, 1)] if isinstance(value, Tensor) else value
-            for name, value in self.scoring[0].inputs.items()
-        }
+        longest = max(self.scoring, key=lambda batch: batch.inputs["input_ids"].shape[1])
+        graph = lower_call(self.captured.copy(), policy, longest.layout)
+        inputs = _first_prompt(longest.inputs)
         return torch.no_grad()(lambda: run_graph(graph, inputs))
 
     def amounts(self, policy: Policy) -> dict[str, float]:
-        """What a policy costs, under the names of the budget's limits."""
+        """What a policy costs, under the names of the budget's limits.
+
+        Where images are of several sizes, what it costs of the limits of the hardest.
+        """
         cost = self.cost.of_policy(policy)
-        amounts = {
-            "visual_tokens": cost.visual_tokens,
-            "flops": cost.flops,
-            "kv_cache": cost.kv_bytes,
-        }
+        amounts: dict[str, float] = dict(cost.amounts)
+        for other in self.other_costs:
+            own = self.budget.limits(other.of_policy(Policy()))
+            for name, amount in other.of_policy(policy).amounts.items():
+                if name in own:
+                    share = amount / own[name]
+                    amounts[name] = max(amounts[name], share * self.limits[name])
         if self.latency is not None:
             amounts["latency_ms"] = self.latency.predict(cost.visual_tokens_per_layer).item()
         return amounts
 
+    def of_any_size(self, policy: Policy) -> Policy:
+        """The policy for images of any size, if the model takes such."""
+        return as_shares(policy, self.visual_tokens) if sizes_vary(self.model) else policy
+
     def fit(self, policy: Policy) -> Policy | None:
         """The policy with the largest counts that meet every limit, if any do."""
-        fitted = fit_counts(policy, self.visual_tokens, self.amounts, self.limits)
-        return None if fitted is None else on_grid(fitted, *self.layout.grid)
+        fitted = fit_counts(
+            policy, self.visual_tokens, lambda it: self.amounts(self.of_any_size(it)), self.limits
+        )
+        if fitted is None:
+            return None
+        return self.of_any_size(on_grid(fitted, *self.layout.grid))
+
+    def runs(self, policy: Policy) -> bool:
+        """Whether the model can be reduced like that, for images of any size it takes."""
+        by_grid = any(step.selector == "grid" for step in policy.reductions)
+        if by_grid and sizes_vary(self.model):
+            # What splits the grid of one image does not split that of the next.
+            return False
+        graph_module = self.captured.graph_module
+        try:
+            for step in policy.reductions:
+                check_reduction(graph_module, self.sites, step, self.layout)
+        except ValueError:
+            return False
+        return True
 
     def meets(self, policy: Policy) -> bool:
         """Whether it meets every limit as it is."""
@@ -155,8 +195,9 @@ class SearchProblem:
 
     def static_loss(self, policy: Policy) -> float:
         """Task loss of the static graph, mean over the scoring batches."""
-        graph = lower_call(self.captured.copy(), policy, self.layout)
-        return mean_loss(graph, self.scoring)
+        return mean_loss(
+            lambda layout: lower_call(self.captured.copy(), policy, layout), self.scoring
+        )
 
 
 def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,46 +214,65 @@ def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]
     return complete_inputs(model, moved | {"use_cache": False})
 
 
-def _common_layout(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> PromptLayout:
-    """The layout of all batches, after checking that they agree."""
+def _layouts(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> list[PromptLayout]:
+    """The layout of every batch, after checking that a policy can fit them all."""
     layouts = [prompt_layout(model, batch) for batch in batches]
     sizes = sorted({tuple(batch["pixel_values"].shape[1:]) for batch in batches})
-    if len(sizes) > 1:
+    if len(sizes) > 1 and not sizes_vary(model):
         raise ValueError(
             f"The images of data vary in size: {', '.join(map(str, sizes))} (channels, height, "
             "width). Resize them to one size, as the model's processor does."
         )
-    if len(set(layouts)) > 1:
-        counts = sorted({layout.images for layout in layouts})
+    counts = sorted({layout.images for layout in layouts})
+    if len(counts) > 1:
         raise ValueError(
             f"The prompts of data have {counts} images; search with equally many in every prompt."
         )
     structures = sorted({tuple(sorted(batch)) for batch in batches})
     if len(structures) > 1:
         raise ValueError(f"The batches of data have different inputs: {structures}.")
-    return layouts[0]
+    return layouts
 
 
 def _with_target(
-    model: PreTrainedModel, captured: Captured, batch: Mapping[str, Any]
+    model: PreTrainedModel, captured: Captured, batch: Mapping[str, Any], layout: PromptLayout
 ) -> SearchBatch:
     inputs = dict(batch)
     labels = inputs.pop("labels", None)
-    visual = inputs["input_ids"] == model.config.image_token_id
+    visual = inputs["input_ids"] == image_token_of(model)
     if labels is not None:
-        return SearchBatch(inputs, labelled(labels, visual))
-    return SearchBatch(
-        inputs,
-        self_distilled(inputs, visual, lambda **given: run_graph(captured.graph_module, given)),
+        return SearchBatch(inputs, layout, labelled(labels, visual))
+    target = self_distilled(
+        inputs, visual, lambda **given: run_graph(captured.graph_module, given)
     )
+    return SearchBatch(inputs, layout, target)
+
+
+def _first_prompt(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The first prompt of a batch whose prompts are alike."""
+    batch = len(inputs["input_ids"])
+
+    def first(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        # Positions may have several coordinates [k, B, N], or be those of all rows [1, N].
+        axis = value.ndim - 2 if name == "position_ids" else 0
+        return value.narrow(axis, 0, max(1, value.shape[axis] // batch))
+
+    return {name: first(name, value) for name, value in inputs.items()}
 
 
 @torch.no_grad()
-def mean_loss(graph: fx.GraphModule, batches: Sequence[SearchBatch]) -> float:
-    """Mean task loss of a relaxed or static graph over batches."""
+def mean_loss(
+    graph_for: Callable[[PromptLayout], fx.GraphModule], batches: Sequence[SearchBatch]
+) -> float:
+    """Mean task loss over batches, of a relaxed or static graph for each layout."""
+    graphs: dict[PromptLayout, fx.GraphModule] = {}
     losses = []
     for batch in batches:
-        output = run_graph(graph, batch.inputs)
+        if batch.layout not in graphs:
+            graphs[batch.layout] = graph_for(batch.layout)
+        output = run_graph(graphs[batch.layout], batch.inputs)
         spaces = output.get("spaces")
         origin = spaces[-1]["origin"] if spaces else None
         losses.append(float(batch.target.loss(output["logits"], origin)))

@@ -12,6 +12,7 @@ from deos_fx.cost import CostModel
 from deos_fx.operator.relaxed import RelaxedReduction
 from deos_fx.passes.find_sites import Site
 from deos_fx.passes.latency import LatencyTable
+from deos_fx.passes.layout import PromptLayout
 from deos_fx.policy import Policy
 from deos_fx.reduction import Reduction, split_site
 
@@ -22,7 +23,7 @@ _ACTIVE, _DORMANT = 0.95, 0.1
 
 
 def start_reductions(
-    sites: Sequence[Site], policy: Policy, visual_tokens: int
+    sites: Sequence[Site], policy: Policy, layout: PromptLayout
 ) -> dict[str, RelaxedReduction]:
     """One relaxed reduction a site, near a policy where it has one.
 
@@ -33,16 +34,16 @@ def start_reductions(
     Args:
         sites: The sites to search.
         policy: Where to start; the empty policy starts with every site half active.
-        visual_tokens: Visual tokens of one image.
+        layout: The prompts.
 
     Returns:
         Site name -> relaxed reduction, in order of depth.
     """
     known = {reduction.site: reduction for reduction in policy.reductions}
-    present = visual_tokens
+    present = visual_tokens = layout.tokens_per_image
     reductions = {}
     for site in sites:
-        start = _undecided(site)
+        start = _undecided(site, layout.placed)
         activation, retention = (0.5 if policy.is_empty else _DORMANT), 0.5
         if site.name in known:
             count = known[site.name].count(visual_tokens)
@@ -52,10 +53,11 @@ def start_reductions(
     return reductions
 
 
-def _undecided(site: Site) -> Reduction:
+def _undecided(site: Site, placed: bool) -> Reduction:
     """A reduction between all regimes, ranking mostly by attention."""
     in_decoder = site.name.startswith("decoder")
     attention = ("last_text_attention", "text_attention") if in_decoder else ("cls_attention",)
+    by_grid = placed and not in_decoder
     weights = dict.fromkeys(attention, 3.0) | {"feature_norm": 1.0, "novelty": 1.0}
     return Reduction(
         site.name,
@@ -64,7 +66,7 @@ def _undecided(site: Site) -> Reduction:
         gain=0.5,
         temperature=0.1,
         mass_bias=0.25,
-        similarity={"feature": 1.0} if in_decoder else {"feature": 0.5, "grid": 0.5},
+        similarity={"feature": 0.5, "grid": 0.5} if by_grid else {"feature": 1.0},
     )
 
 
@@ -110,7 +112,7 @@ def relaxed_costs(
         0-dim costs under the names of the budget's limits.
     """
     images, layers = cost.images, cost.signature.decoder_layers
-    present = torch.tensor(float(images * cost.signature.visual_tokens))
+    present = torch.tensor(float(images * cost.tokens_per_image))
     counts = [present] * layers
     patches = [present / images] * (cost.tower_blocks + 1)
     overhead = torch.zeros(())

@@ -1,0 +1,59 @@
+"""Whether a reduction can be inserted: what its site, the prompts and the positions allow."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from deos_fx.operator import required_features
+from deos_fx.passes.features import OBSERVED
+from deos_fx.passes.find_sites import Site, Sites
+from deos_fx.passes.layout import PromptLayout
+from deos_fx.reduction import Reduction, split_site
+
+__all__ = ["check_reduction"]
+
+
+def check_reduction(
+    graph_module: fx.GraphModule, sites: Sites, reduction: Reduction, layout: PromptLayout
+) -> Site:
+    """Refuse what cannot be done, before the graph is changed.
+
+    Args:
+        graph_module: A captured, annotated prefill graph.
+        sites: Its sites.
+        reduction: What to do where.
+        layout: The prompts.
+
+    Returns:
+        The reduction's site.
+
+    Raises:
+        ValueError: If the site cannot be used or lacks something that the reduction needs.
+    """
+    name = reduction.site
+    site = sites.usable(name, reduction.scores)
+    needs = required_features(reduction)
+    before_decoder = split_site(name)[0] != "decoder"
+    hidden_from = sorted(need for need in needs if need.partition("@")[0] in OBSERVED)
+    if before_decoder and hidden_from and not sites.sees_tower:
+        raise ValueError(
+            f"{name} has no {', '.join(hidden_from)}: its tokens are not those of a block of the "
+            "vision tower. Use scores and similarities of the features themselves."
+        )
+    if before_decoder and sites.merged and reduction.order != "position":
+        raise ValueError(
+            f"{name}: the features of this model enter the prompt in the order of the image. Use "
+            "order='position'."
+        )
+    if "grid" in needs and not layout.placed:
+        raise ValueError(
+            f"{name}: rows and columns of the visual tokens are not known for images of these "
+            "sizes. Use scores, similarities and a selector that do not need the grid."
+        )
+    (ids,) = (node for node in graph_module.graph.nodes if node.name == "position_ids")
+    if reduction.position != "keep" and len(ids.meta["shape"]) != 2:
+        raise ValueError(
+            f"position {reduction.position!r} works where a position is one number, and this "
+            "model's have several coordinates: use position='keep'."
+        )
+    return site
