@@ -114,13 +114,15 @@ class SiteFeatures(dict[str, Any]):
         self.block = block
         self.call = call
         self.makers = dict(makers or {})
-        self.hidden, self.anchor = block, block.next
         self._asked: dict[str, AskedNodes] = {}
         self._seen: dict[tuple[str, Observation, str], fx.Node] = {}
         wanted = self._wanted(needs)
         for where in wanted:
             self._check_space(where, reduced)
         self._behind = wanted.pop("next", [])
+        if self._behind:
+            self._bring_forward()
+        self.hidden, self.anchor = block, block.next
         for where in sorted(wanted, key=self._depth):
             self._observe(where, wanted[where])
 
@@ -217,6 +219,31 @@ class SiteFeatures(dict[str, Any]):
             self._asked[of] = self._ask(of, hidden)
         return self._asked[of] if of else None
 
+    def _bring_forward(self) -> None:
+        """Make what the block behind is given, such as the mask of its kind, before this one."""
+        graph = self.graph_module.graph
+        following = self._next_block()
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        stack = [] if following is None else following.all_input_nodes
+        late: set[fx.Node] = set()
+        while stack:
+            node = stack.pop()
+            if order[node] > order[self.block] and node not in late:
+                late.add(node)
+                stack.extend(node.all_input_nodes)
+        for node in sorted(late, key=order.__getitem__):
+            if self.block not in node.all_input_nodes and not late.intersection(
+                node.all_input_nodes
+            ):
+                self.block.prepend(node)
+                late.remove(node)
+
+    def _next_block(self) -> fx.Node | None:
+        stage, _, index = self._own.partition(".")
+        name = f"{stage}_{int(index) + 1}"
+        nodes = self.graph_module.graph.nodes
+        return next((node for node in nodes if node.name == name), None)
+
     def _peek(self) -> None:
         """Look into the block behind this one, which need not be in the graph."""
         stage, _, index = self._own.partition(".")
@@ -226,8 +253,7 @@ class SiteFeatures(dict[str, Any]):
             raise ValueError(
                 f"{self.site} cannot observe 'next': no block comes behind {self._own}."
             )
-        nodes = {node.name: node for node in self.graph_module.graph.nodes}
-        like = nodes.get(name, self.block)
+        like = self._next_block() or self.block
         peek = f"{name}_at_{self.site.replace('.', '')}"
         asked = [(item, self._queries(of, self.hidden)) for item, of in self._behind]
         seen = peek_block(self.graph_module, blocks[name], peek, like, self.hidden, asked)
