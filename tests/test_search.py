@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from families import prompts, shared
 from tiny import inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
+from deos_fx import transform
 from deos_fx.budget import Budget
+from deos_fx.passes import search as search_module
 from deos_fx.passes.search import search
 from deos_fx.search_result import SearchResult
 
@@ -168,3 +171,41 @@ def test_sites_in_the_tower_are_searched_if_asked_for(
     assert reduced and reduced <= set(sites) and reduced & {"vision.0", "vision.1"}
     with pytest.raises(ValueError, match="vision.2 cannot be reduced: its output is not used"):
         search(model, data, budget=Budget(flops=0.6), sites=["vision.2"])
+
+
+@pytest.fixture
+def few_variations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_module, "_FIRST_VARIATIONS", 1)
+    monkeypatch.setattr(search_module, "_VARIATIONS", 1)
+
+
+@pytest.mark.usefixtures("few_variations")
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm", "gemma3", "internvl"])
+def test_families(name: str) -> None:
+    model, batch = shared(name), prompts(name, 2)
+    found = search(model, [batch], budget=Budget(visual_tokens=0.3, flops=0.8), steps=1)
+    sources = {candidate.source for candidate in found.candidates}
+    assert {"preset fastv", "preset merge", "step 1"} <= sources
+    report = transform(model, policy=found.policy).cost(**batch)
+    assert report.after.visual_tokens <= 0.3 * report.before.visual_tokens
+    assert report.after.flops <= 0.8 * report.before.flops
+    shares = name in ("qwen2_5_vl", "smolvlm")
+    assert all(isinstance(step.keep, float) == shares for step in found.policy.reductions)
+
+
+@pytest.mark.usefixtures("few_variations")
+def test_batches_with_images_of_other_sizes() -> None:
+    model, large = shared("qwen2_5_vl"), prompts("qwen2_5_vl")
+    # 8 x 8 patches, merged by twos: 16 visual tokens instead of 32.
+    keep = torch.ones(large["input_ids"].shape[1], dtype=torch.bool)
+    keep[5:21] = False
+    small = {
+        name: value[:, keep] if value.shape[-1] == len(keep) else value
+        for name, value in large.items()
+    }
+    small["image_grid_thw"] = torch.tensor([[1, 8, 8]])
+    small["pixel_values"] = large["pixel_values"][:64]
+    found = search(model, [large, small], budget=Budget(visual_tokens=0.3), steps=1)
+    for batch in (large, small):
+        report = transform(model, policy=found.policy).cost(**batch)
+        assert report.after.visual_tokens <= 0.3 * report.before.visual_tokens
