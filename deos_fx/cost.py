@@ -15,16 +15,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deos_fx.images import encoder_inputs
 from deos_fx.inputs import prompt_layout
 from deos_fx.measure import Decoder, Encoder, measure_decoder, measure_encoder
 from deos_fx.operator import required_features
 from deos_fx.operator_cost import Amount, SiteSizes, operator_flops, relaxed_flops
 from deos_fx.passes.features import OBSERVED
 from deos_fx.passes.find_blocks import find_blocks
-from deos_fx.passes.layout import PromptLayout, first_layer, grid_after, grid_of_prompt
+from deos_fx.passes.layout import PromptLayout, first_layer, grid_after
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduction import split_site
 from deos_fx.seam import Observation
@@ -33,7 +35,6 @@ from deos_fx.signature import (
     has_class_token,
     image_token_of,
     signature_of,
-    size_inputs,
     sizes_vary,
 )
 
@@ -139,8 +140,8 @@ class CostModel:
         text_tokens: Tokens of a prompt that are not visual, padding included.
         batch: Prompts.
         logits_to_keep: Positions of each prompt whose logits are computed; 0 for all of them.
-        images: Arguments of the model's ``get_image_features``, for all prompts together. Only
-            where images are all of one size, they need not be given.
+        encoded: Arguments of the methods that encode images and videos, for all prompts together.
+            Only where images are all of one size, they need not be given.
 
     Raises:
         TypeError: If `model` is not a transformers model.
@@ -155,7 +156,7 @@ class CostModel:
         batch: int = 1,
         *,
         logits_to_keep: int = 0,
-        images: Mapping[str, Any] | None = None,
+        encoded: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.signature = signature_of(model)
         self.layout = layout
@@ -163,9 +164,9 @@ class CostModel:
         self.batch = batch
         self.logits_to_keep = logits_to_keep
         self._model = model
-        self._images = images
-        self._encoded = batch
-        self._opaque = sizes_vary(model)
+        self._encoded = encoded or {}
+        self._encoded_prompts = batch
+        self._opaque = sizes_vary(model) or "get_video_features" in self._encoded
         self._width = model.config.get_text_config().hidden_size
         self._head = linear_flops([model.get_output_embeddings()])
         self._class_tokens = int(has_class_token(model))
@@ -211,14 +212,13 @@ class CostModel:
         layout = prompt_layout(model, inputs)
         batch, length = inputs["input_ids"].shape
         kept = inputs.get("logits_to_keep", 0)
-        names = {"pixel_values", *size_inputs(model)} & inputs.keys()
         return cls(
             model,
             layout,
-            length - layout.images * layout.tokens_per_image,
+            length - sum(layout.sizes),
             batch,
             logits_to_keep=len(kept) if isinstance(kept, Tensor) else kept,
-            images={name: inputs[name] for name in sorted(names)},
+            encoded=encoder_inputs(model, inputs),
         )
 
     def of_one_prompt(self) -> CostModel:
@@ -295,7 +295,8 @@ class CostModel:
         site = self._site(reduction)
         observed = site.observed_flops(_observed(reduction), before, before, self.text_tokens)
         operator = relaxed_flops(reduction, before, after, site.sizes)
-        return site.rows * (observed + operator)
+        rows = self.batch * (1 if site.stage == "decoder" else self.images)
+        return rows * (observed + operator)
 
     # *** of a policy; exact ***
 
@@ -326,12 +327,12 @@ class CostModel:
             ValueError: If it does not fit the model.
         """
         policy.check(self.signature)
-        tokens = self.tokens_per_image
-        per_layer = [tokens] * len(self._decoder)
-        for reduction, kept in zip(policy.reductions, policy.counts(tokens), strict=True):
+        per_layer = [sum(self.layout.sizes)] * len(self._decoder)
+        of_images = zip(*map(policy.counts, self.layout.sizes), strict=True)
+        for reduction, kept in zip(policy.reductions, of_images, strict=True):
             first = first_layer(reduction.site)
-            per_layer[first:] = [kept] * (len(per_layer) - first)
-        return [self.images * count for count in per_layer]
+            per_layer[first:] = [sum(kept)] * (len(per_layer) - first)
+        return per_layer
 
     @property
     def tower_blocks(self) -> int:
@@ -344,11 +345,12 @@ class CostModel:
         Args:
             policy: A policy for this model.
         """
-        tokens = self.tokens_per_image
+        tokens = 0 if self._opaque else self.tokens_per_image
         per_block = [tokens] * (self.tower_blocks + 1)
-        for reduction, kept in zip(policy.reductions, policy.counts(tokens), strict=True):
+        for reduction in policy.reductions:
             stage, block = split_site(reduction.site)
             if stage == "vision":
+                kept = reduction.count(tokens)
                 per_block[block + 1 :] = [kept] * (self.tower_blocks - block)
         return per_block
 
@@ -359,35 +361,53 @@ class CostModel:
             policy: A policy for this model.
         """
         total = 0
-        present = self.tokens_per_image
         inside = self.patches(policy)
-        at_decoder = self.counts(policy)[0]
-        grid: Tensor | None = self.layout.grid_tensor(1)
-        at_once = 1
+        sizes = self.layout.sizes
+        together = [
+            _Together(len(alike), (sizes[alike[0]],), sizes[alike[0]], self._cells(alike[0]))
+            for alike in self.layout.alike()
+        ]
+        in_decoder = False
         known: set[_Seen] = set()
-        for reduction, kept in zip(policy.reductions, policy.counts(present), strict=True):
+        for reduction in policy.reductions:
             stage, layer = split_site(reduction.site)
-            if stage == "decoder" and at_once < self.images:
-                at_once = self.images
-                grid = None if grid is None else grid_of_prompt(grid, self.images)
-            site = self._site(reduction)
-            before, after = at_once * present, at_once * kept
-            seen = _observed(reduction)
-            attended = before
+            if stage == "decoder" and not in_decoder:
+                in_decoder, together = True, [self._of_prompt(together)]
+            site, seen = self._site(reduction), _observed(reduction)
             if stage == "projector":
                 # A cut right behind the last block looks into the same block.
-                attended = inside[self.tower_blocks - 1]
                 seen = seen - known
             known = seen if stage == "vision" and layer == self.tower_blocks - 1 else set()
-            total += site.rows * int(
-                site.observed_flops(seen, attended, before, self.text_tokens)
-                + self._operator_flops(reduction, before, after, site.sizes, grid)
-            )
-            grid = _grid_after(reduction, after, grid)
-            present = kept
+            for group in together:
+                before, after = group.present, sum(map(reduction.count, group.images))
+                attended = inside[self.tower_blocks - 1] if stage == "projector" else before
+                total += group.rows * int(
+                    site.observed_flops(seen, attended, before, self.text_tokens)
+                    + self._operator_flops(reduction, before, after, site.sizes, group.grid)
+                )
+                group.grid = _grid_after(reduction, after, group.grid)
+                group.present = after
+        total *= self.batch
         if any(of == "raters" for step in policy.reductions for _, _, of in _observed(step)):
-            total += self.batch * 2 * self._width * at_decoder * self.text_tokens
+            total += self.batch * 2 * self._width * self.counts(policy)[0] * self.text_tokens
         return total
+
+    def _cells(self, image: int) -> Tensor:
+        """The grid of one image."""
+        grids = self.layout.grids or (self.layout.grid,) * self.images
+        return PromptLayout(0, 1, grids[image]).grid_tensor(1)
+
+    def _of_prompt(self, images: Sequence[_Together]) -> _Together:
+        """The tokens of a prompt, from those of its images of each size."""
+        present = sum(group.rows * group.present for group in images)
+        grid = None
+        if all(group.grid is not None for group in images):
+            # Which image comes first does not change a cost.
+            parts = [group.grid for group in images for _ in range(group.rows)]
+            grid = torch.cat(
+                [part + torch.tensor([i, 0, 0]) for i, part in enumerate(parts) if part is not None]
+            )
+        return _Together(1, self.layout.sizes, present, grid)
 
     # *** parts ***
 
@@ -413,15 +433,19 @@ class CostModel:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        """Of one image; of all images of the call where their sizes matter."""
-        if not self._opaque:
-            return measure_encoder(self._model)
-        if self._images is None:
+        """Of one image as large as the config says."""
+        return measure_encoder(self._model)
+
+    @cached_property
+    def _opaque_encoding(self) -> int:
+        """FLOPs of all images and videos of the call, whose sizes matter."""
+        if not self._encoded:
             raise ValueError(
                 f"What encoding an image of a {self.signature.model_type} model costs depends on "
                 "its size: give inputs of a call."
             )
-        return measure_encoder(self._model, self._images)
+        calls = self._encoded.items()
+        return sum(measure_encoder(self._model, given, encode).total for encode, given in calls)
 
     @cached_property
     def _vision(self) -> list[_Block]:
@@ -445,7 +469,7 @@ class CostModel:
     def _encoding(self, patches: Sequence[Amount]) -> Amount:
         """FLOPs of encoding all images: patch embedding, vision blocks, projector."""
         if self._opaque:
-            return self._encoder.total * self.batch / self._encoded
+            return self._opaque_encoding * self.batch / self._encoded_prompts
         *in_blocks, in_projector = patches
         whole = self.tokens_per_image
         tower: Amount = 0
@@ -464,7 +488,6 @@ class CostModel:
             block=block,
             following=blocks[index + 1] if index + 1 < len(blocks) else None,
             others=self.text_tokens if stage == "decoder" else self._class_tokens,
-            rows=self.batch * (1 if stage == "decoder" else self.images),
             sizes=SiteSizes(
                 width=block.width if block and stage == "vision" else self._width,
                 key=block.dim if block else 0,
@@ -495,6 +518,23 @@ def _grid_after(reduction: Reduction, count: int, grid: Tensor | None) -> Tensor
         return None
 
 
+@dataclass
+class _Together:
+    """Tokens that a reduction sees together: of one image, in the decoder of a prompt.
+
+    Attributes:
+        rows: How often a prompt has such.
+        images: Visual tokens of their images before any reduction.
+        present: Tokens that are left.
+        grid: Image, row and column of those; None if that depends on the input.
+    """
+
+    rows: int
+    images: tuple[int, ...]
+    present: int
+    grid: Tensor | None
+
+
 _Seen: TypeAlias = tuple[str, Observation, str]
 """Where, what and of whose queries: see `deos_fx.passes.features`."""
 
@@ -514,7 +554,6 @@ class _Site:
         block: The block before it.
         following: The block behind it.
         others: Tokens of a row that are not visual.
-        rows: Rows of the batch: prompts, or images.
         sizes: Of features.
     """
 
@@ -522,7 +561,6 @@ class _Site:
     block: _Block | None
     following: _Block | None
     others: int
-    rows: int
     sizes: SiteSizes
 
     def observed_flops(

@@ -13,7 +13,7 @@ from deos_fx.operator.transfer import importance
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduction import split_site
-from deos_fx.tokens import are_visual, kept_of_prompt, take, visual_positions
+from deos_fx.tokens import kept_of_prompt, take
 
 __all__ = ["SiteExplanation", "explain"]
 
@@ -73,8 +73,10 @@ def explain(
     names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
         watching.run(*(inputs[name] for name in names))
-    total = layout.images * layout.tokens_per_image
-    positions = visual_positions(inputs["input_ids"], layout.image_token, total)
+    if policy.is_empty:
+        return []
+    layout.tokens_per_image  # noqa: B018 - refuses images of several sizes
+    positions = watching.seen[""]["visual"]
     mass = torch.ones(positions.shape, device=positions.device)
     slots = _Slots(positions, inputs["input_ids"], layout)
     explanations = []
@@ -120,7 +122,7 @@ class _Slots:
     """
 
     def __init__(self, visual: Tensor, input_ids: Tensor, layout: PromptLayout) -> None:
-        text = (~are_visual(input_ids, layout.image_token)).nonzero()[:, 1]
+        text = torch.ones_like(input_ids).scatter(1, visual, 0).nonzero()[:, 1]
         self.text = text.reshape(len(input_ids), -1)
         self.placeholders = visual.unflatten(1, (layout.images, -1))
         self.now = visual

@@ -25,7 +25,14 @@ from deos_fx.passes.shapes_only import ShapesOnly
 from deos_fx.signature import grid_of, image_token_of, size_inputs, sizes_vary, video_token_of
 from deos_fx.tokens import is_separator
 
-__all__ = ["PromptImages", "has_images", "image_inputs", "images_of_prompts", "media_of_rows"]
+__all__ = [
+    "PromptImages",
+    "encoder_inputs",
+    "has_images",
+    "image_inputs",
+    "images_of_prompts",
+    "media_of_rows",
+]
 
 _ENCODED: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, list[_Item]]]
 _ENCODED = weakref.WeakKeyDictionary()
@@ -310,6 +317,19 @@ def _media(model: PreTrainedModel, kind: _Kind) -> frozenset[str]:
         return size_inputs(model) | {kind.pixels}
     takes = inspect.signature(getattr(model.base_model, kind.encode)).parameters
     return frozenset(takes) & frozenset(inspect.signature(type(model).forward).parameters)
+
+
+def encoder_inputs(
+    model: PreTrainedModel, inputs: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What a call gives to the methods that encode images and videos, by their names."""
+    return {
+        kind.encode: {
+            name: inputs[name] for name in sorted(_media(model, kind)) if name in inputs
+        }
+        for kind in (_IMAGES, _VIDEOS)
+        if kind.pixels in inputs
+    }
 
 
 def media_of_rows(

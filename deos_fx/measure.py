@@ -102,20 +102,26 @@ def measure_decoder(model: PreTrainedModel) -> Decoder:
     return _once(model, "decoder", lambda: _decoder(model))
 
 
-def measure_encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = None) -> Encoder:
+def measure_encoder(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor] | None = None,
+    encode: str = "get_image_features",
+) -> Encoder:
     """Measure the encoding of images; nothing of it runs and no weight is touched.
 
     Args:
         model: A transformers vision-language model.
-        inputs: Arguments of its ``get_image_features``; None for one image as large as its config
+        inputs: Arguments of the method that encodes; None for one image as large as its config
             says, which is measured once for each model.
+        encode: The method of its core that encodes.
 
     Raises:
         ValueError: If the encoder reads the numbers of its pixels.
     """
     if inputs is not None:
-        return _encoder(model, inputs)
-    return _once(model, "encoder", lambda: _encoder(model, {"pixel_values": image_of(model)}))
+        return _encoder(model, inputs, encode)
+    given = {"pixel_values": image_of(model)}
+    return _once(model, "encoder", lambda: _encoder(model, given, encode))
 
 
 def _once(model: PreTrainedModel, what: str, measure: Callable[[], Any]) -> Any:
@@ -201,7 +207,7 @@ def _held(layer: Any) -> _Held:
 # *** the image encoder ***
 
 
-def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Encoder:
+def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor], encode: str) -> Encoder:
     twin = _twin(model)
     blocks = [twin.get_submodule(path) for path in find_blocks(model).vision]
     units = _units(twin.base_model, blocks)
@@ -216,11 +222,14 @@ def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Encoder:
     for unit in units:
         unit.register_forward_pre_hook(note)
     # Code that leaves out padding images looks at pixels.
-    given = {name: x if x.is_meta else x.cpu() for name, x in inputs.items()}
+    given = {
+        name: x.cpu() if isinstance(x, Tensor) and not x.is_meta else x
+        for name, x in inputs.items()
+    }
     with _counting() as counter, torch.enable_grad():
         counts = _watch(counter, units)
         try:
-            output = twin.base_model.get_image_features(**given, return_dict=True)
+            output = getattr(twin.base_model, encode)(**given, return_dict=True)
         except NotImplementedError as error:
             raise ValueError(
                 f"What an image costs is not known for {type(model).__name__}, whose image encoder "
@@ -299,9 +308,13 @@ class _WholeNumbers(TorchDispatchMode):
             args, kwargs = pytree.tree_map_only(Tensor, _without_numbers, (args, kwargs))
             if func is torch.ops.aten._to_copy.default:
                 kwargs = {**kwargs, "device": torch.device("meta")}
-        elif "device" in kwargs:
+        elif "device" in kwargs and func.overloadpacket not in _BUFFERS:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return func(*args, **kwargs)
+
+
+# What code fills with what depends on weights.
+_BUFFERS = {torch.ops.aten.empty, torch.ops.aten.zeros, torch.ops.aten.new_zeros}
 
 
 def _without_numbers(x: Tensor) -> Tensor:

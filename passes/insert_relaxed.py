@@ -91,6 +91,7 @@ def insert_relaxed(
     ordered = sorted(reductions, key=site_order)
     for name in ordered:
         check_reduction(graph_module, sites, replace(reductions[name].start, site=name), layout)
+    _check_layers(graph_module)
     insertion = _Insertion(graph_module, sites, layout, reductions)
     of_images = [name for name in ordered if split_site(name)[0] != "decoder"]
     for name in of_images:
@@ -104,6 +105,21 @@ def insert_relaxed(
         insertion.in_decoder(name)
     insertion.add_output()
     return finish(graph_module)
+
+
+def _check_layers(graph_module: fx.GraphModule) -> None:
+    """Refuse layers that see a token whatever its gate: only attention takes a bias."""
+    convolving = [
+        node.name
+        for node in blocks_behind(next(iter(graph_module.graph.nodes)), "decoder")
+        if isinstance(mask := node.kwargs.get("attention_mask"), fx.Node)
+        and mask.meta.get("padding")
+    ]
+    if convolving:
+        raise ValueError(
+            f"{convolving[0]} is a convolution, which sees a token that is half gone as it sees any "
+            "other: reductions of this model cannot be searched by gradient. Give a policy."
+        )
 
 
 class _Insertion:

@@ -174,7 +174,7 @@ class _Lowering:
         # The position ids of every space so far: a rotary table may read those of any.
         self.position_ids = {sources[0]}
         visual = insert_visual_positions(graph_module, sites, layout, self.call)
-        self.placeholders = visual
+        self.placeholders = self.note("visual", visual)
         self.images = _Images(layout.grid_tensor(1))
         self.space = _Space(visual, layout.grid_tensor(layout.images))
         mask = self.nodes.get("attention_mask")

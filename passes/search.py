@@ -67,9 +67,9 @@ def search(
         model: An unmodified transformers vision-language model.
         data: Model input dicts (batches), all with equally many images per prompt, those of a
             batch alike in size. Where the model has more visual tokens for larger images, batches
-            may differ in it, and the policy keeps shares of each image. With ``labels`` the task is cross-entropy on them, otherwise the distance to the
-            unreduced model's own predictions. From four batches on, a quarter is held back for
-            scoring the rounded candidates.
+            may differ in it, and the policy keeps shares of each image. With ``labels`` the task is
+            cross-entropy on them, otherwise the distance to the unreduced model's own predictions.
+            From four batches on, a quarter is held back for scoring the rounded candidates.
         budget: At least one limit.
         sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the
             projector and all sites in the decoder.
@@ -137,8 +137,7 @@ def _descend(
 ) -> bool:
     """Take the gradient steps; returns whether they were interrupted."""
     graphs = {
-        batch.layout: _relaxed(problem, state.by_site(), batch.layout)
-        for batch in problem.training
+        batch.layout: _relaxed(problem, state.by_site(), batch.layout) for batch in problem.training
     }
     try:
         while state.step < steps:

@@ -242,9 +242,7 @@ def _with_target(
     visual = inputs["input_ids"] == image_token_of(model)
     if labels is not None:
         return SearchBatch(inputs, layout, labelled(labels, visual))
-    target = self_distilled(
-        inputs, visual, lambda **given: run_graph(captured.graph_module, given)
-    )
+    target = self_distilled(inputs, visual, lambda **given: run_graph(captured.graph_module, given))
     return SearchBatch(inputs, layout, target)
 
 

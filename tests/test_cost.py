@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, prompts, shared
+from families import prompts, shared
 from tiny import VISUAL, inputs, shared_llava, tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
@@ -154,6 +154,22 @@ ANYWHERE = Policy(
 )
 
 
+# One of each kind of encoder, mask, cache and experts. torch's counter knows neither grouped
+# experts nor the fused attention kernels of the CPU.
+COUNTED = (
+    "vipllava",
+    "llava_next",
+    "internvl",
+    "aya_vision",
+    "got_ocr2",
+    "smolvlm",
+    "gemma3",
+    "qwen2_5_vl",
+    "qwen3_vl_moe",
+    "llava_mixtral",
+)
+
+
 @pytest.fixture
 def eager(request):
     """A family's model while its attention and its experts count in full."""
@@ -169,7 +185,7 @@ def eager(request):
     model.set_experts_implementation(experts)
 
 
-@pytest.mark.parametrize("eager", FAMILIES, indirect=True)
+@pytest.mark.parametrize("eager", COUNTED, indirect=True)
 def test_families(eager):
     name, model = eager
     reduced, batch = ReducedModel(model, ANYWHERE), prompts(name, 2)

@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.operator.relaxed import RelaxedReduction
+from deos_fx.passes.families import FORMER_IMAGES
 from deos_fx.passes.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import capture_call, lower_call
 from deos_fx.policy import Policy, Reduction
@@ -42,7 +43,8 @@ def model() -> LlavaForConditionalGeneration:
 
 def largest_difference(model: Any, policy: Policy, batch: dict[str, Any] | None = None) -> float:
     batch = batch or inputs(model, batch=2)
-    given = complete_inputs(model, batch | {"use_cache": False})
+    named = {"pixel_values" if key in FORMER_IMAGES else key: x for key, x in batch.items()}
+    given = complete_inputs(model, named | {"use_cache": False})
     layout = prompt_layout(model, given)
     captured = capture_call(model, given)
     relaxed = captured.copy()
@@ -116,21 +118,28 @@ NORM: dict[str, Any] = {"scores": {"feature_norm": 1.0}}
 IN_FAMILIES = {
     "prune": (
         Reduction("projector", 0.5, **NORM),
-        Reduction("decoder.1", 0.25, scores={"text_attention": 1.0}),
+        Reduction("decoder.1", 0.25, **NORM),
     ),
     "merge": (
         Reduction("projector", 0.5, gain=0.5, temperature=0.3, mass_bias=0.5, **NORM),
-        Reduction("decoder.0", 0.25, gain=1.0, similarity={"key": 1.0}, **NORM),
+        Reduction("decoder.0", 0.25, gain=1.0, **NORM),
         Reduction("decoder.2", 0.125, gain=1.0, mass_bias=1.0, **NORM),
     ),
 }
 
 
+# Chameleon's features are rows of a codebook: many tokens of an image are the same.
 @pytest.mark.parametrize("regime", IN_FAMILIES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"chameleon", "lfm2_vl"}))
 def test_families(name: str, regime: str) -> None:
     policy = Policy(IN_FAMILIES[regime])
     assert largest_difference(shared(name), policy, prompts(name, 2)) < 2e-5
+
+
+def test_convolutions_are_refused() -> None:
+    policy = Policy(IN_FAMILIES["prune"])
+    with pytest.raises(ValueError, match="is a convolution"):
+        largest_difference(shared("lfm2_vl"), policy, prompts("lfm2_vl", 2))
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "llava_next"])

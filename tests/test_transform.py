@@ -3,12 +3,15 @@
 from types import SimpleNamespace
 
 import pytest
-from families import FAMILIES, prompts, shared
+from families import prompts, shared
 from tiny import IMAGE, VISUAL, inputs, shared_llava
 from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import deos_fx
 from deos_fx import Budget, Policy, Reduction, presets
+
+# With and without a CLS token, separators, windows, grids of positions and DeepStack.
+SEVERAL = ("vipllava", "llava_next", "pixtral", "internvl", "smolvlm", "gemma3", "qwen3_vl")
 
 
 def kept(reduced):
@@ -109,7 +112,7 @@ def test_default_without_a_class_token():
     assert site.kept.shape == (1, VISUAL // 2)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SEVERAL)
 def test_families(name):
     model, batch = shared(name), prompts(name, 2)
     report = deos_fx.transform(model, budget=Budget(visual_tokens=0.25)).cost(**batch)
@@ -117,6 +120,8 @@ def test_families(name):
     reduced = deos_fx.transform(model, budget=Budget(kv_cache=0.6), example_inputs=batch)
     (site,) = reduced.explain(**batch)
     before, after = reduced.cost(**batch).before, reduced.cost(**batch).after
+    (space,) = reduced(**batch).past_key_values.spaces
+    assert site.remaining.equal(space.origin)
     assert site.kept.shape == (2, after.visual_tokens_per_layer[0])
     assert 0.5 * before.kv_bytes < after.kv_bytes <= 0.6 * before.kv_bytes
     one_more = (site.kept.shape[1] + 1) / before.visual_tokens_per_layer[0]
