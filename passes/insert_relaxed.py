@@ -109,17 +109,13 @@ def insert_relaxed(
 
 def _check_layers(graph_module: fx.GraphModule) -> None:
     """Refuse layers that see a token whatever its gate: only attention takes a bias."""
-    convolving = [
-        node.name
-        for node in blocks_behind(next(iter(graph_module.graph.nodes)), "decoder")
-        if isinstance(mask := node.kwargs.get("attention_mask"), fx.Node)
-        and mask.meta.get("padding")
-    ]
-    if convolving:
-        raise ValueError(
-            f"{convolving[0]} is a convolution, which sees a token that is half gone as it sees any "
-            "other: reductions of this model cannot be searched by gradient. Give a policy."
-        )
+    for node in graph_module.graph.nodes:
+        mask = node.kwargs.get("attention_mask")
+        if isinstance(mask, fx.Node) and mask.meta.get("padding"):
+            raise ValueError(
+                f"{node.name} is a convolution, which sees a token that is half gone as it sees "
+                "any other: reductions of this model cannot be searched by gradient. Give a policy."
+            )
 
 
 class _Insertion:
