@@ -69,6 +69,11 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
             f"example_inputs has {', '.join(sorted(others))}, which exported graphs do not take: "
             "they are for prompts of text and images. Leave it out, or run the model in PyTorch."
         )
+    if "pixel_values" not in images:
+        raise ValueError(
+            "example_inputs has no pixel_values, so there is no image in the form that "
+            "exported graphs take. Give pixel_values, or run the reduced model in PyTorch."
+        )
     layout = prompt_layout(model, inputs)
     tokens.pop("position_ids", None)
     real = tokens.get("attention_mask", torch.ones_like(ids))[0].bool()

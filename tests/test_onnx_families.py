@@ -121,6 +121,11 @@ def test_some_models_need_an_example(name: str, reason: str, tmp_path: Any) -> N
     assert not list(tmp_path.iterdir())
 
 
+def test_images_in_another_input_are_refused(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="no pixel_values.*run the reduced model in PyTorch"):
+        export_onnx(reduced("video_llava"), tmp_path / "out", prompts("video_llava", 1))
+
+
 def test_examples_with_more_than_text_and_images_are_refused(tmp_path: Any) -> None:
     inputs = prompts("internvl", 1)
     with pytest.raises(ValueError, match="has audio, which exported graphs do not take"):
