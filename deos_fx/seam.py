@@ -200,6 +200,12 @@ def _seam_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: observe, then the user's own implementation."""
     calls: Any = module.deos_fx_calls
+    if calls[-1] is None:
+        raise ValueError(
+            f"The layers of this model hand no further arguments on to {type(module).__name__}, so "
+            "its attention cannot be observed. Use scores and similarities of the tokens "
+            "themselves, such as feature_norm."
+        )
     seam: _SeamCall = calls[-1]
     causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
