@@ -29,7 +29,7 @@ def print_outline(found: Outline, console: Console) -> None:
     size = f"{found.parameters / 1e6:,.1f} million parameters"
     console.print(f"[bold]{found.name}[/] ({found.family}), {size}", highlight=False)
     rows, columns = found.grid
-    grid = f" ({rows} x {columns})" if rows else ", here of an image of the usual size"
+    grid = f" ({rows} x {columns})" if rows else "; images of other sizes have others"
     console.print(f"{found.visual} visual tokens an image{grid}", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("blocks", no_wrap=True, style="bold")

@@ -81,8 +81,7 @@ class _Drawing:
         prompt = f"One image and {found.text} text tokens; the band is as wide as there are tokens."
         self._text(_MARGIN, self.y + 44, f"{found.family}, {millions}. {prompt}", "soft")
         self.y += 78
-        sides = found.pixels[1:] if len(found.pixels) == 4 else found.pixels
-        self._pill("image " + " × ".join(map(str, sides)))
+        self._pill("image " + " × ".join(str(side) for side in found.pixels if side > 1))
 
     def stage(self, stage: str) -> None:
         """The heading of a stage."""

@@ -132,6 +132,14 @@ def _idefics_pixels(batch: int) -> dict[str, Tensor]:
 
 
 FAMILIES: dict[str, Family] = {
+    "llava": Family(
+        lambda: hf.LlavaConfig(
+            vision_config=_clip(),
+            text_config=_text(),
+            image_token_index=IMAGE,
+        ),
+        _plain(32),
+    ),
     "vipllava": Family(
         lambda: hf.VipLlavaConfig(
             vision_config=_clip(),

@@ -4,9 +4,11 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import AutoModelForImageTextToText
 
-from benchmarks import operators, speed
+from benchmarks import capture, operators, speed
 
 QUICK = {"shape": "llava-tiny", "text": 4, "new_tokens": 2, "repeats": 2}
 TINY = {"shape": "llava-tiny", "text": 4, "keep": 8, "rounds": 1, "calls": 1, "scenes": 4}
@@ -103,3 +105,20 @@ def test_bad_operator_settings(settings):
         operators.measure(
             operators.Settings(**TINY | settings), Console(quiet=True), lambda found: None
         )
+
+
+def test_capture_measures_every_stage_without_a_value():
+    found = capture.measure("llava-tiny")
+    stages = {"inputs", "layout", "capture and analyse", "insert", "lower"}
+    assert set(found["seconds"]) == stages and min(found["seconds"].values()) >= 0
+    assert found["no_weight_has_values"] and found["nodes"] < found["nodes_lowered"] < 200
+    assert found["imports_megabytes"] <= found["peak_megabytes"]
+
+
+def test_shapes_are_those_of_the_published_models():
+    sizes = {"llava-1.5-7b": 7.06, "qwen2.5-vl-7b": 8.29, "gemma3-4b": 4.3}
+    for name, billions in sizes.items():
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(capture.MODELS[name]())
+        found = sum(weight.numel() for weight in model.parameters())
+        assert found / 1e9 == pytest.approx(billions, rel=0.01)

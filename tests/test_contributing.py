@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from tiny import inputs, tiny_llava
@@ -58,3 +60,12 @@ def test_add_a_selector(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = sorted([*ranked[:4].tolist(), *ranked[-4:].tolist()])
     first = int(site.positions_in[1, 0])
     assert [int(position) - first for position in site.kept[1]] == expected
+
+
+def test_a_new_model_family() -> None:
+    section = TEXT.split("## A new model family\n")[1].split("\n## ")[0]
+    (builder,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    builder = textwrap.dedent(builder)
+    assert len(builder.splitlines()) <= 15
+    ((name, family),) = eval("{" + builder + "}", dict(vars(families))).items()
+    assert family.config().to_dict() == families.FAMILIES[name].config().to_dict()

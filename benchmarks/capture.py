@@ -1,0 +1,207 @@
+"""What compiling costs: time and memory of capture, analysis, insertion and lowering at 7B shapes.
+
+    python benchmarks/capture.py --output capture.json
+
+Each model is built on the meta device, in a process of its own whose peak of memory is measured;
+benchmarks/README.md says what each figure means.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers as hf
+import typer
+from common import SHAPES, conditions
+from rich.console import Console
+from rich.table import Table
+
+from deos_fx import Policy, Reduction, transform
+from deos_fx.example import example_inputs
+from deos_fx.files import write_text
+from deos_fx.inputs import complete_inputs, prompt_layout
+from deos_fx.operator.relaxed import RelaxedReduction
+from deos_fx.passes.insert_relaxed import insert_relaxed
+from deos_fx.passes.pipeline import capture_call, lower_call
+
+__all__ = ["MODELS", "measure"]
+
+_QWEN_TEXT = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+_QWEN_VISION = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "out_hidden_size": 3584}
+_INTERNVL_TEXT = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+
+MODELS: Mapping[str, Callable[[], Any]] = {
+    "llava-tiny": SHAPES["llava-tiny"],
+    "llava-1.5-7b": SHAPES["llava-1.5-7b"],
+    "qwen2.5-vl-7b": lambda: hf.Qwen2_5_VLConfig(
+        text_config=_QWEN_TEXT, vision_config=_QWEN_VISION
+    ),
+    "gemma3-4b": lambda: hf.Gemma3Config(
+        text_config={"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34},
+        vision_config={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 896,
+            "patch_size": 14,
+        },
+    ),
+    "internvl3-8b": lambda: hf.InternVLConfig(
+        text_config=hf.Qwen2Config(**_INTERNVL_TEXT, vocab_size=152000), image_token_id=151667
+    ),
+    "smolvlm-2.2b": lambda: hf.SmolVLMConfig(
+        text_config=hf.LlamaConfig(num_hidden_layers=24, hidden_size=2048),
+        vision_config={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+        },
+        scale_factor=3,
+    ),
+}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Compile one model; run it in a process of its own, for the peak is that of the process.
+
+    Args:
+        name: A key of `MODELS`.
+
+    Returns:
+        Seconds of each stage, in processor time that other programs do not slow, nodes of the
+        graphs and megabytes.
+    """
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, work: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        result = work()
+        seconds[stage] = time.process_time() - start
+        return result
+
+    imported = _peak_megabytes()
+    with torch.device("meta"):
+        model = hf.AutoModelForImageTextToText.from_config(MODELS[name](), dtype=torch.bfloat16)
+    model.eval()
+    layers = model.config.get_text_config().num_hidden_layers
+    sites = {"projector": 0.5, "decoder.2": 0.25, f"decoder.{layers // 2}": 0.1}
+    merge = {"gain": 1.0, "mass_bias": 1.0, "scores": {"feature_norm": 1.0}}
+    steps = tuple(Reduction(site, keep, **merge) for site, keep in sites.items())
+    half = {"activation": 0.5, "retention": 0.5}
+    relaxed = {step.site: RelaxedReduction(step, **half) for step in steps}
+    inputs = timed("inputs", lambda: complete_inputs(model, example_inputs(model)))
+    layout = timed("layout", lambda: prompt_layout(model, inputs))
+    captured = timed("capture and analyse", lambda: capture_call(model, inputs))
+    twin = captured.copy()
+    timed("insert", lambda: insert_relaxed(twin.graph_module, captured.sites, relaxed, layout))
+    again = captured.copy()
+    lowered = timed("lower", lambda: lower_call(again, Policy(steps), layout))
+    return {
+        "layers": layers,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "seconds": seconds,
+        "total_seconds": sum(seconds.values()),
+        "wall_seconds": time.perf_counter() - started,
+        "nodes": len(captured.graph_module.graph.nodes),
+        "nodes_lowered": len(lowered.graph.nodes),
+        "no_weight_has_values": all(weight.is_meta for weight in lowered.parameters()),
+        "peak_megabytes": _peak_megabytes(),
+        "imports_megabytes": imported,
+    }
+
+
+def first_call(layers: int) -> dict[str, float]:
+    """Seconds of the first call of a real model, of a later one, and of the model itself."""
+    config = SHAPES["llava-1.5-7b"]()
+    config.text_config.num_hidden_layers = layers
+    for part, width in ((config.text_config, 1024), (config.vision_config, 512)):
+        part.hidden_size, part.intermediate_size, part.num_attention_heads = width, 2 * width, 8
+    config.text_config.num_key_value_heads, config.text_config.head_dim = 8, 128
+    torch.manual_seed(0)
+    model = hf.AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
+    inputs = example_inputs(model)
+    reduced = transform(model, policy=Policy())
+    found = {}
+    for what, call in (("original", model), ("first", reduced), ("later", reduced)):
+        if what == "original":
+            # The first call of a process is slower for reasons of its own.
+            call(**inputs)
+        start = time.process_time()
+        call(**inputs)
+        found[what] = time.process_time() - start
+    return found
+
+
+def _peak_megabytes() -> float:
+    """The most that this process has held, in kilobytes on Linux and in bytes on macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="File for all results.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Only these models.")] = None,
+    alone: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Measure what compiling costs."""
+    if alone:
+        result = first_call(32) if alone == "first call" else measure(alone)
+        print(json.dumps(result))
+        return
+    names = model or list(MODELS)
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise typer.BadParameter(f"no model {unknown[0]!r}; choose from {', '.join(MODELS)}")
+    found = conditions("capture", {"models": names}, torch.device("cpu"))
+    found["models"] = {name: _in_a_process(name) for name in names}
+    found["first_call_seconds"] = _in_a_process("first call")
+    table = Table("model", "layers", "capture", "insert", "lower", "all, s", "peak, MB", "nodes")
+    for name, figures in found["models"].items():
+        seconds = figures["seconds"]
+        stages = [seconds["capture and analyse"], seconds["insert"], seconds["lower"]]
+        cells = [f"{value:.2f}" for value in (*stages, figures["total_seconds"])]
+        nodes = f"{figures['nodes']} -> {figures['nodes_lowered']}"
+        peak = f"{figures['peak_megabytes']:.0f}"
+        table.add_row(name, str(figures["layers"]), *cells, peak, nodes)
+    console = Console()
+    console.print(table)
+    console.print("calls of a real model, 32 layers:", found["first_call_seconds"])
+    if output is not None:
+        write_text(output, json.dumps(found, indent=2) + "\n")
+
+
+def _in_a_process(name: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--alone", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    typer.run(main)
