@@ -117,7 +117,7 @@ class _ShapeRun(fx.Interpreter):
         if "example" in n.meta:
             # What reads sizes of images would read those of the example again.
             value = pytree.tree_map_only(torch.Tensor, _like, n.meta["example"])
-        elif n.meta.get("keeps_shape"):
+        elif n.meta.get("keeps_shape") and n in self.needed:
             # Experts are chosen by value, and their kernels are picky: a block is not run.
             value = _like(self.fetch_args_kwargs_from_env(n)[0][0])
         else:
