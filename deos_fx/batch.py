@@ -125,18 +125,9 @@ def join_spaces(
     joined = []
     for same in zip(*spaces, strict=True):
         origin = _joined(parts, [space.origin + 1 for space in same]) - 1
-        biases = [space.key_bias for space in same if space.key_bias is not None]
-        bias = shift = None
-        if biases:
-            bias = _joined(
-                parts,
-                [
-                    torch.zeros(space.origin.shape, device=origin.device)
-                    if space.key_bias is None
-                    else space.key_bias
-                    for space in same
-                ],
-            )
+        bias = None
+        if same[0].key_bias is not None:
+            bias = _joined(parts, [space.key_bias for space in same])
         # How many tokens were dropped is not the same in all rows any more.
         shift = _joined(
             parts,

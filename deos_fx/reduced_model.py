@@ -334,7 +334,12 @@ class ReducedModel(nn.Module):
         """The token spaces behind each reduction; of text alone, nothing was dropped."""
         if left is None:
             whole = torch.arange(input_ids.shape[1], device=input_ids.device)
-            left = [{"origin": whole.expand(input_ids.shape)}] * len(self._spaces)
+            unbiased = torch.zeros(input_ids.shape, device=input_ids.device)
+            left = [
+                {"origin": whole.expand(input_ids.shape)}
+                | ({"key_bias": unbiased} if space.biased else {})
+                for space in self._spaces
+            ]
         return [
             TokenSpace(known.first_layer, **space)
             for known, space in zip(self._spaces, left, strict=True)

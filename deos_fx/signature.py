@@ -16,7 +16,6 @@ from deos_fx.passes.shapes_only import ShapesOnly
 from deos_fx.policy import ModelSignature
 
 __all__ = [
-    "check_verified",
     "grid_of",
     "has_class_token",
     "image_of",
@@ -66,23 +65,6 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
         decoder_layers=len(blocks.decoder),
         visual_tokens=rows * columns,
     )
-
-
-def check_verified(model: PreTrainedModel, what: str) -> None:
-    """Refuse what has been verified for LLaVA with images of one size alone.
-
-    Args:
-        model: A vision-language model.
-        what: What is asked for, for the message.
-
-    Raises:
-        ValueError: If it is a model of another family.
-    """
-    if model.config.model_type != "llava" or sizes_vary(model):
-        raise ValueError(
-            f"{what} works for LLaVA with images of one size so far, and this is a "
-            f"{model.config.model_type} model: give deos_fx.transform a policy and run that."
-        )
 
 
 def image_token_of(model: PreTrainedModel) -> int:

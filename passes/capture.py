@@ -164,9 +164,14 @@ class ImageEncoder(nn.Module):
         output.pooler_output = _joined(output.pooler_output)
         for name, levels in output.items():
             # DeepStack: features of several depths, each a tensor per image.
-            if isinstance(levels, list) and all(isinstance(level, tuple) for level in levels):
+            if isinstance(levels, list) and all(map(_are_images, levels)):
                 output[name] = [_joined(level) for level in levels]
         return output
+
+
+def _are_images(level: Any) -> bool:
+    """Whether these are features of several images, and not of images with something else."""
+    return isinstance(level, tuple) and all(isinstance(part, torch.Tensor) for part in level)
 
 
 def _joined(images: Any) -> Any:

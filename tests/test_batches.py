@@ -190,11 +190,14 @@ def test_beams_keep_the_images_of_their_prompt(name: str) -> None:
     assert torch.equal(same.generate(**batch, **beams), model.generate(**given, **beams))
 
 
-def test_prompts_of_text_alone_are_answered_as_by_the_model() -> None:
-    model = shared("qwen2_5_vl")
-    text = batch_of("qwen2_5_vl", [[], []])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_prompts_of_text_alone_are_answered_as_by_the_model(name: str) -> None:
+    model = shared(name)
+    text = batch_of(name, [[], []])
     text["input_ids"][1, :2], text["attention_mask"][1, :2] = PAD, 0
-    reduced = ReducedModel(model, Policy(PRUNED["both"]))
+    merged = Reduction("decoder.1", 0.25, gain=1.0, mass_bias=1.0, position="compact")
+    policies = {"qwen2_5_vl": PRUNED["both"], "gemma3": (merged,)}
+    reduced = ReducedModel(model, Policy(policies[name]))
     assert torch.equal(reduced(**text).logits, model(**text).logits)
     for ours, theirs in zip(generate(reduced, text), generate(model, text), strict=True):
         assert difference(ours.float(), theirs.float()) < TOLERANCE

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from families import prompts, shared
+from families import IMAGE, prompts, shared
 from tiny import VISUAL, inputs, shared_llava, tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
@@ -194,6 +194,25 @@ def test_families(eager):
     assert cost.flops == flops
     held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
     assert cost.kv_bytes == sum(states.nbytes for states in held)
+
+
+@pytest.mark.parametrize("eager", ["qwen2_5_vl"], indirect=True)
+def test_images_of_several_sizes_in_a_prompt(eager):
+    name, model = eager
+    one = prompts(name)
+    ids = one["input_ids"]
+    # 8 x 16 patches and 8 x 8, merged by twos: 32 and 16 visual tokens.
+    ids = torch.cat([ids[:, :37], ids[:, 3:20], ids[:, 36:]], dim=1)
+    both = {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == IMAGE).int(),
+        "image_grid_thw": torch.tensor([[1, 8, 16], [1, 8, 8]]),
+        "pixel_values": torch.cat([one["pixel_values"], one["pixel_values"][:64]]),
+    }
+    reduced = ReducedModel(model, Policy(ANYWHERE.reductions[:2]))
+    cost = reduced.cost(**both).after
+    assert cost.visual_tokens_per_layer == (24, 24, 19, 19, 19)
+    assert cost.flops == counted(reduced, **both)[0]
 
 
 def test_experts_count_as_many_as_are_active():
