@@ -398,8 +398,8 @@ def _decode_example(inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
         name: value for name, value in inputs.items() if not name.rpartition("_")[2].isdigit()
     }
     for layer, held in enumerate(cache.layers):
-        if not hasattr(held, "keys"):
-            # A recurrent layer: its state is as long in any space.
+        if getattr(held, "keys", None) is None:
+            # Of a convolution, whose state is as long in any space, or of shared keys.
             example["past_key_values"].layers[layer] = copy.deepcopy(held)
             continue
         short = [states[:, :, :2].clone() for states in (held.keys, held.values)]

@@ -26,9 +26,11 @@ from torch import fx, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 from transformers import Cache, PreTrainedModel, masking_utils
+from transformers.cache_utils import KVSharingDict
 from transformers.utils.import_utils import torch_compilable_check
 
 from deos_fx.hooks import is_offloaded, shallow_copy
+from deos_fx.passes.families import SHORTCUTS
 from deos_fx.passes.finish import finish
 from deos_fx.passes.shapes_only import plain_attention, without_missing_weights
 
@@ -227,7 +229,11 @@ class ValueProxy(fx.Proxy):
         mask, *rest = key if isinstance(key, tuple) else (key,)
         tracer: Any = self.tracer
         masked = isinstance(mask, ValueProxy) and mask.dtype == torch.bool
-        if isinstance(key, tuple) and key[:2] == (slice(None),) * 2 and not _has_proxy(key):
+        own: Any = self
+        of_features = isinstance(key, tuple) and key[:2] == (slice(None),) * 2
+        # Flags and counts of the whole prompt stay those of the whole prompt.
+        counted = not own.dtype.is_floating_point and not _has_proxy(value)
+        if (of_features or counted) and not _has_proxy(key):
             changed = tracer.create_proxy("call_function", with_features, (self, key, value), {})
             self.node, self.value = changed.node, changed.value
             return
@@ -239,7 +245,6 @@ class ValueProxy(fx.Proxy):
         trailing = self.value.ndim - mask.value.ndim
         for _ in range(trailing):
             mask = mask[..., None]
-        own: Any = self
         if isinstance(value, ValueProxy) and value.dtype != own.dtype:
             value = value.to(own.dtype)
         if isinstance(value, ValueProxy) and value.value.ndim > trailing:
@@ -298,6 +303,24 @@ class ValueProxy(fx.Proxy):
         return value
 
 
+class _SharedKeys(KVSharingDict):
+    """What layers hand to later ones past the cache; notes who reads what whose."""
+
+    def __init__(self, tracer: _Tracer, read: set[tuple[str, str]]) -> None:
+        super().__init__()
+        self.tracer = tracer
+        self.read = read
+        self.writers: dict[str, str] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add((self.writers[key], self.tracer.block))
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: str, item: Any) -> None:
+        self.writers[key] = self.tracer.block
+        super().__setitem__(key, item)
+
+
 class _Tracer(fx.Tracer):
     """Records one run; every node keeps the value it had."""
 
@@ -309,6 +332,8 @@ class _Tracer(fx.Tracer):
         self.running = False
         # The transformer block that is running.
         self.block = ""
+        # Nodes of what layers share past the cache.
+        self.shared: dict[int, fx.Node] = {}
         self.module_paths = {id(module): path for path, module in model.named_modules()}
         self.leaves: dict[str, nn.Module] = {}
         self.graph = fx.Graph()
@@ -348,16 +373,23 @@ class _Tracer(fx.Tracer):
         return self.proxy(node)
 
     def call_leaf(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = self._leaf_name(module)
-        self.block = self.blocks.get(self.module_paths[id(module)], "")
+        name, path = self._leaf_name(module), self.module_paths[id(module)]
+        self.block = self.blocks.get(path, "")
         node = self.create_node(
             "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
         )
         self.block = ""
         # What a block does to its tokens need not be run again to know the shape of the result.
-        is_block = self.module_paths[id(module)] in self.blocks and bool(args)
+        is_block = path in self.blocks and bool(args)
         value = self.values[node]
         alone = is_block and isinstance(value, tuple) and not any(v is not None for v in value[1:])
+        tensors = [part for part in pytree.tree_leaves(value) if isinstance(part, torch.Tensor)]
+        if self.blocks.get(path, "").startswith("decoder_") and len(tensors) > 1:
+            raise CaptureError(
+                f"{name} hands more to the next layers than hidden states, and what that says of "
+                "tokens cannot be followed when some are dropped. Use a model whose layers hand on "
+                "hidden states alone."
+            )
         if alone:
             # A tuple of the hidden states and of what was not asked for: the node has the former.
             self.values[node], self.leaves[name] = value[0], _first_of(module)
@@ -402,6 +434,8 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
+        if isinstance(a, KVSharingDict):
+            return self._shared_keys(a)
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
             if a.numel() == 1:
                 # Reading a number from an input left a guard, so this one is a true constant.
@@ -412,6 +446,15 @@ class _Tracer(fx.Tracer):
                 "constant of it and freeze this input's data. Pass it as a model input."
             )
         return super().create_arg(a)
+
+    def _shared_keys(self, given: KVSharingDict) -> fx.Node:
+        """The node that makes what layers share, at first empty, anew in every run."""
+        if id(given) not in self.shared:
+            node = self.create_node("call_function", KVSharingDict, (), {}, "shared_keys")
+            node.meta["shared"] = set()
+            self.values[node] = _SharedKeys(self, node.meta["shared"])
+            self.shared[id(given)] = node
+        return self.shared[id(given)]
 
     def _leaf_name(self, module: nn.Module) -> str:
         """A short target (``decoder_3``, ``lm_head``), so that the printed graph can be read."""
@@ -502,6 +545,9 @@ def _tracing(tracer: _Tracer, model: PreTrainedModel, opaque_encoder: bool) -> I
         patch(nn.Module, "__getattr__", _traced_getattr(tracer, nn.Module.__getattr__))
         for owner, name in _BUILTINS:
             patch(owner, name, _traced_function(tracer, getattr(owner, name)))
+        for kind in {type(module) for module in model.modules()}:
+            for name in SHORTCUTS.keys() & vars(kind).keys():
+                patch(kind, name, _first_arguments(SHORTCUTS[name]))
         for namespace in {sys.modules[type(module).__module__] for module in model.modules()}:
             for name, value in list(vars(namespace).items()):
                 if _makes_masks(name, value):
@@ -548,6 +594,10 @@ def _traced_call(tracer: _Tracer, original: Callable[..., Any]) -> Callable[...,
         return original(module, *args, **kwargs)
 
     return call
+
+
+def _first_arguments(count: int) -> Callable[..., Any]:
+    return lambda module, *args, **kwargs: args[:count]
 
 
 def _traced_length(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,3 +13,7 @@ IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
 FORMER_IMAGES = frozenset({"pixel_values_images", "image_patches"})
 """What processors still call ``pixel_values``: video_llava, fuyu."""
+
+SHORTCUTS = {"_maybe_slice_kv_shared_inputs": 4}
+"""Methods that leave out, by values, what the last logits do not need -> how many of their
+arguments come back. They are not called: all comes back whole. gemma4, gemma4_unified."""

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from deos_fx.operator import SCORES
 from deos_fx.passes.capture import PIXELS, CaptureError, is_encoder
 from deos_fx.passes.fold_masked_add import visual_rows
+from deos_fx.passes.open_space import has_prompt_axis
 from deos_fx.passes.shapes_only import ShapesOnly
 
 __all__ = ["Site", "Sites", "find_sites"]
@@ -148,9 +149,6 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
     merge = _merge(nodes, pixels)
     features, embeddings = _operands(_merge(nodes, pixels[:1]), pixels)
     flow = _data_flow(graph_module.graph, merge)
-    outputs: Any = graph_module.graph.output_node().args[0]
-    logits = outputs["logits"]
-    to_logits = _dominators(flow, features.name, logits.name)
     if is_encoder(features):
         if _length(merge) != _length(embeddings):
             raise CaptureError(
@@ -162,7 +160,7 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
         late = merge in _reached([nodes["decoder_0"]])
         reason = "images enter the prompt behind the first decoder layer" if late else ""
         sites.append(Site("projector", merge.name, reason, _scores_from(_OF_FEATURES)))
-        sites += _decoder_sites(nodes, to_logits, decoder_layers)
+        sites += _decoder_sites(nodes, flow, decoder_layers)
         return Sites(tuple(sites), merge.name, embeddings.name, merge.name, 0, 0, True)
     if any(node.target is visual_rows for node in merge.all_input_nodes):
         raise CaptureError(
@@ -180,7 +178,7 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
         reason = "the visual tokens are made of several patches each"
         sites = [Site(f"vision.{i}", f"vision_{i}", reason, ()) for i in range(vision_blocks)]
         sites.append(Site("projector", features.name, "", _scores_from(_OF_FEATURES)))
-        sites += _decoder_sites(nodes, to_logits, decoder_layers)
+        sites += _decoder_sites(nodes, flow, decoder_layers)
         return Sites(tuple(sites), features.name, embeddings.name, features.name, per_image, 0)
     tower_length = tower_block.meta["shape"][1]
     of_image = _ANYWHERE | (_OF_CLASS_TOKEN if class_tokens == 1 else frozenset())
@@ -192,19 +190,19 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
     # Keys of the tower's last block are for similarities there: features are ranked as they are.
     at_projector = _scores_from((of_image | _OF_TEXT) - {"keys"})
     sites.append(Site("projector", features.name, "", at_projector))
-    sites += _decoder_sites(nodes, to_logits, decoder_layers)
+    sites += _decoder_sites(nodes, flow, decoder_layers)
     return Sites(
         tuple(sites), features.name, embeddings.name, tower_block.name, per_image, class_tokens
     )
 
 
-def _decoder_sites(nodes: dict[str, fx.Node], to_logits: set[str], layers: int) -> list[Site]:
+def _decoder_sites(nodes: dict[str, fx.Node], flow: nx.DiGraph, layers: int) -> list[Site]:
     attending = _scores_from(_ANYWHERE | _OF_TEXT | _OF_LATER_TEXT)
     # A convolution attends to nothing.
     masks = [nodes[f"decoder_{i}"].kwargs.get("attention_mask") for i in range(layers)]
     conv = [isinstance(mask, fx.Node) and mask.meta.get("padding") for mask in masks]
     scores = [_scores_from(_OF_FEATURES) if state else attending for state in conv]
-    reasons = [_why_not_in_decoder(i, nodes, to_logits, layers) for i in range(layers)]
+    reasons = [_why_not_in_decoder(i, nodes, flow, layers) for i in range(layers)]
     return [
         Site(f"decoder.{i}", f"decoder_{i}", reason, scores[i]) for i, reason in enumerate(reasons)
     ]
@@ -286,12 +284,23 @@ def _why_not_in_tower(
     return ""
 
 
-def _why_not_in_decoder(i: int, nodes: dict[str, fx.Node], through: set[str], layers: int) -> str:
+def _why_not_in_decoder(i: int, nodes: dict[str, fx.Node], flow: nx.DiGraph, layers: int) -> str:
     """Why a decoder layer's output cannot be reduced; empty if it can."""
     if i == layers - 1:
         return "no decoder layer comes after it, so nothing would be saved"
-    if f"decoder_{i}" not in through:
-        return "visual tokens reach the logits by a path around it"
+    behind = nx.descendants(flow, f"decoder_{i}")
+    if any(f"decoder_{later}" not in behind for later in range(i + 1, layers)):
+        return "visual tokens reach later layers by a path around it"
+    for name in behind - {"output"}:
+        for source in nodes[name].all_input_nodes:
+            # What has a row for every token of the prompt follows its tokens.
+            around = source.name not in behind and source.name != f"decoder_{i}"
+            if around and source.meta["content"] and not has_prompt_axis(source):
+                return f"{name} reads {source.name}, in which visual tokens cannot be told apart"
+    shared = [node.meta["shared"] for node in nodes.values() if "shared" in node.meta]
+    for maker, reader in sorted(set().union(*shared)):
+        if int(maker.removeprefix("decoder_")) <= i < int(reader.removeprefix("decoder_")):
+            return f"{reader} attends to keys of {maker}, which still has what is dropped here"
     return ""
 
 

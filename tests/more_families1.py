@@ -22,6 +22,7 @@ from families import (
     END,
     IMAGE,
     START,
+    VOCABULARY,
     Family,
     _noise,
     _patches,
@@ -102,6 +103,33 @@ def _spatial(batch: int) -> dict[str, Tensor]:
     }
 
 
+def _places(height: int, width: int, pixels: int) -> Callable[[int], dict[str, Tensor]]:
+    """Patches with their column and row."""
+    grid = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
+    places = torch.stack(grid, dim=-1).reshape(1, -1, 2)
+    return lambda batch: {
+        "pixel_values": _noise(batch, height * width, pixels),
+        "image_position_ids": places.repeat(batch, 1, 1),
+    }
+
+
+def _gemma4(**text: Any) -> Family:
+    layers = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
+    heads = {"head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
+    sizes = {"sliding_window": 24, "layer_types": layers, "vocab_size_per_layer_input": VOCABULARY}
+    return Family(
+        lambda: hf.Gemma4Config(
+            text_config=_text(dict, **heads | sizes | text),
+            vision_config={**_VISION, "head_dim": 16, "num_key_value_heads": 2}
+            | {"pooling_kernel_size": 2, "position_embedding_size": 16},
+            **_TOKENS,
+        ),
+        _places(8, 16, 48),
+        _SHORT,
+        _types,
+    )
+
+
 MORE: dict[str, Family] = {
     "lfm2_vl": Family(
         lambda: hf.Lfm2VlConfig(
@@ -114,6 +142,65 @@ MORE: dict[str, Family] = {
             projector_hidden_size=64,
         ),
         _spatial,
+        _SHORT,
+    ),
+    "gemma4": _gemma4(use_bidirectional_attention="vision"),
+    "gemma4_unified": Family(
+        lambda: hf.Gemma4UnifiedConfig(
+            text_config=_text(dict, head_dim=16, global_head_dim=16, sliding_window=24),
+            vision_config={"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32}
+            | {"mm_posemb_size": 16, "output_proj_dims": 32},
+            **_TOKENS,
+        ),
+        _places(4, 8, 192),
+        _SHORT,
+        _types,
+    ),
+    "lfm3_vl": Family(
+        lambda: hf.Lfm3VlConfig(
+            text_config=_text(
+                dict,
+                model_type="lfm3",
+                head_dim=16,
+                sliding_window=24,
+                layer_types=["conv", "sliding_attention", "full_attention", "conv", "conv"],
+            ),
+            vision_config={**_VISION, "num_key_value_heads": 2},
+            projector_hidden_size=64,
+            **_TOKENS,
+            **_MARKS,
+        ),
+        _patches,
+        _SHORT,
+    ),
+    "minimax_m3_vl": Family(
+        lambda: hf.MiniMaxM3VLConfig(
+            text_config=_text(
+                dict,
+                head_dim=16,
+                rotary_dim=16,
+                dense_intermediate_size=64,
+                shared_intermediate_size=32,
+                num_local_experts=4,
+                **_FEW,
+            ),
+            vision_config={**_VISION, "image_size": 32},
+            image_token_index=IMAGE,
+            projector_hidden_size=64,
+        ),
+        _patches,
+        _SHORT,
+    ),
+    "muse_glimmer": Family(
+        lambda: hf.MuseGlimmerConfig(
+            text_config=_text(dict, head_dim=16, **_WINDOWS),
+            vision_config={**_VISION, "pos_emb_height": 8, "pos_emb_width": 8},
+            out_hidden_size=128,
+            projector_hidden_size=64,
+            tie_word_embeddings=False,
+            **_TOKENS,
+        ),
+        _patches,
         _SHORT,
     ),
     "qwen3_vl_moe": Family(
@@ -310,6 +397,10 @@ MORE: dict[str, Family] = {
 }
 TWINS = frozenset(
     {
+        "gemma4_unified",
+        "lfm3_vl",
+        "minimax_m3_vl",
+        "muse_glimmer",
         "glm46v",
         "glmga",
         "glm_ocr",
@@ -325,5 +416,5 @@ TWINS = frozenset(
     }
 )
 """Families whose structure is that of another one: fewer tests do for them."""
-CONVOLVING = frozenset({"lfm2_vl"})
+CONVOLVING = frozenset({"lfm2_vl", "lfm3_vl"})
 """Families for which hiding keys is no reference: some layers have none."""
