@@ -533,6 +533,13 @@ class _Lowering:
 
     def _prompt_features(self, step: _Step) -> PromptFeatures:
         space = self.space
+        mask = self.nodes[step.site.node].kwargs.get("attention_mask")
+        hidden_from = sorted(n for n in required_features(step.reduction) if n in OBSERVED)
+        if hidden_from and isinstance(mask, fx.Node) and mask.meta.get("padding"):
+            raise ValueError(
+                f"{step.site.name} has no {', '.join(hidden_from)}: its layer attends to nothing. "
+                "Use scores and similarities of the hidden states themselves, or another site."
+            )
         return PromptFeatures(
             self.graph_module,
             step.site.name,
