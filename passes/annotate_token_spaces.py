@@ -114,16 +114,17 @@ class _ShapeRun(fx.Interpreter):
         return self
 
     def run_node(self, n: fx.Node) -> Any:
-        if "example" in n.meta:
+        if n.op != "placeholder" and n not in self.needed:
+            # What only a guard reads may look at values.
+            value = None
+        elif "example" in n.meta:
             # What reads sizes of images would read those of the example again.
             value = pytree.tree_map_only(torch.Tensor, _like, n.meta["example"])
         elif n.meta.get("keeps_shape") and n in self.needed:
             # Experts are chosen by value, and their kernels are picky: a block is not run.
             value = _like(self.fetch_args_kwargs_from_env(n)[0][0])
         else:
-            # What only a guard reads may look at values.
-            runs = n.op == "placeholder" or n in self.needed
-            value = super().run_node(n) if runs else None
+            value = super().run_node(n)
         self.shapes[n] = pytree.tree_map(_shape, value, is_leaf=_is_cache)
         leaves = pytree.tree_leaves(value, is_leaf=_is_cache)
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
