@@ -366,4 +366,3 @@ _LIKE_OTHERS = more_families1.TWINS | more_families2.TWINS
 FAMILIES |= {name: family for name, family in _MORE.items() if name not in _LIKE_OTHERS}
 TWINS = {name: _MORE[name] for name in _LIKE_OTHERS}
 CONVOLVING = more_families1.CONVOLVING
-UNMEASURED = more_families1.UNMEASURED

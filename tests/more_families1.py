@@ -418,5 +418,3 @@ TWINS = frozenset(
 """Families whose structure is that of another one: fewer tests do for them."""
 CONVOLVING = frozenset({"lfm2_vl", "lfm3_vl"})
 """Families for which hiding keys is no reference: some layers have none."""
-UNMEASURED = frozenset({"lfm2_vl", "gemma4", "gemma4_unified"})
-"""Families that look at numbers where costs are counted from sizes."""
