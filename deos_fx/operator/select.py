@@ -36,12 +36,19 @@ __all__ = [
 def top_k(score: Tensor, taken: Tensor | None, count: int) -> Tensor:
     """Indices [B, K] of the ``count`` largest scores of [B, V], the largest first.
 
+    Of equal scores the earlier tokens are taken: those of a discrete code or of attention outside
+    of a window often are equal.
+
     Args:
         score: [B, V].
         taken: Flags [B, V] of tokens that are not to be picked again, or None.
         count: K.
     """
-    return _free(full_precision(score), taken).topk(count, dim=-1).indices
+    free = _free(full_precision(score), taken)
+    if torch.compiler.is_exporting():
+        # ONNX promises that order of TopK, and has no stable sort.
+        return free.topk(count, dim=-1).indices
+    return free.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def windows(
