@@ -22,7 +22,9 @@ from deos_fx.reduced_model import ReducedModel
 from deos_fx.signature import signature_of
 
 # Rows of a batch of the unreduced gemma4 differ by 8e-6 from the same rows alone.
-TOLERANCE = 2e-5
+TOLERANCE = 1e-5
+# Rows of a padded batch of the original differ by 8e-6 already from the same rows alone.
+ROUNDING = {"gemma4": 2e-5}
 STEPS = 3
 NORM = {"scores": {"feature_norm": 1.0}}
 PRUNED = {
@@ -125,7 +127,7 @@ def test_pruning_is_masking(name: str, policy: str) -> None:
         assert small.sum() == len(small) * ENDS.get(name, 0)
     left = alive[spaces[-1].first_layer] & batch["attention_mask"].bool()
     real = batch["attention_mask"].gather(1, spaces[-1].origin).bool()
-    assert difference(output.logits[real], whole[left]) < TOLERANCE
+    assert difference(output.logits[real], whole[left]) < ROUNDING.get(name, TOLERANCE)
     assert difference(model(**batch).logits[left], whole[left]) > 1e-3
     our_tokens, our_logits = generate(reduced, batch)
     assert torch.equal(our_tokens, tokens)
