@@ -50,7 +50,19 @@ def check_reduction(
             f"{name}: rows and columns of the visual tokens are not known for images of these "
             "sizes. Use scores, similarities and a selector that do not need the grid."
         )
-    (ids,) = (node for node in graph_module.graph.nodes if node.name == "position_ids")
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    mask = None if before_decoder else nodes[site.node].kwargs.get("attention_mask")
+    if hidden_from and isinstance(mask, fx.Node) and mask.meta.get("padding"):
+        raise ValueError(
+            f"{name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use scores and "
+            "similarities of the hidden states themselves, or another site."
+        )
+    if reduction.position == "grid" and layout.grids:
+        raise ValueError(
+            f"{name}: position 'grid' works for images of one size, and these have "
+            f"{', '.join(map(str, layout.sizes))} tokens. Use position='keep'."
+        )
+    ids = nodes["position_ids"]
     if reduction.position != "keep" and len(ids.meta["shape"]) != 2:
         raise ValueError(
             f"position {reduction.position!r} works where a position is one number, and this "

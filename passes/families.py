@@ -6,7 +6,7 @@ decoder, what runs over the prompt) is read from the model, its config or the ca
 
 from __future__ import annotations
 
-__all__ = ["FORMER_IMAGES", "IMAGE_TOKENS"]
+__all__ = ["FORMER_IMAGES", "IMAGE_TOKENS", "SHORTCUTS"]
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 """Where a config has the id of the placeholder of one visual token."""

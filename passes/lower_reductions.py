@@ -22,6 +22,7 @@ from deos_fx.hooks import execution_device, has_several_devices
 from deos_fx.operator import StaticOutput, required_features, static_reduce
 from deos_fx.passes.annotate_token_spaces import position_tables
 from deos_fx.passes.behind import blocks_behind, users_behind
+from deos_fx.passes.check_reduction import check_reduction
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.find_sites import Site, Sites
 from deos_fx.passes.finish import finish
@@ -59,7 +60,7 @@ def lower_reductions(
         _check_masks(graph_module)
         counts = zip(*map(policy.counts, layout.sizes), strict=True)
         steps = [
-            _Step(reduction, of_images, sites.usable(reduction.site, reduction.scores))
+            _Step(reduction, of_images, check_reduction(graph_module, sites, reduction, layout))
             for reduction, of_images in zip(policy.reductions, counts, strict=True)
         ]
         lowering = _Lowering(graph_module, sites, layout, steps)
@@ -249,11 +250,6 @@ class _Lowering:
         """Reduce every image alone, its features already being in the prompt."""
         self.suffix = step.suffix
         hidden, layout = self.nodes[self.sites.features], self.layout
-        if step.reduction.order != "position":
-            raise ValueError(
-                f"{step.site.name}: the features of this model enter the prompt in the order of "
-                "the image. Use order='position'."
-            )
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         anchor = max(hidden, self.space.visual, key=order.__getitem__).next
         with self.graph.inserting_before(anchor):
@@ -384,11 +380,6 @@ class _Lowering:
         features: Mapping[str, Any],
     ) -> StaticOutput:
         """Emit the operator itself; nodes that nothing reads are dropped at the end."""
-        if not self.layout.placed and "grid" in required_features(step.reduction):
-            raise ValueError(
-                f"{step.site.name}: rows and columns of the visual tokens are not known for images "
-                "of these sizes. Use scores, similarities and a selector that do not need the grid."
-            )
         self.done.append(step.site.name)
         call = partial(self._call_beside, visual) if self.several_devices else self.call
         reduced = static_reduce(step.reduction, count, visual, mass, features, call)
@@ -425,11 +416,6 @@ class _Lowering:
         self.space = _Space(visual, grid, origin, mass)
         trailing = None
         if position == "grid":
-            if self.layout.grids:
-                raise ValueError(
-                    f"{self.suffix}: position 'grid' works for images of one size, and these have "
-                    f"{', '.join(map(str, self.layout.sizes))} tokens. Use position='keep'."
-                )
             ids = self.nodes["position_ids"]
             where = (origin, self.placeholders, ids, self.layout.images)
             trailing = self.call(tokens.trailing, *where)
@@ -464,11 +450,6 @@ class _Lowering:
         if position == "keep":
             return {}
         ids, *tables = self.positions
-        if len(ids.meta["shape"]) != 2:
-            raise ValueError(
-                f"position {position!r} works where a position is one number, and this model's "
-                "have several coordinates: use position='keep'."
-            )
         if trailing is None:
             moved = self.call(tokens.compact_positions, ids, origin)
         else:
@@ -497,12 +478,6 @@ class _Lowering:
         """
         block = self.nodes[step.site.node if step.stage == "vision" else self.sites.tower_block]
         needs = required_features(step.reduction)
-        hidden_from = sorted(name for name in needs if name.partition("@")[0] in OBSERVED)
-        if hidden_from and not self.sites.sees_tower:
-            raise ValueError(
-                f"{step.site.name} has no {', '.join(hidden_from)}: its tokens are not those of a "
-                "block of the vision tower. Use scores and similarities of the features themselves."
-            )
         cells = self.images.grid if grid is None else grid
         makers: dict[str, Callable[[], Any]] = {"grid": lambda: cells}
         cut = self.images.cut
@@ -533,13 +508,6 @@ class _Lowering:
 
     def _prompt_features(self, step: _Step) -> PromptFeatures:
         space = self.space
-        mask = self.nodes[step.site.node].kwargs.get("attention_mask")
-        hidden_from = sorted(n for n in required_features(step.reduction) if n in OBSERVED)
-        if hidden_from and isinstance(mask, fx.Node) and mask.meta.get("padding"):
-            raise ValueError(
-                f"{step.site.name} has no {', '.join(hidden_from)}: its layer attends to nothing. "
-                "Use scores and similarities of the hidden states themselves, or another site."
-            )
         return PromptFeatures(
             self.graph_module,
             step.site.name,
