@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +164,18 @@ def test_rows_of_a_batch_are_independent(name: str, policy: str) -> None:
         own_tokens, own_logits = generate(reduced, alone(name, batch, row))
         assert torch.equal(own_tokens[0], tokens[row])
         assert difference(own_logits[0], logits[row]) < TOLERANCE
+
+
+# *** 9: a saved model is the same when it is loaded ***
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in TWINS])
+def test_a_saved_model_is_the_same(name: str, tmp_path: Path) -> None:
+    batch, reduced = prompts(name, 2), reduce(name, PRUNED["projector"])
+    reduced.save_pretrained(tmp_path)
+    again = ReducedModel.from_pretrained(tmp_path)
+    assert again.policy == reduced.policy
+    assert torch.equal(again(**batch).logits, reduced(**batch).logits)
 
 
 # *** what belongs to one kind of family ***
