@@ -34,7 +34,7 @@ __all__ = [
     "media_of_rows",
 ]
 
-_ENCODED: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, list[_Item]]]
+_ENCODED: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, list[_Item] | None]]
 _ENCODED = weakref.WeakKeyDictionary()
 
 
@@ -283,6 +283,7 @@ def _encoded(
             features = features_of(getattr(core, kind.encode)(**given, return_dict=True))
         apart = isinstance(features, (list, tuple))
         if not apart and (features is None or features.ndim < 3):
+            known[sizes] = None
             return None
         counts = [math.prod(part.shape[:-1]) for part in features]
         if newline is None:
