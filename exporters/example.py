@@ -74,6 +74,12 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
             "example_inputs has no pixel_values, so there is no image in the form that "
             "exported graphs take. Give pixel_values, or run the reduced model in PyTorch."
         )
+    further = [n for n, x in images.items() if n != "pixel_values" and x.is_floating_point()]
+    if further:
+        raise ValueError(
+            f"example_inputs has {', '.join(further)} beside pixel_values, and exported graphs "
+            "take the pixels of an image once. Run the reduced model in PyTorch."
+        )
     layout = prompt_layout(model, inputs)
     tokens.pop("position_ids", None)
     real = tokens.get("attention_mask", torch.ones_like(ids))[0].bool()

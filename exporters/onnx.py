@@ -146,8 +146,9 @@ def export_onnx(
 
 def _check_attention(model: PreTrainedModel) -> None:
     for name in model.config.sub_configs:
-        implementation = getattr(model.config, name)._attn_implementation
-        if implementation not in ATTENTION:
+        # A part that a model goes without has none.
+        implementation = getattr(getattr(model.config, name), "_attn_implementation", None)
+        if implementation not in (None, *ATTENTION):
             raise ValueError(
                 f"the model's attention implementation is {implementation!r}, which "
                 f"has no ONNX form; load the model with attn_implementation={ATTENTION[0]!r}"

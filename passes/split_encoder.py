@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from deos_fx.passes.capture import check_guard
 from deos_fx.passes.finish import finish
@@ -28,6 +29,9 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
 
     Returns:
         The encoder: a graph from the images to a list whose leaves are what those inputs want.
+
+    Raises:
+        ValueError: If the encoder gives anything but tensors.
     """
     graph = graph_module.graph
     for guard in graph.find_nodes(op="call_function", target=check_guard):
@@ -46,6 +50,12 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
     with torch.no_grad():
         values = encode(**images)
     count = itertools.count()
+
+    if not all(isinstance(value, Tensor) for value in pytree.tree_leaves(values)):
+        raise ValueError(
+            "The image encoder gives numbers beside its features (of the layers they are for), "
+            "which cannot be inputs of an exported graph. Run the reduced model in PyTorch."
+        )
 
     def given(value: Any) -> fx.Node:
         if not isinstance(value, Tensor):

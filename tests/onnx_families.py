@@ -57,8 +57,6 @@ def check_onnx(name: str, steps: int = 30) -> str:
     The graphs are traced with 2 prompts and run with 3 that are shorter, of different lengths and
     padded, for more steps than a window is long.
 
-    Families whose visual tokens repeat (chameleon) fail by the order of equal scores alone.
-
     Args:
         name: A family of `families.FAMILIES`.
         steps: New tokens.
