@@ -120,4 +120,7 @@ def _one_image(model: PreTrainedModel) -> dict[str, Tensor]:
     rows, columns = grid_of(model)
     ids = torch.full((1, rows * columns), image_token_of(model), device=model.device)
     ids = torch.nn.functional.pad(ids, (1, 0), value=_word(model))
-    return {"input_ids": ids, "pixel_values": torch.zeros_like(image_of(model), device=ids.device)}
+    # Noise: the tokens of an image of one colour are alike, and equal scores fall either way.
+    shape = image_of(model)
+    noise = torch.randn(shape.shape, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "pixel_values": noise.to(ids.device, shape.dtype)}
