@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from deos_fx.passes.behind import made_of
 from deos_fx.passes.capture import check_guard
 from deos_fx.passes.finish import finish
 
@@ -35,11 +36,11 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
     """
     graph = graph_module.graph
     for guard in graph.find_nodes(op="call_function", target=check_guard):
-        if {node.name for node in _sources(guard) if node.op == "placeholder"} <= images.keys():
+        if {node.name for node in made_of(guard) if node.op == "placeholder"} <= images.keys():
             graph.erase_node(guard)
     (encoder,) = graph.find_nodes(op="call_module", target="image_encoder")
     parts = [user for user in encoder.users if user.target is getattr]
-    needed = _sources(encoder) | {encoder, *parts}
+    needed = made_of(encoder) | {*parts}
     front = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -67,15 +68,3 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
         with graph.inserting_before(part):
             part.replace_all_uses_with(given(value))
     return encode
-
-
-def _sources(node: fx.Node) -> set[fx.Node]:
-    """Everything that a node is made from."""
-    found: set[fx.Node] = set()
-    stack = list(node.all_input_nodes)
-    while stack:
-        source = stack.pop()
-        if source not in found:
-            found.add(source)
-            stack.extend(source.all_input_nodes)
-    return found
