@@ -12,13 +12,14 @@ What the example run decides for good (a branch on a tensor or on a length) is r
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import operator
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from transformers.utils.import_utils import torch_compilable_check
 from deos_fx.hooks import is_offloaded, shallow_copy
 from deos_fx.passes.families import SHORTCUTS
 from deos_fx.passes.finish import finish
+from deos_fx.passes.replaced import Replacement, replaced
 from deos_fx.passes.shapes_only import plain_attention, without_missing_weights
 
 __all__ = [
@@ -512,10 +514,7 @@ def capture(
         name: tracer.placeholder(name, value) if isinstance(value, (torch.Tensor, Cache)) else value
         for name, value in inputs.items()
     }
-    # Kernels that are compiled at their first call would be compiled as patched for tracing.
-    run = without_missing_weights(model), plain_attention()
-    with torch.no_grad(), run[0], run[1], _tracing(tracer, model, opaque_encoder):
-        result = type(model).forward(model, **arguments)
+    result = _record(tracer, model, arguments, opaque_encoder)
     fields = {name: value for name, value in result.items() if value is not None}
     tracer.create_node("output", "output", (tracer.create_arg(fields),), {})
     graph_module = fx.GraphModule(tracer.attributes(), tracer.graph, f"{type(model).__name__}Graph")
@@ -526,36 +525,50 @@ def capture(
     return finish(graph_module)
 
 
-@contextlib.contextmanager
-def _tracing(tracer: _Tracer, model: PreTrainedModel, opaque_encoder: bool) -> Iterator[None]:
-    """Send what does not dispatch on proxies to the tracer; undone on exit, also on error."""
-    with contextlib.ExitStack() as stack:
+# Who records what this thread runs.
+_TRACER: ContextVar[_Tracer | None] = ContextVar("deos_fx_tracer", default=None)
 
-        def patch(owner: Any, name: str, replacement: Any) -> None:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, replacement)
+# A model's code writes to the model while it runs, so captures take turns.
+_CAPTURING = threading.RLock()
 
-        core: Any = type(model.base_model)
-        for method in _ENCODERS if opaque_encoder else ():
-            if hasattr(core, method):
-                patch(core, method, _traced_encoder(tracer, getattr(core, method)))
-        for name in ("get_seq_length", "get_mask_sizes"):
-            patch(Cache, name, _traced_length(tracer, getattr(Cache, name)))
-        patch(nn.Module, "__call__", _traced_call(tracer, nn.Module.__call__))
-        patch(nn.Module, "__getattr__", _traced_getattr(tracer, nn.Module.__getattr__))
-        for owner, name in _BUILTINS:
-            patch(owner, name, _traced_function(tracer, getattr(owner, name)))
-        for kind in {type(module) for module in model.modules()}:
-            for name in SHORTCUTS.keys() & vars(kind).keys():
-                patch(kind, name, _first_arguments(SHORTCUTS[name]))
-        for namespace in {sys.modules[type(module).__module__] for module in model.modules()}:
-            for name, value in list(vars(namespace).items()):
-                if _makes_masks(name, value):
-                    patch(namespace, name, _traced_mask(tracer, value))
-                elif value is torch_compilable_check:
-                    # It compares tensors in Python; the inputs were checked before capture.
-                    patch(namespace, name, lambda *args, **kwargs: None)
-        yield
+
+def _replacements(model: PreTrainedModel, opaque_encoder: bool) -> Iterator[Replacement]:
+    """What does not dispatch on proxies, and what sends it to the tracer of the thread."""
+    core: Any = type(model.base_model)
+    for method in _ENCODERS if opaque_encoder else ():
+        if hasattr(core, method):
+            yield core, method, _when_traced(_encode)
+    for name in ("get_seq_length", "get_mask_sizes"):
+        yield Cache, name, _when_traced(_length)
+    yield nn.Module, "__call__", _when_traced(_call)
+    yield nn.Module, "__getattr__", _when_traced(_getattr)
+    for owner, name in _BUILTINS:
+        yield owner, name, _when_traced(_function)
+    for kind in {type(module) for module in model.modules()}:
+        for name in SHORTCUTS.keys() & vars(kind).keys():
+            yield kind, name, _when_traced(_first_arguments)
+    for namespace in {sys.modules[type(module).__module__] for module in model.modules()}:
+        for name, value in list(vars(namespace).items()):
+            if _makes_masks(name, value):
+                yield namespace, name, _when_traced(_mask)
+            elif value is torch_compilable_check:
+                # It compares tensors in Python; the inputs were checked before capture.
+                yield namespace, name, _when_traced(_no_check)
+
+
+def _record(
+    tracer: _Tracer, model: PreTrainedModel, arguments: dict[str, Any], opaque_encoder: bool
+) -> Any:
+    """Run the model's forward with the tracer on; everything is put back, also on error."""
+    replacements = _replacements(model, opaque_encoder)
+    # Kernels that are compiled at their first call would be compiled as replaced for tracing.
+    plain = plain_attention()
+    with _CAPTURING, torch.no_grad(), without_missing_weights(model), plain, replaced(replacements):
+        token = _TRACER.set(tracer)
+        try:
+            return type(model).forward(model, **arguments)
+        finally:
+            _TRACER.reset(token)
 
 
 def _check_offloaded(tracer: _Tracer, model: nn.Module) -> None:
@@ -584,78 +597,85 @@ def _first_of(module: nn.Module) -> nn.Module:
     return view
 
 
-def _traced_call(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        path = tracer.module_paths.get(id(module))
-        if path is None or not _has_proxy((args, kwargs)):
-            return original(module, *args, **kwargs)
-        if tracer.is_leaf_module(module, path):
-            return tracer.call_leaf(module, args, kwargs)
-        return original(module, *args, **kwargs)
+# *** what stands in for a function in the thread that captures ***
 
-    return call
+_Traced = Callable[[_Tracer, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
-def _first_arguments(count: int) -> Callable[..., Any]:
-    return lambda module, *args, **kwargs: args[:count]
+def _when_traced(traced: _Traced) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A function that goes to the tracer of its thread, if there is one."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            tracer = _TRACER.get()
+            if tracer is None:
+                return original(*args, **kwargs)
+            return traced(tracer, original, args, kwargs)
+
+        return function
+
+    return make
 
 
-def _traced_length(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
+def _call(tracer: _Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    module, *rest = args
+    path = tracer.module_paths.get(id(module))
+    if path is None or not _has_proxy((rest, kwargs)) or not tracer.is_leaf_module(module, path):
+        return original(*args, **kwargs)
+    return tracer.call_leaf(module, tuple(rest), kwargs)
+
+
+def _first_arguments(
+    tracer: _Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A function that matters for some of its arguments only, and returns these."""
+    return args[1 : 1 + SHORTCUTS[original.__name__]]
+
+
+def _length(tracer: _Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Lengths of a cache are for masks and positions: a layer that counts by its own is refused."""
-
-    def length(*args: Any, **kwargs: Any) -> Any:
-        if tracer.block:
-            raise CaptureError(
-                f"{tracer.block} counts positions itself, by the length of its cache, which is "
-                "shorter where tokens were dropped. Use a model that gives its layers positions."
-            )
-        return original(*args, **kwargs)
-
-    return length
+    if tracer.block:
+        raise CaptureError(
+            f"{tracer.block} counts positions itself, by the length of its cache, which is "
+            "shorter where tokens were dropped. Use a model that gives its layers positions."
+        )
+    return original(*args, **kwargs)
 
 
-def _traced_encoder(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
-    def encode(core: Any, *args: Any, **kwargs: Any) -> Any:
-        if _has_proxy((args, kwargs)):
-            return tracer.call_encoder(original, core, args, kwargs)
-        return original(core, *args, **kwargs)
-
-    return encode
+def _encode(tracer: _Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    core, *rest = args
+    if _has_proxy((rest, kwargs)):
+        return tracer.call_encoder(original, core, tuple(rest), kwargs)
+    return original(*args, **kwargs)
 
 
-def _traced_getattr(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
+def _getattr(tracer: _Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Parameters and buffers that glue code reads become get_attr nodes."""
-
-    def getattribute(module: nn.Module, name: str) -> Any:
-        value = original(module, name)
-        path = tracer.module_paths.get(id(module))
-        if tracer.running or path is None or not isinstance(value, torch.Tensor):
-            return value
-        return tracer.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
-
-    return getattribute
+    module, name = args
+    value = original(module, name)
+    path = tracer.module_paths.get(id(module))
+    if tracer.running or path is None or not isinstance(value, torch.Tensor):
+        return value
+    return tracer.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
 
 
-def _traced_function(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
+def _function(tracer: _Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     makes = original.__name__ in _FACTORIES
+    if not tracer.running and (makes or _has_proxy((args, kwargs))):
+        return tracer.create_proxy("call_function", original, args, kwargs)
+    return original(*args, **kwargs)
 
-    def function(*args: Any, **kwargs: Any) -> Any:
-        if not tracer.running and (makes or _has_proxy((args, kwargs))):
-            return tracer.create_proxy("call_function", original, args, kwargs)
+
+def _mask(tracer: _Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if tracer.running:
         return original(*args, **kwargs)
+    named = inspect.signature(original).bind(*args, **kwargs).arguments
+    return tracer.call_mask_function(original, named)
 
-    return function
 
-
-def _traced_mask(tracer: _Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        if tracer.running:
-            return original(*args, **kwargs)
-        return tracer.call_mask_function(original, signature.bind(*args, **kwargs).arguments)
-
-    return function
+def _no_check(tracer: _Tracer, original: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    """A check that is left out."""
 
 
 def _alike(output: Any, hidden: Any) -> bool:

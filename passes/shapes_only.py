@@ -7,7 +7,9 @@ padded. These follow from the inputs alone. What its weights enter, its code tak
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from deos_fx.hooks import execution_device
+from deos_fx.passes.replaced import replaced
 
 __all__ = ["ShapesOnly", "plain_attention", "without_missing_weights"]
 
@@ -67,23 +70,52 @@ class ShapesOnly(TorchDispatchMode):
         return result
 
 
+# What the names begin with of implementations that are sdpa, in this thread, and of masks.
+_PLAIN: ContextVar[tuple[str, ...]] = ContextVar("deos_fx_plain_attention", default=())
+_PLAIN_MASKS: ContextVar[tuple[str, ...]] = ContextVar("deos_fx_plain_masks", default=())
+
+
 @contextlib.contextmanager
 def plain_attention(masks: tuple[str, ...] = ()) -> Iterator[None]:
-    """Run every attention implementation that needs a kernel of its own as sdpa.
+    """Run every attention implementation that needs a kernel of its own as sdpa, in this thread.
 
     Args:
         masks: Further implementations whose masks are to be those of sdpa.
     """
     known: dict[str, Any] = AttentionInterface._global_mapping
     made: dict[str, Any] = AttentionMaskInterface._global_mapping
-    before = dict(known), dict(made)
-    known.update({name: known["sdpa"] for name in known if name.startswith(_KERNELS)})
-    made.update({name: made["sdpa"] for name in made if name.startswith((*_KERNELS, *masks))})
-    try:
-        yield
-    finally:
-        known.update(before[0])
-        made.update(before[1])
+    prefixes = (*_KERNELS, *masks)
+    replacements = [
+        *((known, name, _plain(known, name, _PLAIN)) for name in _beginning(known, _KERNELS)),
+        *((made, name, _plain(made, name, _PLAIN_MASKS)) for name in _beginning(made, prefixes)),
+    ]
+    with replaced(replacements):
+        tokens = _PLAIN.set(_KERNELS), _PLAIN_MASKS.set((*_PLAIN_MASKS.get(), *prefixes))
+        try:
+            yield
+        finally:
+            _PLAIN.reset(tokens[0])
+            _PLAIN_MASKS.reset(tokens[1])
+
+
+def _beginning(table: dict[str, Any], prefixes: tuple[str, ...]) -> list[str]:
+    return [name for name in list(table) if name.startswith(prefixes)]
+
+
+def _plain(
+    table: dict[str, Any], name: str, plain: ContextVar[tuple[str, ...]]
+) -> Callable[[Any], Any]:
+    """What makes an entry of a table that is sdpa's where the thread wants it plain."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            chosen = table["sdpa"] if name.startswith(plain.get()) else original
+            return chosen(*args, **kwargs)
+
+        return function
+
+    return make
 
 
 def without_missing_weights(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
