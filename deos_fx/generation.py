@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from deos_fx.cache import ReducedCache
+from deos_fx.hooks import shallow_copy
 from deos_fx.images import has_images, images_of_prompts, media_of_rows
 
 __all__ = ["generation_host"]
@@ -41,6 +41,9 @@ def generation_host(
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> ModelOutput:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, ReducedCache) and not cache.get_seq_length():
+            cache.rope_deltas = getattr(self.base_model, "rope_deltas", None)
         return call(*args, **kwargs)
 
     def keep_pixels(self: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def generation_host(
             model_kwargs["past_key_values"] = new_cache()
 
     def positions(self: Any, inputs: Any, model_kwargs: dict[str, Any]) -> Any:
-        # Where the model itself remembers how positions go on, its latest prompt may be another.
+        # Where the model itself remembers how positions go on, the text may be an earlier one.
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, ReducedCache) and cache.get_seq_length():
             if hasattr(self.base_model, "rope_deltas"):
@@ -108,9 +111,14 @@ def generation_host(
     }
     if device is not None:
         replaced["device"] = device
-    host = copy.copy(model)
+    host: Any = shallow_copy(model)
     # Hooks (accelerate's, for several devices) put a forward on the instance, before the class's.
     vars(host).pop("forward", None)
+    if host.base_model is not host and hasattr(host.base_model, "rope_deltas"):
+        # A core of its own to remember in: other threads generate with the same model.
+        core = shallow_copy(host.base_model)
+        core.rope_deltas = None
+        host._modules[host.base_model_prefix] = core
     host.__class__ = type(f"Reduced{type(model).__name__}", (type(model),), replaced)
     return host
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deos_fx.hooks import shallow_copy
 from deos_fx.passes.capture import PIXELS, features_of
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.shapes_only import ShapesOnly
@@ -300,12 +301,10 @@ def _ends_without_weights(
     core: Any, kind: _Kind, given: Mapping[str, Any], counts: Sequence[int]
 ) -> list[int]:
     """How many tokens fewer each image has if rows have no end, in a model that cannot compare."""
-    newline, core.image_newline = core.image_newline, None
-    try:
-        with torch.no_grad(), ShapesOnly():
-            features = features_of(getattr(core, kind.encode)(**given, return_dict=True))
-    finally:
-        core.image_newline = newline
+    view = shallow_copy(core)
+    view._parameters = {**core._parameters, "image_newline": None}
+    with torch.no_grad(), ShapesOnly():
+        features = features_of(getattr(view, kind.encode)(**given, return_dict=True))
     return [count - len(part) for count, part in zip(counts, features, strict=True)]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deos_fx.cache import ReducedCache
+from deos_fx.hooks import shallow_copy
 from deos_fx.images import has_images, image_inputs, images_of_prompts
 from deos_fx.passes.families import FORMER_IMAGES
 from deos_fx.passes.find_blocks import find_blocks
@@ -100,38 +102,54 @@ class _DecoderReached(Exception):  # noqa: N818 - not an error: how the rest is 
 def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """The position ids that the model's own code makes up, by families in many ways.
 
-    It is asked for them with the text alone and stopped before its decoder runs.
+    It is asked for them with the text alone and stopped before its decoder runs. What it remembers
+    of a prompt meanwhile goes into the cache, for the positions of later tokens.
     """
     found: list[Any] = []
 
-    def stop(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
         found.append(kwargs.get("position_ids"))
         raise _DecoderReached
 
     cache: Any = inputs.get("past_key_values")
     seen = 0 if cache is None else cache.get_seq_length()
-    core: Any = model.base_model
-    if seen and hasattr(core, "rope_deltas"):
+    core = _stopping_core(model, stop)
+    if hasattr(core, "rope_deltas"):
         # The model remembers how positions go on behind the images of its latest prompt.
-        core.rope_deltas = cache.rope_deltas
-    decoder = model.get_decoder()
-    if decoder is core:
-        # Where the decoder has the images too, its layers are what is told the positions.
-        decoder = model.get_submodule(find_blocks(model).decoder[0])
-    handle = decoder.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        text = {name: value for name, value in inputs.items() if name not in _NOT_OF_CORE}
-        with torch.no_grad(), ShapesOnly():
-            core.forward(**text)
-    except _DecoderReached:
-        pass
-    finally:
-        handle.remove()
+        core.rope_deltas = cache.rope_deltas if seen else None
+    text = {name: value for name, value in inputs.items() if name not in _NOT_OF_CORE}
+    with contextlib.suppress(_DecoderReached), torch.no_grad(), ShapesOnly():
+        core.forward(**text)
+    if cache is not None and not seen:
+        cache.rope_deltas = getattr(core, "rope_deltas", None)
     if found and found[0] is not None:
         # With a cache, some models count all tokens that the attention mask is for.
         return found[0][..., -inputs["input_ids"].shape[1] :]
     input_ids = inputs["input_ids"]
     return torch.arange(input_ids.shape[1], device=input_ids.device)[None] + seen
+
+
+def _stopping_core(model: PreTrainedModel, stop: Callable[..., Any]) -> Any:
+    """A view of a model's core that calls `stop` for its decoder.
+
+    The model itself stays as it is: other threads may be running it.
+    """
+    core: Any = shallow_copy(model.base_model)
+    # Hooks that collect outputs would be put into the model's own modules, which this view shares.
+    core._output_capturing_hooks_installed = True
+    decoder = model.get_decoder()
+    if decoder is model.base_model:
+        # Where the decoder has the images too, its layers are what is told the positions.
+        decoder = model.get_submodule(find_blocks(model).decoder[0])
+    names = (name for name, module in core.named_modules() if module is decoder)
+    path = next(names, "").split(".")
+    parent = core
+    for part in path if path[0] else ():
+        parent._modules[part] = shallow_copy(parent._modules[part])
+        parent = parent._modules[part]
+    if parent is not core:
+        parent.forward = stop
+    return core
 
 
 def _check_outputs(inputs: Mapping[str, Any]) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +18,11 @@ from deos_fx.cache import ReducedCache, TokenSpace
 from deos_fx.cost import CostModel, CostReport
 from deos_fx.explain import SiteExplanation, explain
 from deos_fx.generation import generation_host
+from deos_fx.graphs import Graphs
 from deos_fx.images import image_inputs
 from deos_fx.inputs import complete_inputs, prompt_layout, prompt_layouts
-from deos_fx.passes.capture import GuardError
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces
-from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.policy import Policy
 from deos_fx.signature import image_token_of, signature_of
 
@@ -58,10 +56,7 @@ class ReducedModel(nn.Module):
         self.policy = policy
         self._arguments = inspect.signature(type(model).forward)
         self._spaces = decode_spaces(policy)
-        # Not submodules: they share the model's weights.
-        self._graphs: dict[str, dict[Hashable, fx.GraphModule]] = {"prefill": {}, "decode": {}}
-        # What was captured of each structure of inputs: lowered again for other images.
-        self._captured: dict[Hashable, Captured] = {}
+        self._graphs = Graphs(model, policy)
 
     # *** calling ***
 
@@ -125,11 +120,12 @@ class ReducedModel(nn.Module):
         Raises:
             RuntimeError: Before the first call.
         """
-        if not self._graphs["prefill"]:
+        latest = self._graphs.latest
+        if latest is None:
             raise RuntimeError(
                 "Nothing is captured yet: call the model once, or give example_inputs to transform."
             )
-        return list(self._graphs["prefill"].values())[-1]
+        return latest
 
     # *** what transformers' pipelines ask of a model ***
 
@@ -233,7 +229,7 @@ class ReducedModel(nn.Module):
         prompt_layouts(self.model, complete)
         for part in self._parts(complete):
             if part.layout is not None:
-                self._graph(part.inputs, part.layout)
+                self._graphs.prefill(part.inputs, part.layout)
 
     def _prefill(
         self, inputs: Mapping[str, Any]
@@ -243,7 +239,7 @@ class ReducedModel(nn.Module):
         given.pop("past_key_values", None)
         complete = complete_inputs(self.model, given)
         layout = prompt_layout(self.model, complete)
-        return self._graph(complete, layout), layout, complete
+        return self._graphs.prefill(complete, layout), layout, complete
 
     def _bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of the model's forward by name, without those that are None."""
@@ -257,6 +253,7 @@ class ReducedModel(nn.Module):
         cache: Any = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             return self._continue(inputs, cache)
+        deltas = None if cache is None else cache.rope_deltas
         parts = self._parts(inputs)
         outputs, spaces = [], []
         for part in parts:
@@ -274,23 +271,15 @@ class ReducedModel(nn.Module):
                 rows = [row for part in parts for row in part.rows]
                 cache.join([part.inputs["past_key_values"] for part in parts], rows)
                 fields["past_key_values"] = cache
-            cache.rope_deltas = _deltas_of_rows(self.model, len(inputs["input_ids"]))
+            cache.rope_deltas = _deltas_of_rows(deltas, len(inputs["input_ids"]))
             cache.images = image_inputs(self.model, inputs)
             cache.record(length, left)
         return output_class(**fields)
 
     def _continue(self, inputs: dict[str, Any], cache: ReducedCache) -> ModelOutput:
         """New tokens behind what the cache holds."""
-        seen = cache.get_seq_length()
         inputs |= cache.decode_inputs(inputs.get("attention_mask"), inputs["position_ids"])
-        try:
-            fields, output_class = self._call(inputs, None)
-        except GuardError:
-            if cache.get_seq_length() != seen:
-                # The layers before the guard have already added to their caches.
-                raise
-            self._forget()
-            fields, output_class = self._call(inputs, None)
+        fields, output_class = self._graphs.run(inputs, None)
         return output_class(**fields)
 
     def _parts(self, inputs: dict[str, Any]) -> list[Part]:
@@ -306,27 +295,7 @@ class ReducedModel(nn.Module):
             # Text alone: there is nothing to reduce.
             output = self.model(**part.inputs)
             return dict(output.items()), type(output)
-        try:
-            return self._call(part.inputs, part.layout)
-        except GuardError:
-            # The model's code takes another branch for these inputs than for those captured.
-            self._forget()
-            cache = part.inputs.get("past_key_values")
-            if cache is not None:
-                cache.reset()
-            return self._call(part.inputs, part.layout)
-
-    def _forget(self) -> None:
-        """Let everything be captured again."""
-        for graphs in self._graphs.values():
-            graphs.clear()
-        self._captured.clear()
-
-    def _call(
-        self, inputs: Mapping[str, Any], layout: PromptLayout | None
-    ) -> tuple[dict[str, Any], type[ModelOutput]]:
-        graph_module = self._graph(inputs, layout)
-        return run_graph(graph_module, inputs), graph_module.meta["output_class"]
+        return self._graphs.run(part.inputs, part.layout)
 
     def _spaces_of(
         self, left: Sequence[Mapping[str, Tensor]] | None, input_ids: Tensor
@@ -345,66 +314,12 @@ class ReducedModel(nn.Module):
             for known, space in zip(self._spaces, left, strict=True)
         ]
 
-    def _graph(self, inputs: Mapping[str, Any], layout: PromptLayout | None) -> fx.GraphModule:
-        kind = "decode" if layout is None else "prefill"
-        attention = self.model.config.get_text_config()._attn_implementation
-        structure = (kind, self.model.dtype, attention, *_structure(inputs))
-        graphs = self._graphs[kind]
-        if (layout, structure) not in graphs:
-            if structure not in self._captured:
-                self._captured[structure] = self._capture(inputs, layout)
-            captured = self._captured[structure].copy()
-            graphs[layout, structure] = lower_call(captured, self.policy, layout)
-        return graphs[layout, structure]
-
-    def _capture(self, inputs: Mapping[str, Any], layout: PromptLayout | None) -> Captured:
-        cache = self._new_cache() if inputs.get("past_key_values") is not None else None
-        example = {**inputs, "past_key_values": cache} if cache is not None else {**inputs}
-        if layout is None:
-            example = _decode_example(example, inputs["past_key_values"])
-        return capture_call(self.model, example)
-
     def _new_cache(self) -> ReducedCache:
         return ReducedCache(self.model.config.get_text_config())
 
 
-def _deltas_of_rows(model: PreTrainedModel, rows: int) -> Tensor | None:
+def _deltas_of_rows(deltas: Tensor | None, rows: int) -> Tensor | None:
     """What the model adds to a new token's index, [rows, 1]; generate makes several of a prompt."""
-    deltas: Tensor | None = getattr(model.base_model, "rope_deltas", None)
     if deltas is None or rows % len(deltas):
         return None
     return deltas.repeat_interleave(rows // len(deltas), dim=0)
-
-
-def _structure(inputs: Mapping[str, Any]) -> tuple[Hashable, ...]:
-    """What a captured graph depends on: which inputs there are, of what type, and all constants."""
-    parts: list[Hashable] = []
-    for name, value in sorted(inputs.items()):
-        if isinstance(value, Tensor):
-            # Position ids [4, B, t] of a prompt's own steps go on as [1, B, t] in a later turn.
-            coordinates = value.shape[:-2] if name == "position_ids" else ()
-            parts.append((name, value.dtype, value.device, value.ndim, coordinates))
-        else:
-            parts.append((name, type(value) if isinstance(value, ReducedCache) else value))
-    return tuple(parts)
-
-
-def _decode_example(inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
-    """A decode step on a short cache of equal lengths, which the original model can run.
-
-    Only its structure matters: on the caches that reductions leave, the original model fails.
-    """
-    example = {
-        name: value for name, value in inputs.items() if not name.rpartition("_")[2].isdigit()
-    }
-    for layer, held in enumerate(cache.layers):
-        if getattr(held, "keys", None) is None:
-            # Of a convolution, whose state is as long in any space, or of shared keys.
-            example["past_key_values"].layers[layer] = copy.deepcopy(held)
-            continue
-        short = [states[:, :, :2].clone() for states in (held.keys, held.values)]
-        example["past_key_values"].update(*short, layer)
-    new = inputs["input_ids"].shape[1]
-    if "attention_mask" in example:
-        example["attention_mask"] = inputs["attention_mask"][:, -new - 2 :]
-    return example

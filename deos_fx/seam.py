@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -184,6 +185,10 @@ class PeekedBlock(ObservedBlock):
         raise AssertionError(f"{type(self.original()).__name__} did not call its attention")
 
 
+# The call of a block that this thread is in. The views are shared by all threads.
+_CALL: ContextVar[_SeamCall | None] = ContextVar("deos_fx_seam_call", default=None)
+
+
 class _Seen(Exception):  # noqa: N818 - not an error: how a peek leaves the rest of the block out
     """Everything there is to see has been seen."""
 
@@ -199,14 +204,13 @@ def _seam_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: observe, then the user's own implementation."""
-    calls: Any = module.deos_fx_calls
-    if calls[-1] is None:
+    seam = _CALL.get()
+    if seam is None:
         raise ValueError(
             f"The layers of this model hand no further arguments on to {type(module).__name__}, so "
             "its attention cannot be observed. Use scores and similarities of the tokens "
             "themselves, such as feature_norm."
         )
-    seam: _SeamCall = calls[-1]
     causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     view = AttentionView(query, key, attention_mask, scale, causal, seam.tables)
@@ -480,7 +484,6 @@ def _seam_view(block: nn.Module) -> nn.Module:
         attention = shallow_copy(parent._modules[last])
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation_internal = _NAME
-        attention.deos_fx_calls = []
         attention.deos_fx_forward = vars(attention).get("forward")
         attention.forward = partial(_with_seam, attention)
         parent._modules[last] = attention
@@ -509,8 +512,8 @@ def _with_seam(module: Any, *args: Any, seam: _SeamCall | None = None, **kwargs:
     parts that know the attention implementation (an MLP with a config) are run without a call.
     """
     forward = module.deos_fx_forward or partial(type(module).forward, module)
-    module.deos_fx_calls.append(seam)
+    token = _CALL.set(seam)
     try:
         return forward(*args, **kwargs)
     finally:
-        module.deos_fx_calls.pop()
+        _CALL.reset(token)

@@ -182,6 +182,8 @@ def _shape(leaf: Any) -> _Shape:
 
 def _extended(name: str, value: Any, lengths: set[int], more: int) -> Any:
     """The input at a longer prompt: contents do not matter, only shapes are looked at."""
+    if not isinstance(value, (torch.Tensor, Cache)):
+        return value
     if isinstance(value, Cache):
         return copy.deepcopy(value, {id(held): _like(held) for held in _tensors_of(value)})
     # Of the images, whose sides may be as long as the prompt, are all other numbers.

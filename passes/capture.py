@@ -495,8 +495,8 @@ def capture(
 
     Args:
         model: The unmodified model, in eval mode. Its weights are shared, never copied.
-        inputs: Arguments of its forward. Tensors and caches become graph inputs, everything else
-            is part of the structure and specialised.
+        inputs: Arguments of its forward. Tensors, caches and numbers become graph inputs,
+            everything else is part of the structure and specialised.
         block_names: Module path of every transformer block -> node name.
         opaque_encoder: Record the image encoder as one node.
 
@@ -511,7 +511,7 @@ def capture(
     tracer = _Tracer(model, block_names)
     _check_offloaded(tracer, model)
     arguments = {
-        name: tracer.placeholder(name, value) if isinstance(value, (torch.Tensor, Cache)) else value
+        name: tracer.placeholder(name, value) if _is_data(value) else value
         for name, value in inputs.items()
     }
     result = _record(tracer, model, arguments, opaque_encoder)
@@ -554,6 +554,12 @@ def _replacements(model: PreTrainedModel, opaque_encoder: bool) -> Iterator[Repl
             elif value is torch_compilable_check:
                 # It compares tensors in Python; the inputs were checked before capture.
                 yield namespace, name, _when_traced(_no_check)
+
+
+def _is_data(value: Any) -> bool:
+    """Whether an argument is an input of the graph: numbers may steer no more than the head."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number or isinstance(value, (torch.Tensor, Cache))
 
 
 def _record(
