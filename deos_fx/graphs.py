@@ -241,36 +241,27 @@ class _ModelState:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        parents = [module for module in model.modules() if module._modules]
-        self._children = [(module._modules, dict(module._modules)) for module in parents]
-        self._forwards = [(module, *_forward_of(module)) for module in model.modules()]
+        modules = list(model.modules())
+        self._children = [(one._modules, dict(one._modules)) for one in modules if one._modules]
+        self._classes = [(module, type(module)) for module in modules]
+        # accelerate puts a forward of its own on a module.
+        self._forwards = [(vars(module), vars(module).get("forward")) for module in modules]
         # What does not equal its own copy is left out: it would always seem to have changed.
         self._settings = [
-            {name: copied for name, (value, copied) in pairs.items() if copied == value}
-            for pairs in map(_with_copies, _settings(model.config))
+            (vars(config), name, copied)
+            for config in _configs(model.config)
+            for name, value in vars(config).items()
+            if _is_setting(name, value) and (copied := copy.deepcopy(value)) == value
         ]
 
     def holds(self) -> bool:
-        """Whether all of it is still so."""
+        """Whether all of it is still so; asked at every call, of thousands of values."""
         return (
             all(now == before for now, before in self._children)
-            and all(_forward_of(module) == (kind, own) for module, kind, own in self._forwards)
-            and all(map(_has_settings, _settings(self._model.config), self._settings))
+            and all(type(module) is kind for module, kind in self._classes)
+            and all(now.get("forward") is own for now, own in self._forwards)
+            and all(now.get(name, now) == value for now, name, value in self._settings)
         )
-
-
-def _forward_of(module: nn.Module) -> tuple[type, Any]:
-    """A module's class, and its forward if that is not the class's (accelerate puts one there)."""
-    return type(module), vars(module).get("forward")
-
-
-def _with_copies(settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (value, copy.deepcopy(value)) for name, value in settings.items()}
-
-
-def _has_settings(config: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    return all(name in config and config[name] == value for name, value in before.items())
 
 
 def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -283,16 +274,9 @@ def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None), torch.dtype)
 
 
-def _settings(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The settings that a model's code may read, but for names with an underscore.
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether this is what a model's code may read of a config.
 
-    The implementation of attention is among those: it is a part of the structure of a call.
+    The implementation of attention has an underscore: it is a part of the structure of a call.
     """
-    return [
-        {
-            name: value
-            for name, value in vars(one).items()
-            if isinstance(value, _PLAIN) and not name.startswith("_")
-        }
-        for one in _configs(config)
-    ]
+    return isinstance(value, _PLAIN) and not name.startswith("_")

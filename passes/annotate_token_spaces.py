@@ -140,8 +140,13 @@ class _ShapeRun(fx.Interpreter):
 
 
 def _tracked(tensor: torch.Tensor) -> torch.Tensor:
-    """An input: content flows from floats, and code may read what counts something."""
-    return _like(tensor) if tensor.is_floating_point() else tensor.clone()
+    """An input: content flows from floats, and code may read what counts something.
+
+    A single number (how many items a loss is a mean of) is content of no token.
+    """
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    return _like(tensor) if tensor.numel() > 1 else _like(tensor).detach()
 
 
 def _light(tensor: torch.Tensor) -> torch.Tensor:

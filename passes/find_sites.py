@@ -6,7 +6,6 @@ dominator of the data flow): only there does dropping a token drop it everywhere
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -296,9 +295,7 @@ def _why_not_in_decoder(i: int, nodes: dict[str, fx.Node], flow: nx.DiGraph, lay
         for source in nodes[name].all_input_nodes:
             # What has a row for every token of the prompt follows its tokens.
             around = source.name not in behind and source.name != f"decoder_{i}"
-            # A number that the caller gives (how many items the loss is a mean of) is of no token.
-            number = source.op == "placeholder" and math.prod(source.meta["shape"]) == 1
-            if around and not number and source.meta["content"] and not has_prompt_axis(source):
+            if around and source.meta["content"] and not has_prompt_axis(source):
                 return f"{name} reads {source.name}, in which visual tokens cannot be told apart"
     shared = [node.meta["shared"] for node in nodes.values() if "shared" in node.meta]
     for maker, reader in sorted(set().union(*shared)):
