@@ -43,7 +43,11 @@ def generation_host(
     def forward(self: Any, *args: Any, **kwargs: Any) -> ModelOutput:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, ReducedCache) and not cache.get_seq_length():
-            cache.rope_deltas = getattr(self.base_model, "rope_deltas", None)
+            deltas = getattr(self.base_model, "rope_deltas", None)
+            if deltas is not None:
+                # Beams and several answers are further rows of one prompt.
+                answers = len(kwargs["input_ids"]) // len(deltas)
+                cache.rope_deltas = deltas.repeat_interleave(answers, dim=0)
         return call(*args, **kwargs)
 
     def keep_pixels(self: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:

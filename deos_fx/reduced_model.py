@@ -271,7 +271,7 @@ class ReducedModel(nn.Module):
                 rows = [row for part in parts for row in part.rows]
                 cache.join([part.inputs["past_key_values"] for part in parts], rows)
                 fields["past_key_values"] = cache
-            cache.rope_deltas = _deltas_of_rows(deltas, len(inputs["input_ids"]))
+            cache.rope_deltas = deltas
             cache.images = image_inputs(self.model, inputs)
             cache.record(length, left)
         return output_class(**fields)
@@ -316,10 +316,3 @@ class ReducedModel(nn.Module):
 
     def _new_cache(self) -> ReducedCache:
         return ReducedCache(self.model.config.get_text_config())
-
-
-def _deltas_of_rows(deltas: Tensor | None, rows: int) -> Tensor | None:
-    """What the model adds to a new token's index, [rows, 1]; generate makes several of a prompt."""
-    if deltas is None or rows % len(deltas):
-        return None
-    return deltas.repeat_interleave(rows // len(deltas), dim=0)

@@ -63,7 +63,7 @@ class OnnxModel:
         self._prefill, self._decode = sessions["prefill"], sessions["decode"]
         self._encoder = sessions.get("image_encoder")
         self._arguments = inspect.signature(type(skeleton).forward)
-        self._host = generation_host(self, skeleton, self._new_cache, device=_CPU)
+        self._skeleton = skeleton
 
     @classmethod
     def from_pretrained(
@@ -105,7 +105,7 @@ class OnnxModel:
             ValueError: If the prompts have not exactly the images, or the call not the inputs,
                 that the graphs are for.
         """
-        inputs = self._arguments.bind(self._host, *args, **kwargs).arguments
+        inputs = self._arguments.bind(self._skeleton, *args, **kwargs).arguments
         inputs.pop("self", None)
         inputs |= inputs.pop("kwargs", {})
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -126,7 +126,9 @@ class OnnxModel:
         """
         if not inputs.get("use_cache", True):
             raise ValueError("use_cache=False, but exported graphs always use a cache; omit it")
-        return self._host.generate(**inputs)
+        # A host of its own for every call: models of some families remember positions in theirs.
+        host = generation_host(self, self._skeleton, self._new_cache, device=_CPU)
+        return host.generate(**inputs)
 
     # *** running ***
 
@@ -137,7 +139,7 @@ class OnnxModel:
                 f"past_key_values is a {type(cache).__name__}; pass None, or what an earlier call "
                 "of this model returned"
             )
-        inputs = complete_inputs(self._host, inputs)
+        inputs = complete_inputs(self._skeleton, inputs)
         if cache.get_seq_length() == 0:
             logits = self._run_prefill(inputs, cache)
         else:
@@ -157,9 +159,8 @@ class OnnxModel:
         if self._encoder is not None:
             values |= self._encode(self._encoder, values["pixel_values"], len(ids))
         outputs = self._prefill(values)
-        cache.rope_deltas = getattr(self._host.base_model, "rope_deltas", None)
         cache.take_states(outputs, ids.shape[1])
-        cache.images = image_inputs(self._host, inputs)
+        cache.images = image_inputs(self._skeleton, inputs)
         cache.record(
             ids.shape[1],
             [

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import onnx
@@ -201,6 +202,19 @@ def test_several_new_tokens_continue_a_cache(folder):
     for token in more.T:
         expected.append(reduced(input_ids=token[None], past_key_values=cache).logits)
     _equal(continued, torch.cat(expected, dim=1))
+
+
+def test_threads_share_a_runtime(folder):
+    reduced, runtime, images = _both(folder, "pool, merge with mass, compact")
+    batches = [tiny.inputs(reduced.model, 1 + i % 2, images, text=i) for i in range(4)]
+
+    def answer(batch):
+        return runtime.generate(**batch, max_new_tokens=STEPS, do_sample=False)
+
+    right = [answer(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(answer, batches * 3))
+    assert all(torch.equal(a, b) for a, b in zip(found, right * 3, strict=True))
 
 
 def test_logits_to_keep(folder):
