@@ -9,6 +9,7 @@ of images.
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from deos_fx.policy import Policy
 from deos_fx.recent import Recent
 
 __all__ = ["CAPTURES", "GRAPHS", "Graphs"]
+
+_LOGGER = logging.getLogger(__name__)
 
 CAPTURES = 32
 """Captured calls that a reduced model keeps."""
@@ -138,6 +141,7 @@ class Graphs:
                 if capture.structure == structure and capture not in tried:
                     return capture, False
             captured = self._capture(inputs, layout)
+            _LOGGER.info("captured a call of the structure %s", structure)
             capture = _Capture(structure, captured, list(_attributes(self._model, captured)))
             self._captures.put(capture, None)
             return capture, True
@@ -155,6 +159,7 @@ class Graphs:
             known = self._lowered_graphs.get((capture, layout))
             if known is not None:
                 return known
+            _LOGGER.info("lowered a captured call for %s", layout)
             graph_module = lower_call(capture.captured.copy(), self._policy, layout)
             return self._lowered_graphs.put((capture, layout), graph_module)
 

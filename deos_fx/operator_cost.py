@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
+from deos_fx.flops import count_flops
 from deos_fx.operator import static_reduce
 from deos_fx.reduction import Reduction
 
@@ -64,7 +64,7 @@ def operator_flops(
             # A constant of the graph.
             return function(*args)
         args = pytree.tree_map_only(Tensor, lambda value: value.to("meta"), args)
-        with FlopCounterMode(display=False) as counter:
+        with count_flops() as counter:
             result = function(*args)
         flops += counter.get_total_flops()
         return result

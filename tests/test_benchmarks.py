@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
-from benchmarks import capture, operators, speed
+from benchmarks import calls, capture, operators, speed
 
 QUICK = {"shape": "llava-tiny", "text": 4, "new_tokens": 2, "repeats": 2}
 TINY = {"shape": "llava-tiny", "text": 4, "keep": 8, "rounds": 1, "calls": 1, "scenes": 4}
@@ -113,6 +113,15 @@ def test_capture_measures_every_stage_without_a_value():
     assert set(found["seconds"]) == stages and min(found["seconds"].values()) >= 0
     assert found["no_weight_has_values"] and found["nodes"] < found["nodes_lowered"] < 200
     assert found["imports_megabytes"] <= found["peak_megabytes"]
+
+
+def test_calls_counts_what_is_captured_and_lowered():
+    found = calls.measure(20, 4, 3)
+    assert [step["calls"] for step in found["steps"]] == list(range(2, 21, 2))
+    last = found["steps"][-1]
+    # Of seven options, two are numbers of one input and two of another.
+    assert last["captured"] == 5 and 5 <= last["lowered"] <= 20
+    assert all(step["megabytes"] > 0 and step["objects"] > 0 for step in found["steps"])
 
 
 def test_shapes_are_those_of_the_published_models():
