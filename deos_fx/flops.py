@@ -24,8 +24,8 @@ class _NoModules:
 def count_flops() -> FlopCounterMode:
     """Make a counter of all FLOPs while it is entered, without a table by module.
 
-    By default the counter follows which module runs, by hooks on all modules of the process. Threads
-    that run another model meanwhile would run into them.
+    By default the counter follows which module runs, by hooks on all modules of the process, into
+    which threads that run another model would run.
     """
     counter: Any = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()
