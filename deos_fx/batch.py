@@ -7,7 +7,7 @@ then on: decoding runs on the whole batch again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deos_fx.cache import TokenSpace, in_rows
-from deos_fx.images import has_images, images_of_prompts, media_of_rows
+from deos_fx.images import has_images, images_of_prompts, media_of_rows, placeholders
 from deos_fx.passes.layout import PromptLayout
-from deos_fx.signature import image_token_of
 
 __all__ = ["Part", "join_outputs", "join_spaces", "parts_of_batch"]
 
@@ -54,16 +53,16 @@ def parts_of_batch(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Pa
     """
     ids = inputs["input_ids"]
     if not has_images(inputs):
-        if bool((ids == image_token_of(model)).any()):
+        if bool(placeholders(model, ids).any()):
             raise ValueError(
                 "input_ids has image placeholders, but there are no images: pass pixel_values, and "
                 "whatever else the model's processor returns."
             )
         return [Part(tuple(range(len(ids))), None, {**inputs})]
     prompts = images_of_prompts(model, inputs)
-    alike: dict[PromptLayout | None, list[int]] = {}
+    alike: dict[Hashable, list[int]] = {}
     for row, prompt in enumerate(prompts):
-        alike.setdefault(prompt.layout, []).append(row)
+        alike.setdefault(prompt.alike, []).append(row)
     if len(alike) == 1:
         return [Part(tuple(range(len(ids))), prompts[0].layout, {**inputs})]
     if "labels" in inputs:
@@ -73,10 +72,11 @@ def parts_of_batch(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Pa
             "sizes."
         )
     parts = []
-    for layout, rows in alike.items():
+    for rows in alike.values():
         own = {name: _rows_of(name, value, rows, len(ids)) for name, value in inputs.items()}
         own |= media_of_rows(model, inputs, prompts, rows)
-        parts.append(Part(tuple(rows), layout, {k: v for k, v in own.items() if v is not None}))
+        own = {name: value for name, value in own.items() if value is not None}
+        parts.append(Part(tuple(rows), prompts[rows[0]].layout, own))
     return parts
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import math
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -28,11 +29,13 @@ from deos_fx.tokens import is_separator
 
 __all__ = [
     "PromptImages",
+    "are_written_alike",
     "encoder_inputs",
     "has_images",
     "image_inputs",
     "images_of_prompts",
     "media_of_rows",
+    "placeholders",
 ]
 
 _ENCODED: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, list[_Item] | None]]
@@ -46,18 +49,18 @@ class _Kind:
     Attributes:
         pixels: The input with their pixels.
         encode: The method of the model's core that makes features of them.
-        others: Inputs with a row for every one, beside those the encoder takes.
+        marked: What ``mm_token_type_ids`` is at their placeholders.
+        words: What is in the names of inputs about them, beside those that the encoder takes.
     """
 
     pixels: str
     encode: str
-    others: frozenset[str] = frozenset()
+    marked: int
+    words: tuple[str, ...] = ()
 
 
-_IMAGES = _Kind(PIXELS[0], "get_image_features")
-_VIDEOS = _Kind(
-    PIXELS[1], "get_video_features", frozenset({"second_per_grid_ts", "video_second_per_grid"})
-)
+_IMAGES = _Kind(PIXELS[0], "get_image_features", 1)
+_VIDEOS = _Kind(PIXELS[1], "get_video_features", 2, ("video", "second_per_grid"))
 
 
 class _Item(NamedTuple):
@@ -86,6 +89,11 @@ class PromptImages:
     layout: PromptLayout | None
     items: tuple[tuple[_Kind, int, int], ...]
 
+    @property
+    def alike(self) -> Hashable:
+        """The same for prompts that one graph is for: what they show, and in which inputs."""
+        return self.layout, tuple(kind.pixels for kind, _, _ in self.items)
+
 
 def has_images(inputs: Mapping[str, Any]) -> bool:
     """Whether there are pixels of images or videos among the inputs of a call."""
@@ -94,8 +102,7 @@ def has_images(inputs: Mapping[str, Any]) -> bool:
 
 def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Those of the inputs that images and videos come in: pixels, and how large each is."""
-    given = [kind for kind in (_IMAGES, _VIDEOS) if kind.pixels in inputs]
-    names = sorted(frozenset().union(*(_media(model, kind) | kind.others for kind in given)))
+    names = sorted(frozenset().union(*(_beside(model, kind) for kind in _given(inputs))))
     return {name: inputs[name] for name in names if isinstance(inputs.get(name), Tensor)}
 
 
@@ -110,28 +117,121 @@ def images_of_prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list
         One description for each prompt.
 
     Raises:
-        ValueError: If images and placeholders do not match.
+        ValueError: If images and placeholders do not match, or it cannot be told which
+            placeholders are those of videos.
     """
-    kinds = {_token(model, kind): kind for kind in (_IMAGES, _VIDEOS) if kind.pixels in inputs}
-    items = {
-        token: _items(model, inputs, kind, (inputs["input_ids"] == token).sum(dim=1).tolist())
-        for token, kind in kinds.items()
+    places = _places(model, inputs)
+    tokens = {
+        kind: int(inputs["input_ids"][flags][0]) if flags.any() else _token(model, kind)
+        for kind, flags in places.items()
     }
-    waiting = {token: iter(enumerate(given)) for token, given in items.items()}
+    items = {
+        kind: _items(model, inputs, kind, flags.sum(dim=1).tolist())
+        for kind, flags in places.items()
+    }
+    waiting = {kind: iter(enumerate(given)) for kind, given in items.items()}
+    # 0 is text, and kinds count from 1.
+    numbers: Any = sum(number * flags for number, flags in enumerate(places.values(), 1))
     found = []
-    for row, ids in enumerate(inputs["input_ids"].tolist()):
-        placeholders = [token for token in ids if token in kinds]
-        shown = list(_shown(placeholders, waiting, row))
-        found.append(_of_prompt(tuple(kinds), kinds, shown))
-    for token, rest in waiting.items():
-        total, left = len(items[token]), sum(1 for _ in rest)
+    for row, of_row in enumerate(numbers.tolist()):
+        kinds = [list(places)[number - 1] for number in of_row if number]
+        found.append(_of_prompt(tokens, list(_shown(kinds, tokens, waiting, row))))
+    for kind, rest in waiting.items():
+        total, left = len(items[kind]), sum(1 for _ in rest)
         if left:
             raise ValueError(
-                f"{kinds[token].pixels} has {total} images, but input_ids has placeholders (token "
-                f"id {token}) for {total - left}. Make both with the same call of the model's "
+                f"{kind.pixels} has {total} images, but input_ids has placeholders (token id "
+                f"{tokens[kind]}) for {total - left}. Make both with the same call of the model's "
                 "processor."
             )
     return found
+
+
+def _given(inputs: Mapping[str, Any]) -> tuple[_Kind, ...]:
+    return tuple(kind for kind in (_IMAGES, _VIDEOS) if kind.pixels in inputs)
+
+
+def are_written_alike(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
+    """Whether there are images and videos among the inputs, and the model has one placeholder for
+    both: it cannot read them in one call."""
+    if len(_given(inputs)) < 2:
+        return False
+    places = _own_places(model, inputs["input_ids"])
+    if places is None:
+        return image_token_of(model) == video_token_of(model)
+    return bool((places[_IMAGES] & places[_VIDEOS]).any())
+
+
+def placeholders(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Flags of every placeholder in input_ids [B, N], of images or of videos."""
+    video = video_token_of(model)
+    images = input_ids == image_token_of(model)
+    return images if video is None else images | (input_ids == video)
+
+
+def _places(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[_Kind, Tensor]:
+    """Flags [B, N] of the placeholders of each kind that has pixels among the inputs."""
+    ids, kinds = inputs["input_ids"], _given(inputs)
+    places = {kind: ids == _token(model, kind) for kind in kinds}
+    own = _own_places(model, ids)
+    if own is not None:
+        places = {kind: own[kind] for kind in kinds}
+    if len(kinds) == 1 or not (places[_IMAGES] & places[_VIDEOS]).any():
+        return places
+    return _told_apart(model, places, inputs.get("mm_token_type_ids"))
+
+
+def _told_apart(
+    model: PreTrainedModel, places: Mapping[_Kind, Tensor], marks: Tensor | None
+) -> dict[_Kind, Tensor]:
+    """Placeholders of images and of videos that are written alike, by how processors mark them.
+
+    Args:
+        model: The model.
+        places: Flags [B, N] of the placeholders of each kind.
+        marks: ``mm_token_type_ids`` [B, N].
+    """
+    apart = {}
+    for kind, flags in places.items():
+        found = None if marks is None else flags & (marks == kind.marked)
+        if found is None or not found.any():
+            raise ValueError(
+                f"{type(model).__name__} has one placeholder for images and videos, and "
+                f"mm_token_type_ids does not tell those of {kind.pixels} (where it is "
+                f"{kind.marked}) from others. Pass the mm_token_type_ids that the model's "
+                "processor returns, or prompts with images and prompts with videos one by one."
+            )
+        apart[kind] = found
+    both = apart[_IMAGES].any(dim=1) & apart[_VIDEOS].any(dim=1)
+    if both.any():
+        raise ValueError(
+            f"Prompt {int(both.int().argmax())} of the batch has an image and a video, which "
+            f"{type(model).__name__} writes over each other: it has one placeholder for both. Give "
+            "the frames of the video as images."
+        )
+    return apart
+
+
+def _own_places(model: PreTrainedModel, input_ids: Tensor) -> dict[_Kind, Tensor] | None:
+    """Where the model's own code puts images and videos; None if it cannot be asked."""
+    find: Any = getattr(model.base_model, "get_placeholder_mask", None)
+    if find is None:
+        return None
+    needed = {
+        name
+        for name, parameter in inspect.signature(find).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    }
+    if needed != {"input_ids", "inputs_embeds"}:
+        return None
+    # Of the embeddings it only asks where they are, and how many there are of them.
+    masks = find(input_ids, inputs_embeds=input_ids[..., None])
+    if not isinstance(masks, tuple):
+        return None
+    return {
+        kind: mask.reshape(input_ids.shape)
+        for kind, mask in zip((_IMAGES, _VIDEOS), masks, strict=False)
+    }
 
 
 def _token(model: PreTrainedModel, kind: _Kind) -> int:
@@ -145,41 +245,44 @@ def _token(model: PreTrainedModel, kind: _Kind) -> int:
 
 
 def _shown(
-    placeholders: Sequence[int], waiting: Mapping[int, Iterator[tuple[int, _Item]]], row: int
-) -> Iterator[tuple[int, int, _Item]]:
-    """The images of a prompt, in the order of their placeholders: kind, number and size."""
+    kinds: Sequence[_Kind],
+    tokens: Mapping[_Kind, int],
+    waiting: Mapping[_Kind, Iterator[tuple[int, _Item]]],
+    row: int,
+) -> Iterator[tuple[_Kind, int, _Item]]:
+    """The images of a prompt, in the order of their placeholders, whose kinds are given: the kind,
+    number and size of each."""
     place = 0
-    while place < len(placeholders):
-        token = placeholders[place]
-        number, item = next(waiting[token], (0, None))
-        if item is None or placeholders[place : place + item.tokens] != [token] * item.tokens:
+    while place < len(kinds):
+        kind = kinds[place]
+        number, item = next(waiting[kind], (0, None))
+        if item is None or tuple(kinds[place : place + item.tokens]) != (kind,) * item.tokens:
             raise ValueError(
-                f"Prompt {row} of the batch has {len(placeholders)} image placeholders (token id "
-                f"{token}), which are not those of the images given. Make input_ids and pixels "
-                "with the same call of the model's processor."
+                f"Prompt {row} of the batch has {len(kinds)} image placeholders (token id "
+                f"{tokens[kind]}), which are not those of the images given. Make input_ids and "
+                "pixels with the same call of the model's processor."
             )
-        yield token, number, item
+        yield kind, number, item
         place += item.tokens
 
 
 def _of_prompt(
-    tokens: tuple[int, ...],
-    kinds: Mapping[int, _Kind],
-    shown: Sequence[tuple[int, int, _Item]],
+    tokens: Mapping[_Kind, int], shown: Sequence[tuple[_Kind, int, _Item]]
 ) -> PromptImages:
     items = []
-    for token, kind in kinds.items():
-        numbers = [number for other, number, _ in shown if other == token]
+    for kind in tokens:
+        numbers = [number for other, number, _ in shown if other is kind]
         if numbers:
             items.append((kind, numbers[0], numbers[-1] + 1))
     if not shown:
         return PromptImages(None, ())
+    own = tuple(dict.fromkeys(tokens[kind] for kind, _, _ in items))
     placed = all(item.grids is not None for _, _, item in shown)
     grids = [
         grid for _, _, item in shown for grid in item.grids or ((1, item.tokens - item.ends),)
     ]
     layout = PromptLayout(
-        tokens[0] if len(tokens) == 1 else tokens,
+        own[0] if len(own) == 1 else own,
         len(grids),
         grids[0],
         separators=sum(item.ends for _, _, item in shown),
@@ -213,13 +316,18 @@ def _items(
         elif kind is _IMAGES and pixels.ndim == 5:
             found = _of_tiles(pixels, placeholders)
     found = found or _encoded(model, inputs, kind)
+    if found and kind is _VIDEOS:
+        if pixels.ndim == 5:
+            found = _of_frames(found, *pixels.shape[:2])
+        found = _without_left_out(model, inputs, found)
     return found or [_Item(None, tokens) for tokens in of_rows if tokens]
 
 
 def _table(model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind) -> Tensor | None:
     """The input with height and width, perhaps behind frames, of every image."""
     sizes = [inputs[name] for name in sorted(_media(model, kind)) if name in inputs]
-    return next((size for size in sizes if size.ndim == 2 and size.shape[1] in (2, 3)), None)
+    tables = (size for size in sizes if isinstance(size, Tensor) and size.ndim == 2)
+    return next((table for table in tables if table.shape[1] in (2, 3)), None)
 
 
 def _of_table(sizes: list[list[int]], placeholders: int) -> list[_Item] | None:
@@ -229,20 +337,61 @@ def _of_table(sizes: list[list[int]], placeholders: int) -> list[_Item] | None:
     """
     area = sum(math.prod(size) for size in sizes)
     share, rest = divmod(area, placeholders or area + 1)
-    side = math.isqrt(share)
     if rest or not share:
         return None
     found = []
     for size in sizes:
-        height, width = size[-2:]
-        frames = size[0] if len(size) == 3 else 1
         tokens, rest = divmod(math.prod(size), share)
         if rest:
             return None
-        whole = side * side == share and height % side == 0 and width % side == 0
-        grids = ((height // side, width // side),) * frames if whole else None
-        found.append(_Item(grids, tokens))
+        found.append(_Item(_grids(size, share), tokens))
     return found
+
+
+def _grids(size: list[int], share: int) -> tuple[tuple[int, int], ...] | None:
+    """Rows and columns of every frame of an image of (frames,) rows and columns.
+
+    One token stands for so many cells: a square of them, in one frame or in several. None if there
+    is no such square.
+    """
+    frames, (height, width) = size[0] if len(size) == 3 else 1, size[-2:]
+    for side in range(math.isqrt(share), 0, -1):
+        depth, rest = divmod(share, side * side)
+        if not (rest or height % side or width % side or frames % depth):
+            return ((height // side, width // side),) * (frames // depth)
+    return None
+
+
+def _of_frames(found: Sequence[_Item], videos: int, frames: int) -> list[_Item] | None:
+    """Videos of equally many frames [videos, frames, C, H, W], which may come as single frames.
+
+    None if what was found is no multiple of them.
+    """
+    parts, rest = divmod(len(found), videos)
+    if rest or not parts:
+        return None
+    joined = []
+    for first in range(0, len(found), parts):
+        own = found[first : first + parts]
+        tokens, ends = sum(item.tokens for item in own), sum(item.ends for item in own)
+        of_frame, rest = divmod(tokens - ends, frames)
+        side = math.isqrt(of_frame)
+        whole = not rest and side * side == of_frame
+        joined.append(_Item(((side, side),) * frames if whole else None, tokens, ends))
+    return joined
+
+
+def _without_left_out(
+    model: PreTrainedModel, inputs: Mapping[str, Any], found: Sequence[_Item]
+) -> list[_Item]:
+    """The videos without what flags over all their features leave out of the prompt."""
+    total = sum(item.tokens for item in found)
+    named = (inputs.get(name) for name in sorted(_beside(model, _VIDEOS)))
+    kept = next((x for x in named if isinstance(x, Tensor) and x.dtype == torch.bool), None)
+    if kept is None or kept.shape != (total,) or kept.all():
+        return list(found)
+    parts = kept.split([item.tokens for item in found])
+    return [_Item(None, int(part.sum())) for part in parts]
 
 
 def _of_tiles(pixels: Tensor, placeholders: int) -> list[_Item]:
@@ -319,6 +468,13 @@ def _media(model: PreTrainedModel, kind: _Kind) -> frozenset[str]:
     return frozenset(takes) & frozenset(inspect.signature(type(model).forward).parameters)
 
 
+def _beside(model: PreTrainedModel, kind: _Kind) -> frozenset[str]:
+    """`_media`, and of videos what others than the encoder read: the seconds between frames."""
+    names = inspect.signature(type(model).forward).parameters
+    others = (name for name in names if any(word in name for word in kind.words))
+    return _media(model, kind) | frozenset(others)
+
+
 def encoder_inputs(
     model: PreTrainedModel, inputs: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
@@ -327,8 +483,7 @@ def encoder_inputs(
         kind.encode: {
             name: inputs[name] for name in sorted(_media(model, kind)) if name in inputs
         }
-        for kind in (_IMAGES, _VIDEOS)
-        if kind.pixels in inputs
+        for kind in _given(inputs)
     }
 
 
@@ -353,25 +508,40 @@ def media_of_rows(
         ValueError: If it cannot be told which pixels belong to which image.
     """
     taken: dict[str, Any] = {}
-    for kind in (_IMAGES, _VIDEOS):
-        if kind.pixels not in inputs:
-            continue
+    for kind in _given(inputs):
         spans = [
             (row, *next(((a, b) for one, a, b in prompts[row].items if one is kind), (0, 0)))
             for row in rows
         ]
+        given = {name: inputs[name] for name in _beside(model, kind) & inputs.keys()}
+        values = {
+            name: value for name, value in given.items() if isinstance(value, (Tensor, list))
+        }
+        if not any(b > a for _, a, b in spans):
+            taken |= dict.fromkeys(values)
+            continue
         total = sum(b - a for prompt in prompts for one, a, b in prompt.items if one is kind)
         table = _table(model, inputs, kind)
-        for name in (_media(model, kind) | kind.others) & inputs.keys():
-            value = inputs[name]
-            if not any(b > a for _, a, b in spans):
-                taken[name] = None
-            elif isinstance(value, (Tensor, list)) and len(value):
-                units = _units(name, value, spans, total, table, len(prompts))
+        frames = _frames(values, total, table)
+        for name, value in values.items():
+            if len(value):
+                units = _units(name, value, spans, total, table, frames, len(prompts))
                 taken[name] = value[units] if isinstance(value, Tensor) else [
                     value[unit] for unit in units
                 ]
     return taken
+
+
+def _frames(
+    values: Mapping[str, Tensor | list[Any]], images: int, table: Tensor | None
+) -> list[int]:
+    """How many frames each video has, if one of its inputs tells."""
+    if table is not None and table.shape[1] == 3:
+        return table[:, 0].tolist()
+    for name, value in values.items():
+        if "num_frames" in name and len(value) == images:
+            return [int(count) for count in value]
+    return []
 
 
 def _units(
@@ -380,17 +550,23 @@ def _units(
     spans: Sequence[tuple[int, int, int]],
     images: int,
     table: Tensor | None,
+    frames: Sequence[int],
     batch: int,
 ) -> list[int]:
     """Which entries of the leading axis belong to some prompts (row, first image, end)."""
-    if len(value) == images:
-        return [image for _, a, b in spans for image in range(a, b)]
     areas = [] if table is None else table.prod(dim=-1).tolist()
-    if len(value) == sum(areas):
-        ends = [sum(areas[:image]) for image in range(len(areas) + 1)]
-        return [unit for _, a, b in spans for unit in range(ends[a], ends[b])]
-    if len(value) == batch:
-        return [row for row, _, _ in spans]
+    share, rest = divmod(sum(areas), len(value))
+    counts: list[Sequence[int]] = [[1] * images, areas, frames]
+    if len(value) not in map(sum, counts):
+        if len(value) == batch:
+            return [row for row, _, _ in spans]
+        if share and not rest and not any(area % share for area in areas):
+            # Entries for tokens, which several patches make.
+            counts.append([area // share for area in areas])
+    for of_images in counts:
+        if len(value) == sum(of_images):
+            ends = list(itertools.accumulate(of_images, initial=0))
+            return [unit for _, a, b in spans for unit in range(ends[a], ends[b])]
     raise ValueError(
         f"{name} has {len(value)} entries for {images} images in {batch} prompts, so it cannot be "
         "told which belong to which prompt. Pass prompts with different images one by one."

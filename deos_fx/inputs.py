@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,13 @@ from transformers import PreTrainedModel
 
 from deos_fx.cache import ReducedCache
 from deos_fx.hooks import shallow_copy
-from deos_fx.images import has_images, image_inputs, images_of_prompts
+from deos_fx.images import (
+    PromptImages,
+    has_images,
+    image_inputs,
+    images_of_prompts,
+    placeholders,
+)
 from deos_fx.passes.families import FORMER_IMAGES
 from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.passes.layout import PromptLayout
@@ -54,7 +61,7 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
         )
     if cache is not None and cache.get_seq_length():
         inputs = _without_images(model, inputs, cache)
-    _check_outputs(inputs)
+    _check_outputs(model, inputs)
     inputs["return_dict"] = True
     if "position_ids" not in inputs:
         inputs["position_ids"] = _default_positions(model, inputs)
@@ -77,7 +84,7 @@ def _without_images(
         )
     given, known = image_inputs(model, inputs), cache.images
     again = all(_same(value, known.get(name)) for name, value in given.items())
-    if not again or has_images(given) and (ids == image_token_of(model)).any():
+    if not again or has_images(given) and placeholders(model, ids).any():
         raise ValueError(
             "There are images in a later turn that are not those of the cache, and images in a "
             "later turn are not supported. Start again with one prompt that has all images; leave "
@@ -152,17 +159,38 @@ def _stopping_core(model: PreTrainedModel, stop: Callable[..., Any]) -> Any:
     return core
 
 
-def _check_outputs(inputs: Mapping[str, Any]) -> None:
-    if inputs.get("output_attentions"):
-        raise ValueError(
-            "output_attentions is not supported: attention weights are never materialised. See "
-            "ReducedModel.explain for what each reduction saw, or use the original model."
-        )
+def _check_outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Refuse what layers compute inside, which is nowhere in the graph.
+
+    It is asked for by an argument or, where that is missing, by a config.
+    """
+    parts = (model, model.base_model, model.get_decoder())
+    for name in _recorded(tuple(map(type, parts))):
+        given = inputs.get(name)
+        if given or given is None and any(getattr(part.config, name, None) for part in parts):
+            inside = "attention weights are never materialised"
+            if name != "output_attentions":
+                inside = "a graph has what a layer gives, and not what it computes inside"
+            raise ValueError(
+                f"{name} is not supported: {inside}. Leave it out (or pass {name}=False, if the "
+                "model's config asks for it), see ReducedModel.explain for what each reduction "
+                "saw, or use the original model."
+            )
     if isinstance(inputs.get("logits_to_keep"), torch.Tensor):
         raise ValueError(
             "logits_to_keep is a tensor of prompt positions, and reductions move these. Give the "
             "number of last logits as an int, or 0 for all."
         )
+
+
+@functools.cache
+def _recorded(kinds: tuple[type, ...]) -> tuple[str, ...]:
+    """Arguments that ask classes of models for what hooks record inside their layers.
+
+    Hidden states are what layers give, and are no such thing.
+    """
+    found = {"attentions"}.union(*(getattr(kind, "_can_record_outputs", None) or () for kind in kinds))
+    return tuple(sorted(f"output_{name}" for name in found - {"hidden_states"}))
 
 
 def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLayout:
@@ -179,16 +207,16 @@ def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLa
         ValueError: If there is no image, prompts differ in their images, or images and
             placeholders do not match.
     """
-    layouts = prompt_layouts(model, inputs)
-    (layout, *others) = dict.fromkeys(layouts)
-    if others or layout is None:
-        counts = sorted({sum(one.sizes) if one else 0 for one in layouts})
+    prompts = _prompts(model, inputs)
+    layouts = [prompt.layout for prompt in prompts]
+    if len({prompt.alike for prompt in prompts}) > 1 or layouts[0] is None:
+        counts = sorted({sum(layout.sizes) if layout else 0 for layout in layouts})
         raise ValueError(
             f"The prompts of this batch differ: they have {counts} visual tokens. Only calling and "
             "generating take such batches; here give prompts with equally many images of the same "
             "sizes, or one by one."
         )
-    return layout
+    return layouts[0]
 
 
 def prompt_layouts(
@@ -203,9 +231,13 @@ def prompt_layouts(
     Raises:
         ValueError: If there is no image, or images and placeholders do not match.
     """
+    return [prompt.layout for prompt in _prompts(model, inputs)]
+
+
+def _prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[PromptImages]:
     if not has_images(inputs):
         raise ValueError(
             "The prompt has no image, so there are no visual tokens to look at. Give a prompt with "
             f"pixel_values and image placeholders (token id {image_token_of(model)}) in input_ids."
         )
-    return [prompt.layout for prompt in images_of_prompts(model, inputs)]
+    return images_of_prompts(model, inputs)

@@ -19,7 +19,7 @@ from deos_fx.cost import CostModel, CostReport
 from deos_fx.explain import SiteExplanation, explain
 from deos_fx.generation import generation_host
 from deos_fx.graphs import Graphs
-from deos_fx.images import image_inputs
+from deos_fx.images import are_written_alike, has_images, image_inputs
 from deos_fx.inputs import complete_inputs, prompt_layout, prompt_layouts
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces
@@ -284,7 +284,9 @@ class ReducedModel(nn.Module):
 
     def _parts(self, inputs: dict[str, Any]) -> list[Part]:
         """The prompts that are alike; all of them if nothing is reduced."""
-        if self.policy.is_empty:
+        if self.policy.is_empty and not are_written_alike(self.model, inputs):
+            if has_images(inputs):
+                prompt_layouts(self.model, inputs)
             layout = PromptLayout(image_token_of(self.model), 0, (0, 0))
             return [Part(tuple(range(len(inputs["input_ids"]))), layout, inputs)]
         return parts_of_batch(self.model, inputs)

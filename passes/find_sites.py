@@ -147,15 +147,18 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
     nodes = {node.name: node for node in graph_module.graph.nodes}
     pixels = [nodes[name] for name in PIXELS if name in nodes]
     merge = _merge(nodes, pixels)
-    features, embeddings = _operands(_merge(nodes, pixels[:1]), pixels)
+    features, embeddings = _operands(nodes, _merge(nodes, pixels[:1]), pixels)
     flow = _data_flow(graph_module.graph, merge)
-    if is_encoder(features):
+    if features in _encoded(nodes):
         if _length(merge) != _length(embeddings):
             raise CaptureError(
                 f"{merge.name} is the first value made of images and prompt, and it is no prompt "
                 "with the images in place. Use a model with image placeholders in its prompt."
             )
-        reason = "the image encoder reads the sizes of images, so it is one node of the graph"
+        reason = (
+            "the encoder reads the sizes of images, or the frames of videos, so it is one node of "
+            "the graph"
+        )
         sites = [Site(f"vision.{i}", f"vision_{i}", reason, ()) for i in range(vision_blocks)]
         late = merge in _reached([nodes["decoder_0"]])
         reason = "images enter the prompt behind the first decoder layer" if late else ""
@@ -168,7 +171,7 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
             "been verified only where the image encoder reads the sizes of images. Use a model "
             "whose features take the placeholders' places."
         )
-    to_features = _dominators(flow, "pixel_values", features.name)
+    to_features = _dominators(flow, pixels[0].name, features.name)
     tower_block = _last_block(features, nodes)
     per_image = features.meta["shape"][1]
     class_tokens = None
@@ -323,13 +326,16 @@ def _merge(nodes: dict[str, fx.Node], pixels: Sequence[fx.Node]) -> fx.Node:
     )
 
 
-def _operands(merge: fx.Node, pixels: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """The features [I, V, d] and the embeddings [B, N, d] that meet in the merge."""
-    from_images = _reached(pixels)
+def _operands(
+    nodes: dict[str, fx.Node], merge: fx.Node, pixels: Sequence[fx.Node]
+) -> tuple[fx.Node, fx.Node]:
+    """The features [I, V, d], or what a whole encoder gives, and the embeddings [B, N, d] that meet
+    in the merge."""
+    from_images, encoded = _reached(pixels), _encoded(nodes)
     features = next(node for node in merge.all_input_nodes if node in from_images)
     if features.target is visual_rows:
         features = features.all_input_nodes[1]
-    while _rank(features) != 3 and not is_encoder(features):
+    while _rank(features) != 3 and features not in encoded:
         features = next(node for node in features.all_input_nodes if node in from_images)
     embeddings = next(
         node
@@ -337,6 +343,11 @@ def _operands(merge: fx.Node, pixels: Sequence[fx.Node]) -> tuple[fx.Node, fx.No
         if node not in from_images and _rank(node) == 3 and node.meta["shape"][2] > 1
     )
     return features, embeddings
+
+
+def _encoded(nodes: dict[str, fx.Node]) -> set[fx.Node]:
+    """Everything made of what a node that encodes images or videos as a whole gives."""
+    return _reached(node for node in nodes.values() if is_encoder(node))
 
 
 def _last_block(features: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node | None:

@@ -44,7 +44,7 @@ def fold_masked_add(graph_module: fx.GraphModule) -> fx.GraphModule:
         The same graph module.
 
     Raises:
-        CaptureError: If rows that a mask selects are read for something else.
+        CaptureError: If rows of the prompt that a mask selects are read for something else.
     """
     graph = graph_module.graph
     for node in graph.find_nodes(op="call_method", target="masked_scatter"):
@@ -66,7 +66,7 @@ def fold_masked_add(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph_module = finish(graph_module)
     # How many rows there are may be checked.
     used = made_of(graph_module.graph.output_node())
-    left = next((node.name for node in used if "masked" in node.meta), None)
+    left = next((node.name for node in used if "masked" in node.meta and _of_prompt(node)), None)
     if left is not None:
         raise CaptureError(
             f"The model's code reads the rows of a tensor that a mask selects ({left}) and does "
@@ -81,6 +81,11 @@ def _past(node: Any, *methods: str) -> fx.Node:
     while node.op == "call_method" and node.target in methods:
         node = node.args[0]
     return cast(fx.Node, node)
+
+
+def _of_prompt(node: fx.Node) -> bool:
+    """Whether this is made of the prompt: features of images alone may be chosen by their flags."""
+    return any(part.target in ("input_ids", "attention_mask") for part in made_of(node))
 
 
 def _is_read(node: Any, hidden: fx.Node) -> bool:

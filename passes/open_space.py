@@ -94,6 +94,7 @@ def _sizes_of(cut: fx.Node) -> set[fx.Node]:
         if node not in found:
             found.add(node)
             plain = node.op == "call_function" and node.target is not check_guard
+            plain = plain or _is_metadata(node)
             users = [user for user in node.users if found.issuperset(user.all_input_nodes)]
             # A number has no shape.
             numbers = (user for user in users if not any(pytree.tree_leaves(user.meta["shape"])))
@@ -131,7 +132,7 @@ def _stays(node: fx.Node) -> bool:
 
 
 def _is_metadata(node: fx.Node) -> bool:
-    return node.target is getattr and node.args[1] in _METADATA
+    return node.target == "size" or node.target is getattr and node.args[1] in _METADATA
 
 
 def has_prompt_axis(node: fx.Node) -> bool:

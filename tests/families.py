@@ -98,7 +98,10 @@ def _patches(batch: int) -> dict[str, Tensor]:
 
 
 def _types(ids: Tensor) -> dict[str, Tensor]:
-    return {"mm_token_type_ids": (ids == IMAGE).int()}
+    """1 for images and 2 for videos, which GLM writes as images between marks of their own."""
+    within = (ids == BREAK).cumsum(dim=1) > (ids == BREAK + 1).cumsum(dim=1)
+    images, videos = ids == IMAGE, (ids == VIDEO) | (ids == IMAGE) & within
+    return {"mm_token_type_ids": (images | videos).int() + videos}
 
 
 _WINDOWS = {

@@ -22,6 +22,7 @@ from families import (
     END,
     IMAGE,
     START,
+    VIDEO,
     VOCABULARY,
     Family,
     _noise,
@@ -87,7 +88,8 @@ def _glm(config: Any) -> Family:
 
 
 def _experts_by_type(ids: Tensor) -> dict[str, Tensor]:
-    return _types(ids) | {"moe_mm_token_type_ids": (ids == IMAGE).int()}
+    types = _types(ids)
+    return types | {"moe_mm_token_type_ids": types["mm_token_type_ids"]}
 
 
 def _sam_pixels(batch: int) -> dict[str, Tensor]:
@@ -186,6 +188,7 @@ MORE: dict[str, Family] = {
             ),
             vision_config={**_VISION, "image_size": 32},
             image_token_index=IMAGE,
+            video_token_index=VIDEO,
             projector_hidden_size=64,
         ),
         _patches,
@@ -263,6 +266,7 @@ MORE: dict[str, Family] = {
             vision_config=_MERGING | _WINDOWED,
             audio_config=_HEARING,
             image_token_index=IMAGE,
+            video_token_index=VIDEO,
             **_MARKS,
         ),
         _patches,

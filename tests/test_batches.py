@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import BREAK, END, FAMILIES, IMAGE, PAD, START, VIDEO, shared
+from families import BREAK, END, FAMILIES, IMAGE, PAD, START, TWINS, VIDEO, shared
 from masked import alive_of, masked_from
 from test_families import NORM, PRUNED, TOLERANCE, difference, generate
 from tiny import shared_llava
@@ -82,9 +82,8 @@ def batch_of(name: str, prompts: Sequence[Sequence[Image]]) -> dict[str, Tensor]
         for _, inputs in shown:
             for key, value in inputs.items():
                 media.setdefault(key, []).append(value)
-    extra = FAMILIES[name].extra(ids) if name in FAMILIES else {}
-    if "mm_token_type_ids" in extra:
-        extra["mm_token_type_ids"] = extra["mm_token_type_ids"] + 2 * (ids == VIDEO).int()
+    family = (FAMILIES | TWINS).get(name)
+    extra = family.extra(ids) if family else {}
     joined = {key: torch.cat(values) for key, values in media.items()}
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), **joined, **extra}
 
