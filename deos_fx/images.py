@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.hooks import shallow_copy
 from deos_fx.passes.capture import PIXELS, features_of
+from deos_fx.passes.families import PATCH_NUMBERS
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.shapes_only import ShapesOnly
 from deos_fx.signature import grid_of, image_token_of, size_inputs, sizes_vary, video_token_of
@@ -278,9 +279,7 @@ def _of_prompt(
         return PromptImages(None, ())
     own = tuple(dict.fromkeys(tokens[kind] for kind, _, _ in items))
     placed = all(item.grids is not None for _, _, item in shown)
-    grids = [
-        grid for _, _, item in shown for grid in item.grids or ((1, item.tokens - item.ends),)
-    ]
+    grids = [grid for _, _, item in shown for grid in item.grids or ((1, item.tokens - item.ends),)]
     layout = PromptLayout(
         own[0] if len(own) == 1 else own,
         len(grids),
@@ -317,9 +316,8 @@ def _items(
             found = _of_tiles(pixels, placeholders)
     found = found or _encoded(model, inputs, kind)
     if found and kind is _VIDEOS:
-        if pixels.ndim == 5:
-            found = _of_frames(found, *pixels.shape[:2])
-        found = _without_left_out(model, inputs, found)
+        found = _of_frames(found, *pixels.shape[:2]) if pixels.ndim == 5 else found
+        found = found and _without_left_out(model, inputs, found)
     return found or [_Item(None, tokens) for tokens in of_rows if tokens]
 
 
@@ -410,9 +408,7 @@ def _of_tiles(pixels: Tensor, placeholders: int) -> list[_Item]:
     return [_Item(((rows, tokens // rows),) if whole else None, tokens)] * real
 
 
-def _encoded(
-    model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind
-) -> list[_Item] | None:
+def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind) -> list[_Item] | None:
     """The images as the model's own encoder makes them; it runs once for each set of sizes.
 
     Only their number matters unless there are ends of rows, whose features are a parameter of the
@@ -475,14 +471,10 @@ def _beside(model: PreTrainedModel, kind: _Kind) -> frozenset[str]:
     return _media(model, kind) | frozenset(others)
 
 
-def encoder_inputs(
-    model: PreTrainedModel, inputs: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+def encoder_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What a call gives to the methods that encode images and videos, by their names."""
     return {
-        kind.encode: {
-            name: inputs[name] for name in sorted(_media(model, kind)) if name in inputs
-        }
+        kind.encode: {name: inputs[name] for name in sorted(_media(model, kind)) if name in inputs}
         for kind in _given(inputs)
     }
 
@@ -514,9 +506,7 @@ def media_of_rows(
             for row in rows
         ]
         given = {name: inputs[name] for name in _beside(model, kind) & inputs.keys()}
-        values = {
-            name: value for name, value in given.items() if isinstance(value, (Tensor, list))
-        }
+        values = {name: value for name, value in given.items() if isinstance(value, (Tensor, list))}
         if not any(b > a for _, a, b in spans):
             taken |= dict.fromkeys(values)
             continue
@@ -524,11 +514,16 @@ def media_of_rows(
         table = _table(model, inputs, kind)
         frames = _frames(values, total, table)
         for name, value in values.items():
+            if name in PATCH_NUMBERS:
+                raise ValueError(
+                    f"{name} counts the patches of a whole batch, which cannot be divided. Pass "
+                    "prompts with different images one by one."
+                )
             if len(value):
                 units = _units(name, value, spans, total, table, frames, len(prompts))
-                taken[name] = value[units] if isinstance(value, Tensor) else [
-                    value[unit] for unit in units
-                ]
+                taken[name] = (
+                    value[units] if isinstance(value, Tensor) else [value[unit] for unit in units]
+                )
     return taken
 
 

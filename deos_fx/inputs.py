@@ -189,8 +189,9 @@ def _recorded(kinds: tuple[type, ...]) -> tuple[str, ...]:
 
     Hidden states are what layers give, and are no such thing.
     """
-    found = {"attentions"}.union(*(getattr(kind, "_can_record_outputs", None) or () for kind in kinds))
-    return tuple(sorted(f"output_{name}" for name in found - {"hidden_states"}))
+    recorded = (getattr(kind, "_can_record_outputs", None) or () for kind in kinds)
+    found = {"attentions"}.union(*recorded) - {"hidden_states"}
+    return tuple(sorted(f"output_{name}" for name in found))
 
 
 def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLayout:
@@ -219,9 +220,7 @@ def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLa
     return layouts[0]
 
 
-def prompt_layouts(
-    model: PreTrainedModel, inputs: Mapping[str, Any]
-) -> list[PromptLayout | None]:
+def prompt_layouts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[PromptLayout | None]:
     """Where the visual tokens of each prompt of a batch are; None for a prompt of text alone.
 
     Args:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import prompts, shared
 from tiny import inputs, shared_llava, tiny_llava
 from transformers import (
     BertConfig,
@@ -114,6 +115,35 @@ def test_more_images_than_placeholders(reduced):
     batch["pixel_values"] = batch["pixel_values"].repeat(2, 1, 1, 1)
     with pytest.raises(ValueError, match=r"pixel_values has 2 images, .* id 120\) for 1\."):
         reduced(**batch)
+
+
+@pytest.mark.parametrize("name", ["output_router_logits", "output_attentions"])
+def test_what_layers_compute_inside(name):
+    model = ReducedModel(shared("qwen3_vl_moe"), Policy())
+    batch = prompts("qwen3_vl_moe")
+    with pytest.raises(ValueError, match=f"{name} is not supported: .* Leave it out"):
+        model(**batch, **{name: True})
+    with pytest.raises(ValueError, match=f"{name} is not supported"):
+        model.generate(**batch, **{name: True}, max_new_tokens=1)
+    assert model(**batch, **{name: False}).logits.isfinite().all()
+
+
+def test_what_layers_compute_inside_by_a_config(monkeypatch):
+    model = shared("qwen3_vl_moe")
+    batch, expected = prompts("qwen3_vl_moe"), model(**prompts("qwen3_vl_moe")).logits
+    monkeypatch.setattr(model.config.text_config, "output_router_logits", True)
+    with pytest.raises(ValueError, match="pass output_router_logits=False, if the .* config asks"):
+        ReducedModel(model, Policy())(**batch)
+    output = ReducedModel(model, Policy())(**batch, output_router_logits=False)
+    assert torch.equal(output.logits, expected)
+
+
+def test_hidden_states_by_a_config(monkeypatch):
+    model, batch = shared("qwen3_vl_moe"), prompts("qwen3_vl_moe")
+    monkeypatch.setattr(model.config.text_config, "output_hidden_states", True)
+    ours, theirs = ReducedModel(model, Policy())(**batch), model(**batch)
+    assert len(ours.hidden_states) == len(theirs.hidden_states) > 1
+    assert all(map(torch.equal, ours.hidden_states, theirs.hidden_states))
 
 
 def test_embeddings_instead_of_ids(reduced):

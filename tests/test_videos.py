@@ -1,0 +1,261 @@
+"""Videos as processors write them: alone, beside images, several in a prompt and over a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_close
+from families import CONVOLVING, FAMILIES, IMAGE, TWINS, VIDEO, shared
+from masked import alive_of, masked_from
+from test_batches import Image, batch_of, grid
+from test_families import PRUNED, generate
+from torch import Tensor
+from videos import VIDEOS
+
+from deos_fx.policy import Policy
+from deos_fx.reduced_model import ReducedModel
+
+GLM = ["glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"]
+"""They write videos with the placeholders of images."""
+ONE_KIND = [*GLM, "molmo2"]
+"""Their own code refuses images and videos in one call."""
+STACKED = ["llava_next_video", "llava_onevision", "video_llava"]
+"""Their videos all have as many frames."""
+FRAMES = {"kimi_k25": (1, 1)} | dict.fromkeys(STACKED, (2, 2))
+"""Frames of two videos; kimi_k25 itself fails at several."""
+every_family = pytest.mark.parametrize("name", VIDEOS)
+
+
+def two_videos(name: str) -> list[Image]:
+    return [VIDEOS[name](frames) for frames in FRAMES.get(name, (2, 3))]
+
+
+def image_of(name: str) -> Image:
+    family = (FAMILIES | TWINS)[name]
+    return family.block, family.pixels(1)
+
+
+def reduced(name: str, policy: str = "both") -> ReducedModel:
+    return ReducedModel(shared(name), Policy(PRUNED[policy]))
+
+
+def without_first(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Prompts without their first tokens."""
+    shape = batch["input_ids"].shape
+    return {
+        name: value[:, count:] if value.shape == shape else value for name, value in batch.items()
+    }
+
+
+def check_pruning_is_masking(name: str, batch: dict[str, Tensor]) -> None:
+    """Compare prefill and new tokens with the original with the dropped tokens masked."""
+    model, ours = shared(name), reduced(name)
+    output = ours(**batch)
+    spaces = output.past_key_values.spaces
+    alive = alive_of(output.past_key_values, batch["input_ids"])
+    visual = torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO]))
+    for kept in alive.values():
+        assert kept[~visual].all() and (~kept).any(dim=1).all()
+    with masked_from(model, alive):
+        whole = model(**batch).logits
+        tokens, logits = generate(model, batch)
+    assert_close(output.logits.flatten(0, 1), whole[alive[spaces[-1].first_layer]])
+    our_tokens, our_logits = generate(ours, batch)
+    assert torch.equal(our_tokens, tokens)
+    assert_close(our_logits, logits)
+
+
+# *** a video and no image ***
+
+
+@every_family
+def test_the_empty_policy_is_bit_identical(name: str) -> None:
+    model, batch = shared(name), batch_of(name, [two_videos(name)])
+    empty = ReducedModel(model, Policy())
+    assert torch.equal(empty(**batch).logits, model(**batch).logits)
+    for ours, theirs in zip(generate(empty, batch), generate(model, batch), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", [name for name in VIDEOS if name not in CONVOLVING])
+def test_pruning_is_masking_in_prompts_that_begin_with_a_video(name: str) -> None:
+    check_pruning_is_masking(name, without_first(batch_of(name, [two_videos(name)]), 3))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in VIDEOS if name not in {*TWINS, *STACKED, "molmo2"}]
+)
+def test_rows_with_other_videos_get_what_they_get_alone(name: str) -> None:
+    short, long = two_videos(name)
+    rows = [[short], [long, short], []]
+    ours, batch = reduced(name), batch_of(name, rows)
+    tokens, logits = generate(ours, batch)
+    for row, shown in enumerate(rows):
+        own, real = batch_of(name, [shown]), batch["attention_mask"][row].bool()
+        for key, value in batch.items():
+            if value.shape == batch["input_ids"].shape:
+                own[key] = value[row][real][None]
+        own_tokens, own_logits = generate(ours, own)
+        assert torch.equal(own_tokens[0], tokens[row])
+        assert_close(logits[row], own_logits[0])
+
+
+def test_patches_that_are_counted_through_a_batch_are_not_divided() -> None:
+    short, long = two_videos("molmo2")
+    with pytest.raises(ValueError, match="video_token_pooling counts .* one by one"):
+        reduced("molmo2")(**batch_of("molmo2", [[short], [long]]))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision", "qwen3_vl", "gemma4"])
+def test_beams_keep_the_videos_of_their_prompt(name: str) -> None:
+    short, long = two_videos(name)
+    model, batch = shared(name), batch_of(name, [[short], [long, short]])
+    beams = {"num_beams": 2, "max_new_tokens": 3, "do_sample": False}
+    given = {key: value.clone() for key, value in batch.items()}
+    ours = ReducedModel(model, Policy()).generate(**batch, **beams)
+    assert torch.equal(ours, model.generate(**given, **beams))
+
+
+@pytest.mark.parametrize("name", ["llava_next_video", "qwen2_vl", "glm4v", "gemma4"])
+def test_a_chat_about_a_video_goes_on(name: str) -> None:
+    ours, batch = reduced(name), batch_of(name, [two_videos(name)])
+    said = {"return_dict_in_generate": True, "max_new_tokens": 2, "do_sample": False}
+    first = ours.generate(**batch, **said)
+    more = torch.tensor([[7, 8, 9]])
+    ids = torch.cat([first.sequences, more], dim=1)
+    longer = ids.shape[1] - batch["input_ids"].shape[1]
+    whole = {
+        key: torch.nn.functional.pad(value, (0, longer), value=int(key == "attention_mask"))
+        for key, value in batch.items()
+        if value.shape == batch["input_ids"].shape
+    }
+    given = batch | whole | {"input_ids": ids, "past_key_values": first.past_key_values}
+    alive = alive_of(first.past_key_values, batch["input_ids"])
+    second = ours.generate(**given, **said)
+    with masked_from(shared(name), alive):
+        given.pop("past_key_values")
+        expected = shared(name).generate(**given, **said)
+    assert torch.equal(second.sequences, expected.sequences)
+
+
+def test_a_new_video_in_a_later_turn_is_refused() -> None:
+    first, other = two_videos("qwen2_5_vl")
+    ours, batch = reduced("qwen2_5_vl"), batch_of("qwen2_5_vl", [[first]])
+    cache = ours(**batch).past_key_values
+    more = batch_of("qwen2_5_vl", [[other]])
+    more["attention_mask"] = torch.cat([batch["attention_mask"], more["attention_mask"]], dim=1)
+    with pytest.raises(ValueError, match="not those of the cache"):
+        ours(**more, past_key_values=cache)
+    again = more | {name: batch[name] for name in batch if "video" in name or "second" in name}
+    with pytest.raises(ValueError, match="not those of the cache"):
+        ours(**again, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["llava_next_video", "qwen2_5_vl", "glm4v"])
+def test_placeholders_of_a_video_without_a_video_are_refused(name: str) -> None:
+    batch = batch_of(name, [two_videos(name)[:1]])
+    text = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="has image placeholders, but there are no images"):
+        reduced(name)(**text)
+
+
+@pytest.mark.parametrize("policy", ["both", "nothing"])
+def test_a_video_that_is_not_in_the_prompt_is_refused(policy: str) -> None:
+    first, other = two_videos("llava_next_video")
+    batch = batch_of("llava_next_video", [[first, other]])
+    (block, _), ids = first, batch["input_ids"]
+    batch["input_ids"] = torch.cat([ids[:, : 3 + len(block)], ids[:, -5:]], dim=1)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    ours = ReducedModel(shared("llava_next_video"), Policy(PRUNED.get(policy, ())))
+    with pytest.raises(ValueError, match=r"pixel_values_videos has 2 .* id 121\) for 1\."):
+        ours(**batch)
+
+
+def test_seconds_between_frames_move_positions() -> None:
+    ours, (video, _) = reduced("qwen2_5_vl"), two_videos("qwen2_5_vl")
+    batch = batch_of("qwen2_5_vl", [[video]])
+    later = batch | {"second_per_grid_ts": 4 * batch["second_per_grid_ts"]}
+    check_pruning_is_masking("qwen2_5_vl", later)
+    assert (ours(**batch).logits - ours(**later).logits).abs().max() > 1e-3
+
+
+# *** videos and images ***
+
+
+@pytest.mark.parametrize("name", [name for name in VIDEOS if name not in {*CONVOLVING, *ONE_KIND}])
+def test_pruning_is_masking_with_an_image_between_videos(name: str) -> None:
+    video, other = two_videos(name)
+    batch = batch_of(name, [[video, image_of(name), other]])
+    empty = ReducedModel(shared(name), Policy())
+    assert torch.equal(empty(**batch).logits, shared(name)(**batch).logits)
+    check_pruning_is_masking(name, batch)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl", "paligemma", "idefics3"])
+def test_prompts_that_begin_with_an_image(name: str) -> None:
+    check_pruning_is_masking(name, without_first(batch_of(name, [[image_of(name)]]), 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), [("glm4v", "both"), ("glm4v_moe", "both"), ("glm_ocr", "nothing")]
+)
+def test_images_and_videos_of_one_placeholder_in_other_rows(name: str, policy: str) -> None:
+    # Of one frame and as large as the image: only the inputs that they come in differ.
+    image, video = grid(2, 3), VIDEOS[name](1)
+    rows: list[list[Image]] = [[image], [video], []]
+    ours = ReducedModel(shared(name), Policy(PRUNED.get(policy, ())))
+    batch = batch_of(name, rows)
+    tokens, logits = generate(ours, batch)
+    for row, shown in enumerate(rows):
+        own, real = batch_of(name, [shown]), batch["attention_mask"][row].bool()
+        for key, value in batch.items():
+            if value.shape == batch["input_ids"].shape:
+                own[key] = value[row][real][None]
+        own_tokens, own_logits = generate(ours if policy == "both" else shared(name), own)
+        assert torch.equal(own_tokens[0], tokens[row])
+        assert_close(logits[row], own_logits[0])
+    with pytest.raises(ValueError, match="The prompts of this batch differ"):
+        ours.cost(**batch_of(name, [[image], [video]]))
+
+
+@pytest.mark.parametrize("policy", ["both", "nothing"])
+@pytest.mark.parametrize("name", ONE_KIND)
+def test_an_image_and_a_video_of_one_placeholder_are_refused(name: str, policy: str) -> None:
+    ours = ReducedModel(shared(name), Policy(PRUNED.get(policy, ())))
+    batch: dict[str, Any] = batch_of(name, [[image_of(name), two_videos(name)[0]]])
+    with pytest.raises(ValueError, match="one placeholder"):
+        ours(**batch)
+    del batch["mm_token_type_ids"]
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
+    with pytest.raises(ValueError, match="one placeholder .* Pass the mm_token_type_ids"):
+        ours(**batch)
+
+
+@pytest.mark.parametrize("name", GLM)
+def test_videos_need_no_marks_where_positions_are_given(name: str) -> None:
+    batch: dict[str, Any] = batch_of(name, [two_videos(name)])
+    del batch["mm_token_type_ids"]
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
+    model, ours = shared(name), reduced(name)
+    output = ours(**batch)
+    with masked_from(model, alive_of(output.past_key_values, batch["input_ids"])):
+        whole = model(**batch).logits
+    assert_close(output.logits, whole[:, output.past_key_values.spaces[-1].origin[0]])
+
+
+# *** what is told about videos ***
+
+
+@pytest.mark.parametrize("name", ["llava_next_video", "qwen2_5_vl", "glm4v"])
+def test_cost_and_explanation_of_a_video(name: str) -> None:
+    batch, ours = batch_of(name, [two_videos(name)]), reduced(name)
+    visual = int(torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO])).sum())
+    report = ours.cost(**batch)
+    assert report.before.visual_tokens == visual
+    spaces = ours(**batch).past_key_values.spaces
+    text = batch["input_ids"].shape[1] - visual
+    assert report.after.visual_tokens_per_layer[-1] == spaces[-1].origin.shape[1] - text
+    for site, space in zip(ours.explain(**batch), spaces, strict=True):
+        assert site is not None and space.origin.shape[1] < batch["input_ids"].shape[1]
