@@ -106,11 +106,15 @@ def _default_policy(
     if example_inputs is None and sizes_vary(model):
         return _merge(ranking, _share(model, budget))
     costs = _cost_model(model, budget, example_inputs)
+
+    def of_any_size(policy: Policy) -> Policy:
+        return as_shares(policy, costs.tokens_per_image) if costs.sizes_vary else policy
+
     limits = budget.limits(costs.of_policy(Policy()))
     policy = fit_counts(
         _merge(ranking, 0.5),
         costs.tokens_per_image,
-        lambda candidate: costs.of_policy(candidate).amounts,
+        lambda candidate: costs.of_policy(of_any_size(candidate)).amounts,
         limits,
     )
     if policy is None:
@@ -120,7 +124,7 @@ def _default_policy(
             f"The budget cannot be met: {', '.join(missed)}; in brackets what the model needs with "
             "one visual token per image. Raise the budget."
         )
-    return as_shares(policy, costs.tokens_per_image) if sizes_vary(model) else policy
+    return of_any_size(policy)
 
 
 def _share(model: PreTrainedModel, budget: Budget) -> float:
@@ -143,8 +147,12 @@ def _merge(ranking: str, keep: int | float) -> Policy:
 
 
 def _ranking(model: PreTrainedModel) -> str:
-    """The attention of the CLS token, if the tokens behind it are the visual tokens."""
-    if sizes_vary(model) or not has_class_token(model):
+    """The attention of the CLS token, if the tokens behind it are the visual tokens.
+
+    Encoders of videos are one node, in which attention is not seen.
+    """
+    videos = "video" in model.input_modalities
+    if videos or sizes_vary(model) or not has_class_token(model):
         return "novelty"
     encoder = measure_encoder(model)
     patches = encoder.tokens[encoder.used - 1] - 1

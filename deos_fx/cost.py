@@ -237,6 +237,12 @@ class CostModel:
         """Visual tokens of an image before any reduction."""
         return self.layout.tokens_per_image
 
+    @property
+    def sizes_vary(self) -> bool:
+        """Whether other images, or videos, of the model have other numbers of visual tokens."""
+        fixed = self.signature.visual_tokens
+        return fixed == 0 or set(self.layout.sizes) != {fixed}
+
     # *** from the visual tokens of each decoder layer; differentiable ***
 
     def visual_tokens(self, counts: Sequence[Amount] | Tensor) -> Amount:

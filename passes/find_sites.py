@@ -155,10 +155,9 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
                 f"{merge.name} is the first value made of images and prompt, and it is no prompt "
                 "with the images in place. Use a model with image placeholders in its prompt."
             )
-        reason = (
-            "the encoder reads the sizes of images, or the frames of videos, so it is one node of "
-            "the graph"
-        )
+        reason = "the image encoder reads the sizes of images, so it is one node of the graph"
+        if PIXELS[1] in nodes:
+            reason = "the video encoder reads how many frames there are, so it is one node"
         sites = [Site(f"vision.{i}", f"vision_{i}", reason, ()) for i in range(vision_blocks)]
         late = merge in _reached([nodes["decoder_0"]])
         reason = "images enter the prompt behind the first decoder layer" if late else ""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.budget import Budget
 from deos_fx.cost import CostModel
+from deos_fx.images import placeholders
 from deos_fx.inputs import complete_inputs, prompt_layout
 from deos_fx.passes.check_reduction import check_reduction
 from deos_fx.passes.discretise import as_shares, fit_counts, on_grid, within
@@ -22,7 +23,7 @@ from deos_fx.passes.objective import Target, labelled, self_distilled
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.policy import Policy
 from deos_fx.reduction import Reduction, site_order, split_site
-from deos_fx.signature import image_token_of, signature_of, sizes_vary
+from deos_fx.signature import signature_of, sizes_vary
 
 __all__ = ["SearchBatch", "SearchProblem", "mean_loss"]
 
@@ -164,7 +165,7 @@ class SearchProblem:
 
     def of_any_size(self, policy: Policy) -> Policy:
         """The policy for images of any size, if the model takes such."""
-        return as_shares(policy, self.visual_tokens) if sizes_vary(self.model) else policy
+        return as_shares(policy, self.visual_tokens) if self.cost.sizes_vary else policy
 
     def fit(self, policy: Policy) -> Policy | None:
         """The policy with the largest counts that meet every limit, if any do."""
@@ -178,7 +179,7 @@ class SearchProblem:
     def runs(self, policy: Policy) -> bool:
         """Whether the model can be reduced like that, for images of any size it takes."""
         by_grid = any(step.selector == "grid" for step in policy.reductions)
-        if by_grid and sizes_vary(self.model):
+        if by_grid and self.cost.sizes_vary:
             # What splits the grid of one image does not split that of the next.
             return False
         graph_module = self.captured.graph_module
@@ -217,7 +218,8 @@ def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]
 def _layouts(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> list[PromptLayout]:
     """The layout of every batch, after checking that a policy can fit them all."""
     layouts = [prompt_layout(model, batch) for batch in batches]
-    sizes = sorted({tuple(batch["pixel_values"].shape[1:]) for batch in batches})
+    images = [batch["pixel_values"] for batch in batches if "pixel_values" in batch]
+    sizes = sorted({tuple(pixels.shape[1:]) for pixels in images})
     if len(sizes) > 1 and not sizes_vary(model):
         raise ValueError(
             f"The images of data vary in size: {', '.join(map(str, sizes))} (channels, height, "
@@ -239,7 +241,7 @@ def _with_target(
 ) -> SearchBatch:
     inputs = dict(batch)
     labels = inputs.pop("labels", None)
-    visual = inputs["input_ids"] == image_token_of(model)
+    visual = placeholders(model, inputs["input_ids"])
     if labels is not None:
         return SearchBatch(inputs, layout, labelled(labels, visual))
     target = self_distilled(inputs, visual, lambda **given: run_graph(captured.graph_module, given))
