@@ -140,7 +140,8 @@ class CostModel:
         text_tokens: Tokens of a prompt that are not visual, padding included.
         batch: Prompts.
         logits_to_keep: Positions of each prompt whose logits are computed; 0 for all of them.
-        encoded: Arguments of the methods that encode images and videos, for all prompts together.
+        encoded: Names of methods that encode images and videos, and what each is given for all
+            prompts together.
             Only where images are all of one size, they need not be given.
 
     Raises:
@@ -156,7 +157,7 @@ class CostModel:
         batch: int = 1,
         *,
         logits_to_keep: int = 0,
-        encoded: Mapping[str, Mapping[str, Any]] | None = None,
+        encoded: Sequence[tuple[str, Mapping[str, Any]]] = (),
     ) -> None:
         self.signature = signature_of(model)
         self.layout = layout
@@ -164,9 +165,9 @@ class CostModel:
         self.batch = batch
         self.logits_to_keep = logits_to_keep
         self._model = model
-        self._encoded = encoded or {}
+        self._encoded = encoded
         self._encoded_prompts = batch
-        self._opaque = sizes_vary(model) or "get_video_features" in self._encoded
+        self._opaque = sizes_vary(model) or "get_video_features" in dict(encoded)
         self._width = model.config.get_text_config().hidden_size
         self._head = linear_flops([model.get_output_embeddings()])
         self._class_tokens = int(has_class_token(model))
@@ -450,8 +451,9 @@ class CostModel:
                 f"What encoding an image of a {self.signature.model_type} model costs depends on "
                 "its size: give inputs of a call."
             )
-        calls = self._encoded.items()
-        return sum(measure_encoder(self._model, given, encode).total for encode, given in calls)
+        return sum(
+            measure_encoder(self._model, given, encode).total for encode, given in self._encoded
+        )
 
     @cached_property
     def _vision(self) -> list[_Block]:

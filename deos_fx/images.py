@@ -12,7 +12,7 @@ import inspect
 import itertools
 import math
 import weakref
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -415,18 +415,21 @@ def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind) -> 
     model, whatever the pixels are. None if the encoder does not keep images apart.
     """
     core: Any = model.base_model
-    given = {name: inputs[name] for name in sorted(_media(model, kind)) if name in inputs}
-    sizes = tuple(
-        (name, tuple(value.shape), repr(value.tolist()) if value.ndim < 3 else "")
-        for name, value in given.items()
-        if isinstance(value, Tensor)
+    method, given = _encoding(model, inputs, kind)
+    sizes = (
+        kind,
+        *(
+            (name, tuple(value.shape), repr(value.tolist()) if value.ndim < 3 else "")
+            for name, value in given.items()
+            if isinstance(value, Tensor)
+        ),
     )
     known = _ENCODED.setdefault(model, {})
     if sizes not in known:
         newline = getattr(core, "image_newline", None)
         shapes_suffice = newline is None or newline.is_meta
         with torch.no_grad(), ShapesOnly() if shapes_suffice else contextlib.nullcontext():
-            features = features_of(getattr(core, kind.encode)(**given, return_dict=True))
+            features = features_of(getattr(core, method)(**given, return_dict=True))
         apart = isinstance(features, (list, tuple))
         if not apart and (features is None or features.ndim < 3):
             known[sizes] = None
@@ -435,7 +438,7 @@ def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind) -> 
         if newline is None:
             ends = [0] * len(counts)
         elif newline.is_meta:
-            ends = _ends_without_weights(core, kind, given, counts)
+            ends = _ends_without_weights(core, method, given, counts)
         else:
             ends = [int(is_separator(part, newline).sum()) for part in features]
         known[sizes] = [_Item(None, *pair) for pair in zip(counts, ends, strict=True)]
@@ -443,13 +446,13 @@ def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind) -> 
 
 
 def _ends_without_weights(
-    core: Any, kind: _Kind, given: Mapping[str, Any], counts: Sequence[int]
+    core: Any, method: str, given: Mapping[str, Any], counts: Sequence[int]
 ) -> list[int]:
     """How many tokens fewer each image has if rows have no end, in a model that cannot compare."""
     view = shallow_copy(core)
     view._parameters = {**core._parameters, "image_newline": None}
     with torch.no_grad(), ShapesOnly():
-        features = features_of(getattr(view, kind.encode)(**given, return_dict=True))
+        features = features_of(getattr(view, method)(**given, return_dict=True))
     return [count - len(part) for count, part in zip(counts, features, strict=True)]
 
 
@@ -460,8 +463,9 @@ def _media(model: PreTrainedModel, kind: _Kind) -> frozenset[str]:
     """Inputs about the images, pixels and all."""
     if kind is _IMAGES:
         return size_inputs(model) | {kind.pixels}
-    takes = inspect.signature(getattr(model.base_model, kind.encode)).parameters
-    return frozenset(takes) & frozenset(inspect.signature(type(model).forward).parameters)
+    encode = getattr(model.base_model, kind.encode, None)
+    takes = frozenset() if encode is None else frozenset(inspect.signature(encode).parameters)
+    return takes & frozenset(inspect.signature(type(model).forward).parameters) | {kind.pixels}
 
 
 def _beside(model: PreTrainedModel, kind: _Kind) -> frozenset[str]:
@@ -471,12 +475,22 @@ def _beside(model: PreTrainedModel, kind: _Kind) -> frozenset[str]:
     return _media(model, kind) | frozenset(others)
 
 
-def encoder_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a call gives to the methods that encode images and videos, by their names."""
-    return {
-        kind.encode: {name: inputs[name] for name in sorted(_media(model, kind)) if name in inputs}
-        for kind in _given(inputs)
-    }
+def encoder_inputs(
+    model: PreTrainedModel, inputs: Mapping[str, Any]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Names of the methods that encode the images and videos of a call, and what they are given."""
+    return [_encoding(model, inputs, kind) for kind in _given(inputs)]
+
+
+def _encoding(
+    model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind
+) -> tuple[str, dict[str, Any]]:
+    given = {name: inputs[name] for name in sorted(_media(model, kind)) if name in inputs}
+    if hasattr(model.base_model, kind.encode):
+        return kind.encode, given
+    # Some models encode the frames of a video as images.
+    pixels = given.pop(kind.pixels)
+    return _IMAGES.encode, given | {_IMAGES.pixels: pixels}
 
 
 def media_of_rows(

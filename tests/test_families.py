@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from closeness import assert_close
 from families import CONVOLVING, FAMILIES, IMAGE, TWINS, alone, prompts, shared
 from masked import alive_of, masked_from
 from torch import Tensor
@@ -272,6 +273,17 @@ def test_keys_that_later_layers_attend_to_are_not_dropped_before_them() -> None:
     assert sites is not None
     assert [site.name for site in sites.available()] == ["projector", "decoder.0"]
     assert "attends to keys of decoder_1, which still has" in sites["decoder.2"].reason
+
+
+def test_masks_of_blocks_without_marks_of_images() -> None:
+    # The model makes up what it is not given, as long as its prompt.
+    model, batch = shared("gemma4_unified"), prompts("gemma4_unified")
+    del batch["mm_token_type_ids"]
+    output = reduce("gemma4_unified", PRUNED["both"])(**batch)
+    alive = alive_of(output.past_key_values, batch["input_ids"])
+    with masked_from(model, alive):
+        whole = model(**batch).logits
+    assert_close(output.logits[0], whole[alive[output.past_key_values.spaces[-1].first_layer]])
 
 
 @pytest.mark.parametrize("position", ["compact", "grid"])

@@ -69,6 +69,16 @@ def test_unrolled_rows_that_are_joined_again_become_a_reshape() -> None:
     assert torch.equal(folded(x), x.flatten(0, 1))
 
 
+def test_unrolled_rows_that_are_flattened_and_joined_become_a_reshape() -> None:
+    graph, rows = unrolled(2)
+    flat = [graph.call_method("flatten", (row, 0, 1)) for row in rows]
+    graph.output(graph.call_function(torch.cat, (flat,), {"dim": 0}))
+    folded = fold_unstack(module(graph))
+    assert [node.target for node in folded.graph.nodes] == ["x", "flatten", "output"]
+    x = torch.randn(3, 4, 5)
+    assert torch.equal(folded(x), x.flatten(0, 2))
+
+
 @pytest.mark.parametrize("how", ["added", "turned", "joined elsewhere"])
 def test_what_cannot_be_folded_is_guarded(how: str) -> None:
     graph, rows = unrolled(2)

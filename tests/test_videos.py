@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from closeness import assert_close
-from families import CONVOLVING, FAMILIES, IMAGE, TWINS, VIDEO, shared
+from families import CONVOLVING, FAMILIES, IMAGE, PAD, TWINS, VIDEO, shared
 from masked import alive_of, masked_from
 from test_batches import Image, batch_of, grid
 from test_families import PRUNED, generate
@@ -37,8 +38,8 @@ def image_of(name: str) -> Image:
     return family.block, family.pixels(1)
 
 
-def reduced(name: str, policy: str = "both") -> ReducedModel:
-    return ReducedModel(shared(name), Policy(PRUNED[policy]))
+def reduced(name: str) -> ReducedModel:
+    return ReducedModel(shared(name), Policy(PRUNED["both"]))
 
 
 def without_first(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -49,9 +50,9 @@ def without_first(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     }
 
 
-def check_pruning_is_masking(name: str, batch: dict[str, Tensor]) -> None:
+def check_pruning_is_masking(model: Any, batch: dict[str, Tensor]) -> None:
     """Compare prefill and new tokens with the original with the dropped tokens masked."""
-    model, ours = shared(name), reduced(name)
+    ours = ReducedModel(model, Policy(PRUNED["both"]))
     output = ours(**batch)
     spaces = output.past_key_values.spaces
     alive = alive_of(output.past_key_values, batch["input_ids"])
@@ -81,7 +82,7 @@ def test_the_empty_policy_is_bit_identical(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in VIDEOS if name not in CONVOLVING])
 def test_pruning_is_masking_in_prompts_that_begin_with_a_video(name: str) -> None:
-    check_pruning_is_masking(name, without_first(batch_of(name, [two_videos(name)]), 3))
+    check_pruning_is_masking(shared(name), without_first(batch_of(name, [two_videos(name)]), 3))
 
 
 @pytest.mark.parametrize(
@@ -177,8 +178,42 @@ def test_seconds_between_frames_move_positions() -> None:
     ours, (video, _) = reduced("qwen2_5_vl"), two_videos("qwen2_5_vl")
     batch = batch_of("qwen2_5_vl", [[video]])
     later = batch | {"second_per_grid_ts": 4 * batch["second_per_grid_ts"]}
-    check_pruning_is_masking("qwen2_5_vl", later)
+    check_pruning_is_masking(shared("qwen2_5_vl"), later)
     assert (ours(**batch).logits - ours(**later).logits).abs().max() > 1e-3
+
+
+def test_videos_that_a_model_encodes_as_images() -> None:
+    vision = hf.SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=4,
+        vision_use_head=False,
+        model_args={"embed_dim": 32},
+    )
+    config = hf.PerceptionLMConfig(
+        vision_config=vision,
+        text_config=shared("llava").config.text_config,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_use_cls_token=False,
+        projector_pooling_ratio=2,
+    )
+    torch.manual_seed(0)
+    model = hf.PerceptionLMForConditionalGeneration(config).eval()
+    model.generation_config.pad_token_id = PAD
+    noise = torch.randn(1, 5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    image, video = {"pixel_values": noise[:, :2]}, {"pixel_values_videos": noise[:, 2:]}
+    for ids, pixels in (
+        ([5, *[VIDEO] * 48, 6, 7], video),
+        ([5, *[IMAGE] * 32, 6, *[VIDEO] * 48, 7], image | video),
+    ):
+        batch = {"input_ids": torch.tensor([ids]), **pixels}
+        check_pruning_is_masking(model, batch)
+        costs = ReducedModel(model, Policy()).cost(**batch)
+        assert costs.before.visual_tokens == len(ids) - 3
 
 
 # *** videos and images ***
@@ -190,12 +225,12 @@ def test_pruning_is_masking_with_an_image_between_videos(name: str) -> None:
     batch = batch_of(name, [[video, image_of(name), other]])
     empty = ReducedModel(shared(name), Policy())
     assert torch.equal(empty(**batch).logits, shared(name)(**batch).logits)
-    check_pruning_is_masking(name, batch)
+    check_pruning_is_masking(shared(name), batch)
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl", "paligemma", "idefics3"])
 def test_prompts_that_begin_with_an_image(name: str) -> None:
-    check_pruning_is_masking(name, without_first(batch_of(name, [[image_of(name)]]), 3))
+    check_pruning_is_masking(shared(name), without_first(batch_of(name, [[image_of(name)]]), 3))
 
 
 @pytest.mark.parametrize(
