@@ -12,7 +12,7 @@ import inspect
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from deos_fx.passes.capture import PIXELS, features_of
 from deos_fx.passes.families import PATCH_NUMBERS
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.shapes_only import ShapesOnly
+from deos_fx.recent import Recent
 from deos_fx.signature import grid_of, image_token_of, size_inputs, sizes_vary, video_token_of
 from deos_fx.tokens import is_separator
 
@@ -39,8 +40,11 @@ __all__ = [
     "placeholders",
 ]
 
-_ENCODED: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, list[_Item] | None]]
+_ENCODED: weakref.WeakKeyDictionary[PreTrainedModel, Recent[Hashable, list[_Item]]]
 _ENCODED = weakref.WeakKeyDictionary()
+
+# As many sets of sizes are remembered of a model: images may have ever new ones.
+_SETS_OF_SIZES = 1024
 
 
 @dataclass(frozen=True)
@@ -424,25 +428,27 @@ def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: _Kind) -> 
             if isinstance(value, Tensor)
         ),
     )
-    known = _ENCODED.setdefault(model, {})
-    if sizes not in known:
-        newline = getattr(core, "image_newline", None)
-        shapes_suffice = newline is None or newline.is_meta
-        with torch.no_grad(), ShapesOnly() if shapes_suffice else contextlib.nullcontext():
-            features = features_of(getattr(core, method)(**given, return_dict=True))
-        apart = isinstance(features, (list, tuple))
-        if not apart and (features is None or features.ndim < 3):
-            known[sizes] = None
-            return None
-        counts = [math.prod(part.shape[:-1]) for part in features]
-        if newline is None:
-            ends = [0] * len(counts)
-        elif newline.is_meta:
-            ends = _ends_without_weights(core, method, given, counts)
-        else:
-            ends = [int(is_separator(part, newline).sum()) for part in features]
-        known[sizes] = [_Item(None, *pair) for pair in zip(counts, ends, strict=True)]
-    return known[sizes]
+    known = _ENCODED.setdefault(model, Recent(_SETS_OF_SIZES))
+    return known.find(sizes, lambda: _run_encoder(core, method, given)) or None
+
+
+def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[_Item]:
+    """The images as a method of a model's core makes them; none if it keeps them together."""
+    newline = getattr(core, "image_newline", None)
+    shapes_suffice = newline is None or newline.is_meta
+    with torch.no_grad(), ShapesOnly() if shapes_suffice else contextlib.nullcontext():
+        features = features_of(getattr(core, method)(**given, return_dict=True))
+    apart = isinstance(features, (list, tuple))
+    if not apart and (features is None or features.ndim < 3):
+        return []
+    counts = [math.prod(part.shape[:-1]) for part in features]
+    if newline is None:
+        ends = [0] * len(counts)
+    elif newline.is_meta:
+        ends = _ends_without_weights(core, method, given, counts)
+    else:
+        ends = [int(is_separator(part, newline).sum()) for part in features]
+    return [_Item(None, *pair) for pair in zip(counts, ends, strict=True)]
 
 
 def _ends_without_weights(
