@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deos_fx.images import encoder_inputs
-from deos_fx.inputs import prompt_layout
+from deos_fx.inputs import normal_inputs, prompt_layout
 from deos_fx.measure import Decoder, Encoder, measure_decoder, measure_encoder
 from deos_fx.operator import required_features
 from deos_fx.operator_cost import Amount, SiteSizes, operator_flops, relaxed_flops
@@ -210,6 +210,7 @@ class CostModel:
             ValueError: If the inputs have no image, or prompts with different numbers of images.
         """
         signature_of(model)
+        inputs = normal_inputs(inputs)
         layout = prompt_layout(model, inputs)
         batch, length = inputs["input_ids"].shape
         kept = inputs.get("logits_to_keep", 0)

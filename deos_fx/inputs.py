@@ -26,7 +26,31 @@ from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.shapes_only import ShapesOnly
 from deos_fx.signature import image_token_of
 
-__all__ = ["complete_inputs", "prompt_layout", "prompt_layouts"]
+__all__ = ["complete_inputs", "normal_inputs", "prompt_layout", "prompt_layouts"]
+
+
+def normal_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a call in the one form that everything behind it reads.
+
+    transformers takes more: what processors once called the pixels, ids and positions in 32 bits,
+    flags of padding in any type. They mean the same.
+
+    Args:
+        inputs: Arguments of the model's forward, or of its `generate`.
+
+    Returns:
+        The inputs with the names of today, ids, positions and flags of padding in 64 bits.
+    """
+    named = {"pixel_values" if name in FORMER_IMAGES else name: x for name, x in inputs.items()}
+    for name in ("input_ids", "position_ids"):
+        value = named.get(name)
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            named[name] = value.long()
+    mask = named.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        flags = mask != 0 if mask.is_floating_point() else mask
+        named["attention_mask"] = flags.long()
+    return named
 
 
 def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +68,7 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
             text, there are new images in a later turn, or something is asked for that a reduced
             model does not have.
     """
-    inputs = {"pixel_values" if name in FORMER_IMAGES else name: x for name, x in inputs.items()}
+    inputs = normal_inputs(inputs)
     if "input_ids" not in inputs:
         raise ValueError(
             "deos_fx finds the visual tokens by input_ids, which is missing: pass input_ids with "

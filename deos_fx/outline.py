@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deos_fx.cost import CostModel
-from deos_fx.inputs import complete_inputs
+from deos_fx.inputs import complete_inputs, normal_inputs
 from deos_fx.passes.find_sites import Sites
 from deos_fx.passes.pipeline import Captured, capture_call
 from deos_fx.policy import Policy, Reduction
@@ -113,6 +113,7 @@ def outline(
         ValueError: If the model cannot be captured, or the policy does not fit it.
     """
     policy = policy or Policy()
+    inputs = normal_inputs(inputs)
     captured = capture_call(model, complete_inputs(model, {**inputs, "use_cache": False}))
     visual = int((inputs["input_ids"] == image_token_of(model)).sum())
     text = inputs["input_ids"].shape[1] - visual

@@ -20,7 +20,7 @@ from deos_fx.explain import SiteExplanation, explain
 from deos_fx.generation import generation_host
 from deos_fx.graphs import Graphs
 from deos_fx.images import are_written_alike, has_images, image_inputs
-from deos_fx.inputs import complete_inputs, prompt_layout, prompt_layouts
+from deos_fx.inputs import complete_inputs, normal_inputs, prompt_layout, prompt_layouts
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.lower_decode import decode_spaces
 from deos_fx.policy import Policy
@@ -111,7 +111,7 @@ class ReducedModel(nn.Module):
                 layers of its own.
         """
         host = generation_host(self, self.model, self._new_cache)
-        return host.generate(*args, **kwargs)
+        return host.generate(*args, **normal_inputs(kwargs))
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -246,7 +246,7 @@ class ReducedModel(nn.Module):
         inputs = self._arguments.bind(self.model, *args, **kwargs).arguments
         inputs.pop("self", None)
         inputs |= inputs.pop("kwargs", {})
-        return {name: value for name, value in inputs.items() if value is not None}
+        return normal_inputs({name: x for name, x in inputs.items() if x is not None})
 
     def _run(self, inputs: dict[str, Any]) -> ModelOutput:
         inputs = complete_inputs(self.model, inputs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deos_fx.inputs import complete_inputs, image_inputs, prompt_layout
+from deos_fx.inputs import complete_inputs, image_inputs, normal_inputs, prompt_layout
 from deos_fx.passes.layout import PromptLayout
 from deos_fx.signature import grid_of, image_of, image_token_of, size_inputs, sizes_vary
 
@@ -54,7 +54,7 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
             cannot be exported, or none is given and the model needs one.
     """
     given = _one_image(model) if given is None else given
-    given = {name: value for name, value in given.items() if value is not None}
+    given = normal_inputs({name: x for name, x in given.items() if x is not None})
     inputs = complete_inputs(model, given)
     ids, images = given["input_ids"], image_inputs(model, given)
     tokens = {

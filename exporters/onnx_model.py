@@ -22,12 +22,22 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from deos_fx.cache import ReducedCache, TokenSpace
 from deos_fx.exporters.onnx import FORMAT, IMAGES, MANIFEST, VERSION
 from deos_fx.generation import generation_host
-from deos_fx.inputs import complete_inputs, image_inputs
+from deos_fx.inputs import complete_inputs, image_inputs, normal_inputs
 from deos_fx.passes.lower_decode import DecodeSpace
 
 __all__ = ["OnnxModel"]
 
 _CPU = torch.device("cpu")
+
+_DTYPES = {
+    "tensor(bool)": torch.bool,
+    "tensor(int32)": torch.int32,
+    "tensor(int64)": torch.int64,
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+}
+"""Types of inputs in ONNX Runtime's words."""
 
 
 class OnnxModel:
@@ -109,7 +119,7 @@ class OnnxModel:
         inputs.pop("self", None)
         inputs |= inputs.pop("kwargs", {})
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        return self._run(inputs)
+        return self._run(normal_inputs(inputs))
 
     def generate(self, **inputs: Any) -> Any:
         """transformers' own `generate`: greedy search, sampling, beams (on CUDA beams need a torch
@@ -128,7 +138,7 @@ class OnnxModel:
             raise ValueError("use_cache=False, but exported graphs always use a cache; omit it")
         # A host of its own for every call: models of some families remember positions in theirs.
         host = generation_host(self, self._skeleton, self._new_cache, device=_CPU)
-        return host.generate(**inputs)
+        return host.generate(**normal_inputs(inputs))
 
     # *** running ***
 
@@ -328,23 +338,24 @@ class _Session:
     def __init__(self, session: Any, device: torch.device) -> None:
         self.session = session
         self.device = device
-        self.inputs = [spec.name for spec in session.get_inputs()]
+        self.inputs = {spec.name: _DTYPES.get(spec.type) for spec in session.get_inputs()}
         self.outputs = [spec.name for spec in session.get_outputs()]
 
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Run the graph.
 
         Args:
-            values: Tensors on the CPU or OrtValues; those the graph does not read are ignored.
+            values: Tensors on the CPU, of any precision, or OrtValues; those the graph does not
+                read are ignored.
 
         Returns:
             OrtValues by name.
         """
         binding = self.session.io_binding()
-        for name in self.inputs:
+        for name, dtype in self.inputs.items():
             value = values[name]
             binding.bind_ortvalue_input(
-                name, _ort_value(value) if isinstance(value, Tensor) else value
+                name, _ort_value(value.to(dtype)) if isinstance(value, Tensor) else value
             )
         for name in self.outputs:
             device = self.device if name.startswith("present.") else _CPU
