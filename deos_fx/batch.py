@@ -38,7 +38,7 @@ class Part:
 
 
 def parts_of_batch(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Part]:
-    """Group the prompts of a batch by what they show.
+    """Group the prompts of a batch by what they show and whether they end there.
 
     Args:
         model: The model.
@@ -67,9 +67,9 @@ def parts_of_batch(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Pa
         return [Part(tuple(range(len(ids))), prompts[0].layout, {**inputs})]
     if "labels" in inputs:
         raise ValueError(
-            "The prompts of this batch have different images, and labels ask for the mean loss "
-            "over all of them. Give labels with prompts that have equally many images of the same "
-            "sizes."
+            "The prompts of this batch have different images, or some end in an image and others "
+            "in text, and labels ask for the mean loss over all of them. Give labels with prompts "
+            "that have equally many images of the same sizes and end alike."
         )
     parts = []
     for rows in alike.values():

@@ -34,7 +34,8 @@ class SiteExplanation:
         mass: [B, K] how many original tokens each kept one stands for.
         scores: [B, V] what the incoming tokens were ranked by; None if by their place alone.
         remaining: [B, M] positions of everything that is left of the prompt, text included. Tokens
-            that are not in the order of the image stand at its first placeholders.
+            that are not in the order of the image stand at its first placeholders, or at its last
+            ones if the prompt ends there.
     """
 
     site: str
@@ -113,7 +114,8 @@ class _Watching(fx.Interpreter):
 
 
 class _Slots:
-    """Where in the prompt visual tokens stand: out of order, they take an image's first places.
+    """Where in the prompt visual tokens stand: out of order, they take an image's first places,
+    or its last ones if the prompt ends there.
 
     Args:
         visual: [B, V] positions of all placeholders.
@@ -125,6 +127,7 @@ class _Slots:
         text = torch.ones_like(input_ids).scatter(1, visual, 0).nonzero()[:, 1]
         self.text = text.reshape(len(input_ids), -1)
         self.placeholders = visual.unflatten(1, (layout.images, -1))
+        self.ends = layout.ends
         self.now = visual
         self.in_order = True
 
@@ -143,7 +146,8 @@ class _Slots:
             self.now = positions
         else:
             each = positions.shape[1] // self.placeholders.shape[1]
-            self.now = self.placeholders[:, :, :each].flatten(1)
+            taken = slice(-each, None) if self.ends else slice(each)
+            self.now = self.placeholders[:, :, taken].flatten(1)
         return torch.cat([self.text, self.now], dim=1).sort(dim=1).values
 
 

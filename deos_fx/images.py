@@ -27,7 +27,7 @@ from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.shapes_only import ShapesOnly
 from deos_fx.recent import Recent
 from deos_fx.signature import grid_of, image_token_of, size_inputs, sizes_vary, video_token_of
-from deos_fx.tokens import is_separator
+from deos_fx.tokens import is_separator, last_token
 
 __all__ = [
     "PromptImages",
@@ -37,6 +37,7 @@ __all__ = [
     "image_inputs",
     "images_of_prompts",
     "media_of_rows",
+    "padding_of",
     "placeholders",
 ]
 
@@ -75,11 +76,13 @@ class _Item(NamedTuple):
         grids: Rows and columns of each of its frames; None if that is not known.
         tokens: Its placeholders, ends of rows included.
         ends: Those that stand for the end of a row.
+        closed: Whether the last one does.
     """
 
     grids: tuple[tuple[int, int], ...] | None
     tokens: int
     ends: int = 0
+    closed: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,12 @@ class PromptImages:
 def has_images(inputs: Mapping[str, Any]) -> bool:
     """Whether there are pixels of images or videos among the inputs of a call."""
     return any(name in inputs for name in PIXELS)
+
+
+def padding_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The flags [B, N] of real tokens among the inputs of a call; None if there are none."""
+    mask = inputs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -137,10 +146,12 @@ def images_of_prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list
     waiting = {kind: iter(enumerate(given)) for kind, given in items.items()}
     # 0 is text, and kinds count from 1.
     numbers: Any = sum(number * flags for number, flags in enumerate(places.values(), 1))
+    last = last_token(inputs["input_ids"], padding_of(inputs))[:, 0].tolist()
     found = []
     for row, of_row in enumerate(numbers.tolist()):
         kinds = [list(places)[number - 1] for number in of_row if number]
-        found.append(_of_prompt(tokens, list(_shown(kinds, tokens, waiting, row))))
+        shown = list(_shown(kinds, tokens, waiting, row))
+        found.append(_of_prompt(tokens, shown, ends=of_row[last[row]] > 0))
     for kind, rest in waiting.items():
         total, left = len(items[kind]), sum(1 for _ in rest)
         if left:
@@ -272,7 +283,7 @@ def _shown(
 
 
 def _of_prompt(
-    tokens: Mapping[_Kind, int], shown: Sequence[tuple[_Kind, int, _Item]]
+    tokens: Mapping[_Kind, int], shown: Sequence[tuple[_Kind, int, _Item]], *, ends: bool
 ) -> PromptImages:
     items = []
     for kind in tokens:
@@ -291,6 +302,8 @@ def _of_prompt(
         separators=sum(item.ends for _, _, item in shown),
         placed=placed,
         grids=tuple(grids) if len(set(grids)) > 1 else (),
+        # The end of a row is never reduced.
+        ends=ends and not shown[-1][2].closed,
     )
     return PromptImages(layout, tuple(items))
 
@@ -379,7 +392,8 @@ def _of_frames(found: Sequence[_Item], videos: int, frames: int) -> list[_Item] 
         of_frame, rest = divmod(tokens - ends, frames)
         side = math.isqrt(of_frame)
         whole = not rest and side * side == of_frame
-        joined.append(_Item(((side, side),) * frames if whole else None, tokens, ends))
+        grids = ((side, side),) * frames if whole else None
+        joined.append(_Item(grids, tokens, ends, own[-1].closed))
     return joined
 
 
@@ -443,12 +457,14 @@ def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[_Item
         return []
     counts = [math.prod(part.shape[:-1]) for part in features]
     if newline is None:
-        ends = [0] * len(counts)
+        ends = [(0, False)] * len(counts)
     elif newline.is_meta:
-        ends = _ends_without_weights(core, method, given, counts)
+        without = _ends_without_weights(core, method, given, counts)
+        ends = [(count, count > 0) for count in without]
     else:
-        ends = [int(is_separator(part, newline).sum()) for part in features]
-    return [_Item(None, *pair) for pair in zip(counts, ends, strict=True)]
+        flags = [is_separator(part, newline).flatten() for part in features]
+        ends = [(int(of_image.sum()), bool(of_image[-1])) for of_image in flags]
+    return [_Item(None, n, *end) for n, end in zip(counts, ends, strict=True)]
 
 
 def _ends_without_weights(

@@ -237,9 +237,10 @@ def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLa
     if len({prompt.alike for prompt in prompts}) > 1 or layouts[0] is None:
         counts = sorted({sum(layout.sizes) if layout else 0 for layout in layouts})
         raise ValueError(
-            f"The prompts of this batch differ: they have {counts} visual tokens. Only calling and "
-            "generating take such batches; here give prompts with equally many images of the same "
-            "sizes, or one by one."
+            f"The prompts of this batch differ: they have {counts} visual tokens, and "
+            f"{sum(one is not None and one.ends for one in layouts)} of {len(layouts)} end in one. "
+            "Only calling and generating take such batches; here give prompts with equally many "
+            "images of the same sizes, all with text at the end or none, or one by one."
         )
     return layouts[0]
 

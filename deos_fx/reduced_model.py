@@ -74,9 +74,10 @@ class ReducedModel(nn.Module):
 
         Returns:
             The model's own output class. After reductions, ``logits`` cover the M prompt
-            positions that are left, in order (`explain` says which); text always stays, so the last
-            one is the last token of any prompt that ends in text. With ``return_dict=False``, a
-            tuple.
+            positions that are left, in order (`explain` says which). Text always stays, and so
+            does the last token of a prompt that ends in an image: it is one of those that are
+            kept, and the last one here is the last token of any prompt. With
+            ``return_dict=False``, a tuple.
 
         Raises:
             ValueError: If images and placeholders do not match, or the cache is not a

@@ -335,6 +335,9 @@ def received_attention(view: AttentionView, observation: Observation, asked: Ask
     batch, _, length, _ = view.query.shape
     if positions is None:
         positions = torch.arange(length, device=view.query.device).expand(batch, -1)
+    if isinstance(positions.shape[1], int) and not positions.shape[1]:
+        # A prompt of images alone has no text: as where no text votes.
+        return torch.zeros(batch, length, device=view.query.device)
     received: Any = 0.0
     for part, weight in _few(positions, votes):
         rows = view.rows(part)

@@ -29,6 +29,7 @@ __all__ = [
     "kept_of_kept",
     "kept_of_prompt",
     "known_of_kept",
+    "last_of_prompt",
     "last_token",
     "mass_bias",
     "masses_of_prompt",
@@ -262,6 +263,11 @@ def first_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
     """
     first = torch.arange(kept.shape[1], device=kept.device)
     return kept_of_prompt(first.expand(kept.shape[0], -1), images, per_image)
+
+
+def last_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
+    """`first_of_prompt` where prompts end in a placeholder, which stays: each image's last K."""
+    return first_of_prompt(kept, images, per_image) + (per_image - kept.shape[1])
 
 
 def of_images(x: Tensor, images: int) -> Tensor:

@@ -47,7 +47,7 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
         model: Whose prompts.
         given: Arguments of its forward; None for prompts with one image, where its images all
             have one size.
-        text: Tokens of text to add at the end.
+        text: Tokens of text to add: at the end, or in front of a prompt that ends in an image.
 
     Raises:
         ValueError: If the call has no image, prompts that cannot share a graph or inputs that
@@ -83,10 +83,12 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
     layout = prompt_layout(model, inputs)
     tokens.pop("position_ids", None)
     real = tokens.get("attention_mask", torch.ones_like(ids))[0].bool()
+    around = (text, 0) if layout.ends else (0, text)
     prompt = {
-        name: torch.cat([rows[0][real], rows.new_zeros(text)]) for name, rows in tokens.items()
+        name: torch.nn.functional.pad(rows[0][real], around) for name, rows in tokens.items()
     }
-    prompt["input_ids"][-text:] = _word(model)
+    added = slice(text) if layout.ends else slice(-text, None)
+    prompt["input_ids"][added] = _word(model)
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
     example = {name: row.expand(BATCH, -1).clone() for name, row in prompt.items()}
     own = {name: value[: len(value) // len(ids)] for name, value in images.items()}

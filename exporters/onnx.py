@@ -68,7 +68,7 @@ from deos_fx.exporters.record import record
 from deos_fx.files import fresh_folder
 from deos_fx.inputs import complete_inputs
 from deos_fx.passes.finish import finish
-from deos_fx.passes.layout import first_layer
+from deos_fx.passes.layout import PromptLayout, first_layer
 from deos_fx.passes.lower_decode import DecodeSpace, decode_spaces
 from deos_fx.passes.pipeline import capture_call, lower_call
 from deos_fx.passes.replace_placeholder_merge import replace_placeholder_merge
@@ -105,8 +105,8 @@ def export_onnx(
 ) -> Path:
     """Write a reduced model as ONNX graphs that `deos_fx.OnnxModel` (or any runtime) can run.
 
-    Batch size and text length are dynamic; the number of images in a prompt and their sizes are
-    not. The folder gets ``prefill.onnx``, ``decode.onnx``, ``weights.data`` (the weights of all
+    Batch size and text length are dynamic; the number of images in a prompt, their sizes and
+    whether the prompt ends in one are not. The folder gets ``prefill.onnx``, ``decode.onnx``, ``weights.data`` (the weights of all
     graphs), ``policy.json``, ``deos_fx.json`` (what the graphs are for), and the model's own
     ``config.json`` and ``generation_config.json``; if the image encoder reads the sizes of images,
     also ``image_encoder.onnx`` and ``images.safetensors``. It is written whole or not at all.
@@ -121,7 +121,7 @@ def export_onnx(
             device, bfloat16 not on the CPU.
         dir: The folder; it is made if it does not exist.
         example_inputs: A call of the model, which says how many images its prompts have, of which
-            sizes, and which inputs there are. Left out, a prompt has one image; models that take
+            sizes, whether they end in one, and which inputs there are. Left out, a prompt has one image; models that take
             images of many sizes or kinds of tokens need an example.
 
     Returns:
@@ -236,6 +236,7 @@ def _manifest(
         "image_token": layout.image_token,
         "images": layout.images,
         "image_tokens": example.placeholders,
+        "ends_in_image": _ends(reduced, layout),
         "pixels": list(pixels.shape),
         "coordinates": len(positions) if positions.ndim == 3 else 0,
         "spaces": [
@@ -246,6 +247,14 @@ def _manifest(
             for space in decode_spaces(reduced.policy)
         ],
     }
+
+
+def _ends(reduced: ReducedModel, layout: PromptLayout) -> bool | None:
+    """Whether prompts have to end in an image, whose last token stays; None if that is the same.
+
+    Where rows have ends, one of these is the last token of an image, and it stays anyway.
+    """
+    return None if reduced.policy.is_empty or layout.separators else layout.ends
 
 
 # *** the graphs ***

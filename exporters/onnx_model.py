@@ -24,6 +24,7 @@ from deos_fx.exporters.onnx import FORMAT, IMAGES, MANIFEST, VERSION
 from deos_fx.generation import generation_host
 from deos_fx.inputs import complete_inputs, image_inputs, normal_inputs
 from deos_fx.passes.lower_decode import DecodeSpace
+from deos_fx.tokens import last_token
 
 __all__ = ["OnnxModel"]
 
@@ -34,6 +35,7 @@ _DTYPES = {
     "tensor(int32)": torch.int32,
     "tensor(int64)": torch.int64,
     "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
     "tensor(float16)": torch.float16,
     "tensor(bfloat16)": torch.bfloat16,
 }
@@ -249,6 +251,7 @@ class OnnxModel:
                 f"The prompts have {counts} image tokens each, but this model was exported for "
                 f"prompts with {manifest['image_tokens']} ({manifest['images']} images). {again}"
             )
+        self._check_ends(inputs, again)
         self._check_inputs(inputs, again)
         shape, own = tuple(inputs["pixel_values"].shape), manifest["pixels"]
         if shape != (own[0] * len(ids), *own[1:]):
@@ -264,6 +267,19 @@ class OnnxModel:
                     f"{name} is {_shown(inputs[name])}, but this model was exported for images "
                     f"with {_shown(self._constants[name])} in every prompt. {again}"
                 )
+
+    def _check_ends(self, inputs: Mapping[str, Any], again: str) -> None:
+        """Refuse prompts that end in an image where the graphs are for text there, and conversely:
+        the last token has to stay."""
+        ends = self._manifest.get("ends_in_image")
+        ids = inputs["input_ids"]
+        last = ids.gather(1, last_token(ids, inputs.get("attention_mask")))
+        if ends is not None and bool(((last == self._manifest["image_token"]) != ends).any()):
+            one, other = ("text", "an image") if ends else ("an image", "text")
+            raise ValueError(
+                f"There are prompts that end in {one}, but this model was exported for prompts "
+                f"that end in {other}. {again}"
+            )
 
     def _check_inputs(self, inputs: Mapping[str, Any], again: str) -> None:
         """Refuse inputs that the graphs know nothing of, and calls without those they need."""
@@ -338,7 +354,7 @@ class _Session:
     def __init__(self, session: Any, device: torch.device) -> None:
         self.session = session
         self.device = device
-        self.inputs = {spec.name: _DTYPES.get(spec.type) for spec in session.get_inputs()}
+        self.inputs = {spec.name: _DTYPES[spec.type] for spec in session.get_inputs()}
         self.outputs = [spec.name for spec in session.get_outputs()]
 
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,12 +40,16 @@ class RelaxedSite(nn.Module):
     Args:
         reduction: The relaxed reduction.
         features: Names of the features that its scores and similarities need.
+        last_of: Of how many rows one ends its prompt in a visual token, which stays; 0 if none.
     """
 
-    def __init__(self, reduction: RelaxedReduction, features: tuple[str, ...]) -> None:
+    def __init__(
+        self, reduction: RelaxedReduction, features: tuple[str, ...], last_of: int
+    ) -> None:
         super().__init__()
         self.reduction = reduction
         self.features = features
+        self.last_of = last_of
 
     def forward(
         self, visual: Tensor, alive: Tensor, mass: Tensor, beta: Tensor, *features: Tensor
@@ -63,7 +67,7 @@ class RelaxedSite(nn.Module):
             Tokens [B, V, d], gates [B, V], masses [B, V] and the mass bias.
         """
         named = dict(zip(self.features, features, strict=True))
-        result = self.reduction(visual, alive, mass, named)
+        result = self.reduction(visual, alive, mass, named, self.last_of)
         return result.tokens, result.alive, result.mass, self.reduction.bias_after(beta)
 
 
@@ -288,7 +292,10 @@ class _Insertion:
         reduction = self.reductions[name]
         names = tuple(sorted(_needs(reduction)))
         target = f"reduce_{name.replace('.', '_')}"
-        self.graph_module.add_submodule(target, RelaxedSite(reduction, names))
+        in_decoder = split_site(name)[0] == "decoder"
+        rows = 1 if in_decoder else self.layout.images
+        site = RelaxedSite(reduction, names, rows if self.layout.ends else 0)
+        self.graph_module.add_submodule(target, site)
         given = (visual, self.alive, self.mass, self.beta)
         node = self.graph.call_module(target, (*given, *(features[need] for need in names)))
         reduced, *rest = (self.call(operator.getitem, node, i) for i in range(4))

@@ -26,6 +26,8 @@ class PromptLayout:
             never reduced.
         placed: Whether the grid is known; otherwise all tokens of an image count as one row.
         grids: Rows and columns of every image, if they differ; ``grid`` is then the first.
+        ends: Whether the prompt ends in a visual token. What comes next is read from there, so
+            that token stays whatever is reduced.
     """
 
     image_token: int | tuple[int, ...]
@@ -34,6 +36,7 @@ class PromptLayout:
     separators: int = 0
     placed: bool = True
     grids: tuple[tuple[int, int], ...] = ()
+    ends: bool = False
 
     @property
     def tokens_per_image(self) -> int:

@@ -228,7 +228,9 @@ class _Lowering:
         users = users_behind(whole, anchor)
         with self.graph.inserting_before(anchor):
             own = self.call(context.without_class, whole, class_tokens) if class_tokens else whole
-            reduced = self._operate(step, step.count, own, images.mass, features)
+            reduced = self._operate(
+                step, step.count, own, images.mass, features, self._last_of(self.layout.images)
+            )
             left = reduced.tokens
             if class_tokens:
                 left = self.call(tokens.with_patches, whole, left, class_tokens)
@@ -289,7 +291,9 @@ class _Lowering:
         features = self._image_features(step, cells, len(alike))
         own = self.call(tokens.of_images, self.call(tokens.take, hidden, visual), len(alike))
         count = step.counts[alike[0]]
-        reduced = self._operate(step, count, own, None, features)
+        ends = alike[-1] == layout.images - 1
+        last_of = self._last_of(len(alike)) if ends else 0
+        reduced = self._operate(step, count, own, None, features, last_of)
         kept = self.note("kept", reduced.kept)
         mass = self.note("mass", reduced.mass)
         only_gathered = reduced.assignment is None and not step.reduction.reweight
@@ -334,7 +338,9 @@ class _Lowering:
                 patches = self.call(torch.clamp, left.kept, 0)
                 patches = self.call(tokens.kept_of_prompt, patches, images, per_image)
                 grid = self._grid_of_prompt(patches)
-                kept = self.call(tokens.first_of_prompt, left.kept, images, per_image)
+                ends = self.layout.ends
+                slots = tokens.last_of_prompt if ends else tokens.first_of_prompt
+                kept = self.call(slots, left.kept, images, per_image)
             mass = left.mass
             if mass is not None:
                 mass = self.call(tokens.masses_of_prompt, mass, images)
@@ -357,7 +363,7 @@ class _Lowering:
         with self.graph.inserting_before(features.anchor):
             visual = self.call(tokens.take, hidden, space.visual)
             count = sum(step.counts)
-            reduced = self._operate(step, count, visual, space.mass, features)
+            reduced = self._operate(step, count, visual, space.mass, features, self._last_of(1))
             self.note("mass", reduced.mass)
             only_gathered = reduced.assignment is None and not step.reduction.reweight
             kept = self.note("kept", reduced.kept)
@@ -371,6 +377,10 @@ class _Lowering:
                 beta=step.reduction.mass_bias,
             )
 
+    def _last_of(self, images: int) -> int:
+        """Of how many rows one ends its prompt, if prompts end in a visual token; else 0."""
+        return images if self.layout.ends else 0
+
     def _operate(
         self,
         step: _Step,
@@ -378,11 +388,12 @@ class _Lowering:
         visual: fx.Node,
         mass: fx.Node | None,
         features: Mapping[str, Any],
+        last_of: int,
     ) -> StaticOutput:
         """Emit the operator itself; nodes that nothing reads are dropped at the end."""
         self.done.append(step.site.name)
         call = partial(self._call_beside, visual) if self.several_devices else self.call
-        reduced = static_reduce(step.reduction, count, visual, mass, features, call)
+        reduced = static_reduce(step.reduction, count, visual, mass, features, call, last_of)
         self.note("score", reduced.score)
         self.note("assignment", reduced.assignment)
         if reduced.assignment is not None:

@@ -139,7 +139,7 @@ def _count(kept: Any) -> int | None:
     if kept.target is tokens.kept_of_prompt:
         per_image = _count(kept.args[0])
         return None if per_image is None else per_image * kept.args[1]
-    if kept.target in (operator.in_order, operator.take):
+    if kept.target in (operator.in_order, operator.take, operator.with_last):
         return _count(kept.args[0])
     if kept.target is torch.narrow:
         return kept.args[3]

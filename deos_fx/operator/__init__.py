@@ -15,9 +15,10 @@ from deos_fx.operator.assign import (
     nearest,
     similarity,
     soft,
+    standing_in,
     uniform,
 )
-from deos_fx.operator.gather import chosen, for_each_row, in_order, others, take
+from deos_fx.operator.gather import chosen, for_each_row, in_order, others, take, with_last
 from deos_fx.operator.grid import columns, grid_anchors, grid_layout, interpolation, window_members
 from deos_fx.operator.scores import SCORES, Score, combine, standardize
 from deos_fx.operator.select import (
@@ -88,6 +89,7 @@ __all__ = [
     "similarity",
     "slot_of",
     "soft",
+    "standing_in",
     "standardize",
     "static_reduce",
     "strided",
@@ -97,6 +99,7 @@ __all__ = [
     "window_members",
     "windows",
     "with_class",
+    "with_last",
 ]
 
 # The code of a graph spells out where a function lives; the public place reads best there.

@@ -23,6 +23,7 @@ __all__ = [
     "nearest",
     "similarity",
     "soft",
+    "standing_in",
     "uniform",
 ]
 
@@ -137,6 +138,23 @@ def uniform(receivers: Tensor, sources: Tensor) -> Tensor:
     """Spreads each source [B, S] evenly over [B, R]: the limit tau = infinity, P = 1 / R."""
     share = torch.ones(sources.shape, device=sources.device).unsqueeze(1) / receivers.shape[1]
     return share.expand(-1, receivers.shape[1], -1)
+
+
+def standing_in(assignment: Tensor, anchors: Tensor, kept: Tensor) -> Tensor:
+    """The assignment where other tokens are kept in the place of anchors, for these.
+
+    Args:
+        assignment: P [1, K, V], 0 where an anchor meets itself.
+        anchors: Indices [1, K].
+        kept: Indices [B or 1, K] of what is kept in their place.
+
+    Returns:
+        P [B or 1, K, V]: an anchor that left moves as much as what is kept would have moved to it.
+    """
+    places, kept = anchors.expand_as(kept).unsqueeze(-1), kept.unsqueeze(-1)
+    assignment = assignment.expand(kept.shape[0], -1, -1)
+    moved = assignment.gather(2, kept)
+    return assignment.scatter(2, places, moved).scatter(2, kept, 0.0)
 
 
 def k_nearest(similarity: Tensor, receivers: Tensor, neighbours: int) -> Tensor:

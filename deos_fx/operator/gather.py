@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["chosen", "for_each_row", "in_order", "others", "same_rows", "take"]
+__all__ = ["chosen", "for_each_row", "in_order", "others", "same_rows", "take", "with_last"]
 
 
 def take(values: Tensor, kept: Tensor) -> Tensor:
@@ -59,6 +59,36 @@ def others(kept: Tensor, tokens: Tensor) -> Tensor:
     left = tokens.shape[1] - kept.shape[1]
     falling = _falling(tokens.shape[1], kept).expand(kept.shape[0], -1)
     return falling.scatter(1, kept, 0.0).topk(left, dim=1).indices
+
+
+def with_last(kept: Tensor, tokens: Tensor, images: int, behind: int = 0) -> Tensor:
+    """The same choice, with the last token of the last image among it.
+
+    It counts as the last pick, and takes the place of the last one if it was none.
+
+    Args:
+        kept: Indices [R, K] in the order of the picks.
+        tokens: [R, V, d]; only its shape is read.
+        images: Rows of one prompt: its images.
+        behind: Picks that stay behind it (the residual token), fewer than K.
+
+    Returns:
+        [R, K].
+    """
+    place = torch.arange(kept.shape[1], device=kept.device)
+    last = tokens.shape[1] - 1
+    # It is picked at most once, so this is where, or the place of the pick that leaves.
+    leaves = torch.where(kept == last, place, kept.shape[1] * 2).amin(dim=1, keepdim=True)
+    leaves = leaves.clamp(max=kept.shape[1] - 1)
+    others = kept.gather(1, (place + (place >= leaves)).clamp(max=kept.shape[1] - 1))
+    here = kept.shape[1] - 1 - behind
+    moved = torch.cat(
+        [others[:, :here], torch.full_like(others[:, :1], last), others[:, here:-1]], dim=1
+    )
+    if images == 1:
+        return moved
+    row = torch.arange(kept.shape[0], device=kept.device).unsqueeze(-1)
+    return torch.where(row % images == images - 1, moved, kept)
 
 
 def listed(flags: Tensor, count: int) -> Tensor:

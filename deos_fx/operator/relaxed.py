@@ -30,6 +30,8 @@ SOFT = 1e3
 """Assignments at a temperature above this are made to all tokens alike."""
 SATURATED = 40.0
 """A logit whose sigmoid is 0 or 1 to double precision."""
+AHEAD = 10.0
+"""So many deviations of the score are certain to open a gate first."""
 NEGLIGIBLE = 0.005
 """A parameter within this of the value that removes its operator becomes that value."""
 
@@ -202,7 +204,12 @@ class RelaxedReduction(nn.Module):
         return (1 - activation) * before + activation * F.softplus(self.mass_bias)
 
     def forward(
-        self, tokens: Tensor, alive: Tensor, mass: Tensor, features: Mapping[str, Tensor]
+        self,
+        tokens: Tensor,
+        alive: Tensor,
+        mass: Tensor,
+        features: Mapping[str, Tensor],
+        last_of: int = 0,
     ) -> RelaxedOutput:
         """Applies the reduction.
 
@@ -211,6 +218,7 @@ class RelaxedReduction(nn.Module):
             alive: Gates so far [B, V].
             mass: [B, V].
             features: As for ``static_reduce``.
+            last_of: As for ``static_reduce``.
         """
         options = {
             feature_name(name, self.start.observe): torch.tensor(value)
@@ -220,6 +228,8 @@ class RelaxedReduction(nn.Module):
         score = self._score(features, alive)
         count = self.keep_fraction(alive.sum(dim=-1))
         ranking = self._ranking(score, count, alive, features)
+        if last_of:
+            ranking = _last_first(ranking, last_of, by_grid=self.start.selector == "grid")
         gates = soft_top_k(ranking, count, self.gate_temperature, alive)
         # In half open rows the fullest gates count as open, so that there is always a target.
         closed = gates < 0.5 * gates.amax(dim=-1, keepdim=True)
@@ -327,6 +337,21 @@ def _grid_ranking(places: Tensor, count: int, alive: Tensor) -> Tensor:
     ranking = torch.full_like(alive, -1.0)
     ranking[:, left] = grid.grid_preference(places[left], count).to(alive.dtype)
     return ranking
+
+
+def _last_first(ranking: Tensor, images: int, *, by_grid: bool) -> Tensor:
+    """The ranking [R, V] with the last token of a prompt's last image before all others.
+
+    Anchors of a grid are all alike, and the last of them makes way.
+    """
+    place = torch.arange(ranking.shape[-1], device=ranking.device)
+    row = torch.arange(ranking.shape[0], device=ranking.device).unsqueeze(-1)
+    ending = row % images == images - 1
+    if by_grid:
+        last_anchor = torch.where(ranking >= 1, place, -1).amax(dim=-1, keepdim=True)
+        ranking = torch.where(ending & (place == last_anchor), ranking.detach().amin(), ranking)
+    first = ranking.detach().amax(dim=-1, keepdim=True) + AHEAD
+    return torch.where(ending & (place == place[-1]), first, ranking)
 
 
 def _parameter(value: float | list[float]) -> nn.Parameter:

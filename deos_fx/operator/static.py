@@ -7,6 +7,7 @@ leave no operator: pruning has no assignment, a single score is not standardized
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -85,6 +86,7 @@ def static_reduce(
     mass: Any,
     features: Mapping[str, Any],
     call: Call = _execute,
+    last_of: int = 0,
 ) -> StaticOutput:
     """Applies a reduction to the visual tokens.
 
@@ -97,13 +99,15 @@ def static_reduce(
             when needed, so the mapping may make them on demand.
         call: Runs or records an operator. One that records may run operators whose arguments are
             all plain tensors: anchors and grid similarities then become constants.
+        last_of: I, if rows are the images of prompts that end in their I-th: the last token of
+            that one stays, as the last choice, and comes last. 0 if the scores alone decide.
 
     Raises:
         ValueError: If a selector cannot keep so many tokens, or needs complete images where
             tokens were dropped before.
     """
     call = _short(call)
-    choice = _Choice(reduction, count, tokens, features, call)
+    choice = _Choice(reduction, count, tokens, features, call, last_of)
     kept = choice.kept()
     moved = _assignment(choice, kept)
     if moved.assignment is None:
@@ -172,17 +176,26 @@ class _Choice:
     """Chooses the tokens of a reduction, tier by tier."""
 
     def __init__(
-        self, reduction: Reduction, count: int, tokens: Any, features: Mapping[str, Any], call: Call
+        self,
+        reduction: Reduction,
+        count: int,
+        tokens: Any,
+        features: Mapping[str, Any],
+        call: Call,
+        last_of: int,
     ) -> None:
         self.reduction = reduction
         self.count = count - reduction.keep_class
         self.tokens = tokens
         self.features = features
         self.call = call
+        self.last_of = last_of
         self.tiers = reduction.selection
         self.first = self.tiers[0]
         self.raw: Any = None
         self.score: Any = None
+        self.anchors: Any = None
+        """What the first tier picks, before the last token of a prompt takes a place."""
         self.rest: Any = None
         """The token [B, 1] that gives its place to the residual one."""
 
@@ -225,6 +238,9 @@ class _Choice:
         if order == "tier":
             parts = [self.call(gather.in_order, picks) for picks in parts]
         kept = parts[0] if len(parts) == 1 else self.call(torch.cat, parts, 1)
+        if self.reduction.has_rest and order != "position":
+            # The residual token comes last, but for the last token of a prompt.
+            (kept,) = self._with_last([kept])
         in_order = order != "position" or self.sorted_last or self.reduction.leaves_grid
         return kept if in_order else self.call(gather.in_order, kept)
 
@@ -245,10 +261,36 @@ class _Choice:
             if len(tiers) > 1 and self.is_constant(picks):
                 picks = self.call(gather.for_each_row, picks, self.tokens)
             parts.append(picks)
+            self.anchors = parts[0]
+            if self.last_of and i + 1 == len(self.tiers):
+                parts, taken = self._with_last(parts, self._alone_behind()), None
             if i + 1 < len(tiers):
-                now = self.call(gather.chosen, parts[-1], self.tokens)
-                taken = now if taken is None else self.call(torch.add, taken, now)
+                for part in parts if taken is None else parts[-1:]:
+                    now = self.call(gather.chosen, part, self.tokens)
+                    taken = now if taken is None else self.call(torch.add, taken, now)
         return parts
+
+    def _alone_behind(self) -> int:
+        """Picks of a single tier that come behind the last token: the residual one."""
+        return int(self.reduction.has_rest and not self.reduction.tiers and self.count > 1)
+
+    def _with_last(self, parts: list[Any], behind: int = 0) -> list[Any]:
+        """The picks of each tier, with the last token of a prompt that ends here among them."""
+        if not self.last_of:
+            return parts
+        kept = parts[0] if len(parts) == 1 else self.call(torch.cat, parts, 1)
+        if self.last_of > 1 and self.is_constant(kept):
+            kept = self.call(gather.for_each_row, kept, self.tokens)
+        given = (self.token_axis(kept), self.last_of, behind)
+        kept = self.call(gather.with_last, kept, *given)
+        if len(parts) == 1:
+            return [kept]
+        sizes = [size for size in self.reduction.tier_counts(self.count) if size]
+        starts = itertools.accumulate([0, *sizes[:-1]])
+        return [
+            self.call(torch.narrow, kept, 1, start, size)
+            for start, size in zip(starts, sizes, strict=True)
+        ]
 
     def _with_rest_apart(self, parts: list[Any]) -> list[Any]:
         """The picks, and the last of them noted; by itself where the others are put in order."""
@@ -350,6 +392,8 @@ def _assignment(choice: _Choice, kept: Any) -> _Assignment:
     moved = _Assignment(receivers=_receivers(choice, kept), gain=reduction.gain)
     if reduction.assignment == "window":
         moved.assignment = call(grid.interpolation, choice.feature("grid"), choice.count)
+        if choice.last_of:
+            moved.assignment = call(assign.standing_in, moved.assignment, choice.anchors, kept)
     elif reduction.assignment == "k_nearest":
         likeness = _likeness(choice, moved.receivers, None)
         nearest = (likeness, moved.receivers, reduction.neighbours)
