@@ -111,7 +111,7 @@ def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Position of the last token that is not padding.
 
     Args:
-        hidden: [B, N, d].
+        hidden: [B, N] or [B, N, d]; only its shape is read.
         attention_mask: None or [B, N] with 1 for real tokens; padding may be on either side.
 
     Returns:

@@ -1,6 +1,6 @@
 """What a search minimises: task loss on labels, or distance to the unreduced model's answers.
 
-Both are read at *text* positions, which no reduction drops, so relaxed and static graphs of any
+Both are read at positions that no reduction drops, text and the last token of a prompt, so relaxed and static graphs of any
 token count are scored on the same predictions.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deos_fx.tokens import take
+from deos_fx.tokens import last_token, take
 
 __all__ = ["Target", "labelled", "self_distilled"]
 
@@ -83,7 +83,7 @@ def labelled(labels: Tensor, visual: Tensor) -> Target:
 def self_distilled(
     inputs: Mapping[str, Any], visual: Tensor, unreduced: Callable[..., Mapping[str, Tensor]]
 ) -> Target:
-    """The unreduced model's own predictions at every text token behind an image.
+    """The unreduced model's own predictions at the last token and all text behind an image.
 
     Args:
         inputs: Inputs of the model.
@@ -98,6 +98,8 @@ def self_distilled(
     mask = inputs.get("attention_mask")
     if mask is not None:
         positions &= mask.bool()
+    # Text as well, unless the prompt ends in an image.
+    positions = positions.scatter(1, last_token(visual, mask), True)
     with torch.no_grad():
         logits = unreduced(**inputs)["logits"][positions]
     return Target(positions, logits=logits)
