@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.cache import TokenSpace, in_rows
 from deos_fx.images import has_images, images_of_prompts, media_of_rows, placeholders
+from deos_fx.packed import refuse_lengths
 from deos_fx.passes.layout import PromptLayout
 
 __all__ = ["Part", "join_outputs", "join_spaces", "parts_of_batch"]
@@ -52,6 +53,7 @@ def parts_of_batch(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Pa
             labels, whose loss is a mean over all of them.
     """
     ids = inputs["input_ids"]
+    refuse_lengths(inputs)
     if not has_images(inputs):
         if bool(placeholders(model, ids).any()):
             raise ValueError(

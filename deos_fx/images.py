@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deos_fx.hooks import shallow_copy
+from deos_fx.packed import packed_by
 from deos_fx.passes.capture import PIXELS, features_of
 from deos_fx.passes.families import PATCH_NUMBERS
 from deos_fx.passes.layout import PromptLayout
@@ -146,12 +147,13 @@ def images_of_prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list
     waiting = {kind: iter(enumerate(given)) for kind, given in items.items()}
     # 0 is text, and kinds count from 1.
     numbers: Any = sum(number * flags for number, flags in enumerate(places.values(), 1))
+    packed = packed_by(inputs, numbers > 0)
     last = last_token(inputs["input_ids"], padding_of(inputs))[:, 0].tolist()
     found = []
     for row, of_row in enumerate(numbers.tolist()):
         kinds = [list(places)[number - 1] for number in of_row if number]
         shown = list(_shown(kinds, tokens, waiting, row))
-        found.append(_of_prompt(tokens, shown, ends=of_row[last[row]] > 0))
+        found.append(_of_prompt(tokens, shown, ends=of_row[last[row]] > 0, packed=packed))
     for kind, rest in waiting.items():
         total, left = len(items[kind]), sum(1 for _ in rest)
         if left:
@@ -283,7 +285,11 @@ def _shown(
 
 
 def _of_prompt(
-    tokens: Mapping[_Kind, int], shown: Sequence[tuple[_Kind, int, _Item]], *, ends: bool
+    tokens: Mapping[_Kind, int],
+    shown: Sequence[tuple[_Kind, int, _Item]],
+    *,
+    ends: bool,
+    packed: str,
 ) -> PromptImages:
     items = []
     for kind in tokens:
@@ -304,6 +310,7 @@ def _of_prompt(
         grids=tuple(grids) if len(set(grids)) > 1 else (),
         # The end of a row is never reduced.
         ends=ends and not shown[-1][2].closed,
+        packed=packed,
     )
     return PromptImages(layout, tuple(items))
 

@@ -85,6 +85,13 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
         )
     if cache is not None and cache.get_seq_length():
         inputs = _without_images(model, inputs, cache)
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask is {tuple(mask.shape)} in a call that goes on with a cache, whose "
+                "layers hold different tokens: give flags [B, T] of what is real, of the cache and "
+                "the new tokens."
+            )
     _check_outputs(model, inputs)
     inputs["return_dict"] = True
     if "position_ids" not in inputs:

@@ -106,10 +106,11 @@ def export_onnx(
     """Write a reduced model as ONNX graphs that `deos_fx.OnnxModel` (or any runtime) can run.
 
     Batch size and text length are dynamic; the number of images in a prompt, their sizes and
-    whether the prompt ends in one are not. The folder gets ``prefill.onnx``, ``decode.onnx``, ``weights.data`` (the weights of all
-    graphs), ``policy.json``, ``deos_fx.json`` (what the graphs are for), and the model's own
-    ``config.json`` and ``generation_config.json``; if the image encoder reads the sizes of images,
-    also ``image_encoder.onnx`` and ``images.safetensors``. It is written whole or not at all.
+    whether the prompt ends in one are not. The folder gets ``prefill.onnx``, ``decode.onnx``,
+    ``weights.data`` (the weights of all graphs), ``policy.json``, ``deos_fx.json`` (what the graphs
+    are for), and the model's own ``config.json`` and ``generation_config.json``; if the image
+    encoder reads the sizes of images, also ``image_encoder.onnx`` and ``images.safetensors``. It is
+    written whole or not at all.
 
     Of visual tokens whose scores are exactly equal, ONNX Runtime may keep others than PyTorch: both
     leave open which come first. That happens where tokens are equal themselves (Chameleon's are
@@ -121,8 +122,9 @@ def export_onnx(
             device, bfloat16 not on the CPU.
         dir: The folder; it is made if it does not exist.
         example_inputs: A call of the model, which says how many images its prompts have, of which
-            sizes, whether they end in one, and which inputs there are. Left out, a prompt has one image; models that take
-            images of many sizes or kinds of tokens need an example.
+            sizes, whether they end in one, and which inputs there are. Left out, a prompt has one
+            image and text behind it; models that take images of many sizes or kinds of tokens need
+            an example.
 
     Returns:
         The folder.

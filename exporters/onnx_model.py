@@ -23,6 +23,7 @@ from deos_fx.cache import ReducedCache, TokenSpace
 from deos_fx.exporters.onnx import FORMAT, IMAGES, MANIFEST, VERSION
 from deos_fx.generation import generation_host
 from deos_fx.inputs import complete_inputs, image_inputs, normal_inputs
+from deos_fx.packed import packed_by
 from deos_fx.passes.lower_decode import DecodeSpace
 from deos_fx.tokens import last_token
 
@@ -251,6 +252,7 @@ class OnnxModel:
                 f"The prompts have {counts} image tokens each, but this model was exported for "
                 f"prompts with {manifest['image_tokens']} ({manifest['images']} images). {again}"
             )
+        _check_mask(inputs, ids == manifest["image_token"])
         self._check_ends(inputs, again)
         self._check_inputs(inputs, again)
         shape, own = tuple(inputs["pixel_values"].shape), manifest["pixels"]
@@ -295,6 +297,17 @@ class OnnxModel:
 
     def _new_cache(self) -> _SessionCache:
         return _SessionCache(self.config.get_text_config())
+
+
+def _check_mask(inputs: Mapping[str, Any], visual: Tensor) -> None:
+    """Refuse masks of queries and keys, and packed samples: a row is one prompt here."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask is {tuple(mask.shape)}, but exported graphs take flags of real tokens "
+            "[B, N]. Give every prompt a row of its own."
+        )
+    packed_by(inputs, visual)
 
 
 def _shown(tensor: Tensor) -> str:

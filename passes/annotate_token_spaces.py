@@ -20,7 +20,7 @@ from deos_fx.passes.behind import made_of
 from deos_fx.passes.capture import MaskBuilder
 from deos_fx.passes.shapes_only import ShapesOnly
 
-__all__ = ["MASK", "annotate_token_spaces", "kind_of_mask", "position_tables"]
+__all__ = ["MASK", "annotate_token_spaces", "kind_of_mask", "padding_node", "position_tables"]
 
 # Masks have their prompt axes by role: their value may be None in one run and 4-D in the next.
 MASK = "mask"
@@ -59,15 +59,20 @@ def annotate_token_spaces(
     prompts = [[_extended(name, inputs[name], lengths, more) for name in names] for more in (0, 8)]
     runs = [_ShapeRun(graph_module).note(prompt) for prompt in prompts]
     shapes = [run.shapes for run in runs]
+    prepared_mask = None
     for node in graph_module.graph.nodes:
         node.meta["shape"] = shapes[0].get(node)
         node.meta["content"] = node in runs[0].content
-        if _is_mask_builder(graph_module, node):
+        if node.target == "attention_mask" and inputs["attention_mask"].ndim == 4:
+            # What every token sees, as the caller says.
+            node.meta["prompt_axes"], prepared_mask = MASK, node
+        elif _is_mask_builder(graph_module, node):
             node.meta["prompt_axes"] = MASK
             node.meta["padding"] = kind_of_mask(node) in _OF_PADDING
             if node.op == "call_module":
                 builder: Any = graph_module.get_submodule(str(node.target))
-                node.meta["plain_mask"] = builder.is_plain(node.kwargs)
+                prepared = prepared_mask in node.all_input_nodes
+                node.meta["plain_mask"] = builder.is_plain(node.kwargs) and not prepared
         elif node.op != "output":
             node.meta["prompt_axes"] = pytree.tree_map(
                 _changed_axis, shapes[0][node], shapes[1][node], is_leaf=_is_shape
@@ -85,6 +90,12 @@ def position_tables(graph_module: fx.GraphModule) -> list[fx.Node]:
         and node.meta["prompt_axes"] != MASK
         and not list(graph_module.get_submodule(str(node.target)).parameters())
     ]
+
+
+def padding_node(graph_module: fx.GraphModule) -> fx.Node | None:
+    """The input with flags [B, N] of real tokens, if the model was given one."""
+    found = graph_module.graph.find_nodes(op="placeholder", target="attention_mask")
+    return next((node for node in found if node.meta["prompt_axes"] != MASK), None)
 
 
 def kind_of_mask(mask: fx.Node) -> str:
@@ -191,6 +202,8 @@ def _extended(name: str, value: Any, lengths: set[int], more: int) -> Any:
         return value
     if isinstance(value, Cache):
         return copy.deepcopy(value, {id(held): _like(held) for held in _tensors_of(value)})
+    if name == "attention_mask" and value.ndim == 4:
+        return torch.nn.functional.pad(value, (0, more, 0, more))
     # Of the images, whose sides may be as long as the prompt, are all other numbers.
     of_prompt = name == "position_ids" or not value.is_floating_point()
     if value.ndim < 2 or value.shape[-1] not in lengths or not of_prompt:

@@ -130,6 +130,15 @@ class MaskBuilder(nn.Module):
         given = {name for name, value in kwargs.items() if value is not None}
         return self.function is masking_utils.create_causal_mask and given <= _PLAIN
 
+    def keeps_apart(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether samples of one row do not see each other where position ids start again.
+
+        Blocks of image tokens are looked up at places inside a sample, as if in the whole row.
+        """
+        given = {name for name, value in kwargs.items() if value is not None}
+        causal = masking_utils.create_causal_mask, masking_utils.create_sliding_window_causal_mask
+        return self.function in causal and "position_ids" in given and given <= _PLAIN
+
     def forward(self, **kwargs: Any) -> Any:
         return self.function(config=self.config, **kwargs)
 

@@ -51,6 +51,8 @@ def check_reduction(
             "sizes. Use scores, similarities and a selector that do not need the grid."
         )
     nodes = {node.name: node for node in graph_module.graph.nodes}
+    if layout.packed:
+        _check_packed(reduction, needs, layout.packed)
     mask = None if before_decoder else nodes[site.node].kwargs.get("attention_mask")
     if hidden_from and isinstance(mask, fx.Node) and mask.meta.get("padding"):
         raise ValueError(
@@ -69,3 +71,20 @@ def check_reduction(
             "model's have several coordinates: use position='keep'."
         )
     return site
+
+
+def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> None:
+    """Refuse what is about a whole row, where its tokens do not belong together."""
+    of_text = sorted(need for need in needs if need.startswith(("text_", "normed_text")))
+    if split_site(reduction.site)[0] == "decoder":
+        reason = "the visual tokens of a row are ranked together in the decoder"
+    elif of_text:
+        reason = f"{', '.join(of_text)} are of all text of a row"
+    elif reduction.position != "keep":
+        reason = f"position {reduction.position!r} counts what is dropped in the whole row"
+    else:
+        return
+    raise ValueError(
+        f"{reduction.site}: {reason}, and there is {given}. Give every sample a row of its own, "
+        "with an attention_mask [B, N] if rows are padded."
+    )

@@ -20,7 +20,7 @@ from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.relaxed import RelaxedReduction
 from deos_fx.operator.scores import SCORES
 from deos_fx.operator.static import feature_name
-from deos_fx.passes.annotate_token_spaces import position_tables
+from deos_fx.passes.annotate_token_spaces import padding_node, position_tables
 from deos_fx.passes.behind import blocks_behind, users_behind
 from deos_fx.passes.check_reduction import check_reduction
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
@@ -151,7 +151,7 @@ class _Insertion:
         self.gates: list[fx.Node] = []
         self.done: list[str] = []
         self.tower: TowerFeatures | None = None
-        mask = self.nodes.get("attention_mask")
+        mask = padding_node(self.graph_module)
         self.text = PromptText(self.call, self.nodes[sites.embeddings], self.visual, mask)
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
@@ -254,7 +254,7 @@ class _Insertion:
 
     def in_decoder(self, name: str) -> None:
         """Reduce all visual tokens of a prompt together, behind a decoder layer."""
-        mask = self.nodes.get("attention_mask")
+        mask = padding_node(self.graph_module)
         first = self.nodes["decoder_0"]
         if self.text.before is None:
             embeddings: Any = first.args[0]

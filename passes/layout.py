@@ -28,6 +28,8 @@ class PromptLayout:
         grids: Rows and columns of every image, if they differ; ``grid`` is then the first.
         ends: Whether the prompt ends in a visual token. What comes next is read from there, so
             that token stays whatever is reduced.
+        packed: What keeps tokens of a row apart, in words (packed samples); empty where every row
+            is one prompt.
     """
 
     image_token: int | tuple[int, ...]
@@ -37,6 +39,7 @@ class PromptLayout:
     placed: bool = True
     grids: tuple[tuple[int, int], ...] = ()
     ends: bool = False
+    packed: str = ""
 
     @property
     def tokens_per_image(self) -> int:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from deos_fx import context, tokens
 from deos_fx.hooks import execution_device, has_several_devices
 from deos_fx.operator import StaticOutput, required_features, static_reduce
-from deos_fx.passes.annotate_token_spaces import position_tables
+from deos_fx.passes.annotate_token_spaces import MASK, padding_node, position_tables
 from deos_fx.passes.behind import blocks_behind, users_behind
 from deos_fx.passes.check_reduction import check_reduction
 from deos_fx.passes.features import OBSERVED, PromptFeatures, PromptText, TowerFeatures
@@ -57,6 +57,8 @@ def lower_reductions(
         ValueError: If a site does not exist, cannot be used or lacks a score the policy needs.
     """
     if not policy.is_empty:
+        if layout.packed:
+            _see_borders(graph_module, layout.packed)
         _check_masks(graph_module)
         counts = zip(*map(policy.counts, layout.sizes), strict=True)
         steps = [
@@ -81,6 +83,28 @@ def lower_reductions(
     return finish(graph_module)
 
 
+def _see_borders(graph_module: fx.GraphModule, given: str) -> None:
+    """Let masks be made where positions have no gaps yet: there they say where samples begin."""
+    by_mask = bool(graph_module.graph.find_nodes(op="placeholder", target="attention_mask"))
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        if "plain_mask" not in node.meta or not _is_of_decoder(node):
+            continue
+        builder: Any = graph_module.get_submodule(str(node.target))
+        if node.meta["padding"] or not (by_mask or builder.keeps_apart(node.kwargs)):
+            raise ValueError(
+                f"There is {given}, and this model does not keep the samples of a row apart by "
+                f"that (in its {node.name}). Give every sample a row of its own."
+            )
+        node.meta["plain_mask"] = False
+
+
+def _is_of_decoder(mask: fx.Node) -> bool:
+    """Whether decoder layers read it, or a mask that is made of it."""
+    of_masks = [user for user in mask.users if user.meta.get("prompt_axes") == MASK]
+    read = any(user.name.startswith("decoder_") for user in mask.users)
+    return read or any(map(_is_of_decoder, of_masks))
+
+
 def _check_masks(graph_module: fx.GraphModule) -> None:
     """Refuse attention that is told of windows and blocks by sizes, which reductions change."""
     for node in graph_module.graph.find_nodes(op="call_module"):
@@ -90,8 +114,9 @@ def _check_masks(graph_module: fx.GraphModule) -> None:
         implementation = str(builder.config.get_text_config()._attn_implementation)
         if implementation.startswith(("flash", "kernels")):
             raise ValueError(
-                f"The attention implementation {implementation!r} has no mask of windows and "
-                "blocks of image tokens: where tokens were dropped it would count them wrongly. "
+                f"The attention implementation {implementation!r} has no mask of windows, "
+                "blocks of image tokens and packed samples: where tokens were dropped it would "
+                "count them wrongly. "
                 "Load the model with attn_implementation='sdpa'."
             )
 
@@ -178,7 +203,7 @@ class _Lowering:
         self.placeholders = self.note("visual", visual)
         self.images = _Images(layout.grid_tensor(1))
         self.space = _Space(visual, layout.grid_tensor(layout.images))
-        mask = self.nodes.get("attention_mask")
+        mask = padding_node(graph_module)
         self.text = PromptText(self.call, self.nodes[sites.embeddings], visual, mask)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -542,7 +567,7 @@ class _Lowering:
 
     def _padding(self) -> fx.Node | None:
         """The 2-D attention mask in the current space, if the model was given one."""
-        mask, space = self.nodes.get("attention_mask"), self.space
+        mask, space = padding_node(self.graph_module), self.space
         if mask is None or space.origin is None:
             return mask
         if space.padding is None:

@@ -1,7 +1,7 @@
 """What a search minimises: task loss on labels, or distance to the unreduced model's answers.
 
-Both are read at positions that no reduction drops, text and the last token of a prompt, so relaxed and static graphs of any
-token count are scored on the same predictions.
+Both are read at positions that no reduction drops, text and the last token of a prompt, so relaxed
+and static graphs of any token count are scored on the same predictions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deos_fx.images import padding_of
 from deos_fx.tokens import last_token, take
 
 __all__ = ["Target", "labelled", "self_distilled"]
@@ -95,7 +96,7 @@ def self_distilled(
     """
     seen_image = visual.long().cumsum(dim=1) > 0
     positions = seen_image & ~visual
-    mask = inputs.get("attention_mask")
+    mask = padding_of(inputs)
     if mask is not None:
         positions &= mask.bool()
     # Text as well, unless the prompt ends in an image.

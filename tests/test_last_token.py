@@ -288,3 +288,7 @@ def test_an_export_is_for_prompts_that_end_in_an_image_too(tmp_path: Path) -> No
     text["input_ids"] = text["input_ids"].roll(-1, dims=1)
     with pytest.raises(ValueError, match="end in text, .* that end in an image. Export it again"):
         exported(**text)
+    with pytest.raises(ValueError, match="exported graphs take flags of real tokens"):
+        exported(**of_llava(6), attention_mask=torch.ones(1, 1, 70, 70, dtype=torch.bool))
+    with pytest.raises(ValueError, match="position_ids go back inside a row"):
+        exported(**of_llava(6), position_ids=torch.arange(35).repeat(2)[None])
