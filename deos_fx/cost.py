@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.images import encoder_inputs
 from deos_fx.inputs import normal_inputs, prompt_layout
+from deos_fx.layers import linear_sizes
 from deos_fx.measure import Decoder, Encoder, measure_decoder, measure_encoder
 from deos_fx.operator import required_features
 from deos_fx.operator_cost import Amount, SiteSizes, operator_flops, relaxed_flops
@@ -622,13 +623,5 @@ def _at_most(tokens: Amount, most: int | None) -> Amount:
 
 def linear_flops(modules: Iterable[nn.Module]) -> int:
     """FLOPs per token of all linear layers, quantised ones too: known by their two sizes."""
-    sizes = [
-        (getattr(module, "in_features", None), getattr(module, "out_features", None))
-        for module in _leaves(modules)
-    ]
-    return sum(2 * a * b for a, b in sizes if isinstance(a, int) and isinstance(b, int))
-
-
-def _leaves(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Modules without children: an adapter and the linear layer it wraps count once each."""
-    return [module for module in modules if not any(module.children())]
+    sizes = filter(None, map(linear_sizes, modules))
+    return sum(2 * rows * columns for rows, columns in sizes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deos_fx.passes.shapes_only import ShapesOnly
+from deos_fx.passes.shapes_only import on_shapes
 from deos_fx.signature import image_token_of, signature_of, size_inputs, sizes_vary
 
 __all__ = ["TEXT_TOKENS", "example_inputs"]
@@ -93,9 +93,8 @@ def _forms(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
 def _placeholders(model: PreTrainedModel, images: dict[str, Tensor]) -> int:
     """Placeholders that an image needs in the prompt; 0 if the model does not take it like this."""
-    core: Any = model.base_model
     try:
-        with ShapesOnly(), torch.no_grad():
+        with on_shapes(model.base_model) as core, torch.no_grad():
             features = core.get_image_features(**images, return_dict=True).pooler_output
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
         return 0

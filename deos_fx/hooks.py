@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import types
 from typing import Any
 
@@ -23,7 +24,7 @@ def execution_device(module: nn.Module) -> torch.device:
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device)
-    return next(module.parameters()).device
+    return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
 def has_several_devices(module: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from deos_fx.packed import packed_by
 from deos_fx.passes.capture import PIXELS, features_of
 from deos_fx.passes.families import PATCH_NUMBERS
 from deos_fx.passes.layout import PromptLayout
-from deos_fx.passes.shapes_only import ShapesOnly
+from deos_fx.passes.shapes_only import on_shapes
 from deos_fx.recent import Recent
 from deos_fx.signature import grid_of, image_token_of, size_inputs, sizes_vary, video_token_of
 from deos_fx.tokens import is_separator, last_token
@@ -457,8 +457,9 @@ def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[_Item
     """The images as a method of a model's core makes them; none if it keeps them together."""
     newline = getattr(core, "image_newline", None)
     shapes_suffice = newline is None or newline.is_meta
-    with torch.no_grad(), ShapesOnly() if shapes_suffice else contextlib.nullcontext():
-        features = features_of(getattr(core, method)(**given, return_dict=True))
+    encoder = on_shapes(core) if shapes_suffice else contextlib.nullcontext(core)
+    with torch.no_grad(), encoder as run:
+        features = features_of(getattr(run, method)(**given, return_dict=True))
     apart = isinstance(features, (list, tuple))
     if not apart and (features is None or features.ndim < 3):
         return []
@@ -480,8 +481,8 @@ def _ends_without_weights(
     """How many tokens fewer each image has if rows have no end, in a model that cannot compare."""
     view = shallow_copy(core)
     view._parameters = {**core._parameters, "image_newline": None}
-    with torch.no_grad(), ShapesOnly():
-        features = features_of(getattr(view, method)(**given, return_dict=True))
+    with torch.no_grad(), on_shapes(view) as run:
+        features = features_of(getattr(run, method)(**given, return_dict=True))
     return [count - len(part) for count, part in zip(counts, features, strict=True)]
 
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
+from deos_fx.layers import AnyLinear, linear_sizes
 from deos_fx.passes.capture import features_of
 from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.signature import image_of
@@ -330,12 +331,12 @@ def _twin(model: PreTrainedModel) -> Any:
     """
     known: dict[int, Any] = {}
     for module in model.modules():
-        rows, columns = (getattr(module, name, None) for name in ("in_features", "out_features"))
-        if isinstance(rows, int) and isinstance(columns, int) and not any(module.children()):
+        sizes = linear_sizes(module)
+        if sizes is not None:
             bias = getattr(module, "bias", None) is not None
-            known[id(module)] = nn.Linear(rows, columns, bias, device="meta", dtype=model.dtype)
+            known[id(module)] = AnyLinear(*sizes, bias, device="meta", dtype=model.dtype)
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
+        empty = _without_numbers(tensor)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.is_floating_point())
         known[id(tensor)] = empty

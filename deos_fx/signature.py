@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.passes.families import IMAGE_TOKENS
 from deos_fx.passes.find_blocks import find_blocks, image_tower
-from deos_fx.passes.shapes_only import ShapesOnly
+from deos_fx.passes.shapes_only import on_shapes
 from deos_fx.policy import ModelSignature
 
 __all__ = [
@@ -128,8 +128,7 @@ def _visual_tokens(model: PreTrainedModel) -> int:
     if _tensor_arguments(tower.forward) & size_inputs(model):
         return 0
     try:
-        with ShapesOnly(), torch.no_grad():
-            core: Any = model.base_model
+        with on_shapes(model.base_model) as core, torch.no_grad():
             features = core.get_image_features(image_of(model), return_dict=True).pooler_output
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
         # The encoder wants to know more than the pixels.

@@ -18,7 +18,7 @@ from transformers import Cache
 
 from deos_fx.passes.behind import made_of
 from deos_fx.passes.capture import MaskBuilder
-from deos_fx.passes.shapes_only import ShapesOnly
+from deos_fx.passes.shapes_only import ShapesOnly, shaped
 
 __all__ = ["MASK", "annotate_token_spaces", "kind_of_mask", "padding_node", "position_tables"]
 
@@ -143,11 +143,11 @@ class _ShapeRun(fx.Interpreter):
         return pytree.tree_map_only(torch.Tensor, _light, value, is_leaf=_is_cache)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(target)
+        module: Any = self.fetch_attr(target)
         if isinstance(module, MaskBuilder):
             masks = module(**pytree.tree_map_only(torch.Tensor, _readable, kwargs))
             return pytree.tree_map_only(torch.Tensor, _like, masks)
-        return super().call_module(target, args, kwargs)
+        return shaped(module)(*args, **kwargs)
 
 
 def _tracked(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from deos_fx.operator import SCORES
 from deos_fx.passes.capture import PIXELS, CaptureError, is_encoder
 from deos_fx.passes.fold_masked_add import visual_rows
 from deos_fx.passes.open_space import has_prompt_axis
-from deos_fx.passes.shapes_only import ShapesOnly
+from deos_fx.passes.shapes_only import ShapesOnly, shaped
 
 __all__ = ["Site", "Sites", "find_sites"]
 
@@ -253,7 +253,7 @@ def _run(graph_module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, A
     target: Any = node.target
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     if node.op == "call_module":
-        return graph_module.get_submodule(target)(*args, **kwargs)
+        return shaped(graph_module.get_submodule(target))(*args, **kwargs)
     return (
         getattr(args[0], target)(*args[1:], **kwargs)
         if node.op == "call_method"

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from deos_fx.hooks import execution_device
+from deos_fx.layers import AnyLinear, linear_sizes, with_layers
 from deos_fx.passes.replaced import replaced
 
-__all__ = ["ShapesOnly", "plain_attention", "without_missing_weights"]
+__all__ = ["ShapesOnly", "on_shapes", "plain_attention", "shaped", "without_missing_weights"]
 
 META = torch.device("meta")
 
@@ -121,6 +122,47 @@ def _plain(
 def without_missing_weights(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """What to run a model in: nothing special, but `ShapesOnly` if it is on the meta device."""
     return ShapesOnly() if execution_device(model) == META else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def on_shapes(module: nn.Module) -> Iterator[Any]:
+    """`ShapesOnly`, with a view of a module that can be run in it, whatever its weights are."""
+    with ShapesOnly():
+        yield shaped(module)
+
+
+def shaped(module: nn.Module) -> nn.Module:
+    """A view of a module in which no layer computes with codes; it is for `ShapesOnly`."""
+    return with_layers(module, _stand_in)
+
+
+def _stand_in(layer: nn.Module) -> nn.Module:
+    sizes = linear_sizes(layer)
+    return _OnZeros(layer) if sizes is None else AnyLinear(*sizes, bias=False, device=META)
+
+
+class _OnZeros(nn.Module):
+    """A layer whose sizes only its own code knows: it is run, on zeros, for the shapes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = pytree.tree_leaves((args, kwargs))
+        device = execution_device(self.layer)
+
+        def values(x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(x.shape, dtype=x.dtype, device=device) if x.is_meta else x
+
+        def shape(x: torch.Tensor) -> torch.Tensor:
+            return _without_values(x).requires_grad_(differentiable and x.is_floating_point())
+
+        differentiable = any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
+        with _disable_current_modes(), torch.no_grad():
+            args, kwargs = pytree.tree_map_only(torch.Tensor, values, (args, kwargs))
+            result = self.layer(*args, **kwargs)
+            return pytree.tree_map_only(torch.Tensor, shape, result)
 
 
 def _has_no_values(tensor: torch.Tensor) -> bool:
