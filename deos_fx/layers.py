@@ -7,6 +7,7 @@ recognised by what their tensors are, and a linear one by its two sizes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -76,15 +77,18 @@ def with_layers(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) ->
         replace: What to put in the place of such a layer.
 
     Returns:
-        The module itself if it has none; otherwise a copy that shares all other layers.
+        The module itself if it has none; otherwise a copy with the same weights and hooks.
     """
+    return _view(module, replace) if any(map(has_codes, module.modules())) else module
+
+
+def _view(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> nn.Module:
     if has_codes(module):
         return replace(module)
-    parts = {name: part for name, part in module._modules.items() if part is not None}
-    others = {name: with_layers(part, replace) for name, part in parts.items()}
-    changed = {name: other for name, other in others.items() if other is not parts[name]}
-    if not changed:
-        return module
     view: nn.Module = shallow_copy(module)
-    view._modules.update(changed)
+    # Models put hooks in their parts at their first call: those of the view are no more than its.
+    hooks = {name: copy.copy(value) for name, value in vars(view).items() if "hooks" in name}
+    vars(view).update(hooks)
+    for name, part in module._modules.items():
+        view._modules[name] = None if part is None else _view(part, replace)
     return view

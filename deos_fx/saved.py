@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import deos_fx
 from deos_fx.files import fresh_folder
+from deos_fx.layers import has_codes
 from deos_fx.policy import Policy
 
 __all__ = ["load", "save"]
@@ -33,7 +36,10 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
 
     Raises:
         OSError: If it cannot be written.
+        ValueError: If it would not be loaded as it is: it has adapters or other parts that its
+            config does not describe, or weights of a kind that it does not name.
     """
+    _check_described(model)
     packages = (deos_fx, torch, transformers)
     note = {
         "deos_fx": "reduced_model",
@@ -42,6 +48,7 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
     }
     with fresh_folder(dir) as folder:
         model.save_pretrained(folder)
+        _check_written(model, folder)
         policy.save(folder / _POLICY)
         (folder / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         written = {entry.name for entry in folder.iterdir()}
@@ -62,12 +69,98 @@ def load(dir: str | os.PathLike[str], **options: Any) -> tuple[PreTrainedModel, 
         The model and its policy.
 
     Raises:
-        ValueError: If there is no reduced model in the folder, or it cannot be read.
+        ValueError: If there is no reduced model in the folder, it cannot be read, or its weights
+            are not those of the model that its config describes.
     """
     folder = Path(dir)
     _check_note(folder)
     policy = Policy.load(folder / _POLICY)
-    return AutoModelForImageTextToText.from_pretrained(folder, **options), policy
+    model, found = _read(AutoModelForImageTextToText, folder, **options)
+    wrong = _differences(found)
+    if wrong:
+        raise ValueError(
+            f"{folder} does not hold the weights of the model that its config describes: {wrong}. "
+            f"Save the model again. {_CURE}"
+        )
+    return model, policy
+
+
+def _read(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model, and what transformers says of its weights."""
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = kind.from_pretrained(folder, **options)
+    found["mismatched_keys"] = [name for name, *_ in found["mismatched_keys"]]
+    return model, found
+
+
+def _check_described(model: PreTrainedModel) -> None:
+    """Refuse a model that its config would not bring back."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"The model would not be saved: transformers writes the adapters alone. {_CURE}"
+        )
+    if getattr(model, "hf_quantizer", None) is None:
+        coded = [path for path, module in model.named_modules() if has_codes(module)]
+        if coded:
+            raise ValueError(
+                f"The weights of {_some(coded)} are quantised, and the config of the model does "
+                "not say how. Quantise it while it is loaded (from_pretrained with a "
+                "quantization_config), or save the model as it was before."
+            )
+        return
+    # Layers of its own code have their own names for what they hold, beside those of the class.
+    with torch.device("meta"), torch.random.fork_rng():
+        plain = type(model)(copy.deepcopy(model.config))
+    missing = dict(plain.named_parameters()).keys() - dict(model.named_parameters()).keys()
+    if missing:
+        raise ValueError(
+            f"The model would not be loaded as it is: it has something else in the place of "
+            f"{_some(missing)}. {_CURE}"
+        )
+
+
+def _check_written(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse files that would be loaded as something else; they are read without their weights."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    try:
+        again, found = _read(type(model), folder, device_map="meta")
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"The model would not be loaded again: {error} {_CURE}") from error
+    wrong = _differences(found)
+    if wrong:
+        raise ValueError(f"The model would not be loaded as it is: {wrong}. {_CURE}")
+    kept = dict(again.named_parameters())
+    rounded = [
+        name
+        for name, weight in model.named_parameters()
+        if torch.promote_types(weight.dtype, kept[name].dtype) != kept[name].dtype
+    ]
+    if rounded:
+        raise ValueError(
+            f"The model would not be loaded as it is: {_some(rounded)} would be rounded to "
+            f"{kept[rounded[0]].dtype}. Give all weights one precision first (model.to)."
+        )
+
+
+_CURE = (
+    "Merge adapters into the weights first (load them with peft.PeftModel.from_pretrained and take "
+    "what its merge_and_unload() returns); other changed modules need a model class and a config "
+    "that have them."
+)
+
+
+def _differences(found: Mapping[str, Any]) -> str:
+    """What transformers says that it has not found, found too much, or of other sizes."""
+    kinds = {"missing_keys": "missing", "unexpected_keys": "unknown", "mismatched_keys": "resized"}
+    parts = {word: _some(found[kind]) for kind, word in kinds.items() if found[kind]}
+    return "; ".join(f"{word}: {names}" for word, names in parts.items())
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 
 
 def _check_note(folder: Path) -> None:

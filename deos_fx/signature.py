@@ -36,15 +36,12 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
         model: A transformers vision-language model.
 
     Raises:
-        TypeError: If it is not a transformers model.
+        TypeError: If it is not a transformers model, or wrapped in something. The message names
+            what to give instead.
         ValueError: If it reads no images, or not through placeholders in its prompt. The message
             names the reason.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model is a {type(model).__name__}; give a transformers vision-language model, for "
-            "example LlavaForConditionalGeneration.from_pretrained(...)."
-        )
+    _check_unwrapped(model)
     name = type(model).__name__
     if {"image", "video"}.isdisjoint(model.input_modalities) or not model.can_generate():
         raise ValueError(
@@ -65,6 +62,67 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
         decoder_layers=len(blocks.decoder),
         visual_tokens=rows * columns,
     )
+
+
+# How wrappers hand out what they wrap: those of peft, of torch.compile and of several devices, and
+# a reduced model.
+_INSIDE = {
+    "get_base_model": "get_base_model()",
+    "_orig_mod": "_orig_mod",
+    "module": "module",
+    "model": "model",
+}
+
+
+def _check_unwrapped(model: Any) -> None:
+    """Refuse what is no transformers model, or runs other code than its class."""
+    name = type(model).__name__
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise TypeError(
+            f"model is a {name} that puts tokens of its own in the prompt, which deos_fx does not "
+            "know of. Give a model without them; adapters in its layers are no hindrance."
+        )
+    if not isinstance(model, PreTrainedModel):
+        inside = _inside(model, "model")
+        raise TypeError(
+            f"model is a {name}; give a transformers vision-language model, for example "
+            "LlavaForConditionalGeneration.from_pretrained(...)."
+            if inside is None
+            else f"model is a {name} around a transformers model; give {inside}, in which the "
+            "adapters of its layers stay at work."
+            if "get_base_model" in inside
+            else f"model is a {name} around a transformers model; give {inside}."
+        )
+    # Hooks that bring weights in replace it too, and are followed.
+    replaced = None if hasattr(model, "_hf_hook") else vars(model).get("forward")
+    if "_original_forward" in vars(model):
+        raise TypeError(
+            f"model is a {name} that accelerate has prepared for mixed precision, and deos_fx runs "
+            "the model's own code. Give accelerator.unwrap_model(model, keep_fp32_wrapper=False), "
+            "and call the result in accelerator.autocast()."
+        )
+    if replaced is not None and _code_of(replaced) is not _code_of(type(model).forward):
+        raise TypeError(
+            f"model is a {name} whose forward was replaced, and deos_fx runs the one of its class. "
+            "Take the replacement away (del model.forward), or make a subclass of it."
+        )
+
+
+def _inside(wrapper: Any, path: str) -> str | None:
+    """How to get at the transformers model in a wrapper, which may be wrapped more than once."""
+    if isinstance(wrapper, PreTrainedModel):
+        return path
+    for name, how in _INSIDE.items():
+        inner = getattr(wrapper, name, None)
+        if isinstance(wrapper, torch.nn.Module) and inner is not None:
+            found = _inside(inner() if how.endswith("()") else inner, f"{path}.{how}")
+            if found is not None:
+                return found
+    return None
+
+
+def _code_of(forward: Any) -> Any:
+    return inspect.unwrap(getattr(forward, "__func__", forward))
 
 
 def image_token_of(model: PreTrainedModel) -> int:
