@@ -10,7 +10,7 @@ in full, whatever a kernel skips.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from deos_fx.images import encoder_inputs
 from deos_fx.inputs import normal_inputs, prompt_layout
-from deos_fx.layers import linear_sizes
 from deos_fx.measure import Decoder, Encoder, measure_decoder, measure_encoder
 from deos_fx.operator import required_features
 from deos_fx.operator_cost import Amount, SiteSizes, operator_flops, relaxed_flops
@@ -170,7 +169,6 @@ class CostModel:
         self._encoded_prompts = batch
         self._opaque = sizes_vary(model) or "get_video_features" in dict(encoded)
         self._width = model.config.get_text_config().hidden_size
-        self._head = linear_flops([model.get_output_embeddings()])
         self._class_tokens = int(has_class_token(model))
         self._counted: dict[tuple[str, int, int, bool], int] = {}
 
@@ -276,7 +274,7 @@ class CostModel:
             block.flops(length) for block, length in zip(self._decoder, lengths, strict=True)
         )
         around = self._measured.around * lengths[0]
-        head = self._head * (self.logits_to_keep or lengths[-1])
+        head = self._measured.head * (self.logits_to_keep or lengths[-1])
         encoding = self._encoding(self.patches(Policy()) if patches is None else patches)
         return encoding + self.batch * (layers + around + head) + overhead
 
@@ -466,9 +464,8 @@ class CostModel:
         for i, path in enumerate(find_blocks(self._model).vision):
             block = self._model.get_submodule(path)
             heads, key_heads, dim, width = _heads_of(block)
-            linear = linear_flops(block.modules())
-            tokens = self._tokens_in_block(i)
-            quadratic = (self._encoder.blocks[i] - linear * tokens) / tokens**2
+            tokens, products = self._tokens_in_block(i), self._encoder.products[i]
+            linear, quadratic = (self._encoder.blocks[i] - products) / tokens, products / tokens**2
             blocks.append(_Block(linear, quadratic, heads, key_heads, dim, width))
         return blocks
 
@@ -619,9 +616,3 @@ def _at_most(tokens: Amount, most: int | None) -> Amount:
     if most is None:
         return tokens
     return tokens.clamp(max=most) if isinstance(tokens, Tensor) else min(tokens, most)
-
-
-def linear_flops(modules: Iterable[nn.Module]) -> int:
-    """FLOPs per token of all linear layers, quantised ones too: known by their two sizes."""
-    sizes = filter(None, map(linear_sizes, modules))
-    return sum(2 * rows * columns for rows, columns in sizes)

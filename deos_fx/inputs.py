@@ -23,7 +23,7 @@ from deos_fx.images import (
 from deos_fx.passes.families import FORMER_IMAGES
 from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.passes.layout import PromptLayout
-from deos_fx.passes.shapes_only import ShapesOnly
+from deos_fx.passes.shapes_only import ShapesOnly, shaped
 from deos_fx.signature import image_token_of
 
 __all__ = ["complete_inputs", "normal_inputs", "prompt_layout", "prompt_layouts"]
@@ -151,7 +151,7 @@ def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
 
     cache: Any = inputs.get("past_key_values")
     seen = 0 if cache is None else cache.get_seq_length()
-    core = _stopping_core(model, stop)
+    core: Any = shaped(_stopping_core(model, stop))
     if hasattr(core, "rope_deltas"):
         # The model remembers how positions go on behind the images of its latest prompt.
         core.rope_deltas = cache.rope_deltas if seen else None

@@ -67,10 +67,12 @@ class Decoder:
     Attributes:
         layers: Its layers.
         around: FLOPs for each token outside of the layers, without the head.
+        head: FLOPs for each token that the head makes logits of.
     """
 
     layers: tuple[Layer, ...]
     around: int
+    head: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Encoder:
     Attributes:
         total: All of it.
         blocks: Each vision block; 0 if the features do not depend on it.
+        products: Those of its attention among these: for pairs of tokens.
         tokens: Tokens of an image in each vision block; 0 where its hidden states are no sequence.
         used: How many vision blocks the features depend on: all up to the deepest of them.
         front: What the features depend on before the first block.
@@ -88,6 +91,7 @@ class Encoder:
 
     total: int
     blocks: tuple[int, ...]
+    products: tuple[int, ...]
     tokens: tuple[int, ...]
     used: int
     front: int
@@ -158,7 +162,7 @@ def _decoder(model: PreTrainedModel) -> Decoder:
                 dim=held[0].dim,
             )
         )
-    return Decoder(tuple(layers), _per(short.around, _SHORT))
+    return Decoder(tuple(layers), _per(short.around, _SHORT), _per(short.head, _SHORT))
 
 
 def _per(flops: int, tokens: int) -> int:
@@ -180,6 +184,7 @@ class _Held:
 class _Run:
     flops: list[int]
     around: int
+    head: int
     held: list[_Held]
 
 
@@ -190,11 +195,14 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     with _counting() as counter, torch.no_grad():
         flops = _watch(counter, [twin.get_submodule(path) for path in paths])
         twin.get_decoder()(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
+    with _counting() as of_head, torch.no_grad():
+        twin.get_output_embeddings()(hidden)
     held = [_held(layer) for layer in cache.layers]
     # Layers at the end may read the keys of others and hold none.
     nothing = _Held(0, None, held[-1].key_heads, held[-1].dim)
     held += [nothing] * (len(paths) - len(held))
-    return _Run(flops, counter.get_total_flops() - sum(flops), held)
+    around = counter.get_total_flops() - sum(flops)
+    return _Run(flops, around, of_head.get_total_flops(), held)
 
 
 def _held(layer: Any) -> _Held:
@@ -229,6 +237,7 @@ def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor], encode: str) 
     }
     with _counting() as counter, torch.enable_grad():
         counts = _watch(counter, units)
+        products = _watch(counter, blocks, _PRODUCTS)
         try:
             output = getattr(twin.base_model, encode)(**given, return_dict=True)
         except NotImplementedError as error:
@@ -247,6 +256,9 @@ def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor], encode: str) 
     return Encoder(
         total=counter.get_total_flops(),
         blocks=tuple(costs.get(block, 0) for block in blocks),
+        products=tuple(
+            count if block in used else 0 for block, count in zip(blocks, products, strict=True)
+        ),
         tokens=tuple(tokens.values()),
         used=max((i + 1 for i, block in enumerate(blocks) if block in used), default=0),
         front=glue + sum(costs.get(unit, 0) for unit in {*order[:first]}),
@@ -275,12 +287,19 @@ def _used(features: list[Tensor], units: list[nn.Module]) -> set[nn.Module]:
 # *** both ***
 
 
-def _watch(counter: FlopCounterMode, modules: Sequence[nn.Module]) -> list[int]:
-    """FLOPs of each module, filled in while they run."""
+# What attention is made of, in the eager form that a twin has.
+_PRODUCTS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
+
+def _watch(
+    counter: FlopCounterMode, modules: Sequence[nn.Module], of: Sequence[Any] | None = None
+) -> list[int]:
+    """FLOPs of each module, all or those of some operations, filled in while they run."""
     flops = [0] * len(modules)
 
     def add(i: int, sign: int, *_: Any) -> None:
-        flops[i] += sign * counter.get_total_flops()
+        counts = counter.get_flop_counts().get("Global", {})
+        flops[i] += sign * sum(counts.values() if of is None else (counts.get(x, 0) for x in of))
 
     for i, module in enumerate(modules):
         module.register_forward_pre_hook(partial(add, i, -1))
