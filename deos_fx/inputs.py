@@ -20,10 +20,11 @@ from deos_fx.images import (
     images_of_prompts,
     placeholders,
 )
+from deos_fx.layers import has_codes
 from deos_fx.passes.families import FORMER_IMAGES
 from deos_fx.passes.find_blocks import find_blocks
 from deos_fx.passes.layout import PromptLayout
-from deos_fx.passes.shapes_only import ShapesOnly, shaped
+from deos_fx.passes.shapes_only import ShapesOnly
 from deos_fx.signature import image_token_of
 
 __all__ = ["complete_inputs", "normal_inputs", "prompt_layout", "prompt_layouts"]
@@ -151,12 +152,15 @@ def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
 
     cache: Any = inputs.get("past_key_values")
     seen = 0 if cache is None else cache.get_seq_length()
-    core: Any = shaped(_stopping_core(model, stop))
+    core = _stopping_core(model, stop)
     if hasattr(core, "rope_deltas"):
         # The model remembers how positions go on behind the images of its latest prompt.
         core.rope_deltas = cache.rope_deltas if seen else None
     text = {name: value for name, value in inputs.items() if name not in _NOT_OF_CORE}
-    with contextlib.suppress(_DecoderReached), torch.no_grad(), ShapesOnly():
+    # Looking tokens up costs nothing; what is quantised may be no shape.
+    coded = any(map(has_codes, model.get_input_embeddings().modules()))
+    run = contextlib.nullcontext() if coded else ShapesOnly()
+    with contextlib.suppress(_DecoderReached), torch.no_grad(), run:
         core.forward(**text)
     if cache is not None and not seen:
         cache.rope_deltas = getattr(core, "rope_deltas", None)

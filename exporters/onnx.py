@@ -67,6 +67,7 @@ from deos_fx.exporters.example import BATCH, Example, example_of, words
 from deos_fx.exporters.record import record
 from deos_fx.files import fresh_folder
 from deos_fx.inputs import complete_inputs
+from deos_fx.layers import has_codes
 from deos_fx.passes.finish import finish
 from deos_fx.passes.layout import PromptLayout, first_layer
 from deos_fx.passes.lower_decode import DecodeSpace, decode_spaces
@@ -289,9 +290,15 @@ class _Exportable:
         except Exception as error:
             # Whatever the exporters fail with, it is this model that they cannot export.
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            cure = "Run the reduced model in PyTorch."
+            if any(map(has_codes, module.modules())):
+                cure = (
+                    "The kernels of its quantised layers may have no ONNX form: load the model "
+                    "without quantization_config, transform it with the same policy and export "
+                    "that, or run this one in PyTorch."
+                )
             raise ValueError(
-                f"{type(module).__name__.strip('_')} cannot be exported to ONNX ({reason}). Run "
-                "the reduced model in PyTorch."
+                f"{type(module).__name__.strip('_')} cannot be exported to ONNX ({reason}). {cure}"
             ) from error
         _name_axes(program.graph, self.shapes)
         _forget_sources(program.graph)

@@ -31,6 +31,7 @@ from deos_fx.passes.pipeline import run_graph
 from deos_fx.passes.search_problem import SearchProblem, mean_loss
 from deos_fx.passes.search_space import keep_fractions, relaxed_costs, start_reductions
 from deos_fx.passes.search_state import SearchState
+from deos_fx.passes.straight_through import straight_through
 from deos_fx.passes.vary import variations
 from deos_fx.policy import Policy
 from deos_fx.search_result import Candidate, SearchResult
@@ -157,7 +158,7 @@ def _descend(
 def _relaxed(
     problem: SearchProblem, reductions: Mapping[str, RelaxedReduction], layout: PromptLayout
 ) -> fx.GraphModule:
-    graph_module = problem.captured.copy().graph_module
+    graph_module = straight_through(problem.captured.copy().graph_module)
     return insert_relaxed(graph_module, problem.sites, reductions, layout)
 
 
