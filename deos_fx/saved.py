@@ -108,6 +108,13 @@ def _check_described(model: PreTrainedModel) -> None:
                 "quantization_config), or save the model as it was before."
             )
         return
+    packed = [path for path, weight in model.named_parameters() if _is_packed(weight)]
+    if packed:
+        raise ValueError(
+            f"bitsandbytes has rounded the scales of {_some(packed)} for this CPU when the model "
+            "was first called, and writes other weights than were loaded. Load the model again and "
+            "save it before its first call."
+        )
     # Layers of its own code have their own names for what they hold, beside those of the class.
     with torch.device("meta"), torch.random.fork_rng():
         plain = type(model)(copy.deepcopy(model.config))
@@ -117,6 +124,12 @@ def _check_described(model: PreTrainedModel) -> None:
             f"The model would not be loaded as it is: it has something else in the place of "
             f"{_some(missing)}. {_CURE}"
         )
+
+
+def _is_packed(weight: Any) -> bool:
+    """Whether bitsandbytes has changed a 4-bit weight for its CPU kernel; seen in 0.50."""
+    state = getattr(weight, "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def _check_written(model: PreTrainedModel, folder: Path) -> None:
