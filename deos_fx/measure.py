@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
-from deos_fx.layers import AnyLinear, linear_sizes
+from deos_fx.layers import AnyLinear, has_codes, linear_sizes
 from deos_fx.passes.capture import features_of
 from deos_fx.passes.find_blocks import find_blocks
+from deos_fx.passes.shapes_only import OnZeros
 from deos_fx.signature import image_of
 
 __all__ = ["Decoder", "Encoder", "Layer", "measure_decoder", "measure_encoder"]
@@ -228,8 +229,13 @@ def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor], encode: str) 
         if module in tokens and args[0].ndim == 3:
             tokens[module] = args[0].shape[1]
 
+    # What the parts of a unit consist of need not be parameters that have gradients.
+    made: dict[nn.Module, list[Any]] = {unit: [*unit.parameters()] for unit in units}
     for unit in units:
         unit.register_forward_pre_hook(note)
+        unit.register_forward_hook(
+            lambda unit, _, output: made[unit].extend(pytree.tree_leaves(output))
+        )
     # Code that leaves out padding images looks at pixels.
     given = {
         name: x.cpu() if isinstance(x, Tensor) and not x.is_meta else x
@@ -248,7 +254,7 @@ def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor], encode: str) 
             ) from error
     flops = dict(zip(units, counts, strict=True))
     features = pytree.tree_leaves([features_of(output)])
-    used = _used(features, units)
+    used = _used(features, made)
     ran = [i for i, unit in enumerate(order) if unit in tokens]
     first, behind = (ran[0], ran[-1] + 1) if ran else (0, 0)
     glue = counter.get_total_flops() - sum(flops.values())
@@ -273,18 +279,44 @@ def _units(module: nn.Module, blocks: Container[nn.Module]) -> list[nn.Module]:
     return [unit for child in module.children() for unit in _units(child, blocks)]
 
 
-def _used(features: list[Tensor], units: list[nn.Module]) -> set[nn.Module]:
-    """The units whose parameters the features depend on."""
-    parameters = {unit: [*unit.parameters()] for unit in units}
-    every = [x for of_unit in parameters.values() for x in of_unit]
+def _used(features: list[Tensor], made: Mapping[nn.Module, list[Any]]) -> set[nn.Module]:
+    """The units whose parameters or outputs the features depend on."""
+    tensors = {
+        unit: [x for x in of_unit if isinstance(x, Tensor) and x.requires_grad]
+        for unit, of_unit in made.items()
+    }
+    every = [x for of_unit in tensors.values() for x in of_unit]
     with _WholeNumbers(), torch.enable_grad():
         total = torch.stack([feature.float().sum() for feature in features]).sum()
         gradients = torch.autograd.grad(total, every, allow_unused=True)
     reached = {x for x, gradient in zip(every, gradients, strict=True) if gradient is not None}
-    return {unit for unit in units if not reached.isdisjoint(parameters[unit])}
+    return {unit for unit in made if not reached.isdisjoint(tensors[unit])}
 
 
 # *** both ***
+
+
+class _Counted(OnZeros):
+    """A quantised layer that does not tell its sizes: it is run, on zeros, and counted."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = super().run(*args, **kwargs)
+        self.flops = counter.get_total_flops()
+        return result
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().forward(*args, **kwargs)
+        if not self.flops and any(x.is_floating_point() for x in pytree.tree_leaves(args)):
+            raise ValueError(
+                f"What a {type(self.layer).__name__} costs is not known: it is quantised, its "
+                "kernel cannot be counted, and it has no in_features and out_features. Set these, "
+                "or give a policy or limit visual_tokens, which need no costs."
+            )
+        # For the counter that is at work here: two for each number of this product.
+        half = torch.empty(self.flops // 2, device="meta")
+        torch.mm(half[None], half[:, None])
+        return result
 
 
 # What attention is made of, in the eager form that a twin has.
@@ -346,7 +378,8 @@ def _without_numbers(x: Tensor) -> Tensor:
 def _twin(model: PreTrainedModel) -> Any:
     """A copy of a model on the meta device, whose attention and experts count in full.
 
-    Quantised linear layers become plain ones: known by their two sizes.
+    Quantised linear layers become plain ones: known by their two sizes. Those that do not tell
+    them are run.
     """
     known: dict[int, Any] = {}
     for module in model.modules():
@@ -354,6 +387,8 @@ def _twin(model: PreTrainedModel) -> Any:
         if sizes is not None:
             bias = getattr(module, "bias", None) is not None
             known[id(module)] = AnyLinear(*sizes, bias, device="meta", dtype=model.dtype)
+        elif has_codes(module):
+            known[id(module)] = _Counted(module)
     for tensor in (*model.parameters(), *model.buffers()):
         empty = _without_numbers(tensor)
         if isinstance(tensor, nn.Parameter):

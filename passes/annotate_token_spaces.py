@@ -33,13 +33,13 @@ _OF_PADDING = {"conv", "linear_attention", "recurrent_attention_mask"}
 def annotate_token_spaces(
     graph_module: fx.GraphModule, inputs: Mapping[str, Any], length_of: str = "input_ids"
 ) -> fx.GraphModule:
-    """Write ``meta["prompt_axes"]``, ``meta["shape"]`` and ``meta["content"]`` on every node.
+    """Write ``meta["prompt_axes"]``, ``"shape"``, ``"dtype"`` and ``"content"`` on every node.
 
     The annotation is `MASK` for attention masks, and otherwise a nested structure like the node's
     value with, for each leaf, the axis that runs over the prompt, or None. The shape is the nested
-    shape of the value in the example run. Content is False for values that depend on no tensor's
-    contents by a differentiable path: masks and rotary tables read only the shape of the hidden
-    states they are given.
+    shape of the value in the example run, and the dtype that of a value that is one tensor. Content
+    is False for values that depend on no tensor's contents by a differentiable path: masks and
+    rotary tables read only the shape of the hidden states they are given.
 
     Args:
         graph_module: A captured graph.
@@ -62,6 +62,7 @@ def annotate_token_spaces(
     prepared_mask = None
     for node in graph_module.graph.nodes:
         node.meta["shape"] = shapes[0].get(node)
+        node.meta["dtype"] = runs[0].dtypes.get(node)
         node.meta["content"] = node in runs[0].content
         if node.target == "attention_mask" and inputs["attention_mask"].ndim == 4:
             # What every token sees, as the caller says.
@@ -118,6 +119,7 @@ class _ShapeRun(fx.Interpreter):
     def note(self, args: list[Any]) -> _ShapeRun:
         self.needed = made_of(cast(fx.Graph, self.module.graph).output_node())
         self.shapes: dict[fx.Node, Any] = {}
+        self.dtypes: dict[fx.Node, torch.dtype] = {}
         self.content: set[fx.Node] = set()
         # Gradients tell what depends on contents, also where the caller is in inference mode.
         with torch.inference_mode(False), torch.enable_grad(), ShapesOnly():
@@ -137,6 +139,8 @@ class _ShapeRun(fx.Interpreter):
         else:
             value = super().run_node(n)
         self.shapes[n] = pytree.tree_map(_shape, value, is_leaf=_is_cache)
+        if isinstance(value, torch.Tensor):
+            self.dtypes[n] = value.dtype
         leaves = pytree.tree_leaves(value, is_leaf=_is_cache)
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
             self.content.add(n)

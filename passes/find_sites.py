@@ -234,9 +234,9 @@ def _class_tokens(graph_module: fx.GraphModule, block: fx.Node, features: fx.Nod
     towers = [node for node in graph_module.graph.nodes if node.name.startswith("vision_")]
     blocks = [node for node in towers if node.meta["shape"] == shape]
     between = _reached(blocks)
-    dtype = next(graph_module.get_submodule(str(block.target)).parameters()).dtype
     with ShapesOnly():
-        one_less = torch.empty(shape[0], shape[1] - 1, shape[2], dtype=dtype, device="meta")
+        less, dtype = (shape[0], shape[1] - 1, shape[2]), block.meta["dtype"]
+        one_less = torch.empty(less, dtype=dtype, device="meta")
         values = dict.fromkeys(blocks, one_less)
         for node in graph_module.graph.nodes:
             if node in between and node not in values and features in _reached([node]):

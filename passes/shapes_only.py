@@ -22,7 +22,14 @@ from deos_fx.hooks import execution_device
 from deos_fx.layers import AnyLinear, linear_sizes, with_layers
 from deos_fx.passes.replaced import replaced
 
-__all__ = ["ShapesOnly", "on_shapes", "plain_attention", "shaped", "without_missing_weights"]
+__all__ = [
+    "OnZeros",
+    "ShapesOnly",
+    "on_shapes",
+    "plain_attention",
+    "shaped",
+    "without_missing_weights",
+]
 
 META = torch.device("meta")
 
@@ -138,31 +145,41 @@ def shaped(module: nn.Module) -> nn.Module:
 
 def _stand_in(layer: nn.Module) -> nn.Module:
     sizes = linear_sizes(layer)
-    return _OnZeros(layer) if sizes is None else AnyLinear(*sizes, bias=False, device=META)
+    return OnZeros(layer) if sizes is None else AnyLinear(*sizes, bias=False, device=META)
 
 
-class _OnZeros(nn.Module):
-    """A layer whose sizes only its own code knows: it is run, on zeros, for the shapes."""
+class OnZeros(nn.Module):
+    """A layer whose sizes only its own code knows: it is run, on zeros, for the shapes.
+
+    Args:
+        layer: The layer.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer on numbers, with no mode active."""
+        return self.layer(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = pytree.tree_leaves((args, kwargs))
+        """Shapes of what the layer makes of shapes; gradients say that the one is of the other."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        sources = [x.sum() for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
         device = execution_device(self.layer)
 
         def values(x: torch.Tensor) -> torch.Tensor:
             return torch.zeros(x.shape, dtype=x.dtype, device=device) if x.is_meta else x
 
         def shape(x: torch.Tensor) -> torch.Tensor:
-            return _without_values(x).requires_grad_(differentiable and x.is_floating_point())
+            empty = _without_values(x)
+            return sum(sources, empty) if x.is_floating_point() else empty
 
-        differentiable = any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
         with _disable_current_modes(), torch.no_grad():
             args, kwargs = pytree.tree_map_only(torch.Tensor, values, (args, kwargs))
-            result = self.layer(*args, **kwargs)
-            return pytree.tree_map_only(torch.Tensor, shape, result)
+            result = self.run(*args, **kwargs)
+        return pytree.tree_map_only(torch.Tensor, shape, result)
 
 
 def _has_no_values(tensor: torch.Tensor) -> bool:
