@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from transformers.image_utils import load_image
 
 __all__ = ["Record", "batches", "read_records"]
 
@@ -91,7 +93,8 @@ def batches(processor: Any, records: Sequence[Record], size: int) -> Iterator[di
         the answers and the ends of the sequences where they stand in ``input_ids``, -100 elsewhere.
 
     Raises:
-        ValueError: If an image cannot be read.
+        ValueError: If an image cannot be read, or only some prompts of a batch begin with the
+            tokenizer's first special token.
     """
     processor.tokenizer.padding_side = "left"
     for start in range(0, len(records), size):
@@ -99,28 +102,43 @@ def batches(processor: Any, records: Sequence[Record], size: int) -> Iterator[di
 
 
 def _batch(processor: Any, records: Sequence[Record]) -> dict[str, Tensor]:
+    tokenizer = processor.tokenizer
     images = [_open(record.image) for record in records]
     prompts = [_prompt(processor, record.prompt) for record in records]
+    special, end = _special_tokens(tokenizer, prompts)
+    prompts = [prompt.removesuffix(end) for prompt in prompts]
+    options = special | {"padding": True, "return_tensors": "pt"}
     if records[0].answer is None:
-        return dict(processor(images=images, text=prompts, padding=True, return_tensors="pt"))
-    end = processor.tokenizer.eos_token or ""
+        return dict(processor(images=images, text=prompts, **options))
+    eos = "" if end else tokenizer.eos_token or ""
     texts = [
-        f"{prompt} {record.answer}{end}"
+        f"{prompt} {record.answer}{eos}"
         for prompt, record in zip(prompts, records, strict=True)
     ]
-    inputs = dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
+    inputs = dict(processor(images=images, text=texts, **options))
     ids = inputs["input_ids"]
     pairs = zip(prompts, texts, strict=True)
-    lengths = [_answer_length(processor.tokenizer, *pair) for pair in pairs]
+    lengths = [_answer_length(tokenizer, *pair, special) for pair in pairs]
     answered = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]
     return inputs | {"labels": torch.where(answered, ids, _IGNORE)}
 
 
 def _open(path: Path) -> Image.Image:
+    """The pixels of `load_image` of transformers: upright, three channels of 8 bits."""
     try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} is not an image that Pillow can read: {error}") from error
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):
+                # load_image cuts 16 bits off at 255, so that nearly everything is white.
+                upright = ImageOps.exif_transpose(image)
+                return load_image(Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)))
+            if image.mode in ("I", "F"):
+                raise ValueError(
+                    f"its pixels are of mode {image.mode}, whose range is not known; save it with "
+                    "8 or 16 bits a channel"
+                )
+            return load_image(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not an image that can be read: {error}") from error
 
 
 def _prompt(processor: Any, prompt: str) -> str:
@@ -129,15 +147,53 @@ def _prompt(processor: Any, prompt: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return prompt if processor.image_token in prompt else f"{processor.image_token} {prompt}"
+    if processor.image_token in prompt:
+        return prompt
+    words = prompt.removeprefix(processor.tokenizer.bos_token or "")
+    return f"{prompt.removesuffix(words)}{processor.image_token} {words}"
 
 
-def _answer_length(tokenizer: Any, prompt: str, text: str) -> int:
+def _special_tokens(tokenizer: Any, prompts: Sequence[str]) -> tuple[dict[str, bool], str]:
+    """How to call the tokenizer so that it adds no special token that is written already.
+
+    Where the prompts begin with the first of them, as chat templates write it, none are added: the
+    rule by which `apply_chat_template` of transformers tokenizes.
+
+    Returns:
+        Options of the call, and what the tokenizer then writes behind a text.
+    """
+    start, end = _added(tokenizer, prompts[0])
+    first = tuple(token for token in (tokenizer.bos_token, start) if token)
+    written = [prompt.startswith(first) for prompt in prompts]
+    if all(written):
+        return {"add_special_tokens": False}, ""
+    if any(written):
+        raise ValueError(
+            f"{sum(written)} of {len(prompts)} prompts of a batch begin with {' or '.join(first)}; "
+            "give it to all of them or to none"
+        )
+    return {}, end
+
+
+def _added(tokenizer: Any, text: str) -> tuple[str, str]:
+    """What a tokenizer writes before and behind a text."""
+    whole = tokenizer(text).input_ids
+    bare = tokenizer(text, add_special_tokens=False).input_ids
+    for start in range(len(whole) - len(bare) + 1):
+        end = start + len(bare)
+        if whole[start:end] == bare:
+            parts = whole[:start], whole[end:]
+            before, behind = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in parts)
+            return before, behind
+    return "", ""
+
+
+def _answer_length(tokenizer: Any, prompt: str, text: str, special: dict[str, bool]) -> int:
     """Tokens of `text` behind those it shares with `prompt`.
 
     Counted on the shared start, since a tokenizer may join the prompt's end with the answer.
     """
-    before, whole = tokenizer(prompt).input_ids, tokenizer(text).input_ids
+    before, whole = (tokenizer(part, **special).input_ids for part in (prompt, text))
     shared = 0
     while shared < min(len(before), len(whole)) and before[shared] == whole[shared]:
         shared += 1

@@ -57,10 +57,11 @@ def _processed(processor: Any) -> dict[str, Tensor]:
     image = Image.new("RGB", (448, 448), (128, 128, 128))
     if getattr(processor, "chat_template", None):
         words = {"type": "text", "text": "What is shown here?"}
-        turn = {"role": "user", "content": [{"type": "image"}, words]}
-        text = processor.apply_chat_template([turn], add_generation_prompt=True)
-    else:
-        text = f"{getattr(processor, 'image_token', '<image>')} What is shown here?"
+        turn = {"role": "user", "content": [{"type": "image", "image": image}, words]}
+        # Tokenized here, since a tokenizer by itself adds the special tokens of the template again.
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return dict(processor.apply_chat_template([turn], add_generation_prompt=True, **options))
+    text = f"{getattr(processor, 'image_token', '<image>')} What is shown here?"
     return dict(processor(images=[image], text=[text], return_tensors="pt"))
 
 
