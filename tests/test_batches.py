@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close, difference
 from families import BREAK, END, FAMILIES, IMAGE, PAD, START, TWINS, VIDEO, shared
 from masked import alive_of, masked_from
-from test_families import NORM, PRUNED, TOLERANCE, difference, generate
+from test_families import NORM, PRUNED, generate
 from tiny import shared_llava
 from torch import Tensor
 
@@ -128,8 +129,8 @@ def test_prompts_with_other_images_get_what_they_get_alone(name: str, policy: st
         alone["attention_mask"] = torch.ones_like(alone["input_ids"])
         own_tokens, own_logits = generate(reduced, alone)
         assert torch.equal(own_tokens[0], tokens[row])
-        assert difference(own_logits[0], logits[row]) < TOLERANCE
-        assert difference(ends[row], own_logits[0, 0]) < TOLERANCE
+        assert_close(own_logits[0], logits[row])
+        assert_close(ends[row], own_logits[0, 0])
 
 
 # *** prompts with several images, and videos, against the masked original ***
@@ -163,11 +164,11 @@ def test_pruning_is_masking(kind: str, policy: str) -> None:
         whole = model(**batch).logits
         tokens, logits = generate(model, batch)
     left = alive[spaces[-1].first_layer]
-    assert difference(output.logits.flatten(0, 1), whole[left]) < TOLERANCE
+    assert_close(output.logits.flatten(0, 1), whole[left])
     assert difference(model(**batch).logits[left], whole[left]) > 1e-3
     our_tokens, our_logits = generate(reduced, batch)
     assert torch.equal(our_tokens, tokens)
-    assert difference(our_logits, logits) < TOLERANCE
+    assert_close(our_logits, logits)
 
 
 def test_each_image_keeps_its_share() -> None:
@@ -199,7 +200,7 @@ def test_prompts_of_text_alone_are_answered_as_by_the_model(name: str) -> None:
     reduced = ReducedModel(model, Policy(policies[name]))
     assert torch.equal(reduced(**text).logits, model(**text).logits)
     for ours, theirs in zip(generate(reduced, text), generate(model, text), strict=True):
-        assert difference(ours.float(), theirs.float()) < TOLERANCE
+        assert_close(ours.float(), theirs.float())
 
 
 def test_a_new_size_is_lowered_again_but_not_captured_again(monkeypatch: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from closeness import assert_close
+from closeness import assert_close, difference, roundings_of
 from families import CONVOLVING, FAMILIES, IMAGE, TWINS, alone, prompts, shared
 from masked import alive_of, masked_from
 from torch import Tensor
@@ -23,10 +23,6 @@ from deos_fx.policy import Policy, Reduction
 from deos_fx.reduced_model import ReducedModel
 from deos_fx.signature import signature_of
 
-# Rows of a batch of the unreduced gemma4 differ by 8e-6 from the same rows alone.
-TOLERANCE = 1e-5
-# Rows of a padded batch of the original differ by 8e-6 already from the same rows alone.
-ROUNDING = {"gemma4": 2e-5}
 STEPS = 3
 NORM = {"scores": {"feature_norm": 1.0}}
 PRUNED = {
@@ -53,10 +49,6 @@ def generate(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return_dict_in_generate=True,
     )
     return output.sequences[:, -STEPS:], torch.stack(output.logits, dim=1)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
 
 
 @contextlib.contextmanager
@@ -95,7 +87,7 @@ def test_keeping_all_tokens_changes_nothing(name: str, site: str) -> None:
     kept_all = reduce(name, (Reduction(site, 1.0, gain=1.0, mass_bias=1.0, **NORM),))
     real = batch["attention_mask"].bool()
     expected = shared(name)(**batch).logits[real]
-    assert difference(kept_all(**batch).logits[real], expected) < TOLERANCE
+    assert_close(kept_all(**batch).logits[real], expected, roundings_of(name))
 
 
 # *** 3 and 5: pruning equals masking, in the prefill and token by token ***
@@ -129,11 +121,11 @@ def test_pruning_is_masking(name: str, policy: str) -> None:
         assert small.sum() == len(small) * ENDS.get(name, 0)
     left = alive[spaces[-1].first_layer] & batch["attention_mask"].bool()
     real = batch["attention_mask"].gather(1, spaces[-1].origin).bool()
-    assert difference(output.logits[real], whole[left]) < ROUNDING.get(name, TOLERANCE)
+    assert_close(output.logits[real], whole[left], roundings_of(name))
     assert difference(model(**batch).logits[left], whole[left]) > 1e-3
     our_tokens, our_logits = generate(reduced, batch)
     assert torch.equal(our_tokens, tokens)
-    assert difference(our_logits, logits) < TOLERANCE
+    assert_close(our_logits, logits, roundings_of(name))
 
 
 @pytest.mark.parametrize("site", ["projector", "decoder.1", "decoder.2"])
@@ -149,7 +141,7 @@ def test_decoding_is_a_longer_prompt(name: str, site: str) -> None:
         "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
     }
     again = reduced(**longer, use_cache=False).logits[:, -STEPS - 1 : -1]
-    assert difference(again, logits) < TOLERANCE
+    assert_close(again, logits)
     assert difference(shared(name)(**longer).logits[:, -STEPS - 1 : -1], logits) > 1e-3
 
 
@@ -164,7 +156,7 @@ def test_rows_of_a_batch_are_independent(name: str, policy: str) -> None:
     for row in range(2):
         own_tokens, own_logits = generate(reduced, alone(name, batch, row))
         assert torch.equal(own_tokens[0], tokens[row])
-        assert difference(own_logits[0], logits[row]) < TOLERANCE
+        assert_close(own_logits[0], logits[row], roundings_of(name))
 
 
 # *** 9: a saved model is the same when it is loaded ***
@@ -201,7 +193,7 @@ def test_an_image_of_another_size_is_seen(name: str) -> None:
         batch["image_sizes"] = torch.tensor([[32, 16]])
     else:
         batch["image_grid_thw"] = torch.tensor([[1, 16, 8]])
-    assert difference(reduced(**batch).logits, model(**batch).logits) < TOLERANCE
+    assert_close(reduced(**batch).logits, model(**batch).logits)
 
 
 @pytest.mark.parametrize("name", ["aya_vision", "idefics3", "got_ocr2"])
