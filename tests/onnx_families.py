@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from closeness import assert_onnx_close
 from families import prompts, shared
 from torch import Tensor
 
@@ -15,11 +16,9 @@ from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduced_model import ReducedModel
 
-__all__ = ["LAYERS", "POLICY", "TOLERANCE", "check_onnx", "difference", "generate", "reduced"]
+__all__ = ["LAYERS", "POLICY", "check_onnx", "generate", "reduced"]
 
 LAYERS = 3
-# Most of what ONNX Runtime may differ by, of the largest value.
-TOLERANCE = 1e-4
 # Layer 0 of some has a window, in which most visual tokens have the same score: none.
 POLICY = Policy(
     (
@@ -44,11 +43,6 @@ def generate(model: Any, batch: dict[str, Tensor], steps: int) -> tuple[Tensor, 
         return_dict_in_generate=True,
     )
     return output.sequences, torch.stack(output.logits, dim=1)
-
-
-def difference(got: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a part of the largest value."""
-    return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
 def check_onnx(name: str, steps: int = 30) -> str:
@@ -78,6 +72,5 @@ def check_onnx(name: str, steps: int = 30) -> str:
         tokens, logits = generate(runtime, batch, steps)
         expected_tokens, expected = generate(model, batch, steps)
         assert torch.equal(tokens, expected_tokens), f"{name}: other tokens"
-        worst = difference(logits, expected)
-        assert worst < TOLERANCE, f"{name}: logits differ by {worst:.1e}"
+        assert_onnx_close(logits, expected)
         return "yes"

@@ -15,6 +15,7 @@ import onnx
 import pytest
 import tiny
 import torch
+from closeness import assert_onnx_close
 
 from deos_fx import presets
 from deos_fx.exporters import onnx_model
@@ -138,11 +139,6 @@ def _both(folder, name):
     return reduced, _runtime(folder(name)), images
 
 
-def _equal(got, expected):
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
-
-
 def _graph(folder, name):
     return onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
 
@@ -156,7 +152,7 @@ def test_onnx_runtime_equals_pytorch(folder, name, batch, text, layout, padding)
     reduced, runtime, images = _both(folder, name)
     inputs = tiny.inputs(reduced.model, batch, images, layout=layout, padding=padding, text=text)
     real = slice(-5, None)  # The ends of the prompts: no padding, no visual tokens.
-    _equal(runtime(**inputs).logits[:, real], reduced(**inputs).logits[:, real])
+    assert_onnx_close(runtime(**inputs).logits[:, real], reduced(**inputs).logits[:, real])
     options = {"max_new_tokens": STEPS, "do_sample": False}
     assert torch.equal(
         runtime.generate(**inputs, **options), reduced.generate(**inputs, **options)
@@ -177,7 +173,7 @@ def test_decode_logits_equal_pytorch(folder, name):
         )
         for model in (runtime, reduced)
     ]
-    _equal(*(torch.stack(result.logits) for result in results))
+    assert_onnx_close(*(torch.stack(result.logits) for result in results))
 
 
 def test_beams_and_sampling_are_those_of_transformers(folder):
@@ -201,7 +197,7 @@ def test_several_new_tokens_continue_a_cache(folder):
     cache = reduced(**inputs).past_key_values
     for token in more.T:
         expected.append(reduced(input_ids=token[None], past_key_values=cache).logits)
-    _equal(continued, torch.cat(expected, dim=1))
+    assert_onnx_close(continued, torch.cat(expected, dim=1))
 
 
 def test_threads_share_a_runtime(folder):

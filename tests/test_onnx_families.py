@@ -14,8 +14,9 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from closeness import assert_onnx_close
 from families import IMAGE, prompts, shared
-from onnx_families import LAYERS, TOLERANCE, difference, generate, reduced
+from onnx_families import LAYERS, generate, reduced
 
 from deos_fx.exporters.example import example_of
 from deos_fx.exporters.onnx import export_onnx
@@ -52,21 +53,21 @@ def test_generate_equals_pytorch(folder: Any, name: str, batch: int) -> None:
     tokens, logits = generate(_runtime(folder(name)), inputs, 30)
     expected_tokens, expected = generate(reduced(name), inputs, 30)
     assert torch.equal(tokens, expected_tokens)
-    assert difference(logits, expected) < TOLERANCE
+    assert_onnx_close(logits, expected)
 
 
 @both
 def test_a_call_equals_pytorch_and_can_be_continued(folder: Any, name: str) -> None:
     inputs, ends = prompts(name, 2), slice(-5, None)
     outputs = [model(**inputs) for model in (_runtime(folder(name)), reduced(name))]
-    assert difference(*(output.logits[:, ends] for output in outputs)) < TOLERANCE
+    assert_onnx_close(*(output.logits[:, ends] for output in outputs))
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
     word = torch.tensor([[5], [6]])
     again = [
         model(input_ids=word, attention_mask=mask, past_key_values=output.past_key_values).logits
         for model, output in zip((_runtime(folder(name)), reduced(name)), outputs, strict=True)
     ]
-    assert difference(*again) < TOLERANCE
+    assert_onnx_close(*again)
 
 
 @both
