@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from families import FAMILIES, IMAGE, PAD, alone, prompts, shared
 from masked import alive_of, masked_from
 from test_batches import BATCHES, batch_of
@@ -25,7 +26,6 @@ from deos_fx.cache import ReducedCache
 from deos_fx.policy import Policy, Reduction
 from deos_fx.reduced_model import ReducedModel
 
-TOLERANCE = 1e-5
 STEPS = 4
 NORM = {"scores": {"feature_norm": 1.0}}
 # One cut ranks by the last token's attention: it must be that of the prompt, in every mode.
@@ -52,10 +52,6 @@ def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Any:
 
 def logits_of(output: Any) -> Tensor:
     return torch.stack(output.logits, dim=1)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
 
 
 # *** modes ***
@@ -106,11 +102,9 @@ def test_modes(mode: str) -> None:
         theirs = generate(masked, batch, **options)
     assert torch.equal(ours.sequences, theirs.sequences)
     for a, b in zip(ours.scores, theirs.scores, strict=True):
-        seen = b > -torch.inf
-        assert torch.equal(a > -torch.inf, seen)
-        assert difference(a[seen], b[seen]) < TOLERANCE
+        assert_close(a, b)
     if mode == "beams":
-        assert difference(ours.sequences_scores, theirs.sequences_scores) < TOLERANCE
+        assert_close(ours.sequences_scores, theirs.sequences_scores)
 
 
 def test_positional_inputs_and_a_streamer() -> None:
@@ -152,7 +146,7 @@ def test_hidden_states_are_those_of_the_tokens_that_are_left() -> None:
                 space = next(space for space in reversed(spaces) if space.first_layer <= first)
                 b = b[:, space.origin[0]]
                 a = a[:, -b.shape[1] :] if a.shape == b.shape else _left_of(a, spaces, space)
-            assert difference(a, b) < TOLERANCE
+            assert_close(a, b)
 
 
 def _left_of(hidden: Tensor, spaces: list[Any], space: Any) -> Tensor:
@@ -178,7 +172,7 @@ def test_without_a_cache_the_text_is_reduced_anew(by_config: bool) -> None:
         anew = generate(reduced, batch, output_logits=True, **options)
     assert anew.past_key_values is None
     assert torch.equal(anew.sequences, cached.sequences)
-    assert difference(logits_of(anew), logits_of(cached)) < TOLERANCE
+    assert_close(logits_of(anew), logits_of(cached))
 
 
 @pytest.mark.parametrize("name", [NAME, "gemma3", "qwen2_5_vl"])
@@ -195,7 +189,7 @@ def test_assisted_decoding_gives_the_same_tokens(name: str, how: str) -> None:
     helper = {"prompt_lookup_num_tokens": 3, "assistant_model": shared(name)}
     helped = generate(reduced, batch, **given, **{how: helper[how]})
     assert torch.equal(helped.sequences, alone_output.sequences)
-    assert difference(logits_of(helped), logits_of(alone_output)) < TOLERANCE
+    assert_close(logits_of(helped), logits_of(alone_output))
 
 
 def test_inference_mode() -> None:
@@ -213,7 +207,7 @@ def test_compiled_by_torch() -> None:
     model = copy.deepcopy(shared(NAME))
     for layer in model.get_decoder().layers[1:3]:
         layer.compile(backend="eager")
-    assert difference(ReducedModel(model, POLICY)(**batch).logits, expected) < TOLERANCE
+    assert_close(ReducedModel(model, POLICY)(**batch).logits, expected)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -319,7 +313,7 @@ def test_turns_of_a_chat(name: str, rows: int) -> None:
         with masked_from(model, alive):
             theirs = generate(model, conversation, output_logits=True)
         assert torch.equal(ours.sequences, theirs.sequences)
-        assert difference(logits_of(ours), logits_of(theirs)) < TOLERANCE
+        assert_close(logits_of(ours), logits_of(theirs))
         assert ours.past_key_values.get_seq_length() == ours.sequences.shape[1] - 1 > seen
         mask = conversation["attention_mask"]
 
@@ -349,7 +343,7 @@ def test_turns_of_a_batch_whose_prompts_differ(name: str) -> None:
         alone_first |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         for ours, theirs in zip(together, chat(alone_first, slice(row, row + 1)), strict=True):
             assert torch.equal(ours.sequences[row, -STEPS:], theirs.sequences[0, -STEPS:])
-            assert difference(logits_of(ours)[row], logits_of(theirs)[0]) < TOLERANCE
+            assert_close(logits_of(ours)[row], logits_of(theirs)[0])
 
 
 def test_two_conversations_at_once() -> None:
@@ -385,7 +379,7 @@ def test_calls_continue_a_conversation_too() -> None:
     new = conversation["input_ids"][:, cache.get_seq_length() :]
     mask = conversation["attention_mask"]
     logits = reduced(input_ids=new, attention_mask=mask, past_key_values=cache).logits
-    assert difference(logits[:, -3:], expected) < TOLERANCE
+    assert_close(logits[:, -3:], expected)
 
 
 def test_turns_that_do_not_continue_are_refused() -> None:
@@ -421,4 +415,4 @@ def test_masses_are_seen_in_windows_while_decoding(site: str) -> None:
     cached = generate(reduced, batch, output_logits=True)
     anew = generate(reduced, batch, output_logits=True, use_cache=False)
     assert torch.equal(cached.sequences, anew.sequences)
-    assert difference(logits_of(cached), logits_of(anew)) < TOLERANCE
+    assert_close(logits_of(cached), logits_of(anew))
