@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close, difference
 from oracle import attention_cut, each_row, masked_keys
 from tiny import IMAGE, LAYOUTS, VISUAL, inputs, row_of, shared_llava, tiny_llava
 from torch import Tensor, nn
@@ -21,8 +22,6 @@ from deos_fx.passes.capture import CaptureError
 from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy import Policy, Reduction, Tier
 from deos_fx.reduced_model import ReducedModel
-
-TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +128,6 @@ def pieces() -> dict[str, tuple[Reduction, ...]]:
     }
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
 def left(output: Any, batch: dict[str, Tensor], row: int) -> tuple[Tensor, list[int]]:
     """Logits of a row's real tokens, and where the tokens stood in the unpadded prompt."""
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[row]
@@ -187,7 +182,7 @@ def test_keeping_all_tokens_changes_nothing(
     # Reweighting by score acts on kept tokens too: the one operator that is not the identity here.
     kept_all = reduce(model, Reduction(site, VISUAL, **REGIMES[regime] | {"reweight": 0.0}))
     real = batch["attention_mask"].bool()
-    assert difference(kept_all(**batch).logits[real], model(**batch).logits[real]) < TOLERANCE
+    assert_close(kept_all(**batch).logits[real], model(**batch).logits[real])
 
 
 # *** 3: pruning equals masking ***
@@ -224,8 +219,8 @@ def test_pruning_is_masking(
         logits, origin = left(output, batch, row)
         there = alive[5][row] & mask[row]
         assert origin == (there.nonzero().flatten() - mask[row].int().argmax()).tolist()
-        assert difference(logits, expected.logits[row][there]) < TOLERANCE
-    assert difference(output.loss, expected.loss) < TOLERANCE
+        assert_close(logits, expected.logits[row][there])
+    assert_close(output.loss, expected.loss)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -261,7 +256,7 @@ def test_decoding_after_pruning_is_masking(
         logits = torch.stack(
             [logits[output.beam_indices[:, t], t] for t in range(new)], dim=1
         )
-    assert difference(logits, expected) < TOLERANCE
+    assert_close(logits, expected)
 
 
 # *** 3 and 5, all regimes: prefill and decode equal the operator written out as loops ***
@@ -287,9 +282,9 @@ def test_every_regime_equals_loops(
     for row, expected in enumerate(rows):
         logits, origin = left(output, batch, row)
         assert origin == expected.origin[-1][:-3]
-        assert difference(logits, expected.logits[:-3]) < TOLERANCE
+        assert_close(logits, expected.logits[:-3])
         steps = torch.stack(new.logits, dim=1)[row]
-        assert difference(steps, expected.logits[-4:-1]) < TOLERANCE
+        assert_close(steps, expected.logits[-4:-1])
     explained = reduced.explain(**batch)
     spaces = output.past_key_values.spaces
     assert torch.equal(explained[-1].remaining, spaces[-1].origin)
@@ -297,7 +292,7 @@ def test_every_regime_equals_loops(
         for row, expected in enumerate(rows):
             start = int(batch["attention_mask"][row].argmax())
             mass = torch.tensor(expected.mass[site])
-            assert difference(told.mass[row], mass) < 1e-4
+            assert_close(told.mass[row], mass)
             visual = expected.kept[site]
             assert (told.kept[row] - start).tolist() == visual
             moved = torch.zeros(len(visual), told.positions_in.shape[1])
@@ -307,7 +302,8 @@ def test_every_regime_equals_loops(
             destination = torch.zeros_like(moved)
             if told.destination is not None:
                 destination = told.destination[row]
-            assert difference(destination, moved) < 1e-5
+            # A softmax at a low temperature amplifies: the loops are 12 from float64.
+            assert_close(destination, moved, 36)
 
 
 @pytest.mark.parametrize("position", ["keep", "compact", "grid"])
@@ -319,7 +315,7 @@ def test_without_cache_and_mask_a_gap_is_no_border(
     batch = inputs(model, 2, 2, layout="between", padding=None)
     logits = ReducedModel(model, policy)(**batch, use_cache=False).logits
     for row, expected in enumerate(each_row(eager, batch, policy)):
-        assert difference(logits[row], expected.logits) < TOLERANCE
+        assert_close(logits[row], expected.logits)
 
 
 def test_hidden_states_are_those_of_the_kept_tokens(
@@ -333,7 +329,7 @@ def test_hidden_states_are_those_of_the_kept_tokens(
     # A layer's output is what it returns, so the cut behind layer 1 shows in that of layer 2.
     for ours, theirs in zip(states, expected.hidden, strict=False):
         assert ours.shape[1:] == theirs.shape
-        assert difference(ours[0], theirs) < TOLERANCE
+        assert_close(ours[0], theirs)
 
 
 # *** reductions inside the vision tower ***
@@ -354,14 +350,17 @@ def test_reductions_all_along_a_deeper_tower(tower: str) -> None:
             Reduction("decoder.3", 3, gain=1.0, mass_bias=1.0, position="compact"),
         )
     )
-    model, eager = (shared_llava(attn=attn, tower=tower, blocks=5) for attn in ("sdpa", "eager"))
+    # On 64 tokens without a mask the kernel of sdpa is inexact: with it the unreduced SigLIP is 38
+    # roundings from float64, and 5 with eager attention.
+    attn = {"clip": "sdpa", "siglip": "eager"}[tower]
+    model, eager = (shared_llava(attn=kind, tower=tower, blocks=5) for kind in (attn, "eager"))
     for batch in (inputs(model, 1, 1, padding=None), inputs(model, 3, 2, layout="between")):
         reduced = ReducedModel(model, policy)
         output = reduced(**batch)
         for row, expected in enumerate(each_row(eager, batch, policy)):
             logits, origin = left(output, batch, row)
             assert origin == expected.origin[-1]
-            assert difference(logits, expected.logits) < 3 * TOLERANCE
+            assert_close(logits, expected.logits)
         assert len(output.past_key_values.spaces) == 3, "one space for all that is before layer 0"
 
 
@@ -381,7 +380,7 @@ def test_pruning_in_the_tower_is_running_the_rest_on_what_is_left(
     rows = [torch.cat([first[i, :1], first[i, 1:][kept[i]]]) for i in range(4)]
     features = model.model.multi_modal_projector(blocks[1](torch.stack(rows), None)[:, 1:])
     seen = reduced(**batch).image_hidden_states
-    assert difference(seen, features.flatten(0, 1)) < TOLERANCE
+    assert_close(seen, features.flatten(0, 1))
 
 
 def test_features_of_several_blocks_leave_the_sites_that_all_of_them_pass() -> None:
@@ -462,7 +461,7 @@ def test_a_conversation_continues_from_the_cache(
         )
         found.append(output.logits)
     for row, expected in enumerate(each_row(eager, prompt, reduced.policy, later)):
-        assert difference(torch.cat(found, dim=1)[row], expected.logits[-6:]) < TOLERANCE
+        assert_close(torch.cat(found, dim=1)[row], expected.logits[-6:])
 
 
 def test_generate_continues_a_conversation(model: LlavaForConditionalGeneration) -> None:
@@ -482,7 +481,7 @@ def test_generate_continues_a_conversation(model: LlavaForConditionalGeneration)
         reduced.policy,
         second.sequences[:, batch["input_ids"].shape[1] :],
     )[0]
-    assert difference(torch.stack(second.logits, dim=1)[0], expected.logits[-4:-1]) < TOLERANCE
+    assert_close(torch.stack(second.logits, dim=1)[0], expected.logits[-4:-1])
 
 
 def test_an_emptied_cache_starts_again(model: LlavaForConditionalGeneration) -> None:
@@ -518,7 +517,7 @@ def test_a_padded_batch_is_its_rows(
         alone = reduced(**row_of(batch, row))
         logits, origin = left(together, batch, row)
         assert origin == left(alone, row_of(batch, row), 0)[1]
-        assert difference(logits, alone.logits[0]) < TOLERANCE
+        assert_close(logits, alone.logits[0])
 
 
 # *** capture: nothing of the example stays in the graph ***
@@ -623,7 +622,7 @@ def test_attention_can_be_switched_after_capture() -> None:
     for row in range(2):
         logits, origin = left(second, batch, row)
         assert origin == left(first, batch, row)[1]
-        assert difference(logits, left(first, batch, row)[0]) < TOLERANCE
+        assert_close(logits, left(first, batch, row)[0])
 
 
 def test_half_precision_also_after_capture() -> None:
