@@ -10,6 +10,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from closeness import assert_close, difference, tolerance
 from families import IMAGE, PAD, prompts, shared
 from masked import alive_of, masked_from
 from tiny import inputs, tiny_llava
@@ -28,7 +29,8 @@ STEPS = 3
 NORM = {"scores": {"feature_norm": 1.0}}
 POLICY = Policy((Reduction("projector", 0.5, **NORM), Reduction("decoder.2", 0.25)))
 MERGE = Policy((Reduction("decoder.1", 0.5, gain=1.0, mass_bias=1.0),))
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
+# Sums of half-precision numbers are in single precision: a layer rounds a few times only.
+HALF_ROUNDINGS = 3
 
 
 def own(name: str) -> Any:
@@ -46,24 +48,21 @@ def generate(model: Any, batch: dict[str, Tensor]) -> Any:
     )
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    return (a.float() - b.float()).abs().max().item()
-
-
-def assert_same(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
+def assert_same(ours: Any, theirs: Any) -> None:
     """The same tokens; a step's logits are compared as long as the tokens before it are equal."""
     for a, b in zip(ours.logits, theirs.logits, strict=True):
-        assert difference(a, b) < tolerance
+        assert_close(a, b)
     assert torch.equal(ours.sequences, theirs.sequences)
 
 
-def assert_masked(model: Any, batch: dict[str, Tensor], tolerance: float = 1e-5) -> Any:
+def assert_masked(model: Any, batch: dict[str, Tensor]) -> Any:
     """Pruning is masking, for the model as it is."""
     ours = generate(ReducedModel(model, POLICY), batch)
     with masked_from(model, alive_of(ours.past_key_values, batch["input_ids"])):
         theirs = generate(model, batch)
-    assert difference(theirs.logits[0], generate(model, batch).logits[0]) > 10 * tolerance
-    assert_same(ours, theirs, tolerance)
+    seen, whole = theirs.logits[0], generate(model, batch).logits[0]
+    assert difference(seen, whole) > 10 * tolerance(seen)
+    assert_same(ours, theirs)
     return ours
 
 
@@ -169,7 +168,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         whole = model(**batch).logits
     left = alive[spaces[-1].first_layer] & batch["attention_mask"].bool()
     real = batch["attention_mask"].gather(1, spaces[-1].origin).bool()
-    assert difference(ours.logits[real], whole[left]) < TOLERANCE[dtype]
+    assert_close(ours.logits[real], whole[left], HALF_ROUNDINGS)
     assert difference(model(**batch).logits[left], whole[left]) > 0.5
 
 
@@ -182,12 +181,15 @@ def test_autocast_and_a_model_that_changes_its_precision() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             lower = reduced(**batch).logits
         assert lower.dtype == torch.bfloat16
-        assert 0 < difference(lower[:, -1], exact[:, -1]) < TOLERANCE[torch.bfloat16]
+        assert_close(exact[:, -1], lower[:, -1], HALF_ROUNDINGS)
+        assert difference(exact[:, -1], lower[:, -1]) > 0
         assert torch.equal(reduced(**batch).logits, exact)
     model.half()
-    halved = reduced(**batch | {"pixel_values": batch["pixel_values"].half()}).logits
+    half = batch | {"pixel_values": batch["pixel_values"].half()}
+    halved = reduced(**half).logits
     assert halved.dtype == torch.float16
-    assert 0 < difference(halved[:, -1], exact[:, -1]) < TOLERANCE[torch.bfloat16]
+    assert torch.equal(halved, ReducedModel(model, MERGE)(**half).logits)
+    assert difference(halved[:, -1], exact[:, -1]) > 0
 
 
 # *** weights ***
@@ -302,7 +304,7 @@ def test_padding_on_the_right(name: str) -> None:
         left[batch["input_ids"] != IMAGE].sum()
         == batch["attention_mask"][batch["input_ids"] != IMAGE].sum()
     )
-    assert difference(output.logits[real], whole[left]) < 1e-5
+    assert_close(output.logits[real], whole[left])
 
 
 # *** devices ***
