@@ -13,6 +13,7 @@ import published
 import pytest
 import tiny
 import torch
+from closeness import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,11 +37,11 @@ def test_tome_conserves_the_sum_of_size_times_token(merged: int, class_token: bo
     sizes = torch.arange(1.0, 26.0)
     result = published.tome(hidden, keys, merged, sizes, class_token)
     assert len(result.tokens) == 25 - min(merged, 12)
-    torch.testing.assert_close(result.sizes @ result.tokens, sizes @ hidden)
-    torch.testing.assert_close(result.sizes.sum(), sizes.sum())
+    assert_close(result.sizes @ result.tokens, sizes @ hidden)
+    assert_close(result.sizes.sum(), sizes.sum())
     assert sorted(itertools.chain(*result.groups)) == list(range(25))
     if class_token:
-        torch.testing.assert_close(result.tokens[0], hidden[0])
+        assert_close(result.tokens[0], hidden[0])
 
 
 def test_tome_merges_the_most_alike_pairs_first() -> None:
@@ -56,7 +57,7 @@ def test_avg_pool_is_avg_pool2d(height: int, width: int, stride: int) -> None:
     features = _random(height * width, 5)
     expected = F.avg_pool2d(features.T.reshape(1, 5, height, width), stride)
     result = published.avg_pool(features, width, stride)
-    torch.testing.assert_close(result.tokens, expected[0].flatten(1).T)
+    assert_close(result.tokens, expected[0].flatten(1).T)
 
 
 def test_strides_of_m3() -> None:
@@ -78,7 +79,7 @@ def test_bilinear_pool_averages_two_middle_cells_of_each_axis(side: int, stride:
 
     expected = along(along(image).transpose(0, 1)).transpose(0, 1)
     result = published.bilinear_pool(features, side, stride)
-    torch.testing.assert_close(result.tokens, expected.flatten(0, 1))
+    assert_close(result.tokens, expected.flatten(0, 1))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -151,12 +152,12 @@ def test_visionzip_adds_the_mean_to_its_targets() -> None:
     assert result.kept[0] == -1 and result.kept[1:5] == sorted(result.kept[1:5])
     rest = [j for j in range(16) if j not in result.kept[1:5]]
     assert result.kept[5:] == rest[::3]
-    torch.testing.assert_close(result.tokens[:5], hidden[[0, *(i + 1 for i in result.kept[1:5])]])
+    assert_close(result.tokens[:5], hidden[[0, *(i + 1 for i in result.kept[1:5])]])
     # With one key for all, every dropped patch joins the first target.
     same = published.visionzip(hidden, torch.ones(17, 2, 4), attention, 5, 4)
     dropped = [j for j in rest if j not in same.kept]
     expected = hidden[1:][same.kept[5]] + hidden[1:][dropped].mean(dim=0)
-    torch.testing.assert_close(same.tokens[5], expected)
+    assert_close(same.tokens[5], expected)
 
 
 def test_gravity_of_sparsevlm_is_the_product_of_rotated_ones() -> None:
@@ -202,7 +203,7 @@ def test_evit_fuses_the_others_unnormalised() -> None:
     assert result.kept[:-1] == received.argsort(descending=True).tolist()[:6]
     whole = published.evit(hidden, attention, 0.1).tokens[-1]
     best = int(received.argmax())
-    torch.testing.assert_close(whole, received @ hidden[1:] - received[best] * hidden[1 + best])
+    assert_close(whole, received @ hidden[1:] - received[best] * hidden[1 + best])
 
 
 def test_prumerge_adds_every_neighbour_when_all_are_neighbours() -> None:
@@ -211,9 +212,9 @@ def test_prumerge_adds_every_neighbour_when_all_are_neighbours() -> None:
     attention = (queries @ keys.T / math.sqrt(6)).softmax(dim=-1)[0, 1:]
     everything = attention @ features
     for token, i in zip(result.tokens, result.kept[:-1], strict=False):
-        torch.testing.assert_close(token, features[i] * (1 - attention[i]) + everything)
+        assert_close(token, features[i] * (1 - attention[i]) + everything)
     kept = result.kept[:-1]
-    torch.testing.assert_close(result.tokens[-1], everything - attention[kept] @ features[kept])
+    assert_close(result.tokens[-1], everything - attention[kept] @ features[kept])
     plus = published.prumerge_plus(features, queries, keys, 2, neighbours=11)
     assert plus.kept[:2] == result.kept[:2]
     assert plus.kept[2:-1] == [j for j in range(0, 11, 2) if j not in plus.kept[:2]]
@@ -646,7 +647,7 @@ def test_preset_is_the_published_method(name: str, kind: str, batch: int) -> Non
         expected = _expected(name, kind, row, reduction.site)
         assert len(expected.kept) == keep or name == "holov"
         ours = result.tokens[row, : len(expected.kept)]
-        torch.testing.assert_close(ours, expected.tokens, rtol=1e-5, atol=1e-5)
+        assert_close(ours, expected.tokens)
         # What is fused, pooled or a copy of CLS stands for no single patch.
         one = torch.tensor([place >= 0 for place in expected.kept])
         kept = result.kept[row, : len(expected.kept)]
@@ -684,7 +685,7 @@ def test_graph_hands_on_the_published_tokens(name: str) -> None:
             expected = eager.model.multi_modal_projector(expected)
         start = 1 if inside else int((batch["input_ids"][row] == tiny.IMAGE).nonzero()[0])
         ours = entered[-1][row, start : start + len(expected)]
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        assert_close(ours, expected)
 
 
 def test_defaults_keep_what_the_official_code_keeps_of_576_tokens() -> None:
@@ -727,7 +728,7 @@ def test_tower_reduced_twice_is_the_method_twice(name: str) -> None:
         expected = eager.model.multi_modal_projector(hidden[1:])
         start = int((batch["input_ids"][row] == tiny.IMAGE).nonzero()[0])
         ours = entered[-1][row, start : start + len(expected)]
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        assert_close(ours, expected)
 
 
 def _tower_step(name: str, layer: Any, hidden: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
