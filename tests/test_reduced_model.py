@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from closeness import assert_close
 from tiny import IMAGE, VISUAL, inputs, row_of, shared_llava, tiny_llava
 
 from deos_fx.policy import Policy, Reduction
@@ -58,7 +59,7 @@ def test_projector_explained_by_a_loop_over_images():
             kept = sorted(norms.topk(40).indices.tolist())
             slots = slice(40 * image, 40 * image + 40)
             assert site.kept[row, slots].tolist() == [place[i] for i in kept]
-            torch.testing.assert_close(site.scores[row, start[image] :][:VISUAL], norms)
+            assert_close(site.scores[row, start[image] :][:VISUAL], norms)
             masses = [1.0] * 40
             for j in set(range(VISUAL)) - set(kept):
                 cosines = torch.cosine_similarity(tokens[j], tokens[kept], dim=-1)
@@ -77,7 +78,7 @@ def test_decoder_scores_are_the_attention_of_the_last_token():
     (site,) = ReducedModel(eager, Policy((Reduction("decoder.2", 9),))).explain(**batch)
     attention = eager(**batch, output_attentions=True).attentions[2].mean(dim=1)[0, -1]
     received = attention[batch["input_ids"][0] == IMAGE]
-    torch.testing.assert_close(site.scores[0], received)
+    assert_close(site.scores[0], received)
     best = sorted(site.positions_in[0, received.topk(9).indices].tolist())
     assert site.kept[0].tolist() == best
     assert site.destination is None
@@ -99,7 +100,7 @@ def test_masses_are_conserved_by_a_full_merge_and_known_where_the_graph_has_none
     (tracked,), (computed,) = (
         ReducedModel(model, policy).explain(**inputs(model)) for policy in (biased, plain)
     )
-    torch.testing.assert_close(tracked.mass, computed.mass)
+    assert_close(tracked.mass, computed.mass)
 
 
 def test_weights_leave_a_share_behind():
@@ -109,7 +110,7 @@ def test_weights_leave_a_share_behind():
     (site,) = ReducedModel(model, Policy((reduction,))).explain(**inputs(model))
     sent = site.destination[0].sum(dim=0)
     gone = torch.isin(site.positions_in[0], site.dropped[0])
-    torch.testing.assert_close(sent[gone], 0.5 * torch.sigmoid(site.scores[0][gone]))
+    assert_close(sent[gone], 0.5 * torch.sigmoid(site.scores[0][gone]))
     assert not sent[~gone].any()
 
 
@@ -168,7 +169,7 @@ def test_constant_scores_rank_every_row():
         together = reduced(**batch).logits
         for row in range(2):
             alone = reduced(**row_of(batch, row)).logits[0]
-            torch.testing.assert_close(together[row, -len(alone) :], alone, atol=1e-4, rtol=1e-4)
+            assert_close(together[row, -len(alone) :], alone)
 
 
 def test_repr_names_model_and_policy():
