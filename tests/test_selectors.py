@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from site_inputs import SIDE, TEXT, TOKENS, WIDTH, gather, grid, inputs
@@ -415,8 +416,8 @@ def test_order_of_selection_is_that_of_the_picks() -> None:
     in_order = static_reduce(Reduction("projector", 9, gain=1), 9, tokens, mass, features)
     assert torch.equal(result.kept.sort(-1).values, in_order.kept)
     back = result.kept.argsort(-1)
-    torch.testing.assert_close(gather(result.tokens, back), in_order.tokens)
-    torch.testing.assert_close(gather(result.mass, back), in_order.mass)
+    assert_close(gather(result.tokens, back), in_order.tokens)
+    assert_close(gather(result.mass, back), in_order.mass)
 
 
 @pytest.mark.parametrize("order", ["position", "tier", "selection"])
@@ -434,7 +435,7 @@ def test_only_the_last_tier_receives(order: str) -> None:
                 assert result.mass[row, slot] == mass[row, j]
             else:
                 assert result.mass[row, slot] > mass[row, j]
-    torch.testing.assert_close(result.mass.sum(-1), mass.sum(-1))
+    assert_close(result.mass.sum(-1), mass.sum(-1))
 
 
 def test_tiers_may_observe_other_blocks() -> None:
@@ -498,7 +499,7 @@ def test_neighbours_and_the_rest_are_a_plain_loop(residual: bool, gain: float) -
             }
             near = sorted(like, key=lambda j: -like[j])[:5]
             expected = x[i] + gain * sum(a[j] * x[j] for j in near)
-        torch.testing.assert_close(result.tokens[0, slot], expected)
+        assert_close(result.tokens[0, slot], expected)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0])
@@ -526,7 +527,7 @@ def test_average_is_a_plain_loop(exponent: float) -> None:
             weights = mass[received[i]]
             mean = (weights.unsqueeze(-1) * x[received[i]]).sum(0) / weights.sum()
             expected = (x[i] + 0.5 * mean) / 1.5**exponent
-        torch.testing.assert_close(result.tokens[0, slot], expected)
+        assert_close(result.tokens[0, slot], expected)
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -542,7 +543,8 @@ def test_windows_interpolate_like_torch(side: int, count: int, images: int) -> N
     planes = tokens.view(2 * images, side, side, WIDTH).movedim(-1, 1)
     expected = F.interpolate(planes, size=size, mode="bilinear", align_corners=False)
     expected = expected.movedim(1, -1).reshape(2, images * count, WIDTH)
-    torch.testing.assert_close(result.tokens, expected, atol=1e-6, rtol=1e-5)
+    # Shares of windows are constants in single precision.
+    assert_close(result.tokens.float(), expected.float())
 
 
 def test_a_copy_of_the_class_token_comes_first() -> None:
@@ -566,7 +568,7 @@ def test_a_copy_of_the_class_token_comes_first() -> None:
     assert torch.equal(result.kept[:, 0], torch.full((3,), -1))
     assert torch.equal(result.mass[:, 0], torch.ones(3))
     assert torch.equal(result.kept[:, 1:8], features["attention_cls"].topk(7).indices.sort().values)
-    torch.testing.assert_close(result.mass[:, 1:].sum(-1), mass.sum(-1))
+    assert_close(result.mass[:, 1:].sum(-1), mass.sum(-1))
 
 
 def test_raw_scores_stand_in_place_of_masses() -> None:
@@ -575,7 +577,7 @@ def test_raw_scores_stand_in_place_of_masses() -> None:
     with_masses = static_reduce(reduction, 6, tokens, mass, features)
     without = static_reduce(reduction, 6, tokens, None, features)
     assert torch.equal(with_masses.tokens, without.tokens)
-    torch.testing.assert_close(with_masses.mass.sum(-1), mass.sum(-1))
+    assert_close(with_masses.mass.sum(-1), mass.sum(-1))
 
 
 # *** half precision and order of the tokens
