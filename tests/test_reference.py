@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from deos_fx import reference
@@ -162,7 +163,7 @@ def test_pixels_are_scaled_to_one(processor):
     scene = reference.make_scenes(1, "test")[0]
     pixels = processor.image_processor(scene.image, return_tensors="pt")["pixel_values"][0]
     expected = torch.from_numpy(np.asarray(scene.image) / 127.5 - 1).permute(2, 0, 1).float()
-    assert torch.allclose(pixels, expected, atol=1e-5)
+    assert_close(pixels, expected)
 
 
 def test_accuracy_counts_exact_answers(processor):
@@ -204,7 +205,7 @@ def test_packed_questions_are_answered_as_if_alone(processor):
         prompt = torch.cat([begin, pack.words[:, layout.slot == slot]], 1)
         logits = student.model(input_ids=prompt, pixel_values=pixels).logits[0, begin.shape[1] :]
         alone.append(logits[pack.targets[0, layout.slot == slot] != IGNORE])
-    assert torch.allclose(packed, torch.cat(alone), atol=1e-4)
+    assert_close(packed, torch.cat(alone))
 
 
 def test_interrupted_training_continues_as_if_it_had_not_been(tmp_path):
@@ -223,7 +224,7 @@ def test_interrupted_training_continues_as_if_it_had_not_been(tmp_path):
         train(tmp_path / "parts", (replace(stages[0], lesson=interrupt),), every=1)
     parts = train(tmp_path / "parts", stages, every=1)
     for weight, again in zip(whole.parameters(), parts.parameters(), strict=True):
-        assert torch.allclose(weight, again, atol=1e-6)
+        assert_close(weight, again)
 
 
 def test_trained_model_answers_test_scenes(loaded):
