@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from closeness import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -92,7 +93,8 @@ def test_avg_pool_is_avg_pool2d(side: int, keep: int, window: int) -> None:
     result = static_reduce(reduction, keep, tokens, None, {"grid": _grid(side)})
     image = tokens.mT.unflatten(-1, (side, side))
     expected = F.avg_pool2d(image, window).flatten(2).mT
-    torch.testing.assert_close(result.tokens, expected)
+    # Shares of windows are constants in single precision.
+    assert_close(result.tokens.float(), expected.float())
     assert torch.equal(result.mass, torch.full((3, keep), float(window**2)))
 
 
