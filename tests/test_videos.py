@@ -15,6 +15,7 @@ from test_families import PRUNED, generate
 from torch import Tensor
 from videos import VIDEOS
 
+import deos_fx
 from deos_fx.policy import Policy
 from deos_fx.reduced_model import ReducedModel
 
@@ -22,6 +23,8 @@ GLM = ["glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"]
 """They write videos with the placeholders of images."""
 ONE_KIND = [*GLM, "molmo2"]
 """Their own code refuses images and videos in one call."""
+BOTH = [name for name in VIDEOS if name not in {*TWINS, *ONE_KIND}]
+BOTH += ["llava_next_video", "video_llava", "video_llama_3", "gemma4_unified"]
 STACKED = ["llava_next_video", "llava_onevision", "video_llava"]
 """Their videos all have as many frames."""
 FRAMES = {"kimi_k25": (1, 1)} | dict.fromkeys(STACKED, (2, 2))
@@ -85,12 +88,13 @@ def test_pruning_is_masking_in_prompts_that_begin_with_a_video(name: str) -> Non
     check_pruning_is_masking(shared(name), without_first(batch_of(name, [two_videos(name)]), 3))
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in VIDEOS if name not in {*TWINS, *STACKED, "molmo2"}]
-)
+@pytest.mark.parametrize("name", [name for name in VIDEOS if name not in {*TWINS, "molmo2"}])
 def test_rows_with_other_videos_get_what_they_get_alone(name: str) -> None:
     short, long = two_videos(name)
-    rows = [[short], [long, short], []]
+    image = image_of(name)
+    rows = [[short], [image], [long, image], []]
+    if name in ONE_KIND:
+        rows = [[short], [long, short], []]
     ours, batch = reduced(name), batch_of(name, rows)
     tokens, logits = generate(ours, batch)
     for row, shown in enumerate(rows):
@@ -219,7 +223,7 @@ def test_videos_that_a_model_encodes_as_images() -> None:
 # *** videos and images ***
 
 
-@pytest.mark.parametrize("name", [name for name in VIDEOS if name not in {*CONVOLVING, *ONE_KIND}])
+@pytest.mark.parametrize("name", BOTH)
 def test_pruning_is_masking_with_an_image_between_videos(name: str) -> None:
     video, other = two_videos(name)
     batch = batch_of(name, [[video, image_of(name), other]])
@@ -268,15 +272,20 @@ def test_an_image_and_a_video_of_one_placeholder_are_refused(name: str, policy: 
         ours(**batch)
 
 
-@pytest.mark.parametrize("name", GLM)
+@pytest.mark.parametrize("name", ["glm4v", "glm4v_moe", "glm_ocr"])
 def test_videos_need_no_marks_where_positions_are_given(name: str) -> None:
     batch: dict[str, Any] = batch_of(name, [two_videos(name)])
     del batch["mm_token_type_ids"]
-    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
+    positions = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
     model, ours = shared(name), reduced(name)
-    output = ours(**batch)
+    output = ours(**batch, position_ids=positions)
     with masked_from(model, alive_of(output.past_key_values, batch["input_ids"])):
-        whole = model(**batch).logits
+        whole = model(**batch, position_ids=positions).logits
+        tokens, logits = generate(model, batch)
+    # It counts positions as in text.
+    our_tokens, our_logits = generate(ours, batch)
+    assert torch.equal(our_tokens, tokens)
+    assert_close(our_logits, logits)
     assert_close(output.logits, whole[:, output.past_key_values.spaces[-1].origin[0]])
 
 
@@ -294,3 +303,26 @@ def test_cost_and_explanation_of_a_video(name: str) -> None:
     assert report.after.visual_tokens_per_layer[-1] == spaces[-1].origin.shape[1] - text
     for site, space in zip(ours.explain(**batch), spaces, strict=True):
         assert site is not None and space.origin.shape[1] < batch["input_ids"].shape[1]
+
+
+def half_of(batch: dict[str, Tensor]) -> float:
+    return torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO])).sum().item() / 2
+
+
+@pytest.mark.parametrize("name", ["video_llava", "qwen2_5_vl", "glm4v"])
+def test_defaults_and_budgets_take_videos(name: str) -> None:
+    batch = batch_of(name, [two_videos(name)[:1]])
+    budget = deos_fx.Budget(visual_tokens=0.5)
+    fitted = deos_fx.transform(shared(name), budget=budget, example_inputs=batch)
+    for ours in (deos_fx.transform(shared(name)), fitted):
+        assert 0 < ours.cost(**batch).after.visual_tokens <= half_of(batch)
+        assert ours(**batch).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llava_next_video", "qwen2_5_vl"])
+def test_the_search_takes_videos(name: str) -> None:
+    batch = batch_of(name, [two_videos(name)[:1]])
+    budget = deos_fx.Budget(visual_tokens=0.5)
+    found = deos_fx.search(shared(name), [batch], budget=budget, steps=1)
+    ours = ReducedModel(shared(name), found.policy)
+    assert 0 < ours.cost(**batch).after.visual_tokens <= half_of(batch)
