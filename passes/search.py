@@ -36,7 +36,7 @@ from deos_fx.passes.vary import variations
 from deos_fx.policy import Policy
 from deos_fx.search_result import Candidate, SearchResult
 
-__all__ = ["search"]
+__all__ = ["relaxed_graph", "search"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with a stage (``presets``, ``steps``, ...), how much is done and how much there is."""
@@ -137,9 +137,8 @@ def _descend(
     progress: Progress | None,
 ) -> bool:
     """Take the gradient steps; returns whether they were interrupted."""
-    graphs = {
-        batch.layout: _relaxed(problem, state.by_site(), batch.layout) for batch in problem.training
-    }
+    layouts = {batch.layout for batch in problem.training}
+    graphs = {layout: relaxed_graph(problem, state.by_site(), layout) for layout in layouts}
     try:
         while state.step < steps:
             _step(problem, state, graphs, steps, seed)
@@ -155,9 +154,16 @@ def _descend(
     return False
 
 
-def _relaxed(
+def relaxed_graph(
     problem: SearchProblem, reductions: Mapping[str, RelaxedReduction], layout: PromptLayout
 ) -> fx.GraphModule:
+    """The graph of a step, which gradients pass.
+
+    Args:
+        problem: What is searched.
+        reductions: Site name -> relaxed reduction.
+        layout: The prompts that the graph is for.
+    """
     graph_module = straight_through(problem.captured.copy().graph_module)
     return insert_relaxed(graph_module, problem.sites, reductions, layout)
 
@@ -373,4 +379,4 @@ def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
         relaxed.gate_temperature = _GATE_TEMPERATURES[1]
         reductions[reduction.site] = relaxed
         present = count
-    return mean_loss(lambda layout: _relaxed(problem, reductions, layout), problem.scoring)
+    return mean_loss(lambda layout: relaxed_graph(problem, reductions, layout), problem.scoring)
