@@ -3,8 +3,7 @@
     python tests/rounding.py [family ...]
 
 prints how far its logits are from those in float64, in the units of `closeness.py`, and how far
-ours
-are from it. The numbers of `closeness.py` rest on these.
+ours are from it. The numbers of `closeness.py` rest on these.
 """
 
 from __future__ import annotations

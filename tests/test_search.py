@@ -49,6 +49,12 @@ def interrupt_at(step: int) -> Callable[[str, int, int], None]:
     return progress
 
 
+@pytest.fixture
+def few_variations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_module, "_FIRST_VARIATIONS", 1)
+    monkeypatch.setattr(search_module, "_VARIATIONS", 1)
+
+
 @pytest.fixture(scope="module")
 def result(model: LlavaForConditionalGeneration) -> SearchResult:
     data = batches(model, labels=True)
@@ -84,6 +90,7 @@ def test_model_collects_no_gradients(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.usefixtures("few_variations")
 def test_self_distillation_of_the_unreduced_model_is_zero(
     model: LlavaForConditionalGeneration,
 ) -> None:
@@ -94,6 +101,7 @@ def test_self_distillation_of_the_unreduced_model_is_zero(
     assert found.best.cost.kv_bytes <= found.limits["kv_cache"]
 
 
+@pytest.mark.usefixtures("few_variations")
 def test_interruption_keeps_the_best_so_far(model: LlavaForConditionalGeneration) -> None:
     data = batches(model, labels=True)
     budget = Budget(visual_tokens=0.25)
@@ -103,6 +111,7 @@ def test_interruption_keeps_the_best_so_far(model: LlavaForConditionalGeneration
     assert found.best.cost.visual_tokens <= found.limits["visual_tokens"]
 
 
+@pytest.mark.usefixtures("few_variations")
 def test_resumed_search_is_bit_identical(
     model: LlavaForConditionalGeneration, tmp_path: Path
 ) -> None:
@@ -116,6 +125,7 @@ def test_resumed_search_is_bit_identical(
     assert resumed.candidates == whole.candidates
 
 
+@pytest.mark.usefixtures("few_variations")
 def test_checkpoint_of_another_search_is_refused(
     model: LlavaForConditionalGeneration, tmp_path: Path
 ) -> None:
@@ -125,6 +135,7 @@ def test_checkpoint_of_another_search_is_refused(
         search(model, data, budget=Budget(visual_tokens=0.5), steps=1, checkpoint=tmp_path)
 
 
+@pytest.mark.usefixtures("few_variations")
 def test_latency_limit_is_measured(model: LlavaForConditionalGeneration) -> None:
     data = batches(model, labels=True)[:1]
     found = search(model, data, budget=Budget(visual_tokens=0.5, latency_ms=60_000), steps=1)
@@ -159,6 +170,7 @@ def test_bad_budget_is_refused(model: LlavaForConditionalGeneration) -> None:
         search(model, data, budget=Budget(flops=1000), steps=1)
 
 
+@pytest.mark.usefixtures("few_variations")
 def test_sites_in_the_tower_are_searched_if_asked_for(
     model: LlavaForConditionalGeneration,
 ) -> None:
@@ -171,12 +183,6 @@ def test_sites_in_the_tower_are_searched_if_asked_for(
     assert reduced and reduced <= set(sites) and reduced & {"vision.0", "vision.1"}
     with pytest.raises(ValueError, match="vision.2 cannot be reduced: its output is not used"):
         search(model, data, budget=Budget(flops=0.6), sites=["vision.2"])
-
-
-@pytest.fixture
-def few_variations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_module, "_FIRST_VARIATIONS", 1)
-    monkeypatch.setattr(search_module, "_VARIATIONS", 1)
 
 
 @pytest.mark.usefixtures("few_variations")
