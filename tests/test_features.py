@@ -566,6 +566,7 @@ def test_towers_without_class_token_that_hand_no_arguments_on() -> None:
         features_at(model, given, "projector", "attention_cls")
 
 
+@pytest.mark.slow
 def test_what_is_observed_survives_an_export(tmp_path: Path) -> None:
     """Peeks in tower and decoder, raters, products and earlier layers in ONNX Runtime."""
     policy = Policy(

@@ -111,6 +111,20 @@ CASES = {
 }
 
 
+# An export takes half a minute: the rest is for .ci/run.
+QUICK = (
+    "prune, two images",
+    "pool, merge with mass, compact",
+    "tower, projector, decoder, grid positions",
+)
+every_case = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES],
+)
+# One worker has all of them, so that nothing is exported twice.
+pytestmark = pytest.mark.xdist_group("onnx")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Folder of an exported case, exported on first use."""
@@ -143,7 +157,7 @@ def _graph(folder, name):
     return onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 @pytest.mark.parametrize(
     ("batch", "text", "layout", "padding"),
     [(1, 5, "between", None), (3, 9, "middle", "left"), (2, 0, "first", "left")],
@@ -159,7 +173,7 @@ def test_onnx_runtime_equals_pytorch(folder, name, batch, text, layout, padding)
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_decode_logits_equal_pytorch(folder, name):
     reduced, runtime, images = _both(folder, name)
     inputs = tiny.inputs(reduced.model, 2, images, text=3)
@@ -225,7 +239,7 @@ def test_logits_to_keep(folder):
 # *** the graphs ***
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_graphs_have_no_data_dependent_shapes(folder, name):
     for graph in ("prefill", "decode"):
         nodes = _graph(folder(name), graph).node
@@ -241,7 +255,7 @@ def test_pruning_needs_no_assignment(folder):
     """One more matmul than the model: the attention row that scores the tokens."""
     counts = [
         sum(node.op_type in ("MatMul", "Gemm") for node in _graph(folder(name), "prefill").node)
-        for name in CASES
+        for name in QUICK
     ]
     assert counts[0] == min(counts)
 
