@@ -8,6 +8,7 @@ sliding caches, heads of different sizes.
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
+from deos_fx.flops import count_flops
 from deos_fx.layers import AnyLinear, has_codes, linear_sizes
 from deos_fx.passes.capture import features_of
 from deos_fx.passes.find_blocks import find_blocks
@@ -132,8 +134,9 @@ def measure_encoder(
 
 def _once(model: PreTrainedModel, what: str, measure: Callable[[], Any]) -> Any:
     known = _KNOWN.setdefault(model, {})
-    # A model can be converted, and gain adapters.
-    key = (what, model.dtype, sum(1 for _ in model.modules()))
+    # A model can be converted, gain adapters and have parts replaced.
+    weights = sum(weight.numel() for weight in model.parameters())
+    key = (what, model.dtype, sum(1 for _ in model.modules()), weights)
     if key not in known:
         known[key] = measure()
     return known[key]
@@ -300,7 +303,7 @@ class _Counted(OnZeros):
     """A quantised layer that does not tell its sizes: it is run, on zeros, and counted."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        with FlopCounterMode(display=False) as counter:
+        with count_flops() as counter:
             result = super().run(*args, **kwargs)
         self.flops = counter.get_total_flops()
         return result
@@ -339,11 +342,15 @@ def _watch(
     return flops
 
 
+# The setting of torch is one for the whole process.
+_COUNTING = threading.RLock()
+
+
 @contextmanager
 def _counting() -> Iterator[FlopCounterMode]:
     # What a mask selects may be all that there is.
     whole = cast(Any, fx_config).patch(meta_nonzero_assume_all_nonzero=True)
-    with whole, _WholeNumbers(), FlopCounterMode(display=False) as counter:
+    with _COUNTING, whole, _WholeNumbers(), count_flops() as counter:
         yield counter
 
 

@@ -14,6 +14,7 @@ from families import prompts, shared
 from test_batches import batch_of, grid
 from tiny import inputs, tiny_llava
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, masking_utils
 
 from deos_fx import presets
@@ -186,6 +187,7 @@ def test_positions_that_a_model_remembers_are_those_of_the_own_prompt(name: str)
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_search_cost_explain_and_calls_at_once() -> None:
     model = tiny_llava(3)
     batch = inputs(model, 2)
@@ -210,6 +212,22 @@ def test_search_cost_explain_and_calls_at_once() -> None:
     sys.setswitchinterval(5e-3)
     assert at_once([*calls, found_policy]) == [*right, right[0]]
     assert same(before, replaceable(model))
+
+
+def test_costs_are_counted_beside_other_models() -> None:
+    model = tiny_llava(3)
+    batch = inputs(model, 2)
+    right = ReducedModel(model, LATE).cost(**batch)
+
+    def counted() -> Any:
+        # A model of its own, whose costs nobody has counted before.
+        return ReducedModel(tiny_llava(3), LATE).cost(**batch)
+
+    before = fx_config.meta_nonzero_assume_all_nonzero
+    assert beside([counted] * 4, model, batch) == [right] * 4
+    assert fx_config.meta_nonzero_assume_all_nonzero == before
+    hooks = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+    assert not any(hooks)
 
 
 def test_other_threads_keep_their_attention_while_shapes_are_run() -> None:
