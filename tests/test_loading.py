@@ -140,7 +140,7 @@ def test_flash_attention(flash: str) -> None:
 def test_flash_attention_counts_windows_in_tokens_that_are_left(flash: str) -> None:
     model = own("gemma3")
     model.config._attn_implementation = flash
-    with pytest.raises(ValueError, match="has no mask of windows and blocks"):
+    with pytest.raises(ValueError, match="has no mask of windows, blocks of image tokens"):
         ReducedModel(model, POLICY)(**prompts("gemma3"))
 
 

@@ -43,7 +43,8 @@ def lowered(*reductions: Reduction, decode: bool = False) -> fx.GraphModule:
         reduced(**batch)
         return reduced.graph_module
     reduced.generate(**batch, max_new_tokens=2)
-    return next(iter(reduced._graphs["decode"].values()))
+    lowered = reduced._graphs._lowered_graphs.items()
+    return next(graph for (_, layout), graph in lowered if layout is None)
 
 
 def targets(graph_module: fx.GraphModule) -> set[str]:
