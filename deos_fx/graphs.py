@@ -27,7 +27,7 @@ from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_grap
 from deos_fx.policy import Policy
 from deos_fx.recent import Recent
 
-__all__ = ["CAPTURES", "GRAPHS", "Graphs"]
+__all__ = ["CAPTURES", "GRAPHS", "Graphs", "structure_of"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class Graphs:
         self, inputs: Mapping[str, Any], layout: PromptLayout | None, tried: list[_Capture]
     ) -> tuple[_Capture, bool]:
         """The most recently used capture not yet tried, or a new one; whether it is new."""
-        structure = ("decode" if layout is None else "prefill", *_structure(self._model, inputs))
+        structure = ("decode" if layout is None else "prefill", *structure_of(self._model, inputs))
         with self._lock:
             known = [capture for capture, _ in self._captures.items()]
             if not self._state.holds() or not all(capture.holds() for capture in known):
@@ -195,8 +195,16 @@ def _decode_example(inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
 # *** what a graph is captured for ***
 
 
-def _structure(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Hashable, ...]:
-    """What a captured graph depends on: which inputs there are, of what type, and constants."""
+def structure_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Hashable, ...]:
+    """What a captured graph depends on: which inputs there are, of what type, and constants.
+
+    Args:
+        model: The model.
+        inputs: Arguments of its forward.
+
+    Raises:
+        TypeError: If an input is a container with tensors in it, or cannot be compared.
+    """
     parts: list[Hashable] = [model.dtype]
     parts += [config._attn_implementation for config in _configs(model.config)]
     for name, value in sorted(inputs.items()):

@@ -67,7 +67,9 @@ def packed_by(inputs: Mapping[str, Any], visual: Tensor) -> str:
     looks = given.ndim == 2 or len(given) == 4
     positions = (given if given.ndim == 2 else given[0]).expand(visual.shape)
     if not looks or mask is not None or inputs.get("past_key_values") is not None:
-        _refuse_going_back(positions, mask)
+        # Text behind a long video may have an earlier time than the last of its frames.
+        passes = torch.zeros_like(visual) if looks else visual
+        _refuse_going_back(positions, passes if mask is None else passes | (mask == 0))
         return ""
     samples = find_packed_sequence_indices(positions)
     if samples is None:
@@ -76,12 +78,9 @@ def packed_by(inputs: Mapping[str, Any], visual: Tensor) -> str:
     return "position_ids that start again inside a row"
 
 
-def _refuse_going_back(positions: Tensor, mask: Tensor | None) -> None:
-    back = positions.diff(dim=1) < 0
-    if mask is not None:
-        real = mask != 0
-        back = back & real[:, 1:] & real[:, :-1]
-    if bool(back.any()):
+def _refuse_going_back(positions: Tensor, passes: Tensor) -> None:
+    """Refuse positions [B, N] that are smaller than the one before, but for flagged tokens."""
+    if bool(((positions.diff(dim=1) < 0) & ~passes[:, 1:] & ~passes[:, :-1]).any()):
         raise ValueError(
             "position_ids go back inside a row, as those of packed samples do, and the model keeps "
             "samples apart only if it is given neither an attention_mask nor a cache. Pass "

@@ -68,7 +68,8 @@ class Reduction:
         site: ``projector``, ``decoder.<i>`` (after decoder layer i) or ``vision.<i>`` (after block
             i of the vision tower).
         keep: Visual tokens that come out, per image: an int, or a fraction in (0, 1] of the image's
-            original visual tokens.
+            original visual tokens. Where the prompt ends in a visual token, that one is always
+            among them, as the last choice.
         scores: Weight by name of a score (see ``operator.SCORES``), normalised to sum 1. Left
             empty, it is the attention of the CLS token before the decoder and of the last text
             token inside it (nothing where the scores have no effect).

@@ -6,11 +6,10 @@ and static graphs of any token count are scored on the same predictions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -81,15 +80,13 @@ def labelled(labels: Tensor, visual: Tensor) -> Target:
     return Target(positions, labels=following[positions])
 
 
-def self_distilled(
-    inputs: Mapping[str, Any], visual: Tensor, unreduced: Callable[..., Mapping[str, Tensor]]
-) -> Target:
+def self_distilled(inputs: Mapping[str, Any], visual: Tensor, unreduced: Tensor) -> Target:
     """The unreduced model's own predictions at the last token and all text behind an image.
 
     Args:
         inputs: Inputs of the model.
         visual: Bool [B, N].
-        unreduced: Runs the unreduced model.
+        unreduced: Logits [B, N, vocabulary] of the unreduced model.
 
     Returns:
         The target.
@@ -101,6 +98,4 @@ def self_distilled(
         positions &= mask.bool()
     # Text as well, unless the prompt ends in an image.
     positions = positions.scatter(1, last_token(visual, mask), True)
-    with torch.no_grad():
-        logits = unreduced(**inputs)["logits"][positions]
-    return Target(positions, logits=logits)
+    return Target(positions, logits=unreduced[positions])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -26,9 +26,8 @@ from deos_fx.passes.find_sites import Sites
 from deos_fx.passes.insert_relaxed import insert_relaxed
 from deos_fx.passes.lagrangian import AugmentedLagrangian
 from deos_fx.passes.latency import milliseconds
-from deos_fx.passes.layout import PromptLayout
 from deos_fx.passes.pipeline import run_graph
-from deos_fx.passes.search_problem import SearchProblem, mean_loss
+from deos_fx.passes.search_problem import SearchBatch, SearchProblem, mean_loss
 from deos_fx.passes.search_space import keep_fractions, relaxed_costs, start_reductions
 from deos_fx.passes.search_state import SearchState
 from deos_fx.passes.straight_through import straight_through
@@ -137,8 +136,10 @@ def _descend(
     progress: Progress | None,
 ) -> bool:
     """Take the gradient steps; returns whether they were interrupted."""
-    layouts = {batch.layout for batch in problem.training}
-    graphs = {layout: relaxed_graph(problem, state.by_site(), layout) for layout in layouts}
+    graphs = {
+        batch.kind: relaxed_graph(state.by_site(), batch)
+        for batch in {batch.kind: batch for batch in problem.training}.values()
+    }
     try:
         while state.step < steps:
             _step(problem, state, graphs, steps, seed)
@@ -155,23 +156,24 @@ def _descend(
 
 
 def relaxed_graph(
-    problem: SearchProblem, reductions: Mapping[str, RelaxedReduction], layout: PromptLayout
+    reductions: Mapping[str, RelaxedReduction], batch: SearchBatch
 ) -> fx.GraphModule:
     """The graph of a step, which gradients pass.
 
     Args:
-        problem: What is searched.
         reductions: Site name -> relaxed reduction.
-        layout: The prompts that the graph is for.
+        batch: A batch of the kind that the graph is for.
     """
-    graph_module = straight_through(problem.captured.copy().graph_module)
-    return insert_relaxed(graph_module, problem.sites, reductions, layout)
+    captured = batch.captured.copy()
+    assert captured.sites is not None
+    graph_module = straight_through(captured.graph_module)
+    return insert_relaxed(graph_module, captured.sites, reductions, batch.layout)
 
 
 def _step(
     problem: SearchProblem,
     state: SearchState,
-    graphs: Mapping[PromptLayout, fx.GraphModule],
+    graphs: Mapping[Hashable, fx.GraphModule],
     steps: int,
     seed: int,
 ) -> None:
@@ -181,7 +183,7 @@ def _step(
     for reduction in reductions.values():
         reduction.gate_temperature = temperature
     batch = problem.training[_batch_index(state.step, len(problem.training), seed)]
-    task = batch.target.loss(run_graph(graphs[batch.layout], batch.inputs)["logits"])
+    task = batch.target.loss(run_graph(graphs[batch.kind], batch.inputs)["logits"])
     costs = relaxed_costs(reductions, problem.cost, problem.latency)
     loss = task + state.lagrangian.penalty(costs)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
@@ -379,4 +381,4 @@ def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
         relaxed.gate_temperature = _GATE_TEMPERATURES[1]
         reductions[reduction.site] = relaxed
         present = count
-    return mean_loss(lambda layout: relaxed_graph(problem, reductions, layout), problem.scoring)
+    return mean_loss(lambda batch: relaxed_graph(reductions, batch), problem.scoring)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from deos_fx.budget import Budget
 from deos_fx.cost import CostModel
+from deos_fx.graphs import structure_of
 from deos_fx.images import placeholders
 from deos_fx.inputs import complete_inputs, prompt_layout
+from deos_fx.passes.capture import GuardError
 from deos_fx.passes.check_reduction import check_reduction
 from deos_fx.passes.discretise import as_shares, fit_counts, on_grid, within
 from deos_fx.passes.find_sites import Site, Sites
@@ -25,18 +27,56 @@ from deos_fx.policy import Policy
 from deos_fx.reduction import Reduction, site_order, split_site
 from deos_fx.signature import signature_of, sizes_vary
 
-__all__ = ["SearchBatch", "SearchProblem", "mean_loss"]
+__all__ = ["Captures", "SearchBatch", "SearchProblem", "mean_loss"]
 
 _LATENCY_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
 class SearchBatch:
-    """One batch: explicit model inputs, whose prompts are alike, and the goal for its logits."""
+    """One batch: explicit model inputs, whose prompts are alike, and the goal for its logits.
+
+    Attributes:
+        inputs: Arguments of the model's forward, without labels.
+        captured: The call that was captured of such inputs.
+        layout: Their visual tokens.
+        target: The goal.
+    """
 
     inputs: dict[str, Any]
+    captured: Captured
     layout: PromptLayout
     target: Target
+
+    @property
+    def kind(self) -> Hashable:
+        """Batches of one kind run through one graph."""
+        return id(self.captured), self.layout
+
+
+class Captures:
+    """What was captured of a model: a call for each structure of inputs, and for each way that the
+    model's code takes for them (a guard says which).
+
+    Args:
+        model: The unmodified model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval()
+        self.known: dict[tuple[Hashable, ...], list[Captured]] = {}
+
+    @torch.no_grad()
+    def run(self, inputs: Mapping[str, Any]) -> tuple[Captured, dict[str, Any]]:
+        """The captured call that is right for some inputs, and what the unreduced model says."""
+        same = self.known.setdefault(structure_of(self.model, inputs), [])
+        for captured in same:
+            try:
+                return captured, run_graph(captured.graph_module, inputs)
+            except GuardError:
+                continue
+        same.append(capture_call(self.model, inputs))
+        return same[-1], run_graph(same[-1].graph_module, inputs)
 
 
 @dataclass(frozen=True)
@@ -48,6 +88,7 @@ class SearchProblem:
     """
 
     model: PreTrainedModel
+    captures: Captures
     captured: Captured
     layout: PromptLayout
     cost: CostModel
@@ -73,15 +114,17 @@ class SearchProblem:
             cost = CostModel.of_inputs(model, batch)
             costs.setdefault(cost.layout, cost.of_one_prompt())
         cost, *others = costs.values()
+        captures = Captures(model)
         example = {name: value for name, value in longest[0].items() if name != "labels"}
-        captured = capture_call(model.eval(), example)
+        captured, _ = captures.run(example)
         batches = [
-            _with_target(model, captured, batch, layout)
+            _with_target(captures, batch, layout)
             for batch, layout in zip(raw, layouts, strict=True)
         ]
         held_back = len(batches) // 4
         problem = cls(
             model=model,
+            captures=captures,
             captured=captured,
             layout=cost.layout,
             cost=cost,
@@ -142,8 +185,9 @@ class SearchProblem:
     def prefill(self, policy: Policy) -> Callable[[], object]:
         """The static prefill of one prompt, to be timed."""
         longest = max(self.scoring, key=lambda batch: batch.inputs["input_ids"].shape[1])
-        graph = lower_call(self.captured.copy(), policy, longest.layout)
         inputs = _first_prompt(longest.inputs)
+        captured, _ = self.captures.run(inputs)
+        graph = lower_call(captured.copy(), policy, longest.layout)
         return torch.no_grad()(lambda: run_graph(graph, inputs))
 
     def amounts(self, policy: Policy) -> dict[str, float]:
@@ -197,7 +241,7 @@ class SearchProblem:
     def static_loss(self, policy: Policy) -> float:
         """Task loss of the static graph, mean over the scoring batches."""
         return mean_loss(
-            lambda layout: lower_call(self.captured.copy(), policy, layout), self.scoring
+            lambda batch: lower_call(batch.captured.copy(), policy, batch.layout), self.scoring
         )
 
 
@@ -230,22 +274,24 @@ def _layouts(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> li
         raise ValueError(
             f"The prompts of data have {counts} images; search with equally many in every prompt."
         )
-    structures = sorted({tuple(sorted(batch)) for batch in batches})
-    if len(structures) > 1:
-        raise ValueError(f"The batches of data have different inputs: {structures}.")
+    answered = sum("labels" in batch for batch in batches)
+    if answered not in (0, len(batches)):
+        raise ValueError(
+            f"{answered} of the {len(batches)} batches of data have labels: give them with all "
+            "batches, or with none."
+        )
     return layouts
 
 
-def _with_target(
-    model: PreTrainedModel, captured: Captured, batch: Mapping[str, Any], layout: PromptLayout
-) -> SearchBatch:
+def _with_target(captures: Captures, batch: Mapping[str, Any], layout: PromptLayout) -> SearchBatch:
     inputs = dict(batch)
     labels = inputs.pop("labels", None)
-    visual = placeholders(model, inputs["input_ids"])
+    visual = placeholders(captures.model, inputs["input_ids"])
+    captured, unreduced = captures.run(inputs)
     if labels is not None:
-        return SearchBatch(inputs, layout, labelled(labels, visual))
-    target = self_distilled(inputs, visual, lambda **given: run_graph(captured.graph_module, given))
-    return SearchBatch(inputs, layout, target)
+        return SearchBatch(inputs, captured, layout, labelled(labels, visual))
+    target = self_distilled(inputs, visual, unreduced["logits"])
+    return SearchBatch(inputs, captured, layout, target)
 
 
 def _first_prompt(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,15 +310,15 @@ def _first_prompt(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def mean_loss(
-    graph_for: Callable[[PromptLayout], fx.GraphModule], batches: Sequence[SearchBatch]
+    graph_for: Callable[[SearchBatch], fx.GraphModule], batches: Sequence[SearchBatch]
 ) -> float:
-    """Mean task loss over batches, of a relaxed or static graph for each layout."""
-    graphs: dict[PromptLayout, fx.GraphModule] = {}
+    """Mean task loss over batches, of a relaxed or static graph for each kind of batch."""
+    graphs: dict[Hashable, fx.GraphModule] = {}
     losses = []
     for batch in batches:
-        if batch.layout not in graphs:
-            graphs[batch.layout] = graph_for(batch.layout)
-        output = run_graph(graphs[batch.layout], batch.inputs)
+        if batch.kind not in graphs:
+            graphs[batch.kind] = graph_for(batch)
+        output = run_graph(graphs[batch.kind], batch.inputs)
         spaces = output.get("spaces")
         origin = spaces[-1]["origin"] if spaces else None
         losses.append(float(batch.target.loss(output["logits"], origin)))

@@ -196,6 +196,14 @@ REFUSED: dict[str, tuple[Reduction, dict[str, Any], str]] = {
 }
 
 
+def test_coordinates_that_start_again_are_refused() -> None:
+    samples = samples_of("qwen2_vl")
+    row = packed("qwen2_vl", samples)
+    row["position_ids"] = row["position_ids"].expand(3, 1, -1)
+    with pytest.raises(ValueError, match="position_ids go back inside a row"):
+        ReducedModel(shared("qwen2_vl"), Policy(PRUNED["projector"]))(**row)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_be_wrong_is_refused(case: str) -> None:
     reduction, others, said = REFUSED[case]

@@ -264,7 +264,7 @@ def gradients(model: Any) -> Tensor:
     budget = deos_fx.Budget(visual_tokens=0.5)
     problem = SearchProblem.of(model, [batch], budget)
     reduction = RelaxedReduction.from_reduction(Reduction("decoder.0", 0.5, gain=0.5, **NORM), 0.5)
-    graph = relaxed_graph(problem, {"decoder.0": reduction}, problem.layout)
+    graph = relaxed_graph({"decoder.0": reduction}, problem.training[0])
     task = problem.training[0].target.loss(run_graph(graph, problem.training[0].inputs)["logits"])
     found = torch.autograd.grad(task, [*reduction.parameters()], allow_unused=True)
     return torch.cat([gradient.flatten() for gradient in found if gradient is not None])

@@ -9,14 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from families import prompts, shared
-from tiny import inputs, tiny_llava
+from tiny import IMAGE, inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from deos_fx import transform
 from deos_fx.budget import Budget
 from deos_fx.passes import search as search_module
+from deos_fx.passes.pipeline import lower_call, run_graph
 from deos_fx.passes.search import search
+from deos_fx.passes.search_problem import SearchProblem
+from deos_fx.policy import Policy, Reduction
+from deos_fx.reduced_model import ReducedModel
 from deos_fx.search_result import SearchResult
 
 STEPS = 6
@@ -200,6 +205,53 @@ def test_families(name: str) -> None:
 
 
 @pytest.mark.usefixtures("few_variations")
+class Branching(LlavaForConditionalGeneration):
+    """Does something else with a prompt that is alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if len(kwargs["input_ids"]) == 1:
+            output.logits = output.logits * 2
+        return output
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_smaller_last_batch_may_take_another_branch(labels: bool) -> None:
+    model = tiny_llava(layers=2)
+    model.__class__ = Branching
+    data = batches(model, labels=labels)[:2]
+    data.append({name: value[:1] for name, value in data[0].items()})
+    # Prompts of one length need no mask, and then have none.
+    same = inputs(model, batch=2, padding=None)
+    if labels:
+        same["labels"] = same["input_ids"].masked_fill(same["input_ids"] == IMAGE, -100)
+    data.append(same)
+    problem = SearchProblem.of(model, data, Budget(visual_tokens=0.3))
+    assert len({batch.kind for batch in problem.training + problem.scoring}) == 3
+    policy = Policy((Reduction("projector", 16), Reduction("decoder.0", 8)))
+    reduced = ReducedModel(model, policy)
+    for batch, given in zip(problem.training + problem.scoring, data, strict=True):
+        graph = lower_call(batch.captured.copy(), policy, batch.layout)
+        prompts = {name: value for name, value in given.items() if name != "labels"}
+        assert_close(run_graph(graph, batch.inputs)["logits"], reduced(**prompts).logits)
+    # One prompt of a batch, whose time is measured.
+    problem.prefill(policy)()
+
+
+def test_batches_of_all_kinds_take_their_steps() -> None:
+    model = tiny_llava(layers=2)
+    model.__class__ = Branching
+    data = [inputs(model, batch=2), inputs(model, batch=1), inputs(model, batch=2, padding=None)]
+    found = search(model, data, budget=Budget(visual_tokens=0.3), steps=3, sites=["projector"])
+    assert found.best.cost.visual_tokens <= found.limits["visual_tokens"]
+
+
+def test_batches_with_and_without_labels_are_refused(model: LlavaForConditionalGeneration) -> None:
+    data = [batches(model, labels=True)[0], batches(model, labels=False)[0]]
+    with pytest.raises(ValueError, match="1 of the 2 batches of data have labels"):
+        search(model, data, budget=Budget(visual_tokens=0.3))
+
+
 def test_batches_with_images_of_other_sizes() -> None:
     model, large = shared("qwen2_5_vl"), prompts("qwen2_5_vl")
     # 8 x 8 patches, merged by twos: 16 visual tokens instead of 32.
