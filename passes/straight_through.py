@@ -87,8 +87,8 @@ class _Through(torch.autograd.Function):
         for start in range(0, size, _ROWS):
             rows = torch.zeros(min(_ROWS, size - start), size, dtype=ctx.dtype)
             rows.diagonal(start).fill_(1)
-            columns.append(gradient @ _linear(ctx.layer, rows.to(gradient.device)).mT)
-        return torch.cat(columns, dim=-1), None
+            columns.append(gradient @ _linear(ctx.layer, rows.to(gradient.device)).mT.to(gradient))
+        return torch.cat(columns, dim=-1).to(ctx.dtype), None
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -49,12 +49,15 @@ def with_another_forward() -> Any:
     return model
 
 
+@pytest.fixture(autouse=True)
+def forget_accelerator() -> Iterator[None]:
+    """It is remembered in the process, which other tests run in."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def prepared() -> Accelerator:
-    # It is remembered in the process, which other tests run in.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    AcceleratorState._reset_state()
-    return accelerator
+    return Accelerator(cpu=True, mixed_precision="bf16")
 
 
 WRAPPED: dict[str, tuple[Callable[[], Any], str]] = {
