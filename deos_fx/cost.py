@@ -141,8 +141,7 @@ class CostModel:
         batch: Prompts.
         logits_to_keep: Positions of each prompt whose logits are computed; 0 for all of them.
         encoded: Names of methods that encode images and videos, and what each is given for all
-            prompts together.
-            Only where images are all of one size, they need not be given.
+            prompts together. Only where images are all of one size, they need not be given.
 
     Raises:
         TypeError: If `model` is not a transformers model.

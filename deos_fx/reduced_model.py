@@ -287,6 +287,7 @@ class ReducedModel(nn.Module):
         """The prompts that are alike; all of them if nothing is reduced."""
         if self.policy.is_empty and not are_written_alike(self.model, inputs):
             if has_images(inputs):
+                # The model's own checks of images and placeholders are no part of a graph.
                 prompt_layouts(self.model, inputs)
             layout = PromptLayout(image_token_of(self.model), 0, (0, 0))
             return [Part(tuple(range(len(inputs["input_ids"]))), layout, inputs)]

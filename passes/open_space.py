@@ -132,7 +132,9 @@ def _stays(node: fx.Node) -> bool:
 
 
 def _is_metadata(node: fx.Node) -> bool:
-    return node.target == "size" or node.target is getattr and node.args[1] in _METADATA
+    if node.op == "call_method":
+        return node.target == "size"
+    return node.target is getattr and node.args[1] in _METADATA
 
 
 def has_prompt_axis(node: fx.Node) -> bool:
