@@ -48,12 +48,14 @@ __all__ = [
 ]
 
 # Not every function that is written in C dispatches on proxies (factories that take sizes do not),
-# so all are wrapped while tracing.
+# so all are wrapped while tracing. One does and is left alone: layers whose weights compute for
+# themselves (tensor subclasses of quantisation) ask whether they are in this very function.
 _BUILTINS = tuple(
     (namespace, name)
     for namespace in (torch, functional)
     for name, function in vars(namespace).items()
     if isinstance(function, types.BuiltinFunctionType)
+    and function is not functional.linear
     # Whether a value overrides torch's functions is no fact about the input.
     and not name.startswith(("_", "has_torch_function"))
 )

@@ -31,10 +31,6 @@ NORM = {"scores": {"feature_norm": 1.0}}
 POLICY = Policy((Reduction("projector", 0.5, **NORM), Reduction("decoder.2", 0.25)))
 
 
-# While a model is captured, the name stands for something else.
-LINEAR = nn.functional.linear
-
-
 class Coded(Tensor):
     """Integers with a scale, as a tensor that computes for itself and knows linear layers alone."""
 
@@ -47,7 +43,7 @@ class Coded(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not LINEAR:
+        if func is not nn.functional.linear:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         x, weight, bias = args
