@@ -110,7 +110,7 @@ def _word(model: PreTrainedModel) -> int:
 
 
 def _one_image(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A prompt of one image, for models that need no more than its pixels."""
+    """A prompt of one image in text, for models that need no more than its pixels."""
     taken = inspect.signature(type(model).forward).parameters
     kinds = [name for name in ("token_type_ids", "mm_token_type_ids") if name in taken]
     if sizes_vary(model) or kinds:
@@ -121,7 +121,7 @@ def _one_image(model: PreTrainedModel) -> dict[str, Tensor]:
         )
     rows, columns = grid_of(model)
     ids = torch.full((1, rows * columns), image_token_of(model), device=model.device)
-    ids = torch.nn.functional.pad(ids, (1, 0), value=_word(model))
+    ids = torch.nn.functional.pad(ids, (1, 1), value=_word(model))
     # Noise: the tokens of an image of one colour are alike, and equal scores fall either way.
     shape = image_of(model)
     noise = torch.randn(shape.shape, generator=torch.Generator().manual_seed(0))
