@@ -5,8 +5,8 @@ the original model with the dropped keys masked, in float32 and in float64, in t
 decoding. In units of float32's epsilon times the largest logit, the two are 6 to 13 apart in nearly
 every family. Two runs in float32 that add in another order may both be that far off, in opposite
 directions, and another machine adds in an order of its own: that is 32, of which the tests of
-families use up 12 here. Models that amplify
-rounding are listed with what they need: their oracle itself is farther from its exact values.
+families use up 12 here. Models that amplify rounding are listed with what they need: their oracle
+itself is farther from its exact values.
 """
 
 from __future__ import annotations
