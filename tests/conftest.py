@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,13 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What takes longest starts first, so that no worker is left alone with it at the end.
 LONGEST = ("test_onnx", "test_onnx_families", "test_readme", "test_search", "test_operator")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Let workers take what shares a costly fixture (`xdist_group`) as a whole, in our order."""
-    if config.getoption("dist", "no") == "load":
-        config.option.dist = "loadgroup"
-        config.option.loadscopereorder = False
+# One worker gets all of these tests, since what they share takes long: exports, a search.
+TOGETHER = ("test_onnx", "test_onnx_families", "test_search")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -33,3 +30,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
 def _place(item: pytest.Item) -> int:
     name = item.path.stem
     return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        """Files of TOGETHER as a whole, all other tests one by one."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if Path(file).stem in TOGETHER else nodeid
+
+    if config.getoption("dist") != "load":
+        return None
+    # In our order, not by how many tests there are.
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)

@@ -121,8 +121,6 @@ every_case = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES],
 )
-# One worker has all of them, so that nothing is exported twice.
-pytestmark = pytest.mark.xdist_group("onnx")
 
 
 @pytest.fixture(scope="module")

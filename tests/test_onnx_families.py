@@ -26,8 +26,6 @@ from deos_fx.policy import Policy
 from deos_fx.reduced_model import ReducedModel
 
 EXPORTED = ("gemma3", "qwen2_5_vl")
-# One worker has all of them, so that nothing is exported twice.
-pytestmark = pytest.mark.xdist_group("onnx families")
 both = pytest.mark.parametrize("name", EXPORTED)
 
 
