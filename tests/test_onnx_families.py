@@ -16,7 +16,7 @@ import pytest
 import torch
 from closeness import assert_onnx_close
 from families import IMAGE, prompts, shared
-from onnx_families import LAYERS, generate, reduced
+from onnx_families import LAYERS, check_onnx, generate, reduced
 
 from deos_fx.exporters.example import example_of
 from deos_fx.exporters.onnx import export_onnx
@@ -122,9 +122,10 @@ def test_some_models_need_an_example(name: str, reason: str, tmp_path: Any) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_images_in_another_input_are_refused(tmp_path: Any) -> None:
-    with pytest.raises(ValueError, match="no pixel_values.*run the reduced model in PyTorch"):
-        export_onnx(reduced("video_llava"), tmp_path / "out", prompts("video_llava", 1))
+@pytest.mark.slow
+def test_images_by_their_former_name_are_exported() -> None:
+    assert "pixel_values_images" in prompts("video_llava")
+    assert check_onnx("video_llava") == "yes"
 
 
 def test_examples_with_more_than_text_and_images_are_refused(tmp_path: Any) -> None:
