@@ -6,6 +6,8 @@ them again with UPDATE_GOLDENS=1 and read the difference.
 
 from __future__ import annotations
 
+import gc
+import linecache
 import operator
 import os
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 from tiny import inputs, shared_llava
 from torch import fx, nn
+from torch.fx.graph_module import _loader
 
 from deos_fx import presets, tokens
 from deos_fx.operator import relaxed, top_k
@@ -285,3 +288,15 @@ def test_verify_finds_damage(damage: Any, message: str) -> None:
 def test_verify_finds_a_reduction_in_decoding() -> None:
     with pytest.raises(VerificationError, match="reduces tokens"):
         verify(lowered(Reduction("decoder.1", 16)), "decode")
+
+
+def test_the_source_of_a_graph_goes_with_it() -> None:
+    graph_module = lowered(Reduction("decoder.0", 16))
+    source = type(graph_module).forward.__code__.co_filename
+    assert source in _loader.eval_cache and linecache.getline(source, 1)
+    finish(graph_module)
+    assert source not in _loader.eval_cache
+    source = type(graph_module).forward.__code__.co_filename
+    del graph_module
+    gc.collect()
+    assert source not in _loader.eval_cache and source not in linecache.cache
