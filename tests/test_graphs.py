@@ -12,6 +12,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from closeness import assert_close
 from families import shared
+from peft import LoraConfig, get_peft_model
 from test_batches import batch_of, grid
 from tiny import inputs, tiny_llava
 from torch import nn
@@ -91,6 +92,18 @@ def hooked(model: Any) -> None:
     add_hook_to_module(model.get_decoder().layers[0].mlp, Negate())
 
 
+def adapted(model: Any) -> None:
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    get_peft_model(model, config)
+    model.eval()
+
+
+def merged(model: Any) -> None:
+    config = LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    get_peft_model(model, config).merge_and_unload()
+    model.eval()
+
+
 def setting(model: Any) -> None:
     model.config.vision_feature_layer = -1
 
@@ -107,6 +120,8 @@ CHANGES = [
     other_class,
     vocabulary,
     hooked,
+    adapted,
+    merged,
     setting,
     weights,
 ]
