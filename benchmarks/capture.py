@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from deos_fx import Policy, Reduction, transform
-from deos_fx.example import example_inputs
 from deos_fx.files import write_text
-from deos_fx.inputs import complete_inputs, prompt_layout
-from deos_fx.operator.relaxed import RelaxedReduction
-from deos_fx.passes.insert_relaxed import insert_relaxed
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.inputs.complete import complete_inputs, prompt_layout
+from deos_fx.inputs.example import example_inputs
+from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import capture_call, lower_call
 
 __all__ = ["MODELS", "measure"]

@@ -29,12 +29,15 @@ from transformers import LlavaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.utils import logging as transformers_logging
 
-from deos_fx import Reduction, context, presets, reference, tokens
+from deos_fx import Reduction, presets, reference, tokens
+from deos_fx.attention.observation import OBSERVED, Observation
+from deos_fx.attention.seam import (
+    AttentionView,
+    received_attention,
+)
+from deos_fx.cli.terminal import Advance, stages
 from deos_fx.files import write_text
-from deos_fx.operator import required_features, static_reduce
-from deos_fx.passes.features import OBSERVED
-from deos_fx.seam import AttentionView, Observation, received_attention
-from deos_fx.terminal import Advance, stages
+from deos_fx.forms.static import required_features, static_reduce
 
 __all__ = ["Settings", "direct_tome", "measure"]
 
@@ -369,11 +372,11 @@ def _measure_tome(shape: LlavaConfig, settings: Settings, advance: Advance) -> d
         metric = metric.to(dtype)
         # Sizes as a later block finds them, except that CLS has none.
         mass = torch.randint(1, 4, (rows, patches)).float()
-    features = {"keys": context.without_class(metric, 1)}
+    features = {"keys": tokens.without_class(metric, 1)}
     size = F.pad(mass, (1, 0), value=1.0).unsqueeze(-1).to(dtype)
 
     def ours() -> tuple[Tensor, Tensor]:
-        inside = context.without_class(hidden, 1)
+        inside = tokens.without_class(hidden, 1)
         found = static_reduce(reduction, patches - settings.merged, inside, mass, features)
         return tokens.with_patches(hidden, found.tokens, 1), found.mass
 

@@ -35,11 +35,11 @@ from deos_fx import (
     presets,
     reference,
 )
-from deos_fx.cost import CostModel
+from deos_fx.cli.terminal import Advance, Stages, stages
+from deos_fx.cost.latency import milliseconds
+from deos_fx.cost.model import CostModel
 from deos_fx.files import write_text
-from deos_fx.passes.latency import milliseconds
-from deos_fx.signature import signature_of
-from deos_fx.terminal import Advance, Stages, stages
+from deos_fx.models.facts import signature_of
 
 __all__ = ["Settings", "measure"]
 

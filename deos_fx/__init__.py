@@ -7,17 +7,19 @@ takes the result to ONNX Runtime. Names are loaded when they are used.
 import importlib as _importlib
 import typing as _typing
 
+from deos_fx.version import __version__ as __version__
+
 if _typing.TYPE_CHECKING:
     from deos_fx import presets as presets
     from deos_fx.api import transform as transform
-    from deos_fx.budget import Budget as Budget
     from deos_fx.exporters.onnx import export_onnx as export_onnx
     from deos_fx.exporters.onnx_model import OnnxModel as OnnxModel
-    from deos_fx.passes.search import search as search
-    from deos_fx.policy import Policy as Policy
-    from deos_fx.policy import Reduction as Reduction
-    from deos_fx.reduced_model import ReducedModel as ReducedModel
-    from deos_fx.search_result import SearchResult as SearchResult
+    from deos_fx.passes.search.search import search as search
+    from deos_fx.policy.budget import Budget as Budget
+    from deos_fx.policy.policy import Policy as Policy
+    from deos_fx.policy.reduction import Reduction as Reduction
+    from deos_fx.results.search_result import SearchResult as SearchResult
+    from deos_fx.runtime.reduced_model import ReducedModel as ReducedModel
 
 __all__ = [
     "Budget",
@@ -33,17 +35,15 @@ __all__ = [
     "transform",
 ]
 
-__version__ = "0.1.0"
-
 _PLACES = {
-    "Budget": "budget",
+    "Budget": "policy.budget",
     "OnnxModel": "exporters.onnx_model",
-    "Policy": "policy",
-    "ReducedModel": "reduced_model",
-    "Reduction": "reduction",
-    "SearchResult": "search_result",
+    "Policy": "policy.policy",
+    "ReducedModel": "runtime.reduced_model",
+    "Reduction": "policy.reduction",
+    "SearchResult": "results.search_result",
     "export_onnx": "exporters.onnx",
-    "search": "passes.search",
+    "search": "passes.search.search",
     "transform": "api",
 }
 

@@ -10,13 +10,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from deos_fx import presets
-from deos_fx.budget import Budget
-from deos_fx.cost import CostModel
-from deos_fx.measure import measure_encoder
-from deos_fx.passes.discretise import as_shares, fit_counts
-from deos_fx.policy import Policy
-from deos_fx.reduced_model import ReducedModel
-from deos_fx.signature import grid_of, has_class_token, signature_of, sizes_vary
+from deos_fx.cost.measure import measure_encoder
+from deos_fx.cost.model import CostModel
+from deos_fx.models.facts import grid_of, has_class_token, signature_of, sizes_vary
+from deos_fx.policy.budget import Budget
+from deos_fx.policy.fit import as_shares, fit_counts
+from deos_fx.policy.policy import Policy
+from deos_fx.runtime.reduced_model import ReducedModel
 
 __all__ = ["transform"]
 
@@ -64,7 +64,7 @@ def transform(
     _check_arguments(policy, budget, data)
     wanted = budget or DEFAULT_BUDGET
     if policy is None and data is not None:
-        from deos_fx.passes.search import search
+        from deos_fx.passes.search.search import search
 
         policy = search(model, data, budget=wanted).policy
     elif policy is None:

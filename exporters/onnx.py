@@ -61,27 +61,27 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from deos_fx import __version__
-from deos_fx.cache import ReducedCache
-from deos_fx.exporters.example import BATCH, Example, example_of, words
-from deos_fx.exporters.record import record
+from deos_fx.exporters.graphs.example import BATCH, Example, example_of, words
+from deos_fx.exporters.graphs.record import record
 from deos_fx.files import fresh_folder
-from deos_fx.inputs import complete_inputs
-from deos_fx.layers import has_codes
+from deos_fx.inputs.complete import complete_inputs
+from deos_fx.models.layers import has_codes
 from deos_fx.passes.finish import finish
-from deos_fx.passes.layout import PromptLayout, first_layer
-from deos_fx.passes.lower_decode import DecodeSpace, decode_spaces
+from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
 from deos_fx.passes.pipeline import capture_call, lower_call
-from deos_fx.passes.replace_placeholder_merge import replace_placeholder_merge
-from deos_fx.passes.split_encoder import split_encoder
-from deos_fx.policy import Policy
-from deos_fx.reduced_model import ReducedModel
-from deos_fx.tokens import take
+from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
+from deos_fx.passes.rewrite.split_encoder import split_encoder
+from deos_fx.policy.policy import Policy
+from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.tokens.cache import ReducedCache
+from deos_fx.tokens.index import take
+from deos_fx.tokens.layout import PromptLayout, first_layer
+from deos_fx.version import __version__
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["FORMAT", "IMAGES", "MANIFEST", "VERSION", "export_onnx"]
+__all__ = ["export_onnx"]
 
 FORMAT, VERSION, MANIFEST = "onnx", 3, "deos_fx.json"
 WEIGHTS, IMAGES = "weights.data", "images.safetensors"

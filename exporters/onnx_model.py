@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from deos_fx.cache import ReducedCache, TokenSpace
 from deos_fx.exporters.onnx import FORMAT, IMAGES, MANIFEST, VERSION
-from deos_fx.generation import generation_host
-from deos_fx.inputs import complete_inputs, image_inputs, normal_inputs
-from deos_fx.packed import packed_by
-from deos_fx.passes.lower_decode import DecodeSpace
-from deos_fx.tokens import last_token
+from deos_fx.inputs.complete import complete_inputs, image_inputs, normal_inputs
+from deos_fx.inputs.packed import packed_by
+from deos_fx.passes.lower.lower_decode import DecodeSpace
+from deos_fx.runtime.generation import generation_host
+from deos_fx.tokens.cache import ReducedCache, TokenSpace
+from deos_fx.tokens.index import last_token
 
 __all__ = ["OnnxModel"]
 

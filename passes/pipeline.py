@@ -9,18 +9,19 @@ from typing import Any
 from torch import fx
 from transformers import PreTrainedModel
 
-from deos_fx.passes.annotate_token_spaces import annotate_token_spaces
-from deos_fx.passes.capture import PIXELS, capture
-from deos_fx.passes.find_blocks import Blocks, find_blocks
-from deos_fx.passes.find_sites import Sites, find_sites
-from deos_fx.passes.fold_masked_add import fold_masked_add
-from deos_fx.passes.fold_unstack import fold_unstack
-from deos_fx.passes.layout import PromptLayout
-from deos_fx.passes.lower_decode import decode_spaces, lower_decode
-from deos_fx.passes.lower_reductions import lower_reductions
+from deos_fx.models.blocks import Blocks, find_blocks
+from deos_fx.models.encoders import PIXELS
+from deos_fx.models.facts import sizes_vary
+from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
+from deos_fx.passes.analyse.find_sites import Sites, find_sites
+from deos_fx.passes.capture.capture import capture
+from deos_fx.passes.lower.lower_decode import decode_spaces, lower_decode
+from deos_fx.passes.lower.lower_reductions import lower_reductions
+from deos_fx.passes.rewrite.fold_masked_add import fold_masked_add
+from deos_fx.passes.rewrite.fold_unstack import fold_unstack
 from deos_fx.passes.verify import verify
-from deos_fx.policy import Policy
-from deos_fx.signature import sizes_vary
+from deos_fx.policy.policy import Policy
+from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["Captured", "capture_call", "lower_call", "run_graph"]
 

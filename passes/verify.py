@@ -23,20 +23,17 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from deos_fx import context, operator, tokens
+from deos_fx import operator, tokens
+from deos_fx.errors import VerificationError
 from deos_fx.operator import SCORES, SELECTORS
 
-__all__ = ["Stage", "VerificationError", "verify"]
+__all__ = ["Stage", "verify"]
 
 Stage = Literal["captured", "lowered", "decode"]
 
 
 # Their results have shapes that depend on data, or runtimes disagree on them.
 _DYNAMIC = {"index_add", "item", "masked_select", "nonzero", "scatter_add", "tolist", "unique"}
-
-
-class VerificationError(RuntimeError):
-    """A pass left a graph that breaks a rule; the message names the rule and the node."""
 
 
 def verify(graph_module: fx.GraphModule, stage: Stage) -> fx.GraphModule:
@@ -106,7 +103,7 @@ def _check_layers(graph: fx.Graph, stage: Stage) -> None:
 def _static_operators() -> set[Any]:
     """Our functions that a lowered graph may call: those of the tables, as they are now."""
     return {
-        *(getattr(module, name) for module in (tokens, context) for name in module.__all__),
+        *(getattr(tokens, name) for name in tokens.__all__),
         *(function for name in operator.__all__ if callable(function := getattr(operator, name))),
         *(score.function for score in SCORES.values()),
         *(selector.function for selector in SELECTORS.values()),
@@ -119,7 +116,7 @@ def _check_operator(node: fx.Node, stage: Stage) -> None:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     _require(name.strip("_") not in _DYNAMIC, stage, f"{node.name} calls {name}")
     ours = getattr(node.target, "__module__", None) or ""
-    if ours.startswith(("deos_fx.context", "deos_fx.tokens", "deos_fx.operator")):
+    if ours.startswith(("deos_fx.tokens", "deos_fx.operator", "deos_fx.forms")):
         known = node.target in _static_operators()
         _require(known, stage, f"{node.name}: {name} is not a static operator")
 

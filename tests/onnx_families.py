@@ -13,8 +13,9 @@ from torch import Tensor
 
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 __all__ = ["LAYERS", "POLICY", "check_onnx", "generate", "reduced"]
 

@@ -19,7 +19,8 @@ from tiny import IMAGE, VISUAL, row_of
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from deos_fx.policy import Policy, Reduction
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
 
 
 @contextlib.contextmanager

@@ -21,11 +21,11 @@ from families import CONVOLVING, FAMILIES, TWINS, prompts, shared
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from deos_fx.files import write_text
-from deos_fx.inputs import complete_inputs
-from deos_fx.passes.families import FORMER_IMAGES
+from deos_fx.inputs.complete import complete_inputs
+from deos_fx.models.facts import signature_of
+from deos_fx.models.families import FORMER_IMAGES
 from deos_fx.passes.pipeline import capture_call
-from deos_fx.reduction import split_site
-from deos_fx.signature import signature_of
+from deos_fx.policy.reduction import split_site
 
 __all__ = ["COLUMNS", "family_row", "main", "refused"]
 

@@ -16,8 +16,9 @@ from tiny import shared_llava
 from torch import Tensor
 
 from deos_fx.passes.pipeline import capture_call
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 Image = tuple[list[int], dict[str, Tensor]]
 """Placeholders of one image, and its inputs with a leading axis of images."""
@@ -206,7 +207,7 @@ def test_prompts_of_text_alone_are_answered_as_by_the_model(name: str) -> None:
 def test_a_new_size_is_lowered_again_but_not_captured_again(monkeypatch: Any) -> None:
     captured = []
     monkeypatch.setattr(
-        "deos_fx.graphs.capture_call",
+        "deos_fx.runtime.graphs.capture_call",
         lambda *args: captured.append(0) or capture_call(*args),
     )
     reduced = ReducedModel(shared("qwen2_5_vl"), Policy(PRUNED["both"]))

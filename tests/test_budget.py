@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deos_fx.budget import Budget
+from deos_fx.policy.budget import Budget
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from deos_fx import Budget, Policy, ReducedModel, Reduction, SearchResult, presets, reference
-from deos_fx.cli import app
-from deos_fx.cost import CostModel
-from deos_fx.data import batches, read_records
+from deos_fx.cli.app import app
+from deos_fx.cli.data import batches, read_records
+from deos_fx.cost.model import CostModel
 from deos_fx.files import fresh_folder
-from deos_fx.search_result import Candidate
+from deos_fx.results.search_result import Candidate
 from tests.tiny import inputs, tiny_llava
 
 COMMANDS = ("demo", "search", "transform", "export", "inspect")
@@ -78,7 +78,7 @@ def test_help_has_examples(command):
 def test_help_lists_every_command_and_loads_no_model_code():
     code = (
         "import sys; sys.argv = ['deos-fx', '--help']\n"
-        "from deos_fx.cli import app\n"
+        "from deos_fx.cli.app import app\n"
         "try: app()\n"
         "finally: print([m for m in ('torch', 'transformers', 'onnx') if m in sys.modules])"
     )
@@ -199,7 +199,7 @@ def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
         limits = {"visual_tokens": 18.0}
         return SearchResult(policy, history, [found], limits, whole, 0.4, 0.5)
 
-    monkeypatch.setattr("deos_fx.passes.search.search", find)
+    monkeypatch.setattr("deos_fx.passes.search.search.search", find)
     out = tmp_path / "found"
     options = ("--budget", "18", "--steps", 3, "--batch-size", 2, "--output", out)
     run("search", reference.WEIGHTS, "--data", questions, *options)
@@ -335,7 +335,7 @@ def test_interrupted(model_dir, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deos_fx.inspection.print_outline", interrupt)
+    monkeypatch.setattr("deos_fx.cli.outline_text.print_outline", interrupt)
     assert "Interrupted" in run("inspect", model_dir, code=130)
 
 

@@ -14,7 +14,8 @@ from tiny import inputs, tiny_llava
 
 from deos_fx import transform
 from deos_fx.operator import scores, select
-from deos_fx.policy import Policy, Reduction
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 

@@ -10,15 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from deos_fx import presets
-from deos_fx.cost import CostModel, CostReport
-from deos_fx.measure import measure_decoder
-from deos_fx.operator.relaxed import RelaxedReduction
-from deos_fx.operator_cost import SiteSizes, operator_flops, relaxed_flops
-from deos_fx.passes.layout import PromptLayout
-from deos_fx.passes.search_space import relaxed_costs
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
-from deos_fx.reduction import site_order
+from deos_fx.cost.measure import measure_decoder
+from deos_fx.cost.model import CostModel, CostReport
+from deos_fx.cost.operator_flops import SiteSizes, operator_flops, relaxed_flops
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.passes.search.space import relaxed_costs
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction, site_order
+from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.tokens.layout import PromptLayout
 
 POLICIES = {
     "empty": (),

@@ -16,12 +16,13 @@ from families import CONVOLVING, FAMILIES, IMAGE, TWINS, alone, prompts, shared
 from masked import alive_of, masked_from
 from torch import Tensor
 
-from deos_fx.inputs import complete_inputs
-from deos_fx.passes.capture import CaptureError
+from deos_fx.errors import CaptureError
+from deos_fx.inputs.complete import complete_inputs
+from deos_fx.models.facts import signature_of
 from deos_fx.passes.pipeline import capture_call
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
-from deos_fx.signature import signature_of
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 STEPS = 3
 NORM = {"scores": {"feature_norm": 1.0}}

@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from deos_fx import reference
-from deos_fx.cache import ReducedCache
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.tokens.cache import ReducedCache
 
 STEPS = 4
 NORM = {"scores": {"feature_norm": 1.0}}

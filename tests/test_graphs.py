@@ -20,9 +20,10 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainingArgumen
 
 from deos_fx import graphs
 from deos_fx.passes.pipeline import capture_call
-from deos_fx.policy import Policy, Reduction
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
 from deos_fx.recent import Recent
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.runtime.reduced_model import ReducedModel
 
 # It observes attention in the tower and in the decoder, so both have views of blocks in the graph.
 POLICY = Policy(

@@ -10,9 +10,10 @@ from closeness import assert_close
 from tiny import inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
-from deos_fx.passes.capture import CaptureError
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.errors import CaptureError
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 
 class Branching(LlavaForConditionalGeneration):

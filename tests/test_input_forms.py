@@ -13,14 +13,15 @@ from tiny import inputs, shared_llava
 from torch import Tensor
 
 from deos_fx import transform
-from deos_fx.budget import Budget
-from deos_fx.cost import CostModel
+from deos_fx.cli.outline import outline
+from deos_fx.cost.model import CostModel
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
-from deos_fx.outline import outline
-from deos_fx.passes.search_problem import SearchProblem
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.policy.budget import Budget
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 Form = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 

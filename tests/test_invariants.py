@@ -17,11 +17,12 @@ from tiny import IMAGE, LAYOUTS, VISUAL, inputs, row_of, shared_llava, tiny_llav
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from deos_fx.inputs import complete_inputs
-from deos_fx.passes.capture import CaptureError
+from deos_fx.errors import CaptureError
+from deos_fx.inputs.complete import complete_inputs
 from deos_fx.passes.pipeline import capture_call
-from deos_fx.policy import Policy, Reduction, Tier
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction, Tier
+from deos_fx.runtime.reduced_model import ReducedModel
 
 
 @pytest.fixture(scope="module")

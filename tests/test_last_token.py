@@ -15,12 +15,13 @@ from tiny import shared_llava
 from torch import Tensor
 
 from deos_fx import presets
-from deos_fx.budget import Budget
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
-from deos_fx.passes.search_problem import SearchProblem
-from deos_fx.policy import Policy, Reduction, Tier
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.policy.budget import Budget
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction, Tier
+from deos_fx.runtime.reduced_model import ReducedModel
 
 
 def ending(name: str, text: int = 6, images: int = 1, behind: int = 0) -> dict[str, Tensor]:

@@ -19,11 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface
 
-from deos_fx.inputs import complete_inputs
+from deos_fx.errors import CaptureError
+from deos_fx.inputs.complete import complete_inputs
 from deos_fx.passes import lower_reductions
-from deos_fx.passes.capture import CaptureError
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 STEPS = 3
 NORM = {"scores": {"feature_norm": 1.0}}

@@ -13,9 +13,9 @@ from torch import fx
 
 from benchmarks.common import SHAPES
 from deos_fx import Policy, Reduction, presets, transform
-from deos_fx.inputs import complete_inputs, prompt_layout
-from deos_fx.operator.relaxed import RelaxedReduction
-from deos_fx.passes.insert_relaxed import insert_relaxed
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.inputs.complete import complete_inputs, prompt_layout
+from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call
 
 MERGE = Policy(

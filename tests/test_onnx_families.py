@@ -18,12 +18,12 @@ from closeness import assert_onnx_close
 from families import IMAGE, prompts, shared
 from onnx_families import LAYERS, check_onnx, generate, reduced
 
-from deos_fx.exporters.example import example_of
+from deos_fx.exporters.graphs.example import example_of
+from deos_fx.exporters.graphs.record import record
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
-from deos_fx.exporters.record import record
-from deos_fx.policy import Policy
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.policy.policy import Policy
+from deos_fx.runtime.reduced_model import ReducedModel
 
 EXPORTED = ("gemma3", "qwen2_5_vl")
 both = pytest.mark.parametrize("name", EXPORTED)

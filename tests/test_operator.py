@@ -18,11 +18,15 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from deos_fx import operator
-from deos_fx.operator import SCORES, SELECTORS, StaticOutput, static_reduce
+from deos_fx.forms.relaxed import RelaxedReduction, has_relaxed_form, soft_top_k
+from deos_fx.forms.static import StaticOutput, static_reduce
+from deos_fx.operator import (
+    SCORES,
+    SELECTORS,
+)
 from deos_fx.operator.grid import grid_preference
-from deos_fx.operator.relaxed import RelaxedReduction, has_relaxed_form, soft_top_k
 from deos_fx.operator.sequential import greedy_penalty
-from deos_fx.reduction import Reduction, Tier
+from deos_fx.policy.reduction import Reduction, Tier
 
 quick = settings(deadline=None, max_examples=10)
 seeds = st.integers(0, 2**31)

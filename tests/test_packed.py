@@ -12,8 +12,9 @@ from masked import alive_of, masked_from
 from test_families import NORM, PRUNED
 from torch import Tensor
 
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 POOLED = Reduction(
     "projector", 16, selector="grid", gain=1.0, similarity={"grid": 1.0}, mass_bias=1.0

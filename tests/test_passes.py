@@ -20,16 +20,18 @@ from torch import fx, nn
 from torch.fx.graph_module import _loader
 
 from deos_fx import presets, tokens
-from deos_fx.operator import relaxed, top_k
-from deos_fx.passes.annotate_token_spaces import MASK
-from deos_fx.passes.capture import GuardError
+from deos_fx.attention.seam import ObservedBlock
+from deos_fx.errors import GuardError, VerificationError
+from deos_fx.forms import relaxed
+from deos_fx.operator import top_k
+from deos_fx.passes.analyse.annotate_token_spaces import MASK
 from deos_fx.passes.finish import finish
-from deos_fx.passes.fold_unstack import fold_unstack
-from deos_fx.passes.open_space import open_space
-from deos_fx.passes.verify import VerificationError, verify
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
-from deos_fx.seam import ObservedBlock
+from deos_fx.passes.lower.open_space import open_space
+from deos_fx.passes.rewrite.fold_unstack import fold_unstack
+from deos_fx.passes.verify import verify
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -16,7 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deos_fx.operator import SCORES, SELECTORS, SIMILARITIES
-from deos_fx.policy import ModelSignature, Policy, Reduction, Tier
+from deos_fx.policy.policy import (
+    ModelSignature,
+    Policy,
+)
+from deos_fx.policy.reduction import Reduction, Tier
 
 TINY = ModelSignature(model_type="llava", vision_layers=4, decoder_layers=10, visual_tokens=144)
 SITES = ["projector", "decoder.0", "decoder.4", "decoder.12", "vision.3"]

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx import presets
-from deos_fx.operator import static_reduce
-from deos_fx.policy import Policy, Reduction
+from deos_fx.forms.static import static_reduce
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
 
 PUBLISHED = {name: method.function() for name, method in presets.CATALOGUE.items()}
 

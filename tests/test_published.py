@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx import Policy, presets, reference, transform
-from deos_fx.operator.static import required_features, static_reduce
-from deos_fx.policy import Reduction
+from deos_fx.forms.static import required_features, static_reduce
+from deos_fx.policy.reduction import Reduction
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

@@ -17,15 +17,16 @@ from tiny import inputs, shared_llava, tiny_llava
 from torch import Tensor, nn
 
 import deos_fx
-from deos_fx.cost import CostModel
-from deos_fx.inputs import complete_inputs
-from deos_fx.operator.relaxed import RelaxedReduction
+from deos_fx.cost.model import CostModel
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.inputs.complete import complete_inputs
 from deos_fx.passes.pipeline import capture_call, run_graph
-from deos_fx.passes.search import relaxed_graph
-from deos_fx.passes.search_problem import SearchProblem
-from deos_fx.passes.straight_through import StraightThrough
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.passes.rewrite.straight_through import StraightThrough
+from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.passes.search.search import relaxed_graph
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 NORM = {"scores": {"feature_norm": 1.0}}
 POLICY = Policy((Reduction("projector", 0.5, **NORM), Reduction("decoder.2", 0.25)))

@@ -10,8 +10,9 @@ import torch
 from closeness import assert_close
 from tiny import IMAGE, VISUAL, inputs, row_of, shared_llava, tiny_llava
 
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 MIXED = Policy(
     (

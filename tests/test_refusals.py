@@ -9,8 +9,8 @@ import torch
 import transformers as hf
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from deos_fx.passes.capture import CaptureError
-from deos_fx.signature import signature_of
+from deos_fx.errors import CaptureError
+from deos_fx.models.facts import signature_of
 
 CROSS, ENCODER, QUERIES = "through cross-attention", "encoder that its decoder", "a Q-Former"
 OTHER = "no get_image_features"

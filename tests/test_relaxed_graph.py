@@ -12,13 +12,14 @@ from families import FAMILIES, prompts, shared
 from tiny import inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
-from deos_fx.inputs import complete_inputs, prompt_layout
-from deos_fx.operator.relaxed import RelaxedReduction
-from deos_fx.passes.families import FORMER_IMAGES
-from deos_fx.passes.insert_relaxed import insert_relaxed
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.inputs.complete import complete_inputs, prompt_layout
+from deos_fx.models.families import FORMER_IMAGES
+from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import capture_call, lower_call
-from deos_fx.policy import Policy, Reduction
-from deos_fx.tokens import take
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.tokens.index import take
 
 REGIMES: dict[str, dict[str, Any]] = {
     "prune": {},

@@ -3,11 +3,11 @@
 import torch
 from torch import fx
 
-from deos_fx.passes.replace_placeholder_merge import (
+from deos_fx.passes.rewrite.replace_placeholder_merge import (
     merge_placeholders,
     replace_placeholder_merge,
 )
-from deos_fx.tokens import take
+from deos_fx.tokens.index import take
 
 IMAGE = 7
 

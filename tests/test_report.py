@@ -9,12 +9,16 @@ import torch
 from PIL import Image
 
 from deos_fx import presets
-from deos_fx.charts import PAINTS
-from deos_fx.cost import Cost
-from deos_fx.explain import SiteExplanation
-from deos_fx.pictures import Move, TokenStep, token_steps
-from deos_fx.policy import ModelSignature, Policy, Reduction
-from deos_fx.report import (
+from deos_fx.cost.model import Cost
+from deos_fx.policy.policy import (
+    ModelSignature,
+    Policy,
+)
+from deos_fx.policy.reduction import Reduction
+from deos_fx.results.charts import PAINTS
+from deos_fx.results.explanation import SiteExplanation
+from deos_fx.results.pictures import Move, TokenStep, token_steps
+from deos_fx.results.report import (
     SEARCHED,
     UNREDUCED,
     DemoResult,
@@ -23,7 +27,7 @@ from deos_fx.report import (
     Picture,
     demo_report,
 )
-from deos_fx.search_result import Candidate, SearchResult
+from deos_fx.results.search_result import Candidate, SearchResult
 
 LAYERS, TOKENS = 6, 64
 VOID = {"meta", "br", "rect", "line", "circle", "image", "use", "path", "hr", "link", "img"}

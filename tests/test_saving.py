@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny import inputs, tiny_llava
 from torch import nn
 
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 NORM = {"scores": {"feature_norm": 1.0}}
 POLICY = Policy((Reduction("projector", 0.5, **NORM), Reduction("decoder.2", 0.25)))

@@ -15,14 +15,15 @@ from tiny import IMAGE, inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from deos_fx import transform
-from deos_fx.budget import Budget
 from deos_fx.passes import search as search_module
 from deos_fx.passes.pipeline import lower_call, run_graph
-from deos_fx.passes.search import search
-from deos_fx.passes.search_problem import SearchProblem
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
-from deos_fx.search_result import SearchResult
+from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.passes.search.search import search
+from deos_fx.policy.budget import Budget
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.results.search_result import SearchResult
+from deos_fx.runtime.reduced_model import ReducedModel
 
 STEPS = 6
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx import operator
-from deos_fx.operator import SELECTORS, StaticOutput, static_reduce
+from deos_fx.forms.static import StaticOutput, static_reduce
+from deos_fx.operator import SELECTORS
 from deos_fx.operator.sequential import max_min_ranking
-from deos_fx.reduction import Reduction, Tier
+from deos_fx.policy.reduction import Reduction, Tier
 
 quick = settings(deadline=None, max_examples=10)
 seeds = st.integers(0, 2**31)

@@ -18,13 +18,14 @@ from torch.fx.experimental import _config as fx_config
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, masking_utils
 
 from deos_fx import presets
-from deos_fx.budget import Budget
-from deos_fx.graphs import Graphs
-from deos_fx.passes.replaced import replaced
-from deos_fx.passes.search import search
-from deos_fx.passes.shapes_only import ShapesOnly
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.models.shapes_only import ShapesOnly
+from deos_fx.passes.search.search import search
+from deos_fx.policy.budget import Budget
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.replaced import replaced
+from deos_fx.runtime.graphs import Graphs
+from deos_fx.runtime.reduced_model import ReducedModel
 
 THREADS = 8
 MERGE = Policy((Reduction("projector", 0.25, scores={"cls_attention": 1.0}, gain=1.0),))

@@ -69,7 +69,7 @@ def test_data_is_searched_for_the_budget(monkeypatch):
         calls.append((model, data, budget))
         return SimpleNamespace(policy=found)
 
-    monkeypatch.setattr("deos_fx.passes.search.search", search)
+    monkeypatch.setattr("deos_fx.passes.search.search.search", search)
     model = shared_llava()
     data = [inputs(model)]
     assert deos_fx.transform(model, data=data).policy is found

@@ -16,8 +16,8 @@ from torch import Tensor
 from videos import VIDEOS
 
 import deos_fx
-from deos_fx.policy import Policy
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.policy.policy import Policy
+from deos_fx.runtime.reduced_model import ReducedModel
 
 GLM = ["glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"]
 """They write videos with the placeholders of images."""

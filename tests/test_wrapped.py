@@ -14,10 +14,11 @@ from tiny import inputs, shared_llava, tiny_llava
 from torch import nn
 
 import deos_fx
-from deos_fx.cost import CostModel
-from deos_fx.example import example_inputs
-from deos_fx.policy import Policy, Reduction
-from deos_fx.reduced_model import ReducedModel
+from deos_fx.cost.model import CostModel
+from deos_fx.inputs.example import example_inputs
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 POLICY = Policy((Reduction("decoder.1", 0.5),))
 HALF = deos_fx.Budget(visual_tokens=0.5)

@@ -35,7 +35,6 @@ from deos_fx.operator.select import (
     windows,
 )
 from deos_fx.operator.sequential import determinantal, distinct, greedy, max_min, probe
-from deos_fx.operator.static import StaticOutput, required_features, static_reduce
 from deos_fx.operator.transfer import (
     importance,
     merge,
@@ -54,7 +53,6 @@ __all__ = [
     "SIMILARITIES",
     "Score",
     "Selector",
-    "StaticOutput",
     "between_halves",
     "bipartite",
     "chosen",
@@ -81,7 +79,6 @@ __all__ = [
     "own_part",
     "probe",
     "quota",
-    "required_features",
     "rest",
     "rest_beside",
     "reweight",
@@ -91,7 +88,6 @@ __all__ = [
     "soft",
     "standing_in",
     "standardize",
-    "static_reduce",
     "strided",
     "take",
     "top_k",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from deos_fx.policy import Policy
+from deos_fx.policy.policy import Policy
 
 __all__ = ["CATALOGUE", "Method", "method"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deos_fx.policy import Policy, Reduction
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
 from deos_fx.presets.catalogue import method
 
 __all__ = ["dart", "fastv", "fitprune", "pyramid_drop", "sparsevlm_plus"]

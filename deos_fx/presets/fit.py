@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from deos_fx.operator import grid_layout
-from deos_fx.policy import Policy
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import split_site
 from deos_fx.presets.decoder import FASTV_LAYER, PYRAMID_KEEP, fastv, pyramid_drop
 from deos_fx.presets.projector import avg_pool, merge, redistribute
-from deos_fx.reduction import split_site
 
 __all__ = ["FITTED", "fit", "mean_visual_tokens"]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from deos_fx.policy import Policy, Reduction, Tier
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction, Tier
 from deos_fx.presets.catalogue import method
 
 __all__ = [

@@ -1,0 +1,453 @@
+"""The command ``deos-fx``. What a command needs is imported inside it, so that help is fast."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from deos_fx.policy.policy import ModelSignature, Policy
+    from deos_fx.runtime.reduced_model import ReducedModel
+
+__all__ = ["app"]
+
+DEFAULT_LIMIT = 0.125
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+class _Commands(TyperGroup):
+    """The commands; a mistake of the user ends as one line instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, OSError) as error:
+            if ctx.params["debug"]:
+                raise
+            _fail(error)
+        except KeyboardInterrupt:
+            Console(stderr=True).print("Interrupted.")
+            raise typer.Exit(130) from None
+
+
+def _fail(error: Exception) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    text = str(error).strip() or type(error).__name__
+    console.print("[bold red]Error:[/]", end=" ")
+    console.print(text, markup=False, highlight=False)
+    console.print("[dim]deos-fx --debug <command> shows where it comes from.[/]")
+    raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    add_completion=False,
+)
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """A compiler for the visual tokens of Hugging Face vision-language models.
+
+    Start with [bold]deos-fx demo[/].
+    """
+    import logging
+    import signal
+
+    from transformers.utils import logging as transformers_logging
+
+    # Terminated from outside, a command still removes its temporary folder.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+
+# *** arguments that several commands share ***
+
+
+def _limit(text: str) -> int | float:
+    """A limit as it is written: ``12.5%`` or ``0.125`` is a fraction, ``18`` an absolute number."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}; give for example 0.125, 12.5% or 18") from None
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL_DIR", help="Folder that save_pretrained wrote, or a hub id.")
+]
+Output = Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write.")]
+PolicyFile = Annotated[
+    Path | None, typer.Option("--policy", metavar="FILE", help="A policy file, policy.json.")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="A published method, fitted to the budget."),
+]
+TokenLimit = Annotated[
+    Any,
+    typer.Option(
+        "--budget",
+        parser=_limit,
+        metavar="LIMIT",
+        help="Visual tokens that may stay, mean over the decoder layers: 0.125, 12.5% or 18.",
+    ),
+]
+OtherLimit = Annotated[
+    Any, typer.Option(parser=_limit, metavar="LIMIT", help="Fraction, or absolute number.")
+]
+
+
+# *** the commands ***
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")
+    ] = Path("deos-fx-demo"),
+    budget: TokenLimit = "12.5%",
+    seed: Annotated[int, typer.Option(help="Seed of the search and its scenes.")] = 0,
+) -> None:
+    """Search, compare, export and run a small trained model, and write a report.
+
+    Takes a few minutes on two cores and needs no network. Writes
+    policy.json, the ONNX files, results.json and report.html.
+
+    [bold]Examples[/]
+
+      deos-fx demo
+
+      deos-fx demo --output my-demo --budget 0.25
+    """
+    from deos_fx.cli.demo import run_demo
+
+    run_demo(output, budget, seed, Console())
+
+
+@app.command("presets")
+def show_presets(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Write this preset's policy as JSON.")
+    ] = None,
+) -> None:
+    """List the published methods, or write the policy of one.
+
+    Policies are written with the defaults of the official code; in Python,
+    deos_fx.presets has them as functions with all their settings.
+
+    [bold]Examples[/]
+
+      deos-fx presets
+
+      deos-fx presets fastv > policy.json
+    """
+    from deos_fx import presets
+    from deos_fx.cli.terminal import presets_table
+
+    if name is None:
+        Console().print(presets_table(presets.list()))
+        return
+    known = {method.name: method for method in presets.list()}
+    if name not in known:
+        raise ValueError(f"no preset {name!r}; choose from {', '.join(known)}")
+    typer.echo(known[name].function().to_json(), nl=False)
+
+
+@app.command()
+def inspect(
+    model_dir: Model,
+    policy: PolicyFile = None,
+    preset: Preset = None,
+    budget: TokenLimit = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Draw it as well, in this file.")
+    ] = None,
+) -> None:
+    """Show a model's blocks, its token spaces and its sites; with a policy, what that leaves.
+
+    Only the config is read, so a folder with config.json alone is enough, and
+    a large model takes no more time and memory than a small one.
+
+    [bold]Examples[/]
+
+      deos-fx inspect my-llava
+
+      deos-fx inspect my-llava --preset merge --budget 12.5%
+
+      deos-fx inspect my-llava --policy policy.json --svg my-llava.svg
+    """
+    from deos_fx.cli.outline import outline
+    from deos_fx.cli.outline_drawing import outline_chart
+    from deos_fx.cli.outline_text import print_cost, print_outline
+    from deos_fx.files import write_text
+    from deos_fx.inputs.example import example_inputs
+
+    console = Console()
+    model = _meta_model(model_dir)
+    chosen = _policy(model, policy, preset, budget)
+    inputs = example_inputs(model, _processor(model_dir))
+    found = outline(model, inputs, chosen)
+    print_outline(found, console)
+    if chosen is not None:
+        print_cost(model, inputs, chosen, console)
+    if svg is not None:
+        write_text(svg, outline_chart(found))
+        console.print(f"Wrote {svg}", highlight=False)
+
+
+@app.command()
+def transform(
+    model_dir: Model,
+    out_dir: Output,
+    policy: PolicyFile = None,
+    preset: Preset = None,
+    budget: TokenLimit = None,
+) -> None:
+    """Apply a policy to a model and save both.
+
+    Without --policy and --preset it is the default policy, at the budget
+    or the default one. ReducedModel.from_pretrained loads the result.
+
+    [bold]Examples[/]
+
+      deos-fx transform my-llava reduced
+
+      deos-fx transform my-llava reduced --policy policy.json
+
+      deos-fx transform my-llava reduced --preset fastv --budget 0.25
+    """
+    from deos_fx.files import fresh_folder
+
+    with fresh_folder(out_dir) as folder:
+        reduced = _reduced(model_dir, policy, preset, budget)
+        reduced.save_pretrained(folder)
+        _copy_processor(model_dir, folder)
+    Console().print(f"Wrote {out_dir}", highlight=False)
+
+
+@app.command()
+def search(
+    model_dir: Model,
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="JSONL; each line has image (a path), prompt and, if you have it, answer.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")
+    ] = Path("deos-fx-search"),
+    budget: TokenLimit = None,
+    flops: OtherLimit = None,
+    kv_cache: OtherLimit = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds of the prefill, measured on this machine.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps, one batch each.")] = 40,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a batch.")] = 8,
+    seed: Annotated[int, typer.Option(help="Order of the batches.")] = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Save the search here, and continue the one found here."),
+    ] = None,
+) -> None:
+    """Search a policy for a model and a budget, on your own data.
+
+    With answers the search minimises their loss, without it keeps to the
+    answers of the unreduced model. Ctrl-C ends it early with the best policy
+    so far. Writes policy.json and report.html. Without any limit the budget
+    is 12.5 % of the visual tokens.
+
+    [bold]Examples[/]
+
+      deos-fx search my-llava --data questions.jsonl --budget 12.5%
+
+      deos-fx search my-llava --data questions.jsonl --flops 0.5 --output found
+
+    A line of questions.jsonl:
+
+      {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat"}
+    """
+    from transformers import AutoProcessor
+
+    from deos_fx.cli.data import batches, read_records
+    from deos_fx.cli.terminal import stages
+    from deos_fx.files import fresh_folder
+    from deos_fx.passes.search.search import search as run_search
+    from deos_fx.policy.budget import Budget
+
+    limits = Budget(visual_tokens=budget, flops=flops, kv_cache=kv_cache, latency_ms=latency_ms)
+    if limits.is_empty:
+        limits = Budget(visual_tokens=DEFAULT_LIMIT)
+    records = read_records(data)
+    console = Console()
+    with fresh_folder(output) as folder, stages(console) as stage:
+        with stage("load"):
+            model = _load_model(model_dir)
+            inputs = list(batches(AutoProcessor.from_pretrained(model_dir), records, batch_size))
+        with stage.phased("search") as progress:
+            result = run_search(
+                model,
+                inputs,
+                budget=limits,
+                steps=steps,
+                seed=seed,
+                checkpoint=checkpoint,
+                progress=progress,
+            )
+        result.policy.save(folder / "policy.json")
+        result.report(folder / "report.html")
+    console.print(result.policy, highlight=False, markup=False)
+    console.print(f"Wrote policy.json and report.html to {output}", highlight=False)
+
+
+@app.command()
+def export(
+    model_dir: Model,
+    out_dir: Output,
+    policy: PolicyFile = None,
+    preset: Preset = None,
+    budget: TokenLimit = None,
+) -> None:
+    """Export a reduced model to ONNX: prefill and decode graphs, the reductions inside.
+
+    MODEL_DIR may be what transform wrote; then its policy is used.
+    OnnxModel.from_pretrained loads the result.
+
+    [bold]Examples[/]
+
+      deos-fx export my-llava onnx --policy policy.json
+
+      deos-fx export my-llava onnx --preset merge --budget 12.5%
+
+      deos-fx export reduced onnx
+    """
+    from deos_fx import export_onnx
+    from deos_fx.cli.terminal import stages
+    from deos_fx.files import fresh_folder
+
+    console = Console()
+    with fresh_folder(out_dir) as folder, stages(console) as stage:
+        with stage("load the model"):
+            reduced = _reduced(model_dir, policy, preset, budget)
+        with stage("export"):
+            export_onnx(reduced, folder)
+        _copy_processor(model_dir, folder)
+    console.print(f"Wrote {out_dir}", highlight=False)
+
+
+# *** loading ***
+
+
+def _load_model(model_dir: str) -> PreTrainedModel:
+    """Loads a vision-language model, or says what the folder holds instead."""
+    from transformers import AutoModelForImageTextToText
+
+    _config(model_dir)
+    return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto").eval()
+
+
+def _meta_model(model_dir: str) -> PreTrainedModel:
+    """The model without its weights."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    config = _config(model_dir)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=config.dtype).eval()
+
+
+def _config(model_dir: str) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if not os.path.isdir(model_dir) and not _HUB_ID.fullmatch(model_dir):
+        raise ValueError(f"there is no folder {model_dir}")
+    config = AutoConfig.from_pretrained(model_dir)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"{model_dir} holds a {config.model_type} model, which reads no images; give a "
+            "vision-language model such as a LLaVA"
+        )
+    return config
+
+
+def _reduced(
+    model_dir: str, path: Path | None, preset: str | None, budget: int | float | None
+) -> ReducedModel:
+    """The model with the policy that was asked for; a reduced model's folder brings its own."""
+    from deos_fx import Budget, ReducedModel, transform
+
+    if path is preset is budget is None and os.path.isfile(os.path.join(model_dir, "deos_fx.json")):
+        return ReducedModel.from_pretrained(model_dir)
+    model = _load_model(model_dir)
+    if path is None and preset is None and budget is not None:
+        return transform(model, budget=Budget(visual_tokens=budget))
+    return transform(model, policy=_policy(model, path, preset, budget))
+
+
+def _policy(
+    model: PreTrainedModel, path: Path | None, preset: str | None, budget: int | float | None
+) -> Policy | None:
+    """The policy that was asked for, if one was; a preset is fitted to the budget."""
+    from deos_fx import presets
+    from deos_fx.models.facts import signature_of
+    from deos_fx.policy.policy import Policy
+
+    if path is not None:
+        if preset is not None or budget is not None:
+            raise ValueError("--policy says where to keep how much; give it without the others")
+        return Policy.load(path)
+    if preset is None:
+        if budget is not None:
+            raise ValueError("--budget needs a method to fit to it; give --preset as well")
+        return None
+    signature = signature_of(model)
+    tokens = _tokens(DEFAULT_LIMIT if budget is None else budget, signature)
+    return presets.fit(preset, tokens, signature.decoder_layers, signature.visual_tokens)
+
+
+def _tokens(limit: int | float, signature: ModelSignature) -> float:
+    """A limit on visual tokens as an absolute number, checked as a budget is."""
+    from deos_fx.cost.model import Cost
+    from deos_fx.policy.budget import Budget
+
+    whole = signature.visual_tokens
+    unreduced = Cost((whole,) * signature.decoder_layers, float(whole), 1, 1)
+    return Budget(visual_tokens=limit).limits(unreduced)["visual_tokens"]
+
+
+def _copy_processor(model_dir: str, folder: Path) -> None:
+    """Saves the model's processor beside it, where there is one."""
+    processor = _processor(model_dir)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def _processor(model_dir: str) -> Any:
+    """The model's processor, where there is one."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(model_dir)
+    except (OSError, ValueError):
+        return None

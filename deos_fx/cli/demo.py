@@ -1,0 +1,332 @@
+"""The demo: search a policy for the reference model, compare, export, run, and report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from deos_fx import OnnxModel, export_onnx, presets, reference, search
+from deos_fx.cli.terminal import Advance, Stages, results_table, stages, times_table
+from deos_fx.cost.model import CostModel
+from deos_fx.files import fresh_folder, write_text
+from deos_fx.models.facts import grid_of, signature_of
+from deos_fx.policy.budget import Budget
+from deos_fx.policy.policy import Policy
+from deos_fx.reference import Example
+from deos_fx.results.pictures import TokenStep, token_steps
+from deos_fx.results.report import (
+    SEARCHED,
+    UNREDUCED,
+    DemoResult,
+    Method,
+    OnnxCheck,
+    Picture,
+    demo_report,
+)
+from deos_fx.results.search_result import SearchResult
+from deos_fx.runtime.reduced_model import ReducedModel
+
+__all__ = ["run_demo"]
+
+TRAINING, VALIDATION, TEST = 384, 128, 480
+BATCH = 16
+COMPARED = 96
+"""Test questions that ONNX Runtime answers too; all kinds in turn."""
+
+
+def run_demo(
+    output: str | os.PathLike[str], budget: int | float, seed: int, console: Console
+) -> DemoResult:
+    """Runs the whole path on the reference model and writes a report.
+
+    Args:
+        output: Folder to write ``policy.json``, ``onnx/``, ``results.json`` and ``report.html`` in.
+        budget: Visual tokens that may stay, mean over the decoder layers: a fraction or a number.
+        seed: Seed of the search and of the scenes it sees.
+        console: Where to show progress and the comparison.
+
+    Returns:
+        What was found out.
+
+    Raises:
+        ValueError: If the budget makes no sense for the model.
+        OSError: If the folder cannot be written.
+    """
+    limits = Budget(visual_tokens=budget)
+    with fresh_folder(output) as folder:
+        with _one_thread(), stages(console) as stage:
+            result = _measure(folder, limits, seed, stage)
+        result.search.policy.save(folder / "policy.json")
+        demo_report(result, folder / "report.html")
+        write_text(folder / "results.json", json.dumps(_figures(result), indent=2) + "\n")
+    _print(result, output, console)
+    return result
+
+
+def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResult:
+    with stage("load the reference model"):
+        model, processor = reference.load()
+        data = _search_data(processor, seed)
+        tests = reference.make_examples(TEST, "test")
+        costs = CostModel.of_images(model, images=1, text_tokens=_text_tokens(processor, tests))
+        limit = budget.limits(costs.of_policy(Policy()))["visual_tokens"]
+    with stage.phased("search") as progress:
+        found = search(model, data, budget=budget, seed=seed, progress=progress)
+    reduced = ReducedModel(model, found.policy)
+    methods = [_Tested(UNREDUCED, Policy(), model), _Tested(SEARCHED, found.policy, reduced)]
+    methods += [_preset(name, model, limit) for name in presets.fitted()]
+    measured = []
+    for method in methods:
+        with stage(f"test {method.name}") as advance:
+            measured.append(method.measure(processor, tests, costs, advance))
+    with stage("export to ONNX"):
+        export_onnx(reduced, folder / "onnx", example_inputs=_prompts(processor, tests[:2]))
+    with stage("run in ONNX Runtime") as advance:
+        onnx = _check_onnx(folder / "onnx", reduced, processor, tests[:COMPARED], advance)
+    with stage("draw examples"):
+        pictures = _pictures(reduced, processor, tests[: len(reference.KINDS)], measured)
+    return DemoResult(
+        limit=limit,
+        search=found,
+        methods=measured,
+        questions=len(tests),
+        grid=grid_of(model),
+        pictures=pictures,
+        onnx=onnx,
+        seconds=stage.seconds,
+        settings=_settings(seed, len(data)),
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Runs torch and ONNX Runtime on one thread.
+
+    The model is so small that more threads hardly help, and beside another busy program threads
+    that wait for each other cost far more than they gain: on two cores, a step of the search took
+    21 s with two threads and 0.9 s with one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# *** data ***
+
+
+def _search_data(processor: LlavaProcessor, seed: int) -> list[dict[str, Tensor]]:
+    """Labelled batches; the search scores its candidates on the last quarter of them."""
+    training = reference.make_examples(TRAINING, "train", seed)
+    validation = reference.make_examples(VALIDATION, "validation", seed)
+    return list(reference.batches(processor, training + validation, BATCH))
+
+
+def _prompts(processor: LlavaProcessor, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """One batch of prompts without answers."""
+    return next(reference.batches(processor, examples, len(examples), answers=False))
+
+
+def _text_tokens(processor: LlavaProcessor, examples: Sequence[Example]) -> int:
+    """Text tokens of the longest prompt, which a batch is padded to."""
+    ids = _prompts(processor, examples)["input_ids"]
+    return ids.shape[1] - int((ids[0] == processor.image_token_id).sum())
+
+
+# *** comparing ***
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """A method to measure; without a model there is a reason why it cannot be."""
+
+    name: str
+    policy: Policy
+    model: Any
+    reason: str = ""
+
+    def measure(
+        self,
+        processor: LlavaProcessor,
+        examples: Sequence[Example],
+        costs: CostModel,
+        advance: Advance,
+    ) -> Method:
+        """Answers the questions and counts what is right."""
+        cost = costs.of_policy(self.policy)
+        if self.model is None:
+            return Method(self.name, self.policy, cost, {}, reason=self.reason)
+        recorder = _Recorder(self.model.generate, processor, len(examples), advance)
+        accuracy = reference.accuracy(recorder, processor, examples)
+        return Method(self.name, self.policy, cost, accuracy, answers=recorder.answers)
+
+
+def _preset(name: str, model: LlavaForConditionalGeneration, limit: float) -> _Tested:
+    """A preset fitted to the budget, or the reason why it cannot meet it."""
+    signature = signature_of(model)
+    try:
+        policy = presets.fit(name, limit, signature.decoder_layers, signature.visual_tokens)
+    except ValueError as error:
+        return _Tested(name, Policy(), None, str(error))
+    return _Tested(name, policy, ReducedModel(model, policy))
+
+
+class _Recorder:
+    """A generate function that remembers its answers and shows how far it is."""
+
+    def __init__(
+        self, generate: Callable[..., Any], processor: LlavaProcessor, total: int, advance: Advance
+    ) -> None:
+        self.generate = generate
+        self.processor = processor
+        self.total = total
+        self.advance = advance
+        self.answers: list[str] = []
+
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        ids = self.generate(**inputs)
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        self.answers += [text.strip() for text in texts]
+        self.advance(len(self.answers), self.total)
+        return ids
+
+
+# *** ONNX ***
+
+
+def _check_onnx(
+    folder: Path,
+    reduced: ReducedModel,
+    processor: LlavaProcessor,
+    examples: Sequence[Example],
+    advance: Advance,
+) -> OnnxCheck:
+    """Lets both answer the same questions and counts equal token sequences."""
+    runtime = OnnxModel.from_pretrained(folder)
+    equal = done = 0
+    for inputs in reference.batches(processor, examples, BATCH, answers=False):
+        expected, got = reduced.generate(**inputs), runtime.generate(**inputs)
+        width = max(expected.shape[1], got.shape[1])
+        pad = processor.tokenizer.pad_token_id
+        padded = [
+            torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=pad)
+            for ids in (expected, got)
+        ]
+        equal += int((padded[0] == padded[1]).all(dim=1).sum())
+        done += len(expected)
+        advance(done, len(examples))
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    return OnnxCheck(done, equal, str(runtime.device), files)
+
+
+# *** examples ***
+
+
+def _pictures(
+    reduced: ReducedModel,
+    processor: LlavaProcessor,
+    examples: Sequence[Example],
+    methods: Sequence[Method],
+) -> list[Picture]:
+    """The examples with everything the report draws; they are the first test questions."""
+    shown = [method for method in methods if method.accuracy]
+    steps = _steps(reduced, processor, examples)
+    return [
+        Picture(
+            image=example.scene.image,
+            kind=example.question.kind,
+            question=example.question.text,
+            expected=example.question.answer,
+            answers={method.name: method.answers[i] for method in shown},
+            steps=steps[i],
+        )
+        for i, example in enumerate(examples)
+    ]
+
+
+def _steps(
+    reduced: ReducedModel, processor: LlavaProcessor, examples: Sequence[Example]
+) -> list[list[TokenStep]]:
+    inputs = _prompts(processor, examples)
+    explanations = reduced.explain(**inputs)
+    regimes = [reduction.regime for reduction in reduced.policy.reductions]
+    patches = reduced.signature.visual_tokens
+    visual = (inputs["input_ids"] == processor.image_token_id).nonzero()[:, 1].view(-1, patches)
+    return [
+        token_steps(explanations, regimes, visual, row, patches) for row in range(len(examples))
+    ]
+
+
+# *** reporting ***
+
+
+def _settings(seed: int, batches: int) -> dict[str, str]:
+    return {
+        "seed": str(seed),
+        "search": f"{batches} batches of {BATCH} questions, a quarter on validation scenes",
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def _figures(result: DemoResult) -> dict[str, Any]:
+    """Everything that was measured, for other programs."""
+    return {
+        "limit_visual_tokens": result.limit,
+        "questions": result.questions,
+        "methods": [
+            {
+                "name": method.name,
+                "accuracy": dict(method.accuracy),
+                "cost": asdict(method.cost) if method.accuracy else None,
+                "policy": json.loads(method.policy.to_json()) if method.accuracy else None,
+                "reason": method.reason,
+            }
+            for method in result.methods
+        ],
+        "search": _search_figures(result.search),
+        "onnx": asdict(result.onnx),
+        "seconds": dict(result.seconds),
+        "settings": dict(result.settings),
+    }
+
+
+def _search_figures(found: SearchResult) -> Mapping[str, Any]:
+    return {
+        "static_loss": found.best.loss,
+        "relaxed_loss": found.relaxed_loss,
+        "unreduced_loss": found.unreduced_loss,
+        "source": found.best.source,
+        "candidates": len(found.candidates),
+        "history": found.history,
+    }
+
+
+def _print(result: DemoResult, output: str | os.PathLike[str], console: Console) -> None:
+    console.print(results_table(result))
+    for method in result.methods:
+        if method.reason:
+            console.print(f"{method.name}: {method.reason}", highlight=False)
+    console.print(result.search.policy, highlight=False, markup=False)
+    onnx = result.onnx
+    console.print(f"ONNX Runtime gave the same tokens for {onnx.equal} of {onnx.compared} prompts.")
+    console.print(times_table(result.seconds))
+    console.print(f"Wrote {Path(output) / 'report.html'}", highlight=False)

@@ -1,0 +1,228 @@
+"""The outline of a model: its blocks from pixels to logits, folded where they are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deos_fx.cost.model import CostModel
+from deos_fx.inputs.complete import complete_inputs, normal_inputs
+from deos_fx.models.facts import grid_of, image_token_of
+from deos_fx.passes.analyse.find_sites import Sites
+from deos_fx.passes.pipeline import Captured, capture_call
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction, split_site
+
+__all__ = ["Outline", "Row", "outline", "tokens_of"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Blocks of one kind that follow each other, and the site behind each of them.
+
+    Attributes:
+        stage: ``vision``, ``projector`` or ``decoder``.
+        first: Number of the first block; of no meaning at the projector.
+        last: Number of the last one.
+        module: Class of the blocks.
+        tokens: Tokens that go through each block, per prompt; 0 where they are not known.
+        visual: How many of these are visual tokens.
+        reason: Why the sites are not available; empty if they are.
+        scores: Scores that can be computed there.
+        used: Whether the language model reads what they make.
+        reduction: What a policy does behind the last block.
+        left: Visual tokens that it leaves.
+    """
+
+    stage: str
+    first: int
+    last: int
+    module: str
+    tokens: int
+    visual: int
+    reason: str
+    scores: tuple[str, ...]
+    used: bool = True
+    reduction: Reduction | None = None
+    left: int = 0
+
+    @property
+    def name(self) -> str:
+        """``decoder.0 ... decoder.31``."""
+        if self.stage == "projector":
+            return "projector"
+        names = dict.fromkeys(f"{self.stage}.{number}" for number in (self.first, self.last))
+        return " ... ".join(names)
+
+    @property
+    def count(self) -> int:
+        """How many blocks."""
+        return self.last - self.first + 1
+
+    def follows(self, other: Row) -> bool:
+        """Whether this is more of the same."""
+        same = replace(other, first=self.first, last=self.last)
+        return same == replace(self, reduction=None, left=0) and self.stage != "projector"
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model from pixels to logits, for a prompt with one image.
+
+    Attributes:
+        name: Class of the model.
+        family: Its model type.
+        parameters: How many numbers its weights are.
+        pixels: Shape of the image, or of its patches, as the model takes it.
+        visual: Visual tokens of the image.
+        grid: Their rows and columns; (0, 0) where these depend on the image's size.
+        text: Tokens of text in the prompt.
+        rows: Its blocks, from front to back.
+        policy: What the rows' reductions are of.
+    """
+
+    name: str
+    family: str
+    parameters: int
+    pixels: tuple[int, ...]
+    visual: int
+    grid: tuple[int, int]
+    text: int
+    rows: tuple[Row, ...]
+    policy: Policy
+
+
+def outline(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], policy: Policy | None = None
+) -> Outline:
+    """Captures a model and folds its blocks.
+
+    Args:
+        model: A vision-language model; it may be on the meta device.
+        inputs: A prompt with one image.
+        policy: What to reduce where; nothing if None.
+
+    Returns:
+        The outline.
+
+    Raises:
+        ValueError: If the model cannot be captured, or the policy does not fit it.
+    """
+    policy = policy or Policy()
+    inputs = normal_inputs(inputs)
+    captured = capture_call(model, complete_inputs(model, {**inputs, "use_cache": False}))
+    visual = int((inputs["input_ids"] == image_token_of(model)).sum())
+    text = inputs["input_ids"].shape[1] - visual
+    rows: list[Row] = []
+    for row in _with_policy(model, inputs, policy, _rows(model, captured, visual, text)):
+        if rows and row.follows(rows[-1]):
+            rows[-1] = replace(row, first=rows[-1].first)
+        else:
+            rows.append(row)
+    return Outline(
+        name=type(model).__name__,
+        family=model.config.model_type,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        pixels=tuple(inputs["pixel_values"].shape),
+        visual=visual,
+        grid=grid_of(model),
+        text=text,
+        rows=tuple(rows),
+        policy=policy,
+    )
+
+
+def tokens_of(row: Row) -> str:
+    """What goes through the blocks of a row, in words."""
+    others = row.tokens - row.visual
+    if not row.used:
+        return "left out"
+    if not row.tokens:
+        return "as many tokens as the image has patches"
+    if row.stage == "projector":
+        return f"{row.visual} visual tokens"
+    if row.stage == "decoder":
+        return f"{row.tokens} tokens: {row.visual} visual, {others} text"
+    return f"{row.tokens} tokens" + (f": {row.visual} patches, {others} class token" * bool(others))
+
+
+def _rows(model: PreTrainedModel, captured: Captured, visual: int, text: int) -> Iterator[Row]:
+    """One row for each block."""
+    graph, sites = captured.graph_module.graph, captured.sites
+    assert sites is not None, "the inputs have an image"
+    nodes = {node.name: node for node in graph.nodes}
+    paths: Sequence[str] = (*captured.blocks.vision, *captured.blocks.decoder)
+    names = captured.blocks.names().values()
+    modules = dict(zip(names, map(model.get_submodule, paths), strict=True))
+    for site in sites.sites:
+        stage, number = split_site(site.name)
+        if stage == "projector":
+            kind = _projector(model, captured, sites)
+            yield Row(stage, 0, 0, kind, visual, visual, site.reason, site.scores)
+            continue
+        tokens, share = (text + visual, visual) if stage == "decoder" else (0, 0)
+        node = nodes.get(site.node)
+        if stage == "vision" and node is not None and sites.sees_tower:
+            tokens = node.meta["shape"][-2]
+            share = tokens - sites.class_tokens
+        kind = type(modules[f"{stage}_{number}"]).__name__
+        used = site.node in nodes or sites.merged
+        yield Row(stage, number, number, kind, tokens, share, site.reason, site.scores, used)
+
+
+def _projector(model: PreTrainedModel, captured: Captured, sites: Sites) -> str:
+    """Class of what makes the tower's output as wide as the text."""
+    if sites.merged:
+        return _last_named(model)
+    graph_module = captured.graph_module
+    node = next(node for node in graph_module.graph.nodes if node.name == sites.features)
+    while node.op != "call_module" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    if node.op != "call_module":
+        return _last_named(model)
+    return type(graph_module.get_submodule(str(node.target))).__name__
+
+
+def _last_named(model: PreTrainedModel) -> str:
+    """Class of a module named as families name their projector; the encoder itself otherwise."""
+    names = ("multi_modal_projector", "connector", "merger", "projector", "aligner")
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in names and isinstance(module, nn.Module):
+            return type(module).__name__
+    return "image features"
+
+
+def _with_policy(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], policy: Policy, rows: Iterator[Row]
+) -> Iterator[Row]:
+    """The rows as a policy leaves them."""
+    if policy.is_empty:
+        yield from rows
+        return
+    costs: Any = CostModel.of_inputs(model, inputs)
+    patches, layers = costs.patches(policy), costs.counts(policy)
+    whole = costs.tokens_per_image
+    kept = dict(
+        zip(
+            (step.site for step in policy.reductions),
+            zip(policy.reductions, policy.counts(whole), strict=True),
+            strict=True,
+        )
+    )
+    visual = whole
+    for row in rows:
+        if row.stage == "decoder":
+            visual = layers[row.first]
+        elif row.stage == "vision" and row.visual and row.first < len(patches):
+            visual = patches[row.first]
+        gone = (row.visual - visual) if row.visual else 0
+        row = replace(row, tokens=row.tokens - gone, visual=row.visual - gone)
+        if row.name in kept:
+            reduction, count = kept[row.name]
+            visual = count * (costs.images if row.stage == "decoder" else 1)
+            row = replace(row, reduction=reduction, left=visual)
+        yield row

@@ -1,0 +1,1 @@
+"""What a policy costs: FLOPs, bytes and milliseconds, without running it."""

@@ -1,0 +1,415 @@
+"""What the parts of a model cost, measured on a twin of it that has shapes and no numbers.
+
+The weights of the twin are on torch's meta device, where an operation takes no time and no memory.
+Its blocks are the model's own code, so what is counted is right for any family: experts, shared or
+sliding caches, heads of different sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, PreTrainedModel
+
+from deos_fx.cost.flops import count_flops
+from deos_fx.models.blocks import find_blocks
+from deos_fx.models.encoders import features_of
+from deos_fx.models.facts import image_of
+from deos_fx.models.layers import AnyLinear, has_codes, linear_sizes
+from deos_fx.models.shapes_only import OnZeros
+
+__all__ = ["Decoder", "Encoder", "Layer", "measure_decoder", "measure_encoder"]
+
+_KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Any]]
+_KNOWN = weakref.WeakKeyDictionary()
+
+# Lengths that a decoder is measured at: two, for a linear and a quadratic part.
+_SHORT, _LONG = 2, 4
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a decoder layer costs for one prompt.
+
+    Attributes:
+        linear: FLOPs for each token.
+        quadratic: FLOPs for each pair of tokens.
+        cached: Bytes of its cache for each token that it holds.
+        state: Bytes of its cache whatever the length.
+        window: Tokens that its cache holds at most; None for all.
+        key_heads: Heads of the keys in its cache.
+        dim: Size of such a head.
+    """
+
+    linear: int
+    quadratic: int
+    cached: int
+    state: int
+    window: int | None
+    key_heads: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a decoder costs for one prompt.
+
+    Attributes:
+        layers: Its layers.
+        around: FLOPs for each token outside of the layers, without the head.
+        head: FLOPs for each token that the head makes logits of.
+    """
+
+    layers: tuple[Layer, ...]
+    around: int
+    head: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What the image encoder costs in one call, in FLOPs.
+
+    Attributes:
+        total: All of it.
+        blocks: Each vision block; 0 if the features do not depend on it.
+        products: Those of its attention among these: for pairs of tokens.
+        tokens: Tokens of an image in each vision block; 0 where its hidden states are no sequence.
+        used: How many vision blocks the features depend on: all up to the deepest of them.
+        front: What the features depend on before the first block.
+        behind: What they depend on behind the last.
+    """
+
+    total: int
+    blocks: tuple[int, ...]
+    products: tuple[int, ...]
+    tokens: tuple[int, ...]
+    used: int
+    front: int
+    behind: int
+
+
+def measure_decoder(model: PreTrainedModel) -> Decoder:
+    """Measure the decoder, once for each model; nothing of it runs and no weight is touched.
+
+    Args:
+        model: A transformers vision-language model.
+    """
+    return _once(model, "decoder", lambda: _decoder(model))
+
+
+def measure_encoder(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor] | None = None,
+    encode: str = "get_image_features",
+) -> Encoder:
+    """Measure the encoding of images; nothing of it runs and no weight is touched.
+
+    Args:
+        model: A transformers vision-language model.
+        inputs: Arguments of the method that encodes; None for one image as large as its config
+            says, which is measured once for each model.
+        encode: The method of its core that encodes.
+
+    Raises:
+        ValueError: If the encoder reads the numbers of its pixels.
+    """
+    if inputs is not None:
+        return _encoder(model, inputs, encode)
+    given = {"pixel_values": image_of(model)}
+    return _once(model, "encoder", lambda: _encoder(model, given, encode))
+
+
+def _once(model: PreTrainedModel, what: str, measure: Callable[[], Any]) -> Any:
+    known = _KNOWN.setdefault(model, {})
+    # A model can be converted, gain adapters and have parts replaced.
+    weights = sum(weight.numel() for weight in model.parameters())
+    key = (what, model.dtype, sum(1 for _ in model.modules()), weights)
+    if key not in known:
+        known[key] = measure()
+    return known[key]
+
+
+# *** the decoder ***
+
+
+def _decoder(model: PreTrainedModel) -> Decoder:
+    twin = _twin(model)
+    paths = find_blocks(model).decoder
+    short, long = (_run_decoder(twin, paths, length) for length in (_SHORT, _LONG))
+    layers = []
+    for i in range(len(paths)):
+        quadratic, rest = divmod(_per(long.flops[i], _LONG) - _per(short.flops[i], _SHORT), 2)
+        assert not rest, "the FLOPs of a layer are a n^2 + b n"
+        held = short.held[i], long.held[i]
+        cached = (held[1].bytes - held[0].bytes) // (_LONG - _SHORT)
+        layers.append(
+            Layer(
+                linear=_per(short.flops[i], _SHORT) - quadratic * _SHORT,
+                quadratic=quadratic,
+                cached=cached,
+                state=held[0].bytes - _SHORT * cached,
+                window=held[0].window,
+                key_heads=held[0].key_heads,
+                dim=held[0].dim,
+            )
+        )
+    return Decoder(tuple(layers), _per(short.around, _SHORT), _per(short.head, _SHORT))
+
+
+def _per(flops: int, tokens: int) -> int:
+    assert flops % tokens == 0
+    return flops // tokens
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a layer's cache holds after a run."""
+
+    bytes: int
+    window: int | None
+    key_heads: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    flops: list[int]
+    around: int
+    head: int
+    held: list[_Held]
+
+
+def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
+    config = twin.config.get_text_config()
+    hidden = torch.empty(1, length, config.hidden_size, dtype=twin.dtype, device="meta")
+    cache = DynamicCache(config=config)
+    with _counting() as counter, torch.no_grad():
+        flops = _watch(counter, [twin.get_submodule(path) for path in paths])
+        twin.get_decoder()(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
+    with _counting() as of_head, torch.no_grad():
+        twin.get_output_embeddings()(hidden)
+    held = [_held(layer) for layer in cache.layers]
+    # Layers at the end may read the keys of others and hold none.
+    nothing = _Held(0, None, held[-1].key_heads, held[-1].dim)
+    held += [nothing] * (len(paths) - len(held))
+    around = counter.get_total_flops() - sum(flops)
+    return _Run(flops, around, of_head.get_total_flops(), held)
+
+
+def _held(layer: Any) -> _Held:
+    states = [x for x in vars(layer).values() if isinstance(x, Tensor) and x.is_floating_point()]
+    keys = getattr(layer, "keys", None)
+    heads, dim = (0, 0) if keys is None else (keys.shape[1], keys.shape[3])
+    window = layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None
+    return _Held(sum(x.nbytes for x in states), window, heads, dim)
+
+
+# *** the image encoder ***
+
+
+def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor], encode: str) -> Encoder:
+    twin = _twin(model)
+    blocks = [twin.get_submodule(path) for path in find_blocks(model).vision]
+    units = _units(twin.base_model, blocks)
+    order: list[nn.Module] = []
+    tokens = dict.fromkeys(blocks, 0)
+
+    def note(module: nn.Module, args: Any) -> None:
+        order.append(module)
+        if module in tokens and args[0].ndim == 3:
+            tokens[module] = args[0].shape[1]
+
+    # What the parts of a unit consist of need not be parameters that have gradients.
+    made: dict[nn.Module, list[Any]] = {unit: [*unit.parameters()] for unit in units}
+    for unit in units:
+        unit.register_forward_pre_hook(note)
+        unit.register_forward_hook(
+            lambda unit, _, output: made[unit].extend(pytree.tree_leaves(output))
+        )
+    # Code that leaves out padding images looks at pixels.
+    given = {
+        name: x.cpu() if isinstance(x, Tensor) and not x.is_meta else x
+        for name, x in inputs.items()
+    }
+    with _counting() as counter, torch.enable_grad():
+        counts = _watch(counter, units)
+        products = _watch(counter, blocks, _PRODUCTS)
+        try:
+            output = getattr(twin.base_model, encode)(**given, return_dict=True)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"What an image costs is not known for {type(model).__name__}, whose image encoder "
+                "looks at numbers of its own and not only at sizes. Give a policy or limit "
+                "visual_tokens, which need no costs."
+            ) from error
+    flops = dict(zip(units, counts, strict=True))
+    features = pytree.tree_leaves([features_of(output)])
+    used = _used(features, made)
+    ran = [i for i, unit in enumerate(order) if unit in tokens]
+    first, behind = (ran[0], ran[-1] + 1) if ran else (0, 0)
+    glue = counter.get_total_flops() - sum(flops.values())
+    costs = {unit: flops[unit] for unit in used}
+    return Encoder(
+        total=counter.get_total_flops(),
+        blocks=tuple(costs.get(block, 0) for block in blocks),
+        products=tuple(
+            count if block in used else 0 for block, count in zip(blocks, products, strict=True)
+        ),
+        tokens=tuple(tokens.values()),
+        used=max((i + 1 for i, block in enumerate(blocks) if block in used), default=0),
+        front=glue + sum(costs.get(unit, 0) for unit in {*order[:first]}),
+        behind=sum(costs.get(unit, 0) for unit in {*order[behind:]}),
+    )
+
+
+def _units(module: nn.Module, blocks: Container[nn.Module]) -> list[nn.Module]:
+    """The blocks, and the largest modules that contain none."""
+    if module in blocks or not any(inner in blocks for inner in module.modules()):
+        return [module]
+    return [unit for child in module.children() for unit in _units(child, blocks)]
+
+
+def _used(features: list[Tensor], made: Mapping[nn.Module, list[Any]]) -> set[nn.Module]:
+    """The units whose parameters or outputs the features depend on."""
+    tensors = {
+        unit: [x for x in of_unit if isinstance(x, Tensor) and x.requires_grad]
+        for unit, of_unit in made.items()
+    }
+    every = [x for of_unit in tensors.values() for x in of_unit]
+    with _WholeNumbers(), torch.enable_grad():
+        total = torch.stack([feature.float().sum() for feature in features]).sum()
+        gradients = torch.autograd.grad(total, every, allow_unused=True)
+    reached = {x for x, gradient in zip(every, gradients, strict=True) if gradient is not None}
+    return {unit for unit in made if not reached.isdisjoint(tensors[unit])}
+
+
+# *** both ***
+
+
+class _Counted(OnZeros):
+    """A quantised layer that does not tell its sizes: it is run, on zeros, and counted."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with count_flops() as counter:
+            result = super().run(*args, **kwargs)
+        self.flops = counter.get_total_flops()
+        return result
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().forward(*args, **kwargs)
+        if not self.flops and any(x.is_floating_point() for x in pytree.tree_leaves(args)):
+            raise ValueError(
+                f"What a {type(self.layer).__name__} costs is not known: it is quantised, its "
+                "kernel cannot be counted, and it has no in_features and out_features. Set these, "
+                "or give a policy or limit visual_tokens, which need no costs."
+            )
+        # For the counter that is at work here: two for each number of this product.
+        half = torch.empty(self.flops // 2, device="meta")
+        torch.mm(half[None], half[:, None])
+        return result
+
+
+# What attention is made of, in the eager form that a twin has.
+_PRODUCTS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
+
+def _watch(
+    counter: FlopCounterMode, modules: Sequence[nn.Module], of: Sequence[Any] | None = None
+) -> list[int]:
+    """FLOPs of each module, all or those of some operations, filled in while they run."""
+    flops = [0] * len(modules)
+
+    def add(i: int, sign: int, *_: Any) -> None:
+        counts = counter.get_flop_counts().get("Global", {})
+        flops[i] += sign * sum(counts.values() if of is None else (counts.get(x, 0) for x in of))
+
+    for i, module in enumerate(modules):
+        module.register_forward_pre_hook(partial(add, i, -1))
+        module.register_forward_hook(partial(add, i, 1))
+    return flops
+
+
+# The setting of torch is one for the whole process.
+_COUNTING = threading.RLock()
+
+
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    # What a mask selects may be all that there is.
+    whole = cast(Any, fx_config).patch(meta_nonzero_assume_all_nonzero=True)
+    with _COUNTING, whole, _WholeNumbers(), count_flops() as counter:
+        yield counter
+
+
+class _WholeNumbers(TorchDispatchMode):
+    """Computes for real whatever depends on no weight: positions, sizes of images, masks.
+
+    Code reads these numbers. It wants them where the weights are, which for the twin is nowhere.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+            args, kwargs = pytree.tree_map_only(Tensor, _without_numbers, (args, kwargs))
+            if func is torch.ops.aten._to_copy.default:
+                kwargs = {**kwargs, "device": torch.device("meta")}
+        elif "device" in kwargs and func.overloadpacket not in _BUFFERS:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        return func(*args, **kwargs)
+
+
+# What code fills with what depends on weights.
+_BUFFERS = {torch.ops.aten.empty, torch.ops.aten.zeros, torch.ops.aten.new_zeros}
+
+
+def _without_numbers(x: Tensor) -> Tensor:
+    if x.is_meta:
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _twin(model: PreTrainedModel) -> Any:
+    """A copy of a model on the meta device, whose attention and experts count in full.
+
+    Quantised linear layers become plain ones: known by their two sizes. Those that do not tell
+    them are run.
+    """
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        sizes = linear_sizes(module)
+        if sizes is not None:
+            bias = getattr(module, "bias", None) is not None
+            known[id(module)] = AnyLinear(*sizes, bias, device="meta", dtype=model.dtype)
+        elif has_codes(module):
+            known[id(module)] = _Counted(module)
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = _without_numbers(tensor)
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.is_floating_point())
+        known[id(tensor)] = empty
+    # accelerate moves weights and inputs between devices by hooks: there is nothing to move.
+    known |= {id(m._hf_hook): None for m in model.modules() if hasattr(m, "_hf_hook")}
+    twin = copy.deepcopy(model, known)
+    modules: list[Any] = [*twin.modules()]
+    for module in modules:
+        if hasattr(module, "_hf_hook"):
+            module.forward = module._old_forward
+        config = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation_internal = "eager"
+            config._experts_implementation_internal = "batched_mm"
+    return twin

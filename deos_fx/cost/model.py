@@ -1,0 +1,617 @@
+"""What a prefill costs: visual tokens per layer, floating-point operations, bytes of KV cache.
+
+Everything is measured on a twin of the model that has no numbers and computed from token counts;
+the model does not run.
+Operations are counted as `torch.utils.flop_counter` counts them: two for each multiply-add of a
+linear layer, a convolution or an attention product, nothing for the rest. Masked attention counts
+in full, whatever a kernel skips.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deos_fx.attention.observation import OBSERVED, Observation
+from deos_fx.cost.measure import Decoder, Encoder, measure_decoder, measure_encoder
+from deos_fx.cost.operator_flops import Amount, SiteSizes, operator_flops, relaxed_flops
+from deos_fx.forms.static import required_features
+from deos_fx.inputs.complete import normal_inputs, prompt_layout
+from deos_fx.inputs.media import encoder_inputs
+from deos_fx.models.blocks import find_blocks
+from deos_fx.models.facts import (
+    grid_of,
+    has_class_token,
+    image_token_of,
+    signature_of,
+    sizes_vary,
+)
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.tokens.layout import PromptLayout, first_layer, grid_after
+
+__all__ = ["Cost", "CostModel", "CostReport"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one prefill.
+
+    Attributes:
+        visual_tokens_per_layer: Visual tokens of a prompt that each decoder layer processes.
+        visual_tokens: Their mean over the decoder layers.
+        flops: Floating-point operations of the whole batch.
+        kv_bytes: Bytes of the key-value cache of the whole batch.
+    """
+
+    visual_tokens_per_layer: tuple[int, ...]
+    visual_tokens: float
+    flops: int
+    kv_bytes: int
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """What a `Budget` limits, by the names of its fields."""
+        return {
+            "visual_tokens": self.visual_tokens,
+            "flops": self.flops,
+            "kv_cache": self.kv_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """Cost without and with the reductions; printed as a table.
+
+    Attributes:
+        before: Cost of the same graph with no reduction.
+        after: Cost of the reduced model.
+    """
+
+    before: Cost
+    after: Cost
+
+    def __str__(self) -> str:
+        before, after = self.before, self.after
+        rows = [
+            ("visual tokens (mean)", before.visual_tokens, after.visual_tokens, "{:,.1f}"),
+            ("prefill GFLOPs", before.flops / 1e9, after.flops / 1e9, "{:,.3f}"),
+            ("KV cache (KiB)", before.kv_bytes / 1024, after.kv_bytes / 1024, "{:,.1f}"),
+        ]
+        lines = [f"{'':22}{'before':>12}{'after':>12}{'ratio':>8}"]
+        for name, old, new, style in rows:
+            numbers = f"{style.format(old):>12}{style.format(new):>12}"
+            lines.append(f"{name:22}{numbers}{new / old:8.1%}")
+        per_layer = " ".join(map(str, after.visual_tokens_per_layer))
+        return "\n".join([*lines, f"visual tokens per decoder layer: {per_layer}"])
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What a transformer block costs, and the sizes of its attention.
+
+    Attributes:
+        linear: FLOPs for each token.
+        quadratic: FLOPs for each pair of tokens.
+        heads: Query heads.
+        key_heads: Key and value heads.
+        dim: Size of a head.
+        width: Size of a hidden state.
+    """
+
+    linear: float
+    quadratic: float
+    heads: int
+    key_heads: int
+    dim: int
+    width: int
+
+    def flops(self, tokens: Amount) -> Amount:
+        """Of the whole block: linear layers, query-key and attention-value products."""
+        return tokens * self.linear + self.quadratic * tokens * tokens
+
+    def row_flops(self, queries: Amount, tokens: Amount) -> Amount:
+        """Of the attention logits of a few queries that a score observes."""
+        return 2 * self.heads * self.dim * queries * tokens
+
+    @property
+    def projections(self) -> int:
+        """Of the queries, keys and values of one token."""
+        return 2 * self.width * (self.heads + 2 * self.key_heads) * self.dim
+
+
+class CostModel:
+    """Predicts the cost of prompts of one shape, for any policy.
+
+    What the image encoder computes and the language model does not use costs nothing where capture
+    leaves it out.
+
+    Args:
+        model: A transformers vision-language model.
+        layout: The prompts' images.
+        text_tokens: Tokens of a prompt that are not visual, padding included.
+        batch: Prompts.
+        logits_to_keep: Positions of each prompt whose logits are computed; 0 for all of them.
+        encoded: Names of methods that encode images and videos, and what each is given for all
+            prompts together. Only where images are all of one size, they need not be given.
+
+    Raises:
+        TypeError: If `model` is not a transformers model.
+        ValueError: If it reads no images.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: PromptLayout,
+        text_tokens: int,
+        batch: int = 1,
+        *,
+        logits_to_keep: int = 0,
+        encoded: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    ) -> None:
+        self.signature = signature_of(model)
+        self.layout = layout
+        self.text_tokens = text_tokens
+        self.batch = batch
+        self.logits_to_keep = logits_to_keep
+        self._model = model
+        self._encoded = encoded
+        self._encoded_prompts = batch
+        self._opaque = sizes_vary(model) or "get_video_features" in dict(encoded)
+        self._width = model.config.get_text_config().hidden_size
+        self._class_tokens = int(has_class_token(model))
+        self._counted: dict[tuple[str, int, int, bool], int] = {}
+
+    @classmethod
+    def of_images(
+        cls, model: PreTrainedModel, images: int, text_tokens: int, batch: int = 1, **options: Any
+    ) -> CostModel:
+        """The cost model for prompts with so many images, for models whose images have one size.
+
+        Args:
+            model: A transformers vision-language model.
+            images: Images per prompt.
+            text_tokens: As for the class.
+            batch: As for the class.
+            **options: As for the class.
+
+        Raises:
+            ValueError: If the number of visual tokens depends on the image's size.
+        """
+        signature_of(model)
+        if sizes_vary(model):
+            raise ValueError(
+                f"How many visual tokens an image of a {model.config.model_type} model has depends "
+                "on its size: give inputs of a call."
+            )
+        layout = PromptLayout(image_token_of(model), images, grid_of(model))
+        return cls(model, layout, text_tokens, batch, **options)
+
+    @classmethod
+    def of_inputs(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> CostModel:
+        """The cost model for the prompts of a call.
+
+        Args:
+            model: A transformers vision-language model.
+            inputs: Arguments of its forward.
+
+        Raises:
+            ValueError: If the inputs have no image, or prompts with different numbers of images.
+        """
+        signature_of(model)
+        inputs = normal_inputs(inputs)
+        layout = prompt_layout(model, inputs)
+        batch, length = inputs["input_ids"].shape
+        kept = inputs.get("logits_to_keep", 0)
+        return cls(
+            model,
+            layout,
+            length - sum(layout.sizes),
+            batch,
+            logits_to_keep=len(kept) if isinstance(kept, Tensor) else kept,
+            encoded=encoder_inputs(model, inputs),
+        )
+
+    def of_one_prompt(self) -> CostModel:
+        """The same for a batch of one."""
+        alone = copy.copy(self)
+        alone.batch = 1
+        return alone
+
+    @property
+    def images(self) -> int:
+        """Images per prompt."""
+        return self.layout.images
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Visual tokens of an image before any reduction."""
+        return self.layout.tokens_per_image
+
+    @property
+    def sizes_vary(self) -> bool:
+        """Whether other images, or videos, of the model have other numbers of visual tokens."""
+        fixed = self.signature.visual_tokens
+        return fixed == 0 or set(self.layout.sizes) != {fixed}
+
+    # *** from the visual tokens of each decoder layer; differentiable ***
+
+    def visual_tokens(self, counts: Sequence[Amount] | Tensor) -> Amount:
+        """Mean over the decoder layers.
+
+        Args:
+            counts: Visual tokens of one prompt, all its images together, that each decoder layer
+                processes.
+        """
+        return sum(counts) / len(self._decoder)
+
+    def flops(
+        self,
+        counts: Sequence[Amount] | Tensor,
+        overhead: Amount = 0,
+        patches: Sequence[Amount] | None = None,
+    ) -> Amount:
+        """Of one prefill of the whole batch, from pixels to logits.
+
+        Args:
+            counts: As in `visual_tokens`.
+            overhead: FLOPs of the reductions themselves, see `overhead`.
+            patches: Patches of one image that each used block of the vision tower processes, and
+                then the projector, see `patches`; by default all of them.
+        """
+        lengths = [self.text_tokens + count for count in counts]
+        layers = sum(
+            block.flops(length) for block, length in zip(self._decoder, lengths, strict=True)
+        )
+        around = self._measured.around * lengths[0]
+        head = self._measured.head * (self.logits_to_keep or lengths[-1])
+        encoding = self._encoding(self.patches(Policy()) if patches is None else patches)
+        return encoding + self.batch * (layers + around + head) + overhead
+
+    def kv_bytes(self, counts: Sequence[Amount] | Tensor) -> Amount:
+        """Of the keys and values that one prefill of the whole batch leaves.
+
+        Args:
+            counts: As in `visual_tokens`.
+        """
+        total: Amount = 0
+        for layer, count in zip(self._measured.layers, counts, strict=True):
+            held = _at_most(self.text_tokens + count, layer.window)
+            total = total + layer.cached * held + layer.state
+        return self.batch * total
+
+    def reduction_flops(self, reduction: Reduction, before: Amount, after: Amount) -> Amount:
+        """FLOPs of one reduction's own scores, similarities and merging, for the whole batch.
+
+        Args:
+            reduction: What is done, as far as a search can vary it; its ``keep`` is not read.
+            before: Visual tokens that come in, of one image before the decoder and of one prompt
+                in it.
+            after: Those that are kept, counted alike.
+        """
+        site = self._site(reduction)
+        observed = site.observed_flops(_observed(reduction), before, before, self.text_tokens)
+        operator = relaxed_flops(reduction, before, after, site.sizes)
+        rows = self.batch * (1 if site.stage == "decoder" else self.images)
+        return rows * (observed + operator)
+
+    # *** of a policy; exact ***
+
+    def of_policy(self, policy: Policy) -> Cost:
+        """Cost with a policy, the reductions' own matmuls included.
+
+        Args:
+            policy: ``Policy()`` gives the cost of the unreduced model.
+
+        Raises:
+            ValueError: If the policy does not fit the model.
+        """
+        counts = self.counts(policy)
+        return Cost(
+            visual_tokens_per_layer=tuple(counts),
+            visual_tokens=sum(counts) / len(counts),
+            flops=round(float(self.flops(counts, self.overhead(policy), self.patches(policy)))),
+            kv_bytes=round(float(self.kv_bytes(counts))),
+        )
+
+    def counts(self, policy: Policy) -> list[int]:
+        """Visual tokens of one prompt that each decoder layer processes.
+
+        Args:
+            policy: A policy for this model.
+
+        Raises:
+            ValueError: If it does not fit the model.
+        """
+        policy.check(self.signature)
+        per_layer = [sum(self.layout.sizes)] * len(self._decoder)
+        of_images = zip(*map(policy.counts, self.layout.sizes), strict=True)
+        for reduction, kept in zip(policy.reductions, of_images, strict=True):
+            first = first_layer(reduction.site)
+            per_layer[first:] = [sum(kept)] * (len(per_layer) - first)
+        return per_layer
+
+    @property
+    def tower_blocks(self) -> int:
+        """Blocks of the vision tower that can be told apart, up to the last that is used."""
+        return 0 if self._opaque else self._encoder.used
+
+    def patches(self, policy: Policy) -> list[int]:
+        """Patches of one image in each used block of the vision tower, and then in the projector.
+
+        Args:
+            policy: A policy for this model.
+        """
+        tokens = 0 if self._opaque else self.tokens_per_image
+        per_block = [tokens] * (self.tower_blocks + 1)
+        for reduction in policy.reductions:
+            stage, block = split_site(reduction.site)
+            if stage == "vision":
+                kept = reduction.count(tokens)
+                per_block[block + 1 :] = [kept] * (self.tower_blocks - block)
+        return per_block
+
+    def overhead(self, policy: Policy) -> int:
+        """FLOPs of all the reductions of a policy, for the whole batch.
+
+        Args:
+            policy: A policy for this model.
+        """
+        total = 0
+        inside = self.patches(policy)
+        sizes = self.layout.sizes
+        together = [
+            _Together(len(alike), (sizes[alike[0]],), sizes[alike[0]], self._cells(alike[0]))
+            for alike in self.layout.alike()
+        ]
+        in_decoder = False
+        known: set[_Seen] = set()
+        for reduction in policy.reductions:
+            stage, layer = split_site(reduction.site)
+            if stage == "decoder" and not in_decoder:
+                in_decoder, together = True, [self._of_prompt(together)]
+            site, seen = self._site(reduction), _observed(reduction)
+            if stage == "projector":
+                # A cut right behind the last block looks into the same block.
+                seen = seen - known
+            known = seen if stage == "vision" and layer == self.tower_blocks - 1 else set()
+            for group in together:
+                before, after = group.present, sum(map(reduction.count, group.images))
+                attended = inside[self.tower_blocks - 1] if stage == "projector" else before
+                total += group.rows * int(
+                    site.observed_flops(seen, attended, before, self.text_tokens)
+                    + self._operator_flops(reduction, before, after, site.sizes, group.grid)
+                )
+                group.grid = _grid_after(reduction, after, group.grid)
+                group.present = after
+        total *= self.batch
+        if any(of == "raters" for step in policy.reductions for _, _, of in _observed(step)):
+            total += self.batch * 2 * self._width * self.counts(policy)[0] * self.text_tokens
+        return total
+
+    def _cells(self, image: int) -> Tensor:
+        """The grid of one image."""
+        grids = self.layout.grids or (self.layout.grid,) * self.images
+        return PromptLayout(0, 1, grids[image]).grid_tensor(1)
+
+    def _of_prompt(self, images: Sequence[_Together]) -> _Together:
+        """The tokens of a prompt, from those of its images of each size."""
+        present = sum(group.rows * group.present for group in images)
+        grid = None
+        if all(group.grid is not None for group in images):
+            # Which image comes first does not change a cost.
+            parts = [group.grid for group in images for _ in range(group.rows)]
+            grid = torch.cat(
+                [part + torch.tensor([i, 0, 0]) for i, part in enumerate(parts) if part is not None]
+            )
+        return _Together(1, self.layout.sizes, present, grid)
+
+    # *** parts ***
+
+    @cached_property
+    def _measured(self) -> Decoder:
+        return measure_decoder(self._model)
+
+    @cached_property
+    def _decoder(self) -> list[_Block]:
+        paths = find_blocks(self._model).decoder
+        layers = zip(paths, self._measured.layers, strict=True)
+        return [
+            _Block(
+                linear=layer.linear,
+                quadratic=layer.quadratic,
+                heads=_heads_of(self._model.get_submodule(path))[0],
+                key_heads=layer.key_heads,
+                dim=layer.dim,
+                width=self._width,
+            )
+            for path, layer in layers
+        ]
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        """Of one image as large as the config says."""
+        return measure_encoder(self._model)
+
+    @cached_property
+    def _opaque_encoding(self) -> int:
+        """FLOPs of all images and videos of the call, whose sizes matter."""
+        if not self._encoded:
+            raise ValueError(
+                f"What encoding an image of a {self.signature.model_type} model costs depends on "
+                "its size: give inputs of a call."
+            )
+        return sum(
+            measure_encoder(self._model, given, encode).total for encode, given in self._encoded
+        )
+
+    @cached_property
+    def _vision(self) -> list[_Block]:
+        """The vision blocks, if they can be told apart."""
+        if self._opaque:
+            return []
+        blocks = []
+        for i, path in enumerate(find_blocks(self._model).vision):
+            block = self._model.get_submodule(path)
+            heads, key_heads, dim, width = _heads_of(block)
+            tokens, products = self._tokens_in_block(i), self._encoder.products[i]
+            linear, quadratic = (self._encoder.blocks[i] - products) / tokens, products / tokens**2
+            blocks.append(_Block(linear, quadratic, heads, key_heads, dim, width))
+        return blocks
+
+    def _tokens_in_block(self, i: int) -> int:
+        """Tokens of an image in a vision block, class tokens included."""
+        return self._encoder.tokens[i] or self.tokens_per_image
+
+    def _encoding(self, patches: Sequence[Amount]) -> Amount:
+        """FLOPs of encoding all images: patch embedding, vision blocks, projector."""
+        if self._opaque:
+            return self._opaque_encoding * self.batch / self._encoded_prompts
+        *in_blocks, in_projector = patches
+        whole = self.tokens_per_image
+        tower: Amount = 0
+        for i, count in enumerate(in_blocks):
+            tower = tower + self._vision[i].flops(self._tokens_in_block(i) - whole + count)
+        projector = self._encoder.behind * in_projector / whole
+        return self.batch * self.images * (self._encoder.front + tower + projector)
+
+    def _site(self, reduction: Reduction) -> _Site:
+        stage, layer = split_site(reduction.site)
+        blocks = self._decoder if stage == "decoder" else self._vision
+        index = self.tower_blocks - 1 if stage == "projector" else layer
+        block = blocks[index] if blocks else None
+        return _Site(
+            stage=stage,
+            block=block,
+            following=blocks[index + 1] if index + 1 < len(blocks) else None,
+            others=self.text_tokens if stage == "decoder" else self._class_tokens,
+            sizes=SiteSizes(
+                width=block.width if block and stage == "vision" else self._width,
+                key=block.dim if block else 0,
+                joint_key=block.key_heads * block.dim if block else 0,
+                text=self.text_tokens,
+            ),
+        )
+
+    def _operator_flops(
+        self, reduction: Reduction, before: int, after: int, sizes: SiteSizes, grid: Tensor | None
+    ) -> int:
+        """Counted once for each pair of numbers: a search asks again and again."""
+        key = (repr(replace(reduction, keep=1.0)), before, after, grid is None)
+        if key not in self._counted:
+            try:
+                flops = operator_flops(reduction, before, after, sizes, grid)
+            except ValueError:
+                # A search also asks for counts between those that the grid can be split into.
+                flops = int(relaxed_flops(reduction, before, after, sizes))
+            self._counted[key] = flops
+        return self._counted[key]
+
+
+def _grid_after(reduction: Reduction, count: int, grid: Tensor | None) -> Tensor | None:
+    try:
+        return None if grid is None else grid_after(reduction, count, grid)
+    except ValueError:
+        return None
+
+
+@dataclass
+class _Together:
+    """Tokens that a reduction sees together: of one image, in the decoder of a prompt.
+
+    Attributes:
+        rows: How often a prompt has such.
+        images: Visual tokens of their images before any reduction.
+        present: Tokens that are left.
+        grid: Image, row and column of those; None if that depends on the input.
+    """
+
+    rows: int
+    images: tuple[int, ...]
+    present: int
+    grid: Tensor | None
+
+
+_Seen: TypeAlias = tuple[str, Observation, str]
+"""Where, what and of whose queries: see `deos_fx.passes.observe.features`."""
+
+
+def _observed(reduction: Reduction) -> set[_Seen]:
+    """What the reduction observes, each once."""
+    needs = (need.partition("@") for need in required_features(reduction))
+    return {(where, *OBSERVED[name]) for name, _, where in needs if name in OBSERVED}
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What is there at a site.
+
+    Attributes:
+        stage: ``vision``, ``projector`` or ``decoder``.
+        block: The block before it.
+        following: The block behind it.
+        others: Tokens of a row that are not visual.
+        sizes: Of features.
+    """
+
+    stage: str
+    block: _Block | None
+    following: _Block | None
+    others: int
+    sizes: SiteSizes
+
+    def observed_flops(
+        self, seen: set[_Seen], attended: Amount, visual: Amount, text: int
+    ) -> Amount:
+        """Of what is observed, for one row of the batch; formulas in
+        `deos_fx.passes.observe.features`.
+
+        Args:
+            seen: What is observed.
+            attended: Visual tokens in the block before the site.
+            visual: Visual tokens at the site.
+            text: Text tokens.
+        """
+        total: Amount = 0
+        for where, observation, of in seen:
+            block, tokens = self.block, self.others + attended
+            if where == "next":
+                block, tokens = self.following, self.others + visual
+            assert block is not None, "a site without blocks has no features of attention"
+            # In the tower all tokens are asked, class tokens too.
+            every = visual if self.stage == "decoder" else tokens
+            queries = {"class": 1, "last": 1, "text": text, "raters": text, "visual": every}
+            if of:
+                total += block.row_flops(queries[of], tokens)
+            if observation.gravity:
+                total += 4 * block.dim * queries[of] * tokens
+        if self.following is not None and any(where == "next" for where, _, _ in seen):
+            total += self.following.projections * (self.others + visual)
+        return total
+
+
+def _heads_of(block: nn.Module) -> tuple[int, int, int, int]:
+    """Query heads, key heads, size of a head and width, by the config of a block's attention."""
+    configs: list[Any] = [module.config for module in block.modules() if hasattr(module, "config")]
+    config = next((item for item in configs if hasattr(item, "num_attention_heads")), None)
+    if config is None:
+        # Its attention cannot be observed.
+        return 0, 0, 0, 0
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, key_heads, dim, config.hidden_size
+
+
+def _at_most(tokens: Amount, most: int | None) -> Amount:
+    if most is None:
+        return tokens
+    return tokens.clamp(max=most) if isinstance(tokens, Tensor) else min(tokens, most)

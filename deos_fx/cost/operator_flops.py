@@ -1,0 +1,125 @@
+"""What the operator of a reduction costs: its own products of matrices, without the attention.
+
+A policy's reductions are run on tensors that have shapes and no data, so every scorer and selector
+is counted as it is. A search needs a slope: there the same operations are written as a formula.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from deos_fx.cost.flops import count_flops
+from deos_fx.forms.static import static_reduce
+from deos_fx.policy.reduction import Reduction
+
+__all__ = ["Amount", "SiteSizes", "operator_flops", "relaxed_flops"]
+
+Amount: TypeAlias = float | Tensor
+"""A number, or a 0-dim tensor through which a gradient flows."""
+
+
+@dataclass(frozen=True)
+class SiteSizes:
+    """Sizes at a site, beside the number of its visual tokens.
+
+    Attributes:
+        width: Of a hidden state.
+        key: Of a key of one head.
+        joint_key: Of the keys of all heads.
+        text: Number of text tokens, padding included.
+    """
+
+    width: int
+    key: int
+    joint_key: int
+    text: int
+
+
+def operator_flops(
+    reduction: Reduction, before: int, after: int, sizes: SiteSizes, grid: Tensor | None
+) -> int:
+    """Count the operations of one reduction, for one row of the batch.
+
+    Args:
+        reduction: What is done; its ``keep`` is not read.
+        before: Visual tokens that come in.
+        after: Those that come out.
+        sizes: Sizes at the site.
+        grid: Image, row and column of the tokens that come in, [V, 3], as long as all rows have
+            the same; None after a choice by score.
+    """
+    flops = 0
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        nonlocal flops
+        leaves = pytree.tree_leaves(args)
+        if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+            # A constant of the graph.
+            return function(*args)
+        args = pytree.tree_map_only(Tensor, lambda value: value.to("meta"), args)
+        with count_flops() as counter:
+            result = function(*args)
+        flops += counter.get_total_flops()
+        return result
+
+    features = _Features(before, sizes, grid)
+    with torch.no_grad():
+        static_reduce(reduction, after, features["tokens"], None, features, call)
+    return flops
+
+
+class _Features(dict[str, Tensor]):
+    """Features of one row, by name: the right shapes, no data."""
+
+    def __init__(self, tokens: int, sizes: SiteSizes, grid: Tensor | None) -> None:
+        super().__init__()
+        self.shapes = {
+            "tokens": (tokens, sizes.width),
+            "normed_tokens": (tokens, sizes.width),
+            "class_token": (1, sizes.width),
+            "grid": (tokens, 3),
+            "keys": (tokens, sizes.key),
+            "joint_keys": (tokens, sizes.joint_key),
+            "text_tokens": (sizes.text, sizes.width),
+            "normed_text": (sizes.text, sizes.width),
+            "text_keys": (sizes.text, sizes.joint_key),
+            "text_mask": (sizes.text,),
+        }
+        self.attention = (tokens,)
+        if grid is not None:
+            self["grid"] = grid
+
+    def __missing__(self, name: str) -> Tensor:
+        shape = self.shapes.get(name.partition("@")[0], self.attention)
+        return torch.empty(1, *shape, device="meta")
+
+
+def relaxed_flops(reduction: Reduction, before: Amount, after: Amount, sizes: SiteSizes) -> Amount:
+    """`operator_flops` as a formula, for what a search can vary.
+
+    Args:
+        reduction: What is done; its ``keep`` is not read.
+        before: Visual tokens that come in.
+        after: Those that come out.
+        sizes: Sizes at the site.
+    """
+    widths = {"feature": sizes.width, "key": sizes.key, "joint_key": sizes.joint_key, "grid": 0}
+    compared = sum(widths[kind] for kind in reduction.similarity)
+    moved = after * (before - after)
+    total: Amount = 0
+    if "novelty" in reduction.scores and reduction.uses_scores:
+        total += 2 * sizes.width * before * before
+    if reduction.selector == "greedy":
+        total += 2 * compared * before * before
+    if reduction.gain and reduction.temperature != math.inf:
+        total += 2 * compared * moved
+    if reduction.transfers:
+        total += 2 * sizes.width * moved
+    return total

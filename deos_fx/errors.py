@@ -1,0 +1,17 @@
+"""Errors of ours that are no plain ValueError."""
+
+from __future__ import annotations
+
+__all__ = ["CaptureError", "GuardError", "VerificationError"]
+
+
+class CaptureError(ValueError):
+    """The model or its inputs cannot be captured; the message says what to do instead."""
+
+
+class GuardError(RuntimeError):
+    """An input takes another branch than the captured one; a prefill is then captured again."""
+
+
+class VerificationError(RuntimeError):
+    """A pass left a graph that breaks a rule; the message names the rule and the node."""

@@ -1,0 +1,387 @@
+"""The relaxed form of a reduction: differentiable, and no token really leaves.
+
+A token that is dropped keeps its place with a gate near 0; later attention gets the logarithm of
+the gate as a bias, and hidden states are never multiplied by gates (a norm would undo that). With
+saturated parameters the result on the kept tokens is that of the static form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deos_fx.forms.static import feature_name
+from deos_fx.operator import assign, grid, sequential, transfer
+from deos_fx.operator.scores import LOG_FLOOR, SCORES, combine, standardize
+from deos_fx.operator.select import SELECTORS
+from deos_fx.policy.reduction import Reduction
+
+__all__ = ["RelaxedOutput", "RelaxedReduction", "has_relaxed_form", "soft_top_k"]
+
+HARD = 1e-3
+"""Assignments at a temperature below this are made to the nearest token alone."""
+SOFT = 1e3
+"""Assignments at a temperature above this are made to all tokens alike."""
+SATURATED = 40.0
+"""A logit whose sigmoid is 0 or 1 to double precision."""
+AHEAD = 10.0
+"""So many deviations of the score are certain to open a gate first."""
+NEGLIGIBLE = 0.005
+"""A parameter within this of the value that removes its operator becomes that value."""
+
+
+def soft_top_k(score: Tensor, count: Tensor | float, temperature: float, alive: Tensor) -> Tensor:
+    """Gates in [0, alive] that open for the largest scores and sum to ``count`` in every row.
+
+    g_i = alive_i * sigmoid((s_i - t) / temperature), with t such that sum_i g_i = count. The
+    threshold is found by bisection, and gradients follow from the implicit function theorem: with
+    the slopes h_i = dg_i/ds_i at fixed t and w_i = h_i / sum_j h_j,
+
+        dg_i = h_i (ds_i - sum_j w_j ds_j) + w_i (dcount - sum_j sigmoid_j dalive_j)
+               + sigmoid_i dalive_i.
+
+    w is a softmax in closed form, so the gradient to the count is finite even where all slopes
+    underflow (saturated gates; the token next to leave or to enter then gets all of it).
+
+    Args:
+        score: [B, V].
+        count: At most the sum of ``alive``; one for all rows, or [B].
+        temperature: Width of the transition, in units of the score.
+        alive: Gates so far [B, V], in [0, 1].
+    """
+    count = torch.as_tensor(count, dtype=score.dtype, device=score.device).expand(score.shape[:1])
+    with torch.no_grad():
+        gates, opening, share = _solve(score.double(), count.double(), temperature, alive.double())
+        slope = gates * (1 - opening) / temperature
+        gates, opening, share, slope = (x.to(score.dtype) for x in (gates, opening, share, slope))
+    score_step, count_step, alive_step = (x - x.detach() for x in (score, count, alive))
+    score_step = score_step - (share * score_step).sum(dim=-1, keepdim=True)
+    alive_step = opening * alive_step
+    freed = count_step.unsqueeze(-1) - alive_step.sum(dim=-1, keepdim=True)
+    return gates + slope * score_step + share * freed + alive_step
+
+
+def _solve(
+    score: Tensor, count: Tensor, temperature: float, alive: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gates, the sigmoids and the shares w of ``soft_top_k``, all [B, V]."""
+    count = torch.minimum(count, alive.sum(dim=-1)).unsqueeze(-1)
+    low = score.amin(dim=-1, keepdim=True) - SATURATED * temperature
+    high = score.amax(dim=-1, keepdim=True) + SATURATED * temperature
+    for _ in range(64):
+        middle = (low + high) / 2
+        total = (alive * ((score - middle) / temperature).sigmoid()).sum(dim=-1, keepdim=True)
+        low, high = (
+            torch.where(total > count, middle, low),
+            torch.where(total > count, high, middle),
+        )
+    x = (score - low) / temperature
+    share = (alive.clamp_min(LOG_FLOOR).log() + F.logsigmoid(x) + F.logsigmoid(-x)).softmax(dim=-1)
+    opening = x.sigmoid()
+    gates = alive * opening
+    gates = gates + share * (count - gates.sum(dim=-1, keepdim=True))
+    return torch.minimum(gates.clamp_min(0), alive), opening, share
+
+
+class RelaxedOutput(NamedTuple):
+    """Result of a relaxed reduction.
+
+    Attributes:
+        tokens: [B, V, d], every token in its place.
+        alive: Gates [B, V], at most the incoming ones; attention bias log(alive).
+        mass: [B, V]; the masses of tokens with a closed gate mean nothing.
+        score: Standardized [B, V]; zeros for a grid that uses none.
+    """
+
+    tokens: Tensor
+    alive: Tensor
+    mass: Tensor
+    score: Tensor
+
+
+class RelaxedReduction(nn.Module):
+    """A reduction whose parameters are learned.
+
+    The starting point says which scores and similarities are mixed and fixes what is not learned:
+    selector, weighting, exponent, residual and position. Learned are, each as an unbounded number:
+
+    1. ``activation`` a and ``retention`` r (through a sigmoid): the gates of a row sum to
+       (1 - a (1 - r)) times the incoming ones, so an inactive site (a = 0) is the identity;
+    2. ``scores`` and ``similarity`` weights (softmax);
+    3. ``diversity`` and ``mass_bias`` (softplus), ``gain`` (sigmoid), ``log_temperature`` and
+       ``reweight`` (as they are).
+
+    A dropped token moves what its gate loses, alive - alive'. It is assigned by
+    softmax_i(a_ij / tau + (1 + 1 / tau) log alive'_i) to the others: with open and closed gates
+    this is the static assignment at every temperature, and a token half gone is less of a target
+    at low temperatures and receives half at high ones.
+
+    Attributes:
+        gate_temperature: Width of the gates' transition in standard deviations of the score; the
+            search lowers it.
+    """
+
+    def __init__(
+        self,
+        start: Reduction,
+        *,
+        activation: float,
+        retention: float,
+        gate_temperature: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if not has_relaxed_form(start):
+            raise ValueError(
+                f"{start} has no relaxed form, so it cannot be searched; start from one with a "
+                f"single tier of {', '.join(_RELAXED)}, in the order of the image"
+            )
+        self.start = start
+        self.gate_temperature = gate_temperature
+        self.activation = _parameter(_logit(activation))
+        self.retention = _parameter(_logit(retention))
+        self.scores = _parameter([math.log(weight) for weight in start.scores.values()])
+        self.similarity = _parameter([math.log(weight) for weight in start.similarity.values()])
+        self.diversity = _parameter(_softplus_inverse(start.diversity))
+        self.gain = _parameter(_logit(start.gain))
+        temperature = min(max(start.temperature, HARD / 10), SOFT * 10)
+        self.log_temperature = _parameter(math.log(temperature))
+        self.reweight = _parameter(start.reweight)
+        self.mass_bias = _parameter(_softplus_inverse(start.mass_bias))
+
+    @classmethod
+    def from_reduction(cls, reduction: Reduction, fraction: float) -> RelaxedReduction:
+        """A saturated relaxed reduction that equals the static one.
+
+        Args:
+            reduction: The static reduction.
+            fraction: The share of its incoming tokens that it keeps.
+        """
+        return cls(reduction, activation=1.0, retention=fraction, gate_temperature=1e-6)
+
+    def to_reduction(self, site: str, keep: int | float) -> Reduction:
+        """The static reduction at the present parameters, without negligible parts."""
+        scores = dict(zip(self.start.scores, self.scores.softmax(0).tolist(), strict=True))
+        kinds = dict(zip(self.start.similarity, self.similarity.softmax(0).tolist(), strict=True))
+        temperature = self.log_temperature.exp().item()
+        scores, kinds = _main(scores), _main(kinds)
+        diversity = _rounded(F.softplus(self.diversity).item())
+        greedy = self.start.selector == "greedy" and diversity > 0
+        plain = self.start.selector == "greedy" and not greedy
+        selector = "top_k" if plain else self.start.selector
+        known = {*SELECTORS[selector].options}.union(*(SCORES[name].options for name in scores))
+        gain = _rounded(self.gain.sigmoid().item())
+        return replace(
+            self.start,
+            site=site,
+            keep=keep,
+            scores=scores,
+            similarity=kinds,
+            selector=selector,
+            options={name: value for name, value in self.start.options.items() if name in known},
+            diversity=diversity if greedy else 0.0,
+            gain=gain,
+            temperature=_snapped(temperature) if gain else 0.0,
+            reweight=_rounded(self.reweight.item()) if scores else 0.0,
+            mass_bias=_rounded(F.softplus(self.mass_bias).item()),
+        )
+
+    def keep_fraction(self, before: Tensor | float = 1.0) -> Tensor:
+        """Fraction of the original tokens alive after the site, given that before it."""
+        return before * (1 - self.activation.sigmoid() * (1 - self.retention.sigmoid()))
+
+    def bias_after(self, before: Tensor | float = 0.0) -> Tensor:
+        """beta for the log-mass bias of later attention, given that of the sites before.
+
+        The last active site decides: beta' = (1 - a) beta + a beta_site.
+        """
+        activation = self.activation.sigmoid()
+        return (1 - activation) * before + activation * F.softplus(self.mass_bias)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        alive: Tensor,
+        mass: Tensor,
+        features: Mapping[str, Tensor],
+        last_of: int = 0,
+    ) -> RelaxedOutput:
+        """Applies the reduction.
+
+        Args:
+            tokens: Hidden states [B, V, d].
+            alive: Gates so far [B, V].
+            mass: [B, V].
+            features: As for ``static_reduce``.
+            last_of: As for ``static_reduce``.
+        """
+        options = {
+            feature_name(name, self.start.observe): torch.tensor(value)
+            for name, value in self.start.selection[0].options.items()
+        }
+        features = {**options, **features, "tokens": tokens}
+        score = self._score(features, alive)
+        count = self.keep_fraction(alive.sum(dim=-1))
+        ranking = self._ranking(score, count, alive, features)
+        if last_of:
+            ranking = _last_first(ranking, last_of, by_grid=self.start.selector == "grid")
+        gates = soft_top_k(ranking, count, self.gate_temperature, alive)
+        # In half open rows the fullest gates count as open, so that there is always a target.
+        closed = gates < 0.5 * gates.amax(dim=-1, keepdim=True)
+        slot = self._slot(ranking, closed)
+        assignment = self._assignment(gates, closed, slot, features)
+        moved = (mass * (alive - gates)).unsqueeze(1) * assignment
+        content, own = moved, torch.ones_like(mass)
+        if self.start.weighting == "score":
+            weight = transfer.importance(score)
+            content, own = moved * weight.unsqueeze(1), 1 + self._fused(slot) * (weight - 1)
+        share = (mass / (mass * own + content.sum(dim=-1))) ** self.start.exponent
+        received = (content * (share / mass).unsqueeze(-1)).to(tokens.dtype) @ tokens
+        reduced = tokens * (own * share).unsqueeze(-1).to(tokens.dtype) + received
+        factor = 1 + self.activation.sigmoid() * self.reweight * score
+        reduced = reduced * factor.unsqueeze(-1).to(tokens.dtype)
+        return RelaxedOutput(reduced, gates, mass + moved.sum(dim=-1), score)
+
+    def _score(self, features: Mapping[str, Tensor], alive: Tensor) -> Tensor:
+        if not self.start.scores:
+            return torch.zeros_like(alive)
+        parts = []
+        for name in self.start.scores:
+            score = SCORES[name]
+            inputs = [features[feature_name(need, self.start.observe)] for need in score.needs]
+            part = score.function(*inputs, alive) if score.compares else score.function(*inputs)
+            parts.append(standardize(part.expand_as(alive), alive))
+        return combine(parts, self.scores.softmax(0))
+
+    def _ranking(
+        self, score: Tensor, count: Tensor, alive: Tensor, features: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The score whose largest entries the selector keeps, [B, V]."""
+        if self.start.selector == "top_k":
+            return score
+        steps = min(math.ceil(count.max().item()) + 1, score.shape[-1])
+        if self.start.selector == "grid":
+            return _grid_ranking(features["grid"], round(count.mean().item()), alive)
+        if self.start.selector == "max_min":
+            ranking = sequential.max_min_ranking(self._similarity(features), steps, alive)
+            return standardize(ranking, alive)
+        diversity = F.softplus(self.diversity)
+        penalty = sequential.greedy_penalty(
+            score + alive.clamp_min(LOG_FLOOR).log(), self._similarity(features), steps, diversity
+        )
+        return score - diversity * penalty
+
+    def _similarity(self, features: Mapping[str, Tensor]) -> Tensor:
+        weights = dict(zip(self.start.similarity, self.similarity.softmax(0), strict=True))
+        names = {kind: assign.SIMILARITIES[kind] for kind in weights}
+        observe = self.start.observe
+        compared = {kind: features[feature_name(name, observe)] for kind, name in names.items()}
+        return assign.similarity(compared, weights)
+
+    def _slot(self, ranking: Tensor, closed: Tensor) -> Tensor:
+        """1 at the residual token, the last one that the selector takes; [B, V]."""
+        if not self.start.residual:
+            return torch.zeros_like(ranking)
+        last = ranking.masked_fill(closed, math.inf).argmin(dim=-1)
+        return F.one_hot(last, ranking.shape[-1]).to(ranking.dtype)
+
+    def _fused(self, slot: Tensor) -> Tensor:
+        """How far the residual token counts like what it takes in: not at all at full gain."""
+        return slot * self.activation.sigmoid() * (self.gain.sigmoid() < 1)
+
+    def _assignment(
+        self, gates: Tensor, closed: Tensor, slot: Tensor, features: Mapping[str, Tensor]
+    ) -> Tensor:
+        """g P with whatever goes to the residual token, [B, V, V]."""
+        gain = self.gain.sigmoid()
+        return gain * self._targets(gates, closed, features) + (1 - gain) * slot.unsqueeze(-1)
+
+    def _targets(self, gates: Tensor, closed: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        similarity = self._similarity(features).expand(gates.shape[0], -1, -1)
+        itself = torch.eye(gates.shape[-1], dtype=torch.bool, device=gates.device)
+        temperature = self.log_temperature.clamp(math.log(HARD / 10), math.log(SOFT * 10)).exp()
+        sharpness = 1 / temperature
+        if temperature >= SOFT:
+            sharpness = sharpness - sharpness.detach()
+        gate = gates.clamp_min(LOG_FLOOR).log().unsqueeze(-1)
+        logits = sharpness * similarity + (1 + sharpness) * gate
+        soft = logits.masked_fill(itself, torch.finfo(logits.dtype).min).softmax(dim=1)
+        if temperature >= HARD:
+            return soft
+        # The value of the nearest token, the gradient of the softmax.
+        open_only = similarity.masked_fill(closed.unsqueeze(-1) | itself, -math.inf)
+        hard = F.one_hot(open_only.argmax(dim=1), gates.shape[-1]).mT.to(soft.dtype)
+        return soft + (hard - soft).detach()
+
+
+_RELAXED = tuple(name for name, selector in SELECTORS.items() if selector.relaxed)
+
+
+def has_relaxed_form(reduction: Reduction) -> bool:
+    """Whether a reduction can be searched: one tier that ranks, in the order of the image."""
+    one_by_one = not reduction.tiers and reduction.options.get("at_once", 1) == 1
+    in_order = reduction.order == "position" and not reduction.keep_class
+    by_likeness = reduction.assignment == "similar" and reduction.receivers == "all"
+    plain = not reduction.average and reduction.weighting != "raw"
+    return reduction.selector in _RELAXED and one_by_one and in_order and by_likeness and plain
+
+
+def _grid_ranking(places: Tensor, count: int, alive: Tensor) -> Tensor:
+    """The grid's preference among the tokens that are left, if those are still a grid."""
+    left = (alive.amin(dim=0) > 0.5).nonzero().squeeze(-1)
+    ranking = torch.full_like(alive, -1.0)
+    ranking[:, left] = grid.grid_preference(places[left], count).to(alive.dtype)
+    return ranking
+
+
+def _last_first(ranking: Tensor, images: int, *, by_grid: bool) -> Tensor:
+    """The ranking [R, V] with the last token of a prompt's last image before all others.
+
+    Anchors of a grid are all alike, and the last of them makes way.
+    """
+    place = torch.arange(ranking.shape[-1], device=ranking.device)
+    row = torch.arange(ranking.shape[0], device=ranking.device).unsqueeze(-1)
+    ending = row % images == images - 1
+    if by_grid:
+        last_anchor = torch.where(ranking >= 1, place, -1).amax(dim=-1, keepdim=True)
+        ranking = torch.where(ending & (place == last_anchor), ranking.detach().amin(), ranking)
+    first = ranking.detach().amax(dim=-1, keepdim=True) + AHEAD
+    return torch.where(ending & (place == place[-1]), first, ranking)
+
+
+def _parameter(value: float | list[float]) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(value, dtype=torch.float32))
+
+
+def _logit(value: float) -> float:
+    if value <= 0 or value >= 1:
+        return SATURATED if value >= 1 else -SATURATED
+    return math.log(value / (1 - value))
+
+
+def _softplus_inverse(value: float) -> float:
+    return value + math.log(-math.expm1(-value)) if value > 0 else -SATURATED
+
+
+def _rounded(value: float) -> float:
+    """Four digits, and exactly 0 or 1 where the difference is negligible."""
+    for special in (0.0, 1.0):
+        if abs(value - special) < NEGLIGIBLE:
+            return special
+    return round(value, 4)
+
+
+def _snapped(temperature: float) -> float:
+    if temperature < HARD:
+        return 0.0
+    return math.inf if temperature >= SOFT else float(f"{temperature:.4g}")
+
+
+def _main(weights: Mapping[str, float]) -> dict[str, float]:
+    kept = {name: round(weight, 4) for name, weight in weights.items() if weight >= NEGLIGIBLE}
+    return kept if len(weights) != 1 else dict.fromkeys(weights, 1.0)

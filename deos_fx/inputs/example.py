@@ -1,0 +1,113 @@
+"""A prompt with one grey image, to capture, look at or export a model with."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deos_fx.models.facts import image_token_of, signature_of, size_inputs, sizes_vary
+from deos_fx.models.shapes_only import on_shapes
+
+__all__ = ["TEXT_TOKENS", "example_inputs"]
+
+TEXT_TOKENS = 16
+# Patches on each side of an image whose size the config leaves open.
+_SIDE = 32
+
+
+def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, Tensor]:
+    """A prompt with one grey image and a few words.
+
+    Args:
+        model: A vision-language model with image placeholders in its prompt; it may be on the meta
+            device.
+        processor: The model's processor, which says how an image comes in where its size matters.
+            Without one, that is derived from the config.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` ``[1, V + 16]`` and the inputs that the image comes in.
+
+    Raises:
+        ValueError: If `model` reads no images, or how they come in is not known.
+    """
+    signature_of(model)
+    if processor is not None and sizes_vary(model):
+        return _processed(processor)
+    for images in _forms(model):
+        count = _placeholders(model, images)
+        if count:
+            return _prompt(model, images, count)
+    raise ValueError(
+        f"How an image becomes inputs of {type(model).__name__} does not follow from its config. "
+        "Save its processor in the model's folder (processor.save_pretrained), or in Python give "
+        "deos_fx the inputs of a call."
+    )
+
+
+def _processed(processor: Any) -> dict[str, Tensor]:
+    """What a processor makes of an image of the usual size."""
+    from PIL import Image
+
+    image = Image.new("RGB", (448, 448), (128, 128, 128))
+    if getattr(processor, "chat_template", None):
+        words = {"type": "text", "text": "What is shown here?"}
+        turn = {"role": "user", "content": [{"type": "image", "image": image}, words]}
+        # Tokenized here, since a tokenizer by itself adds the special tokens of the template again.
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return dict(processor.apply_chat_template([turn], add_generation_prompt=True, **options))
+    text = f"{getattr(processor, 'image_token', '<image>')} What is shown here?"
+    return dict(processor(images=[image], text=[text], return_tensors="pt"))
+
+
+def _forms(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The forms in which models of transformers take an image, until an encoder accepts one."""
+    names = size_inputs(model)
+    config: Any = getattr(model.config, "vision_config", model.config)
+    channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
+    given = getattr(config, "image_size", None) or 0
+    height, width = given if isinstance(given, (list, tuple)) else (given, given)
+    if height:
+        pixels = torch.full((1, channels, height, width), 0.5, dtype=model.dtype)
+        yield {"pixel_values": pixels}
+        if "image_sizes" in names:
+            sizes = torch.tensor([[height, width]])
+            yield {"pixel_values": pixels, "image_sizes": sizes}
+            # More tiles than any grid of them has: what is too many is left away.
+            yield {"pixel_values": pixels.expand(1, 64, -1, -1, -1), "image_sizes": sizes}
+        if "pixel_attention_mask" in names:
+            mask = torch.ones(1, 1, height, width, dtype=torch.int64)
+            yield {"pixel_values": pixels[None], "pixel_attention_mask": mask}
+    if "image_grid_thw" in names:
+        patch = config.patch_size
+        side = height // patch or _SIDE
+        side -= side % getattr(config, "spatial_merge_size", 1)
+        values = channels * getattr(config, "temporal_patch_size", 1) * patch**2
+        flat = torch.full((side**2, values), 0.5, dtype=model.dtype)
+        yield {"pixel_values": flat, "image_grid_thw": torch.tensor([[1, side, side]])}
+
+
+def _placeholders(model: PreTrainedModel, images: dict[str, Tensor]) -> int:
+    """Placeholders that an image needs in the prompt; 0 if the model does not take it like this."""
+    try:
+        with on_shapes(model.base_model) as core, torch.no_grad():
+            features = core.get_image_features(**images, return_dict=True).pooler_output
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
+        return 0
+    parts = [features] if isinstance(features, Tensor) else features
+    return sum(math.prod(part.shape[:-1]) for part in parts)
+
+
+def _prompt(model: PreTrainedModel, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    token = image_token_of(model)
+    ids = torch.full((1, count + TEXT_TOKENS), next(word for word in range(2) if word != token))
+    ids[:, 1 : count + 1] = token
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
+    if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
+        inputs["mm_token_type_ids"] = (ids == token).int()
+    return inputs

@@ -1,0 +1,148 @@
+"""Find the transformer blocks of a vision-language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from deos_fx.errors import CaptureError
+
+__all__ = ["Blocks", "find_blocks", "image_tower"]
+
+_CACHES = "transformers.cache_utils"
+
+_INSTEAD = (
+    "Use a model whose visual tokens take the places of image placeholders in the prompt, for "
+    "example LlavaForConditionalGeneration."
+)
+
+# Kinds of layers, in transformers' words, that keep a running state instead of keys.
+_RECURRENT = ("linear_attention", "mamba", "recurrent", "hybrid")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Module paths of the blocks, in order.
+
+    Attributes:
+        vision: Paths of the vision tower's blocks.
+        decoder: Paths of the language model's decoder layers.
+    """
+
+    vision: tuple[str, ...]
+    decoder: tuple[str, ...]
+
+    def names(self) -> dict[str, str]:
+        """Module path -> node name: ``vision_0``, ``decoder_0``, ..."""
+        return {path: f"vision_{i}" for i, path in enumerate(self.vision)} | {
+            path: f"decoder_{i}" for i, path in enumerate(self.decoder)
+        }
+
+
+def find_blocks(model: PreTrainedModel) -> Blocks:
+    """Locate the stacks of blocks through transformers' own accessors and block base class.
+
+    Args:
+        model: A transformers vision-language model.
+
+    Returns:
+        The paths of its vision blocks and decoder layers.
+
+    Raises:
+        CaptureError: If its images are no tokens of its decoder's prompt, its decoder is not made
+            of such blocks, or visual tokens cannot be dropped there.
+    """
+    _check_reading(model)
+    tower = image_tower(model)
+    blocks = Blocks(
+        () if tower is None else _blocks_under(model, tower),
+        _blocks_under(model, model.get_decoder()),
+    )
+    if not blocks.decoder:
+        raise CaptureError(
+            f"{type(model).__name__} has no list of decoder layers that derive from transformers' "
+            "GradientCheckpointingLayer. Use a model with a decoder made of such layers."
+        )
+    _check_layers(model, blocks)
+    return blocks
+
+
+def image_tower(model: PreTrainedModel) -> nn.Module | None:
+    """The module that encodes images; None where patches enter the prompt without one."""
+    tower = model.get_encoder(modality="image")
+    return None if tower in (model, model.base_model) else tower
+
+
+def _check_reading(model: PreTrainedModel) -> None:
+    """Refuse models whose images are no tokens of the decoder's prompt."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise CaptureError(
+            f"{name} reads images in an encoder that its decoder attends to, so its decoder has no "
+            f"visual tokens to reduce. {_INSTEAD}"
+        )
+    core: Any = model.base_model
+    if hasattr(core, "query_tokens"):
+        raise CaptureError(
+            f"{name} reads images through a Q-Former, whose few queries stand for no part of the "
+            f"image. {_INSTEAD}"
+        )
+    parts = model.get_decoder().named_modules()
+    if any("cross" in f"{path} {type(part).__name__}".lower() for path, part in parts):
+        raise CaptureError(
+            f"{name} reads images through cross-attention, not in its prompt: its decoder has no "
+            f"visual tokens to reduce. {_INSTEAD}"
+        )
+    if not hasattr(core, "get_image_features"):
+        raise CaptureError(
+            f"{name} has no get_image_features, so its images do not enter the prompt in the way "
+            f"that transformers' models share and deos_fx follows. {_INSTEAD}"
+        )
+
+
+def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
+    """Refuse decoders in which dropping a visual token is not hiding its key."""
+    recurrent = [kind for kind in _kinds(model) if kind in _RECURRENT]
+    if recurrent:
+        raise CaptureError(
+            f"{type(model).__name__} has {' and '.join(sorted(set(recurrent)))} layers, whose "
+            "state runs through every token: dropping some changes what the others mean. Use a "
+            "model whose layers attend or convolve over a few tokens."
+        )
+    if "chunked_attention" in _kinds(model):
+        raise CaptureError(
+            f"{type(model).__name__} has chunked_attention layers: a new token sees the keys since "
+            "the last border of a chunk, and borders move when tokens are dropped. Use a model "
+            "whose layers attend to everything or within a sliding window."
+        )
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    own = {type(layer).__name__ for layer in layers if type(layer).__module__ != _CACHES}
+    if own:
+        raise CaptureError(
+            f"{type(model).__name__} keeps keys by a rule of its own ({', '.join(sorted(own))}), "
+            "which is not known to hold when some have been dropped. Use a model with the caches "
+            "that transformers' models share."
+        )
+
+
+def _kinds(model: PreTrainedModel) -> list[str]:
+    return list(getattr(model.config.get_text_config(), "layer_types", None) or ())
+
+
+def _blocks_under(model: nn.Module, part: nn.Module) -> tuple[str, ...]:
+    """Paths (in `model`) of the elements of the longest block list inside `part`."""
+    inside = {id(module) for module in part.modules()}
+    stacks = [
+        [f"{path}.{i}" for i in range(len(module))]
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and id(module) in inside
+        and len(module) > 0
+        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
+    ]
+    longest: list[str] = max(stacks, key=lambda stack: len(stack), default=[])
+    return tuple(longest)

@@ -1,0 +1,211 @@
+"""What deos_fx has to know of a model before it is captured."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from deos_fx.models.blocks import find_blocks, image_tower
+from deos_fx.models.families import IMAGE_TOKENS
+from deos_fx.models.shapes_only import on_shapes
+from deos_fx.policy.policy import ModelSignature
+
+__all__ = [
+    "grid_of",
+    "has_class_token",
+    "image_of",
+    "image_token_of",
+    "signature_of",
+    "size_inputs",
+    "sizes_vary",
+    "video_token_of",
+]
+
+_GRIDS: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+
+def signature_of(model: PreTrainedModel) -> ModelSignature:
+    """What a policy must match.
+
+    Args:
+        model: A transformers vision-language model.
+
+    Raises:
+        TypeError: If it is not a transformers model, or wrapped in something. The message names
+            what to give instead.
+        ValueError: If it reads no images, or not through placeholders in its prompt. The message
+            names the reason.
+    """
+    _check_unwrapped(model)
+    name = type(model).__name__
+    if {"image", "video"}.isdisjoint(model.input_modalities) or not model.can_generate():
+        raise ValueError(
+            f"{name} does not read images and answer in text. Give a vision-language model that "
+            "does, for example LlavaForConditionalGeneration."
+        )
+    blocks = find_blocks(model)
+    if _image_token(model.config) is None:
+        raise ValueError(
+            f"The config of {name} names no image placeholder ({' or '.join(IMAGE_TOKENS)}), by "
+            "which deos_fx finds the visual tokens in input_ids. Set model.config.image_token_id "
+            "if prompts have one."
+        )
+    rows, columns = grid_of(model)
+    return ModelSignature(
+        model_type=model.config.model_type,
+        vision_layers=len(blocks.vision),
+        decoder_layers=len(blocks.decoder),
+        visual_tokens=rows * columns,
+    )
+
+
+# How wrappers hand out what they wrap: those of peft, of torch.compile and of several devices, and
+# a reduced model.
+_INSIDE = {
+    "get_base_model": "get_base_model()",
+    "_orig_mod": "_orig_mod",
+    "module": "module",
+    "model": "model",
+}
+
+
+def _check_unwrapped(model: Any) -> None:
+    """Refuse what is no transformers model, or runs other code than its class."""
+    name = type(model).__name__
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise TypeError(
+            f"model is a {name} that puts tokens of its own in the prompt, which deos_fx does not "
+            "know of. Give a model without them; adapters in its layers are no hindrance."
+        )
+    if not isinstance(model, PreTrainedModel):
+        inside = _inside(model, "model")
+        raise TypeError(
+            f"model is a {name}; give a transformers vision-language model, for example "
+            "LlavaForConditionalGeneration.from_pretrained(...)."
+            if inside is None
+            else f"model is a {name} around a transformers model; give {inside}, in which the "
+            "adapters of its layers stay at work."
+            if "get_base_model" in inside
+            else f"model is a {name} around a transformers model; give {inside}."
+        )
+    # Hooks that bring weights in replace it too, and are followed.
+    replaced = None if hasattr(model, "_hf_hook") else vars(model).get("forward")
+    if "_original_forward" in vars(model):
+        raise TypeError(
+            f"model is a {name} that accelerate has prepared for mixed precision, and deos_fx runs "
+            "the model's own code. Give accelerator.unwrap_model(model, keep_fp32_wrapper=False), "
+            "and call the result in accelerator.autocast()."
+        )
+    if replaced is not None and _code_of(replaced) is not _code_of(type(model).forward):
+        raise TypeError(
+            f"model is a {name} whose forward was replaced, and deos_fx runs the one of its class. "
+            "Take the replacement away (del model.forward), or make a subclass of it."
+        )
+
+
+def _inside(wrapper: Any, path: str) -> str | None:
+    """How to get at the transformers model in a wrapper, which may be wrapped more than once."""
+    if isinstance(wrapper, PreTrainedModel):
+        return path
+    for name, how in _INSIDE.items():
+        inner = getattr(wrapper, name, None)
+        if isinstance(wrapper, torch.nn.Module) and inner is not None:
+            found = _inside(inner() if how.endswith("()") else inner, f"{path}.{how}")
+            if found is not None:
+                return found
+    return None
+
+
+def _code_of(forward: Any) -> Any:
+    return inspect.unwrap(getattr(forward, "__func__", forward))
+
+
+def image_token_of(model: PreTrainedModel) -> int:
+    """Id of the placeholder of one visual token of an image."""
+    token = _image_token(model.config)
+    assert token is not None, "signature_of has refused this model"
+    return token
+
+
+def _image_token(config: Any) -> int | None:
+    return next((getattr(config, name) for name in IMAGE_TOKENS if hasattr(config, name)), None)
+
+
+def video_token_of(model: PreTrainedModel) -> int | None:
+    """Id of the placeholder of one visual token of a video; None if the model takes no videos."""
+    config, names = model.config, ("video_token_id", "video_token_index")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
+
+
+def size_inputs(model: PreTrainedModel) -> frozenset[str]:
+    """Inputs that tell how large each image is: tensors that model and image encoder both take."""
+    core: Any = model.base_model
+    tower = image_tower(model)
+    taken = _tensor_arguments(core.get_image_features)
+    if tower is not None:
+        taken |= _tensor_arguments(tower.forward)
+    # Towers of text models' shape take an attention mask too, which is not the prompt's.
+    of_text = _tensor_arguments(model.get_decoder().forward)
+    of_model = inspect.signature(type(model).forward).parameters
+    return (taken & of_model.keys()) - of_text - {"pixel_values"}
+
+
+def _tensor_arguments(function: Any) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(item.name for item in parameters if "Tensor" in str(item.annotation))
+
+
+def sizes_vary(model: PreTrainedModel) -> bool:
+    """Whether an image has as many visual tokens as its size calls for, not always equally many."""
+    return grid_of(model) == (0, 0)
+
+
+def grid_of(model: PreTrainedModel) -> tuple[int, int]:
+    """Rows and columns of the visual tokens of one image; (0, 0) where that depends on its size."""
+    if model not in _GRIDS:
+        count = _visual_tokens(model)
+        side = math.isqrt(count)
+        _GRIDS[model] = (side, side) if side * side == count else (min(1, count), count)
+    return _GRIDS[model]
+
+
+def _visual_tokens(model: PreTrainedModel) -> int:
+    """Visual tokens of an image, if the pixels are all that the image encoder needs; else 0.
+
+    They are counted on the shape of an image: no arithmetic is done.
+    """
+    config: Any = getattr(model.config, "vision_config", None)
+    tower = image_tower(model)
+    if tower is None or not hasattr(config, "image_size"):
+        return 0
+    if _tensor_arguments(tower.forward) & size_inputs(model):
+        return 0
+    try:
+        with on_shapes(model.base_model) as core, torch.no_grad():
+            features = core.get_image_features(image_of(model), return_dict=True).pooler_output
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
+        # The encoder wants to know more than the pixels.
+        return 0
+    first = features if isinstance(features, torch.Tensor) else features[0]
+    return math.prod(first.shape[:-1])
+
+
+def image_of(model: PreTrainedModel) -> torch.Tensor:
+    """Pixels [1, C, H, W] of an image as large as the config says: their shape, on "meta"."""
+    config: Any = model.config.vision_config
+    sides = config.image_size
+    height, width = sides if isinstance(sides, (list, tuple)) else (sides, sides)
+    shape = (1, getattr(config, "num_channels", 3), height, width)
+    return torch.empty(shape, dtype=model.dtype, device="meta")
+
+
+def has_class_token(model: PreTrainedModel) -> bool:
+    """Whether the vision tower puts a CLS token in front of the patches."""
+    tower = image_tower(model)
+    names = () if tower is None else (name for name, _ in tower.named_parameters())
+    return any("class_embedding" in name or "cls_token" in name for name in names)

@@ -1,0 +1,1 @@
+"""What to do, as data: reductions, policies, and limits on what they cost."""

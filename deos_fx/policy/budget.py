@@ -1,0 +1,107 @@
+"""Budgets: limits on the cost of the reduced model, all one-sided."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+__all__ = ["Budget"]
+
+
+class _Cost(Protocol):
+    """What a budget reads of ``deos_fx.cost.model.Cost``."""
+
+    @property
+    def visual_tokens(self) -> float: ...
+    @property
+    def flops(self) -> int: ...
+    @property
+    def kv_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much the reduced model may cost; any subset of limits, and being under a limit is free.
+
+    A float in (0, 1] is a fraction of the unreduced model (1.0 is all of it), an int is absolute.
+
+    Attributes:
+        visual_tokens: Mean over the decoder layers of the visual tokens a layer processes.
+        flops: Floating-point operations of the prefill.
+        kv_cache: Bytes of the key-value cache after the prefill.
+        latency_ms: Milliseconds of the prefill on the target, always absolute.
+
+    Raises:
+        ValueError: On construction, if a limit is not a positive number of the kinds above.
+    """
+
+    visual_tokens: int | float | None = None
+    flops: int | float | None = None
+    kv_cache: int | float | None = None
+    latency_ms: int | float | None = None
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None:
+                _check_limit(item.name, value)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no limit at all."""
+        return all(getattr(self, item.name) is None for item in fields(self))
+
+    def require(self) -> Budget:
+        """Returns the budget itself.
+
+        Raises:
+            ValueError: If it has no limit.
+        """
+        if self.is_empty:
+            names = ", ".join(item.name for item in fields(self))
+            raise ValueError(f"the budget has no limit; give at least one of {names}")
+        return self
+
+    def limits(self, unreduced: _Cost) -> dict[str, float]:
+        """Absolute limits, by the name of the field.
+
+        Args:
+            unreduced: Cost of the model without reductions.
+
+        Raises:
+            ValueError: If more visual tokens are allowed than the model has; a mistake in the unit,
+                since other costs also grow with the text and the batch, but this one does not.
+        """
+        whole = {
+            "visual_tokens": unreduced.visual_tokens,
+            "flops": unreduced.flops,
+            "kv_cache": unreduced.kv_bytes,
+        }
+        limits = {}
+        for name, total in whole.items():
+            value = getattr(self, name)
+            if isinstance(value, float):
+                limits[name] = value * total
+            elif value is not None:
+                limits[name] = float(value)
+        if limits.get("visual_tokens", 0) > unreduced.visual_tokens:
+            raise ValueError(
+                f"budget visual_tokens={self.visual_tokens}, but the model has only "
+                f"{unreduced.visual_tokens:g}; give at most that, or a fraction in (0, 1]"
+            )
+        if self.latency_ms is not None:
+            limits["latency_ms"] = float(self.latency_ms)
+        return limits
+
+
+def _check_limit(name: str, value: object) -> None:
+    kinds = "milliseconds" if name == "latency_ms" else "an int, or a fraction in (0, 1]"
+    fine = not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
+    if not fine:
+        raise ValueError(f"budget {name}={value!r}; a limit is a positive number: {kinds}")
+    if name != "latency_ms" and isinstance(value, float) and value > 1:
+        raise ValueError(
+            f"budget {name}={value!r}; a float is a fraction in (0, 1], for an absolute limit give "
+            f"the int {math.floor(value)}"
+        )

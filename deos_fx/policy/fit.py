@@ -1,0 +1,118 @@
+"""Turn relaxed reductions into policies that meet every limit exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from deos_fx.operator import grid_layout
+from deos_fx.policy.policy import Policy
+
+__all__ = ["as_shares", "fit_counts", "on_grid", "within"]
+
+# Pooling windows are at most this much longer than wide, as in the fitted preset.
+_ASPECT = 1.5
+
+
+def within(amounts: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    """Whether a policy meets every limit; limits are one-sided.
+
+    Args:
+        amounts: What it costs, by name.
+        limits: Absolute limits by the same names; costs without a limit are free.
+    """
+    return all(amounts[name] <= limit for name, limit in limits.items())
+
+
+def fit_counts(
+    policy: Policy,
+    visual_tokens: int,
+    amounts: Callable[[Policy], Mapping[str, float]],
+    limits: Mapping[str, float],
+) -> Policy | None:
+    """Scale a policy's counts to the largest that meet every limit.
+
+    All counts are scaled together as far as the limits allow, then single tokens are added where
+    they still fit, deepest site first.
+
+    Args:
+        policy: A policy with any counts.
+        visual_tokens: Visual tokens of one image.
+        amounts: What a policy costs, by name.
+        limits: Absolute limits.
+
+    Returns:
+        The fitted policy, or None if even one token at every site breaks a limit.
+    """
+    counts = policy.counts(visual_tokens)
+
+    def scaled(factor: float) -> list[int]:
+        return [min(visual_tokens, max(1, round(factor * count))) for count in counts]
+
+    def fits(candidate: Sequence[int]) -> bool:
+        return within(amounts(_with_counts(policy, candidate)), limits)
+
+    low, high = 0.0, float(visual_tokens)
+    if not fits(scaled(low)):
+        return None
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(scaled(middle)) else (low, middle)
+    return _with_counts(policy, _filled(scaled(low), visual_tokens, fits))
+
+
+def as_shares(policy: Policy, visual_tokens: int) -> Policy:
+    """The policy with every count as a share of the image, for images of any size.
+
+    Args:
+        policy: Counts as ints.
+        visual_tokens: Visual tokens of one image, of which the shares are the same counts.
+    """
+    shares = [count / visual_tokens for count in policy.counts(visual_tokens)]
+    return _with_counts(policy, shares)
+
+
+def on_grid(policy: Policy, height: int, width: int) -> Policy:
+    """The policy with every count of grid anchors lowered to one that the grid can be split into.
+
+    Args:
+        policy: Counts as ints.
+        height: Rows of one image's tokens.
+        width: Columns.
+
+    Returns:
+        A policy that costs at most as much.
+    """
+    counts = policy.counts(height * width)
+    for i, reduction in enumerate(policy.reductions):
+        counts[i] = min(counts[: i + 1])
+        while reduction.selector == "grid" and not _splits(height, width, counts[i]):
+            counts[i] -= 1
+    return _with_counts(policy, counts)
+
+
+def _splits(height: int, width: int, count: int) -> bool:
+    """Whether squarish windows split the grid; a single window always does."""
+    try:
+        grid_layout(height, width, count, aspect=_ASPECT)
+    except ValueError:
+        return count == 1
+    return True
+
+
+def _filled(
+    counts: list[int], visual_tokens: int, fits: Callable[[Sequence[int]], bool]
+) -> list[int]:
+    """Add single tokens from the deepest site up while every limit holds."""
+    for i in reversed(range(len(counts))):
+        most = counts[i - 1] if i else visual_tokens
+        while counts[i] < most and fits([*counts[:i], counts[i] + 1, *counts[i + 1 :]]):
+            counts[i] += 1
+    return counts
+
+
+def _with_counts(policy: Policy, counts: Sequence[int | float]) -> Policy:
+    reductions = zip(policy.reductions, counts, strict=True)
+    return replace(
+        policy, reductions=tuple(replace(reduction, keep=count) for reduction, count in reductions)
+    )

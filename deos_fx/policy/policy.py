@@ -1,0 +1,210 @@
+"""Policies: where to reduce, how many tokens to keep and how to treat the rest, as plain data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from deos_fx.files import write_text
+from deos_fx.policy.reduction import Reduction, Regime, check_fields, site_order, split_site
+
+__all__ = ["ModelSignature", "Policy"]
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSignature:
+    """What a policy has to know of the model it was searched for.
+
+    Attributes:
+        model_type: The model's family.
+        vision_layers: Blocks of its vision tower.
+        decoder_layers: Layers of its decoder.
+        visual_tokens: Visual tokens of an image; 0 if that depends on the image's size.
+    """
+
+    model_type: str
+    vision_layers: int
+    decoder_layers: int
+    visual_tokens: int
+
+    def __str__(self) -> str:
+        count = self.visual_tokens or "any number of"
+        return (
+            f"{self.model_type} ({self.vision_layers} vision layers, {self.decoder_layers} decoder "
+            f"layers, {count} visual tokens per image)"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Policy:
+    """A list of reductions, from input to output of the model. ``Policy()`` reduces nothing.
+
+    Attributes:
+        reductions: At most one per site; sorted by depth on construction.
+        name: Where the policy comes from, for people.
+        model: The model it was searched for; None for a policy that fits any.
+    """
+
+    reductions: tuple[Reduction, ...] = ()
+    name: str = ""
+    model: ModelSignature | None = None
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(self.reductions, key=lambda reduction: site_order(reduction.site)))
+        for earlier, later in zip(ordered, ordered[1:], strict=False):
+            if earlier.site == later.site:
+                raise ValueError(f"two reductions at {later.site}; a site takes one")
+            if later.whole_grid and not earlier.leaves_grid:
+                raise ValueError(
+                    f"{later.site} needs complete images to select from, but {earlier.site} before "
+                    f"it does not leave a complete grid; put the grid first or choose another "
+                    f"selector"
+                )
+        object.__setattr__(self, "reductions", ordered)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the model is left as it is."""
+        return not self.reductions
+
+    def regime(self, reduction: Reduction) -> Regime:
+        """The regime of one of the reductions."""
+        return reduction.regime
+
+    def count(self, reduction: Reduction, visual_tokens: int) -> int:
+        """Tokens that ``reduction`` keeps of an image; see ``Reduction.count``."""
+        return reduction.count(visual_tokens)
+
+    def counts(self, visual_tokens: int) -> list[int]:
+        """Tokens kept per image after each reduction, in order.
+
+        Raises:
+            ValueError: If a reduction keeps more tokens than are left, or than there are.
+        """
+        counts = [reduction.count(visual_tokens) for reduction in self.reductions]
+        for i in range(1, len(counts)):
+            if counts[i] > counts[i - 1]:
+                raise ValueError(
+                    f"{self.reductions[i].site} keeps {counts[i]} visual tokens, but only "
+                    f"{counts[i - 1]} are left by {self.reductions[i - 1].site}; keep fewer tokens "
+                    f"the deeper the site"
+                )
+        return counts
+
+    def check(self, model: ModelSignature) -> None:
+        """Checks that the policy can be applied to a model.
+
+        Raises:
+            ValueError: If it was searched for another model, names a site that the model does not
+                have, or keeps tokens that it does not have.
+        """
+        if self.model is not None and self.model != model:
+            raise ValueError(
+                f"the policy {self.name or '(unnamed)'} was made for {self.model}, and this model "
+                f"is {model}; search a policy for this model"
+            )
+        for reduction in self.reductions:
+            stage, layer = split_site(reduction.site)
+            layers = {"vision": model.vision_layers, "decoder": model.decoder_layers}
+            if stage in layers and layer >= layers[stage]:
+                last = layers[stage] - 1
+                raise ValueError(
+                    f"the policy reduces at {reduction.site}, but {model.model_type} has "
+                    f"{layers[stage]} {stage} layers; "
+                    + (f"the last site is {stage}.{last}" if last >= 0 else "reduce at projector")
+                )
+        if model.visual_tokens:
+            self.counts(model.visual_tokens)
+
+    def to_json(self) -> str:
+        """Writes the policy as indented JSON, without the fields that are at their defaults."""
+        data: dict[str, Any] = {"deos_fx": "policy", "version": VERSION}
+        if self.name:
+            data["name"] = self.name
+        if self.model is not None:
+            data["model"] = asdict(self.model)
+        data["reductions"] = [reduction.to_dict() for reduction in self.reductions]
+        return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Policy:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            ValueError: If the text is not a policy, or one of a newer version.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error}") from error
+        if not isinstance(data, dict) or data.pop("deos_fx", None) != "policy":
+            raise ValueError('not a policy: the entry "deos_fx": "policy" is missing')
+        version = data.pop("version", None)
+        if version != VERSION:
+            raise ValueError(f"policy version {version!r}; this release reads version {VERSION}")
+        check_fields(data, {"name", "model", "reductions"}, {"reductions"}, "a policy")
+        try:
+            return cls._from_dict(data)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+    @classmethod
+    def _from_dict(cls, data: Mapping[str, Any]) -> Policy:
+        reductions, name, model = data["reductions"], data.get("name", ""), data.get("model")
+        if not isinstance(reductions, list) or not isinstance(name, str):
+            raise ValueError("reductions must be a list and name a text")
+        return cls(
+            tuple(Reduction.from_dict(_as_object(values)) for values in reductions),
+            name=name,
+            model=None if model is None else _read_signature(_as_object(model)),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the policy to a file, whole or not at all.
+
+        Raises:
+            OSError: If the folder does not exist or cannot be written.
+        """
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Policy:
+        """Reads a policy from a file.
+
+        Raises:
+            ValueError: If the file does not hold a policy; the message names the file.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is not a policy file: {error}") from error
+
+    def __repr__(self) -> str:
+        title = f"Policy {self.name!r}" if self.name else "Policy"
+        if self.model is not None:
+            title += f" for {self.model}"
+        if self.is_empty:
+            return f"{title}: no reduction"
+        return "\n  ".join([f"{title}:", *map(str, self.reductions)])
+
+
+def _as_object(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object with named fields, not {values!r}")
+    return values
+
+
+def _read_signature(values: dict[str, Any]) -> ModelSignature:
+    names = {item.name for item in fields(ModelSignature)}
+    check_fields(values, names, names, "model")
+    for name, value in values.items():
+        kind = str if name == "model_type" else int
+        if not isinstance(value, kind):
+            raise ValueError(f"model: {name} is {value!r}; give {kind.__name__}")
+    return ModelSignature(**values)

@@ -1,0 +1,299 @@
+"""Charts of the report, as SVG that takes its colours and fonts from the page around it.
+
+matplotlib draws them with placeholder colours, which become CSS variables: one drawing is right on
+a light and on a dark page, stays sharp at any size, and its text can be selected.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import split_site
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from deos_fx.results.report import Method
+
+__all__ = ["PAINTS", "accuracy_chart", "history_chart", "policy_chart"]
+
+PAINTS = (
+    "ink",
+    "soft",
+    "line",
+    "accent",
+    "paper",
+    "prune",
+    "merge",
+    "pool",
+    "reweight",
+    "mixed",
+)
+"""CSS variables that the page defines; each stands for a placeholder colour while drawing."""
+
+
+def _paint(name: str) -> str:
+    return f"#0a0b{PAINTS.index(name):02x}"
+
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "axes.edgecolor": _paint("line"),
+    "axes.labelcolor": _paint("soft"),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _paint("line"),
+    "grid.linewidth": 0.6,
+    "xtick.color": _paint("line"),
+    "ytick.color": _paint("line"),
+    "xtick.labelcolor": _paint("soft"),
+    "ytick.labelcolor": _paint("soft"),
+}
+
+
+# *** the charts ***
+
+
+def accuracy_chart(
+    methods: Sequence[Method], limit: float, visual_tokens: float, questions: int
+) -> str:
+    """Accuracy against the visual tokens a decoder layer processes.
+
+    Args:
+        methods: What was measured; those without a measurement are left out.
+        limit: Visual tokens the budget allows, mean over the layers.
+        visual_tokens: Visual tokens of the unreduced model.
+        questions: Questions the accuracies are over, for their intervals.
+
+    Returns:
+        An SVG element.
+    """
+    figure, axes = _figure(8.6, 4.3)
+    axes.axvspan(0, limit, color=_paint("accent"), alpha=0.09, lw=0)
+    axes.axvline(limit, color=_paint("accent"), lw=1.2, ls=(0, (4, 3)))
+    shown = sorted((m for m in methods if m.accuracy), key=lambda m: -m.accuracy["overall"])
+    low = shown[-1].accuracy["overall"]
+    axes.set(xlim=(0, visual_tokens * 1.06), ylim=(max(0.0, low - 0.08) * 100, 102))
+    cluster = [method for method in shown if method.cost.visual_tokens < 0.6 * visual_tokens]
+    heights = _spread([100 * m.accuracy["overall"] for m in cluster], *axes.get_ylim(), 0.075)
+    for method in shown:
+        _draw_point(axes, method)
+    for method, height in zip(cluster, heights, strict=True):
+        text = _named(method, questions)
+        _label_point(axes, method, text, height, limit + 0.13 * visual_tokens)
+    for method in shown:
+        if method not in cluster:
+            point = (method.cost.visual_tokens, 100 * method.accuracy["overall"])
+            _annotate(axes, _named(method, questions), point, (-10, 0), ha="right", va="center")
+    bottom = axes.get_ylim()[0]
+    _annotate(axes, f"budget {limit:.4g}", (limit, bottom), (5, 6), color=_paint("accent"))
+    axes.set_xlabel("visual tokens a decoder layer processes (mean over layers)")
+    axes.set_ylabel("right answers, %")
+    return _svg(figure, "accuracy", "Accuracy of every method against its visual tokens")
+
+
+def policy_chart(policy: Policy, counts: Sequence[int], whole: float) -> str:
+    """The policy along the decoder: what each layer processes and where the reductions sit.
+
+    Args:
+        policy: The policy.
+        counts: Visual tokens of a prompt that each decoder layer processes.
+        whole: What each would process without reduction.
+
+    Returns:
+        An SVG element.
+    """
+    layers = len(counts)
+    figure, axes = _figure(8.6, 3.5)
+    axes.bar(range(layers), [whole] * layers, 0.7, fill=False, ec=_paint("line"), lw=0.8, ls=":")
+    axes.bar(range(layers), counts, 0.7, color=_paint("accent"), alpha=0.55)
+    for layer, count in enumerate(counts):
+        _annotate(axes, f"{count}", (layer, count), (0, 3), ha="center")
+    before = whole
+    for reduction in policy.reductions:
+        after = _after(reduction.site, counts)
+        _draw_site(axes, reduction.site, reduction.regime, (before, after), whole, layers)
+        before = after
+    axes.set(xlim=(-1, layers - 0.4), ylim=(0, whole * 1.36), xticks=range(layers))
+    axes.set_yticks([0, whole / 4, whole / 2, whole])
+    axes.grid(visible=False, axis="x")
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("visual tokens")
+    return _svg(figure, "policy", "Visual tokens along the decoder layers under the policy")
+
+
+def history_chart(history: Sequence[Mapping[str, Any]], limit: float | None) -> str:
+    """The search over its steps: the task loss above, the visual tokens below.
+
+    Args:
+        history: One entry a step, with ``step``, ``task`` and ``visual_tokens``.
+        limit: The limit on visual tokens, if there is one.
+
+    Returns:
+        An SVG element.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (task, used) = _figures(8.6, 4.6, 2)
+    steps = [entry["step"] for entry in history]
+    losses = [entry["task"] for entry in history]
+    task.plot(steps, losses, color=_paint("soft"), lw=0.8, alpha=0.6)
+    task.plot(steps, _smooth(losses), color=_paint("accent"), lw=2)
+    task.set_ylabel("task loss")
+    used.plot(steps, [entry["visual_tokens"] for entry in history], color=_paint("accent"), lw=2)
+    if limit is not None:
+        used.axhline(limit, color=_paint("prune"), lw=1.2, ls=(0, (4, 3)))
+        label = f"limit {limit:.4g}"
+        _annotate(used, label, (steps[-1], limit), (0, 5), ha="right", color=_paint("prune"))
+    used.set_ylim(bottom=0)
+    used.xaxis.set_major_locator(MaxNLocator(integer=True))
+    used.set_ylabel("visual tokens, mean")
+    used.set_xlabel("step of the search")
+    return _svg(figure, "history", "Task loss and visual tokens over the steps of the search")
+
+
+# *** parts of them ***
+
+
+def _draw_point(axes: Axes, method: Method) -> None:
+    x, y = method.cost.visual_tokens, 100 * method.accuracy["overall"]
+    size, marker = (190, "*") if method.is_searched else (52, "o")
+    style: dict[str, Any] = {"color": _paint(method.paint), "ec": _paint("paper"), "lw": 0.8}
+    axes.scatter(x, y, s=size, marker=marker, zorder=3, **style)
+
+
+def _label_point(axes: Axes, method: Method, text: str, height: float, x: float) -> None:
+    """What to say of a point, beside the others and tied to it by a line."""
+    axes.annotate(
+        text,
+        (method.cost.visual_tokens, 100 * method.accuracy["overall"]),
+        (x, height),
+        va="center",
+        color=_paint("ink"),
+        weight="bold" if method.is_searched else "normal",
+        arrowprops={
+            "arrowstyle": "-",
+            "color": _paint("soft"),
+            "lw": 0.6,
+            "relpos": (0, 0.5),
+            "shrinkB": 6,
+        },
+    )
+
+
+def _named(method: Method, questions: int) -> str:
+    """The name of a method, its accuracy and the 95 % interval of it."""
+    accuracy = method.accuracy["overall"]
+    low, high = (100 * end for end in _wilson(accuracy, questions))
+    return f"{method.name}  {100 * accuracy:.1f} %  ({low:.0f} to {high:.0f})"
+
+
+def _after(site: str, counts: Sequence[int]) -> int:
+    """Visual tokens right behind a site."""
+    stage, layer = split_site(site)
+    return counts[layer + 1 if stage == "decoder" else 0]
+
+
+def _draw_site(
+    axes: Axes, site: str, regime: str, counts: tuple[float, float], whole: float, layers: int
+) -> None:
+    stage, layer = split_site(site)
+    x = layer + 0.5 if stage == "decoder" else -0.5
+    color = _paint(regime)
+    axes.plot([x, x], [0, whole * 1.08], color=color, lw=1.6)
+    axes.scatter([x], [whole * 1.08], marker="v", s=46, color=color, zorder=3)
+    before, after = counts
+    _annotate(
+        axes,
+        f"{regime}\n{before:.4g}→{after:.4g}",
+        (x, whole * 1.08),
+        (0, 7),
+        ha="center",
+        color=color,
+        size=10 if layers <= 14 else 7,
+        rotation=0 if layers <= 14 else 90,
+    )
+
+
+def _annotate(
+    axes: Axes, text: str, point: tuple[float, float], offset: tuple[int, int], **style: Any
+) -> None:
+    style = {"color": _paint("ink")} | style
+    axes.annotate(text, point, offset, textcoords="offset points", **style)
+
+
+def _wilson(fraction: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a fraction of `count` independent answers (Wilson, 1927)."""
+    z = 1.96
+    center = (fraction + z * z / (2 * count)) / (1 + z * z / count)
+    spread = fraction * (1 - fraction) / count + z * z / (4 * count * count)
+    half = z * spread**0.5 / (1 + z * z / count)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def _spread(values: Sequence[float], low: float, high: float, gap: float) -> list[float]:
+    """Heights near descending `values`, at least `gap` of the range apart."""
+    step = gap * (high - low)
+    heights: list[float] = []
+    for value in values:
+        heights.append(min(value, heights[-1] - step) if heights else min(value, high - step))
+    lift = max(0.0, low + step - heights[-1]) if heights else 0.0
+    return [height + lift for height in heights]
+
+
+def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
+    """An exponential mean, without the bias of its start."""
+    total, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(total / weight)
+    return smoothed
+
+
+# *** from matplotlib to the page ***
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure, axes = _figures(width, height, 1)
+    return figure, axes[0]
+
+
+def _figures(width: float, height: float, rows: int) -> tuple[Figure, list[Axes]]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+        for each in axes:
+            each.tick_params(length=0)
+    return figure, list(axes)
+
+
+def _svg(figure: Figure, name: str, title: str) -> str:
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for paint in PAINTS:
+        text = text.replace(_paint(paint), f"var(--{paint})")
+    # The shorthand `font: <weight> <size> <families>`: the families become the page's.
+    text = re.sub(r"(font: [^;\"']*?[\d.]+px) [^;\"]*", r"\1 var(--font)", text)
+    # Identifiers must be unique on a page that holds several drawings.
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    described = f'<svg role="img" aria-label="{title}" '
+    return text.replace("<svg ", described, 1)
+
+
+_METADATA: Any = ("Creator", "Date", "Format", "Type")

@@ -1,0 +1,78 @@
+"""What a search returns."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from deos_fx.cost.model import Cost
+from deos_fx.policy.policy import Policy
+
+__all__ = ["Candidate", "SearchResult"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that meets every limit, scored in its static form.
+
+    Attributes:
+        policy: The policy.
+        source: Where it comes from: ``step <n>``, ``preset <name>`` or ``refined ...``.
+        loss: Task loss of its static graph on the scoring batches.
+        cost: Its exact cost.
+    """
+
+    policy: Policy
+    source: str
+    loss: float
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The outcome of a search.
+
+    Attributes:
+        policy: The candidate with the lowest static loss; it meets every limit.
+        history: One dict a step: task, relaxed costs, multipliers, gate temperature.
+        candidates: Every policy that was scored in static form, best first.
+        limits: Absolute limits by name.
+        unreduced: Cost of the model without reductions.
+        unreduced_loss: Its task loss on the scoring batches (0 for self-distillation).
+        relaxed_loss: Task loss of the returned policy in its relaxed form, at the last gate
+            temperature.
+        interrupted: Whether the steps were cut short (Ctrl-C).
+    """
+
+    policy: Policy
+    history: list[dict[str, Any]] = field(repr=False)
+    candidates: list[Candidate] = field(repr=False)
+    limits: dict[str, float]
+    unreduced: Cost
+    unreduced_loss: float
+    relaxed_loss: float
+    interrupted: bool = False
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate whose policy is returned."""
+        return self.candidates[0]
+
+    @property
+    def gap(self) -> float:
+        """Static minus relaxed task loss of the returned policy."""
+        return self.best.loss - self.relaxed_loss
+
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Write a self-contained HTML page about the search.
+
+        Args:
+            path: The file to write.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        from deos_fx.results.report import search_report
+
+        search_report(self, path)

@@ -1,0 +1,1 @@
+"""A model that runs a policy: called, generated with, explained and saved."""

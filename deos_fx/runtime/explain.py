@@ -1,0 +1,203 @@
+"""What reductions did to a batch of prompts: which tokens stayed and where the others went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from deos_fx.operator.transfer import importance
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.results.explanation import SiteExplanation
+from deos_fx.tokens.index import kept_of_prompt, take
+from deos_fx.tokens.layout import PromptLayout
+
+__all__ = ["explain"]
+
+
+def explain(
+    graph_module: fx.GraphModule, policy: Policy, layout: PromptLayout, inputs: Mapping[str, Any]
+) -> list[SiteExplanation]:
+    """Run a lowered prefill graph and watch its reductions.
+
+    Args:
+        graph_module: The graph, lowered for the policy and the layout.
+        policy: The policy.
+        layout: The prompts' layout.
+        inputs: All inputs of the graph; a cache among them is filled.
+
+    Returns:
+        An explanation of each reduction, in order.
+    """
+    watching = _Watching(graph_module)
+    names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        watching.run(*(inputs[name] for name in names))
+    if policy.is_empty:
+        return []
+    layout.tokens_per_image  # noqa: B018 - refuses images of several sizes
+    positions = watching.seen[""]["visual"]
+    mass = torch.ones(positions.shape, device=positions.device)
+    slots = _Slots(positions, inputs["input_ids"], layout)
+    explanations = []
+    for reduction in policy.reductions:
+        suffix = reduction.site.replace(".", "")
+        seen = watching.seen[suffix]
+        images = 1 if split_site(reduction.site)[0] == "decoder" else layout.images
+        for (site, role), constant in graph_module.meta.get("explains", {}).items():
+            if site == suffix:
+                rows = images * len(positions)
+                seen[role] = constant.to(positions.device).expand(rows, *constant.shape[1:])
+        per_row = positions.unflatten(1, (images, -1)).flatten(0, 1)
+        seen |= _destinations(reduction, seen, per_row)
+        if images > 1:
+            seen = _of_prompts(seen, images, positions.shape[1] // images)
+        explanation = _explain_site(reduction, seen, positions, mass, slots)
+        positions, mass = explanation.kept, explanation.mass
+        explanations.append(_on_cpu(explanation))
+    return explanations
+
+
+class _Watching(fx.Interpreter):
+    """Runs a graph and keeps the values of the nodes that lowering marked."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.seen: dict[str, dict[str, Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        for site, role in n.meta.get("explains", ()):
+            self.seen.setdefault(site, {})[role] = value
+        return value
+
+
+class _Slots:
+    """Where in the prompt visual tokens stand: out of order, they take an image's first places,
+    or its last ones if the prompt ends there.
+
+    Args:
+        visual: [B, V] positions of all placeholders.
+        input_ids: [B, N].
+        layout: The prompts' layout.
+    """
+
+    def __init__(self, visual: Tensor, input_ids: Tensor, layout: PromptLayout) -> None:
+        text = torch.ones_like(input_ids).scatter(1, visual, 0).nonzero()[:, 1]
+        self.text = text.reshape(len(input_ids), -1)
+        self.placeholders = visual.unflatten(1, (layout.images, -1))
+        self.ends = layout.ends
+        self.now = visual
+        self.in_order = True
+
+    def after(self, reduction: Reduction, kept: Tensor, positions: Tensor) -> Tensor:
+        """Positions [B, M] of what is left of the prompt.
+
+        Args:
+            reduction: What was done.
+            kept: [B, K] indices of incoming tokens.
+            positions: [B, K] where these came from.
+        """
+        self.in_order &= reduction.order == "position"
+        if split_site(reduction.site)[0] == "decoder":
+            self.now = take(self.now, kept)
+        elif self.in_order:
+            self.now = positions
+        else:
+            each = positions.shape[1] // self.placeholders.shape[1]
+            taken = slice(-each, None) if self.ends else slice(each)
+            self.now = self.placeholders[:, :, taken].flatten(1)
+        return torch.cat([self.text, self.now], dim=1).sort(dim=1).values
+
+
+def _of_prompts(seen: Mapping[str, Tensor], images: int, per_image: int) -> dict[str, Tensor]:
+    """What was noted per image, per prompt: nothing moves between the images of a prompt."""
+    found = dict(seen)
+    kept = seen["kept"]
+    copies = kept.unflatten(0, (-1, images)).flatten(1) < 0
+    found["kept"] = kept_of_prompt(kept, images, per_image).masked_fill(copies, -1)
+    for role in ("score", "mass"):
+        if role in seen:
+            found[role] = seen[role].unflatten(0, (-1, images)).flatten(1)
+    for role in ("destination", "moved"):
+        if role in seen:
+            of_images = seen[role].unflatten(0, (-1, images)).movedim(1, -1)
+            found[role] = of_images.diag_embed(dim1=1, dim2=3).flatten(3, 4).flatten(1, 2)
+    return found
+
+
+def _destinations(
+    reduction: Reduction, seen: Mapping[str, Tensor], tokens: Tensor
+) -> dict[str, Tensor]:
+    """Where content and mass went: ``destination`` and ``moved``, each [rows, K, V].
+
+    Args:
+        reduction: What was done.
+        seen: Values by role.
+        tokens: [rows, V]; only its shape is read.
+    """
+    if "assignment" not in seen:
+        return {}
+    receivers, sources = seen["receivers"], seen.get("sources")
+    # What goes to the residual token is already part of the assignment.
+    moved = (1.0 if reduction.has_rest else reduction.gain) * seen["assignment"]
+    slots = (seen["kept"].unsqueeze(-1) == receivers.unsqueeze(1)).to(moved.dtype)
+    moved = slots @ moved.expand(len(tokens), -1, -1)
+    if sources is not None:
+        places = torch.zeros((*moved.shape[:2], tokens.shape[1]), device=moved.device)
+        index = sources.expand(len(tokens), -1).unsqueeze(1).expand(-1, moved.shape[1], -1)
+        moved = places.scatter(2, index, moved)
+    destination = moved
+    if reduction.weighting != "one":
+        score = seen["score"]
+        weight = importance(score) if reduction.weighting == "score" else score
+        destination = moved * weight.unsqueeze(1)
+    return {"destination": destination, "moved": moved}
+
+
+def _explain_site(
+    reduction: Reduction,
+    seen: Mapping[str, Tensor],
+    positions: Tensor,
+    mass: Tensor,
+    slots: _Slots,
+) -> SiteExplanation:
+    """Explain one reduction.
+
+    Args:
+        reduction: What was done.
+        seen: Values by role; indices count incoming tokens.
+        positions: [B, V] prompt positions of the incoming tokens.
+        mass: [B, V] their masses.
+        slots: Where the incoming tokens stand in the prompt; is updated.
+    """
+    kept = seen["kept"]
+    copies = kept < 0
+    after = take(mass, kept.clamp(min=0)).masked_fill(copies, 1.0)
+    if "moved" in seen:
+        # The graph has masses only where something reads them.
+        after = after + (seen["moved"] * mass.unsqueeze(1)).sum(dim=-1)
+    gone = (kept.unsqueeze(-1) != torch.arange(positions.shape[1], device=kept.device)).all(dim=1)
+    left = take(positions, kept.clamp(min=0)).masked_fill(copies, -1)
+    return SiteExplanation(
+        site=reduction.site,
+        positions_in=positions,
+        kept=left,
+        dropped=positions[gone].reshape(len(positions), -1),
+        destination=seen.get("destination"),
+        mass=seen.get("mass", after),
+        scores=seen.get("score"),
+        remaining=slots.after(reduction, kept, left),
+    )
+
+
+def _on_cpu(explanation: SiteExplanation) -> SiteExplanation:
+    values = {item.name: getattr(explanation, item.name) for item in fields(explanation)}
+    moved: dict[str, Any] = {
+        name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()
+    }
+    return SiteExplanation(**moved)

@@ -1,0 +1,171 @@
+"""Lend transformers' own `generate` to something that is not the model itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from deos_fx.inputs.media import has_images, images_of_prompts, media_of_rows
+from deos_fx.models.views import shallow_copy
+from deos_fx.tokens.cache import ReducedCache
+
+__all__ = ["generation_host"]
+
+
+def generation_host(
+    call: Callable[..., ModelOutput],
+    model: PreTrainedModel,
+    new_cache: Callable[[], ReducedCache],
+    device: torch.device | None = None,
+) -> Any:
+    """A view of a model whose forward is another callable, so that `generate` is transformers'.
+
+    It shares all weights and configs with the model and is of a subclass of the model's class.
+
+    Args:
+        call: Takes the arguments of the model's forward.
+        model: The model; its weights are not used and may be on the meta device.
+        new_cache: Makes the cache of a new conversation.
+        device: Where `call` wants its inputs, if that is not where the model is.
+
+    Returns:
+        The host; the model is left as it is.
+    """
+
+    original: Any = type(model)
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> ModelOutput:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, ReducedCache) and not cache.get_seq_length():
+            deltas = getattr(self.base_model, "rope_deltas", None)
+            if deltas is not None:
+                # Beams and several answers are further rows of one prompt.
+                answers = len(kwargs["input_ids"]) // len(deltas)
+                cache.rope_deltas = deltas.repeat_interleave(answers, dim=0)
+        return call(*args, **kwargs)
+
+    def keep_pixels(self: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        # transformers would encode the images before the prefill; here that is the graph's part.
+        return model_kwargs
+
+    def expand(
+        self: Any, expand_size: int = 1, *args: Any, input_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        # For beams, transformers repeats row by row; the images of a prompt have to stay together.
+        media: dict[str, Any] = {}
+        if expand_size > 1 and has_images(kwargs):
+            given = {**kwargs, "input_ids": input_ids}
+            prompts = images_of_prompts(model, given)
+            rows = [row for row in range(len(prompts)) for _ in range(expand_size)]
+            media = media_of_rows(model, given, prompts, rows)
+        others = {name: value for name, value in kwargs.items() if name not in media}
+        ids, others = original._expand_inputs_for_generation(
+            self, expand_size, *args, input_ids=input_ids, **others
+        )
+        return ids, others | media
+
+    def prepare_cache(
+        self: Any, config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        _check_cache(config, given)
+        if given is not None:
+            # transformers' own mark: what is undone at the end has to be undone in this cache, too.
+            given._is_user_defined = True
+        elif config.use_cache is not False:
+            model_kwargs["past_key_values"] = new_cache()
+
+    def positions(self: Any, inputs: Any, model_kwargs: dict[str, Any]) -> Any:
+        # Where the model itself remembers how positions go on, the text may be an earlier one.
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, ReducedCache) and cache.get_seq_length():
+            if hasattr(self.base_model, "rope_deltas"):
+                self.base_model.rope_deltas = cache.rope_deltas
+        return original._prepare_position_ids_for_generation(self, inputs, model_kwargs)
+
+    def candidates(self: Any, **kwargs: Any) -> Any:
+        _check_candidates(kwargs["generation_config"], kwargs["model_kwargs"])
+        generator = original._get_candidate_generator(self, **kwargs)
+        propose = generator.get_candidates
+
+        def after_prompt(*args: Any, **options: Any) -> Any:
+            # transformers gives the model its prompt and the first candidates at once. A reduction
+            # would take the last candidate for the last token of the prompt, so they are left out.
+            generator.get_candidates = propose
+            propose(*args, **options)
+            return args[0], None
+
+        generator.get_candidates = after_prompt
+        return generator
+
+    replaced: dict[str, Any] = {
+        "forward": forward,
+        "_prepare_multimodal_encoder_kwargs_for_generation": keep_pixels,
+        "_expand_inputs_for_generation": expand,
+        "_prepare_cache_for_generation": prepare_cache,
+        "_prepare_position_ids_for_generation": positions,
+        "_get_candidate_generator": candidates,
+        "generate_batch": _refuse_continuous_batching,
+    }
+    if device is not None:
+        replaced["device"] = device
+    host: Any = shallow_copy(model)
+    # Hooks (accelerate's, for several devices) put a forward on the instance, before the class's.
+    vars(host).pop("forward", None)
+    if host.base_model is not host and hasattr(host.base_model, "rope_deltas"):
+        # A core of its own to remember in: other threads generate with the same model.
+        core = shallow_copy(host.base_model)
+        core.rope_deltas = None
+        host._modules[host.base_model_prefix] = core
+    host.__class__ = type(f"Reduced{type(model).__name__}", (type(model),), replaced)
+    return host
+
+
+def _check_cache(config: GenerationConfig, given: Any) -> None:
+    """Refuse caches whose layers all have one length, or that are not used as they should be."""
+    implementation = config.cache_implementation
+    if implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation={implementation!r}: the layers of a reduced model hold "
+            "different numbers of tokens, which only its own dynamic cache can. Leave "
+            "cache_implementation out (or set it to None in generation_config)."
+        )
+    if given is not None and config.use_cache is False:
+        raise ValueError(
+            "past_key_values came with use_cache=False, which runs the whole text anew for every "
+            "token. Leave one of the two out."
+        )
+
+
+def _check_candidates(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Refuse those kinds of assisted decoding that look into the model or into its cache."""
+    names = ("assistant_early_exit", "use_mtp", "speculation_type")
+    inside = [name for name in names if getattr(config, name, None)]
+    if inside:
+        raise ValueError(
+            f"{inside[0]} drafts tokens with layers of the model itself, which a reduced model "
+            "runs as a graph. Use assistant_model or prompt_lookup_num_tokens."
+        )
+    if config.output_hidden_states:
+        raise ValueError(
+            "output_hidden_states with assisted decoding needs hidden states of every prompt "
+            "position, and a reduced model drops some. Leave one of the two out."
+        )
+    if model_kwargs["past_key_values"].get_seq_length():
+        raise ValueError(
+            "Assisted decoding reads the whole text again and cannot continue past_key_values. "
+            "Leave out assistant_model and prompt_lookup_num_tokens, or past_key_values."
+        )
+
+
+def _refuse_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        "cache_implementation='paged' packs prompts of text into one row; a reduced model needs "
+        "each prompt with its images in a row of its own. Leave cache_implementation out."
+    )

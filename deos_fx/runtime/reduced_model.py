@@ -1,0 +1,323 @@
+"""`ReducedModel`: a vision-language model that runs a policy, called like the model itself."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from deos_fx.cost.model import CostModel, CostReport
+from deos_fx.inputs.batch import Part, join_outputs, join_spaces, parts_of_batch
+from deos_fx.inputs.complete import complete_inputs, normal_inputs, prompt_layout, prompt_layouts
+from deos_fx.inputs.media import are_written_alike, has_images, image_inputs
+from deos_fx.models.facts import image_token_of, signature_of
+from deos_fx.passes.lower.lower_decode import decode_spaces
+from deos_fx.policy.policy import Policy
+from deos_fx.results.explanation import SiteExplanation
+from deos_fx.runtime import saved
+from deos_fx.runtime.explain import explain
+from deos_fx.runtime.generation import generation_host
+from deos_fx.runtime.graphs import Graphs
+from deos_fx.tokens.cache import ReducedCache, TokenSpace
+from deos_fx.tokens.layout import PromptLayout
+
+__all__ = ["ReducedModel"]
+
+
+class ReducedModel(nn.Module):
+    """An unmodified model and a policy, compiled on first use.
+
+    The graphs are captured at the first call of each structure (a prefill with images, a decode
+    step) and share every weight with the model.
+
+    Args:
+        model: A transformers vision-language model. It is put in eval mode, nothing else.
+        policy: What to reduce where.
+
+    Attributes:
+        model: The model, untouched.
+        policy: The policy.
+
+    Raises:
+        TypeError: If `model` is not a transformers model.
+        ValueError: If it has no vision tower, or the policy does not fit it.
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
+        super().__init__()
+        self.signature = signature_of(model)
+        policy.check(self.signature)
+        self.model = model.eval()
+        self.policy = policy
+        self._arguments = inspect.signature(type(model).forward)
+        self._spaces = decode_spaces(policy)
+        self._graphs = Graphs(model, policy)
+
+    # *** calling ***
+
+    # Captured already: tracing the bookkeeping around the graphs once more gains nothing.
+    @torch.compiler.disable
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Any, ...]:
+        """Run the reduced model.
+
+        torch.compile leaves this call as it is. Compile the parts instead, for example
+        ``for layer in model.get_decoder().layers: layer.compile()``.
+
+        Args:
+            *args: Arguments of the model's own forward.
+            **kwargs: Keyword arguments of the model's own forward.
+
+        Returns:
+            The model's own output class. After reductions, ``logits`` cover the M prompt
+            positions that are left, in order (`explain` says which). Text always stays, and so
+            does the last token of a prompt that ends in an image: it is one of those that are
+            kept, and the last one here is the last token of any prompt. With
+            ``return_dict=False``, a tuple.
+
+        Raises:
+            ValueError: If images and placeholders do not match, or the cache is not a
+                `ReducedCache`.
+        """
+        inputs = self._bind(*args, **kwargs)
+        output = self._run(inputs)
+        return output if inputs.get("return_dict", True) else output.to_tuple()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own `generate`, run on the reduced model.
+
+        The prompt is reduced once and decoding continues on what is left. Only with
+        ``use_cache=False`` the whole text is reduced anew for every token, and scores that read the
+        text may then keep other tokens.
+
+        The next turn of a conversation continues on the cache of the one before: give the whole
+        conversation as ``input_ids``, and the ``past_key_values`` of the output that
+        ``return_dict_in_generate=True`` returned. Images that are in the cache may be given again,
+        as a processor does; they are not looked at. New images need a new conversation.
+
+        Args:
+            *args: Arguments of the model's `generate`.
+            **kwargs: Keyword arguments of the model's `generate`.
+
+        Returns:
+            What the model's `generate` returns.
+
+        Raises:
+            ValueError: If something is asked for that a reduced model cannot do: a cache of fixed
+                or equal lengths (``cache_implementation``), attention weights, or drafting with
+                layers of its own.
+        """
+        host = generation_host(self, self.model, self._new_cache)
+        return host.generate(*args, **normal_inputs(kwargs))
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The lowered prefill graph of the latest structure that was called.
+
+        Raises:
+            RuntimeError: Before the first call.
+        """
+        latest = self._graphs.latest
+        if latest is None:
+            raise RuntimeError(
+                "Nothing is captured yet: call the model once, or give example_inputs to transform."
+            )
+        return latest
+
+    # *** what transformers' pipelines ask of a model ***
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's config."""
+        return self.model.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Defaults of `generate`."""
+        return self.model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the model's weights."""
+        return self.model.dtype
+
+    def can_generate(self) -> bool:
+        """Yes."""
+        return True
+
+    # *** looking ***
+
+    def cost(self, **inputs: Any) -> CostReport:
+        """What a prefill of these inputs costs, without running it.
+
+        Args:
+            **inputs: Arguments of the model's forward: prompts with images.
+
+        Returns:
+            Visual tokens per layer, FLOPs and KV bytes, without and with the policy.
+
+        Raises:
+            ValueError: If the inputs have no image.
+        """
+        costs = CostModel.of_inputs(self.model, self._bind(**inputs))
+        return CostReport(before=costs.of_policy(Policy()), after=costs.of_policy(self.policy))
+
+    def explain(self, **inputs: Any) -> list[SiteExplanation]:
+        """Which visual tokens each reduction keeps, and where the others go; runs one prefill.
+
+        Args:
+            **inputs: Arguments of the model's forward: prompts with images. A cache is ignored.
+
+        Returns:
+            An explanation of each reduction, from input to output of the model.
+
+        Raises:
+            ValueError: If the inputs have no image.
+        """
+        graph_module, layout, complete = self._prefill(inputs)
+        return explain(graph_module, self.policy, layout, complete)
+
+    def __repr__(self) -> str:
+        return f"ReducedModel of {type(self.model).__name__}, {self.signature}\n{self.policy}"
+
+    # *** saving ***
+
+    def save_pretrained(self, dir: str | os.PathLike[str]) -> None:
+        """Write the model, as transformers does, and the policy; whole or not at all.
+
+        Args:
+            dir: A folder, made if it does not exist; other files in it stay.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        saved.save(self.model, self.policy, dir)
+
+    @classmethod
+    def from_pretrained(cls, dir: str | os.PathLike[str], **options: Any) -> ReducedModel:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            dir: The folder.
+            **options: For transformers' `from_pretrained`, such as ``dtype`` and ``device_map``.
+
+        Raises:
+            ValueError: If there is no reduced model in the folder, or it cannot be read.
+        """
+        return cls(*saved.load(dir, **options))
+
+    # *** compiling ***
+
+    def capture(self, **inputs: Any) -> None:
+        """Capture and lower the prefill of these inputs now, instead of at the first call.
+
+        Args:
+            **inputs: Arguments of the model's forward: prompts with images.
+
+        Raises:
+            ValueError: If the inputs have no image, or the model cannot be captured.
+        """
+        complete = complete_inputs(self.model, self._bind(**inputs))
+        prompt_layouts(self.model, complete)
+        for part in self._parts(complete):
+            if part.layout is not None:
+                self._graphs.prefill(part.inputs, part.layout)
+
+    def _prefill(
+        self, inputs: Mapping[str, Any]
+    ) -> tuple[fx.GraphModule, PromptLayout, dict[str, Any]]:
+        """The graph for prompts, their layout, and its inputs with an empty cache."""
+        given = self._bind(**inputs)
+        given.pop("past_key_values", None)
+        complete = complete_inputs(self.model, given)
+        layout = prompt_layout(self.model, complete)
+        return self._graphs.prefill(complete, layout), layout, complete
+
+    def _bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Arguments of the model's forward by name, without those that are None."""
+        inputs = self._arguments.bind(self.model, *args, **kwargs).arguments
+        inputs.pop("self", None)
+        inputs |= inputs.pop("kwargs", {})
+        return normal_inputs({name: x for name, x in inputs.items() if x is not None})
+
+    def _run(self, inputs: dict[str, Any]) -> ModelOutput:
+        inputs = complete_inputs(self.model, inputs)
+        cache: Any = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            return self._continue(inputs, cache)
+        deltas = None if cache is None else cache.rope_deltas
+        parts = self._parts(inputs)
+        outputs, spaces = [], []
+        for part in parts:
+            if len(parts) > 1 and cache is not None:
+                part.inputs["past_key_values"] = self._new_cache()
+            fields, output_class = self._prefill_part(part)
+            spaces.append(self._spaces_of(fields.pop("spaces", None), part.inputs["input_ids"]))
+            outputs.append(fields)
+        (fields, left) = outputs[0], spaces[0]
+        length = inputs["input_ids"].shape[1]
+        if len(parts) > 1:
+            fields, left = join_outputs(parts, outputs), join_spaces(parts, spaces, length)
+        if cache is not None:
+            if len(parts) > 1:
+                rows = [row for part in parts for row in part.rows]
+                cache.join([part.inputs["past_key_values"] for part in parts], rows)
+                fields["past_key_values"] = cache
+            cache.rope_deltas = deltas
+            cache.images = image_inputs(self.model, inputs)
+            cache.record(length, left)
+        return output_class(**fields)
+
+    def _continue(self, inputs: dict[str, Any], cache: ReducedCache) -> ModelOutput:
+        """New tokens behind what the cache holds."""
+        inputs |= cache.decode_inputs(inputs.get("attention_mask"), inputs["position_ids"])
+        fields, output_class = self._graphs.run(inputs, None)
+        return output_class(**fields)
+
+    def _parts(self, inputs: dict[str, Any]) -> list[Part]:
+        """The prompts that are alike; all of them if nothing is reduced."""
+        if self.policy.is_empty and not are_written_alike(self.model, inputs):
+            if has_images(inputs):
+                # The model's own checks of images and placeholders are no part of a graph.
+                prompt_layouts(self.model, inputs)
+            layout = PromptLayout(image_token_of(self.model), 0, (0, 0))
+            return [Part(tuple(range(len(inputs["input_ids"]))), layout, inputs)]
+        return parts_of_batch(self.model, inputs)
+
+    def _prefill_part(self, part: Part) -> tuple[dict[str, Any], type[ModelOutput]]:
+        """Fields of the output, with ``spaces`` where anything was reduced, and its class."""
+        if part.layout is None:
+            # Text alone: there is nothing to reduce.
+            output = self.model(**part.inputs)
+            return dict(output.items()), type(output)
+        return self._graphs.run(part.inputs, part.layout)
+
+    def _spaces_of(
+        self, left: Sequence[Mapping[str, Tensor]] | None, input_ids: Tensor
+    ) -> list[TokenSpace]:
+        """The token spaces behind each reduction; of text alone, nothing was dropped."""
+        if left is None:
+            whole = torch.arange(input_ids.shape[1], device=input_ids.device)
+            unbiased = torch.zeros(input_ids.shape, device=input_ids.device)
+            left = [
+                {"origin": whole.expand(input_ids.shape)}
+                | ({"key_bias": unbiased} if space.biased else {})
+                for space in self._spaces
+            ]
+        return [
+            TokenSpace(known.first_layer, **space)
+            for known, space in zip(self._spaces, left, strict=True)
+        ]
+
+    def _new_cache(self) -> ReducedCache:
+        return ReducedCache(self.model.config.get_text_config())

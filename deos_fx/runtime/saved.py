@@ -1,0 +1,196 @@
+"""Reduced models in folders: the model's own files, the policy, and a note that says so."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from deos_fx.files import fresh_folder
+from deos_fx.models.layers import has_codes
+from deos_fx.policy.policy import Policy
+from deos_fx.version import __version__
+
+__all__ = ["load", "save"]
+
+VERSION = 1
+
+_NOTE = "deos_fx.json"
+_POLICY = "policy.json"
+
+
+def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) -> None:
+    """Write a model and its policy, whole or not at all.
+
+    Args:
+        model: The unreduced model.
+        policy: What is reduced.
+        dir: A folder; other files in it stay.
+
+    Raises:
+        OSError: If it cannot be written.
+        ValueError: If it would not be loaded as it is: it has adapters or other parts that its
+            config does not describe, or weights of a kind that it does not name.
+    """
+    _check_described(model)
+    versions = {package.__name__: package.__version__ for package in (torch, transformers)}
+    note = {
+        "deos_fx": "reduced_model",
+        "version": VERSION,
+        "packages": {"deos_fx": __version__} | versions,
+    }
+    with fresh_folder(dir) as folder:
+        model.save_pretrained(folder)
+        _check_written(model, folder)
+        policy.save(folder / _POLICY)
+        (folder / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        written = {entry.name for entry in folder.iterdir()}
+    # Weights of an earlier model in this folder would be preferred to those in several files.
+    for weights in Path(dir).glob("*.safetensors*"):
+        if weights.name not in written:
+            weights.unlink()
+
+
+def load(dir: str | os.PathLike[str], **options: Any) -> tuple[PreTrainedModel, Policy]:
+    """Read what `save` wrote.
+
+    Args:
+        dir: The folder.
+        **options: For transformers' `from_pretrained`, such as ``dtype`` and ``device_map``.
+
+    Returns:
+        The model and its policy.
+
+    Raises:
+        ValueError: If there is no reduced model in the folder, it cannot be read, or its weights
+            are not those of the model that its config describes.
+    """
+    folder = Path(dir)
+    _check_note(folder)
+    policy = Policy.load(folder / _POLICY)
+    model, found = _read(AutoModelForImageTextToText, folder, **options)
+    wrong = _differences(found)
+    if wrong:
+        raise ValueError(
+            f"{folder} does not hold the weights of the model that its config describes: {wrong}. "
+            f"Save the model again. {_CURE}"
+        )
+    return model, policy
+
+
+def _read(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model, and what transformers says of its weights."""
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = kind.from_pretrained(folder, **options)
+    found["mismatched_keys"] = [name for name, *_ in found["mismatched_keys"]]
+    return model, found
+
+
+def _check_described(model: PreTrainedModel) -> None:
+    """Refuse a model that its config would not bring back."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"The model would not be saved: transformers writes the adapters alone. {_CURE}"
+        )
+    if getattr(model, "hf_quantizer", None) is None:
+        coded = [path for path, module in model.named_modules() if has_codes(module)]
+        if coded:
+            raise ValueError(
+                f"The weights of {_some(coded)} are quantised, and the config of the model does "
+                "not say how. Quantise it while it is loaded (from_pretrained with a "
+                "quantization_config), or save the model as it was before."
+            )
+        return
+    packed = [path for path, weight in model.named_parameters() if _is_packed(weight)]
+    if packed:
+        raise ValueError(
+            f"bitsandbytes has rounded the scales of {_some(packed)} for this CPU when the model "
+            "was first called, and writes other weights than were loaded. Load the model again and "
+            "save it before its first call."
+        )
+    # Layers of its own code have their own names for what they hold, beside those of the class.
+    with torch.device("meta"), torch.random.fork_rng():
+        plain = type(model)(copy.deepcopy(model.config))
+    missing = dict(plain.named_parameters()).keys() - dict(model.named_parameters()).keys()
+    if missing:
+        raise ValueError(
+            f"The model would not be loaded as it is: it has something else in the place of "
+            f"{_some(missing)}. {_CURE}"
+        )
+
+
+def _is_packed(weight: Any) -> bool:
+    """Whether bitsandbytes has changed a 4-bit weight for its CPU kernel; seen in 0.50."""
+    state = getattr(weight, "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def _check_written(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse files that would be loaded as something else; they are read without their weights."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    try:
+        again, found = _read(type(model), folder, device_map="meta")
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"The model would not be loaded again: {error} {_CURE}") from error
+    wrong = _differences(found)
+    if wrong:
+        raise ValueError(f"The model would not be loaded as it is: {wrong}. {_CURE}")
+    kept = dict(again.named_parameters())
+    rounded = [
+        name
+        for name, weight in model.named_parameters()
+        if torch.promote_types(weight.dtype, kept[name].dtype) != kept[name].dtype
+    ]
+    if rounded:
+        raise ValueError(
+            f"The model would not be loaded as it is: {_some(rounded)} would be rounded to "
+            f"{kept[rounded[0]].dtype}. Give all weights one precision first (model.to)."
+        )
+
+
+_CURE = (
+    "Merge adapters into the weights first (load them with peft.PeftModel.from_pretrained and take "
+    "what its merge_and_unload() returns); other changed modules need a model class and a config "
+    "that have them."
+)
+
+
+def _differences(found: Mapping[str, Any]) -> str:
+    """What transformers says that it has not found, found too much, or of other sizes."""
+    kinds = {"missing_keys": "missing", "unexpected_keys": "unknown", "mismatched_keys": "resized"}
+    parts = {word: _some(found[kind]) for kind, word in kinds.items() if found[kind]}
+    return "; ".join(f"{word}: {names}" for word, names in parts.items())
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+
+
+def _check_note(folder: Path) -> None:
+    if not (folder / _NOTE).is_file():
+        missing = f"it has no {_NOTE}" if folder.is_dir() else "there is no such folder"
+        raise ValueError(
+            f"{folder} is not a saved reduced model: {missing}. Give a folder that "
+            "ReducedModel.save_pretrained has written; for any other model load it with "
+            "transformers and call deos_fx.transform."
+        )
+    try:
+        note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
+        kind, version = note["deos_fx"], note["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / _NOTE} is damaged ({error}); save the model again.") from error
+    if kind != "reduced_model" or version != VERSION:
+        raise ValueError(
+            f"{folder} holds a {kind} of version {version}; this release reads reduced_model of "
+            f"version {VERSION}."
+        )

@@ -1,0 +1,112 @@
+"""What surrounds the visual tokens: whose attention to them counts, and the text they stand in.
+
+Shapes: B rows, N prompt positions, V visual tokens of a row, T = N - V others (text and padding),
+I images. Votes are weights of a mean: 0 takes no part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deos_fx.operator.scores import full_precision
+from deos_fx.tokens.index import take
+
+__all__ = [
+    "class_feature",
+    "for_images",
+    "question_votes",
+    "rater_votes",
+    "text_key_size",
+    "text_votes",
+    "tower_votes",
+    "without_class",
+]
+
+
+def class_feature(hidden: Tensor) -> Tensor:
+    """The CLS token [I, 1, d] of a vision tower's hidden states [I, 1 + V, d]."""
+    return hidden[:, :1]
+
+
+def without_class(x: Tensor, class_tokens: int) -> Tensor:
+    """Values [I, c + V, ...] of a vision tower's tokens without those of the c class tokens."""
+    return x[:, class_tokens:]
+
+
+def text_votes(attention_mask: Tensor, text: Tensor) -> Tensor:
+    """Votes [B, T] of the text tokens at `text` [B, T]: padding in attention_mask [B, N] has none.
+
+    Returns:
+        Float32.
+    """
+    return take(attention_mask, text).float()
+
+
+def question_votes(text: Tensor, visual: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Votes of the text behind the images: it alone has seen all of them.
+
+    Args:
+        text: [B, T] positions of everything that is not visual, ascending.
+        visual: [B, V].
+        attention_mask: None or [B, N] with 1 for real tokens.
+
+    Returns:
+        [B, T] in float32, 0 or 1; where no text is behind the images, all real text votes.
+    """
+    real = torch.ones_like(text) if attention_mask is None else take(attention_mask, text)
+    behind = (text > visual.amax(dim=1, keepdim=True)) & (real != 0)
+    return (behind | (real != 0) & ~behind.any(dim=1, keepdim=True)).float()
+
+
+def text_key_size(text_keys: Tensor, question: Tensor) -> Tensor:
+    """Sum of absolute values [B, T] of the keys of all heads [B, T, H * D] of the text (DART).
+
+    Args:
+        text_keys: [B, T, H * D].
+        question: Votes [B, T]; text that has none gets the lowest number there is.
+    """
+    size = full_precision(text_keys).abs().sum(dim=-1)
+    return torch.where(question > 0, size, torch.finfo(size.dtype).min)
+
+
+def rater_votes(
+    embeddings: Tensor, text: Tensor, visual: Tensor, question: Tensor, alive: Tensor | None
+) -> Tensor:
+    """Votes of SparseVLM's raters: text tokens that the image calls up more than average.
+
+    With embeddings H_v of the visual tokens and H_t of the question, m = mean_v softmax_t(H_v H_t')
+    and the raters are those with m_t > mean(m). (Official code: Gumpest/SparseVLMs.)
+
+    Args:
+        embeddings: [B, N, d], the input of the first decoder layer.
+        text: [B, T] positions.
+        visual: [B, V] positions.
+        question: [B, T], 1 for tokens that may be raters.
+        alive: Gates [B, V] of the visual tokens; None for ones.
+
+    Returns:
+        [B, T] in float32, 0 or 1; the whole question if nobody in it is above average.
+    """
+    seen, asked = take(embeddings, visual).float(), take(embeddings, text).float()
+    logits = (seen @ asked.mT).masked_fill(question[:, None] == 0, torch.finfo(torch.float32).min)
+    called = logits.softmax(dim=-1)
+    if alive is None:
+        called = called.mean(dim=1)
+    else:
+        share = alive.float() / alive.float().sum(dim=1, keepdim=True)
+        called = (share[:, None] @ called)[:, 0]
+    called = called * question
+    average = called.sum(dim=1, keepdim=True) / question.sum(dim=1, keepdim=True)
+    raters = (called > average) & (question != 0)
+    return (raters | (question != 0) & ~raters.any(dim=1, keepdim=True)).float()
+
+
+def tower_votes(alive: Tensor, class_tokens: int) -> Tensor:
+    """Votes [I, c + V] of all tokens of a vision tower, whose patches have gates [I, V]."""
+    return torch.nn.functional.pad(alive.float(), (class_tokens, 0), value=1.0)
+
+
+def for_images(x: Tensor, images: int) -> Tensor:
+    """Values [B, ...] of each prompt for each of its images: [B * images, ...]."""
+    return x[:, None].expand(-1, images, *x.shape[1:]).flatten(0, 1)

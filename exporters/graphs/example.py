@@ -1,0 +1,128 @@
+"""The prompts that a reduced model is traced with for export."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deos_fx.inputs.complete import complete_inputs, image_inputs, normal_inputs, prompt_layout
+from deos_fx.models.facts import grid_of, image_of, image_token_of, size_inputs, sizes_vary
+from deos_fx.tokens.layout import PromptLayout
+
+__all__ = ["BATCH", "Example", "example_of", "words"]
+
+# Rows that are traced: torch.export takes an axis of length 1 for a constant.
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Example:
+    """Equal prompts. What they say does not matter, only their images and how long they are.
+
+    Attributes:
+        inputs: Arguments of the model's forward, with explicit position ids.
+        images: Those of the inputs that belong to the images, of one prompt.
+        given: Names of the inputs that a call of the exported model may have.
+        placeholders: Image placeholders of one prompt.
+        layout: Where its visual tokens are.
+    """
+
+    inputs: dict[str, Tensor]
+    images: dict[str, Tensor]
+    given: tuple[str, ...]
+    placeholders: int
+    layout: PromptLayout
+
+
+def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: int) -> Example:
+    """Prompts like the first one of a call, with more text.
+
+    Args:
+        model: Whose prompts.
+        given: Arguments of its forward; None for prompts with one image, where its images all
+            have one size.
+        text: Tokens of text to add: at the end, or in front of a prompt that ends in an image.
+
+    Raises:
+        ValueError: If the call has no image, prompts that cannot share a graph or inputs that
+            cannot be exported, or none is given and the model needs one.
+    """
+    given = _one_image(model) if given is None else given
+    given = normal_inputs({name: x for name, x in given.items() if x is not None})
+    inputs = complete_inputs(model, given)
+    ids, images = given["input_ids"], image_inputs(model, given)
+    tokens = {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, Tensor) and value.shape == ids.shape and name not in images
+    }
+    known = {"pixel_values", "position_ids", *size_inputs(model), *tokens}
+    others = {name for name, value in given.items() if isinstance(value, Tensor)} - known
+    if others:
+        raise ValueError(
+            f"example_inputs has {', '.join(sorted(others))}, which exported graphs do not take: "
+            "they are for prompts of text and images. Leave it out, or run the model in PyTorch."
+        )
+    if "pixel_values" not in images:
+        raise ValueError(
+            "example_inputs has no pixel_values, so there is no image in the form that "
+            "exported graphs take. Give pixel_values, or run the reduced model in PyTorch."
+        )
+    further = [n for n, x in images.items() if n != "pixel_values" and x.is_floating_point()]
+    if further:
+        raise ValueError(
+            f"example_inputs has {', '.join(further)} beside pixel_values, and exported graphs "
+            "take the pixels of an image once. Run the reduced model in PyTorch."
+        )
+    layout = prompt_layout(model, inputs)
+    tokens.pop("position_ids", None)
+    real = tokens.get("attention_mask", torch.ones_like(ids))[0].bool()
+    around = (text, 0) if layout.ends else (0, text)
+    prompt = {
+        name: torch.nn.functional.pad(rows[0][real], around) for name, rows in tokens.items()
+    }
+    added = slice(text) if layout.ends else slice(-text, None)
+    prompt["input_ids"][added] = _word(model)
+    prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    example = {name: row.expand(BATCH, -1).clone() for name, row in prompt.items()}
+    own = {name: value[: len(value) // len(ids)] for name, value in images.items()}
+    example |= {name: torch.cat([value] * BATCH) for name, value in own.items()}
+    positions = complete_inputs(model, example)["position_ids"]
+    example["position_ids"] = positions.expand(*positions.shape[:-2], *example["input_ids"].shape)
+    placeholders = int((prompt["input_ids"] == image_token_of(model)).sum())
+    names = sorted({*example, "attention_mask", "position_ids"})
+    return Example(example, own, tuple(names), placeholders, layout)
+
+
+def words(model: PreTrainedModel, length: int) -> Tensor:
+    """[B, length] tokens that are no images."""
+    return torch.full((BATCH, length), _word(model), device=model.device)
+
+
+def _word(model: PreTrainedModel) -> int:
+    return next(token for token in range(2) if token != image_token_of(model))
+
+
+def _one_image(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A prompt of one image in text, for models that need no more than its pixels."""
+    taken = inspect.signature(type(model).forward).parameters
+    kinds = [name for name in ("token_type_ids", "mm_token_type_ids") if name in taken]
+    if sizes_vary(model) or kinds:
+        reason = f"takes {kinds[0]}" if kinds else "takes images of many sizes"
+        raise ValueError(
+            f"{type(model).__name__} {reason}: give example_inputs, a call as its processor makes "
+            "it, with as many images, and of such sizes, as prompts are to have."
+        )
+    rows, columns = grid_of(model)
+    ids = torch.full((1, rows * columns), image_token_of(model), device=model.device)
+    ids = torch.nn.functional.pad(ids, (1, 1), value=_word(model))
+    # Noise: the tokens of an image of one colour are alike, and equal scores fall either way.
+    shape = image_of(model)
+    noise = torch.randn(shape.shape, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "pixel_values": noise.to(ids.device, shape.dtype)}

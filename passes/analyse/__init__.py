@@ -1,0 +1,1 @@
+"""What is found out about a graph; nothing in it changes but its annotations."""

@@ -1,0 +1,227 @@
+"""Find out which axes of which values run over the tokens of the prompt.
+
+The graph is run twice on shapes alone, at two prompt lengths: an axis that changes with the prompt
+is a prompt axis. No arithmetic is done on weights and no memory is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from transformers import Cache
+
+from deos_fx.models.shapes_only import ShapesOnly, shaped
+from deos_fx.passes.capture.capture import MaskBuilder
+from deos_fx.passes.graph import made_of
+
+__all__ = ["MASK", "annotate_token_spaces", "kind_of_mask", "padding_node", "position_tables"]
+
+# Masks have their prompt axes by role: their value may be None in one run and 4-D in the next.
+MASK = "mask"
+
+# Kinds of masks, in transformers' words, that only say which tokens are padding: their layers keep
+# a running state and do not attend.
+_OF_PADDING = {"conv", "linear_attention", "recurrent_attention_mask"}
+
+
+def annotate_token_spaces(
+    graph_module: fx.GraphModule, inputs: Mapping[str, Any], length_of: str = "input_ids"
+) -> fx.GraphModule:
+    """Write ``meta["prompt_axes"]``, ``"shape"``, ``"dtype"`` and ``"content"`` on every node.
+
+    The annotation is `MASK` for attention masks, and otherwise a nested structure like the node's
+    value with, for each leaf, the axis that runs over the prompt, or None. The shape is the nested
+    shape of the value in the example run, and the dtype that of a value that is one tensor. Content
+    is False for values that depend on no tensor's contents by a differentiable path: masks and
+    rotary tables read only the shape of the hidden states they are given.
+
+    Args:
+        graph_module: A captured graph.
+        inputs: The example inputs it was captured with.
+        length_of: Name of the input whose last axis is the prompt.
+
+    Returns:
+        The same graph module, annotated.
+
+    Raises:
+        ValueError: If a value has two prompt axes and is not a mask.
+    """
+    length = inputs[length_of].shape[-1]
+    # While decoding, a mask covers all that is in the cache, these tokens included.
+    lengths = {length, *(v.get_seq_length() for v in inputs.values() if _is_cache(v))}
+    names = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
+    prompts = [[_extended(name, inputs[name], lengths, more) for name in names] for more in (0, 8)]
+    runs = [_ShapeRun(graph_module).note(prompt) for prompt in prompts]
+    shapes = [run.shapes for run in runs]
+    prepared_mask = None
+    for node in graph_module.graph.nodes:
+        node.meta["shape"] = shapes[0].get(node)
+        node.meta["dtype"] = runs[0].dtypes.get(node)
+        node.meta["content"] = node in runs[0].content
+        if node.target == "attention_mask" and inputs["attention_mask"].ndim == 4:
+            # What every token sees, as the caller says.
+            node.meta["prompt_axes"], prepared_mask = MASK, node
+        elif _is_mask_builder(graph_module, node):
+            node.meta["prompt_axes"] = MASK
+            node.meta["padding"] = kind_of_mask(node) in _OF_PADDING
+            if node.op == "call_module":
+                builder: Any = graph_module.get_submodule(str(node.target))
+                prepared = prepared_mask in node.all_input_nodes
+                node.meta["plain_mask"] = builder.is_plain(node.kwargs) and not prepared
+        elif node.op != "output":
+            node.meta["prompt_axes"] = pytree.tree_map(
+                _changed_axis, shapes[0][node], shapes[1][node], is_leaf=_is_shape
+            )
+        node.meta.pop("example", None)
+    return graph_module
+
+
+def position_tables(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """Rotary tables: modules without learned parameters that read the position ids."""
+    return [
+        node
+        for node in graph_module.graph.find_nodes(op="call_module")
+        if any(source.name == "position_ids" for source in node.all_input_nodes)
+        and node.meta["prompt_axes"] != MASK
+        and not list(graph_module.get_submodule(str(node.target)).parameters())
+    ]
+
+
+def padding_node(graph_module: fx.GraphModule) -> fx.Node | None:
+    """The input with flags [B, N] of real tokens, if the model was given one."""
+    found = graph_module.graph.find_nodes(op="placeholder", target="attention_mask")
+    return next((node for node in found if node.meta["prompt_axes"] != MASK), None)
+
+
+def kind_of_mask(mask: fx.Node) -> str:
+    """What layers of the mask's kind are called, or what the function that makes it is."""
+    return str(mask.args[1] if mask.target is operator.getitem else mask.target)
+
+
+def _is_mask_builder(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        # Of masks by kind of layer.
+        return _is_mask_builder(graph_module, node.all_input_nodes[0])
+    return node.op == "call_module" and isinstance(
+        graph_module.get_submodule(str(node.target)), MaskBuilder
+    )
+
+
+class _ShapeRun(fx.Interpreter):
+    """Runs a graph on shapes and notes that of every value."""
+
+    def note(self, args: list[Any]) -> _ShapeRun:
+        self.needed = made_of(cast(fx.Graph, self.module.graph).output_node())
+        self.shapes: dict[fx.Node, Any] = {}
+        self.dtypes: dict[fx.Node, torch.dtype] = {}
+        self.content: set[fx.Node] = set()
+        # Gradients tell what depends on contents, also where the caller is in inference mode.
+        with torch.inference_mode(False), torch.enable_grad(), ShapesOnly():
+            self.run(*pytree.tree_map_only(torch.Tensor, _tracked, args, is_leaf=_is_cache))
+        return self
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "placeholder" and n not in self.needed:
+            # What only a guard reads may look at values.
+            value = None
+        elif "example" in n.meta:
+            # What reads sizes of images would read those of the example again.
+            value = pytree.tree_map_only(torch.Tensor, _like, n.meta["example"])
+        elif n.meta.get("keeps_shape") and n in self.needed:
+            # Experts are chosen by value, and their kernels are picky: a block is not run.
+            value = _like(self.fetch_args_kwargs_from_env(n)[0][0])
+        else:
+            value = super().run_node(n)
+        self.shapes[n] = pytree.tree_map(_shape, value, is_leaf=_is_cache)
+        if isinstance(value, torch.Tensor):
+            self.dtypes[n] = value.dtype
+        leaves = pytree.tree_leaves(value, is_leaf=_is_cache)
+        if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
+            self.content.add(n)
+        return pytree.tree_map_only(torch.Tensor, _light, value, is_leaf=_is_cache)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module: Any = self.fetch_attr(target)
+        if isinstance(module, MaskBuilder):
+            masks = module(**pytree.tree_map_only(torch.Tensor, _readable, kwargs))
+            return pytree.tree_map_only(torch.Tensor, _like, masks)
+        return shaped(module)(*args, **kwargs)
+
+
+def _tracked(tensor: torch.Tensor) -> torch.Tensor:
+    """An input: content flows from floats, and code may read what counts something.
+
+    A single number (how many items a loss is a mean of) is content of no token.
+    """
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    return _like(tensor) if tensor.numel() > 1 else _like(tensor).detach()
+
+
+def _light(tensor: torch.Tensor) -> torch.Tensor:
+    """The same without what led to it, and without values unless they count something."""
+    if tensor.is_floating_point():
+        return _like(tensor).requires_grad_(tensor.requires_grad)
+    return tensor
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """What a mask is made of: whether all flags are set is asked of their values."""
+    if tensor.is_meta and tensor.dtype == torch.bool:
+        return torch.ones(tensor.shape, dtype=torch.bool)
+    return tensor
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return shape.requires_grad_(tensor.is_floating_point())
+
+
+class _Shape(tuple[int, ...]):
+    """A tensor's shape as a leaf of a nested structure."""
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, _Shape)
+
+
+def _is_cache(value: Any) -> bool:
+    """An export makes a cache a pytree for the rest of the process; here it is one object."""
+    return isinstance(value, Cache)
+
+
+def _shape(leaf: Any) -> _Shape:
+    return _Shape(leaf.shape) if isinstance(leaf, torch.Tensor) else _Shape()
+
+
+def _extended(name: str, value: Any, lengths: set[int], more: int) -> Any:
+    """The input at a longer prompt: contents do not matter, only shapes are looked at."""
+    if not isinstance(value, (torch.Tensor, Cache)):
+        return value
+    if isinstance(value, Cache):
+        return copy.deepcopy(value, {id(held): _like(held) for held in _tensors_of(value)})
+    if name == "attention_mask" and value.ndim == 4:
+        return torch.nn.functional.pad(value, (0, more, 0, more))
+    # Of the images, whose sides may be as long as the prompt, are all other numbers.
+    of_prompt = name == "position_ids" or not value.is_floating_point()
+    if value.ndim < 2 or value.shape[-1] not in lengths or not of_prompt:
+        return value
+    return torch.nn.functional.pad(value, (0, more))
+
+
+def _tensors_of(cache: Cache) -> list[torch.Tensor]:
+    parts = [part for layer in cache.layers for part in vars(layer).values()]
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
+def _changed_axis(short: _Shape, long: _Shape) -> int | None:
+    changed = [axis for axis, (a, b) in enumerate(zip(short, long, strict=True)) if a != b]
+    if len(changed) > 1:
+        raise ValueError(f"a value of shape {tuple(short)} has two prompt axes: {changed}")
+    return changed[0] if changed else None

@@ -1,0 +1,90 @@
+"""Whether a reduction can be inserted: what its site, the prompts and the positions allow."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from deos_fx.attention.observation import OBSERVED
+from deos_fx.forms.static import required_features
+from deos_fx.passes.analyse.find_sites import Site, Sites
+from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.tokens.layout import PromptLayout
+
+__all__ = ["check_reduction"]
+
+
+def check_reduction(
+    graph_module: fx.GraphModule, sites: Sites, reduction: Reduction, layout: PromptLayout
+) -> Site:
+    """Refuse what cannot be done, before the graph is changed.
+
+    Args:
+        graph_module: A captured, annotated prefill graph.
+        sites: Its sites.
+        reduction: What to do where.
+        layout: The prompts.
+
+    Returns:
+        The reduction's site.
+
+    Raises:
+        ValueError: If the site cannot be used or lacks something that the reduction needs.
+    """
+    name = reduction.site
+    site = sites.usable(name, reduction.scores)
+    needs = required_features(reduction)
+    before_decoder = split_site(name)[0] != "decoder"
+    hidden_from = sorted(need for need in needs if need.partition("@")[0] in OBSERVED)
+    if before_decoder and hidden_from and not sites.sees_tower:
+        raise ValueError(
+            f"{name} has no {', '.join(hidden_from)}: its tokens are not those of a block of the "
+            "vision tower. Use scores and similarities of the features themselves."
+        )
+    if before_decoder and sites.merged and reduction.order != "position":
+        raise ValueError(
+            f"{name}: the features of this model enter the prompt in the order of the image. Use "
+            "order='position'."
+        )
+    if "grid" in needs and not layout.placed:
+        raise ValueError(
+            f"{name}: rows and columns of the visual tokens are not known for images of these "
+            "sizes. Use scores, similarities and a selector that do not need the grid."
+        )
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    if layout.packed:
+        _check_packed(reduction, needs, layout.packed)
+    mask = None if before_decoder else nodes[site.node].kwargs.get("attention_mask")
+    if hidden_from and isinstance(mask, fx.Node) and mask.meta.get("padding"):
+        raise ValueError(
+            f"{name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use scores and "
+            "similarities of the hidden states themselves, or another site."
+        )
+    if reduction.position == "grid" and layout.grids:
+        raise ValueError(
+            f"{name}: position 'grid' works for images of one size, and these have "
+            f"{', '.join(map(str, layout.sizes))} tokens. Use position='keep'."
+        )
+    ids = nodes["position_ids"]
+    if reduction.position != "keep" and len(ids.meta["shape"]) != 2:
+        raise ValueError(
+            f"position {reduction.position!r} works where a position is one number, and this "
+            "model's have several coordinates: use position='keep'."
+        )
+    return site
+
+
+def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> None:
+    """Refuse what is about a whole row, where its tokens do not belong together."""
+    of_text = sorted(need for need in needs if need.startswith(("text_", "normed_text")))
+    if split_site(reduction.site)[0] == "decoder":
+        reason = "the visual tokens of a row are ranked together in the decoder"
+    elif of_text:
+        reason = f"{', '.join(of_text)} are of all text of a row"
+    elif reduction.position != "keep":
+        reason = f"position {reduction.position!r} counts what is dropped in the whole row"
+    else:
+        return
+    raise ValueError(
+        f"{reduction.site}: {reason}, and there is {given}. Give every sample a row of its own, "
+        "with an attention_mask [B, N] if rows are padded."
+    )

@@ -1,0 +1,389 @@
+"""Find the places where visual tokens can be reduced.
+
+A site is a value that every path from the visual features to the logits passes through (a
+dominator of the data flow): only there does dropping a token drop it everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from deos_fx.errors import CaptureError
+from deos_fx.models.encoders import PIXELS, is_encoder
+from deos_fx.models.shapes_only import ShapesOnly, shaped
+from deos_fx.operator import SCORES
+from deos_fx.passes.lower.open_space import has_prompt_axis
+from deos_fx.passes.rewrite.fold_masked_add import visual_rows
+
+__all__ = ["Site", "Sites", "find_sites"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One candidate place for a reduction.
+
+    Attributes:
+        name: ``vision.<i>``, ``projector`` or ``decoder.<i>``.
+        node: Name of the graph node whose output is reduced.
+        reason: Why the site cannot be used; empty if it can.
+        scores: Names of the score features that can be computed there.
+    """
+
+    name: str
+    node: str
+    reason: str
+    scores: tuple[str, ...]
+
+    @property
+    def available(self) -> bool:
+        """Whether a reduction can be inserted here."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The sites of a captured graph and the nodes that tie images to the prompt.
+
+    Attributes:
+        sites: All candidates, in order of depth.
+        features: Node of the visual features [I, V, d] just before they enter the prompt; of the
+            prompts [B, N, d] with them in place where the image encoder is one node.
+        embeddings: Node of the prompt's embeddings [B, N, d] before the features enter.
+        tower_block: Node of the vision block the features come from.
+        tokens_per_image: V of one image; 0 if that depends on its size.
+        class_tokens: Tokens of the tower that are not image patches (CLS), in front; they are
+            never reduced.
+        merged: Whether ``features`` are the prompts.
+    """
+
+    sites: tuple[Site, ...]
+    features: str
+    embeddings: str
+    tower_block: str
+    tokens_per_image: int
+    class_tokens: int
+    merged: bool = False
+
+    @property
+    def sees_tower(self) -> bool:
+        """Whether the features are tokens of a block of the vision tower, which can be observed."""
+        return self.tower_block != self.features
+
+    def __getitem__(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise ValueError(
+            f"No site {name!r} in this model. It has "
+            f"{', '.join(site.name for site in self.sites if site.available)}."
+        )
+
+    def usable(self, name: str, scores: Iterable[str]) -> Site:
+        """The site, after checking that it can be reduced and has the scores.
+
+        Args:
+            name: Name of the site.
+            scores: Names of the scores a reduction wants to use there.
+
+        Raises:
+            ValueError: If it does not exist, cannot be used, or lacks a score.
+        """
+        site = self[name]
+        if not site.available:
+            raise ValueError(f"{name} cannot be reduced: {site.reason}. Use another site.")
+        for score in scores:
+            if score not in site.scores:
+                raise ValueError(f"{name} has no score {score!r}; it has {', '.join(site.scores)}.")
+        return site
+
+    def available(self) -> tuple[Site, ...]:
+        """The sites that can be used, in order of depth."""
+        return tuple(site for site in self.sites if site.available)
+
+
+# Features that can be computed at each kind of site; they decide which scores it has.
+_ANYWHERE = frozenset(
+    {"tokens", "grid", "keys", "joint_keys", "attention_mutual", "attention_mutual_max"}
+)
+# Features where the tokens are those of no block that could be observed.
+_OF_FEATURES = frozenset({"tokens", "grid", "text_tokens", "text_mask"})
+_OF_CLASS_TOKEN = frozenset({"attention_cls", "attention_cls_joint"})
+_OF_TEXT = frozenset({"text_tokens", "text_mask"})
+_OF_LATER_TEXT = frozenset(
+    {
+        "text_keys",
+        "attention_last",
+        "attention_text",
+        "attention_text_max",
+        "attention_raters",
+        "attention_raters_plus",
+    }
+)
+
+
+def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks: int) -> Sites:
+    """List every site of an annotated prefill graph.
+
+    Args:
+        graph_module: A captured and annotated graph with the inputs ``input_ids`` and
+            ``pixel_values`` or ``pixel_values_videos``.
+        decoder_layers: Number of decoder layers of the model.
+        vision_blocks: Number of blocks of its vision tower.
+
+    Returns:
+        The sites, each with the reason if it cannot be used.
+
+    Raises:
+        CaptureError: If the visual features never enter the prompt (for example in
+            cross-attention models).
+    """
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    pixels = [nodes[name] for name in PIXELS if name in nodes]
+    merge = _merge(nodes, pixels)
+    features, embeddings = _operands(nodes, _merge(nodes, pixels[:1]), pixels)
+    flow = _data_flow(graph_module.graph, merge)
+    if features in _encoded(nodes):
+        if _length(merge) != _length(embeddings):
+            raise CaptureError(
+                f"{merge.name} is the first value made of images and prompt, and it is no prompt "
+                "with the images in place. Use a model with image placeholders in its prompt."
+            )
+        reason = "the image encoder reads the sizes of images, so it is one node of the graph"
+        if PIXELS[1] in nodes:
+            reason = "the video encoder reads how many frames there are, so it is one node"
+        sites = [Site(f"vision.{i}", f"vision_{i}", reason, ()) for i in range(vision_blocks)]
+        late = merge in _reached([nodes["decoder_0"]])
+        reason = "images enter the prompt behind the first decoder layer" if late else ""
+        sites.append(Site("projector", merge.name, reason, _scores_from(_OF_FEATURES)))
+        sites += _decoder_sites(nodes, flow, decoder_layers)
+        return Sites(tuple(sites), merge.name, embeddings.name, merge.name, 0, 0, True)
+    if any(node.target is visual_rows for node in merge.all_input_nodes):
+        raise CaptureError(
+            "The features of images are added to the embeddings of their placeholders, which has "
+            "been verified only where the image encoder reads the sizes of images. Use a model "
+            "whose features take the placeholders' places."
+        )
+    to_features = _dominators(flow, pixels[0].name, features.name)
+    tower_block = _last_block(features, nodes)
+    per_image = features.meta["shape"][1]
+    class_tokens = None
+    if tower_block is not None:
+        class_tokens = _class_tokens(graph_module, tower_block, features)
+    if tower_block is None or class_tokens is None:
+        reason = "the visual tokens are made of several patches each"
+        sites = [Site(f"vision.{i}", f"vision_{i}", reason, ()) for i in range(vision_blocks)]
+        sites.append(Site("projector", features.name, "", _scores_from(_OF_FEATURES)))
+        sites += _decoder_sites(nodes, flow, decoder_layers)
+        return Sites(tuple(sites), features.name, embeddings.name, features.name, per_image, 0)
+    tower_length = tower_block.meta["shape"][1]
+    of_image = _ANYWHERE | (_OF_CLASS_TOKEN if class_tokens == 1 else frozenset())
+    in_tower = _scores_from(of_image | ({"class_token"} if class_tokens == 1 else set()))
+    sites = []
+    for i in range(vision_blocks):
+        reason = _why_not_in_tower(f"vision_{i}", nodes, to_features, features, tower_length)
+        sites.append(Site(f"vision.{i}", f"vision_{i}", reason, () if reason else in_tower))
+    # Keys of the tower's last block are for similarities there: features are ranked as they are.
+    at_projector = _scores_from((of_image | _OF_TEXT) - {"keys"})
+    sites.append(Site("projector", features.name, "", at_projector))
+    sites += _decoder_sites(nodes, flow, decoder_layers)
+    return Sites(
+        tuple(sites), features.name, embeddings.name, tower_block.name, per_image, class_tokens
+    )
+
+
+def _decoder_sites(nodes: dict[str, fx.Node], flow: nx.DiGraph, layers: int) -> list[Site]:
+    attending = _scores_from(_ANYWHERE | _OF_TEXT | _OF_LATER_TEXT)
+    # A convolution attends to nothing.
+    masks = [nodes[f"decoder_{i}"].kwargs.get("attention_mask") for i in range(layers)]
+    conv = [isinstance(mask, fx.Node) and mask.meta.get("padding") for mask in masks]
+    scores = [_scores_from(_OF_FEATURES) if state else attending for state in conv]
+    reasons = [_why_not_in_decoder(i, nodes, flow, layers) for i in range(layers)]
+    return [
+        Site(f"decoder.{i}", f"decoder_{i}", reason, scores[i]) for i, reason in enumerate(reasons)
+    ]
+
+
+def _rank(node: fx.Node) -> int:
+    """Axes of a tensor; -1 for what is none."""
+    shape = node.meta["shape"]
+    return len(shape) if all(isinstance(size, int) for size in shape) else -1
+
+
+def _length(node: fx.Node) -> Any:
+    return node.meta["shape"][:2]
+
+
+def _class_tokens(graph_module: fx.GraphModule, block: fx.Node, features: fx.Node) -> int | None:
+    """Tokens of a tower [I, c + V, d] that are not among the features [I, V, d]; None if patches
+    are mixed in between.
+
+    What comes behind the blocks is run on shapes with one patch less: if the features have
+    one token less as well, each is made of one patch.
+    """
+    shape = block.meta["shape"]
+    per_image = features.meta["shape"][1]
+    if len(shape) != 3 or shape[1] - per_image not in (0, 1):
+        return None
+    towers = [node for node in graph_module.graph.nodes if node.name.startswith("vision_")]
+    blocks = [node for node in towers if node.meta["shape"] == shape]
+    between = _reached(blocks)
+    with ShapesOnly():
+        less, dtype = (shape[0], shape[1] - 1, shape[2]), block.meta["dtype"]
+        one_less = torch.empty(less, dtype=dtype, device="meta")
+        values = dict.fromkeys(blocks, one_less)
+        for node in graph_module.graph.nodes:
+            if node in between and node not in values and features in _reached([node]):
+                try:
+                    values[node] = _run(graph_module, node, values)
+                except (KeyError, RuntimeError, ValueError, TypeError):
+                    return None
+                if node is features:
+                    break
+    return shape[1] - per_image if values[features].shape[1] == per_image - 1 else None
+
+
+def _run(graph_module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    target: Any = node.target
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    if node.op == "call_module":
+        return shaped(graph_module.get_submodule(target))(*args, **kwargs)
+    return (
+        getattr(args[0], target)(*args[1:], **kwargs)
+        if node.op == "call_method"
+        else target(*args, **kwargs)
+    )
+
+
+def _scores_from(features: frozenset[str]) -> tuple[str, ...]:
+    """Names of the scores that need nothing but these features."""
+    return tuple(name for name, score in SCORES.items() if features.issuperset(score.features))
+
+
+def _why_not_in_tower(
+    name: str, nodes: dict[str, fx.Node], through: set[str], features: fx.Node, tokens: int
+) -> str:
+    """Why a vision block's output cannot be reduced; empty if it can."""
+    if name not in nodes or features not in _reached([nodes[name]]):
+        return "its output is not used by the language model"
+    if name not in through:
+        return "the visual features are also made from earlier blocks, by a path around it"
+    behind = _reached([nodes[name]])
+    beside = behind - _reached([features])
+    if any(node.target is visual_rows for node in beside):
+        return "features of earlier blocks also enter the decoder"
+    for node in beside - {nodes[name]}:
+        for value in set(node.all_input_nodes) - behind:
+            shapes = pytree.tree_leaves(value.meta["shape"])
+            if value.op != "get_attr" and any(tokens in shape for shape in shapes):
+                return f"later blocks read {value.name}, which has a value for every token"
+    return ""
+
+
+def _why_not_in_decoder(i: int, nodes: dict[str, fx.Node], flow: nx.DiGraph, layers: int) -> str:
+    """Why a decoder layer's output cannot be reduced; empty if it can."""
+    if i == layers - 1:
+        return "no decoder layer comes after it, so nothing would be saved"
+    behind = nx.descendants(flow, f"decoder_{i}")
+    if any(f"decoder_{later}" not in behind for later in range(i + 1, layers)):
+        return "visual tokens reach later layers by a path around it"
+    for name in behind - {"output"}:
+        for source in nodes[name].all_input_nodes:
+            # What has a row for every token of the prompt follows its tokens.
+            around = source.name not in behind and source.name != f"decoder_{i}"
+            if around and source.meta["content"] and not has_prompt_axis(source):
+                return f"{name} reads {source.name}, in which visual tokens cannot be told apart"
+    shared = [node.meta["shared"] for node in nodes.values() if "shared" in node.meta]
+    for maker, reader in sorted(set().union(*shared)):
+        if int(maker.removeprefix("decoder_")) <= i < int(reader.removeprefix("decoder_")):
+            return f"{reader} attends to keys of {maker}, which still has what is dropped here"
+    return ""
+
+
+def _merge(nodes: dict[str, fx.Node], pixels: Sequence[fx.Node]) -> fx.Node:
+    """The first value made of all images and videos that has a row for every token of the prompt.
+
+    What is only as long, wide or precise as the prompt's embeddings has none.
+    """
+    if not pixels or "input_ids" not in nodes:
+        raise CaptureError("Sites are found on a graph with both input_ids and pixel_values.")
+    sources = [_reached([source]) for source in pixels]
+    for node in nodes.values():
+        of_prompt = node.op != "output" and isinstance(node.meta["prompt_axes"], int)
+        if of_prompt and node.meta["content"] and all(node in behind for behind in sources):
+            # Features with a row for every position are added to the embeddings right behind.
+            return next(iter(node.users)) if node.target is visual_rows else node
+    raise CaptureError(
+        "The visual features never join the prompt's embeddings: models that read images through "
+        "cross-attention are not supported. Use a model with image placeholders in its prompt."
+    )
+
+
+def _operands(
+    nodes: dict[str, fx.Node], merge: fx.Node, pixels: Sequence[fx.Node]
+) -> tuple[fx.Node, fx.Node]:
+    """The features [I, V, d], or what a whole encoder gives, and the embeddings [B, N, d] that meet
+    in the merge."""
+    from_images, encoded = _reached(pixels), _encoded(nodes)
+    features = next(node for node in merge.all_input_nodes if node in from_images)
+    if features.target is visual_rows:
+        features = features.all_input_nodes[1]
+    while _rank(features) != 3 and features not in encoded:
+        features = next(node for node in features.all_input_nodes if node in from_images)
+    embeddings = next(
+        node
+        for node in merge.all_input_nodes
+        if node not in from_images and _rank(node) == 3 and node.meta["shape"][2] > 1
+    )
+    return features, embeddings
+
+
+def _encoded(nodes: dict[str, fx.Node]) -> set[fx.Node]:
+    """Everything made of what a node that encodes images or videos as a whole gives."""
+    return _reached(node for node in nodes.values() if is_encoder(node))
+
+
+def _last_block(features: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node | None:
+    """The deepest vision block that the features depend on, if blocks of the tower are known."""
+    blocks = [node for name, node in nodes.items() if re.fullmatch(r"vision_\d+", name)]
+    return next((block for block in blocks[::-1] if features in _reached([block])), None)
+
+
+def _reached(sources: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(sources)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.users)
+    return found
+
+
+def _data_flow(graph: fx.Graph, merge: fx.Node) -> nx.DiGraph:
+    """Which values flow where; nodes that read only shapes carry nothing on."""
+    flow = nx.DiGraph()
+    for node in graph.nodes:
+        # What has a row for every prompt position follows its tokens.
+        beside = node.target is visual_rows and node not in merge.all_input_nodes
+        if node.meta["content"] and not beside:
+            flow.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+    return flow
+
+
+def _dominators(flow: nx.DiGraph, start: str, end: str) -> set[str]:
+    """Nodes that every path from `start` to `end` passes."""
+    parents = nx.immediate_dominators(flow, start)
+    through = {end}
+    node = end
+    while node != start:
+        node = parents[node]
+        through.add(node)
+    return through

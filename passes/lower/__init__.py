@@ -1,0 +1,1 @@
+"""Reductions become part of a graph, as static ops or relaxed."""

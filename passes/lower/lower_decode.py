@@ -1,0 +1,257 @@
+"""Lower the decode graph: each layer attends to its own, differently long, cache.
+
+Nothing is reduced while decoding. A new token only needs, for the layers of each token space, a
+mask as wide as those layers' caches and, where positions were compacted, its position there.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
+from transformers.masking_utils import create_causal_mask
+
+from deos_fx.passes.analyse.annotate_token_spaces import MASK, kind_of_mask, position_tables
+from deos_fx.passes.finish import finish
+from deos_fx.passes.observe.observe_block import bias_block
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import split_site
+from deos_fx.tokens.layout import first_layer, rule_before_decoder
+
+__all__ = ["DecodeSpace", "decode_spaces", "lower_decode"]
+
+
+@dataclass(frozen=True)
+class DecodeSpace:
+    """The layers behind one reduction.
+
+    Attributes:
+        first_layer: Index of the first decoder layer in this space.
+        position: How its positions follow: ``keep`` those of the space before, ``compact`` or
+            ``grid``.
+        biased: Whether its keys carry a mass bias.
+    """
+
+    first_layer: int
+    position: str
+    biased: bool
+
+    @property
+    def moved(self) -> bool:
+        """Whether its tokens have positions of their own."""
+        return self.position != "keep"
+
+
+def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) -> fx.GraphModule:
+    """Give the layers of every token space their own mask, positions and key bias.
+
+    For space k (from 1) the graph gains the inputs ``attention_mask_k`` [B, M_k + t] if the model
+    takes a mask, ``position_ids_k`` [B, t] if tokens have moved and ``key_bias_k``
+    [B, M_k + t] if attention is biased by mass.
+
+    Args:
+        graph_module: A captured, annotated graph of a call with a filled cache. Changed in place.
+        spaces: The spaces in order of depth.
+
+    Returns:
+        The same graph module.
+    """
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    layers = [node for name, node in nodes.items() if name.startswith("decoder_")]
+    tables = position_tables(graph_module)
+    ends = [*(space.first_layer for space in spaces[1:]), len(layers)][: len(spaces)]
+    replaced: dict[fx.Node, fx.Node] = {}
+    for k, (space, end) in enumerate(zip(spaces, ends, strict=True), start=1):
+        # To keep positions is to keep those of the space before, which may have moved.
+        same = [] if space.moved else [nodes["position_ids"], *tables]
+        before = {node: replaced[node] for node in same if node in replaced}
+        replaced, key_bias = _inputs_of(graph_module, nodes, tables, k, space)
+        replaced |= before
+        for node in layers[space.first_layer : end]:
+            node.args, node.kwargs = fx.node.map_arg(
+                (node.args, node.kwargs), partial(_latest, replaced)
+            )
+            bias_block(graph_module, node, key_bias)
+    return finish(graph_module)
+
+
+def decode_spaces(policy: Policy) -> tuple[DecodeSpace, ...]:
+    """The token spaces that a policy leaves in the decoder, in order of depth.
+
+    All reductions before the decoder shorten the prompt together: they leave one space.
+    """
+    spaces: list[DecodeSpace] = []
+    merged = False
+    for reduction in policy.reductions:
+        stage, _ = split_site(reduction.site)
+        merged = merged or reduction.transfers
+        biased = merged and reduction.mass_bias > 0 and stage != "vision"
+        if stage == "decoder":
+            spaces.append(DecodeSpace(first_layer(reduction.site), reduction.position, biased))
+        else:
+            spaces = [DecodeSpace(0, rule_before_decoder(policy.reductions), biased)]
+    return tuple(spaces)
+
+
+def _inputs_of(
+    graph_module: fx.GraphModule,
+    nodes: dict[str, fx.Node],
+    tables: list[fx.Node],
+    k: int,
+    space: DecodeSpace,
+) -> tuple[dict[fx.Node, fx.Node], fx.Node | None]:
+    """New graph inputs of a space, the masks and rotary tables made from them, the key bias."""
+    graph = graph_module.graph
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    ids = nodes["position_ids"]
+    replaced: dict[fx.Node, fx.Node] = {}
+    key_bias = None
+    with graph.inserting_after(inputs[-1]):
+        if space.biased:
+            key_bias = graph.placeholder(f"key_bias_{k}")
+        if space.moved:
+            replaced[ids] = graph.placeholder(f"position_ids_{k}")
+        if "attention_mask" in nodes:
+            replaced[nodes["attention_mask"]] = graph.placeholder(f"attention_mask_{k}")
+    windows: dict[bool, fx.Node] = {}
+    for node in nodes.values():
+        is_mask = node.meta.get("prompt_axes") == MASK
+        if is_mask and not _is_plain(node):
+            if _is_of_attention(node):
+                sliding = "sliding" in kind_of_mask(node)
+                if sliding not in windows:
+                    windows[sliding] = _mask_of_space(graph_module, node, replaced, k, space)
+                replaced[node] = windows[sliding]
+        elif is_mask or (space.moved and node in tables):
+            with graph.inserting_before(nodes[f"decoder_{space.first_layer}"]):
+                again = graph.node_copy(node, lambda value: replaced.get(value, value))
+            if is_mask:
+                # The mask is as wide as this layer's cache.
+                again.kwargs = {**again.kwargs, "layer_idx": _layer_of(node, space)}
+            replaced[node] = again
+    return replaced, key_bias
+
+
+class WindowMask(nn.Module):
+    """Who sees which key of a cache from which tokens have left, in layers of one kind.
+
+    The prompt's own blocks (images that see themselves in both directions) do not matter to new
+    tokens, which see everything before them; a window is a distance in the original prompt.
+
+    Args:
+        config: The text model's config.
+        window: How far a token sees; 0 for everything.
+    """
+
+    def __init__(self, config: Any, window: int) -> None:
+        super().__init__()
+        self.config = config
+        self.window = window
+
+    def forward(
+        self, *, inputs_embeds: Tensor, past_key_values: Any, layer_idx: int, **kwargs: Any
+    ) -> Tensor | BlockMask | None:
+        """A mask as transformers makes it.
+
+        Args:
+            inputs_embeds: [B, t, d] of the new tokens.
+            past_key_values: The cache.
+            layer_idx: A layer of this kind.
+            **kwargs: ``attention_mask`` [B, M + t] and, if there is a window, ``key_positions``
+                [B, M + t], original positions of what the layer has seen.
+        """
+        positions = kwargs.pop("key_positions", None)
+        mask: Any = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            layer_idx=layer_idx,
+            attention_mask=kwargs.get("attention_mask"),
+        )
+        if not self.window:
+            return mask
+        new = inputs_embeds.shape[1]
+        held, _ = past_key_values.get_mask_sizes(new, layer_idx)
+        if isinstance(mask, BlockMask):
+            in_window = and_masks(mask.mask_mod, self._in_window(positions, new, held))
+            batch, device = len(positions), positions.device
+            return create_block_mask(in_window, batch, None, new, held, device=device)
+        distance = positions[:, -new:, None] - positions[:, None, -held:]
+        near = ((distance >= 0) & (distance < self.window))[:, None]
+        if mask is None or mask.dtype == torch.bool:
+            return near if mask is None else near & mask
+        return mask.masked_fill(~near, torch.finfo(mask.dtype).min)
+
+    def _in_window(self, positions: Tensor, new: int, held: int) -> Callable[..., Tensor]:
+        queries, keys = positions[:, -new:], positions[:, -held:]
+
+        def near(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            distance = queries[row, query] - keys[row, key]
+            return (distance >= 0) & (distance < self.window)
+
+        return near
+
+
+def _is_plain(mask: fx.Node) -> bool:
+    return bool(mask.meta.get("plain_mask", False))
+
+
+def _is_of_attention(mask: fx.Node) -> bool:
+    """Whether decoder layers read this, not the dict of masks for all kinds, and attend by it.
+
+    What padding is to layers with a state is about the new tokens only.
+    """
+    read = any(user.name.startswith("decoder_") for user in mask.users)
+    return read and not mask.meta["padding"]
+
+
+def _layer_of(mask: fx.Node, space: DecodeSpace) -> int:
+    """The first layer of a space that reads a mask: as wide as its cache is what it has to be."""
+    numbers = [user.name.partition("decoder_")[2] for user in mask.users]
+    layers = [int(number) for number in numbers if number.isdigit()]
+    behind = [layer for layer in layers if layer >= space.first_layer]
+    return min(behind, default=space.first_layer)
+
+
+def _mask_of_space(
+    graph_module: fx.GraphModule,
+    mask: fx.Node,
+    replaced: dict[fx.Node, fx.Node],
+    k: int,
+    space: DecodeSpace,
+) -> fx.Node:
+    """The mask of one kind of layers in a space, at the caches' original positions."""
+    graph = graph_module.graph
+    made = mask.all_input_nodes[0] if mask.target is operator.getitem else mask
+    builder: Any = graph_module.get_submodule(str(made.target))
+    config = builder.config.get_text_config()
+    window = config.sliding_window if "sliding" in kind_of_mask(mask) else 0
+    names = ("inputs_embeds", "attention_mask", "past_key_values")
+    kwargs = {name: made.kwargs[name] for name in names if name in made.kwargs}
+    kwargs = dict(fx.node.map_arg(kwargs, partial(_latest, replaced)))
+    if window:
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        with graph.inserting_after(inputs[-1]):
+            kwargs["key_positions"] = graph.placeholder(f"key_positions_{k}")
+    name = f"{'window' if window else 'mask'}_{k}"
+    graph_module.add_submodule(name, WindowMask(config, window))
+    arguments = {**kwargs, "layer_idx": _layer_of(mask, space)}
+    with graph.inserting_before(min(made.users, key=_order(graph))):
+        node = graph.create_node("call_module", name, (), arguments, name)
+    node.meta["prompt_axes"] = MASK
+    return node
+
+
+def _order(graph: fx.Graph) -> Any:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    return order.__getitem__
+
+
+def _latest(replaced: dict[fx.Node, fx.Node], value: fx.Node) -> fx.Node:
+    return replaced.get(value, value)

@@ -1,0 +1,1 @@
+"""Features of the visual tokens, computed where a reduction asks for them."""

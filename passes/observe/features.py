@@ -1,0 +1,441 @@
+"""What a reduction can know about the visual tokens at its site, as nodes of the graph.
+
+A feature is asked for by name: ``keys`` is that of the block before the site, ``keys@next`` that of
+the block behind it, ``keys@vision.5`` that of an earlier block. What blocks have to observe is
+arranged at once, when the site's features are made; the nodes that follow from it (what it says of
+the visual tokens, ...) appear when a feature is first looked up, so what nothing reads leaves no
+node.
+
+Cost of an observation, in FLOPs for each row of the batch, with N tokens, H heads, H_kv key heads
+of size D, width d, T text tokens, V visual tokens and c class tokens:
+
+    keys, joint_keys, text_keys             0
+    attention_last, attention_cls           2 H D N
+    attention_cls_joint                     2 H D N
+    attention_text, attention_text_max      2 H D N T
+    attention_raters                        2 H D N T, and 2 d V T once for all sites
+    attention_raters_plus                   2 (H + 2) D N T, and 2 d V T once for all sites
+    attention_mutual, attention_mutual_max  2 H D N V; in the vision tower 2 H D N N, N = V + c
+    anything @next, once                    2 d (H + 2 H_kv) D N: the projections of queries, keys
+                                            and values of the block that is peeked into
+
+Observations are shared: two features that read the same attention of the same queries of one block
+cost it once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from deos_fx import tokens
+from deos_fx.attention.observation import MADE_OF, OBSERVED, Observation
+from deos_fx.passes.observe.observe_block import AskedNodes, observe_attention, peek_block
+from deos_fx.policy.reduction import site_order
+
+__all__ = ["PromptFeatures", "PromptText", "SiteFeatures", "TowerFeatures"]
+
+Call = Callable[..., Any]
+"""Emits a call_function node of a function and its arguments at the place of insertion."""
+Maker = Callable[[], Any]
+"""Makes a feature at the place of insertion."""
+
+
+class SiteFeatures(dict[str, Any]):
+    """Features of the visual tokens at a site; one becomes graph nodes when it is looked up.
+
+    Making it lets the blocks in question observe what is needed, each block once. Behind the site
+    nothing is added before the first look-up: who reads ``hidden`` then is who reads it without
+    this site.
+
+    Args:
+        graph_module: The graph. Changed in place.
+        site: Name of the site.
+        block: Node of the block before the site; at the projector, of the vision block that the
+            features come from.
+        needs: Names of the features that will be looked up, perhaps with ``@where``.
+        call: Emits nodes.
+        reduced: Sites that were reduced before this one.
+        makers: Features that are not observed (``grid``, ...).
+
+    Attributes:
+        hidden: Node of the hidden states behind the block.
+        anchor: The node to insert before, behind everything that is observed.
+
+    Raises:
+        ValueError: If a name is unknown, or asks for a block that does not exist or that saw
+            other tokens than this site.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        site: str,
+        block: fx.Node,
+        needs: Iterable[str],
+        call: Call,
+        *,
+        reduced: Sequence[str] = (),
+        makers: Mapping[str, Maker] | None = None,
+    ) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.site = site
+        self.block = block
+        self.call = call
+        self.makers = dict(makers or {})
+        self._asked: dict[str, AskedNodes] = {}
+        self._seen: dict[tuple[str, Observation, str], fx.Node] = {}
+        wanted = self._wanted(needs)
+        for where in wanted:
+            self._check_space(where, reduced)
+        self._behind = wanted.pop("next", [])
+        if self._behind:
+            self._bring_forward()
+        self.hidden, self.anchor = block, block.next
+        for where in sorted(wanted, key=self._depth):
+            self._observe(where, wanted[where])
+
+    def __missing__(self, name: str) -> Any:
+        base, where = self._parts(name)
+        if name in self.makers:
+            self[name] = self.makers[name]()
+        elif base in OBSERVED:
+            if where == "next" and ("next", *OBSERVED[base]) not in self._seen:
+                self._peek()
+            self[name] = self._of_visual(base, self._seen[where, *OBSERVED[base]])
+        else:
+            self[name] = self._other(name)
+        return self[name]
+
+    # *** what kinds of site differ in ***
+
+    def _ask(self, queries: str, hidden: fx.Node) -> AskedNodes:
+        """Nodes of whose attention is meant, at the place of insertion."""
+        raise NotImplementedError
+
+    def _of_visual(self, name: str, seen: fx.Node) -> Any:
+        """An observation of all tokens at the tokens that the feature is about."""
+        raise NotImplementedError
+
+    def _other(self, name: str) -> Any:
+        """A feature that no attention is observed for."""
+        raise ValueError(f"{self.site} has no feature {name!r}.")
+
+    # *** which blocks observe what ***
+
+    @property
+    def _own(self) -> str:
+        """The block before the site, as the name of a site."""
+        return self.block.name.replace("_", ".")
+
+    def _parts(self, name: str) -> tuple[str, str]:
+        """A feature's own name and where it is observed; the block before the site is ``""``."""
+        base, _, where = name.partition("@")
+        return base, "" if where == self._own else where
+
+    def _wanted(self, needs: Iterable[str]) -> dict[str, list[tuple[Observation, str]]]:
+        """Where -> what to observe there, each once."""
+        wanted: dict[str, list[tuple[Observation, str]]] = {}
+        for need in sorted(needs):
+            name, where = self._parts(need)
+            name = MADE_OF.get(name, name)
+            if name in OBSERVED:
+                there = wanted.setdefault(where, [])
+                if OBSERVED[name] not in there:
+                    there.append(OBSERVED[name])
+            elif where:
+                known = ", ".join(OBSERVED)
+                raise ValueError(f"{need!r}: only attention and keys can be observed: {known}.")
+        return wanted
+
+    def _depth(self, where: str) -> tuple[int, int]:
+        return site_order(where or self._own)
+
+    def _check_space(self, where: str, reduced: Sequence[str]) -> None:
+        """Attention is observed of the tokens that are at the site, of no others."""
+        observed = self._own if where in ("", "next") else where
+        stage, _, index = self._own.partition(".")
+        if not re.fullmatch(rf"{stage}\.\d+", observed) or int(observed.split(".")[1]) > int(index):
+            raise ValueError(
+                f"{self.site} cannot observe {where!r}: it can observe 'next' and {stage}.0 to "
+                f"{self._own}."
+            )
+        for other in reduced:
+            if site_order(observed) <= site_order(other) < site_order(self.site):
+                raise ValueError(
+                    f"{self.site} observes the attention of {observed}, but {other} is reduced in "
+                    f"between: its tokens are others. Observe a block behind {other}, or take one "
+                    "of the two reductions away."
+                )
+
+    def _observe(self, where: str, wanted: list[tuple[Observation, str]]) -> None:
+        """Let the block before the site, or an earlier one, report something."""
+        graph = self.graph_module.graph
+        nodes = {node.name: node for node in graph.nodes}
+        block = nodes[where.replace(".", "_")] if where else self.block
+        given: Any = block.args[0]
+        with graph.inserting_before(block):
+            asked = [(item, self._queries(of, given)) for item, of in wanted]
+        seen, hidden, anchor = observe_attention(self.graph_module, block, asked)
+        if block is self.block:
+            self.hidden, self.anchor = hidden, anchor
+        for key, node in zip(wanted, seen, strict=True):
+            self._seen[where, *key] = node
+
+    def _queries(self, of: str, hidden: fx.Node) -> AskedNodes | None:
+        """The queries of that name: made once, since every block here sees the same tokens."""
+        if of and of not in self._asked:
+            self._asked[of] = self._ask(of, hidden)
+        return self._asked[of] if of else None
+
+    def _bring_forward(self) -> None:
+        """Make what the block behind is given, such as the mask of its kind, before this one."""
+        graph = self.graph_module.graph
+        following = self._next_block()
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        stack = [] if following is None else following.all_input_nodes
+        late: set[fx.Node] = set()
+        while stack:
+            node = stack.pop()
+            if order[node] > order[self.block] and node not in late:
+                late.add(node)
+                stack.extend(node.all_input_nodes)
+        for node in sorted(late, key=order.__getitem__):
+            if self.block not in node.all_input_nodes and not late.intersection(
+                node.all_input_nodes
+            ):
+                self.block.prepend(node)
+                late.remove(node)
+
+    def _next_block(self) -> fx.Node | None:
+        stage, _, index = self._own.partition(".")
+        name = f"{stage}_{int(index) + 1}"
+        nodes = self.graph_module.graph.nodes
+        return next((node for node in nodes if node.name == name), None)
+
+    def _peek(self) -> None:
+        """Look into the block behind this one, which need not be in the graph."""
+        stage, _, index = self._own.partition(".")
+        name = f"{stage}_{int(index) + 1}"
+        blocks: dict[str, nn.Module] = self.graph_module.meta["blocks"]
+        if name not in blocks:
+            raise ValueError(
+                f"{self.site} cannot observe 'next': no block comes behind {self._own}."
+            )
+        like = self._next_block() or self.block
+        peek = f"{name}_at_{self.site.replace('.', '')}"
+        asked = [(item, self._queries(of, self.hidden)) for item, of in self._behind]
+        seen = peek_block(self.graph_module, blocks[name], peek, like, self.hidden, asked)
+        for key, node in zip(self._behind, seen, strict=True):
+            self._seen["next", *key] = node
+
+
+class TowerFeatures(SiteFeatures):
+    """Features of each image's patches, in the vision tower or behind it.
+
+    Beside what is observed: ``class_token`` [I, 1, d] at sites of the tower, and of the prompt
+    ``text_tokens`` [I, T, d] with ``text_mask`` [I, T].
+
+    Args:
+        graph_module: The graph. Changed in place.
+        site: Name of the site.
+        block: Node of the block before the site.
+        needs: Names of the features that will be looked up.
+        call: Emits nodes.
+        class_tokens: Tokens in front of the patches.
+        alive: Node of the gates [I, V] of a relaxed graph.
+        text: The prompts' text.
+        images: Images per prompt.
+        **others: See `SiteFeatures`.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        site: str,
+        block: fx.Node,
+        needs: Iterable[str],
+        call: Call,
+        *,
+        class_tokens: int,
+        alive: fx.Node | None = None,
+        text: PromptText | None = None,
+        images: int = 1,
+        **others: Any,
+    ) -> None:
+        self.class_tokens = class_tokens
+        self.alive = alive
+        self.text = text
+        self.images = images
+        super().__init__(graph_module, site, block, needs, call, **others)
+
+    def _ask(self, queries: str, hidden: fx.Node) -> AskedNodes:
+        if queries == "class" and self.class_tokens == 1:
+            return self.call(tokens.class_token, hidden), None, None
+        if queries == "visual":
+            votes = None
+            if self.alive is not None:
+                votes = self.call(tokens.tower_votes, self.alive, self.class_tokens)
+            return None, votes, None
+        kind = "no CLS token" if queries == "class" else "no text"
+        raise ValueError(f"{self.site} cannot observe attention of {queries}: it has {kind}.")
+
+    def _of_visual(self, name: str, seen: fx.Node) -> Any:
+        return self.call(tokens.without_class, seen, self.class_tokens)
+
+    def _other(self, name: str) -> Any:
+        if name == "class_token" and self.class_tokens == 1 and self.site != "projector":
+            return self.call(tokens.class_feature, self.hidden)
+        if name == "text_tokens" and self.text is not None:
+            return self.call(tokens.for_images, self.text.tokens, self.images)
+        if name == "text_mask" and self.text is not None:
+            return self.call(tokens.for_images, self.text.question, self.images)
+        return super()._other(name)
+
+
+class PromptFeatures(SiteFeatures):
+    """Features of a prompt's visual tokens, behind a decoder layer.
+
+    Beside what is observed: ``text_tokens`` [B, T, d], the hidden states of the text, with
+    ``text_mask`` [B, T]. Text is everything that is not visual; the mask leaves those that stand
+    behind the images. ``normed_tokens`` and ``normed_text`` are the hidden states of both behind
+    the final norm, ``text_score`` [B, T] is the size of the text's keys.
+
+    Args:
+        graph_module: The graph. Changed in place.
+        site: Name of the site.
+        block: Node of the layer before the site.
+        needs: Names of the features that will be looked up.
+        call: Emits nodes.
+        visual: Node of the visual tokens' positions [B, V].
+        padding: Emits the 2-D attention mask in the space of the site, if there is one.
+        text: The prompt as the first layer gets it.
+        alive: Node of the gates [B, V] of a relaxed graph.
+        **others: See `SiteFeatures`.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        site: str,
+        block: fx.Node,
+        needs: Iterable[str],
+        call: Call,
+        *,
+        visual: fx.Node,
+        padding: Maker,
+        text: PromptText,
+        alive: fx.Node | None = None,
+        **others: Any,
+    ) -> None:
+        self.visual = visual
+        self.padding = padding
+        self.text = text
+        self.alive = alive
+        self._positions: fx.Node | None = None
+        super().__init__(graph_module, site, block, needs, call, **others)
+
+    def _ask(self, queries: str, hidden: fx.Node) -> AskedNodes:
+        if queries == "last":
+            return self.call(tokens.last_token, hidden, self.padding()), None, None
+        if queries == "visual":
+            return self.visual, self.alive, None
+        if queries == "class":
+            raise ValueError(f"{self.site} has no CLS token to observe. Use a site of the tower.")
+        votes = self.text.raters if queries == "raters" else None
+        positions = self._text_positions(hidden)
+        if queries == "raters":
+            return positions, votes, self.visual
+        padding = self.padding()
+        if padding is not None:
+            votes = self.call(tokens.text_votes, padding, positions)
+        return positions, votes, None
+
+    def _text_positions(self, hidden: fx.Node) -> fx.Node:
+        if self._positions is None:
+            self._positions = self.call(tokens.text_tokens, self.visual, hidden)
+        return self._positions
+
+    def _of_visual(self, name: str, seen: fx.Node) -> Any:
+        index = self._text_positions(self.hidden) if name == "text_keys" else self.visual
+        return self.call(tokens.take, seen, index)
+
+    def _other(self, name: str) -> Any:
+        if name == "text_tokens":
+            return self.call(tokens.take, self.hidden, self._text_positions(self.hidden))
+        if name == "text_mask":
+            return self.text.question
+        if name == "text_score":
+            return self.call(tokens.text_key_size, self["text_keys"], self.text.question)
+        if name == "normed_tokens":
+            return self._normed(self.call(tokens.take, self.hidden, self.visual))
+        if name == "normed_text":
+            return self._normed(self["text_tokens"])
+        return super()._other(name)
+
+    def _normed(self, hidden: fx.Node) -> fx.Node:
+        """Hidden states behind the norm that follows the last layer."""
+        layers = [node for node in self.graph_module.graph.nodes if node.name in self._layers()]
+        behind = [user for user in layers[-1].users if user.op == "call_module"]
+        if len(behind) != 1:
+            raise ValueError(f"{self.site} has no feature behind the final norm: there is none.")
+        return self.graph_module.graph.call_module(str(behind[0].target), (hidden,))
+
+    def _layers(self) -> set[str]:
+        blocks: dict[str, nn.Module] = self.graph_module.meta["blocks"]
+        return {name for name in blocks if name.startswith("decoder_")}
+
+
+@dataclass
+class PromptText:
+    """The text of prompts, at the embeddings: reductions keep all of it, in order.
+
+    Attributes:
+        call: Emits nodes.
+        embeddings: Node of [B, N, d].
+        visual: Node of the visual tokens' positions [B, V] in it.
+        padding: Node of the 2-D attention mask [B, N] in that space, if there is one.
+        alive: Node of the gates [B, V] of a relaxed graph.
+        before: Where its nodes are put; None for the place of insertion at the time.
+    """
+
+    call: Call
+    embeddings: fx.Node
+    visual: fx.Node
+    padding: fx.Node | None = None
+    alive: fx.Node | None = None
+    before: fx.Node | None = None
+
+    @cached_property
+    def positions(self) -> fx.Node:
+        """[B, T]."""
+        return self._put(tokens.text_tokens, self.visual, self.embeddings)
+
+    @cached_property
+    def tokens(self) -> fx.Node:
+        """Embeddings [B, T, d]."""
+        return self._put(tokens.take, self.embeddings, self.positions)
+
+    @cached_property
+    def question(self) -> fx.Node:
+        """[B, T], 1 for text behind the images."""
+        return self._put(tokens.question_votes, self.positions, self.visual, self.padding)
+
+    @cached_property
+    def raters(self) -> fx.Node:
+        """Votes [B, T] of SparseVLM's raters."""
+        given = (self.embeddings, self.positions, self.visual, self.question, self.alive)
+        return self._put(tokens.rater_votes, *given)
+
+    def _put(self, function: Callable[..., torch.Tensor], *args: Any) -> fx.Node:
+        if self.before is None:
+            return self.call(function, *args)
+        with self.before.graph.inserting_before(self.before):
+            return self.call(function, *args)

@@ -1,0 +1,189 @@
+"""Route a block's attention through the seam: observe it or bias it, as explicit graph values."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from deos_fx import tokens
+from deos_fx.attention.observation import Observation
+from deos_fx.attention.seam import (
+    ObservedBlock,
+    PeekedBlock,
+    biased_mask,
+    is_causal,
+)
+
+__all__ = [
+    "AskedNodes",
+    "bias_block",
+    "observe_attention",
+    "peek_block",
+]
+
+AskedNodes = tuple[fx.Node | None, fx.Node | None, fx.Node | None]
+"""Nodes of `Asked`: positions of queries, their votes, and keys that count."""
+
+
+def observe_attention(
+    graph_module: fx.GraphModule,
+    block: fx.Node,
+    wanted: Sequence[tuple[Observation, AskedNodes | None]],
+) -> tuple[list[fx.Node], fx.Node, fx.Node]:
+    """Let a block's node return what its attention saw.
+
+    Args:
+        graph_module: The graph. Changed in place.
+        block: call_module node of a transformer block that does not observe anything yet.
+        wanted: What to observe, with the nodes of whose attention where it is about some queries.
+
+    Returns:
+        The observed values, the node of the block's hidden states, and the first node behind them
+        (where to insert).
+    """
+    if not wanted:
+        return [], block, block.next
+    graph = graph_module.graph
+    observe = tuple(observation for observation, _ in wanted)
+    _use_seam(graph_module, block, observe)
+    block.kwargs = {**block.kwargs, **_asked(wanted)}
+    users = list(block.users)
+    anchor = block.next
+    with graph.inserting_before(anchor):
+        hidden = _part(graph, block, 0, "hidden")
+        hidden.meta = dict(block.meta)
+        seen = [_part(graph, block, i, item.kind) for i, item in enumerate(observe, start=1)]
+    for user in users:
+        user.replace_input_with(block, hidden)
+    return seen, hidden, anchor
+
+
+def peek_block(
+    graph_module: fx.GraphModule,
+    module: nn.Module,
+    name: str,
+    like: fx.Node,
+    hidden: fx.Node,
+    wanted: Sequence[tuple[Observation, AskedNodes | None]],
+) -> list[fx.Node]:
+    """See what a block would attend to on some hidden states, without running the rest of it.
+
+    Args:
+        graph_module: The graph. Changed in place, at the current place of insertion.
+        module: The block; it need not be in the graph.
+        name: Of the new node and its module.
+        like: The call_module node whose other arguments it gets.
+        hidden: [B, N, d].
+        wanted: What to observe.
+
+    Returns:
+        The observed values.
+    """
+    observe = tuple(observation for observation, _ in wanted)
+    graph_module.add_submodule(name, PeekedBlock(module, observe))
+    # The cache gets this block's keys when it runs, not when it is peeked into.
+    left_out = ("asked", "past_key_values")
+    kwargs = {key: value for key, value in like.kwargs.items() if key not in left_out}
+    graph = graph_module.graph
+    arguments = (hidden, *like.args[1:]), {**kwargs, **_asked(wanted)}
+    peek = graph.create_node("call_module", name, *arguments, name)
+    return [_part(graph, peek, i, item.kind) for i, item in enumerate(observe)]
+
+
+def _asked(
+    wanted: Sequence[tuple[Observation, AskedNodes | None]],
+) -> dict[str, tuple[AskedNodes, ...]]:
+    asked = tuple(nodes for _, nodes in wanted if nodes is not None)
+    return {"asked": asked} if asked else {}
+
+
+def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
+    """One of a block's outputs, named after the block."""
+    args = (block, i)
+    return graph.create_node("call_function", operator.getitem, args, {}, f"{block.name}_{name}")
+
+
+def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None) -> None:
+    """Add a bias to the attention logits of one block, as part of its mask.
+
+    Blocks that share a mask and a bias share the node of both. Where a mask was re-indexed for a
+    new token space together with an old bias, the bias is taken out of it: blocks of one space
+    have one bias.
+
+    Args:
+        graph_module: The graph. Changed in place.
+        block: call_module node of a transformer block.
+        key_bias: Node of [B, N]; None takes an earlier bias away.
+
+    Raises:
+        ValueError: If the block takes no attention mask.
+    """
+    module = graph_module.get_submodule(str(block.target))
+    if isinstance(module, ObservedBlock):
+        module = module.original()
+    place = _place_of_mask(module, block)
+    if place is None:
+        if key_bias is None:
+            return
+        raise ValueError(
+            f"{block.name} ({type(module).__name__}) takes no attention_mask, so its attention "
+            "cannot be biased. Use mass_bias=0 there."
+        )
+    mask = block.args[place] if isinstance(place, int) else block.kwargs.get(place)
+    if isinstance(mask, fx.Node) and mask.meta.get("padding"):
+        # This block does not attend.
+        return
+    mask = _without_bias(mask)
+    if key_bias is not None:
+        mask = _with_bias(mask, key_bias, block, is_causal(module))
+    if isinstance(place, int):
+        block.update_arg(place, mask)
+    else:
+        block.update_kwarg(place, mask)
+
+
+def _place_of_mask(module: nn.Module, block: fx.Node) -> int | str | None:
+    """Where among its arguments a block gets its mask; None if it takes none."""
+    parameters = list(inspect.signature(module.forward).parameters)
+    name = "attention_mask"
+    if name in parameters and parameters.index(name) < len(block.args):
+        return parameters.index(name)
+    return name if name in parameters or name in block.kwargs else None
+
+
+def _without_bias(mask: Any) -> Any:
+    if not isinstance(mask, fx.Node):
+        return mask
+    if mask.target is biased_mask:
+        return mask.args[0]
+    if mask.target is tokens.take_mask:
+        inner, *index = mask.args
+        mask.args = (_without_bias(inner), *index)
+    return mask
+
+
+def _with_bias(mask: Any, key_bias: fx.Node, block: fx.Node, causal: bool) -> fx.Node:
+    for user in key_bias.users:
+        if user.target is biased_mask and user.args[0] is mask:
+            return user
+    graph = block.graph
+    with graph.inserting_before(block):
+        node = graph.call_function(biased_mask, (mask, key_bias, block.args[0], causal))
+    if isinstance(mask, fx.Node):
+        axes = mask.meta["prompt_axes"]
+        node.meta.update(prompt_axes=axes, root=mask.meta.get("root", mask.name))
+    return node
+
+
+def _use_seam(
+    graph_module: fx.GraphModule, block: fx.Node, observe: tuple[Observation, ...]
+) -> None:
+    """Replace the block by a view of it that goes through the seam."""
+    module = graph_module.get_submodule(str(block.target))
+    if isinstance(module, ObservedBlock):
+        raise AssertionError(f"{block.name} is observed twice")
+    graph_module.set_submodule(str(block.target), ObservedBlock(module, observe))

@@ -1,0 +1,94 @@
+"""Fold ``x[mask] = x[mask] + rows`` into the sum of two tensors with a row for every position.
+
+Model code that adds image features to some rows of the hidden states (DeepStack) reads these rows
+out, and their number depends on the mask. The same sum over all rows follows its tokens when they
+are re-indexed.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from deos_fx.errors import CaptureError
+from deos_fx.passes.finish import finish
+from deos_fx.passes.graph import made_of
+
+__all__ = ["fold_masked_add", "visual_rows"]
+
+
+def visual_rows(visual: Tensor, features: Tensor) -> Tensor:
+    """One row for every prompt position: the features where it is visual, zeros elsewhere.
+
+    Args:
+        visual: Flags [B, N, 1].
+        features: [T, d], one for every flag that is set, row after row.
+
+    Returns:
+        [B, N, d].
+    """
+    rows = features.new_zeros(*visual.shape[:-1], features.shape[-1])
+    return rows.masked_scatter(visual, features)
+
+
+def fold_masked_add(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Replace ``masked_scatter(x, mask, x[mask] + rows)`` by ``x + visual_rows(mask, rows)``.
+
+    Args:
+        graph_module: A captured graph; the tracer has marked reads by a mask. Changed in place.
+
+    Returns:
+        The same graph module.
+
+    Raises:
+        CaptureError: If rows of the prompt that a mask selects are read for something else.
+    """
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_method", target="masked_scatter"):
+        hidden: Any = node.args[0]
+        total = _past(node.args[2], "view", "reshape", "flatten")
+        terms: Any = total.args if total.target in (operator.add, torch.add) else ()
+        read = next((term for term in terms if _is_read(term, hidden)), None)
+        if read is None or read.meta["masked"] > 1:
+            continue
+        (features,) = (term for term in terms if term is not read)
+        with graph.inserting_before(node):
+            mask = read.args[1][0] if isinstance(read.args[1], tuple) else read.args[1]
+            mask = _past(mask, "expand_as", "expand")
+            if read.meta["masked"]:
+                mask = graph.call_method("unsqueeze", (mask, -1))
+            features = _past(features, "view", "reshape", "flatten")
+            rows = graph.call_function(visual_rows, (mask, features))
+            node.replace_all_uses_with(graph.call_function(operator.add, (hidden, rows)))
+    graph_module = finish(graph_module)
+    # How many rows there are may be checked.
+    used = made_of(graph_module.graph.output_node())
+    left = next((node.name for node in used if "masked" in node.meta and _of_prompt(node)), None)
+    if left is not None:
+        raise CaptureError(
+            f"The model's code reads the rows of a tensor that a mask selects ({left}) and does "
+            "not just add to them, so they cannot be followed when tokens are dropped: their "
+            "number depends on the prompt. Use a model that keeps a row for every prompt token."
+        )
+    return graph_module
+
+
+def _past(node: Any, *methods: str) -> fx.Node:
+    """What a chain of methods that keep the elements and their order begins with."""
+    while node.op == "call_method" and node.target in methods:
+        node = node.args[0]
+    return cast(fx.Node, node)
+
+
+def _of_prompt(node: fx.Node) -> bool:
+    """Whether this is made of the prompt: features of images alone may be chosen by their flags."""
+    return any(part.target in ("input_ids", "attention_mask") for part in made_of(node))
+
+
+def _is_read(node: Any, hidden: fx.Node) -> bool:
+    """Whether this is the rows of `hidden` that a mask selects."""
+    masked = isinstance(node, fx.Node) and "masked" in node.meta
+    return masked and _past(node.args[0], "clone") is _past(hidden, "clone")

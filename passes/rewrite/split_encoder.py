@@ -1,0 +1,70 @@
+"""Take an opaque image encoder out of a prefill graph: its features become inputs of the graph."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from deos_fx.passes.capture.capture import check_guard
+from deos_fx.passes.finish import finish
+from deos_fx.passes.graph import made_of
+
+__all__ = ["split_encoder"]
+
+
+def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) -> fx.GraphModule:
+    """Cut a prefill graph in two behind its node ``image_encoder``.
+
+    Guards on the images alone (there are some, of so many patches) are dropped: the encoder is
+    taken out for images of the sizes that the graph was captured with.
+
+    Args:
+        graph_module: A captured or lowered graph whose image encoder is one node. Changed in
+            place: it gains the inputs ``image_features_0``, ``image_features_1``, ...
+        images: The inputs that belong to the images, as the graph was captured with.
+
+    Returns:
+        The encoder: a graph from the images to a list whose leaves are what those inputs want.
+
+    Raises:
+        ValueError: If the encoder gives anything but tensors.
+    """
+    graph = graph_module.graph
+    for guard in graph.find_nodes(op="call_function", target=check_guard):
+        if {node.name for node in made_of(guard) if node.op == "placeholder"} <= images.keys():
+            graph.erase_node(guard)
+    (encoder,) = graph.find_nodes(op="call_module", target="image_encoder")
+    parts = [user for user in encoder.users if user.target is getattr]
+    needed = made_of(encoder) | {*parts}
+    front = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.name in images or node in needed:
+            copies[node] = front.node_copy(node, copies.__getitem__)
+    front.output([copies[part] for part in parts])
+    encode = finish(fx.GraphModule(graph_module, front, "ImageEncoder"))
+    with torch.no_grad():
+        values = encode(**images)
+    count = itertools.count()
+
+    if not all(isinstance(value, Tensor) for value in pytree.tree_leaves(values)):
+        raise ValueError(
+            "The image encoder gives numbers beside its features (of the layers they are for), "
+            "which cannot be inputs of an exported graph. Run the reduced model in PyTorch."
+        )
+
+    def given(value: Any) -> fx.Node:
+        if not isinstance(value, Tensor):
+            return graph.call_function(tuple, ([given(item) for item in value],))
+        with graph.inserting_before(graph.find_nodes(op="placeholder")[0]):
+            return graph.placeholder(f"image_features_{next(count)}")
+
+    for part, value in zip(parts, values, strict=True):
+        with graph.inserting_before(part):
+            part.replace_all_uses_with(given(value))
+    return encode

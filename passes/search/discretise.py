@@ -1,0 +1,46 @@
+"""Round relaxed reductions to a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction, site_order
+
+__all__ = ["discretise"]
+
+
+# A site that keeps more than this share of what reaches it is left out of the policy.
+_NEARLY_ALL = 0.97
+
+
+def discretise(
+    reductions: Mapping[str, RelaxedReduction], visual_tokens: int, most_sites: int | None = None
+) -> Policy:
+    """Round relaxed reductions to a policy, which may still miss its limits.
+
+    Args:
+        reductions: Site -> relaxed reduction.
+        visual_tokens: Visual tokens of one image.
+        most_sites: Keep only the sites that drop most, at most so many; all if None.
+
+    Returns:
+        The policy; sites that keep nearly everything are left out.
+    """
+    fraction = 1.0
+    drops: dict[str, float] = {}
+    fractions: dict[str, float] = {}
+    for site in sorted(reductions, key=site_order):
+        after = reductions[site].keep_fraction(fraction).item()
+        drops[site] = after / fraction
+        fractions[site] = fraction = after
+    wanted = sorted(drops, key=drops.__getitem__)[:most_sites]
+    chosen: list[Reduction] = []
+    present = 1.0
+    for site in sorted(wanted, key=site_order):
+        if fractions[site] < _NEARLY_ALL * present:
+            present = fractions[site]
+            count = max(1, round(present * visual_tokens))
+            chosen.append(reductions[site].to_reduction(site, count))
+    return Policy(tuple(chosen))

@@ -1,0 +1,101 @@
+"""What a search minimises: task loss on labels, or distance to the unreduced model's answers.
+
+Both are read at positions that no reduction drops, text and the last token of a prompt, so relaxed
+and static graphs of any token count are scored on the same predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from deos_fx.inputs.media import padding_of
+from deos_fx.tokens.index import last_token, take
+
+__all__ = ["Target", "labelled", "self_distilled"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the logits of one batch are compared with.
+
+    Attributes:
+        positions: Bool [B, N]; the original prompt positions whose prediction counts (P of them).
+        labels: int64 [P] next tokens, or None.
+        logits: [P, vocabulary] of the unreduced model, or None.
+    """
+
+    positions: Tensor
+    labels: Tensor | None = None
+    logits: Tensor | None = None
+
+    def loss(self, logits: Tensor, origin: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy on labels, or mean KL(unreduced || reduced).
+
+        Args:
+            logits: [B, M, vocabulary].
+            origin: [B, M] original prompt positions of the rows of `logits`; None if M = N.
+
+        Returns:
+            0-dim float32.
+        """
+        positions = self.positions if origin is None else take(self.positions, origin)
+        predicted = logits[positions].float()
+        if self.labels is not None:
+            return F.cross_entropy(predicted, self.labels)
+        assert self.logits is not None
+        return F.kl_div(
+            predicted.log_softmax(-1),
+            self.logits.float().log_softmax(-1),
+            log_target=True,
+            reduction="batchmean",
+        )
+
+
+def labelled(labels: Tensor, visual: Tensor) -> Target:
+    """Next-token targets where there are labels.
+
+    Args:
+        labels: [B, N], -100 where nothing is asked, as transformers' models take them.
+        visual: Bool [B, N]; a prediction made *at* a visual token is left out, because the token
+            may be dropped.
+
+    Returns:
+        The target.
+
+    Raises:
+        ValueError: If no label is left.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=-100)
+    positions = (following != -100) & ~visual
+    if not positions.any():
+        raise ValueError(
+            "labels are -100 everywhere: mark the answer tokens with their ids, or leave labels "
+            "out to search by self-distillation."
+        )
+    return Target(positions, labels=following[positions])
+
+
+def self_distilled(inputs: Mapping[str, Any], visual: Tensor, unreduced: Tensor) -> Target:
+    """The unreduced model's own predictions at the last token and all text behind an image.
+
+    Args:
+        inputs: Inputs of the model.
+        visual: Bool [B, N].
+        unreduced: Logits [B, N, vocabulary] of the unreduced model.
+
+    Returns:
+        The target.
+    """
+    seen_image = visual.long().cumsum(dim=1) > 0
+    positions = seen_image & ~visual
+    mask = padding_of(inputs)
+    if mask is not None:
+        positions &= mask.bool()
+    # Text as well, unless the prompt ends in an image.
+    positions = positions.scatter(1, last_token(visual, mask), True)
+    return Target(positions, logits=unreduced[positions])

@@ -1,0 +1,325 @@
+"""What a search works on: the captured model, its data, limits and exact costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from transformers import PreTrainedModel
+
+from deos_fx.cost.latency import LatencyTable
+from deos_fx.cost.model import CostModel
+from deos_fx.errors import GuardError
+from deos_fx.inputs.complete import complete_inputs, prompt_layout
+from deos_fx.inputs.media import placeholders
+from deos_fx.inputs.structure import structure_of
+from deos_fx.models.facts import signature_of, sizes_vary
+from deos_fx.passes.analyse.check_reduction import check_reduction
+from deos_fx.passes.analyse.find_sites import Site, Sites
+from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
+from deos_fx.passes.search.objective import Target, labelled, self_distilled
+from deos_fx.policy.budget import Budget
+from deos_fx.policy.fit import as_shares, fit_counts, on_grid, within
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction, site_order, split_site
+from deos_fx.tokens.layout import PromptLayout
+
+__all__ = ["Captures", "SearchBatch", "SearchProblem", "mean_loss"]
+
+_LATENCY_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class SearchBatch:
+    """One batch: explicit model inputs, whose prompts are alike, and the goal for its logits.
+
+    Attributes:
+        inputs: Arguments of the model's forward, without labels.
+        captured: The call that was captured of such inputs.
+        layout: Their visual tokens.
+        target: The goal.
+    """
+
+    inputs: dict[str, Any]
+    captured: Captured
+    layout: PromptLayout
+    target: Target
+
+    @property
+    def kind(self) -> Hashable:
+        """Batches of one kind run through one graph."""
+        return id(self.captured), self.layout
+
+
+class Captures:
+    """What was captured of a model: a call for each structure of inputs, and for each way that the
+    model's code takes for them (a guard says which).
+
+    Args:
+        model: The unmodified model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval()
+        self.known: dict[tuple[Hashable, ...], list[Captured]] = {}
+
+    @torch.no_grad()
+    def run(self, inputs: Mapping[str, Any]) -> tuple[Captured, dict[str, Any]]:
+        """The captured call that is right for some inputs, and what the unreduced model says."""
+        same = self.known.setdefault(structure_of(self.model, inputs), [])
+        for captured in same:
+            try:
+                return captured, run_graph(captured.graph_module, inputs)
+            except GuardError:
+                continue
+        same.append(capture_call(self.model, inputs))
+        return same[-1], run_graph(same[-1].graph_module, inputs)
+
+
+@dataclass(frozen=True)
+class SearchProblem:
+    """Everything that stays the same during a search.
+
+    Where images are of several sizes, ``layout``, ``cost`` and ``limits`` are those of the longest
+    prompts, and policies keep shares of each image, which are held to every batch's own limits.
+    """
+
+    model: PreTrainedModel
+    captures: Captures
+    captured: Captured
+    layout: PromptLayout
+    cost: CostModel
+    other_costs: list[CostModel]
+    budget: Budget
+    latency: LatencyTable | None
+    limits: dict[str, float]
+    training: list[SearchBatch]
+    scoring: list[SearchBatch]
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, data: Iterable[Mapping[str, Any]], budget: Budget
+    ) -> SearchProblem:
+        signature_of(model)
+        raw = [_checked(model, batch) for batch in data]
+        if not raw:
+            raise ValueError("data is empty: give at least one dict of model inputs.")
+        layouts = _layouts(model, raw)
+        longest = sorted(raw, key=lambda batch: batch["input_ids"].shape[1])[::-1]
+        costs: dict[PromptLayout, CostModel] = {}
+        for batch in longest:
+            cost = CostModel.of_inputs(model, batch)
+            costs.setdefault(cost.layout, cost.of_one_prompt())
+        cost, *others = costs.values()
+        captures = Captures(model)
+        example = {name: value for name, value in longest[0].items() if name != "labels"}
+        captured, _ = captures.run(example)
+        batches = [
+            _with_target(captures, batch, layout)
+            for batch, layout in zip(raw, layouts, strict=True)
+        ]
+        held_back = len(batches) // 4
+        problem = cls(
+            model=model,
+            captures=captures,
+            captured=captured,
+            layout=cost.layout,
+            cost=cost,
+            other_costs=others,
+            budget=budget,
+            latency=None,
+            limits=budget.limits(cost.of_policy(Policy())),
+            training=batches[: len(batches) - held_back],
+            scoring=batches[len(batches) - held_back :] or batches,
+        )
+        return problem if budget.latency_ms is None else problem.with_latency()
+
+    @property
+    def visual_tokens(self) -> int:
+        """V of one image."""
+        return self.layout.tokens_per_image
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        return {
+            "model": str(signature_of(self.model)),
+            "batches": [list(batch.inputs["input_ids"].shape) for batch in self.training],
+            "tokens": [int(batch.inputs["input_ids"].sum()) for batch in self.training],
+        }
+
+    @property
+    def sites(self) -> Sites:
+        """Where the model can be reduced."""
+        assert self.captured.sites is not None
+        return self.captured.sites
+
+    def searched_sites(self, names: Iterable[str] | None) -> tuple[Site, ...]:
+        """The sites to search.
+
+        Args:
+            names: Their names; None for those behind the vision tower.
+
+        Raises:
+            ValueError: If one does not exist or cannot be reduced.
+        """
+        if names is not None:
+            chosen = [self.sites.usable(name, ()) for name in names]
+            return tuple(sorted(chosen, key=lambda site: site_order(site.name)))
+        usable = self.sites.available()
+        return tuple(site for site in usable if split_site(site.name)[0] != "vision")
+
+    def with_latency(self) -> SearchProblem:
+        """The problem with a latency table, measured by pruning at the projector."""
+        counts = [max(1, round(self.visual_tokens * share)) for share in _LATENCY_SHARES]
+        table = LatencyTable.measure(counts, self._timed_prefill, self.model.device)
+        scaled = tuple(self.layout.images * count for count in table.counts)
+        return replace(self, latency=replace(table, counts=scaled))
+
+    def _timed_prefill(self, count: int) -> Callable[[], object]:
+        prune = Reduction("projector", count, scores={"feature_norm": 1.0})
+        return self.prefill(Policy((prune,)))
+
+    def prefill(self, policy: Policy) -> Callable[[], object]:
+        """The static prefill of one prompt, to be timed."""
+        longest = max(self.scoring, key=lambda batch: batch.inputs["input_ids"].shape[1])
+        inputs = _first_prompt(longest.inputs)
+        captured, _ = self.captures.run(inputs)
+        graph = lower_call(captured.copy(), policy, longest.layout)
+        return torch.no_grad()(lambda: run_graph(graph, inputs))
+
+    def amounts(self, policy: Policy) -> dict[str, float]:
+        """What a policy costs, under the names of the budget's limits.
+
+        Where images are of several sizes, what it costs of the limits of the hardest.
+        """
+        cost = self.cost.of_policy(policy)
+        amounts: dict[str, float] = dict(cost.amounts)
+        for other in self.other_costs:
+            own = self.budget.limits(other.of_policy(Policy()))
+            for name, amount in other.of_policy(policy).amounts.items():
+                if name in own:
+                    share = amount / own[name]
+                    amounts[name] = max(amounts[name], share * self.limits[name])
+        if self.latency is not None:
+            amounts["latency_ms"] = self.latency.predict(cost.visual_tokens_per_layer).item()
+        return amounts
+
+    def of_any_size(self, policy: Policy) -> Policy:
+        """The policy for images of any size, if the model takes such."""
+        return as_shares(policy, self.visual_tokens) if self.cost.sizes_vary else policy
+
+    def fit(self, policy: Policy) -> Policy | None:
+        """The policy with the largest counts that meet every limit, if any do."""
+        fitted = fit_counts(
+            policy, self.visual_tokens, lambda it: self.amounts(self.of_any_size(it)), self.limits
+        )
+        if fitted is None:
+            return None
+        return self.of_any_size(on_grid(fitted, *self.layout.grid))
+
+    def runs(self, policy: Policy) -> bool:
+        """Whether the model can be reduced like that, for images of any size it takes."""
+        by_grid = any(step.selector == "grid" for step in policy.reductions)
+        if by_grid and self.cost.sizes_vary:
+            # What splits the grid of one image does not split that of the next.
+            return False
+        graph_module = self.captured.graph_module
+        try:
+            for step in policy.reductions:
+                check_reduction(graph_module, self.sites, step, self.layout)
+        except ValueError:
+            return False
+        return True
+
+    def meets(self, policy: Policy) -> bool:
+        """Whether it meets every limit as it is."""
+        return within(self.amounts(policy), self.limits)
+
+    def static_loss(self, policy: Policy) -> float:
+        """Task loss of the static graph, mean over the scoring batches."""
+        return mean_loss(
+            lambda batch: lower_call(batch.captured.copy(), policy, batch.layout), self.scoring
+        )
+
+
+def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"data holds a {type(batch).__name__}; give dicts of model inputs, as a processor "
+            "returns them."
+        )
+    given = {name: value for name, value in batch.items() if value is not None}
+    moved = {
+        name: value.to(model.device) if isinstance(value, Tensor) else value
+        for name, value in given.items()
+    }
+    return complete_inputs(model, moved | {"use_cache": False})
+
+
+def _layouts(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> list[PromptLayout]:
+    """The layout of every batch, after checking that a policy can fit them all."""
+    layouts = [prompt_layout(model, batch) for batch in batches]
+    images = [batch["pixel_values"] for batch in batches if "pixel_values" in batch]
+    sizes = sorted({tuple(pixels.shape[1:]) for pixels in images})
+    if len(sizes) > 1 and not sizes_vary(model):
+        raise ValueError(
+            f"The images of data vary in size: {', '.join(map(str, sizes))} (channels, height, "
+            "width). Resize them to one size, as the model's processor does."
+        )
+    counts = sorted({layout.images for layout in layouts})
+    if len(counts) > 1:
+        raise ValueError(
+            f"The prompts of data have {counts} images; search with equally many in every prompt."
+        )
+    answered = sum("labels" in batch for batch in batches)
+    if answered not in (0, len(batches)):
+        raise ValueError(
+            f"{answered} of the {len(batches)} batches of data have labels: give them with all "
+            "batches, or with none."
+        )
+    return layouts
+
+
+def _with_target(captures: Captures, batch: Mapping[str, Any], layout: PromptLayout) -> SearchBatch:
+    inputs = dict(batch)
+    labels = inputs.pop("labels", None)
+    visual = placeholders(captures.model, inputs["input_ids"])
+    captured, unreduced = captures.run(inputs)
+    if labels is not None:
+        return SearchBatch(inputs, captured, layout, labelled(labels, visual))
+    target = self_distilled(inputs, visual, unreduced["logits"])
+    return SearchBatch(inputs, captured, layout, target)
+
+
+def _first_prompt(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The first prompt of a batch whose prompts are alike."""
+    batch = len(inputs["input_ids"])
+
+    def first(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        # Positions may have several coordinates [k, B, N], or be those of all rows [1, N].
+        axis = value.ndim - 2 if name == "position_ids" else 0
+        return value.narrow(axis, 0, max(1, value.shape[axis] // batch))
+
+    return {name: first(name, value) for name, value in inputs.items()}
+
+
+@torch.no_grad()
+def mean_loss(
+    graph_for: Callable[[SearchBatch], fx.GraphModule], batches: Sequence[SearchBatch]
+) -> float:
+    """Mean task loss over batches, of a relaxed or static graph for each kind of batch."""
+    graphs: dict[Hashable, fx.GraphModule] = {}
+    losses = []
+    for batch in batches:
+        if batch.kind not in graphs:
+            graphs[batch.kind] = graph_for(batch)
+        output = run_graph(graphs[batch.kind], batch.inputs)
+        spaces = output.get("spaces")
+        origin = spaces[-1]["origin"] if spaces else None
+        losses.append(float(batch.target.loss(output["logits"], origin)))
+    return sum(losses) / len(losses)

@@ -1,0 +1,384 @@
+"""Search where to reduce, how many tokens to keep and how to treat the rest, by gradient.
+
+The model is frozen; a few dozen numbers a site are trained on the relaxed graph under one-sided
+constraints, starting near the best hand-designed policy that meets them. The trajectory is then
+rounded to policies that meet every limit exactly; these, the presets and small variations of the
+best are scored in *static* form, the form that is deployed, and the best is returned.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+from transformers import PreTrainedModel
+
+from deos_fx import presets
+from deos_fx.cost.latency import milliseconds
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.passes.analyse.find_sites import Sites
+from deos_fx.passes.lower.insert_relaxed import insert_relaxed
+from deos_fx.passes.pipeline import run_graph
+from deos_fx.passes.rewrite.straight_through import straight_through
+from deos_fx.passes.search.discretise import discretise
+from deos_fx.passes.search.lagrangian import AugmentedLagrangian
+from deos_fx.passes.search.problem import SearchBatch, SearchProblem, mean_loss
+from deos_fx.passes.search.space import keep_fractions, relaxed_costs, start_reductions
+from deos_fx.passes.search.state import SearchState
+from deos_fx.passes.search.vary import variations
+from deos_fx.policy.budget import Budget
+from deos_fx.policy.policy import Policy
+from deos_fx.results.search_result import Candidate, SearchResult
+
+__all__ = ["relaxed_graph", "search"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with a stage (``presets``, ``steps``, ...), how much is done and how much there is."""
+
+# In standard deviations of the score. Wider gates let what they drop leak into the answer, and the
+# search then learns to rely on the leak.
+_GATE_TEMPERATURES = (0.2, 0.03)
+_UPDATE_EVERY = 5
+_CHECKPOINT_EVERY = 10
+_SNAPSHOTS = 4
+_FIRST_VARIATIONS = 8
+_VARIATIONS = 24
+
+
+def search(
+    model: PreTrainedModel,
+    data: Iterable[Mapping[str, Any]],
+    *,
+    budget: Budget,
+    sites: Sequence[str] | None = None,
+    steps: int = 40,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Find the policy with the lowest task loss that meets a budget.
+
+    Args:
+        model: An unmodified transformers vision-language model.
+        data: Model input dicts (batches), all with equally many images per prompt, those of a
+            batch alike in size. Where the model has more visual tokens for larger images, batches
+            may differ in it, and the policy keeps shares of each image. With ``labels`` the task is
+            cross-entropy on them, otherwise the distance to the unreduced model's own predictions.
+            From four batches on, a quarter is held back for scoring the rounded candidates.
+        budget: At least one limit.
+        sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the
+            projector and all sites in the decoder.
+        steps: Gradient steps; one batch each.
+        seed: Order of the batches.
+        checkpoint: Folder to save the state of the steps in; a search that finds one there
+            continues it, bit-identically.
+        progress: Called as the search advances.
+
+    Returns:
+        The result; its policy meets every limit exactly.
+
+    Raises:
+        ValueError: If the data is empty or uneven, a site cannot be reduced, the budget cannot be
+            met, or the checkpoint is of another search.
+        TypeError: If an argument is of a wrong type.
+
+    Interrupted by Ctrl-C, the steps end and the best policy so far is rounded and returned; press
+    it again to abort.
+    """
+    if not isinstance(budget, Budget):
+        raise TypeError(
+            f"budget is a {type(budget).__name__}; give for example Budget(visual_tokens=0.125)."
+        )
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
+    problem = SearchProblem.of(model, data, budget.require())
+    searched = problem.searched_sites(sites)
+    scoring = _Scoring(problem, progress)
+    scoring.add_all("presets", _from_presets(problem))
+    _polish(problem, scoring, "first variations", _FIRST_VARIATIONS)
+    start = scoring.best.policy if scoring.candidates else Policy()
+    state = SearchState.start(
+        start_reductions(searched, start, problem.layout),
+        AugmentedLagrangian(problem.limits),
+        {
+            "steps": steps,
+            "seed": seed,
+            "limits": problem.limits,
+            "sites": [site.name for site in searched],
+            **problem.fingerprint(),
+        },
+    )
+    if checkpoint is not None:
+        state.resume(checkpoint)
+    interrupted = _descend(problem, state, steps, seed, checkpoint, progress)
+    scoring.add_all("rounded policies", _from_steps(problem, state))
+    try:
+        _polish(problem, scoring, "variations", _VARIATIONS)
+    except KeyboardInterrupt:
+        interrupted = True
+    return _result(problem, state, scoring.candidates, interrupted)
+
+
+# *** the steps ***
+
+
+def _descend(
+    problem: SearchProblem,
+    state: SearchState,
+    steps: int,
+    seed: int,
+    checkpoint: str | os.PathLike[str] | None,
+    progress: Progress | None,
+) -> bool:
+    """Take the gradient steps; returns whether they were interrupted."""
+    graphs = {
+        batch.kind: relaxed_graph(state.by_site(), batch)
+        for batch in {batch.kind: batch for batch in problem.training}.values()
+    }
+    try:
+        while state.step < steps:
+            _step(problem, state, graphs, steps, seed)
+            if progress is not None:
+                progress("steps", state.step, steps)
+            if checkpoint is not None and state.step % _CHECKPOINT_EVERY == 0:
+                state.save(checkpoint)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        if checkpoint is not None:
+            state.save(checkpoint)
+    return False
+
+
+def relaxed_graph(
+    reductions: Mapping[str, RelaxedReduction], batch: SearchBatch
+) -> fx.GraphModule:
+    """The graph of a step, which gradients pass.
+
+    Args:
+        reductions: Site name -> relaxed reduction.
+        batch: A batch of the kind that the graph is for.
+    """
+    captured = batch.captured.copy()
+    assert captured.sites is not None
+    graph_module = straight_through(captured.graph_module)
+    return insert_relaxed(graph_module, captured.sites, reductions, batch.layout)
+
+
+def _step(
+    problem: SearchProblem,
+    state: SearchState,
+    graphs: Mapping[Hashable, fx.GraphModule],
+    steps: int,
+    seed: int,
+) -> None:
+    """One step: task loss and penalty of one batch, gradients of the policy parameters alone."""
+    temperature = _gate_temperature(state.step, steps)
+    reductions = state.by_site()
+    for reduction in reductions.values():
+        reduction.gate_temperature = temperature
+    batch = problem.training[_batch_index(state.step, len(problem.training), seed)]
+    task = batch.target.loss(run_graph(graphs[batch.kind], batch.inputs)["logits"])
+    costs = relaxed_costs(reductions, problem.cost, problem.latency)
+    loss = task + state.lagrangian.penalty(costs)
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    # Not backward(): the model's own parameters must not collect gradients.
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
+    state.optimizer.step()
+    if (state.step + 1) % _UPDATE_EVERY == 0:
+        state.lagrangian.update(costs)
+    state.history.append(
+        {
+            "step": state.step + 1,
+            "task": task.item(),
+            "gate_temperature": temperature,
+            **{name: cost.item() for name, cost in costs.items()},
+            **{f"multiplier_{k}": value for k, value in state.lagrangian.multipliers.items()},
+            "keep": keep_fractions(reductions),
+        }
+    )
+    if state.step in _snapshot_steps(steps):
+        state.take_snapshot()
+
+
+def _gate_temperature(step: int, steps: int) -> float:
+    """Cosine from soft to sharp gates."""
+    soft, sharp = _GATE_TEMPERATURES
+    return sharp + (soft - sharp) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _batch_index(step: int, batches: int, seed: int) -> int:
+    """Epochs in random order, a function of the step alone so that a resumed search agrees."""
+    epoch, i = divmod(step, batches)
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return int(torch.randperm(batches, generator=generator)[i])
+
+
+def _snapshot_steps(steps: int) -> set[int]:
+    """Steps of the second half whose parameters are rounded to candidates."""
+    return {steps - round(i * steps / (2 * _SNAPSHOTS)) for i in range(_SNAPSHOTS)}
+
+
+# *** the choice ***
+
+
+def _result(
+    problem: SearchProblem, state: SearchState, candidates: list[Candidate], interrupted: bool
+) -> SearchResult:
+    """The best candidate, with what is known of it."""
+    if not candidates:
+        raise ValueError(
+            f"No policy meets the limits {problem.limits}: even one visual token at every site is "
+            "too much. Raise the budget."
+        )
+    candidates = _in_time(problem, sorted(candidates, key=lambda candidate: candidate.loss))
+    best = candidates[0]
+    policy = replace(best.policy, name="searched", model=problem.cost.signature)
+    return SearchResult(
+        policy=policy,
+        history=state.history,
+        candidates=[replace(best, policy=policy), *candidates[1:]],
+        limits=problem.limits,
+        unreduced=problem.cost.of_policy(Policy()),
+        unreduced_loss=problem.static_loss(Policy()),
+        relaxed_loss=_relaxed_loss(problem, policy),
+        interrupted=interrupted,
+    )
+
+
+def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candidate]:
+    """The candidates from the best whose own, measured, latency meets the limit."""
+    limit = problem.limits.get("latency_ms", math.inf)
+    while limit < math.inf and candidates:
+        time = milliseconds(problem.prefill(candidates[0].policy), problem.model.device)
+        if time <= limit:
+            break
+        candidates = candidates[1:]
+    if not candidates:
+        raise ValueError(
+            f"No policy was measured within {limit:g} ms per prefill on {problem.model.device}. "
+            "Raise latency_ms."
+        )
+    return candidates
+
+
+def _from_steps(problem: SearchProblem, state: SearchState) -> list[tuple[str, Policy]]:
+    """Rounded snapshots, each with all its sites and with only those that drop most."""
+    if state.step not in state.snapshots:
+        state.take_snapshot()
+    proposals = []
+    reductions = state.by_site()
+    for step, parameters in state.snapshots.items():
+        state.reductions.load_state_dict(parameters)
+        for most_sites in (None, 3, 2, 1):
+            rounded = discretise(reductions, problem.visual_tokens, most_sites)
+            fitted = problem.fit(rounded)
+            if fitted is not None:
+                proposals.append((f"step {step}", fitted))
+    return proposals
+
+
+def _from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
+    """The presets, fitted to the same limits: the search returns nothing worse than them."""
+    proposals = []
+    signature = problem.cost.signature
+    share = problem.limits.get("visual_tokens", math.inf) / problem.layout.images
+    tokens = min(share, problem.visual_tokens)
+    for name in presets.fitted():
+        try:
+            policy = presets.fit(name, tokens, signature.decoder_layers, problem.visual_tokens)
+        except ValueError:
+            continue
+        policy = problem.of_any_size(_with_own_scores(problem.sites, policy))
+        if not problem.runs(policy):
+            continue
+        fitted = policy if problem.meets(policy) else problem.fit(policy)
+        if fitted is not None:
+            proposals.append((f"preset {name}", fitted))
+    return proposals
+
+
+def _with_own_scores(sites: Sites, policy: Policy) -> Policy:
+    """The policy with scores that the model has: ranked by novelty where one is missing."""
+    steps = [
+        replace(step, scores={"novelty": 1.0})
+        if not set(step.scores) <= set(sites[step.site].scores)
+        else step
+        for step in policy.reductions
+    ]
+    return replace(policy, reductions=tuple(steps))
+
+
+def _polish(problem: SearchProblem, scoring: _Scoring, stage: str, most: int) -> None:
+    """Try single changes of the best candidate while they help, `most` in all."""
+    left = most
+    improved = bool(scoring.candidates)
+    while improved and left:
+        improved = False
+        best = scoring.best
+        origin = best.source.removeprefix("refined ")
+        for policy in variations(best.policy, problem.sites, problem.visual_tokens):
+            fitted = problem.fit(policy) if problem.runs(policy) else None
+            if fitted is None or scoring.has(fitted):
+                continue
+            if not left:
+                return
+            left -= 1
+            loss = scoring.add(f"refined {origin}", fitted)
+            scoring.show(stage, most - left, most)
+            if loss < best.loss:
+                improved = True
+                break
+
+
+class _Scoring:
+    """Scores policies in static form."""
+
+    def __init__(self, problem: SearchProblem, progress: Progress | None) -> None:
+        self.problem = problem
+        self.progress = progress
+        self.candidates: list[Candidate] = []
+
+    @property
+    def best(self) -> Candidate:
+        return min(self.candidates, key=lambda candidate: candidate.loss)
+
+    def has(self, policy: Policy) -> bool:
+        return any(known.policy.reductions == policy.reductions for known in self.candidates)
+
+    def add(self, source: str, policy: Policy) -> float:
+        loss = self.problem.static_loss(policy)
+        cost = self.problem.cost.of_policy(policy)
+        self.candidates.append(Candidate(policy, source, loss, cost))
+        return loss
+
+    def add_all(self, stage: str, proposals: Sequence[tuple[str, Policy]]) -> None:
+        for done, (source, policy) in enumerate(proposals, start=1):
+            if not self.has(policy):
+                self.add(source, policy)
+            self.show(stage, done, len(proposals))
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+
+def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
+    """Task loss of a policy in its relaxed form, at the last gate temperature."""
+    present = problem.visual_tokens
+    reductions = {}
+    for reduction, count in zip(
+        policy.reductions, policy.counts(problem.visual_tokens), strict=True
+    ):
+        relaxed = RelaxedReduction.from_reduction(reduction, count / present)
+        relaxed.gate_temperature = _GATE_TEMPERATURES[1]
+        reductions[reduction.site] = relaxed
+        present = count
+    return mean_loss(lambda batch: relaxed_graph(reductions, batch), problem.scoring)

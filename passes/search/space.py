@@ -1,0 +1,136 @@
+"""Where a search starts, and what its relaxed reductions cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from deos_fx.cost.latency import LatencyTable
+from deos_fx.cost.model import CostModel
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.passes.analyse.find_sites import Site
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.tokens.layout import PromptLayout
+
+__all__ = ["keep_fractions", "relaxed_costs", "start_reductions"]
+
+# A site of the policy that the search starts from, and any other site.
+_ACTIVE, _DORMANT = 0.95, 0.1
+
+
+def start_reductions(
+    sites: Sequence[Site], policy: Policy, layout: PromptLayout
+) -> dict[str, RelaxedReduction]:
+    """One relaxed reduction a site, near a policy where it has one.
+
+    The best hand-designed policy says where to start: its sites are active with its counts and its
+    treatment, all others nearly dormant and halfway between the regimes. Gates, gains and weights
+    at their ends have no gradient, so everything starts a little inside.
+
+    Args:
+        sites: The sites to search.
+        policy: Where to start; the empty policy starts with every site half active.
+        layout: The prompts.
+
+    Returns:
+        Site name -> relaxed reduction, in order of depth.
+    """
+    known = {reduction.site: reduction for reduction in policy.reductions}
+    present = visual_tokens = layout.tokens_per_image
+    reductions = {}
+    for site in sites:
+        start = _undecided(site, layout.placed)
+        activation, retention = (0.5 if policy.is_empty else _DORMANT), 0.5
+        if site.name in known:
+            count = known[site.name].count(visual_tokens)
+            activation, retention = _ACTIVE, min(0.99, count / present)
+            start, present = _inside(known[site.name], start), count
+        reductions[site.name] = RelaxedReduction(start, activation=activation, retention=retention)
+    return reductions
+
+
+def _undecided(site: Site, placed: bool) -> Reduction:
+    """A reduction between all regimes, ranking mostly by attention."""
+    in_decoder = site.name.startswith("decoder")
+    attention = ("last_text_attention", "text_attention") if in_decoder else ("cls_attention",)
+    by_grid = placed and not in_decoder
+    weights = dict.fromkeys(attention, 3.0) | {"feature_norm": 1.0, "novelty": 1.0}
+    return Reduction(
+        site.name,
+        0.5,
+        scores={name: weight for name, weight in weights.items() if name in site.scores},
+        gain=0.5,
+        temperature=0.1,
+        mass_bias=0.25,
+        similarity={"feature": 0.5, "grid": 0.5} if by_grid else {"feature": 1.0},
+    )
+
+
+def _inside(policy: Reduction, undecided: Reduction) -> Reduction:
+    """A policy's reduction moved off the ends of its parameters."""
+    scores = _mixed(policy.scores, undecided.scores) if policy.uses_scores else {}
+    return replace(
+        policy,
+        scores=scores,
+        similarity=_mixed(policy.similarity, undecided.similarity),
+        gain=min(0.9, max(0.1, policy.gain)),
+        temperature=min(1.0, max(0.05, policy.temperature)),
+        mass_bias=max(0.05, policy.mass_bias),
+    )
+
+
+def _mixed(mostly: Mapping[str, float], little: Mapping[str, float]) -> dict[str, float]:
+    names = (*mostly, *(name for name in little if name not in mostly))
+    return {name: 0.9 * mostly.get(name, 0.0) + 0.1 * little.get(name, 0.0) for name in names}
+
+
+def keep_fractions(reductions: Mapping[str, RelaxedReduction]) -> dict[str, float]:
+    """Site -> fraction of the original visual tokens behind it."""
+    fraction: Tensor | float = 1.0
+    fractions = {}
+    for site, reduction in reductions.items():
+        fraction = reduction.keep_fraction(fraction)
+        fractions[site] = fraction.item()
+    return fractions
+
+
+def relaxed_costs(
+    reductions: Mapping[str, RelaxedReduction], cost: CostModel, latency: LatencyTable | None
+) -> dict[str, Tensor]:
+    """Differentiable costs of one prompt, from the expected counts of every layer.
+
+    Args:
+        reductions: Site -> relaxed reduction, in order of depth.
+        cost: The model's costs.
+        latency: Measured times, if there is a limit on them.
+
+    Returns:
+        0-dim costs under the names of the budget's limits.
+    """
+    images, layers = cost.images, cost.signature.decoder_layers
+    present = torch.tensor(float(images * cost.tokens_per_image))
+    counts = [present] * layers
+    patches = [present / images] * (cost.tower_blocks + 1)
+    overhead = torch.zeros(())
+    for site, reduction in reductions.items():
+        after = reduction.keep_fraction(present)
+        stage, layer = split_site(site)
+        share, first = (1, layer + 1) if stage == "decoder" else (images, 0)
+        flops = cost.reduction_flops(reduction.start, present / share, after / share)
+        overhead = overhead + reduction.activation.sigmoid() * flops
+        counts = counts[:first] + [after] * (layers - first)
+        if stage == "vision":
+            patches = patches[: layer + 1] + [after / images] * (cost.tower_blocks - layer)
+        present = after
+    costs = {
+        "visual_tokens": cost.visual_tokens(counts),
+        "flops": cost.flops(counts, overhead, patches),
+        "kv_cache": cost.kv_bytes(counts),
+    }
+    if latency is not None:
+        costs["latency_ms"] = latency.predict(counts)
+    return {name: torch.as_tensor(amount) for name, amount in costs.items()}

@@ -1,0 +1,164 @@
+"""The state of a search's gradient steps, saved without pickle and resumed bit-identically."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deos_fx.checkpoint import load_optimizer, optimizer_tensors
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.passes.search.lagrangian import AugmentedLagrangian
+
+__all__ = ["SearchState"]
+
+_LEARNING_RATE = 0.1
+# Large, so that a parameter with a negligible gradient stays where it is; Adam's default would move
+# it as fast as any other, and dormant sites would drift into the policy.
+_EPSILON = 0.1
+
+
+@dataclass
+class SearchState:
+    """Everything that changes from step to step.
+
+    Attributes:
+        reductions: Site -> relaxed reduction.
+        optimizer: Adam over all their parameters.
+        lagrangian: The constraints and their multipliers.
+        settings: What a checkpoint must agree with to be continued.
+        history: One dict for each step taken.
+        snapshots: Step -> parameters after it, to be rounded later.
+    """
+
+    reductions: nn.ModuleDict
+    optimizer: torch.optim.Adam
+    lagrangian: AugmentedLagrangian
+    settings: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def start(
+        cls,
+        reductions: Mapping[str, RelaxedReduction],
+        lagrangian: AugmentedLagrangian,
+        settings: dict[str, Any],
+    ) -> SearchState:
+        """The state before the first step."""
+        # Module names cannot hold dots.
+        modules = nn.ModuleDict({_key(site): module for site, module in reductions.items()})
+        optimizer = torch.optim.Adam(modules.parameters(), lr=_LEARNING_RATE, eps=_EPSILON)
+        return cls(modules, optimizer, lagrangian, settings)
+
+    @property
+    def step(self) -> int:
+        """Number of steps taken."""
+        return len(self.history)
+
+    def by_site(self) -> dict[str, RelaxedReduction]:
+        """Site -> relaxed reduction."""
+        modules = cast("Mapping[str, RelaxedReduction]", self.reductions)
+        return {_site(key): module for key, module in modules.items()}
+
+    def take_snapshot(self) -> None:
+        """Remember the present parameters."""
+        self.snapshots[self.step] = {
+            name: value.detach().clone() for name, value in self.reductions.state_dict().items()
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the state to a folder, file by file under a temporary name."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {f"now/{name}": value for name, value in self.reductions.state_dict().items()}
+        for step, parameters in self.snapshots.items():
+            tensors |= {f"{step}/{name}": value for name, value in parameters.items()}
+        moments = optimizer_tensors(self.optimizer)
+        tensors |= {f"adam/{name}": value for name, value in moments.items()}
+        # The tensors are named by step, so a kill between the two files leaves a valid pair.
+        name = f"step-{self.step}.safetensors"
+        _replace(path / name, lambda part: save_file(tensors, part))
+        record = {
+            "deos_fx": "search",
+            "version": 1,
+            "tensors": name,
+            "settings": self.settings,
+            "multipliers": self.lagrangian.multipliers,
+            "history": self.history,
+        }
+        text = json.dumps(record, indent=1)
+        _replace(path / "search.json", lambda part: Path(part).write_text(text, encoding="utf-8"))
+        for old in path.glob("step-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+
+    def resume(self, folder: str | os.PathLike[str]) -> None:
+        """Continue from a folder, if there is a state in it.
+
+        Args:
+            folder: As given to `save`.
+
+        Raises:
+            ValueError: If it is not the state of this search.
+        """
+        path = Path(folder) / "search.json"
+        if not path.exists():
+            return
+        record = _read(path)
+        # Through JSON, so that tuples and lists compare equal.
+        if record["settings"] != json.loads(json.dumps(self.settings)):
+            raise ValueError(
+                f"{os.fspath(folder)} holds another search (other model, data, budget, steps or "
+                "seed). Give another checkpoint folder, or delete this one."
+            )
+        tensors = load_file(path.parent / record["tensors"])
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            head, _, rest = name.partition("/")
+            parts.setdefault(head, {})[rest] = value
+        self.reductions.load_state_dict(parts.pop("now"))
+        load_optimizer(self.optimizer, parts.pop("adam", {}))
+        self.snapshots = {int(step): parameters for step, parameters in parts.items()}
+        self.history = record["history"]
+        self.lagrangian.multipliers = record["multipliers"]
+
+
+def _key(site: str) -> str:
+    return site.replace(".", "_")
+
+
+def _site(key: str) -> str:
+    return key.replace("_", ".")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not the state of a search: {error}") from error
+    if not isinstance(record, dict) or record.get("deos_fx") != "search":
+        raise ValueError(f"{path} is not the state of a search; give another checkpoint folder.")
+    if record.get("version") != 1:
+        raise ValueError(f"{path} has version {record.get('version')!r}; this release reads 1.")
+    return record
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write a file under a temporary name, then rename it."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        write(part)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
