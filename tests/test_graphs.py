@@ -18,11 +18,11 @@ from tiny import inputs, tiny_llava
 from torch import nn
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
-from deos_fx import graphs
 from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.recent import Recent
+from deos_fx.runtime import graphs
 from deos_fx.runtime.reduced_model import ReducedModel
 
 # It observes attention in the tower and in the decoder, so both have views of blocks in the graph.

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from deos_fx.errors import CaptureError
 from deos_fx.inputs.complete import complete_inputs
-from deos_fx.passes import lower_reductions
+from deos_fx.passes.lower import lower_reductions
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel

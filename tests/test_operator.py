@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from deos_fx import operator
 from deos_fx.forms.relaxed import RelaxedReduction, has_relaxed_form, soft_top_k
-from deos_fx.forms.static import StaticOutput, static_reduce
+from deos_fx.forms.static import StaticOutput, required_features, static_reduce
 from deos_fx.operator import (
     SCORES,
     SELECTORS,
@@ -569,7 +569,7 @@ def test_features_that_are_required_are_enough() -> None:
     tokens, mass, features = inputs(0)
     for behaviour in BEHAVIOURS | STATIC:
         reduction = _reduction(behaviour, 9)
-        needed = operator.required_features(reduction) - {"tokens"}
+        needed = required_features(reduction) - {"tokens"}
         given_ = {name: features[name] for name in needed}
         _reduce(reduction, tokens, mass, given_)
         for name in needed:
@@ -584,7 +584,7 @@ def test_features_that_are_required_are_enough() -> None:
 def _record(reduction: Reduction, *, mass: bool) -> fx.GraphModule:
     """Writes a reduction into a graph; operators on constants alone are run at once."""
     graph = fx.Graph()
-    needed = sorted(operator.required_features(reduction) - {"tokens", "grid"})
+    needed = sorted(required_features(reduction) - {"tokens", "grid"})
     features = {name: graph.placeholder(_plain(name)) for name in needed}
     tokens = graph.placeholder("tokens")
     module = nn.Module()
@@ -623,7 +623,7 @@ def test_a_recorded_reduction_computes_the_same(behaviour: str, mass: bool) -> N
     tokens, masses, features = inputs(0)
     reduction = _reduction(behaviour, 9)
     module = _record(reduction, mass=mass)
-    needed = operator.required_features(reduction) - {"tokens", "grid"}
+    needed = required_features(reduction) - {"tokens", "grid"}
     values = {_plain(name): features[name] for name in needed} | {"tokens": tokens}
     if mass:
         values["mass"] = masses

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import deos_fx
-from deos_fx.passes import search as search_module
+from deos_fx.passes.search import search as search_module
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

@@ -15,8 +15,8 @@ from tiny import IMAGE, inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from deos_fx import transform
-from deos_fx.passes import search as search_module
 from deos_fx.passes.pipeline import lower_call, run_graph
+from deos_fx.passes.search import search as search_module
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.search import search
 from deos_fx.policy.budget import Budget

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx import operator
-from deos_fx.forms.static import StaticOutput, static_reduce
+from deos_fx.forms.static import StaticOutput, required_features, static_reduce
 from deos_fx.operator import SELECTORS
 from deos_fx.operator.sequential import max_min_ranking
 from deos_fx.policy.reduction import Reduction, Tier
@@ -456,10 +456,10 @@ def test_tiers_may_observe_other_blocks() -> None:
 def test_similarities_are_observed_where_the_first_tier_is() -> None:
     tier = Tier(keep=4, selector="max_min", observe="next")
     reduction = Reduction("projector", 8, tiers=(tier,), similarity={"key": 1})
-    needed = operator.required_features(reduction)
+    needed = required_features(reduction)
     assert needed == {"tokens", "attention_cls", "keys"}
     there = Reduction("projector", 8, tiers=(tier,), similarity={"key": 1}, observe="next")
-    assert operator.required_features(there) == {"tokens", "attention_cls@next", "keys@next"}
+    assert required_features(there) == {"tokens", "attention_cls@next", "keys@next"}
 
 
 # *** transfers that need a loop of their own
@@ -562,7 +562,7 @@ def test_a_copy_of_the_class_token_comes_first() -> None:
         exponent=0,
         position="compact",
     )
-    assert "class_token" in operator.required_features(reduction)
+    assert "class_token" in required_features(reduction)
     result = static_reduce(reduction, 12, tokens, mass, features)
     assert result.tokens.shape == (3, 12, WIDTH)
     assert torch.equal(result.tokens[:, :1], features["class_token"])
