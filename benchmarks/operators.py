@@ -31,13 +31,11 @@ from transformers.utils import logging as transformers_logging
 
 from deos_fx import Reduction, presets, reference, tokens
 from deos_fx.attention.observation import OBSERVED, Observation
-from deos_fx.attention.seam import (
-    AttentionView,
-    received_attention,
-)
+from deos_fx.attention.view import AttentionView, received_attention
 from deos_fx.cli.terminal import Advance, stages
 from deos_fx.files import write_text
-from deos_fx.forms.static import required_features, static_reduce
+from deos_fx.forms.needs import required_features
+from deos_fx.forms.static import static_reduce
 
 __all__ = ["Settings", "direct_tome", "measure"]
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import inspect
-import json
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,28 +16,17 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from deos_fx.exporters.onnx import FORMAT, IMAGES, MANIFEST, VERSION
+from deos_fx.exporters.manifest import IMAGES, read_manifest
+from deos_fx.exporters.session.session import HOST, Session, as_tensor, open
+from deos_fx.exporters.session.session_cache import SessionCache
 from deos_fx.inputs.complete import complete_inputs, image_inputs, normal_inputs
 from deos_fx.inputs.packed import packed_by
 from deos_fx.passes.lower.lower_decode import DecodeSpace
 from deos_fx.runtime.generation import generation_host
-from deos_fx.tokens.cache import ReducedCache, TokenSpace
-from deos_fx.tokens.index import last_token
+from deos_fx.tokens.cache import TokenSpace
+from deos_fx.tokens.positions import last_token
 
 __all__ = ["OnnxModel"]
-
-_CPU = torch.device("cpu")
-
-_DTYPES = {
-    "tensor(bool)": torch.bool,
-    "tensor(int32)": torch.int32,
-    "tensor(int64)": torch.int64,
-    "tensor(float)": torch.float32,
-    "tensor(double)": torch.float64,
-    "tensor(float16)": torch.float16,
-    "tensor(bfloat16)": torch.bfloat16,
-}
-"""Types of inputs in ONNX Runtime's words."""
 
 
 class OnnxModel:
@@ -61,7 +47,7 @@ class OnnxModel:
         manifest: Mapping[str, Any],
         constants: Mapping[str, Tensor],
         skeleton: PreTrainedModel,
-        sessions: Mapping[str, _Session],
+        sessions: Mapping[str, Session],
     ) -> None:
         self.config = skeleton.config
         self.generation_config = skeleton.generation_config
@@ -96,9 +82,9 @@ class OnnxModel:
             RuntimeError: If CUDA is asked for and cannot be used.
         """
         folder = Path(dir)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         skeleton = _skeleton(folder)
-        sessions = {name: _open(folder / f"{name}.onnx", device) for name in manifest["graphs"]}
+        sessions = {name: open(folder / f"{name}.onnx", device) for name in manifest["graphs"]}
         constants = load_file(folder / IMAGES) if "image_encoder" in sessions else {}
         return cls(manifest, constants, skeleton, sessions)
 
@@ -140,14 +126,14 @@ class OnnxModel:
         if not inputs.get("use_cache", True):
             raise ValueError("use_cache=False, but exported graphs always use a cache; omit it")
         # A host of its own for every call: models of some families remember positions in theirs.
-        host = generation_host(self, self._skeleton, self._new_cache, device=_CPU)
+        host = generation_host(self, self._skeleton, self._new_cache, device=HOST)
         return host.generate(**normal_inputs(inputs))
 
     # *** running ***
 
     def _run(self, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
         cache = inputs.setdefault("past_key_values", self._new_cache())
-        if not isinstance(cache, _SessionCache):
+        if not isinstance(cache, SessionCache):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__}; pass None, or what an earlier call "
                 "of this model returned"
@@ -160,7 +146,7 @@ class OnnxModel:
         kept = logits[:, -inputs.get("logits_to_keep", 0) :]
         return CausalLMOutputWithPast(logits=kept.float(), past_key_values=cache)
 
-    def _run_prefill(self, inputs: dict[str, Any], cache: _SessionCache) -> Tensor:
+    def _run_prefill(self, inputs: dict[str, Any], cache: SessionCache) -> Tensor:
         self._check_prompts(inputs)
         ids = inputs["input_ids"]
         values = {
@@ -179,16 +165,16 @@ class OnnxModel:
             [
                 TokenSpace(
                     space.first_layer,
-                    _tensor(outputs[f"origin_{k}"]),
-                    _tensor(outputs[f"key_bias_{k}"]) if space.biased else None,
-                    _tensor(outputs[f"shift_{k}"]) if space.position == "grid" else None,
+                    as_tensor(outputs[f"origin_{k}"]),
+                    as_tensor(outputs[f"key_bias_{k}"]) if space.biased else None,
+                    as_tensor(outputs[f"shift_{k}"]) if space.position == "grid" else None,
                 )
                 for k, space in enumerate(self._spaces, start=1)
             ],
         )
-        return _tensor(outputs["logits"])
+        return as_tensor(outputs["logits"])
 
-    def _run_decode(self, inputs: dict[str, Any], cache: _SessionCache) -> Tensor:
+    def _run_decode(self, inputs: dict[str, Any], cache: SessionCache) -> Tensor:
         """One step for each new token: the decode graph takes one at a time."""
         ids = inputs["input_ids"]
         positions = self._positions(ids, inputs["position_ids"])
@@ -207,7 +193,7 @@ class OnnxModel:
             values |= cache.decode_inputs(values["attention_mask"], values["position_ids"])
             outputs = self._decode(values | cache.states)
             cache.take_states(outputs, seen)
-            logits.append(_tensor(outputs["logits"]))
+            logits.append(as_tensor(outputs["logits"]))
         return torch.cat(logits, dim=1)
 
     def _positions(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -220,12 +206,12 @@ class OnnxModel:
             positions = positions[1:]
         return positions.expand(coordinates, *ids.shape)
 
-    def _encode(self, encoder: _Session, pixels: Tensor, prompts: int) -> dict[str, Tensor]:
+    def _encode(self, encoder: Session, pixels: Tensor, prompts: int) -> dict[str, Tensor]:
         """Features of the images of every prompt, which the encoder takes one prompt at a time."""
         parts: dict[str, list[Tensor]] = {}
         for own in pixels.split(len(pixels) // prompts):
             for name, value in encoder({"pixel_values": own}).items():
-                parts.setdefault(name, []).append(_tensor(value))
+                parts.setdefault(name, []).append(as_tensor(value))
         for name, values in parts.items():
             if name in self._constants and any(
                 not torch.equal(value, self._constants[name]) for value in values
@@ -295,8 +281,8 @@ class OnnxModel:
                     f"{', '.join(sorted(names))}. {again}"
                 )
 
-    def _new_cache(self) -> _SessionCache:
-        return _SessionCache(self.config.get_text_config())
+    def _new_cache(self) -> SessionCache:
+        return SessionCache(self.config.get_text_config())
 
 
 def _check_mask(inputs: Mapping[str, Any], visual: Tensor) -> None:
@@ -314,174 +300,10 @@ def _shown(tensor: Tensor) -> str:
     return str(tensor.tolist()) if tensor.numel() <= 16 else f"of shape {tuple(tensor.shape)}"
 
 
-class _SessionCache(ReducedCache):
-    """Keys and values as ONNX Runtime holds them, on its device.
-
-    Attributes:
-        states: ``past_key_values.<layer>.key`` and ``.value`` -> OrtValue.
-    """
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.states: dict[str, Any] = {}
-        self._length = 0
-
-    @property
-    def rows(self) -> int:
-        """Texts in the cache; 0 for an empty one."""
-        return next((value.shape()[0] for value in self.states.values()), 0)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far, dropped ones included."""
-        return self._length
-
-    def take_states(self, outputs: Mapping[str, Any], length: int) -> None:
-        """Keep the states that a run returned, after `length` tokens in all."""
-        self.states = {
-            name.replace("present.", "past_key_values."): value
-            for name, value in outputs.items()
-            if name.startswith("present.")
-        }
-        self._length = length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: the states are not here."""
-        raise ValueError(
-            "Tokens cannot be taken back from an exported model's cache: leave out assistant_model "
-            "and prompt_lookup_num_tokens, or generate with the ReducedModel in PyTorch."
-        )
-
-    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        super()._rows(change)
-        self.states = {
-            name: _ort_value(change(_tensor(value))) for name, value in self.states.items()
-        }
-
-
 # *** ONNX Runtime ***
 
 
-class _Session:
-    """One graph. States stay on its device, all other outputs come to the CPU."""
-
-    def __init__(self, session: Any, device: torch.device) -> None:
-        self.session = session
-        self.device = device
-        self.inputs = {spec.name: _DTYPES[spec.type] for spec in session.get_inputs()}
-        self.outputs = [spec.name for spec in session.get_outputs()]
-
-    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Run the graph.
-
-        Args:
-            values: Tensors on the CPU, of any precision, or OrtValues; those the graph does not
-                read are ignored.
-
-        Returns:
-            OrtValues by name.
-        """
-        binding = self.session.io_binding()
-        for name, dtype in self.inputs.items():
-            value = values[name]
-            binding.bind_ortvalue_input(
-                name, _ort_value(value.to(dtype)) if isinstance(value, Tensor) else value
-            )
-        for name in self.outputs:
-            device = self.device if name.startswith("present.") else _CPU
-            binding.bind_output(name, device.type, device.index or 0)
-        self.session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-        return dict(zip(self.outputs, binding.get_outputs(), strict=True))
-
-
-def _ort_value(tensor: Tensor) -> Any:
-    """The tensor's memory as an OrtValue, not copied."""
-    import onnxruntime
-
-    return onnxruntime.OrtValue.from_dlpack(tensor.detach().contiguous())
-
-
-def _tensor(value: Any) -> Tensor:
-    """An OrtValue's memory as a tensor, not copied."""
-    return torch.from_dlpack(value)
-
-
-def _open(path: Path, device: str | torch.device | None) -> _Session:
-    """Open a graph on a device, and check that it is there: ONNX Runtime falls back silently."""
-    import onnxruntime
-
-    wanted = None if device is None else _device(device)
-    cuda = wanted or torch.device("cuda", 0)
-    found = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _cuda_devices()
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if cuda.type == "cuda" and (cuda.index or 0) < found:
-        onnxruntime.preload_dlls()
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": cuda.index or 0}))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
-    except Exception as error:
-        hint = ""
-        if "NOT_IMPLEMENTED" in str(error):
-            hint = ". If the model is in bfloat16, export it in float32 or float16"
-        raise ValueError(f"{path} cannot be run here: {error}{hint}") from error
-    works = session.get_providers()[0] == "CUDAExecutionProvider"
-    if wanted is not None and wanted.type == "cuda" and not works:
-        raise RuntimeError(
-            f"device={str(device)!r}, but ONNX Runtime cannot use it: it finds {found or 0} CUDA "
-            "devices here and its providers are "
-            f"{', '.join(onnxruntime.get_available_providers())}. Leave device out to run on the "
-            "CPU, or install onnxruntime-gpu with the CUDA and cuDNN libraries it needs."
-        )
-    return _Session(session, cuda if works else _CPU)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        parsed = torch.device(device)
-    except RuntimeError:
-        parsed = torch.device("meta")
-    if parsed.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}; give 'cpu', 'cuda', 'cuda:<i>' or None")
-    return parsed
-
-
-def _cuda_devices() -> int:
-    """CUDA devices of this machine, asked of the driver: torch may be built without CUDA.
-
-    Trying a session instead would print errors of ONNX Runtime on every machine without a GPU.
-    """
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    return 0 if failed else count.value
-
-
 # *** loading ***
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {MANIFEST}: it is not a folder that deos_fx.export_onnx wrote"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); export the model again") from error
-    if not isinstance(manifest, dict) or manifest.get("deos_fx") != FORMAT:
-        raise ValueError(f'{path} does not say "deos_fx": "{FORMAT}"; export the model again')
-    if manifest.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has version {manifest.get('version')!r} and this release reads version "
-            f"{VERSION}. Export the model again, or use the release that wrote it."
-        )
-    return manifest
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from deos_fx.cli.app import app
 from deos_fx.cli.data import batches, read_records
 from deos_fx.cost.model import CostModel
 from deos_fx.files import fresh_folder
-from deos_fx.results.search_result import Candidate
+from deos_fx.results.candidate import Candidate
 from tests.tiny import inputs, tiny_llava
 
 COMMANDS = ("demo", "search", "transform", "export", "inspect")

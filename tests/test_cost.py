@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from deos_fx import presets
+from deos_fx.cost.amounts import CostReport
 from deos_fx.cost.measure import measure_decoder
-from deos_fx.cost.model import CostModel, CostReport
+from deos_fx.cost.model import CostModel
 from deos_fx.cost.operator_flops import SiteSizes, operator_flops, relaxed_flops
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.search.space import relaxed_costs

@@ -18,9 +18,9 @@ import torch
 from closeness import assert_onnx_close
 
 from deos_fx import presets
-from deos_fx.exporters import onnx_model
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.exporters.session import session
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -363,7 +363,7 @@ def test_export_refuses_what_it_cannot_export(tmp_path):
 
 def test_export_checks_the_folder_first(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("deos_fx.exporters.onnx.capture_call", None)
+    monkeypatch.setattr("deos_fx.exporters.graphs.prefill.capture_call", None)
     with pytest.raises(OSError, match="cannot write the folder"):
         export_onnx(ReducedModel(tiny.shared_llava(LAYERS), Policy()), tmp_path / "file" / "out")
 
@@ -373,8 +373,8 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
         (args[1] / "half").write_text("half")
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("deos_fx.exporters.onnx._Exportable.export", lambda self: None)
-    monkeypatch.setattr("deos_fx.exporters.onnx._write_weights", fail)
+    monkeypatch.setattr("deos_fx.exporters.graphs.exportable.Exportable.export", lambda self: None)
+    monkeypatch.setattr("deos_fx.exporters.onnx.write_weights", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         export_onnx(ReducedModel(tiny.shared_llava(LAYERS), Policy()), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -401,7 +401,7 @@ def test_prompts_that_do_not_fit_the_graphs(folder):
 
 def test_devices(folder, monkeypatch):
     target = folder("prune, two images")
-    monkeypatch.setattr(onnx_model, "_cuda_devices", lambda: 0)
+    monkeypatch.setattr(session, "_cuda_devices", lambda: 0)
     assert OnnxModel.from_pretrained(target).device == torch.device("cpu")
     with pytest.raises(RuntimeError, match="0 CUDA devices.*Leave device out"):
         OnnxModel.from_pretrained(target, device="cuda")

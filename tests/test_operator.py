@@ -18,8 +18,12 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from deos_fx import operator
+from deos_fx.forms.needs import required_features
 from deos_fx.forms.relaxed import RelaxedReduction, has_relaxed_form, soft_top_k
-from deos_fx.forms.static import StaticOutput, required_features, static_reduce
+from deos_fx.forms.static import (
+    StaticOutput,
+    static_reduce,
+)
 from deos_fx.operator import (
     SCORES,
     SELECTORS,

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx import Policy, presets, reference, transform
-from deos_fx.forms.static import required_features, static_reduce
+from deos_fx.forms.needs import required_features
+from deos_fx.forms.static import static_reduce
 from deos_fx.policy.reduction import Reduction
 
 

@@ -9,25 +9,22 @@ import torch
 from PIL import Image
 
 from deos_fx import presets
-from deos_fx.cost.model import Cost
+from deos_fx.cost.amounts import Cost
 from deos_fx.policy.policy import (
     ModelSignature,
     Policy,
 )
 from deos_fx.policy.reduction import Reduction
+from deos_fx.results.candidate import Candidate
 from deos_fx.results.charts import PAINTS
 from deos_fx.results.explanation import SiteExplanation
+from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
 from deos_fx.results.pictures import Move, TokenStep, token_steps
 from deos_fx.results.report import (
-    SEARCHED,
-    UNREDUCED,
     DemoResult,
-    Method,
-    OnnxCheck,
-    Picture,
     demo_report,
 )
-from deos_fx.results.search_result import Candidate, SearchResult
+from deos_fx.results.search_result import SearchResult
 
 LAYERS, TOKENS = 6, 64
 VOID = {"meta", "br", "rect", "line", "circle", "image", "use", "path", "hr", "link", "img"}

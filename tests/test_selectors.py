@@ -16,7 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx import operator
-from deos_fx.forms.static import StaticOutput, required_features, static_reduce
+from deos_fx.forms.needs import required_features
+from deos_fx.forms.static import (
+    StaticOutput,
+    static_reduce,
+)
 from deos_fx.operator import SELECTORS
 from deos_fx.operator.sequential import max_min_ranking
 from deos_fx.policy.reduction import Reduction, Tier

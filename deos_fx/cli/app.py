@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,16 +10,27 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from deos_fx.cli.loading import (
+    DEFAULT_LIMIT,
+    Model,
+    OtherLimit,
+    Output,
+    PolicyFile,
+    Preset,
+    TokenLimit,
+    copy_processor,
+    load_model,
+    load_reduced,
+    meta_model,
+    policy_of,
+    processor_of,
+)
 
-    from deos_fx.policy.policy import ModelSignature, Policy
-    from deos_fx.runtime.reduced_model import ReducedModel
+if TYPE_CHECKING:
+
+    pass
 
 __all__ = ["app"]
-
-DEFAULT_LIMIT = 0.125
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 class _Commands(TyperGroup):
@@ -78,41 +87,6 @@ def _main(
 
 
 # *** arguments that several commands share ***
-
-
-def _limit(text: str) -> int | float:
-    """A limit as it is written: ``12.5%`` or ``0.125`` is a fraction, ``18`` an absolute number."""
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}; give for example 0.125, 12.5% or 18") from None
-
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL_DIR", help="Folder that save_pretrained wrote, or a hub id.")
-]
-Output = Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write.")]
-PolicyFile = Annotated[
-    Path | None, typer.Option("--policy", metavar="FILE", help="A policy file, policy.json.")
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="A published method, fitted to the budget."),
-]
-TokenLimit = Annotated[
-    Any,
-    typer.Option(
-        "--budget",
-        parser=_limit,
-        metavar="LIMIT",
-        help="Visual tokens that may stay, mean over the decoder layers: 0.125, 12.5% or 18.",
-    ),
-]
-OtherLimit = Annotated[
-    Any, typer.Option(parser=_limit, metavar="LIMIT", help="Fraction, or absolute number.")
-]
 
 
 # *** the commands ***
@@ -201,9 +175,9 @@ def inspect(
     from deos_fx.inputs.example import example_inputs
 
     console = Console()
-    model = _meta_model(model_dir)
-    chosen = _policy(model, policy, preset, budget)
-    inputs = example_inputs(model, _processor(model_dir))
+    model = meta_model(model_dir)
+    chosen = policy_of(model, policy, preset, budget)
+    inputs = example_inputs(model, processor_of(model_dir))
     found = outline(model, inputs, chosen)
     print_outline(found, console)
     if chosen is not None:
@@ -237,9 +211,9 @@ def transform(
     from deos_fx.files import fresh_folder
 
     with fresh_folder(out_dir) as folder:
-        reduced = _reduced(model_dir, policy, preset, budget)
+        reduced = load_reduced(model_dir, policy, preset, budget)
         reduced.save_pretrained(folder)
-        _copy_processor(model_dir, folder)
+        copy_processor(model_dir, folder)
     Console().print(f"Wrote {out_dir}", highlight=False)
 
 
@@ -302,7 +276,7 @@ def search(
     console = Console()
     with fresh_folder(output) as folder, stages(console) as stage:
         with stage("load"):
-            model = _load_model(model_dir)
+            model = load_model(model_dir)
             inputs = list(batches(AutoProcessor.from_pretrained(model_dir), records, batch_size))
         with stage.phased("search") as progress:
             result = run_search(
@@ -348,106 +322,13 @@ def export(
     console = Console()
     with fresh_folder(out_dir) as folder, stages(console) as stage:
         with stage("load the model"):
-            reduced = _reduced(model_dir, policy, preset, budget)
+            reduced = load_reduced(model_dir, policy, preset, budget)
         with stage("export"):
             export_onnx(reduced, folder)
-        _copy_processor(model_dir, folder)
+        copy_processor(model_dir, folder)
     console.print(f"Wrote {out_dir}", highlight=False)
 
 
 # *** loading ***
 
 
-def _load_model(model_dir: str) -> PreTrainedModel:
-    """Loads a vision-language model, or says what the folder holds instead."""
-    from transformers import AutoModelForImageTextToText
-
-    _config(model_dir)
-    return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto").eval()
-
-
-def _meta_model(model_dir: str) -> PreTrainedModel:
-    """The model without its weights."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    config = _config(model_dir)
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=config.dtype).eval()
-
-
-def _config(model_dir: str) -> Any:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    if not os.path.isdir(model_dir) and not _HUB_ID.fullmatch(model_dir):
-        raise ValueError(f"there is no folder {model_dir}")
-    config = AutoConfig.from_pretrained(model_dir)
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(
-            f"{model_dir} holds a {config.model_type} model, which reads no images; give a "
-            "vision-language model such as a LLaVA"
-        )
-    return config
-
-
-def _reduced(
-    model_dir: str, path: Path | None, preset: str | None, budget: int | float | None
-) -> ReducedModel:
-    """The model with the policy that was asked for; a reduced model's folder brings its own."""
-    from deos_fx import Budget, ReducedModel, transform
-
-    if path is preset is budget is None and os.path.isfile(os.path.join(model_dir, "deos_fx.json")):
-        return ReducedModel.from_pretrained(model_dir)
-    model = _load_model(model_dir)
-    if path is None and preset is None and budget is not None:
-        return transform(model, budget=Budget(visual_tokens=budget))
-    return transform(model, policy=_policy(model, path, preset, budget))
-
-
-def _policy(
-    model: PreTrainedModel, path: Path | None, preset: str | None, budget: int | float | None
-) -> Policy | None:
-    """The policy that was asked for, if one was; a preset is fitted to the budget."""
-    from deos_fx import presets
-    from deos_fx.models.facts import signature_of
-    from deos_fx.policy.policy import Policy
-
-    if path is not None:
-        if preset is not None or budget is not None:
-            raise ValueError("--policy says where to keep how much; give it without the others")
-        return Policy.load(path)
-    if preset is None:
-        if budget is not None:
-            raise ValueError("--budget needs a method to fit to it; give --preset as well")
-        return None
-    signature = signature_of(model)
-    tokens = _tokens(DEFAULT_LIMIT if budget is None else budget, signature)
-    return presets.fit(preset, tokens, signature.decoder_layers, signature.visual_tokens)
-
-
-def _tokens(limit: int | float, signature: ModelSignature) -> float:
-    """A limit on visual tokens as an absolute number, checked as a budget is."""
-    from deos_fx.cost.model import Cost
-    from deos_fx.policy.budget import Budget
-
-    whole = signature.visual_tokens
-    unreduced = Cost((whole,) * signature.decoder_layers, float(whole), 1, 1)
-    return Budget(visual_tokens=limit).limits(unreduced)["visual_tokens"]
-
-
-def _copy_processor(model_dir: str, folder: Path) -> None:
-    """Saves the model's processor beside it, where there is one."""
-    processor = _processor(model_dir)
-    if processor is not None:
-        processor.save_pretrained(folder)
-
-
-def _processor(model_dir: str) -> Any:
-    """The model's processor, where there is one."""
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(model_dir)
-    except (OSError, ValueError):
-        return None

@@ -25,14 +25,10 @@ from deos_fx.models.facts import grid_of, signature_of
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.reference import Example
+from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
 from deos_fx.results.pictures import TokenStep, token_steps
 from deos_fx.results.report import (
-    SEARCHED,
-    UNREDUCED,
     DemoResult,
-    Method,
-    OnnxCheck,
-    Picture,
     demo_report,
 )
 from deos_fx.results.search_result import SearchResult

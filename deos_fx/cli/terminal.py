@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from deos_fx.cost.model import Cost
+    from deos_fx.cost.amounts import Cost
     from deos_fx.presets import Method
     from deos_fx.results.report import DemoResult
 

@@ -7,7 +7,6 @@ sliding caches, heads of different sizes.
 
 from __future__ import annotations
 
-import copy
 import threading
 import weakref
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
@@ -20,16 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from deos_fx.cost.flops import count_flops
+from deos_fx.cost.twin import WholeNumbers, twin_of
 from deos_fx.models.blocks import find_blocks
 from deos_fx.models.encoders import features_of
 from deos_fx.models.facts import image_of
-from deos_fx.models.layers import AnyLinear, has_codes, linear_sizes
-from deos_fx.models.shapes_only import OnZeros
 
 __all__ = ["Decoder", "Encoder", "Layer", "measure_decoder", "measure_encoder"]
 
@@ -146,7 +143,7 @@ def _once(model: PreTrainedModel, what: str, measure: Callable[[], Any]) -> Any:
 
 
 def _decoder(model: PreTrainedModel) -> Decoder:
-    twin = _twin(model)
+    twin = twin_of(model)
     paths = find_blocks(model).decoder
     short, long = (_run_decoder(twin, paths, length) for length in (_SHORT, _LONG))
     layers = []
@@ -221,7 +218,7 @@ def _held(layer: Any) -> _Held:
 
 
 def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor], encode: str) -> Encoder:
-    twin = _twin(model)
+    twin = twin_of(model)
     blocks = [twin.get_submodule(path) for path in find_blocks(model).vision]
     units = _units(twin.base_model, blocks)
     order: list[nn.Module] = []
@@ -289,7 +286,7 @@ def _used(features: list[Tensor], made: Mapping[nn.Module, list[Any]]) -> set[nn
         for unit, of_unit in made.items()
     }
     every = [x for of_unit in tensors.values() for x in of_unit]
-    with _WholeNumbers(), torch.enable_grad():
+    with WholeNumbers(), torch.enable_grad():
         total = torch.stack([feature.float().sum() for feature in features]).sum()
         gradients = torch.autograd.grad(total, every, allow_unused=True)
     reached = {x for x, gradient in zip(every, gradients, strict=True) if gradient is not None}
@@ -297,29 +294,6 @@ def _used(features: list[Tensor], made: Mapping[nn.Module, list[Any]]) -> set[nn
 
 
 # *** both ***
-
-
-class _Counted(OnZeros):
-    """A quantised layer that does not tell its sizes: it is run, on zeros, and counted."""
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        with count_flops() as counter:
-            result = super().run(*args, **kwargs)
-        self.flops = counter.get_total_flops()
-        return result
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().forward(*args, **kwargs)
-        if not self.flops and any(x.is_floating_point() for x in pytree.tree_leaves(args)):
-            raise ValueError(
-                f"What a {type(self.layer).__name__} costs is not known: it is quantised, its "
-                "kernel cannot be counted, and it has no in_features and out_features. Set these, "
-                "or give a policy or limit visual_tokens, which need no costs."
-            )
-        # For the counter that is at work here: two for each number of this product.
-        half = torch.empty(self.flops // 2, device="meta")
-        torch.mm(half[None], half[:, None])
-        return result
 
 
 # What attention is made of, in the eager form that a twin has.
@@ -350,66 +324,7 @@ _COUNTING = threading.RLock()
 def _counting() -> Iterator[FlopCounterMode]:
     # What a mask selects may be all that there is.
     whole = cast(Any, fx_config).patch(meta_nonzero_assume_all_nonzero=True)
-    with _COUNTING, whole, _WholeNumbers(), count_flops() as counter:
+    with _COUNTING, whole, WholeNumbers(), count_flops() as counter:
         yield counter
 
 
-class _WholeNumbers(TorchDispatchMode):
-    """Computes for real whatever depends on no weight: positions, sizes of images, masks.
-
-    Code reads these numbers. It wants them where the weights are, which for the twin is nowhere.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        leaves = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
-            args, kwargs = pytree.tree_map_only(Tensor, _without_numbers, (args, kwargs))
-            if func is torch.ops.aten._to_copy.default:
-                kwargs = {**kwargs, "device": torch.device("meta")}
-        elif "device" in kwargs and func.overloadpacket not in _BUFFERS:
-            kwargs = {**kwargs, "device": torch.device("cpu")}
-        return func(*args, **kwargs)
-
-
-# What code fills with what depends on weights.
-_BUFFERS = {torch.ops.aten.empty, torch.ops.aten.zeros, torch.ops.aten.new_zeros}
-
-
-def _without_numbers(x: Tensor) -> Tensor:
-    if x.is_meta:
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def _twin(model: PreTrainedModel) -> Any:
-    """A copy of a model on the meta device, whose attention and experts count in full.
-
-    Quantised linear layers become plain ones: known by their two sizes. Those that do not tell
-    them are run.
-    """
-    known: dict[int, Any] = {}
-    for module in model.modules():
-        sizes = linear_sizes(module)
-        if sizes is not None:
-            bias = getattr(module, "bias", None) is not None
-            known[id(module)] = AnyLinear(*sizes, bias, device="meta", dtype=model.dtype)
-        elif has_codes(module):
-            known[id(module)] = _Counted(module)
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = _without_numbers(tensor)
-        if isinstance(tensor, nn.Parameter):
-            empty = nn.Parameter(empty, requires_grad=tensor.is_floating_point())
-        known[id(tensor)] = empty
-    # accelerate moves weights and inputs between devices by hooks: there is nothing to move.
-    known |= {id(m._hf_hook): None for m in model.modules() if hasattr(m, "_hf_hook")}
-    twin = copy.deepcopy(model, known)
-    modules: list[Any] = [*twin.modules()]
-    for module in modules:
-        if hasattr(module, "_hf_hook"):
-            module.forward = module._old_forward
-        config = getattr(module, "config", None)
-        if config is not None:
-            config._attn_implementation_internal = "eager"
-            config._experts_implementation_internal = "batched_mm"
-    return twin

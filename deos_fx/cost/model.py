@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from deos_fx.attention.observation import OBSERVED, Observation
+from deos_fx.cost.amounts import Cost
+from deos_fx.cost.blocks import Block, at_most, heads_of
 from deos_fx.cost.measure import Decoder, Encoder, measure_decoder, measure_encoder
 from deos_fx.cost.operator_flops import Amount, SiteSizes, operator_flops, relaxed_flops
-from deos_fx.forms.static import required_features
+from deos_fx.cost.overhead import Seen, Site, Together, known_grid_after, observations
 from deos_fx.inputs.complete import normal_inputs, prompt_layout
-from deos_fx.inputs.media import encoder_inputs
+from deos_fx.inputs.kinds import encoder_inputs
 from deos_fx.models.blocks import find_blocks
 from deos_fx.models.facts import (
     grid_of,
@@ -35,96 +36,9 @@ from deos_fx.models.facts import (
 )
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction, split_site
-from deos_fx.tokens.layout import PromptLayout, first_layer, grid_after
+from deos_fx.tokens.layout import PromptLayout, first_layer
 
-__all__ = ["Cost", "CostModel", "CostReport"]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Cost of one prefill.
-
-    Attributes:
-        visual_tokens_per_layer: Visual tokens of a prompt that each decoder layer processes.
-        visual_tokens: Their mean over the decoder layers.
-        flops: Floating-point operations of the whole batch.
-        kv_bytes: Bytes of the key-value cache of the whole batch.
-    """
-
-    visual_tokens_per_layer: tuple[int, ...]
-    visual_tokens: float
-    flops: int
-    kv_bytes: int
-
-    @property
-    def amounts(self) -> dict[str, float]:
-        """What a `Budget` limits, by the names of its fields."""
-        return {
-            "visual_tokens": self.visual_tokens,
-            "flops": self.flops,
-            "kv_cache": self.kv_bytes,
-        }
-
-
-@dataclass(frozen=True)
-class CostReport:
-    """Cost without and with the reductions; printed as a table.
-
-    Attributes:
-        before: Cost of the same graph with no reduction.
-        after: Cost of the reduced model.
-    """
-
-    before: Cost
-    after: Cost
-
-    def __str__(self) -> str:
-        before, after = self.before, self.after
-        rows = [
-            ("visual tokens (mean)", before.visual_tokens, after.visual_tokens, "{:,.1f}"),
-            ("prefill GFLOPs", before.flops / 1e9, after.flops / 1e9, "{:,.3f}"),
-            ("KV cache (KiB)", before.kv_bytes / 1024, after.kv_bytes / 1024, "{:,.1f}"),
-        ]
-        lines = [f"{'':22}{'before':>12}{'after':>12}{'ratio':>8}"]
-        for name, old, new, style in rows:
-            numbers = f"{style.format(old):>12}{style.format(new):>12}"
-            lines.append(f"{name:22}{numbers}{new / old:8.1%}")
-        per_layer = " ".join(map(str, after.visual_tokens_per_layer))
-        return "\n".join([*lines, f"visual tokens per decoder layer: {per_layer}"])
-
-
-@dataclass(frozen=True)
-class _Block:
-    """What a transformer block costs, and the sizes of its attention.
-
-    Attributes:
-        linear: FLOPs for each token.
-        quadratic: FLOPs for each pair of tokens.
-        heads: Query heads.
-        key_heads: Key and value heads.
-        dim: Size of a head.
-        width: Size of a hidden state.
-    """
-
-    linear: float
-    quadratic: float
-    heads: int
-    key_heads: int
-    dim: int
-    width: int
-
-    def flops(self, tokens: Amount) -> Amount:
-        """Of the whole block: linear layers, query-key and attention-value products."""
-        return tokens * self.linear + self.quadratic * tokens * tokens
-
-    def row_flops(self, queries: Amount, tokens: Amount) -> Amount:
-        """Of the attention logits of a few queries that a score observes."""
-        return 2 * self.heads * self.dim * queries * tokens
-
-    @property
-    def projections(self) -> int:
-        """Of the queries, keys and values of one token."""
-        return 2 * self.width * (self.heads + 2 * self.key_heads) * self.dim
+__all__ = ["CostModel"]
 
 
 class CostModel:
@@ -284,7 +198,7 @@ class CostModel:
         """
         total: Amount = 0
         for layer, count in zip(self._measured.layers, counts, strict=True):
-            held = _at_most(self.text_tokens + count, layer.window)
+            held = at_most(self.text_tokens + count, layer.window)
             total = total + layer.cached * held + layer.state
         return self.batch * total
 
@@ -298,7 +212,7 @@ class CostModel:
             after: Those that are kept, counted alike.
         """
         site = self._site(reduction)
-        observed = site.observed_flops(_observed(reduction), before, before, self.text_tokens)
+        observed = site.observed_flops(observations(reduction), before, before, self.text_tokens)
         operator = relaxed_flops(reduction, before, after, site.sizes)
         rows = self.batch * (1 if site.stage == "decoder" else self.images)
         return rows * (observed + operator)
@@ -369,16 +283,16 @@ class CostModel:
         inside = self.patches(policy)
         sizes = self.layout.sizes
         together = [
-            _Together(len(alike), (sizes[alike[0]],), sizes[alike[0]], self._cells(alike[0]))
+            Together(len(alike), (sizes[alike[0]],), sizes[alike[0]], self._cells(alike[0]))
             for alike in self.layout.alike()
         ]
         in_decoder = False
-        known: set[_Seen] = set()
+        known: set[Seen] = set()
         for reduction in policy.reductions:
             stage, layer = split_site(reduction.site)
             if stage == "decoder" and not in_decoder:
                 in_decoder, together = True, [self._of_prompt(together)]
-            site, seen = self._site(reduction), _observed(reduction)
+            site, seen = self._site(reduction), observations(reduction)
             if stage == "projector":
                 # A cut right behind the last block looks into the same block.
                 seen = seen - known
@@ -390,10 +304,10 @@ class CostModel:
                     site.observed_flops(seen, attended, before, self.text_tokens)
                     + self._operator_flops(reduction, before, after, site.sizes, group.grid)
                 )
-                group.grid = _grid_after(reduction, after, group.grid)
+                group.grid = known_grid_after(reduction, after, group.grid)
                 group.present = after
         total *= self.batch
-        if any(of == "raters" for step in policy.reductions for _, _, of in _observed(step)):
+        if any(of == "raters" for step in policy.reductions for _, _, of in observations(step)):
             total += self.batch * 2 * self._width * self.counts(policy)[0] * self.text_tokens
         return total
 
@@ -402,7 +316,7 @@ class CostModel:
         grids = self.layout.grids or (self.layout.grid,) * self.images
         return PromptLayout(0, 1, grids[image]).grid_tensor(1)
 
-    def _of_prompt(self, images: Sequence[_Together]) -> _Together:
+    def _of_prompt(self, images: Sequence[Together]) -> Together:
         """The tokens of a prompt, from those of its images of each size."""
         present = sum(group.rows * group.present for group in images)
         grid = None
@@ -412,7 +326,7 @@ class CostModel:
             grid = torch.cat(
                 [part + torch.tensor([i, 0, 0]) for i, part in enumerate(parts) if part is not None]
             )
-        return _Together(1, self.layout.sizes, present, grid)
+        return Together(1, self.layout.sizes, present, grid)
 
     # *** parts ***
 
@@ -421,14 +335,14 @@ class CostModel:
         return measure_decoder(self._model)
 
     @cached_property
-    def _decoder(self) -> list[_Block]:
+    def _decoder(self) -> list[Block]:
         paths = find_blocks(self._model).decoder
         layers = zip(paths, self._measured.layers, strict=True)
         return [
-            _Block(
+            Block(
                 linear=layer.linear,
                 quadratic=layer.quadratic,
-                heads=_heads_of(self._model.get_submodule(path))[0],
+                heads=heads_of(self._model.get_submodule(path))[0],
                 key_heads=layer.key_heads,
                 dim=layer.dim,
                 width=self._width,
@@ -454,17 +368,17 @@ class CostModel:
         )
 
     @cached_property
-    def _vision(self) -> list[_Block]:
+    def _vision(self) -> list[Block]:
         """The vision blocks, if they can be told apart."""
         if self._opaque:
             return []
         blocks = []
         for i, path in enumerate(find_blocks(self._model).vision):
             block = self._model.get_submodule(path)
-            heads, key_heads, dim, width = _heads_of(block)
+            heads, key_heads, dim, width = heads_of(block)
             tokens, products = self._tokens_in_block(i), self._encoder.products[i]
             linear, quadratic = (self._encoder.blocks[i] - products) / tokens, products / tokens**2
-            blocks.append(_Block(linear, quadratic, heads, key_heads, dim, width))
+            blocks.append(Block(linear, quadratic, heads, key_heads, dim, width))
         return blocks
 
     def _tokens_in_block(self, i: int) -> int:
@@ -483,12 +397,12 @@ class CostModel:
         projector = self._encoder.behind * in_projector / whole
         return self.batch * self.images * (self._encoder.front + tower + projector)
 
-    def _site(self, reduction: Reduction) -> _Site:
+    def _site(self, reduction: Reduction) -> Site:
         stage, layer = split_site(reduction.site)
         blocks = self._decoder if stage == "decoder" else self._vision
         index = self.tower_blocks - 1 if stage == "projector" else layer
         block = blocks[index] if blocks else None
-        return _Site(
+        return Site(
             stage=stage,
             block=block,
             following=blocks[index + 1] if index + 1 < len(blocks) else None,
@@ -516,102 +430,3 @@ class CostModel:
         return self._counted[key]
 
 
-def _grid_after(reduction: Reduction, count: int, grid: Tensor | None) -> Tensor | None:
-    try:
-        return None if grid is None else grid_after(reduction, count, grid)
-    except ValueError:
-        return None
-
-
-@dataclass
-class _Together:
-    """Tokens that a reduction sees together: of one image, in the decoder of a prompt.
-
-    Attributes:
-        rows: How often a prompt has such.
-        images: Visual tokens of their images before any reduction.
-        present: Tokens that are left.
-        grid: Image, row and column of those; None if that depends on the input.
-    """
-
-    rows: int
-    images: tuple[int, ...]
-    present: int
-    grid: Tensor | None
-
-
-_Seen: TypeAlias = tuple[str, Observation, str]
-"""Where, what and of whose queries: see `deos_fx.passes.observe.features`."""
-
-
-def _observed(reduction: Reduction) -> set[_Seen]:
-    """What the reduction observes, each once."""
-    needs = (need.partition("@") for need in required_features(reduction))
-    return {(where, *OBSERVED[name]) for name, _, where in needs if name in OBSERVED}
-
-
-@dataclass(frozen=True)
-class _Site:
-    """What is there at a site.
-
-    Attributes:
-        stage: ``vision``, ``projector`` or ``decoder``.
-        block: The block before it.
-        following: The block behind it.
-        others: Tokens of a row that are not visual.
-        sizes: Of features.
-    """
-
-    stage: str
-    block: _Block | None
-    following: _Block | None
-    others: int
-    sizes: SiteSizes
-
-    def observed_flops(
-        self, seen: set[_Seen], attended: Amount, visual: Amount, text: int
-    ) -> Amount:
-        """Of what is observed, for one row of the batch; formulas in
-        `deos_fx.passes.observe.features`.
-
-        Args:
-            seen: What is observed.
-            attended: Visual tokens in the block before the site.
-            visual: Visual tokens at the site.
-            text: Text tokens.
-        """
-        total: Amount = 0
-        for where, observation, of in seen:
-            block, tokens = self.block, self.others + attended
-            if where == "next":
-                block, tokens = self.following, self.others + visual
-            assert block is not None, "a site without blocks has no features of attention"
-            # In the tower all tokens are asked, class tokens too.
-            every = visual if self.stage == "decoder" else tokens
-            queries = {"class": 1, "last": 1, "text": text, "raters": text, "visual": every}
-            if of:
-                total += block.row_flops(queries[of], tokens)
-            if observation.gravity:
-                total += 4 * block.dim * queries[of] * tokens
-        if self.following is not None and any(where == "next" for where, _, _ in seen):
-            total += self.following.projections * (self.others + visual)
-        return total
-
-
-def _heads_of(block: nn.Module) -> tuple[int, int, int, int]:
-    """Query heads, key heads, size of a head and width, by the config of a block's attention."""
-    configs: list[Any] = [module.config for module in block.modules() if hasattr(module, "config")]
-    config = next((item for item in configs if hasattr(item, "num_attention_heads")), None)
-    if config is None:
-        # Its attention cannot be observed.
-        return 0, 0, 0, 0
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, key_heads, dim, config.hidden_size
-
-
-def _at_most(tokens: Amount, most: int | None) -> Amount:
-    if most is None:
-        return tokens
-    return tokens.clamp(max=most) if isinstance(tokens, Tensor) else min(tokens, most)

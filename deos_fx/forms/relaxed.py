@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deos_fx.forms.static import feature_name
+from deos_fx.forms.needs import feature_name
 from deos_fx.operator import assign, grid, sequential, transfer
 from deos_fx.operator.scores import LOG_FLOOR, SCORES, combine, standardize
 from deos_fx.operator.select import SELECTORS

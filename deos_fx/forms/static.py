@@ -7,33 +7,19 @@ leave no operator: pruning has no assignment, a single score is not standardized
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from deos_fx.operator import assign, gather, grid, select, transfer
-from deos_fx.operator.assign import SIMILARITIES
-from deos_fx.operator.scores import SCORES, combine, standardize
-from deos_fx.operator.select import SELECTORS
+from deos_fx.forms.assignment import assignment_of
+from deos_fx.forms.choice import Call, Choice, execute, short
+from deos_fx.operator import gather, transfer
 
 if TYPE_CHECKING:
-    from deos_fx.policy.reduction import Reduction, Tier
+    from deos_fx.policy.reduction import Reduction
 
-__all__ = ["StaticOutput", "feature_name", "required_features", "static_reduce"]
-
-Call = Callable[..., Any]
-"""Called as ``call(operator, *arguments)``; returns the result, or a graph node standing for it."""
-Feature = Callable[[str], Any]
-"""Looks a feature up by name."""
-
-# Features that are those of the tokens at the site, whichever block is observed.
-_OF_THE_SITE = frozenset(
-    {"tokens", "grid", "class_token", "text_tokens", "text_mask", "normed_tokens", "normed_text"}
-)
+__all__ = ["StaticOutput", "static_reduce"]
 
 
 class StaticOutput(NamedTuple):
@@ -59,33 +45,13 @@ class StaticOutput(NamedTuple):
     score: Any
 
 
-def _short(call: Call) -> Call:
-    """The call, without arguments at the end that are at their defaults: graphs read better."""
-
-    def shortened(operator: Callable[..., Any], *arguments: Any) -> Any:
-        defaults = getattr(operator, "__defaults__", None) or ()
-        while defaults and len(arguments) > operator.__code__.co_argcount - len(defaults):
-            default = defaults[len(arguments) - operator.__code__.co_argcount - 1]
-            number = isinstance(arguments[-1], int | float)
-            if not (arguments[-1] is default or (number and arguments[-1] == default)):
-                break
-            arguments = arguments[:-1]
-        return call(operator, *arguments)
-
-    return shortened
-
-
-def _execute(operator: Callable[..., Any], *arguments: Any) -> Any:
-    return operator(*arguments)
-
-
 def static_reduce(
     reduction: Reduction,
     count: int,
     tokens: Any,
     mass: Any,
     features: Mapping[str, Any],
-    call: Call = _execute,
+    call: Call = execute,
     last_of: int = 0,
 ) -> StaticOutput:
     """Applies a reduction to the visual tokens.
@@ -106,10 +72,10 @@ def static_reduce(
         ValueError: If a selector cannot keep so many tokens, or needs complete images where
             tokens were dropped before.
     """
-    call = _short(call)
-    choice = _Choice(reduction, count, tokens, features, call, last_of)
+    call = short(call)
+    choice = Choice(reduction, count, tokens, features, call, last_of)
     kept = choice.kept()
-    moved = _assignment(choice, kept)
+    moved = assignment_of(choice, kept)
     if moved.assignment is None:
         reduced = call(gather.take, tokens, kept)
         mass = None if mass is None else call(gather.take, mass, kept)
@@ -142,317 +108,3 @@ def static_reduce(
     )
 
 
-def required_features(reduction: Reduction) -> frozenset[str]:
-    """Names of the features that ``static_reduce`` reads for this reduction.
-
-    What is observed at another block than the one before the site has the name of that place
-    behind it: ``keys@next``, ``attention_cls@vision.5``.
-    """
-    needs: set[str] = {"tokens"} | ({"class_token"} if reduction.keep_class else set())
-    for i, tier in enumerate(reduction.selection):
-        selector = SELECTORS[tier.selector]
-        names = list(selector.features)
-        if selector.ranks or (i == 0 and reduction.uses_scores):
-            names += [name for score in tier.scores for name in SCORES[score].features]
-        needs.update(feature_name(name, tier.observe) for name in names)
-        if selector.compares or (i == 0 and _compares(reduction)):
-            kinds = (SIMILARITIES[kind] for kind in reduction.similarity)
-            needs.update(feature_name(name, reduction.observe) for name in kinds)
-    return frozenset(needs)
-
-
-def _compares(reduction: Reduction) -> bool:
-    """Whether the assignment compares tokens."""
-    by_likeness = reduction.assignment == "similar" and reduction.temperature != math.inf
-    return reduction.gain > 0 and (by_likeness or reduction.assignment == "k_nearest")
-
-
-def feature_name(name: str, observe: str) -> str:
-    """The name of a feature where it is observed: ``keys``, ``keys@next``, ``keys@vision.5``."""
-    return name if name in _OF_THE_SITE or not observe else f"{name}@{observe}"
-
-
-class _Choice:
-    """Chooses the tokens of a reduction, tier by tier."""
-
-    def __init__(
-        self,
-        reduction: Reduction,
-        count: int,
-        tokens: Any,
-        features: Mapping[str, Any],
-        call: Call,
-        last_of: int,
-    ) -> None:
-        self.reduction = reduction
-        self.count = count - reduction.keep_class
-        self.tokens = tokens
-        self.features = features
-        self.call = call
-        self.last_of = last_of
-        self.tiers = reduction.selection
-        self.first = self.tiers[0]
-        self.raw: Any = None
-        self.score: Any = None
-        self.anchors: Any = None
-        """What the first tier picks, before the last token of a prompt takes a place."""
-        self.rest: Any = None
-        """The token [B, 1] that gives its place to the residual one."""
-
-    def is_constant(self, kept: Any) -> bool:
-        """Whether every row keeps the same tokens, so that the choice is a constant [1, K]."""
-        one_row = isinstance(self.tokens, torch.Tensor) and len(self.tokens) == 1
-        return isinstance(kept, torch.Tensor) and len(kept) == 1 and not one_row
-
-    def token_axis(self, kept: Any) -> Any:
-        """Something whose axis 1 runs over the tokens; a constant if the choice is one."""
-        return self.feature("grid").unsqueeze(0) if self.is_constant(kept) else self.tokens
-
-    @property
-    def sorted_last(self) -> bool:
-        """Whether the order matters while merging: then the image's order is restored behind it."""
-        receivers = self.reduction.receivers == "last"
-        return self.reduction.order == "position" and receivers
-
-    def feature(self, name: str, tier: Tier | None = None) -> Any:
-        """A feature where the tier observes it, or a constant from the tier's options."""
-        tier = tier or self.first
-        if name == "tokens":
-            return self.tokens
-        if name in tier.options:
-            return torch.tensor(tier.options[name])
-        return self.features[feature_name(name, tier.observe)]
-
-    def compared(self) -> dict[str, Any]:
-        """What the similarity compares, by kind."""
-        return {kind: self.feature(SIMILARITIES[kind]) for kind in self.reduction.similarity}
-
-    def kept(self) -> Any:
-        """Indices [B, K] in the order of the output, or of the tiers if sorted last."""
-        if self.reduction.uses_scores:
-            self.raw, self.score = self._scored(self.first)
-        order = self.reduction.order
-        parts = self._picks()
-        if self.reduction.has_rest:
-            parts = self._with_rest_apart(parts)
-        if order == "tier":
-            parts = [self.call(gather.in_order, picks) for picks in parts]
-        kept = parts[0] if len(parts) == 1 else self.call(torch.cat, parts, 1)
-        if self.reduction.has_rest and order != "position":
-            # The residual token comes last, but for the last token of a prompt.
-            (kept,) = self._with_last([kept])
-        in_order = order != "position" or self.sorted_last or self.reduction.leaves_grid
-        return kept if in_order else self.call(gather.in_order, kept)
-
-    def _picks(self) -> list[Any]:
-        """What each tier picks; the best of what is left gives its place to the residual token."""
-        tiers = list(self.tiers)
-        counts = self.reduction.tier_counts(self.count)
-        if self.reduction.has_rest and self.reduction.tiers:
-            tiers.append(replace(self.first, selector="top_k"))
-            counts.append(1)
-        parts: list[Any] = []
-        taken = flags = None
-        for i, (tier, count) in enumerate(zip(tiers, counts, strict=True)):
-            if SELECTORS[tier.selector].flags:
-                flags = self._run(tier, None, 0, self.count, None)
-                continue
-            picks = self._run(tier, taken, sum(counts[:i]), count, flags)
-            if len(tiers) > 1 and self.is_constant(picks):
-                picks = self.call(gather.for_each_row, picks, self.tokens)
-            parts.append(picks)
-            self.anchors = parts[0]
-            if self.last_of and i + 1 == len(self.tiers):
-                parts, taken = self._with_last(parts, self._alone_behind()), None
-            if i + 1 < len(tiers):
-                for part in parts if taken is None else parts[-1:]:
-                    now = self.call(gather.chosen, part, self.tokens)
-                    taken = now if taken is None else self.call(torch.add, taken, now)
-        return parts
-
-    def _alone_behind(self) -> int:
-        """Picks of a single tier that come behind the last token: the residual one."""
-        return int(self.reduction.has_rest and not self.reduction.tiers and self.count > 1)
-
-    def _with_last(self, parts: list[Any], behind: int = 0) -> list[Any]:
-        """The picks of each tier, with the last token of a prompt that ends here among them."""
-        if not self.last_of:
-            return parts
-        kept = parts[0] if len(parts) == 1 else self.call(torch.cat, parts, 1)
-        if self.last_of > 1 and self.is_constant(kept):
-            kept = self.call(gather.for_each_row, kept, self.tokens)
-        given = (self.token_axis(kept), self.last_of, behind)
-        kept = self.call(gather.with_last, kept, *given)
-        if len(parts) == 1:
-            return [kept]
-        sizes = [size for size in self.reduction.tier_counts(self.count) if size]
-        starts = itertools.accumulate([0, *sizes[:-1]])
-        return [
-            self.call(torch.narrow, kept, 1, start, size)
-            for start, size in zip(starts, sizes, strict=True)
-        ]
-
-    def _with_rest_apart(self, parts: list[Any]) -> list[Any]:
-        """The picks, and the last of them noted; by itself where the others are put in order."""
-        if len(parts) > 1:
-            self.rest = parts[-1]
-            return parts
-        self.rest = self.call(torch.narrow, parts[0], 1, self.count - 1, 1)
-        if self.reduction.order != "tier":
-            return parts
-        return [self.call(torch.narrow, parts[0], 1, 0, self.count - 1), self.rest]
-
-    def _run(self, tier: Tier, taken: Any, already: int, count: int, flags: Any) -> Any:
-        selector = SELECTORS[tier.selector]
-        values: dict[str, Callable[[], Any]] = {
-            "score": lambda: self._ranking(tier, flags),
-            "similarity": lambda: self.call(
-                assign.similarity, self.compared(), dict(self.reduction.similarity)
-            ),
-            "halves": lambda: self.call(
-                assign.between_halves,
-                self.compared(),
-                dict(self.reduction.similarity),
-                _number(tier.options["first"]),
-            ),
-            "taken": lambda: taken,
-            "already": lambda: already,
-            "diversity": lambda: tier.diversity,
-            "members": lambda: self.call(
-                grid.window_members, self._whole_grid(tier), _number(tier.options["windows"])
-            ),
-            "columns": lambda: self.call(grid.columns, self._whole_grid(tier)),
-            "grid": lambda: self._whole_grid(tier),
-        }
-        needs = (
-            values[name]() if name in values else self.feature(name, tier)
-            for name in selector.needs
-        )
-        options = [_number(tier.options[name]) for name in selector.options]
-        return self.call(selector.function, *needs, count, *options)
-
-    def _whole_grid(self, tier: Tier) -> Any:
-        places = self.feature("grid", tier)
-        if not isinstance(places, torch.Tensor) or places.dim() != 2:
-            raise ValueError(
-                f"{self.reduction.site}: the selector {tier.selector!r} needs complete images, and "
-                "a reduction before it dropped tokens by score; choose another selector"
-            )
-        return places
-
-    def _ranking(self, tier: Tier, flags: Any) -> Any:
-        shared = self.score is not None and _scoring(tier) == _scoring(self.first)
-        if shared and (not tier.mixes or self.reduction.uses_score_values):
-            raw, score = self.raw, self.score
-        else:
-            raw, score = self._scored(tier)
-        if len(tier.scores) == 1 and not tier.mixes:
-            score = raw
-        return score if flags is None else self.call(select.favour, score, flags)
-
-    def _scored(self, tier: Tier) -> tuple[Any, Any]:
-        """The first score as it is, and the mixture, standardized where more than order matters."""
-        parts = []
-        for name in tier.scores:
-            score = SCORES[name]
-            inputs = (self.feature(need, tier) for need in score.needs)
-            parts.append(self.call(score.function, *inputs))
-        raw = parts[0]
-        values_matter = tier is self.first and self.reduction.uses_score_values
-        if len(parts) == 1 and not values_matter and not tier.mixes:
-            return raw, raw
-        parts = [self.call(standardize, part) for part in parts]
-        if len(parts) == 1:
-            return raw, parts[0]
-        return raw, self.call(combine, parts, list(tier.scores.values()))
-
-    def weight(self) -> Any:
-        """u of the transfer [B, V], or None if it is 1."""
-        if self.reduction.weighting == "score":
-            return self.call(transfer.importance, self.score)
-        return self.raw if self.reduction.weighting == "raw" else None
-
-
-@dataclass
-class _Assignment:
-    """What moves where; the fields as in ``StaticOutput``, and the slot of the residual token."""
-
-    assignment: Any = None
-    receivers: Any = None
-    sources: Any = None
-    slot: Any = None
-    gain: float = 1.0
-
-
-def _assignment(choice: _Choice, kept: Any) -> _Assignment:
-    """Assigns what was not chosen; nothing if it is only pruned."""
-    reduction, call = choice.reduction, choice.call
-    if not reduction.transfers:
-        return _Assignment()
-    moved = _Assignment(receivers=_receivers(choice, kept), gain=reduction.gain)
-    if reduction.assignment == "window":
-        moved.assignment = call(grid.interpolation, choice.feature("grid"), choice.count)
-        if choice.last_of:
-            moved.assignment = call(assign.standing_in, moved.assignment, choice.anchors, kept)
-    elif reduction.assignment == "k_nearest":
-        likeness = _likeness(choice, moved.receivers, None)
-        nearest = (likeness, moved.receivers, reduction.neighbours)
-        moved.assignment = call(assign.k_nearest, *nearest)
-    else:
-        moved.sources = call(gather.others, kept, choice.token_axis(kept))
-        if reduction.gain:
-            moved.assignment = _shares(choice, moved)
-    if choice.rest is not None:
-        _add_rest(choice, kept, moved)
-    return moved
-
-
-def _shares(choice: _Choice, moved: _Assignment) -> Any:
-    reduction, call = choice.reduction, choice.call
-    if reduction.temperature == math.inf:
-        return call(assign.uniform, moved.receivers, moved.sources)
-    likeness = _likeness(choice, moved.receivers, moved.sources)
-    if reduction.temperature == 0:
-        return call(assign.nearest, likeness)
-    return call(assign.soft, likeness, reduction.temperature)
-
-
-def _likeness(choice: _Choice, receivers: Any, sources: Any) -> Any:
-    weights = dict(choice.reduction.similarity)
-    return choice.call(assign.similarity, choice.compared(), weights, receivers, sources)
-
-
-def _receivers(choice: _Choice, kept: Any) -> Any:
-    """The kept tokens that may take in others: all, or those of the last tier."""
-    reduction, call = choice.reduction, choice.call
-    if reduction.receivers == "all":
-        return kept
-    last = reduction.selection[-1]
-    if last.selector == "bipartite":
-        return call(select.second_half, kept, choice.tokens, _number(last.options["first"]))
-    size = reduction.tier_counts(choice.count)[-1] + reduction.has_rest
-    return call(torch.narrow, kept, 1, choice.count - size, size)
-
-
-def _add_rest(choice: _Choice, kept: Any, moved: _Assignment) -> None:
-    """Let the residual token take in what is dropped and not transferred."""
-    reduction, call = choice.reduction, choice.call
-    moved.slot = call(transfer.slot_of, moved.receivers, choice.rest)
-    if moved.sources is None:
-        parts = (moved.assignment, moved.slot, kept, reduction.gain)
-        moved.assignment = call(transfer.rest_beside, *parts)
-    else:
-        parts = (moved.assignment, moved.slot, moved.sources, reduction.gain)
-        moved.assignment = call(transfer.rest, *parts)
-    moved.gain = 1.0
-
-
-def _scoring(tier: Tier) -> tuple[Any, ...]:
-    """All that the score of a tier depends on."""
-    names = {name for score in tier.scores for name in SCORES[score].options}
-    return tier.scores, tier.observe, {name: tier.options[name] for name in names}
-
-
-def _number(value: Any) -> Any:
-    """Whole numbers as int: counts are written without a decimal point."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value

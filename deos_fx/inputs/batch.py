@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deos_fx.inputs.media import has_images, images_of_prompts, media_of_rows, placeholders
+from deos_fx.inputs.kinds import has_images
+from deos_fx.inputs.media import (
+    images_of_prompts,
+    placeholders,
+)
+from deos_fx.inputs.media_rows import media_of_rows
 from deos_fx.inputs.packed import refuse_lengths
 from deos_fx.tokens.cache import TokenSpace, in_rows
 from deos_fx.tokens.layout import PromptLayout

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deos_fx.inputs.kinds import has_images, image_inputs
 from deos_fx.inputs.media import (
     PromptImages,
-    has_images,
-    image_inputs,
     images_of_prompts,
     placeholders,
 )

@@ -8,10 +8,8 @@ from torch import fx
 
 __all__ = ["ENCODERS", "PIXELS", "features_of", "is_encoder"]
 
-
 PIXELS = ("pixel_values", "pixel_values_videos")
 """The inputs that images and videos come in."""
-
 
 # Method of a model's core that encodes images or videos -> name of its node.
 ENCODERS = {"get_image_features": "image_encoder", "get_video_features": "video_encoder"}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from deos_fx.results.report import Method
+    from deos_fx.results.methods import Method
 
 __all__ = ["PAINTS", "accuracy_chart", "history_chart", "policy_chart"]
 

@@ -4,96 +4,31 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from deos_fx.cost.model import Cost
 from deos_fx.files import write_text
-from deos_fx.policy.policy import Policy
 from deos_fx.results import charts
+from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
 from deos_fx.results.page import Section, build_page, details, table, tiles
 from deos_fx.results.pictures import TokenStep, draw_image, draw_step
+from deos_fx.results.sections import (
+    command,
+    cost_cells,
+    percentage,
+    policy_section,
+    savings,
+    search_section,
+)
 
 if TYPE_CHECKING:
-    from deos_fx.results.search_result import Candidate, SearchResult
+    from deos_fx.results.search_result import SearchResult
 
-__all__ = ["DemoResult", "Method", "OnnxCheck", "Picture", "demo_report", "search_report"]
+__all__ = ["DemoResult", "demo_report"]
 
-SEARCHED = "searched"
-UNREDUCED = "no reduction"
 SHOWN_STEPS = 4
-SHOWN_CANDIDATES = 10
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to run the model, with what it costs and how often it is right.
-
-    Attributes:
-        name: A preset's name, ``searched`` or ``no reduction``.
-        policy: What it does.
-        cost: Cost of one prompt.
-        accuracy: Fraction of right answers by kind of question, and ``overall``; empty if there
-            is no measurement.
-        reason: Why there is none.
-        answers: Its answers, in the order of the questions.
-    """
-
-    name: str
-    policy: Policy
-    cost: Cost
-    accuracy: Mapping[str, float]
-    reason: str = ""
-    answers: Sequence[str] = ()
-
-    @property
-    def is_searched(self) -> bool:
-        """Whether it is what the search returned."""
-        return self.name == SEARCHED
-
-    @property
-    def paint(self) -> str:
-        """The colour it is drawn in: that of its first reduction's regime."""
-        if self.is_searched:
-            return "accent"
-        return self.policy.reductions[0].regime if self.policy.reductions else "ink"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One question about one image, and what the searched policy did to the image's tokens.
-
-    Attributes:
-        image: The image.
-        kind: Kind of the question.
-        question: The question.
-        expected: The right answer.
-        answers: Answer by name of a method.
-        steps: The reductions, in order.
-    """
-
-    image: Image.Image
-    kind: str
-    question: str
-    expected: str
-    answers: Mapping[str, str]
-    steps: Sequence[TokenStep]
-
-
-@dataclass(frozen=True)
-class OnnxCheck:
-    """How ONNX Runtime's answers compare with PyTorch's, where it ran, and the files it ran."""
-
-    compared: int
-    equal: int
-    device: str
-    files: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -156,45 +91,17 @@ def demo_report(result: DemoResult, path: str | os.PathLike[str]) -> None:
     sections = [
         _comparison(result),
         _kinds(result),
-        _policy_section(searched.policy, searched.cost, whole.cost),
+        policy_section(searched.policy, searched.cost, whole.cost),
         _spending(result),
         _pictures(result),
-        _search_section(result.search),
+        search_section(result.search),
         _onnx_section(result),
         _times(result),
     ]
     share = result.limit / whole.cost.visual_tokens
     title = f"deos_fx demo: {100 * share:.4g} % of the visual tokens"
-    text = build_page(title, _lead(result), _figures(result), sections, _command())
+    text = build_page(title, _lead(result), _figures(result), sections, command())
     write_text(path, text)
-
-
-def search_report(result: SearchResult, path: str | os.PathLike[str]) -> None:
-    """Writes the report of a search alone.
-
-    Args:
-        result: What the search returned.
-        path: The HTML file to write.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    sections = [
-        _policy_section(result.policy, result.best.cost, result.unreduced),
-        _search_section(result),
-    ]
-    lead = "Found by gradient for a fixed model, rounded to whole tokens, and within every limit."
-    figures = tiles(_savings(result.best.cost, result.unreduced))
-    text = build_page("A searched token-reduction policy", lead, figures, sections, _command())
-    write_text(path, text)
-
-
-def _command() -> str:
-    """The command line, as one would type it."""
-    program = os.path.basename(sys.argv[0]) or "python"
-    if program == "__main__.py":
-        program = "python -m deos_fx"
-    return f"{program} {shlex.join(sys.argv[1:])}"
 
 
 # *** the demo's parts ***
@@ -206,7 +113,7 @@ def _lead(result: DemoResult) -> str:
     text = (
         f"With {searched.cost.visual_tokens:.3g} of {whole.cost.visual_tokens:.4g} visual tokens "
         f"in the mean of its decoder layers, the reference model answers "
-        f"{_percent(searched.accuracy['overall'])} of {result.questions} held-out questions right"
+        f"{percentage(searched.accuracy['overall'])} of {result.questions} held-out questions right"
     )
     if best is not None:
         text += f"; the best hand-designed method, {best.name}, {_overall(best)} at the same budget"
@@ -219,7 +126,7 @@ def _figures(result: DemoResult) -> str:
     return tiles(
         [
             (_overall(searched), "right, searched", f"{_overall(whole)} without reduction"),
-            *_savings(searched.cost, whole.cost),
+            *savings(searched.cost, whole.cost),
             (equal, "answers equal", "ONNX Runtime against PyTorch"),
         ]
     )
@@ -261,16 +168,7 @@ def _method_row(method: Method, kinds: Sequence[str]) -> list[str]:
     for kind in ("overall", *kinds):
         share = method.accuracy[kind]
         cells.append(f'<td class="shade" style="--share:{share:.3f}">{100 * share:.1f}</td>')
-    return [*cells, *_cost_cells(method.cost)]
-
-
-def _cost_cells(cost: Cost) -> list[str]:
-    numbers = (
-        f"{cost.visual_tokens:.4g}",
-        f"{cost.flops / 1e9:.3g}",
-        f"{cost.kv_bytes / 1024:.0f}",
-    )
-    return [f"<td>{number}</td>" for number in numbers]
+    return [*cells, *cost_cells(method.cost)]
 
 
 def _marked(method: Method) -> str:
@@ -381,75 +279,7 @@ def _legend(methods: Sequence[Method]) -> str:
 # *** parts of both ***
 
 
-def _policy_section(policy: Policy, cost: Cost, whole: Cost) -> Section:
-    lines = "\n".join(str(reduction) for reduction in policy.reductions)
-    return Section(
-        "The policy along the layers",
-        "Bars are the visual tokens a decoder layer processes, dotted what it would process "
-        "without reduction. A triangle is a reduction: left of layer 0 it acts on the image "
-        "features (projector), elsewhere between two decoder layers.",
-        charts.policy_chart(policy, cost.visual_tokens_per_layer, whole.visual_tokens),
-        f"<pre>{escape(lines)}</pre>",
-        details("policy.json", policy.to_json()),
-    )
-
-
-def _search_section(result: SearchResult) -> Section:
-    limit = result.limits.get("visual_tokens")
-    return Section(
-        "The search",
-        "Above, the task loss of each step (thin) and its running mean; below, the visual tokens "
-        "of the relaxed model, which a growing multiplier holds under the limit. The steps start "
-        "near the best preset. Policies along the way are rounded to whole tokens; these, the "
-        "presets and small changes of the best are measured in the static form, the form that "
-        "runs, and the best is returned. Its loss is "
-        f"{result.best.loss:.4g} static and {result.relaxed_loss:.4g} relaxed, a gap of "
-        f"{result.gap:+.2g}; without reduction it is {result.unreduced_loss:.4g}.",
-        charts.history_chart(result.history, limit),
-        table(
-            ["candidate", "task loss", "visual tokens", "GFLOPs", "KV KiB", "reductions"],
-            [_candidate_row(candidate) for candidate in _telling_candidates(result.candidates)],
-            f"The best from each source, of {len(result.candidates)} candidates; the first was "
-            "returned. A refined one is a small change of the best so far.",
-            "listing",
-        ),
-    )
-
-
-def _telling_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The best candidate from each source, best first."""
-    by_source: dict[str, Candidate] = {}
-    for candidate in candidates:
-        by_source.setdefault(candidate.source, candidate)
-    return list(by_source.values())[:SHOWN_CANDIDATES]
-
-
-def _candidate_row(candidate: Candidate) -> list[str]:
-    reductions = "; ".join(
-        f"{reduction.site} {reduction.regime} to {reduction.keep:.4g}"
-        for reduction in candidate.policy.reductions
-    )
-    words = f'<td class="words">{escape(reductions)}</td>'
-    loss = f"<td>{candidate.loss:.4f}</td>"
-    return [f"<td>{escape(candidate.source)}</td>", loss, *_cost_cells(candidate.cost), words]
-
-
-def _savings(cost: Cost, whole: Cost) -> list[tuple[str, str, str]]:
-    """Figures of what is left of each cost."""
-    amounts = [
-        ("visual tokens", "{:.4g}", cost.visual_tokens, whole.visual_tokens),
-        ("prefill FLOPs", "{:.3g} G", cost.flops / 1e9, whole.flops / 1e9),
-        ("KV cache", "{:.4g} KiB", cost.kv_bytes / 1024, whole.kv_bytes / 1024),
-    ]
-    return [
-        (_percent(after / before), f"of {name}", f"{unit.format(after)} of {unit.format(before)}")
-        for name, unit, after, before in amounts
-    ]
-
-
 def _overall(method: Method) -> str:
-    return _percent(method.accuracy["overall"])
+    return percentage(method.accuracy["overall"])
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -6,27 +6,12 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from deos_fx.cost.model import Cost
+from deos_fx.cost.amounts import Cost
 from deos_fx.policy.policy import Policy
+from deos_fx.results.candidate import Candidate
+from deos_fx.results.search_page import search_report
 
-__all__ = ["Candidate", "SearchResult"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A policy that meets every limit, scored in its static form.
-
-    Attributes:
-        policy: The policy.
-        source: Where it comes from: ``step <n>``, ``preset <name>`` or ``refined ...``.
-        loss: Task loss of its static graph on the scoring batches.
-        cost: Its exact cost.
-    """
-
-    policy: Policy
-    source: str
-    loss: float
-    cost: Cost
+__all__ = ["SearchResult"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +58,4 @@ class SearchResult:
         Raises:
             OSError: If it cannot be written.
         """
-        from deos_fx.results.report import search_report
-
         search_report(self, path)

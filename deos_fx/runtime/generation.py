@@ -10,7 +10,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from deos_fx.inputs.media import has_images, images_of_prompts, media_of_rows
+from deos_fx.inputs.kinds import has_images
+from deos_fx.inputs.media import images_of_prompts
+from deos_fx.inputs.media_rows import media_of_rows
 from deos_fx.models.views import shallow_copy
 from deos_fx.tokens.cache import ReducedCache
 

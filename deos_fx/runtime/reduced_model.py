@@ -12,10 +12,12 @@ from torch import Tensor, fx, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from deos_fx.cost.model import CostModel, CostReport
+from deos_fx.cost.amounts import CostReport
+from deos_fx.cost.model import CostModel
 from deos_fx.inputs.batch import Part, join_outputs, join_spaces, parts_of_batch
 from deos_fx.inputs.complete import complete_inputs, normal_inputs, prompt_layout, prompt_layouts
-from deos_fx.inputs.media import are_written_alike, has_images, image_inputs
+from deos_fx.inputs.kinds import has_images, image_inputs
+from deos_fx.inputs.media import are_written_alike
 from deos_fx.models.facts import image_token_of, signature_of
 from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.policy import Policy

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-__all__ = ["ReducedCache", "TokenSpace"]
+__all__ = ["ReducedCache", "TokenSpace", "in_rows"]
 
 
 @dataclass

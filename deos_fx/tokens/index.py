@@ -14,114 +14,31 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from deos_fx.operator.gather import listed
-from deos_fx.operator.scores import LOG_FLOOR
 
 __all__ = [
-    "are_visual",
     "beside",
-    "class_token",
-    "compact_positions",
     "first_of_prompt",
-    "gate_bias",
-    "grid_positions",
-    "is_separator",
     "kept_in_prompt",
     "kept_of_kept",
     "kept_of_prompt",
     "known_of_kept",
     "last_of_prompt",
-    "last_token",
-    "mass_bias",
     "masses_of_prompt",
     "of_images",
     "of_prompts",
-    "ones_at",
-    "ones_like_tokens",
-    "patch_bias",
-    "patch_gate_bias",
     "put",
-    "relaxed_grid_positions",
-    "relaxed_positions",
-    "shift_of",
     "take",
     "take_each",
     "take_in_each",
     "take_mask",
-    "text_tokens",
-    "trailing",
     "visual_after",
-    "visual_positions",
     "with_patches",
 ]
-
-
-def are_visual(input_ids: Tensor, image_token: int | tuple[int, ...]) -> Tensor:
-    """Flags of the placeholders, of one kind or of several, in input_ids [B, N]."""
-    if isinstance(image_token, int):
-        return torch.eq(input_ids, image_token)
-    return torch.isin(input_ids, torch.tensor(image_token, device=input_ids.device))
 
 
 def beside(value: Tensor, tokens: Tensor) -> Tensor:
     """The value on the device that the tokens are on."""
     return value.to(tokens.device)
-
-
-def visual_positions(
-    input_ids: Tensor,
-    image_token: int | tuple[int, ...],
-    count: int,
-    separators: Tensor | None = None,
-) -> Tensor:
-    """Positions of the image placeholders.
-
-    Args:
-        input_ids: [B, N].
-        image_token: Id of the placeholder, or of each kind of placeholder.
-        count: V, the number of placeholders of every row that are no separators.
-        separators: None, or flags [B, N] of those that are.
-
-    Returns:
-        [B, V] int64, ascending.
-    """
-    visual = are_visual(input_ids, image_token)
-    if separators is not None:
-        visual = visual & ~separators
-    return listed(visual.float(), count)
-
-
-def is_separator(features: Tensor, newline: Tensor) -> Tensor:
-    """Flags [...] of features [..., d] that are the learned end of an image row, newline [d]."""
-    return (features == newline.to(features)).all(dim=-1)
-
-
-def text_tokens(visual: Tensor, hidden: Tensor) -> Tensor:
-    """Positions [B, N - V] of everything in hidden [B, N, d] but the visual tokens [B, V]."""
-    flags = torch.ones(hidden.shape[:2], device=hidden.device)
-    flags = flags.scatter(1, visual.to(hidden.device), 0.0)
-    return listed(flags, hidden.shape[1] - visual.shape[1])
-
-
-def class_token(hidden: Tensor) -> Tensor:
-    """Position [I, 1] of the CLS token of a vision tower's hidden states [I, V + 1, d]."""
-    return torch.zeros((hidden.shape[0], 1), dtype=torch.int64, device=hidden.device)
-
-
-def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Position of the last token that is not padding.
-
-    Args:
-        hidden: [B, N] or [B, N, d]; only its shape is read.
-        attention_mask: None or [B, N] with 1 for real tokens; padding may be on either side.
-
-    Returns:
-        [B, 1] int64.
-    """
-    batch, length = hidden.shape[:2]
-    steps = torch.arange(length, device=hidden.device)
-    if attention_mask is None:
-        return steps[-1:].expand(batch, 1)
-    return (attention_mask.to(steps.device) * steps).argmax(dim=1, keepdim=True)
 
 
 def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
@@ -192,11 +109,6 @@ def with_patches(hidden: Tensor, patches: Tensor, class_tokens: int) -> Tensor:
         class_tokens: c.
     """
     return torch.cat([hidden[:, :class_tokens], patches.to(hidden)], dim=1)
-
-
-def patch_bias(mass: Tensor, class_tokens: int, beta: float) -> Tensor:
-    """`mass_bias` in a vision tower: [I, c + K] from masses [I, K], 0 for the c class tokens."""
-    return torch.nn.functional.pad(beta * mass.float().log(), (class_tokens, 0))
 
 
 def kept_in_prompt(visual: Tensor, kept: Tensor, hidden: Tensor) -> Tensor:
@@ -285,22 +197,6 @@ def masses_of_prompt(mass: Tensor, images: int) -> Tensor:
     return mass.unflatten(0, (-1, images)).flatten(1)
 
 
-def mass_bias(mass: Tensor, visual: Tensor, hidden: Tensor, beta: float) -> Tensor:
-    """What later attention adds to each key's logits: beta log m (proportional attention of ToMe).
-
-    Args:
-        mass: [B, K] masses of the visual tokens.
-        visual: [B, K] their positions.
-        hidden: [B, M, d]; only its shape is read.
-        beta: 0 ignores masses, 1 counts a token as often as the tokens it stands for.
-
-    Returns:
-        [B, M] in float32, 0 at text tokens.
-    """
-    bias, mass = torch.zeros(hidden.shape[:2], device=hidden.device), mass.to(hidden.device)
-    return bias.scatter(1, visual.to(hidden.device), beta * mass.float().log())
-
-
 def visual_after(visual: Tensor, kept: Tensor) -> Tensor:
     """Positions [B, K] of the kept visual tokens in the shortened prompt."""
     kept = kept.to(visual.device)
@@ -314,145 +210,3 @@ def put(hidden: Tensor, visual: Tensor, tokens: Tensor) -> Tensor:
     return hidden.scatter(1, index, tokens.to(hidden))
 
 
-def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
-    """Position ids without gaps: each kept token moves down by the number dropped before it.
-
-    Args:
-        position_ids: [B or 1, N] of the unreduced prompt.
-        origin: [B, M] original prompt positions of the kept tokens.
-
-    Returns:
-        [B, M].
-    """
-    origin = origin.to(position_ids.device)
-    dropped_before = origin - torch.arange(origin.shape[1], device=origin.device)
-    return take(position_ids, origin) - dropped_before
-
-
-def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) -> Tensor:
-    """Dropped visual tokens with no kept token of their image behind them.
-
-    Args:
-        origin: [B, M] original prompt positions of the tokens that are left.
-        visual: [B, V] original prompt positions of all visual tokens, image by image.
-        position_ids: [B or 1, N]; only its shape is read.
-        images: Images per prompt.
-
-    Returns:
-        [B, N] int64, 1 at these tokens of the original prompt.
-    """
-    visual = visual.to(origin.device)
-    batch, length = origin.shape[0], position_ids.shape[1]
-    left = torch.zeros((batch, length), device=origin.device).scatter(1, origin, 1.0)
-    return _trailing(take(left, visual), visual, length, images)
-
-
-def _trailing(left: Tensor, visual: Tensor, length: int, images: int) -> Tensor:
-    """`trailing` from flags [B, V] of what is left: last_j = max over its kept tokens of place."""
-    per_image = left.unflatten(1, (images, -1))
-    place = torch.arange(1, per_image.shape[2] + 1, device=left.device)
-    last = (per_image * place).amax(dim=2, keepdim=True)
-    behind = (place > last).to(torch.int64).flatten(1)
-    nothing = torch.zeros((left.shape[0], length), dtype=torch.int64, device=left.device)
-    return nothing.scatter(1, visual, behind)
-
-
-def grid_positions(position_ids: Tensor, trailing: Tensor, origin: Tensor) -> Tensor:
-    """Position ids that keep a token's place in its image.
-
-    Everything behind an image moves up to follow the last token that is kept of it (the rule of
-    OpenVINO GenAI for positions in two dimensions, in one).
-
-    Args:
-        position_ids: [B or 1, N] of the unreduced prompt.
-        trailing: [B, N], see `trailing`.
-        origin: [B, M] original prompt positions of the kept tokens.
-
-    Returns:
-        [B, M].
-    """
-    return take(position_ids - trailing.to(position_ids.device).cumsum(dim=1), origin)
-
-
-def shift_of(trailing: Tensor) -> Tensor:
-    """How far [B, 1] the tokens behind the prompt move up, from `trailing` [B, N]."""
-    return trailing.sum(dim=1, keepdim=True)
-
-
-def relaxed_grid_positions(
-    position_ids: Tensor, alive: Tensor, visual: Tensor, images: int
-) -> Tensor:
-    """`grid_positions` where no token leaves.
-
-    Args:
-        position_ids: [B or 1, N] of the unreduced prompt.
-        alive: Gates [B, V]; below one half counts as dropped. No gradient flows.
-        visual: [B, V].
-        images: Images per prompt.
-
-    Returns:
-        [B, N].
-    """
-    left = (alive.detach() >= 0.5).float()
-    return position_ids - _trailing(left, visual, position_ids.shape[1], images).cumsum(dim=1)
-
-
-def relaxed_positions(
-    position_ids: Tensor, alive: Tensor, visual: Tensor, hidden: Tensor
-) -> Tensor:
-    """`compact_positions` where no token leaves: each token moves down by the closed gates before.
-
-    Args:
-        position_ids: [B or 1, N] of the unreduced prompt.
-        alive: Gates [B, V]; below one half counts as dropped. No gradient flows.
-        visual: [B, V].
-        hidden: [B, N, d]; only its shape is read.
-
-    Returns:
-        [B, N].
-    """
-    closed = (alive.detach() < 0.5).to(torch.int64)
-    dropped = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    dropped = dropped.scatter(1, visual, closed)
-    return position_ids - (dropped.cumsum(dim=1) - dropped)
-
-
-def gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, visual: Tensor, hidden: Tensor) -> Tensor:
-    """What relaxed reductions add to the logits of each key: log(gate) + beta log(mass).
-
-    Args:
-        alive: Gates [B, V].
-        mass: [B, V].
-        beta: 0-dim.
-        visual: [B, V].
-        hidden: [B, N, d]; only its shape is read.
-
-    Returns:
-        [B, N] in float32, 0 at text tokens.
-    """
-    bias = alive.float().clamp_min(LOG_FLOOR).log() + beta * mass.float().log()
-    zeros = torch.zeros(hidden.shape[:2], device=hidden.device)
-    return zeros.scatter(1, visual, bias)
-
-
-def patch_gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, class_tokens: int) -> Tensor:
-    """`gate_bias` in a vision tower: [I, c + V] from gates and masses [I, V], 0 for class tokens.
-
-    Args:
-        alive: Gates.
-        mass: Masses.
-        beta: 0-dim.
-        class_tokens: c.
-    """
-    bias = alive.float().clamp_min(LOG_FLOOR).log() + beta * mass.float().log()
-    return torch.nn.functional.pad(bias, (class_tokens, 0))
-
-
-def ones_at(visual: Tensor) -> Tensor:
-    """Open gates [B, V] for visual positions [B, V]."""
-    return torch.ones_like(visual, dtype=torch.float32)
-
-
-def ones_like_tokens(visual: Tensor) -> Tensor:
-    """Open gates [I, V] for visual tokens [I, V, d]."""
-    return torch.ones(visual.shape[:2], device=visual.device)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from transformers import Cache
 
 from deos_fx.models.shapes_only import ShapesOnly, shaped
-from deos_fx.passes.capture.capture import MaskBuilder
+from deos_fx.passes.capture.leaves import MaskBuilder
 from deos_fx.passes.graph import made_of
 
 __all__ = ["MASK", "annotate_token_spaces", "kind_of_mask", "padding_node", "position_tables"]

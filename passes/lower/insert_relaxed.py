@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from deos_fx import tokens
 from deos_fx.attention.observation import OBSERVED
+from deos_fx.forms.needs import feature_name
 from deos_fx.forms.relaxed import RelaxedReduction
-from deos_fx.forms.static import feature_name
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES
 from deos_fx.passes.analyse.annotate_token_spaces import padding_node, position_tables
@@ -27,12 +27,10 @@ from deos_fx.passes.analyse.find_sites import Sites
 from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import blocks_behind, users_behind
 from deos_fx.passes.lower.insert_visual_positions import insert_visual_positions
-from deos_fx.passes.observe.features import (
-    PromptFeatures,
-    PromptText,
-    TowerFeatures,
-)
 from deos_fx.passes.observe.observe_block import bias_block
+from deos_fx.passes.observe.prompt_features import PromptFeatures
+from deos_fx.passes.observe.prompt_text import PromptText
+from deos_fx.passes.observe.tower_features import TowerFeatures
 from deos_fx.policy.reduction import site_order, split_site
 from deos_fx.tokens.layout import PromptLayout, rule_before_decoder
 

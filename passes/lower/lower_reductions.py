@@ -19,7 +19,11 @@ from torch.utils import _pytree as pytree
 
 from deos_fx import tokens
 from deos_fx.attention.observation import OBSERVED
-from deos_fx.forms.static import StaticOutput, required_features, static_reduce
+from deos_fx.forms.needs import required_features
+from deos_fx.forms.static import (
+    StaticOutput,
+    static_reduce,
+)
 from deos_fx.models.views import execution_device, has_several_devices
 from deos_fx.passes.analyse.annotate_token_spaces import MASK, padding_node, position_tables
 from deos_fx.passes.analyse.check_reduction import check_reduction
@@ -28,12 +32,10 @@ from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import blocks_behind, users_behind
 from deos_fx.passes.lower.insert_visual_positions import insert_visual_positions
 from deos_fx.passes.lower.open_space import open_space
-from deos_fx.passes.observe.features import (
-    PromptFeatures,
-    PromptText,
-    TowerFeatures,
-)
 from deos_fx.passes.observe.observe_block import bias_block
+from deos_fx.passes.observe.prompt_features import PromptFeatures
+from deos_fx.passes.observe.prompt_text import PromptText
+from deos_fx.passes.observe.tower_features import TowerFeatures
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction, split_site
 from deos_fx.tokens.layout import PromptLayout, grid_after, grid_of_prompt, rule_before_decoder

@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from deos_fx.passes.analyse.annotate_token_spaces import MASK
-from deos_fx.passes.capture.capture import check_guard
+from deos_fx.passes.capture.guards import check_guard
 from deos_fx.tokens.index import take, take_each, take_in_each, take_mask
 
 __all__ = ["has_prompt_axis", "open_space"]

@@ -10,12 +10,11 @@ from typing import Any
 from torch import fx, nn
 
 from deos_fx import tokens
+from deos_fx.attention.mask import biased_mask, is_causal
 from deos_fx.attention.observation import Observation
 from deos_fx.attention.seam import (
     ObservedBlock,
     PeekedBlock,
-    biased_mask,
-    is_causal,
 )
 
 __all__ = [

@@ -10,7 +10,6 @@ from deos_fx.policy.reduction import Reduction, site_order
 
 __all__ = ["discretise"]
 
-
 # A site that keeps more than this share of what reaches it is left out of the policy.
 _NEARLY_ALL = 0.97
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx.inputs.media import padding_of
-from deos_fx.tokens.index import last_token, take
+from deos_fx.tokens.index import take
+from deos_fx.tokens.positions import last_token
 
 __all__ = ["Target", "labelled", "self_distilled"]
 

@@ -33,7 +33,8 @@ from deos_fx.passes.search.state import SearchState
 from deos_fx.passes.search.vary import variations
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
-from deos_fx.results.search_result import Candidate, SearchResult
+from deos_fx.results.candidate import Candidate
+from deos_fx.results.search_result import SearchResult
 
 __all__ = ["relaxed_graph", "search"]
 

@@ -1,0 +1,73 @@
+"""Masks with a bias on the logits of each key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["attention_modules", "attention_of", "biased_mask", "is_causal"]
+
+
+def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: bool) -> Tensor:
+    """A block's mask with a bias on the logits of each key.
+
+    Args:
+        mask: None, boolean or additive, broadcastable to [B, 1, Q, N].
+        key_bias: [B, N], or [B, more] where a cache holds the last N keys only.
+        hidden: [B, Q, d]; its shape, precision and device are read.
+        causal: Whether, without a mask, a query sees only keys up to its own position.
+
+    Returns:
+        Additive [B, 1, Q, N] in the precision of the hidden states.
+    """
+    bias = key_bias[:, None, None, :].to(hidden)
+    lowest = torch.finfo(hidden.dtype).min
+    if mask is None:
+        queries, keys = hidden.shape[1], key_bias.shape[1]
+        if not causal:
+            return bias.expand(-1, -1, queries, -1)
+        # The last query is the last key: also right when earlier keys come from a cache.
+        rows = torch.arange(queries, device=hidden.device) + (keys - queries)
+        visible = torch.arange(keys, device=hidden.device) <= rows[:, None]
+        return torch.where(visible, bias, lowest)
+    mask, bias = mask.to(hidden.device), bias[..., -mask.shape[-1] :]
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, lowest)
+    return (mask + bias).clamp(min=lowest)
+
+
+def is_causal(block: nn.Module) -> bool:
+    """Whether a block without a mask lets a query see only keys up to its own position.
+
+    Raises:
+        ValueError: If the block's attention implementation cannot take an additive mask.
+    """
+    attention = attention_of(block)
+    implementation = str(attention.config._attn_implementation)
+    if implementation.startswith(("flash", "flex", "kernels")):
+        raise ValueError(
+            f"The attention implementation {implementation!r} takes no bias on its logits. Load "
+            "the model with attn_implementation='sdpa', or use mass_bias=0."
+        )
+    return bool(getattr(attention, "is_causal", True))
+
+
+def attention_modules(block: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in block.named_modules()
+        if name
+        and getattr(getattr(module, "config", None), "_attn_implementation", None) is not None
+    ]
+
+
+def attention_of(block: nn.Module) -> Any:
+    names = attention_modules(block)
+    if not names:
+        raise ValueError(
+            f"{type(block).__name__} has no submodule whose config names an attention "
+            "implementation, so its attention cannot be observed. Use another site."
+        )
+    return block.get_submodule(names[0])

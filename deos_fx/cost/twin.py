@@ -1,0 +1,102 @@
+"""A twin of a model that has shapes and no numbers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from deos_fx.cost.flops import count_flops
+from deos_fx.models.layers import AnyLinear, has_codes, linear_sizes
+from deos_fx.models.shapes_only import OnZeros
+
+__all__ = ["WholeNumbers", "twin_of"]
+
+
+class WholeNumbers(TorchDispatchMode):
+    """Computes for real whatever depends on no weight: positions, sizes of images, masks.
+
+    Code reads these numbers. It wants them where the weights are, which for the twin is nowhere.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+            args, kwargs = pytree.tree_map_only(Tensor, _without_numbers, (args, kwargs))
+            if func is torch.ops.aten._to_copy.default:
+                kwargs = {**kwargs, "device": torch.device("meta")}
+        elif "device" in kwargs and func.overloadpacket not in _BUFFERS:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        return func(*args, **kwargs)
+
+
+# What code fills with what depends on weights.
+_BUFFERS = {torch.ops.aten.empty, torch.ops.aten.zeros, torch.ops.aten.new_zeros}
+
+
+def _without_numbers(x: Tensor) -> Tensor:
+    if x.is_meta:
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def twin_of(model: PreTrainedModel) -> Any:
+    """A copy of a model on the meta device, whose attention and experts count in full.
+
+    Quantised linear layers become plain ones: known by their two sizes. Those that do not tell
+    them are run.
+    """
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        sizes = linear_sizes(module)
+        if sizes is not None:
+            bias = getattr(module, "bias", None) is not None
+            known[id(module)] = AnyLinear(*sizes, bias, device="meta", dtype=model.dtype)
+        elif has_codes(module):
+            known[id(module)] = _Counted(module)
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = _without_numbers(tensor)
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.is_floating_point())
+        known[id(tensor)] = empty
+    # accelerate moves weights and inputs between devices by hooks: there is nothing to move.
+    known |= {id(m._hf_hook): None for m in model.modules() if hasattr(m, "_hf_hook")}
+    twin = copy.deepcopy(model, known)
+    modules: list[Any] = [*twin.modules()]
+    for module in modules:
+        if hasattr(module, "_hf_hook"):
+            module.forward = module._old_forward
+        config = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation_internal = "eager"
+            config._experts_implementation_internal = "batched_mm"
+    return twin
+
+
+class _Counted(OnZeros):
+    """A quantised layer that does not tell its sizes: it is run, on zeros, and counted."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with count_flops() as counter:
+            result = super().run(*args, **kwargs)
+        self.flops = counter.get_total_flops()
+        return result
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().forward(*args, **kwargs)
+        if not self.flops and any(x.is_floating_point() for x in pytree.tree_leaves(args)):
+            raise ValueError(
+                f"What a {type(self.layer).__name__} costs is not known: it is quantised, its "
+                "kernel cannot be counted, and it has no in_features and out_features. Set these, "
+                "or give a policy or limit visual_tokens, which need no costs."
+            )
+        # For the counter that is at work here: two for each number of this product.
+        half = torch.empty(self.flops // 2, device="meta")
+        torch.mm(half[None], half[:, None])
+        return result

@@ -1,0 +1,88 @@
+"""Where dropped tokens go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deos_fx.forms.choice import Choice, number_of
+from deos_fx.operator import assign, gather, grid, select, transfer
+
+__all__ = ["assignment_of"]
+
+
+@dataclass
+class _Assignment:
+    """What moves where; the fields as in ``StaticOutput``, and the slot of the residual token."""
+
+    assignment: Any = None
+    receivers: Any = None
+    sources: Any = None
+    slot: Any = None
+    gain: float = 1.0
+
+
+def assignment_of(choice: Choice, kept: Any) -> _Assignment:
+    """Assigns what was not chosen; nothing if it is only pruned."""
+    reduction, call = choice.reduction, choice.call
+    if not reduction.transfers:
+        return _Assignment()
+    moved = _Assignment(receivers=_receivers(choice, kept), gain=reduction.gain)
+    if reduction.assignment == "window":
+        moved.assignment = call(grid.interpolation, choice.feature("grid"), choice.count)
+        if choice.last_of:
+            moved.assignment = call(assign.standing_in, moved.assignment, choice.anchors, kept)
+    elif reduction.assignment == "k_nearest":
+        likeness = _likeness(choice, moved.receivers, None)
+        nearest = (likeness, moved.receivers, reduction.neighbours)
+        moved.assignment = call(assign.k_nearest, *nearest)
+    else:
+        moved.sources = call(gather.others, kept, choice.token_axis(kept))
+        if reduction.gain:
+            moved.assignment = _shares(choice, moved)
+    if choice.rest is not None:
+        _add_rest(choice, kept, moved)
+    return moved
+
+
+def _shares(choice: Choice, moved: _Assignment) -> Any:
+    reduction, call = choice.reduction, choice.call
+    if reduction.temperature == math.inf:
+        return call(assign.uniform, moved.receivers, moved.sources)
+    likeness = _likeness(choice, moved.receivers, moved.sources)
+    if reduction.temperature == 0:
+        return call(assign.nearest, likeness)
+    return call(assign.soft, likeness, reduction.temperature)
+
+
+def _likeness(choice: Choice, receivers: Any, sources: Any) -> Any:
+    weights = dict(choice.reduction.similarity)
+    return choice.call(assign.similarity, choice.compared(), weights, receivers, sources)
+
+
+def _receivers(choice: Choice, kept: Any) -> Any:
+    """The kept tokens that may take in others: all, or those of the last tier."""
+    reduction, call = choice.reduction, choice.call
+    if reduction.receivers == "all":
+        return kept
+    last = reduction.selection[-1]
+    if last.selector == "bipartite":
+        return call(select.second_half, kept, choice.tokens, number_of(last.options["first"]))
+    size = reduction.tier_counts(choice.count)[-1] + reduction.has_rest
+    return call(torch.narrow, kept, 1, choice.count - size, size)
+
+
+def _add_rest(choice: Choice, kept: Any, moved: _Assignment) -> None:
+    """Let the residual token take in what is dropped and not transferred."""
+    reduction, call = choice.reduction, choice.call
+    moved.slot = call(transfer.slot_of, moved.receivers, choice.rest)
+    if moved.sources is None:
+        parts = (moved.assignment, moved.slot, kept, reduction.gain)
+        moved.assignment = call(transfer.rest_beside, *parts)
+    else:
+        parts = (moved.assignment, moved.slot, moved.sources, reduction.gain)
+        moved.assignment = call(transfer.rest, *parts)
+    moved.gain = 1.0

@@ -1,0 +1,50 @@
+"""Which features a reduction reads."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from deos_fx.operator.assign import SIMILARITIES
+from deos_fx.operator.scores import SCORES
+from deos_fx.operator.select import SELECTORS
+
+if TYPE_CHECKING:
+    from deos_fx.policy.reduction import Reduction
+
+__all__ = ["feature_name", "required_features"]
+
+# Features that are those of the tokens at the site, whichever block is observed.
+_OF_THE_SITE = frozenset(
+    {"tokens", "grid", "class_token", "text_tokens", "text_mask", "normed_tokens", "normed_text"}
+)
+
+
+def required_features(reduction: Reduction) -> frozenset[str]:
+    """Names of the features that ``static_reduce`` reads for this reduction.
+
+    What is observed at another block than the one before the site has the name of that place
+    behind it: ``keys@next``, ``attention_cls@vision.5``.
+    """
+    needs: set[str] = {"tokens"} | ({"class_token"} if reduction.keep_class else set())
+    for i, tier in enumerate(reduction.selection):
+        selector = SELECTORS[tier.selector]
+        names = list(selector.features)
+        if selector.ranks or (i == 0 and reduction.uses_scores):
+            names += [name for score in tier.scores for name in SCORES[score].features]
+        needs.update(feature_name(name, tier.observe) for name in names)
+        if selector.compares or (i == 0 and _compares(reduction)):
+            kinds = (SIMILARITIES[kind] for kind in reduction.similarity)
+            needs.update(feature_name(name, reduction.observe) for name in kinds)
+    return frozenset(needs)
+
+
+def _compares(reduction: Reduction) -> bool:
+    """Whether the assignment compares tokens."""
+    by_likeness = reduction.assignment == "similar" and reduction.temperature != math.inf
+    return reduction.gain > 0 and (by_likeness or reduction.assignment == "k_nearest")
+
+
+def feature_name(name: str, observe: str) -> str:
+    """The name of a feature where it is observed: ``keys``, ``keys@next``, ``keys@vision.5``."""
+    return name if name in _OF_THE_SITE or not observe else f"{name}@{observe}"

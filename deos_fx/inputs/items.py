@@ -1,0 +1,216 @@
+"""How many visual tokens each image and each video has."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deos_fx.inputs.kinds import IMAGES, VIDEOS, Kind, beside, encoding, media
+from deos_fx.models.encoders import features_of
+from deos_fx.models.facts import grid_of, sizes_vary
+from deos_fx.models.shapes_only import on_shapes
+from deos_fx.models.views import shallow_copy
+from deos_fx.recent import Recent
+from deos_fx.tokens.positions import is_separator
+
+__all__ = ["Item", "items_of", "table_of_sizes"]
+
+
+_ENCODED: weakref.WeakKeyDictionary[PreTrainedModel, Recent[Hashable, list[Item]]]
+
+
+_ENCODED = weakref.WeakKeyDictionary()
+
+# As many sets of sizes are remembered of a model: images may have ever new ones.
+_SETS_OF_SIZES = 1024
+
+
+class Item(NamedTuple):
+    """One image, or one video.
+
+    Attributes:
+        grids: Rows and columns of each of its frames; None if that is not known.
+        tokens: Its placeholders, ends of rows included.
+        ends: Those that stand for the end of a row.
+        closed: Whether the last one does.
+    """
+
+    grids: tuple[tuple[int, int], ...] | None
+    tokens: int
+    ends: int = 0
+    closed: bool = False
+
+
+def items_of(
+    model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind, of_rows: list[int]
+) -> list[Item]:
+    """All images of a batch, whose prompts have so many placeholders each.
+
+    Where it cannot be told which token is of which image, those of a prompt count as one.
+    """
+    pixels, placeholders = inputs[kind.pixels], sum(of_rows)
+    if kind is IMAGES and not sizes_vary(model):
+        rows, columns = grid_of(model)
+        # As many as are no square may have a class token or registers among them, and no rows.
+        grids = ((rows, columns),) if rows == columns else None
+        return [Item(grids, rows * columns)] * math.prod(pixels.shape[:-3])
+    table = table_of_sizes(model, inputs, kind)
+    found = None
+    if getattr(model.base_model, "image_newline", None) is None:
+        if table is not None:
+            found = _of_table(table.tolist(), placeholders)
+        elif kind is IMAGES and pixels.ndim == 5:
+            found = _of_tiles(pixels, placeholders)
+    found = found or _encoded(model, inputs, kind)
+    if found and kind is VIDEOS:
+        found = _of_frames(found, *pixels.shape[:2]) if pixels.ndim == 5 else found
+        found = found and _without_left_out(model, inputs, found)
+    return found or [Item(None, tokens) for tokens in of_rows if tokens]
+
+
+def table_of_sizes(model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind) -> Tensor | None:
+    """The input with height and width, perhaps behind frames, of every image."""
+    sizes = [inputs[name] for name in sorted(media(model, kind)) if name in inputs]
+    tables = (size for size in sizes if isinstance(size, Tensor) and size.ndim == 2)
+    return next((table for table in tables if table.shape[1] in (2, 3)), None)
+
+
+def _of_table(sizes: list[list[int]], placeholders: int) -> list[Item] | None:
+    """The images of a table of sizes: all have one token for as many patches or pixels.
+
+    None if the placeholders are no such share of the sizes.
+    """
+    area = sum(math.prod(size) for size in sizes)
+    share, rest = divmod(area, placeholders or area + 1)
+    if rest or not share:
+        return None
+    found = []
+    for size in sizes:
+        tokens, rest = divmod(math.prod(size), share)
+        if rest:
+            return None
+        found.append(Item(_grids(size, share), tokens))
+    return found
+
+
+def _grids(size: list[int], share: int) -> tuple[tuple[int, int], ...] | None:
+    """Rows and columns of every frame of an image of (frames,) rows and columns.
+
+    One token stands for so many cells: a square of them, in one frame or in several. None if there
+    is no such square.
+    """
+    frames, (height, width) = size[0] if len(size) == 3 else 1, size[-2:]
+    for side in range(math.isqrt(share), 0, -1):
+        depth, rest = divmod(share, side * side)
+        if not (rest or height % side or width % side or frames % depth):
+            return ((height // side, width // side),) * (frames // depth)
+    return None
+
+
+def _of_frames(found: Sequence[Item], videos: int, frames: int) -> list[Item] | None:
+    """Videos of equally many frames [videos, frames, C, H, W], which may come as single frames.
+
+    None if what was found is no multiple of them.
+    """
+    parts, rest = divmod(len(found), videos)
+    if rest or not parts:
+        return None
+    joined = []
+    for first in range(0, len(found), parts):
+        own = found[first : first + parts]
+        tokens, ends = sum(item.tokens for item in own), sum(item.ends for item in own)
+        of_frame, rest = divmod(tokens - ends, frames)
+        side = math.isqrt(of_frame)
+        whole = not rest and side * side == of_frame
+        grids = ((side, side),) * frames if whole else None
+        joined.append(Item(grids, tokens, ends, own[-1].closed))
+    return joined
+
+
+def _without_left_out(
+    model: PreTrainedModel, inputs: Mapping[str, Any], found: Sequence[Item]
+) -> list[Item]:
+    """The videos without what flags over all their features leave out of the prompt."""
+    total = sum(item.tokens for item in found)
+    named = (inputs.get(name) for name in sorted(beside(model, VIDEOS)))
+    kept = next((x for x in named if isinstance(x, Tensor) and x.dtype == torch.bool), None)
+    if kept is None or kept.shape != (total,) or kept.all():
+        return list(found)
+    parts = kept.split([item.tokens for item in found])
+    return [Item(None, int(part.sum())) for part in parts]
+
+
+def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
+    """The tiles [B, T, 3, H, W] of prompts; those that fill a prompt up are zero."""
+    real = int((pixels != 0).flatten(2).any(dim=-1).sum())
+    tokens, rest = divmod(placeholders, real)
+    if rest:
+        raise ValueError(
+            f"pixel_values has {real} tiles of images that are not zero, and input_ids has "
+            f"{placeholders} placeholders, which is no multiple. Make both with the same call of "
+            "the model's processor."
+        )
+    height, width = pixels.shape[-2:]
+    rows = math.isqrt(tokens * height // width)
+    whole = rows and rows * rows * width == tokens * height
+    return [Item(((rows, tokens // rows),) if whole else None, tokens)] * real
+
+
+def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind) -> list[Item] | None:
+    """The images as the model's own encoder makes them; it runs once for each set of sizes.
+
+    Only their number matters unless there are ends of rows, whose features are a parameter of the
+    model, whatever the pixels are. None if the encoder does not keep images apart.
+    """
+    core: Any = model.base_model
+    method, given = encoding(model, inputs, kind)
+    sizes = (
+        kind,
+        *(
+            (name, tuple(value.shape), repr(value.tolist()) if value.ndim < 3 else "")
+            for name, value in given.items()
+            if isinstance(value, Tensor)
+        ),
+    )
+    known = _ENCODED.setdefault(model, Recent(_SETS_OF_SIZES))
+    return known.find(sizes, lambda: _run_encoder(core, method, given)) or None
+
+
+def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]:
+    """The images as a method of a model's core makes them; none if it keeps them together."""
+    newline = getattr(core, "image_newline", None)
+    shapes_suffice = newline is None or newline.is_meta
+    encoder = on_shapes(core) if shapes_suffice else contextlib.nullcontext(core)
+    with torch.no_grad(), encoder as run:
+        features = features_of(getattr(run, method)(**given, return_dict=True))
+    apart = isinstance(features, (list, tuple))
+    if not apart and (features is None or features.ndim < 3):
+        return []
+    counts = [math.prod(part.shape[:-1]) for part in features]
+    if newline is None:
+        ends = [(0, False)] * len(counts)
+    elif newline.is_meta:
+        without = _ends_without_weights(core, method, given, counts)
+        ends = [(count, count > 0) for count in without]
+    else:
+        flags = [is_separator(part, newline).flatten() for part in features]
+        ends = [(int(of_image.sum()), bool(of_image[-1])) for of_image in flags]
+    return [Item(None, n, *end) for n, end in zip(counts, ends, strict=True)]
+
+
+def _ends_without_weights(
+    core: Any, method: str, given: Mapping[str, Any], counts: Sequence[int]
+) -> list[int]:
+    """How many tokens fewer each image has if rows have no end, in a model that cannot compare."""
+    view = shallow_copy(core)
+    view._parameters = {**core._parameters, "image_newline": None}
+    with torch.no_grad(), on_shapes(view) as run:
+        features = features_of(getattr(run, method)(**given, return_dict=True))
+    return [count - len(part) for count, part in zip(counts, features, strict=True)]

@@ -1,0 +1,72 @@
+"""Biases on the logits of keys, by mass and by gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deos_fx.operator.scores import LOG_FLOOR
+
+__all__ = ["gate_bias", "mass_bias", "ones_at", "ones_like_tokens", "patch_bias", "patch_gate_bias"]
+
+
+def patch_bias(mass: Tensor, class_tokens: int, beta: float) -> Tensor:
+    """`mass_bias` in a vision tower: [I, c + K] from masses [I, K], 0 for the c class tokens."""
+    return torch.nn.functional.pad(beta * mass.float().log(), (class_tokens, 0))
+
+
+def mass_bias(mass: Tensor, visual: Tensor, hidden: Tensor, beta: float) -> Tensor:
+    """What later attention adds to each key's logits: beta log m (proportional attention of ToMe).
+
+    Args:
+        mass: [B, K] masses of the visual tokens.
+        visual: [B, K] their positions.
+        hidden: [B, M, d]; only its shape is read.
+        beta: 0 ignores masses, 1 counts a token as often as the tokens it stands for.
+
+    Returns:
+        [B, M] in float32, 0 at text tokens.
+    """
+    bias, mass = torch.zeros(hidden.shape[:2], device=hidden.device), mass.to(hidden.device)
+    return bias.scatter(1, visual.to(hidden.device), beta * mass.float().log())
+
+
+def gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, visual: Tensor, hidden: Tensor) -> Tensor:
+    """What relaxed reductions add to the logits of each key: log(gate) + beta log(mass).
+
+    Args:
+        alive: Gates [B, V].
+        mass: [B, V].
+        beta: 0-dim.
+        visual: [B, V].
+        hidden: [B, N, d]; only its shape is read.
+
+    Returns:
+        [B, N] in float32, 0 at text tokens.
+    """
+    bias = alive.float().clamp_min(LOG_FLOOR).log() + beta * mass.float().log()
+    zeros = torch.zeros(hidden.shape[:2], device=hidden.device)
+    return zeros.scatter(1, visual, bias)
+
+
+def patch_gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, class_tokens: int) -> Tensor:
+    """`gate_bias` in a vision tower: [I, c + V] from gates and masses [I, V], 0 for class tokens.
+
+    Args:
+        alive: Gates.
+        mass: Masses.
+        beta: 0-dim.
+        class_tokens: c.
+    """
+    bias = alive.float().clamp_min(LOG_FLOOR).log() + beta * mass.float().log()
+    return torch.nn.functional.pad(bias, (class_tokens, 0))
+
+
+def ones_at(visual: Tensor) -> Tensor:
+    """Open gates [B, V] for visual positions [B, V]."""
+    return torch.ones_like(visual, dtype=torch.float32)
+
+
+def ones_like_tokens(visual: Tensor) -> Tensor:
+    """Open gates [I, V] for visual tokens [I, V, d]."""
+    return torch.ones(visual.shape[:2], device=visual.device)

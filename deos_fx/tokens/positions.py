@@ -1,0 +1,191 @@
+"""Where tokens are: which are visual, and what positions they have."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deos_fx.operator.gather import listed
+from deos_fx.tokens.index import take
+
+__all__ = [
+    "are_visual",
+    "class_token",
+    "compact_positions",
+    "grid_positions",
+    "is_separator",
+    "last_token",
+    "relaxed_grid_positions",
+    "relaxed_positions",
+    "shift_of",
+    "text_tokens",
+    "trailing",
+    "visual_positions",
+]
+
+
+def are_visual(input_ids: Tensor, image_token: int | tuple[int, ...]) -> Tensor:
+    """Flags of the placeholders, of one kind or of several, in input_ids [B, N]."""
+    if isinstance(image_token, int):
+        return torch.eq(input_ids, image_token)
+    return torch.isin(input_ids, torch.tensor(image_token, device=input_ids.device))
+
+
+def visual_positions(
+    input_ids: Tensor,
+    image_token: int | tuple[int, ...],
+    count: int,
+    separators: Tensor | None = None,
+) -> Tensor:
+    """Positions of the image placeholders.
+
+    Args:
+        input_ids: [B, N].
+        image_token: Id of the placeholder, or of each kind of placeholder.
+        count: V, the number of placeholders of every row that are no separators.
+        separators: None, or flags [B, N] of those that are.
+
+    Returns:
+        [B, V] int64, ascending.
+    """
+    visual = are_visual(input_ids, image_token)
+    if separators is not None:
+        visual = visual & ~separators
+    return listed(visual.float(), count)
+
+
+def is_separator(features: Tensor, newline: Tensor) -> Tensor:
+    """Flags [...] of features [..., d] that are the learned end of an image row, newline [d]."""
+    return (features == newline.to(features)).all(dim=-1)
+
+
+def text_tokens(visual: Tensor, hidden: Tensor) -> Tensor:
+    """Positions [B, N - V] of everything in hidden [B, N, d] but the visual tokens [B, V]."""
+    flags = torch.ones(hidden.shape[:2], device=hidden.device)
+    flags = flags.scatter(1, visual.to(hidden.device), 0.0)
+    return listed(flags, hidden.shape[1] - visual.shape[1])
+
+
+def class_token(hidden: Tensor) -> Tensor:
+    """Position [I, 1] of the CLS token of a vision tower's hidden states [I, V + 1, d]."""
+    return torch.zeros((hidden.shape[0], 1), dtype=torch.int64, device=hidden.device)
+
+
+def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Position of the last token that is not padding.
+
+    Args:
+        hidden: [B, N] or [B, N, d]; only its shape is read.
+        attention_mask: None or [B, N] with 1 for real tokens; padding may be on either side.
+
+    Returns:
+        [B, 1] int64.
+    """
+    batch, length = hidden.shape[:2]
+    steps = torch.arange(length, device=hidden.device)
+    if attention_mask is None:
+        return steps[-1:].expand(batch, 1)
+    return (attention_mask.to(steps.device) * steps).argmax(dim=1, keepdim=True)
+
+
+def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
+    """Position ids without gaps: each kept token moves down by the number dropped before it.
+
+    Args:
+        position_ids: [B or 1, N] of the unreduced prompt.
+        origin: [B, M] original prompt positions of the kept tokens.
+
+    Returns:
+        [B, M].
+    """
+    origin = origin.to(position_ids.device)
+    dropped_before = origin - torch.arange(origin.shape[1], device=origin.device)
+    return take(position_ids, origin) - dropped_before
+
+
+def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) -> Tensor:
+    """Dropped visual tokens with no kept token of their image behind them.
+
+    Args:
+        origin: [B, M] original prompt positions of the tokens that are left.
+        visual: [B, V] original prompt positions of all visual tokens, image by image.
+        position_ids: [B or 1, N]; only its shape is read.
+        images: Images per prompt.
+
+    Returns:
+        [B, N] int64, 1 at these tokens of the original prompt.
+    """
+    visual = visual.to(origin.device)
+    batch, length = origin.shape[0], position_ids.shape[1]
+    left = torch.zeros((batch, length), device=origin.device).scatter(1, origin, 1.0)
+    return _trailing(take(left, visual), visual, length, images)
+
+
+def _trailing(left: Tensor, visual: Tensor, length: int, images: int) -> Tensor:
+    """`trailing` from flags [B, V] of what is left: last_j = max over its kept tokens of place."""
+    per_image = left.unflatten(1, (images, -1))
+    place = torch.arange(1, per_image.shape[2] + 1, device=left.device)
+    last = (per_image * place).amax(dim=2, keepdim=True)
+    behind = (place > last).to(torch.int64).flatten(1)
+    nothing = torch.zeros((left.shape[0], length), dtype=torch.int64, device=left.device)
+    return nothing.scatter(1, visual, behind)
+
+
+def grid_positions(position_ids: Tensor, trailing: Tensor, origin: Tensor) -> Tensor:
+    """Position ids that keep a token's place in its image.
+
+    Everything behind an image moves up to follow the last token that is kept of it (the rule of
+    OpenVINO GenAI for positions in two dimensions, in one).
+
+    Args:
+        position_ids: [B or 1, N] of the unreduced prompt.
+        trailing: [B, N], see `trailing`.
+        origin: [B, M] original prompt positions of the kept tokens.
+
+    Returns:
+        [B, M].
+    """
+    return take(position_ids - trailing.to(position_ids.device).cumsum(dim=1), origin)
+
+
+def shift_of(trailing: Tensor) -> Tensor:
+    """How far [B, 1] the tokens behind the prompt move up, from `trailing` [B, N]."""
+    return trailing.sum(dim=1, keepdim=True)
+
+
+def relaxed_grid_positions(
+    position_ids: Tensor, alive: Tensor, visual: Tensor, images: int
+) -> Tensor:
+    """`grid_positions` where no token leaves.
+
+    Args:
+        position_ids: [B or 1, N] of the unreduced prompt.
+        alive: Gates [B, V]; below one half counts as dropped. No gradient flows.
+        visual: [B, V].
+        images: Images per prompt.
+
+    Returns:
+        [B, N].
+    """
+    left = (alive.detach() >= 0.5).float()
+    return position_ids - _trailing(left, visual, position_ids.shape[1], images).cumsum(dim=1)
+
+
+def relaxed_positions(
+    position_ids: Tensor, alive: Tensor, visual: Tensor, hidden: Tensor
+) -> Tensor:
+    """`compact_positions` where no token leaves: each token moves down by the closed gates before.
+
+    Args:
+        position_ids: [B or 1, N] of the unreduced prompt.
+        alive: Gates [B, V]; below one half counts as dropped. No gradient flows.
+        visual: [B, V].
+        hidden: [B, N, d]; only its shape is read.
+
+    Returns:
+        [B, N].
+    """
+    closed = (alive.detach() < 0.5).to(torch.int64)
+    dropped = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    dropped = dropped.scatter(1, visual, closed)
+    return position_ids - (dropped.cumsum(dim=1) - dropped)

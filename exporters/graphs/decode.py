@@ -1,0 +1,102 @@
+"""The decode graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from transformers import PreTrainedModel
+
+from deos_fx.exporters.graphs.example import BATCH, Example, words
+from deos_fx.exporters.graphs.exportable import Exportable
+from deos_fx.exporters.graphs.states import filled, inputs_of, states_of
+from deos_fx.inputs.complete import complete_inputs
+from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
+from deos_fx.passes.pipeline import capture_call, lower_call
+from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.tokens.cache import ReducedCache
+
+__all__ = ["decode_graph"]
+
+
+class _Decode(nn.Module):
+    """The lowered decode graph, as tensors in and tensors out."""
+
+    def __init__(self, lowered: fx.GraphModule, reduced: ReducedModel) -> None:
+        super().__init__()
+        self.lowered = lowered
+        self.text_config = reduced.model.config.get_text_config()
+        self.used, self.unused = inputs_of(lowered)
+
+    def forward(
+        self, past_key_values: dict[str, dict[str, Tensor]], **inputs: Tensor
+    ) -> dict[str, Any]:
+        cache = filled(ReducedCache(self.text_config), past_key_values)
+        fields = self.lowered(**inputs, **dict.fromkeys(self.unused), past_key_values=cache)
+        return {"logits": fields["logits"], "present": states_of(cache)}
+
+
+def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
+    """The graph is captured on a cache of equal lengths, which the original model can run."""
+    model, spaces = reduced.model, decode_spaces(reduced.policy)
+    cache = ReducedCache(model.config.get_text_config())
+    model(input_ids=words(model, 2), past_key_values=cache)
+    if not all(isinstance(getattr(held, "keys", None), Tensor) for held in cache.layers):
+        raise ValueError(
+            f"{type(model).__name__} has layers that keep a state instead of keys and values, "
+            "which exported graphs do not hand over. Run the reduced model in PyTorch."
+        )
+    shapes = [state["key"].shape for state in states_of(cache).values()]
+    coordinates = example.inputs["position_ids"].shape[:-2]
+    positions = words(model, 1).fill_(2).expand(*coordinates, BATCH, 1)
+    inputs = {
+        "input_ids": words(model, 1),
+        "attention_mask": words(model, 3).fill_(1),
+        "position_ids": positions,
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    captured = capture_call(model, complete_inputs(model, inputs))
+    lowered = lower_call(captured, reduced.policy, None)
+    return _decode_exportable(_Decode(lowered, reduced), model, shapes, spaces, positions)
+
+
+def _decode_exportable(
+    module: _Decode,
+    model: PreTrainedModel,
+    shapes: list[torch.Size],
+    spaces: Sequence[DecodeSpace],
+    positions: Tensor,
+) -> Exportable:
+    """Inputs of the decode graph: the layers of each space share one number of keys."""
+    batch = Dim("batch")
+    # Equal lengths would be taken for one length.
+    lengths = [2 * k + 3 for k in range(len(spaces) + 1)]
+    pasts = [Dim("past" if k == 0 else f"past_{k}") for k in range(len(spaces) + 1)]
+    inputs: dict[str, Any] = {"past_key_values": {}}
+    dynamic: dict[str, Any] = {"past_key_values": {}}
+    for layer, (_, heads, _, dim) in enumerate(shapes):
+        k = sum(space.first_layer <= layer for space in spaces)
+        state = torch.zeros(BATCH, heads, lengths[k], dim, dtype=model.dtype, device=model.device)
+        inputs["past_key_values"][str(layer)] = {"key": state, "value": state.clone()}
+        axes = {0: batch, 2: pasts[k]}
+        dynamic["past_key_values"][str(layer)] = {"key": axes, "value": axes}
+    for name in module.used:
+        kind, k = _kind_and_space(name)
+        if kind in ("attention_mask", "key_bias", "key_positions"):
+            value = words(model, lengths[k] + 1).fill_(1)
+            inputs[name] = value.to(model.dtype) if kind == "key_bias" else value
+            dynamic[name] = {0: batch, 1: pasts[k] + 1}
+        else:
+            inputs[name] = positions.clone() if kind == "position_ids" else words(model, 1)
+            dynamic[name] = {inputs[name].ndim - 2: batch}
+    return Exportable(module, inputs, dynamic)
+
+
+def _kind_and_space(name: str) -> tuple[str, int]:
+    """``attention_mask_2`` -> (``attention_mask``, 2); names without a number are of space 0."""
+    kind, _, number = name.rpartition("_")
+    return (kind, int(number)) if number.isdigit() else (name, 0)

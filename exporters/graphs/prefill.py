@@ -1,0 +1,123 @@
+"""The prefill graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from deos_fx.exporters.graphs.example import BATCH, Example
+from deos_fx.exporters.graphs.exportable import Exportable
+from deos_fx.exporters.graphs.image_encoder import encoder_graph
+from deos_fx.exporters.graphs.states import inputs_of, states_of
+from deos_fx.inputs.complete import complete_inputs
+from deos_fx.passes.finish import finish
+from deos_fx.passes.pipeline import capture_call, lower_call
+from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
+from deos_fx.passes.rewrite.split_encoder import split_encoder
+from deos_fx.policy.policy import Policy
+from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.tokens.cache import ReducedCache
+from deos_fx.tokens.index import take
+
+__all__ = ["least_text", "prefill_graph"]
+
+# The fewest text tokens that a graph is for.
+_LEAST_TEXT = 2
+
+
+class _Prefill(nn.Module):
+    """The lowered prefill graph, as tensors in and tensors out."""
+
+    def __init__(self, lowered: fx.GraphModule, reduced: ReducedModel) -> None:
+        super().__init__()
+        self.lowered = lowered
+        self.text_config = reduced.model.config.get_text_config()
+        self.dtype = reduced.model.dtype
+        self.used, self.unused = inputs_of(lowered)
+
+    def forward(self, **inputs: Tensor) -> dict[str, Any]:
+        cache = ReducedCache(self.text_config)
+        taken = {name: inputs[name] for name in self.used}
+        fields = self.lowered(**taken, **dict.fromkeys(self.unused), past_key_values=cache)
+        mask = inputs["attention_mask"]
+        positions = inputs["position_ids"]
+        if positions.ndim == 3:
+            positions = positions.amax(dim=0)
+        outputs = {
+            "logits": fields["logits"],
+            "next_position": positions.amax(dim=1, keepdim=True) + 1,
+            "present": states_of(cache),
+        }
+        for k, space in enumerate(fields.get("spaces", ()), start=1):
+            outputs[f"origin_{k}"] = space["origin"]
+            outputs[f"attention_mask_{k}"] = take(mask, space["origin"])
+            if "key_bias" in space:
+                # Attention adds it in the model's dtype anyway.
+                outputs[f"key_bias_{k}"] = space["key_bias"].to(self.dtype)
+            if "shift" in space:
+                outputs[f"shift_{k}"] = space["shift"]
+        return outputs
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """The prefill.
+
+    Attributes:
+        graph: Its graph.
+        encoder: That of the image encoder, if it reads the sizes of images.
+        constants: These sizes, and what the encoder reads of the pixels.
+    """
+
+    graph: Exportable
+    encoder: Exportable | None = None
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+
+def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Prompts:
+    inputs = complete_inputs(reduced.model, example.inputs | {"use_cache": True})
+    lowered = lower_call(capture_call(reduced.model, inputs), reduced.policy, example.layout)
+    _keep_outputs(lowered, ("logits", "spaces"))
+    values = dict(example.inputs)
+    encoder, constants = None, dict[str, Tensor]()
+    if lowered.graph.find_nodes(op="call_module", target="image_encoder"):
+        images = {name: values[name] for name in example.images}
+        encode = split_encoder(lowered, images)
+        for i, features in enumerate(pytree.tree_leaves(encode(**images))):
+            values[f"image_features_{i}"] = features
+        encoder, constants = encoder_graph(encode, example.images)
+    lowered = replace_placeholder_merge(lowered)
+    module = _Prefill(lowered, reduced)
+    batch, sequence = Dim("batch"), Dim("sequence", min=example.placeholders + least)
+    # What the wrapper reads itself is an input in any case.
+    names = dict.fromkeys(["input_ids", "attention_mask", "position_ids", *module.used])
+    taken, shapes = {name: values[name] for name in names}, {}
+    for name, value in taken.items():
+        if name == "position_ids":
+            shapes[name] = {value.ndim - 2: batch, value.ndim - 1: sequence}
+        elif value.shape == values["input_ids"].shape:
+            shapes[name] = {0: batch, 1: sequence}
+        else:
+            each = len(value) // BATCH
+            shapes[name] = {0: batch if each == 1 else each * batch}
+    return _Prompts(Exportable(module, taken, shapes), encoder, constants)
+
+
+def _keep_outputs(graph_module: fx.GraphModule, names: tuple[str, ...]) -> None:
+    output = graph_module.graph.output_node()
+    fields: Any = output.args[0]
+    output.args = ({name: fields[name] for name in names if name in fields},)
+    finish(graph_module)
+
+
+def least_text(policy: Policy) -> int:
+    """The fewest text tokens of a prompt: a selector may need some to compare with."""
+    tiers = (tier for reduction in policy.reductions for tier in reduction.selection)
+    pivots = (tier.options.get("text_pivots") for tier in tiers)
+    return max(
+        [_LEAST_TEXT, *(int(number) for number in pivots if isinstance(number, int | float))]
+    )

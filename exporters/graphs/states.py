@@ -1,0 +1,35 @@
+"""Caches as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx
+
+from deos_fx.tokens.cache import ReducedCache
+
+__all__ = ["filled", "inputs_of", "states_of"]
+
+
+def inputs_of(lowered: fx.GraphModule) -> tuple[list[str], list[str]]:
+    """Names of the inputs that a graph reads, but for the cache, and of those it does not."""
+    nodes = lowered.graph.find_nodes(op="placeholder")
+    given = [node for node in nodes if node.name != "past_key_values"]
+    return (
+        [str(node.target) for node in given if node.users],
+        [str(node.target) for node in given if not node.users],
+    )
+
+
+def states_of(cache: ReducedCache) -> dict[str, dict[str, Tensor]]:
+    layers: list[Any] = cache.layers
+    return {
+        str(layer): {"key": held.keys, "value": held.values} for layer, held in enumerate(layers)
+    }
+
+
+def filled(cache: ReducedCache, states: Mapping[str, Mapping[str, Tensor]]) -> ReducedCache:
+    for layer, held in states.items():
+        cache.update(held["key"], held["value"], int(layer))
+    return cache

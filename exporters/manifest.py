@@ -1,0 +1,36 @@
+"""The format of an export on the disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FORMAT", "IMAGES", "MANIFEST", "PACKAGES", "VERSION", "WEIGHTS", "read_manifest"]
+
+FORMAT, VERSION, MANIFEST = "onnx", 3, "deos_fx.json"
+
+WEIGHTS, IMAGES = "weights.data", "images.safetensors"
+
+
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {MANIFEST}: it is not a folder that deos_fx.export_onnx wrote"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); export the model again") from error
+    if not isinstance(manifest, dict) or manifest.get("deos_fx") != FORMAT:
+        raise ValueError(f'{path} does not say "deos_fx": "{FORMAT}"; export the model again')
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {manifest.get('version')!r} and this release reads version "
+            f"{VERSION}. Export the model again, or use the release that wrote it."
+        )
+    return manifest

@@ -1,0 +1,1 @@
+"""Sessions of ONNX Runtime, and the cache that they fill."""

@@ -1,0 +1,127 @@
+"""Sessions of ONNX Runtime on a device."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["HOST", "Session", "as_tensor", "open", "ort_value"]
+
+HOST = torch.device("cpu")
+
+_DTYPES = {
+    "tensor(bool)": torch.bool,
+    "tensor(int32)": torch.int32,
+    "tensor(int64)": torch.int64,
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+}
+"""Types of inputs in ONNX Runtime's words."""
+
+
+class Session:
+    """One graph. States stay on its device, all other outputs come to the CPU."""
+
+    def __init__(self, session: Any, device: torch.device) -> None:
+        self.session = session
+        self.device = device
+        self.inputs = {spec.name: _DTYPES[spec.type] for spec in session.get_inputs()}
+        self.outputs = [spec.name for spec in session.get_outputs()]
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the graph.
+
+        Args:
+            values: Tensors on the CPU, of any precision, or OrtValues; those the graph does not
+                read are ignored.
+
+        Returns:
+            OrtValues by name.
+        """
+        binding = self.session.io_binding()
+        for name, dtype in self.inputs.items():
+            value = values[name]
+            binding.bind_ortvalue_input(
+                name, ort_value(value.to(dtype)) if isinstance(value, Tensor) else value
+            )
+        for name in self.outputs:
+            device = self.device if name.startswith("present.") else HOST
+            binding.bind_output(name, device.type, device.index or 0)
+        self.session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+
+
+def ort_value(tensor: Tensor) -> Any:
+    """The tensor's memory as an OrtValue, not copied."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.from_dlpack(tensor.detach().contiguous())
+
+
+def as_tensor(value: Any) -> Tensor:
+    """An OrtValue's memory as a tensor, not copied."""
+    return torch.from_dlpack(value)
+
+
+def open(path: Path, device: str | torch.device | None) -> Session:
+    """Open a graph on a device, and check that it is there: ONNX Runtime falls back silently."""
+    import onnxruntime
+
+    wanted = None if device is None else _device(device)
+    cuda = wanted or torch.device("cuda", 0)
+    found = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _cuda_devices()
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if cuda.type == "cuda" and (cuda.index or 0) < found:
+        onnxruntime.preload_dlls()
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": cuda.index or 0}))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:
+        hint = ""
+        if "NOT_IMPLEMENTED" in str(error):
+            hint = ". If the model is in bfloat16, export it in float32 or float16"
+        raise ValueError(f"{path} cannot be run here: {error}{hint}") from error
+    works = session.get_providers()[0] == "CUDAExecutionProvider"
+    if wanted is not None and wanted.type == "cuda" and not works:
+        raise RuntimeError(
+            f"device={str(device)!r}, but ONNX Runtime cannot use it: it finds {found or 0} CUDA "
+            "devices here and its providers are "
+            f"{', '.join(onnxruntime.get_available_providers())}. Leave device out to run on the "
+            "CPU, or install onnxruntime-gpu with the CUDA and cuDNN libraries it needs."
+        )
+    return Session(session, cuda if works else HOST)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        parsed = torch.device("meta")
+    if parsed.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; give 'cpu', 'cuda', 'cuda:<i>' or None")
+    return parsed
+
+
+def _cuda_devices() -> int:
+    """CUDA devices of this machine, asked of the driver: torch may be built without CUDA.
+
+    Trying a session instead would print errors of ONNX Runtime on every machine without a GPU.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 0 if failed else count.value

@@ -1,0 +1,57 @@
+"""Keys and values as ONNX Runtime holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from deos_fx.exporters.session.session import as_tensor, ort_value
+from deos_fx.tokens.cache import ReducedCache
+
+__all__ = ["SessionCache"]
+
+
+class SessionCache(ReducedCache):
+    """Keys and values as ONNX Runtime holds them, on its device.
+
+    Attributes:
+        states: ``past_key_values.<layer>.key`` and ``.value`` -> OrtValue.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.states: dict[str, Any] = {}
+        self._length = 0
+
+    @property
+    def rows(self) -> int:
+        """Texts in the cache; 0 for an empty one."""
+        return next((value.shape()[0] for value in self.states.values()), 0)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far, dropped ones included."""
+        return self._length
+
+    def take_states(self, outputs: Mapping[str, Any], length: int) -> None:
+        """Keep the states that a run returned, after `length` tokens in all."""
+        self.states = {
+            name.replace("present.", "past_key_values."): value
+            for name, value in outputs.items()
+            if name.startswith("present.")
+        }
+        self._length = length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: the states are not here."""
+        raise ValueError(
+            "Tokens cannot be taken back from an exported model's cache: leave out assistant_model "
+            "and prompt_lookup_num_tokens, or generate with the ReducedModel in PyTorch."
+        )
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._rows(change)
+        self.states = {
+            name: ort_value(change(as_tensor(value))) for name, value in self.states.items()
+        }

@@ -1,0 +1,155 @@
+"""What stands in for other packages' functions in the thread that captures."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Cache, PreTrainedModel
+from transformers.utils.import_utils import torch_compilable_check
+
+from deos_fx.errors import CaptureError
+from deos_fx.models.encoders import ENCODERS
+from deos_fx.models.families import SHORTCUTS
+from deos_fx.passes.capture.tracer import Tracer, has_proxy
+from deos_fx.replaced import Replacement
+
+__all__ = ["TRACER", "replacements_of"]
+
+# Not every function that is written in C dispatches on proxies (factories that take sizes do not),
+# so all are wrapped while tracing. One does and is left alone: layers whose weights compute for
+# themselves (tensor subclasses of quantisation) ask whether they are in this very function.
+_BUILTINS = tuple(
+    (namespace, name)
+    for namespace in (torch, functional)
+    for name, function in vars(namespace).items()
+    if isinstance(function, types.BuiltinFunctionType)
+    and function is not functional.linear
+    # Whether a value overrides torch's functions is no fact about the input.
+    and not name.startswith(("_", "has_torch_function"))
+)
+
+
+# They make constants of the graph of sizes alone; a tensor made of other data is refused.
+_FACTORIES = {"arange", "eye", "full", "linspace", "ones", "zeros"}
+
+# Mask construction looks at values and at the attention implementation: one opaque node each.
+def _makes_masks(name: str, value: Any) -> bool:
+    """Whether this is a function, of transformers or of a model file, that makes masks."""
+    named = name.startswith("create_") and "mask" in name and inspect.isfunction(value)
+    return named and "config" in inspect.signature(value).parameters
+
+
+# Who records what this thread runs.
+TRACER: ContextVar[Tracer | None] = ContextVar("deos_fx_tracer", default=None)
+
+
+def replacements_of(model: PreTrainedModel, opaque_encoder: bool) -> Iterator[Replacement]:
+    """What does not dispatch on proxies, and what sends it to the tracer of the thread."""
+    core: Any = type(model.base_model)
+    for method in ENCODERS if opaque_encoder else ():
+        if hasattr(core, method):
+            yield core, method, _when_traced(_encode)
+    for name in ("get_seq_length", "get_mask_sizes"):
+        yield Cache, name, _when_traced(_length)
+    yield nn.Module, "__call__", _when_traced(_call)
+    yield nn.Module, "__getattr__", _when_traced(_getattr)
+    for owner, name in _BUILTINS:
+        yield owner, name, _when_traced(_function)
+    for kind in {type(module) for module in model.modules()}:
+        for name in SHORTCUTS.keys() & vars(kind).keys():
+            yield kind, name, _when_traced(_first_arguments)
+    for namespace in {sys.modules[type(module).__module__] for module in model.modules()}:
+        for name, value in list(vars(namespace).items()):
+            if _makes_masks(name, value):
+                yield namespace, name, _when_traced(_mask)
+            elif value is torch_compilable_check:
+                # It compares tensors in Python; the inputs were checked before capture.
+                yield namespace, name, _when_traced(_no_check)
+
+
+_Traced = Callable[[Tracer, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _when_traced(traced: _Traced) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A function that goes to the tracer of its thread, if there is one."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            tracer = TRACER.get()
+            if tracer is None:
+                return original(*args, **kwargs)
+            return traced(tracer, original, args, kwargs)
+
+        return function
+
+    return make
+
+
+def _call(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    module, *rest = args
+    path = tracer.module_paths.get(id(module))
+    if path is None or not has_proxy((rest, kwargs)) or not tracer.is_leaf_module(module, path):
+        return original(*args, **kwargs)
+    return tracer.call_leaf(module, tuple(rest), kwargs)
+
+
+def _first_arguments(
+    tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A function that matters for some of its arguments only, and returns these."""
+    return args[1 : 1 + SHORTCUTS[original.__name__]]
+
+
+def _length(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Lengths of a cache are for masks and positions: a layer that counts by its own is refused."""
+    if tracer.block:
+        raise CaptureError(
+            f"{tracer.block} counts positions itself, by the length of its cache, which is "
+            "shorter where tokens were dropped. Use a model that gives its layers positions."
+        )
+    return original(*args, **kwargs)
+
+
+def _encode(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    core, *rest = args
+    if has_proxy((rest, kwargs)):
+        return tracer.call_encoder(original, core, tuple(rest), kwargs)
+    return original(*args, **kwargs)
+
+
+def _getattr(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Parameters and buffers that glue code reads become get_attr nodes."""
+    module, name = args
+    value = original(module, name)
+    path = tracer.module_paths.get(id(module))
+    if tracer.running or path is None or not isinstance(value, torch.Tensor):
+        return value
+    return tracer.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
+
+
+def _function(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    makes = original.__name__ in _FACTORIES
+    if not tracer.running and (makes or has_proxy((args, kwargs))):
+        return tracer.create_proxy("call_function", original, args, kwargs)
+    return original(*args, **kwargs)
+
+
+def _mask(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if tracer.running:
+        return original(*args, **kwargs)
+    named = inspect.signature(original).bind(*args, **kwargs).arguments
+    return tracer.call_mask_function(original, named)
+
+
+def _no_check(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    """A check that is left out."""

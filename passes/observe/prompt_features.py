@@ -1,0 +1,108 @@
+"""Features of the visual tokens of a prompt, in the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx, nn
+
+from deos_fx import tokens
+from deos_fx.passes.observe.features import Call, Maker, SiteFeatures
+from deos_fx.passes.observe.observe_block import AskedNodes
+from deos_fx.passes.observe.prompt_text import PromptText
+
+__all__ = ["PromptFeatures"]
+
+
+class PromptFeatures(SiteFeatures):
+    """Features of a prompt's visual tokens, behind a decoder layer.
+
+    Beside what is observed: ``text_tokens`` [B, T, d], the hidden states of the text, with
+    ``text_mask`` [B, T]. Text is everything that is not visual; the mask leaves those that stand
+    behind the images. ``normed_tokens`` and ``normed_text`` are the hidden states of both behind
+    the final norm, ``text_score`` [B, T] is the size of the text's keys.
+
+    Args:
+        graph_module: The graph. Changed in place.
+        site: Name of the site.
+        block: Node of the layer before the site.
+        needs: Names of the features that will be looked up.
+        call: Emits nodes.
+        visual: Node of the visual tokens' positions [B, V].
+        padding: Emits the 2-D attention mask in the space of the site, if there is one.
+        text: The prompt as the first layer gets it.
+        alive: Node of the gates [B, V] of a relaxed graph.
+        **others: See `SiteFeatures`.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        site: str,
+        block: fx.Node,
+        needs: Iterable[str],
+        call: Call,
+        *,
+        visual: fx.Node,
+        padding: Maker,
+        text: PromptText,
+        alive: fx.Node | None = None,
+        **others: Any,
+    ) -> None:
+        self.visual = visual
+        self.padding = padding
+        self.text = text
+        self.alive = alive
+        self._positions: fx.Node | None = None
+        super().__init__(graph_module, site, block, needs, call, **others)
+
+    def _ask(self, queries: str, hidden: fx.Node) -> AskedNodes:
+        if queries == "last":
+            return self.call(tokens.last_token, hidden, self.padding()), None, None
+        if queries == "visual":
+            return self.visual, self.alive, None
+        if queries == "class":
+            raise ValueError(f"{self.site} has no CLS token to observe. Use a site of the tower.")
+        votes = self.text.raters if queries == "raters" else None
+        positions = self._text_positions(hidden)
+        if queries == "raters":
+            return positions, votes, self.visual
+        padding = self.padding()
+        if padding is not None:
+            votes = self.call(tokens.text_votes, padding, positions)
+        return positions, votes, None
+
+    def _text_positions(self, hidden: fx.Node) -> fx.Node:
+        if self._positions is None:
+            self._positions = self.call(tokens.text_tokens, self.visual, hidden)
+        return self._positions
+
+    def _of_visual(self, name: str, seen: fx.Node) -> Any:
+        index = self._text_positions(self.hidden) if name == "text_keys" else self.visual
+        return self.call(tokens.take, seen, index)
+
+    def _other(self, name: str) -> Any:
+        if name == "text_tokens":
+            return self.call(tokens.take, self.hidden, self._text_positions(self.hidden))
+        if name == "text_mask":
+            return self.text.question
+        if name == "text_score":
+            return self.call(tokens.text_key_size, self["text_keys"], self.text.question)
+        if name == "normed_tokens":
+            return self._normed(self.call(tokens.take, self.hidden, self.visual))
+        if name == "normed_text":
+            return self._normed(self["text_tokens"])
+        return super()._other(name)
+
+    def _normed(self, hidden: fx.Node) -> fx.Node:
+        """Hidden states behind the norm that follows the last layer."""
+        layers = [node for node in self.graph_module.graph.nodes if node.name in self._layers()]
+        behind = [user for user in layers[-1].users if user.op == "call_module"]
+        if len(behind) != 1:
+            raise ValueError(f"{self.site} has no feature behind the final norm: there is none.")
+        return self.graph_module.graph.call_module(str(behind[0].target), (hidden,))
+
+    def _layers(self) -> set[str]:
+        blocks: dict[str, nn.Module] = self.graph_module.meta["blocks"]
+        return {name for name in blocks if name.startswith("decoder_")}
