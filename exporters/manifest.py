@@ -17,6 +17,12 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check the manifest of an export.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged or of another version.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(

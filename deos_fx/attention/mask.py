@@ -55,6 +55,7 @@ def is_causal(block: nn.Module) -> bool:
 
 
 def attention_modules(block: nn.Module) -> list[str]:
+    """Name the submodules of a block whose config names an attention implementation."""
     return [
         name
         for name, module in block.named_modules()
@@ -64,6 +65,11 @@ def attention_modules(block: nn.Module) -> list[str]:
 
 
 def attention_of(block: nn.Module) -> Any:
+    """Return the attention of a block.
+
+    Raises:
+        ValueError: If no submodule names an attention implementation.
+    """
     names = attention_modules(block)
     if not names:
         raise ValueError(

@@ -102,6 +102,7 @@ class AttentionView:
 
 
 def observe(view: AttentionView, observation: Observation, asked: Iterator[Asked]) -> Tensor:
+    """Read one observation; `asked` yields whose attention it is about, if it is about some."""
     if observation.kind == "keys":
         return view.key.mean(dim=1)
     if observation.kind == "joint_keys":

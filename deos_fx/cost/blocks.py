@@ -60,6 +60,7 @@ def heads_of(block: nn.Module) -> tuple[int, int, int, int]:
 
 
 def at_most(tokens: Amount, most: int | None) -> Amount:
+    """Return a number of tokens, but no more than a window holds; None for any number."""
     if most is None:
         return tokens
     return tokens.clamp(max=most) if isinstance(tokens, Tensor) else min(tokens, most)

@@ -18,6 +18,7 @@ __all__ = ["Seen", "Site", "Together", "known_grid_after", "observations"]
 
 
 def known_grid_after(reduction: Reduction, count: int, grid: Tensor | None) -> Tensor | None:
+    """Return what a reduction leaves of a known grid [V, 3]; None where it depends on the input."""
     try:
         return None if grid is None else grid_after(reduction, count, grid)
     except ValueError:

@@ -46,6 +46,7 @@ def short(call: Call) -> Call:
 
 
 def execute(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function at once: what stands for a call where nothing is recorded."""
     return operator(*arguments)
 
 

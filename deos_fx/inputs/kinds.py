@@ -62,10 +62,16 @@ def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str,
 
 
 def given_kinds(inputs: Mapping[str, Any]) -> tuple[Kind, ...]:
+    """Return the kinds that have pixels among the inputs of a call."""
     return tuple(kind for kind in (IMAGES, VIDEOS) if kind.pixels in inputs)
 
 
 def token_of(model: PreTrainedModel, kind: Kind) -> int:
+    """Return the id of a kind's placeholder.
+
+    Raises:
+        ValueError: If the config names none.
+    """
     token = image_token_of(model) if kind is IMAGES else video_token_of(model)
     if token is None:
         raise ValueError(
@@ -101,6 +107,7 @@ def encoder_inputs(
 def encoding(
     model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind
 ) -> tuple[str, dict[str, Any]]:
+    """Return the method of the core that encodes a kind, and what a call gives it."""
     given = {name: inputs[name] for name in sorted(media(model, kind)) if name in inputs}
     if hasattr(model.base_model, kind.encode):
         return kind.encode, given

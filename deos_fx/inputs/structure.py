@@ -64,6 +64,7 @@ def _frozen(name: str, value: Any) -> Hashable:
 
 
 def configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """Yield a config and all configs in it."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):

@@ -429,11 +429,17 @@ def split_site(site: str) -> tuple[str, int]:
 
 
 def site_order(site: str) -> tuple[int, int]:
+    """Return a key that sorts sites from the input of a model to its output."""
     stage, layer = split_site(site)
     return ("vision", "projector", "decoder").index(stage), layer
 
 
 def check_fields(values: Mapping[str, Any], known: set[str], needed: set[str], what: str) -> None:
+    """Check the fields of what was read.
+
+    Raises:
+        ValueError: If one is missing or unknown.
+    """
     for missing in sorted(needed - set(values)):
         raise ValueError(f"{what} lacks the field {missing!r}")
     for unknown in sorted(set(values) - known):

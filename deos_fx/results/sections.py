@@ -61,6 +61,7 @@ def command() -> str:
 
 
 def cost_cells(cost: Cost) -> list[str]:
+    """Return the cells of a cost: visual tokens, GFLOPs and KiB of keys and values."""
     numbers = (
         f"{cost.visual_tokens:.4g}",
         f"{cost.flops / 1e9:.3g}",
@@ -70,6 +71,7 @@ def cost_cells(cost: Cost) -> list[str]:
 
 
 def policy_section(policy: Policy, cost: Cost, whole: Cost) -> Section:
+    """Draw a policy along the layers."""
     lines = "\n".join(str(reduction) for reduction in policy.reductions)
     return Section(
         "The policy along the layers",
@@ -83,6 +85,7 @@ def policy_section(policy: Policy, cost: Cost, whole: Cost) -> Section:
 
 
 def search_section(result: Found) -> Section:
+    """Tell how a search went, and of its best candidates."""
     limit = result.limits.get("visual_tokens")
     return Section(
         "The search",
@@ -136,4 +139,5 @@ def savings(cost: Cost, whole: Cost) -> list[tuple[str, str, str]]:
 
 
 def percentage(share: float) -> str:
+    """Write a share in per cent."""
     return f"{100 * share:.1f} %"

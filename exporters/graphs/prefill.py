@@ -79,6 +79,7 @@ class _Prompts:
 
 
 def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Prompts:
+    """Lower the prefill for an export, with prompts that it is traced with."""
     inputs = complete_inputs(reduced.model, example.inputs | {"use_cache": True})
     lowered = lower_call(capture_call(reduced.model, inputs), reduced.policy, example.layout)
     _keep_outputs(lowered, ("logits", "spaces"))

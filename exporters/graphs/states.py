@@ -23,6 +23,7 @@ def inputs_of(lowered: fx.GraphModule) -> tuple[list[str], list[str]]:
 
 
 def states_of(cache: ReducedCache) -> dict[str, dict[str, Tensor]]:
+    """Return keys and values of every layer, by layer and name."""
     layers: list[Any] = cache.layers
     return {
         str(layer): {"key": held.keys, "value": held.values} for layer, held in enumerate(layers)
@@ -30,6 +31,7 @@ def states_of(cache: ReducedCache) -> dict[str, dict[str, Tensor]]:
 
 
 def filled(cache: ReducedCache, states: Mapping[str, Mapping[str, Tensor]]) -> ReducedCache:
+    """Put keys and values of every layer into a cache; returns it."""
     for layer, held in states.items():
         cache.update(held["key"], held["value"], int(layer))
     return cache

@@ -338,4 +338,5 @@ def _alike(output: Any, hidden: Any) -> bool:
 
 
 def has_proxy(arguments: Any) -> bool:
+    """Return whether there is a proxy anywhere in nested arguments."""
     return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(arguments))
