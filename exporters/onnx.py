@@ -52,6 +52,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from deos_fx.exporters.check import check_export
 from deos_fx.exporters.graphs.decode import decode_graph
 from deos_fx.exporters.graphs.example import Example, example_of
 from deos_fx.exporters.graphs.prefill import least_text, prefill_graph
@@ -68,8 +69,6 @@ if TYPE_CHECKING:
 
 __all__ = ["export_onnx"]
 
-# An export differs by 1e-6 of the largest logit; a wrong one by far more than this.
-_ROUNDING = 1e-3
 ATTENTION = ("sdpa", "eager")
 
 # Text tokens of the prompt that is traced: any number, the axis is dynamic.
@@ -111,7 +110,7 @@ def export_onnx(
         TypeError: If `reduced` is not a `ReducedModel`.
         ValueError: If the example has no image, or prompts that cannot share a graph, the model
             needs an example, its attention implementation cannot be exported, or ONNX Runtime
-            says otherwise than PyTorch of the example (compared in float32).
+            says otherwise than PyTorch (compared in float32 and float16).
         OSError: If the folder cannot be written; this is found out before the work starts.
     """
     if not isinstance(reduced, ReducedModel):
@@ -125,35 +124,8 @@ def export_onnx(
         example = example_of(reduced.model, example_inputs, least + _TEXT_TOKENS)
     with fresh_folder(dir) as folder:
         _write(reduced, example, least, folder)
-        if reduced.model.dtype == torch.float32:
-            _check_export(reduced, example, folder)
+        check_export(reduced, example, folder)
     return Path(dir)
-
-
-def _check_export(reduced: ReducedModel, example: Example, folder: Path) -> None:
-    """Refuse an export that does not say what the reduced model says of the example."""
-    from deos_fx.exporters.onnx_model import OnnxModel
-
-    prompts = {name: value for name, value in example.inputs.items() if name != "position_ids"}
-    with torch.no_grad():
-        output: Any = reduced(**prompts)
-    expected = output.logits[:, -1].cpu()
-    on_cpu = {name: value.cpu() for name, value in prompts.items()}
-    try:
-        output = OnnxModel.from_pretrained(folder, "cpu")(**on_cpu)
-    except Exception as error:
-        # Whatever ONNX Runtime fails with, it is this model that it cannot run.
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(
-            f"ONNX Runtime does not run {type(reduced.model).__name__} ({reason}). Run the reduced "
-            "model in PyTorch."
-        ) from error
-    worst = ((output.logits[:, -1] - expected).abs().max() / expected.abs().max()).item()
-    if not worst < _ROUNDING:
-        raise ValueError(
-            f"{type(reduced.model).__name__} is not the same in ONNX Runtime: logits of the "
-            f"example differ by {worst:.1g} of the largest. Run the reduced model in PyTorch."
-        )
 
 
 def _check_attention(model: PreTrainedModel) -> None:

@@ -11,7 +11,9 @@ After lowering, also:
 4. an operator of ours is one of the static list, and nothing has a shape that depends on data;
 5. every reduction reports the space it leaves, and counts never grow.
 
-A decode graph reduces nothing, and a mask made for a layer is read from that layer on.
+A relaxed graph drops nothing: no cut opens a new token space. A decode graph reduces nothing, and a
+mask made for a layer is read from that layer on. In a graph that is exported, placeholders are
+filled by an index and not by a mask, of which exporters make other things.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from deos_fx.operator import SCORES, SELECTORS
 
 __all__ = ["Stage", "verify"]
 
-Stage = Literal["captured", "lowered", "decode"]
+Stage = Literal["captured", "relaxed", "lowered", "decode", "exported"]
 
 
 # Their results have shapes that depend on data, or runtimes disagree on them.
@@ -40,7 +42,8 @@ def verify(graph_module: fx.GraphModule, stage: Stage) -> fx.GraphModule:
     """Check a graph after a stage.
 
     Args:
-        graph_module: A captured graph, or a lowered prefill or decode graph. Not changed.
+        graph_module: A captured or relaxed graph, a lowered prefill or decode graph, or a lowered
+            prefill that is rewritten for an export. Not changed.
         stage: Which of these it is.
 
     Returns:
@@ -58,11 +61,17 @@ def verify(graph_module: fx.GraphModule, stage: Stage) -> fx.GraphModule:
         _check_edges(node, stage)
         _check_constants(graph_module, node, stage)
     _check_layers(graph, stage)
-    if stage != "captured":
+    if stage == "relaxed":
+        cuts = [node.name for node in graph.nodes if node.target is tokens.kept_in_prompt]
+        _require(not cuts, stage, f"{', '.join(cuts)} drops tokens")
+    if stage in ("lowered", "decode", "exported"):
         for node in graph.nodes:
             _check_operator(node, stage)
-    if stage == "lowered":
-        _check_spaces(graph)
+    if stage in ("lowered", "exported"):
+        _check_spaces(graph, stage)
+    if stage == "exported":
+        masked = [node.name for node in graph.nodes if node.target == "masked_scatter"]
+        _require(not masked, stage, f"{', '.join(masked)} fills placeholders by a mask")
     if stage == "decode":
         _check_decode(graph)
     return graph_module
@@ -100,10 +109,14 @@ def _check_layers(graph: fx.Graph, stage: Stage) -> None:
     _require(in_order, stage, f"decoder layers run in the order {layers}")
 
 
+# Of the functions on tokens, those that only a relaxed graph has.
+_RELAXED = {"gate_bias", "patch_gate_bias", "relaxed_grid_positions", "relaxed_positions"}
+
+
 def _static_operators() -> set[Any]:
     """Our functions that a lowered graph may call: those of the tables, as they are now."""
     return {
-        *(getattr(tokens, name) for name in tokens.__all__),
+        *(getattr(tokens, name) for name in tokens.__all__ if name not in _RELAXED),
         *(function for name in operator.__all__ if callable(function := getattr(operator, name))),
         *(score.function for score in SCORES.values()),
         *(selector.function for selector in SELECTORS.values()),
@@ -121,14 +134,14 @@ def _check_operator(node: fx.Node, stage: Stage) -> None:
         _require(known, stage, f"{node.name}: {name} is not a static operator")
 
 
-def _check_spaces(graph: fx.Graph) -> None:
+def _check_spaces(graph: fx.Graph, stage: Stage) -> None:
     cuts = [node for node in graph.nodes if node.target is tokens.kept_in_prompt]
     output = cast(dict[str, Any], graph.output_node().args[0])
     spaces = output.get("spaces", [])
-    _require(len(cuts) == len(spaces), "lowered", f"{len(cuts)} cuts report {len(spaces)} spaces")
+    _require(len(cuts) == len(spaces), stage, f"{len(cuts)} cuts report {len(spaces)} spaces")
     counts = [count for cut in cuts if (count := _count(cut.args[1])) is not None]
     falling = counts == sorted(counts, reverse=True)
-    _require(falling, "lowered", f"the reductions keep {counts} visual tokens, in this order")
+    _require(falling, stage, f"the reductions keep {counts} visual tokens, in this order")
 
 
 def _count(kept: Any) -> int | None:

@@ -18,6 +18,8 @@ import torch
 from closeness import assert_onnx_close
 
 from deos_fx import presets
+from deos_fx.exporters.check import check_export
+from deos_fx.exporters.graphs.example import example_of
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.exporters.session import session
@@ -211,6 +213,24 @@ def test_several_new_tokens_continue_a_cache(folder):
     for token in more.T:
         expected.append(reduced(input_ids=token[None], past_key_values=cache).logits)
     assert_onnx_close(continued, torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize(("name", "place"), [("_run_prefill", 0), ("_run_decode", -1)])
+def test_an_export_that_says_otherwise_is_refused(folder, monkeypatch, name, place):
+    reduced, _, images = _both(folder, "prune, two images")
+    example = example_of(reduced.model, tiny.inputs(reduced.model, 1, images), 10)
+    check_export(reduced, example, folder("prune, two images"))
+    original = getattr(OnnxModel, name)
+
+    def otherwise(*args):
+        logits = original(*args)
+        logits[:, place] += 0.1
+        return logits
+
+    # Wrong at one position of the prompt alone, or in a decode step alone.
+    monkeypatch.setattr(OnnxModel, name, otherwise)
+    with pytest.raises(ValueError, match="not the same in ONNX Runtime: logits of 2 prompts"):
+        check_export(reduced, example, folder("prune, two images"))
 
 
 def test_threads_share_a_runtime(folder):

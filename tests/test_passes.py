@@ -28,6 +28,7 @@ from deos_fx.passes.analyse.annotate_token_spaces import MASK
 from deos_fx.passes.finish import finish
 from deos_fx.passes.lower.open_space import open_space
 from deos_fx.passes.rewrite.fold_unstack import fold_unstack
+from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
 from deos_fx.passes.verify import verify
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
@@ -233,6 +234,22 @@ def test_verify_accepts_every_stage() -> None:
     assert verify(lowered(merge), "lowered")
     assert verify(lowered(merge, decode=True), "decode")
     assert verify(lowered(), "captured")
+    assert verify(lowered(), "relaxed")
+    assert verify(replace_placeholder_merge(lowered(merge)), "exported")
+
+
+def test_a_graph_is_not_of_another_stage() -> None:
+    merge = Reduction("decoder.1", 16, gain=1.0)
+    with pytest.raises(VerificationError, match="'relaxed': .* drops tokens"):
+        verify(lowered(merge), "relaxed")
+    with pytest.raises(VerificationError, match="'exported': masked_scatter fills placeholders"):
+        verify(lowered(merge), "exported")
+    graph_module = lowered(merge)
+    head = graph_module.graph.find_nodes(op="call_module", target="lm_head")[0]
+    with graph_module.graph.inserting_after(head):
+        graph_module.graph.call_function(tokens.gate_bias, (head, head, head, 1.0))
+    with pytest.raises(VerificationError, match="gate_bias is not a static operator"):
+        verify(graph_module, "lowered")
 
 
 def frozen(graph_module: fx.GraphModule) -> None:

@@ -15,7 +15,7 @@ from deos_fx.inputs.complete import complete_inputs, image_inputs, normal_inputs
 from deos_fx.models.facts import grid_of, image_of, image_token_of, size_inputs, sizes_vary
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["BATCH", "Example", "example_of", "words"]
+__all__ = ["BATCH", "Example", "example_of", "word_of", "words"]
 
 # Rows that are traced: torch.export takes an axis of length 1 for a constant.
 BATCH = 2
@@ -88,7 +88,7 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
         name: torch.nn.functional.pad(rows[0][real], around) for name, rows in tokens.items()
     }
     added = slice(text) if layout.ends else slice(-text, None)
-    prompt["input_ids"][added] = _word(model)
+    prompt["input_ids"][added] = word_of(model)
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
     example = {name: row.expand(BATCH, -1).clone() for name, row in prompt.items()}
     own = {name: value[: len(value) // len(ids)] for name, value in images.items()}
@@ -102,10 +102,11 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
 
 def words(model: PreTrainedModel, length: int) -> Tensor:
     """[B, length] tokens that are no images."""
-    return torch.full((BATCH, length), _word(model), device=model.device)
+    return torch.full((BATCH, length), word_of(model), device=model.device)
 
 
-def _word(model: PreTrainedModel) -> int:
+def word_of(model: PreTrainedModel) -> int:
+    """Return the id of a token that is no image: what added text is made of."""
     return next(token for token in range(2) if token != image_token_of(model))
 
 
@@ -121,7 +122,7 @@ def _one_image(model: PreTrainedModel) -> dict[str, Tensor]:
         )
     rows, columns = grid_of(model)
     ids = torch.full((1, rows * columns), image_token_of(model), device=model.device)
-    ids = torch.nn.functional.pad(ids, (1, 1), value=_word(model))
+    ids = torch.nn.functional.pad(ids, (1, 1), value=word_of(model))
     # Noise: the tokens of an image of one colour are alike, and equal scores fall either way.
     shape = image_of(model)
     noise = torch.randn(shape.shape, generator=torch.Generator().manual_seed(0))

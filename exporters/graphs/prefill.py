@@ -18,6 +18,7 @@ from deos_fx.passes.finish import finish
 from deos_fx.passes.pipeline import capture_call, lower_call
 from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
 from deos_fx.passes.rewrite.split_encoder import split_encoder
+from deos_fx.passes.verify import verify
 from deos_fx.policy.policy import Policy
 from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.tokens.cache import ReducedCache
@@ -91,7 +92,7 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
         for i, features in enumerate(pytree.tree_leaves(encode(**images))):
             values[f"image_features_{i}"] = features
         encoder, constants = encoder_graph(encode, example.images)
-    lowered = replace_placeholder_merge(lowered)
+    lowered = verify(replace_placeholder_merge(lowered), "exported")
     module = _Prefill(lowered, reduced)
     batch, sequence = Dim("batch"), Dim("sequence", min=example.placeholders + least)
     # What the wrapper reads itself is an input in any case.

@@ -31,6 +31,7 @@ from deos_fx.passes.search.problem import SearchBatch, SearchProblem, mean_loss
 from deos_fx.passes.search.space import keep_fractions, relaxed_costs, start_reductions
 from deos_fx.passes.search.state import SearchState
 from deos_fx.passes.search.vary import variations
+from deos_fx.passes.verify import verify
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.results.candidate import Candidate
@@ -168,7 +169,8 @@ def relaxed_graph(
     captured = batch.captured.copy()
     assert captured.sites is not None
     graph_module = straight_through(captured.graph_module)
-    return insert_relaxed(graph_module, captured.sites, reductions, batch.layout)
+    graph_module = insert_relaxed(graph_module, captured.sites, reductions, batch.layout)
+    return verify(graph_module, "relaxed")
 
 
 def _step(

@@ -1,0 +1,146 @@
+"""Compare an export with the reduced model before it is published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deos_fx.exporters.graphs.example import BATCH, Example, word_of
+from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.runtime.reduced_model import ReducedModel
+
+__all__ = ["check_export"]
+
+# An export differs by 1e-6 of the largest logit in float32, and by 1e-3 in float16; a wrong one by
+# far more than this.
+_ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2}
+# Decoded after each prefill, one by one.
+_STEPS = 3
+# So many different words are in its text.
+_WORDS = 32
+# Text tokens that the second batch has more than the first.
+_MORE = 3
+
+
+def check_export(reduced: ReducedModel, example: Example, folder: Path) -> None:
+    """Refuse an export that does not say what the reduced model says.
+
+    Logits are compared at every position that is left of the prompts and over a few decode steps,
+    for the batch that was traced and for another one: one prompt, with more text and other words.
+    This happens in the precision of the export, on the CPU; ONNX Runtime has no bfloat16 there, so
+    such an export is not compared.
+
+    Args:
+        reduced: The reduced model.
+        example: What its graphs were traced with.
+        folder: The export.
+
+    Raises:
+        ValueError: If ONNX Runtime fails or says otherwise.
+    """
+    rounding = _ROUNDING.get(reduced.model.dtype)
+    if rounding is None:
+        return
+    traced = {name: value for name, value in example.inputs.items() if name != "position_ids"}
+    batches = [traced, _another(reduced, example, traced)]
+    right = [_answers(reduced, batch) for batch in batches]
+    try:
+        runtime = OnnxModel.from_pretrained(folder, "cpu")
+        answers = [
+            _answers(runtime, {name: value.cpu() for name, value in batch.items()}, expected.tokens)
+            for batch, expected in zip(batches, right, strict=True)
+        ]
+    except Exception as error:
+        # Whatever ONNX Runtime fails with, it is this model that it cannot run.
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(
+            f"ONNX Runtime does not run {type(reduced.model).__name__} ({reason}). Run the reduced "
+            "model in PyTorch."
+        ) from error
+    for batch, found, expected in zip(batches, answers, right, strict=True):
+        if reduced.model.dtype == torch.float16 and not found.kept_like(expected):
+            # Scores that are nearly equal fall either way, and other tokens say other things.
+            continue
+        worst = found.difference(expected)
+        if not worst < rounding:
+            raise ValueError(
+                f"{type(reduced.model).__name__} is not the same in ONNX Runtime: logits of "
+                f"{len(batch['input_ids'])} prompts of {batch['input_ids'].shape[1]} tokens differ "
+                f"by {worst:.1g} of the largest. Run the reduced model in PyTorch."
+            )
+
+
+class _Answers:
+    """What a model says of a batch.
+
+    Attributes:
+        logits: [B, M, vocabulary] of what is left of the prompts, then of each decode step.
+        tokens: [B, t] that were decoded.
+        origins: Prompt positions [B, M] that each token space has.
+    """
+
+    def __init__(self, logits: list[Tensor], tokens: Tensor, origins: list[Tensor]) -> None:
+        self.logits = logits
+        self.tokens = tokens
+        self.origins = origins
+
+    def kept_like(self, other: _Answers) -> bool:
+        """Return whether both kept the same tokens."""
+        return all(map(torch.equal, self.origins, other.origins))
+
+    def difference(self, other: _Answers) -> float:
+        """Return the largest difference of logits, as a share of the other's largest logit.
+
+        Infinite if the shapes differ.
+        """
+        if [a.shape for a in self.logits] != [b.shape for b in other.logits]:
+            return float("inf")
+        pairs = zip(self.logits, other.logits, strict=True)
+        worst = torch.stack([(a - b).abs().max() for a, b in pairs]).max()
+        return (worst / torch.stack([b.abs().max() for b in other.logits]).max()).item()
+
+
+@torch.no_grad()
+def _answers(model: Any, batch: Mapping[str, Tensor], tokens: Tensor | None = None) -> _Answers:
+    """Run a prefill and decode steps with these tokens; without any, the most likely ones."""
+    output = model(**batch)
+    cache, mask = output.past_key_values, batch["attention_mask"]
+    origins = [space.origin.cpu() for space in cache.spaces]
+    logits, chosen = [output.logits.float().cpu()], []
+    for step in range(_STEPS):
+        likely = logits[-1][:, -1:].argmax(dim=-1)
+        token = likely if tokens is None else tokens[:, step : step + 1]
+        chosen.append(token)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        output = model(
+            input_ids=token.to(mask.device), attention_mask=mask, past_key_values=cache
+        )
+        logits.append(output.logits.float().cpu())
+    return _Answers(logits, torch.cat(chosen, dim=1), origins)
+
+
+def _another(
+    reduced: ReducedModel, example: Example, traced: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return one prompt with the same images, more text and other words."""
+
+    def longer(value: Tensor) -> Tensor:
+        # Behind an image at the end, more text would make another kind of prompt.
+        row, ends = value[:1], example.layout.ends
+        more = (row[:, :1] if ends else row[:, -1:]).expand(-1, _MORE)
+        return torch.cat([more, row] if ends else [row, more], dim=1)
+
+    batch = {
+        name: value[: len(value) // BATCH] if name in example.images else longer(value)
+        for name, value in traced.items()
+    }
+    ids = batch["input_ids"]
+    # Small ids are words in any vocabulary, but for those that the prompt has for a purpose.
+    words = torch.arange(ids.shape[1], device=ids.device) % _WORDS + 3
+    words = torch.where(torch.isin(words, ids), word_of(reduced.model), words)
+    batch["input_ids"] = torch.where(ids == word_of(reduced.model), words, ids)
+    return batch
