@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from deos_fx.models.blocks import find_blocks, image_tower
 from deos_fx.models.families import IMAGE_TOKENS
 from deos_fx.models.shapes_only import on_shapes
+from deos_fx.models.upstream import check_upstream
 from deos_fx.policy.policy import ModelSignature
 
 __all__ = [
@@ -25,6 +26,9 @@ __all__ = [
     "sizes_vary",
     "video_token_of",
 ]
+
+# Every door to a model comes by here.
+check_upstream()
 
 _GRIDS: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = weakref.WeakKeyDictionary()
 
