@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CaptureError", "GuardError", "VerificationError"]
+__all__ = ["CaptureError", "GuardError", "PassError", "VerificationError"]
 
 
 class CaptureError(ValueError):
@@ -15,3 +15,7 @@ class GuardError(RuntimeError):
 
 class VerificationError(RuntimeError):
     """A pass left a graph that breaks a rule; the message names the rule and the node."""
+
+
+class PassError(RuntimeError):
+    """A pass failed by a bug of its own; the message names the pass, and its cause is chained."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx
 from transformers import PreTrainedModel
 
+from deos_fx.errors import PassError
 from deos_fx.models.blocks import Blocks, find_blocks
 from deos_fx.models.encoders import PIXELS
 from deos_fx.models.facts import sizes_vary
@@ -22,6 +23,8 @@ from deos_fx.passes.rewrite.fold_unstack import fold_unstack
 from deos_fx.passes.verify import verify
 from deos_fx.policy.policy import Policy
 from deos_fx.tokens.layout import PromptLayout
+
+_T = TypeVar("_T")
 
 __all__ = ["Captured", "capture_call", "lower_call", "run_graph"]
 
@@ -66,13 +69,13 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     # Frames of a video are taken apart by their number.
     opaque = sizes_vary(model) or "pixel_values_videos" in inputs
     graph_module = capture(model, inputs, blocks.names(), opaque_encoder=opaque)
-    graph_module = fold_unstack(graph_module)
-    graph_module = fold_masked_add(graph_module)
-    graph_module = annotate_token_spaces(graph_module, inputs)
+    graph_module = _run(fold_unstack, graph_module)
+    graph_module = _run(fold_masked_add, graph_module)
+    graph_module = _run(annotate_token_spaces, graph_module, inputs)
     graph_module = verify(graph_module, "captured")
     sites = None
     if any(name in inputs for name in PIXELS):
-        sites = find_sites(graph_module, len(blocks.decoder), len(blocks.vision))
+        sites = _run(find_sites, graph_module, len(blocks.decoder), len(blocks.vision))
     return Captured(graph_module, blocks, sites)
 
 
@@ -88,10 +91,26 @@ def lower_call(captured: Captured, policy: Policy, layout: PromptLayout | None) 
         The lowered graph.
     """
     if captured.sites is None or layout is None:
-        graph_module = lower_decode(captured.graph_module, decode_spaces(policy))
+        graph_module = _run(lower_decode, captured.graph_module, decode_spaces(policy))
         return verify(graph_module, "decode")
-    graph_module = lower_reductions(captured.graph_module, captured.sites, policy, layout)
+    graph_module = captured.graph_module
+    graph_module = _run(lower_reductions, graph_module, captured.sites, policy, layout)
     return verify(graph_module, "lowered")
+
+
+def _run(step: Callable[..., _T], graph_module: fx.GraphModule, *arguments: Any) -> _T:
+    """Run a pass; what it does not foresee is told with its name."""
+    try:
+        return step(graph_module, *arguments)
+    except (TypeError, ValueError):
+        # What a user did: the message says it.
+        raise
+    except Exception as error:
+        raise PassError(
+            f"The pass {step.__name__} failed on {graph_module._get_name()} "
+            f"({type(error).__name__}: {error}). This is a fault of deos_fx: please report it, "
+            "with the model's config and the shapes of its inputs."
+        ) from error
 
 
 def run_graph(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.fx.graph_module import _loader
 
 from deos_fx import presets, tokens
 from deos_fx.attention.seam import ObservedBlock
-from deos_fx.errors import GuardError, VerificationError
+from deos_fx.errors import GuardError, PassError, VerificationError
 from deos_fx.forms import relaxed
 from deos_fx.operator import top_k
 from deos_fx.passes.analyse.annotate_token_spaces import MASK
@@ -236,6 +236,16 @@ def test_verify_accepts_every_stage() -> None:
     assert verify(lowered(), "captured")
     assert verify(lowered(), "relaxed")
     assert verify(replace_placeholder_merge(lowered(merge)), "exported")
+
+
+def test_a_pass_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fold_unstack(graph_module: fx.GraphModule) -> fx.GraphModule:
+        raise LookupError("no such node")
+
+    monkeypatch.setattr("deos_fx.passes.pipeline.fold_unstack", fold_unstack)
+    model = shared_llava()
+    with pytest.raises(PassError, match="pass fold_unstack failed .*LookupError: no such node"):
+        ReducedModel(model, Policy())(**inputs(model))
 
 
 def test_a_graph_is_not_of_another_stage() -> None:
