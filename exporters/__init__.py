@@ -1,1 +1,1 @@
-"""The ONNX side: what turns a reduced model into files, and what runs these files."""
+"""ONNX: export a reduced model to files, and run these files."""

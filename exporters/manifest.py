@@ -1,4 +1,4 @@
-"""The format of an export on the disk."""
+"""The files of an export and the version of their format."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ FORMAT, VERSION, MANIFEST = "onnx", 3, "deos_fx.json"
 
 WEIGHTS, IMAGES = "weights.data", "images.safetensors"
 
-
+# Packages whose versions the manifest records.
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read and check the manifest of an export.
 
+    Args:
+        folder: The folder of the export.
+
+    Returns:
+        The manifest.
+
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If the folder has no manifest.
         ValueError: If it is damaged or of another version.
     """
     path = folder / MANIFEST

@@ -1,1 +1,1 @@
-"""The graphs that are exported."""
+"""Build the graphs that are exported."""

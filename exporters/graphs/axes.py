@@ -1,4 +1,4 @@
-"""Names of axes, and notes that an export needs no more."""
+"""Rename the dynamic axes of an exported graph, and drop metadata that nothing needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ __all__ = ["forget_sources", "name_axes"]
 
 
 def name_axes(graph: onnx_ir.Graph, shapes: Mapping[str, Any]) -> None:
-    """Call dynamic axes what they are (``batch``), not by the exporter's symbols (``s43``)."""
+    """Replace the exporter's symbols (``s43``) by the names of the dynamic axes (``batch``).
+
+    Args:
+        graph: The exported graph. Changed in place.
+        shapes: Dynamic axes of every input, nested like the inputs: axis -> `torch.export.Dim`.
+    """
     import onnx_ir
 
     axes = dict(_leaves(shapes))
@@ -32,7 +37,7 @@ def name_axes(graph: onnx_ir.Graph, shapes: Mapping[str, Any]) -> None:
 
 
 def forget_sources(graph: onnx_ir.Graph) -> None:
-    """Drop the notes on which line of Python a node comes from: larger than the graph itself."""
+    """Drop the notes on the Python line each node comes from: they are larger than the graph."""
     for node in graph.all_nodes():
         node.metadata_props.clear()
         for value in node.outputs:
@@ -40,18 +45,19 @@ def forget_sources(graph: onnx_ir.Graph) -> None:
 
 
 def _axes(value: onnx_ir.Value) -> list[int | str | None]:
-    """The axes of a value: a length, an expression of symbols (``2*s43``), or None if unknown."""
+    """Return each axis: a length, an expression of symbols (``2*s43``), or None if unknown."""
     return [dim if isinstance(dim, int) else dim.value for dim in value.shape or ()]
 
 
 def _renamed(axis: str, names: Mapping[str, str]) -> str:
-    """An axis with its symbols renamed."""
+    """Rename the symbols in the expression of an axis."""
     return re.sub(r"[^\W\d]\w*", lambda found: names.get(found[0], found[0]), axis)
 
 
 def _leaves(shapes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[int, Any]]]:
-    """Dynamic axes of every input by its name in the graph (``past_key_values.0.key``)."""
+    """Yield every input's dynamic axes with its name in the graph (``past_key_values.0.key``)."""
     for name, axes in shapes.items():
+        # Keys are axes at a tensor, and names at a dict of tensors.
         if all(isinstance(axis, int) for axis in axes):
             yield prefix + name, axes
         else:

@@ -1,4 +1,4 @@
-"""The decode graph."""
+"""Build the decode graph: one new token per row, with the cache as inputs and outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["decode_graph"]
 
 
 class _Decode(nn.Module):
-    """The lowered decode graph, as tensors in and tensors out."""
+    """The lowered decode graph with tensors, not a cache object, as inputs and outputs."""
 
     def __init__(self, lowered: fx.GraphModule, reduced: ReducedModel) -> None:
         super().__init__()
@@ -40,7 +40,20 @@ class _Decode(nn.Module):
 
 
 def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
-    """The graph is captured on a cache of equal lengths, which the original model can run."""
+    """Lower a decode step of the policy for an export.
+
+    Args:
+        reduced: The reduced model.
+        example: The prompts of the export; the number of coordinates of a position is read from
+            them.
+
+    Returns:
+        The decode graph, with example inputs in which the spaces' caches differ in length.
+
+    Raises:
+        ValueError: If a layer keeps a state instead of keys and values.
+    """
+    # Capture on a cache whose layers are equally long: the original model can run no other.
     model, spaces = reduced.model, decode_spaces(reduced.policy)
     cache = ReducedCache(model.config.get_text_config())
     model(input_ids=words(model, 2), past_key_values=cache)
@@ -71,14 +84,15 @@ def _decode_exportable(
     spaces: Sequence[DecodeSpace],
     positions: Tensor,
 ) -> Exportable:
-    """Inputs of the decode graph: the layers of each space share one number of keys."""
+    """Make the example inputs and dynamic axes; the layers of a space have equally many keys."""
     batch = Dim("batch")
-    # Equal lengths would be taken for one length.
+    # The lengths differ: torch.export would take equal ones for one axis.
     lengths = [2 * k + 3 for k in range(len(spaces) + 1)]
     pasts = [Dim("past" if k == 0 else f"past_{k}") for k in range(len(spaces) + 1)]
     inputs: dict[str, Any] = {"past_key_values": {}}
     dynamic: dict[str, Any] = {"past_key_values": {}}
     for layer, (_, heads, _, dim) in enumerate(shapes):
+        # The layer's space is the last one that has begun; before all of them it is 0.
         k = sum(space.first_layer <= layer for space in spaces)
         state = torch.zeros(BATCH, heads, lengths[k], dim, dtype=model.dtype, device=model.device)
         inputs["past_key_values"][str(layer)] = {"key": state, "value": state.clone()}
@@ -87,16 +101,18 @@ def _decode_exportable(
     for name in module.used:
         kind, k = _kind_and_space(name)
         if kind in ("attention_mask", "key_bias", "key_positions"):
+            # One value for every key of the space, and one for the new token.
             value = words(model, lengths[k] + 1).fill_(1)
             inputs[name] = value.to(model.dtype) if kind == "key_bias" else value
             dynamic[name] = {0: batch, 1: pasts[k] + 1}
         else:
+            # Ids or position ids of the new token alone.
             inputs[name] = positions.clone() if kind == "position_ids" else words(model, 1)
             dynamic[name] = {inputs[name].ndim - 2: batch}
     return Exportable(module, inputs, dynamic)
 
 
 def _kind_and_space(name: str) -> tuple[str, int]:
-    """``attention_mask_2`` -> (``attention_mask``, 2); names without a number are of space 0."""
+    """Split a name: ``attention_mask_2`` -> (``attention_mask``, 2); without a number, space 0."""
     kind, _, number = name.rpartition("_")
     return (kind, int(number)) if number.isdigit() else (name, 0)

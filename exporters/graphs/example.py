@@ -1,4 +1,4 @@
-"""The prompts that a reduced model is traced with for export."""
+"""Make the prompts that a reduced model is traced with for an export."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["BATCH", "Example", "example_of", "word_of", "words"]
 
-# Rows that are traced: torch.export takes an axis of length 1 for a constant.
+# Rows of the traced batch: torch.export takes an axis of length 1 for a constant.
 BATCH = 2
 
 
 @dataclass(frozen=True)
 class Example:
-    """Equal prompts. What they say does not matter, only their images and how long they are.
+    """A batch of equal prompts. Only their images and their length matter, not their text.
 
     Attributes:
         inputs: Arguments of the model's forward, with explicit position ids.
-        images: Those of the inputs that belong to the images, of one prompt.
+        images: The inputs that belong to the images, for one prompt.
         given: Names of the inputs that a call of the exported model may have.
-        placeholders: Image placeholders of one prompt.
+        placeholders: Number of image placeholders in one prompt.
         layout: Where its visual tokens are.
     """
 
@@ -41,22 +41,26 @@ class Example:
 
 
 def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: int) -> Example:
-    """Prompts like the first one of a call, with more text.
+    """Make prompts like the first one of a call, with more text.
 
     Args:
-        model: Whose prompts.
-        given: Arguments of its forward; None for prompts with one image, where its images all
-            have one size.
-        text: Tokens of text to add: at the end, or in front of a prompt that ends in an image.
+        model: The model that the prompts are for.
+        given: Arguments of its forward. None makes prompts with one image, for models whose
+            images all have one size.
+        text: Text tokens to add: at the end, or in front of a prompt that ends in an image.
+
+    Returns:
+        `BATCH` equal prompts.
 
     Raises:
         ValueError: If the call has no image, prompts that cannot share a graph or inputs that
-            cannot be exported, or none is given and the model needs one.
+            cannot be exported, or if no call is given and the model needs one.
     """
     given = _one_image(model) if given is None else given
     given = normal_inputs({name: x for name, x in given.items() if x is not None})
     inputs = complete_inputs(model, given)
     ids, images = given["input_ids"], image_inputs(model, given)
+    # Inputs with one value per prompt token: ids, masks, kinds of tokens.
     tokens = {
         name: value
         for name, value in given.items()
@@ -82,6 +86,7 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
         )
     layout = prompt_layout(model, inputs)
     tokens.pop("position_ids", None)
+    # One prompt: the first row without its padding, with text added where it changes no image.
     real = tokens.get("attention_mask", torch.ones_like(ids))[0].bool()
     around = (text, 0) if layout.ends else (0, text)
     prompt = {
@@ -90,6 +95,7 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
     added = slice(text) if layout.ends else slice(-text, None)
     prompt["input_ids"][added] = word_of(model)
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    # The batch: this prompt and its images, repeated.
     example = {name: row.expand(BATCH, -1).clone() for name, row in prompt.items()}
     own = {name: value[: len(value) // len(ids)] for name, value in images.items()}
     example |= {name: torch.cat([value] * BATCH) for name, value in own.items()}
@@ -101,17 +107,17 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
 
 
 def words(model: PreTrainedModel, length: int) -> Tensor:
-    """[B, length] tokens that are no images."""
+    """Return text tokens [B, length], none of them an image placeholder."""
     return torch.full((BATCH, length), word_of(model), device=model.device)
 
 
 def word_of(model: PreTrainedModel) -> int:
-    """Return the id of a token that is no image: what added text is made of."""
+    """Return a token id that is not the image placeholder's."""
     return next(token for token in range(2) if token != image_token_of(model))
 
 
 def _one_image(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A prompt of one image in text, for models that need no more than its pixels."""
+    """Make a prompt with one image between text, for models that need only its pixels."""
     taken = inspect.signature(type(model).forward).parameters
     kinds = [name for name in ("token_type_ids", "mm_token_type_ids") if name in taken]
     if sizes_vary(model) or kinds:
@@ -123,7 +129,8 @@ def _one_image(model: PreTrainedModel) -> dict[str, Tensor]:
     rows, columns = grid_of(model)
     ids = torch.full((1, rows * columns), image_token_of(model), device=model.device)
     ids = torch.nn.functional.pad(ids, (1, 1), value=word_of(model))
-    # Noise: the tokens of an image of one colour are alike, and equal scores fall either way.
+    # Noise: tokens of an image of one colour are alike, and which of several equal scores wins is
+    # left open.
     shape = image_of(model)
     noise = torch.randn(shape.shape, generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "pixel_values": noise.to(ids.device, shape.dtype)}

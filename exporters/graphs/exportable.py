@@ -1,4 +1,4 @@
-"""A graph as a module that transformers' exporter takes."""
+"""A graph as a module that transformers' ONNX exporter takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ __all__ = ["Exportable"]
 
 @dataclass(frozen=True)
 class Exportable:
-    """A module with flat tensor inputs, an example of them, and which axes are dynamic."""
+    """A module to export.
+
+    Attributes:
+        module: Takes tensors, or nested dicts of tensors, by name.
+        inputs: Example inputs.
+        shapes: Dynamic axes of the inputs, nested like them.
+    """
 
     module: nn.Module
     inputs: dict[str, Any]
@@ -32,6 +38,9 @@ class Exportable:
 
     def export(self) -> onnx_ir.Model:
         """Run transformers' exporter.
+
+        Returns:
+            The ONNX graph, with its dynamic axes named.
 
         Raises:
             ValueError: If something in the graph has no ONNX form.
@@ -47,7 +56,7 @@ class Exportable:
             with _without_noise():
                 program, _ = OnnxExporter().export_program(module, dict(self.inputs), config)
         except Exception as error:
-            # Whatever the exporters fail with, it is this model that they cannot export.
+            # The exporters raise errors of many types; each means that this model is refused.
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             cure = "Run the reduced model in PyTorch."
             if any(map(has_codes, module.modules())):
@@ -64,9 +73,10 @@ class Exportable:
         return program
 
 
-# What the exporters say on every run, whatever is exported; anything else is shown.
+# Messages of the exporters on every run, whatever is exported: logger -> pattern of the messages
+# to hide. Anything else is shown.
 _NOISE = {
-    # Our dependencies are pinned to what these tests pass with.
+    # Being experimental is no risk here: our dependencies are pinned to tested versions.
     "transformers.exporters.utils": "OnnxExporter is experimental",
     "torch.onnx._internal.exporter._registration": (
         "Failed to infer the signature|torchvision is not installed"
@@ -76,7 +86,7 @@ _NOISE = {
 
 @contextlib.contextmanager
 def _without_noise() -> Iterator[None]:
-    """Hide messages that are known to mean nothing here, and the progress printed to stdout."""
+    """Hide the messages of `_NOISE` and the progress that is printed to stdout."""
     with contextlib.ExitStack() as stack:
         for name, pattern in _NOISE.items():
             logger = logging.getLogger(name)

@@ -1,4 +1,4 @@
-"""The graph of the image encoder, and its constants."""
+"""Build the graph of the image encoder and the constants that it is valid for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["encoder_graph"]
 
 
 class _Encoder(nn.Module):
-    """The image encoder of one prompt, recorded."""
+    """The recorded image encoder, for the images of one prompt."""
 
     def __init__(self, recorded: fx.GraphModule) -> None:
         super().__init__()
@@ -28,7 +28,16 @@ class _Encoder(nn.Module):
 def encoder_graph(
     encode: fx.GraphModule, images: Mapping[str, Tensor]
 ) -> tuple[Exportable, dict[str, Tensor]]:
-    """The encoder of one prompt's images, and what it is constant for."""
+    """Record the encoder of one prompt's images.
+
+    Args:
+        encode: The encoder that `split_encoder` took out of the prefill graph.
+        images: The images of one prompt: ``pixel_values`` and the inputs with their sizes.
+
+    Returns:
+        The graph from ``pixel_values`` to ``image_features_i`` and ``read_i``, and the values it
+        holds for: the sizes by name, and ``read_i``, what the encoder read of the pixels.
+    """
     pixels = images["pixel_values"]
     sizes = {name: value for name, value in images.items() if name != "pixel_values"}
     recorded = record(
@@ -36,7 +45,7 @@ def encoder_graph(
     )
     _, reads = recorded(pixels)
     constants = sizes | {f"read_{i}": value for i, value in enumerate(reads)}
-    # Of their own memory: the file does not take parts of other tensors.
+    # Copies with memory of their own: safetensors refuses tensors that share memory.
     constants = {name: value.cpu().clone() for name, value in constants.items()}
     given = {"pixel_values": pixels}
     return Exportable(_Encoder(recorded), given, {"pixel_values": {}}), constants

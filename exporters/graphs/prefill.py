@@ -1,4 +1,4 @@
-"""The prefill graph."""
+"""Build the prefill graph and, where the model needs it, the graph of the image encoder."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from deos_fx.tokens.index import take
 
 __all__ = ["least_text", "prefill_graph"]
 
-# The fewest text tokens that a graph is for.
+# The smallest number of text tokens in a prompt that a graph accepts.
 _LEAST_TEXT = 2
 
 
 class _Prefill(nn.Module):
-    """The lowered prefill graph, as tensors in and tensors out."""
+    """The lowered prefill graph with tensors, not a cache object, as inputs and outputs."""
 
     def __init__(self, lowered: fx.GraphModule, reduced: ReducedModel) -> None:
         super().__init__()
@@ -47,6 +47,7 @@ class _Prefill(nn.Module):
         mask = inputs["attention_mask"]
         positions = inputs["position_ids"]
         if positions.ndim == 3:
+            # Several coordinates per position: text continues after the largest.
             positions = positions.amax(dim=0)
         outputs = {
             "logits": fields["logits"],
@@ -66,11 +67,11 @@ class _Prefill(nn.Module):
 
 @dataclass(frozen=True)
 class _Prompts:
-    """The prefill.
+    """The graphs that turn prompts into the first logits and a cache.
 
     Attributes:
-        graph: Its graph.
-        encoder: That of the image encoder, if it reads the sizes of images.
+        graph: The prefill graph.
+        encoder: The graph of the image encoder, if it reads the sizes of images; else None.
         constants: These sizes, and what the encoder reads of the pixels.
     """
 
@@ -80,13 +81,23 @@ class _Prompts:
 
 
 def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Prompts:
-    """Lower the prefill for an export, with prompts that it is traced with."""
+    """Lower the prefill for an export.
+
+    Args:
+        reduced: The reduced model.
+        example: The prompts to trace with.
+        least: The smallest number of text tokens in a prompt.
+
+    Returns:
+        The prefill graph, and the image encoder's if it is a graph of its own.
+    """
     inputs = complete_inputs(reduced.model, example.inputs | {"use_cache": True})
     lowered = lower_call(capture_call(reduced.model, inputs), reduced.policy, example.layout)
     _keep_outputs(lowered, ("logits", "spaces"))
     values = dict(example.inputs)
     encoder, constants = None, dict[str, Tensor]()
     if lowered.graph.find_nodes(op="call_module", target="image_encoder"):
+        # The encoder reads sizes of images: its features become inputs of the prefill.
         images = {name: values[name] for name in example.images}
         encode = split_encoder(lowered, images)
         for i, features in enumerate(pytree.tree_leaves(encode(**images))):
@@ -95,7 +106,7 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
     lowered = verify(replace_placeholder_merge(lowered), "exported")
     module = _Prefill(lowered, reduced)
     batch, sequence = Dim("batch"), Dim("sequence", min=example.placeholders + least)
-    # What the wrapper reads itself is an input in any case.
+    # `_Prefill` itself reads the mask and the positions, whatever the lowered graph reads.
     names = dict.fromkeys(["input_ids", "attention_mask", "position_ids", *module.used])
     taken, shapes = {name: values[name] for name in names}, {}
     for name, value in taken.items():
@@ -104,12 +115,14 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
         elif value.shape == values["input_ids"].shape:
             shapes[name] = {0: batch, 1: sequence}
         else:
+            # Images or their features: a fixed number of rows for each prompt.
             each = len(value) // BATCH
             shapes[name] = {0: batch if each == 1 else each * batch}
     return _Prompts(Exportable(module, taken, shapes), encoder, constants)
 
 
 def _keep_outputs(graph_module: fx.GraphModule, names: tuple[str, ...]) -> None:
+    """Drop all output fields but these."""
     output = graph_module.graph.output_node()
     fields: Any = output.args[0]
     output.args = ({name: fields[name] for name in names if name in fields},)
@@ -117,7 +130,10 @@ def _keep_outputs(graph_module: fx.GraphModule, names: tuple[str, ...]) -> None:
 
 
 def least_text(policy: Policy) -> int:
-    """The fewest text tokens of a prompt: a selector may need some to compare with."""
+    """Return the smallest number of text tokens in a prompt that the policy works with.
+
+    A selector may compare the visual tokens with some of the text.
+    """
     tiers = (tier for reduction in policy.reductions for tier in reduction.selection)
     pivots = (tier.options.get("text_pivots") for tier in tiers)
     return max(

@@ -1,9 +1,10 @@
 """Record an image encoder at aten level, for images of fixed sizes.
 
 Encoders that pack images of any size read these sizes into Python, which `torch.export` cannot
-follow. Here they run once for real: whatever follows from the sizes alone becomes a constant, and
-what is done to the pixels is recorded. Where the code looks at the pixels themselves (an image
-that is all zeros is left out), what it saw is an output of the graph, to be compared at every run.
+follow. Here the encoder runs once on real values: everything that follows from the sizes alone
+becomes a constant, and every operation on the pixels is recorded. Where the code reads values of
+the pixels (to leave out an image that is all zeros), the values it read become outputs of the
+graph, so that every later run can compare them.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ def record(function: Callable[[Tensor], list[Tensor]], pixels: Tensor) -> fx.Gra
     """Run a function of pixels and record it.
 
     Args:
-        function: From pixels to features; it may read anything else into Python.
-        pixels: What it is run on.
+        function: Maps pixels to features; it may read values into Python.
+        pixels: The pixels to run it on.
 
     Returns:
-        A graph from pixels to two lists: the features, and what was read of the pixels.
+        A graph from pixels to two lists: the features, and the values that were read of the pixels.
     """
     seen: list[Tensor] = []
 
     def run(pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         seen.clear()
-        # The kernels of a CPU have no ONNX form.
+        # The fused attention kernels of a CPU have no ONNX form.
         with sdpa_kernel(SDPBackend.MATH), _Reads(seen), _Lists(seen):
             return function(pixels), list(seen)
 
@@ -46,11 +47,13 @@ def record(function: Callable[[Tensor], list[Tensor]], pixels: Tensor) -> fx.Gra
     output = graph.output_node()
     made: Any = output.args[0]
     features, reads = made
+    # Of the values read, only those made of the pixels can differ at a later run.
     from_pixels = {given}
     for node in graph.nodes:
         if from_pixels.intersection(node.all_input_nodes):
             from_pixels.add(node)
     output.args = ((features, [node for node in reads if node in from_pixels]),)
+    # make_fx leaves constants as plain attributes; as buffers they move and export with the graph.
     for name, value in list(vars(graph_module).items()):
         if isinstance(value, Tensor):
             delattr(graph_module, name)
@@ -61,7 +64,7 @@ def record(function: Callable[[Tensor], list[Tensor]], pixels: Tensor) -> fx.Gra
 
 
 class _Reads(TorchDispatchMode):
-    """Values that are read, and positions of flags, are what they are in this run."""
+    """Fixes values that are read, and the positions of set flags, to those of this run."""
 
     def __init__(self, seen: list[Tensor]) -> None:
         super().__init__()
@@ -70,18 +73,19 @@ class _Reads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.squeeze.dim and args[0].shape[args[1]] != 1:
-            # ONNX has no way to squeeze an axis only if it can be.
+            # Such a squeeze does nothing, and ONNX has no squeeze for an axis longer than 1.
             return torch.ops.aten.alias(args[0])
         if func is torch.ops.aten.index.Tensor:
             return func(args[0], [self._positions(index) for index in args[1]])
         if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}:
+            # The result depends on values: compute it outside the recording, as a constant.
             self.seen += [value for value in args if isinstance(value, Tensor)]
             with disable_proxy_modes_tracing():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _positions(self, index: Tensor | None) -> Tensor | None:
-        """The index, or for flags along one axis where they are set."""
+        """Return the index; flags along one axis become the positions where they are set."""
         if index is None or index.dtype != torch.bool or index.ndim != 1:
             return index
         self.seen.append(index)
@@ -90,7 +94,7 @@ class _Reads(TorchDispatchMode):
 
 
 class _Lists(TorchFunctionMode):
-    """Tensors that become lists are read as well; these calls do not reach the dispatcher."""
+    """Notes tensors that are read as lists or arrays: these calls do not reach the dispatcher."""
 
     def __init__(self, seen: list[Tensor]) -> None:
         super().__init__()

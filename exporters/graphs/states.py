@@ -1,4 +1,4 @@
-"""Caches as named tensors."""
+"""Pass a cache through a graph as named tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ __all__ = ["filled", "inputs_of", "states_of"]
 
 
 def inputs_of(lowered: fx.GraphModule) -> tuple[list[str], list[str]]:
-    """Names of the inputs that a graph reads, but for the cache, and of those it does not."""
+    """Return the names of the inputs that a graph reads and of those that it ignores.
+
+    The cache is in neither list.
+    """
     nodes = lowered.graph.find_nodes(op="placeholder")
     given = [node for node in nodes if node.name != "past_key_values"]
     return (
@@ -31,7 +34,7 @@ def states_of(cache: ReducedCache) -> dict[str, dict[str, Tensor]]:
 
 
 def filled(cache: ReducedCache, states: Mapping[str, Mapping[str, Tensor]]) -> ReducedCache:
-    """Put keys and values of every layer into a cache; returns it."""
+    """Put keys and values of every layer into a cache, and return the cache."""
     for layer, held in states.items():
         cache.update(held["key"], held["value"], int(layer))
     return cache

@@ -1,4 +1,4 @@
-"""One file of weights for all graphs."""
+"""Write one file of weights for all graphs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ if TYPE_CHECKING:
 
 __all__ = ["write_weights"]
 
-# Smaller constants stay in the graph; the others start on a page, so that they can be mapped.
+# Smaller constants stay in the graph. The others start at a multiple of the page size, so that a
+# runtime can map them into memory.
 _EXTERNAL_BYTES, _ALIGNMENT = 1024, 4096
 
 
 def write_weights(programs: Sequence[onnx_ir.Model], folder: Path) -> None:
-    """Write every large constant once, for both graphs; the graphs then refer to the file.
+    """Write every large constant of all graphs once, and let the graphs refer to the file.
 
-    Constants are equal if their bytes are: the exporter folds transposes into new constants, so
-    names and identities say nothing.
+    Two constants are the same if their bytes are equal. Names and object identities do not tell:
+    the exporter folds transposes into new constants.
+
+    Args:
+        programs: The graphs. Changed in place.
+        folder: The folder to write the file to.
     """
     import onnx_ir
 
@@ -35,6 +40,7 @@ def write_weights(programs: Sequence[onnx_ir.Model], folder: Path) -> None:
             data = tensor.tobytes()
             key = hashlib.sha256(data).digest()
             if key not in places:
+                # Zeros up to the next page.
                 file.write(bytes(-file.tell() % _ALIGNMENT))
                 places[key] = file.tell()
                 file.write(data)
