@@ -1,8 +1,8 @@
 """Export a reduced model to ONNX: a prefill and a decode graph with the reductions inside.
 
-The exporter is transformers' own (`transformers.exporters`). What is added here: two graphs whose
-layers hold different numbers of keys, everything a runtime has to know to continue after the
-prefill, explicit dynamic axes, and one file of weights for both graphs.
+The exporter is transformers' own (`transformers.exporters`). This file adds two graphs whose layers
+hold different numbers of keys, everything a runtime has to know to continue after the prefill,
+explicit dynamic axes, and one file of weights for all graphs.
 
 Prefill. B prompts of N tokens, I images each; M_k tokens are left in token space k (from 1):
 
@@ -23,18 +23,18 @@ Decode. One new token; P_k keys are in the layers of space k:
     attention_mask [B, P_0 + 1], attention_mask_k [B, P_k + 1], key_bias_k [B, P_k + 1]
     -> logits [B, 1, vocabulary], present.<layer>.key / .value [B, heads, P_k + 1, D]
 
-    and key_positions_k [B, P_k + 1] (the prompt positions origin_k and then those of new tokens)
-    for layers that see a window: all layers of a space hold all its keys, also these.
+    and, for layers that see a window, key_positions_k [B, P_k + 1] (the prompt positions origin_k,
+    then those of new tokens): all layers of a space hold all its keys, also those with a window.
 
-Image encoder. Where the encoder reads sizes of images, it is a graph of its own, for the images of
-one prompt, which have the sizes in ``images.safetensors``:
+Image encoder. Where the encoder reads the sizes of images, it is a graph of its own, for the images
+of one prompt, with the sizes that ``images.safetensors`` holds:
 
     pixel_values (of one prompt) -> image_features_0, image_features_1, ..., read_0, ...
 
 The prefill takes the features of all prompts, one after the other, in place of pixel_values. What
-the encoder read of the pixels (an image that is all zeros is none) has to be as in that file.
+the encoder read from the pixels (an all-zero image counts as absent) must match that file.
 
-A graph has only those of the inputs that it reads.
+A graph has only the inputs that it reads.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ __all__ = ["export_onnx"]
 
 ATTENTION = ("sdpa", "eager")
 
-# Text tokens of the prompt that is traced: any number, the axis is dynamic.
+# Text tokens of the traced prompt; the number does not matter, since the axis is dynamic.
 _TEXT_TOKENS = 8
 
 
@@ -84,24 +84,25 @@ def export_onnx(
 
     Batch size and text length are dynamic; the number of images in a prompt, their sizes and
     whether the prompt ends in one are not. The folder gets ``prefill.onnx``, ``decode.onnx``,
-    ``weights.data`` (the weights of all graphs), ``policy.json``, ``deos_fx.json`` (what the graphs
-    are for), and the model's own ``config.json`` and ``generation_config.json``; if the image
-    encoder reads the sizes of images, also ``image_encoder.onnx`` and ``images.safetensors``. It is
-    written whole or not at all.
+    ``weights.data`` (the weights of all graphs), ``policy.json``, ``deos_fx.json`` (the calls that
+    the graphs accept), and the model's own ``config.json`` and ``generation_config.json``; if the
+    image encoder reads the sizes of images, also ``image_encoder.onnx`` and ``images.safetensors``.
+    The folder is written whole or not at all.
 
-    Of visual tokens whose scores are exactly equal, ONNX Runtime may keep others than PyTorch: both
-    leave open which come first. That happens where tokens are equal themselves (Chameleon's are
-    entries of a codebook), and where a layer with a window is asked how much the last token attends
-    to what is outside of it; reduce behind a layer that sees everything instead.
+    Where visual tokens have exactly equal scores, ONNX Runtime may keep others than PyTorch: both
+    leave the order of equal scores open. That happens where tokens are equal themselves
+    (Chameleon's are entries of a codebook), and where a layer with a window is asked how much the
+    last token attends to tokens outside the window; reduce after a layer that sees everything
+    instead.
 
     Args:
-        reduced: What to export, in the dtype it has. ONNX Runtime runs float32 and float16 on any
-            device, bfloat16 not on the CPU.
+        reduced: The reduced model, exported in the dtype it has. ONNX Runtime runs float32 and
+            float16 on any device, but bfloat16 not on the CPU.
         dir: The folder; it is made if it does not exist.
-        example_inputs: A call of the model, which says how many images its prompts have, of which
-            sizes, whether they end in one, and which inputs there are. Left out, a prompt has one
-            image and text behind it; models that take images of many sizes or kinds of tokens need
-            an example.
+        example_inputs: A call of the model. It sets the number of images in a prompt, their sizes,
+            whether a prompt ends in one, and the inputs of a call. Left out, a prompt has one image
+            and text after it; models that take images of many sizes or kinds of tokens need an
+            example.
 
     Returns:
         The folder.
@@ -109,9 +110,9 @@ def export_onnx(
     Raises:
         TypeError: If `reduced` is not a `ReducedModel`.
         ValueError: If the example has no image, or prompts that cannot share a graph, the model
-            needs an example, its attention implementation cannot be exported, or ONNX Runtime
-            says otherwise than PyTorch (compared in float32 and float16).
-        OSError: If the folder cannot be written; this is found out before the work starts.
+            needs an example, its attention implementation cannot be exported, or the logits of
+            ONNX Runtime and PyTorch differ (compared for models in float32 and float16).
+        OSError: If the folder cannot be written; this is checked before the work starts.
     """
     if not isinstance(reduced, ReducedModel):
         raise TypeError(
@@ -129,8 +130,9 @@ def export_onnx(
 
 
 def _check_attention(model: PreTrainedModel) -> None:
+    """Refuse attention implementations that have no ONNX form."""
     for name in model.config.sub_configs:
-        # A part that a model goes without has none.
+        # The config of a part that the model does not have is None.
         implementation = getattr(getattr(model.config, name), "_attn_implementation", None)
         if implementation not in (None, *ATTENTION):
             raise ValueError(
@@ -140,6 +142,7 @@ def _check_attention(model: PreTrainedModel) -> None:
 
 
 def _write(reduced: ReducedModel, example: Example, least: int, folder: Path) -> None:
+    """Export every graph and write all files of the folder."""
     import onnx_ir
 
     model = reduced.model
@@ -167,11 +170,12 @@ def _write(reduced: ReducedModel, example: Example, least: int, folder: Path) ->
 def _manifest(
     reduced: ReducedModel, example: Example, graphs: list[str], program: onnx_ir.Model
 ) -> dict[str, Any]:
-    """What a runtime has to know of the graphs, and what made them."""
+    """Return what a runtime has to know of the graphs, and the versions that made them."""
     layout, pixels = example.layout, example.images["pixel_values"]
     positions = example.inputs["position_ids"]
     counts = [reduced.policy.counts(size) for size in layout.sizes]
-    # Of several reductions before the decoder, the last one counts.
+    # Tokens left in each space, by its first layer. Reductions before the decoder share layer 0,
+    # so the last of them counts.
     left = {
         first_layer(reduction.site): sum(of_image[i] for of_image in counts)
         for i, reduction in enumerate(reduced.policy.reductions)
@@ -202,19 +206,13 @@ def _manifest(
 
 
 def _ends(reduced: ReducedModel, layout: PromptLayout) -> bool | None:
-    """Whether prompts have to end in an image, whose last token stays; None if that is the same.
+    """Return whether prompts have to end in an image; None if the graphs accept both.
 
-    Where rows have ends, one of these is the last token of an image, and it stays anyway.
+    The last visual token of a prompt that ends in an image must not be dropped. That makes no
+    difference without reductions. Nor does it where image rows end in separators: the last token
+    of the image is then a separator, and separators are never dropped.
     """
     return None if reduced.policy.is_empty or layout.separators else layout.ends
 
-
-# *** the graphs ***
-
-
-# *** writing ***
-
-
-# *** quiet ***
 
 

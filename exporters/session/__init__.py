@@ -1,1 +1,1 @@
-"""Sessions of ONNX Runtime, and the cache that they fill."""
+"""Run exported graphs: sessions of ONNX Runtime and the cache that they fill."""

@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime on a device."""
+"""Open sessions of ONNX Runtime on a device, and share tensors with them without copies."""
 
 from __future__ import annotations
 
@@ -24,11 +24,20 @@ _DTYPES = {
     "tensor(float16)": torch.float16,
     "tensor(bfloat16)": torch.bfloat16,
 }
-"""Types of inputs in ONNX Runtime's words."""
+"""ONNX Runtime's names of input types -> torch dtypes."""
 
 
 class Session:
-    """One graph. States stay on its device, all other outputs come to the CPU."""
+    """One graph in ONNX Runtime. Keys and values stay on its device, other outputs go to the CPU.
+
+    Args:
+        session: The `onnxruntime.InferenceSession`.
+        device: The device that it runs on.
+
+    Attributes:
+        inputs: Names of the graph's inputs -> dtype.
+        outputs: Names of the graph's outputs.
+    """
 
     def __init__(self, session: Any, device: torch.device) -> None:
         self.session = session
@@ -61,19 +70,33 @@ class Session:
 
 
 def ort_value(tensor: Tensor) -> Any:
-    """The tensor's memory as an OrtValue, not copied."""
+    """Return a tensor's memory as an OrtValue; it is copied only if it is not contiguous."""
     import onnxruntime
 
     return onnxruntime.OrtValue.from_dlpack(tensor.detach().contiguous())
 
 
 def as_tensor(value: Any) -> Tensor:
-    """An OrtValue's memory as a tensor, not copied."""
+    """Return an OrtValue's memory as a tensor, without a copy."""
     return torch.from_dlpack(value)
 
 
 def open(path: Path, device: str | torch.device | None) -> Session:
-    """Open a graph on a device, and check that it is there: ONNX Runtime falls back silently."""
+    """Open a graph on a device.
+
+    ONNX Runtime falls back to the CPU silently, so it is checked that the session has the device.
+
+    Args:
+        path: The ``.onnx`` file.
+        device: ``cpu``, ``cuda`` or ``cuda:<i>``; None for CUDA if it works here, else the CPU.
+
+    Returns:
+        The session.
+
+    Raises:
+        ValueError: If the device is none of these, or ONNX Runtime cannot load the graph.
+        RuntimeError: If CUDA is asked for and cannot be used.
+    """
     import onnxruntime
 
     wanted = None if device is None else _device(device)
@@ -104,9 +127,11 @@ def open(path: Path, device: str | torch.device | None) -> Session:
 
 
 def _device(device: str | torch.device) -> torch.device:
+    """Parse a device, and refuse all but the CPU and CUDA."""
     try:
         parsed = torch.device(device)
     except RuntimeError:
+        # No device at all: refused below like any other kind.
         parsed = torch.device("meta")
     if parsed.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}; give 'cpu', 'cuda', 'cuda:<i>' or None")
@@ -114,9 +139,10 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _cuda_devices() -> int:
-    """CUDA devices of this machine, asked of the driver: torch may be built without CUDA.
+    """Count the CUDA devices of this machine.
 
-    Trying a session instead would print errors of ONNX Runtime on every machine without a GPU.
+    The driver is asked, since torch may be built without CUDA. Trying a session instead would print
+    errors of ONNX Runtime on every machine without a GPU.
     """
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

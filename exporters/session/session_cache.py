@@ -1,4 +1,4 @@
-"""Keys and values as ONNX Runtime holds them."""
+"""A cache whose keys and values stay with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ __all__ = ["SessionCache"]
 
 
 class SessionCache(ReducedCache):
-    """Keys and values as ONNX Runtime holds them, on its device.
+    """A cache whose keys and values are ONNX Runtime's, on its device.
+
+    Args:
+        config: The text model's config.
 
     Attributes:
         states: ``past_key_values.<layer>.key`` and ``.value`` -> OrtValue.
@@ -27,15 +30,20 @@ class SessionCache(ReducedCache):
 
     @property
     def rows(self) -> int:
-        """Texts in the cache; 0 for an empty one."""
+        """Number of rows of the batch in the cache; 0 if it is empty."""
         return next((value.shape()[0] for value in self.states.values()), 0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far, dropped ones included."""
+        """Return the number of tokens seen so far, including dropped ones."""
         return self._length
 
     def take_states(self, outputs: Mapping[str, Any], length: int) -> None:
-        """Keep the states that a run returned, after `length` tokens in all."""
+        """Keep the keys and values that a run returned.
+
+        Args:
+            outputs: Outputs of the run by name.
+            length: Tokens seen so far, including those of the run.
+        """
         self.states = {
             name.replace("present.", "past_key_values."): value
             for name, value in outputs.items()
@@ -44,7 +52,11 @@ class SessionCache(ReducedCache):
         self._length = length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: the states are not here."""
+        """Refuse to remove tokens: the keys and values belong to ONNX Runtime.
+
+        Raises:
+            ValueError: Always.
+        """
         raise ValueError(
             "Tokens cannot be taken back from an exported model's cache: leave out assistant_model "
             "and prompt_lookup_num_tokens, or generate with the ReducedModel in PyTorch."
