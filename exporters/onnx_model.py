@@ -30,16 +30,16 @@ __all__ = ["OnnxModel"]
 
 
 class OnnxModel:
-    """A model that `deos_fx.export_onnx` wrote, in ONNX Runtime.
+    """A model that `deos_fx.export_onnx` wrote, run in ONNX Runtime.
 
     Inputs and results are CPU tensors, whatever the device: only the prompt, the new token and the
-    logits travel. Keys and values stay where they are computed. `torch.get_num_threads()` at the
-    time of loading is the number of threads used on the CPU.
+    logits are copied between the two. Keys and values stay where they are computed. On the CPU, as
+    many threads are used as `torch.get_num_threads()` returns when the model is loaded.
 
     Attributes:
         config: The model's config.
         generation_config: Defaults of `generate`, as for a transformers model.
-        device: Where it runs.
+        device: The device that the graphs run on.
     """
 
     def __init__(
@@ -68,12 +68,15 @@ class OnnxModel:
     def from_pretrained(
         cls, dir: str | os.PathLike[str], device: str | torch.device | None = None
     ) -> OnnxModel:
-        """Load what `deos_fx.export_onnx` wrote.
+        """Load a model from a folder that `deos_fx.export_onnx` wrote.
 
         Args:
             dir: The folder.
             device: ``cpu``, ``cuda`` or ``cuda:<i>``. Left out: CUDA if ONNX Runtime can use it
                 here, else the CPU.
+
+        Returns:
+            The model.
 
         Raises:
             FileNotFoundError: If the folder holds no export.
@@ -93,16 +96,16 @@ class OnnxModel:
 
         Args:
             *args: Arguments of the model's own forward.
-            **kwargs: Keyword arguments of the model's own forward. Those that choose what it
-                returns have no effect, except ``logits_to_keep``.
+            **kwargs: Keyword arguments of the model's own forward. Those that choose which outputs
+                it returns have no effect, except ``logits_to_keep``.
 
         Returns:
             ``logits`` in float32 at every prompt position that is left, and ``past_key_values``
             for the next call.
 
         Raises:
-            ValueError: If the prompts have not exactly the images, or the call not the inputs,
-                that the graphs are for.
+            ValueError: If the images of the prompts or the inputs of the call are not exactly
+                those that the graphs were exported for.
         """
         inputs = self._arguments.bind(self._skeleton, *args, **kwargs).arguments
         inputs.pop("self", None)
@@ -111,27 +114,30 @@ class OnnxModel:
         return self._run(normal_inputs(inputs))
 
     def generate(self, **inputs: Any) -> Any:
-        """transformers' own `generate`: greedy search, sampling, beams (on CUDA beams need a torch
-        with CUDA), streamers and stopping criteria work as they do there.
+        """Generate text with transformers' own `generate`.
+
+        Greedy search, sampling, beams (on CUDA they need a torch with CUDA), streamers and stopping
+        criteria work as they do there.
 
         Args:
             **inputs: Arguments of the model's `generate`, as CPU tensors.
 
         Returns:
-            What the model's `generate` returns.
+            The same as the model's `generate`.
 
         Raises:
             ValueError: With ``use_cache=False``, or for prompts that do not fit the graphs.
         """
         if not inputs.get("use_cache", True):
             raise ValueError("use_cache=False, but exported graphs always use a cache; omit it")
-        # A host of its own for every call: models of some families remember positions in theirs.
+        # Every call gets a host of its own: some families store positions on the model object.
         host = generation_host(self, self._skeleton, self._new_cache, device=HOST)
         return host.generate(**normal_inputs(inputs))
 
     # *** running ***
 
     def _run(self, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
+        """Run the prefill on an empty cache, or the decode graph on a filled one."""
         cache = inputs.setdefault("past_key_values", self._new_cache())
         if not isinstance(cache, SessionCache):
             raise ValueError(
@@ -147,6 +153,7 @@ class OnnxModel:
         return CausalLMOutputWithPast(logits=kept.float(), past_key_values=cache)
 
     def _run_prefill(self, inputs: dict[str, Any], cache: SessionCache) -> Tensor:
+        """Run the prefill graph, fill the cache and return the logits [B, M, vocabulary]."""
         self._check_prompts(inputs)
         ids = inputs["input_ids"]
         values = {
@@ -156,6 +163,7 @@ class OnnxModel:
             "pixel_values": inputs["pixel_values"].to(self._dtype),
         }
         if self._encoder is not None:
+            # The prefill graph takes features in place of the pixels.
             values |= self._encode(self._encoder, values["pixel_values"], len(ids))
         outputs = self._prefill(values)
         cache.take_states(outputs, ids.shape[1])
@@ -175,7 +183,7 @@ class OnnxModel:
         return as_tensor(outputs["logits"])
 
     def _run_decode(self, inputs: dict[str, Any], cache: SessionCache) -> Tensor:
-        """One step for each new token: the decode graph takes one at a time."""
+        """Run the decode graph once for each new token, and return the logits of all of them."""
         ids = inputs["input_ids"]
         positions = self._positions(ids, inputs["position_ids"])
         mask = inputs.get("attention_mask")
@@ -197,17 +205,21 @@ class OnnxModel:
         return torch.cat(logits, dim=1)
 
     def _positions(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Positions as the graphs take them: [B, t], or [coordinates, B, t]."""
+        """Return the positions in the shape of the graphs: [B, t], or [coordinates, B, t]."""
         coordinates = self._manifest["coordinates"]
         if not coordinates:
             return positions.expand(ids.shape)
         if positions.ndim == 3 and len(positions) == coordinates + 1:
-            # transformers' generate puts the index in the text in front.
+            # transformers' generate puts the index in the text before the coordinates.
             positions = positions[1:]
         return positions.expand(coordinates, *ids.shape)
 
     def _encode(self, encoder: Session, pixels: Tensor, prompts: int) -> dict[str, Tensor]:
-        """Features of the images of every prompt, which the encoder takes one prompt at a time."""
+        """Encode the images of all prompts, one prompt at a time.
+
+        Raises:
+            ValueError: If the encoder reads other values from the pixels than during the export.
+        """
         parts: dict[str, list[Tensor]] = {}
         for own in pixels.split(len(pixels) // prompts):
             for name, value in encoder({"pixel_values": own}).items():
@@ -224,6 +236,7 @@ class OnnxModel:
         return {name: torch.cat(values) for name, values in parts.items()}
 
     def _check_prompts(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse prompts whose images are not those that the graphs were exported for."""
         manifest, ids = self._manifest, inputs["input_ids"]
         counts = sorted({*(ids == manifest["image_token"]).sum(dim=1).tolist()})
         if "pixel_values" not in inputs or counts[-1] == 0:
@@ -248,6 +261,7 @@ class OnnxModel:
                 f"exported for {tuple(own)} per prompt. Use the processor of the model, or export "
                 "it again with example_inputs like these."
             )
+        # Inputs with the sizes of images are constants of the graphs.
         for name in self._constants.keys() & set(manifest["inputs"]):
             expected = torch.cat([self._constants[name]] * len(ids))
             if not torch.equal(inputs[name], expected.to(inputs[name].dtype)):
@@ -257,8 +271,10 @@ class OnnxModel:
                 )
 
     def _check_ends(self, inputs: Mapping[str, Any], again: str) -> None:
-        """Refuse prompts that end in an image where the graphs are for text there, and conversely:
-        the last token has to stay."""
+        """Refuse prompts that end in an image if the graphs were exported for text at the end.
+
+        The same holds the other way round: the last token of a prompt must not be dropped.
+        """
         ends = self._manifest.get("ends_in_image")
         ids = inputs["input_ids"]
         last = ids.gather(1, last_token(ids, inputs.get("attention_mask")))
@@ -270,7 +286,7 @@ class OnnxModel:
             )
 
     def _check_inputs(self, inputs: Mapping[str, Any], again: str) -> None:
-        """Refuse inputs that the graphs know nothing of, and calls without those they need."""
+        """Refuse inputs that the graphs do not take, and calls that lack inputs they need."""
         names = set(self._manifest["inputs"])
         given = {name for name, value in inputs.items() if isinstance(value, Tensor)}
         needed = names & (set(self._prefill.inputs) | self._constants.keys()) - {"attention_mask"}
@@ -286,7 +302,7 @@ class OnnxModel:
 
 
 def _check_mask(inputs: Mapping[str, Any], visual: Tensor) -> None:
-    """Refuse masks of queries and keys, and packed samples: a row is one prompt here."""
+    """Refuse masks with an axis for queries, and packed samples: a row must be one prompt."""
     mask = inputs.get("attention_mask")
     if mask is not None and mask.ndim != 2:
         raise ValueError(
@@ -297,17 +313,13 @@ def _check_mask(inputs: Mapping[str, Any], visual: Tensor) -> None:
 
 
 def _shown(tensor: Tensor) -> str:
+    """Return a tensor's values if they are few, else its shape, for an error message."""
     return str(tensor.tolist()) if tensor.numel() <= 16 else f"of shape {tuple(tensor.shape)}"
 
 
-# *** ONNX Runtime ***
-
-
-# *** loading ***
-
 
 def _skeleton(folder: Path) -> PreTrainedModel:
-    """The model's class with its configs and no weights: what `generate` needs of a model."""
+    """Make the model without weights: `generate` needs only its class and its configs."""
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         skeleton = getattr(transformers, config.architectures[0])._from_config(config)

@@ -1,1 +1,1 @@
-"""The pipeline: small passes from a captured graph to a searched or a lowered one."""
+"""Passes: small steps from a captured graph to a searched or a lowered one."""

@@ -1,4 +1,4 @@
-"""The one place where a changed graph is cleaned, checked and recompiled."""
+"""Clean, check and recompile a changed graph: the one place where this is done."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["finish"]
 
 
 def finish(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Drop dead nodes and unused submodules, lint, recompile.
+    """Drop dead nodes and unused submodules, lint and recompile.
 
-    Every pass ends with this call and none does these steps itself.
+    Every pass that changes a graph ends with this call; no pass does these steps itself.
 
     Args:
-        graph_module: The graph a pass has just changed. Changed in place.
+        graph_module: The graph that a pass has just changed. Changed in place.
 
     Returns:
         The same graph module.
@@ -28,6 +28,7 @@ def finish(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.delete_all_unused_submodules()
+    # The old code is replaced now, and the new code is forgotten together with its graph module.
     _forget(_source_of(graph_module))
     graph_module.recompile()
     if graph_module in _FORGETTING:
@@ -38,15 +39,18 @@ def finish(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 # *** torch.fx keeps the source of every graph it has ever compiled, for tracebacks ***
 
+# Graph module -> finalizer that removes its source.
+
 _FORGETTING: weakref.WeakKeyDictionary[fx.GraphModule, weakref.finalize[..., fx.GraphModule]]
 _FORGETTING = weakref.WeakKeyDictionary()
 
 
 def _source_of(graph_module: fx.GraphModule) -> str:
-    """The name that torch.fx gave to the file that its code is in."""
+    """Return the name of the file that torch.fx made up for the graph's code."""
     return type(graph_module).forward.__code__.co_filename
 
 
 def _forget(source: str) -> None:
+    """Remove a source from the caches of torch.fx and of Python."""
     _loader.eval_cache.pop(source, None)
     linecache.cache.pop(source, None)

@@ -1,4 +1,4 @@
-"""What comes before and behind a place of a graph."""
+"""Walking a graph: ancestors of a node, and users and blocks after it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["blocks_behind", "made_of", "users_behind"]
 
 
 def blocks_behind(node: fx.Node, stage: str) -> list[fx.Node]:
-    """The transformer blocks of a stage (``vision`` or ``decoder``) behind a node, in order."""
+    """Return the blocks of a stage (``vision`` or ``decoder``) after a node, in order."""
     behind = False
     found = []
     for other in node.graph.nodes:
@@ -21,16 +21,17 @@ def blocks_behind(node: fx.Node, stage: str) -> list[fx.Node]:
 
 
 def users_behind(node: fx.Node, anchor: fx.Node) -> list[fx.Node]:
-    """Users of a node from a place of insertion on.
+    """Return the users of a node at or after a place of insertion.
 
-    What a reduction looked at before (a peek into the next block) still reads what is whole.
+    Earlier users, such as a reduction's peek into the next block, must go on reading the unreduced
+    value.
     """
     order = {other: i for i, other in enumerate(node.graph.nodes)}
     return [user for user in node.users if order[user] >= order[anchor]]
 
 
 def made_of(node: fx.Node) -> set[fx.Node]:
-    """The node and everything that it is made of."""
+    """Return the node and all its ancestors."""
     found: set[fx.Node] = set()
     stack = [node]
     while stack:

@@ -1,4 +1,4 @@
-"""The pipelines, each a literal list of passes."""
+"""Run the pipelines: each is a literal list of passes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Captured:
     sites: Sites | None
 
     def copy(self) -> Captured:
-        """The same analysed graph once more, to be changed; modules and weights are shared."""
+        """Return a copy whose graph can be changed; modules and weights are shared."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph_module.graph, {}))
         twin = fx.GraphModule(self.graph_module, graph, self.graph_module._get_name())
@@ -66,7 +66,7 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
         CaptureError: If the model cannot be captured.
     """
     blocks = find_blocks(model)
-    # Frames of a video are taken apart by their number.
+    # Video encoders split their input by the number of frames, which they read into Python.
     opaque = sizes_vary(model) or "pixel_values_videos" in inputs
     graph_module = capture(model, inputs, blocks.names(), opaque_encoder=opaque)
     graph_module = _run(fold_unstack, graph_module)
@@ -80,17 +80,21 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
 
 
 def lower_call(captured: Captured, policy: Policy, layout: PromptLayout | None) -> fx.GraphModule:
-    """Lower a policy onto a captured call and verify: a prefill with images, or a decode step.
+    """Lower a policy onto a captured call, a prefill with images or a decode step, and verify it.
 
     Args:
         captured: The call. Its graph is changed in place.
-        policy: What to reduce where.
+        policy: The reductions and their sites.
         layout: The prompts of a prefill; None for a decode step.
 
     Returns:
         The lowered graph.
+
+    Raises:
+        ValueError: If the policy does not fit the call; see `lower_reductions`.
     """
     if captured.sites is None or layout is None:
+        # A decode step.
         graph_module = _run(lower_decode, captured.graph_module, decode_spaces(policy))
         return verify(graph_module, "decode")
     graph_module = captured.graph_module
@@ -99,11 +103,11 @@ def lower_call(captured: Captured, policy: Policy, layout: PromptLayout | None) 
 
 
 def _run(step: Callable[..., _T], graph_module: fx.GraphModule, *arguments: Any) -> _T:
-    """Run a pass; what it does not foresee is told with its name."""
+    """Run a pass, and name it in every error that it does not raise on purpose."""
     try:
         return step(graph_module, *arguments)
     except (TypeError, ValueError):
-        # What a user did: the message says it.
+        # A user's mistake, which the message explains.
         raise
     except Exception as error:
         raise PassError(
@@ -114,6 +118,14 @@ def _run(step: Callable[..., _T], graph_module: fx.GraphModule, *arguments: Any)
 
 
 def run_graph(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Call a graph with those of the inputs that it takes."""
+    """Call a graph with the inputs that it takes, and leave out all others.
+
+    Args:
+        graph_module: The graph.
+        inputs: At least the graph's inputs, by name.
+
+    Returns:
+        The fields of its output.
+    """
     names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
     return graph_module(**{name: inputs[name] for name in names})

@@ -1,19 +1,19 @@
-"""Check what must be true of a graph after each stage; a failure is a bug in a pass.
+"""Check a graph after each stage; a failure is a bug in a pass.
 
-What every graph must fulfil:
+Every graph:
 
-1. it lints, and nodes and their users agree;
-2. no tensor sits in an argument: values of an example run would be frozen in it;
-3. every decoder layer runs exactly once, in order.
+1. lints, and its nodes and their users agree;
+2. has no tensor as an argument of a node: that would freeze values of the example run;
+3. runs every decoder layer exactly once, in order.
 
 After lowering, also:
 
-4. an operator of ours is one of the static list, and nothing has a shape that depends on data;
-5. every reduction reports the space it leaves, and counts never grow.
+4. every operator of this package is in the static list, and no shape depends on data;
+5. every reduction reports the space it leaves, and the counts never grow.
 
-A relaxed graph drops nothing: no cut opens a new token space. A decode graph reduces nothing, and a
-mask made for a layer is read from that layer on. In a graph that is exported, placeholders are
-filled by an index and not by a mask, of which exporters make other things.
+A relaxed graph drops no token: nothing in it opens a new token space. A decode graph reduces
+nothing, and no layer reads a mask that was made for a later one. In a graph that is exported, features
+fill their placeholders by an index and not by a mask, which has no form in ONNX that runtimes agree on.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ __all__ = ["Stage", "verify"]
 Stage = Literal["captured", "relaxed", "lowered", "decode", "exported"]
 
 
-# Their results have shapes that depend on data, or runtimes disagree on them.
+# Functions whose results have shapes that depend on data, or differ between runtimes.
 _DYNAMIC = {"index_add", "item", "masked_select", "nonzero", "scatter_add", "tolist", "unique"}
 
 
 def verify(graph_module: fx.GraphModule, stage: Stage) -> fx.GraphModule:
-    """Check a graph after a stage.
+    """Check a graph after a stage of the pipeline.
 
     Args:
         graph_module: A captured or relaxed graph, a lowered prefill or decode graph, or a lowered
             prefill that is rewritten for an export. Not changed.
-        stage: Which of these it is.
+        stage: The stage that the graph comes from.
 
     Returns:
         The same graph module.
@@ -78,11 +78,13 @@ def verify(graph_module: fx.GraphModule, stage: Stage) -> fx.GraphModule:
 
 
 def _require(condition: bool, stage: Stage, what: str) -> None:
+    """Raise `VerificationError` unless a condition holds."""
     if not condition:
         raise VerificationError(f"after stage {stage!r}: {what}")
 
 
 def _check_edges(node: fx.Node, stage: Stage) -> None:
+    """Rule 1: a node and the nodes it reads, and its users, know each other."""
     for source in node.all_input_nodes:
         _require(node in source.users, stage, f"{source.name} does not know its user {node.name}")
     for user in node.users:
@@ -91,6 +93,7 @@ def _check_edges(node: fx.Node, stage: Stage) -> None:
 
 
 def _check_constants(graph_module: fx.GraphModule, node: fx.Node, stage: Stage) -> None:
+    """Rule 2; fx also stores tensors as attributes with a name of their own."""
     leaves = pytree.tree_leaves((node.args, node.kwargs))
     frozen = any(isinstance(leaf, torch.Tensor) for leaf in leaves)
     _require(not frozen, stage, f"{node.name} has a tensor as an argument")
@@ -100,6 +103,7 @@ def _check_constants(graph_module: fx.GraphModule, node: fx.Node, stage: Stage) 
 
 
 def _check_layers(graph: fx.Graph, stage: Stage) -> None:
+    """Rule 3."""
     layers = [
         int(found[1])
         for node in graph.nodes
@@ -114,7 +118,7 @@ _RELAXED = {"gate_bias", "patch_gate_bias", "relaxed_grid_positions", "relaxed_p
 
 
 def _static_operators() -> set[Any]:
-    """Our functions that a lowered graph may call: those of the tables, as they are now."""
+    """Return our functions that a lowered graph may call, with the present rows of the tables."""
     return {
         *(getattr(tokens, name) for name in tokens.__all__ if name not in _RELAXED),
         *(function for name in operator.__all__ if callable(function := getattr(operator, name))),
@@ -124,6 +128,7 @@ def _static_operators() -> set[Any]:
 
 
 def _check_operator(node: fx.Node, stage: Stage) -> None:
+    """Rule 4."""
     if node.op not in ("call_function", "call_method"):
         return
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -135,6 +140,7 @@ def _check_operator(node: fx.Node, stage: Stage) -> None:
 
 
 def _check_spaces(graph: fx.Graph, stage: Stage) -> None:
+    """Rule 5; counts that the graph does not state are left out of the comparison."""
     cuts = [node for node in graph.nodes if node.target is tokens.kept_in_prompt]
     output = cast(dict[str, Any], graph.output_node().args[0])
     spaces = output.get("spaces", [])
@@ -145,10 +151,11 @@ def _check_spaces(graph: fx.Graph, stage: Stage) -> None:
 
 
 def _count(kept: Any) -> int | None:
-    """Tokens of a prompt that a selection keeps, where the graph says it."""
+    """Return the number of tokens that a selection keeps of a prompt; None if it is not stated."""
     if kept.target is tokens.kept_of_prompt:
         per_image = _count(kept.args[0])
         return None if per_image is None else per_image * kept.args[1]
+    # These change indices or their order, but not their number.
     if kept.target in (operator.in_order, operator.take, operator.with_last):
         return _count(kept.args[0])
     if kept.target is torch.narrow:
@@ -156,13 +163,14 @@ def _count(kept: Any) -> int | None:
     if kept.target is torch.cat:
         parts = [_count(part) for part in kept.args[0]]
         return None if None in parts else sum(cast(list[int], parts))
-    # A selector takes the number of tokens behind what it needs.
+    # A selector's count is the argument after those that its row says it needs.
     places = {row.function: len(row.needs) for row in SELECTORS.values() if not row.flags}
     place = places.get(kept.target)
     return None if place is None else kept.args[place]
 
 
 def _check_decode(graph: fx.Graph) -> None:
+    """Check that a decode graph reduces nothing, and that layers read masks of their space."""
     ours = _static_operators()
     for node in graph.nodes:
         reduces = node.op == "call_function" and node.target in ours

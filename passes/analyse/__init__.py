@@ -1,1 +1,1 @@
-"""What is found out about a graph; nothing in it changes but its annotations."""
+"""Analyse a graph; nothing changes but its annotations."""

@@ -1,1 +1,1 @@
-"""From a model to a graph of blocks and glue."""
+"""Capture a model as a graph of blocks and glue."""

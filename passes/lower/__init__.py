@@ -1,1 +1,1 @@
-"""Reductions become part of a graph, as static ops or relaxed."""
+"""Insert reductions into a graph, as static ops or in their relaxed form."""

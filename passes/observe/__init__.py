@@ -1,1 +1,1 @@
-"""Features of the visual tokens, computed where a reduction asks for them."""
+"""Compute features of the visual tokens where a reduction asks for them."""

@@ -1,1 +1,1 @@
-"""Rewrites that keep what a graph computes."""
+"""Rewrite a graph without changing its results."""

@@ -1,1 +1,1 @@
-"""The search for a policy."""
+"""Search for a policy."""
