@@ -1,7 +1,7 @@
-"""Find out which axes of which values run over the tokens of the prompt.
+"""Find the axes of values that run over the tokens of the prompt.
 
-The graph is run twice on shapes alone, at two prompt lengths: an axis that changes with the prompt
-is a prompt axis. No arithmetic is done on weights and no memory is used.
+The graph is run twice on shapes alone, at two prompt lengths: an axis whose length changes is a
+prompt axis. No arithmetic is done on weights and no memory is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from deos_fx.passes.graph import made_of
 
 __all__ = ["MASK", "annotate_token_spaces", "kind_of_mask", "padding_node", "position_tables"]
 
-# Masks have their prompt axes by role: their value may be None in one run and 4-D in the next.
+# Marks masks. Their prompt axes follow from their role, not from shapes: their value may be None
+# in one run and 4-D in the next.
 MASK = "mask"
 
 # Kinds of masks, in transformers' words, that only say which tokens are padding: their layers keep
@@ -35,11 +36,15 @@ def annotate_token_spaces(
 ) -> fx.GraphModule:
     """Write ``meta["prompt_axes"]``, ``"shape"``, ``"dtype"`` and ``"content"`` on every node.
 
-    The annotation is `MASK` for attention masks, and otherwise a nested structure like the node's
-    value with, for each leaf, the axis that runs over the prompt, or None. The shape is the nested
-    shape of the value in the example run, and the dtype that of a value that is one tensor. Content
-    is False for values that depend on no tensor's contents by a differentiable path: masks and
-    rotary tables read only the shape of the hidden states they are given.
+    ``prompt_axes`` is `MASK` for attention masks. Otherwise it is nested like the node's value and
+    has, for each leaf, the axis that runs over the prompt, or None. ``shape`` is the nested shape
+    of the value in the example run; ``dtype`` is set where the value is one tensor. ``content`` is
+    False for values that depend on no tensor's contents by a differentiable path: masks and rotary
+    tables read only the shape of the hidden states they are given.
+
+    Masks that transformers' functions make also get ``padding`` (whether they only say which tokens
+    are padding) and, on the node that makes them, ``plain_mask`` (whether nothing matters but the
+    order of the tokens and padding).
 
     Args:
         graph_module: A captured graph.
@@ -53,9 +58,10 @@ def annotate_token_spaces(
         ValueError: If a value has two prompt axes and is not a mask.
     """
     length = inputs[length_of].shape[-1]
-    # While decoding, a mask covers all that is in the cache, these tokens included.
+    # While decoding, a mask covers everything in the cache and the new tokens.
     lengths = {length, *(v.get_seq_length() for v in inputs.values() if _is_cache(v))}
     names = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
+    # The second prompt is longer by 8 tokens.
     prompts = [[_extended(name, inputs[name], lengths, more) for name in names] for more in (0, 8)]
     runs = [_ShapeRun(graph_module).note(prompt) for prompt in prompts]
     shapes = [run.shapes for run in runs]
@@ -65,9 +71,10 @@ def annotate_token_spaces(
         node.meta["dtype"] = runs[0].dtypes.get(node)
         node.meta["content"] = node in runs[0].content
         if node.target == "attention_mask" and inputs["attention_mask"].ndim == 4:
-            # What every token sees, as the caller says.
+            # Case: the caller gives a whole mask of queries and keys.
             node.meta["prompt_axes"], prepared_mask = MASK, node
         elif _is_mask_builder(graph_module, node):
+            # Case: a function of transformers makes the mask, or one is taken out of its dict.
             node.meta["prompt_axes"] = MASK
             node.meta["padding"] = kind_of_mask(node) in _OF_PADDING
             if node.op == "call_module":
@@ -75,6 +82,7 @@ def annotate_token_spaces(
                 prepared = prepared_mask in node.all_input_nodes
                 node.meta["plain_mask"] = builder.is_plain(node.kwargs) and not prepared
         elif node.op != "output":
+            # Case: any other value; compare its shapes of the two runs.
             node.meta["prompt_axes"] = pytree.tree_map(
                 _changed_axis, shapes[0][node], shapes[1][node], is_leaf=_is_shape
             )
@@ -83,7 +91,7 @@ def annotate_token_spaces(
 
 
 def position_tables(graph_module: fx.GraphModule) -> list[fx.Node]:
-    """Rotary tables: modules without learned parameters that read the position ids."""
+    """Find the rotary tables: modules without learned parameters that read the position ids."""
     return [
         node
         for node in graph_module.graph.find_nodes(op="call_module")
@@ -94,19 +102,23 @@ def position_tables(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def padding_node(graph_module: fx.GraphModule) -> fx.Node | None:
-    """The input with flags [B, N] of real tokens, if the model was given one."""
+    """Return the input with flags [B, N] of real tokens, or None if the call has none."""
     found = graph_module.graph.find_nodes(op="placeholder", target="attention_mask")
     return next((node for node in found if node.meta["prompt_axes"] != MASK), None)
 
 
 def kind_of_mask(mask: fx.Node) -> str:
-    """What layers of the mask's kind are called, or what the function that makes it is."""
+    """Return the name of the kind of layers that a mask is for, or of the node's target.
+
+    A mask that was taken out of a dict is named by its key, any other by the module that makes it.
+    """
     return str(mask.args[1] if mask.target is operator.getitem else mask.target)
 
 
 def _is_mask_builder(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether a node makes masks, or takes one out of a dict of masks."""
     if node.target is operator.getitem:
-        # Of masks by kind of layer.
+        # Case: a dict of masks by kind of layer.
         return _is_mask_builder(graph_module, node.all_input_nodes[0])
     return node.op == "call_module" and isinstance(
         graph_module.get_submodule(str(node.target)), MaskBuilder
@@ -114,27 +126,31 @@ def _is_mask_builder(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 class _ShapeRun(fx.Interpreter):
-    """Runs a graph on shapes and notes that of every value."""
+    """An interpreter that runs a graph on shapes, and notes every value's shape."""
 
     def note(self, args: list[Any]) -> _ShapeRun:
+        """Run the graph on its inputs, in order, and return the interpreter with its notes."""
         self.needed = made_of(cast(fx.Graph, self.module.graph).output_node())
         self.shapes: dict[fx.Node, Any] = {}
         self.dtypes: dict[fx.Node, torch.dtype] = {}
         self.content: set[fx.Node] = set()
-        # Gradients tell what depends on contents, also where the caller is in inference mode.
+        # A value that requires a gradient depends on contents; the caller may be in inference mode.
         with torch.inference_mode(False), torch.enable_grad(), ShapesOnly():
             self.run(*pytree.tree_map_only(torch.Tensor, _tracked, args, is_leaf=_is_cache))
         return self
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run one node, or make up a value of its shape."""
         if n.op != "placeholder" and n not in self.needed:
-            # What only a guard reads may look at values.
+            # Case: only guards read it. It may look at values, which are not there.
             value = None
         elif "example" in n.meta:
-            # What reads sizes of images would read those of the example again.
+            # Case: an image encoder. It would read the same sizes of images again, so its result
+            # has the shape of the example run's.
             value = pytree.tree_map_only(torch.Tensor, _like, n.meta["example"])
         elif n.meta.get("keeps_shape") and n in self.needed:
-            # Experts are chosen by value, and their kernels are picky: a block is not run.
+            # Case: a block that keeps the shape of its input. It is not run: experts are chosen by
+            # value, and not every kernel runs on shapes.
             value = _like(self.fetch_args_kwargs_from_env(n)[0][0])
         else:
             value = super().run_node(n)
@@ -147,17 +163,20 @@ class _ShapeRun(fx.Interpreter):
         return pytree.tree_map_only(torch.Tensor, _light, value, is_leaf=_is_cache)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module on shapes."""
         module: Any = self.fetch_attr(target)
         if isinstance(module, MaskBuilder):
+            # transformers' mask functions read the values of flags.
             masks = module(**pytree.tree_map_only(torch.Tensor, _readable, kwargs))
             return pytree.tree_map_only(torch.Tensor, _like, masks)
         return shaped(module)(*args, **kwargs)
 
 
 def _tracked(tensor: torch.Tensor) -> torch.Tensor:
-    """An input: content flows from floats, and code may read what counts something.
+    """Prepare an input: floats lose their values and are tracked, integers and flags keep theirs.
 
-    A single number (how many items a loss is a mean of) is content of no token.
+    Code may read values that count something. A single float (such as the number of items that a
+    loss is averaged over) is no token's content and is not tracked.
     """
     if not tensor.is_floating_point():
         return tensor.clone()
@@ -165,20 +184,21 @@ def _tracked(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _light(tensor: torch.Tensor) -> torch.Tensor:
-    """The same without what led to it, and without values unless they count something."""
+    """Detach a value from its history; floats lose their values, integers and flags keep them."""
     if tensor.is_floating_point():
         return _like(tensor).requires_grad_(tensor.requires_grad)
     return tensor
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    """What a mask is made of: whether all flags are set is asked of their values."""
+    """Give flags without values the value True: mask functions ask whether all of them are set."""
     if tensor.is_meta and tensor.dtype == torch.bool:
         return torch.ones(tensor.shape, dtype=torch.bool)
     return tensor
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """Make a tensor of the same shape and dtype without values; floats require a gradient."""
     shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return shape.requires_grad_(tensor.is_floating_point())
 
@@ -192,7 +212,10 @@ def _is_shape(value: Any) -> bool:
 
 
 def _is_cache(value: Any) -> bool:
-    """An export makes a cache a pytree for the rest of the process; here it is one object."""
+    """Return whether this is a cache, which must stay one leaf.
+
+    An export registers caches as pytrees for the rest of the process.
+    """
     return isinstance(value, Cache)
 
 
@@ -201,14 +224,15 @@ def _shape(leaf: Any) -> _Shape:
 
 
 def _extended(name: str, value: Any, lengths: set[int], more: int) -> Any:
-    """The input at a longer prompt: contents do not matter, only shapes are looked at."""
+    """Return an input for a prompt that is longer by `more` tokens; only its shape matters."""
     if not isinstance(value, (torch.Tensor, Cache)):
         return value
     if isinstance(value, Cache):
+        # A copy without values: the run would write into the caller's cache.
         return copy.deepcopy(value, {id(held): _like(held) for held in _tensors_of(value)})
     if name == "attention_mask" and value.ndim == 4:
         return torch.nn.functional.pad(value, (0, more, 0, more))
-    # Of the images, whose sides may be as long as the prompt, are all other numbers.
+    # Other floats belong to the images, whose sides may happen to equal the prompt length.
     of_prompt = name == "position_ids" or not value.is_floating_point()
     if value.ndim < 2 or value.shape[-1] not in lengths or not of_prompt:
         return value
@@ -216,11 +240,13 @@ def _extended(name: str, value: Any, lengths: set[int], more: int) -> Any:
 
 
 def _tensors_of(cache: Cache) -> list[torch.Tensor]:
+    """Return all tensors that the layers of a cache hold."""
     parts = [part for layer in cache.layers for part in vars(layer).values()]
     return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
 def _changed_axis(short: _Shape, long: _Shape) -> int | None:
+    """Return the axis whose length differs between the two runs, or None."""
     changed = [axis for axis, (a, b) in enumerate(zip(short, long, strict=True)) if a != b]
     if len(changed) > 1:
         raise ValueError(f"a value of shape {tuple(short)} has two prompt axes: {changed}")

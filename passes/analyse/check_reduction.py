@@ -1,4 +1,4 @@
-"""Whether a reduction can be inserted: what its site, the prompts and the positions allow."""
+"""Check that a reduction can be inserted: its site, the prompts and the positions allow it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["check_reduction"]
 def check_reduction(
     graph_module: fx.GraphModule, sites: Sites, reduction: Reduction, layout: PromptLayout
 ) -> Site:
-    """Refuse what cannot be done, before the graph is changed.
+    """Refuse a reduction that cannot be inserted, before the graph is changed.
 
     Args:
         graph_module: A captured, annotated prefill graph.
         sites: Its sites.
-        reduction: What to do where.
+        reduction: The reduction, which names its site.
         layout: The prompts.
 
     Returns:
@@ -34,6 +34,7 @@ def check_reduction(
     site = sites.usable(name, reduction.scores)
     needs = required_features(reduction)
     before_decoder = split_site(name)[0] != "decoder"
+    # Features that have to be observed in a block, whatever the block (``keys``, ``keys@next``).
     hidden_from = sorted(need for need in needs if need.partition("@")[0] in OBSERVED)
     if before_decoder and hidden_from and not sites.sees_tower:
         raise ValueError(
@@ -54,6 +55,7 @@ def check_reduction(
     if layout.packed:
         _check_packed(reduction, needs, layout.packed)
     mask = None if before_decoder else nodes[site.node].kwargs.get("attention_mask")
+    # A layer that takes a mask of padding alone is a convolution or keeps a state.
     if hidden_from and isinstance(mask, fx.Node) and mask.meta.get("padding"):
         raise ValueError(
             f"{name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use scores and "
@@ -74,7 +76,13 @@ def check_reduction(
 
 
 def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> None:
-    """Refuse what is about a whole row, where its tokens do not belong together."""
+    """Refuse a reduction that treats a row as one prompt where it holds several samples.
+
+    Args:
+        reduction: The reduction.
+        needs: Names of the features that it reads.
+        given: The input that marks packed samples, in words.
+    """
     of_text = sorted(need for need in needs if need.startswith(("text_", "normed_text")))
     if split_site(reduction.site)[0] == "decoder":
         reason = "the visual tokens of a row are ranked together in the decoder"
