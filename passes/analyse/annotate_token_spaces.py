@@ -228,7 +228,7 @@ def _extended(name: str, value: Any, lengths: set[int], more: int) -> Any:
     if not isinstance(value, (torch.Tensor, Cache)):
         return value
     if isinstance(value, Cache):
-        # A copy without values: the run would write into the caller's cache.
+        # A copy without values: a run adds to the cache that it is given.
         return copy.deepcopy(value, {id(held): _like(held) for held in _tensors_of(value)})
     if name == "attention_mask" and value.ndim == 4:
         return torch.nn.functional.pad(value, (0, more, 0, more))

@@ -1,4 +1,4 @@
-"""Capture: run an unmodified model once and record the run as a torch.fx graph.
+"""Run an unmodified model once and record the run as a torch.fx graph.
 
 The tracer's proxies carry the concrete value of the example run. Control flow and ``isinstance``
 checks look at the value, so any model code works; every operation on a proxy is recorded. One
@@ -6,8 +6,8 @@ checks look at the value, so any model code works; every operation on a proxy is
 head; the glue between them is plain fx nodes. Blocks keep their kernels and their weights: nothing
 is copied.
 
-What the example run decides for good (a branch on a tensor or on a length) is recorded as a
-*guard* node that is checked at every later run, so a specialisation is never silent.
+Where the example run decides something for good (a branch on a tensor or on a length), a *guard*
+node is recorded that is checked at every later run, so a specialisation is never silent.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def capture(
     Args:
         model: The unmodified model, in eval mode. Its weights are shared, never copied.
         inputs: Arguments of its forward. Tensors, caches and numbers become graph inputs,
-            everything else is part of the structure and specialised.
+            everything else is part of the structure, and the graph holds for this value only.
         block_names: Module path of every transformer block -> node name.
         opaque_encoder: Record the image encoder as one node.
 
     Returns:
-        A `GraphModule` with the same inputs that returns a dict of the model's output fields;
-        ``meta["output_class"]`` is the model's output class, ``meta["blocks"]`` has all blocks by
-        node name, also those whose output nothing uses.
+        A `GraphModule` with the same inputs that returns a dict of the model's output fields.
+        ``meta["output_class"]`` is the model's output class; ``meta["blocks"]`` has all blocks by
+        node name, including those whose output nothing uses.
 
     Raises:
         CaptureError: If the model's code does something that cannot be recorded.
@@ -72,12 +72,12 @@ def capture(
     return finish(graph_module)
 
 
-# A model's code writes to the model while it runs, so captures take turns.
+# Held during a capture: a model's code writes to the model while it runs, so captures take turns.
 _CAPTURING = threading.RLock()
 
 
 def _is_data(value: Any) -> bool:
-    """Whether an argument is an input of the graph: numbers may steer no more than the head."""
+    """Return whether an argument becomes an input of the graph: tensors, caches and numbers do."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number or isinstance(value, (torch.Tensor, Cache))
 
@@ -85,9 +85,10 @@ def _is_data(value: Any) -> bool:
 def _record(
     tracer: Tracer, model: PreTrainedModel, arguments: dict[str, Any], opaque_encoder: bool
 ) -> Any:
-    """Run the model's forward with the tracer on; everything is put back, also on error."""
+    """Run the model's forward with the tracer on; replaced functions are always restored."""
     replacements = replacements_of(model, opaque_encoder)
-    # Kernels that are compiled at their first call would be compiled as replaced for tracing.
+    # Plain attention: a kernel that is compiled at its first call would be compiled with the
+    # functions that are replaced for tracing.
     plain = plain_attention()
     with _CAPTURING, torch.no_grad(), without_missing_weights(model), plain, replaced(replacements):
         token = TRACER.set(tracer)
@@ -98,7 +99,7 @@ def _record(
 
 
 def _check_offloaded(tracer: Tracer, model: nn.Module) -> None:
-    """Refuse offloaded weights that glue reads: hooks bring them in for whole modules only."""
+    """Refuse offloaded weights that glue code reads: hooks load weights for whole modules only."""
     for path, module in model.named_modules():
         if not tracer.is_leaf_module(module, path) and is_offloaded(module):
             names = [name for name, _ in module.named_parameters(recurse=False)]
@@ -106,8 +107,5 @@ def _check_offloaded(tracer: Tracer, model: nn.Module) -> None:
                 f"{', '.join(names)} of {path or 'the model'} are offloaded, and the model's code "
                 "reads them between its layers. Give them a device of their own in device_map."
             )
-
-
-# *** what stands in for a function in the thread that captures ***
 
 

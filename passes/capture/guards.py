@@ -1,4 +1,4 @@
-"""What a captured run has decided, checked at every later run."""
+"""Guards: check at every later run what the captured run has decided."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def check_guard(value: Any, expected: Any) -> None:
 
     Args:
         value: Result of a recorded comparison or length.
-        expected: What it was during capture.
+        expected: Its value during capture.
+
+    Raises:
+        GuardError: If the two differ.
     """
     if value != expected:
         raise GuardError(f"captured for {expected!r}, called with {value!r}")

@@ -1,4 +1,4 @@
-"""Modules of ours that stand in a captured graph."""
+"""Modules of this package that are nodes of a captured graph."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from deos_fx.models.views import shallow_copy
 
 __all__ = ["ImageEncoder", "MaskBuilder", "first_of"]
 
+# Arguments of a mask function that add nothing to a causal mask with padding.
 _PLAIN = {
     "inputs_embeds",
     "attention_mask",
@@ -27,8 +28,12 @@ _PLAIN = {
 class MaskBuilder(nn.Module):
     """One of transformers' mask functions with its config, as a node of the graph.
 
-    It stays opaque because what it returns (None, a boolean or an additive mask) depends on the
+    It stays opaque because its result (None, a boolean or an additive mask) depends on the
     attention implementation and on whether anything is padded.
+
+    Args:
+        function: The mask function.
+        config: The config that it is called with.
     """
 
     def __init__(self, function: Callable[..., Any], config: Any) -> None:
@@ -37,28 +42,41 @@ class MaskBuilder(nn.Module):
         self.config = config
 
     def is_plain(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether all that matters is which token comes first and what is padding."""
+        """Return whether nothing matters but the order of the tokens and padding.
+
+        Args:
+            kwargs: Arguments of the call.
+        """
         given = {name for name, value in kwargs.items() if value is not None}
         return self.function is masking_utils.create_causal_mask and given <= _PLAIN
 
     def keeps_apart(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether samples of one row do not see each other where position ids start again.
+        """Return whether the samples of a row, told apart by position ids, do not see each other.
 
-        Blocks of image tokens are looked up at places inside a sample, as if in the whole row.
+        Masks with blocks of image tokens do not count: their function looks blocks up by places
+        inside a sample as if these were places in the row.
+
+        Args:
+            kwargs: Arguments of the call.
         """
         given = {name for name, value in kwargs.items() if value is not None}
         causal = masking_utils.create_causal_mask, masking_utils.create_sliding_window_causal_mask
         return self.function in causal and "position_ids" in given and given <= _PLAIN
 
     def forward(self, **kwargs: Any) -> Any:
+        """Make the mask, or the dict of masks by kind of layer."""
         return self.function(config=self.config, **kwargs)
 
 
 class ImageEncoder(nn.Module):
-    """From pixels to the features that enter the prompt, as one node of the graph.
+    """The image encoder, from pixels to the features that enter the prompt, as one node.
 
     An encoder that reads the sizes of images into Python stays opaque: another size takes another
     path through it. Features of several images come out as one tensor [T, d].
+
+    Args:
+        core: The base model that has the method.
+        encode: The method that encodes, such as ``get_image_features``.
     """
 
     def __init__(self, core: nn.Module, encode: Callable[..., Any]) -> None:
@@ -67,29 +85,31 @@ class ImageEncoder(nn.Module):
         self.encode = encode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Encode the images, and join the features of several images to one tensor."""
         output = self.encode(self.core, *args, **kwargs)
         output.pooler_output = _joined(output.pooler_output)
         for name, levels in output.items():
-            # DeepStack: features of several depths, each a tensor per image.
+            # Case: DeepStack has features of several depths, at each depth a tensor per image.
             if isinstance(levels, list) and all(map(_are_images, levels)):
                 output[name] = [_joined(level) for level in levels]
         return output
 
 
 def _are_images(level: Any) -> bool:
-    """Whether these are features of several images, and not of images with something else."""
+    """Return whether this is a tuple of tensors and nothing else: one tensor for each image."""
     return isinstance(level, tuple) and all(isinstance(part, torch.Tensor) for part in level)
 
 
 def _joined(images: Any) -> Any:
-    """The features of several images as one, in the structure that the model's code expects."""
+    """Join the features of several images, in the structure that the model's code expects."""
     return (torch.cat(list(images)),) if isinstance(images, (list, tuple)) else images
 
 
 def first_of(module: nn.Module) -> nn.Module:
-    """A view of a module that returns the first of its outputs; it shares everything else."""
+    """Make a view of a module that returns only its first output; everything else is shared."""
     kind: Any = type(module)
     view = shallow_copy(module)
+    # accelerate's hooks replace the forward of an instance; the view calls it, too.
     hooked = vars(view).pop("forward", None)
 
     @functools.wraps(kind.forward)

@@ -1,4 +1,4 @@
-"""What stands in for other packages' functions in the thread that captures."""
+"""Replacements of other packages' functions in the thread that captures."""
 
 from __future__ import annotations
 
@@ -24,36 +24,44 @@ from deos_fx.replaced import Replacement
 
 __all__ = ["TRACER", "replacements_of"]
 
-# Not every function that is written in C dispatches on proxies (factories that take sizes do not),
-# so all are wrapped while tracing. One does and is left alone: layers whose weights compute for
-# themselves (tensor subclasses of quantisation) ask whether they are in this very function.
+# Functions of torch that are written in C. Not all of them dispatch on proxies (factories that take
+# sizes do not), so all are wrapped while tracing. `linear` does dispatch and must stay itself:
+# tensor subclasses of quantisation ask whether they are called from this very function.
 _BUILTINS = tuple(
     (namespace, name)
     for namespace in (torch, functional)
     for name, function in vars(namespace).items()
     if isinstance(function, types.BuiltinFunctionType)
     and function is not functional.linear
-    # Whether a value overrides torch's functions is no fact about the input.
+    # `has_torch_function*` asks about a value's type, not about the input: never record it.
     and not name.startswith(("_", "has_torch_function"))
 )
 
 
-# They make constants of the graph of sizes alone; a tensor made of other data is refused.
+# Factories whose results depend on sizes only may be recorded; a tensor built from data is refused.
 _FACTORIES = {"arange", "eye", "full", "linspace", "ones", "zeros"}
 
-# Mask construction looks at values and at the attention implementation: one opaque node each.
+# Mask functions look at values and at the attention implementation: each becomes one opaque node.
 def _makes_masks(name: str, value: Any) -> bool:
-    """Whether this is a function, of transformers or of a model file, that makes masks."""
+    """Return whether this is a function, of transformers or of a model file, that makes masks."""
     named = name.startswith("create_") and "mask" in name and inspect.isfunction(value)
     return named and "config" in inspect.signature(value).parameters
 
 
-# Who records what this thread runs.
+# The tracer that records this thread; None while the thread does not capture.
 TRACER: ContextVar[Tracer | None] = ContextVar("deos_fx_tracer", default=None)
 
 
 def replacements_of(model: PreTrainedModel, opaque_encoder: bool) -> Iterator[Replacement]:
-    """What does not dispatch on proxies, and what sends it to the tracer of the thread."""
+    """Yield the functions that do not dispatch on proxies, with what replaces them.
+
+    Args:
+        model: The model to capture.
+        opaque_encoder: Whether its image encoder is recorded as one node.
+
+    Yields:
+        Owner and name of each function, and how to make its replacement from the original.
+    """
     core: Any = type(model.base_model)
     for method in ENCODERS if opaque_encoder else ():
         if hasattr(core, method):
@@ -80,7 +88,7 @@ _Traced = Callable[[Tracer, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 def _when_traced(traced: _Traced) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A function that goes to the tracer of its thread, if there is one."""
+    """Make a replacement that calls `traced` in a thread that captures, else the original."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -96,6 +104,7 @@ def _when_traced(traced: _Traced) -> Callable[[Callable[..., Any]], Callable[...
 
 
 def _call(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Record the call of a leaf module; other modules run, and their parts are recorded."""
     module, *rest = args
     path = tracer.module_paths.get(id(module))
     if path is None or not has_proxy((rest, kwargs)) or not tracer.is_leaf_module(module, path):
@@ -106,12 +115,16 @@ def _call(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str
 def _first_arguments(
     tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """A function that matters for some of its arguments only, and returns these."""
+    """Return the arguments of one of the `SHORTCUTS` untouched, in place of calling it."""
     return args[1 : 1 + SHORTCUTS[original.__name__]]
 
 
 def _length(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Lengths of a cache are for masks and positions: a layer that counts by its own is refused."""
+    """Return the length of a cache to glue code, which makes masks and positions of it.
+
+    Raises:
+        CaptureError: If a block asks: a cache from which tokens were dropped would mislead it.
+    """
     if tracer.block:
         raise CaptureError(
             f"{tracer.block} counts positions itself, by the length of its cache, which is "
@@ -121,6 +134,7 @@ def _length(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _encode(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Record an opaque image encoder as one node."""
     core, *rest = args
     if has_proxy((rest, kwargs)):
         return tracer.call_encoder(original, core, tuple(rest), kwargs)
@@ -128,7 +142,7 @@ def _encode(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _getattr(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Parameters and buffers that glue code reads become get_attr nodes."""
+    """Record parameters and buffers that glue code reads as get_attr nodes."""
     module, name = args
     value = original(module, name)
     path = tracer.module_paths.get(id(module))
@@ -138,6 +152,7 @@ def _getattr(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[
 
 
 def _function(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Record a function of torch that is called on proxies, or makes a tensor of sizes."""
     makes = original.__name__ in _FACTORIES
     if not tracer.running and (makes or has_proxy((args, kwargs))):
         return tracer.create_proxy("call_function", original, args, kwargs)
@@ -145,11 +160,13 @@ def _function(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def _mask(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Record a mask function as one node."""
     if tracer.running:
+        # A mask function may call others; the first is the node.
         return original(*args, **kwargs)
     named = inspect.signature(original).bind(*args, **kwargs).arguments
     return tracer.call_mask_function(original, named)
 
 
 def _no_check(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-    """A check that is left out."""
+    """Leave out a check."""

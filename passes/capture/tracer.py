@@ -1,4 +1,4 @@
-"""The tracer: records one run, in which every proxy knows its value."""
+"""The tracer, which records one run, and its proxies, which know their values."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from deos_fx.passes.capture.leaves import ImageEncoder, MaskBuilder, first_of
 
 __all__ = ["Tracer", "ValueProxy", "has_proxy", "with_features"]
 
-# Results of these types describe the structure of the run, not its data: they are not recorded.
+# Results of these types describe the structure of the run, not its data, and are not recorded.
 _STRUCTURAL_TYPES = (str, torch.dtype, torch.device, torch.layout, type(None))
 
 
 def with_features(x: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
-    """`x` [B, N, ...] with other values at a key that takes all of the first two axes."""
+    """Return a copy of `x` [B, N, ...] with `value` at `key`, in place of ``x[key] = value``."""
     x = x.clone()
     x[key] = value
     return x
 
 
 class ValueProxy(fx.Proxy):
-    """An fx proxy that knows the value its node had in the example run."""
+    """An fx proxy that knows the value of its node in the example run."""
 
     def __init__(self, node: fx.Node, tracer: Tracer, value: Any) -> None:
         super().__init__(node, tracer)
@@ -44,6 +44,7 @@ class ValueProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self.value, name)
         if callable(attribute):
+            # Case: a method. Its call is recorded.
             return lambda *args, **kwargs: self.tracer.create_proxy(
                 "call_method", name, (self, *args), kwargs
             )
@@ -52,36 +53,42 @@ class ValueProxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __getitem__(self, key: Any) -> Any:
-        # Also where a mask for some layers is None now: the next batch may be padded.
         tracer: Any = self.tracer
         parts = tracer.mask_parts.get(self.node)
         if parts is None:
+            # Case: anything but a dict of masks by kind of layer.
             item = tracer.create_proxy("call_function", operator.getitem, (self, key), {})
             mask = key[0] if isinstance(key, tuple) and key else key
             masked = isinstance(mask, ValueProxy) and mask.dtype == torch.bool
             if masked and self.value.dtype != torch.bool:
-                # How many axes a row has that the mask selects, for fold_masked_add. Flags that
-                # are read know nothing of the rows' content.
+                # For fold_masked_add: the number of axes of a row that the mask selects. Reads of
+                # flags are not marked, since they carry no content.
                 item.node.meta["masked"] = self.value.ndim - mask.value.ndim
             return item
+        # Case: the mask of one kind of layer, recorded also where it is None in the example run:
+        # the next batch may be padded.
         if key not in parts:
             node = tracer.create_node("call_function", operator.getitem, (self.node, key), {})
             parts[key] = ValueProxy(node, tracer, tracer.values[node])
         return parts[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """From here on this stands for the tensor with something replaced.
+        """Record an assignment as a new value, which this proxy stands for from here on.
 
-        That can be rows that a mask selects, or the same features of all rows.
+        Rows that a mask selects can be assigned, or the same features of all rows.
+
+        Raises:
+            CaptureError: If another part of the tensor is assigned.
         """
         mask, *rest = key if isinstance(key, tuple) else (key,)
         tracer: Any = self.tracer
         masked = isinstance(mask, ValueProxy) and mask.dtype == torch.bool
         own: Any = self
         of_features = isinstance(key, tuple) and key[:2] == (slice(None),) * 2
-        # Flags and counts of the whole prompt stay those of the whole prompt.
+        # A constant written into flags or counts, at a place that is a constant as well.
         counted = not own.dtype.is_floating_point and not has_proxy(value)
         if (of_features or counted) and not has_proxy(key):
+            # Case: a place that no tensor decides.
             changed = tracer.create_proxy("call_function", with_features, (self, key, value), {})
             self.node, self.value = changed.node, changed.value
             return
@@ -90,11 +97,13 @@ class ValueProxy(fx.Proxy):
                 "The model's code assigns to a part of a tensor that no mask selects, which cannot "
                 "be captured. Use a model that makes its inputs in another way."
             )
+        # Case: rows that a mask selects. The mask gets the missing axes to broadcast.
         trailing = self.value.ndim - mask.value.ndim
         for _ in range(trailing):
             mask = mask[..., None]
         if isinstance(value, ValueProxy) and value.dtype != own.dtype:
             value = value.to(own.dtype)
+        # One value for each selected row, or the same for all of them.
         if isinstance(value, ValueProxy) and value.value.ndim > trailing:
             changed = own.masked_scatter(mask, value)
         else:
@@ -115,6 +124,7 @@ class ValueProxy(fx.Proxy):
         return int(length)
 
     def __bool__(self) -> bool:
+        # The guard compares booleans, so that any value of the same truth passes it.
         itself: Any = self
         if isinstance(self.value, torch.Tensor) and self.value.dtype != torch.bool:
             itself = itself != 0
@@ -141,18 +151,23 @@ class ValueProxy(fx.Proxy):
         return key in self.value
 
     def __hash__(self) -> int:
-        # A number may be looked up among numbers.
+        # A number may be looked up in a set or dict of numbers.
         return hash(self._specialise(int)) if isinstance(self.value, int) else id(self)
 
     def _specialise(self, convert: Callable[[Any], Any]) -> Any:
-        """Read the value into Python: from here on the graph holds for this value only."""
+        """Read the value into Python, and guard that it is the same at every later run."""
         value = convert(self.value)
         self.tracer.create_proxy("call_function", check_guard, (self, value), {})
         return value
 
 
 class _SharedKeys(KVSharingDict):
-    """What layers hand to later ones past the cache; notes who reads what whose."""
+    """Keys and values layers share outside the cache; records which layer reads which layer's.
+
+    Args:
+        tracer: Knows the running layer.
+        read: Gets the pairs of the layer that wrote and the layer that reads.
+    """
 
     def __init__(self, tracer: Tracer, read: set[tuple[str, str]]) -> None:
         super().__init__()
@@ -170,17 +185,23 @@ class _SharedKeys(KVSharingDict):
 
 
 class Tracer(fx.Tracer):
-    """Records one run; every node keeps the value it had."""
+    """Records one run of a model, with the value of every node.
+
+    Args:
+        model: The model.
+        blocks: Module path of every transformer block -> node name.
+    """
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, str]) -> None:
         super().__init__()
         self.root = model
         self.blocks = blocks
         self.values: dict[fx.Node, Any] = {}
+        # Whether a node is being run: what happens inside it is not recorded.
         self.running = False
         # The transformer block that is running.
         self.block = ""
-        # Nodes of what layers share past the cache.
+        # Nodes of the dicts that layers share outside the cache, by id of the model's dict.
         self.shared: dict[int, fx.Node] = {}
         self.module_paths = {id(module): path for path, module in model.named_modules()}
         self.leaves: dict[str, nn.Module] = {}
@@ -189,7 +210,7 @@ class Tracer(fx.Tracer):
         self.mask_parts: dict[fx.Node, dict[Any, ValueProxy]] = {}
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        """A leaf is every module that does not contain transformer blocks."""
+        """Return whether a module is one node: it does not contain transformer blocks."""
         return not any(block.startswith(f"{path}.") or not path for block in self.blocks)
 
     def create_node(
@@ -201,33 +222,49 @@ class Tracer(fx.Tracer):
         name: str | None = None,
         type_expr: Any | None = None,
     ) -> fx.Node:
+        """Record a node and, unless it is an input, run it."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind != "placeholder":
-            # Leaf modules read their own parameters while they run: not an access of glue code.
+            # A leaf module that runs reads its own parameters: glue code does not read them.
             self.running, outer = True, self.running
             self.values[node] = self._run(node)
             self.running = outer
         return node
 
     def proxy(self, node: fx.Node) -> Any:
+        """Return a proxy of a node, or the value itself if it is not data."""
         value = self.values[node]
         if isinstance(value, _STRUCTURAL_TYPES):
             return value
         return ValueProxy(node, self, value)
 
     def placeholder(self, name: str, value: Any) -> Any:
+        """Record an input of the graph with its value in the example run."""
         node = self.create_node("placeholder", name, (), {}, name)
         self.values[node] = value
         return self.proxy(node)
 
     def call_leaf(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record the call of a leaf module as one node.
+
+        Args:
+            module: The module.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            A proxy of the output. Where a block returns a tuple of the hidden states and None for
+            everything else: such a tuple with a proxy of the hidden states.
+
+        Raises:
+            CaptureError: If a decoder layer hands more than hidden states to the next layers.
+        """
         name, path = self._leaf_name(module), self.module_paths[id(module)]
         self.block = self.blocks.get(path, "")
         node = self.create_node(
             "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
         )
         self.block = ""
-        # What a block does to its tokens need not be run again to know the shape of the result.
         is_block = path in self.blocks and bool(args)
         value = self.values[node]
         alone = is_block and isinstance(value, tuple) and not any(v is not None for v in value[1:])
@@ -239,8 +276,9 @@ class Tracer(fx.Tracer):
                 "hidden states alone."
             )
         if alone:
-            # A tuple of the hidden states and of what was not asked for: the node has the former.
+            # The other outputs are None: the node stands for the hidden states alone.
             self.values[node], self.leaves[name] = value[0], first_of(module)
+        # annotate_token_spaces need not run a block to know the shape of its result.
         node.meta["keeps_shape"] = is_block and _alike(self.values[node], args[0])
         output = (self.proxy(node), *value[1:]) if alone else self.proxy(node)
         # Hooks collect hidden states (transformers' output_hidden_states). They must see the
@@ -252,6 +290,15 @@ class Tracer(fx.Tracer):
         return output
 
     def call_mask_function(self, function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """Record the call of a mask function of transformers as one opaque node.
+
+        Args:
+            function: The function, ``create_...``.
+            kwargs: Its arguments by name, with the config.
+
+        Returns:
+            A proxy of the mask, or of the dict of masks by kind of layer.
+        """
         name = function.__name__.removeprefix("create_")
         if name in self.leaves:
             name = f"{name}_{len(self.leaves)}"
@@ -259,10 +306,21 @@ class Tracer(fx.Tracer):
         node = self.create_node("call_module", name, (), self.create_arg(kwargs), name)
         if isinstance(self.values[node], dict):
             self.mask_parts[node] = {}
-        # Also a proxy when the example run needed no mask: the next batch may be padded.
+        # A proxy even where the mask is None in the example run: the next batch may be padded.
         return ValueProxy(node, self, self.values[node])
 
     def call_encoder(self, encode: Callable[..., Any], core: Any, args: Any, kwargs: Any) -> Any:
+        """Record the call of an image encoder as one opaque node.
+
+        Args:
+            encode: The method that encodes.
+            core: The model that it is a method of.
+            args: Its other arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            A proxy of the output.
+        """
         name = ENCODERS[encode.__name__]
         self.leaves[name] = ImageEncoder(core, encode)
         node = self.create_node(
@@ -272,7 +330,7 @@ class Tracer(fx.Tracer):
         return self.proxy(node)
 
     def attributes(self) -> dict[str, Any]:
-        """Everything the recorded nodes refer to, by target."""
+        """Return the modules, parameters and buffers that recorded nodes refer to, by target."""
         return {
             node.target: self._attribute(node.target)
             for node in self.graph.nodes
@@ -280,6 +338,11 @@ class Tracer(fx.Tracer):
         }
 
     def create_arg(self, a: Any) -> Any:
+        """Turn an argument of a call into an argument of a node.
+
+        Raises:
+            CaptureError: If it holds a tensor of several values computed outside the graph.
+        """
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, KVSharingDict):
@@ -296,7 +359,7 @@ class Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def _shared_keys(self, given: KVSharingDict) -> fx.Node:
-        """The node that makes what layers share, at first empty, anew in every run."""
+        """Return the node of a dict that layers share; every run makes it anew, and empty."""
         if id(given) not in self.shared:
             node = self.create_node("call_function", KVSharingDict, (), {}, "shared_keys")
             node.meta["shared"] = set()
@@ -305,18 +368,21 @@ class Tracer(fx.Tracer):
         return self.shared[id(given)]
 
     def _leaf_name(self, module: nn.Module) -> str:
-        """A short target (``decoder_3``, ``lm_head``), so that the printed graph can be read."""
+        """Choose a short target (``decoder_3``, ``lm_head``): printed graphs are to be read."""
         path = self.module_paths[id(module)]
         name = self.blocks.get(path, path.rpartition(".")[2])
         if self.leaves.setdefault(name, module) is not module:
+            # Another module has this name: use the whole path.
             name = path.replace(".", "_")
             self.leaves[name] = module
         return name
 
     def _attribute(self, target: str) -> Any:
+        """Return the leaf module, parameter or buffer that a target names."""
         return self.leaves.get(target) or operator.attrgetter(target)(self.root)
 
     def _run(self, node: fx.Node) -> Any:
+        """Compute a node's value from those of its inputs."""
         if node.op == "output":
             return None
         target: Any = node.target
@@ -331,7 +397,7 @@ class Tracer(fx.Tracer):
 
 
 def _alike(output: Any, hidden: Any) -> bool:
-    """Whether a block's output is a tensor like the hidden states that came in."""
+    """Return whether a block's output is a tensor of its input's shape and dtype."""
     before = hidden.value if isinstance(hidden, ValueProxy) else hidden
     both_tensors = isinstance(output, torch.Tensor) and isinstance(before, torch.Tensor)
     return both_tensors and (output.shape, output.dtype) == (before.shape, before.dtype)
