@@ -1,8 +1,8 @@
 """Lower a policy to static ops: TopK, Gather and MatMul with constant counts.
 
-Each reduction becomes a few named nodes (score, top_k, nearest, merge, ...). What a policy does
-not use leaves no node: a pruning policy's graph has no assignment and no matmul, an unused score
-is never observed.
+Each reduction becomes a few named nodes (score, top_k, nearest, merge, ...). Parts that a policy
+does not use leave no node: a pruning policy's graph has no assignment and no matmul, and an unused
+score is never observed.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ def lower_reductions(
     Args:
         graph_module: A captured, annotated prefill graph. Changed in place.
         sites: Its sites.
-        policy: What to do where; the empty policy leaves the graph as it is.
+        policy: The reductions; the empty policy leaves the graph as it is.
         layout: The prompts this graph is for.
 
     Returns:
         The same graph module. Its output gains ``spaces``: one dict for all reductions before the
-        decoder together, and one for each reduction in it, with ``origin`` [B, M] (original prompt
-        positions of what is left), if later attention is biased by mass ``key_bias`` [B, M], and
-        under the position rule ``grid`` ``shift`` [B, 1], how far later tokens move up.
+        decoder together, and one for each reduction in it. A dict has ``origin`` [B, M] (original
+        prompt positions of the tokens that are left); if later attention is biased by mass,
+        ``key_bias`` [B, M]; and under the position rule ``grid``, ``shift`` [B, 1], how far later
+        tokens move up.
 
     Raises:
         ValueError: If a site does not exist, cannot be used or lacks a score the policy needs.
@@ -73,14 +74,17 @@ def lower_reductions(
             for reduction, of_images in zip(policy.reductions, counts, strict=True)
         ]
         lowering = _Lowering(graph_module, sites, layout, steps)
+        # Before the decoder, each image is reduced alone.
         of_images = [step for step in steps if step.stage != "decoder"]
         for step in of_images:
             if sites.merged:
                 lowering.reduce_merged(step)
             else:
                 lowering.reduce_images(step)
+        # Merged features are reduced in the prompt; otherwise the prompt is still whole.
         if of_images and not sites.merged:
             lowering.shorten_prompt(of_images)
+        # In the decoder, all visual tokens of a prompt are reduced together.
         in_decoder = steps[len(of_images) :]
         if in_decoder:
             lowering.enter_decoder()
@@ -91,7 +95,18 @@ def lower_reductions(
 
 
 def _see_borders(graph_module: fx.GraphModule, given: str) -> None:
-    """Let masks be made where positions have no gaps yet: there they say where samples begin."""
+    """Let masks be made in the original prompt, where positions say where samples begin.
+
+    Masks that are no longer marked as plain stay there (see `open_space`). In a reduced space,
+    dropped tokens leave gaps in the positions, which would look like such borders.
+
+    Args:
+        graph_module: The graph. Its annotations change.
+        given: The input that marks packed samples, in words.
+
+    Raises:
+        ValueError: If the model's masks do not keep the samples apart.
+    """
     by_mask = bool(graph_module.graph.find_nodes(op="placeholder", target="attention_mask"))
     for node in graph_module.graph.find_nodes(op="call_module"):
         if "plain_mask" not in node.meta or not _is_of_decoder(node):
@@ -106,14 +121,18 @@ def _see_borders(graph_module: fx.GraphModule, given: str) -> None:
 
 
 def _is_of_decoder(mask: fx.Node) -> bool:
-    """Whether decoder layers read it, or a mask that is made of it."""
+    """Return whether decoder layers read a mask, or another mask that is made of it."""
     of_masks = [user for user in mask.users if user.meta.get("prompt_axes") == MASK]
     read = any(user.name.startswith("decoder_") for user in mask.users)
     return read or any(map(_is_of_decoder, of_masks))
 
 
 def _check_masks(graph_module: fx.GraphModule) -> None:
-    """Refuse attention that is told of windows and blocks by sizes, which reductions change."""
+    """Refuse attention kernels that take windows and blocks as sizes, which reductions change.
+
+    Raises:
+        ValueError: If the model has other masks than plain causal ones and such kernels.
+    """
     for node in graph_module.graph.find_nodes(op="call_module"):
         if node.meta.get("plain_mask", True):
             continue
@@ -130,7 +149,13 @@ def _check_masks(graph_module: fx.GraphModule) -> None:
 
 @dataclass(frozen=True)
 class _Step:
-    """One reduction to lower: how many tokens it keeps of each image, and where."""
+    """One reduction to lower.
+
+    Attributes:
+        reduction: The reduction.
+        counts: Number of tokens that it keeps of each image.
+        site: Its site.
+    """
 
     reduction: Reduction
     counts: tuple[int, ...]
@@ -138,7 +163,7 @@ class _Step:
 
     @property
     def count(self) -> int:
-        """Tokens kept of one image, where all have as many."""
+        """Tokens kept of one image, where all images have equally many."""
         (count,) = set(self.counts)
         return count
 
@@ -149,19 +174,19 @@ class _Step:
 
     @property
     def suffix(self) -> str:
-        """What the names of its nodes end in: fx would count on from a number by itself."""
+        """Suffix of its nodes' names: ``decoder2``, since fx would count on from ``decoder_2``."""
         return self.reduction.site.replace(".", "")
 
 
 @dataclass
 class _Images:
-    """What is left of each image before the decoder, from front to back.
+    """The tokens that are left of each image before the decoder; updated from site to site.
 
     Attributes:
-        grid: Image, row and column of every token: constant [V, 3] until scores choose.
-        kept: [I, K] which of the image's own tokens are left; None as long as all are.
-        mass: [I, K]; None while every mass is 1.
-        cut: Features of the latest site in the tower, and what [I, K] was kept there.
+        grid: Image, row and column of every token: a constant [V, 3] until scores choose tokens.
+        kept: [I, K] indices of the image's own tokens that are left; None as long as all are.
+        mass: [I, K] masses; None while every mass is 1.
+        cut: Features of the latest site in the tower, and the indices [I, K] kept there.
     """
 
     grid: fx.Node | torch.Tensor
@@ -172,7 +197,15 @@ class _Images:
 
 @dataclass
 class _Space:
-    """The token space that the prompt is in, from front to back."""
+    """The token space that the prompt is in; replaced from site to site.
+
+    Attributes:
+        visual: Positions [B, V] of the visual tokens in this space.
+        grid: Image, row and column of every visual token.
+        origin: Original prompt positions [B, M] of its tokens; None in the original space.
+        mass: Masses [B, V] of the visual tokens; None while every mass is 1.
+        padding: The 2-D attention mask in this space, once it was asked for.
+    """
 
     visual: fx.Node
     grid: fx.Node | torch.Tensor
@@ -182,7 +215,14 @@ class _Space:
 
 
 class _Lowering:
-    """Inserts reductions in order of depth and keeps track of the token space."""
+    """Inserts reductions in order of depth and keeps track of the token space.
+
+    Args:
+        graph_module: A captured, annotated prefill graph. Changed in place.
+        sites: Its sites.
+        layout: The prompts.
+        steps: The reductions.
+    """
 
     def __init__(
         self,
@@ -201,10 +241,10 @@ class _Lowering:
         self.suffix = ""
         self.several_devices = has_several_devices(graph_module)
         self.spaces: list[dict[str, fx.Node]] = []
-        # Position ids and rotary tables: original node -> its counterpart in the current space.
+        # Position ids and rotary tables: original node -> node in the current space.
         sources = [self.nodes["position_ids"], *position_tables(graph_module)]
         self.positions = {node: node for node in sources}
-        # The position ids of every space so far: a rotary table may read those of any.
+        # The position ids of every space so far: a rotary table may read any of them.
         self.position_ids = {sources[0]}
         visual = insert_visual_positions(graph_module, sites, layout, self.call)
         self.placeholders = self.note("visual", visual)
@@ -214,9 +254,16 @@ class _Lowering:
         self.text = PromptText(self.call, self.nodes[sites.embeddings], visual, mask)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """A call_function node named after its function and the site.
+        """Emit a call_function node, named after its function and the site.
 
-        What depends on nothing but constants (anchors on the grid) is computed at once.
+        A call on constants alone (anchors on the grid) is computed at once.
+
+        Args:
+            function: The function.
+            *args: Its arguments: nodes, tensors (which become buffers of the graph) or constants.
+
+        Returns:
+            The node, or the value of a call on constants.
         """
         leaves = pytree.tree_leaves(args)
         if not any(isinstance(leaf, fx.Node) for leaf in leaves):
@@ -226,8 +273,10 @@ class _Lowering:
         return self.graph.create_node("call_function", function, args, {}, name)
 
     def _call_beside(self, visual: fx.Node, function: Callable[..., Any], *args: Any) -> Any:
-        """`call` with everything where the visual tokens are: masses, grids and votes may be where
-        earlier layers or the inputs are."""
+        """Like `call`, after moving every argument to the device of the visual tokens.
+
+        Masses, grids and votes may be on the device of earlier layers or of the inputs.
+        """
         kinds = (fx.Node, torch.Tensor)
         if not any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(args)):
             return function(*args)
@@ -237,17 +286,17 @@ class _Lowering:
         )
 
     def note(self, role: str, node: Any) -> Any:
-        """Mark a node, or a constant, for `ReducedModel.explain`."""
+        """Mark a node, or a constant, for `ReducedModel.explain`, and return it."""
         if isinstance(node, fx.Node):
             node.meta.setdefault("explains", []).append((self.suffix, role))
         elif node is not None:
             self.graph_module.meta.setdefault("explains", {})[self.suffix, role] = node
         return node
 
-    # *** the two kinds of site ***
+    # *** the kinds of site ***
 
     def reduce_images(self, step: _Step) -> None:
-        """Reduce every image alone: its patches in the tower, or its features behind it."""
+        """Reduce every image alone: its patches in the tower, or its features after it."""
         self.suffix = step.suffix
         images = self.images
         in_tower = step.stage == "vision"
@@ -255,6 +304,7 @@ class _Lowering:
         features = self._image_features(step)
         whole, anchor = features.hidden, features.anchor
         if not in_tower:
+            # At the projector, a block of the tower is observed, but its features are reduced.
             whole = self.nodes[self.sites.features]
             anchor = whole.next
         users = users_behind(whole, anchor)
@@ -270,6 +320,8 @@ class _Lowering:
                 user.replace_input_with(whole, left)
             kept, mass = self.note("kept", reduced.kept), self.note("mass", reduced.mass)
             kept_so_far = kept
+            # Not the first reduction: indices into what the one before kept become indices into
+            # the image's own tokens. Out of order, a -1 stands for a copy of the CLS token.
             if images.kept is not None:
                 in_order = step.reduction.order == "position"
                 compose = tokens.take if in_order else tokens.kept_of_kept
@@ -281,9 +333,10 @@ class _Lowering:
                 self._bias_tower(step, left)
 
     def reduce_merged(self, step: _Step) -> None:
-        """Reduce every image alone, its features already being in the prompt."""
+        """Reduce every image alone where its features are already in the prompt."""
         self.suffix = step.suffix
         hidden, layout = self.nodes[self.sites.features], self.layout
+        # After both the prompt and the visual tokens' positions.
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         anchor = max(hidden, self.space.visual, key=order.__getitem__).next
         with self.graph.inserting_before(anchor):
@@ -302,20 +355,22 @@ class _Lowering:
     def _reduce_alike(
         self, step: _Step, hidden: fx.Node, alike: Sequence[int]
     ) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
-        """Reduce the images of one size, of prompts that they are already in.
+        """Reduce the images of one size, whose features are already in the prompts.
 
         Args:
-            step: What to do.
-            hidden: [B, N, d].
-            alike: Numbers of the images in a prompt.
+            step: The reduction.
+            hidden: The prompts [B, N, d].
+            alike: Numbers of these images in a prompt.
 
         Returns:
-            Indices [B, K] of the kept among a prompt's visual tokens, what becomes of them
-            [B, K, d] unless they stay as they are, and their masses [B, K] unless all are 1.
+            Indices [B, K] of the kept tokens among a prompt's visual tokens; the reduced tokens
+            [B, K, d], or None if the kept ones are unchanged; and their masses [B, K], or None if
+            all are 1.
         """
         layout, visual, cells = self.layout, self.space.visual, self.images.grid
         columns = None
         if len(alike) < layout.images:
+            # Case: images of several sizes. Take the visual tokens of these images alone.
             whole = layout.grid_tensor(layout.images)
             columns = torch.isin(whole[:, 0], torch.tensor(alike)).nonzero()[:, 0]
             cells = whole[columns[: layout.sizes[alike[0]]]]
@@ -323,6 +378,7 @@ class _Lowering:
         features = self._image_features(step, cells, len(alike))
         own = self.call(tokens.of_images, self.call(tokens.take, hidden, visual), len(alike))
         count = step.counts[alike[0]]
+        # The last image of a prompt has to keep its last token if that ends the prompt.
         ends = alike[-1] == layout.images - 1
         last_of = self._last_of(len(alike)) if ends else 0
         reduced = self._operate(step, count, own, None, features, last_of)
@@ -335,13 +391,21 @@ class _Lowering:
         self.images = _Images(self._grid_of_kept(step, count, cells, kept), kept, mass)
         kept = self.call(tokens.kept_of_prompt, kept, len(alike), layout.sizes[alike[0]])
         if columns is not None:
+            # Back from indices into these images' tokens to those into all visual tokens.
             kept = self.call(tokens.take, columns[None], kept)
         return kept, left, mass
 
     def _in_order(
         self, parts: Sequence[tuple[fx.Node, fx.Node | None, fx.Node | None]]
     ) -> tuple[Any, Any, Any]:
-        """What is left of the images of each size, together and in the order of the prompt."""
+        """Join what is left of the images of each size, in the order of the prompt.
+
+        Args:
+            parts: Results of `_reduce_alike`.
+
+        Returns:
+            Such a result for all images together.
+        """
         kept, left, mass = (
             None if any(part is None for part in same) else self.call(torch.cat, same, 1)
             for same in map(list, zip(*parts, strict=True))
@@ -356,7 +420,7 @@ class _Lowering:
         return kept, left, mass
 
     def shorten_prompt(self, steps: Sequence[_Step]) -> None:
-        """Shorten the prompts' runs of placeholders to what is left of each image, at once."""
+        """Shorten the prompts' runs of placeholders to the tokens that are left of each image."""
         last, left = steps[-1], self.images
         images, per_image = self.layout.images, self.layout.tokens_per_image
         embeddings = self.nodes[self.sites.embeddings]
@@ -364,9 +428,13 @@ class _Lowering:
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         with self.graph.inserting_before(max(made, key=order.__getitem__).next):
             if all(step.reduction.order == "position" for step in steps):
+                # Case: features in the order of the image take the kept tokens' own placeholders.
                 kept = self.call(tokens.kept_of_prompt, left.kept, images, per_image)
                 grid = self._grid_of_prompt(kept)
             else:
+                # Case: another order. Each image takes its first placeholders, or its last ones if
+                # the placeholder at the end of the prompt has to stay. A -1 (a copy of the CLS
+                # token) gets the cell of the first patch.
                 patches = self.call(torch.clamp, left.kept, 0)
                 patches = self.call(tokens.kept_of_prompt, patches, images, per_image)
                 grid = self._grid_of_prompt(patches)
@@ -383,11 +451,12 @@ class _Lowering:
                 mass,
                 grid=grid,
                 position=rule_before_decoder(step.reduction for step in steps),
+                # Masses that arise in the tower bias the attention of the tower only.
                 beta=0.0 if last.stage == "vision" else last.reduction.mass_bias,
             )
 
     def reduce_prompt(self, step: _Step) -> None:
-        """Reduce all visual tokens of a prompt together, behind a decoder layer."""
+        """Reduce all visual tokens of a prompt together, after a decoder layer."""
         self.suffix = step.suffix
         space = self.space
         features = self._prompt_features(step)
@@ -410,7 +479,11 @@ class _Lowering:
             )
 
     def _last_of(self, images: int) -> int:
-        """Of how many rows one ends its prompt, if prompts end in a visual token; else 0."""
+        """Return `images` if prompts end in a visual token, else 0.
+
+        One of so many rows of the reduction is then the last of its prompt, and its last token
+        must stay.
+        """
         return images if self.layout.ends else 0
 
     def _operate(
@@ -446,23 +519,37 @@ class _Lowering:
         position: str,
         beta: float,
     ) -> None:
-        """Shorten the prompt to text and kept tokens, for everything behind this point."""
+        """Shorten the prompt to text and kept tokens, for everything after this point.
+
+        Args:
+            hidden: The prompt [B, N, d] in the current space.
+            kept: Indices [B, K] into its visual tokens.
+            reduced: The reduced tokens [B, K, d]; None if the kept ones are unchanged.
+            mass: Their masses [B, K]; None if all are 1.
+            grid: Image, row and column of every kept token.
+            position: The rule for positions: ``keep``, ``compact`` or ``grid``.
+            beta: How strongly masses bias later attention.
+        """
+        # 1. The hidden states in the new space.
         space = self.space
         index = self.call(tokens.kept_in_prompt, space.visual, kept, hidden)
         shortened = self.call(tokens.take, hidden, index)
         visual = self.call(tokens.visual_after, space.visual, kept)
         if reduced is not None:
             shortened = self.call(tokens.put, shortened, visual, reduced)
+        # 2. Original positions: `index` itself in the first space, else looked up in the last one.
         origin = index
         if space.origin is not None:
             origin = self.call(tokens.take, space.origin, index)
         self.space = _Space(visual, grid, origin, mass)
+        # 3. Position ids and rotary tables.
         trailing = None
         if position == "grid":
             ids = self.nodes["position_ids"]
             where = (origin, self.placeholders, ids, self.layout.images)
             trailing = self.call(tokens.trailing, *where)
         replaced = self._new_positions(position, origin, trailing)
+        # 4. The rest of the graph: re-indexed values, positions, and the bias of later attention.
         key_bias = None
         if beta and mass is not None:
             key_bias = self.call(tokens.mass_bias, mass, visual, shortened, beta)
@@ -472,6 +559,7 @@ class _Lowering:
         self.position_ids.add(self.positions[self.nodes["position_ids"]])
         for layer in blocks_behind(index, "decoder"):
             bias_block(self.graph_module, layer, key_bias)
+        # 5. What decoding needs to know of the space.
         left = {"origin": origin} | ({"key_bias": key_bias} if key_bias else {})
         if trailing is not None:
             left["shift"] = self.call(tokens.shift_of, trailing)
@@ -489,7 +577,17 @@ class _Lowering:
     def _new_positions(
         self, position: str, origin: fx.Node, trailing: fx.Node | None
     ) -> dict[fx.Node, fx.Node]:
-        """Unless positions are kept, new position ids and the rotary tables made from them."""
+        """Emit new position ids and the rotary tables made from them, unless positions are kept.
+
+        Args:
+            position: The rule for positions.
+            origin: Original prompt positions [B, M] of the tokens of the new space.
+            trailing: Under the rule ``grid``: flags [B, N] of the dropped tokens at the ends of
+                images.
+
+        Returns:
+            Position ids and tables of the current space -> those of the new space.
+        """
         if position == "keep":
             return {}
         ids, *tables = self.positions
@@ -501,6 +599,7 @@ class _Lowering:
         replaced = {self.positions[ids]: moved}
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         for table in tables:
+            # Only a table made before this point has to be made again.
             if order[table] < order[origin]:
                 again = self.graph.node_copy(
                     table, lambda node: moved if node in self.position_ids else node
@@ -514,10 +613,18 @@ class _Lowering:
     def _image_features(
         self, step: _Step, grid: fx.Node | torch.Tensor | None = None, images: int | None = None
     ) -> TowerFeatures:
-        """What a reduction of images, of all or of some of a prompt, can know.
+        """Make the features of a reduction of images.
 
-        A cut behind the last block and one at the projector look into the same block: what the
-        second needs is observed at the first, and read at the tokens that are left.
+        A cut after the last block and one at the projector observe the same block. The features of
+        the second are then observed at the first and read at the tokens that are left.
+
+        Args:
+            step: The reduction.
+            grid: Image, row and column of the tokens; None for those of `images`.
+            images: Images of a prompt that are reduced; None for all.
+
+        Returns:
+            The features.
         """
         block = self.nodes[step.site.node if step.stage == "vision" else self.sites.tower_block]
         needs = required_features(step.reduction)
@@ -525,8 +632,10 @@ class _Lowering:
         makers: dict[str, Callable[[], Any]] = {"grid": lambda: cells}
         cut = self.images.cut
         if step.stage == "projector" and cut is not None and cut[0].block is block:
+            # Case: the second of the two.
             makers |= {name: partial(self._since_cut, name) for name in needs & OBSERVED.keys()}
         elif block.name == self.sites.tower_block:
+            # Case: perhaps the first of the two.
             for other in self.steps:
                 if other.stage == "projector":
                     needs |= required_features(other.reduction) & OBSERVED.keys()
@@ -544,12 +653,13 @@ class _Lowering:
         )
 
     def _since_cut(self, name: str) -> fx.Node:
-        """A feature of the block before the latest cut, at the tokens which that cut has left."""
+        """Read a feature of the block before the latest cut at the tokens that this cut left."""
         assert self.images.cut is not None
         features, kept = self.images.cut
         return self.call(tokens.known_of_kept, features[name], kept)
 
     def _prompt_features(self, step: _Step) -> PromptFeatures:
+        """Make the features of a reduction in the decoder."""
         space = self.space
         return PromptFeatures(
             self.graph_module,
@@ -565,7 +675,7 @@ class _Lowering:
         )
 
     def enter_decoder(self) -> None:
-        """From here on, a reduction sees the text as the first decoder layer gets it."""
+        """Let later reductions see the text as it enters the first decoder layer."""
         first = self.nodes["decoder_0"]
         with self.graph.inserting_before(first):
             padding = self._padding()
@@ -573,7 +683,7 @@ class _Lowering:
         self.text = PromptText(self.call, embeddings, self.space.visual, padding, before=first)
 
     def _padding(self) -> fx.Node | None:
-        """The 2-D attention mask in the current space, if the model was given one."""
+        """Return the 2-D attention mask in the current space; None if the call has none."""
         mask, space = padding_node(self.graph_module), self.space
         if mask is None or space.origin is None:
             return mask
@@ -584,14 +694,27 @@ class _Lowering:
     def _grid_of_kept(
         self, step: _Step, count: int, grid: fx.Node | torch.Tensor, kept: fx.Node
     ) -> fx.Node | torch.Tensor:
-        """Image, row and column of what is left; still a constant if it was chosen by the grid."""
+        """Return image, row and column of every kept token.
+
+        They are still a constant if the grid alone chose the tokens.
+
+        Args:
+            step: The reduction.
+            count: K, the number of tokens that it keeps.
+            grid: Image, row and column of the tokens before it.
+            kept: Indices [B, K] of the kept tokens.
+        """
         if isinstance(grid, fx.Node):
             return self.call(tokens.known_of_kept, grid, kept)
         left = grid_after(step.reduction, count, grid)
         return self.call(tokens.known_of_kept, grid[None], kept) if left is None else left
 
     def _grid_of_prompt(self, kept: fx.Node) -> fx.Node | torch.Tensor:
-        """Image, row and column of what is left of all images of a prompt."""
+        """Return image, row and column of the tokens that are left of all images of a prompt.
+
+        Args:
+            kept: Their indices [B, K] among the prompt's visual tokens.
+        """
         grid = self.images.grid
         if isinstance(grid, torch.Tensor):
             return grid_of_prompt(grid, self.layout.images)
@@ -599,7 +722,7 @@ class _Lowering:
         return self.call(tokens.known_of_kept, whole, kept)
 
     def _constant(self, value: torch.Tensor) -> fx.Node:
-        """A buffer of the graph, so that it moves to the model's device with it."""
+        """Store a constant as a buffer of the graph, which moves between devices with it."""
         names = (f"constant_{self.suffix}_{i}" for i in itertools.count())
         name = next(name for name in names if not hasattr(self.graph_module, name))
         with torch.inference_mode(False):
