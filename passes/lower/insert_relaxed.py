@@ -1,4 +1,4 @@
-"""Insert relaxed reductions: differentiable, and no token really leaves.
+"""Insert relaxed reductions, which are differentiable and let no token really leave.
 
 The graph keeps its shape. At each site a module moves content between visual tokens and lowers the
 gates of those that would be dropped; later attention gets the log-gates as a bias on its keys.
@@ -43,7 +43,8 @@ class RelaxedSite(nn.Module):
     Args:
         reduction: The relaxed reduction.
         features: Names of the features that its scores and similarities need.
-        last_of: Of how many rows one ends its prompt in a visual token, which stays; 0 if none.
+        last_of: Number of rows of which the last one ends its prompt with a visual token, which
+            stays; 0 if prompts end in text.
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class RelaxedSite(nn.Module):
     def forward(
         self, visual: Tensor, alive: Tensor, mass: Tensor, beta: Tensor, *features: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Apply it.
+        """Apply the reduction.
 
         Args:
             visual: Visual tokens [B, V, d].
             alive: Gates so far [B, V].
-            mass: [B, V].
+            mass: Masses [B, V].
             beta: 0-dim, mass bias so far.
             *features: In the order of ``self.features``.
 
@@ -93,13 +94,14 @@ def insert_relaxed(
         depth.
 
     Raises:
-        ValueError: If a site cannot be used or lacks a score.
+        ValueError: If a site cannot be used or lacks a score, or a layer takes no bias.
     """
     ordered = sorted(reductions, key=site_order)
     for name in ordered:
         check_reduction(graph_module, sites, replace(reductions[name].start, site=name), layout)
     _check_layers(graph_module)
     insertion = _Insertion(graph_module, sites, layout, reductions)
+    # Before the decoder, each image is reduced alone.
     of_images = [name for name in ordered if split_site(name)[0] != "decoder"]
     for name in of_images:
         if sites.merged:
@@ -108,6 +110,7 @@ def insert_relaxed(
             insertion.at_images(name)
     if of_images and not sites.merged:
         insertion.enter_prompt(of_images)
+    # In the decoder, all visual tokens of a prompt are reduced together.
     for name in ordered[len(of_images) :]:
         insertion.in_decoder(name)
     insertion.add_output()
@@ -115,7 +118,11 @@ def insert_relaxed(
 
 
 def _check_layers(graph_module: fx.GraphModule) -> None:
-    """Refuse layers that see a token whatever its gate: only attention takes a bias."""
+    """Refuse layers that ignore gates: only attention takes a bias.
+
+    Raises:
+        ValueError: If a decoder layer takes a mask of padding alone.
+    """
     for node in graph_module.graph.nodes:
         mask = node.kwargs.get("attention_mask")
         if isinstance(mask, fx.Node) and mask.meta.get("padding"):
@@ -126,7 +133,14 @@ def _check_layers(graph_module: fx.GraphModule) -> None:
 
 
 class _Insertion:
-    """Walks the sites in order of depth; gates and masses flow from one to the next."""
+    """Walks the sites in order of depth; gates and masses flow from one to the next.
+
+    Args:
+        graph_module: A captured, annotated prefill graph. Changed in place.
+        sites: Its sites.
+        layout: The prompts.
+        reductions: Site name -> relaxed reduction.
+    """
 
     def __init__(
         self,
@@ -144,7 +158,7 @@ class _Insertion:
         ids = self.nodes["position_ids"]
         self.positions = {node: node for node in [ids, *position_tables(graph_module)]}
         self.visual = insert_visual_positions(graph_module, sites, layout, self.call)
-        # Gates and masses: of each image before the decoder, of the prompt in it.
+        # Gates and masses, all 1 at first: per image before the decoder, per prompt in it.
         with self.graph.inserting_after(self.visual):
             self.alive = self.call(tokens.ones_at, self.visual)
         self.mass = self.alive
@@ -158,12 +172,13 @@ class _Insertion:
         self.text = PromptText(self.call, self.nodes[sites.embeddings], self.visual, mask)
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """Emit a call_function node."""
         return self.graph.call_function(function, args)
 
     # *** before the decoder ***
 
     def at_merged(self, name: str) -> None:
-        """Reduce every image alone, its features already being in the prompt."""
+        """Reduce every image alone where its features are already in the prompt."""
         hidden, images = self.nodes[self.sites.features], self.layout.images
         features = self._tower_features(name)
         anchor = max(hidden, self.zero, key=self._order().__getitem__).next
@@ -182,18 +197,20 @@ class _Insertion:
         self._behind(self.reductions[name].start.position, behind, behind)
 
     def _order(self) -> dict[fx.Node, int]:
+        """Return the place of every node in the graph."""
         return {node: i for i, node in enumerate(self.graph.nodes)}
 
     def at_images(self, name: str) -> None:
-        """Reduce every image alone: its patches in the tower, or its features behind it."""
+        """Reduce every image alone: its patches in the tower, or its features after it."""
         in_tower = name != "projector"
         features = self._tower_features(name)
         whole, anchor = features.hidden, features.anchor
         class_tokens = self.sites.class_tokens
         if not in_tower:
+            # At the projector, a block of the tower is observed, but its features are reduced.
             whole = self.nodes[self.sites.features]
             anchor, class_tokens = whole.next, 0
-            # Masses bias the stage they arise in.
+            # Masses bias attention only in the stage in which they arise.
             self.beta = self.zero
         users = users_behind(whole, anchor)
         with self.graph.inserting_before(anchor):
@@ -201,6 +218,7 @@ class _Insertion:
             if class_tokens:
                 own = self.call(tokens.without_class, whole, class_tokens)
             if self.tower is None:
+                # The first site: from here on, gates and masses are those of each image.
                 self.alive = self.mass = self.call(tokens.ones_like_tokens, own)
             reduced = self._site(name, own, features)
             if class_tokens:
@@ -216,7 +234,11 @@ class _Insertion:
         self.tower = features
 
     def enter_prompt(self, of_images: Sequence[str]) -> None:
-        """From here on, gates and masses are those of a prompt's visual tokens."""
+        """Turn gates and masses of each image into those of a prompt, for all decoder layers.
+
+        Args:
+            of_images: Names of the sites before the decoder.
+        """
         first = self.nodes["decoder_0"]
         images = self.layout.images
         with self.graph.inserting_before(first):
@@ -228,16 +250,18 @@ class _Insertion:
         self._behind(rule, self.mass, embeddings)
 
     def _tower_features(self, name: str) -> TowerFeatures:
-        """What a reduction of images can know; a block is looked into once, for all that ask."""
+        """Make the features of a reduction of images; each block is observed only once."""
         in_tower = name != "projector"
         block = self.nodes[name.replace(".", "_") if in_tower else self.sites.tower_block]
         needs = _needs(self.reductions[name])
         makers: dict[str, Callable[[], Any]] = {"grid": lambda: self._grid(name, 1)}
         tower = self.tower
         if not in_tower and tower is not None and tower.block is block:
+            # Case: the last block of the tower was observed at its own site.
             shared = needs & OBSERVED.keys()
             makers |= {feature: partial(tower.__getitem__, feature) for feature in shared}
         elif block.name == self.sites.tower_block and "projector" in self.reductions:
+            # Case: the last block, where the projector will ask for features as well.
             needs |= _needs(self.reductions["projector"]) & OBSERVED.keys()
         return TowerFeatures(
             self.graph_module,
@@ -256,10 +280,11 @@ class _Insertion:
     # *** in the decoder ***
 
     def in_decoder(self, name: str) -> None:
-        """Reduce all visual tokens of a prompt together, behind a decoder layer."""
+        """Reduce all visual tokens of a prompt together, after a decoder layer."""
         mask = padding_node(self.graph_module)
         first = self.nodes["decoder_0"]
         if self.text.before is None:
+            # The first site in the decoder: read the text as it enters the first layer.
             embeddings: Any = first.args[0]
             self.text = PromptText(
                 self.call, embeddings, self.visual, mask, self.alive, before=first
@@ -291,7 +316,13 @@ class _Insertion:
     # *** both ***
 
     def _site(self, name: str, visual: fx.Node, features: Mapping[str, fx.Node]) -> fx.Node:
-        """The reduced tokens; gates, masses and the mass bias are updated."""
+        """Insert the reduction's module, update gates, masses and mass bias, and return the tokens.
+
+        Args:
+            name: Name of the site.
+            visual: The visual tokens there.
+            features: Features of the site.
+        """
         reduction = self.reductions[name]
         names = tuple(sorted(_needs(reduction)))
         target = f"reduce_{name.replace('.', '_')}"
@@ -307,7 +338,13 @@ class _Insertion:
         return reduced
 
     def _behind(self, position: str, after: fx.Node, hidden: fx.Node) -> None:
-        """Bias the attention of all later layers, and move their positions."""
+        """Bias the attention of all later layers, and move their positions.
+
+        Args:
+            position: The rule for positions: ``keep``, ``compact`` or ``grid``.
+            after: The node to insert after.
+            hidden: The prompt [B, N, d]; only its shape is read.
+        """
         with self.graph.inserting_before(after.next):
             bias = self.call(
                 tokens.gate_bias, self.alive, self.mass, self.beta, self.visual, hidden
@@ -319,6 +356,7 @@ class _Insertion:
             self._move(position, bias, layers, hidden)
 
     def _move(self, position: str, before: fx.Node, layers: list[fx.Node], hidden: fx.Node) -> None:
+        """Give later layers new position ids, and rotary tables that are made from them."""
         ids, *tables = self.positions
         given = (ids, self.alive, self.visual)
         with self.graph.inserting_after(before):
@@ -339,6 +377,7 @@ class _Insertion:
             self.positions[node] = replaced.get(here, here)
 
     def _grid(self, name: str, images: int) -> fx.Node:
+        """Store image, row and column of the tokens of some images as a buffer."""
         target = f"grid_{name.replace('.', '_')}"
         device = next(self.graph_module.parameters()).device
         grid = self.layout.grid_tensor(images).to(device)
@@ -346,13 +385,14 @@ class _Insertion:
         return self.graph.get_attr(target)
 
     def add_output(self) -> None:
+        """Let the graph return the gates of every site."""
         output = self.graph.output_node()
         fields: Any = output.args[0]
         output.args = ({**fields, "gates": self.gates},)
 
 
 def _needs(reduction: RelaxedReduction) -> set[str]:
-    """Features of a site, beside the tokens themselves, that a reduction reads."""
+    """Return the names of the features that a reduction reads besides the tokens themselves."""
     start = reduction.start
     names = {feature for score in start.scores for feature in SCORES[score].features}
     names |= {SIMILARITIES[kind] for kind in start.similarity}

@@ -14,7 +14,7 @@ from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["insert_visual_positions"]
 
-# What models call the learned feature that ends each row of an image.
+# The parameter that holds the learned feature at the end of each row of an image.
 _NEWLINE = "image_newline"
 
 
@@ -24,17 +24,18 @@ def insert_visual_positions(
     layout: PromptLayout,
     call: Callable[..., fx.Node],
 ) -> fx.Node:
-    """A node of the positions [B, V] of all visual tokens that may be reduced.
+    """Insert a node of the positions [B, V] of all visual tokens that may be reduced.
 
     Args:
         graph_module: A captured prefill graph. Changed in place.
         sites: Its sites.
         layout: The prompts this graph is for. Where some placeholders are ends of rows, these are
-            told by their features, which are a parameter of the model.
+            recognised by their features, which are a parameter of the model.
         call: Emits nodes.
 
     Returns:
-        The node; behind the prompt's embeddings with images in place if there are ends of rows.
+        The node. If there are ends of rows, it stands after the prompt's embeddings with images in
+        place.
     """
     graph = graph_module.graph
     (input_ids,) = graph.find_nodes(op="placeholder", target="input_ids")
@@ -42,6 +43,7 @@ def insert_visual_positions(
     if not layout.separators:
         with graph.inserting_after(input_ids):
             return call(tokens.visual_positions, *given)
+    # Case: some placeholders are ends of rows, which their ids do not tell.
     encoder = next(node for node in graph.nodes if is_encoder(node))
     core: Any = graph_module.get_submodule(str(encoder.target)).core
     graph_module.register_parameter(_NEWLINE, getattr(core, _NEWLINE))

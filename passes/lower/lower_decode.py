@@ -1,7 +1,7 @@
-"""Lower the decode graph: each layer attends to its own, differently long, cache.
+"""Lower the decode graph: each layer attends to its own cache, and their lengths differ.
 
-Nothing is reduced while decoding. A new token only needs, for the layers of each token space, a
-mask as wide as those layers' caches and, where positions were compacted, its position there.
+Nothing is reduced while decoding. For the layers of each token space, a new token needs only a
+mask as wide as their caches and, where tokens have moved, its position in that space.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ __all__ = ["DecodeSpace", "decode_spaces", "lower_decode"]
 
 @dataclass(frozen=True)
 class DecodeSpace:
-    """The layers behind one reduction.
+    """The layers after one reduction.
 
     Attributes:
         first_layer: Index of the first decoder layer in this space.
-        position: How its positions follow: ``keep`` those of the space before, ``compact`` or
+        position: The rule for its positions: ``keep`` (those of the space before), ``compact`` or
             ``grid``.
         biased: Whether its keys carry a mass bias.
     """
@@ -44,7 +44,7 @@ class DecodeSpace:
 
     @property
     def moved(self) -> bool:
-        """Whether its tokens have positions of their own."""
+        """Return whether its tokens have positions of their own."""
         return self.position != "keep"
 
 
@@ -52,8 +52,8 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
     """Give the layers of every token space their own mask, positions and key bias.
 
     For space k (from 1) the graph gains the inputs ``attention_mask_k`` [B, M_k + t] if the model
-    takes a mask, ``position_ids_k`` [B, t] if tokens have moved and ``key_bias_k``
-    [B, M_k + t] if attention is biased by mass.
+    takes a mask, ``position_ids_k`` [B, t] if tokens have moved, ``key_bias_k`` [B, M_k + t] if
+    attention is biased by mass, and ``key_positions_k`` [B, M_k + t] if layers see a window.
 
     Args:
         graph_module: A captured, annotated graph of a call with a filled cache. Changed in place.
@@ -68,7 +68,7 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
     ends = [*(space.first_layer for space in spaces[1:]), len(layers)][: len(spaces)]
     replaced: dict[fx.Node, fx.Node] = {}
     for k, (space, end) in enumerate(zip(spaces, ends, strict=True), start=1):
-        # To keep positions is to keep those of the space before, which may have moved.
+        # The rule ``keep`` keeps the positions of the space before, which may have moved.
         same = [] if space.moved else [nodes["position_ids"], *tables]
         before = {node: replaced[node] for node in same if node in replaced}
         replaced, key_bias = _inputs_of(graph_module, nodes, tables, k, space)
@@ -82,14 +82,21 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
 
 
 def decode_spaces(policy: Policy) -> tuple[DecodeSpace, ...]:
-    """The token spaces that a policy leaves in the decoder, in order of depth.
+    """List the token spaces that a policy leaves in the decoder, in order of depth.
 
-    All reductions before the decoder shorten the prompt together: they leave one space.
+    All reductions before the decoder shorten the prompt together and leave one space.
+
+    Args:
+        policy: The policy.
+
+    Returns:
+        The spaces after the original one.
     """
     spaces: list[DecodeSpace] = []
     merged = False
     for reduction in policy.reductions:
         stage, _ = split_site(reduction.site)
+        # Masses differ from 1 from the first reduction on that moves content between tokens.
         merged = merged or reduction.transfers
         biased = merged and reduction.mass_bias > 0 and stage != "vision"
         if stage == "decoder":
@@ -106,7 +113,18 @@ def _inputs_of(
     k: int,
     space: DecodeSpace,
 ) -> tuple[dict[fx.Node, fx.Node], fx.Node | None]:
-    """New graph inputs of a space, the masks and rotary tables made from them, the key bias."""
+    """Add the inputs of a space, and the masks and rotary tables made from them.
+
+    Args:
+        graph_module: The graph. Changed in place.
+        nodes: All nodes by name, as they were before the first space.
+        tables: The rotary tables.
+        k: Number of the space, from 1.
+        space: The space.
+
+    Returns:
+        Old node -> node of the space, and the node of the key bias, if there is one.
+    """
     graph = graph_module.graph
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     ids = nodes["position_ids"]
@@ -119,16 +137,19 @@ def _inputs_of(
             replaced[ids] = graph.placeholder(f"position_ids_{k}")
         if "attention_mask" in nodes:
             replaced[nodes["attention_mask"]] = graph.placeholder(f"attention_mask_{k}")
+    # One mask for layers with a window and one for all others.
     windows: dict[bool, fx.Node] = {}
     for node in nodes.values():
         is_mask = node.meta.get("prompt_axes") == MASK
         if is_mask and not _is_plain(node):
+            # Case: a mask of windows or blocks of image tokens, or of padding.
             if _is_of_attention(node):
                 sliding = "sliding" in kind_of_mask(node)
                 if sliding not in windows:
                     windows[sliding] = _mask_of_space(graph_module, node, replaced, k, space)
                 replaced[node] = windows[sliding]
         elif is_mask or (space.moved and node in tables):
+            # Case: a plain causal mask, or a rotary table of positions that have moved.
             with graph.inserting_before(nodes[f"decoder_{space.first_layer}"]):
                 again = graph.node_copy(node, lambda value: replaced.get(value, value))
             if is_mask:
@@ -139,14 +160,14 @@ def _inputs_of(
 
 
 class WindowMask(nn.Module):
-    """Who sees which key of a cache from which tokens have left, in layers of one kind.
+    """Makes the mask of one kind of layers for a cache from which tokens were dropped.
 
     The prompt's own blocks (images that see themselves in both directions) do not matter to new
     tokens, which see everything before them; a window is a distance in the original prompt.
 
     Args:
         config: The text model's config.
-        window: How far a token sees; 0 for everything.
+        window: How many positions a token sees, its own included; 0 for all.
     """
 
     def __init__(self, config: Any, window: int) -> None:
@@ -157,14 +178,17 @@ class WindowMask(nn.Module):
     def forward(
         self, *, inputs_embeds: Tensor, past_key_values: Any, layer_idx: int, **kwargs: Any
     ) -> Tensor | BlockMask | None:
-        """A mask as transformers makes it.
+        """Make a mask of the kind that transformers makes.
 
         Args:
-            inputs_embeds: [B, t, d] of the new tokens.
+            inputs_embeds: Embeddings [B, t, d] of the new tokens.
             past_key_values: The cache.
-            layer_idx: A layer of this kind.
+            layer_idx: Index of a layer of this kind.
             **kwargs: ``attention_mask`` [B, M + t] and, if there is a window, ``key_positions``
-                [B, M + t], original positions of what the layer has seen.
+                [B, M + t], the original positions of all keys that the layer has seen.
+
+        Returns:
+            A boolean, additive or block mask, or None, as the attention implementation wants it.
         """
         positions = kwargs.pop("key_positions", None)
         mask: Any = create_causal_mask(
@@ -176,9 +200,11 @@ class WindowMask(nn.Module):
         )
         if not self.window:
             return mask
+        # The cache of a layer with a window may hold fewer keys than the layer has seen.
         new = inputs_embeds.shape[1]
         held, _ = past_key_values.get_mask_sizes(new, layer_idx)
         if isinstance(mask, BlockMask):
+            # Case: flex attention.
             in_window = and_masks(mask.mask_mod, self._in_window(positions, new, held))
             batch, device = len(positions), positions.device
             return create_block_mask(in_window, batch, None, new, held, device=device)
@@ -186,9 +212,11 @@ class WindowMask(nn.Module):
         near = ((distance >= 0) & (distance < self.window))[:, None]
         if mask is None or mask.dtype == torch.bool:
             return near if mask is None else near & mask
+        # Case: an additive mask.
         return mask.masked_fill(~near, torch.finfo(mask.dtype).min)
 
     def _in_window(self, positions: Tensor, new: int, held: int) -> Callable[..., Tensor]:
+        """Make the condition of the window in the form of flex attention."""
         queries, keys = positions[:, -new:], positions[:, -held:]
 
         def near(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -199,20 +227,22 @@ class WindowMask(nn.Module):
 
 
 def _is_plain(mask: fx.Node) -> bool:
+    """Return whether a mask depends on the order of tokens and padding alone."""
     return bool(mask.meta.get("plain_mask", False))
 
 
 def _is_of_attention(mask: fx.Node) -> bool:
-    """Whether decoder layers read this, not the dict of masks for all kinds, and attend by it.
+    """Return whether decoder layers attend with this mask.
 
-    What padding is to layers with a state is about the new tokens only.
+    A dict of masks for all kinds of layers is read by no layer itself. Padding masks of stateful
+    layers concern the new tokens only.
     """
     read = any(user.name.startswith("decoder_") for user in mask.users)
     return read and not mask.meta["padding"]
 
 
 def _layer_of(mask: fx.Node, space: DecodeSpace) -> int:
-    """The first layer of a space that reads a mask: as wide as its cache is what it has to be."""
+    """Return the first layer of a space that reads a mask, which must be as wide as its cache."""
     numbers = [user.name.partition("decoder_")[2] for user in mask.users]
     layers = [int(number) for number in numbers if number.isdigit()]
     behind = [layer for layer in layers if layer >= space.first_layer]
@@ -226,7 +256,18 @@ def _mask_of_space(
     k: int,
     space: DecodeSpace,
 ) -> fx.Node:
-    """The mask of one kind of layers in a space, at the caches' original positions."""
+    """Insert the mask of one kind of layers in a space, made from original positions.
+
+    Args:
+        graph_module: The graph. Changed in place.
+        mask: A mask of this kind in the original space.
+        replaced: Old node -> node of the space.
+        k: Number of the space.
+        space: The space.
+
+    Returns:
+        The node.
+    """
     graph = graph_module.graph
     made = mask.all_input_nodes[0] if mask.target is operator.getitem else mask
     builder: Any = graph_module.get_submodule(str(made.target))
@@ -249,9 +290,11 @@ def _mask_of_space(
 
 
 def _order(graph: fx.Graph) -> Any:
+    """Return a sort key: the place of a node in the graph."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     return order.__getitem__
 
 
 def _latest(replaced: dict[fx.Node, fx.Node], value: fx.Node) -> fx.Node:
+    """Return the node that takes the place of a value in the current space."""
     return replaced.get(value, value)

@@ -1,4 +1,4 @@
-"""Open a new token space: let everything behind a cut see the kept tokens only."""
+"""Open a new token space: let everything after a cut see only the kept tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deos_fx.tokens.index import take, take_each, take_in_each, take_mask
 
 __all__ = ["has_prompt_axis", "open_space"]
 
-# Reading these of a tensor says nothing about its tokens' contents.
+# Attributes of a tensor that say nothing about its tokens' contents.
 _METADATA = ("shape", "dtype", "device")
 
 
@@ -26,16 +26,16 @@ def open_space(
     replaced: dict[fx.Node, fx.Node],
     space: str,
 ) -> None:
-    """Continue the graph behind `cut` in the space of the kept tokens.
+    """Continue the graph after `cut` in the space of the kept tokens.
 
     1. Every user of `cut` that comes after `reduced` uses `reduced` instead. Nodes that read only
-       its shape stay in the old space: positions counted from it are original positions. What is
-       given a shape behind the cut gets that of the new space.
-    2. Every node behind the cut that also takes a value of the old space takes it re-indexed, by
+       its shape stay in the old space: positions counted from it are original positions. A node
+       after the cut that takes a size gets the new space's size.
+    2. Every node after the cut that also takes a value of the old space takes it re-indexed, along
        the axes that `annotate_token_spaces` found. Values with a meaning of their own in the new
        space (position ids) are given in `replaced`.
-    3. Masks that know more than who comes first (windows, blocks of image tokens) are made in the
-       old space and re-indexed: distances are those of the original prompt.
+    3. Masks that depend on more than the order of tokens (windows, blocks of image tokens) are made
+       in the old space and re-indexed: distances are those of the original prompt.
 
     Args:
         graph: An annotated graph. Changed in place.
@@ -51,20 +51,23 @@ def open_space(
     sizes = _sizes_of(cut)
     for node in graph.nodes:
         if node not in behind and any(value in behind for value in node.all_input_nodes):
-            # A mask of the old space reads of the hidden states only how long they are.
+            # Rule 3: a mask made in the old space. Of the hidden states it reads only the length.
             node.kwargs = fx.node.map_arg(
                 node.kwargs, lambda value: cut if value in behind else value
             )
     for node in sorted(behind, key=order.__getitem__):
         for value in node.all_input_nodes:
             if value is cut:
+                # Rule 1: the hidden states themselves.
                 node.replace_input_with(cut, reduced)
             elif value in sizes:
+                # Rule 1: a size of the old space.
                 with graph.inserting_before(node):
                     node.replace_input_with(value, _copied(graph, value, cut, reduced))
             elif value not in behind and value is not reduced and has_prompt_axis(value):
+                # Rule 2: a value of the old space.
                 if value not in replaced:
-                    # Also where the value is made behind the cut, just not from it.
+                    # The value may be made after the cut, though not from it.
                     last = max(value, index, key=order.__getitem__)
                     with graph.inserting_before(last.next):
                         replaced[value] = _reindexed(graph, value, index, space)
@@ -76,7 +79,7 @@ def open_space(
 
 
 def _drop_guards(behind: set[fx.Node]) -> None:
-    """Drop guards about lengths behind the cut: they compared lengths of the old space."""
+    """Drop guards on lengths after the cut: they compared lengths of the old space."""
     stack = [user for node in behind for user in node.users if _is_metadata(user)]
     while stack:
         node = stack.pop()
@@ -86,7 +89,7 @@ def _drop_guards(behind: set[fx.Node]) -> None:
 
 
 def _sizes_of(cut: fx.Node) -> set[fx.Node]:
-    """The shape of a value, parts of it and what is computed from these alone, if no tensor."""
+    """Find the metadata of a value, its parts, and the numbers computed from these alone."""
     found: set[fx.Node] = set()
     stack = [user for user in cut.users if _is_metadata(user)]
     while stack:
@@ -96,14 +99,14 @@ def _sizes_of(cut: fx.Node) -> set[fx.Node]:
             plain = node.op == "call_function" and node.target is not check_guard
             plain = plain or _is_metadata(node)
             users = [user for user in node.users if found.issuperset(user.all_input_nodes)]
-            # A number has no shape.
+            # Only values without axes: numbers, and tuples of numbers.
             numbers = (user for user in users if not any(pytree.tree_leaves(user.meta["shape"])))
             stack.extend(numbers if plain else ())
     return found
 
 
 def _copied(graph: fx.Graph, size: fx.Node, cut: fx.Node, reduced: fx.Node) -> fx.Node:
-    """A size read of `cut`, read of `reduced`."""
+    """Copy the computation of a size of `cut`, so that it reads `reduced` instead."""
     if size is cut:
         return reduced
     made = [_copied(graph, source, cut, reduced) for source in size.all_input_nodes]
@@ -114,7 +117,7 @@ def _copied(graph: fx.Graph, size: fx.Node, cut: fx.Node, reduced: fx.Node) -> f
 
 
 def _behind(cut: fx.Node, position: int) -> set[fx.Node]:
-    """Nodes after `position` that depend on the cut, other than through its metadata."""
+    """Find the nodes after `position` that depend on the cut, not counting its metadata."""
     order = {node: i for i, node in enumerate(cut.graph.nodes)}
     found: set[fx.Node] = set()
     stack = [user for user in cut.users if order[user] > position and not _is_metadata(user)]
@@ -127,18 +130,23 @@ def _behind(cut: fx.Node, position: int) -> set[fx.Node]:
 
 
 def _stays(node: fx.Node) -> bool:
-    """Whether this makes masks that are no plain causal ones."""
+    """Return whether a node makes masks that depend on more than order and padding."""
     return node.op == "call_module" and not node.meta.get("plain_mask", True)
 
 
 def _is_metadata(node: fx.Node) -> bool:
+    """Return whether a node reads the shape, dtype or device of a tensor."""
     if node.op == "call_method":
         return node.target == "size"
     return node.target is getattr and node.args[1] in _METADATA
 
 
 def has_prompt_axis(node: fx.Node) -> bool:
-    """Whether a value, or a part of it, has a row for every token of the prompt."""
+    """Return whether a value, or a part of it, has a row for every token of the prompt.
+
+    Args:
+        node: An annotated node.
+    """
     axes = node.meta.get("prompt_axes")
     if isinstance(axes, (tuple, list)):
         return any(axis is not None for axis in axes)
@@ -146,7 +154,7 @@ def has_prompt_axis(node: fx.Node) -> bool:
 
 
 def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> fx.Node:
-    """The value in the new space: annotated like the old one and named after it and the space."""
+    """Emit a value in the new space, annotated like the old one and named after both."""
     axes = value.meta["prompt_axes"]
     if axes == 0:
         return _flattened_again(graph, value, index, space)
@@ -161,6 +169,7 @@ def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> f
         target = take
         args = args if axes == 1 else (*args, axes)
     else:
+        # Case: a tuple of values, each with an axis of its own.
         target = take_each
         args = (*args, tuple(axes))
     node = graph.create_node("call_function", target, args, {}, f"{root}_{space}")
@@ -169,9 +178,9 @@ def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> f
 
 
 def _flattened_again(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> fx.Node:
-    """A value whose leading axis is batch and prompt together, such as the labels of a loss.
+    """Make a value again whose leading axis is batch and prompt together, such as a loss's labels.
 
-    It is made again from what it was made of, re-indexed where the two were still apart.
+    Its inputs, in which the two axes are still apart, are re-indexed.
     """
     apart = {
         source: _reindexed(graph, source, index, space)
