@@ -1,10 +1,10 @@
-"""What a reduction can know about the visual tokens at its site, as nodes of the graph.
+"""Features of the visual tokens at a site, as nodes of the graph.
 
-A feature is asked for by name: ``keys`` is that of the block before the site, ``keys@next`` that of
-the block behind it, ``keys@vision.5`` that of an earlier block. What blocks have to observe is
-arranged at once, when the site's features are made; the nodes that follow from it (what it says of
-the visual tokens, ...) appear when a feature is first looked up, so what nothing reads leaves no
-node.
+A feature is asked for by name: ``keys`` are those of the block before the site, ``keys@next`` those
+of the block after it, ``keys@vision.5`` those of an earlier block. The observations of blocks are
+set up at once, when the site's features are made. Nodes that are computed from them (such as the
+values at the visual tokens) appear when a feature is first looked up, so a feature that nothing
+reads leaves no node.
 
 Cost of an observation, in FLOPs for each row of the batch, with N tokens, H heads, H_kv key heads
 of size D, width d, T text tokens, V visual tokens and c class tokens:
@@ -17,7 +17,7 @@ of size D, width d, T text tokens, V visual tokens and c class tokens:
     attention_raters_plus                   2 (H + 2) D N T, and 2 d V T once for all sites
     attention_mutual, attention_mutual_max  2 H D N V; in the vision tower 2 H D N N, N = V + c
     anything @next, once                    2 d (H + 2 H_kv) D N: the projections of queries, keys
-                                            and values of the block that is peeked into
+                                            and values of the next block
 
 Observations are shared: two features that read the same attention of the same queries of one block
 cost it once.
@@ -38,31 +38,32 @@ from deos_fx.policy.reduction import site_order
 __all__ = ["Call", "Maker", "SiteFeatures"]
 
 Call = Callable[..., Any]
-"""Emits a call_function node of a function and its arguments at the place of insertion."""
+"""Emits a call_function node, from a function and its arguments, at the place of insertion."""
 Maker = Callable[[], Any]
 """Makes a feature at the place of insertion."""
 
 
 class SiteFeatures(dict[str, Any]):
-    """Features of the visual tokens at a site; one becomes graph nodes when it is looked up.
+    """Features of the visual tokens at a site; a feature becomes graph nodes when it is looked up.
 
-    Making it lets the blocks in question observe what is needed, each block once. Behind the site
-    nothing is added before the first look-up: who reads ``hidden`` then is who reads it without
-    this site.
+    The constructor lets the blocks in question observe what is needed, each block once. No node is
+    added after the site until a feature is looked up, so the users of ``hidden`` are still the
+    original ones.
 
     Args:
         graph_module: The graph. Changed in place.
         site: Name of the site.
         block: Node of the block before the site; at the projector, of the vision block that the
             features come from.
-        needs: Names of the features that will be looked up, perhaps with ``@where``.
+        needs: Names of the features that will be looked up, with ``@where`` if they are observed
+            at another block.
         call: Emits nodes.
         reduced: Sites that were reduced before this one.
         makers: Features that are not observed (``grid``, ...).
 
     Attributes:
-        hidden: Node of the hidden states behind the block.
-        anchor: The node to insert before, behind everything that is observed.
+        hidden: Node of the hidden states after the block.
+        anchor: The node to insert before; it stands after everything that is observed.
 
     Raises:
         ValueError: If a name is unknown, or asks for a block that does not exist or that saw
@@ -91,6 +92,7 @@ class SiteFeatures(dict[str, Any]):
         wanted = self._wanted(needs)
         for where in wanted:
             self._check_space(where, reduced)
+        # The next block is only peeked into, when one of its features is looked up.
         self._behind = wanted.pop("next", [])
         if self._behind:
             self._bring_forward()
@@ -99,6 +101,7 @@ class SiteFeatures(dict[str, Any]):
             self._observe(where, wanted[where])
 
     def __missing__(self, name: str) -> Any:
+        """Make a feature when it is first looked up."""
         base, where = self._parts(name)
         if name in self.makers:
             self[name] = self.makers[name]()
@@ -110,34 +113,55 @@ class SiteFeatures(dict[str, Any]):
             self[name] = self._other(name)
         return self[name]
 
-    # *** what kinds of site differ in ***
+    # *** differences between kinds of sites ***
 
     def _ask(self, queries: str, hidden: fx.Node) -> AskedNodes:
-        """Nodes of whose attention is meant, at the place of insertion."""
+        """Emit the nodes that say which queries are observed, at the place of insertion.
+
+        Args:
+            queries: Their name in `OBSERVED`: ``last``, ``text``, ``class``, ...
+            hidden: Hidden states that the block gets.
+        """
         raise NotImplementedError
 
     def _of_visual(self, name: str, seen: fx.Node) -> Any:
-        """An observation of all tokens at the tokens that the feature is about."""
+        """Read an observation of all tokens at the tokens that the feature is about.
+
+        Args:
+            name: Name of the feature.
+            seen: Node of the observation.
+        """
         raise NotImplementedError
 
     def _other(self, name: str) -> Any:
-        """A feature that no attention is observed for."""
+        """Make a feature that needs no observation of attention.
+
+        Raises:
+            ValueError: If there is no such feature.
+        """
         raise ValueError(f"{self.site} has no feature {name!r}.")
 
-    # *** which blocks observe what ***
+    # *** observations of blocks ***
 
     @property
     def _own(self) -> str:
-        """The block before the site, as the name of a site."""
+        """Name of the site right after the block."""
         return self.block.name.replace("_", ".")
 
     def _parts(self, name: str) -> tuple[str, str]:
-        """A feature's own name and where it is observed; the block before the site is ``""``."""
+        """Split a feature's name into its own and the place of observation.
+
+        The place is empty for the block before the site.
+        """
         base, _, where = name.partition("@")
         return base, "" if where == self._own else where
 
     def _wanted(self, needs: Iterable[str]) -> dict[str, list[tuple[Observation, str]]]:
-        """Where -> what to observe there, each once."""
+        """Return place of observation -> what to observe there, without duplicates.
+
+        Raises:
+            ValueError: If a place is given for a feature that is not observed.
+        """
         wanted: dict[str, list[tuple[Observation, str]]] = {}
         for need in sorted(needs):
             name, where = self._parts(need)
@@ -152,10 +176,19 @@ class SiteFeatures(dict[str, Any]):
         return wanted
 
     def _depth(self, where: str) -> tuple[int, int]:
+        """Return a sort key of places of observation, from front to back."""
         return site_order(where or self._own)
 
     def _check_space(self, where: str, reduced: Sequence[str]) -> None:
-        """Attention is observed of the tokens that are at the site, of no others."""
+        """Refuse observations of tokens that are not those at the site.
+
+        Args:
+            where: The place of observation.
+            reduced: Sites that were reduced before this one.
+
+        Raises:
+            ValueError: If there is no such block before the site, or a reduction between the two.
+        """
         observed = self._own if where in ("", "next") else where
         stage, _, index = self._own.partition(".")
         if not re.fullmatch(rf"{stage}\.\d+", observed) or int(observed.split(".")[1]) > int(index):
@@ -172,7 +205,7 @@ class SiteFeatures(dict[str, Any]):
                 )
 
     def _observe(self, where: str, wanted: list[tuple[Observation, str]]) -> None:
-        """Let the block before the site, or an earlier one, report something."""
+        """Let the block before the site, or an earlier one, report observations."""
         graph = self.graph_module.graph
         nodes = {node.name: node for node in graph.nodes}
         block = nodes[where.replace(".", "_")] if where else self.block
@@ -186,13 +219,20 @@ class SiteFeatures(dict[str, Any]):
             self._seen[where, *key] = node
 
     def _queries(self, of: str, hidden: fx.Node) -> AskedNodes | None:
-        """The queries of that name: made once, since every block here sees the same tokens."""
+        """Return the nodes of the queries of a name; None without a name.
+
+        They are made once: every block that is observed for this site sees the same tokens.
+        """
         if of and of not in self._asked:
             self._asked[of] = self._ask(of, hidden)
         return self._asked[of] if of else None
 
     def _bring_forward(self) -> None:
-        """Make what the block behind is given, such as the mask of its kind, before this one."""
+        """Move inputs of the next block, such as the mask of its kind, before this block.
+
+        A peek happens right after this block and takes the same inputs. Nodes that depend on this
+        block stay where they are.
+        """
         graph = self.graph_module.graph
         following = self._next_block()
         order = {node: i for i, node in enumerate(graph.nodes)}
@@ -204,6 +244,7 @@ class SiteFeatures(dict[str, Any]):
                 late.add(node)
                 stack.extend(node.all_input_nodes)
         for node in sorted(late, key=order.__getitem__):
+            # In order, so that the inputs of a node have moved before it, if they can.
             if self.block not in node.all_input_nodes and not late.intersection(
                 node.all_input_nodes
             ):
@@ -211,13 +252,18 @@ class SiteFeatures(dict[str, Any]):
                 late.remove(node)
 
     def _next_block(self) -> fx.Node | None:
+        """Return the node of the next block of the stage, if it is in the graph."""
         stage, _, index = self._own.partition(".")
         name = f"{stage}_{int(index) + 1}"
         nodes = self.graph_module.graph.nodes
         return next((node for node in nodes if node.name == name), None)
 
     def _peek(self) -> None:
-        """Look into the block behind this one, which need not be in the graph."""
+        """Observe the next block of the stage, which need not be in the graph.
+
+        Raises:
+            ValueError: If the stage has no next block.
+        """
         stage, _, index = self._own.partition(".")
         name = f"{stage}_{int(index) + 1}"
         blocks: dict[str, nn.Module] = self.graph_module.meta["blocks"]

@@ -1,4 +1,4 @@
-"""Route a block's attention through the seam: observe it or bias it, as explicit graph values."""
+"""Observe a block's attention through the seam, or bias it, as explicit values of the graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 AskedNodes = tuple[fx.Node | None, fx.Node | None, fx.Node | None]
-"""Nodes of `Asked`: positions of queries, their votes, and keys that count."""
+"""Nodes of `Asked`: positions of the queries, their votes, and positions of the keys that count."""
 
 
 def observe_attention(
@@ -33,16 +33,16 @@ def observe_attention(
     block: fx.Node,
     wanted: Sequence[tuple[Observation, AskedNodes | None]],
 ) -> tuple[list[fx.Node], fx.Node, fx.Node]:
-    """Let a block's node return what its attention saw.
+    """Let a block's node also return observations of its attention.
 
     Args:
         graph_module: The graph. Changed in place.
         block: call_module node of a transformer block that does not observe anything yet.
-        wanted: What to observe, with the nodes of whose attention where it is about some queries.
+        wanted: The observations, each with the nodes of its queries; None if it has none.
 
     Returns:
-        The observed values, the node of the block's hidden states, and the first node behind them
-        (where to insert).
+        The observed values, the node of the block's hidden states, and the first node after them
+        (the one to insert before).
     """
     if not wanted:
         return [], block, block.next
@@ -69,15 +69,15 @@ def peek_block(
     hidden: fx.Node,
     wanted: Sequence[tuple[Observation, AskedNodes | None]],
 ) -> list[fx.Node]:
-    """See what a block would attend to on some hidden states, without running the rest of it.
+    """Observe the attention of a block on some hidden states, without running the rest of it.
 
     Args:
         graph_module: The graph. Changed in place, at the current place of insertion.
         module: The block; it need not be in the graph.
-        name: Of the new node and its module.
+        name: Name of the new node and its module.
         like: The call_module node whose other arguments it gets.
-        hidden: [B, N, d].
-        wanted: What to observe.
+        hidden: The hidden states [B, N, d].
+        wanted: The observations, each with the nodes of its queries; None if it has none.
 
     Returns:
         The observed values.
@@ -96,12 +96,13 @@ def peek_block(
 def _asked(
     wanted: Sequence[tuple[Observation, AskedNodes | None]],
 ) -> dict[str, tuple[AskedNodes, ...]]:
+    """Return the keyword argument with the queries of all observations that have some."""
     asked = tuple(nodes for _, nodes in wanted if nodes is not None)
     return {"asked": asked} if asked else {}
 
 
 def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
-    """One of a block's outputs, named after the block."""
+    """Emit a node of one of a block's outputs, named after the block."""
     args = (block, i)
     return graph.create_node("call_function", operator.getitem, args, {}, f"{block.name}_{name}")
 
@@ -109,14 +110,14 @@ def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
 def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None) -> None:
     """Add a bias to the attention logits of one block, as part of its mask.
 
-    Blocks that share a mask and a bias share the node of both. Where a mask was re-indexed for a
-    new token space together with an old bias, the bias is taken out of it: blocks of one space
-    have one bias.
+    Blocks with the same mask and the same bias share one node for their sum. Where a mask was
+    re-indexed for a new token space together with an old bias, that bias is taken out first: the
+    blocks of a space have one bias.
 
     Args:
         graph_module: The graph. Changed in place.
         block: call_module node of a transformer block.
-        key_bias: Node of [B, N]; None takes an earlier bias away.
+        key_bias: Node of the bias [B, N]; None removes an earlier bias.
 
     Raises:
         ValueError: If the block takes no attention mask.
@@ -146,7 +147,7 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
 
 
 def _place_of_mask(module: nn.Module, block: fx.Node) -> int | str | None:
-    """Where among its arguments a block gets its mask; None if it takes none."""
+    """Return the position or the name of a block's mask argument; None if it takes no mask."""
     parameters = list(inspect.signature(module.forward).parameters)
     name = "attention_mask"
     if name in parameters and parameters.index(name) < len(block.args):
@@ -155,17 +156,20 @@ def _place_of_mask(module: nn.Module, block: fx.Node) -> int | str | None:
 
 
 def _without_bias(mask: Any) -> Any:
+    """Return a mask before an earlier bias was added."""
     if not isinstance(mask, fx.Node):
         return mask
     if mask.target is biased_mask:
         return mask.args[0]
     if mask.target is tokens.take_mask:
+        # A mask that was re-indexed for this space: its source may have the bias.
         inner, *index = mask.args
         mask.args = (_without_bias(inner), *index)
     return mask
 
 
 def _with_bias(mask: Any, key_bias: fx.Node, block: fx.Node, causal: bool) -> fx.Node:
+    """Return a node of the mask with the bias: the one of an earlier block, or a new one."""
     for user in key_bias.users:
         if user.target is biased_mask and user.args[0] is mask:
             return user
@@ -181,7 +185,7 @@ def _with_bias(mask: Any, key_bias: fx.Node, block: fx.Node, causal: bool) -> fx
 def _use_seam(
     graph_module: fx.GraphModule, block: fx.Node, observe: tuple[Observation, ...]
 ) -> None:
-    """Replace the block by a view of it that goes through the seam."""
+    """Replace a block's module by a view of it that goes through the seam."""
     module = graph_module.get_submodule(str(block.target))
     if isinstance(module, ObservedBlock):
         raise AssertionError(f"{block.name} is observed twice")

@@ -1,4 +1,4 @@
-"""Features of the visual tokens of a prompt, in the decoder."""
+"""Features of a prompt's visual tokens, in the decoder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ __all__ = ["PromptFeatures"]
 
 
 class PromptFeatures(SiteFeatures):
-    """Features of a prompt's visual tokens, behind a decoder layer.
+    """Features of a prompt's visual tokens, after a decoder layer.
 
-    Beside what is observed: ``text_tokens`` [B, T, d], the hidden states of the text, with
-    ``text_mask`` [B, T]. Text is everything that is not visual; the mask leaves those that stand
-    behind the images. ``normed_tokens`` and ``normed_text`` are the hidden states of both behind
-    the final norm, ``text_score`` [B, T] is the size of the text's keys.
+    In addition to observations of attention there are ``text_tokens`` [B, T, d], the hidden states
+    of the text, with ``text_mask`` [B, T]. Text is everything that is not visual; the mask is 1 for
+    text after the images, or for all text if there is none after them. ``normed_tokens`` and
+    ``normed_text`` are the hidden states of both after the final norm; ``text_score`` [B, T] is the
+    size of the text's keys.
 
     Args:
         graph_module: The graph. Changed in place.
@@ -58,12 +59,14 @@ class PromptFeatures(SiteFeatures):
         super().__init__(graph_module, site, block, needs, call, **others)
 
     def _ask(self, queries: str, hidden: fx.Node) -> AskedNodes:
+        """Emit the queries: the last token, the visual tokens, all text, or SparseVLM's raters."""
         if queries == "last":
             return self.call(tokens.last_token, hidden, self.padding()), None, None
         if queries == "visual":
             return self.visual, self.alive, None
         if queries == "class":
             raise ValueError(f"{self.site} has no CLS token to observe. Use a site of the tower.")
+        # Case: the text. Raters are the text tokens that have a vote.
         votes = self.text.raters if queries == "raters" else None
         positions = self._text_positions(hidden)
         if queries == "raters":
@@ -74,15 +77,18 @@ class PromptFeatures(SiteFeatures):
         return positions, votes, None
 
     def _text_positions(self, hidden: fx.Node) -> fx.Node:
+        """Return the positions [B, T] of the text in the space of the site."""
         if self._positions is None:
             self._positions = self.call(tokens.text_tokens, self.visual, hidden)
         return self._positions
 
     def _of_visual(self, name: str, seen: fx.Node) -> Any:
+        """Read an observation at the visual tokens; ``text_keys`` at the text."""
         index = self._text_positions(self.hidden) if name == "text_keys" else self.visual
         return self.call(tokens.take, seen, index)
 
     def _other(self, name: str) -> Any:
+        """Make a feature of the text, or of hidden states after the final norm."""
         if name == "text_tokens":
             return self.call(tokens.take, self.hidden, self._text_positions(self.hidden))
         if name == "text_mask":
@@ -96,7 +102,11 @@ class PromptFeatures(SiteFeatures):
         return super()._other(name)
 
     def _normed(self, hidden: fx.Node) -> fx.Node:
-        """Hidden states behind the norm that follows the last layer."""
+        """Apply the norm that follows the last layer to hidden states.
+
+        Raises:
+            ValueError: If not exactly one module follows the last layer.
+        """
         layers = [node for node in self.graph_module.graph.nodes if node.name in self._layers()]
         behind = [user for user in layers[-1].users if user.op == "call_module"]
         if len(behind) != 1:
@@ -104,5 +114,6 @@ class PromptFeatures(SiteFeatures):
         return self.graph_module.graph.call_module(str(behind[0].target), (hidden,))
 
     def _layers(self) -> set[str]:
+        """Return the names of all decoder layers."""
         blocks: dict[str, nn.Module] = self.graph_module.meta["blocks"]
         return {name for name in blocks if name.startswith("decoder_")}

@@ -1,4 +1,4 @@
-"""The text of a prompt, as features read it."""
+"""The text of a prompt, for features that read it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class PromptText:
 
     Attributes:
         call: Emits nodes.
-        embeddings: Node of [B, N, d].
-        visual: Node of the visual tokens' positions [B, V] in it.
+        embeddings: Node of the prompts' embeddings [B, N, d].
+        visual: Node of the visual tokens' positions [B, V] in them.
         padding: Node of the 2-D attention mask [B, N] in that space, if there is one.
         alive: Node of the gates [B, V] of a relaxed graph.
-        before: Where its nodes are put; None for the place of insertion at the time.
+        before: The node to insert before; None for the current place of insertion.
     """
 
     call: Call
@@ -38,17 +38,17 @@ class PromptText:
 
     @cached_property
     def positions(self) -> fx.Node:
-        """[B, T]."""
+        """Positions [B, T] of the text."""
         return self._put(tokens.text_tokens, self.visual, self.embeddings)
 
     @cached_property
     def tokens(self) -> fx.Node:
-        """Embeddings [B, T, d]."""
+        """Embeddings [B, T, d] of the text."""
         return self._put(tokens.take, self.embeddings, self.positions)
 
     @cached_property
     def question(self) -> fx.Node:
-        """[B, T], 1 for text behind the images."""
+        """Flags [B, T], 1 for text after the images; for all text if there is none after them."""
         return self._put(tokens.question_votes, self.positions, self.visual, self.padding)
 
     @cached_property
@@ -58,6 +58,7 @@ class PromptText:
         return self._put(tokens.rater_votes, *given)
 
     def _put(self, function: Callable[..., torch.Tensor], *args: Any) -> fx.Node:
+        """Emit a node at the place of insertion."""
         if self.before is None:
             return self.call(function, *args)
         with self.before.graph.inserting_before(self.before):

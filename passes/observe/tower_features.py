@@ -1,4 +1,4 @@
-"""Features of the patches of an image, in the vision tower."""
+"""Features of an image's patches, in the vision tower or after it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["TowerFeatures"]
 
 
 class TowerFeatures(SiteFeatures):
-    """Features of each image's patches, in the vision tower or behind it.
+    """Features of each image's patches, in the vision tower or after it.
 
-    Beside what is observed: ``class_token`` [I, 1, d] at sites of the tower, and of the prompt
-    ``text_tokens`` [I, T, d] with ``text_mask`` [I, T].
+    In addition to observations of attention there are ``class_token`` [I, 1, d] at sites of the
+    tower, and of the prompt ``text_tokens`` [I, T, d] with ``text_mask`` [I, T].
 
     Args:
         graph_module: The graph. Changed in place.
@@ -27,7 +27,7 @@ class TowerFeatures(SiteFeatures):
         block: Node of the block before the site.
         needs: Names of the features that will be looked up.
         call: Emits nodes.
-        class_tokens: Tokens in front of the patches.
+        class_tokens: Number of tokens in front of the patches.
         alive: Node of the gates [I, V] of a relaxed graph.
         text: The prompts' text.
         images: Images per prompt.
@@ -55,6 +55,7 @@ class TowerFeatures(SiteFeatures):
         super().__init__(graph_module, site, block, needs, call, **others)
 
     def _ask(self, queries: str, hidden: fx.Node) -> AskedNodes:
+        """Emit the queries: the CLS token, or all tokens with equal votes or gates as votes."""
         if queries == "class" and self.class_tokens == 1:
             return self.call(tokens.class_token, hidden), None, None
         if queries == "visual":
@@ -66,9 +67,11 @@ class TowerFeatures(SiteFeatures):
         raise ValueError(f"{self.site} cannot observe attention of {queries}: it has {kind}.")
 
     def _of_visual(self, name: str, seen: fx.Node) -> Any:
+        """Read an observation at the patches."""
         return self.call(tokens.without_class, seen, self.class_tokens)
 
     def _other(self, name: str) -> Any:
+        """Make a feature of the CLS token or of the prompts' text."""
         if name == "class_token" and self.class_tokens == 1 and self.site != "projector":
             return self.call(tokens.class_feature, self.hidden)
         if name == "text_tokens" and self.text is not None:
