@@ -1,8 +1,7 @@
 """Fold ``x[mask] = x[mask] + rows`` into the sum of two tensors with a row for every position.
 
-Model code that adds image features to some rows of the hidden states (DeepStack) reads these rows
-out, and their number depends on the mask. The same sum over all rows follows its tokens when they
-are re-indexed.
+Model code that adds image features to some rows of the hidden states (DeepStack) reads these rows,
+and their number depends on the mask. A sum over all rows can be re-indexed with its tokens instead.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ __all__ = ["fold_masked_add", "visual_rows"]
 
 
 def visual_rows(visual: Tensor, features: Tensor) -> Tensor:
-    """One row for every prompt position: the features where it is visual, zeros elsewhere.
+    """Return one row for every prompt position: the features at visual ones, zeros elsewhere.
 
     Args:
         visual: Flags [B, N, 1].
@@ -51,6 +50,7 @@ def fold_masked_add(graph_module: fx.GraphModule) -> fx.GraphModule:
         hidden: Any = node.args[0]
         total = _past(node.args[2], "view", "reshape", "flatten")
         terms: Any = total.args if total.target in (operator.add, torch.add) else ()
+        # Other scatters are left as they are, and so are rows with more than one axis.
         read = next((term for term in terms if _is_read(term, hidden)), None)
         if read is None or read.meta["masked"] > 1:
             continue
@@ -59,12 +59,13 @@ def fold_masked_add(graph_module: fx.GraphModule) -> fx.GraphModule:
             mask = read.args[1][0] if isinstance(read.args[1], tuple) else read.args[1]
             mask = _past(mask, "expand_as", "expand")
             if read.meta["masked"]:
+                # The mask selects whole rows: it gets the axis of features.
                 mask = graph.call_method("unsqueeze", (mask, -1))
             features = _past(features, "view", "reshape", "flatten")
             rows = graph.call_function(visual_rows, (mask, features))
             node.replace_all_uses_with(graph.call_function(operator.add, (hidden, rows)))
     graph_module = finish(graph_module)
-    # How many rows there are may be checked.
+    # Guards are not part of the output, so they may read the number of rows.
     used = made_of(graph_module.graph.output_node())
     left = next((node.name for node in used if "masked" in node.meta and _of_prompt(node)), None)
     if left is not None:
@@ -77,18 +78,18 @@ def fold_masked_add(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _past(node: Any, *methods: str) -> fx.Node:
-    """What a chain of methods that keep the elements and their order begins with."""
+    """Return the node before a chain of methods that keep the elements and their order."""
     while node.op == "call_method" and node.target in methods:
         node = node.args[0]
     return cast(fx.Node, node)
 
 
 def _of_prompt(node: fx.Node) -> bool:
-    """Whether this is made of the prompt: features of images alone may be chosen by their flags."""
+    """Return whether a node depends on the prompt. Rows of image features alone may be selected."""
     return any(part.target in ("input_ids", "attention_mask") for part in made_of(node))
 
 
 def _is_read(node: Any, hidden: fx.Node) -> bool:
-    """Whether this is the rows of `hidden` that a mask selects."""
+    """Return whether a node reads the rows of `hidden` that a mask selects."""
     masked = isinstance(node, fx.Node) and "masked" in node.meta
     return masked and _past(node.args[0], "clone") is _past(hidden, "clone")

@@ -18,12 +18,12 @@ __all__ = ["fold_unstack"]
 
 
 def fold_unstack(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Replace unrolled iteration by a reshape, and guard what cannot be replaced.
+    """Replace unrolled iteration by a reshape, or guard its length.
 
     1. ``cat([x[0], ..., x[n-1]], dim=0)`` over all parts of ``x`` becomes ``x.flatten(0, 1)``, and
        with ``x[i].flatten(0, 1)`` as parts ``x.flatten(0, 2)``; the guard on ``len(x)`` that
-       ``list`` left right behind the iteration goes with it.
-    2. Any other unrolled iteration holds for this length only: a guard says so at run time.
+       ``list`` left right after the iteration is removed.
+    2. Any other unrolled iteration holds for this length only, which a guard checks at run time.
 
     Args:
         graph_module: A captured graph. Changed in place.
@@ -38,6 +38,7 @@ def fold_unstack(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _fold(graph: fx.Graph, unbind: fx.Node) -> bool:
+    """Apply rule 1 to an iteration, and return whether it applies."""
     parts = [node for node in unbind.users if node.target is operator.getitem]
     if len(parts) != unbind.meta["unrolled"]:
         return False
@@ -55,6 +56,7 @@ def _fold(graph: fx.Graph, unbind: fx.Node) -> bool:
     with graph.inserting_before(cat):
         flat = graph.call_method("flatten", (stacked, 0, depth))
     cat.replace_all_uses_with(flat)
+    # The reshape holds for any length.
     length = unbind.next
     if length.target is len and length.args == (stacked,):
         for guard in [user for user in length.users if user.target is check_guard]:
@@ -63,10 +65,12 @@ def _fold(graph: fx.Graph, unbind: fx.Node) -> bool:
 
 
 def _flattens(node: fx.Node) -> bool:
+    """Return whether a node is ``x.flatten(0, 1)``."""
     return node.target == "flatten" and node.args[1:] == (0, 1)
 
 
 def _guard(graph: fx.Graph, unbind: fx.Node) -> None:
+    """Apply rule 2 to an iteration."""
     with graph.inserting_after(unbind):
         length = graph.call_function(len, (unbind,))
     with graph.inserting_after(length):

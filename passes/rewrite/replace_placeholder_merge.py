@@ -1,8 +1,8 @@
 """Write visual features into the prompt by an index instead of ``masked_scatter``.
 
 `masked_scatter` walks over the elements of a mask, which ONNX can only express as NonZero, a loop
-over data-dependent shapes, or an index for every single element. Which feature a placeholder gets
-is known from counting placeholders: ``where(mask, features[cumsum(mask) - 1], embeddings)``.
+over data-dependent shapes, or an index for every single element. Counting placeholders gives the
+feature of each: ``where(mask, features[cumsum(mask) - 1], embeddings)``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _KEEPS_FLAGS = ("to", "bool", "expand", "expand_as")
 
 
 def merge_placeholders(embeddings: Tensor, mask: Tensor, features: Tensor) -> Tensor:
-    """Put the n-th feature where the mask is set for the n-th time, row after row.
+    """Put the n-th feature at the n-th set flag of the mask, row after row.
 
     Args:
         embeddings: [B, N, d].
         mask: [B, N, 1], set at the placeholders.
-        features: [..., d] with as many vectors as flags are set.
+        features: [..., d] with one vector for every flag that is set.
 
     Returns:
         [B, N, d].
@@ -38,7 +38,7 @@ def merge_placeholders(embeddings: Tensor, mask: Tensor, features: Tensor) -> Te
 
 
 def rows_of_placeholders(mask: Tensor, features: Tensor) -> Tensor:
-    """Like `visual_rows`: the n-th feature where the mask is set for the n-th time, else zeros.
+    """Compute `visual_rows` by an index: the n-th feature at the n-th set flag, else zeros.
 
     Args:
         mask: [B, N, 1].
@@ -55,7 +55,7 @@ def rows_of_placeholders(mask: Tensor, features: Tensor) -> Tensor:
 def replace_placeholder_merge(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Replace every ``masked_scatter`` whose mask has one flag per token, and `visual_rows`.
 
-    Any other is left as it is: there a mask selects elements, not tokens.
+    Any other ``masked_scatter`` is left as it is: its mask selects elements, not tokens.
 
     Args:
         graph_module: A captured or lowered graph. Changed in place.
@@ -80,7 +80,7 @@ def replace_placeholder_merge(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _flag_per_token(mask: fx.Node) -> fx.Node | None:
-    """The mask [B, N, 1] that this one is expanded from; None if it is not."""
+    """Return the mask [B, N, 1] that a mask is expanded from; None if it is not expanded."""
     node = unexpanded = mask
     while node.target in _KEEPS_FLAGS or node.target is take:
         node, source = node.all_input_nodes[0], node

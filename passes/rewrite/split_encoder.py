@@ -1,4 +1,4 @@
-"""Take an opaque image encoder out of a prefill graph: its features become inputs of the graph."""
+"""Split an opaque image encoder off a prefill graph; its features become inputs of the graph."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ __all__ = ["split_encoder"]
 
 
 def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) -> fx.GraphModule:
-    """Cut a prefill graph in two behind its node ``image_encoder``.
+    """Cut a prefill graph in two after its node ``image_encoder``.
 
-    Guards on the images alone (there are some, of so many patches) are dropped: the encoder is
-    taken out for images of the sizes that the graph was captured with.
+    Guards on the images alone are dropped: the encoder is exported for the sizes that the graph was
+    captured with.
 
     Args:
         graph_module: A captured or lowered graph whose image encoder is one node. Changed in
             place: it gains the inputs ``image_features_0``, ``image_features_1``, ...
-        images: The inputs that belong to the images, as the graph was captured with.
+        images: The inputs that belong to the images, with the values of the capture.
 
     Returns:
-        The encoder: a graph from the images to a list whose leaves are what those inputs want.
+        The encoder: a graph from the images to a nested list whose leaves are the new inputs, in
+        order.
 
     Raises:
         ValueError: If the encoder gives anything but tensors.
@@ -39,6 +40,7 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
         if {node.name for node in made_of(guard) if node.op == "placeholder"} <= images.keys():
             graph.erase_node(guard)
     (encoder,) = graph.find_nodes(op="call_module", target="image_encoder")
+    # Fields of the encoder's output that the prefill reads.
     parts = [user for user in encoder.users if user.target is getattr]
     needed = made_of(encoder) | {*parts}
     front = fx.Graph()
@@ -59,6 +61,7 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
         )
 
     def given(value: Any) -> fx.Node:
+        """Insert an input for a tensor, or a tuple of inputs for a list of tensors."""
         if not isinstance(value, Tensor):
             return graph.call_function(tuple, ([given(item) for item in value],))
         with graph.inserting_before(graph.find_nodes(op="placeholder")[0]):

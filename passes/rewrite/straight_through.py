@@ -1,7 +1,7 @@
-"""Gradients through linear layers whose own code hands on none, or wrong ones.
+"""Give gradients to linear layers whose own code returns none, or wrong ones.
 
-Quantised layers round what comes in, where a derivative is zero, or are written for inference
-alone. What they compute is linear but for the rounding, and that map has a gradient.
+Quantised layers round their input, and the derivative of rounding is zero, or they are written for
+inference alone. Apart from the rounding they compute a linear map, and this map has a gradient.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from deos_fx.models.layers import linear_sizes, with_layers
 
 __all__ = ["StraightThrough", "straight_through"]
 
-# Rows of the identity that a layer is given at once.
+# Rows of the identity matrix that a layer is given at once.
 _ROWS = 1024
-# How far a layer's own gradient may be off, as a share: eight bits are within a hundredth.
+# Largest relative error of a layer's own gradient; with eight bits it is below a hundredth.
 _ROUNDING = 0.1
 
 
 def straight_through(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Run every quantised linear layer so that gradients pass it.
+    """Let gradients pass every quantised linear layer.
 
     Args:
         graph_module: A captured graph. Changed in place; the model's own modules are not.
@@ -39,13 +39,14 @@ def straight_through(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _wrapped(layer: nn.Module) -> nn.Module:
+    """Wrap a quantised linear layer; other layers stay as they are."""
     return layer if linear_sizes(layer) is None else StraightThrough(layer)
 
 
 class StraightThrough(nn.Module):
-    """A linear layer that computes what it does, with the gradient of its linear map.
+    """A linear layer with unchanged outputs and the gradient of its linear map.
 
-    Where that is the gradient that its own code gives, as is found out once, its own is taken.
+    If the layer's own gradient is right, which is tested once, that one is used.
 
     Args:
         layer: The layer, whose weights need no gradient.
@@ -57,7 +58,7 @@ class StraightThrough(nn.Module):
         self._own: bool | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply it.
+        """Apply the layer.
 
         Args:
             x: [..., in_features].
@@ -73,6 +74,8 @@ class StraightThrough(nn.Module):
 
 
 class _Through(torch.autograd.Function):
+    """The layer itself forwards; backwards, its matrix, read off by running it on the identity."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
         ctx.layer = layer
@@ -81,6 +84,7 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        # gradient @ W, for some columns of W [out_features, in_features] at a time.
         (gradient,) = gradients
         size, _ = linear_sizes(ctx.layer) or (0, 0)
         columns = []
@@ -93,12 +97,16 @@ class _Through(torch.autograd.Function):
 
 @torch.no_grad()
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a layer computes, without its bias."""
+    """Apply a layer without its bias."""
     return layer(x) - layer(torch.zeros_like(x[:1]))
 
 
 def _has_gradient(layer: nn.Module, like: Tensor) -> bool:
-    """Whether a layer's own gradient at one place is what it does to another."""
+    """Return whether a layer's own gradient is that of its linear map W.
+
+    With the vector-Jacobian product g = W' (W t) at one input, g . t has to be |W t|^2 for another
+    input t.
+    """
     size = like.shape[-1]
     pair = torch.randn(2, 1, size, generator=torch.Generator().manual_seed(0)).to(like)
     here, there = pair[0].requires_grad_(), pair[1]
@@ -107,7 +115,7 @@ def _has_gradient(layer: nn.Module, like: Tensor) -> bool:
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(layer(here), here, along)
     except Exception:
-        # Libraries say in many ways that a layer is for inference alone.
+        # Libraries raise errors of many types for a layer that is for inference alone.
         return False
     expected = along.float().square().sum()
     return bool(((gradient * there).float().sum() - expected).abs() < _ROUNDING * expected)

@@ -10,7 +10,7 @@ from deos_fx.policy.reduction import Reduction, site_order
 
 __all__ = ["discretise"]
 
-# A site that keeps more than this share of what reaches it is left out of the policy.
+# A site that keeps more than this share of the tokens that reach it is left out of the policy.
 _NEARLY_ALL = 0.97
 
 
@@ -22,11 +22,13 @@ def discretise(
     Args:
         reductions: Site -> relaxed reduction.
         visual_tokens: Visual tokens of one image.
-        most_sites: Keep only the sites that drop most, at most so many; all if None.
+        most_sites: Largest number of sites; those that drop the largest shares are kept. None for
+            all sites.
 
     Returns:
         The policy; sites that keep nearly everything are left out.
     """
+    # Share of the incoming tokens that each site keeps, and fraction of all tokens after it.
     fraction = 1.0
     drops: dict[str, float] = {}
     fractions: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""One-sided constraints by an augmented Lagrangian."""
+"""An augmented Lagrangian for one-sided constraints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AugmentedLagrangian:
         lambda <- max(0, lambda + rho g)
 
     Args:
-        limits: Absolute limit by name.
+        limits: Name -> absolute limit.
         stiffness: rho.
     """
 
@@ -29,7 +29,7 @@ class AugmentedLagrangian:
         self.multipliers = dict.fromkeys(limits, 0.0)
 
     def penalty(self, costs: Mapping[str, Tensor]) -> Tensor:
-        """The penalty of differentiable costs, 0-dim."""
+        """Return the penalty of differentiable costs, 0-dim."""
         total = torch.zeros(())
         for name, multiplier in self.multipliers.items():
             push = (multiplier + self.stiffness * self._violation(costs, name)).clamp_min(0)
@@ -43,4 +43,5 @@ class AugmentedLagrangian:
             self.multipliers[name] = max(0.0, multiplier + self.stiffness * violation)
 
     def _violation(self, costs: Mapping[str, Tensor], name: str) -> Tensor:
+        """Return g = C / limit - 1; it is negative under the limit."""
         return costs[name] / self.limits[name] - 1

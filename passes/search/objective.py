@@ -1,7 +1,7 @@
-"""What a search minimises: task loss on labels, or distance to the unreduced model's answers.
+"""The objective of a search: task loss on labels, or distance to the unreduced model's answers.
 
-Both are read at positions that no reduction drops, text and the last token of a prompt, so relaxed
-and static graphs of any token count are scored on the same predictions.
+Both are measured at positions that no reduction drops, text and the last token of a prompt, so
+relaxed and static graphs of any token count are scored on the same predictions.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["Target", "labelled", "self_distilled"]
 
 @dataclass(frozen=True)
 class Target:
-    """What the logits of one batch are compared with.
+    """The predictions that the logits of one batch are compared with.
 
     Attributes:
-        positions: Bool [B, N]; the original prompt positions whose prediction counts (P of them).
+        positions: Bool [B, N]; the original prompt positions whose predictions count (P of them).
         labels: int64 [P] next tokens, or None.
         logits: [P, vocabulary] of the unreduced model, or None.
     """
@@ -35,7 +35,7 @@ class Target:
     logits: Tensor | None = None
 
     def loss(self, logits: Tensor, origin: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy on labels, or mean KL(unreduced || reduced).
+        """Return the mean cross-entropy on labels, or the mean KL(unreduced || reduced).
 
         Args:
             logits: [B, M, vocabulary].
@@ -58,7 +58,7 @@ class Target:
 
 
 def labelled(labels: Tensor, visual: Tensor) -> Target:
-    """Next-token targets where there are labels.
+    """Make next-token targets at positions with labels.
 
     Args:
         labels: [B, N], -100 where nothing is asked, as transformers' models take them.
@@ -82,7 +82,7 @@ def labelled(labels: Tensor, visual: Tensor) -> Target:
 
 
 def self_distilled(inputs: Mapping[str, Any], visual: Tensor, unreduced: Tensor) -> Target:
-    """The unreduced model's own predictions at the last token and all text behind an image.
+    """Make targets of the unreduced model's predictions at the last token and text after an image.
 
     Args:
         inputs: Inputs of the model.
@@ -97,6 +97,6 @@ def self_distilled(inputs: Mapping[str, Any], visual: Tensor, unreduced: Tensor)
     mask = padding_of(inputs)
     if mask is not None:
         positions &= mask.bool()
-    # Text as well, unless the prompt ends in an image.
+    # The last token counts even if it is visual.
     positions = positions.scatter(1, last_token(visual, mask), True)
     return Target(positions, logits=unreduced[positions])

@@ -1,4 +1,4 @@
-"""Where a search starts, and what its relaxed reductions cost."""
+"""Starting points of a search, and the cost of its relaxed reductions."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["keep_fractions", "relaxed_costs", "start_reductions"]
 
-# A site of the policy that the search starts from, and any other site.
+# Activation at the start: of a site of the policy that the search starts from, and of others.
 _ACTIVE, _DORMANT = 0.95, 0.1
 
 
 def start_reductions(
     sites: Sequence[Site], policy: Policy, layout: PromptLayout
 ) -> dict[str, RelaxedReduction]:
-    """One relaxed reduction a site, near a policy where it has one.
+    """Make one relaxed reduction for each site, near that of a policy where it has one.
 
-    The best hand-designed policy says where to start: its sites are active with its counts and its
+    The search starts at the best hand-designed policy: its sites are active with its counts and its
     treatment, all others nearly dormant and halfway between the regimes. Gates, gains and weights
     at their ends have no gradient, so everything starts a little inside.
 
     Args:
         sites: The sites to search.
-        policy: Where to start; the empty policy starts with every site half active.
+        policy: The policy to start from; the empty policy starts with every site half active.
         layout: The prompts.
 
     Returns:
@@ -54,7 +54,7 @@ def start_reductions(
 
 
 def _undecided(site: Site, placed: bool) -> Reduction:
-    """A reduction between all regimes, ranking mostly by attention."""
+    """Make a reduction between all regimes that ranks mostly by attention."""
     in_decoder = site.name.startswith("decoder")
     attention = ("last_text_attention", "text_attention") if in_decoder else ("cls_attention",)
     by_grid = placed and not in_decoder
@@ -71,7 +71,7 @@ def _undecided(site: Site, placed: bool) -> Reduction:
 
 
 def _inside(policy: Reduction, undecided: Reduction) -> Reduction:
-    """A policy's reduction moved off the ends of its parameters."""
+    """Move the parameters of a policy's reduction off the ends of their ranges."""
     scores = _mixed(policy.scores, undecided.scores) if policy.uses_scores else {}
     return replace(
         policy,
@@ -84,12 +84,13 @@ def _inside(policy: Reduction, undecided: Reduction) -> Reduction:
 
 
 def _mixed(mostly: Mapping[str, float], little: Mapping[str, float]) -> dict[str, float]:
+    """Mix weights by name, 9 to 1."""
     names = (*mostly, *(name for name in little if name not in mostly))
     return {name: 0.9 * mostly.get(name, 0.0) + 0.1 * little.get(name, 0.0) for name in names}
 
 
 def keep_fractions(reductions: Mapping[str, RelaxedReduction]) -> dict[str, float]:
-    """Site -> fraction of the original visual tokens behind it."""
+    """Return site -> fraction of the original visual tokens after it."""
     fraction: Tensor | float = 1.0
     fractions = {}
     for site, reduction in reductions.items():
@@ -101,12 +102,12 @@ def keep_fractions(reductions: Mapping[str, RelaxedReduction]) -> dict[str, floa
 def relaxed_costs(
     reductions: Mapping[str, RelaxedReduction], cost: CostModel, latency: LatencyTable | None
 ) -> dict[str, Tensor]:
-    """Differentiable costs of one prompt, from the expected counts of every layer.
+    """Compute differentiable costs of one prompt from the expected counts of every layer.
 
     Args:
         reductions: Site -> relaxed reduction, in order of depth.
         cost: The model's costs.
-        latency: Measured times, if there is a limit on them.
+        latency: Measured times, if there is a limit on latency.
 
     Returns:
         0-dim costs under the names of the budget's limits.
@@ -119,6 +120,7 @@ def relaxed_costs(
     for site, reduction in reductions.items():
         after = reduction.keep_fraction(present)
         stage, layer = split_site(site)
+        # In the decoder, a prompt is reduced once; before it, each image alone.
         share, first = (1, layer + 1) if stage == "decoder" else (images, 0)
         flops = cost.reduction_flops(reduction.start, present / share, after / share)
         overhead = overhead + reduction.activation.sigmoid() * flops
