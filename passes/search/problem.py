@@ -1,4 +1,4 @@
-"""What a search works on: the captured model, its data, limits and exact costs."""
+"""The problem of a search: the captured model, its data, limits and exact costs."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["Captures", "SearchBatch", "SearchProblem", "mean_loss"]
 
+# Shares of an image's tokens at which latency is measured.
 _LATENCY_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
 class SearchBatch:
-    """One batch: explicit model inputs, whose prompts are alike, and the goal for its logits.
+    """One batch: explicit model inputs, whose prompts are alike, and the target for its logits.
 
     Attributes:
         inputs: Arguments of the model's forward, without labels.
-        captured: The call that was captured of such inputs.
-        layout: Their visual tokens.
-        target: The goal.
+        captured: The captured call that such inputs run through.
+        layout: The layout of its prompts.
+        target: The predictions that its logits are compared with.
     """
 
     inputs: dict[str, Any]
@@ -50,16 +51,18 @@ class SearchBatch:
 
     @property
     def kind(self) -> Hashable:
-        """Batches of one kind run through one graph."""
+        """Key of the graph that it runs through: batches of one kind share it."""
         return id(self.captured), self.layout
 
 
 class Captures:
-    """What was captured of a model: a call for each structure of inputs, and for each way that the
-    model's code takes for them (a guard says which).
+    """The captured calls of a model.
+
+    There is one for each structure of inputs and for each path that the model's code takes for
+    them; guards tell the paths apart.
 
     Args:
-        model: The unmodified model.
+        model: The unmodified model. It is put into eval mode.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -68,12 +71,20 @@ class Captures:
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Any]) -> tuple[Captured, dict[str, Any]]:
-        """The captured call that is right for some inputs, and what the unreduced model says."""
+        """Find or capture the call for some inputs, and run it.
+
+        Args:
+            inputs: Arguments of the model's forward.
+
+        Returns:
+            The captured call and the unreduced model's output fields.
+        """
         same = self.known.setdefault(structure_of(self.model, inputs), [])
         for captured in same:
             try:
                 return captured, run_graph(captured.graph_module, inputs)
             except GuardError:
+                # The model's code takes another path for these inputs.
                 continue
         same.append(capture_call(self.model, inputs))
         return same[-1], run_graph(same[-1].graph_module, inputs)
@@ -84,7 +95,20 @@ class SearchProblem:
     """Everything that stays the same during a search.
 
     Where images are of several sizes, ``layout``, ``cost`` and ``limits`` are those of the longest
-    prompts, and policies keep shares of each image, which are held to every batch's own limits.
+    prompts. Policies then keep shares of each image, and have to meet every batch's own limits.
+
+    Attributes:
+        model: The unmodified model.
+        captures: Its captured calls.
+        captured: The captured call of the longest prompts.
+        layout: The layout of these prompts.
+        cost: Cost model of one of these prompts.
+        other_costs: Cost models of one prompt of every other layout.
+        budget: The budget.
+        latency: Measured times; None without a limit on latency.
+        limits: Name -> absolute limit.
+        training: Batches for gradient steps.
+        scoring: Batches for scoring candidates.
     """
 
     model: PreTrainedModel
@@ -103,6 +127,22 @@ class SearchProblem:
     def of(
         cls, model: PreTrainedModel, data: Iterable[Mapping[str, Any]], budget: Budget
     ) -> SearchProblem:
+        """Check the data, capture the model and set up the problem.
+
+        Args:
+            model: The unmodified model.
+            data: Batches of model inputs, perhaps with labels.
+            budget: The budget.
+
+        Returns:
+            The problem. From four batches on, a quarter is held back for scoring.
+
+        Raises:
+            ValueError: If the data is empty or uneven, or the model is not supported.
+            TypeError: If the data holds anything but dicts, or the model is not one of
+                transformers'.
+        """
+        # Refuses models that are not supported.
         signature_of(model)
         raw = [_checked(model, batch) for batch in data]
         if not raw:
@@ -143,7 +183,7 @@ class SearchProblem:
         return self.layout.tokens_per_image
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint must agree with."""
+        """Return what identifies the problem: a checkpoint must agree with it."""
         return {
             "model": str(signature_of(self.model)),
             "batches": [list(batch.inputs["input_ids"].shape) for batch in self.training],
@@ -152,15 +192,18 @@ class SearchProblem:
 
     @property
     def sites(self) -> Sites:
-        """Where the model can be reduced."""
+        """The sites of the model."""
         assert self.captured.sites is not None
         return self.captured.sites
 
     def searched_sites(self, names: Iterable[str] | None) -> tuple[Site, ...]:
-        """The sites to search.
+        """Return the sites to search, in order of depth.
 
         Args:
-            names: Their names; None for those behind the vision tower.
+            names: Their names; None for all available sites after the vision tower.
+
+        Returns:
+            The sites.
 
         Raises:
             ValueError: If one does not exist or cannot be reduced.
@@ -172,18 +215,27 @@ class SearchProblem:
         return tuple(site for site in usable if split_site(site.name)[0] != "vision")
 
     def with_latency(self) -> SearchProblem:
-        """The problem with a latency table, measured by pruning at the projector."""
+        """Return the problem with a latency table, measured by pruning at the projector."""
         counts = [max(1, round(self.visual_tokens * share)) for share in _LATENCY_SHARES]
         table = LatencyTable.measure(counts, self._timed_prefill, self.model.device)
+        # Counts were of one image; the table is looked up with counts of a prompt.
         scaled = tuple(self.layout.images * count for count in table.counts)
         return replace(self, latency=replace(table, counts=scaled))
 
     def _timed_prefill(self, count: int) -> Callable[[], object]:
+        """Prepare a prefill that keeps `count` tokens of each image at the projector."""
         prune = Reduction("projector", count, scores={"feature_norm": 1.0})
         return self.prefill(Policy((prune,)))
 
     def prefill(self, policy: Policy) -> Callable[[], object]:
-        """The static prefill of one prompt, to be timed."""
+        """Prepare the static prefill of one of the longest prompts, to be timed.
+
+        Args:
+            policy: The policy to lower.
+
+        Returns:
+            A function that runs the prefill.
+        """
         longest = max(self.scoring, key=lambda batch: batch.inputs["input_ids"].shape[1])
         inputs = _first_prompt(longest.inputs)
         captured, _ = self.captures.run(inputs)
@@ -191,9 +243,16 @@ class SearchProblem:
         return torch.no_grad()(lambda: run_graph(graph, inputs))
 
     def amounts(self, policy: Policy) -> dict[str, float]:
-        """What a policy costs, under the names of the budget's limits.
+        """Return the cost of a policy, under the names of the budget's limits.
 
-        Where images are of several sizes, what it costs of the limits of the hardest.
+        Where images are of several sizes, the layout that uses the largest share of its own limit
+        counts, scaled to ``limits``.
+
+        Args:
+            policy: The policy.
+
+        Returns:
+            Name -> amount.
         """
         cost = self.cost.of_policy(policy)
         amounts: dict[str, float] = dict(cost.amounts)
@@ -208,11 +267,11 @@ class SearchProblem:
         return amounts
 
     def of_any_size(self, policy: Policy) -> Policy:
-        """The policy for images of any size, if the model takes such."""
+        """Return the policy with shares in place of counts if the model's images vary in size."""
         return as_shares(policy, self.visual_tokens) if self.cost.sizes_vary else policy
 
     def fit(self, policy: Policy) -> Policy | None:
-        """The policy with the largest counts that meet every limit, if any do."""
+        """Return the policy with the largest counts that meet every limit; None if none do."""
         fitted = fit_counts(
             policy, self.visual_tokens, lambda it: self.amounts(self.of_any_size(it)), self.limits
         )
@@ -221,10 +280,10 @@ class SearchProblem:
         return self.of_any_size(on_grid(fitted, *self.layout.grid))
 
     def runs(self, policy: Policy) -> bool:
-        """Whether the model can be reduced like that, for images of any size it takes."""
+        """Return whether the model can be reduced by a policy, for images of any size it takes."""
         by_grid = any(step.selector == "grid" for step in policy.reductions)
         if by_grid and self.cost.sizes_vary:
-            # What splits the grid of one image does not split that of the next.
+            # Anchors on the grid of one image do not fit the grid of another.
             return False
         graph_module = self.captured.graph_module
         try:
@@ -235,17 +294,18 @@ class SearchProblem:
         return True
 
     def meets(self, policy: Policy) -> bool:
-        """Whether it meets every limit as it is."""
+        """Return whether a policy meets every limit as it is."""
         return within(self.amounts(policy), self.limits)
 
     def static_loss(self, policy: Policy) -> float:
-        """Task loss of the static graph, mean over the scoring batches."""
+        """Return the task loss of a policy's static graph, mean over the scoring batches."""
         return mean_loss(
             lambda batch: lower_call(batch.captured.copy(), policy, batch.layout), self.scoring
         )
 
 
 def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a batch, move it to the model's device and complete its inputs."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"data holds a {type(batch).__name__}; give dicts of model inputs, as a processor "
@@ -260,7 +320,7 @@ def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _layouts(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> list[PromptLayout]:
-    """The layout of every batch, after checking that a policy can fit them all."""
+    """Return the layout of every batch, after checking that one policy can fit them all."""
     layouts = [prompt_layout(model, batch) for batch in batches]
     images = [batch["pixel_values"] for batch in batches if "pixel_values" in batch]
     sizes = sorted({tuple(pixels.shape[1:]) for pixels in images})
@@ -284,6 +344,7 @@ def _layouts(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> li
 
 
 def _with_target(captures: Captures, batch: Mapping[str, Any], layout: PromptLayout) -> SearchBatch:
+    """Capture a batch's call and make its target: its labels, or the unreduced predictions."""
     inputs = dict(batch)
     labels = inputs.pop("labels", None)
     visual = placeholders(captures.model, inputs["input_ids"])
@@ -295,13 +356,13 @@ def _with_target(captures: Captures, batch: Mapping[str, Any], layout: PromptLay
 
 
 def _first_prompt(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The first prompt of a batch whose prompts are alike."""
+    """Return the first prompt of a batch whose prompts are alike."""
     batch = len(inputs["input_ids"])
 
     def first(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        # Positions may have several coordinates [k, B, N], or be those of all rows [1, N].
+        # Positions may have several coordinates [k, B, N], or be shared by all rows [1, N].
         axis = value.ndim - 2 if name == "position_ids" else 0
         return value.narrow(axis, 0, max(1, value.shape[axis] // batch))
 
@@ -312,7 +373,12 @@ def _first_prompt(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def mean_loss(
     graph_for: Callable[[SearchBatch], fx.GraphModule], batches: Sequence[SearchBatch]
 ) -> float:
-    """Mean task loss over batches, of a relaxed or static graph for each kind of batch."""
+    """Return the mean task loss over batches.
+
+    Args:
+        graph_for: Makes the relaxed or static graph for a kind of batch, from a batch of it.
+        batches: The batches.
+    """
     graphs: dict[Hashable, fx.GraphModule] = {}
     losses = []
     for batch in batches:

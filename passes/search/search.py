@@ -1,9 +1,9 @@
 """Search where to reduce, how many tokens to keep and how to treat the rest, by gradient.
 
-The model is frozen; a few dozen numbers a site are trained on the relaxed graph under one-sided
-constraints, starting near the best hand-designed policy that meets them. The trajectory is then
-rounded to policies that meet every limit exactly; these, the presets and small variations of the
-best are scored in *static* form, the form that is deployed, and the best is returned.
+The model is frozen. A few dozen numbers per site are trained on the relaxed graph under one-sided
+constraints, starting near the best hand-designed policy that meets them. Snapshots of these steps
+are then rounded to policies that meet every limit exactly. These, the presets and small variations
+of the best are scored in *static* form, the form that is deployed, and the best is returned.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ from deos_fx.results.search_result import SearchResult
 __all__ = ["relaxed_graph", "search"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with a stage (``presets``, ``steps``, ...), how much is done and how much there is."""
+"""Called with a stage (``presets``, ``steps``, ...), the number done and the total."""
 
-# In standard deviations of the score. Wider gates let what they drop leak into the answer, and the
-# search then learns to rely on the leak.
+# At the first and the last step, in standard deviations of the score. Wider gates let dropped
+# tokens leak into the answer, and the search then learns to rely on the leak.
 _GATE_TEMPERATURES = (0.2, 0.03)
 _UPDATE_EVERY = 5
 _CHECKPOINT_EVERY = 10
 _SNAPSHOTS = 4
+# Variations of the best preset before the steps, and of the best candidate after them.
 _FIRST_VARIATIONS = 8
 _VARIATIONS = 24
 
@@ -67,19 +68,20 @@ def search(
 
     Args:
         model: An unmodified transformers vision-language model.
-        data: Model input dicts (batches), all with equally many images per prompt, those of a
-            batch alike in size. Where the model has more visual tokens for larger images, batches
-            may differ in it, and the policy keeps shares of each image. With ``labels`` the task is
-            cross-entropy on them, otherwise the distance to the unreduced model's own predictions.
-            From four batches on, a quarter is held back for scoring the rounded candidates.
+        data: Model input dicts (batches), all with equally many images per prompt; the images of a
+            batch are alike in size. Where the model has more visual tokens for larger images, the
+            sizes may differ between batches, and the policy keeps shares of each image. With
+            ``labels`` the task is cross-entropy on them, otherwise the distance to the unreduced
+            model's own predictions. From four batches on, a quarter is held back for scoring the
+            rounded candidates.
         budget: At least one limit.
         sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the
             projector and all sites in the decoder.
-        steps: Gradient steps; one batch each.
-        seed: Order of the batches.
-        checkpoint: Folder to save the state of the steps in; a search that finds one there
+        steps: Number of gradient steps; each takes one batch.
+        seed: Seed of the order of the batches.
+        checkpoint: Folder to save the state of the steps in. A search that finds a state there
             continues it, bit-identically.
-        progress: Called as the search advances.
+        progress: Called as the search advances, with a stage, the number done and the total.
 
     Returns:
         The result; its policy meets every limit exactly.
@@ -89,8 +91,8 @@ def search(
             met, or the checkpoint is of another search.
         TypeError: If an argument is of a wrong type.
 
-    Interrupted by Ctrl-C, the steps end and the best policy so far is rounded and returned; press
-    it again to abort.
+    Ctrl-C ends the steps; their state is rounded, and the best policy so far is returned. Ctrl-C
+    during the final variations ends these alone, anywhere else it aborts the search.
     """
     if not isinstance(budget, Budget):
         raise TypeError(
@@ -100,10 +102,12 @@ def search(
         raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
     problem = SearchProblem.of(model, data, budget.require())
     searched = problem.searched_sites(sites)
+    # 1. The best hand-designed policy that meets the limits is the start, if there is one.
     scoring = _Scoring(problem, progress)
     scoring.add_all("presets", _from_presets(problem))
     _polish(problem, scoring, "first variations", _FIRST_VARIATIONS)
     start = scoring.best.policy if scoring.candidates else Policy()
+    # 2. The steps.
     state = SearchState.start(
         start_reductions(searched, start, problem.layout),
         AugmentedLagrangian(problem.limits),
@@ -118,6 +122,7 @@ def search(
     if checkpoint is not None:
         state.resume(checkpoint)
     interrupted = _descend(problem, state, steps, seed, checkpoint, progress)
+    # 3. Their snapshots, rounded, and variations of the best candidate.
     scoring.add_all("rounded policies", _from_steps(problem, state))
     try:
         _polish(problem, scoring, "variations", _VARIATIONS)
@@ -137,7 +142,7 @@ def _descend(
     checkpoint: str | os.PathLike[str] | None,
     progress: Progress | None,
 ) -> bool:
-    """Take the gradient steps; returns whether they were interrupted."""
+    """Take the gradient steps, and return whether they were interrupted."""
     graphs = {
         batch.kind: relaxed_graph(state.by_site(), batch)
         for batch in {batch.kind: batch for batch in problem.training}.values()
@@ -160,11 +165,14 @@ def _descend(
 def relaxed_graph(
     reductions: Mapping[str, RelaxedReduction], batch: SearchBatch
 ) -> fx.GraphModule:
-    """The graph of a step, which gradients pass.
+    """Make the relaxed graph of a kind of batch; gradients pass its quantised layers.
 
     Args:
         reductions: Site name -> relaxed reduction.
         batch: A batch of the kind that the graph is for.
+
+    Returns:
+        The graph.
     """
     captured = batch.captured.copy()
     assert captured.sites is not None
@@ -180,7 +188,10 @@ def _step(
     steps: int,
     seed: int,
 ) -> None:
-    """One step: task loss and penalty of one batch, gradients of the policy parameters alone."""
+    """Take one step on the task loss of a batch and the penalty.
+
+    Gradients are computed for the parameters of the reductions alone.
+    """
     temperature = _gate_temperature(state.step, steps)
     reductions = state.by_site()
     for reduction in reductions.values():
@@ -212,20 +223,23 @@ def _step(
 
 
 def _gate_temperature(step: int, steps: int) -> float:
-    """Cosine from soft to sharp gates."""
+    """Return the gate temperature of a step: a cosine from soft to sharp gates."""
     soft, sharp = _GATE_TEMPERATURES
     return sharp + (soft - sharp) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _batch_index(step: int, batches: int, seed: int) -> int:
-    """Epochs in random order, a function of the step alone so that a resumed search agrees."""
+    """Return the batch of a step; every epoch has a random order.
+
+    The order depends on seed and step alone, so a resumed search takes the same batches.
+    """
     epoch, i = divmod(step, batches)
     generator = torch.Generator().manual_seed(seed + epoch)
     return int(torch.randperm(batches, generator=generator)[i])
 
 
 def _snapshot_steps(steps: int) -> set[int]:
-    """Steps of the second half whose parameters are rounded to candidates."""
+    """Return the steps, all in the second half, whose parameters are rounded to candidates."""
     return {steps - round(i * steps / (2 * _SNAPSHOTS)) for i in range(_SNAPSHOTS)}
 
 
@@ -235,7 +249,11 @@ def _snapshot_steps(steps: int) -> set[int]:
 def _result(
     problem: SearchProblem, state: SearchState, candidates: list[Candidate], interrupted: bool
 ) -> SearchResult:
-    """The best candidate, with what is known of it."""
+    """Make the result: the best candidate, how it was found and its losses.
+
+    Raises:
+        ValueError: If no candidate meets the limits.
+    """
     if not candidates:
         raise ValueError(
             f"No policy meets the limits {problem.limits}: even one visual token at every site is "
@@ -257,7 +275,11 @@ def _result(
 
 
 def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candidate]:
-    """The candidates from the best whose own, measured, latency meets the limit."""
+    """Drop the best candidates until the measured latency of the first meets the limit.
+
+    Raises:
+        ValueError: If no candidate meets it.
+    """
     limit = problem.limits.get("latency_ms", math.inf)
     while limit < math.inf and candidates:
         time = milliseconds(problem.prefill(candidates[0].policy), problem.model.device)
@@ -273,7 +295,11 @@ def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candid
 
 
 def _from_steps(problem: SearchProblem, state: SearchState) -> list[tuple[str, Policy]]:
-    """Rounded snapshots, each with all its sites and with only those that drop most."""
+    """Round the snapshots, each with all its sites and with only those that drop most.
+
+    Returns:
+        Source and policy of each proposal.
+    """
     if state.step not in state.snapshots:
         state.take_snapshot()
     proposals = []
@@ -289,7 +315,11 @@ def _from_steps(problem: SearchProblem, state: SearchState) -> list[tuple[str, P
 
 
 def _from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
-    """The presets, fitted to the same limits: the search returns nothing worse than them."""
+    """Fit the presets to the same limits, so that the search returns nothing worse than them.
+
+    Returns:
+        Source and policy of each proposal.
+    """
     proposals = []
     signature = problem.cost.signature
     share = problem.limits.get("visual_tokens", math.inf) / problem.layout.images
@@ -298,6 +328,7 @@ def _from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
         try:
             policy = presets.fit(name, tokens, signature.decoder_layers, problem.visual_tokens)
         except ValueError:
+            # The preset cannot meet the budget, or does not fit this number of tokens.
             continue
         policy = problem.of_any_size(_with_own_scores(problem.sites, policy))
         if not problem.runs(policy):
@@ -309,7 +340,7 @@ def _from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
 
 
 def _with_own_scores(sites: Sites, policy: Policy) -> Policy:
-    """The policy with scores that the model has: ranked by novelty where one is missing."""
+    """Replace the scores of reductions that use one which their site lacks by novelty."""
     steps = [
         replace(step, scores={"novelty": 1.0})
         if not set(step.scores) <= set(sites[step.site].scores)
@@ -320,7 +351,7 @@ def _with_own_scores(sites: Sites, policy: Policy) -> Policy:
 
 
 def _polish(problem: SearchProblem, scoring: _Scoring, stage: str, most: int) -> None:
-    """Try single changes of the best candidate while they help, `most` in all."""
+    """Try single changes of the best candidate while they help, at most `most` in all."""
     left = most
     improved = bool(scoring.candidates)
     while improved and left:
@@ -337,12 +368,18 @@ def _polish(problem: SearchProblem, scoring: _Scoring, stage: str, most: int) ->
             loss = scoring.add(f"refined {origin}", fitted)
             scoring.show(stage, most - left, most)
             if loss < best.loss:
+                # Start again from the new best candidate.
                 improved = True
                 break
 
 
 class _Scoring:
-    """Scores policies in static form."""
+    """Scores policies in static form and collects them as candidates.
+
+    Args:
+        problem: The problem.
+        progress: Called as proposals are scored.
+    """
 
     def __init__(self, problem: SearchProblem, progress: Progress | None) -> None:
         self.problem = problem
@@ -351,30 +388,35 @@ class _Scoring:
 
     @property
     def best(self) -> Candidate:
+        """The candidate with the lowest loss; there must be one."""
         return min(self.candidates, key=lambda candidate: candidate.loss)
 
     def has(self, policy: Policy) -> bool:
+        """Return whether a policy with the same reductions is a candidate already."""
         return any(known.policy.reductions == policy.reductions for known in self.candidates)
 
     def add(self, source: str, policy: Policy) -> float:
+        """Score a policy, add it to the candidates and return its loss."""
         loss = self.problem.static_loss(policy)
         cost = self.problem.cost.of_policy(policy)
         self.candidates.append(Candidate(policy, source, loss, cost))
         return loss
 
     def add_all(self, stage: str, proposals: Sequence[tuple[str, Policy]]) -> None:
+        """Add all proposals that are not candidates yet."""
         for done, (source, policy) in enumerate(proposals, start=1):
             if not self.has(policy):
                 self.add(source, policy)
             self.show(stage, done, len(proposals))
 
     def show(self, stage: str, done: int, total: int) -> None:
+        """Report progress."""
         if self.progress is not None:
             self.progress(stage, done, total)
 
 
 def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
-    """Task loss of a policy in its relaxed form, at the last gate temperature."""
+    """Return the task loss of a policy in its relaxed form, at the last gate temperature."""
     present = problem.visual_tokens
     reductions = {}
     for reduction, count in zip(

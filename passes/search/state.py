@@ -1,4 +1,4 @@
-"""The state of a search's gradient steps, saved without pickle and resumed bit-identically."""
+"""The state of a search's gradient steps: saved without pickle and resumed bit-identically."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from deos_fx.passes.search.lagrangian import AugmentedLagrangian
 __all__ = ["SearchState"]
 
 _LEARNING_RATE = 0.1
-# Large, so that a parameter with a negligible gradient stays where it is; Adam's default would move
-# it as fast as any other, and dormant sites would drift into the policy.
+# Adam's epsilon. It is large, so that a parameter with a negligible gradient stays where it is: the
+# default would move it as fast as any other, and dormant sites would drift into the policy.
 _EPSILON = 0.1
 
 
@@ -31,10 +31,10 @@ class SearchState:
     """Everything that changes from step to step.
 
     Attributes:
-        reductions: Site -> relaxed reduction.
+        reductions: Site, with an underscore for the dot -> relaxed reduction.
         optimizer: Adam over all their parameters.
         lagrangian: The constraints and their multipliers.
-        settings: What a checkpoint must agree with to be continued.
+        settings: Settings that must equal those of a checkpoint for it to be continued.
         history: One dict for each step taken.
         snapshots: Step -> parameters after it, to be rounded later.
     """
@@ -53,7 +53,16 @@ class SearchState:
         lagrangian: AugmentedLagrangian,
         settings: dict[str, Any],
     ) -> SearchState:
-        """The state before the first step."""
+        """Make the state before the first step.
+
+        Args:
+            reductions: Site -> relaxed reduction.
+            lagrangian: The constraints.
+            settings: Settings that a checkpoint must agree with.
+
+        Returns:
+            The state.
+        """
         # Module names cannot hold dots.
         modules = nn.ModuleDict({_key(site): module for site, module in reductions.items()})
         optimizer = torch.optim.Adam(modules.parameters(), lr=_LEARNING_RATE, eps=_EPSILON)
@@ -65,18 +74,22 @@ class SearchState:
         return len(self.history)
 
     def by_site(self) -> dict[str, RelaxedReduction]:
-        """Site -> relaxed reduction."""
+        """Return site -> relaxed reduction."""
         modules = cast("Mapping[str, RelaxedReduction]", self.reductions)
         return {_site(key): module for key, module in modules.items()}
 
     def take_snapshot(self) -> None:
-        """Remember the present parameters."""
+        """Store a copy of the present parameters under the present step."""
         self.snapshots[self.step] = {
             name: value.detach().clone() for name, value in self.reductions.state_dict().items()
         }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the state to a folder, file by file under a temporary name."""
+        """Write the state to a folder; each file is written under a temporary name and renamed.
+
+        Args:
+            folder: The folder; it is made if it does not exist.
+        """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {f"now/{name}": value for name, value in self.reductions.state_dict().items()}
@@ -133,14 +146,21 @@ class SearchState:
 
 
 def _key(site: str) -> str:
+    """Return the module name of a site."""
     return site.replace(".", "_")
 
 
 def _site(key: str) -> str:
+    """Return the site of a module name."""
     return key.replace("_", ".")
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Read and check the record of a state.
+
+    Raises:
+        ValueError: If it is damaged, something else or of another version.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

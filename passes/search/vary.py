@@ -1,4 +1,4 @@
-"""Small variations of a policy, to polish the best candidates in their static form."""
+"""Small variations of a policy, used to polish the best candidates in their static form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from deos_fx.policy.reduction import Reduction, split_site
 
 __all__ = ["variations"]
 
-# One change at a time; counts are fitted to the limits again afterwards.
+# Treatments of dropped tokens. A variation makes one change; counts are then fitted to the limits
+# again.
 _TREATMENTS: tuple[dict[str, Any], ...] = (
     {"gain": 0.0, "temperature": 0.0, "mass_bias": 0.0, "residual": False, "weighting": "one"},
     {"gain": 1.0, "temperature": 0.0, "mass_bias": 1.0},
@@ -28,19 +29,21 @@ _SELECTORS: tuple[dict[str, Any], ...] = (
     {"selector": "greedy", "diversity": 2.0},
 )
 _POSITIONS: tuple[dict[str, Any], ...] = ({"position": "keep"}, {"position": "compact"})
+# Factors on the count of one site.
 _SHARES = (0.5, 0.75, 1.5, 2.0)
+# Weight of a score that is added to the mix; the others share the rest.
 _NEW_SCORE = 0.3
 
 
 def variations(policy: Policy, sites: Sites, visual_tokens: int) -> Iterator[Policy]:
-    """Policies that differ from one in a single respect.
+    """Yield policies that differ from a given one in a single respect.
 
-    In this order: the treatment of what is dropped, the selector, another score in the mix or one
+    In this order: the treatment of dropped tokens, the selector, another score in the mix or one
     less, the share of tokens between two sites, the depth of a site, the rule for positions, one
     site less.
 
     Args:
-        policy: Where to start.
+        policy: The policy to vary.
         sites: The model's sites.
         visual_tokens: Visual tokens of one image.
 
@@ -59,7 +62,7 @@ def variations(policy: Policy, sites: Sites, visual_tokens: int) -> Iterator[Pol
         try:
             yield replace(policy, reductions=changed)
         except ValueError:
-            # Two reductions at one site, or a grid behind another selector: not a policy.
+            # Not a policy: two reductions at one site, or a grid after another selector.
             continue
 
 
@@ -67,6 +70,7 @@ _Reductions = tuple[Reduction, ...]
 
 
 def _changed(reductions: _Reductions, changes: tuple[dict[str, Any], ...]) -> Iterator[_Reductions]:
+    """Apply each change to each reduction that it does not leave the same."""
     for i, reduction in enumerate(reductions):
         for change in changes:
             if any(getattr(reduction, name) != value for name, value in change.items()):
@@ -74,6 +78,7 @@ def _changed(reductions: _Reductions, changes: tuple[dict[str, Any], ...]) -> It
 
 
 def _other_scores(reductions: _Reductions, sites: Sites) -> Iterator[_Reductions]:
+    """Add a score that the site has to the mix, or remove one of several."""
     for i, reduction in enumerate(reductions):
         if not reduction.uses_scores:
             continue
@@ -88,6 +93,7 @@ def _other_scores(reductions: _Reductions, sites: Sites) -> Iterator[_Reductions
 
 
 def _other_shares(policy: Policy, visual_tokens: int) -> Iterator[_Reductions]:
+    """Change the count of one of several sites, within those of its neighbours."""
     counts = policy.counts(visual_tokens)
     for i in range(len(counts) if len(counts) > 1 else 0):
         for share in _SHARES:
@@ -99,6 +105,7 @@ def _other_shares(policy: Policy, visual_tokens: int) -> Iterator[_Reductions]:
 
 
 def _other_depths(reductions: _Reductions, sites: Sites) -> Iterator[_Reductions]:
+    """Move a reduction by one block or layer."""
     available = {site.name for site in sites.available()}
     for i, reduction in enumerate(reductions):
         stage, layer = split_site(reduction.site)
@@ -108,9 +115,11 @@ def _other_depths(reductions: _Reductions, sites: Sites) -> Iterator[_Reductions
 
 
 def _fewer(reductions: _Reductions) -> Iterator[_Reductions]:
+    """Leave out one of several reductions."""
     for i in range(len(reductions) if len(reductions) > 1 else 0):
         yield reductions[:i] + reductions[i + 1 :]
 
 
 def _with(reductions: _Reductions, i: int, **change: Any) -> _Reductions:
+    """Change fields of one reduction."""
     return (*reductions[:i], replace(reductions[i], **change), *reductions[i + 1 :])
