@@ -159,6 +159,7 @@ def _write(reduced: ReducedModel, example: Example, least: int, folder: Path) ->
     if prefill.encoder is not None:
         save_file(prefill.constants, folder / IMAGES)
     reduced.policy.save(folder / "policy.json")
+    # A loaded folder finds the model's class in ``architectures``.
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)

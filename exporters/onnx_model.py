@@ -149,6 +149,7 @@ class OnnxModel:
             logits = self._run_prefill(inputs, cache)
         else:
             logits = self._run_decode(inputs, cache)
+        # logits_to_keep = 0 keeps all of them.
         kept = logits[:, -inputs.get("logits_to_keep", 0) :]
         return CausalLMOutputWithPast(logits=kept.float(), past_key_values=cache)
 
@@ -192,6 +193,7 @@ class OnnxModel:
         logits = []
         for step in range(ids.shape[1]):
             now = slice(step, step + 1)
+            # Masks cover all tokens seen so far, this one included.
             seen = cache.get_seq_length() + 1
             values = {
                 "input_ids": ids[:, now],
@@ -254,6 +256,7 @@ class OnnxModel:
         _check_mask(inputs, ids == manifest["image_token"])
         self._check_ends(inputs, again)
         self._check_inputs(inputs, again)
+        # Pixels have rows for the images of one prompt, times the number of prompts.
         shape, own = tuple(inputs["pixel_values"].shape), manifest["pixels"]
         if shape != (own[0] * len(ids), *own[1:]):
             raise ValueError(
@@ -289,6 +292,7 @@ class OnnxModel:
         """Refuse inputs that the graphs do not take, and calls that lack inputs they need."""
         names = set(self._manifest["inputs"])
         given = {name for name, value in inputs.items() if isinstance(value, Tensor)}
+        # The mask may be left out: it is then all ones.
         needed = names & (set(self._prefill.inputs) | self._constants.keys()) - {"attention_mask"}
         for what, wrong in (("has", given - names), ("lacks", needed - given)):
             if wrong:

@@ -12,8 +12,8 @@ After lowering, also:
 5. every reduction reports the space it leaves, and the counts never grow.
 
 A relaxed graph drops no token: nothing in it opens a new token space. A decode graph reduces
-nothing, and no layer reads a mask that was made for a later one. In a graph that is exported, features
-fill their placeholders by an index and not by a mask, which has no form in ONNX that runtimes agree on.
+nothing, and no layer reads a mask that was made for a later one. In a graph that is exported,
+features fill their placeholders by an index and not by a mask, on whose ONNX form runtimes differ.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ def _check_spaces(graph: fx.Graph, stage: Stage) -> None:
     output = cast(dict[str, Any], graph.output_node().args[0])
     spaces = output.get("spaces", [])
     _require(len(cuts) == len(spaces), stage, f"{len(cuts)} cuts report {len(spaces)} spaces")
+    # In the order of the graph.
     counts = [count for cut in cuts if (count := _count(cut.args[1])) is not None]
     falling = counts == sorted(counts, reverse=True)
     _require(falling, stage, f"the reductions keep {counts} visual tokens, in this order")
@@ -164,6 +165,7 @@ def _count(kept: Any) -> int | None:
         parts = [_count(part) for part in kept.args[0]]
         return None if None in parts else sum(cast(list[int], parts))
     # A selector's count is the argument after those that its row says it needs.
+    # Selectors that flag tokens do not keep any by themselves.
     places = {row.function: len(row.needs) for row in SELECTORS.values() if not row.flags}
     place = places.get(kept.target)
     return None if place is None else kept.args[place]

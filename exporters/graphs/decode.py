@@ -34,6 +34,7 @@ class _Decode(nn.Module):
     def forward(
         self, past_key_values: dict[str, dict[str, Tensor]], **inputs: Tensor
     ) -> dict[str, Any]:
+        """Run one step on keys and values by layer, and return logits and the new ones."""
         cache = filled(ReducedCache(self.text_config), past_key_values)
         fields = self.lowered(**inputs, **dict.fromkeys(self.unused), past_key_values=cache)
         return {"logits": fields["logits"], "present": states_of(cache)}

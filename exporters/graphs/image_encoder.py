@@ -21,6 +21,7 @@ class _Encoder(nn.Module):
         self.recorded = recorded
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Encode the images of one prompt; return ``image_features_i`` and ``read_i``."""
         parts = zip(("image_features", "read"), self.recorded(pixel_values), strict=True)
         return {f"{part}_{i}": value for part, values in parts for i, value in enumerate(values)}
 

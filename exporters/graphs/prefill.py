@@ -41,6 +41,7 @@ class _Prefill(nn.Module):
         self.used, self.unused = inputs_of(lowered)
 
     def forward(self, **inputs: Tensor) -> dict[str, Any]:
+        """Run the prefill, and return the outputs that `deos_fx.exporters.onnx` lists."""
         cache = ReducedCache(self.text_config)
         taken = {name: inputs[name] for name in self.used}
         fields = self.lowered(**taken, **dict.fromkeys(self.unused), past_key_values=cache)

@@ -57,6 +57,7 @@ class Session:
         """
         binding = self.session.io_binding()
         for name, dtype in self.inputs.items():
+            # A tensor is a CPU input of any precision; an OrtValue is a state of an earlier run.
             value = values[name]
             binding.bind_ortvalue_input(
                 name, ort_value(value.to(dtype)) if isinstance(value, Tensor) else value
@@ -99,6 +100,7 @@ def open(path: Path, device: str | torch.device | None) -> Session:
     """
     import onnxruntime
 
+    # CUDA is tried if it is asked for, or if no device is given.
     wanted = None if device is None else _device(device)
     cuda = wanted or torch.device("cuda", 0)
     found = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _cuda_devices()
@@ -115,6 +117,7 @@ def open(path: Path, device: str | torch.device | None) -> Session:
         if "NOT_IMPLEMENTED" in str(error):
             hint = ". If the model is in bfloat16, export it in float32 or float16"
         raise ValueError(f"{path} cannot be run here: {error}{hint}") from error
+    # A session that fell back to the CPU does not list CUDA first.
     works = session.get_providers()[0] == "CUDAExecutionProvider"
     if wanted is not None and wanted.type == "cuda" and not works:
         raise RuntimeError(

@@ -41,6 +41,7 @@ def check_reduction(
             f"{name} has no {', '.join(hidden_from)}: its tokens are not those of a block of the "
             "vision tower. Use scores and similarities of the features themselves."
         )
+    # Merged features already stand at their placeholders, so they cannot change their order.
     if before_decoder and sites.merged and reduction.order != "position":
         raise ValueError(
             f"{name}: the features of this model enter the prompt in the order of the image. Use "
@@ -66,6 +67,7 @@ def check_reduction(
             f"{name}: position 'grid' works for images of one size, and these have "
             f"{', '.join(map(str, layout.sizes))} tokens. Use position='keep'."
         )
+    # Position ids [B, N] are one number per token; with several coordinates they have a third axis.
     ids = nodes["position_ids"]
     if reduction.position != "keep" and len(ids.meta["shape"]) != 2:
         raise ValueError(

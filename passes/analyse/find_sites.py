@@ -141,6 +141,12 @@ _OF_LATER_TEXT = frozenset(
 def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks: int) -> Sites:
     """List every site of an annotated prefill graph.
 
+    1. If the image encoder is one opaque node, there are no sites in the tower, and the projector
+       is the prompt with the features in place.
+    2. If the features are not made of one patch each, there are no sites in the tower either, and
+       the projector is the features.
+    3. Otherwise, blocks of the tower that everything passes are sites, too.
+
     Args:
         graph_module: A captured and annotated graph with the inputs ``input_ids`` and
             ``pixel_values`` or ``pixel_values_videos``.
@@ -159,8 +165,7 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
     merge = _merge(nodes, pixels)
     features, embeddings = _operands(nodes, _merge(nodes, pixels[:1]), pixels)
     flow = _data_flow(graph_module.graph, merge)
-    # Case 1: the image encoder is one opaque node. The projector site is the prompt with the
-    # features in place, and there are no sites in the tower.
+    # Case 1: an opaque image encoder.
     if features in _encoded(nodes):
         if _length(merge) != _length(embeddings):
             raise CaptureError(
@@ -196,7 +201,7 @@ def find_sites(graph_module: fx.GraphModule, decoder_layers: int, vision_blocks:
         sites.append(Site("projector", features.name, "", _scores_from(_OF_FEATURES)))
         sites += _decoder_sites(nodes, flow, decoder_layers)
         return Sites(tuple(sites), features.name, embeddings.name, features.name, per_image, 0)
-    # Case 3: one patch, one feature. A block of the tower is a site if everything passes it.
+    # Case 3: one patch, one feature.
     tower_length = tower_block.meta["shape"][1]
     of_image = _ANYWHERE | (_OF_CLASS_TOKEN if class_tokens == 1 else frozenset())
     in_tower = _scores_from(of_image | ({"class_token"} if class_tokens == 1 else set()))

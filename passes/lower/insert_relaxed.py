@@ -162,6 +162,7 @@ class _Insertion:
         with self.graph.inserting_after(self.visual):
             self.alive = self.call(tokens.ones_at, self.visual)
         self.mass = self.alive
+        # The mass bias before the first site.
         with self.graph.inserting_after(self.alive):
             self.zero = self.call(torch.zeros, ())
         self.beta = self.zero
@@ -181,6 +182,7 @@ class _Insertion:
         """Reduce every image alone where its features are already in the prompt."""
         hidden, images = self.nodes[self.sites.features], self.layout.images
         features = self._tower_features(name)
+        # After both the prompt and the initial gates.
         anchor = max(hidden, self.zero, key=self._order().__getitem__).next
         users = users_behind(hidden, anchor)
         with self.graph.inserting_before(anchor):
@@ -227,6 +229,7 @@ class _Insertion:
                 user.replace_input_with(whole, reduced)
             self.gates.append(self.call(tokens.masses_of_prompt, self.alive, self.layout.images))
             if in_tower:
+                # Gates bias the later blocks of the tower; class tokens have no gate.
                 given = (self.alive, self.mass, self.beta, self.sites.class_tokens)
                 bias = self.call(tokens.patch_gate_bias, *given)
                 for block in blocks_behind(bias, "vision"):
@@ -365,6 +368,7 @@ class _Insertion:
             else:
                 moved = self.call(tokens.relaxed_grid_positions, *given, self.layout.images)
         replaced = {self.positions[ids]: moved}
+        # Tables are copied, so that earlier layers keep theirs.
         for table in tables:
             with self.graph.inserting_after(moved):
                 again = self.graph.node_copy(table, lambda node: moved if node is ids else node)

@@ -65,6 +65,7 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
     nodes = {node.name: node for node in graph_module.graph.nodes}
     layers = [node for name, node in nodes.items() if name.startswith("decoder_")]
     tables = position_tables(graph_module)
+    # The layers of a space end where the next space begins.
     ends = [*(space.first_layer for space in spaces[1:]), len(layers)][: len(spaces)]
     replaced: dict[fx.Node, fx.Node] = {}
     for k, (space, end) in enumerate(zip(spaces, ends, strict=True), start=1):
@@ -283,6 +284,7 @@ def _mask_of_space(
     name = f"{'window' if window else 'mask'}_{k}"
     graph_module.add_submodule(name, WindowMask(config, window))
     arguments = {**kwargs, "layer_idx": _layer_of(mask, space)}
+    # After everything that the original mask reads, before anything that reads it.
     with graph.inserting_before(min(made.users, key=_order(graph))):
         node = graph.create_node("call_module", name, (), arguments, name)
     node.meta["prompt_axes"] = MASK

@@ -246,6 +246,7 @@ class _Lowering:
         self.positions = {node: node for node in sources}
         # The position ids of every space so far: a rotary table may read any of them.
         self.position_ids = {sources[0]}
+        # State of the walk before the first site: nothing is reduced.
         visual = insert_visual_positions(graph_module, sites, layout, self.call)
         self.placeholders = self.note("visual", visual)
         self.images = _Images(layout.grid_tensor(1))
@@ -320,8 +321,8 @@ class _Lowering:
                 user.replace_input_with(whole, left)
             kept, mass = self.note("kept", reduced.kept), self.note("mass", reduced.mass)
             kept_so_far = kept
-            # Not the first reduction: indices into what the one before kept become indices into
-            # the image's own tokens. Out of order, a -1 stands for a copy of the CLS token.
+            # Case: not the first reduction. Indices into what the one before kept become indices
+            # into the image's own tokens; out of order, a -1 stands for a copy of the CLS token.
             if images.kept is not None:
                 in_order = step.reduction.order == "position"
                 compose = tokens.take if in_order else tokens.kept_of_kept
@@ -384,6 +385,7 @@ class _Lowering:
         reduced = self._operate(step, count, own, None, features, last_of)
         kept = self.note("kept", reduced.kept)
         mass = self.note("mass", reduced.mass)
+        # Tokens that are only gathered need not be written back: the prompt has them.
         only_gathered = reduced.assignment is None and not step.reduction.reweight
         left = None if only_gathered else self.call(tokens.of_prompts, reduced.tokens, len(alike))
         if mass is not None:
@@ -423,6 +425,7 @@ class _Lowering:
         """Shorten the prompts' runs of placeholders to the tokens that are left of each image."""
         last, left = steps[-1], self.images
         images, per_image = self.layout.images, self.layout.tokens_per_image
+        # Insert after everything that is read.
         embeddings = self.nodes[self.sites.embeddings]
         made = [node for node in (left.kept, left.mass, embeddings) if node is not None]
         order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -466,6 +469,7 @@ class _Lowering:
             count = sum(step.counts)
             reduced = self._operate(step, count, visual, space.mass, features, self._last_of(1))
             self.note("mass", reduced.mass)
+            # Tokens that are only gathered need not be written back: the prompt has them.
             only_gathered = reduced.assignment is None and not step.reduction.reweight
             kept = self.note("kept", reduced.kept)
             self._enter_space(
@@ -554,6 +558,7 @@ class _Lowering:
         if beta and mass is not None:
             key_bias = self.call(tokens.mass_bias, mass, visual, shortened, beta)
         open_space(self.graph, hidden, shortened, index, replaced, self.suffix)
+        # `open_space` has added what it re-indexed, including position ids that are kept.
         for node, here in self.positions.items():
             self.positions[node] = replaced.get(here, here)
         self.position_ids.add(self.positions[self.nodes["position_ids"]])
@@ -591,6 +596,7 @@ class _Lowering:
         if position == "keep":
             return {}
         ids, *tables = self.positions
+        # Always from the positions of the original prompt, never from those of the space before.
         if trailing is None:
             moved = self.call(tokens.compact_positions, ids, origin)
         else:
@@ -705,7 +711,9 @@ class _Lowering:
             kept: Indices [B, K] of the kept tokens.
         """
         if isinstance(grid, fx.Node):
+            # Case: scores chose the tokens at an earlier site.
             return self.call(tokens.known_of_kept, grid, kept)
+        # Case: the grid has been a constant so far.
         left = grid_after(step.reduction, count, grid)
         return self.call(tokens.known_of_kept, grid[None], kept) if left is None else left
 
@@ -717,6 +725,7 @@ class _Lowering:
         """
         grid = self.images.grid
         if isinstance(grid, torch.Tensor):
+            # The same places of each image are left.
             return grid_of_prompt(grid, self.layout.images)
         whole = self.layout.grid_tensor(self.layout.images)[None]
         return self.call(tokens.known_of_kept, whole, kept)

@@ -92,7 +92,7 @@ class SiteFeatures(dict[str, Any]):
         wanted = self._wanted(needs)
         for where in wanted:
             self._check_space(where, reduced)
-        # The next block is only peeked into, when one of its features is looked up.
+        # The next block is not observed but peeked into, when one of its features is looked up.
         self._behind = wanted.pop("next", [])
         if self._behind:
             self._bring_forward()
@@ -103,6 +103,7 @@ class SiteFeatures(dict[str, Any]):
     def __missing__(self, name: str) -> Any:
         """Make a feature when it is first looked up."""
         base, where = self._parts(name)
+        # A feature is given by the owner of the site, observed, or made of other values there.
         if name in self.makers:
             self[name] = self.makers[name]()
         elif base in OBSERVED:
@@ -165,6 +166,7 @@ class SiteFeatures(dict[str, Any]):
         wanted: dict[str, list[tuple[Observation, str]]] = {}
         for need in sorted(needs):
             name, where = self._parts(need)
+            # The feature that it is made of has to be observed in its place.
             name = MADE_OF.get(name, name)
             if name in OBSERVED:
                 there = wanted.setdefault(where, [])
@@ -197,6 +199,7 @@ class SiteFeatures(dict[str, Any]):
                 f"{self._own}."
             )
         for other in reduced:
+            # A reduction right after the observed block already changes the tokens.
             if site_order(observed) <= site_order(other) < site_order(self.site):
                 raise ValueError(
                     f"{self.site} observes the attention of {observed}, but {other} is reduced in "
@@ -236,6 +239,7 @@ class SiteFeatures(dict[str, Any]):
         graph = self.graph_module.graph
         following = self._next_block()
         order = {node: i for i, node in enumerate(graph.nodes)}
+        # Everything that the next block needs and that is made after this block.
         stack = [] if following is None else following.all_input_nodes
         late: set[fx.Node] = set()
         while stack:
@@ -271,6 +275,7 @@ class SiteFeatures(dict[str, Any]):
             raise ValueError(
                 f"{self.site} cannot observe 'next': no block comes behind {self._own}."
             )
+        # The other arguments of the peek; without a next node, this block's own fit as well.
         like = self._next_block() or self.block
         peek = f"{name}_at_{self.site.replace('.', '')}"
         asked = [(item, self._queries(of, self.hidden)) for item, of in self._behind]

@@ -50,6 +50,7 @@ def observe_attention(
     observe = tuple(observation for observation, _ in wanted)
     _use_seam(graph_module, block, observe)
     block.kwargs = {**block.kwargs, **_asked(wanted)}
+    # From here on, the block's node is a tuple: its users read the first part.
     users = list(block.users)
     anchor = block.next
     with graph.inserting_before(anchor):
@@ -127,6 +128,7 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
         module = module.original()
     place = _place_of_mask(module, block)
     if place is None:
+        # There cannot be an earlier bias to remove.
         if key_bias is None:
             return
         raise ValueError(
@@ -135,7 +137,7 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
         )
     mask = block.args[place] if isinstance(place, int) else block.kwargs.get(place)
     if isinstance(mask, fx.Node) and mask.meta.get("padding"):
-        # This block does not attend.
+        # Case: a convolution or a layer with a state. It does not attend.
         return
     mask = _without_bias(mask)
     if key_bias is not None:

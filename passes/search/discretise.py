@@ -41,6 +41,7 @@ def discretise(
     present = 1.0
     for site in sorted(wanted, key=site_order):
         if fractions[site] < _NEARLY_ALL * present:
+            # Fractions are of all visual tokens, so a site that is left out changes no other count.
             present = fractions[site]
             count = max(1, round(present * visual_tokens))
             chosen.append(reductions[site].to_reduction(site, count))

@@ -148,6 +148,7 @@ class SearchProblem:
         if not raw:
             raise ValueError("data is empty: give at least one dict of model inputs.")
         layouts = _layouts(model, raw)
+        # Longest prompts first: their layout is the problem's own.
         longest = sorted(raw, key=lambda batch: batch["input_ids"].shape[1])[::-1]
         costs: dict[PromptLayout, CostModel] = {}
         for batch in longest:
@@ -161,6 +162,7 @@ class SearchProblem:
             _with_target(captures, batch, layout)
             for batch, layout in zip(raw, layouts, strict=True)
         ]
+        # With fewer than four batches, candidates are scored on the training batches.
         held_back = len(batches) // 4
         problem = cls(
             model=model,

@@ -300,6 +300,7 @@ def _from_steps(problem: SearchProblem, state: SearchState) -> list[tuple[str, P
     Returns:
         Source and policy of each proposal.
     """
+    # The last state is a snapshot, too, even if the steps were interrupted.
     if state.step not in state.snapshots:
         state.take_snapshot()
     proposals = []
@@ -417,6 +418,7 @@ class _Scoring:
 
 def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
     """Return the task loss of a policy in its relaxed form, at the last gate temperature."""
+    # A relaxed reduction takes the share of the tokens that reach it.
     present = problem.visual_tokens
     reductions = {}
     for reduction, count in zip(

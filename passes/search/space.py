@@ -46,6 +46,7 @@ def start_reductions(
         start = _undecided(site, layout.placed)
         activation, retention = (0.5 if policy.is_empty else _DORMANT), 0.5
         if site.name in known:
+            # Retention is relative to the tokens that reach the site.
             count = known[site.name].count(visual_tokens)
             activation, retention = _ACTIVE, min(0.99, count / present)
             start, present = _inside(known[site.name], start), count
@@ -124,6 +125,7 @@ def relaxed_costs(
         share, first = (1, layer + 1) if stage == "decoder" else (images, 0)
         flops = cost.reduction_flops(reduction.start, present / share, after / share)
         overhead = overhead + reduction.activation.sigmoid() * flops
+        # Layers before the site process the tokens that reach it.
         counts = counts[:first] + [after] * (layers - first)
         if stage == "vision":
             patches = patches[: layer + 1] + [after / images] * (cost.tower_blocks - layer)
