@@ -214,6 +214,3 @@ def _ends(reduced: ReducedModel, layout: PromptLayout) -> bool | None:
     of the image is then a separator, and separators are never dropped.
     """
     return None if reduced.policy.is_empty or layout.separators else layout.ends
-
-
-

@@ -321,7 +321,6 @@ def _shown(tensor: Tensor) -> str:
     return str(tensor.tolist()) if tensor.numel() <= 16 else f"of shape {tuple(tensor.shape)}"
 
 
-
 def _skeleton(folder: Path) -> PreTrainedModel:
     """Make the model without weights: `generate` needs only its class and its configs."""
     config = AutoConfig.from_pretrained(folder)

@@ -93,7 +93,7 @@ def _check_edges(node: fx.Node, stage: Stage) -> None:
 
 
 def _check_constants(graph_module: fx.GraphModule, node: fx.Node, stage: Stage) -> None:
-    """Rule 2; fx also stores tensors as attributes with a name of their own."""
+    """Rule 2; fx may also store such a tensor as an attribute ``_tensor_constant<i>``."""
     leaves = pytree.tree_leaves((node.args, node.kwargs))
     frozen = any(isinstance(leaf, torch.Tensor) for leaf in leaves)
     _require(not frozen, stage, f"{node.name} has a tensor as an argument")

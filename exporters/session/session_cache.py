@@ -30,7 +30,7 @@ class SessionCache(ReducedCache):
 
     @property
     def rows(self) -> int:
-        """Number of rows of the batch in the cache; 0 if it is empty."""
+        """Return the number of rows of the batch in the cache; 0 if it is empty."""
         return next((value.shape()[0] for value in self.states.values()), 0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -63,6 +63,7 @@ class SessionCache(ReducedCache):
         )
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows of everything in the cache, as beam search does."""
         super()._rows(change)
         self.states = {
             name: ort_value(change(as_tensor(value))) for name, value in self.states.items()

@@ -107,5 +107,3 @@ def _check_offloaded(tracer: Tracer, model: nn.Module) -> None:
                 f"{', '.join(names)} of {path or 'the model'} are offloaded, and the model's code "
                 "reads them between its layers. Give them a device of their own in device_map."
             )
-
-

@@ -41,6 +41,7 @@ _BUILTINS = tuple(
 # Factories whose results depend on sizes only may be recorded; a tensor built from data is refused.
 _FACTORIES = {"arange", "eye", "full", "linspace", "ones", "zeros"}
 
+
 # Mask functions look at values and at the attention implementation: each becomes one opaque node.
 def _makes_masks(name: str, value: Any) -> bool:
     """Return whether this is a function, of transformers or of a model file, that makes masks."""

@@ -162,7 +162,7 @@ class ValueProxy(fx.Proxy):
 
 
 class _SharedKeys(KVSharingDict):
-    """Keys and values layers share outside the cache; records which layer reads which layer's.
+    """Keys and values that layers share outside the cache; records which layer reads which one's.
 
     Args:
         tracer: Knows the running layer.

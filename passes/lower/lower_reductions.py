@@ -163,18 +163,18 @@ class _Step:
 
     @property
     def count(self) -> int:
-        """Tokens kept of one image, where all images have equally many."""
+        """Return the number of tokens kept of one image, where it is the same for all images."""
         (count,) = set(self.counts)
         return count
 
     @property
     def stage(self) -> str:
-        """``vision``, ``projector`` or ``decoder``."""
+        """Return the stage of its site: ``vision``, ``projector`` or ``decoder``."""
         return split_site(self.reduction.site)[0]
 
     @property
     def suffix(self) -> str:
-        """Suffix of its nodes' names: ``decoder2``, since fx would count on from ``decoder_2``."""
+        """Return the suffix of its nodes' names, such as ``decoder2``: fx would count up ``_2``."""
         return self.reduction.site.replace(".", "")
 
 

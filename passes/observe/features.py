@@ -146,7 +146,7 @@ class SiteFeatures(dict[str, Any]):
 
     @property
     def _own(self) -> str:
-        """Name of the site right after the block."""
+        """Return the name of the site right after the block."""
         return self.block.name.replace("_", ".")
 
     def _parts(self, name: str) -> tuple[str, str]:
@@ -282,5 +282,3 @@ class SiteFeatures(dict[str, Any]):
         seen = peek_block(self.graph_module, blocks[name], peek, like, self.hidden, asked)
         for key, node in zip(self._behind, seen, strict=True):
             self._seen["next", *key] = node
-
-

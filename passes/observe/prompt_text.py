@@ -38,22 +38,22 @@ class PromptText:
 
     @cached_property
     def positions(self) -> fx.Node:
-        """Positions [B, T] of the text."""
+        """Return the positions [B, T] of the text."""
         return self._put(tokens.text_tokens, self.visual, self.embeddings)
 
     @cached_property
     def tokens(self) -> fx.Node:
-        """Embeddings [B, T, d] of the text."""
+        """Return the embeddings [B, T, d] of the text."""
         return self._put(tokens.take, self.embeddings, self.positions)
 
     @cached_property
     def question(self) -> fx.Node:
-        """Flags [B, T], 1 for text after the images; for all text if there is none after them."""
+        """Return flags [B, T]: 1 for text after the images, or for all text if none comes after."""
         return self._put(tokens.question_votes, self.positions, self.visual, self.padding)
 
     @cached_property
     def raters(self) -> fx.Node:
-        """Votes [B, T] of SparseVLM's raters."""
+        """Return the votes [B, T] of SparseVLM's raters."""
         given = (self.embeddings, self.positions, self.visual, self.question, self.alive)
         return self._put(tokens.rater_votes, *given)
 

@@ -74,7 +74,7 @@ class StraightThrough(nn.Module):
 
 
 class _Through(torch.autograd.Function):
-    """The layer itself forwards; backwards, its matrix, read off by running it on the identity."""
+    """Applies a layer forwards and its matrix, found by running it on the identity, backwards."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:

@@ -51,7 +51,7 @@ class SearchBatch:
 
     @property
     def kind(self) -> Hashable:
-        """Key of the graph that it runs through: batches of one kind share it."""
+        """Return the key of the graph that it runs through: batches of one kind share it."""
         return id(self.captured), self.layout
 
 
@@ -181,7 +181,7 @@ class SearchProblem:
 
     @property
     def visual_tokens(self) -> int:
-        """V of one image."""
+        """Return V, the visual tokens of one image."""
         return self.layout.tokens_per_image
 
     def fingerprint(self) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class SearchProblem:
 
     @property
     def sites(self) -> Sites:
-        """The sites of the model."""
+        """Return the sites of the model."""
         assert self.captured.sites is not None
         return self.captured.sites
 

@@ -389,7 +389,7 @@ class _Scoring:
 
     @property
     def best(self) -> Candidate:
-        """The candidate with the lowest loss; there must be one."""
+        """Return the candidate with the lowest loss; there must be one."""
         return min(self.candidates, key=lambda candidate: candidate.loss)
 
     def has(self, policy: Policy) -> bool:

@@ -70,7 +70,7 @@ class SearchState:
 
     @property
     def step(self) -> int:
-        """Number of steps taken."""
+        """Return the number of steps taken."""
         return len(self.history)
 
     def by_site(self) -> dict[str, RelaxedReduction]:
