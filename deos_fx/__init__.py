@@ -1,7 +1,8 @@
 """A compiler for the visual tokens of Hugging Face vision-language models.
 
-`transform` reduces the tokens of a model, `search` finds where, how many and how, `export_onnx`
-takes the result to ONNX Runtime. Names are loaded when they are used.
+`transform` reduces the visual tokens of a model, `search` finds where to reduce, how many tokens to
+keep and how to treat the rest, and `export_onnx` writes the result for ONNX Runtime. Public names
+are imported at their first use.
 """
 
 import importlib as _importlib

@@ -1,4 +1,4 @@
-"""``python -m deos_fx`` is the command ``deos-fx``."""
+"""Run the command ``deos-fx`` as ``python -m deos_fx``."""
 
 from deos_fx.cli.app import app
 

@@ -1,4 +1,4 @@
-"""`transform`: from a model to a reduced model in one call."""
+"""`transform`: turn a model into a reduced model in one call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deos_fx.runtime.reduced_model import ReducedModel
 __all__ = ["transform"]
 
 DEFAULT_BUDGET = Budget(visual_tokens=0.5)
-"""Half of the visual tokens."""
+"""The budget if none is given: half of the visual tokens."""
 
 
 def transform(
@@ -35,28 +35,29 @@ def transform(
     """Reduce the visual tokens of a vision-language model.
 
     1. With `policy`, that policy is applied.
-    2. With `data`, a policy is searched for the budget, see `deos_fx.search`.
+    2. With `data`, a policy is searched for under the budget, see `deos_fx.search`.
     3. With neither, every dropped token is merged into the kept token it resembles most, before
        the decoder (`presets.merge`), with the largest count that the budget allows.
 
-    The budget is half of the visual tokens if it is not given. Where the number of visual tokens
-    depends on an image's size, the policy keeps a share of each image, to the nearest token; with
-    example inputs or data, limits hold exactly for images of their sizes.
+    If no budget is given, it is half of the visual tokens. Where the number of visual tokens
+    depends on the size of an image, the policy keeps a share of each image, rounded to the nearest
+    token; with example inputs or data, the limits hold exactly for images of those sizes.
 
     Args:
         model: An unmodified transformers vision-language model; it is put in eval mode and shares
             its weights with the result.
-        policy: What to reduce where, applied as it is.
+        policy: Where and how to reduce; it is applied as it is.
         budget: Limits on the cost.
         data: Model input dicts (batches) to search with, with or without ``labels``.
         example_inputs: Inputs of one call. The model is captured with them at once instead of at
-            the first call, and limits on ``flops`` and ``kv_cache`` are meant for their length.
+            the first call, and limits on ``flops`` and ``kv_cache`` refer to prompts of their
+            length.
 
     Returns:
         The reduced model, called like the model.
 
     Raises:
-        TypeError: If an argument is of a wrong type, the model among them.
+        TypeError: If an argument, including the model, has the wrong type.
         ValueError: If the model reads no images, the policy does not fit it, the budget cannot be
             met, or arguments contradict each other.
     """
@@ -96,7 +97,7 @@ def _check_arguments(policy: Any, budget: Any, data: Any) -> None:
 def _default_policy(
     model: PreTrainedModel, budget: Budget, example_inputs: Mapping[str, Any] | None
 ) -> Policy:
-    """Merging before the decoder, with the largest count that meets the budget."""
+    """Return merging before the decoder, with the largest count that meets the budget."""
     if budget.require().latency_ms is not None:
         raise ValueError(
             f"budget latency_ms={budget.latency_ms}: latency is measured by the search. Give data "
@@ -104,6 +105,7 @@ def _default_policy(
         )
     ranking = _ranking(model)
     if example_inputs is None and sizes_vary(model):
+        # Case: no image size is known, so only a share of each image can be promised.
         return _merge(ranking, _share(model, budget))
     costs = _cost_model(model, budget, example_inputs)
 
@@ -118,6 +120,7 @@ def _default_policy(
         limits,
     )
     if policy is None:
+        # Case: even one token per image exceeds a limit; the message says by how much.
         fewest = costs.of_policy(_merge(ranking, 1)).amounts
         missed = [f"{name}={limit:g} ({fewest[name]:g})" for name, limit in limits.items()]
         raise ValueError(
@@ -128,7 +131,7 @@ def _default_policy(
 
 
 def _share(model: PreTrainedModel, budget: Budget) -> float:
-    """What a budget allows to keep of every image, whatever its size."""
+    """Return the share of every image that a budget allows to keep, whatever the image's size."""
     others = {name for name in ("flops", "kv_cache") if getattr(budget, name) is not None}
     if others or not isinstance(budget.visual_tokens, float):
         raise ValueError(
@@ -140,16 +143,17 @@ def _share(model: PreTrainedModel, budget: Budget) -> float:
 
 
 def _merge(ranking: str, keep: int | float) -> Policy:
-    """`presets.merge`, ranked by what the model's image encoder offers."""
+    """Return `presets.merge` with the score `ranking` to rank tokens by."""
     policy = presets.merge(keep=keep)
     (reduction,) = policy.reductions
     return replace(policy, reductions=(replace(reduction, scores={ranking: 1.0}),))
 
 
 def _ranking(model: PreTrainedModel) -> str:
-    """The attention of the CLS token, if the tokens behind it are the visual tokens.
+    """Return the score to rank by: CLS attention if exactly the visual tokens follow the CLS token.
 
-    Encoders of videos are one node, in which attention is not seen.
+    Otherwise it is `novelty`, also for models that read videos: a video encoder is one node of the
+    graph, so its attention cannot be observed.
     """
     videos = "video" in model.input_modalities
     if videos or sizes_vary(model) or not has_class_token(model):
@@ -169,5 +173,5 @@ def _cost_model(
             "The FLOPs and the KV cache of a prompt depend on its length: give example_inputs (or "
             "data to search with), or limit visual_tokens only."
         )
-    # The text does not matter for the visual tokens of a layer.
+    # Only visual tokens are limited here, and their number does not depend on the text.
     return CostModel.of_images(model, images=1, text_tokens=0)

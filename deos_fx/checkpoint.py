@@ -11,7 +11,7 @@ __all__ = ["load_optimizer", "optimizer_tensors"]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and step counts by name: ``<parameter>/<moment>``."""
+    """Return moments and step counts by name: ``<parameter>/<moment>``."""
     return {
         f"{i}/{name}": value
         for i, moments in optimizer.state_dict()["state"].items()
@@ -20,10 +20,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` returned.
+    """Restore the state that `optimizer_tensors` returned.
 
     Args:
-        optimizer: An optimizer over the same parameters, with the settings to go on with.
+        optimizer: An optimizer over the same parameters; its settings stay as they are.
         tensors: The named tensors.
     """
     state: dict[int, dict[str, Tensor]] = {}

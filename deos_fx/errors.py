@@ -1,4 +1,4 @@
-"""Errors of ours that are no plain ValueError."""
+"""The project's own exception types."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class CaptureError(ValueError):
 
 
 class GuardError(RuntimeError):
-    """An input takes another branch than the captured one; a prefill is then captured again."""
+    """An input takes another branch than the captured one; a prefill is then captured anew."""
 
 
 class VerificationError(RuntimeError):

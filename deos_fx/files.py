@@ -1,4 +1,4 @@
-"""Writing results: everything or nothing."""
+"""Write results completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ __all__ = ["fresh_folder", "write_text"]
 
 @contextmanager
 def fresh_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write results in, which reach `target` only if nothing fails.
+    """Provide a temporary folder whose contents are moved to `target` only if nothing fails.
 
-    Entries of `target` that the results also have are replaced, others stay.
+    Entries of `target` with the same names are replaced; its other entries stay.
 
     Args:
-        target: The folder to write; it is made if it does not exist.
+        target: The folder to write; it is created if it does not exist.
 
     Yields:
         A temporary folder on the same disk.
 
     Raises:
-        OSError: If `target` is not a folder or cannot be written, before anything is done.
+        OSError: If `target` is not a folder or cannot be written; raised on entry, before anything
+            is written.
     """
     target = Path(target).absolute()
+    # The nearest existing folder is on the disk of `target`, so results can be moved by renaming.
     place = next(folder for folder in (target, *target.parents) if folder.exists())
     try:
         temporary = Path(tempfile.mkdtemp(dir=place, prefix=f".{target.name}-"))
@@ -43,7 +45,7 @@ def fresh_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file whole or not at all.
+    """Write a file completely or not at all.
 
     Raises:
         OSError: If the folder does not exist or cannot be written.

@@ -1,4 +1,4 @@
-"""A mapping that keeps what was used last."""
+"""A bounded mapping that keeps the most recently used entries."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """A bounded mapping for many threads, of which the least recently used entries go.
+    """A bounded, thread-safe mapping that discards the least recently used entries.
 
-    `functools.lru_cache` would keep the models alive that are among its arguments, and cannot
-    look without computing.
+    `functools.lru_cache` would keep models among its arguments alive, and cannot look an entry up
+    without computing it.
 
     Args:
-        size: Entries that stay.
+        size: The largest number of entries.
     """
 
     def __init__(self, size: int) -> None:
@@ -32,14 +32,14 @@ class Recent(Generic[K, V]):
         return len(self._entries)
 
     def get(self, key: K) -> V | None:
-        """The value of a key, which is now the most recently used; None if there is none."""
+        """Return the value of a key and mark it as used; None if there is none."""
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
             return self._entries.get(key)
 
     def put(self, key: K, value: V) -> V:
-        """Enter a value as the most recently used; returns it."""
+        """Store a value as the most recently used one and return it."""
         with self._lock:
             self._entries[key] = value
             self._entries.move_to_end(key)
@@ -48,11 +48,11 @@ class Recent(Generic[K, V]):
         return value
 
     def find(self, key: K, make: Callable[[], V]) -> V:
-        """The value of a key, made if there is none; two threads may make it at once."""
+        """Return the value of a key, made if there is none; two threads may make it at once."""
         found = self.get(key)
         return self.put(key, make()) if found is None else found
 
     def items(self) -> list[tuple[K, V]]:
-        """All entries, the most recently used first."""
+        """Return all entries, the most recently used first."""
         with self._lock:
             return list(reversed(self._entries.items()))

@@ -1,8 +1,8 @@
 """Replace functions of other packages for one thread at a time, and put them back.
 
-While anyone is inside, the whole process finds the replacement under the function's name. It is
-made by the caller to act for its own thread alone and to hand every other call to the original, so
-threads that run plain torch code, or models of their own, never notice.
+While any thread is inside `replaced`, the whole process finds the replacement under the function's
+name. The caller must write it so that it acts in its own thread only and passes every other call to
+the original; threads that run plain torch code, or other models, then never notice.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 __all__ = ["Replacement", "replaced"]
 
 Replacement = tuple[Any, str, Callable[[Any], Any]]
-"""Where a function is (a module, a class or a table), its name, and what makes, of the original,
-what stands there meanwhile."""
+"""The owner of a function (a module, a class or a table), its name there, and a callable that makes
+the replacement from the original."""
 
 _MISSING = object()
 
 
 @dataclass
 class _Place:
-    """What stands somewhere while it is replaced.
+    """A place in which a function is replaced.
 
     Attributes:
-        own: What was there; `_MISSING` where a class inherits it.
-        replacement: What is there now.
-        users: How many are inside.
+        own: The original entry; `_MISSING` where a class inherits it.
+        replacement: The present entry.
+        users: Number of callers that are inside.
     """
 
     own: Any
@@ -43,11 +43,12 @@ _PLACES: dict[tuple[int, str], _Place] = {}
 
 @contextlib.contextmanager
 def replaced(replacements: Iterable[Replacement]) -> Iterator[None]:
-    """Replace functions while inside; the last thread to leave puts back what was there.
+    """Replace functions while inside; the last thread to leave puts the originals back.
 
     Args:
-        replacements: What to replace. Where another thread has replaced a function already, its
-            replacement stays: all that are made for one place must do the same for any thread.
+        replacements: The functions to replace. Where another thread has already replaced a
+            function, that replacement stays, so all replacements made for one place must behave
+            alike, whichever thread made them.
     """
     entered: list[tuple[Any, str]] = []
     try:
@@ -65,6 +66,7 @@ def replaced(replacements: Iterable[Replacement]) -> Iterator[None]:
 def _enter(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     place = _PLACES.get((id(owner), name))
     if place is not None:
+        # Case: replaced already, by another thread or further out in this one.
         place.users += 1
         return
     original = owner[name] if isinstance(owner, dict) else getattr(owner, name)
@@ -79,7 +81,7 @@ def _leave(owner: Any, name: str) -> None:
     if place.users:
         return
     del _PLACES[id(owner), name]
-    # What somebody else has put there in the meantime is theirs.
+    # Leave the entry alone if other code has replaced it in the meantime.
     if _own(owner, name) is place.replacement:
         _put(owner, name, place.own)
 
