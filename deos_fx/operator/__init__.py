@@ -1,7 +1,7 @@
 """The operator: pruning, merging, pooling and reweighting of visual tokens as one family.
 
-Pure tensor functions on the visual tokens alone: no scatter that adds, no data-dependent shape,
-batch dynamic, half precision in and out. See the formulas in the modules.
+Pure tensor functions on visual tokens only: no scatter-add, no data-dependent shapes, a dynamic
+batch, and half precision in and out. The formulas are in the modules.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ __all__ = [
     "with_last",
 ]
 
-# The code of a graph spells out where a function lives; the public place reads best there.
+# The printed code of a graph names a function's module; the public one is the easiest to read.
 for _function in [value for name, value in globals().items() if name in __all__]:
     if isinstance(_function, FunctionType):
         _function.__module__ = __name__

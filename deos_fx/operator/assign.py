@@ -1,8 +1,8 @@
-"""Where a dropped token goes: similarities between tokens, and the assignment P made from them.
+"""Similarities between tokens, and the assignment P that says where dropped tokens go.
 
 P [B, R, S] says how much of source token j goes to receiver i. The sources are the dropped tokens,
-and every column sums to 1, except where receivers choose (``k_nearest``, interpolation): there the
-sources are all tokens.
+and every column sums to 1. The exceptions are assignments in which receivers choose (``k_nearest``,
+interpolation): there all tokens are sources, and columns need not sum to 1.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SIMILARITIES: Mapping[str, str] = {
     "joint_key": "joint_keys",
     "grid": "grid",
 }
-"""Kinds of similarity and the feature each is computed from."""
+"""Kind of similarity -> the feature that it is computed from."""
 
 _Which = Tensor | slice | None
-"""Which tokens: indices [B or 1, R], a slice, or all."""
+"""A choice of tokens: indices [B or 1, R], a slice, or None for all."""
 
 
 def similarity(
@@ -45,16 +45,16 @@ def similarity(
     rows: _Which = None,
     columns: _Which = None,
 ) -> Tensor:
-    """Mixes similarities of feature, key and grid position, each in [-1, 1].
+    """Mix similarities of feature, key and grid position, each in [-1, 1].
 
     a_ij = sum_f w_f cos(f_i, f_j) + w_grid / (1 + |p_i - p_j|), where f is the hidden state, the
     mean of the keys over heads, or the keys of all heads together; the grid part is -1 between
     tokens of different images.
 
     Args:
-        features: What each kind compares: [B, V, d], and for ``grid`` image, row and column,
+        features: Values by name of the kind: [B, V, d], and for ``grid`` image, row and column,
             [V, 3] or [B, V, 3].
-        weights: Weight by kind; the kinds given are those computed.
+        weights: Weight by kind; only these kinds are computed.
         rows: Tokens i, indices [B or 1, R] or a slice; all tokens if None.
         columns: Tokens j, indices [B or 1, C] or a slice; all tokens if None.
 
@@ -65,7 +65,7 @@ def similarity(
     for kind, weight in weights.items():
         compare = _proximity if kind == "grid" else _cosine
         part = compare(features[kind], rows, columns)
-        # A pass over all pairs is saved where there is but one kind.
+        # A weight of 1 (a single kind) needs no multiplication over all pairs.
         part = part if isinstance(weight, float) and weight == 1 else weight * part
         total = part if total is None else total + part
     assert total is not None, "no similarity to compute"
@@ -75,7 +75,7 @@ def similarity(
 def between_halves(
     features: Mapping[str, Tensor], weights: Mapping[str, float], first: int
 ) -> Tensor:
-    """Similarities of alternating tokens, A = first, first + 2, ... and B the others.
+    """Return similarities of alternating tokens: A = first, first + 2, ... and B the others.
 
     Args:
         features: As for ``similarity``.
@@ -101,7 +101,7 @@ def _proximity(grid: Tensor, rows: _Which, columns: _Which) -> Tensor:
 
 
 def _some(x: Tensor, index: _Which) -> Tensor:
-    """Rows of [B or 1, V, d] at indices [B or 1, R], or of a slice."""
+    """Take rows of [B or 1, V, d] at indices [B or 1, R] or in a slice."""
     if index is None:
         return x
     if isinstance(index, slice):
@@ -112,7 +112,7 @@ def _some(x: Tensor, index: _Which) -> Tensor:
 
 
 def nearest(similarity: Tensor) -> Tensor:
-    """Assigns each source to the most similar receiver, the first of them on a tie.
+    """Assign each source to the most similar receiver, to the first of them on a tie.
 
     Args:
         similarity: [B, R, S].
@@ -125,7 +125,7 @@ def nearest(similarity: Tensor) -> Tensor:
 
 
 def soft(similarity: Tensor, temperature: float) -> Tensor:
-    """Spreads each source over the receivers: P = softmax_i(a_ij / tau).
+    """Spread each source over the receivers: P = softmax_i(a_ij / tau).
 
     Args:
         similarity: [B, R, S].
@@ -135,21 +135,22 @@ def soft(similarity: Tensor, temperature: float) -> Tensor:
 
 
 def uniform(receivers: Tensor, sources: Tensor) -> Tensor:
-    """Spreads each source [B, S] evenly over [B, R]: the limit tau = infinity, P = 1 / R."""
+    """Spread each source [B, S] evenly over [B, R]: the limit tau = infinity, P = 1 / R."""
     share = torch.ones(sources.shape, device=sources.device).unsqueeze(1) / receivers.shape[1]
     return share.expand(-1, receivers.shape[1], -1)
 
 
 def standing_in(assignment: Tensor, anchors: Tensor, kept: Tensor) -> Tensor:
-    """The assignment where other tokens are kept in the place of anchors, for these.
+    """Adapt an assignment to anchors to the tokens that are kept in their place.
 
     Args:
-        assignment: P [1, K, V], 0 where an anchor meets itself.
+        assignment: P [1, K, V], 0 between an anchor and itself.
         anchors: Indices [1, K].
-        kept: Indices [B or 1, K] of what is kept in their place.
+        kept: Indices [B or 1, K] of the tokens that are kept in place of the anchors.
 
     Returns:
-        P [B or 1, K, V]: an anchor that left moves as much as what is kept would have moved to it.
+        P [B or 1, K, V]: a replaced anchor moves to its replacement the share that the replacement
+        would have moved to the anchor.
     """
     places, kept = anchors.expand_as(kept).unsqueeze(-1), kept.unsqueeze(-1)
     assignment = assignment.expand(kept.shape[0], -1, -1)
@@ -158,15 +159,15 @@ def standing_in(assignment: Tensor, anchors: Tensor, kept: Tensor) -> Tensor:
 
 
 def k_nearest(similarity: Tensor, receivers: Tensor, neighbours: int) -> Tensor:
-    """Gives each receiver its most similar other tokens, kept or dropped (PruMerge).
+    """Give each receiver its most similar other tokens, kept or dropped (PruMerge).
 
     Args:
         similarity: [B, R, V] to all tokens.
         receivers: Indices [B, R].
-        neighbours: How many.
+        neighbours: How many tokens each receiver gets, at most V - 1.
 
     Returns:
-        P [B, R, V] of zeros and ones, with so many ones in every row.
+        P [B, R, V] of zeros and ones, with that many ones in every row.
     """
     index = receivers.unsqueeze(-1).expand(similarity.shape[0], -1, -1)
     apart = similarity.scatter(2, index, torch.finfo(similarity.dtype).min)

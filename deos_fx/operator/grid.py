@@ -1,4 +1,4 @@
-"""The grid of an image: where its pooling windows are and how they weigh its tokens."""
+"""The grid of an image: places of pooling windows, and weights of its tokens in them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = [
 
 
 def grid_anchors(grid: Tensor, count: int) -> Tensor:
-    """Indices [1, K] of tokens evenly spread over the grid: the centres of pooling windows.
+    """Return indices [1, K] of tokens evenly spread over the grid: the centres of pooling windows.
 
-    Window i of n along a side of N covers [i N/n, (i+1) N/n) and its centre is rounded down; with
-    that, assigning every token to its nearest anchor, ties to the first, gives exactly the windows
-    of ``avg_pool2d`` when the windows divide the grid.
+    Window i of n along a side of N covers [i N/n, (i+1) N/n), and its centre is rounded down.
+    Where the windows divide the grid, assigning every token to its nearest anchor, ties to the
+    first, then gives exactly the windows of ``avg_pool2d``.
 
     Args:
         grid: Image, row and column of every token, a constant [V, 3] (or [1, V, 3]): the complete
             grids of one or more images of one size, image by image, row by row.
-        count: Anchors over all images together.
+        count: Number of anchors over all images together.
 
     Raises:
         ValueError: If the grid is incomplete or no layout of windows has ``count`` cells.
@@ -43,11 +43,11 @@ def grid_anchors(grid: Tensor, count: int) -> Tensor:
 
 
 def grid_preference(grid: Tensor, count: int) -> Tensor:
-    """A constant score [1, V] whose best tokens are grid anchors, for a search over the count.
+    """Return a constant score [1, V] whose best tokens are grid anchors, to search over the count.
 
-    1 on the anchors of the largest layout with at most ``count`` windows, so it selects exactly
-    what ``grid_anchors`` does where the count has a layout; elsewhere ``grid_coverage``, which is
-    at most 0. On an incomplete grid it is ``grid_coverage`` alone.
+    The score is 1 on the anchors of the largest layout with at most ``count`` windows, so it
+    selects exactly what ``grid_anchors`` does if the count has a layout. Elsewhere it is
+    ``grid_coverage``, which is at most 0; on an incomplete grid it is ``grid_coverage`` alone.
 
     Args:
         grid: Image, row and column of every token, a constant [V, 3].
@@ -55,6 +55,7 @@ def grid_preference(grid: Tensor, count: int) -> Tensor:
     """
     images, height, width = _sides(grid)
     if not 0 < grid.shape[-2] == images * height * width:
+        # Case: the grid is incomplete or empty, so it has no windows.
         return grid_coverage(grid)
     per_image = max(count // images, 1)
     while not _layouts(height, width, per_image, float("inf")):
@@ -76,16 +77,16 @@ def _centres(side: int, windows: int) -> list[int]:
 def grid_layout(
     height: int, width: int, count: int, *, aspect: float = float("inf")
 ) -> tuple[int, int]:
-    """Splits a grid into ``count`` windows: how many down and how many across.
+    """Split a grid into ``count`` windows: return how many go down and how many across.
 
-    Windows that divide the grid and are at most twice as long as wide come first (they are the
-    windows of ``avg_pool2d``), then the squarest.
+    Windows that divide the grid and are at most twice as long as wide are preferred (they are the
+    windows of ``avg_pool2d``), and among those the squarest.
 
     Args:
         height: Rows of the grid.
         width: Columns of the grid.
         count: Number of windows.
-        aspect: The longest window allowed, long side over short side.
+        aspect: The largest ratio allowed of a window's long side to its short side.
 
     Raises:
         ValueError: If no layout has ``count`` windows; the message names the nearest counts.
@@ -117,11 +118,11 @@ def _layouts(
 
 
 def window_members(grid: Tensor, windows: int) -> Tensor:
-    """Tokens of each window when every image is cut into equal windows: indices [W, m].
+    """Return the tokens of each window, indices [W, m], for images cut into equal windows.
 
     Args:
         grid: Image, row and column of every token, a constant [V, 3]: complete grids.
-        windows: Windows of one image.
+        windows: Number of windows in one image.
 
     Raises:
         ValueError: If the grid is incomplete or does not split into that many equal windows.
@@ -139,12 +140,12 @@ def window_members(grid: Tensor, windows: int) -> Tensor:
 
 
 def columns(grid: Tensor) -> int:
-    """Tokens in one row of an image, of complete grids [V, 3]."""
+    """Return the number of tokens in one row of an image, given complete grids [V, 3]."""
     return _complete(grid)[2]
 
 
 def interpolation(grid: Tensor, count: int) -> Tensor:
-    """Bilinear interpolation onto a coarser grid, as what each token adds to the window centres.
+    """Return bilinear interpolation onto a coarser grid as an assignment to the window centres.
 
     Output i of n along a side of N is sampled at (i + 0.5) N / n - 0.5 (``interpolate`` without
     aligned corners). With the weights W of all tokens in all outputs, and the token at the lower
@@ -156,7 +157,7 @@ def interpolation(grid: Tensor, count: int) -> Tensor:
         count: Outputs over all images together.
 
     Returns:
-        P [1, K, V], 0 where a token meets itself.
+        P [1, K, V], 0 between a token and itself.
     """
     images, height, width = _complete(grid)
     down, across = grid_layout(height, width, count // images)
@@ -169,14 +170,14 @@ def interpolation(grid: Tensor, count: int) -> Tensor:
 
 
 def _samples(side: int, windows: int) -> Tensor:
-    """Weights [windows, side] of the linear interpolation along one side."""
+    """Return the weights [windows, side] of linear interpolation along one side."""
     place = (torch.arange(windows, dtype=torch.float64) + 0.5) * side / windows - 0.5
     distance = (place.unsqueeze(-1) - torch.arange(side)).abs()
     return (1 - distance).clamp_min(0).float()
 
 
 def _complete(grid: Tensor) -> tuple[int, int, int]:
-    """Images, rows and columns of complete grids."""
+    """Return the numbers of images, rows and columns, and refuse incomplete grids."""
     images, height, width = _sides(grid)
     if images * height * width != grid.shape[-2]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How much each visual token matters: one small function per score.
+"""Scores, which say how much each visual token matters: one small function for each.
 
 Every function returns one number per token, larger meaning more worth keeping, in at least single
 precision. A new score is a function here and a row of ``SCORES``; nothing else changes.
@@ -39,64 +39,71 @@ __all__ = [
 ]
 
 LOG_FLOOR = 1e-13
-"""Gates are clamped here before a logarithm, so that a closed gate is a bias of about -30."""
+"""Gates are clamped to this before the logarithm, so a closed gate becomes a bias of about -30."""
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Returns ``x`` in single precision, or in double precision if it has it already."""
+    """Return ``x`` in single precision, or unchanged if it is in double precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def last_text_attention(attention_last: Tensor) -> Tensor:
-    """Attention [B, V] that the last text token pays to each visual token (FastV, PyramidDrop)."""
+    """Return attention [B, V] from the last text token to visual ones (FastV, PyramidDrop)."""
     return full_precision(attention_last)
 
 
 def text_attention(attention_text: Tensor) -> Tensor:
-    """Mean attention [B, V] that the text tokens pay to each visual token (SparseVLM's raters)."""
+    """Return the mean attention [B, V] that all text tokens pay to each visual token."""
     return full_precision(attention_text)
 
 
 def cls_attention(attention_cls: Tensor) -> Tensor:
-    """Attention [B, V] that the CLS token of the vision tower pays (FasterVLM, VisionZip)."""
+    """Return attention [B, V] from the CLS token of the vision tower (FasterVLM, VisionZip)."""
     return full_precision(attention_cls)
 
 
 def joint_cls_attention(attention_cls_joint: Tensor) -> Tensor:
-    """Attention [B, V] of the CLS token over the full width, heads not split (PruMerge)."""
+    """Return attention [B, V] from the CLS token at full width, heads not split (PruMerge)."""
     return full_precision(attention_cls_joint)
 
 
 def rater_attention(attention_raters: Tensor) -> Tensor:
-    """Mean attention [B, V] of the text tokens that the image speaks to (SparseVLM's raters)."""
+    """Return mean attention [B, V] from the text that the image calls up (SparseVLM's raters)."""
     return full_precision(attention_raters)
 
 
 def calibrated_rater_attention(attention_raters_plus: Tensor) -> Tensor:
-    """Attention [B, V] of the raters in the heads that look at the image, without the part that
-    rotary positions alone explain (SparseVLM+)."""
+    """Return attention [B, V] from the raters, corrected for rotary positions (SparseVLM+).
+
+    Only the heads that attend most to the image count, and attention is divided by what rotary
+    positions alone would give.
+    """
     return full_precision(attention_raters_plus)
 
 
 def mutual_attention(attention_mutual: Tensor) -> Tensor:
-    """Mean attention [B, V] that a token gets: in the tower from all its tokens (HiPrune), in the
-    decoder from the visual ones."""
+    """Return the mean attention [B, V] that each token receives.
+
+    In the vision tower it comes from all tokens (HiPrune), in the decoder from the visual ones.
+    """
     return full_precision(attention_mutual)
 
 
 def agreed_attention(attention_text_max: Tensor, attention_mutual_max: Tensor) -> Tensor:
-    """Product [B, V] of the attention from the text and from the image, largest head of each
-    (FitPrune drops what neither looks at)."""
+    """Return the product [B, V] of attention from the text and from the image (FitPrune).
+
+    Each factor is that of its largest head. FitPrune drops the tokens that neither attends to.
+    """
     return full_precision(attention_text_max) * full_precision(attention_mutual_max)
 
 
 def key_l1_norm(joint_keys: Tensor) -> Tensor:
-    """Sum of absolute values [B, V] of the keys of all heads [B, V, H * D] (DART's pivots)."""
+    """Return the L1 norm [B, V] of the keys of all heads [B, V, H * D] (DART's pivots)."""
     return full_precision(joint_keys).abs().sum(dim=-1)
 
 
 def text_relevance(tokens: Tensor, text_tokens: Tensor, text_mask: Tensor) -> Tensor:
-    """Mean cosine [B, V] of each token of [B, V, d] to the text [B, T, d] (see CDPruner).
+    """Return the mean cosine [B, V] of each token of [B, V, d] to the text [B, T, d] (CDPruner).
 
     Args:
         tokens: Hidden states [B, V, d].
@@ -110,21 +117,21 @@ def text_relevance(tokens: Tensor, text_tokens: Tensor, text_mask: Tensor) -> Te
 
 
 def text_irrelevance(tokens: Tensor, text_tokens: Tensor, text_mask: Tensor) -> Tensor:
-    """Minus ``text_relevance``: the code of CDPruner negates it, for the cosines of CLIP."""
+    """Return minus ``text_relevance``: CDPruner's code negates it, for the cosines of CLIP."""
     return -text_relevance(tokens, text_tokens, text_mask)
 
 
 def linear_probe(tokens: Tensor, probe: Tensor) -> Tensor:
-    """Inner product [B, V] of the hidden states [B, V, d] with a given direction [d]."""
+    """Return the inner product [B, V] of the hidden states [B, V, d] with a direction [d]."""
     values = full_precision(tokens)
     return values @ probe.to(values)
 
 
 def random(grid: Tensor, seed: Tensor) -> Tensor:
-    """Noise in [0, 1), [B or 1, V]: fixed by the token's place and a seed, the same for all inputs.
+    """Return noise in [0, 1), [B or 1, V], that depends only on a token's place and a seed.
 
-    Places are hashed by squaring modulo the prime 2^31 - 1, which whole numbers of every runtime
-    hold exactly; so a graph needs no generator and repeats itself.
+    Places are hashed by squaring modulo the prime 2^31 - 1, which the integers of every runtime
+    represent exactly. So a graph needs no generator and is reproducible.
 
     Args:
         grid: Image, row and column of every token, [V, 3] or [B, V, 3].
@@ -139,21 +146,21 @@ def random(grid: Tensor, seed: Tensor) -> Tensor:
 
 
 def feature_norm(tokens: Tensor) -> Tensor:
-    """Euclidean norm [B, V] of the hidden states [B, V, d]."""
+    """Return the Euclidean norm [B, V] of the hidden states [B, V, d]."""
     return torch.linalg.vector_norm(full_precision(tokens), dim=-1)
 
 
 def key_norm(keys: Tensor) -> Tensor:
-    """Euclidean norm [B, V] of the attention keys [B, V, Dk] (DART ranks its pivots by a norm)."""
+    """Return the L2 norm [B, V] of the keys [B, V, Dk] (DART ranks its pivots by a norm)."""
     return torch.linalg.vector_norm(full_precision(keys), dim=-1)
 
 
 def novelty(tokens: Tensor, alive: Tensor | None = None) -> Tensor:
-    """Minus the largest cosine [B, V] of each token of [B, V, d] to any other (DivPrune's start).
+    """Return minus the largest cosine [B, V] of each token to any other (DivPrune's start).
 
     Args:
         tokens: Hidden states [B, V, d].
-        alive: Gates [B, V] in [0, 1]; a token that is gone resembles nobody. All ones if None.
+        alive: Gates [B, V] in [0, 1]; a token that is gone is not compared with. Ones if None.
     """
     unit = F.normalize(full_precision(tokens), dim=-1)
     cosine = unit @ unit.mT
@@ -164,11 +171,11 @@ def novelty(tokens: Tensor, alive: Tensor | None = None) -> Tensor:
 
 
 def grid_coverage(grid: Tensor) -> Tensor:
-    """A constant preference [B or 1, V] whose best K tokens are evenly spread, whatever K is.
+    """Return a constant preference [B or 1, V] whose best K tokens are evenly spread for every K.
 
-    Minus the threshold of ordered dithering (Bayer 1973) at the token's row r and column c: with
-    bits r_b, c_b and x_b = r_b xor c_b, the threshold is sum_b 4^-(b+1) (2 x_b + r_b). Each token
-    is scored by its own position alone, and sides up to 64 are told apart.
+    It is minus the threshold of ordered dithering (Bayer 1973) at the token's row r and column c:
+    with bits r_b, c_b and x_b = r_b xor c_b, the threshold is sum_b 4^-(b+1) (2 x_b + r_b). The
+    score of a token depends on its own position only; positions on sides up to 64 are distinct.
 
     Args:
         grid: Image, row and column of every token, [V, 3] or [B, V, 3].
@@ -182,7 +189,7 @@ def grid_coverage(grid: Tensor) -> Tensor:
 
 
 def standardize(score: Tensor, alive: Tensor | None = None) -> Tensor:
-    """Scales a score [B, V] to mean 0 and deviation 1 over the tokens, so that scores can be mixed.
+    """Scale a score [B, V] to mean 0 and deviation 1 over the tokens, so that scores can be mixed.
 
     z = (s - mean) / deviation, both weighted by ``alive``. A score whose deviation is within the
     rounding error of its values carries no information and becomes (nearly) 0, not noise.
@@ -201,7 +208,7 @@ def standardize(score: Tensor, alive: Tensor | None = None) -> Tensor:
 
 
 def combine(scores: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:
-    """The weighted sum [B, V] of standardized scores: s = sum_j w_j z_j."""
+    """Return the weighted sum [B, V] of standardized scores: s = sum_j w_j z_j."""
     total = scores[0] * weights[0]
     for score, weight in zip(scores[1:], weights[1:], strict=True):
         total = total + score * weight
@@ -215,11 +222,11 @@ class Score:
     Attributes:
         function: Takes the features named in ``needs``, in that order.
         needs: Names of features, or of its options.
-        compares: Whether tokens are compared with each other, so that ``alive`` is an argument too.
-        options: Name -> default of its parameters; None where a number, and () where a list of
+        compares: Whether it compares tokens with each other and so also takes ``alive``.
+        options: Defaults of its parameters by name; None where a number, and () where a list of
             numbers must be given.
-        searched: Whether a search tries it among its variations; not if it costs much to observe
-            or needs to be given something.
+        searched: Whether a search tries it among its variations; false if it is costly to observe
+            or needs an option that must be given.
     """
 
     function: Callable[..., Tensor]
@@ -230,7 +237,7 @@ class Score:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The needs that are features of the tokens, not options."""
+        """Return the names in ``needs`` that are features of the tokens, not options."""
         return tuple(need for need in self.needs if need not in self.options)
 
 

@@ -1,8 +1,8 @@
-"""Which tokens stay: one function per selector, and the table of all of them.
+"""Selectors, which decide which tokens stay: one function for each, and the table of all of them.
 
 A selector returns K indices per row in the order it picked them. It is told which tokens earlier
-tiers have chosen (``taken``) and leaves them alone. A new selector is a function here, or in a
-file of its own, and a row of ``SELECTORS``; nothing else changes.
+tiers have chosen (``taken``) and does not pick them again. A new selector is a function here, or in
+a file of its own, and a row of ``SELECTORS``; nothing else changes.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ __all__ = [
 
 
 def top_k(score: Tensor, taken: Tensor | None, count: int) -> Tensor:
-    """Indices [B, K] of the ``count`` largest scores of [B, V], the largest first.
+    """Return indices [B, K] of the ``count`` largest scores of [B, V], the largest first.
 
-    Of equal scores the earlier tokens are taken: those of a discrete code or of attention outside
-    of a window often are equal.
+    Of equal scores the earlier tokens are taken. Scores of a discrete code, or of attention outside
+    a window, are often equal.
 
     Args:
         score: [B, V].
-        taken: Flags [B, V] of tokens that are not to be picked again, or None.
+        taken: Flags [B, V] of tokens that must not be picked again, or None.
         count: K.
     """
     free = _free(full_precision(score), taken)
     if torch.compiler.is_exporting():
-        # ONNX promises that order of TopK, and has no stable sort.
+        # ONNX guarantees this order for TopK, and has no stable sort.
         return free.topk(count, dim=-1).indices
     return free.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
@@ -54,20 +54,20 @@ def top_k(score: Tensor, taken: Tensor | None, count: int) -> Tensor:
 def windows(
     score: Tensor, members: Tensor, taken: Tensor | None, count: int, windows: int
 ) -> Tensor:
-    """The best tokens of each window of the image (the local stage of VScan).
+    """Pick the best tokens of each window of the image (the local stage of VScan).
 
-    Every window gives its K / W best, rounded up; of these, the K best stay.
+    Every window offers its K / W best tokens, rounded up; of these, the K best stay.
 
     Args:
         score: [B, V].
         members: Tokens of each window, a constant [W, m] (see ``grid.window_members``).
-        taken: Flags [B, V] of tokens that are not to be picked again, or None.
+        taken: Flags [B, V] of tokens that must not be picked again, or None.
         count: K.
-        windows: Windows of one image; they are in ``members`` already.
+        windows: Number of windows in one image; not read, since ``members`` has them.
 
     Returns:
-        Indices [B, K], the largest score first; if a window has too few tokens that are free, the
-        best of the others follow.
+        Indices [B, K], the largest score first; if a window has too few free tokens, the best of
+        the others follow.
     """
     score = _free(full_precision(score), taken)
     inside = score.index_select(1, members.flatten()).unflatten(1, members.shape)
@@ -78,16 +78,17 @@ def windows(
 
 
 def quota(score: Tensor, taken: Tensor | None, count: int, windows: int) -> Tensor:
-    """Windows of the list of tokens get places in proportion to their mean score (HoloV).
+    """Give each run of the list of tokens places in proportion to its mean score (HoloV).
 
-    The list is cut into W runs, the first of them one longer if they cannot be equal. With the
-    share w of each run's mean in the sum of the means, a run gets floor(K w) places, and those
-    with the largest w one more until K are given. A run fills them with its best tokens; places it
-    has no tokens for go to the best of what is left (HoloV pads with zero vectors instead).
+    The list is cut into W runs; if they cannot be equal, the first ones are longer by one token.
+    With w the share of a run's mean in the sum of the means, a run gets floor(K w) places, and the
+    runs with the largest w one more each until K are given. A run fills its places with its best
+    tokens; places that it has no tokens for go to the best of the rest (HoloV pads with zero
+    vectors instead).
 
     Args:
-        score: [B, V]; a run whose mean is negative gets places only if others leave some.
-        taken: Flags [B, V] of tokens that are not to be picked again, or None.
+        score: [B, V]; a run with a negative mean gets places only if others leave some.
+        taken: Flags [B, V] of tokens that must not be picked again, or None.
         count: K.
         windows: W.
 
@@ -108,7 +109,7 @@ def quota(score: Tensor, taken: Tensor | None, count: int, windows: int) -> Tens
     place = torch.arange(width, device=score.device)
     slot = torch.where(places >= length.unsqueeze(-1), place, rank)
     slot = slot + torch.arange(windows, device=score.device).unsqueeze(-1) * width
-    # What no run has places for comes behind, best first.
+    # Tokens that got no place in their run come last, the best first.
     behind = -_rank(wanted.flatten(1)) - 1
     chosen_by_run = ((rank < places) & (free > 0)).flatten(1)
     priority = torch.where(chosen_by_run, member.numel() - slot.flatten(1), behind)
@@ -116,7 +117,7 @@ def quota(score: Tensor, taken: Tensor | None, count: int, windows: int) -> Tens
 
 
 def _runs(score: Tensor, windows: int) -> tuple[Tensor, Tensor]:
-    """Tokens [W, m] of equal runs of the list, and flags of those that are not filled up."""
+    """Return the tokens [W, m] of equal runs of the list, and flags that are 0 where padded."""
     size, longer = divmod(score.shape[-1], windows)
     length = size + (torch.arange(windows, device=score.device).unsqueeze(-1) < longer).long()
     place = torch.arange(size + (longer > 0), device=score.device)
@@ -125,7 +126,7 @@ def _runs(score: Tensor, windows: int) -> tuple[Tensor, Tensor]:
 
 
 def _places(mean: Tensor, count: int) -> Tensor:
-    """Splits ``count`` places over the runs [B, W] in proportion to their means."""
+    """Split ``count`` places over the runs [B, W] in proportion to their means."""
     mean = mean.clamp_min(0)
     share = mean / (mean.sum(dim=-1, keepdim=True) + 1e-6)
     places = (share * count).floor()
@@ -134,12 +135,12 @@ def _places(mean: Tensor, count: int) -> Tensor:
 
 
 def strided(tokens: Tensor, taken: Tensor | None, already: int, count: int) -> Tensor:
-    """Every step-th of the tokens that are left, step = max(1, left // K) (VisionZip's targets).
+    """Pick every step-th of the tokens left, step = max(1, left // K) (VisionZip's targets).
 
     Args:
         tokens: [B, V, d]; only its shape is read.
         taken: Flags [B, V] of tokens that are chosen already, or None.
-        already: Tokens that are chosen already.
+        already: Number of tokens that are chosen already.
         count: K.
 
     Returns:
@@ -155,7 +156,9 @@ def strided(tokens: Tensor, taken: Tensor | None, already: int, count: int) -> T
 
 
 def lattice(tokens: Tensor, taken: Tensor | None, count: int, step: int) -> Tensor:
-    """Tokens at multiples of a step that are not chosen yet, without the last one (PruMerge+).
+    """Pick the tokens at multiples of a step that are not chosen yet (PruMerge+).
+
+    The last token of the list does not count as one of them.
 
     Args:
         tokens: [B, V, d]; only its shape is read.
@@ -164,7 +167,7 @@ def lattice(tokens: Tensor, taken: Tensor | None, count: int, step: int) -> Tens
         step: The step.
 
     Returns:
-        Indices [B, K], ascending among those at the step, then among the others.
+        Indices [B, K]: first those at multiples of the step, then the others, each ascending.
     """
     length = tokens.shape[1]
     place = torch.arange(length, device=tokens.device)
@@ -175,10 +178,10 @@ def lattice(tokens: Tensor, taken: Tensor | None, count: int, step: int) -> Tens
 
 
 def bipartite(between: Tensor, count: int, first: int) -> Tensor:
-    """Leaves out the tokens of one half that resemble some token of the other most (ToMe).
+    """Drop the tokens of one half that are most similar to some token of the other (ToMe).
 
-    The list is split into two halves A and B of alternating tokens. All of B stays, and of A
-    those whose nearest token of B is farthest; the others are to be merged into B.
+    The list is split into two halves A and B of alternating tokens. All of B stays, and those
+    tokens of A stay whose nearest token of B is farthest away; the others are to be merged into B.
 
     Args:
         between: Similarity of A and B [B, |A|, |B|].
@@ -186,10 +189,10 @@ def bipartite(between: Tensor, count: int, first: int) -> Tensor:
         first: Place of the first token of A, 0 or 1.
 
     Returns:
-        Indices [B, K]: what stays of A, ascending, and then B.
+        Indices [B, K]: the tokens of A that stay, ascending, and then B.
 
     Raises:
-        ValueError: If more than half A would have to leave.
+        ValueError: If more tokens than A has would have to leave.
     """
     rows, size, other = between.shape
     if count < other:
@@ -205,21 +208,21 @@ def bipartite(between: Tensor, count: int, first: int) -> Tensor:
 
 
 def second_half(kept: Tensor, tokens: Tensor, first: int) -> Tensor:
-    """The tokens of B among what ``bipartite`` kept of [B, V, d]: indices [B, |B|]."""
+    """Return the tokens of half B, [B, |B|], from the indices ``bipartite`` kept of [B, V, d]."""
     size = (tokens.shape[1] + first) // 2
     return kept[:, kept.shape[1] - size :]
 
 
 def neighbourhood(score: Tensor, columns: int, count: int, share: float) -> Tensor:
-    """Flags [B, V] of the best tokens and their four neighbours (HiPrune's anchors and buffers).
+    """Flag [B, V] the best tokens and their four neighbours (HiPrune's anchors and buffers).
 
-    round(K alpha / 5) anchors are the best by score; flagged are they and the tokens one place and
-    one row before and behind them in the list, at its ends the outermost. Places that overlap
-    leave to the next tier.
+    The anchors are the round(K alpha / 5) best tokens by score. They are flagged, and so are the
+    tokens one place and one row before and after them in the list, clamped to its ends. Where
+    neighbourhoods overlap, fewer tokens are flagged, and the next tier fills the places.
 
     Args:
         score: [B, V].
-        columns: Tokens in one row of the image.
+        columns: Number of tokens in one row of the image.
         count: K of the whole reduction.
         share: alpha.
     """
@@ -233,7 +236,7 @@ def neighbourhood(score: Tensor, columns: int, count: int, share: float) -> Tens
 
 
 def favour(score: Tensor, flags: Tensor) -> Tensor:
-    """Places [B, V] by score, from the worst up, with flagged tokens [B, V] above all others."""
+    """Return priorities [B, V] in the order of the scores, with flagged tokens above all others."""
     score = full_precision(score)
     return flags * score.shape[-1] - _rank(score).to(score.dtype)
 
@@ -245,7 +248,7 @@ def _free(score: Tensor, taken: Tensor | None) -> Tensor:
 
 
 def _rank(values: Tensor) -> Tensor:
-    """Places [..., n] of the values in falling order."""
+    """Return the place [..., n] of each value in falling order, 0 for the largest."""
     order = values.topk(values.shape[-1], dim=-1).indices
     place = torch.arange(values.shape[-1], device=values.device).expand_as(order)
     return torch.zeros_like(order).scatter(-1, order, place)
@@ -261,8 +264,8 @@ class Selector:
             alternating tokens; ``members`` of the windows and ``columns`` of the grid, constants;
             ``taken``, flags [B, V] or None, and ``already``, their number; ``diversity``; or names
             of features.
-        options: Name -> default of its parameters; None where one must be given.
-        flags: Whether it flags tokens that the next tier prefers, instead of picking some.
+        options: Defaults of its parameters by name; None where a value must be given.
+        flags: Whether it flags tokens for the next tier to prefer, instead of picking some.
         relaxed: Whether it has a differentiable form, so that a search can use it.
     """
 
@@ -274,22 +277,22 @@ class Selector:
 
     @property
     def ranks(self) -> bool:
-        """Whether it ranks by the scores."""
+        """Return whether it ranks by the scores."""
         return "score" in self.needs
 
     @property
     def compares(self) -> bool:
-        """Whether it compares tokens with each other by the similarity."""
+        """Return whether it compares tokens with each other by the similarity."""
         return not {"similarity", "halves"}.isdisjoint(self.needs)
 
     @property
     def whole_grid(self) -> bool:
-        """Whether it needs complete images, of which nothing was dropped by score before."""
+        """Return whether it needs complete images, with no token dropped by score before."""
         return not {"grid", "members", "columns"}.isdisjoint(self.needs)
 
     @property
     def features(self) -> tuple[str, ...]:
-        """Names of the features it reads, beside those of scores and similarities."""
+        """Return the features it reads, in addition to those of scores and similarities."""
         made = {"members": "grid", "columns": "grid"}
         return tuple(made.get(name, name) for name in self.needs if name not in _BOOKKEEPING)
 
@@ -304,7 +307,7 @@ WHOLE_NUMBERS: Mapping[str, tuple[float, float]] = {
     "text_pivots": (0, 1e6),
     "windows": (1, 1e6),
 }
-"""Options of selectors and scores that are whole numbers, with the least and the largest."""
+"""Options of selectors and scores that are whole numbers: name -> (smallest, largest)."""
 
 _BOOKKEEPING = ("score", "similarity", "halves", "taken", "already", "diversity")
 

@@ -1,7 +1,7 @@
-"""Selectors that pick tokens one by one, each choice depending on those before.
+"""Selectors that pick tokens step by step, each step depending on the picks before it.
 
-Every step is a few batched tensor operations and the number of steps is a constant, so a graph
-has the loop unrolled. ``at_once`` > 1 makes several picks by the same gains: an approximation with
+A step is a few batched tensor operations, and the number of steps is a constant, so the loop is
+unrolled in a graph. ``at_once`` > 1 makes several picks by the same gains: an approximation with
 fewer steps (the benchmarks measure how often it picks other tokens).
 """
 
@@ -33,7 +33,7 @@ def greedy(
     count: int,
     at_once: int = 1,
 ) -> Tensor:
-    """Picks tokens one by one, each unlike those picked before.
+    """Pick tokens one by one, each unlike those picked before.
 
     Step t takes argmax_j s_j - delta * max_{i in S} a_ij over the tokens not yet in S.
 
@@ -41,7 +41,7 @@ def greedy(
         score: Standardized scores [B, V].
         similarity: a, [B or 1, V, V], at least -1.
         taken: Flags [B, V] of tokens that are chosen already, or None. They are not picked again,
-            and like the picks they make what resembles them less wanted.
+            and like the picks they count against tokens that resemble them.
         diversity: delta >= 0.
         count: Number of tokens to pick, at least 1.
         at_once: Picks per step.
@@ -55,21 +55,21 @@ def greedy(
 def greedy_penalty(
     score: Tensor, similarity: Tensor, count: int, diversity: float | Tensor
 ) -> Tensor:
-    """What the greedy rule holds against each token, [B, V]: max_{i in S} a_ij when it was picked.
+    """Return the penalty [B, V] of the greedy rule: max_{i in S} a_ij when a token was picked.
 
     Tokens that are not picked within ``count`` steps get the value after the last step. Since the
     penalty only grows, ``score - diversity * penalty`` falls in the order of the picks, and its
-    largest K are the K tokens ``greedy`` takes. No gradient flows through the penalty.
+    largest K are the K tokens that ``greedy`` takes. No gradient flows through the penalty.
     """
     with torch.no_grad():
         return _pick(score, similarity, None, count, diversity, 1)[1]
 
 
 def max_min(similarity: Tensor, taken: Tensor | None, count: int, at_once: int = 1) -> Tensor:
-    """Picks the token that is farthest from all picked before, again and again (DivPrune).
+    """Pick, again and again, the token that is farthest from all picked before (DivPrune).
 
-    The first is the one whose nearest neighbour is farthest (the most novel), then
-    argmin_j max_{i in S} a_ij.
+    The first pick is the token whose nearest neighbour is farthest (the most novel one), unless
+    tokens are taken already; every other pick is argmin_j max_{i in S} a_ij.
 
     Args:
         similarity: a, [B or 1, V, V].
@@ -85,16 +85,16 @@ def max_min(similarity: Tensor, taken: Tensor | None, count: int, at_once: int =
 
 
 def max_min_ranking(similarity: Tensor, count: int, alive: Tensor) -> Tensor:
-    """How early ``max_min`` picks each token, [B, V]: -max_{i in S} a_ij when it was picked.
+    """Rank tokens by how early ``max_min`` picks them, [B, V]: -max_{i in S} a_ij when picked.
 
-    Tokens that are not picked within ``count`` steps get the value after the last step. It falls
-    in the order of the picks, so its largest K are the K tokens ``max_min`` takes. No gradient
-    flows through it.
+    Tokens that are not picked within ``count`` steps get the value after the last step. The ranking
+    falls in the order of the picks, so its largest K are the K tokens that ``max_min`` takes. No
+    gradient flows through it.
 
     Args:
         similarity: a, [B or 1, V, V].
         count: Number of steps.
-        alive: Gates [B, V] in [0, 1]; a token that is gone is not picked and resembles nobody.
+        alive: Gates [B, V] in [0, 1]; a token that is gone is not picked or compared with.
     """
     with torch.no_grad():
         gate = alive.clamp_min(LOG_FLOOR).log()
@@ -103,7 +103,7 @@ def max_min_ranking(similarity: Tensor, count: int, alive: Tensor) -> Tensor:
 
 
 def _isolation(similarity: Tensor) -> Tensor:
-    """Minus the similarity [B or 1, V] of each token to its nearest."""
+    """Return minus the similarity [B or 1, V] of each token to its nearest other token."""
     itself = torch.eye(similarity.shape[-1], dtype=similarity.dtype, device=similarity.device)
     return -(similarity - 100.0 * itself).amax(dim=-1)
 
@@ -118,9 +118,12 @@ def _pick(
     *,
     then: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The picks and what was held against every token; ``then`` is the score after the first."""
+    """Return the picks, and the penalty of every token when it was picked.
+
+    ``then``, if given, is the score after the first step.
+    """
     score, similarity = same_rows(full_precision(score), similarity)
-    # Nothing is less similar than -1, so the first pick has the largest gain of all.
+    # No similarity is below -1, so the first pick has the largest gain of all.
     closest = torch.full_like(score, -1.0)
     free = torch.ones_like(score)
     if taken is not None:
@@ -130,6 +133,7 @@ def _pick(
     picks: list[Tensor] = []
     while (left := count - sum(pick.shape[-1] for pick in picks)) > 0:
         gain = torch.where(free > 0, score - diversity * closest, torch.finfo(score.dtype).min)
+        # The first pick is always a single one.
         alone = at_once == 1 or not picks
         pick = gain.argmax(-1, keepdim=True) if alone else gain.topk(min(at_once, left)).indices
         picks.append(pick)
@@ -141,14 +145,14 @@ def _pick(
 
 
 def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count: int) -> Tensor:
-    """Greedy MAP inference of a determinantal point process (CDPruner, fast greedy MAP 2018).
+    """Pick by greedy MAP inference of a determinantal point process (CDPruner).
 
-    The kernel is L_ij = r_i a_ij r_j with the relevance r = (s - min + 1e-6) / (max - min). Each
-    step takes the token with the largest remaining variance L_jj and conditions the kernel on it:
-    L <- L - L_:j L_j: / L_jj.
+    This is fast greedy MAP (2018). The kernel is L_ij = r_i a_ij r_j with the relevance
+    r = (s - min + 1e-6) / (max - min). Each step takes the token with the largest remaining
+    variance L_jj and conditions the kernel on it: L <- L - L_:j L_j: / L_jj.
 
     Args:
-        score: Relevance before it is scaled [B, V].
+        score: [B, V], the relevance before scaling.
         similarity: a, [B or 1, V, V], positive semidefinite (with ones on the diagonal).
         taken: Flags [B, V] of tokens that are chosen already, or None; they are not picked again.
         count: Number of tokens to pick.
@@ -161,14 +165,15 @@ def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count
     relevance = (score - low + 1e-6) / (high - low).clamp_min(1e-6)
     free = torch.ones_like(score) if taken is None else 1 - taken
     picks = []
-    # Conditioning commutes with the relevance, so the kernel stays without it: a then.
+    # Conditioning commutes with scaling by relevance, so the kernel stays a; relevance enters only
+    # in the gain.
     for _ in range(count):
         variance = kernel.diagonal(dim1=-2, dim2=-1)
         gain = torch.where(free > 0, relevance.square() * variance, -torch.inf)
         pick = gain.argmax(dim=-1, keepdim=True)
         picks.append(pick)
         free = free - F.one_hot(pick.squeeze(-1), score.shape[-1]).to(free.dtype)
-        # Where the picks span everything, what remains is rounding error to leave alone.
+        # If the picks already span all tokens, the remaining variance is rounding error: no update.
         remains = take(variance, pick)
         scale = torch.where(remains > 1e-5, remains.clamp_min(1e-5).rsqrt(), 0.0)
         spread = take(kernel, pick) * scale.unsqueeze(-1)
@@ -184,19 +189,19 @@ def distinct(
     count: int,
     per_round: int,
 ) -> Tensor:
-    """Drops near duplicates in rounds until ``count`` tokens are left (VisPruner).
+    """Drop near duplicates in rounds until ``count`` tokens are left (VisPruner).
 
     The list starts in the order of falling scores. A round splits it into even and odd places and
-    drops the ``per_round`` even tokens that resemble some odd one most; then the surviving even
-    tokens, most similar first, come before the odd ones.
+    drops the ``per_round`` even tokens that are most similar to some odd one. The remaining even
+    tokens, most similar first, then come before the odd ones.
 
     Args:
         score: [B, V].
         similarity: a, [B or 1, V, V].
         taken: Flags [B, V] of tokens that are chosen already, or None; they are not on the list.
-        already: Tokens that are chosen already.
+        already: Number of tokens that are chosen already.
         count: Number of tokens to leave.
-        per_round: Tokens that a round drops.
+        per_round: Number of tokens that a round drops.
 
     Returns:
         Indices [B, K], in the order of the last list.
@@ -225,25 +230,25 @@ def probe(
     image_pivots: int,
     text_pivots: int,
 ) -> Tensor:
-    """Keeps what resembles a few pivot tokens least (DART).
+    """Keep the tokens that are least similar to a few pivot tokens (DART).
 
     The pivots are the best visual tokens by score, which are picked first, and the best text
-    tokens, which are only compared with. One pivot after the other picks an equal share of the
-    places that are left (the first pivots one more, if they cannot be equal) among the free tokens
+    tokens, which are only compared with. One after the other, each pivot picks an equal share of
+    the remaining places (the first pivots one more, if shares cannot be equal): the free tokens
     with the smallest cosine to it.
 
     Args:
         score: [B, V].
-        tokens: What is compared, [B, V, d].
-        text_score: [B, T]; very small where no pivot may be.
+        tokens: The vectors to compare, [B, V, d].
+        text_score: [B, T]; very small at tokens that must not become pivots.
         text: [B, T, d].
         taken: Flags [B, V] of tokens that are chosen already, or None.
         count: K, at least ``image_pivots``.
-        image_pivots: Pivots among the visual tokens.
-        text_pivots: Pivots among the text tokens.
+        image_pivots: Number of pivots among the visual tokens.
+        text_pivots: Number of pivots among the text tokens.
 
     Returns:
-        Indices [B, K]: the pivots in the order of the image, then what each of them picks.
+        Indices [B, K]: the visual pivots in the order of the image, then the picks of each pivot.
     """
     score, tokens = same_rows(full_precision(score), tokens)
     free = torch.ones_like(score) if taken is None else 1 - taken

@@ -1,6 +1,6 @@
-"""What happens to the content and the mass of dropped tokens.
+"""Transfer of the content and the mass of dropped tokens to kept ones.
 
-The mass of a token is how many original tokens it stands for. Masses are kept in single precision.
+The mass of a token is the number of original tokens it stands for, kept in single precision.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def importance(score: Tensor) -> Tensor:
-    """Weights u [B, V] in (0, 1) from standardized scores: u = sigmoid(s).
+    """Return weights u [B, V] in (0, 1) from standardized scores: u = sigmoid(s).
 
     A z-score is negative for most dropped tokens, so its positive part would leave nothing to
     transfer; the logistic curve keeps the order and gives an average token half the weight.
@@ -45,15 +45,16 @@ def merge(
     exponent: float = 1.0,
     average: bool = False,
 ) -> Tensor:
-    """Adds source tokens to the kept ones they are assigned to.
+    """Add source tokens to the kept ones they are assigned to.
 
-    With c_ij = g P_ij u_j m_j, the own part o_i = m_i and the total M_i = o_i + sum_j c_ij,
+    With c_ij = g P_ij u_j m_j, the own part o_i = m_i (times its factor in ``own``) and the total
+    M_i = o_i + sum_j c_ij,
 
         y_i = (o_i x_i + sum_j c_ij x_j) / m_i * (m_i / M_i)^n
 
-    so n = 1 is the mean weighted by mass and n = 0 the plain sum of PruMerge. A kept token that
-    receives nothing is unchanged whatever n is. The weights are computed in single precision and
-    rounded once, so half precision cannot overflow on a sum of masses.
+    so n = 1 is the mean weighted by mass and n = 0 the plain sum of PruMerge. Without ``own``, a
+    kept token that receives nothing is unchanged for every n. The weights are computed in single
+    precision and rounded once, so half precision cannot overflow on a sum of masses.
 
     Args:
         tokens: Hidden states x [B, V, d].
@@ -65,8 +66,8 @@ def merge(
         weight: u [B, V]; ones if None.
         gain: g.
         exponent: n.
-        average: Whether what a token receives is averaged, and counts as much as the token itself
-            (VisionZip).
+        average: Whether the received tokens are averaged first; at g = 1 their mean counts as
+            much as the receiving token itself (VisionZip).
 
     Returns:
         y [B, K, d], in the precision of the tokens.
@@ -92,10 +93,10 @@ def merge(
 
 
 def _parted(tokens: Tensor, kept: Tensor, sources: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The kept tokens [B, K, d] and those that move [B, S, d].
+    """Return the kept tokens [B, K, d] and those that move [B, S, d].
 
-    One gather for both, because a gather from a part of a tensor, as the patches without their
-    class token are, copies that part first.
+    One gather serves both: the tokens may be a slice of a tensor (patches without their class
+    token), and every gather from a slice copies the slice first.
     """
     if sources is None:
         return take(tokens, kept), tokens
@@ -106,7 +107,7 @@ def _parted(tokens: Tensor, kept: Tensor, sources: Tensor | None) -> tuple[Tenso
 def _content(
     assignment: Tensor, sources: Tensor | None, mass: Tensor | None, weight: Tensor | None
 ) -> Tensor:
-    """c [B, R, S]."""
+    """Return c [B, R, S] before the gain: P_ij u_j m_j."""
     content = assignment
     for factor in (mass, weight):
         if factor is not None:
@@ -122,7 +123,9 @@ def merged_mass(
     mass: Tensor | None = None,
     gain: float = 1.0,
 ) -> Tensor:
-    """Masses [B, K] after merging: m_i + g sum_j P_ij m_j. With g = 1 their sum is conserved.
+    """Return masses [B, K] after merging: m_i + g sum_j P_ij m_j.
+
+    If g = 1 and the columns of P sum to 1, the sum of the masses is conserved.
 
     Args:
         kept: Indices [B, K]; the receivers are the last R of them.
@@ -138,12 +141,12 @@ def merged_mass(
 
 
 def slot_of(receivers: Tensor, token: Tensor) -> Tensor:
-    """Flags [B, R]: 1 at the receiver that is the given token [B, 1]."""
+    """Return flags [B, R] that are 1 at the receiver that is the given token [B, 1]."""
     return (receivers == token).float()
 
 
 def own_part(slot: Tensor, receivers: Tensor, weight: Tensor) -> Tensor:
-    """Factors [B, R] of the own parts: the residual token counts like what it takes in.
+    """Return factors [B, R] of the own parts: the residual token counts as those it takes in.
 
     Args:
         slot: [B, R], 1 at the residual token.
@@ -154,10 +157,10 @@ def own_part(slot: Tensor, receivers: Tensor, weight: Tensor) -> Tensor:
 
 
 def rest(assignment: Tensor | None, slot: Tensor, sources: Tensor, gain: float) -> Tensor:
-    """Sends what is not transferred to the residual token.
+    """Send the content that is not transferred otherwise to the residual token.
 
-    P' = g P + (1 - g) e_r 1^T: with g = 0 the residual token r takes in everything that is dropped
-    (the fused token of EViT), with g = 1 nothing is left for it. Merge with P' and gain 1.
+    P' = g P + (1 - g) e_r 1^T: with g = 0 the residual token r takes in all dropped tokens (the
+    fused token of EViT), with g = 1 nothing is left for it. Merge with P' and gain 1.
 
     Args:
         assignment: P [B, R, S]; may be None if ``gain`` is 0.
@@ -170,24 +173,24 @@ def rest(assignment: Tensor | None, slot: Tensor, sources: Tensor, gain: float) 
 
 
 def rest_beside(assignment: Tensor, slot: Tensor, kept: Tensor, gain: float) -> Tensor:
-    """Gives the residual token all that is dropped, whatever others take of it (PruMerge).
+    """Give the residual token every dropped token whole, even if others take some too (PruMerge).
 
     Args:
         assignment: P [B, R, V].
         slot: [B, R], 1 at the residual token.
         kept: Indices [B, K].
-        gain: g of what the others take. Merge with the result and gain 1.
+        gain: g of the parts that the others take. Merge with the result and gain 1.
     """
     lost = 1 - chosen(kept, assignment.mT)
     return torch.where(slot.unsqueeze(-1) > 0, lost.unsqueeze(1), gain * assignment)
 
 
 def reweight(tokens: Tensor, score: Tensor, kept: Tensor, rho: float) -> Tensor:
-    """Scales kept tokens [B, K, d] by their standardized scores [B, V]: y_i (1 + rho s_i)."""
+    """Scale kept tokens [B, K, d] by their standardized scores [B, V]: y_i (1 + rho s_i)."""
     factor = 1 + rho * take(score, kept)
     return tokens * factor.unsqueeze(-1).to(tokens.dtype)
 
 
 def with_class(tokens: Tensor, class_token: Tensor) -> Tensor:
-    """Puts a copy of the CLS token [B, 1, d] in front of the tokens [B, K, d] (VisionZip)."""
+    """Put a copy of the CLS token [B, 1, d] in front of the tokens [B, K, d] (VisionZip)."""
     return torch.cat([class_token.to(tokens.dtype), tokens], dim=1)

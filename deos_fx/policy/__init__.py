@@ -1,1 +1,1 @@
-"""What to do, as data: reductions, policies, and limits on what they cost."""
+"""Policies as plain data: reductions, the policies made of them, and limits on their cost."""

@@ -10,7 +10,7 @@ __all__ = ["Budget"]
 
 
 class _Cost(Protocol):
-    """What a budget reads of ``deos_fx.cost.model.Cost``."""
+    """The part of ``deos_fx.cost.model.Cost`` that a budget reads."""
 
     @property
     def visual_tokens(self) -> float: ...
@@ -49,11 +49,11 @@ class Budget:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no limit at all."""
+        """Return whether there is no limit at all."""
         return all(getattr(self, item.name) is None for item in fields(self))
 
     def require(self) -> Budget:
-        """Returns the budget itself.
+        """Return the budget itself.
 
         Raises:
             ValueError: If it has no limit.
@@ -64,14 +64,15 @@ class Budget:
         return self
 
     def limits(self, unreduced: _Cost) -> dict[str, float]:
-        """Absolute limits, by the name of the field.
+        """Return the absolute limits by name of the field.
 
         Args:
             unreduced: Cost of the model without reductions.
 
         Raises:
-            ValueError: If more visual tokens are allowed than the model has; a mistake in the unit,
-                since other costs also grow with the text and the batch, but this one does not.
+            ValueError: If more visual tokens are allowed than the model has. Other limits may
+                exceed the cost given here, since costs grow with the text and the batch; visual
+                tokens do not, so such a limit must be a mistake in the unit.
         """
         whole = {
             "visual_tokens": unreduced.visual_tokens,

@@ -1,4 +1,4 @@
-"""Turn relaxed reductions into policies that meet every limit exactly."""
+"""Fit the counts of a policy: to limits, to shares of an image, or to a grid."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from deos_fx.policy.policy import Policy
 
 __all__ = ["as_shares", "fit_counts", "on_grid", "within"]
 
-# Pooling windows are at most this much longer than wide, as in the fitted preset.
+# The largest ratio of a pooling window's sides, the same as for the preset fitted to a budget.
 _ASPECT = 1.5
 
 
 def within(amounts: Mapping[str, float], limits: Mapping[str, float]) -> bool:
-    """Whether a policy meets every limit; limits are one-sided.
+    """Return whether a policy meets every limit; limits are one-sided.
 
     Args:
-        amounts: What it costs, by name.
+        amounts: Its costs by name.
         limits: Absolute limits by the same names; costs without a limit are free.
     """
     return all(amounts[name] <= limit for name, limit in limits.items())
@@ -32,13 +32,13 @@ def fit_counts(
 ) -> Policy | None:
     """Scale a policy's counts to the largest that meet every limit.
 
-    All counts are scaled together as far as the limits allow, then single tokens are added where
+    All counts are scaled together as far as the limits allow. Then single tokens are added where
     they still fit, deepest site first.
 
     Args:
         policy: A policy with any counts.
         visual_tokens: Visual tokens of one image.
-        amounts: What a policy costs, by name.
+        amounts: Returns the costs of a policy by name.
         limits: Absolute limits.
 
     Returns:
@@ -54,6 +54,7 @@ def fit_counts(
 
     low, high = 0.0, float(visual_tokens)
     if not fits(scaled(low)):
+        # Case: one token at every site is already too much.
         return None
     for _ in range(24):
         middle = (low + high) / 2
@@ -62,23 +63,25 @@ def fit_counts(
 
 
 def as_shares(policy: Policy, visual_tokens: int) -> Policy:
-    """The policy with every count as a share of the image, for images of any size.
+    """Return the policy with every count as a share of the image, for images of any size.
 
     Args:
-        policy: Counts as ints.
-        visual_tokens: Visual tokens of one image, of which the shares are the same counts.
+        policy: Its counts are ints.
+        visual_tokens: Visual tokens of one image, for which the shares give the same counts.
     """
     shares = [count / visual_tokens for count in policy.counts(visual_tokens)]
     return _with_counts(policy, shares)
 
 
 def on_grid(policy: Policy, height: int, width: int) -> Policy:
-    """The policy with every count of grid anchors lowered to one that the grid can be split into.
+    """Lower every count of grid anchors to one that the grid can be split into.
+
+    No later reduction keeps more tokens than an earlier one leaves.
 
     Args:
-        policy: Counts as ints.
+        policy: Its counts are ints.
         height: Rows of one image's tokens.
-        width: Columns.
+        width: Columns of one image's tokens.
 
     Returns:
         A policy that costs at most as much.
@@ -92,7 +95,7 @@ def on_grid(policy: Policy, height: int, width: int) -> Policy:
 
 
 def _splits(height: int, width: int, count: int) -> bool:
-    """Whether squarish windows split the grid; a single window always does."""
+    """Return whether nearly square windows split the grid; a single window always does."""
     try:
         grid_layout(height, width, count, aspect=_ASPECT)
     except ValueError:
@@ -105,6 +108,7 @@ def _filled(
 ) -> list[int]:
     """Add single tokens from the deepest site up while every limit holds."""
     for i in reversed(range(len(counts))):
+        # A site keeps at most what the site before it leaves.
         most = counts[i - 1] if i else visual_tokens
         while counts[i] < most and fits([*counts[:i], counts[i] + 1, *counts[i + 1 :]]):
             counts[i] += 1

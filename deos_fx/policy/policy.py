@@ -1,4 +1,4 @@
-"""Policies: where to reduce, how many tokens to keep and how to treat the rest, as plain data."""
+"""Policies as plain data: where to reduce, how many tokens to keep, how to treat the rest."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSignature:
-    """What a policy has to know of the model it was searched for.
+    """The facts of a model by which a policy recognises the model it was searched for.
 
     Attributes:
         model_type: The model's family.
-        vision_layers: Blocks of its vision tower.
-        decoder_layers: Layers of its decoder.
-        visual_tokens: Visual tokens of an image; 0 if that depends on the image's size.
+        vision_layers: Number of blocks in its vision tower.
+        decoder_layers: Number of layers in its decoder.
+        visual_tokens: Number of visual tokens of an image; 0 if it depends on the image's size.
     """
 
     model_type: str
@@ -47,7 +47,7 @@ class Policy:
 
     Attributes:
         reductions: At most one per site; sorted by depth on construction.
-        name: Where the policy comes from, for people.
+        name: A name for people, which says where the policy comes from.
         model: The model it was searched for; None for a policy that fits any.
     """
 
@@ -70,22 +70,23 @@ class Policy:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the model is left as it is."""
+        """Return whether the policy leaves the model as it is."""
         return not self.reductions
 
     def regime(self, reduction: Reduction) -> Regime:
-        """The regime of one of the reductions."""
+        """Return the regime of one of the reductions."""
         return reduction.regime
 
     def count(self, reduction: Reduction, visual_tokens: int) -> int:
-        """Tokens that ``reduction`` keeps of an image; see ``Reduction.count``."""
+        """Return how many tokens ``reduction`` keeps of an image; see ``Reduction.count``."""
         return reduction.count(visual_tokens)
 
     def counts(self, visual_tokens: int) -> list[int]:
-        """Tokens kept per image after each reduction, in order.
+        """Return the number of tokens kept per image after each reduction, in order.
 
         Raises:
-            ValueError: If a reduction keeps more tokens than are left, or than there are.
+            ValueError: If a reduction keeps more tokens than the one before it leaves, or than an
+                image has.
         """
         counts = [reduction.count(visual_tokens) for reduction in self.reductions]
         for i in range(1, len(counts)):
@@ -98,7 +99,7 @@ class Policy:
         return counts
 
     def check(self, model: ModelSignature) -> None:
-        """Checks that the policy can be applied to a model.
+        """Check that the policy can be applied to a model.
 
         Raises:
             ValueError: If it was searched for another model, names a site that the model does not
@@ -123,7 +124,7 @@ class Policy:
             self.counts(model.visual_tokens)
 
     def to_json(self) -> str:
-        """Writes the policy as indented JSON, without the fields that are at their defaults."""
+        """Return the policy as indented JSON, without fields that have their default value."""
         data: dict[str, Any] = {"deos_fx": "policy", "version": VERSION}
         if self.name:
             data["name"] = self.name
@@ -134,10 +135,10 @@ class Policy:
 
     @classmethod
     def from_json(cls, text: str) -> Policy:
-        """Reads what ``to_json`` wrote.
+        """Read a policy from the JSON that ``to_json`` wrote.
 
         Raises:
-            ValueError: If the text is not a policy, or one of a newer version.
+            ValueError: If the text is not a policy, or is one of another version.
         """
         try:
             data = json.loads(text)
@@ -166,7 +167,7 @@ class Policy:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the policy to a file, whole or not at all.
+        """Write the policy to a file, completely or not at all.
 
         Raises:
             OSError: If the folder does not exist or cannot be written.
@@ -175,7 +176,7 @@ class Policy:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:
-        """Reads a policy from a file.
+        """Read a policy from a file.
 
         Raises:
             ValueError: If the file does not hold a policy; the message names the file.

@@ -28,8 +28,8 @@ class Tier:
     """One step of a selection: it adds tokens to those that earlier tiers chose.
 
     Attributes:
-        keep: Tokens it chooses: a number, or a fraction of those of the whole reduction, rounded
-            up. The first tier takes what the others leave.
+        keep: Tokens it chooses: a number, or a fraction of all that the reduction keeps, rounded
+            up. The first tier chooses the remaining number.
         selector: Name of a row of ``operator.SELECTORS``.
         scores: As in `Reduction`.
         diversity: As in `Reduction`.
@@ -46,11 +46,11 @@ class Tier:
 
     @property
     def mixes(self) -> bool:
-        """Whether the size of its score matters beside its order."""
+        """Return whether the values of its score matter in addition to their order."""
         return self.selector == "greedy"
 
     def count(self, total: int) -> int:
-        """Tokens it chooses of a reduction that keeps ``total``."""
+        """Return how many tokens it chooses in a reduction that keeps ``total``."""
         if isinstance(self.keep, int):
             return self.keep
         return math.ceil(self.keep * total - 1e-9)
@@ -68,45 +68,46 @@ class Reduction:
         site: ``projector``, ``decoder.<i>`` (after decoder layer i) or ``vision.<i>`` (after block
             i of the vision tower).
         keep: Visual tokens that come out, per image: an int, or a fraction in (0, 1] of the image's
-            original visual tokens. Where the prompt ends in a visual token, that one is always
-            among them, as the last choice.
-        scores: Weight by name of a score (see ``operator.SCORES``), normalised to sum 1. Left
-            empty, it is the attention of the CLS token before the decoder and of the last text
-            token inside it (nothing where the scores have no effect).
+            original visual tokens. Where the prompt ends in a visual token, that token is always
+            kept, as the last choice.
+        scores: Weight by name of a score (see ``operator.SCORES``), normalised to sum 1. If empty,
+            it becomes the attention of the CLS token before the decoder and of the last text token
+            inside it (or stays empty where scores have no effect).
         selector: Name of a row of ``operator.SELECTORS``: ``top_k``, ``greedy`` (with ``diversity``
             > 0), ``grid`` (evenly spread anchors, whatever the scores) and others.
-        diversity: How much the greedy selector holds similarity to tokens already kept against a
-            token.
+        diversity: How much similarity to tokens already kept counts against a token, with the
+            greedy selector.
         options: Parameters of the selector and of the scores, by name.
         observe: Where attention and keys come from: the block before the site if empty, ``next``
-            for the block behind it, on the same hidden states, or a site such as ``vision.5``.
-        tiers: Further tiers, each choosing among what those before left.
+            for the block after it, on the same hidden states, or a site such as ``vision.5``.
+        tiers: Further tiers, each choosing among the tokens that earlier tiers left.
         order: Order of the output: ``position`` in the image, ``tier`` (tier by tier, each in the
-            order of the image) or ``selection`` (as it was chosen).
+            order of the image) or ``selection`` (in the order of the choices).
         receivers: Which kept tokens take in others: ``all``, or those of the ``last`` tier.
         gain: g, how much of a dropped token is transferred: 0 prunes, 1 merges.
         assignment: ``similar``: every dropped token goes to similar kept ones; ``k_nearest``: every
             kept one takes its ``neighbours`` nearest others; ``window``: bilinear interpolation of
             the grid.
-        temperature: tau of the assignment: 0 is the nearest kept token, infinity all of them alike.
+        temperature: tau of the assignment: 0 assigns to the nearest kept token, infinity to all
+            kept tokens equally.
         similarity: Weight by kind, of ``feature``, ``key``, ``joint_key`` and ``grid``, normalised
             to sum 1.
         neighbours: Tokens that each kept one takes with ``k_nearest``.
         weighting: u of the transfer: ``one``, ``score`` for the logistic of the standardized score,
-            ``raw`` for the score as it is, whatever the masses.
+            ``raw`` for the score as it is, without the masses.
         exponent: n of the transfer: 1 is a weighted mean, 0 a sum.
-        average: What a token receives is averaged before it is added.
-        reweight: rho, kept tokens are scaled by 1 + rho * score.
-        residual: One of the tokens that come out takes in whatever is not transferred. It has the
-            place of the last choice, or, with further tiers, of the best by score that none chose,
-            and comes last unless the order is that of the image.
-        keep_class: The first token that comes out is a copy of the CLS token.
-        mass_bias: beta, later attention of the same stage (tower or decoder) to a token gets the
+        average: Whether the tokens that a kept one receives are averaged before they are added.
+        reweight: rho; kept tokens are scaled by 1 + rho * score.
+        residual: Whether one of the tokens that come out takes in all content that is not
+            transferred otherwise. It is the last choice or, with further tiers, the best token by
+            score that no tier chose, and it comes last unless the order is that of the image.
+        keep_class: Whether the first token that comes out is a copy of the CLS token.
+        mass_bias: beta; later attention of the same stage (tower or decoder) to a token gets the
             bias beta * log(mass).
         position: ``keep`` the positions of the original prompt, ``compact`` them, or ``grid``:
-            tokens keep their place in their image, and what is behind an image follows the last
-            token that is kept of it. Before the decoder one rule holds for all reductions:
-            ``compact`` if one of them asks for it, else ``grid``, else ``keep``.
+            tokens keep their place in their image, and tokens after an image follow the last token
+            that is kept of it. Before the decoder one rule holds for all reductions: ``compact`` if
+            one of them asks for it, else ``grid``, else ``keep``.
     """
 
     site: str
@@ -158,7 +159,7 @@ class Reduction:
         self._check_together()
 
     def _checked(self, tier: Tier, default: str) -> Tier:
-        """A further tier with its scores and options complete."""
+        """Check a further tier, and complete its scores and options."""
         if not isinstance(tier, Tier):
             raise TypeError(f"{self.site}: tiers has {tier!r}; give Tier(keep=..., selector=...)")
         if tier.selector not in SELECTORS:
@@ -198,7 +199,7 @@ class Reduction:
         _check_observe(self.site, self.observe)
 
     def _check_together(self) -> None:
-        """Settings that need each other."""
+        """Check settings that depend on each other."""
         site, stage = self.site, split_site(self.site)[0]
         if self.order != "position" and (stage == "decoder" or self.position != "compact"):
             raise ValueError(
@@ -231,7 +232,7 @@ class Reduction:
         self._check_tiers()
 
     def _check_tiers(self) -> None:
-        """What each tier has to choose, and from what."""
+        """Check what each tier chooses, and from which tokens."""
         last = self.selection[-1].selector
         if SELECTORS[last].flags:
             raise ValueError(
@@ -252,7 +253,7 @@ class Reduction:
 
     @property
     def selection(self) -> tuple[Tier, ...]:
-        """All tiers, with all options; the first is made of the reduction's own fields."""
+        """Return all tiers with all options; the first is made of the reduction's own fields."""
         first = Tier(
             selector=self.selector,
             scores=self.scores,
@@ -266,10 +267,14 @@ class Reduction:
         )
 
     def tier_counts(self, total: int) -> list[int]:
-        """Tokens that each tier chooses of ``total``; with further tiers, less the residual one.
+        """Return how many of ``total`` tokens each tier chooses.
+
+        With further tiers, the residual token is none of their choices, so the first tier chooses
+        one less.
 
         Raises:
-            ValueError: If the further tiers leave nothing for the first.
+            ValueError: If the further tiers leave nothing for the first tier, or leave something
+                where the first tier only flags tokens.
         """
         others = [tier.count(total) for tier in self.tiers]
         first = total - sum(others) - (1 if self.tiers and self.has_rest else 0)
@@ -288,42 +293,44 @@ class Reduction:
 
     @property
     def transfers(self) -> bool:
-        """Whether the content of dropped tokens goes anywhere."""
+        """Return whether content of dropped tokens goes to kept ones."""
         return self.gain > 0 or self.has_rest
 
     @property
     def whole_grid(self) -> bool:
-        """Whether it needs complete images, of which nothing was dropped by score before."""
+        """Return whether it needs complete images, with no token dropped by score before."""
         return any(SELECTORS[tier.selector].whole_grid for tier in self.selection)
 
     @property
     def leaves_grid(self) -> bool:
-        """Whether the kept tokens are complete, coarser images again."""
+        """Return whether the kept tokens are complete, coarser images again."""
         return self.selector == "grid" and not self.tiers
 
     @property
     def has_rest(self) -> bool:
-        """Whether some content of dropped tokens goes to the residual token."""
+        """Return whether some content of dropped tokens goes to the residual token."""
         return self.residual and (self.gain < 1 or self.assignment == "k_nearest")
 
     @property
     def uses_score_values(self) -> bool:
-        """Whether more than the order of the scores matters, so that they must be standardized."""
+        """Return whether the values of scores matter, not only their order; they are then standardized."""
         weighted = self.weighting == "score" and (self.gain > 0 or self.residual)
         return self.selector == "greedy" or self.reweight != 0 or weighted
 
     @property
     def uses_scores(self) -> bool:
-        """Whether the scores have any effect; grid anchors alone ignore them."""
+        """Return whether the scores have any effect; a pure choice of grid anchors ignores them."""
         raw = self.weighting == "raw" and self.transfers
         return SELECTORS[self.selector].ranks or self.uses_score_values or self.has_rest or raw
 
     @property
     def regime(self) -> Regime:
-        """The corner of the operator space this reduction sits in, or ``mixed``.
+        """Return the regime of the operator space that this reduction belongs to, or ``mixed``.
 
-        ``prune`` and ``reweight`` need no gain and a reweighting or soft assignment respectively;
-        ``merge`` and ``pool`` are full transfers to the nearest token, pooling over a fixed grid.
+        1. Nothing is transferred: ``reweight`` if kept tokens are rescaled, else ``prune``.
+        2. Everything is transferred (g = 1): ``reweight`` with a soft assignment, rescaling or
+           weights by score; else, as a mean (n = 1), ``pool`` over a fixed grid or ``merge``.
+        3. Anything between is ``mixed``.
         """
         if self.gain == 0 and not self.residual:
             return "reweight" if self.reweight else "prune"
@@ -337,7 +344,7 @@ class Reduction:
         return "pool" if self.selector == "grid" and over_grid else "merge"
 
     def count(self, visual_tokens: int) -> int:
-        """Tokens kept of an image that has ``visual_tokens``: rounded, and at least 1.
+        """Return how many tokens stay of an image with ``visual_tokens``: rounded, at least 1.
 
         Raises:
             ValueError: If ``keep`` is a number of tokens that the image does not have.
@@ -352,7 +359,7 @@ class Reduction:
         return self.keep
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are not at their defaults, ready for JSON."""
+        """Return the fields that differ from their defaults, ready for JSON."""
         given = _given(self)
         if self.tiers:
             given["tiers"] = [_given(tier) for tier in self.tiers]
@@ -360,7 +367,7 @@ class Reduction:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Reduction:
-        """Reads what ``to_dict`` wrote.
+        """Read a reduction from the fields that ``to_dict`` returned.
 
         Raises:
             ValueError: If a field is missing, unknown or out of range.
@@ -416,7 +423,7 @@ class Reduction:
 
 
 def split_site(site: str) -> tuple[str, int]:
-    """Splits the name of a site into its stage and its layer."""
+    """Split the name of a site into its stage and its layer (0 for ``projector``)."""
     if site == "projector":
         return site, 0
     match = re.fullmatch(r"(vision|decoder)\.(\d+)", site) if isinstance(site, str) else None
@@ -435,10 +442,10 @@ def site_order(site: str) -> tuple[int, int]:
 
 
 def check_fields(values: Mapping[str, Any], known: set[str], needed: set[str], what: str) -> None:
-    """Check the fields of what was read.
+    """Check the names of fields that were read from a file.
 
     Raises:
-        ValueError: If one is missing or unknown.
+        ValueError: If a field is missing or unknown.
     """
     for missing in sorted(needed - set(values)):
         raise ValueError(f"{what} lacks the field {missing!r}")
@@ -457,7 +464,7 @@ def _check_keep(what: str, keep: object) -> None:
 
 
 def _normal(what: str, weights: object, known: Mapping[str, object]) -> dict[str, float]:
-    """Weights that sum to 1, without those that are 0."""
+    """Return weights that sum to 1, without those that are 0."""
     if not isinstance(weights, Mapping):
         raise TypeError(f"{what} is {weights!r}; give a weight for each name")
     for key, weight in weights.items():
@@ -473,13 +480,13 @@ def _normal(what: str, weights: object, known: Mapping[str, object]) -> dict[str
             f"{what.partition(':')[0]}: the weights of {what.rpartition(' ')[2]} sum to {total}; "
             f"give a positive"
         )
-    # Left alone when they sum to 1 already, so that a policy read from a file is unchanged.
+    # Weights that already sum to 1 are left alone, so that a policy read from a file is unchanged.
     scale = 1.0 if abs(total - 1) < 1e-9 else total
     return {key: weight / scale for key, weight in weights.items() if weight > 0}
 
 
 def _options(site: str, tier: Reduction | Tier) -> dict[str, Option]:
-    """The options of a selector and its scores, without those that are at their defaults."""
+    """Check the options of a selector and its scores; return those that differ from defaults."""
     known = _known_options(tier)
     if not isinstance(tier.options, Mapping):
         raise TypeError(f"{site}: options is {tier.options!r}; give a value for each name")
@@ -501,7 +508,7 @@ def _options(site: str, tier: Reduction | Tier) -> dict[str, Option]:
 
 
 def _check_option(what: str, name: str, value: object, default: object) -> None:
-    """An option is a number, or a list of them where the default is one."""
+    """Check that an option is a number, or a list of numbers if its default is a list."""
     several = isinstance(default, tuple)
     if several and not isinstance(value, list | tuple):
         raise ValueError(f"{what} is {value!r}; give a list of numbers")
@@ -536,7 +543,7 @@ def _check_diversity(site: str, tier: Reduction | Tier) -> None:
 
 
 def _given(item: Reduction | Tier) -> dict[str, Any]:
-    """Fields and options that are not at their defaults, without the tiers."""
+    """Return the fields and options that differ from their defaults, without the tiers."""
     values = {entry.name: getattr(item, entry.name) for entry in fields(item)}
     given = {
         entry.name: values[entry.name]
@@ -552,7 +559,7 @@ def _given(item: Reduction | Tier) -> dict[str, Any]:
 
 
 def _described(tier: Tier) -> str:
-    """A tier in words: what chooses, by what, observed where."""
+    """Describe a tier in words: its selector, its scores, and where they are observed."""
     selector = SELECTORS[tier.selector]
     words = tier.selector
     if selector.ranks:
