@@ -1,4 +1,4 @@
-"""Masks with a bias on the logits of each key."""
+"""Attention masks with a bias on the logits of each key."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["attention_modules", "attention_of", "biased_mask", "is_causal"]
 
 
 def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: bool) -> Tensor:
-    """A block's mask with a bias on the logits of each key.
+    """Return a block's mask with a bias on the logits of each key.
 
     Args:
         mask: None, boolean or additive, broadcastable to [B, 1, Q, N].
-        key_bias: [B, N], or [B, more] where a cache holds the last N keys only.
+        key_bias: [B, N], or longer if a cache holds only the last N keys.
         hidden: [B, Q, d]; its shape, precision and device are read.
         causal: Whether, without a mask, a query sees only keys up to its own position.
 
@@ -28,7 +28,7 @@ def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: b
         queries, keys = hidden.shape[1], key_bias.shape[1]
         if not causal:
             return bias.expand(-1, -1, queries, -1)
-        # The last query is the last key: also right when earlier keys come from a cache.
+        # The last query belongs to the last key, also when earlier keys come from a cache.
         rows = torch.arange(queries, device=hidden.device) + (keys - queries)
         visible = torch.arange(keys, device=hidden.device) <= rows[:, None]
         return torch.where(visible, bias, lowest)
@@ -39,7 +39,7 @@ def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: b
 
 
 def is_causal(block: nn.Module) -> bool:
-    """Whether a block without a mask lets a query see only keys up to its own position.
+    """Return whether, without a mask, a block lets a query see only keys up to its own position.
 
     Raises:
         ValueError: If the block's attention implementation cannot take an additive mask.
@@ -55,7 +55,7 @@ def is_causal(block: nn.Module) -> bool:
 
 
 def attention_modules(block: nn.Module) -> list[str]:
-    """Name the submodules of a block whose config names an attention implementation."""
+    """List the submodules of a block whose config names an attention implementation."""
     return [
         name
         for name, module in block.named_modules()

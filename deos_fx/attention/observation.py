@@ -1,4 +1,4 @@
-"""What a block can report of its attention, and the features that are made of it."""
+"""Observations that a block can report of its attention, and the features made of them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ __all__ = ["MADE_OF", "OBSERVED", "Asked", "Observation"]
 
 @dataclass(frozen=True)
 class Observation:
-    """What a block reports of its attention, beside its own output.
+    """An observation that a block reports of its attention, in addition to its own output.
 
     Attributes:
-        kind: ``attention`` (what every key receives from some queries, [B, N]), ``keys`` (mean over
+        kind: ``attention`` (received by every key from some queries, [B, N]), ``keys`` (mean over
             heads, [B, N, D]) or ``joint_keys`` (heads side by side, [B, N, H_kv D]).
-        heads: How the heads' attention becomes one: their ``mean``, their ``max`` (FitPrune), or
-            ``joint``: one softmax over full-width products, scaled by (H D)^-1/2 (PruMerge).
-        strongest: Only so many heads count, those that attend most to the keys asked about
+        heads: How the attention of the heads becomes one: their ``mean``, their ``max`` (FitPrune),
+            or ``joint``: one softmax over full-width products, scaled by (H D)^-1/2 (PruMerge).
+        strongest: Number of heads that count, those that attend most to the keys asked about
             (SparseVLM+); 0 for all.
-        gravity: Divide attention by what rotary positions alone make of each distance (SparseVLM+).
+        gravity: Whether attention is divided by the value that rotary positions alone give each
+            distance (SparseVLM+).
     """
 
     kind: Literal["attention", "keys", "joint_keys"] = "attention"
@@ -32,12 +33,12 @@ class Observation:
 
 
 Asked = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Whose attention is observed: positions of the queries [B, R] (None for all), their votes [B, R]
-(None for equal ones) and, for ``Observation.strongest``, positions [B, V] of the keys that count.
+"""The queries of an observation: their positions [B, R] (None for all), their votes [B, R] (None
+for equal ones) and, for ``Observation.strongest``, positions [B, V] of the keys that count.
 """
 
 
-# SparseVLM+ reads the 14 heads that look most at the image, of the 28 or 32 of its models.
+# SparseVLM+ reads the 14 heads that attend most to the image, of the 28 or 32 in its models.
 _STRONGEST_HEADS = 14
 
 OBSERVED: Mapping[str, tuple[Observation, str]] = {
@@ -57,6 +58,7 @@ OBSERVED: Mapping[str, tuple[Observation, str]] = {
     "attention_mutual": (Observation(), "visual"),
     "attention_mutual_max": (Observation(heads="max"), "visual"),
 }
-"""Feature of an attention -> what to observe, and whose queries; a new one is a row here."""
+"""Feature of attention -> its observation and the kind of its queries; a new one is a row here."""
 
 MADE_OF = {"text_score": "text_keys"}
+"""Feature -> the feature in ``OBSERVED`` that it is computed from."""

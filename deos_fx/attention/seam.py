@@ -1,14 +1,14 @@
 """The one seam to attention: transformers' `AttentionInterface`.
 
 Scores need queries and keys. One registered attention function receives the post-rotary query and
-key of whatever family is running and then calls the implementation the user had chosen (sdpa,
-eager). What the keys receive is computed a few queries at a time, O(N) each, and never as the
-N x N matrix. The log-mass bias of merging and the log-gate bias of the relaxed form are part of
+key of any family that is running, and then calls the implementation that the user chose (sdpa,
+eager). The attention that keys receive is computed a few queries at a time, O(N) each, and never as
+the N x N matrix. The log-mass bias of merging and the log-gate bias of the relaxed form are part of
 the mask.
 
 A block that needs the seam is run through a *view*: a shallow copy that shares every weight with
-the original and differs only in the attention implementation its config names. The model itself is
-never touched, and what was observed is an explicit output of the block's node.
+the original and differs only in its attention, whose config names the seam. The model itself is
+never changed, and observations are explicit outputs of the block's node.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NAME = "deos_fx"
 
 @dataclass
 class _SeamCall:
-    """One call of one block: what to observe, what was seen."""
+    """One call of one block: the observations to make, and the results so far."""
 
     implementation: str
     observe: tuple[Observation, ...]
@@ -50,7 +50,7 @@ class ObservedBlock(nn.Module):
 
     Args:
         block: The model's own block; its weights are shared.
-        observe: What to report.
+        observe: The observations to report.
 
     Raises:
         ValueError: If no submodule of the block names an attention implementation, or an
@@ -65,11 +65,11 @@ class ObservedBlock(nn.Module):
             _check_joint(attention)
         self.implementation = str(attention.config._attn_implementation)
         self.block = _seam_view(block)
-        # Kept out of the module tree: it shares all weights with the view.
+        # A tuple keeps it out of the module tree, since it shares all weights with the view.
         self._original = (block,)
 
     def original(self) -> nn.Module:
-        """The model's own block, of which this is a view."""
+        """Return the model's own block, of which this is a view."""
         return self._original[0]
 
     def forward(
@@ -81,7 +81,7 @@ class ObservedBlock(nn.Module):
         """Run the block.
 
         Args:
-            asked: The queries of each observation that is about some.
+            asked: The queries of each observation of attention, in order; keys need none.
             *args: The block's own arguments.
             **kwargs: The block's own keyword arguments.
 
@@ -93,7 +93,7 @@ class ObservedBlock(nn.Module):
         return (output, *call.seen)
 
     def extra_repr(self) -> str:
-        """What it reports."""
+        """Return the observations that it reports."""
         return ", ".join(map(str, self.observe))
 
     def _call(self, asked: tuple[Asked, ...], kwargs: dict[str, Any]) -> _SeamCall:
@@ -102,15 +102,15 @@ class ObservedBlock(nn.Module):
 
 
 class PeekedBlock(ObservedBlock):
-    """A block that is run up to its attention only, to see what it would attend to.
+    """A block that is run only up to its attention, to observe its queries and keys.
 
-    PyramidDrop ranks by the queries and keys of the layer behind the cut, PruMerge by those of a
-    vision block whose output nobody uses. Its norm, projections and rotary embedding run; its
-    attention, its MLP and an update of the cache do not.
+    PyramidDrop ranks by the queries and keys of the layer after the cut, PruMerge by those of a
+    vision block whose output is not used. The block's norm, projections and rotary embedding run;
+    its attention, its MLP and an update of the cache do not.
 
     Args:
         block: The model's own block; its weights are shared.
-        observe: What to report.
+        observe: The observations to report.
     """
 
     def __init__(self, block: nn.Module, observe: tuple[Observation, ...]) -> None:
@@ -125,15 +125,15 @@ class PeekedBlock(ObservedBlock):
         asked: tuple[Asked, ...] = (),
         **kwargs: Any,
     ) -> Any:
-        """Look into the block.
+        """Run the block up to its attention.
 
         Args:
-            asked: The queries of each observation that is about some.
+            asked: The queries of each observation of attention, in order; keys need none.
             *args: The block's own arguments.
             **kwargs: The block's own keyword arguments, without a cache.
 
         Returns:
-            The tuple of what was observed, in the order of ``observe``.
+            The tuple of the observations, in the order of ``observe``.
         """
         call = self._call(asked, kwargs)
         call.peek = True
@@ -144,12 +144,12 @@ class PeekedBlock(ObservedBlock):
         raise AssertionError(f"{type(self.original()).__name__} did not call its attention")
 
 
-# The call of a block that this thread is in. The views are shared by all threads.
+# The call of a block that this thread is in; views cannot hold it, as all threads share them.
 _CALL: ContextVar[_SeamCall | None] = ContextVar("deos_fx_seam_call", default=None)
 
 
 class _Seen(Exception):  # noqa: N818 - not an error: how a peek leaves the rest of the block out
-    """Everything there is to see has been seen."""
+    """All observations of a peek are made, so the rest of the block need not run."""
 
 
 def _seam_attention(
@@ -162,7 +162,7 @@ def _seam_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The registered attention function: observe, then the user's own implementation."""
+    """Observe, then call the user's implementation: the registered attention function."""
     seam = _CALL.get()
     if seam is None:
         raise ValueError(
@@ -184,10 +184,7 @@ def _seam_attention(
 AttentionInterface.register(_NAME, _seam_attention)
 
 
-# *** what can be seen ***
-
-
-# *** masks, and the implementation behind the seam ***
+# *** the implementation that the seam calls ***
 
 
 def _eager_attention(
@@ -200,7 +197,7 @@ def _eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Each model file has its own eager function; a view calls that of its own file."""
+    """Call the eager function of the module's own model file; every file has one."""
     eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
     return eager(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -211,6 +208,7 @@ def _eager_attention(
 
 
 def _check_joint(attention: Any) -> None:
+    """Refuse attention of full width where query heads and key heads differ in number."""
     config = attention.config
     heads = getattr(config, "num_attention_heads", None)
     key_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -223,9 +221,10 @@ def _check_joint(attention: Any) -> None:
 
 
 def _seam_view(block: nn.Module) -> nn.Module:
-    """A shallow copy of the block whose attention goes through the seam."""
+    """Return a shallow copy of the block whose attention goes through the seam."""
     view = shallow_copy(block)
     for name in attention_modules(block):
+        # Copy every module on the path to the attention, so that the original is not changed.
         parent = view
         *path, last = name.split(".")
         for part in path:
@@ -241,10 +240,10 @@ def _seam_view(block: nn.Module) -> nn.Module:
 
 
 def _call_directly(module: nn.Module) -> None:
-    """Let calls of a view go straight to its forward.
+    """Make calls of a view go straight to its forward.
 
-    An export keeps a stack of the modules that are running, which leaving one by an exception would
-    not unwind.
+    An export keeps a stack of the modules that are running, and an exception that leaves one would
+    not unwind it.
     """
     kind = type(module)
 
@@ -256,10 +255,10 @@ def _call_directly(module: nn.Module) -> None:
 
 
 def _with_seam(module: Any, *args: Any, seam: _SeamCall | None = None, **kwargs: Any) -> Any:
-    """The forward of a view's attention, which leaves the call where `_seam_attention` finds it.
+    """Run the forward of a view's attention, with the call where `_seam_attention` finds it.
 
-    Not every family hands unknown arguments on to the attention function (SigLIP does not). Other
-    parts that know the attention implementation (an MLP with a config) are run without a call.
+    Not every family passes unknown arguments on to the attention function (SigLIP does not). Other
+    parts whose config names the attention implementation (an MLP) run without a call.
     """
     forward = module.deos_fx_forward or partial(type(module).forward, module)
     token = _CALL.set(seam)

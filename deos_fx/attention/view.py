@@ -1,4 +1,4 @@
-"""Rows of attention: what keys receive from some queries, never the whole matrix."""
+"""Rows of attention, which keys receive from some queries: never the whole matrix."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from deos_fx.attention.observation import Asked, Observation
 
 __all__ = ["AttentionView", "observe", "received_attention"]
 
-# As many attention rows are held at once, for all heads.
+# Number of queries whose attention rows, of all heads, are held at once.
 _QUERIES_AT_ONCE = 64
 
-# Votes that are all zero give zeros, not NaN.
+# Floor of the sum of votes: if all are zero, the result is zero, not NaN.
 _NO_VOTES = 1e-13
 
 
 @dataclass(frozen=True)
 class AttentionView:
-    """What an attention function is given.
+    """The arguments of an attention function.
 
     Attributes:
         query: [B, H, N, D] after rotary embedding.
         key: [B, H_kv, N, D]; H is a multiple of H_kv.
         mask: None, [B, N] of real keys, boolean or additive, broadcastable to [B, H, N, N], or
-            what flex_attention takes.
+            flex_attention's BlockMask.
         scale: Factor of the logits.
-        causal: Whether, without a mask of its own, a query sees only keys up to its position.
+        causal: Whether a query sees only keys up to its position; a mask of pairs overrides it.
         tables: Rotary cosines and sines [B or 1, N, D], if the block is given any.
     """
 
@@ -43,13 +43,13 @@ class AttentionView:
     tables: Any = None
 
     def joint(self) -> AttentionView:
-        """All heads as one of full width."""
+        """Return a view with all heads as one of full width."""
         query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (self.query, self.key))
         scale = query.shape[-1] ** -0.5
         return AttentionView(query, key, self.mask, scale, self.causal, self.tables)
 
     def rows(self, positions: Tensor) -> Tensor:
-        """Attention [B, H, R, N] of the queries at positions [B, R], in float32."""
+        """Return attention [B, H, R, N] of the queries at positions [B, R], in float32."""
         batch, heads, _, dim = self.query.shape
         groups, length = self.key.shape[1:3]
         rows = positions.shape[1]
@@ -59,10 +59,13 @@ class AttentionView:
         return self._masked(logits.reshape(batch, heads, rows, length), positions).softmax(dim=-1)
 
     def gravity(self, positions: Tensor) -> Tensor:
-        """Logits [B, 1, R, N] of all-ones queries and keys, rotated and scaled by D^-1/2.
+        """Return logits [B, 1, R, N] of all-ones queries and keys, rotated and scaled by D^-1/2.
 
-        A rotation turns the ones of two positions p and r into a product of
-        sum_i cos(p f_i) cos(r f_i) + sin(p f_i) sin(r f_i), whatever way dimensions are paired.
+        The product of rotated ones at two positions p and r is
+        sum_i cos(p f_i) cos(r f_i) + sin(p f_i) sin(r f_i), however dimensions are paired.
+
+        Raises:
+            ValueError: If the block is not given rotary tables of shape [B, N, D].
         """
         if not isinstance(self.tables, (tuple, list)) or self.tables[0].ndim != 3:
             raise ValueError(
@@ -70,6 +73,7 @@ class AttentionView:
                 "position_embeddings (cos, sin) of shape [B, N, D]. Use a score without gravity."
             )
         dim = self.query.shape[-1]
+        # Dimensions without a rotation add 1 each.
         pull: Any = float(dim - self.tables[0].shape[-1])
         for table in self.tables:
             table = table.to(positions.device).float().expand(positions.shape[0], -1, -1)
@@ -87,6 +91,7 @@ class AttentionView:
             visible = mask.mask_mod(rows, torch.zeros_like(rows), positions[:, None, :, None], keys)
             return logits.masked_fill(~visible, lowest)
         if mask is not None and mask.ndim == 4:
+            # A full mask includes causality.
             mask = mask.expand(positions.shape[0], -1, -1, -1)
             index = positions[:, None, :, None].expand(-1, mask.shape[1], -1, logits.shape[-1])
             mask = torch.gather(mask, 2, index)
@@ -102,7 +107,7 @@ class AttentionView:
 
 
 def observe(view: AttentionView, observation: Observation, asked: Iterator[Asked]) -> Tensor:
-    """Read one observation; `asked` yields whose attention it is about, if it is about some."""
+    """Make one observation; one of attention takes its queries from `asked`."""
     if observation.kind == "keys":
         return view.key.mean(dim=1)
     if observation.kind == "joint_keys":
@@ -111,17 +116,17 @@ def observe(view: AttentionView, observation: Observation, asked: Iterator[Asked
 
 
 def received_attention(view: AttentionView, observation: Observation, asked: Asked) -> Tensor:
-    """Attention that every key receives: the mean over queries, weighted by their votes.
+    """Return the attention that every key receives: the mean over queries, weighted by votes.
 
     Args:
-        view: What the attention function was given.
-        observation: How to read it.
-        asked: Whose attention.
+        view: The arguments of the attention function.
+        observation: How to read them.
+        asked: The queries, their votes, and the keys that choose heads.
 
     Returns:
         [B, N] in float32.
     """
-    # Who asks is told where the inputs are; the layer may be on another device.
+    # These tensors are on the device of the inputs; the layer may be on another.
     positions, votes, among = (
         None if value is None else value.to(view.query.device) for value in asked
     )
@@ -130,7 +135,7 @@ def received_attention(view: AttentionView, observation: Observation, asked: Ask
     if positions is None:
         positions = torch.arange(length, device=view.query.device).expand(batch, -1)
     if isinstance(positions.shape[1], int) and not positions.shape[1]:
-        # A prompt of images alone has no text: as where no text votes.
+        # Case: a prompt of images only has no text, so the result is as if no text voted.
         return torch.zeros(batch, length, device=view.query.device)
     received: Any = 0.0
     for part, weight in _few(positions, votes):
@@ -154,7 +159,7 @@ def received_attention(view: AttentionView, observation: Observation, asked: Ask
 
 
 def _few(positions: Tensor, votes: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """A few queries at a time; all at once where an export leaves their number open."""
+    """Yield a few queries at a time; all at once where their number is dynamic in an export."""
     count = positions.shape[1]
     known = isinstance(count, int)
     for start in range(0, count, _QUERIES_AT_ONCE) if known else [0]:
@@ -163,7 +168,7 @@ def _few(positions: Tensor, votes: Tensor | None) -> Iterator[tuple[Tensor, Tens
 
 
 def _strongest_heads(received: Tensor, among: Tensor, count: int) -> Tensor:
-    """Of [B, H, N], the `count` heads that give most to the keys at `among` [B, V], per sample."""
+    """Return the `count` heads of [B, H, N] that give most to keys at `among` [B, V], per row."""
     heads, length = received.shape[1:]
     index = among[:, None].expand(-1, heads, -1)
     share = torch.gather(received, 2, index).sum(dim=2)

@@ -1,1 +1,1 @@
-"""A reduction as computation: static, to be run, and relaxed, to be searched."""
+"""Reductions as computation: the static form, which is run, and the relaxed, which is searched."""

@@ -1,4 +1,4 @@
-"""Where dropped tokens go."""
+"""The assignment of dropped tokens to kept ones, in the static form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["assignment_of"]
 
 @dataclass
 class _Assignment:
-    """What moves where; the fields as in ``StaticOutput``, and the slot of the residual token."""
+    """The fields of ``StaticOutput`` that say what moves where, the residual slot and the gain."""
 
     assignment: Any = None
     receivers: Any = None
@@ -26,14 +26,16 @@ class _Assignment:
 
 
 def assignment_of(choice: Choice, kept: Any) -> _Assignment:
-    """Assigns what was not chosen; nothing if it is only pruned."""
+    """Assign the tokens that were not chosen; leave the result empty if they are only pruned."""
     reduction, call = choice.reduction, choice.call
     if not reduction.transfers:
         return _Assignment()
     moved = _Assignment(receivers=_receivers(choice, kept), gain=reduction.gain)
     if reduction.assignment == "window":
+        # All tokens are sources here and in the next case.
         moved.assignment = call(grid.interpolation, choice.feature("grid"), choice.count)
         if choice.last_of:
+            # The last token of the prompt may have taken the place of an anchor.
             moved.assignment = call(assign.standing_in, moved.assignment, choice.anchors, kept)
     elif reduction.assignment == "k_nearest":
         likeness = _likeness(choice, moved.receivers, None)
@@ -64,25 +66,28 @@ def _likeness(choice: Choice, receivers: Any, sources: Any) -> Any:
 
 
 def _receivers(choice: Choice, kept: Any) -> Any:
-    """The kept tokens that may take in others: all, or those of the last tier."""
+    """Return the kept tokens that may take in others: all, or those of the last tier."""
     reduction, call = choice.reduction, choice.call
     if reduction.receivers == "all":
         return kept
     last = reduction.selection[-1]
     if last.selector == "bipartite":
+        # Case: half A is merged into half B only.
         return call(select.second_half, kept, choice.tokens, number_of(last.options["first"]))
     size = reduction.tier_counts(choice.count)[-1] + reduction.has_rest
     return call(torch.narrow, kept, 1, choice.count - size, size)
 
 
 def _add_rest(choice: Choice, kept: Any, moved: _Assignment) -> None:
-    """Let the residual token take in what is dropped and not transferred."""
+    """Let the residual token take in content that is dropped and not transferred."""
     reduction, call = choice.reduction, choice.call
     moved.slot = call(transfer.slot_of, moved.receivers, choice.rest)
     if moved.sources is None:
+        # Case: receivers chose among all tokens, so the dropped ones are found from `kept`.
         parts = (moved.assignment, moved.slot, kept, reduction.gain)
         moved.assignment = call(transfer.rest_beside, *parts)
     else:
         parts = (moved.assignment, moved.slot, moved.sources, reduction.gain)
         moved.assignment = call(transfer.rest, *parts)
+    # The gain is part of the assignment now.
     moved.gain = 1.0

@@ -1,4 +1,4 @@
-"""Which tokens are kept, tier by tier."""
+"""The choice of the tokens to keep, tier by tier."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["Call", "Choice", "Feature", "execute", "number_of", "short"]
 
 
 Call = Callable[..., Any]
-"""Called as ``call(operator, *arguments)``; returns the result, or a graph node standing for it."""
+"""Called as ``call(operator, *arguments)``; returns the result, or a graph node for it."""
 
 
 Feature = Callable[[str], Any]
-"""Looks a feature up by name."""
+"""Called with the name of a feature; returns its value or node."""
 
 
 def short(call: Call) -> Call:
-    """The call, without arguments at the end that are at their defaults: graphs read better."""
+    """Drop trailing arguments that equal their defaults from calls, so graphs are easy to read."""
 
     def shortened(operator: Callable[..., Any], *arguments: Any) -> Any:
         defaults = getattr(operator, "__defaults__", None) or ()
@@ -46,7 +46,7 @@ def short(call: Call) -> Call:
 
 
 def execute(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function at once: what stands for a call where nothing is recorded."""
+    """Call a function at once: the ``Call`` to use where nothing is recorded."""
     return operator(*arguments)
 
 
@@ -73,27 +73,28 @@ class Choice:
         self.raw: Any = None
         self.score: Any = None
         self.anchors: Any = None
-        """What the first tier picks, before the last token of a prompt takes a place."""
+        """The first tier's picks, before the last token of a prompt takes a place."""
         self.rest: Any = None
-        """The token [B, 1] that gives its place to the residual one."""
+        """The token [B, 1] whose place the residual one takes."""
 
     def is_constant(self, kept: Any) -> bool:
-        """Whether every row keeps the same tokens, so that the choice is a constant [1, K]."""
+        """Return whether every row keeps the same tokens, so the choice is a constant [1, K]."""
+        # With a single row of given tokens, every choice is [1, K].
         one_row = isinstance(self.tokens, torch.Tensor) and len(self.tokens) == 1
         return isinstance(kept, torch.Tensor) and len(kept) == 1 and not one_row
 
     def token_axis(self, kept: Any) -> Any:
-        """Something whose axis 1 runs over the tokens; a constant if the choice is one."""
+        """Return a value whose axis 1 runs over the tokens; a constant if the choice is one."""
         return self.feature("grid").unsqueeze(0) if self.is_constant(kept) else self.tokens
 
     @property
     def sorted_last(self) -> bool:
-        """Whether the order matters while merging: then the image's order is restored behind it."""
+        """Return whether merging needs the tiers' order, and the image's is restored after it."""
         receivers = self.reduction.receivers == "last"
         return self.reduction.order == "position" and receivers
 
     def feature(self, name: str, tier: Tier | None = None) -> Any:
-        """A feature where the tier observes it, or a constant from the tier's options."""
+        """Return a feature as the tier observes it, or a constant from the tier's options."""
         tier = tier or self.first
         if name == "tokens":
             return self.tokens
@@ -102,11 +103,11 @@ class Choice:
         return self.features[feature_name(name, tier.observe)]
 
     def compared(self) -> dict[str, Any]:
-        """What the similarity compares, by kind."""
+        """Return the features that the similarity compares, by kind."""
         return {kind: self.feature(SIMILARITIES[kind]) for kind in self.reduction.similarity}
 
     def kept(self) -> Any:
-        """Indices [B, K] in the order of the output, or of the tiers if sorted last."""
+        """Return indices [B, K] in the order of the output, or of the tiers if sorted last."""
         if self.reduction.uses_scores:
             self.raw, self.score = self._scored(self.first)
         order = self.reduction.order
@@ -117,22 +118,24 @@ class Choice:
             parts = [self.call(gather.in_order, picks) for picks in parts]
         kept = parts[0] if len(parts) == 1 else self.call(torch.cat, parts, 1)
         if self.reduction.has_rest and order != "position":
-            # The residual token comes last, but for the last token of a prompt.
+            # The residual token comes last; only the last token of a prompt comes after it.
             (kept,) = self._with_last([kept])
         in_order = order != "position" or self.sorted_last or self.reduction.leaves_grid
         return kept if in_order else self.call(gather.in_order, kept)
 
     def _picks(self) -> list[Any]:
-        """What each tier picks; the best of what is left gives its place to the residual token."""
+        """Return the picks of each tier; with further tiers, also the residual token's."""
         tiers = list(self.tiers)
         counts = self.reduction.tier_counts(self.count)
         if self.reduction.has_rest and self.reduction.tiers:
+            # The best token by score that no tier chose becomes the residual one.
             tiers.append(replace(self.first, selector="top_k"))
             counts.append(1)
         parts: list[Any] = []
         taken = flags = None
         for i, (tier, count) in enumerate(zip(tiers, counts, strict=True)):
             if SELECTORS[tier.selector].flags:
+                # Case: a tier that picks nothing, but says what later tiers prefer.
                 flags = self._run(tier, None, 0, self.count, None)
                 continue
             picks = self._run(tier, taken, sum(counts[:i]), count, flags)
@@ -141,6 +144,7 @@ class Choice:
             parts.append(picks)
             self.anchors = parts[0]
             if self.last_of and i + 1 == len(self.tiers):
+                # Another pick may have made way, so the flags are computed again from all parts.
                 parts, taken = self._with_last(parts, self._alone_behind()), None
             if i + 1 < len(tiers):
                 for part in parts if taken is None else parts[-1:]:
@@ -149,11 +153,11 @@ class Choice:
         return parts
 
     def _alone_behind(self) -> int:
-        """Picks of a single tier that come behind the last token: the residual one."""
+        """Return how many picks of a single tier come after the last token: the residual one."""
         return int(self.reduction.has_rest and not self.reduction.tiers and self.count > 1)
 
     def _with_last(self, parts: list[Any], behind: int = 0) -> list[Any]:
-        """The picks of each tier, with the last token of a prompt that ends here among them."""
+        """Include the last token of a prompt that ends here in the picks of the tiers."""
         if not self.last_of:
             return parts
         kept = parts[0] if len(parts) == 1 else self.call(torch.cat, parts, 1)
@@ -163,6 +167,7 @@ class Choice:
         kept = self.call(gather.with_last, kept, *given)
         if len(parts) == 1:
             return [kept]
+        # Split the picks into tiers again; those that only flag have no part.
         sizes = [size for size in self.reduction.tier_counts(self.count) if size]
         starts = itertools.accumulate([0, *sizes[:-1]])
         return [
@@ -171,7 +176,7 @@ class Choice:
         ]
 
     def _with_rest_apart(self, parts: list[Any]) -> list[Any]:
-        """The picks, and the last of them noted; by itself where the others are put in order."""
+        """Note the last pick as the residual token; split it off if the others get sorted."""
         if len(parts) > 1:
             self.rest = parts[-1]
             return parts
@@ -220,6 +225,7 @@ class Choice:
 
     def _ranking(self, tier: Tier, flags: Any) -> Any:
         shared = self.score is not None and _scoring(tier) == _scoring(self.first)
+        # The first tier's score serves this one too, if both need it standardized or neither does.
         if shared and (not tier.mixes or self.reduction.uses_score_values):
             raw, score = self.raw, self.score
         else:
@@ -229,7 +235,7 @@ class Choice:
         return score if flags is None else self.call(select.favour, score, flags)
 
     def _scored(self, tier: Tier) -> tuple[Any, Any]:
-        """The first score as it is, and the mixture, standardized where more than order matters."""
+        """Return the first score as it is, and the mixture, standardized if its values matter."""
         parts = []
         for name in tier.scores:
             score = SCORES[name]
@@ -245,18 +251,18 @@ class Choice:
         return raw, self.call(combine, parts, list(tier.scores.values()))
 
     def weight(self) -> Any:
-        """u of the transfer [B, V], or None if it is 1."""
+        """Return u of the transfer [B, V], or None if it is 1."""
         if self.reduction.weighting == "score":
             return self.call(transfer.importance, self.score)
         return self.raw if self.reduction.weighting == "raw" else None
 
 
 def _scoring(tier: Tier) -> tuple[Any, ...]:
-    """All that the score of a tier depends on."""
+    """Return everything that the score of a tier depends on."""
     names = {name for score in tier.scores for name in SCORES[score].options}
     return tier.scores, tier.observe, {name: tier.options[name] for name in names}
 
 
 def number_of(value: Any) -> Any:
-    """Whole numbers as int: counts are written without a decimal point."""
+    """Turn whole numbers into int, so that counts are written without a decimal point."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,4 +1,4 @@
-"""Which features a reduction reads."""
+"""Names of the features that a reduction reads."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 __all__ = ["feature_name", "required_features"]
 
-# Features that are those of the tokens at the site, whichever block is observed.
+# Features of the tokens at the site, which are the same whichever block is observed.
 _OF_THE_SITE = frozenset(
     {"tokens", "grid", "class_token", "text_tokens", "text_mask", "normed_tokens", "normed_text"}
 )
 
 
 def required_features(reduction: Reduction) -> frozenset[str]:
-    """Names of the features that ``static_reduce`` reads for this reduction.
+    """Return the names of the features that ``static_reduce`` reads for this reduction.
 
-    What is observed at another block than the one before the site has the name of that place
-    behind it: ``keys@next``, ``attention_cls@vision.5``.
+    A feature that is observed at another block than the one before the site ends in the name of
+    that place: ``keys@next``, ``attention_cls@vision.5``.
     """
     needs: set[str] = {"tokens"} | ({"class_token"} if reduction.keep_class else set())
     for i, tier in enumerate(reduction.selection):
@@ -40,11 +40,11 @@ def required_features(reduction: Reduction) -> frozenset[str]:
 
 
 def _compares(reduction: Reduction) -> bool:
-    """Whether the assignment compares tokens."""
+    """Return whether the assignment compares tokens."""
     by_likeness = reduction.assignment == "similar" and reduction.temperature != math.inf
     return reduction.gain > 0 and (by_likeness or reduction.assignment == "k_nearest")
 
 
 def feature_name(name: str, observe: str) -> str:
-    """The name of a feature where it is observed: ``keys``, ``keys@next``, ``keys@vision.5``."""
+    """Return a feature's name with its place: ``keys``, ``keys@next``, ``keys@vision.5``."""
     return name if name in _OF_THE_SITE or not observe else f"{name}@{observe}"

@@ -1,8 +1,8 @@
-"""The relaxed form of a reduction: differentiable, and no token really leaves.
+"""The relaxed form of a reduction: it is differentiable, and no token really leaves.
 
-A token that is dropped keeps its place with a gate near 0; later attention gets the logarithm of
-the gate as a bias, and hidden states are never multiplied by gates (a norm would undo that). With
-saturated parameters the result on the kept tokens is that of the static form.
+A dropped token keeps its place with a gate near 0. Later attention gets the logarithm of the gate
+as a bias; hidden states are never multiplied by gates, because a norm would undo that. With
+saturated parameters, the result on the kept tokens is that of the static form.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from deos_fx.policy.reduction import Reduction
 __all__ = ["RelaxedOutput", "RelaxedReduction", "has_relaxed_form", "soft_top_k"]
 
 HARD = 1e-3
-"""Assignments at a temperature below this are made to the nearest token alone."""
+"""Below this temperature, tokens are assigned to the nearest token only."""
 SOFT = 1e3
-"""Assignments at a temperature above this are made to all tokens alike."""
+"""From this temperature on, tokens are assigned to all tokens equally."""
 SATURATED = 40.0
 """A logit whose sigmoid is 0 or 1 to double precision."""
 AHEAD = 10.0
-"""So many deviations of the score are certain to open a gate first."""
+"""A lead, in deviations of the score, that is certain to open a gate first."""
 NEGLIGIBLE = 0.005
-"""A parameter within this of the value that removes its operator becomes that value."""
+"""Parameters closer than this to a value that removes their operator are set to that value."""
 
 
 def soft_top_k(score: Tensor, count: Tensor | float, temperature: float, alive: Tensor) -> Tensor:
-    """Gates in [0, alive] that open for the largest scores and sum to ``count`` in every row.
+    """Return gates in [0, alive] that open for the largest scores and sum to ``count`` per row.
 
     g_i = alive_i * sigmoid((s_i - t) / temperature), with t such that sum_i g_i = count. The
     threshold is found by bisection, and gradients follow from the implicit function theorem: with
@@ -47,11 +47,11 @@ def soft_top_k(score: Tensor, count: Tensor | float, temperature: float, alive: 
                + sigmoid_i dalive_i.
 
     w is a softmax in closed form, so the gradient to the count is finite even where all slopes
-    underflow (saturated gates; the token next to leave or to enter then gets all of it).
+    underflow (at saturated gates, where the token next to leave or to enter gets all of it).
 
     Args:
         score: [B, V].
-        count: At most the sum of ``alive``; one for all rows, or [B].
+        count: At most the sum of ``alive``; one number for all rows, or [B].
         temperature: Width of the transition, in units of the score.
         alive: Gates so far [B, V], in [0, 1].
     """
@@ -70,7 +70,7 @@ def soft_top_k(score: Tensor, count: Tensor | float, temperature: float, alive: 
 def _solve(
     score: Tensor, count: Tensor, temperature: float, alive: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gates, the sigmoids and the shares w of ``soft_top_k``, all [B, V]."""
+    """Return the gates, the sigmoids and the shares w of ``soft_top_k``, all [B, V]."""
     count = torch.minimum(count, alive.sum(dim=-1)).unsqueeze(-1)
     low = score.amin(dim=-1, keepdim=True) - SATURATED * temperature
     high = score.amax(dim=-1, keepdim=True) + SATURATED * temperature
@@ -94,9 +94,9 @@ class RelaxedOutput(NamedTuple):
 
     Attributes:
         tokens: [B, V, d], every token in its place.
-        alive: Gates [B, V], at most the incoming ones; attention bias log(alive).
-        mass: [B, V]; the masses of tokens with a closed gate mean nothing.
-        score: Standardized [B, V]; zeros for a grid that uses none.
+        alive: Gates [B, V], at most the incoming ones; later attention gets the bias log(alive).
+        mass: [B, V]; masses of tokens with a closed gate have no meaning.
+        score: Standardized [B, V]; zeros if no scores are used.
     """
 
     tokens: Tensor
@@ -108,8 +108,9 @@ class RelaxedOutput(NamedTuple):
 class RelaxedReduction(nn.Module):
     """A reduction whose parameters are learned.
 
-    The starting point says which scores and similarities are mixed and fixes what is not learned:
-    selector, weighting, exponent, residual and position. Learned are, each as an unbounded number:
+    The starting point says which scores and similarities are mixed, and fixes the settings that are
+    not learned: selector, weighting, exponent, residual and position. The learned parameters, each
+    an unbounded number, are:
 
     1. ``activation`` a and ``retention`` r (through a sigmoid): the gates of a row sum to
        (1 - a (1 - r)) times the incoming ones, so an inactive site (a = 0) is the identity;
@@ -117,13 +118,13 @@ class RelaxedReduction(nn.Module):
     3. ``diversity`` and ``mass_bias`` (softplus), ``gain`` (sigmoid), ``log_temperature`` and
        ``reweight`` (as they are).
 
-    A dropped token moves what its gate loses, alive - alive'. It is assigned by
-    softmax_i(a_ij / tau + (1 + 1 / tau) log alive'_i) to the others: with open and closed gates
-    this is the static assignment at every temperature, and a token half gone is less of a target
-    at low temperatures and receives half at high ones.
+    A dropped token moves the part of it that its gate loses, alive - alive'. This part is assigned
+    to the other tokens by softmax_i(a_ij / tau + (1 + 1 / tau) log alive'_i). With gates that are
+    open or closed this is the static assignment at every temperature; a half open token is less of
+    a target at low temperatures and receives half at high ones.
 
     Attributes:
-        gate_temperature: Width of the gates' transition in standard deviations of the score; the
+        gate_temperature: Width of the gates' transition, in standard deviations of the score; the
             search lowers it.
     """
 
@@ -156,16 +157,16 @@ class RelaxedReduction(nn.Module):
 
     @classmethod
     def from_reduction(cls, reduction: Reduction, fraction: float) -> RelaxedReduction:
-        """A saturated relaxed reduction that equals the static one.
+        """Return a saturated relaxed reduction that equals the static one.
 
         Args:
             reduction: The static reduction.
-            fraction: The share of its incoming tokens that it keeps.
+            fraction: The fraction of incoming tokens that it keeps.
         """
         return cls(reduction, activation=1.0, retention=fraction, gate_temperature=1e-6)
 
     def to_reduction(self, site: str, keep: int | float) -> Reduction:
-        """The static reduction at the present parameters, without negligible parts."""
+        """Return the static reduction at the present parameters, without negligible parts."""
         scores = dict(zip(self.start.scores, self.scores.softmax(0).tolist(), strict=True))
         kinds = dict(zip(self.start.similarity, self.similarity.softmax(0).tolist(), strict=True))
         temperature = self.log_temperature.exp().item()
@@ -192,11 +193,11 @@ class RelaxedReduction(nn.Module):
         )
 
     def keep_fraction(self, before: Tensor | float = 1.0) -> Tensor:
-        """Fraction of the original tokens alive after the site, given that before it."""
+        """Return the fraction of original tokens alive after the site, given that before it."""
         return before * (1 - self.activation.sigmoid() * (1 - self.retention.sigmoid()))
 
     def bias_after(self, before: Tensor | float = 0.0) -> Tensor:
-        """beta for the log-mass bias of later attention, given that of the sites before.
+        """Return beta for the log-mass bias of later attention, given that of the sites before.
 
         The last active site decides: beta' = (1 - a) beta + a beta_site.
         """
@@ -211,7 +212,7 @@ class RelaxedReduction(nn.Module):
         features: Mapping[str, Tensor],
         last_of: int = 0,
     ) -> RelaxedOutput:
-        """Applies the reduction.
+        """Apply the reduction.
 
         Args:
             tokens: Hidden states [B, V, d].
@@ -231,7 +232,7 @@ class RelaxedReduction(nn.Module):
         if last_of:
             ranking = _last_first(ranking, last_of, by_grid=self.start.selector == "grid")
         gates = soft_top_k(ranking, count, self.gate_temperature, alive)
-        # In half open rows the fullest gates count as open, so that there is always a target.
+        # Open and closed are relative to a row's fullest gate, so that there is always a target.
         closed = gates < 0.5 * gates.amax(dim=-1, keepdim=True)
         slot = self._slot(ranking, closed)
         assignment = self._assignment(gates, closed, slot, features)
@@ -261,7 +262,7 @@ class RelaxedReduction(nn.Module):
     def _ranking(
         self, score: Tensor, count: Tensor, alive: Tensor, features: Mapping[str, Tensor]
     ) -> Tensor:
-        """The score whose largest entries the selector keeps, [B, V]."""
+        """Return the score [B, V] whose largest entries the selector keeps."""
         if self.start.selector == "top_k":
             return score
         steps = min(math.ceil(count.max().item()) + 1, score.shape[-1])
@@ -270,6 +271,7 @@ class RelaxedReduction(nn.Module):
         if self.start.selector == "max_min":
             ranking = sequential.max_min_ranking(self._similarity(features), steps, alive)
             return standardize(ranking, alive)
+        # Case: greedy.
         diversity = F.softplus(self.diversity)
         penalty = sequential.greedy_penalty(
             score + alive.clamp_min(LOG_FLOOR).log(), self._similarity(features), steps, diversity
@@ -284,20 +286,20 @@ class RelaxedReduction(nn.Module):
         return assign.similarity(compared, weights)
 
     def _slot(self, ranking: Tensor, closed: Tensor) -> Tensor:
-        """1 at the residual token, the last one that the selector takes; [B, V]."""
+        """Return flags [B, V] of the residual token, the last one that the selector takes."""
         if not self.start.residual:
             return torch.zeros_like(ranking)
         last = ranking.masked_fill(closed, math.inf).argmin(dim=-1)
         return F.one_hot(last, ranking.shape[-1]).to(ranking.dtype)
 
     def _fused(self, slot: Tensor) -> Tensor:
-        """How far the residual token counts like what it takes in: not at all at full gain."""
+        """Return how far the residual token is weighted as those it takes in: not at full gain."""
         return slot * self.activation.sigmoid() * (self.gain.sigmoid() < 1)
 
     def _assignment(
         self, gates: Tensor, closed: Tensor, slot: Tensor, features: Mapping[str, Tensor]
     ) -> Tensor:
-        """g P with whatever goes to the residual token, [B, V, V]."""
+        """Return g P plus the part of the residual token, [B, V, V]."""
         gain = self.gain.sigmoid()
         return gain * self._targets(gates, closed, features) + (1 - gain) * slot.unsqueeze(-1)
 
@@ -307,13 +309,14 @@ class RelaxedReduction(nn.Module):
         temperature = self.log_temperature.clamp(math.log(HARD / 10), math.log(SOFT * 10)).exp()
         sharpness = 1 / temperature
         if temperature >= SOFT:
+            # Case: similarity has no effect on the value, only on the gradient.
             sharpness = sharpness - sharpness.detach()
         gate = gates.clamp_min(LOG_FLOOR).log().unsqueeze(-1)
         logits = sharpness * similarity + (1 + sharpness) * gate
         soft = logits.masked_fill(itself, torch.finfo(logits.dtype).min).softmax(dim=1)
         if temperature >= HARD:
             return soft
-        # The value of the nearest token, the gradient of the softmax.
+        # Case: the value of the nearest open token, the gradient of the softmax.
         open_only = similarity.masked_fill(closed.unsqueeze(-1) | itself, -math.inf)
         hard = F.one_hot(open_only.argmax(dim=1), gates.shape[-1]).mT.to(soft.dtype)
         return soft + (hard - soft).detach()
@@ -323,7 +326,12 @@ _RELAXED = tuple(name for name, selector in SELECTORS.items() if selector.relaxe
 
 
 def has_relaxed_form(reduction: Reduction) -> bool:
-    """Whether a reduction can be searched: one tier that ranks, in the order of the image."""
+    """Return whether a reduction can be searched.
+
+    It must have a single tier with a relaxed selector that picks one by one, keep the order of the
+    image, assign by similarity to all kept tokens, and neither average, use raw weights nor keep
+    the CLS token.
+    """
     one_by_one = not reduction.tiers and reduction.options.get("at_once", 1) == 1
     in_order = reduction.order == "position" and not reduction.keep_class
     by_likeness = reduction.assignment == "similar" and reduction.receivers == "all"
@@ -332,7 +340,7 @@ def has_relaxed_form(reduction: Reduction) -> bool:
 
 
 def _grid_ranking(places: Tensor, count: int, alive: Tensor) -> Tensor:
-    """The grid's preference among the tokens that are left, if those are still a grid."""
+    """Rank the tokens by the grid's preference among those that are left in every row."""
     left = (alive.amin(dim=0) > 0.5).nonzero().squeeze(-1)
     ranking = torch.full_like(alive, -1.0)
     ranking[:, left] = grid.grid_preference(places[left], count).to(alive.dtype)
@@ -340,9 +348,9 @@ def _grid_ranking(places: Tensor, count: int, alive: Tensor) -> Tensor:
 
 
 def _last_first(ranking: Tensor, images: int, *, by_grid: bool) -> Tensor:
-    """The ranking [R, V] with the last token of a prompt's last image before all others.
+    """Rank [R, V] the last token of a prompt's last image before all others.
 
-    Anchors of a grid are all alike, and the last of them makes way.
+    All anchors of a grid rank alike, so the last of them makes way for it.
     """
     place = torch.arange(ranking.shape[-1], device=ranking.device)
     row = torch.arange(ranking.shape[0], device=ranking.device).unsqueeze(-1)
@@ -369,7 +377,7 @@ def _softplus_inverse(value: float) -> float:
 
 
 def _rounded(value: float) -> float:
-    """Four digits, and exactly 0 or 1 where the difference is negligible."""
+    """Round to four decimals, and to exactly 0 or 1 where the difference is negligible."""
     for special in (0.0, 1.0):
         if abs(value - special) < NEGLIGIBLE:
             return special

@@ -1,8 +1,9 @@
-"""The static form of a reduction: the operators a policy needs, in order, and nothing else.
+"""The static form of a reduction: exactly the operators that a policy needs, in order.
 
 One composition serves two uses. Called plainly it computes; called with a function that records
-``(operator, arguments)`` it writes the same operators into a graph. Parts a reduction does not use
-leave no operator: pruning has no assignment, a single score is not standardized just to be ranked.
+``(operator, arguments)`` it writes the same operators into a graph. Parts that a reduction does not
+use leave no operator: pruning has no assignment, and a single score that is only ranked is not
+standardized.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class StaticOutput(NamedTuple):
         kept: Indices [B, K] into the incoming tokens, in the order of the output; -1 for the copy
             of the CLS token.
         mass: [B, K]; None while every mass is 1.
-        assignment: P [B or 1, R, S], with whatever goes to the residual token; None for pruning.
+        assignment: P [B or 1, R, S], including the part of the residual token; None for pruning.
         receivers: Indices [B, R] of the tokens that take in others.
-        sources: Indices [B, S] of the tokens that are taken in; None if that can be any token.
-        score: [B or 1, V] of the first tier, standardized where that matters; None if it has none.
+        sources: Indices [B, S] of the tokens that are taken in; None if they can be any tokens.
+        score: [B or 1, V] of the first tier, standardized where its values matter; None if scores
+            are not used.
     """
 
     tokens: Any
@@ -54,22 +56,23 @@ def static_reduce(
     call: Call = execute,
     last_of: int = 0,
 ) -> StaticOutput:
-    """Applies a reduction to the visual tokens.
+    """Apply a reduction to the visual tokens.
 
     Args:
-        reduction: What to do.
-        count: K, tokens that come out per row.
+        reduction: The reduction.
+        count: K, the number of tokens that come out per row.
         tokens: Hidden states [B, V, d].
         mass: [B, V], or None if every mass is 1.
-        features: What ``required_features(reduction)`` names, except the tokens. Looked up only
-            when needed, so the mapping may make them on demand.
+        features: The features that ``required_features(reduction)`` names, except the tokens. Each
+            is looked up only when needed, so the mapping may compute it on demand.
         call: Runs or records an operator. One that records may run operators whose arguments are
             all plain tensors: anchors and grid similarities then become constants.
-        last_of: I, if rows are the images of prompts that end in their I-th: the last token of
-            that one stays, as the last choice, and comes last. 0 if the scores alone decide.
+        last_of: I, if rows are the images of prompts, I each, that end in their I-th image: the
+            last token of that image stays, as the last choice, and comes last. 0 if the scores
+            alone decide.
 
     Raises:
-        ValueError: If a selector cannot keep so many tokens, or needs complete images where
+        ValueError: If a selector cannot keep that many tokens, or needs complete images where
             tokens were dropped before.
     """
     call = short(call)
@@ -77,6 +80,7 @@ def static_reduce(
     kept = choice.kept()
     moved = assignment_of(choice, kept)
     if moved.assignment is None:
+        # Case: pruning.
         reduced = call(gather.take, tokens, kept)
         mass = None if mass is None else call(gather.take, mass, kept)
     else:
@@ -85,7 +89,7 @@ def static_reduce(
         own = None
         if weight is not None and moved.slot is not None:
             own = call(transfer.own_part, moved.slot, moved.receivers, weight)
-        # Raw scores stand in place of the masses.
+        # Raw scores replace the masses as weights.
         masses = None if reduction.weighting == "raw" else mass
         how = (own, masses, weight, moved.gain, reduction.exponent, reduction.average)
         reduced = call(transfer.merge, tokens, *parts, *how)
@@ -93,6 +97,7 @@ def static_reduce(
     if reduction.reweight:
         reduced = call(transfer.reweight, reduced, choice.score, kept, reduction.reweight)
     if choice.sorted_last:
+        # Receivers were the last tier, so the tokens are in the tiers' order until here.
         order = call(torch.argsort, kept)
         reduced, kept = (call(gather.take, value, order) for value in (reduced, kept))
         mass = None if mass is None else call(gather.take, mass, order)

@@ -1,1 +1,1 @@
-"""What is inferred of a model before it is captured, and how to run it without its weights."""
+"""Facts inferred about a model before it is captured, and running it without its weights."""

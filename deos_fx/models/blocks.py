@@ -20,7 +20,7 @@ _INSTEAD = (
     "example LlavaForConditionalGeneration."
 )
 
-# Kinds of layers, in transformers' words, that keep a running state instead of keys.
+# transformers' names of the kinds of layers that keep a running state instead of keys.
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "hybrid")
 
 
@@ -37,7 +37,7 @@ class Blocks:
     decoder: tuple[str, ...]
 
     def names(self) -> dict[str, str]:
-        """Module path -> node name: ``vision_0``, ``decoder_0``, ..."""
+        """Return the node name of every module path: ``vision_0``, ``decoder_0``, ..."""
         return {path: f"vision_{i}" for i, path in enumerate(self.vision)} | {
             path: f"decoder_{i}" for i, path in enumerate(self.decoder)
         }
@@ -53,7 +53,7 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
         The paths of its vision blocks and decoder layers.
 
     Raises:
-        CaptureError: If its images are no tokens of its decoder's prompt, its decoder is not made
+        CaptureError: If its images are not tokens of its decoder's prompt, its decoder is not made
             of such blocks, or visual tokens cannot be dropped there.
     """
     _check_reading(model)
@@ -72,13 +72,13 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
 
 
 def image_tower(model: PreTrainedModel) -> nn.Module | None:
-    """The module that encodes images; None where patches enter the prompt without one."""
+    """Return the module that encodes images; None where patches enter the prompt without one."""
     tower = model.get_encoder(modality="image")
     return None if tower in (model, model.base_model) else tower
 
 
 def _check_reading(model: PreTrainedModel) -> None:
-    """Refuse models whose images are no tokens of the decoder's prompt."""
+    """Refuse models whose images are not tokens of the decoder's prompt."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise CaptureError(
@@ -105,7 +105,7 @@ def _check_reading(model: PreTrainedModel) -> None:
 
 
 def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
-    """Refuse decoders in which dropping a visual token is not hiding its key."""
+    """Refuse decoders in which dropping a visual token differs from hiding its key."""
     recurrent = [kind for kind in _kinds(model) if kind in _RECURRENT]
     if recurrent:
         raise CaptureError(
@@ -134,7 +134,7 @@ def _kinds(model: PreTrainedModel) -> list[str]:
 
 
 def _blocks_under(model: nn.Module, part: nn.Module) -> tuple[str, ...]:
-    """Paths (in `model`) of the elements of the longest block list inside `part`."""
+    """Return the paths (in `model`) of the elements of the longest block list inside `part`."""
     inside = {id(module) for module in part.modules()}
     stacks = [
         [f"{path}.{i}" for i in range(len(module))]

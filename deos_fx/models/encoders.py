@@ -1,4 +1,4 @@
-"""How images enter a model: the inputs they come in, and the methods that encode them."""
+"""The inputs that images come in, and the methods of a model that encode them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ ENCODERS = {"get_image_features": "image_encoder", "get_video_features": "video_
 
 
 def is_encoder(node: fx.Node) -> bool:
-    """Whether the node encodes images or videos as a whole."""
+    """Return whether the node encodes images or videos as a whole."""
     return node.op == "call_module" and node.target in ENCODERS.values()
 
 
 def features_of(output: Any) -> Any:
-    """What enters the prompt, of the output of an image encoder: [I, V, d], or a list of [V, d]."""
+    """Return the part of an image encoder's output that enters the prompt.
+
+    It is [I, V, d], or a list of [V, d].
+    """
     if output.pooler_output is not None or "deepstack_features" not in output:
         return output.last_hidden_state if output.pooler_output is None else output.pooler_output
-    # Features for several layers, and the first of them take the placeholders' places.
+    # Case: only features for several layers; the first of them replace the placeholders.
     return output.deepstack_features[0][1]

@@ -1,4 +1,4 @@
-"""What deos_fx has to know of a model before it is captured."""
+"""The facts of a model that are needed before it is captured."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _GRIDS: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = weakref.We
 
 
 def signature_of(model: PreTrainedModel) -> ModelSignature:
-    """What a policy must match.
+    """Return the signature of a model, which a policy made for one model must match.
 
     Args:
         model: A transformers vision-language model.
 
     Raises:
-        TypeError: If it is not a transformers model, or wrapped in something. The message names
-            what to give instead.
+        TypeError: If it is not a transformers model, is wrapped, or runs other code than its class.
+            The message names what to give instead.
         ValueError: If it reads no images, or not through placeholders in its prompt. The message
             names the reason.
     """
@@ -68,8 +68,8 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
     )
 
 
-# How wrappers hand out what they wrap: those of peft, of torch.compile and of several devices, and
-# a reduced model.
+# Attribute of a wrapper -> expression for the model inside: the wrappers of peft, of torch.compile
+# and of several devices, and a reduced model.
 _INSIDE = {
     "get_base_model": "get_base_model()",
     "_orig_mod": "_orig_mod",
@@ -79,7 +79,7 @@ _INSIDE = {
 
 
 def _check_unwrapped(model: Any) -> None:
-    """Refuse what is no transformers model, or runs other code than its class."""
+    """Refuse anything but a transformers model that runs the code of its class."""
     name = type(model).__name__
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise TypeError(
@@ -97,7 +97,7 @@ def _check_unwrapped(model: Any) -> None:
             if "get_base_model" in inside
             else f"model is a {name} around a transformers model; give {inside}."
         )
-    # Hooks that bring weights in replace it too, and are followed.
+    # The hooks of accelerate that bring in weights replace forward too, but are supported.
     replaced = None if hasattr(model, "_hf_hook") else vars(model).get("forward")
     if "_original_forward" in vars(model):
         raise TypeError(
@@ -113,7 +113,7 @@ def _check_unwrapped(model: Any) -> None:
 
 
 def _inside(wrapper: Any, path: str) -> str | None:
-    """How to get at the transformers model in a wrapper, which may be wrapped more than once."""
+    """Return the expression for the transformers model in nested wrappers, or None."""
     if isinstance(wrapper, PreTrainedModel):
         return path
     for name, how in _INSIDE.items():
@@ -130,7 +130,7 @@ def _code_of(forward: Any) -> Any:
 
 
 def image_token_of(model: PreTrainedModel) -> int:
-    """Id of the placeholder of one visual token of an image."""
+    """Return the id of the placeholder of one visual token of an image."""
     token = _image_token(model.config)
     assert token is not None, "signature_of has refused this model"
     return token
@@ -141,19 +141,22 @@ def _image_token(config: Any) -> int | None:
 
 
 def video_token_of(model: PreTrainedModel) -> int | None:
-    """Id of the placeholder of one visual token of a video; None if the model takes no videos."""
+    """Return the id of the placeholder of one visual token of a video; None without videos."""
     config, names = model.config, ("video_token_id", "video_token_index")
     return next((getattr(config, name) for name in names if hasattr(config, name)), None)
 
 
 def size_inputs(model: PreTrainedModel) -> frozenset[str]:
-    """Inputs that tell how large each image is: tensors that model and image encoder both take."""
+    """Return the inputs that give the size of each image.
+
+    These are the tensors, other than the pixels, that both the model and its image encoder take.
+    """
     core: Any = model.base_model
     tower = image_tower(model)
     taken = _tensor_arguments(core.get_image_features)
     if tower is not None:
         taken |= _tensor_arguments(tower.forward)
-    # Towers of text models' shape take an attention mask too, which is not the prompt's.
+    # Towers built like text models also take an attention mask, but not that of the prompt.
     of_text = _tensor_arguments(model.get_decoder().forward)
     of_model = inspect.signature(type(model).forward).parameters
     return (taken & of_model.keys()) - of_text - {"pixel_values"}
@@ -165,12 +168,15 @@ def _tensor_arguments(function: Any) -> frozenset[str]:
 
 
 def sizes_vary(model: PreTrainedModel) -> bool:
-    """Whether an image has as many visual tokens as its size calls for, not always equally many."""
+    """Return whether the number of visual tokens of an image depends on its size."""
     return grid_of(model) == (0, 0)
 
 
 def grid_of(model: PreTrainedModel) -> tuple[int, int]:
-    """Rows and columns of the visual tokens of one image; (0, 0) where that depends on its size."""
+    """Return rows and columns of one image's visual tokens; (0, 0) if they depend on its size.
+
+    A number of tokens that is no square counts as one row.
+    """
     if model not in _GRIDS:
         count = _visual_tokens(model)
         side = math.isqrt(count)
@@ -179,9 +185,9 @@ def grid_of(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _visual_tokens(model: PreTrainedModel) -> int:
-    """Visual tokens of an image, if the pixels are all that the image encoder needs; else 0.
+    """Return the number of visual tokens of an image; 0 if the encoder needs more than the pixels.
 
-    They are counted on the shape of an image: no arithmetic is done.
+    They are counted by running the encoder on shapes, without arithmetic.
     """
     config: Any = getattr(model.config, "vision_config", None)
     tower = image_tower(model)
@@ -193,14 +199,14 @@ def _visual_tokens(model: PreTrainedModel) -> int:
         with on_shapes(model.base_model) as core, torch.no_grad():
             features = core.get_image_features(image_of(model), return_dict=True).pooler_output
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
-        # The encoder wants to know more than the pixels.
+        # Case: the encoder needs inputs other than the pixels.
         return 0
     first = features if isinstance(features, torch.Tensor) else features[0]
     return math.prod(first.shape[:-1])
 
 
 def image_of(model: PreTrainedModel) -> torch.Tensor:
-    """Pixels [1, C, H, W] of an image as large as the config says: their shape, on "meta"."""
+    """Return pixels [1, C, H, W] of an image of the config's size, on "meta": only a shape."""
     config: Any = model.config.vision_config
     sides = config.image_size
     height, width = sides if isinstance(sides, (list, tuple)) else (sides, sides)
@@ -209,7 +215,7 @@ def image_of(model: PreTrainedModel) -> torch.Tensor:
 
 
 def has_class_token(model: PreTrainedModel) -> bool:
-    """Whether the vision tower puts a CLS token in front of the patches."""
+    """Return whether the vision tower puts a CLS token in front of the patches."""
     tower = image_tower(model)
     names = () if tower is None else (name for name, _ in tower.named_parameters())
     return any("class_embedding" in name or "cls_token" in name for name in names)

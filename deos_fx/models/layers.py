@@ -1,8 +1,8 @@
-"""Layers whose weights are no plain numbers: quantised ones, of any library.
+"""Quantised layers, of any library: their weights are not plain numbers.
 
-What such weights mean, only the layer's own code knows: tensor subclasses that compute for
-themselves, packed integers with scales beside them. So these layers are never looked into. They are
-recognised by what their tensors are, and a linear one by its two sizes.
+Only the layer's own code knows what such weights mean (tensor subclasses that compute for
+themselves, packed integers next to their scales), so nothing else reads them. The layers are
+recognised by the types of their tensors, and a linear one by its two sizes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deos_fx.models.views import shallow_copy
 
 __all__ = ["AnyLinear", "has_codes", "linear_sizes", "with_layers"]
 
-# What a tensor of numbers, positions or flags is made of; all else needs a key to be read.
+# Types of numbers, positions or flags; tensors of other types are codes.
 _NUMBERS = {
     torch.float16,
     torch.bfloat16,
@@ -50,7 +50,7 @@ class AnyLinear(nn.Linear):
 
 
 def has_codes(module: nn.Module) -> bool:
-    """Whether tensors of the module itself, not of its parts, are something else than numbers."""
+    """Return whether tensors of the module itself, not of its parts, are not plain numbers."""
     tensors = (*module._parameters.values(), *module._buffers.values())
     return any(map(_is_code, tensors))
 
@@ -60,9 +60,9 @@ def _is_code(tensor: Tensor | None) -> bool:
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Features that go in and come out of a linear layer of any kind; None for other modules.
+    """Return the input and output features of a linear layer of any kind; None for other modules.
 
-    An adapter is none: the layer that it wraps counts, and those that it adds.
+    An adapter does not count as a layer; the layers that it wraps and adds do.
     """
     sizes: Any = tuple(getattr(module, name, None) for name in ("in_features", "out_features"))
     known = all(isinstance(size, int) for size in sizes) and not any(module.children())
@@ -70,11 +70,11 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def with_layers(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A view of a module in which other layers take the place of those with codes.
+    """Return a view of a module in which layers with codes are replaced.
 
     Args:
         module: The module, which is left as it is.
-        replace: What to put in the place of such a layer.
+        replace: Returns the replacement of such a layer.
 
     Returns:
         The module itself if it has none; otherwise a copy with the same weights and hooks.
@@ -86,7 +86,7 @@ def _view(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> nn.Mo
     if has_codes(module):
         return replace(module)
     view: nn.Module = shallow_copy(module)
-    # Models put hooks in their parts at their first call: those of the view are no more than its.
+    # Models add hooks to their parts at the first call; those added to the view stay in the view.
     hooks = {name: copy.copy(value) for name, value in vars(view).items() if "hooks" in name}
     vars(view).update(hooks)
     for name, part in module._modules.items():

@@ -1,7 +1,8 @@
-"""Run a model without its weights: values where inputs decide them, and otherwise only shapes.
+"""Run a model without its weights: values where only inputs decide them, and otherwise shapes.
 
 The code of a model reads some values into Python: sizes of images, token ids, whether anything is
-padded. These follow from the inputs alone. What its weights enter, its code takes as it comes.
+padded. These follow from the inputs alone. Values that depend on weights are never inspected by
+model code.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ __all__ = [
 
 META = torch.device("meta")
 
-# What the names of attention implementations begin with.
+# Prefixes of the names of attention implementations that need a kernel of their own.
 _KERNELS = ("flash", "flex", "paged", "kernels")
 
 
 class ShapesOnly(TorchDispatchMode):
     """While active, the result of an operation has values only if all its operands have.
 
-    Parameters count as having none. Everything else is on the meta device, and stays there if it is
-    to be moved. What is moved there, or counted there in integers (positions), keeps its values on
-    the CPU. Attention is sdpa, whatever was chosen: other kernels want numbers.
+    Parameters have no values. Other tensors without values are on meta and stay there, also when
+    they are moved. Integers and flags that are moved to meta, and int64 values created there
+    (positions), are computed on the CPU, so that code can read them. Implementations of attention
+    with a kernel of their own run as sdpa, because kernels need numbers.
     """
 
     def __enter__(self) -> Any:
@@ -67,7 +69,7 @@ class ShapesOnly(TorchDispatchMode):
         operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if any(map(_has_no_values, operands)):
             if func is torch.ops.aten.index.Tensor:
-                # How many rows a mask selects, its values say.
+                # The values of a mask say how many rows it selects, so the index keeps its values.
                 return func(_without_values(args[0]), args[1])
             args, kwargs = pytree.tree_map_only(torch.Tensor, _without_values, (args, kwargs))
             return func(*args, **(kwargs | {"device": META} if "device" in kwargs else kwargs))
@@ -78,7 +80,7 @@ class ShapesOnly(TorchDispatchMode):
         return result
 
 
-# What the names begin with of implementations that are sdpa, in this thread, and of masks.
+# Prefixes of the implementations, and of the masks, that run as sdpa in this thread.
 _PLAIN: ContextVar[tuple[str, ...]] = ContextVar("deos_fx_plain_attention", default=())
 _PLAIN_MASKS: ContextVar[tuple[str, ...]] = ContextVar("deos_fx_plain_masks", default=())
 
@@ -88,7 +90,7 @@ def plain_attention(masks: tuple[str, ...] = ()) -> Iterator[None]:
     """Run every attention implementation that needs a kernel of its own as sdpa, in this thread.
 
     Args:
-        masks: Further implementations whose masks are to be those of sdpa.
+        masks: Prefixes of further implementations whose masks are made as for sdpa.
     """
     known: dict[str, Any] = AttentionInterface._global_mapping
     made: dict[str, Any] = AttentionMaskInterface._global_mapping
@@ -113,7 +115,7 @@ def _beginning(table: dict[str, Any], prefixes: tuple[str, ...]) -> list[str]:
 def _plain(
     table: dict[str, Any], name: str, plain: ContextVar[tuple[str, ...]]
 ) -> Callable[[Any], Any]:
-    """What makes an entry of a table that is sdpa's where the thread wants it plain."""
+    """Return a maker of table entries that call sdpa's entry in threads that want plain ones."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -127,19 +129,19 @@ def _plain(
 
 
 def without_missing_weights(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """What to run a model in: nothing special, but `ShapesOnly` if it is on the meta device."""
+    """Return a context to run a model in: `ShapesOnly` on the meta device, otherwise none."""
     return ShapesOnly() if execution_device(model) == META else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def on_shapes(module: nn.Module) -> Iterator[Any]:
-    """`ShapesOnly`, with a view of a module that can be run in it, whatever its weights are."""
+    """Enter `ShapesOnly` with a view of a module that runs in it, whatever its weights are."""
     with ShapesOnly():
         yield shaped(module)
 
 
 def shaped(module: nn.Module) -> nn.Module:
-    """A view of a module in which no layer computes with codes; it is for `ShapesOnly`."""
+    """Return a view of a module for `ShapesOnly`, in which no layer computes with codes."""
     return with_layers(module, _stand_in)
 
 
@@ -149,10 +151,10 @@ def _stand_in(layer: nn.Module) -> nn.Module:
 
 
 class OnZeros(nn.Module):
-    """A layer whose sizes only its own code knows: it is run, on zeros, for the shapes.
+    """A layer whose sizes only its own code knows: it runs on zeros to find the shapes.
 
     Args:
-        layer: The layer.
+        layer: The layer to run.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -160,11 +162,11 @@ class OnZeros(nn.Module):
         self.layer = layer
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer on numbers, with no mode active."""
+        """Run the layer on numbers; no dispatch mode is active."""
         return self.layer(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Shapes of what the layer makes of shapes; gradients say that the one is of the other."""
+        """Return shapes of the results; gradients connect them to arguments that require any."""
         leaves = pytree.tree_leaves((args, kwargs))
         sources = [x.sum() for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
         device = execution_device(self.layer)

@@ -1,7 +1,7 @@
-"""Modules that accelerate has hooked, to run a model on several devices or from the disk.
+"""Modules with hooks of accelerate, which run a model on several devices or from the disk.
 
-A hook replaces a module's forward by one that is bound to this very module: it brings weights and
-arguments to where the module runs.
+A hook replaces a module's forward by one that is bound to this very module and brings weights and
+arguments to the device where the module runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["execution_device", "has_several_devices", "is_offloaded", "shallow_c
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where the first part of a module runs; that need not be where its weights are meanwhile."""
+    """Return the device where the first part of a module runs; its weights may be elsewhere."""
     for part in module.modules():
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if device is not None:
@@ -28,22 +28,22 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def has_several_devices(module: nn.Module) -> bool:
-    """Whether not all weights are in one place."""
+    """Return whether the weights are on more than one device."""
     return len({weight.device for weight in module.parameters()}) > 1
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether weights of the module itself, not of its parts, are elsewhere between its calls."""
+    """Return whether the module's own weights, not those of parts, are offloaded between calls."""
     hook = getattr(module, "_hf_hook", None)
     return bool(getattr(hook, "offload", False)) and bool(module._parameters)
 
 
 def shallow_copy(module: Any) -> Any:
-    """Another module with the same weights, whose submodules and attributes can be replaced.
+    """Return a copy with the same weights, whose submodules and attributes can be replaced.
 
-    Parameters and buffers are the same dict objects as the original's, so moving or loading the
-    original moves the copy. Hooks work on the copy; `torch.nn.Module.compile` has to be called
-    again.
+    Parameters and buffers are in the same dict objects as the original's, so moving or loading the
+    original also moves or loads the copy. Hooks work on the copy; `torch.nn.Module.compile` has to
+    be called again.
     """
     twin = copy.copy(module)
     twin._modules = dict(module._modules)

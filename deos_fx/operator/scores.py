@@ -108,7 +108,7 @@ def text_relevance(tokens: Tensor, text_tokens: Tensor, text_mask: Tensor) -> Te
     Args:
         tokens: Hidden states [B, V, d].
         text_tokens: Embeddings of the text [B, T, d].
-        text_mask: [B, T], 1 where the text is not padding.
+        text_mask: [B, T], 1 at the text tokens that count, 0 at the others and at padding.
     """
     image, text = (F.normalize(full_precision(x), dim=-1) for x in (tokens, text_tokens))
     votes = full_precision(text_mask)

@@ -313,7 +313,7 @@ class Reduction:
 
     @property
     def uses_score_values(self) -> bool:
-        """Return whether the values of scores matter, not only their order; they are then standardized."""
+        """Return whether the scores' values matter, not just their order: they are standardized."""
         weighted = self.weighting == "score" and (self.gain > 0 or self.residual)
         return self.selector == "greedy" or self.reweight != 0 or weighted
 

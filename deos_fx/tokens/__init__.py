@@ -1,4 +1,4 @@
-"""Which tokens are where, and what follows them, in plain tensor functions."""
+"""Plain tensor functions on the tokens of a prompt: their indices, positions, biases and votes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ __all__ = [
     "without_class",
 ]
 
-# The code of a graph spells out where a function lives; the public place reads best there.
+# The printed code of a graph names a function's module; the public one is the easiest to read.
 for _function in [value for name, value in globals().items() if name in __all__]:
     if isinstance(_function, FunctionType):
         _function.__module__ = __name__

@@ -1,4 +1,4 @@
-"""Biases on the logits of keys, by mass and by gate."""
+"""Biases on the attention logits of keys, from masses and gates."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ __all__ = ["gate_bias", "mass_bias", "ones_at", "ones_like_tokens", "patch_bias"
 
 
 def patch_bias(mass: Tensor, class_tokens: int, beta: float) -> Tensor:
-    """`mass_bias` in a vision tower: [I, c + K] from masses [I, K], 0 for the c class tokens."""
+    """Return `mass_bias` in a vision tower: [I, c + K] from masses [I, K], 0 for c class tokens."""
     return torch.nn.functional.pad(beta * mass.float().log(), (class_tokens, 0))
 
 
 def mass_bias(mass: Tensor, visual: Tensor, hidden: Tensor, beta: float) -> Tensor:
-    """What later attention adds to each key's logits: beta log m (proportional attention of ToMe).
+    """Return the bias on each key's logits in later attention: beta log m.
+
+    This is the proportional attention of ToMe.
 
     Args:
         mass: [B, K] masses of the visual tokens.
         visual: [B, K] their positions.
         hidden: [B, M, d]; only its shape is read.
-        beta: 0 ignores masses, 1 counts a token as often as the tokens it stands for.
+        beta: 0 ignores masses, 1 counts a token once for every token it stands for.
 
     Returns:
         [B, M] in float32, 0 at text tokens.
@@ -32,13 +34,13 @@ def mass_bias(mass: Tensor, visual: Tensor, hidden: Tensor, beta: float) -> Tens
 
 
 def gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, visual: Tensor, hidden: Tensor) -> Tensor:
-    """What relaxed reductions add to the logits of each key: log(gate) + beta log(mass).
+    """Return the bias of relaxed reductions on each key's logits: log(gate) + beta log(mass).
 
     Args:
         alive: Gates [B, V].
         mass: [B, V].
         beta: 0-dim.
-        visual: [B, V].
+        visual: [B, V] positions of the visual tokens.
         hidden: [B, N, d]; only its shape is read.
 
     Returns:
@@ -50,11 +52,11 @@ def gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, visual: Tensor, hidden:
 
 
 def patch_gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, class_tokens: int) -> Tensor:
-    """`gate_bias` in a vision tower: [I, c + V] from gates and masses [I, V], 0 for class tokens.
+    """Return `gate_bias` in a vision tower: [I, c + V] from [I, V], 0 for the c class tokens.
 
     Args:
-        alive: Gates.
-        mass: Masses.
+        alive: Gates [I, V].
+        mass: Masses [I, V].
         beta: 0-dim.
         class_tokens: c.
     """
@@ -63,10 +65,10 @@ def patch_gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, class_tokens: int
 
 
 def ones_at(visual: Tensor) -> Tensor:
-    """Open gates [B, V] for visual positions [B, V]."""
+    """Return open gates [B, V] for visual positions [B, V]."""
     return torch.ones_like(visual, dtype=torch.float32)
 
 
 def ones_like_tokens(visual: Tensor) -> Tensor:
-    """Open gates [I, V] for visual tokens [I, V, d]."""
+    """Return open gates [I, V] for visual tokens [I, V, d]."""
     return torch.ones(visual.shape[:2], device=visual.device)

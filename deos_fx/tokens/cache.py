@@ -16,13 +16,14 @@ __all__ = ["ReducedCache", "TokenSpace", "in_rows"]
 
 @dataclass
 class TokenSpace:
-    """What the layers behind a reduction still hold of the prompt.
+    """The part of the prompt that the layers after a reduction still hold.
 
     Attributes:
         first_layer: First decoder layer of the space.
         origin: [B, M] original prompt positions of the tokens that are left; -1 is padding.
         key_bias: [B, M] bias of their attention logits, or None.
-        shift: [B, 1] how far later tokens move up; None for the number of dropped tokens.
+        shift: [B, 1] number to subtract from the positions of later tokens; None for the number of
+            dropped tokens.
     """
 
     first_layer: int
@@ -32,18 +33,19 @@ class TokenSpace:
 
 
 class ReducedCache(DynamicCache):
-    """transformers' dynamic cache, plus which prompt tokens each layer kept.
+    """transformers' dynamic cache that also knows which prompt tokens each layer kept.
 
     The sequence length it reports is that of the *original* text, so that positions and the loop
-    of `generate` continue as if nothing had been dropped; masks are sized by what a layer holds.
+    of `generate` continue as if nothing had been dropped; masks are sized by the keys a layer
+    holds.
 
     Args:
         config: The text model's config.
 
     Attributes:
-        rope_deltas: Where the model counts positions of images by their grid: how much the
-            position of a new token differs from its index, [B, 1].
-        images: The inputs that the images in the cache came from, by name.
+        rope_deltas: Difference [B, 1] between the position of a new token and its index, for
+            models that count positions of images by their grid; else None.
+        images: The inputs, by name, that the images in the cache came from.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -54,22 +56,22 @@ class ReducedCache(DynamicCache):
         self.images: dict[str, Tensor] = {}
 
     def record(self, prompt_length: int, spaces: Sequence[TokenSpace]) -> None:
-        """Remember what a prefill of `prompt_length` tokens left in each layer."""
+        """Record the spaces that a prefill of `prompt_length` tokens left in the layers."""
         self.prompt_length = prompt_length
         self.spaces = list(spaces)
 
     @property
     def rows(self) -> int:
-        """Texts in the cache; 0 for an empty one."""
+        """Return the number of rows in the cache; 0 if it is empty."""
         held = (getattr(layer, "keys", None) for layer in self.layers)
         return next((len(keys) for keys in held if keys is not None), 0)
 
     def join(self, parts: Sequence[ReducedCache], rows: Sequence[int]) -> None:
-        """Take over what prefills of parts of a batch left, padded on the left to the longest.
+        """Join the caches of prefills of parts of a batch, padded on the left to the longest.
 
         Args:
-            parts: Their caches.
-            rows: For every row of all parts in turn, its place in the batch.
+            parts: The caches of the parts.
+            rows: The place in the batch of every row of the parts, one part after the other.
         """
         self.layers = [
             _joined_layer(layers, rows)
@@ -77,31 +79,31 @@ class ReducedCache(DynamicCache):
         ]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far, dropped ones included."""
+        """Return the number of tokens seen so far, including dropped ones."""
         if layer_idx == 0:
-            # Convolutions hold no keys: the length is that of the first layer that does.
+            # Convolutions hold no keys, so the first layer that does gives the length.
             held = (i for i, layer in enumerate(self.layers) if hasattr(layer, "get_seq_length"))
             layer_idx = next(held, 0)
         return super().get_seq_length(layer_idx) + self._dropped(layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Index of the next query among the keys that this layer holds."""
+        """Return the index of the next query among the keys that this layer holds."""
         return super().get_seq_length(layer_idx)
 
     def reset(self) -> None:
-        """Forget everything, also what was kept of which prompt."""
+        """Forget everything, including which prompt tokens were kept."""
         super().reset()
         self.record(0, [])
         self.rope_deltas, self.images = None, {}
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the latest tokens, as transformers' caches do (assisted decoding takes back).
+        """Forget the latest tokens, as transformers' caches do (assisted decoding rejects some).
 
         Args:
             tokens_to_remove: How many, as a negative number.
 
         Raises:
-            ValueError: If they reach into the prompt that was reduced.
+            ValueError: If they reach into a prompt that was reduced.
         """
         if self.spaces and self.get_seq_length() - abs(tokens_to_remove) < self.prompt_length:
             raise ValueError(
@@ -118,20 +120,22 @@ class ReducedCache(DynamicCache):
     def decode_inputs(
         self, attention_mask: Tensor | None, position_ids: Tensor
     ) -> dict[str, Tensor]:
-        """Extra inputs of a lowered decode graph (see `deos_fx.passes.lower.lower_decode`).
+        """Return extra inputs of a lowered decode graph (see `deos_fx.passes.lower.lower_decode`).
 
         Args:
-            attention_mask: None or [B, T], over the original text and the new tokens.
+            attention_mask: None or [B, T], over the original prompt and the new tokens.
             position_ids: [B or 1, t] original positions of the new tokens.
 
         Returns:
-            ``key_positions_k``, ``attention_mask_k``, ``position_ids_k`` and ``key_bias_k`` of
-            every space k; also ``attention_mask`` if there was none but rows are padded.
+            ``key_positions_k`` and ``position_ids_k`` of every space k, ``attention_mask_k`` if
+            there is a mask and ``key_bias_k`` if it has a bias; also ``attention_mask`` if none was
+            given but rows are padded.
         """
         inputs = {}
-        # A space is made where its layers are, which may be on another device than the inputs.
+        # The tensors of a space are on the device of its layers, which the inputs may not be on.
         self._change_spaces(lambda rows: rows.to(position_ids.device))
         new = position_ids.shape[-1] + self.get_seq_length() - self.prompt_length
+        # Joined rows of different lengths are padded and need a mask, even if none was given.
         if attention_mask is None and any(bool((space.origin < 0).any()) for space in self.spaces):
             attention_mask = torch.ones(
                 (len(self.spaces[0].origin), self.prompt_length + new),
@@ -156,17 +160,17 @@ class ReducedCache(DynamicCache):
         return inputs
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Follow beam search: select rows, also of what was kept."""
+        """Follow beam search: select rows of the layers and of the spaces."""
         super().reorder_cache(beam_idx)
         self._rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, also of what was kept."""
+        """Repeat every row of the layers and of the spaces."""
         super().batch_repeat_interleave(repeats)
         self._rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows, also of what was kept."""
+        """Keep some rows of the layers and of the spaces."""
         super().batch_select_indices(indices)
         self._rows(lambda rows: rows[indices.to(rows.device)])
 
@@ -185,11 +189,11 @@ class ReducedCache(DynamicCache):
 
 
 def in_rows(values: Sequence[Tensor], rows: Sequence[int], axis: int) -> Tensor:
-    """Values of parts of a batch together, shorter ones with zeros in front.
+    """Put the values of the parts of a batch together, padding shorter ones with zeros in front.
 
     Args:
         values: [B_i, ...], of different sizes along one axis.
-        rows: For every row of all parts in turn, its place in the batch.
+        rows: The place in the batch of every row of the parts, one part after the other.
         axis: The axis that is padded.
 
     Returns:
@@ -206,7 +210,7 @@ def in_rows(values: Sequence[Tensor], rows: Sequence[int], axis: int) -> Tensor:
 
 
 def _joined_layer(layers: Sequence[Any], rows: Sequence[int]) -> Any:
-    """One layer's cache for a batch from those for its parts: keys and values, or a state."""
+    """Join one layer's caches of the parts of a batch: keys and values, or a state."""
     joined = copy.copy(layers[0])
     for name in ("keys", "values"):
         if hasattr(joined, name):
@@ -221,6 +225,6 @@ def _joined_layer(layers: Sequence[Any], rows: Sequence[int]) -> Any:
         if together:
             setattr(joined, name, {**states, **together})
     if hasattr(joined, "cumulative_length"):
-        # A window counts what has come by, and the longest row is what it is as wide as.
+        # Sliding layers count the tokens seen; after joining, the longest row's count applies.
         joined.cumulative_length = max(layer.cumulative_length for layer in layers)
     return joined

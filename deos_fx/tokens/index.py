@@ -1,10 +1,10 @@
-"""Bookkeeping of prompts: which positions are visual, which stay, and how values follow them.
+"""Indices into prompts: which positions are visual, which stay, and how values are re-indexed.
 
-Layers of one model may be on several devices: results are where the values (hidden states,
-attention, masks) are, and indices follow them. The small tensor functions appear by name in lowered
-graphs. Shapes: B rows, N prompt positions,
-V visual tokens of a row, K of them kept, M = N - V + K. Only K and V are constants; B and N stay
-dynamic in an exported graph. Indices are ascending, so the order of the prompt is kept.
+The small tensor functions appear by name in lowered graphs. The layers of a model may be on several
+devices: results are on the device of the values (hidden states, attention, masks), and indices are
+moved there. Shapes: B rows, N prompt positions, V visual tokens of a row, K of them kept,
+M = N - V + K. Only K and V are constants; B and N stay dynamic in an exported graph. Indices are
+ascending, so the order of the prompt is kept.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ __all__ = [
 
 
 def beside(value: Tensor, tokens: Tensor) -> Tensor:
-    """The value on the device that the tokens are on."""
+    """Move a value to the device that the tokens are on."""
     return value.to(tokens.device)
 
 
 def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
-    """Rows of `x` at `index`, per batch row.
+    """Take the tokens of `x` at `index`, for each row of the batch.
 
     Args:
         x: [B or 1, N, ...] or, with dim = -1, [B or 1, ..., N]; a leading 1 is expanded.
@@ -55,22 +55,22 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     x, index = x.movedim(dim, 1), index.to(x.device)
     batch, length = index.shape[0], x.shape[1]
     x = x.expand(batch, *x.shape[1:])
-    # One Gather on flattened rows: an index per element (torch.gather) would move more bytes
-    # than the tokens themselves.
+    # One Gather on flattened rows: torch.gather has an index per element, which would move more
+    # bytes than the tokens themselves.
     offset = torch.arange(batch, device=index.device)[:, None] * length
     rows = x.reshape(batch * length, *x.shape[2:]).index_select(0, (index + offset).flatten())
     return rows.reshape(batch, index.shape[1], *x.shape[2:]).movedim(1, dim)
 
 
 def take_in_each(x: Tensor, index: Tensor) -> Tensor:
-    """`take` of values [k, B or 1, N, ...] with k coordinates for each token: [k, B, M, ...]."""
+    """Apply `take` to values [k, B or 1, N, ...] of k coordinates per token: [k, B, M, ...]."""
     return torch.stack([take(coordinate, index) for coordinate in x.unbind(0)])
 
 
 def take_each(
     parts: tuple[Tensor, ...], index: Tensor, dims: tuple[int | None, ...]
 ) -> tuple[Tensor, ...]:
-    """`take` on every part of a tuple (cos, sin); parts whose axis is None stay as they are."""
+    """Apply `take` to every part of a tuple (cos, sin); parts whose axis is None stay as is."""
     return tuple(
         part if dim is None else take(part, index, dim)
         for part, dim in zip(parts, dims, strict=True)
@@ -78,15 +78,16 @@ def take_each(
 
 
 def take_mask(mask: Tensor | BlockMask | None, index: Tensor) -> Tensor | BlockMask | None:
-    """An attention mask restricted to kept tokens, on both axes.
+    """Restrict an attention mask to kept tokens, on both axes.
 
     Args:
-        mask: None, [B, N], or [B or 1, H, N, N] as transformers' mask functions return it, or what
-            they return for flex_attention.
+        mask: None, [B, N], [B or 1, H, N, N] as transformers' mask functions return it, or the
+            BlockMask that they return for flex_attention.
         index: [B, M].
 
     Returns:
-        None, [B, M] or [B, H, M, M]: windows and bidirectional blocks keep original distances.
+        None, [B, M], [B, H, M, M] or a BlockMask; windows and bidirectional blocks keep the
+        original distances.
     """
     if isinstance(mask, BlockMask):
         visible, (batch, length) = mask.mask_mod, index.shape
@@ -101,7 +102,7 @@ def take_mask(mask: Tensor | BlockMask | None, index: Tensor) -> Tensor | BlockM
 
 
 def with_patches(hidden: Tensor, patches: Tensor, class_tokens: int) -> Tensor:
-    """A tower's hidden states [I, c + V, d] with other patches: [I, c + K, d].
+    """Replace the patches in a tower's hidden states [I, c + V, d]: [I, c + K, d].
 
     Args:
         hidden: Hidden states; the c class tokens in front stay.
@@ -112,7 +113,7 @@ def with_patches(hidden: Tensor, patches: Tensor, class_tokens: int) -> Tensor:
 
 
 def kept_in_prompt(visual: Tensor, kept: Tensor, hidden: Tensor) -> Tensor:
-    """Positions of all text and the kept visual tokens.
+    """Return the positions of all text and of the kept visual tokens.
 
     Args:
         visual: [B, V] positions of the visual tokens.
@@ -129,7 +130,7 @@ def kept_in_prompt(visual: Tensor, kept: Tensor, hidden: Tensor) -> Tensor:
 
 
 def kept_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
-    """Indices kept in each image [B * images, K] as indices into a prompt's tokens.
+    """Turn indices kept in each image [B * images, K] into indices into a prompt's visual tokens.
 
     Args:
         kept: Indices into the tokens of one image.
@@ -144,7 +145,7 @@ def kept_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
 
 
 def kept_of_kept(before: Tensor, kept: Tensor) -> Tensor:
-    """What two reductions in a row keep, of the tokens that came to the first.
+    """Return the indices that two successive reductions keep of the tokens that reach the first.
 
     Args:
         before: [I, K1] indices that the first kept; -1 stands for a copy of the CLS token.
@@ -158,12 +159,12 @@ def kept_of_kept(before: Tensor, kept: Tensor) -> Tensor:
 
 
 def known_of_kept(x: Tensor, kept: Tensor) -> Tensor:
-    """Values [B or 1, V, ...] of kept tokens [B, K]; a copy of the CLS token has the first's."""
+    """Take values [B or 1, V, ...] of kept tokens [B, K]; a copy of CLS gets the first token's."""
     return take(x, kept.clamp(min=0))
 
 
 def first_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
-    """The placeholders of tokens that are not in the order of the image: each image's first K.
+    """Return the placeholders for tokens out of the image's order: each image's first K.
 
     Args:
         kept: [B * images, K]; only its shape is read.
@@ -178,27 +179,27 @@ def first_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
 
 
 def last_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
-    """`first_of_prompt` where prompts end in a placeholder, which stays: each image's last K."""
+    """Return each image's last K placeholders: `first_of_prompt` if prompts end in one."""
     return first_of_prompt(kept, images, per_image) + (per_image - kept.shape[1])
 
 
 def of_images(x: Tensor, images: int) -> Tensor:
-    """Visual tokens of prompts [B, images * V, d] as those of each image [B * images, V, d]."""
+    """Split visual tokens of prompts [B, images * V, d] by image: [B * images, V, d]."""
     return x.unflatten(1, (images, -1)).flatten(0, 1)
 
 
 def of_prompts(x: Tensor, images: int) -> Tensor:
-    """Tokens of each image [B * images, K, d] as those of prompts [B, images * K, d]."""
+    """Join tokens of images [B * images, K, d] by prompt: [B, images * K, d]."""
     return x.unflatten(0, (-1, images)).flatten(1, 2)
 
 
 def masses_of_prompt(mass: Tensor, images: int) -> Tensor:
-    """Masses of each image's tokens [B * images, K] as masses of a prompt's [B, images * K]."""
+    """Join masses of images' tokens [B * images, K] by prompt: [B, images * K]."""
     return mass.unflatten(0, (-1, images)).flatten(1)
 
 
 def visual_after(visual: Tensor, kept: Tensor) -> Tensor:
-    """Positions [B, K] of the kept visual tokens in the shortened prompt."""
+    """Return the positions [B, K] of the kept visual tokens in the shortened prompt."""
     kept = kept.to(visual.device)
     dropped_before = kept - torch.arange(kept.shape[1], device=kept.device)
     return take(visual, kept) - dropped_before

@@ -1,4 +1,4 @@
-"""What is constant about the prompts a graph is lowered for."""
+"""The layout of the prompts a graph is lowered for: it is the same for all of them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["PromptLayout", "first_layer", "grid_after", "grid_of_prompt", "rule_
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """Where and how many the visual tokens of a prompt are.
+    """The images of a prompt and the number and arrangement of their visual tokens.
 
     Attributes:
         image_token: Id of the image placeholder, or the ids of all kinds of placeholders.
-        images: Images per prompt; each frame of a video is one.
+        images: Images per prompt; each frame of a video counts as one.
         grid: Rows and columns of one image's tokens.
-        separators: Placeholders of a prompt that are no part of an image (ends of rows): they are
-            never reduced.
+        separators: Number of placeholders in a prompt that are not part of an image (ends of rows);
+            they are never reduced.
         placed: Whether the grid is known; otherwise all tokens of an image count as one row.
         grids: Rows and columns of every image, if they differ; ``grid`` is then the first.
-        ends: Whether the prompt ends in a visual token. What comes next is read from there, so
-            that token stays whatever is reduced.
-        packed: What keeps tokens of a row apart, in words (packed samples); empty where every row
-            is one prompt.
+        ends: Whether the prompt ends in a visual token. The next token is predicted from it, so it
+            is always kept.
+        packed: Reason, in words, why not every token of a row sees all before it (packed samples);
+            empty where every row is one prompt.
     """
 
     image_token: int | tuple[int, ...]
@@ -43,7 +43,7 @@ class PromptLayout:
 
     @property
     def tokens_per_image(self) -> int:
-        """V of one image.
+        """Return V of one image.
 
         Raises:
             ValueError: If images have different numbers of tokens.
@@ -57,17 +57,17 @@ class PromptLayout:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """V of every image."""
+        """Return V of every image."""
         grids = self.grids or (self.grid,) * self.images
         return tuple(rows * columns for rows, columns in grids)
 
     def alike(self) -> list[list[int]]:
-        """Numbers of the images of each size."""
+        """Return the indices of the images of each size, in groups."""
         grids = self.grids or (self.grid,) * self.images
         return [[i for i, grid in enumerate(grids) if grid == one] for one in dict.fromkeys(grids)]
 
     def grid_tensor(self, images: int) -> Tensor:
-        """Image, row and column of every token of `images` images: int64 [images * V, 3]."""
+        """Return image, row and column of every token of `images` images: int64 [images * V, 3]."""
         grids = self.grids[:images] or (self.grid,) * images
         return torch.cat([_cells(image, *grid) for image, grid in enumerate(grids)])
 
@@ -78,21 +78,21 @@ def _cells(image: int, rows: int, columns: int) -> Tensor:
 
 
 def first_layer(site: str) -> int:
-    """The first decoder layer that sees what a reduction at this site leaves."""
+    """Return the first decoder layer after a reduction at this site."""
     stage, layer = split_site(site)
     return layer + 1 if stage == "decoder" else 0
 
 
 def grid_after(reduction: Reduction, count: int, grid: Tensor) -> Tensor | None:
-    """What a reduction leaves of a grid [V, 3] that is the same in all rows.
+    """Return the part that a reduction keeps of a grid [V, 3] that is the same in all rows.
 
     Args:
-        reduction: What is done.
-        count: K, tokens that it keeps.
-        grid: Image, row and column of the tokens that come in.
+        reduction: The reduction.
+        count: K, the number of tokens that it keeps.
+        grid: Image, row and column of the incoming tokens.
 
     Returns:
-        [K, 3], or None if what is left depends on the input.
+        [K, 3], or None if the kept tokens depend on the input.
     """
     if reduction.selector != "grid" or reduction.tiers:
         return None
@@ -100,15 +100,15 @@ def grid_after(reduction: Reduction, count: int, grid: Tensor) -> Tensor | None:
 
 
 def grid_of_prompt(grid: Tensor, images: int) -> Tensor:
-    """The grid [images * K, 3] of a prompt whose images all have the grid [K, 3]."""
+    """Return the grid [images * K, 3] of a prompt whose images all have the grid [K, 3]."""
     return torch.cat([grid + torch.tensor([image, 0, 0]) for image in range(images)])
 
 
 def rule_before_decoder(reductions: Iterable[Reduction]) -> str:
-    """How positions follow the reductions before the decoder, which shorten the prompt at once.
+    """Return the one position rule of all reductions before the decoder.
 
-    The rule that moves tokens furthest holds for all of them: ``compact`` before ``grid`` before
-    ``keep``.
+    Together they shorten the prompt once. The rule that moves tokens furthest holds for all of
+    them: ``compact`` before ``grid`` before ``keep``.
     """
     rules = {step.position for step in reductions if split_site(step.site)[0] != "decoder"}
     return next((rule for rule in ("compact", "grid") if rule in rules), "keep")

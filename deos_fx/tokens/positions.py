@@ -1,4 +1,4 @@
-"""Where tokens are: which are visual, and what positions they have."""
+"""Places of the visual tokens in a prompt, and position ids after a reduction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def are_visual(input_ids: Tensor, image_token: int | tuple[int, ...]) -> Tensor:
-    """Flags of the placeholders, of one kind or of several, in input_ids [B, N]."""
+    """Flag the placeholders, of one kind or of several, in input_ids [B, N]."""
     if isinstance(image_token, int):
         return torch.eq(input_ids, image_token)
     return torch.isin(input_ids, torch.tensor(image_token, device=input_ids.device))
@@ -37,13 +37,13 @@ def visual_positions(
     count: int,
     separators: Tensor | None = None,
 ) -> Tensor:
-    """Positions of the image placeholders.
+    """Return the positions of the image placeholders.
 
     Args:
         input_ids: [B, N].
         image_token: Id of the placeholder, or of each kind of placeholder.
-        count: V, the number of placeholders of every row that are no separators.
-        separators: None, or flags [B, N] of those that are.
+        count: V, the number of placeholders in every row that are not separators.
+        separators: None, or flags [B, N] of the placeholders that are separators.
 
     Returns:
         [B, V] int64, ascending.
@@ -55,24 +55,24 @@ def visual_positions(
 
 
 def is_separator(features: Tensor, newline: Tensor) -> Tensor:
-    """Flags [...] of features [..., d] that are the learned end of an image row, newline [d]."""
+    """Flag [...] features [..., d] that equal the learned end of an image row, newline [d]."""
     return (features == newline.to(features)).all(dim=-1)
 
 
 def text_tokens(visual: Tensor, hidden: Tensor) -> Tensor:
-    """Positions [B, N - V] of everything in hidden [B, N, d] but the visual tokens [B, V]."""
+    """Return positions [B, N - V] of everything in [B, N, d] but the visual tokens [B, V]."""
     flags = torch.ones(hidden.shape[:2], device=hidden.device)
     flags = flags.scatter(1, visual.to(hidden.device), 0.0)
     return listed(flags, hidden.shape[1] - visual.shape[1])
 
 
 def class_token(hidden: Tensor) -> Tensor:
-    """Position [I, 1] of the CLS token of a vision tower's hidden states [I, V + 1, d]."""
+    """Return the position [I, 1] of the CLS token in a tower's hidden states [I, V + 1, d]."""
     return torch.zeros((hidden.shape[0], 1), dtype=torch.int64, device=hidden.device)
 
 
 def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Position of the last token that is not padding.
+    """Return the position of the last token that is not padding.
 
     Args:
         hidden: [B, N] or [B, N, d]; only its shape is read.
@@ -89,7 +89,7 @@ def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
-    """Position ids without gaps: each kept token moves down by the number dropped before it.
+    """Return position ids without gaps: minus the number of tokens dropped before each.
 
     Args:
         position_ids: [B or 1, N] of the unreduced prompt.
@@ -104,7 +104,7 @@ def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
 
 
 def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) -> Tensor:
-    """Dropped visual tokens with no kept token of their image behind them.
+    """Flag the dropped visual tokens with no kept token of their image after them.
 
     Args:
         origin: [B, M] original prompt positions of the tokens that are left.
@@ -113,7 +113,7 @@ def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) 
         images: Images per prompt.
 
     Returns:
-        [B, N] int64, 1 at these tokens of the original prompt.
+        [B, N] int64 over the original prompt, 1 at these tokens.
     """
     visual = visual.to(origin.device)
     batch, length = origin.shape[0], position_ids.shape[1]
@@ -122,7 +122,7 @@ def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) 
 
 
 def _trailing(left: Tensor, visual: Tensor, length: int, images: int) -> Tensor:
-    """`trailing` from flags [B, V] of what is left: last_j = max over its kept tokens of place."""
+    """Compute `trailing` from flags [B, V] of the tokens left: those after an image's last one."""
     per_image = left.unflatten(1, (images, -1))
     place = torch.arange(1, per_image.shape[2] + 1, device=left.device)
     last = (per_image * place).amax(dim=2, keepdim=True)
@@ -132,10 +132,10 @@ def _trailing(left: Tensor, visual: Tensor, length: int, images: int) -> Tensor:
 
 
 def grid_positions(position_ids: Tensor, trailing: Tensor, origin: Tensor) -> Tensor:
-    """Position ids that keep a token's place in its image.
+    """Return position ids in which tokens keep their place in their image.
 
-    Everything behind an image moves up to follow the last token that is kept of it (the rule of
-    OpenVINO GenAI for positions in two dimensions, in one).
+    Everything after an image moves up to follow the last token that is kept of it (OpenVINO GenAI's
+    rule for two-dimensional positions, applied to one dimension).
 
     Args:
         position_ids: [B or 1, N] of the unreduced prompt.
@@ -149,19 +149,19 @@ def grid_positions(position_ids: Tensor, trailing: Tensor, origin: Tensor) -> Te
 
 
 def shift_of(trailing: Tensor) -> Tensor:
-    """How far [B, 1] the tokens behind the prompt move up, from `trailing` [B, N]."""
+    """Return how far [B, 1] tokens after the prompt move up, from `trailing` [B, N]."""
     return trailing.sum(dim=1, keepdim=True)
 
 
 def relaxed_grid_positions(
     position_ids: Tensor, alive: Tensor, visual: Tensor, images: int
 ) -> Tensor:
-    """`grid_positions` where no token leaves.
+    """Return `grid_positions` in the relaxed form, where no token leaves.
 
     Args:
         position_ids: [B or 1, N] of the unreduced prompt.
         alive: Gates [B, V]; below one half counts as dropped. No gradient flows.
-        visual: [B, V].
+        visual: [B, V] positions of the visual tokens, image by image.
         images: Images per prompt.
 
     Returns:
@@ -174,12 +174,12 @@ def relaxed_grid_positions(
 def relaxed_positions(
     position_ids: Tensor, alive: Tensor, visual: Tensor, hidden: Tensor
 ) -> Tensor:
-    """`compact_positions` where no token leaves: each token moves down by the closed gates before.
+    """Return `compact_positions` where no token leaves: minus the number of closed gates before.
 
     Args:
         position_ids: [B or 1, N] of the unreduced prompt.
         alive: Gates [B, V]; below one half counts as dropped. No gradient flows.
-        visual: [B, V].
+        visual: [B, V] positions of the visual tokens.
         hidden: [B, N, d]; only its shape is read.
 
     Returns:

@@ -1,7 +1,7 @@
-"""What surrounds the visual tokens: whose attention to them counts, and the text they stand in.
+"""Tokens around the visual ones: votes, which say whose attention to these counts, and text.
 
 Shapes: B rows, N prompt positions, V visual tokens of a row, T = N - V others (text and padding),
-I images. Votes are weights of a mean: 0 takes no part.
+I images. Votes are the weights of a mean: a token with vote 0 takes no part.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ __all__ = [
 
 
 def class_feature(hidden: Tensor) -> Tensor:
-    """The CLS token [I, 1, d] of a vision tower's hidden states [I, 1 + V, d]."""
+    """Return the CLS token [I, 1, d] of a vision tower's hidden states [I, 1 + V, d]."""
     return hidden[:, :1]
 
 
 def without_class(x: Tensor, class_tokens: int) -> Tensor:
-    """Values [I, c + V, ...] of a vision tower's tokens without those of the c class tokens."""
+    """Return a vision tower's values [I, c + V, ...] without those of the c class tokens."""
     return x[:, class_tokens:]
 
 
 def text_votes(attention_mask: Tensor, text: Tensor) -> Tensor:
-    """Votes [B, T] of the text tokens at `text` [B, T]: padding in attention_mask [B, N] has none.
+    """Return votes of the text tokens at `text` [B, T]: attention_mask [B, N], 0 for padding.
 
     Returns:
-        Float32.
+        [B, T] in float32.
     """
     return take(attention_mask, text).float()
 
 
 def question_votes(text: Tensor, visual: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Votes of the text behind the images: it alone has seen all of them.
+    """Return votes of the text after the images, the only text that has seen all of them.
 
     Args:
         text: [B, T] positions of everything that is not visual, ascending.
-        visual: [B, V].
+        visual: [B, V] positions of the visual tokens.
         attention_mask: None or [B, N] with 1 for real tokens.
 
     Returns:
-        [B, T] in float32, 0 or 1; where no text is behind the images, all real text votes.
+        [B, T] in float32, 0 or 1; if no text is after the images, all text but padding votes.
     """
     real = torch.ones_like(text) if attention_mask is None else take(attention_mask, text)
     behind = (text > visual.amax(dim=1, keepdim=True)) & (real != 0)
@@ -60,11 +60,11 @@ def question_votes(text: Tensor, visual: Tensor, attention_mask: Tensor | None) 
 
 
 def text_key_size(text_keys: Tensor, question: Tensor) -> Tensor:
-    """Sum of absolute values [B, T] of the keys of all heads [B, T, H * D] of the text (DART).
+    """Return the L1 norm [B, T] of the text's keys of all heads [B, T, H * D] (DART).
 
     Args:
         text_keys: [B, T, H * D].
-        question: Votes [B, T]; text that has none gets the lowest number there is.
+        question: Votes [B, T]; text without a vote gets the lowest finite number.
     """
     size = full_precision(text_keys).abs().sum(dim=-1)
     return torch.where(question > 0, size, torch.finfo(size.dtype).min)
@@ -73,7 +73,7 @@ def text_key_size(text_keys: Tensor, question: Tensor) -> Tensor:
 def rater_votes(
     embeddings: Tensor, text: Tensor, visual: Tensor, question: Tensor, alive: Tensor | None
 ) -> Tensor:
-    """Votes of SparseVLM's raters: text tokens that the image calls up more than average.
+    """Return the votes of SparseVLM's raters: text that the image calls up more than average.
 
     With embeddings H_v of the visual tokens and H_t of the question, m = mean_v softmax_t(H_v H_t')
     and the raters are those with m_t > mean(m). (Official code: Gumpest/SparseVLMs.)
@@ -86,7 +86,7 @@ def rater_votes(
         alive: Gates [B, V] of the visual tokens; None for ones.
 
     Returns:
-        [B, T] in float32, 0 or 1; the whole question if nobody in it is above average.
+        [B, T] in float32, 0 or 1; the whole question if none of its tokens is above average.
     """
     seen, asked = take(embeddings, visual).float(), take(embeddings, text).float()
     logits = (seen @ asked.mT).masked_fill(question[:, None] == 0, torch.finfo(torch.float32).min)
@@ -103,10 +103,10 @@ def rater_votes(
 
 
 def tower_votes(alive: Tensor, class_tokens: int) -> Tensor:
-    """Votes [I, c + V] of all tokens of a vision tower, whose patches have gates [I, V]."""
+    """Return votes [I, c + V] of a vision tower's tokens: gates [I, V], and 1 for class tokens."""
     return torch.nn.functional.pad(alive.float(), (class_tokens, 0), value=1.0)
 
 
 def for_images(x: Tensor, images: int) -> Tensor:
-    """Values [B, ...] of each prompt for each of its images: [B * images, ...]."""
+    """Repeat values [B, ...] of each prompt for each of its images: [B * images, ...]."""
     return x[:, None].expand(-1, images, *x.shape[1:]).flatten(0, 1)
