@@ -110,6 +110,7 @@ def _default_policy(
     costs = _cost_model(model, budget, example_inputs)
 
     def of_any_size(policy: Policy) -> Policy:
+        # Counts are fitted to images of one size; shares serve images of any size.
         return as_shares(policy, costs.tokens_per_image) if costs.sizes_vary else policy
 
     limits = budget.limits(costs.of_policy(Policy()))

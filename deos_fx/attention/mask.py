@@ -27,6 +27,7 @@ def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: b
     if mask is None:
         queries, keys = hidden.shape[1], key_bias.shape[1]
         if not causal:
+            # Case: every query sees all keys.
             return bias.expand(-1, -1, queries, -1)
         # The last query belongs to the last key, also when earlier keys come from a cache.
         rows = torch.arange(queries, device=hidden.device) + (keys - queries)

@@ -1,4 +1,4 @@
-"""Rows of attention, which keys receive from some queries: never the whole matrix."""
+"""The attention that keys receive from some queries, by rows and never as a whole matrix."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ class AttentionView:
         lowest = torch.finfo(torch.float32).min
         mask = self.mask
         if isinstance(mask, BlockMask):
+            # Case: flex_attention, whose mask is a function of positions.
             batch, length = len(logits), logits.shape[-1]
             rows = torch.arange(batch, device=logits.device)[:, None, None, None]
             keys = torch.arange(length, device=logits.device)
@@ -107,7 +108,7 @@ class AttentionView:
 
 
 def observe(view: AttentionView, observation: Observation, asked: Iterator[Asked]) -> Tensor:
-    """Make one observation; one of attention takes its queries from `asked`."""
+    """Make one observation; if it is of attention, its queries are the next in `asked`."""
     if observation.kind == "keys":
         return view.key.mean(dim=1)
     if observation.kind == "joint_keys":
@@ -145,6 +146,7 @@ def received_attention(view: AttentionView, observation: Observation, asked: Ask
         if observation.heads == "max":
             rows = rows.amax(dim=1, keepdim=True)
         elif not observation.strongest:
+            # With `strongest`, heads stay apart until all queries are summed.
             rows = rows.mean(dim=1, keepdim=True)
         if weight is not None:
             rows = rows * weight[:, None, :, None]

@@ -51,7 +51,7 @@ def execute(operator: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Choice:
-    """Chooses the tokens of a reduction, tier by tier."""
+    """The choice of a reduction's tokens, made tier by tier."""
 
     def __init__(
         self,
@@ -187,6 +187,7 @@ class Choice:
 
     def _run(self, tier: Tier, taken: Any, already: int, count: int, flags: Any) -> Any:
         selector = SELECTORS[tier.selector]
+        # Functions, so that only the values that the selector needs are computed.
         values: dict[str, Callable[[], Any]] = {
             "score": lambda: self._ranking(tier, flags),
             "similarity": lambda: self.call(
@@ -230,6 +231,7 @@ class Choice:
             raw, score = self.raw, self.score
         else:
             raw, score = self._scored(tier)
+        # A single score that is only ranked need not be standardized.
         if len(tier.scores) == 1 and not tier.mixes:
             score = raw
         return score if flags is None else self.call(select.favour, score, flags)

@@ -75,6 +75,7 @@ def _solve(
     low = score.amin(dim=-1, keepdim=True) - SATURATED * temperature
     high = score.amax(dim=-1, keepdim=True) + SATURATED * temperature
     for _ in range(64):
+        # Bisection: a threshold that is too low opens the gates too far.
         middle = (low + high) / 2
         total = (alive * ((score - middle) / temperature).sigmoid()).sum(dim=-1, keepdim=True)
         low, high = (
@@ -85,6 +86,7 @@ def _solve(
     share = (alive.clamp_min(LOG_FLOOR).log() + F.logsigmoid(x) + F.logsigmoid(-x)).softmax(dim=-1)
     opening = x.sigmoid()
     gates = alive * opening
+    # Spread the remaining error of the bisection in proportion to the slopes.
     gates = gates + share * (count - gates.sum(dim=-1, keepdim=True))
     return torch.minimum(gates.clamp_min(0), alive), opening, share
 
@@ -173,8 +175,10 @@ class RelaxedReduction(nn.Module):
         scores, kinds = _main(scores), _main(kinds)
         diversity = _rounded(F.softplus(self.diversity).item())
         greedy = self.start.selector == "greedy" and diversity > 0
+        # Greedy without diversity is top_k.
         plain = self.start.selector == "greedy" and not greedy
         selector = "top_k" if plain else self.start.selector
+        # Options of a selector or score that dropped out are dropped too.
         known = {*SELECTORS[selector].options}.union(*(SCORES[name].options for name in scores))
         gain = _rounded(self.gain.sigmoid().item())
         return replace(
@@ -236,6 +240,7 @@ class RelaxedReduction(nn.Module):
         closed = gates < 0.5 * gates.amax(dim=-1, keepdim=True)
         slot = self._slot(ranking, closed)
         assignment = self._assignment(gates, closed, slot, features)
+        # The mass that each token gives up, by receiver.
         moved = (mass * (alive - gates)).unsqueeze(1) * assignment
         content, own = moved, torch.ones_like(mass)
         if self.start.weighting == "score":
@@ -348,7 +353,7 @@ def _grid_ranking(places: Tensor, count: int, alive: Tensor) -> Tensor:
 
 
 def _last_first(ranking: Tensor, images: int, *, by_grid: bool) -> Tensor:
-    """Rank [R, V] the last token of a prompt's last image before all others.
+    """Return the ranking [R, V] with the last token of a prompt's last image before all others.
 
     All anchors of a grid rank alike, so the last of them makes way for it.
     """

@@ -81,12 +81,14 @@ _INSIDE = {
 def _check_unwrapped(model: Any) -> None:
     """Refuse anything but a transformers model that runs the code of its class."""
     name = type(model).__name__
+    # Case: peft with prompt learning.
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise TypeError(
             f"model is a {name} that puts tokens of its own in the prompt, which deos_fx does not "
             "know of. Give a model without them; adapters in its layers are no hindrance."
         )
     if not isinstance(model, PreTrainedModel):
+        # Case: a wrapper, or no transformers model at all.
         inside = _inside(model, "model")
         raise TypeError(
             f"model is a {name}; give a transformers vision-language model, for example "
@@ -99,6 +101,7 @@ def _check_unwrapped(model: Any) -> None:
         )
     # The hooks of accelerate that bring in weights replace forward too, but are supported.
     replaced = None if hasattr(model, "_hf_hook") else vars(model).get("forward")
+    # Case: accelerate made forward run in mixed precision.
     if "_original_forward" in vars(model):
         raise TypeError(
             f"model is a {name} that accelerate has prepared for mixed precision, and deos_fx runs "
@@ -175,7 +178,7 @@ def sizes_vary(model: PreTrainedModel) -> bool:
 def grid_of(model: PreTrainedModel) -> tuple[int, int]:
     """Return rows and columns of one image's visual tokens; (0, 0) if they depend on its size.
 
-    A number of tokens that is no square counts as one row.
+    If their number is not a square, they count as one row.
     """
     if model not in _GRIDS:
         count = _visual_tokens(model)
@@ -192,8 +195,10 @@ def _visual_tokens(model: PreTrainedModel) -> int:
     config: Any = getattr(model.config, "vision_config", None)
     tower = image_tower(model)
     if tower is None or not hasattr(config, "image_size"):
+        # Case: no image encoder, or no fixed size of images.
         return 0
     if _tensor_arguments(tower.forward) & size_inputs(model):
+        # Case: the encoder is told the size of each image.
         return 0
     try:
         with on_shapes(model.base_model) as core, torch.no_grad():

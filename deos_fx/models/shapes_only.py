@@ -68,6 +68,7 @@ class ShapesOnly(TorchDispatchMode):
         leaves = pytree.tree_leaves((args, kwargs))
         operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if any(map(_has_no_values, operands)):
+            # Case: the result depends on values that are missing, so only its shape is computed.
             if func is torch.ops.aten.index.Tensor:
                 # The values of a mask say how many rows it selects, so the index keeps its values.
                 return func(_without_values(args[0]), args[1])
@@ -75,6 +76,7 @@ class ShapesOnly(TorchDispatchMode):
             return func(*args, **(kwargs | {"device": META} if "device" in kwargs else kwargs))
         result = func(*args, **kwargs)
         if kwargs.get("device") == META and not result.is_floating_point():
+            # Case: integers or flags that were moved to meta, or positions created there.
             if operands or result.dtype == torch.int64:
                 return func(*args, **{**kwargs, "device": "cpu"})
         return result

@@ -47,7 +47,9 @@ def shallow_copy(module: Any) -> Any:
     """
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
+    # A compiled call is bound to the original.
     vars(twin).pop("_compiled_call_impl", None)
+    # Hooks bind these to the original; bind them to the copy.
     for name in ("forward", "_old_forward"):
         if name in vars(twin):
             vars(twin)[name] = _bound_to(twin, vars(twin)[name], module)

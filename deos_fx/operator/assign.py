@@ -141,7 +141,7 @@ def uniform(receivers: Tensor, sources: Tensor) -> Tensor:
 
 
 def standing_in(assignment: Tensor, anchors: Tensor, kept: Tensor) -> Tensor:
-    """Adapt an assignment to anchors to the tokens that are kept in their place.
+    """Adapt an assignment made for anchors to the tokens that are kept in their place.
 
     Args:
         assignment: P [1, K, V], 0 between an anchor and itself.
@@ -154,6 +154,7 @@ def standing_in(assignment: Tensor, anchors: Tensor, kept: Tensor) -> Tensor:
     """
     places, kept = anchors.expand_as(kept).unsqueeze(-1), kept.unsqueeze(-1)
     assignment = assignment.expand(kept.shape[0], -1, -1)
+    # With kept == anchor this is 0, so nothing changes.
     moved = assignment.gather(2, kept)
     return assignment.scatter(2, places, moved).scatter(2, kept, 0.0)
 
@@ -170,6 +171,7 @@ def k_nearest(similarity: Tensor, receivers: Tensor, neighbours: int) -> Tensor:
         P [B, R, V] of zeros and ones, with that many ones in every row.
     """
     index = receivers.unsqueeze(-1).expand(similarity.shape[0], -1, -1)
+    # A receiver is not its own neighbour.
     apart = similarity.scatter(2, index, torch.finfo(similarity.dtype).min)
     best = apart.topk(min(neighbours, similarity.shape[2] - 1), dim=-1).indices
     return torch.zeros_like(similarity).scatter(2, best, 1.0)

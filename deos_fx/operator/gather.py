@@ -26,7 +26,7 @@ def take(values: Tensor, kept: Tensor) -> Tensor:
     rows, tokens = values.shape[:2]
     if values.dim() == 2:
         return values.gather(1, kept.expand(rows, -1))
-    # A single row needs no offset; in an export with a dynamic batch, rows is no int.
+    # A single row needs no offset; in an export with a dynamic batch, `rows` is not an int.
     if not isinstance(rows, int) or rows > 1:
         kept = kept + torch.arange(rows, device=kept.device).unsqueeze(-1) * tokens
     return values.flatten(0, 1).index_select(0, kept.flatten()).unflatten(0, (rows, -1))

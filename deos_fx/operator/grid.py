@@ -71,6 +71,7 @@ def _sides(grid: Tensor) -> tuple[int, int, int]:
 
 
 def _centres(side: int, windows: int) -> list[int]:
+    # floor((i + 1/2) side / windows - 1/2), in whole numbers.
     return [((2 * i + 1) * side - windows) // (2 * windows) for i in range(windows)]
 
 
@@ -107,6 +108,7 @@ def _layouts(
     found = []
     for down in range(1, min(height, count) + 1):
         across, rest = divmod(count, down)
+        # Windows must fill the grid and be at least one token wide.
         if rest or across > width:
             continue
         window = (height / down) / (width / across)

@@ -72,6 +72,7 @@ def windows(
     score = _free(full_precision(score), taken)
     inside = score.index_select(1, members.flatten()).unflatten(1, members.shape)
     best = inside.topk(-(-count // len(members)), dim=-1).indices
+    # Where each window begins in the flattened members.
     place = torch.arange(len(members), device=score.device).unsqueeze(-1) * members.shape[1]
     flags = chosen(members.flatten()[(best + place).flatten(1)], score)
     return top_k(favour(score, flags), taken, count)
@@ -122,6 +123,7 @@ def _runs(score: Tensor, windows: int) -> tuple[Tensor, Tensor]:
     length = size + (torch.arange(windows, device=score.device).unsqueeze(-1) < longer).long()
     place = torch.arange(size + (longer > 0), device=score.device)
     inside = place < length
+    # Shorter runs are padded with token 0.
     return (length.cumsum(0) - length + place) * inside, inside.to(score.dtype)
 
 
@@ -130,6 +132,7 @@ def _places(mean: Tensor, count: int) -> Tensor:
     mean = mean.clamp_min(0)
     share = mean / (mean.sum(dim=-1, keepdim=True) + 1e-6)
     places = (share * count).floor()
+    # Places lost to rounding down go to the largest shares.
     missing = count - places.sum(dim=-1, keepdim=True)
     return places + (_rank(share) < missing).to(places.dtype)
 
@@ -202,6 +205,7 @@ def bipartite(between: Tensor, count: int, first: int) -> Tensor:
         )
     nearest = full_precision(between).amax(dim=-1)
     alone = nearest.topk(count - other, dim=-1, largest=False).indices
+    # Token i of A is at place 2 i + first of the list.
     half_a = alone.sort(dim=-1).values * 2 + first
     half_b = torch.arange(1 - first, 2 * other, 2, device=between.device)
     return torch.cat([half_a, half_b.expand(rows, -1)], dim=-1)
@@ -227,6 +231,7 @@ def neighbourhood(score: Tensor, columns: int, count: int, share: float) -> Tens
         share: alpha.
     """
     wanted = min(round(count * share / 5), score.shape[-1])
+    # Case: so few places that there is no anchor.
     if wanted < 1:
         return torch.zeros_like(full_precision(score))
     anchors = top_k(score, None, wanted)

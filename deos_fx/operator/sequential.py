@@ -97,6 +97,7 @@ def max_min_ranking(similarity: Tensor, count: int, alive: Tensor) -> Tensor:
         alive: Gates [B, V] in [0, 1]; a token that is gone is not picked or compared with.
     """
     with torch.no_grad():
+        # A closed gate is about -30: too low to be picked, or to be a nearest neighbour.
         gate = alive.clamp_min(LOG_FLOOR).log()
         first = _isolation(similarity + gate.unsqueeze(1)) + gate
         return -_pick(first, similarity, None, count, 1.0, 1, then=gate)[1]
@@ -138,6 +139,7 @@ def _pick(
         pick = gain.argmax(-1, keepdim=True) if alone else gain.topk(min(at_once, left)).indices
         picks.append(pick)
         free = free - F.one_hot(pick, score.shape[-1]).to(free.dtype).sum(dim=1)
+        # A token keeps the penalty that it had when it was picked.
         near = take(similarity, pick).amax(dim=1).to(closest.dtype)
         closest = torch.where(free > 0, torch.maximum(closest, near), closest)
         score = score if then is None else then
@@ -214,6 +216,7 @@ def distinct(
         even, odd = left[:, ::2], left[:, 1::2]
         between = take(take(similarity, even).mT, odd)
         most = between.amax(dim=1)
+        # The last round may drop fewer; a round drops even tokens only.
         drop = min(per_round, left.shape[1] - count, even.shape[1])
         order = most.topk(even.shape[1]).indices[:, drop:]
         left = torch.cat([take(even, order), odd], dim=-1)

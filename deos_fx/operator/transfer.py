@@ -86,6 +86,7 @@ def merge(
     stays = share if own is None else share * own
     staying, moving = _parted(tokens, kept, sources)
     moved = (content * (share / base).unsqueeze(-1)).to(tokens.dtype) @ moving
+    # Kept tokens before the receivers stay as they are.
     alone = kept.shape[1] - assignment.shape[1]
     factors = stays.unsqueeze(-1).to(tokens.dtype)
     received = torch.addcmul(moved, staying[:, alone:], factors)

@@ -83,8 +83,10 @@ class Budget:
         for name, total in whole.items():
             value = getattr(self, name)
             if isinstance(value, float):
+                # Case: a fraction of the unreduced model.
                 limits[name] = value * total
             elif value is not None:
+                # Case: an absolute limit.
                 limits[name] = float(value)
         if limits.get("visual_tokens", 0) > unreduced.visual_tokens:
             raise ValueError(

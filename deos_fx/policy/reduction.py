@@ -148,6 +148,7 @@ class Reduction:
         default = "last_text_attention" if stage == "decoder" else "cls_attention"
         scores = _normal(f"{self.site}: scores", self.scores, SCORES)
         used = {default: 1.0} if self.uses_scores else {}
+        # The dataclass is frozen, so the completed values are set in this way.
         object.__setattr__(self, "scores", scores or used)
         similarity = _normal(f"{self.site}: similarity", self.similarity, SIMILARITIES)
         object.__setattr__(self, "similarity", similarity or {"feature": 1.0})
@@ -327,15 +328,19 @@ class Reduction:
     def regime(self) -> Regime:
         """Return the regime of the operator space that this reduction belongs to, or ``mixed``.
 
-        1. Nothing is transferred: ``reweight`` if kept tokens are rescaled, else ``prune``.
+        1. Nothing is transferred (g = 0, no residual token): ``reweight`` if kept tokens are
+           rescaled, else ``prune``.
         2. Everything is transferred (g = 1): ``reweight`` with a soft assignment, rescaling or
            weights by score; else, as a mean (n = 1), ``pool`` over a fixed grid or ``merge``.
-        3. Anything between is ``mixed``.
+        3. All other transfers are ``mixed``.
         """
+        # Case 1: nothing is transferred.
         if self.gain == 0 and not self.residual:
             return "reweight" if self.reweight else "prune"
+        # Case 3: kept tokens take in a part, or only the residual token takes in anything.
         if self.gain < 1:
             return "mixed"
+        # Case 2: everything is transferred.
         if self.temperature > 0 or self.reweight or self.weighting == "score":
             return "reweight"
         if self.exponent != 1:
@@ -363,6 +368,7 @@ class Reduction:
         given = _given(self)
         if self.tiers:
             given["tiers"] = [_given(tier) for tier in self.tiers]
+        # JSON has no infinity.
         return given | ({"temperature": "inf"} if self.temperature == math.inf else {})
 
     @classmethod

@@ -115,6 +115,7 @@ class ReducedCache(DynamicCache):
 
     def _dropped(self, layer_idx: int) -> int:
         behind = [space for space in self.spaces if space.first_layer <= layer_idx]
+        # The last space that begins at this layer or before it counts.
         return self.prompt_length - behind[-1].origin.shape[1] if behind else 0
 
     def decode_inputs(
@@ -156,6 +157,7 @@ class ReducedCache(DynamicCache):
                 later = attention_mask[:, self.prompt_length :]
                 inputs[f"attention_mask_{k}"] = torch.cat([kept, later], dim=1)
             if space.key_bias is not None:
+                # New tokens get no bias.
                 inputs[f"key_bias_{k}"] = torch.nn.functional.pad(space.key_bias, (0, new))
         return inputs
 

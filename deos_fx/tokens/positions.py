@@ -55,7 +55,7 @@ def visual_positions(
 
 
 def is_separator(features: Tensor, newline: Tensor) -> Tensor:
-    """Flag [...] features [..., d] that equal the learned end of an image row, newline [d]."""
+    """Return flags [...] of features [..., d] that equal the learned row end, newline [d]."""
     return (features == newline.to(features)).all(dim=-1)
 
 
@@ -85,6 +85,7 @@ def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     steps = torch.arange(length, device=hidden.device)
     if attention_mask is None:
         return steps[-1:].expand(batch, 1)
+    # The largest place of a real token, whichever side the padding is on.
     return (attention_mask.to(steps.device) * steps).argmax(dim=1, keepdim=True)
 
 

@@ -92,8 +92,10 @@ def rater_votes(
     logits = (seen @ asked.mT).masked_fill(question[:, None] == 0, torch.finfo(torch.float32).min)
     called = logits.softmax(dim=-1)
     if alive is None:
+        # Case: no gates, so all visual tokens count alike.
         called = called.mean(dim=1)
     else:
+        # Case: visual tokens count by their gates.
         share = alive.float() / alive.float().sum(dim=1, keepdim=True)
         called = (share[:, None] @ called)[:, 0]
     called = called * question
