@@ -270,8 +270,8 @@ class Reduction:
     def tier_counts(self, total: int) -> list[int]:
         """Return how many of ``total`` tokens each tier chooses.
 
-        With further tiers, the residual token is none of their choices, so the first tier chooses
-        one less.
+        With further tiers, no tier chooses the residual token, so the first tier chooses one token
+        less.
 
         Raises:
             ValueError: If the further tiers leave nothing for the first tier, or leave something

@@ -1,4 +1,4 @@
-"""The layout of the prompts a graph is lowered for: it is the same for all of them."""
+"""The layout that all prompts share for which a graph is lowered."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
-    """Return position ids without gaps: minus the number of tokens dropped before each.
+    """Return position ids without gaps, lowered by the number of tokens dropped before each.
 
     Args:
         position_ids: [B or 1, N] of the unreduced prompt.
@@ -175,7 +175,7 @@ def relaxed_grid_positions(
 def relaxed_positions(
     position_ids: Tensor, alive: Tensor, visual: Tensor, hidden: Tensor
 ) -> Tensor:
-    """Return `compact_positions` where no token leaves: minus the number of closed gates before.
+    """Return `compact_positions` where no token leaves, lowered by the closed gates before each.
 
     Args:
         position_ids: [B or 1, N] of the unreduced prompt.
