@@ -1,1 +1,1 @@
-"""A call made explicit: its images, positions and masks, and batches as parts that are alike."""
+"""A call made explicit: its images, positions and masks, and batches split into like parts."""

@@ -1,7 +1,7 @@
-"""Batches whose prompts differ in their images: run as parts that are alike, and joined.
+"""Batches whose prompts differ in their images: run in parts of like prompts, then joined.
 
-How many visual tokens stay is constant in a lowered graph, so prompts with other images go through
-another one. What comes out is padded on the left to the longest, and the padding is masked from
+A lowered graph keeps a constant number of visual tokens, so prompts with other images go through
+another graph. The results are padded on the left to the longest, and the padding is masked from
 then on: decoding runs on the whole batch again.
 """
 
@@ -33,9 +33,9 @@ class Part:
     """Prompts of a batch that are alike.
 
     Attributes:
-        rows: Their numbers in the batch.
+        rows: Their row numbers in the batch.
         layout: Their visual tokens; None for prompts of text alone.
-        inputs: The inputs of the model's forward for them alone.
+        inputs: The inputs of the model's forward for these prompts alone.
     """
 
     rows: tuple[int, ...]
@@ -44,21 +44,23 @@ class Part:
 
 
 def parts_of_batch(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Part]:
-    """Group the prompts of a batch by what they show and whether they end there.
+    """Group the prompts of a batch by their images and by whether they end in one.
 
     Args:
         model: The model.
         inputs: Arguments of its forward.
 
     Returns:
-        One part with the inputs as they are if all prompts are alike.
+        The parts; one part with the inputs as they are if all prompts are alike.
 
     Raises:
-        ValueError: If images and placeholders do not match, or the prompts differ and there are
-            labels, whose loss is a mean over all of them.
+        ValueError: If images and placeholders do not match, if packed samples come with their
+            lengths, or if the prompts differ and there are labels, whose loss is a mean over all
+            prompts.
     """
     ids = inputs["input_ids"]
     refuse_lengths(inputs)
+    # Case: text alone.
     if not has_images(inputs):
         if bool(placeholders(model, ids).any()):
             raise ValueError(
@@ -90,7 +92,7 @@ def parts_of_batch(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Pa
 def _rows_of(name: str, value: Any, rows: Sequence[int], batch: int) -> Any:
     if not isinstance(value, Tensor):
         return value
-    # Positions may have several coordinates [k, B, N], or be those of all rows [1, N].
+    # Positions may have several coordinates [k, B, N], or be shared by all rows [1, N].
     axis = value.ndim - 2 if name == "position_ids" else 0
     if value.ndim and value.shape[axis] == batch:
         return value.index_select(axis, torch.tensor(rows, device=value.device))
@@ -98,15 +100,16 @@ def _rows_of(name: str, value: Any, rows: Sequence[int], batch: int) -> Any:
 
 
 def join_outputs(parts: Sequence[Part], outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The outputs of a batch from those of its parts.
+    """Join the outputs of a batch's parts in the order of its rows.
 
     Args:
         parts: The parts.
-        outputs: Of each, the fields of the model's output. Those that not all parts have are left
-            out, and so are features of images, which belong to no row.
+        outputs: The fields of the model's output for each part. Fields that not all parts have are
+            left out, and so are features of images, which belong to no row.
 
     Returns:
-        The fields: tensors [B, M, ...], shorter rows with zeros on their left, and tuples of such.
+        The fields: tensors [B, M, ...], shorter rows with zeros on their left, and tuples of such
+        tensors.
     """
     common = [name for name in outputs[0] if all(name in fields for fields in outputs)]
     return {
@@ -119,11 +122,11 @@ def join_outputs(parts: Sequence[Part], outputs: Sequence[Mapping[str, Any]]) ->
 def join_spaces(
     parts: Sequence[Part], spaces: Sequence[Sequence[TokenSpace]], length: int
 ) -> list[TokenSpace]:
-    """The token spaces of a batch from those of its parts.
+    """Join the token spaces of a batch's parts in the order of its rows.
 
     Args:
         parts: The parts.
-        spaces: Of each part, its spaces in order of depth.
+        spaces: The spaces of each part, in order of depth.
         length: N of the prompts.
 
     Returns:
@@ -135,7 +138,7 @@ def join_spaces(
         bias = None
         if same[0].key_bias is not None:
             bias = _joined(parts, [space.key_bias for space in same])
-        # How many tokens were dropped is not the same in all rows any more.
+        # Rows may have dropped different numbers of tokens now, so each has a shift of its own.
         shift = _joined(
             parts,
             [
@@ -150,7 +153,7 @@ def join_spaces(
 
 
 def _joined(parts: Sequence[Part], values: Sequence[Any]) -> Any:
-    """Values of each part's rows in the order of the batch; shorter ones get zeros in front."""
+    """Return the values of all rows in the order of the batch; shorter ones get leading zeros."""
     if isinstance(values[0], tuple):
         return tuple(_joined(parts, same) for same in zip(*values, strict=True))
     rows = [row for part in parts for row in part.rows]

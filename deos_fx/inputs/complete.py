@@ -1,4 +1,4 @@
-"""Check the inputs of a call and fill in what the model would make up by itself."""
+"""Check the inputs of a call and fill in the defaults that the model would choose itself."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ __all__ = ["complete_inputs", "normal_inputs", "prompt_layout", "prompt_layouts"
 
 
 def normal_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a call in the one form that everything behind it reads.
+    """Return the inputs of a call in the one form that all later code reads.
 
-    transformers takes more: what processors once called the pixels, ids and positions in 32 bits,
-    flags of padding in any type. They mean the same.
+    transformers accepts more forms with the same meaning: former names of the pixels, ids and
+    positions in 32 bits, padding flags of any type.
 
     Args:
         inputs: Arguments of the model's forward, or of its `generate`.
 
     Returns:
-        The inputs with the names of today, ids, positions and flags of padding in 64 bits.
+        The inputs with today's names, and with ids, positions and padding flags in 64 bits.
     """
     named = {"pixel_values" if name in FORMER_IMAGES else name: x for name, x in inputs.items()}
     for name in ("input_ids", "position_ids"):
@@ -54,7 +54,7 @@ def normal_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs with everything explicit that the model's forward would default.
+    """Return the inputs with everything explicit that the model's forward would default.
 
     Args:
         model: The model.
@@ -64,8 +64,8 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
         The inputs with position ids and, unless ``use_cache`` is False, a cache.
 
     Raises:
-        ValueError: If ``input_ids`` is missing, the cache is not a `ReducedCache` or not of this
-            text, there are new images in a later turn, or something is asked for that a reduced
+        ValueError: If ``input_ids`` is missing, the cache is not a `ReducedCache` or not one of
+            this text, a later turn has new images, or the call asks for an output that a reduced
             model does not have.
     """
     inputs = normal_inputs(inputs)
@@ -84,6 +84,7 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
             "different numbers of tokens. Pass None, or the cache an earlier call returned."
         )
     if cache is not None and cache.get_seq_length():
+        # Case: the call continues a text.
         inputs = _without_images(model, inputs, cache)
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 2:
@@ -102,9 +103,9 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
 def _without_images(
     model: PreTrainedModel, inputs: dict[str, Any], cache: ReducedCache
 ) -> dict[str, Any]:
-    """The inputs of a call that continues a text, after checking that they do.
+    """Check that a call continues the text of its cache, and return its inputs without images.
 
-    Processors give the images of the whole conversation in every turn: these are in the cache.
+    Processors give the images of the whole conversation in every turn; the cache has them already.
     """
     ids, rows = inputs["input_ids"], cache.rows
     if ids.shape[1] == 0 or len(ids) != rows:
@@ -125,23 +126,23 @@ def _without_images(
 
 
 def _same(value: Tensor, known: Tensor | None) -> bool:
-    # generate gives the very same tensors at every step: these need no comparison.
+    # generate passes the very same tensors at every step; these need no comparison.
     return value is known or known is not None and torch.equal(value, known.to(value.device))
 
 
-# What only the whole model takes, and the images, which positions do not depend on.
+# Inputs that only the whole model takes, and the pixels, on which positions do not depend.
 _NOT_OF_CORE = {"pixel_values", "pixel_values_videos", "labels", "logits_to_keep"}
 
 
-class _DecoderReached(Exception):  # noqa: N818 - not an error: how the rest is left out
-    """The model has come to its decoder."""
+class _DecoderReached(Exception):  # noqa: N818 - not an error: it stops the run early
+    """Raised in place of the decoder, once the positions are known."""
 
 
 def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
-    """The position ids that the model's own code makes up, by families in many ways.
+    """Return the position ids that the model's own code computes, which differs by family.
 
-    It is asked for them with the text alone and stopped before its decoder runs. What it remembers
-    of a prompt meanwhile goes into the cache, for the positions of later tokens.
+    The model runs on the text alone and is stopped before its decoder. What it remembers of the
+    prompt goes into the cache, for the positions of later tokens.
     """
     found: list[Any] = []
 
@@ -153,10 +154,10 @@ def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
     seen = 0 if cache is None else cache.get_seq_length()
     core = _stopping_core(model, stop)
     if hasattr(core, "rope_deltas"):
-        # The model remembers how positions go on behind the images of its latest prompt.
+        # The model remembers how positions continue after the images of its latest prompt.
         core.rope_deltas = cache.rope_deltas if seen else None
     text = {name: value for name, value in inputs.items() if name not in _NOT_OF_CORE}
-    # Looking tokens up costs nothing; what is quantised may be no shape.
+    # Quantised embeddings may not run on shapes alone; a lookup is cheap enough to run for real.
     coded = any(map(has_codes, model.get_input_embeddings().modules()))
     run = contextlib.nullcontext() if coded else ShapesOnly()
     with contextlib.suppress(_DecoderReached), torch.no_grad(), run:
@@ -164,23 +165,24 @@ def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
     if cache is not None and not seen:
         cache.rope_deltas = getattr(core, "rope_deltas", None)
     if found and found[0] is not None:
-        # With a cache, some models count all tokens that the attention mask is for.
+        # With a cache, some models return positions of all tokens that the attention mask covers.
         return found[0][..., -inputs["input_ids"].shape[1] :]
+    # Case: the model leaves positions to its decoder, which counts from the cache's length.
     input_ids = inputs["input_ids"]
     return torch.arange(input_ids.shape[1], device=input_ids.device)[None] + seen
 
 
 def _stopping_core(model: PreTrainedModel, stop: Callable[..., Any]) -> Any:
-    """A view of a model's core that calls `stop` for its decoder.
+    """Return a view of a model's core that calls `stop` in place of its decoder.
 
-    The model itself stays as it is: other threads may be running it.
+    The model itself stays as it is, since other threads may be running it.
     """
     core: Any = shallow_copy(model.base_model)
-    # Hooks that collect outputs would be put into the model's own modules, which this view shares.
+    # Otherwise transformers puts output hooks into the model's own modules, which the view shares.
     core._output_capturing_hooks_installed = True
     decoder = model.get_decoder()
     if decoder is model.base_model:
-        # Where the decoder has the images too, its layers are what is told the positions.
+        # Case: the decoder handles the images too, so the positions first reach its layers.
         decoder = model.get_submodule(find_blocks(model).decoder[0])
     names = (name for name, module in core.named_modules() if module is decoder)
     path = next(names, "").split(".")
@@ -194,9 +196,9 @@ def _stopping_core(model: PreTrainedModel, stop: Callable[..., Any]) -> Any:
 
 
 def _check_outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
-    """Refuse what layers compute inside, which is nowhere in the graph.
+    """Refuse outputs that layers compute inside, which are nowhere in the graph.
 
-    It is asked for by an argument or, where that is missing, by a config.
+    An argument asks for them or, where it is missing, a config.
     """
     parts = (model, model.base_model, model.get_decoder())
     for name in _recorded(tuple(map(type, parts))):
@@ -219,9 +221,9 @@ def _check_outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _recorded(kinds: tuple[type, ...]) -> tuple[str, ...]:
-    """Arguments that ask classes of models for what hooks record inside their layers.
+    """Return the arguments that ask model classes for what hooks record inside their layers.
 
-    Hidden states are what layers give, and are no such thing.
+    Hidden states are not among them: they are the outputs of layers.
     """
     recorded = (getattr(kind, "_can_record_outputs", None) or () for kind in kinds)
     found = {"attentions"}.union(*recorded) - {"hidden_states"}
@@ -229,7 +231,7 @@ def _recorded(kinds: tuple[type, ...]) -> tuple[str, ...]:
 
 
 def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLayout:
-    """Where the visual tokens of a batch are, whose prompts have to be alike in that.
+    """Find where the visual tokens of a batch are; its prompts must be alike in that.
 
     Args:
         model: The model.
@@ -239,8 +241,8 @@ def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLa
         The layout that a graph is lowered for.
 
     Raises:
-        ValueError: If there is no image, prompts differ in their images, or images and
-            placeholders do not match.
+        ValueError: If there is no image, prompts differ in their images or in whether they end
+            in one, or images and placeholders do not match.
     """
     prompts = _prompts(model, inputs)
     layouts = [prompt.layout for prompt in prompts]
@@ -256,7 +258,7 @@ def prompt_layout(model: PreTrainedModel, inputs: Mapping[str, Any]) -> PromptLa
 
 
 def prompt_layouts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[PromptLayout | None]:
-    """Where the visual tokens of each prompt of a batch are; None for a prompt of text alone.
+    """Find where the visual tokens of each prompt of a batch are; None for a prompt of text alone.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""A prompt with one grey image, to capture, look at or export a model with."""
+"""A prompt with one grey image, to capture, inspect or export a model with."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _SIDE = 32
 
 
 def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, Tensor]:
-    """A prompt with one grey image and a few words.
+    """Make a prompt with one grey image and a few words.
 
     Args:
         model: A vision-language model with image placeholders in its prompt; it may be on the meta
             device.
-        processor: The model's processor, which says how an image comes in where its size matters.
-            Without one, that is derived from the config.
+        processor: The model's processor, used where the size of an image matters. Without one, the
+            inputs of an image are derived from the config.
 
     Returns:
         ``input_ids``, ``attention_mask`` ``[1, V + 16]`` and the inputs that the image comes in.
 
     Raises:
-        ValueError: If `model` reads no images, or how they come in is not known.
+        ValueError: If `model` reads no images, or its inputs for them cannot be derived.
     """
     signature_of(model)
     if processor is not None and sizes_vary(model):
@@ -51,14 +51,14 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
 
 
 def _processed(processor: Any) -> dict[str, Tensor]:
-    """What a processor makes of an image of the usual size."""
+    """Return the inputs that a processor makes from an image of 448 x 448 pixels."""
     from PIL import Image
 
     image = Image.new("RGB", (448, 448), (128, 128, 128))
     if getattr(processor, "chat_template", None):
         words = {"type": "text", "text": "What is shown here?"}
         turn = {"role": "user", "content": [{"type": "image", "image": image}, words]}
-        # Tokenized here, since a tokenizer by itself adds the special tokens of the template again.
+        # Tokenized by the template: a separate tokenizer call would add its special tokens again.
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
         return dict(processor.apply_chat_template([turn], add_generation_prompt=True, **options))
     text = f"{getattr(processor, 'image_token', '<image>')} What is shown here?"
@@ -66,23 +66,25 @@ def _processed(processor: Any) -> dict[str, Tensor]:
 
 
 def _forms(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """The forms in which models of transformers take an image, until an encoder accepts one."""
+    """Yield the forms in which models of transformers take an image, to try on the encoder."""
     names = size_inputs(model)
     config: Any = getattr(model.config, "vision_config", model.config)
     channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
     given = getattr(config, "image_size", None) or 0
     height, width = given if isinstance(given, (list, tuple)) else (given, given)
+    # Case: the config names a size of images.
     if height:
         pixels = torch.full((1, channels, height, width), 0.5, dtype=model.dtype)
         yield {"pixel_values": pixels}
         if "image_sizes" in names:
             sizes = torch.tensor([[height, width]])
             yield {"pixel_values": pixels, "image_sizes": sizes}
-            # More tiles than any grid of them has: what is too many is left away.
+            # More tiles than any layout needs; the encoder drops the surplus.
             yield {"pixel_values": pixels.expand(1, 64, -1, -1, -1), "image_sizes": sizes}
         if "pixel_attention_mask" in names:
             mask = torch.ones(1, 1, height, width, dtype=torch.int64)
             yield {"pixel_values": pixels[None], "pixel_attention_mask": mask}
+    # Case: flat patches, with a table of frames, rows and columns.
     if "image_grid_thw" in names:
         patch = config.patch_size
         side = height // patch or _SIDE
@@ -93,7 +95,7 @@ def _forms(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
 
 def _placeholders(model: PreTrainedModel, images: dict[str, Tensor]) -> int:
-    """Placeholders that an image needs in the prompt; 0 if the model does not take it like this."""
+    """Count the placeholders of an image in this form; 0 if the model does not take the form."""
     try:
         with on_shapes(model.base_model) as core, torch.no_grad():
             features = core.get_image_features(**images, return_dict=True).pooler_output

@@ -28,7 +28,7 @@ _ENCODED: weakref.WeakKeyDictionary[PreTrainedModel, Recent[Hashable, list[Item]
 
 _ENCODED = weakref.WeakKeyDictionary()
 
-# As many sets of sizes are remembered of a model: images may have ever new ones.
+# Sets of sizes that are remembered for each model; a limit, since new images may have new sizes.
 _SETS_OF_SIZES = 1024
 
 
@@ -37,9 +37,9 @@ class Item(NamedTuple):
 
     Attributes:
         grids: Rows and columns of each of its frames; None if that is not known.
-        tokens: Its placeholders, ends of rows included.
-        ends: Those that stand for the end of a row.
-        closed: Whether the last one does.
+        tokens: The number of its placeholders, ends of rows included.
+        ends: How many of these stand for the end of a row.
+        closed: Whether the last one stands for the end of a row.
     """
 
     grids: tuple[tuple[int, int], ...] | None
@@ -51,18 +51,20 @@ class Item(NamedTuple):
 def items_of(
     model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind, of_rows: list[int]
 ) -> list[Item]:
-    """All images of a batch, whose prompts have so many placeholders each.
+    """Return all images of a batch whose prompts have `of_rows` placeholders each.
 
-    Where it cannot be told which token is of which image, those of a prompt count as one.
+    Where tokens cannot be assigned to single images, those of a prompt count as one image.
     """
     pixels, placeholders = inputs[kind.pixels], sum(of_rows)
     if kind is IMAGES and not sizes_vary(model):
         rows, columns = grid_of(model)
-        # As many as are no square may have a class token or registers among them, and no rows.
+        # A non-square count may include class or register tokens, so no rows and columns are
+        # assumed.
         grids = ((rows, columns),) if rows == columns else None
         return [Item(grids, rows * columns)] * math.prod(pixels.shape[:-3])
     table = table_of_sizes(model, inputs, kind)
     found = None
+    # Counting from sizes alone would miss the ends of rows.
     if getattr(model.base_model, "image_newline", None) is None:
         if table is not None:
             found = _of_table(table.tolist(), placeholders)
@@ -76,16 +78,16 @@ def items_of(
 
 
 def table_of_sizes(model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind) -> Tensor | None:
-    """The input with height and width, perhaps behind frames, of every image."""
+    """Return the input with the (frames,) height and width of every image; None if absent."""
     sizes = [inputs[name] for name in sorted(media(model, kind)) if name in inputs]
     tables = (size for size in sizes if isinstance(size, Tensor) and size.ndim == 2)
     return next((table for table in tables if table.shape[1] in (2, 3)), None)
 
 
 def _of_table(sizes: list[list[int]], placeholders: int) -> list[Item] | None:
-    """The images of a table of sizes: all have one token for as many patches or pixels.
+    """Return the images of a table of sizes, with equally many patches or pixels for each token.
 
-    None if the placeholders are no such share of the sizes.
+    None if the numbers of placeholders and of patches or pixels do not allow that.
     """
     area = sum(math.prod(size) for size in sizes)
     share, rest = divmod(area, placeholders or area + 1)
@@ -101,9 +103,9 @@ def _of_table(sizes: list[list[int]], placeholders: int) -> list[Item] | None:
 
 
 def _grids(size: list[int], share: int) -> tuple[tuple[int, int], ...] | None:
-    """Rows and columns of every frame of an image of (frames,) rows and columns.
+    """Return rows and columns of every frame of an image of size (frames,) rows, columns.
 
-    One token stands for so many cells: a square of them, in one frame or in several. None if there
+    One token stands for `share` cells: a square of them, in one frame or in several. None if there
     is no such square.
     """
     frames, (height, width) = size[0] if len(size) == 3 else 1, size[-2:]
@@ -115,9 +117,9 @@ def _grids(size: list[int], share: int) -> tuple[tuple[int, int], ...] | None:
 
 
 def _of_frames(found: Sequence[Item], videos: int, frames: int) -> list[Item] | None:
-    """Videos of equally many frames [videos, frames, C, H, W], which may come as single frames.
+    """Join what was found, perhaps single frames, to videos [videos, frames, C, H, W].
 
-    None if what was found is no multiple of them.
+    None if the number of items found is no multiple of the number of videos.
     """
     parts, rest = divmod(len(found), videos)
     if rest or not parts:
@@ -137,7 +139,7 @@ def _of_frames(found: Sequence[Item], videos: int, frames: int) -> list[Item] | 
 def _without_left_out(
     model: PreTrainedModel, inputs: Mapping[str, Any], found: Sequence[Item]
 ) -> list[Item]:
-    """The videos without what flags over all their features leave out of the prompt."""
+    """Return the videos without the tokens that flags over all features leave out of the prompt."""
     total = sum(item.tokens for item in found)
     named = (inputs.get(name) for name in sorted(beside(model, VIDEOS)))
     kept = next((x for x in named if isinstance(x, Tensor) and x.dtype == torch.bool), None)
@@ -148,7 +150,7 @@ def _without_left_out(
 
 
 def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
-    """The tiles [B, T, 3, H, W] of prompts; those that fill a prompt up are zero."""
+    """Return the tiles [B, T, 3, H, W] of prompts; tiles that only pad a prompt are zero."""
     real = int((pixels != 0).flatten(2).any(dim=-1).sum())
     tokens, rest = divmod(placeholders, real)
     if rest:
@@ -164,10 +166,10 @@ def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
 
 
 def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind) -> list[Item] | None:
-    """The images as the model's own encoder makes them; it runs once for each set of sizes.
+    """Return the images as the model's own encoder divides them; it runs once per set of sizes.
 
-    Only their number matters unless there are ends of rows, whose features are a parameter of the
-    model, whatever the pixels are. None if the encoder does not keep images apart.
+    Only counts matter, unless rows end in a learned `image_newline`, recognised by its features
+    whatever the pixels are. None if the encoder does not keep images apart.
     """
     core: Any = model.base_model
     method, given = encoding(model, inputs, kind)
@@ -184,7 +186,7 @@ def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind) -> l
 
 
 def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]:
-    """The images as a method of a model's core makes them; none if it keeps them together."""
+    """Return the images as a method of a model's core divides them; none if it does not."""
     newline = getattr(core, "image_newline", None)
     shapes_suffice = newline is None or newline.is_meta
     encoder = on_shapes(core) if shapes_suffice else contextlib.nullcontext(core)
@@ -197,6 +199,7 @@ def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]
     if newline is None:
         ends = [(0, False)] * len(counts)
     elif newline.is_meta:
+        # Case: the model has no weights, so the ends cannot be recognised by their features.
         without = _ends_without_weights(core, method, given, counts)
         ends = [(count, count > 0) for count in without]
     else:
@@ -208,7 +211,7 @@ def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]
 def _ends_without_weights(
     core: Any, method: str, given: Mapping[str, Any], counts: Sequence[int]
 ) -> list[int]:
-    """How many tokens fewer each image has if rows have no end, in a model that cannot compare."""
+    """Count the tokens that each image loses without ends of rows, in a model without weights."""
     view = shallow_copy(core)
     view._parameters = {**core._parameters, "image_newline": None}
     with torch.no_grad(), on_shapes(view) as run:

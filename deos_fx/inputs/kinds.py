@@ -1,4 +1,4 @@
-"""Images and videos: the inputs that they come in."""
+"""The kinds of media, images and videos, and the inputs that carry them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Kind:
-    """Images, or videos.
+    """A kind of media: images, or videos.
 
     Attributes:
         pixels: The input with their pixels.
-        encode: The method of the model's core that makes features of them.
-        marked: What ``mm_token_type_ids`` is at their placeholders.
-        words: What is in the names of inputs about them, beside those that the encoder takes.
+        encode: The method of the model's core that turns them into features.
+        marked: The value of ``mm_token_type_ids`` at their placeholders.
+        words: Parts of the names of further inputs about them that the encoder does not take.
     """
 
     pixels: str
@@ -51,12 +51,12 @@ VIDEOS = Kind(PIXELS[1], "get_video_features", 2, ("video", "second_per_grid"))
 
 
 def has_images(inputs: Mapping[str, Any]) -> bool:
-    """Whether there are pixels of images or videos among the inputs of a call."""
+    """Return whether the inputs of a call have pixels of images or videos."""
     return any(name in inputs for name in PIXELS)
 
 
 def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Those of the inputs that images and videos come in: pixels, and how large each is."""
+    """Return the inputs that images and videos come in: their pixels and sizes."""
     names = sorted(frozenset().union(*(beside(model, kind) for kind in given_kinds(inputs))))
     return {name: inputs[name] for name in names if isinstance(inputs.get(name), Tensor)}
 
@@ -82,7 +82,7 @@ def token_of(model: PreTrainedModel, kind: Kind) -> int:
 
 
 def media(model: PreTrainedModel, kind: Kind) -> frozenset[str]:
-    """Inputs about the images, pixels and all."""
+    """Return the names of the inputs that a kind's encoder takes, its pixels included."""
     if kind is IMAGES:
         return size_inputs(model) | {kind.pixels}
     encode = getattr(model.base_model, kind.encode, None)
@@ -91,7 +91,7 @@ def media(model: PreTrainedModel, kind: Kind) -> frozenset[str]:
 
 
 def beside(model: PreTrainedModel, kind: Kind) -> frozenset[str]:
-    """`media`, and of videos what others than the encoder read: the seconds between frames."""
+    """Return `media` and, for videos, inputs that other parts read, such as seconds per frame."""
     names = inspect.signature(type(model).forward).parameters
     others = (name for name in names if any(word in name for word in kind.words))
     return media(model, kind) | frozenset(others)
@@ -100,14 +100,14 @@ def beside(model: PreTrainedModel, kind: Kind) -> frozenset[str]:
 def encoder_inputs(
     model: PreTrainedModel, inputs: Mapping[str, Any]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Names of the methods that encode the images and videos of a call, and what they are given."""
+    """Return the name and the arguments of the method that encodes each kind in a call."""
     return [encoding(model, inputs, kind) for kind in given_kinds(inputs)]
 
 
 def encoding(
     model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind
 ) -> tuple[str, dict[str, Any]]:
-    """Return the method of the core that encodes a kind, and what a call gives it."""
+    """Return the core's method that encodes a kind, and its arguments in a call."""
     given = {name: inputs[name] for name in sorted(media(model, kind)) if name in inputs}
     if hasattr(model.base_model, kind.encode):
         return kind.encode, given

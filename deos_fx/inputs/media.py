@@ -1,8 +1,9 @@
-"""The images and videos of a batch: how many visual tokens each has, and whose they are.
+"""The images and videos of a batch, and the prompts that they belong to.
 
 transformers gives the pixels of a batch as flat lists: of images, of their tiles, of their patches,
-with tables that say how large each image is. Here they are counted, found in the prompts by their
-placeholders, and taken apart again where prompts have to go separate ways.
+with tables of the size of each image. `items` counts their visual tokens; here they are found in
+the prompts by their placeholders; `media_rows` takes them apart again where prompts go separate
+ways.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ __all__ = ["PromptImages", "are_written_alike", "images_of_prompts", "padding_of
 
 @dataclass(frozen=True)
 class PromptImages:
-    """What one prompt shows.
+    """The images and videos of one prompt.
 
     Attributes:
         layout: Its visual tokens; None for a prompt of text alone.
-        items: Of each kind, the first of its images and the one behind the last.
+        items: For each kind in the prompt, the number of its first image and one past its last.
     """
 
     layout: PromptLayout | None
@@ -39,18 +40,18 @@ class PromptImages:
 
     @property
     def alike(self) -> Hashable:
-        """The same for prompts that one graph is for: what they show, and in which inputs."""
+        """Return a key that prompts share if one graph serves them: their layout and inputs."""
         return self.layout, tuple(kind.pixels for kind, _, _ in self.items)
 
 
 def padding_of(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The flags [B, N] of real tokens among the inputs of a call; None if there are none."""
+    """Return the flags [B, N] of real tokens in the inputs of a call; None if there are none."""
     mask = inputs.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def images_of_prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[PromptImages]:
-    """What every prompt of a batch shows.
+    """Find the images and videos of every prompt of a batch.
 
     Args:
         model: The model.
@@ -60,8 +61,8 @@ def images_of_prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list
         One description for each prompt.
 
     Raises:
-        ValueError: If images and placeholders do not match, or it cannot be told which
-            placeholders are those of videos.
+        ValueError: If images and placeholders do not match, placeholders of images and of videos
+            cannot be told apart, or packed samples are refused (see `packed_by`).
     """
     places = _places(model, inputs)
     tokens = {
@@ -73,7 +74,7 @@ def images_of_prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list
         for kind, flags in places.items()
     }
     waiting = {kind: iter(enumerate(given)) for kind, given in items.items()}
-    # 0 is text, and kinds count from 1.
+    # The kind of every token as a number: 0 for text, kinds from 1.
     numbers: Any = sum(number * flags for number, flags in enumerate(places.values(), 1))
     packed = packed_by(inputs, numbers > 0)
     last = last_token(inputs["input_ids"], padding_of(inputs))[:, 0].tolist()
@@ -94,8 +95,10 @@ def images_of_prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list
 
 
 def are_written_alike(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
-    """Whether there are images and videos among the inputs, and the model has one placeholder for
-    both: it cannot read them in one call."""
+    """Return whether the inputs have images and videos, and the model one placeholder for both.
+
+    The model cannot read these in one call.
+    """
     if len(given_kinds(inputs)) < 2:
         return False
     places = _own_places(model, inputs["input_ids"])
@@ -105,14 +108,14 @@ def are_written_alike(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool
 
 
 def placeholders(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Flags of every placeholder in input_ids [B, N], of images or of videos."""
+    """Flag every placeholder in input_ids [B, N], of images or of videos."""
     video = video_token_of(model)
     images = input_ids == image_token_of(model)
     return images if video is None else images | (input_ids == video)
 
 
 def _places(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[Kind, Tensor]:
-    """Flags [B, N] of the placeholders of each kind that has pixels among the inputs."""
+    """Flag the placeholders [B, N] of each kind that has pixels among the inputs."""
     ids, kinds = inputs["input_ids"], given_kinds(inputs)
     places = {kind: ids == token_of(model, kind) for kind in kinds}
     own = _own_places(model, ids)
@@ -126,12 +129,15 @@ def _places(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[Kind, Ten
 def _told_apart(
     model: PreTrainedModel, places: Mapping[Kind, Tensor], marks: Tensor | None
 ) -> dict[Kind, Tensor]:
-    """Placeholders of images and of videos that are written alike, by how processors mark them.
+    """Tell the same placeholder of images and of videos apart by the marks of the processor.
 
     Args:
         model: The model.
         places: Flags [B, N] of the placeholders of each kind.
         marks: ``mm_token_type_ids`` [B, N].
+
+    Raises:
+        ValueError: If there are no such marks, or a prompt has both an image and a video.
     """
     apart = {}
     for kind, flags in places.items():
@@ -155,7 +161,7 @@ def _told_apart(
 
 
 def _own_places(model: PreTrainedModel, input_ids: Tensor) -> dict[Kind, Tensor] | None:
-    """Where the model's own code puts images and videos; None if it cannot be asked."""
+    """Return the places where the model's own code puts each kind; None if it cannot be asked."""
     find: Any = getattr(model.base_model, "get_placeholder_mask", None)
     if find is None:
         return None
@@ -166,7 +172,7 @@ def _own_places(model: PreTrainedModel, input_ids: Tensor) -> dict[Kind, Tensor]
     }
     if needed != {"input_ids", "inputs_embeds"}:
         return None
-    # Of the embeddings it only asks where they are, and how many there are of them.
+    # Of the embeddings, the method reads only the device and the number.
     masks = find(input_ids, inputs_embeds=input_ids[..., None])
     if not isinstance(masks, tuple):
         return None
@@ -182,8 +188,17 @@ def _shown(
     waiting: Mapping[Kind, Iterator[tuple[int, Item]]],
     row: int,
 ) -> Iterator[tuple[Kind, int, Item]]:
-    """The images of a prompt, in the order of their placeholders, whose kinds are given: the kind,
-    number and size of each."""
+    """Yield the kind, number and size of each image of a prompt, in the order of placeholders.
+
+    Args:
+        kinds: The kind of each placeholder of the prompt, in order.
+        tokens: The id of each kind's placeholder.
+        waiting: The numbered images of each kind that no earlier prompt has shown.
+        row: Number of the prompt, for errors.
+
+    Raises:
+        ValueError: If images and placeholders do not match.
+    """
     place = 0
     while place < len(kinds):
         kind = kinds[place]
@@ -227,11 +242,3 @@ def _of_prompt(
         packed=packed,
     )
     return PromptImages(layout, tuple(items))
-
-
-# *** how many visual tokens an image has ***
-
-
-# *** whose pixels are whose ***
-
-

@@ -1,4 +1,4 @@
-"""Whose pixels are whose."""
+"""Selecting the inputs about images that belong to some prompts of a batch."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def media_of_rows(
     prompts: Sequence[PromptImages],
     rows: Sequence[int],
 ) -> dict[str, Any]:
-    """The inputs about images, for some prompts.
+    """Select the inputs about images for some prompts.
 
     Args:
         model: The model.
         inputs: Arguments of its forward.
-        prompts: What every prompt shows.
+        prompts: The images of every prompt.
         rows: The prompts to take, in their new order; one may come more than once.
 
     Returns:
-        The inputs about images by name; those of a kind that no such prompt has are None.
+        The inputs about images by name; None for those of a kind that none of the prompts has.
 
     Raises:
-        ValueError: If it cannot be told which pixels belong to which image.
+        ValueError: If it is unclear which pixels belong to which image.
     """
     taken: dict[str, Any] = {}
     for kind in given_kinds(inputs):
@@ -68,7 +68,7 @@ def media_of_rows(
 def _frames(
     values: Mapping[str, Tensor | list[Any]], images: int, table: Tensor | None
 ) -> list[int]:
-    """How many frames each video has, if one of its inputs tells."""
+    """Return the number of frames of each video, if one of the inputs has it."""
     if table is not None and table.shape[1] == 3:
         return table[:, 0].tolist()
     for name, value in values.items():
@@ -86,15 +86,20 @@ def _units(
     frames: Sequence[int],
     batch: int,
 ) -> list[int]:
-    """Which entries of the leading axis belong to some prompts (row, first image, end)."""
+    """Find the entries of the leading axis that belong to prompts (row, first image, end).
+
+    Raises:
+        ValueError: If the number of entries fits no count of images, patches, frames or prompts.
+    """
     areas = [] if table is None else table.prod(dim=-1).tolist()
     share, rest = divmod(sum(areas), len(value))
     counts: list[Sequence[int]] = [[1] * images, areas, frames]
     if len(value) not in map(sum, counts):
+        # Case: one entry for each prompt.
         if len(value) == batch:
             return [row for row, _, _ in spans]
         if share and not rest and not any(area % share for area in areas):
-            # Entries for tokens, which several patches make.
+            # Case: one entry for each token, made from several patches.
             counts.append([area // share for area in areas])
     for of_images in counts:
         if len(value) == sum(of_images):

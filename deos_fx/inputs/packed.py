@@ -1,7 +1,8 @@
-"""Rows in which not every token sees all before it, such as packed samples.
+"""Rows in which not every token sees all tokens before it, such as packed samples.
 
-transformers keeps the samples of a row apart where position ids start again, if there is neither an
-attention mask nor a cache, or by an attention mask of queries and keys, which may say anything.
+transformers keeps the samples of a row apart in two ways: where position ids start again, if there
+is neither an attention mask nor a cache; or by an attention mask of queries and keys, which may
+hide anything from anything.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 __all__ = ["packed_by", "refuse_lengths"]
 
 _LENGTHS = (*FlashAttentionKwargs.__annotations__, "seq_idx")
-"""What tells layers how long packed samples are."""
+"""Inputs that tell layers how long packed samples are."""
 
 _APART = "give every sample a row of its own"
 
 
 def refuse_lengths(inputs: Mapping[str, Any]) -> None:
-    """Refuse lengths of packed samples: layers would count by them what reductions have dropped.
+    """Refuse lengths of packed samples: they would still count tokens that reductions dropped.
 
     Args:
         inputs: Arguments of the model's forward.
 
     Raises:
-        ValueError: If there are any.
+        ValueError: If the inputs have such lengths.
     """
     given = [name for name in _LENGTHS if inputs.get(name) is not None]
     if given:
@@ -41,15 +42,15 @@ def refuse_lengths(inputs: Mapping[str, Any]) -> None:
 
 
 def packed_by(inputs: Mapping[str, Any], visual: Tensor) -> str:
-    """What keeps tokens of a row apart, in words; empty where every row is one prompt.
+    """Describe in words what keeps tokens of a row apart; empty where every row is one prompt.
 
     Args:
         inputs: Arguments of the model's forward.
         visual: Flags [B, N] of the placeholders.
 
     Raises:
-        ValueError: If the model itself would not keep samples apart that position ids do, a mask is
-            none that it takes, or a sample ends in an image in front of another one.
+        ValueError: If position ids separate samples that the model itself would not keep apart, the
+            mask is none that it takes, or a sample ends in an image and another one follows it.
     """
     mask = inputs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim in (2, 4)):
@@ -63,11 +64,13 @@ def packed_by(inputs: Mapping[str, Any], visual: Tensor) -> str:
     given = inputs.get("position_ids")
     if given is None:
         return ""
-    # With coordinates, transformers looks at the place in the text alone, if it is given.
+    # Of several coordinates, transformers reads only the place in the text, which the first of four
+    # is.
     looks = given.ndim == 2 or len(given) == 4
     positions = (given if given.ndim == 2 else given[0]).expand(visual.shape)
     if not looks or mask is not None or inputs.get("past_key_values") is not None:
-        # Text behind a long video may have an earlier time than the last of its frames.
+        # Case: the model does not separate samples. Without a place in the text, positions are
+        # times, and text after a long video may have an earlier time than its last frame.
         passes = torch.zeros_like(visual) if looks else visual
         _refuse_going_back(positions, passes if mask is None else passes | (mask == 0))
         return ""
@@ -79,7 +82,7 @@ def packed_by(inputs: Mapping[str, Any], visual: Tensor) -> str:
 
 
 def _refuse_going_back(positions: Tensor, passes: Tensor) -> None:
-    """Refuse positions [B, N] that are smaller than the one before, but for flagged tokens."""
+    """Refuse positions [B, N] smaller than the one before, unless one of the two is flagged."""
     if bool(((positions.diff(dim=1) < 0) & ~passes[:, 1:] & ~passes[:, :-1]).any()):
         raise ValueError(
             "position_ids go back inside a row, as those of packed samples do, and the model keeps "
@@ -106,7 +109,7 @@ def _by_mask(mask: Tensor, visual: Tensor) -> str:
 
 
 def _check_borders(borders: Tensor, visual: Tensor) -> None:
-    """Refuse images in front of a border [B, N - 1]: their last token is the last of a sample."""
+    """Refuse images right before a border [B, N - 1]: their last token is the last of a sample."""
     if bool((borders & visual[:, :-1]).any()):
         raise ValueError(
             "A sample ends in an image, with another sample behind it in the same row. The last "

@@ -12,7 +12,7 @@ __all__ = ["configs_of", "structure_of"]
 
 
 def structure_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Hashable, ...]:
-    """What a captured graph depends on: which inputs there are, of what type, and constants.
+    """Return what a captured graph depends on: the inputs given, their types, and constants.
 
     Args:
         model: The model.
@@ -25,11 +25,11 @@ def structure_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Has
     parts += [config._attn_implementation for config in configs_of(model.config)]
     for name, value in sorted(inputs.items()):
         if isinstance(value, Tensor):
-            # Position ids [4, B, t] of a prompt's own steps go on as [1, B, t] in a later turn.
+            # Position ids are [4, B, t] in a prompt's own steps and [1, B, t] in a later turn.
             coordinates = value.shape[:-2] if name == "position_ids" else ()
             parts.append((name, value.dtype, value.device, value.ndim, coordinates))
         elif isinstance(value, Cache) or _is_number(value):
-            # A number is an input of the graph: what is decided by it has a guard.
+            # A number is an input of the graph, and a guard checks what it decides.
             parts.append((name, type(value)))
         else:
             parts.append((name, _frozen(name, value)))
@@ -41,10 +41,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _frozen(name: str, value: Any) -> Hashable:
-    """A constant of the structure, as a key.
+    """Return a constant of the structure as a hashable key.
 
     Raises:
-        TypeError: If there are tensors in it, or what cannot be compared.
+        TypeError: If it contains tensors, or something that cannot be compared.
     """
     if isinstance(value, Mapping):
         return tuple((key, _frozen(name, item)) for key, item in value.items())
