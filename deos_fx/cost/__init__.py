@@ -1,1 +1,1 @@
-"""What a policy costs: FLOPs, bytes and milliseconds, without running it."""
+"""The cost of a policy: FLOPs, bytes and milliseconds, without running it."""

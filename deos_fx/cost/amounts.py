@@ -1,4 +1,4 @@
-"""What a policy costs, in numbers."""
+"""The cost of a policy in numbers, and its comparison with the unreduced model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Cost:
 
     @property
     def amounts(self) -> dict[str, float]:
-        """What a `Budget` limits, by the names of its fields."""
+        """Return the amounts that a `Budget` limits, by the names of its fields."""
         return {
             "visual_tokens": self.visual_tokens,
             "flops": self.flops,

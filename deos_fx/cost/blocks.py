@@ -1,4 +1,4 @@
-"""FLOPs of a block of transformers."""
+"""FLOPs of a transformer block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Block", "at_most", "heads_of"]
 
 @dataclass(frozen=True)
 class Block:
-    """What a transformer block costs, and the sizes of its attention.
+    """The cost of a transformer block, and the sizes of its attention.
 
     Attributes:
         linear: FLOPs for each token.
@@ -33,25 +33,25 @@ class Block:
     width: int
 
     def flops(self, tokens: Amount) -> Amount:
-        """Of the whole block: linear layers, query-key and attention-value products."""
+        """Compute the FLOPs of the block: linear layers, query-key and attention-value products."""
         return tokens * self.linear + self.quadratic * tokens * tokens
 
     def row_flops(self, queries: Amount, tokens: Amount) -> Amount:
-        """Of the attention logits of a few queries that a score observes."""
+        """Compute the FLOPs of the attention logits of a few queries that a score observes."""
         return 2 * self.heads * self.dim * queries * tokens
 
     @property
     def projections(self) -> int:
-        """Of the queries, keys and values of one token."""
+        """Compute the FLOPs of the queries, keys and values of one token."""
         return 2 * self.width * (self.heads + 2 * self.key_heads) * self.dim
 
 
 def heads_of(block: nn.Module) -> tuple[int, int, int, int]:
-    """Query heads, key heads, size of a head and width, by the config of a block's attention."""
+    """Read query heads, key heads, size of a head and width from a block's attention config."""
     configs: list[Any] = [module.config for module in block.modules() if hasattr(module, "config")]
     config = next((item for item in configs if hasattr(item, "num_attention_heads")), None)
     if config is None:
-        # Its attention cannot be observed.
+        # Case: the attention of this block cannot be observed.
         return 0, 0, 0, 0
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -60,7 +60,7 @@ def heads_of(block: nn.Module) -> tuple[int, int, int, int]:
 
 
 def at_most(tokens: Amount, most: int | None) -> Amount:
-    """Return a number of tokens, but no more than a window holds; None for any number."""
+    """Return a number of tokens, limited to `most`, the tokens of a window; None for no limit."""
     if most is None:
         return tokens
     return tokens.clamp(max=most) if isinstance(tokens, Tensor) else min(tokens, most)

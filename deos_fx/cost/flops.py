@@ -10,7 +10,7 @@ __all__ = ["count_flops"]
 
 
 class _NoModules:
-    """Stands in for the counter's module tracker, whose hooks every module of the process runs."""
+    """Stand-in for the counter's module tracker, which hooks every module of the process."""
 
     parents = frozenset({"Global"})
 
@@ -18,14 +18,14 @@ class _NoModules:
         """Track nothing."""
 
     def __exit__(self, *exception: object) -> None:
-        """Leave nothing behind."""
+        """Undo nothing."""
 
 
 def count_flops() -> FlopCounterMode:
     """Make a counter of all FLOPs while it is entered, without a table by module.
 
-    By default the counter follows which module runs, by hooks on all modules of the process, into
-    which threads that run another model would run.
+    By default the counter tracks the running module by hooks on all modules of the process. Threads
+    that run another model would run these hooks too.
     """
     counter: Any = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()

@@ -17,10 +17,10 @@ _REPEATS = 7
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median wall-clock time of a call, after warming up.
+    """Measure the median wall-clock time of a call, after warming up.
 
     Args:
-        call: What to time.
+        call: The call to time.
         device: Where it runs; a GPU is synchronised before and after.
 
     Returns:
@@ -44,15 +44,15 @@ def _synchronise(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Prefill times of one prompt when *all* decoder layers process some number of visual tokens.
+    """Prefill times of one prompt with the same number of visual tokens in *all* decoder layers.
 
     A policy's time is predicted as the mean over the decoder layers of the time at that layer's
-    count, linear between measured counts. It is a guide for the search only: the policy it returns
+    count, linear between measured counts. This only guides the search: the policy that it returns
     was timed itself.
 
     Attributes:
         counts: Visual tokens, ascending.
-        times: Milliseconds at each.
+        times: Milliseconds at each count.
     """
 
     counts: tuple[int, ...]
@@ -62,18 +62,18 @@ class LatencyTable:
     def measure(
         cls, counts: Sequence[int], run: Callable[[int], Callable[[], object]], device: torch.device
     ) -> LatencyTable:
-        """Time prefills.
+        """Time a prefill at each count.
 
         Args:
             counts: Visual tokens to measure at.
-            run: Count -> a prefill with so many visual tokens in every decoder layer.
+            run: Returns a prefill with the given number of visual tokens in every decoder layer.
             device: Where it runs.
         """
         ordered = sorted(set(counts))
         return cls(tuple(ordered), tuple(milliseconds(run(count), device) for count in ordered))
 
     def predict(self, counts: Sequence[float | Tensor]) -> Tensor:
-        """Milliseconds, 0-dim; differentiable in the counts.
+        """Predict milliseconds, 0-dim; differentiable in the counts.
 
         Args:
             counts: Visual tokens that each decoder layer processes.

@@ -1,7 +1,7 @@
-"""What the parts of a model cost, measured on a twin of it that has shapes and no numbers.
+"""The cost of the parts of a model, measured on a twin of it that has shapes and no data.
 
 The weights of the twin are on torch's meta device, where an operation takes no time and no memory.
-Its blocks are the model's own code, so what is counted is right for any family: experts, shared or
+Its blocks are the model's own code, so the counts are right for any family: experts, shared or
 sliding caches, heads of different sizes.
 """
 
@@ -33,20 +33,20 @@ __all__ = ["Decoder", "Encoder", "Layer", "measure_decoder", "measure_encoder"]
 _KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Any]]
 _KNOWN = weakref.WeakKeyDictionary()
 
-# Lengths that a decoder is measured at: two, for a linear and a quadratic part.
+# The decoder is measured at two lengths, which determine a linear and a quadratic part.
 _SHORT, _LONG = 2, 4
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a decoder layer costs for one prompt.
+    """The cost of a decoder layer for one prompt.
 
     Attributes:
         linear: FLOPs for each token.
         quadratic: FLOPs for each pair of tokens.
-        cached: Bytes of its cache for each token that it holds.
-        state: Bytes of its cache whatever the length.
-        window: Tokens that its cache holds at most; None for all.
+        cached: Bytes of its cache for each token held.
+        state: Bytes of its cache that do not depend on the length.
+        window: Largest number of tokens that its cache holds; None for all.
         key_heads: Heads of the keys in its cache.
         dim: Size of such a head.
     """
@@ -62,12 +62,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a decoder costs for one prompt.
+    """The cost of a decoder for one prompt.
 
     Attributes:
         layers: Its layers.
-        around: FLOPs for each token outside of the layers, without the head.
-        head: FLOPs for each token that the head makes logits of.
+        around: FLOPs for each token outside the layers, without the head.
+        head: FLOPs for each token whose logits the head computes.
     """
 
     layers: tuple[Layer, ...]
@@ -77,16 +77,18 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What the image encoder costs in one call, in FLOPs.
+    """The cost of the image encoder in one call, in FLOPs.
 
     Attributes:
-        total: All of it.
-        blocks: Each vision block; 0 if the features do not depend on it.
-        products: Those of its attention among these: for pairs of tokens.
+        total: FLOPs of the whole call.
+        blocks: FLOPs of each vision block; 0 if the features do not depend on it.
+        products: FLOPs of attention products in each block, a part of `blocks` that grows with
+            pairs of tokens.
         tokens: Tokens of an image in each vision block; 0 where its hidden states are no sequence.
-        used: How many vision blocks the features depend on: all up to the deepest of them.
-        front: What the features depend on before the first block.
-        behind: What they depend on behind the last.
+        used: Number of vision blocks up to the deepest that the features depend on.
+        front: FLOPs before the first block as far as the features depend on them, and all FLOPs
+            outside of the measured modules.
+        behind: FLOPs after the last block, as far as the features depend on them.
     """
 
     total: int
@@ -99,7 +101,7 @@ class Encoder:
 
 
 def measure_decoder(model: PreTrainedModel) -> Decoder:
-    """Measure the decoder, once for each model; nothing of it runs and no weight is touched.
+    """Measure the decoder, once for each model; the model does not run, no weight is touched.
 
     Args:
         model: A transformers vision-language model.
@@ -112,16 +114,16 @@ def measure_encoder(
     inputs: Mapping[str, Tensor] | None = None,
     encode: str = "get_image_features",
 ) -> Encoder:
-    """Measure the encoding of images; nothing of it runs and no weight is touched.
+    """Measure the encoding of images; the model does not run, no weight is touched.
 
     Args:
         model: A transformers vision-language model.
-        inputs: Arguments of the method that encodes; None for one image as large as its config
-            says, which is measured once for each model.
-        encode: The method of its core that encodes.
+        inputs: Arguments of the method that encodes; None for one image of the config's size,
+            which is measured once for each model.
+        encode: The method of the model's core that encodes.
 
     Raises:
-        ValueError: If the encoder reads the numbers of its pixels.
+        ValueError: If the encoder reads values that it computes, not only sizes.
     """
     if inputs is not None:
         return _encoder(model, inputs, encode)
@@ -131,7 +133,7 @@ def measure_encoder(
 
 def _once(model: PreTrainedModel, what: str, measure: Callable[[], Any]) -> Any:
     known = _KNOWN.setdefault(model, {})
-    # A model can be converted, gain adapters and have parts replaced.
+    # The key changes if the model is converted, gains adapters or has parts replaced.
     weights = sum(weight.numel() for weight in model.parameters())
     key = (what, model.dtype, sum(1 for _ in model.modules()), weights)
     if key not in known:
@@ -173,7 +175,7 @@ def _per(flops: int, tokens: int) -> int:
 
 @dataclass(frozen=True)
 class _Held:
-    """What a layer's cache holds after a run."""
+    """The contents of a layer's cache after a run: bytes, and sizes of its keys."""
 
     bytes: int
     window: int | None
@@ -199,7 +201,7 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     with _counting() as of_head, torch.no_grad():
         twin.get_output_embeddings()(hidden)
     held = [_held(layer) for layer in cache.layers]
-    # Layers at the end may read the keys of others and hold none.
+    # The last layers may read the keys of others and hold none.
     nothing = _Held(0, None, held[-1].key_heads, held[-1].dim)
     held += [nothing] * (len(paths) - len(held))
     around = counter.get_total_flops() - sum(flops)
@@ -229,14 +231,14 @@ def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor], encode: str) 
         if module in tokens and args[0].ndim == 3:
             tokens[module] = args[0].shape[1]
 
-    # What the parts of a unit consist of need not be parameters that have gradients.
+    # A unit need not have parameters with gradients, so its outputs are traced as well.
     made: dict[nn.Module, list[Any]] = {unit: [*unit.parameters()] for unit in units}
     for unit in units:
         unit.register_forward_pre_hook(note)
         unit.register_forward_hook(
             lambda unit, _, output: made[unit].extend(pytree.tree_leaves(output))
         )
-    # Code that leaves out padding images looks at pixels.
+    # Code that leaves out padding images reads the pixels, so these keep their data.
     given = {
         name: x.cpu() if isinstance(x, Tensor) and not x.is_meta else x
         for name, x in inputs.items()
@@ -273,14 +275,14 @@ def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor], encode: str) 
 
 
 def _units(module: nn.Module, blocks: Container[nn.Module]) -> list[nn.Module]:
-    """The blocks, and the largest modules that contain none."""
+    """Return the blocks, and the largest modules that contain none."""
     if module in blocks or not any(inner in blocks for inner in module.modules()):
         return [module]
     return [unit for child in module.children() for unit in _units(child, blocks)]
 
 
 def _used(features: list[Tensor], made: Mapping[nn.Module, list[Any]]) -> set[nn.Module]:
-    """The units whose parameters or outputs the features depend on."""
+    """Return the units whose parameters or outputs the features depend on."""
     tensors = {
         unit: [x for x in of_unit if isinstance(x, Tensor) and x.requires_grad]
         for unit, of_unit in made.items()
@@ -296,14 +298,14 @@ def _used(features: list[Tensor], made: Mapping[nn.Module, list[Any]]) -> set[nn
 # *** both ***
 
 
-# What attention is made of, in the eager form that a twin has.
+# The operations of attention products in their eager form, which a twin has.
 _PRODUCTS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
 
 def _watch(
     counter: FlopCounterMode, modules: Sequence[nn.Module], of: Sequence[Any] | None = None
 ) -> list[int]:
-    """FLOPs of each module, all or those of some operations, filled in while they run."""
+    """Return the FLOPs of each module, filled in as it runs: all, or those of operations `of`."""
     flops = [0] * len(modules)
 
     def add(i: int, sign: int, *_: Any) -> None:
@@ -316,13 +318,13 @@ def _watch(
     return flops
 
 
-# The setting of torch is one for the whole process.
+# The setting of torch that `_counting` patches is global to the process.
 _COUNTING = threading.RLock()
 
 
 @contextmanager
 def _counting() -> Iterator[FlopCounterMode]:
-    # What a mask selects may be all that there is.
+    # On meta, assume that a mask selects every element: the largest possible result.
     whole = cast(Any, fx_config).patch(meta_nonzero_assume_all_nonzero=True)
     with _COUNTING, whole, WholeNumbers(), count_flops() as counter:
         yield counter

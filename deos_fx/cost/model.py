@@ -1,7 +1,7 @@
-"""What a prefill costs: visual tokens per layer, floating-point operations, bytes of KV cache.
+"""The cost of a prefill: visual tokens per layer, floating-point operations, bytes of KV cache.
 
-Everything is measured on a twin of the model that has no numbers and computed from token counts;
-the model does not run.
+Everything is measured on a twin of the model that has shapes and no data, and computed from token
+counts; the model does not run.
 Operations are counted as `torch.utils.flop_counter` counts them: two for each multiply-add of a
 linear layer, a convolution or an attention product, nothing for the rest. Masked attention counts
 in full, whatever a kernel skips.
@@ -44,8 +44,8 @@ __all__ = ["CostModel"]
 class CostModel:
     """Predicts the cost of prompts of one shape, for any policy.
 
-    What the image encoder computes and the language model does not use costs nothing where capture
-    leaves it out.
+    Results of the image encoder that the language model does not use cost nothing where capture
+    leaves them out.
 
     Args:
         model: A transformers vision-language model.
@@ -53,8 +53,8 @@ class CostModel:
         text_tokens: Tokens of a prompt that are not visual, padding included.
         batch: Prompts.
         logits_to_keep: Positions of each prompt whose logits are computed; 0 for all of them.
-        encoded: Names of methods that encode images and videos, and what each is given for all
-            prompts together. Only where images are all of one size, they need not be given.
+        encoded: Names of methods that encode images and videos, and the arguments of each for all
+            prompts together. May be left out only where all images have one size.
 
     Raises:
         TypeError: If `model` is not a transformers model.
@@ -88,7 +88,7 @@ class CostModel:
     def of_images(
         cls, model: PreTrainedModel, images: int, text_tokens: int, batch: int = 1, **options: Any
     ) -> CostModel:
-        """The cost model for prompts with so many images, for models whose images have one size.
+        """Make the cost model of prompts with `images` images, where all images have one size.
 
         Args:
             model: A transformers vision-language model.
@@ -111,14 +111,14 @@ class CostModel:
 
     @classmethod
     def of_inputs(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> CostModel:
-        """The cost model for the prompts of a call.
+        """Make the cost model of the prompts of a call.
 
         Args:
             model: A transformers vision-language model.
             inputs: Arguments of its forward.
 
         Raises:
-            ValueError: If the inputs have no image, or prompts with different numbers of images.
+            ValueError: If the inputs have no image, or the prompts differ in their images.
         """
         signature_of(model)
         inputs = normal_inputs(inputs)
@@ -135,7 +135,7 @@ class CostModel:
         )
 
     def of_one_prompt(self) -> CostModel:
-        """The same for a batch of one."""
+        """Return the same cost model for a batch of one."""
         alone = copy.copy(self)
         alone.batch = 1
         return alone
@@ -152,14 +152,14 @@ class CostModel:
 
     @property
     def sizes_vary(self) -> bool:
-        """Whether other images, or videos, of the model have other numbers of visual tokens."""
+        """Return whether other images, or videos, may have other numbers of visual tokens."""
         fixed = self.signature.visual_tokens
         return fixed == 0 or set(self.layout.sizes) != {fixed}
 
-    # *** from the visual tokens of each decoder layer; differentiable ***
+    # *** costs from the visual tokens of each decoder layer; differentiable ***
 
     def visual_tokens(self, counts: Sequence[Amount] | Tensor) -> Amount:
-        """Mean over the decoder layers.
+        """Compute the mean of the visual tokens over the decoder layers.
 
         Args:
             counts: Visual tokens of one prompt, all its images together, that each decoder layer
@@ -173,13 +173,13 @@ class CostModel:
         overhead: Amount = 0,
         patches: Sequence[Amount] | None = None,
     ) -> Amount:
-        """Of one prefill of the whole batch, from pixels to logits.
+        """Compute the FLOPs of one prefill of the whole batch, from pixels to logits.
 
         Args:
             counts: As in `visual_tokens`.
             overhead: FLOPs of the reductions themselves, see `overhead`.
-            patches: Patches of one image that each used block of the vision tower processes, and
-                then the projector, see `patches`; by default all of them.
+            patches: Patches of one image that each used block of the vision tower processes, then
+                those of the projector, see `patches`; by default all of them.
         """
         lengths = [self.text_tokens + count for count in counts]
         layers = sum(
@@ -191,7 +191,7 @@ class CostModel:
         return encoding + self.batch * (layers + around + head) + overhead
 
     def kv_bytes(self, counts: Sequence[Amount] | Tensor) -> Amount:
-        """Of the keys and values that one prefill of the whole batch leaves.
+        """Compute the bytes of the keys and values that one prefill of the whole batch leaves.
 
         Args:
             counts: As in `visual_tokens`.
@@ -203,13 +203,13 @@ class CostModel:
         return self.batch * total
 
     def reduction_flops(self, reduction: Reduction, before: Amount, after: Amount) -> Amount:
-        """FLOPs of one reduction's own scores, similarities and merging, for the whole batch.
+        """Compute the FLOPs of a reduction's own scores, similarities and merging, for the batch.
 
         Args:
-            reduction: What is done, as far as a search can vary it; its ``keep`` is not read.
+            reduction: The reduction, as far as a search can vary it; its ``keep`` is not read.
             before: Visual tokens that come in, of one image before the decoder and of one prompt
                 in it.
-            after: Those that are kept, counted alike.
+            after: Visual tokens that are kept, counted in the same way.
         """
         site = self._site(reduction)
         observed = site.observed_flops(observations(reduction), before, before, self.text_tokens)
@@ -217,10 +217,10 @@ class CostModel:
         rows = self.batch * (1 if site.stage == "decoder" else self.images)
         return rows * (observed + operator)
 
-    # *** of a policy; exact ***
+    # *** costs of a policy; exact ***
 
     def of_policy(self, policy: Policy) -> Cost:
-        """Cost with a policy, the reductions' own matmuls included.
+        """Compute the cost with a policy, the reductions' own matmuls included.
 
         Args:
             policy: ``Policy()`` gives the cost of the unreduced model.
@@ -237,7 +237,7 @@ class CostModel:
         )
 
     def counts(self, policy: Policy) -> list[int]:
-        """Visual tokens of one prompt that each decoder layer processes.
+        """Count the visual tokens of one prompt that each decoder layer processes.
 
         Args:
             policy: A policy for this model.
@@ -255,11 +255,11 @@ class CostModel:
 
     @property
     def tower_blocks(self) -> int:
-        """Blocks of the vision tower that can be told apart, up to the last that is used."""
+        """Count the vision blocks up to the last that is used; 0 if they cannot be told apart."""
         return 0 if self._opaque else self._encoder.used
 
     def patches(self, policy: Policy) -> list[int]:
-        """Patches of one image in each used block of the vision tower, and then in the projector.
+        """Count the patches of one image in each used vision block, and then in the projector.
 
         Args:
             policy: A policy for this model.
@@ -274,7 +274,7 @@ class CostModel:
         return per_block
 
     def overhead(self, policy: Policy) -> int:
-        """FLOPs of all the reductions of a policy, for the whole batch.
+        """Compute the FLOPs of all the reductions of a policy, for the whole batch.
 
         Args:
             policy: A policy for this model.
@@ -290,11 +290,12 @@ class CostModel:
         known: set[Seen] = set()
         for reduction in policy.reductions:
             stage, layer = split_site(reduction.site)
+            # From the first decoder site on, a reduction sees all images of a prompt at once.
             if stage == "decoder" and not in_decoder:
                 in_decoder, together = True, [self._of_prompt(together)]
             site, seen = self._site(reduction), observations(reduction)
             if stage == "projector":
-                # A cut right behind the last block looks into the same block.
+                # A reduction right after the last block has observed that block already.
                 seen = seen - known
             known = seen if stage == "vision" and layer == self.tower_blocks - 1 else set()
             for group in together:
@@ -312,23 +313,23 @@ class CostModel:
         return total
 
     def _cells(self, image: int) -> Tensor:
-        """The grid of one image."""
+        """Return image, row and column of every token of one image, [V, 3]."""
         grids = self.layout.grids or (self.layout.grid,) * self.images
         return PromptLayout(0, 1, grids[image]).grid_tensor(1)
 
     def _of_prompt(self, images: Sequence[Together]) -> Together:
-        """The tokens of a prompt, from those of its images of each size."""
+        """Return the tokens of a prompt, from those of its images of each size."""
         present = sum(group.rows * group.present for group in images)
         grid = None
         if all(group.grid is not None for group in images):
-            # Which image comes first does not change a cost.
+            # The order of the images does not change a cost.
             parts = [group.grid for group in images for _ in range(group.rows)]
             grid = torch.cat(
                 [part + torch.tensor([i, 0, 0]) for i, part in enumerate(parts) if part is not None]
             )
         return Together(1, self.layout.sizes, present, grid)
 
-    # *** parts ***
+    # *** the parts of the model ***
 
     @cached_property
     def _measured(self) -> Decoder:
@@ -352,12 +353,12 @@ class CostModel:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        """Of one image as large as the config says."""
+        """Measure the encoding of one image of the config's size."""
         return measure_encoder(self._model)
 
     @cached_property
     def _opaque_encoding(self) -> int:
-        """FLOPs of all images and videos of the call, whose sizes matter."""
+        """Count the FLOPs of encoding all images and videos of the call, whose sizes matter."""
         if not self._encoded:
             raise ValueError(
                 f"What encoding an image of a {self.signature.model_type} model costs depends on "
@@ -369,7 +370,7 @@ class CostModel:
 
     @cached_property
     def _vision(self) -> list[Block]:
-        """The vision blocks, if they can be told apart."""
+        """Return the vision blocks; none if they cannot be told apart."""
         if self._opaque:
             return []
         blocks = []
@@ -382,11 +383,12 @@ class CostModel:
         return blocks
 
     def _tokens_in_block(self, i: int) -> int:
-        """Tokens of an image in a vision block, class tokens included."""
+        """Return the tokens of an image in a vision block, class tokens included."""
         return self._encoder.tokens[i] or self.tokens_per_image
 
     def _encoding(self, patches: Sequence[Amount]) -> Amount:
-        """FLOPs of encoding all images: patch embedding, vision blocks, projector."""
+        """Compute the FLOPs of encoding all images: patch embedding, vision blocks, projector."""
+        # Case: the encoder was measured as a whole, for a batch of `_encoded_prompts`.
         if self._opaque:
             return self._opaque_encoding * self.batch / self._encoded_prompts
         *in_blocks, in_projector = patches
@@ -418,13 +420,13 @@ class CostModel:
     def _operator_flops(
         self, reduction: Reduction, before: int, after: int, sizes: SiteSizes, grid: Tensor | None
     ) -> int:
-        """Counted once for each pair of numbers: a search asks again and again."""
+        """Count a reduction's own FLOPs, once for each pair of counts: a search asks repeatedly."""
         key = (repr(replace(reduction, keep=1.0)), before, after, grid is None)
         if key not in self._counted:
             try:
                 flops = operator_flops(reduction, before, after, sizes, grid)
             except ValueError:
-                # A search also asks for counts between those that the grid can be split into.
+                # A search also asks for counts that the grid cannot be divided into.
                 flops = int(relaxed_flops(reduction, before, after, sizes))
             self._counted[key] = flops
         return self._counted[key]

@@ -1,7 +1,8 @@
-"""What the operator of a reduction costs: its own products of matrices, without the attention.
+"""FLOPs of the operator of a reduction: its own matrix products, without the attention it observes.
 
 A policy's reductions are run on tensors that have shapes and no data, so every scorer and selector
-is counted as it is. A search needs a slope: there the same operations are written as a formula.
+is counted as it is. A search needs a gradient, so for it the same operations are written as a
+formula.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ Amount: TypeAlias = float | Tensor
 
 @dataclass(frozen=True)
 class SiteSizes:
-    """Sizes at a site, beside the number of its visual tokens.
+    """Sizes at a site, besides the number of its visual tokens.
 
     Attributes:
-        width: Of a hidden state.
-        key: Of a key of one head.
-        joint_key: Of the keys of all heads.
+        width: Size of a hidden state.
+        key: Size of a key of one head.
+        joint_key: Size of the keys of all heads together.
         text: Number of text tokens, padding included.
     """
 
@@ -45,15 +46,15 @@ class SiteSizes:
 def operator_flops(
     reduction: Reduction, before: int, after: int, sizes: SiteSizes, grid: Tensor | None
 ) -> int:
-    """Count the operations of one reduction, for one row of the batch.
+    """Count the FLOPs of one reduction, for one row of the batch.
 
     Args:
-        reduction: What is done; its ``keep`` is not read.
+        reduction: The reduction; its ``keep`` is not read.
         before: Visual tokens that come in.
-        after: Those that come out.
+        after: Visual tokens that come out.
         sizes: Sizes at the site.
-        grid: Image, row and column of the tokens that come in, [V, 3], as long as all rows have
-            the same; None after a choice by score.
+        grid: Image, row and column of the tokens that come in, [V, 3], while they are the same in
+            all rows; None after a choice by score.
     """
     flops = 0
 
@@ -61,7 +62,7 @@ def operator_flops(
         nonlocal flops
         leaves = pytree.tree_leaves(args)
         if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
-            # A constant of the graph.
+            # Case: a constant of the graph, which costs nothing when it runs.
             return function(*args)
         args = pytree.tree_map_only(Tensor, lambda value: value.to("meta"), args)
         with count_flops() as counter:
@@ -76,7 +77,7 @@ def operator_flops(
 
 
 class _Features(dict[str, Tensor]):
-    """Features of one row, by name: the right shapes, no data."""
+    """Features of one row by name, with the right shapes and no data."""
 
     def __init__(self, tokens: int, sizes: SiteSizes, grid: Tensor | None) -> None:
         super().__init__()
@@ -102,12 +103,12 @@ class _Features(dict[str, Tensor]):
 
 
 def relaxed_flops(reduction: Reduction, before: Amount, after: Amount, sizes: SiteSizes) -> Amount:
-    """`operator_flops` as a formula, for what a search can vary.
+    """Compute `operator_flops` by a formula that covers everything a search can vary.
 
     Args:
-        reduction: What is done; its ``keep`` is not read.
+        reduction: The reduction; its ``keep`` is not read.
         before: Visual tokens that come in.
-        after: Those that come out.
+        after: Visual tokens that come out.
         sizes: Sizes at the site.
     """
     widths = {"feature": sizes.width, "key": sizes.key, "joint_key": sizes.joint_key, "grid": 0}

@@ -18,7 +18,7 @@ __all__ = ["Seen", "Site", "Together", "known_grid_after", "observations"]
 
 
 def known_grid_after(reduction: Reduction, count: int, grid: Tensor | None) -> Tensor | None:
-    """Return what a reduction leaves of a known grid [V, 3]; None where it depends on the input."""
+    """Return the part of a known grid [V, 3] that stays; None where that depends on the input."""
     try:
         return None if grid is None else grid_after(reduction, count, grid)
     except ValueError:
@@ -27,13 +27,14 @@ def known_grid_after(reduction: Reduction, count: int, grid: Tensor | None) -> T
 
 @dataclass
 class Together:
-    """Tokens that a reduction sees together: of one image, in the decoder of a prompt.
+    """Tokens reduced together: those of one image, or inside the decoder those of one prompt.
 
     Attributes:
-        rows: How often a prompt has such.
-        images: Visual tokens of their images before any reduction.
-        present: Tokens that are left.
-        grid: Image, row and column of those; None if that depends on the input.
+        rows: How many such groups a prompt has.
+        images: Visual tokens of each of the group's images before any reduction.
+        present: Tokens of the group that are left.
+        grid: Image, row and column of the tokens that are left, [V, 3]; None if that depends on
+            the input.
     """
 
     rows: int
@@ -43,25 +44,25 @@ class Together:
 
 
 Seen: TypeAlias = tuple[str, Observation, str]
-"""Where, what and of whose queries: see `deos_fx.passes.observe.features`."""
+"""Place, observation and queries of an observed feature: see `deos_fx.passes.observe.features`."""
 
 
 def observations(reduction: Reduction) -> set[Seen]:
-    """What the reduction observes, each once."""
+    """Return everything that the reduction observes, each once."""
     needs = (need.partition("@") for need in required_features(reduction))
     return {(where, *OBSERVED[name]) for name, _, where in needs if name in OBSERVED}
 
 
 @dataclass(frozen=True)
 class Site:
-    """What is there at a site.
+    """The surroundings of a site.
 
     Attributes:
         stage: ``vision``, ``projector`` or ``decoder``.
-        block: The block before it.
-        following: The block behind it.
+        block: The block before it; None if blocks cannot be told apart.
+        following: The block after it, if there is one.
         others: Tokens of a row that are not visual.
-        sizes: Of features.
+        sizes: Sizes of the features there.
     """
 
     stage: str
@@ -73,11 +74,12 @@ class Site:
     def observed_flops(
         self, seen: set[Seen], attended: Amount, visual: Amount, text: int
     ) -> Amount:
-        """Of what is observed, for one row of the batch; formulas in
-        `deos_fx.passes.observe.features`.
+        """Compute the FLOPs of observations, for one row of the batch.
+
+        The formulas are in `deos_fx.passes.observe.features`.
 
         Args:
-            seen: What is observed.
+            seen: The observations.
             attended: Visual tokens in the block before the site.
             visual: Visual tokens at the site.
             text: Text tokens.
@@ -88,7 +90,7 @@ class Site:
             if where == "next":
                 block, tokens = self.following, self.others + visual
             assert block is not None, "a site without blocks has no features of attention"
-            # In the tower all tokens are asked, class tokens too.
+            # In the tower the queries of all tokens count, class tokens included.
             every = visual if self.stage == "decoder" else tokens
             queries = {"class": 1, "last": 1, "text": text, "raters": text, "visual": every}
             if of:

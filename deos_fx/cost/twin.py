@@ -1,4 +1,4 @@
-"""A twin of a model that has shapes and no numbers."""
+"""A twin of a model that has shapes and no data."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ __all__ = ["WholeNumbers", "twin_of"]
 
 
 class WholeNumbers(TorchDispatchMode):
-    """Computes for real whatever depends on no weight: positions, sizes of images, masks.
+    """A mode that computes for real what depends on no weight: positions, sizes of images, masks.
 
-    Code reads these numbers. It wants them where the weights are, which for the twin is nowhere.
+    Model code reads these values and wants them on the weights' device, which is meta here.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+            # Case: the result depends on weights.
             args, kwargs = pytree.tree_map_only(Tensor, _without_numbers, (args, kwargs))
             if func is torch.ops.aten._to_copy.default:
                 kwargs = {**kwargs, "device": torch.device("meta")}
         elif "device" in kwargs and func.overloadpacket not in _BUFFERS:
+            # Case: no operand depends on weights, so values stay, even if asked for on meta.
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return func(*args, **kwargs)
 
 
-# What code fills with what depends on weights.
+# Buffers that code fills with values that depend on weights.
 _BUFFERS = {torch.ops.aten.empty, torch.ops.aten.zeros, torch.ops.aten.new_zeros}
 
 
@@ -47,10 +49,9 @@ def _without_numbers(x: Tensor) -> Tensor:
 
 
 def twin_of(model: PreTrainedModel) -> Any:
-    """A copy of a model on the meta device, whose attention and experts count in full.
+    """Return a copy of a model on the meta device, whose attention and experts count in full.
 
-    Quantised linear layers become plain ones: known by their two sizes. Those that do not tell
-    them are run.
+    Quantised linear layers that tell their two sizes become plain ones; the others are run.
     """
     known: dict[int, Any] = {}
     for module in model.modules():
@@ -65,7 +66,7 @@ def twin_of(model: PreTrainedModel) -> Any:
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.is_floating_point())
         known[id(tensor)] = empty
-    # accelerate moves weights and inputs between devices by hooks: there is nothing to move.
+    # accelerate's hooks move weights and inputs between devices; here there is nothing to move.
     known |= {id(m._hf_hook): None for m in model.modules() if hasattr(m, "_hf_hook")}
     twin = copy.deepcopy(model, known)
     modules: list[Any] = [*twin.modules()]
@@ -80,7 +81,7 @@ def twin_of(model: PreTrainedModel) -> Any:
 
 
 class _Counted(OnZeros):
-    """A quantised layer that does not tell its sizes: it is run, on zeros, and counted."""
+    """A quantised layer that does not tell its sizes: it is run on zeros and counted."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         with count_flops() as counter:
@@ -96,7 +97,7 @@ class _Counted(OnZeros):
                 "kernel cannot be counted, and it has no in_features and out_features. Set these, "
                 "or give a policy or limit visual_tokens, which need no costs."
             )
-        # For the counter that is at work here: two for each number of this product.
+        # Report the FLOPs to the active counter: a product of this length counts two per element.
         half = torch.empty(self.flops // 2, device="meta")
         torch.mm(half[None], half[:, None])
         return result
