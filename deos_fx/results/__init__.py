@@ -1,1 +1,1 @@
-"""What was found, and its page."""
+"""The results of searches, explanations and the demo, and the pages that show them."""

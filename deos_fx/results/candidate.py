@@ -16,7 +16,7 @@ class Candidate:
 
     Attributes:
         policy: The policy.
-        source: Where it comes from: ``step <n>``, ``preset <name>`` or ``refined ...``.
+        source: Its origin: ``step <n>``, ``preset <name>`` or ``refined ...``.
         loss: Task loss of its static graph on the scoring batches.
         cost: Its exact cost.
     """

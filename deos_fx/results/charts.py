@@ -1,7 +1,7 @@
 """Charts of the report, as SVG that takes its colours and fonts from the page around it.
 
-matplotlib draws them with placeholder colours, which become CSS variables: one drawing is right on
-a light and on a dark page, stays sharp at any size, and its text can be selected.
+matplotlib draws them with placeholder colours, which become CSS variables: one drawing fits a light
+and a dark page, stays sharp at any size, and its text can be selected.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ _STYLE: Any = {
 def accuracy_chart(
     methods: Sequence[Method], limit: float, visual_tokens: float, questions: int
 ) -> str:
-    """Accuracy against the visual tokens a decoder layer processes.
+    """Draw accuracy against the visual tokens that a decoder layer processes.
 
     Args:
-        methods: What was measured; those without a measurement are left out.
-        limit: Visual tokens the budget allows, mean over the layers.
+        methods: The methods; those without a measurement are left out.
+        limit: Visual tokens that the budget allows, mean over the layers.
         visual_tokens: Visual tokens of the unreduced model.
-        questions: Questions the accuracies are over, for their intervals.
+        questions: Number of questions behind each accuracy, for the intervals.
 
     Returns:
         An SVG element.
@@ -82,6 +82,7 @@ def accuracy_chart(
     shown = sorted((m for m in methods if m.accuracy), key=lambda m: -m.accuracy["overall"])
     low = shown[-1].accuracy["overall"]
     axes.set(xlim=(0, visual_tokens * 1.06), ylim=(max(0.0, low - 0.08) * 100, 102))
+    # Methods near the budget crowd together: their labels are spread and tied by lines.
     cluster = [method for method in shown if method.cost.visual_tokens < 0.6 * visual_tokens]
     heights = _spread([100 * m.accuracy["overall"] for m in cluster], *axes.get_ylim(), 0.075)
     for method in shown:
@@ -101,12 +102,12 @@ def accuracy_chart(
 
 
 def policy_chart(policy: Policy, counts: Sequence[int], whole: float) -> str:
-    """The policy along the decoder: what each layer processes and where the reductions sit.
+    """Draw a policy along the decoder: the tokens of each layer and the places of the reductions.
 
     Args:
         policy: The policy.
         counts: Visual tokens of a prompt that each decoder layer processes.
-        whole: What each would process without reduction.
+        whole: Visual tokens that each layer would process without reduction.
 
     Returns:
         An SVG element.
@@ -131,10 +132,10 @@ def policy_chart(policy: Policy, counts: Sequence[int], whole: float) -> str:
 
 
 def history_chart(history: Sequence[Mapping[str, Any]], limit: float | None) -> str:
-    """The search over its steps: the task loss above, the visual tokens below.
+    """Draw a search over its steps: the task loss above, the visual tokens below.
 
     Args:
-        history: One entry a step, with ``step``, ``task`` and ``visual_tokens``.
+        history: One entry for each step, with ``step``, ``task`` and ``visual_tokens``.
         limit: The limit on visual tokens, if there is one.
 
     Returns:
@@ -171,7 +172,7 @@ def _draw_point(axes: Axes, method: Method) -> None:
 
 
 def _label_point(axes: Axes, method: Method, text: str, height: float, x: float) -> None:
-    """What to say of a point, beside the others and tied to it by a line."""
+    """Write the label of a point at a free place and tie it to the point by a line."""
     axes.annotate(
         text,
         (method.cost.visual_tokens, 100 * method.accuracy["overall"]),
@@ -190,14 +191,14 @@ def _label_point(axes: Axes, method: Method, text: str, height: float, x: float)
 
 
 def _named(method: Method, questions: int) -> str:
-    """The name of a method, its accuracy and the 95 % interval of it."""
+    """Return the label of a method: its name, its accuracy and the 95 % interval of that."""
     accuracy = method.accuracy["overall"]
     low, high = (100 * end for end in _wilson(accuracy, questions))
     return f"{method.name}  {100 * accuracy:.1f} %  ({low:.0f} to {high:.0f})"
 
 
 def _after(site: str, counts: Sequence[int]) -> int:
-    """Visual tokens right behind a site."""
+    """Return the visual tokens right after a site."""
     stage, layer = split_site(site)
     return counts[layer + 1 if stage == "decoder" else 0]
 
@@ -231,7 +232,7 @@ def _annotate(
 
 
 def _wilson(fraction: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a fraction of `count` independent answers (Wilson, 1927)."""
+    """Return the 95 % interval of a fraction of `count` independent answers (Wilson, 1927)."""
     z = 1.96
     center = (fraction + z * z / (2 * count)) / (1 + z * z / count)
     spread = fraction * (1 - fraction) / count + z * z / (4 * count * count)
@@ -240,7 +241,7 @@ def _wilson(fraction: float, count: int) -> tuple[float, float]:
 
 
 def _spread(values: Sequence[float], low: float, high: float, gap: float) -> list[float]:
-    """Heights near descending `values`, at least `gap` of the range apart."""
+    """Return heights near descending `values`, at least the share `gap` of the range apart."""
     step = gap * (high - low)
     heights: list[float] = []
     for value in values:
@@ -250,7 +251,7 @@ def _spread(values: Sequence[float], low: float, high: float, gap: float) -> lis
 
 
 def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """An exponential mean, without the bias of its start."""
+    """Return exponential running means, without the bias of the start."""
     total, weight, smoothed = 0.0, 0.0, []
     for value in values:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
@@ -288,7 +289,7 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for paint in PAINTS:
         text = text.replace(_paint(paint), f"var(--{paint})")
-    # The shorthand `font: <weight> <size> <families>`: the families become the page's.
+    # In the shorthand `font: <weight> <size> <families>`, the families become the page's.
     text = re.sub(r"(font: [^;\"']*?[\d.]+px) [^;\"]*", r"\1 var(--font)", text)
     # Identifiers must be unique on a page that holds several drawings.
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)

@@ -1,4 +1,4 @@
-"""What one reduction did to a batch of prompts."""
+"""The record of what one reduction did to a batch of prompts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ __all__ = ["SiteExplanation"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SiteExplanation:
-    """What one reduction did. B prompts, V visual tokens came in, K of them stayed.
+    """The effect of one reduction: in B prompts, K of V visual tokens stayed.
 
     Positions are indices into the original prompt, padding included. All tensors are on the CPU.
 
     Attributes:
-        site: Where it happened.
+        site: The site of the reduction.
         positions_in: [B, V] positions of the visual tokens that came in.
-        kept: [B, K] positions of those that stayed, in their order; -1 for a copy of the CLS token.
+        kept: [B, K] positions of the tokens that stayed, in their order; -1 for a copy of the CLS
+            token.
         dropped: [B, V - K] positions of the others; -1 for a copy of the CLS token.
         destination: [B, K, V] how much of the content of each incoming token was added to each
             kept one, g P u of the operator; 0 for kept tokens. None if nothing was transferred.
         mass: [B, K] how many original tokens each kept one stands for.
-        scores: [B, V] what the incoming tokens were ranked by; None if by their place alone.
+        scores: [B, V] scores that ranked the incoming tokens; None if only their places did.
         remaining: [B, M] positions of everything that is left of the prompt, text included. Tokens
             that are not in the order of the image stand at its first placeholders, or at its last
             ones if the prompt ends there.

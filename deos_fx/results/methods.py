@@ -1,4 +1,4 @@
-"""One way to run a model, measured."""
+"""Measurements of the demo: methods, example pictures and the check of the export."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ UNREDUCED = "no reduction"
 
 @dataclass(frozen=True)
 class Method:
-    """One way to run the model, with what it costs and how often it is right.
+    """One way to run the model, with its cost and its accuracy.
 
     Attributes:
         name: A preset's name, ``searched`` or ``no reduction``.
-        policy: What it does.
+        policy: The policy that it runs.
         cost: Cost of one prompt.
         accuracy: Fraction of right answers by kind of question, and ``overall``; empty if there
             is no measurement.
-        reason: Why there is none.
+        reason: Why there is no measurement.
         answers: Its answers, in the order of the questions.
     """
 
@@ -41,12 +41,12 @@ class Method:
 
     @property
     def is_searched(self) -> bool:
-        """Whether it is what the search returned."""
+        """Return whether this is the policy that the search returned."""
         return self.name == SEARCHED
 
     @property
     def paint(self) -> str:
-        """The colour it is drawn in: that of its first reduction's regime."""
+        """Return its colour: the regime of its first reduction, unless it was searched."""
         if self.is_searched:
             return "accent"
         return self.policy.reductions[0].regime if self.policy.reductions else "ink"
@@ -61,7 +61,7 @@ class Picture:
         kind: Kind of the question.
         question: The question.
         expected: The right answer.
-        answers: Answer by name of a method.
+        answers: The answer of each method, by its name.
         steps: The reductions, in order.
     """
 
@@ -75,7 +75,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class OnnxCheck:
-    """How ONNX Runtime's answers compare with PyTorch's, where it ran, and the files it ran."""
+    """Comparison of ONNX Runtime's answers with PyTorch's.
+
+    Attributes:
+        compared: Questions that both answered.
+        equal: How many answers are equal, token by token.
+        device: The device that ONNX Runtime ran on.
+        files: Size in bytes of each exported file, by name.
+    """
 
     compared: int
     equal: int

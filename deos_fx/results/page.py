@@ -9,7 +9,7 @@ __all__ = ["Section", "build_page", "details", "table", "tiles"]
 
 
 class Section:
-    """A part of a page: a heading, a sentence that says what one sees, and the content."""
+    """A part of a page: a heading, a caption that explains what is shown, and the content."""
 
     def __init__(self, heading: str, caption: str, *content: str) -> None:
         self.heading = heading
@@ -17,7 +17,7 @@ class Section:
         self.content = content
 
     def html(self) -> str:
-        """The section as HTML; the content is HTML already, the words are not."""
+        """Return the section as HTML; the content is HTML already, heading and caption are text."""
         return (
             f"<section><h2>{escape(self.heading)}</h2>"
             f'<p class="caption">{escape(self.caption)}</p>{"".join(self.content)}</section>'
@@ -27,17 +27,17 @@ class Section:
 def build_page(
     title: str, lead: str, figures: str, sections: Iterable[Section], command: str
 ) -> str:
-    """Puts a page together.
+    """Put a page together.
 
     Args:
-        title: What the page is about.
+        title: Title of the page.
         lead: The result in a sentence or two.
         figures: The result in figures, as HTML.
-        sections: In order.
-        command: What was called to make the page.
+        sections: The sections, in order.
+        command: The command line that made the page.
 
     Returns:
-        A whole HTML document that refers to nothing outside itself.
+        A complete HTML document that refers to nothing outside itself.
     """
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -51,7 +51,7 @@ def build_page(
 
 
 def tiles(items: Iterable[tuple[str, str, str]]) -> str:
-    """Large figures in a row: each a value, its name and a remark."""
+    """Lay out large figures in a row: each a value, its name and a remark."""
     parts = (
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span>'
         f"<small>{escape(remark)}</small></div>"
@@ -63,7 +63,7 @@ def tiles(items: Iterable[tuple[str, str, str]]) -> str:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], note: str = "", kind: str = "numbers"
 ) -> str:
-    """A table whose cells are HTML already, ``<td>`` included, and whose head is plain text.
+    """Make a table from cells that are HTML already, ``<td>`` included, and a plain-text head.
 
     Args:
         head: Titles of the columns.
@@ -84,12 +84,12 @@ def table(
 
 
 def details(summary: str, text: str) -> str:
-    """Preformatted text that opens at a click."""
+    """Make preformatted text that opens at a click."""
     return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
 
 
 # Colours of the regimes: Okabe and Ito's set, which the colour-blind can tell apart, darkened or
-# lightened where the page's background asks for it.
+# lightened where the page's background requires it.
 _STYLE = """
 :root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; --paper: #ffffff; --raised: #f6f7f9; --ink: #1b1f24;

@@ -22,7 +22,7 @@ SHOWN_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Move:
-    """Part of a dropped token that went to a kept one; patches are counted row by row."""
+    """The part of a dropped token that went to a kept one; patches are counted row by row."""
 
     source: int
     target: int
@@ -31,14 +31,14 @@ class Move:
 
 @dataclass(frozen=True)
 class TokenStep:
-    """What one reduction did to the tokens of one prompt's first image.
+    """The effect of one reduction on the tokens of one prompt's first image.
 
     Attributes:
-        site: Where it happened.
-        regime: In which regime.
-        before: Patches whose tokens were there.
+        site: The site of the reduction.
+        regime: The regime of the reduction.
+        before: Patches whose tokens were there before.
         kept: Patches whose tokens stayed.
-        moves: Where the others went.
+        moves: Where the content of the others went.
     """
 
     site: str
@@ -55,11 +55,11 @@ def token_steps(
     row: int,
     patches: int,
 ) -> list[TokenStep]:
-    """Turns explanations, which speak of prompt positions, into steps, which speak of patches.
+    """Turn explanations, which count prompt positions, into steps, which count patches.
 
     Args:
-        explanations: What `ReducedModel.explain` returned.
-        regimes: Regime of each of them.
+        explanations: The result of `ReducedModel.explain`.
+        regimes: The regime of each reduction.
         visual: [B, V] prompt positions of the visual tokens.
         row: The prompt to draw.
         patches: Visual tokens of one image.
@@ -89,7 +89,7 @@ def token_steps(
 def _moves(
     weights: Tensor, kept: Sequence[int | None], incoming: Sequence[int | None]
 ) -> Iterable[Move]:
-    """The larger parts of the assignment [K, V_in], as moves between patches of one image."""
+    """Yield the larger parts of the assignment [K, V_in] as moves between patches of one image."""
     for j, source in enumerate(incoming):
         total = float(weights[:, j].sum())
         for i, target in enumerate(kept):
@@ -103,7 +103,7 @@ def _moves(
 
 
 def draw_image(image: Image.Image, name: str) -> str:
-    """The image itself; `draw_step` refers to it by its name.
+    """Draw the image itself; `draw_step` refers to it by its name.
 
     Args:
         image: Any image.
@@ -124,12 +124,12 @@ def draw_image(image: Image.Image, name: str) -> str:
 
 
 def draw_step(step: TokenStep, image: Image.Image, name: str, grid: tuple[int, int]) -> str:
-    """The image with its tokens after a reduction: kept outlined, gone dimmed, moves as lines.
+    """Draw the image after a reduction: kept tokens outlined, dropped ones dimmed, moves as lines.
 
     Args:
-        step: What happened.
-        image: The image `draw_image` drew.
-        name: The identifier it got.
+        step: The effect of the reduction.
+        image: The image that `draw_image` drew.
+        name: Its identifier there.
         grid: Rows and columns of patches.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Reports: what a search found, and what the demo measured, each as one self-contained page."""
+"""The demo's measurements and their report, one self-contained page."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ SHOWN_STEPS = 4
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything the demo found out.
+    """All measurements of the demo.
 
     Attributes:
         limit: Visual tokens that the budget allows, mean over the decoder layers.
-        search: The search.
-        methods: The comparison: without reduction, searched, and every preset.
-        questions: How many questions the accuracies are over.
+        search: The result of the search.
+        methods: The methods compared: no reduction, searched, and every preset.
+        questions: Number of questions behind each accuracy.
         grid: Rows and columns of the visual tokens of an image.
         pictures: Examples.
         onnx: The check of the exported model.
-        seconds: Wall time by stage.
-        settings: Versions and numbers that explain the run.
+        seconds: Wall time of each stage.
+        settings: Versions and settings of the run.
     """
 
     limit: float
@@ -58,34 +58,34 @@ class DemoResult:
     settings: Mapping[str, str] = field(default_factory=dict)
 
     def method(self, name: str) -> Method:
-        """The method of that name."""
+        """Return the method of a name."""
         return next(method for method in self.methods if method.name == name)
 
     def ranked(self) -> list[Method]:
-        """Without reduction, then by accuracy, then what could not be measured."""
+        """Sort the methods: no reduction, then by accuracy, then those without a measurement."""
         place = {UNREDUCED: -2.0}
         return sorted(
             self.methods, key=lambda m: place.get(m.name, -m.accuracy.get("overall", -1.0))
         )
 
     def best_preset(self) -> Method | None:
-        """The most accurate preset, if any was measured."""
+        """Return the most accurate preset, if any was measured."""
         presets = [m for m in self.ranked() if m.accuracy and m.name not in (SEARCHED, UNREDUCED)]
         return presets[0] if presets else None
 
 
-# *** the two reports ***
+# *** the report ***
 
 
 def demo_report(result: DemoResult, path: str | os.PathLike[str]) -> None:
-    """Writes the demo's report.
+    """Write the demo's report.
 
     Args:
-        result: What the demo found out.
+        result: The measurements.
         path: The HTML file to write.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     searched, whole = result.method(SEARCHED), result.method(UNREDUCED)
     sections = [
@@ -233,7 +233,7 @@ def _picture(picture: Picture, index: int, grid: tuple[int, int]) -> str:
 
 
 def _telling(steps: Sequence[TokenStep]) -> list[TokenStep]:
-    """The steps that drop most tokens, in order: a policy may have one at every layer."""
+    """Select the steps that drop most tokens, in order: a policy may have one at every layer."""
     dropped = sorted(steps, key=lambda step: len(step.kept) - len(step.before))[:SHOWN_STEPS]
     return [step for step in steps if step in dropped]
 
@@ -276,10 +276,5 @@ def _legend(methods: Sequence[Method]) -> str:
     return f'<div class="answers">{parts}</div>'
 
 
-# *** parts of both ***
-
-
 def _overall(method: Method) -> str:
     return percentage(method.accuracy["overall"])
-
-

@@ -1,4 +1,4 @@
-"""The page of a search."""
+"""The page of a search on its own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["search_report"]
 
 
 def search_report(result: Found, path: str | os.PathLike[str]) -> None:
-    """Writes the report of a search alone.
+    """Write the report of a search on its own.
 
     Args:
-        result: What the search returned.
+        result: The result of the search.
         path: The HTML file to write.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     sections = [
         policy_section(result.policy, result.best.cost, result.unreduced),

@@ -1,4 +1,4 @@
-"""What a search returns."""
+"""The result of a search."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class SearchResult:
 
     Attributes:
         policy: The candidate with the lowest static loss; it meets every limit.
-        history: One dict a step: task, relaxed costs, multipliers, gate temperature.
+        history: One dict for each step: task loss, relaxed costs, multipliers, gate temperature.
         candidates: Every policy that was scored in static form, best first.
         limits: Absolute limits by name.
         unreduced: Cost of the model without reductions.
-        unreduced_loss: Its task loss on the scoring batches (0 for self-distillation).
+        unreduced_loss: Task loss of that model on the scoring batches (0 for self-distillation).
         relaxed_loss: Task loss of the returned policy in its relaxed form, at the last gate
             temperature.
         interrupted: Whether the steps were cut short (Ctrl-C).
@@ -41,12 +41,12 @@ class SearchResult:
 
     @property
     def best(self) -> Candidate:
-        """The candidate whose policy is returned."""
+        """Return the candidate whose policy is the result."""
         return self.candidates[0]
 
     @property
     def gap(self) -> float:
-        """Static minus relaxed task loss of the returned policy."""
+        """Return the static minus the relaxed task loss of the returned policy."""
         return self.best.loss - self.relaxed_loss
 
     def report(self, path: str | os.PathLike[str]) -> None:
@@ -56,6 +56,6 @@ class SearchResult:
             path: The file to write.
 
         Raises:
-            OSError: If it cannot be written.
+            OSError: If the file cannot be written.
         """
         search_report(self, path)

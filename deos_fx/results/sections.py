@@ -1,4 +1,4 @@
-"""Sections that the page of the demo and that of a search share."""
+"""Sections shared by the page of the demo and the page of a search."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHOWN_CANDIDATES = 10
 
 
 class Found(Protocol):
-    """What a page says of a search: the parts of a `SearchResult` that it reads."""
+    """The parts of a `SearchResult` that a page reads."""
 
     @property
     def policy(self) -> Policy: ...
@@ -53,7 +53,7 @@ class Found(Protocol):
 
 
 def command() -> str:
-    """The command line, as one would type it."""
+    """Return the command line as one would type it."""
     program = os.path.basename(sys.argv[0]) or "python"
     if program == "__main__.py":
         program = "python -m deos_fx"
@@ -85,7 +85,7 @@ def policy_section(policy: Policy, cost: Cost, whole: Cost) -> Section:
 
 
 def search_section(result: Found) -> Section:
-    """Tell how a search went, and of its best candidates."""
+    """Show the course of a search and its best candidates."""
     limit = result.limits.get("visual_tokens")
     return Section(
         "The search",
@@ -108,7 +108,7 @@ def search_section(result: Found) -> Section:
 
 
 def _telling_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The best candidate from each source, best first."""
+    """Return the best candidate from each source, best first."""
     by_source: dict[str, Candidate] = {}
     for candidate in candidates:
         by_source.setdefault(candidate.source, candidate)
@@ -126,7 +126,7 @@ def _candidate_row(candidate: Candidate) -> list[str]:
 
 
 def savings(cost: Cost, whole: Cost) -> list[tuple[str, str, str]]:
-    """Figures of what is left of each cost."""
+    """Return figures of the share of each cost that is left."""
     amounts = [
         ("visual tokens", "{:.4g}", cost.visual_tokens, whole.visual_tokens),
         ("prefill FLOPs", "{:.3g} G", cost.flops / 1e9, whole.flops / 1e9),
