@@ -1,1 +1,1 @@
-"""A model that runs a policy: called, generated with, explained and saved."""
+"""A model that runs a policy: to call, generate with, explain and save."""

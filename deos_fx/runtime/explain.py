@@ -1,4 +1,4 @@
-"""What reductions did to a batch of prompts: which tokens stayed and where the others went."""
+"""Explaining reductions of a batch of prompts: which tokens stayed and where the others went."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["explain"]
 def explain(
     graph_module: fx.GraphModule, policy: Policy, layout: PromptLayout, inputs: Mapping[str, Any]
 ) -> list[SiteExplanation]:
-    """Run a lowered prefill graph and watch its reductions.
+    """Run a lowered prefill graph and explain its reductions.
 
     Args:
         graph_module: The graph, lowered for the policy and the layout.
@@ -39,7 +39,7 @@ def explain(
         watching.run(*(inputs[name] for name in names))
     if policy.is_empty:
         return []
-    layout.tokens_per_image  # noqa: B018 - refuses images of several sizes
+    layout.tokens_per_image  # noqa: B018 - raises for images of several sizes
     positions = watching.seen[""]["visual"]
     mass = torch.ones(positions.shape, device=positions.device)
     slots = _Slots(positions, inputs["input_ids"], layout)
@@ -63,7 +63,7 @@ def explain(
 
 
 class _Watching(fx.Interpreter):
-    """Runs a graph and keeps the values of the nodes that lowering marked."""
+    """An interpreter that keeps the values of the nodes that lowering marked."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
@@ -77,8 +77,10 @@ class _Watching(fx.Interpreter):
 
 
 class _Slots:
-    """Where in the prompt visual tokens stand: out of order, they take an image's first places,
-    or its last ones if the prompt ends there.
+    """The prompt positions where visual tokens stand after each reduction.
+
+    Tokens that are out of order take an image's first places, or its last ones if the prompt ends
+    there.
 
     Args:
         visual: [B, V] positions of all placeholders.
@@ -95,12 +97,12 @@ class _Slots:
         self.in_order = True
 
     def after(self, reduction: Reduction, kept: Tensor, positions: Tensor) -> Tensor:
-        """Positions [B, M] of what is left of the prompt.
+        """Return positions [B, M] of what is left of the prompt after a further reduction.
 
         Args:
-            reduction: What was done.
+            reduction: The reduction.
             kept: [B, K] indices of incoming tokens.
-            positions: [B, K] where these came from.
+            positions: [B, K] the prompt positions that these came from.
         """
         self.in_order &= reduction.order == "position"
         if split_site(reduction.site)[0] == "decoder":
@@ -108,6 +110,7 @@ class _Slots:
         elif self.in_order:
             self.now = positions
         else:
+            # Case: before the decoder, in another order than the image's.
             each = positions.shape[1] // self.placeholders.shape[1]
             taken = slice(-each, None) if self.ends else slice(each)
             self.now = self.placeholders[:, :, taken].flatten(1)
@@ -115,7 +118,7 @@ class _Slots:
 
 
 def _of_prompts(seen: Mapping[str, Tensor], images: int, per_image: int) -> dict[str, Tensor]:
-    """What was noted per image, per prompt: nothing moves between the images of a prompt."""
+    """Combine values per image into values per prompt: nothing moves between its images."""
     found = dict(seen)
     kept = seen["kept"]
     copies = kept.unflatten(0, (-1, images)).flatten(1) < 0
@@ -133,17 +136,17 @@ def _of_prompts(seen: Mapping[str, Tensor], images: int, per_image: int) -> dict
 def _destinations(
     reduction: Reduction, seen: Mapping[str, Tensor], tokens: Tensor
 ) -> dict[str, Tensor]:
-    """Where content and mass went: ``destination`` and ``moved``, each [rows, K, V].
+    """Find where content and mass went: ``destination`` and ``moved``, each [rows, K, V].
 
     Args:
-        reduction: What was done.
+        reduction: The reduction.
         seen: Values by role.
         tokens: [rows, V]; only its shape is read.
     """
     if "assignment" not in seen:
         return {}
     receivers, sources = seen["receivers"], seen.get("sources")
-    # What goes to the residual token is already part of the assignment.
+    # With a residual token, the gain has been applied to the assignment already.
     moved = (1.0 if reduction.has_rest else reduction.gain) * seen["assignment"]
     slots = (seen["kept"].unsqueeze(-1) == receivers.unsqueeze(1)).to(moved.dtype)
     moved = slots @ moved.expand(len(tokens), -1, -1)
@@ -169,17 +172,17 @@ def _explain_site(
     """Explain one reduction.
 
     Args:
-        reduction: What was done.
+        reduction: The reduction.
         seen: Values by role; indices count incoming tokens.
         positions: [B, V] prompt positions of the incoming tokens.
         mass: [B, V] their masses.
-        slots: Where the incoming tokens stand in the prompt; is updated.
+        slots: Where the incoming tokens stand in the prompt; it is updated.
     """
     kept = seen["kept"]
     copies = kept < 0
     after = take(mass, kept.clamp(min=0)).masked_fill(copies, 1.0)
     if "moved" in seen:
-        # The graph has masses only where something reads them.
+        # Computed here too, since the graph has masses only where something reads them.
         after = after + (seen["moved"] * mass.unsqueeze(1)).sum(dim=-1)
     gone = (kept.unsqueeze(-1) != torch.arange(positions.shape[1], device=kept.device)).all(dim=1)
     left = take(positions, kept.clamp(min=0)).masked_fill(copies, -1)

@@ -1,4 +1,4 @@
-"""Lend transformers' own `generate` to something that is not the model itself."""
+"""Run transformers' own `generate` on a callable that is not the model itself."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def generation_host(
     new_cache: Callable[[], ReducedCache],
     device: torch.device | None = None,
 ) -> Any:
-    """A view of a model whose forward is another callable, so that `generate` is transformers'.
+    """Make a view of a model whose forward is another callable, to use transformers' `generate`.
 
-    It shares all weights and configs with the model and is of a subclass of the model's class.
+    It shares all weights and configs with the model, and its class is a subclass of the model's.
 
     Args:
         call: Takes the arguments of the model's forward.
         model: The model; its weights are not used and may be on the meta device.
         new_cache: Makes the cache of a new conversation.
-        device: Where `call` wants its inputs, if that is not where the model is.
+        device: The device for inputs of `call`, if that is not the model's.
 
     Returns:
         The host; the model is left as it is.
@@ -47,19 +47,20 @@ def generation_host(
         if isinstance(cache, ReducedCache) and not cache.get_seq_length():
             deltas = getattr(self.base_model, "rope_deltas", None)
             if deltas is not None:
-                # Beams and several answers are further rows of one prompt.
+                # Beams and several answers repeat the row of their prompt.
                 answers = len(kwargs["input_ids"]) // len(deltas)
                 cache.rope_deltas = deltas.repeat_interleave(answers, dim=0)
         return call(*args, **kwargs)
 
     def keep_pixels(self: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        # transformers would encode the images before the prefill; here that is the graph's part.
+        # transformers would encode the images before the prefill; here the graph does that.
         return model_kwargs
 
     def expand(
         self: Any, expand_size: int = 1, *args: Any, input_ids: Any = None, **kwargs: Any
     ) -> Any:
-        # For beams, transformers repeats row by row; the images of a prompt have to stay together.
+        # For beams, transformers repeats every row of a tensor; flat lists of images need all
+        # images of a prompt together.
         media: dict[str, Any] = {}
         if expand_size > 1 and has_images(kwargs):
             given = {**kwargs, "input_ids": input_ids}
@@ -78,13 +79,15 @@ def generation_host(
         given = model_kwargs.get("past_key_values")
         _check_cache(config, given)
         if given is not None:
-            # transformers' own mark: what is undone at the end has to be undone in this cache, too.
+            # transformers' own flag: what `generate` rolls back at the end must be rolled back here
+            # too.
             given._is_user_defined = True
         elif config.use_cache is not False:
             model_kwargs["past_key_values"] = new_cache()
 
     def positions(self: Any, inputs: Any, model_kwargs: dict[str, Any]) -> Any:
-        # Where the model itself remembers how positions go on, the text may be an earlier one.
+        # Some models remember how positions continue, perhaps from another text; the cache knows
+        # its own.
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, ReducedCache) and cache.get_seq_length():
             if hasattr(self.base_model, "rope_deltas"):
@@ -97,8 +100,8 @@ def generation_host(
         propose = generator.get_candidates
 
         def after_prompt(*args: Any, **options: Any) -> Any:
-            # transformers gives the model its prompt and the first candidates at once. A reduction
-            # would take the last candidate for the last token of the prompt, so they are left out.
+            # transformers passes the prompt and the first candidates in one call. A reduction would
+            # take the last candidate for the last token of the prompt, so these are left out.
             generator.get_candidates = propose
             propose(*args, **options)
             return args[0], None
@@ -118,10 +121,11 @@ def generation_host(
     if device is not None:
         replaced["device"] = device
     host: Any = shallow_copy(model)
-    # Hooks (accelerate's, for several devices) put a forward on the instance, before the class's.
+    # Hooks (accelerate's, for several devices) set a forward on the instance, which would win over
+    # the class's.
     vars(host).pop("forward", None)
     if host.base_model is not host and hasattr(host.base_model, "rope_deltas"):
-        # A core of its own to remember in: other threads generate with the same model.
+        # The core remembers positions, and other threads may generate with the same model: copy it.
         core = shallow_copy(host.base_model)
         core.rope_deltas = None
         host._modules[host.base_model_prefix] = core
@@ -130,7 +134,7 @@ def generation_host(
 
 
 def _check_cache(config: GenerationConfig, given: Any) -> None:
-    """Refuse caches whose layers all have one length, or that are not used as they should be."""
+    """Refuse caches whose layers all have one length, and a given cache that would not be used."""
     implementation = config.cache_implementation
     if implementation not in (None, "dynamic"):
         raise ValueError(
@@ -146,7 +150,7 @@ def _check_cache(config: GenerationConfig, given: Any) -> None:
 
 
 def _check_candidates(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Refuse those kinds of assisted decoding that look into the model or into its cache."""
+    """Refuse assisted decoding with layers of the model, hidden states or a filled cache."""
     names = ("assistant_early_exit", "use_mtp", "speculation_type")
     inside = [name for name in names if getattr(config, name, None)]
     if inside:

@@ -1,9 +1,8 @@
-"""The graphs of a reduced model: what they are captured for, and how long they are kept.
+"""The graphs of a reduced model: which calls they serve, and how long they are kept.
 
-A call has a *structure*: which inputs there are, of what type, and every constant among them. A
-call of each structure is captured once. Where the model's code also takes branches by values, a
-structure has several captures, which their guards tell apart. A capture is lowered for each layout
-of images.
+A call has a *structure*: its inputs, their types, and every constant among them. One call of each
+structure is captured. Where the model's code also branches on values, a structure has several
+captures, which their guards tell apart. A capture is lowered for each layout of images.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ GRAPHS = 128
 
 @dataclass(eq=False)
 class _Capture:
-    """One captured call, and where its graph has parameters of the model.
+    """One captured call, and the parameters of the model that its graph holds.
 
     Attributes:
-        structure: Of the call.
+        structure: The structure of the call.
         captured: The analysed graph.
         held: Module, name and value of every parameter and buffer in the graph.
     """
@@ -54,20 +53,20 @@ class _Capture:
     held: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
     def holds(self) -> bool:
-        """Whether the model still has the parameters that are in the graph."""
+        """Return whether the model still has the parameters that are in the graph."""
         return all(getattr(module, name, None) is value for module, name, value in self.held)
 
 
 class Graphs:
     """Graphs that are made at the first call of each kind, for any number of threads.
 
-    At most `CAPTURES` captures and `GRAPHS` lowered graphs stay; the least recently used go. When
-    modules of the model are replaced (adapters, another head, a resized vocabulary) or its config
-    changes, all are made anew.
+    At most `CAPTURES` captures and `GRAPHS` lowered graphs stay; the least recently used are
+    dropped. When modules of the model are replaced (adapters, another head, a resized vocabulary)
+    or its config changes, all are made anew.
 
     Args:
         model: The model, whose weights the graphs share.
-        policy: What is reduced where.
+        policy: The reductions and their sites.
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
@@ -77,7 +76,7 @@ class Graphs:
         self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
-        # A copy of a reduced model makes graphs of its own, of its own weights.
+        # A copy of a reduced model makes its own graphs from its own weights.
         return Graphs, (self._model, self._policy)
 
     def run(
@@ -101,24 +100,25 @@ class Graphs:
             try:
                 fields = run_graph(graph_module, inputs)
             except GuardError:
-                # The model's code takes another branch for these inputs than for those captured.
+                # Case: the model's code takes another branch for these inputs than was captured.
                 if new or layout is None and cache.get_seq_length() != seen:
-                    # Layers before the guard have added to the cache of what came before.
+                    # Layers before the guard may have added to the cache, so it cannot run again.
                     raise
                 if layout is not None and cache is not None:
                     cache.reset()
                 tried.append(capture)
             else:
+                # Marks the capture as the most recently used.
                 self._captures.get(capture)
                 return fields, graph_module.meta["output_class"]
 
     def prefill(self, inputs: Mapping[str, Any], layout: PromptLayout) -> fx.GraphModule:
-        """The lowered graph of a prefill of these inputs, captured if it has to be."""
+        """Return the lowered graph of a prefill of these inputs, captured if need be."""
         return self._lowered(self._next(inputs, layout, [])[0], layout)
 
     @property
     def latest(self) -> fx.GraphModule | None:
-        """The lowered prefill graph that was used last."""
+        """Return the lowered prefill graph that was used last."""
         used = (graph for (_, layout), graph in self._lowered_graphs.items() if layout is not None)
         return next(used, None)
 
@@ -131,7 +131,7 @@ class Graphs:
     def _next(
         self, inputs: Mapping[str, Any], layout: PromptLayout | None, tried: list[_Capture]
     ) -> tuple[_Capture, bool]:
-        """The most recently used capture not yet tried, or a new one; whether it is new."""
+        """Return the most recently used untried capture, or a new one, and whether it is new."""
         structure = ("decode" if layout is None else "prefill", *structure_of(self._model, inputs))
         with self._lock:
             known = [capture for capture, _ in self._captures.items()]
@@ -173,16 +173,17 @@ def _attributes(model: nn.Module, captured: Captured) -> Iterator[tuple[nn.Modul
 
 
 def _decode_example(inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
-    """A decode step on a short cache of equal lengths, which the original model can run.
+    """Make a decode step on a short cache of equal lengths, which the original model can run.
 
-    Only its structure matters: on the caches that reductions leave, the original model fails.
+    Only its structure matters; on the caches that reductions leave, the original model fails.
     """
     example = {
         name: value for name, value in inputs.items() if not name.rpartition("_")[2].isdigit()
     }
     for layer, held in enumerate(cache.layers):
         if getattr(held, "keys", None) is None:
-            # Of a convolution, whose state is as long in any space, or of shared keys.
+            # Case: a convolution's state, equally long in every space, or a layer that shares
+            # another's keys.
             example["past_key_values"].layers[layer] = copy.deepcopy(held)
             continue
         short = [states[:, :, :2].clone() for states in (held.keys, held.values)]
@@ -193,22 +194,22 @@ def _decode_example(inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     return example
 
 
-# *** what a graph is captured for ***
+# *** the state of the model that graphs are captured for ***
 
 
 class _ModelState:
-    """What captured graphs have of a model: its modules, how they run, and its config.
+    """The state of a model that captured graphs depend on: modules, their forwards, and config.
 
-    Weights that are changed in place, moved or loaded are no part of it: modules share them.
+    Weights that are changed in place, moved or loaded are no part of it: graphs share them.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         modules = list(model.modules())
         self._children = [(one._modules, dict(one._modules)) for one in modules if one._modules]
         self._classes = [(module, type(module)) for module in modules]
-        # accelerate puts a forward of its own on a module.
+        # accelerate sets a forward of its own on a module.
         self._forwards = [(vars(module), vars(module).get("forward")) for module in modules]
-        # What does not equal its own copy is left out: it would always seem to have changed.
+        # A value that does not equal its own copy is left out: it would always seem changed.
         self._settings = [
             (vars(config), name, copied)
             for config in configs_of(model.config)
@@ -217,7 +218,7 @@ class _ModelState:
         ]
 
     def holds(self) -> bool:
-        """Whether all of it is still so; asked at every call, of thousands of values."""
+        """Return whether nothing has changed; every call checks thousands of values here."""
         return (
             all(now == before for now, before in self._children)
             and all(type(module) is kind for module, kind in self._classes)
@@ -230,8 +231,9 @@ _PLAIN = (bool, int, float, str, list, tuple, dict, type(None), torch.dtype)
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    """Whether this is what a model's code may read of a config.
+    """Return whether this is a config entry that a model's code may read.
 
-    The implementation of attention has an underscore: it is a part of the structure of a call.
+    Names with an underscore are left out, such as the implementation of attention, which is a part
+    of the structure of a call.
     """
     return isinstance(value, _PLAIN) and not name.startswith("_")

@@ -39,8 +39,9 @@ class ReducedModel(nn.Module):
     step) and share every weight with the model.
 
     Args:
-        model: A transformers vision-language model. It is put in eval mode, nothing else.
-        policy: What to reduce where.
+        model: A transformers vision-language model. It is put in eval mode and not changed
+            otherwise.
+        policy: The reductions and their sites.
 
     Attributes:
         model: The model, untouched.
@@ -63,7 +64,7 @@ class ReducedModel(nn.Module):
 
     # *** calling ***
 
-    # Captured already: tracing the bookkeeping around the graphs once more gains nothing.
+    # The graphs are captured already; tracing the bookkeeping around them gains nothing.
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Any, ...]:
         """Run the reduced model.
@@ -76,11 +77,10 @@ class ReducedModel(nn.Module):
             **kwargs: Keyword arguments of the model's own forward.
 
         Returns:
-            The model's own output class. After reductions, ``logits`` cover the M prompt
-            positions that are left, in order (`explain` says which). Text always stays, and so
-            does the last token of a prompt that ends in an image: it is one of those that are
-            kept, and the last one here is the last token of any prompt. With
-            ``return_dict=False``, a tuple.
+            The model's own output class, or a tuple with ``return_dict=False``. After reductions,
+            ``logits`` cover the M prompt positions that are left, in order (`explain` says which).
+            Text always stays. So does the last token of a prompt that ends in an image, as one of
+            the K tokens kept: the last logits always belong to the last token of the prompt.
 
         Raises:
             ValueError: If images and placeholders do not match, or the cache is not a
@@ -91,35 +91,35 @@ class ReducedModel(nn.Module):
         return output if inputs.get("return_dict", True) else output.to_tuple()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own `generate`, run on the reduced model.
+        """Run transformers' own `generate` on the reduced model.
 
         The prompt is reduced once and decoding continues on what is left. Only with
-        ``use_cache=False`` the whole text is reduced anew for every token, and scores that read the
+        ``use_cache=False`` is the whole text reduced anew for every token, and scores that read the
         text may then keep other tokens.
 
-        The next turn of a conversation continues on the cache of the one before: give the whole
+        The next turn of a conversation continues on the cache of the previous one: give the whole
         conversation as ``input_ids``, and the ``past_key_values`` of the output that
         ``return_dict_in_generate=True`` returned. Images that are in the cache may be given again,
-        as a processor does; they are not looked at. New images need a new conversation.
+        as a processor does; they are not encoded again. New images need a new conversation.
 
         Args:
             *args: Arguments of the model's `generate`.
             **kwargs: Keyword arguments of the model's `generate`.
 
         Returns:
-            What the model's `generate` returns.
+            The result of the model's `generate`.
 
         Raises:
-            ValueError: If something is asked for that a reduced model cannot do: a cache of fixed
-                or equal lengths (``cache_implementation``), attention weights, or drafting with
-                layers of its own.
+            ValueError: If the arguments ask for something that a reduced model cannot do: a cache
+                of fixed or equal lengths (``cache_implementation``), attention weights, or drafting
+                with layers of the model itself.
         """
         host = generation_host(self, self.model, self._new_cache)
         return host.generate(*args, **normal_inputs(kwargs))
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        """The lowered prefill graph of the latest structure that was called.
+        """Return the lowered prefill graph that was used last.
 
         Raises:
             RuntimeError: Before the first call.
@@ -131,36 +131,36 @@ class ReducedModel(nn.Module):
             )
         return latest
 
-    # *** what transformers' pipelines ask of a model ***
+    # *** attributes that transformers' pipelines read ***
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The model's config."""
+        """Return the model's config."""
         return self.model.config
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """Defaults of `generate`."""
+        """Return the defaults of `generate`."""
         return self.model.generation_config
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its inputs."""
+        """Return the device of the model's inputs."""
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the model's weights."""
+        """Return the precision of the model's weights."""
         return self.model.dtype
 
     def can_generate(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
-    # *** looking ***
+    # *** inspecting ***
 
     def cost(self, **inputs: Any) -> CostReport:
-        """What a prefill of these inputs costs, without running it.
+        """Compute the cost of a prefill of these inputs, without running it.
 
         Args:
             **inputs: Arguments of the model's forward: prompts with images.
@@ -175,7 +175,7 @@ class ReducedModel(nn.Module):
         return CostReport(before=costs.of_policy(Policy()), after=costs.of_policy(self.policy))
 
     def explain(self, **inputs: Any) -> list[SiteExplanation]:
-        """Which visual tokens each reduction keeps, and where the others go; runs one prefill.
+        """Find which tokens each reduction keeps, and where the others go; runs one prefill.
 
         Args:
             **inputs: Arguments of the model's forward: prompts with images. A cache is ignored.
@@ -201,17 +201,19 @@ class ReducedModel(nn.Module):
             dir: A folder, made if it does not exist; other files in it stay.
 
         Raises:
-            OSError: If it cannot be written.
+            OSError: If the folder cannot be written.
+            ValueError: If loading would give another model, see `deos_fx.runtime.saved.save`.
         """
         saved.save(self.model, self.policy, dir)
 
     @classmethod
     def from_pretrained(cls, dir: str | os.PathLike[str], **options: Any) -> ReducedModel:
-        """Read what `save_pretrained` wrote.
+        """Load what `save_pretrained` wrote.
 
         Args:
             dir: The folder.
-            **options: For transformers' `from_pretrained`, such as ``dtype`` and ``device_map``.
+            **options: Options of transformers' `from_pretrained`, such as ``dtype`` and
+                ``device_map``.
 
         Raises:
             ValueError: If there is no reduced model in the folder, or it cannot be read.
@@ -238,7 +240,7 @@ class ReducedModel(nn.Module):
     def _prefill(
         self, inputs: Mapping[str, Any]
     ) -> tuple[fx.GraphModule, PromptLayout, dict[str, Any]]:
-        """The graph for prompts, their layout, and its inputs with an empty cache."""
+        """Return the graph for prompts, their layout, and its inputs with an empty cache."""
         given = self._bind(**inputs)
         given.pop("past_key_values", None)
         complete = complete_inputs(self.model, given)
@@ -246,7 +248,7 @@ class ReducedModel(nn.Module):
         return self._graphs.prefill(complete, layout), layout, complete
 
     def _bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Arguments of the model's forward by name, without those that are None."""
+        """Return the arguments of the model's forward by name, without those that are None."""
         inputs = self._arguments.bind(self.model, *args, **kwargs).arguments
         inputs.pop("self", None)
         inputs |= inputs.pop("kwargs", {})
@@ -268,6 +270,7 @@ class ReducedModel(nn.Module):
             outputs.append(fields)
         (fields, left) = outputs[0], spaces[0]
         length = inputs["input_ids"].shape[1]
+        # Case: the batch ran in several parts.
         if len(parts) > 1:
             fields, left = join_outputs(parts, outputs), join_spaces(parts, spaces, length)
         if cache is not None:
@@ -281,25 +284,25 @@ class ReducedModel(nn.Module):
         return output_class(**fields)
 
     def _continue(self, inputs: dict[str, Any], cache: ReducedCache) -> ModelOutput:
-        """New tokens behind what the cache holds."""
+        """Run new tokens after those that the cache holds."""
         inputs |= cache.decode_inputs(inputs.get("attention_mask"), inputs["position_ids"])
         fields, output_class = self._graphs.run(inputs, None)
         return output_class(**fields)
 
     def _parts(self, inputs: dict[str, Any]) -> list[Part]:
-        """The prompts that are alike; all of them if nothing is reduced."""
+        """Group the prompts that are alike; if nothing is reduced, all are one part."""
         if self.policy.is_empty and not are_written_alike(self.model, inputs):
             if has_images(inputs):
-                # The model's own checks of images and placeholders are no part of a graph.
+                # The graph lacks the model's own checks of images and placeholders: check here.
                 prompt_layouts(self.model, inputs)
             layout = PromptLayout(image_token_of(self.model), 0, (0, 0))
             return [Part(tuple(range(len(inputs["input_ids"]))), layout, inputs)]
         return parts_of_batch(self.model, inputs)
 
     def _prefill_part(self, part: Part) -> tuple[dict[str, Any], type[ModelOutput]]:
-        """Fields of the output, with ``spaces`` where anything was reduced, and its class."""
+        """Return output fields, with ``spaces`` if anything was reduced, and the output's class."""
         if part.layout is None:
-            # Text alone: there is nothing to reduce.
+            # Case: text alone, with nothing to reduce.
             output = self.model(**part.inputs)
             return dict(output.items()), type(output)
         return self._graphs.run(part.inputs, part.layout)
@@ -307,7 +310,8 @@ class ReducedModel(nn.Module):
     def _spaces_of(
         self, left: Sequence[Mapping[str, Tensor]] | None, input_ids: Tensor
     ) -> list[TokenSpace]:
-        """The token spaces behind each reduction; of text alone, nothing was dropped."""
+        """Return the token spaces after the reductions."""
+        # Case: text alone, of which nothing was dropped.
         if left is None:
             whole = torch.arange(input_ids.shape[1], device=input_ids.device)
             unbiased = torch.zeros(input_ids.shape, device=input_ids.device)

@@ -1,4 +1,4 @@
-"""Reduced models in folders: the model's own files, the policy, and a note that says so."""
+"""Reduced models in folders: the model's own files, the policy, and a note that identifies them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
 
     Args:
         model: The unreduced model.
-        policy: What is reduced.
+        policy: The policy.
         dir: A folder; other files in it stay.
 
     Raises:
-        OSError: If it cannot be written.
-        ValueError: If it would not be loaded as it is: it has adapters or other parts that its
-            config does not describe, or weights of a kind that it does not name.
+        OSError: If the folder cannot be written.
+        ValueError: If loading would give another model: it has adapters or other parts that its
+            config does not describe, or weights of a kind that the config does not name.
     """
     _check_described(model)
     versions = {package.__name__: package.__version__ for package in (torch, transformers)}
@@ -52,18 +52,18 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
         policy.save(folder / _POLICY)
         (folder / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         written = {entry.name for entry in folder.iterdir()}
-    # Weights of an earlier model in this folder would be preferred to those in several files.
+    # transformers would prefer an earlier model's single file to new weights in several files.
     for weights in Path(dir).glob("*.safetensors*"):
         if weights.name not in written:
             weights.unlink()
 
 
 def load(dir: str | os.PathLike[str], **options: Any) -> tuple[PreTrainedModel, Policy]:
-    """Read what `save` wrote.
+    """Load the model and the policy that `save` wrote.
 
     Args:
         dir: The folder.
-        **options: For transformers' `from_pretrained`, such as ``dtype`` and ``device_map``.
+        **options: Options of transformers' `from_pretrained`, such as ``dtype`` and ``device_map``.
 
     Returns:
         The model and its policy.
@@ -86,7 +86,7 @@ def load(dir: str | os.PathLike[str], **options: Any) -> tuple[PreTrainedModel, 
 
 
 def _read(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model, and what transformers says of its weights."""
+    """Load a model, and transformers' report of missing, unexpected and mismatched weights."""
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = kind.from_pretrained(folder, **options)
     found["mismatched_keys"] = [name for name, *_ in found["mismatched_keys"]]
@@ -94,12 +94,13 @@ def _read(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dic
 
 
 def _check_described(model: PreTrainedModel) -> None:
-    """Refuse a model that its config would not bring back."""
+    """Refuse a model that could not be restored from its config and weights."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"The model would not be saved: transformers writes the adapters alone. {_CURE}"
         )
     if getattr(model, "hf_quantizer", None) is None:
+        # Case: not quantised by transformers. Only weights that were quantised later are refused.
         coded = [path for path, module in model.named_modules() if has_codes(module)]
         if coded:
             raise ValueError(
@@ -115,7 +116,8 @@ def _check_described(model: PreTrainedModel) -> None:
             "was first called, and writes other weights than were loaded. Load the model again and "
             "save it before its first call."
         )
-    # Layers of its own code have their own names for what they hold, beside those of the class.
+    # Case: quantised by transformers. Quantised layers add parameters of their own to those of the
+    # plain class, so only missing ones tell that a part was replaced.
     with torch.device("meta"), torch.random.fork_rng():
         plain = type(model)(copy.deepcopy(model.config))
     missing = dict(plain.named_parameters()).keys() - dict(model.named_parameters()).keys()
@@ -127,13 +129,13 @@ def _check_described(model: PreTrainedModel) -> None:
 
 
 def _is_packed(weight: Any) -> bool:
-    """Whether bitsandbytes has changed a 4-bit weight for its CPU kernel; seen in 0.50."""
+    """Return whether bitsandbytes has repacked a 4-bit weight for its CPU kernel; seen in 0.50."""
     state = getattr(weight, "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def _check_written(model: PreTrainedModel, folder: Path) -> None:
-    """Refuse files that would be loaded as something else; they are read without their weights."""
+    """Refuse files that would load as another model; they are read back without their weights."""
     if getattr(model, "hf_quantizer", None) is not None:
         return
     try:
@@ -164,14 +166,14 @@ _CURE = (
 
 
 def _differences(found: Mapping[str, Any]) -> str:
-    """What transformers says that it has not found, found too much, or of other sizes."""
+    """Describe the weights that transformers reports as missing, unexpected or of other sizes."""
     kinds = {"missing_keys": "missing", "unexpected_keys": "unknown", "mismatched_keys": "resized"}
     parts = {word: _some(found[kind]) for kind, word in kinds.items() if found[kind]}
     return "; ".join(f"{word}: {names}" for word, names in parts.items())
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first few names."""
+    """Return the first few names as text, and the number of the others."""
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 
