@@ -1,4 +1,4 @@
-"""The command ``deos-fx``. What a command needs is imported inside it, so that help is fast."""
+"""The command ``deos-fx``. Every command imports its own needs, so that help is fast."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["app"]
 
 
 class _Commands(TyperGroup):
-    """The commands; a mistake of the user ends as one line instead of a traceback."""
+    """The commands; a user's mistake prints one line instead of a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -79,14 +79,11 @@ def _main(
 
     from transformers.utils import logging as transformers_logging
 
-    # Terminated from outside, a command still removes its temporary folder.
+    # A command that is terminated from outside still removes its temporary folder.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-
-
-# *** arguments that several commands share ***
 
 
 # *** the commands ***
@@ -155,7 +152,7 @@ def inspect(
         Path | None, typer.Option("--svg", metavar="FILE", help="Draw it as well, in this file.")
     ] = None,
 ) -> None:
-    """Show a model's blocks, its token spaces and its sites; with a policy, what that leaves.
+    """Show a model's blocks, its token spaces and its sites; with a policy, the tokens it leaves.
 
     Only the config is read, so a folder with config.json alone is enough, and
     a large model takes no more time and memory than a small one.
@@ -197,8 +194,8 @@ def transform(
 ) -> None:
     """Apply a policy to a model and save both.
 
-    Without --policy and --preset it is the default policy, at the budget
-    or the default one. ReducedModel.from_pretrained loads the result.
+    Without --policy and --preset this applies the default policy, at the
+    budget or the default one. ReducedModel.from_pretrained loads the result.
 
     [bold]Examples[/]
 
@@ -246,8 +243,8 @@ def search(
 ) -> None:
     """Search a policy for a model and a budget, on your own data.
 
-    With answers the search minimises their loss, without it keeps to the
-    answers of the unreduced model. Ctrl-C ends it early with the best policy
+    With answers the search minimises their loss; without, it stays close to
+    the answers of the unreduced model. Ctrl-C ends it early with the best policy
     so far. Writes policy.json and report.html. Without any limit the budget
     is 12.5 % of the visual tokens.
 
@@ -302,9 +299,9 @@ def export(
     preset: Preset = None,
     budget: TokenLimit = None,
 ) -> None:
-    """Export a reduced model to ONNX: prefill and decode graphs, the reductions inside.
+    """Export a reduced model to ONNX: prefill and decode graphs that include the reductions.
 
-    MODEL_DIR may be what transform wrote; then its policy is used.
+    MODEL_DIR may be a folder that transform wrote; then its policy is used.
     OnnxModel.from_pretrained loads the result.
 
     [bold]Examples[/]
@@ -327,8 +324,3 @@ def export(
             export_onnx(reduced, folder)
         copy_processor(model_dir, folder)
     console.print(f"Wrote {out_dir}", highlight=False)
-
-
-# *** loading ***
-
-

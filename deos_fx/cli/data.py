@@ -23,7 +23,7 @@ _FIELDS = {"image": str, "prompt": str, "answer": str}
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the file: a prompt about an image, and its answer unless there is none."""
+    """One line of the file: a prompt about an image, and its answer, if given."""
 
     image: Path
     prompt: str
@@ -31,7 +31,7 @@ class Record:
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """Reads a JSONL file.
+    """Read a JSONL file.
 
     Each line is an object with ``image`` (a path, relative to the file's folder), ``prompt`` and
     optionally ``answer``.
@@ -44,7 +44,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
     Raises:
         ValueError: If a line is not such an object, an image is missing, only some lines have an
-            answer, or there is no line; the message names file and line.
+            answer, or the file is empty; the message names the file and, for one line, its number.
         OSError: If the file cannot be read.
     """
     path = Path(path)
@@ -81,16 +81,16 @@ def _read_record(line: str, folder: Path, where: str) -> Record:
 
 
 def batches(processor: Any, records: Sequence[Record], size: int) -> Iterator[dict[str, Tensor]]:
-    """Turns records into model inputs, through the processor's chat template if it has one.
+    """Turn records into model inputs, through the processor's chat template if it has one.
 
     Args:
         processor: A transformers processor of a vision-language model.
-        records: What to ask, in order; all with an answer or all without.
-        size: Records of a batch; the last batch may be smaller.
+        records: The questions, in order; all with an answer or all without.
+        size: Records in a batch; the last batch may be smaller.
 
     Yields:
-        What the processor returns, padded on the left; with answers also ``labels`` ``[B, S]``:
-        the answers and the ends of the sequences where they stand in ``input_ids``, -100 elsewhere.
+        The processor's output, padded on the left; with answers also ``labels`` ``[B, S]``: the
+        answers and the ends of the sequences where they stand in ``input_ids``, -100 elsewhere.
 
     Raises:
         ValueError: If an image cannot be read, or only some prompts of a batch begin with the
@@ -108,6 +108,7 @@ def _batch(processor: Any, records: Sequence[Record]) -> dict[str, Tensor]:
     special, end = _special_tokens(tokenizer, prompts)
     prompts = [prompt.removesuffix(end) for prompt in prompts]
     options = special | {"padding": True, "return_tensors": "pt"}
+    # Case: no answers. The prompts are the inputs.
     if records[0].answer is None:
         return dict(processor(images=images, text=prompts, **options))
     eos = "" if end else tokenizer.eos_token or ""
@@ -124,11 +125,11 @@ def _batch(processor: Any, records: Sequence[Record]) -> dict[str, Tensor]:
 
 
 def _open(path: Path) -> Image.Image:
-    """The pixels of `load_image` of transformers: upright, three channels of 8 bits."""
+    """Load the pixels as transformers' `load_image` does: upright, three channels of 8 bits."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I;16"):
-                # load_image cuts 16 bits off at 255, so that nearly everything is white.
+                # load_image clips 16-bit values at 255, which makes nearly everything white.
                 upright = ImageOps.exif_transpose(image)
                 return load_image(Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)))
             if image.mode in ("I", "F"):
@@ -142,25 +143,29 @@ def _open(path: Path) -> Image.Image:
 
 
 def _prompt(processor: Any, prompt: str) -> str:
-    """The prompt as the model expects it, with a placeholder for the image."""
+    """Write a prompt as the model expects it, with a placeholder for the image."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     if processor.image_token in prompt:
         return prompt
+    # The placeholder goes before the text, but after a first special token that is written already.
     words = prompt.removeprefix(processor.tokenizer.bos_token or "")
     return f"{prompt.removesuffix(words)}{processor.image_token} {words}"
 
 
 def _special_tokens(tokenizer: Any, prompts: Sequence[str]) -> tuple[dict[str, bool], str]:
-    """How to call the tokenizer so that it adds no special token that is written already.
+    """Find how to call the tokenizer so that it adds no special token that is written already.
 
-    Where the prompts begin with the first of them, as chat templates write it, none are added: the
-    rule by which `apply_chat_template` of transformers tokenizes.
+    If the prompts begin with the first special token, as chat templates write it, none are added;
+    `apply_chat_template` of transformers tokenizes by the same rule.
 
     Returns:
-        Options of the call, and what the tokenizer then writes behind a text.
+        Options of the call, and the special tokens that the tokenizer then writes after a text.
+
+    Raises:
+        ValueError: If only some of the prompts begin with that token.
     """
     start, end = _added(tokenizer, prompts[0])
     first = tuple(token for token in (tokenizer.bos_token, start) if token)
@@ -176,7 +181,7 @@ def _special_tokens(tokenizer: Any, prompts: Sequence[str]) -> tuple[dict[str, b
 
 
 def _added(tokenizer: Any, text: str) -> tuple[str, str]:
-    """What a tokenizer writes before and behind a text."""
+    """Return the special tokens that a tokenizer writes before and after a text."""
     whole = tokenizer(text).input_ids
     bare = tokenizer(text, add_special_tokens=False).input_ids
     for start in range(len(whole) - len(bare) + 1):
@@ -189,9 +194,9 @@ def _added(tokenizer: Any, text: str) -> tuple[str, str]:
 
 
 def _answer_length(tokenizer: Any, prompt: str, text: str, special: dict[str, bool]) -> int:
-    """Tokens of `text` behind those it shares with `prompt`.
+    """Count the tokens of `text` after those that it shares with `prompt`.
 
-    Counted on the shared start, since a tokenizer may join the prompt's end with the answer.
+    The shared start decides, since a tokenizer may join the prompt's end with the answer.
     """
     before, whole = (tokenizer(part, **special).input_ids for part in (prompt, text))
     shared = 0

@@ -39,22 +39,22 @@ __all__ = ["run_demo"]
 TRAINING, VALIDATION, TEST = 384, 128, 480
 BATCH = 16
 COMPARED = 96
-"""Test questions that ONNX Runtime answers too; all kinds in turn."""
+"""Number of test questions that ONNX Runtime answers too; all kinds in turn."""
 
 
 def run_demo(
     output: str | os.PathLike[str], budget: int | float, seed: int, console: Console
 ) -> DemoResult:
-    """Runs the whole path on the reference model and writes a report.
+    """Run the whole path on the reference model and write a report.
 
     Args:
         output: Folder to write ``policy.json``, ``onnx/``, ``results.json`` and ``report.html`` in.
         budget: Visual tokens that may stay, mean over the decoder layers: a fraction or a number.
         seed: Seed of the search and of the scenes it sees.
-        console: Where to show progress and the comparison.
+        console: The console for progress and the comparison.
 
     Returns:
-        What was found out.
+        All measurements.
 
     Raises:
         ValueError: If the budget makes no sense for the model.
@@ -108,9 +108,9 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Runs torch and ONNX Runtime on one thread.
+    """Run torch and ONNX Runtime on one thread.
 
-    The model is so small that more threads hardly help, and beside another busy program threads
+    The model is so small that more threads hardly help, and next to another busy program, threads
     that wait for each other cost far more than they gain: on two cores, a step of the search took
     21 s with two threads and 0.9 s with one.
     """
@@ -126,19 +126,19 @@ def _one_thread() -> Iterator[None]:
 
 
 def _search_data(processor: LlavaProcessor, seed: int) -> list[dict[str, Tensor]]:
-    """Labelled batches; the search scores its candidates on the last quarter of them."""
+    """Make labelled batches; the search scores its candidates on the last quarter of them."""
     training = reference.make_examples(TRAINING, "train", seed)
     validation = reference.make_examples(VALIDATION, "validation", seed)
     return list(reference.batches(processor, training + validation, BATCH))
 
 
 def _prompts(processor: LlavaProcessor, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """One batch of prompts without answers."""
+    """Make one batch of prompts without answers."""
     return next(reference.batches(processor, examples, len(examples), answers=False))
 
 
 def _text_tokens(processor: LlavaProcessor, examples: Sequence[Example]) -> int:
-    """Text tokens of the longest prompt, which a batch is padded to."""
+    """Count the text tokens of the longest prompt, to which a batch is padded."""
     ids = _prompts(processor, examples)["input_ids"]
     return ids.shape[1] - int((ids[0] == processor.image_token_id).sum())
 
@@ -148,7 +148,7 @@ def _text_tokens(processor: LlavaProcessor, examples: Sequence[Example]) -> int:
 
 @dataclass(frozen=True)
 class _Tested:
-    """A method to measure; without a model there is a reason why it cannot be."""
+    """A method to measure; without a model, `reason` says why it cannot be measured."""
 
     name: str
     policy: Policy
@@ -162,7 +162,7 @@ class _Tested:
         costs: CostModel,
         advance: Advance,
     ) -> Method:
-        """Answers the questions and counts what is right."""
+        """Answer the questions and count the right answers."""
         cost = costs.of_policy(self.policy)
         if self.model is None:
             return Method(self.name, self.policy, cost, {}, reason=self.reason)
@@ -172,7 +172,7 @@ class _Tested:
 
 
 def _preset(name: str, model: LlavaForConditionalGeneration, limit: float) -> _Tested:
-    """A preset fitted to the budget, or the reason why it cannot meet it."""
+    """Return a preset fitted to the budget, or the reason why it cannot meet the budget."""
     signature = signature_of(model)
     try:
         policy = presets.fit(name, limit, signature.decoder_layers, signature.visual_tokens)
@@ -182,7 +182,7 @@ def _preset(name: str, model: LlavaForConditionalGeneration, limit: float) -> _T
 
 
 class _Recorder:
-    """A generate function that remembers its answers and shows how far it is."""
+    """A generate function that records its answers and reports its progress."""
 
     def __init__(
         self, generate: Callable[..., Any], processor: LlavaProcessor, total: int, advance: Advance
@@ -212,7 +212,7 @@ def _check_onnx(
     examples: Sequence[Example],
     advance: Advance,
 ) -> OnnxCheck:
-    """Lets both answer the same questions and counts equal token sequences."""
+    """Let PyTorch and ONNX Runtime answer the same questions, and count equal token sequences."""
     runtime = OnnxModel.from_pretrained(folder)
     equal = done = 0
     for inputs in reference.batches(processor, examples, BATCH, answers=False):
@@ -239,7 +239,7 @@ def _pictures(
     examples: Sequence[Example],
     methods: Sequence[Method],
 ) -> list[Picture]:
-    """The examples with everything the report draws; they are the first test questions."""
+    """Return the examples, the first test questions, with everything that the report draws."""
     shown = [method for method in methods if method.accuracy]
     steps = _steps(reduced, processor, examples)
     return [
@@ -284,7 +284,7 @@ def _settings(seed: int, batches: int) -> dict[str, str]:
 
 
 def _figures(result: DemoResult) -> dict[str, Any]:
-    """Everything that was measured, for other programs."""
+    """Return everything that was measured, for other programs."""
     return {
         "limit_visual_tokens": result.limit,
         "questions": result.questions,

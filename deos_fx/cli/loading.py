@@ -1,4 +1,4 @@
-"""Options that commands share, and what they load."""
+"""Options that commands share, and the loading of models, policies and processors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def _limit(text: str) -> int | float:
-    """A limit as it is written: ``12.5%`` or ``0.125`` is a fraction, ``18`` an absolute number."""
+    """Parse a limit: ``12.5%`` or ``0.125`` is a fraction, ``18`` an absolute number."""
     try:
         if text.endswith("%"):
             return float(text[:-1]) / 100
@@ -82,7 +82,11 @@ OtherLimit = Annotated[
 
 
 def load_model(model_dir: str) -> PreTrainedModel:
-    """Loads a vision-language model, or says what the folder holds instead."""
+    """Load a vision-language model.
+
+    Raises:
+        ValueError: If there is no such folder, or it holds a model that reads no images.
+    """
     from transformers import AutoModelForImageTextToText
 
     _config(model_dir)
@@ -90,7 +94,7 @@ def load_model(model_dir: str) -> PreTrainedModel:
 
 
 def meta_model(model_dir: str) -> PreTrainedModel:
-    """The model without its weights."""
+    """Build the model on the meta device, without its weights."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -117,12 +121,13 @@ def _config(model_dir: str) -> Any:
 def load_reduced(
     model_dir: str, path: Path | None, preset: str | None, budget: int | float | None
 ) -> ReducedModel:
-    """The model with the policy that was asked for; a reduced model's folder brings its own."""
+    """Load a model with the chosen policy; a folder of a reduced model has a policy of its own."""
     from deos_fx import Budget, ReducedModel, transform
 
     if path is preset is budget is None and os.path.isfile(os.path.join(model_dir, "deos_fx.json")):
         return ReducedModel.from_pretrained(model_dir)
     model = load_model(model_dir)
+    # Case: a budget alone, which the default policy is fitted to.
     if path is None and preset is None and budget is not None:
         return transform(model, budget=Budget(visual_tokens=budget))
     return transform(model, policy=policy_of(model, path, preset, budget))
@@ -131,7 +136,11 @@ def load_reduced(
 def policy_of(
     model: PreTrainedModel, path: Path | None, preset: str | None, budget: int | float | None
 ) -> Policy | None:
-    """The policy that was asked for, if one was; a preset is fitted to the budget."""
+    """Return the chosen policy, if there is one; a preset is fitted to the budget.
+
+    Raises:
+        ValueError: If the options do not go together, or the preset cannot meet the budget.
+    """
     from deos_fx import presets
     from deos_fx.models.facts import signature_of
     from deos_fx.policy.policy import Policy
@@ -150,7 +159,7 @@ def policy_of(
 
 
 def _tokens(limit: int | float, signature: ModelSignature) -> float:
-    """A limit on visual tokens as an absolute number, checked as a budget is."""
+    """Return a limit on visual tokens as an absolute number, checked as a budget is."""
     from deos_fx.cost.amounts import Cost
     from deos_fx.policy.budget import Budget
 
@@ -160,14 +169,14 @@ def _tokens(limit: int | float, signature: ModelSignature) -> float:
 
 
 def copy_processor(model_dir: str, folder: Path) -> None:
-    """Saves the model's processor beside it, where there is one."""
+    """Save the model's processor into a folder, if there is one."""
     processor = processor_of(model_dir)
     if processor is not None:
         processor.save_pretrained(folder)
 
 
 def processor_of(model_dir: str) -> Any:
-    """The model's processor, where there is one."""
+    """Load the model's processor; None if there is none."""
     from transformers import AutoProcessor
 
     try:

@@ -1,4 +1,4 @@
-"""The outline of a model: its blocks from pixels to logits, folded where they are alike."""
+"""The outline of a model: its blocks from pixels to logits, like ones folded into one row."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ __all__ = ["Outline", "Row", "outline", "tokens_of"]
 
 @dataclass(frozen=True)
 class Row:
-    """Blocks of one kind that follow each other, and the site behind each of them.
+    """Consecutive blocks of one kind, and the site after each of them.
 
     Attributes:
         stage: ``vision``, ``projector`` or ``decoder``.
-        first: Number of the first block; of no meaning at the projector.
-        last: Number of the last one.
+        first: Number of the first block; without meaning at the projector.
+        last: Number of the last block.
         module: Class of the blocks.
         tokens: Tokens that go through each block, per prompt; 0 where they are not known.
         visual: How many of these are visual tokens.
         reason: Why the sites are not available; empty if they are.
         scores: Scores that can be computed there.
-        used: Whether the language model reads what they make.
-        reduction: What a policy does behind the last block.
-        left: Visual tokens that it leaves.
+        used: Whether the language model reads the output of the blocks.
+        reduction: The reduction of a policy after the last block, if there is one.
+        left: Visual tokens that this reduction leaves.
     """
 
     stage: str
@@ -52,7 +52,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """``decoder.0 ... decoder.31``."""
+        """Return the name of the row, such as ``decoder.0 ... decoder.31``."""
         if self.stage == "projector":
             return "projector"
         names = dict.fromkeys(f"{self.stage}.{number}" for number in (self.first, self.last))
@@ -60,11 +60,11 @@ class Row:
 
     @property
     def count(self) -> int:
-        """How many blocks."""
+        """Return the number of blocks."""
         return self.last - self.first + 1
 
     def follows(self, other: Row) -> bool:
-        """Whether this is more of the same."""
+        """Return whether this row continues another one and can be folded into it."""
         same = replace(other, first=self.first, last=self.last)
         return same == replace(self, reduction=None, left=0) and self.stage != "projector"
 
@@ -76,13 +76,13 @@ class Outline:
     Attributes:
         name: Class of the model.
         family: Its model type.
-        parameters: How many numbers its weights are.
+        parameters: Number of its parameters.
         pixels: Shape of the image, or of its patches, as the model takes it.
         visual: Visual tokens of the image.
         grid: Their rows and columns; (0, 0) where these depend on the image's size.
         text: Tokens of text in the prompt.
-        rows: Its blocks, from front to back.
-        policy: What the rows' reductions are of.
+        rows: Its blocks, from pixels to logits.
+        policy: The policy that the rows' reductions belong to.
     """
 
     name: str
@@ -99,12 +99,12 @@ class Outline:
 def outline(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], policy: Policy | None = None
 ) -> Outline:
-    """Captures a model and folds its blocks.
+    """Capture a model and fold its like blocks into rows.
 
     Args:
         model: A vision-language model; it may be on the meta device.
         inputs: A prompt with one image.
-        policy: What to reduce where; nothing if None.
+        policy: The reductions to show; none if None.
 
     Returns:
         The outline.
@@ -137,7 +137,7 @@ def outline(
 
 
 def tokens_of(row: Row) -> str:
-    """What goes through the blocks of a row, in words."""
+    """Describe in words the tokens that go through the blocks of a row."""
     others = row.tokens - row.visual
     if not row.used:
         return "left out"
@@ -151,7 +151,7 @@ def tokens_of(row: Row) -> str:
 
 
 def _rows(model: PreTrainedModel, captured: Captured, visual: int, text: int) -> Iterator[Row]:
-    """One row for each block."""
+    """Yield one row for each block, and one for the projector."""
     graph, sites = captured.graph_module.graph, captured.sites
     assert sites is not None, "the inputs have an image"
     nodes = {node.name: node for node in graph.nodes}
@@ -175,7 +175,8 @@ def _rows(model: PreTrainedModel, captured: Captured, visual: int, text: int) ->
 
 
 def _projector(model: PreTrainedModel, captured: Captured, sites: Sites) -> str:
-    """Class of what makes the tower's output as wide as the text."""
+    """Return the class of the module that projects the tower's output to the text's width."""
+    # Case: the encoder is one node, and its projector is not in the graph.
     if sites.merged:
         return _last_named(model)
     graph_module = captured.graph_module
@@ -188,7 +189,7 @@ def _projector(model: PreTrainedModel, captured: Captured, sites: Sites) -> str:
 
 
 def _last_named(model: PreTrainedModel) -> str:
-    """Class of a module named as families name their projector; the encoder itself otherwise."""
+    """Return the class of a module named like a projector; ``image features`` if there is none."""
     names = ("multi_modal_projector", "connector", "merger", "projector", "aligner")
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in names and isinstance(module, nn.Module):
@@ -199,7 +200,7 @@ def _last_named(model: PreTrainedModel) -> str:
 def _with_policy(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], policy: Policy, rows: Iterator[Row]
 ) -> Iterator[Row]:
-    """The rows as a policy leaves them."""
+    """Yield the rows with the tokens that a policy leaves in each."""
     if policy.is_empty:
         yield from rows
         return

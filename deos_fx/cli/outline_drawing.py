@@ -1,7 +1,7 @@
 """The outline of a model as a drawing: one SVG file, from pixels at the top to logits.
 
-The band behind the blocks is as wide as there are tokens; a reduction narrows it. The file has its
-colours for a light and for a dark page in it and refers to nothing outside itself.
+The width of the band behind the blocks shows the number of tokens; a reduction narrows it. The file
+contains its colours for a light and for a dark page and refers to nothing outside itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from deos_fx.cli.outline import Outline, Row, tokens_of
 
 __all__ = ["outline_chart"]
 
-# Pixels. The flow is in the left column, what is said of it in the right one.
+# Pixels. The flow is in the left column, the notes about it in the right one.
 _WIDTH, _MARGIN = 860, 32
 _FLOW, _CARD, _BAND = 250, 300, 380
 _NOTES, _NOTE_CHARACTERS = 490, 44
@@ -22,13 +22,13 @@ _TITLES = {"vision": "Vision tower", "projector": "Into the prompt", "decoder": 
 
 
 def outline_chart(found: Outline) -> str:
-    """Draws an outline.
+    """Draw an outline.
 
     Args:
         found: The outline of a model.
 
     Returns:
-        A whole SVG document.
+        A complete SVG document.
     """
     drawing = _Drawing(found)
     drawing.head()
@@ -47,7 +47,7 @@ def outline_chart(found: Outline) -> str:
 
 
 class _Drawing:
-    """Draws from top to bottom; ``y`` is how far it has come."""
+    """A drawing that grows from top to bottom; ``y`` is where the next part goes."""
 
     def __init__(self, found: Outline) -> None:
         self.found = found
@@ -60,7 +60,7 @@ class _Drawing:
         self.width = self._width(found.rows[0].tokens)
 
     def document(self) -> str:
-        """What was drawn."""
+        """Return the drawing as an SVG document."""
         height = self.y + _MARGIN
         label = f"{self.found.name} from pixels to logits"
         return (
@@ -71,10 +71,10 @@ class _Drawing:
             f"{''.join((*self.bands, *self.cards, *self.parts))}</svg>\n"
         )
 
-    # *** what is drawn, in order ***
+    # *** the parts of the drawing, in order ***
 
     def head(self) -> None:
-        """Title, and the image that comes in."""
+        """Draw the title, and the image that comes in."""
         found = self.found
         self._text(_MARGIN, self.y + 20, found.name, "title")
         millions = f"{found.parameters / 1e6:,.0f} million parameters"
@@ -84,7 +84,7 @@ class _Drawing:
         self._pill("image " + " × ".join(str(side) for side in found.pixels if side > 1))
 
     def stage(self, stage: str) -> None:
-        """The heading of a stage."""
+        """Draw the heading of a stage."""
         self._strip(_GAP)
         self._text(_NOTES, self.y + _GAP - 8, _TITLES[stage], "stage")
         self.y += _GAP
@@ -95,7 +95,7 @@ class _Drawing:
         self.arrow()
 
     def blocks(self, row: Row) -> None:
-        """One card for blocks that are alike, with its tokens and its site beside it."""
+        """Draw one card for like blocks, with its tokens and its site next to it."""
         site = textwrap.wrap(
             f"no reduction here: {row.reason}" if row.reason else "reduction available",
             _NOTE_CHARACTERS,
@@ -124,7 +124,7 @@ class _Drawing:
         self.y += height
 
     def cut(self, row: Row) -> None:
-        """The band narrows to what a reduction leaves."""
+        """Narrow the band to the tokens that a reduction leaves."""
         assert row.reduction is not None
         others = row.tokens - row.visual
         wide, narrow = self._width(row.tokens), self._width(row.left + others)
@@ -144,7 +144,7 @@ class _Drawing:
         self.y += height
 
     def arrow(self) -> None:
-        """From one block to the next."""
+        """Draw the arrow from one block to the next."""
         self._strip(_GAP)
         tip = self.y + _GAP - 7
         self.parts.append(
@@ -153,14 +153,14 @@ class _Drawing:
         self.y += _GAP
 
     def end(self) -> None:
-        """What comes out."""
+        """Draw the output."""
         self.arrow()
         self._pill("logits")
 
-    # *** parts of it ***
+    # *** shapes ***
 
     def _width(self, tokens: int) -> float:
-        """Of the band; one of unknown width is as wide as the cards."""
+        """Return the width of the band; that of a card if the number of tokens is not known."""
         return 24 + (_BAND - 24) * tokens / self.most if tokens else float(_CARD)
 
     def _strip(self, height: float) -> None:
@@ -182,7 +182,7 @@ class _Drawing:
         self.parts.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>')
 
 
-# The colours of the report (page.py), which tell regimes apart on light and on dark paper.
+# The colours of the report (results/page.py), which tell regimes apart on light and dark paper.
 _STYLE = """
 svg { --paper: #ffffff; --raised: #f6f7f9; --ink: #1b1f24; --soft: #59636e; --line: #d5dae0;
   --accent: #0065a8; --band: #e3eef7; --prune: #c04a00; --merge: #0072b2; --pool: #00805e;

@@ -1,4 +1,4 @@
-"""What ``deos-fx inspect`` tells about a model."""
+"""The text that ``deos-fx inspect`` prints about a model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _STAGES = ("vision", "projector", "decoder")
 
 
 def print_outline(found: Outline, console: Console) -> None:
-    """Prints a model's blocks, token spaces and sites, from front to back.
+    """Print a model's blocks, token spaces and sites, from pixels to logits.
 
     Args:
         found: The outline of the model.
-        console: Where.
+        console: The console to print on.
     """
     size = f"{found.parameters / 1e6:,.1f} million parameters"
     console.print(f"[bold]{found.name}[/] ({found.family}), {size}", highlight=False)
@@ -55,7 +55,7 @@ def print_outline(found: Outline, console: Console) -> None:
 
 
 def _scores(found: Outline) -> Table:
-    """Which scores can be computed at which stage."""
+    """Make a table of the scores that can be computed at each stage."""
     known = {
         stage: dict.fromkeys(
             score for row in found.rows if row.stage == stage for score in row.scores
@@ -77,13 +77,13 @@ def _scores(found: Outline) -> Table:
 def print_cost(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], policy: Policy, console: Console
 ) -> None:
-    """Prints what a policy costs in all.
+    """Print the total cost of a policy, next to that of the unreduced model.
 
     Args:
         model: A vision-language model.
         inputs: A prompt with one image.
         policy: A policy for it.
-        console: Where.
+        console: The console to print on.
 
     Raises:
         ValueError: If the policy does not fit the model.

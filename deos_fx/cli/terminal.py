@@ -1,4 +1,4 @@
-"""What the commands show while they work and when they are done."""
+"""Progress and result tables of the commands in the terminal."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["Advance", "Stages", "presets_table", "results_table", "stages", "times_table"]
 
 Advance: TypeAlias = Callable[[int, int], None]
-"""Called with how much of a stage is done and how much there is."""
+"""Called with the finished and the total amount of a stage."""
 
 
 class Stages:
     """Stages of a longer piece of work, each with a bar and its wall time.
 
-    Where the output is not a terminal there are no bars, but a line at the end of each stage.
+    If the output is not a terminal, a line at the end of each stage replaces the bars.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -43,14 +43,14 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[Advance]:
-        """Runs one stage.
+        """Run one stage.
 
         Args:
-            name: What the stage does.
+            name: Name of the stage.
 
         Yields:
-            A function to call as the stage advances; a stage that does not call it shows a bar
-            that only says it is busy.
+            A function to call as the stage advances; without a call, the bar only shows that the
+            stage is busy.
         """
         with self.phased(name) as advance:
             advance("", 0, None)
@@ -58,13 +58,13 @@ class Stages:
 
     @contextmanager
     def phased(self, name: str) -> Iterator[Callable[[str, int, int | None], None]]:
-        """Runs one stage that has several phases, each with a bar of its own.
+        """Run one stage that has several phases, each with a bar of its own.
 
         Args:
-            name: What the stage does.
+            name: Name of the stage.
 
         Yields:
-            A function to call with a phase, how much of it is done and how much there is.
+            A function to call with a phase and its finished and total amount.
         """
         bars: dict[str, TaskID] = {}
 
@@ -81,7 +81,7 @@ class Stages:
     def _finish(self, name: str, seconds: float, bars: Iterable[TaskID]) -> None:
         self.seconds[name] = seconds
         for bar in bars:
-            # A phase may end early: what it has done is all there was.
+            # A phase may end early; its bar becomes full all the same.
             done = self.progress.tasks[bar].completed or 1
             self.progress.update(bar, completed=done, total=done)
         if self.progress.disable:
@@ -90,13 +90,13 @@ class Stages:
 
 @contextmanager
 def stages(console: Console) -> Iterator[Stages]:
-    """Shows stages as they run.
+    """Show stages as they run.
 
     Args:
-        console: Where.
+        console: The console to show them on.
 
     Yields:
-        What to call with the name of each stage.
+        The stages, to call with the name of each.
     """
     columns = (
         SpinnerColumn(finished_text="[green]✓"),
@@ -110,7 +110,7 @@ def stages(console: Console) -> Iterator[Stages]:
 
 
 def results_table(result: DemoResult) -> Table:
-    """The comparison of the demo: one column a method, so that it fits 80 characters."""
+    """Make the comparison of the demo: one column for each method, to fit 80 characters."""
     methods = result.ranked()
     table = Table(
         title=f"Right answers in % of {result.questions} test questions; "
@@ -142,7 +142,7 @@ _COSTS: Mapping[str, Callable[[Cost], str]] = {
 
 
 def times_table(seconds: Mapping[str, float]) -> Table:
-    """Wall time of every stage."""
+    """Make a table of the wall time of every stage."""
     table = Table(title="Wall-clock seconds")
     table.add_column("stage")
     table.add_column("seconds", justify="right")
@@ -153,10 +153,10 @@ def times_table(seconds: Mapping[str, float]) -> Table:
 
 
 def presets_table(methods: Iterable[Method]) -> Table:
-    """Published methods: what they do, where, and where they come from.
+    """Make a table of published methods: what each does, its sites, and its source.
 
     Args:
-        methods: In the order of the rows.
+        methods: The methods, in the order of the rows.
     """
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 1, 0))
     table.add_column(no_wrap=True, style="bold")
