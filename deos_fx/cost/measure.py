@@ -328,5 +328,3 @@ def _counting() -> Iterator[FlopCounterMode]:
     whole = cast(Any, fx_config).patch(meta_nonzero_assume_all_nonzero=True)
     with _COUNTING, whole, WholeNumbers(), count_flops() as counter:
         yield counter
-
-

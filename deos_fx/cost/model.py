@@ -430,5 +430,3 @@ class CostModel:
                 flops = int(relaxed_flops(reduction, before, after, sizes))
             self._counted[key] = flops
         return self._counted[key]
-
-
