@@ -1,7 +1,7 @@
 """Published methods as policies, and some of them fitted to a budget.
 
 Every preset is a plain policy of the one operator; lowering and export know nothing of presets.
-`list` says where each comes from. Methods that are no preset, and why:
+`list` gives the source of each. Methods that are not presets, and why:
 
 - SparseVLM (version 1.5) merges what it drops into clusters whose ties are broken by random noise.
 - ATS and the outlier counts of PruMerge keep a number of tokens that depends on the image.
@@ -75,15 +75,15 @@ __all__ = [
 
 
 def list() -> builtins.list[Method]:
-    """All presets with their sources, licences and needs, by name."""
+    """List all presets with their sources, licences and needs, sorted by name."""
     return [CATALOGUE[name] for name in sorted(CATALOGUE)]
 
 
 def names() -> builtins.list[str]:
-    """Names of all presets."""
+    """List the names of all presets."""
     return sorted(CATALOGUE)
 
 
 def fitted() -> builtins.list[str]:
-    """Names of the presets that `fit` can fit to a budget."""
+    """List the names of the presets that `fit` can fit to a budget."""
     return [*FITTED]

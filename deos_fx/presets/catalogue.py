@@ -1,4 +1,4 @@
-"""What is known of each preset beside its policy: where it comes from and what it needs."""
+"""The catalogue of presets: the source and the needs of each, in addition to its policy."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Method:
     Attributes:
         name: Name of the preset.
         function: Returns its policy; the defaults are those of the official code.
-        title: What it does, in one line.
+        title: Its summary in one line.
         source: Paper and official code.
         licence: Licence of the official code, none of which is in this project.
-        needs: What the model must have.
+        needs: Requirements on the model.
     """
 
     name: str
@@ -38,12 +38,12 @@ CATALOGUE: dict[str, Method] = {}
 
 
 def method(source: str, *, licence: str, needs: str = "") -> Callable[[_Function], _Function]:
-    """Enters a preset into the catalogue.
+    """Make a decorator that enters a preset into the catalogue.
 
     Args:
         source: Paper and official code.
         licence: Licence of the official code.
-        needs: What the model must have beside visual tokens in its prompt.
+        needs: What the model must have besides visual tokens in its prompt.
     """
 
     def enter(function: _Function) -> _Function:

@@ -15,7 +15,7 @@ PYRAMID_KEEP = (0.5, 0.25, 0.125)
 SPARSE_LAYERS = (2, 6, 15)
 SPARSE_KEEP = (300, 200, 118)
 
-# Tokens dropped after each layer of LLaVA-1.5-7B at 60 % fewer FLOPs, as the method found them.
+# Tokens dropped after each layer of LLaVA-1.5-7B at 60 % fewer FLOPs, as found by the method.
 FITPRUNE_DROPS = (
     *(14, 33, 89, 36, 36, 20, 55, 21, 18, 4, 7, 5, 2, 5, 7, 4),
     *(26, 5, 11, 24, 4, 18, 2, 1, 0, 0, 1, 0, 1, 0, 0, 0),
@@ -33,9 +33,9 @@ def fastv(layer: int = FASTV_LAYER, keep: int | float = 0.5) -> Policy:
     visual tokens that get most attention from the last token in layer K - 1, averaged over heads,
     are kept in their order and with their original positions.
 
-    Differences: the official code takes the attention of the first sample for the whole batch, and
-    here every sample has its own; one of its versions prunes again at every decoding step, and
-    here, as in its version with a cache, the tokens kept in the prefill stay.
+    Differences: the official code takes the attention of the first sample for the whole batch; here
+    every sample has its own. One of its versions prunes again at every decoding step; here, as in
+    its version with a cache, the tokens kept in the prefill stay.
 
     Args:
         layer: K, counted from 0; the layers before it see all tokens. At least 1.
@@ -60,13 +60,13 @@ def pyramid_drop(
 
     Source: the official code Cooperx521/PyramidDrop. After 8, 16 and 24 of 32 layers a half, a
     quarter and an eighth of the original tokens are left, ranked with the queries and keys of the
-    layer behind the cut; after each stage positions are renumbered without gaps.
+    layer after the reduction; after each stage positions are renumbered without gaps.
 
     Differences: the official code takes one image per sample, and rounds its counts down; here a
     fraction is rounded to the nearest count.
 
     Args:
-        layers: How many decoder layers come before each stage.
+        layers: Number of decoder layers before each stage.
         keep: Tokens or fraction of the original tokens kept at each stage.
 
     Raises:
@@ -87,13 +87,13 @@ def pyramid_drop(
 def sparsevlm_plus(
     layers: Sequence[int] = SPARSE_LAYERS, keep: Sequence[int | float] = SPARSE_KEEP
 ) -> Policy:
-    """Prune in stages, by the attention of the words that the image speaks to.
+    """Prune in stages, by the attention of the words that relate to the image most.
 
-    Source: the official code Gumpest/SparseVLMs, version 2_0. Raters are the text tokens behind the
+    Source: the official code Gumpest/SparseVLMs, version 2_0. Raters are the text tokens after the
     image whose share of the image's attention, mean_v softmax_t(H_v H_t), is above average. At
-    layers 2, 6 and 15 visual tokens are ranked by the mean attention of the raters, divided by what
-    rotary positions alone give (the product of rotated vectors of ones), in the 14 heads that look
-    at the image most. The defaults are its counts for an average of 192 tokens.
+    layers 2, 6 and 15 visual tokens are ranked by the mean attention of the raters, divided by the
+    attention that rotary positions alone give (the product of rotated vectors of ones), in the 14
+    heads that attend to the image most. The defaults are its counts for an average of 192 tokens.
 
     Differences: the official code takes one sample at a time and always drops at least one token.
     SparseVLM itself (version 1.5) is not a preset: it merges part of what it drops into clusters
@@ -101,7 +101,7 @@ def sparsevlm_plus(
 
     Args:
         layers: Decoder layers after which tokens are dropped.
-        keep: Tokens or fraction of the original tokens kept after each.
+        keep: Tokens or fraction of the original tokens kept after each of these.
 
     Raises:
         ValueError: If the two differ in length or a layer is negative.
@@ -118,18 +118,18 @@ def sparsevlm_plus(
     licence="Apache-2.0 (as LLaVA)",
 )
 def fitprune(drops: Sequence[int] = FITPRUNE_DROPS, visual_tokens: int = 576) -> Policy:
-    """Drop a few tokens after every layer, as many as a schedule fitted to statistics says.
+    """Drop a few tokens after every layer, by a schedule fitted to statistics.
 
     Source: the official code ywh187/FitPrune. A layer drops the tokens with the lowest product of
-    the attention they get from the text behind the image and from the visual tokens, each as the
-    largest head pays it. The schedule is what the method's search found offline for LLaVA-1.5-7B;
-    give your own for another model, or let ``deos_fx.search`` find one.
+    the attention they get from the text after the image and from the visual tokens, each the
+    largest over heads. The method's search found the schedule offline for LLaVA-1.5-7B; give your
+    own for another model, or let ``deos_fx.search`` find one.
 
     Differences: drops after the last layer have no effect and are left out.
 
     Args:
         drops: Tokens dropped after each decoder layer.
-        visual_tokens: Tokens of an image before.
+        visual_tokens: Tokens of an image before any reduction.
 
     Raises:
         ValueError: If more tokens are dropped than there are.
@@ -155,24 +155,24 @@ def fitprune(drops: Sequence[int] = FITPRUNE_DROPS, visual_tokens: int = 576) ->
 def dart(
     layer: int = 2, keep: int | float = 124, image_pivots: int = 4, text_pivots: int = 4
 ) -> Policy:
-    """Keep what resembles a few pivot tokens least; no attention weights.
+    """Keep the tokens that resemble a few pivot tokens least, without attention weights.
 
     Source: the paper and the port in ModelTC/LightCompress. Pivots are the visual tokens, and the
-    text tokens behind the image, with the largest L1 norm of the keys of layer K - 1. The visual
+    text tokens after the image, with the largest L1 norm of the keys of layer K - 1. The visual
     pivots are kept, and every pivot in turn keeps an equal share of the others: those with the
-    smallest cosine to it, of hidden states behind the final norm. Positions are kept.
+    smallest cosine to it, of hidden states after the final norm. Positions are kept.
 
-    Differences: the official code visits the pivots in the order of a Python set, here they come
-    visual ones first, each in the order of the prompt. It keeps 4 + 8 * int(N (1 - R) / 8) tokens;
-    the default is that count for 576 tokens and R = 77.8 %. The L1 norm of a rotated key depends on
-    its position, so give ``position_ids`` with a padded batch, as ``generate`` does, if each sample
-    is to keep what it keeps alone.
+    Differences: the official code visits the pivots in the order of a Python set; here visual ones
+    come first, each kind in the order of the prompt. The official code keeps
+    4 + 8 * int(N (1 - R) / 8) tokens; the default is that count for 576 tokens and R = 77.8 %. The
+    L1 norm of a rotated key depends on its position, so give ``position_ids`` with a padded batch,
+    as ``generate`` does, if each sample must keep the tokens that it keeps alone.
 
     Args:
         layer: K, counted from 0. At least 1.
         keep: Tokens or fraction kept per image.
-        image_pivots: Visual pivots.
-        text_pivots: Text pivots.
+        image_pivots: Number of visual pivots.
+        text_pivots: Number of text pivots.
 
     Raises:
         ValueError: If ``layer`` is below 1.

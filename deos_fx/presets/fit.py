@@ -1,4 +1,4 @@
-"""Presets fitted to a budget: the largest counts it allows, at the published depth if possible."""
+"""Fitting presets to a budget: the largest counts it allows, at the published depth if possible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FEWEST = 1 / 32
 
 
 def mean_visual_tokens(policy: Policy, decoder_layers: int, visual_tokens: int) -> float:
-    """Mean over the decoder layers of the visual tokens a layer processes, for one image.
+    """Compute the mean over the decoder layers of the visual tokens a layer processes, per image.
 
     Layers 0 to i process the tokens that are there before the site ``decoder.i``; a reduction
     before the decoder shortens all layers.
@@ -34,12 +34,12 @@ def mean_visual_tokens(policy: Policy, decoder_layers: int, visual_tokens: int) 
 
 
 def fit(name: str, budget_tokens: float, decoder_layers: int, visual_tokens: int) -> Policy:
-    """A preset with counts as large as a budget allows.
+    """Return a preset with the largest counts that a budget allows.
 
     A preset inside the decoder stays at its published depth as long as it can keep a 32nd of the
     tokens there; otherwise its first site moves to an earlier layer, down to ``decoder.0``. The
-    stages of ``pyramid_drop`` divide what follows the first evenly and keep the proportions
-    4 : 2 : 1. ``avg_pool`` takes windows at most 1.5 times as long as wide.
+    stages of ``pyramid_drop`` divide the layers after the first stage evenly and keep the
+    proportions 4 : 2 : 1. ``avg_pool`` takes windows at most 1.5 times as long as wide.
 
     Args:
         name: One of ``FITTED``, the presets that a budget determines.
@@ -81,7 +81,7 @@ def _fit_pyramid_drop(budget: float, layers: int, tokens: int) -> Iterable[Polic
 
 
 def _largest_pyramid(budget: float, layers: int, tokens: int, stages: list[int]) -> list[int]:
-    """Counts in the published proportions, scaled up as far as the budget allows; or nothing."""
+    """Return counts in the published proportions, as large as the budget allows; empty if none."""
     best: list[int] = []
     for largest in range(1, round(tokens / PYRAMID_KEEP[-1]) + 1):
         scaled = (largest * ratio / PYRAMID_KEEP[0] for ratio in PYRAMID_KEEP)
@@ -116,7 +116,7 @@ def _fit_avg_pool(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
 
 
 def _floor(value: float) -> int:
-    """Rounds down, forgiving the rounding error of a fraction times a count."""
+    """Round down, ignoring the rounding error of a fraction times a count."""
     return math.floor(value + 1e-9)
 
 

@@ -35,11 +35,12 @@ def cdpruner(keep: int | float = 64) -> Policy:
 
     Source: the official code (encode_images). The kernel is r_i cos(x_i, x_j) r_j of the projected
     features, with the relevance r scaled to [0, 1]; the code *negates* the similarity to the text
-    before it is scaled, which is right for the cosines of CLIP.
+    before scaling it, which is right for the cosines of CLIP.
 
-    Differences: the relevance is that of CLIP's image tower to CLIP's text tower, which the models
-    in transformers do not contain. Here the projected features are compared with the model's own
-    embeddings of the words. The scale is that of each image alone instead of the whole batch.
+    Differences: the official relevance compares CLIP's image tower with CLIP's text tower, which
+    the models in transformers do not contain. Here the projected features are compared with the
+    model's own embeddings of the words. Relevance is scaled within each image instead of the whole
+    batch.
 
     Args:
         keep: Tokens or fraction kept per image.
@@ -59,8 +60,8 @@ def divprune(keep: int | float = 0.098) -> Policy:
     """Keep the set of tokens that are far from each other: greedy max-min distance.
 
     Source: the official code (divprune in llava_arch.py). The first token is the one whose nearest
-    other is farthest, by the cosine of the projected features; then always the token whose nearest
-    kept one is farthest.
+    other token is farthest, by the cosine of the projected features; each further one is the token
+    whose nearest kept token is farthest.
 
     Args:
         keep: Tokens or fraction kept per image.
@@ -71,19 +72,19 @@ def divprune(keep: int | float = 0.098) -> Policy:
 
 @method("Zou et al., HoloV (NeurIPS 2025); obananas/HoloV", licence="Apache-2.0", needs=_CLS)
 def holov(keep: int | float = 64, windows: int = 16) -> Policy:
-    """Share the places among parts of the image, and fill each part by the attention of CLS.
+    """Divide the kept tokens among parts of the image, and fill each part by attention of CLS.
 
     Source: the official code (llava/model/utils.py). The flat list is cut into 16 runs; each gets
     places in proportion to its mean score and fills them with its best tokens by attention, best
-    first. The score also has a term for the variance of similarities, which its scaling makes
-    proportional to the attention when it is averaged over a run, so it drops out here.
+    first. The score also has a term for the variance of similarities; averaged over a run, its
+    scaling makes it proportional to the attention, so it drops out here.
 
-    Differences: places that a run has no tokens for go to the best of the others instead of being
-    filled with zero vectors.
+    Differences: places for which a run has no tokens go to the best tokens of other runs instead of
+    being filled with zero vectors.
 
     Args:
         keep: Tokens or fraction kept per image.
-        windows: Runs.
+        windows: Number of runs.
     """
     reduction = Reduction(
         "projector",
@@ -111,19 +112,19 @@ def vscan(
     """Keep the best of every window and of the image, merge the rest, and prune in the decoder.
 
     Source: the official code. Half of the tokens are the best of 6 x 6 windows by the attention of
-    CLS in an early block, half the best others by that of the last block; every other token is
-    averaged into the kept one with the most similar projected features. In the decoder, tokens are
-    ranked as PyramidDrop does.
+    CLS in an early block, half are the best of the others by that of the last block; every
+    remaining token is averaged into the kept one with the most similar projected features. In the
+    decoder, tokens are ranked as in PyramidDrop.
 
-    Differences: if the windows' half does not divide by their number, the official code keeps fewer
-    tokens, and here the best by score fill them.
+    Differences: if the windows' half is not divisible by their number, the official code keeps
+    fewer tokens; here the best tokens by score fill the places.
 
     Args:
         keep: Tokens or fraction kept before the decoder.
-        final: Tokens or fraction of the original tokens kept in it.
+        final: Tokens or fraction of the original tokens kept in the decoder.
         layer: Decoder layers before the second stage.
-        local_block: Block of the tower that the windows look at.
-        windows: Windows of the image.
+        local_block: Block of the tower whose attention ranks the tokens of a window.
+        windows: Number of windows of an image.
     """
     first = Reduction(
         "projector",
@@ -144,18 +145,18 @@ def vscan(
     licence="see vscan and tome",
 )
 def merge(site: str = "projector", keep: int | float = 0.5) -> Policy:
-    """Merging: every dropped token joins the kept token it resembles most.
+    """Merge every dropped token into the kept token it resembles most.
 
     Sources: the first stage of VScan (Tencent/SelfEvolvingAgent: keep by CLS attention, average
     every other token into the kept token of largest cosine), with masses and the bias log(mass) in
     later attention as in Bolya et al., "Token Merging" (ICLR 2023).
 
-    Differences: all tokens are the global top-K and positions are kept, the combination with
-    calibrated attention that RESTORE (ICML 2026) found best; see `vscan` and `tome` for the
-    methods themselves.
+    Differences: all kept tokens are the global top-K, and positions are kept: together with
+    calibrated attention, the combination that RESTORE (ICML 2026) found best. See `vscan` and
+    `tome` for the methods themselves.
 
     Args:
-        site: Where to merge.
+        site: The site of the merging.
         keep: Tokens or fraction kept per image.
     """
     return Policy((Reduction(site, keep, gain=1.0, mass_bias=1.0),), name="merge")
@@ -167,18 +168,18 @@ def merge(site: str = "projector", keep: int | float = 0.5) -> Policy:
     licence="Apache-2.0",
 )
 def avg_pool(site: str = "projector", keep: int | float = 0.25) -> Policy:
-    """Average pooling over windows of the grid, whatever the image and the text say.
+    """Average tokens over windows of the grid, regardless of image and text.
 
     Sources: Cai et al., "Matryoshka Multimodal Models" (mu-cai/matryoshka-mm: ``avg_pool2d`` after
     the projector) and Yao et al., "DeCo" (``AdaptiveAvgPool2d`` before it). Both train the model
-    with it; here it is applied to a model that was not.
+    with pooling; here it is applied to a model trained without.
 
     Where the windows divide the grid this is ``avg_pool2d`` exactly. Differences: elsewhere each
     token goes to the nearest window centre, so windows differ by a row or column and, unlike those
     of adaptive pooling, never overlap.
 
     Args:
-        site: Where to pool; no other reduction may come before.
+        site: The site of the pooling; no other reduction may come before.
         keep: Tokens or fraction kept per image; the count must split the grid into windows.
     """
     reduction = Reduction(
@@ -192,14 +193,14 @@ def avg_pool(site: str = "projector", keep: int | float = 0.25) -> Policy:
     licence="Apache-2.0",
 )
 def bilinear_pool(site: str = "projector", keep: int | float = 0.25) -> Policy:
-    """Bilinear interpolation onto a coarser grid, whatever the image and the text say.
+    """Interpolate bilinearly onto a coarser grid, regardless of image and text.
 
     Source: the official code (get_2dPool): ``interpolate`` of the grid of features to
-    ceil(h / s) x ceil(w / s), without aligned corners. LLaVA-OneVision does it for video frames,
+    ceil(h / s) x ceil(w / s), without aligned corners. LLaVA-OneVision does this for video frames,
     with s = 2, and is trained with it.
 
     Args:
-        site: Where to pool; no other reduction may come before.
+        site: The site of the pooling; no other reduction may come before.
         keep: Tokens or fraction kept per image; the count must split the grid into windows.
     """
     reduction = Reduction(
@@ -213,16 +214,16 @@ def bilinear_pool(site: str = "projector", keep: int | float = 0.25) -> Policy:
     licence="no code is public",
 )
 def redistribute(site: str = "projector", keep: int | float = 0.5) -> Policy:
-    """Soft reweighting: every dropped token is spread over all kept ones by similarity.
+    """Spread every dropped token over all kept ones by similarity: soft reweighting.
 
-    The regime that "Differentiable Efficient Operator Search" (arXiv 2606.05232) calls adaptive
-    reweighting. Only the abstract of that paper is public to us, so the formula is ours: weights
-    softmax(cosine / 0.1) over the kept tokens, means by mass, and the bias log(mass) in later
-    attention. The nearest published relative with code is the package token of SPViT (ECCV 2022),
-    which gathers the dropped tokens, weighted by score, in one extra token.
+    This is the regime that "Differentiable Efficient Operator Search" (arXiv 2606.05232) calls
+    adaptive reweighting. Only the abstract of that paper is public, so the formula is this
+    project's own: weights softmax(cosine / 0.1) over the kept tokens, means by mass, and the bias
+    log(mass) in later attention. The nearest published relative with code is the package token of
+    SPViT (ECCV 2022), which gathers the dropped tokens, weighted by score, in one extra token.
 
     Args:
-        site: Where to reduce.
+        site: The site of the reduction.
         keep: Tokens or fraction kept per image.
     """
     reduction = Reduction(site, keep, gain=1.0, temperature=0.1, mass_bias=1.0)
@@ -233,13 +234,13 @@ def redistribute(site: str = "projector", keep: int | float = 0.5) -> Policy:
 def random(keep: int | float = 0.25, seed: int = 0, site: str = "projector") -> Policy:
     """Prune at random: a choice by position and seed, the same for every image.
 
-    Source: the baseline that papers compare with; they draw for every input, here one draw is part
-    of the policy, so that its graph repeats itself. Average over seeds.
+    Source: the baseline that papers compare with. They draw for every input; here one draw is part
+    of the policy, so that its graph is reproducible. Average results over seeds.
 
     Args:
         keep: Tokens or fraction kept per image.
-        seed: Another seed, another choice.
-        site: Where to prune.
+        seed: Seed of the choice.
+        site: The site of the pruning.
     """
     reduction = Reduction(
         site, keep, scores={"random": 1.0}, options={"seed": seed}, position="compact"
@@ -249,14 +250,14 @@ def random(keep: int | float = 0.25, seed: int = 0, site: str = "projector") -> 
 
 @method("a baseline of most papers", licence="-")
 def uniform(keep: int | float = 0.25, site: str = "projector") -> Policy:
-    """Prune evenly over the grid, whatever the image and the text say.
+    """Prune evenly over the grid, regardless of image and text.
 
     Source: the baseline that papers compare with; here in the order of dithering (Bayer 1973), so
     that any number of tokens is spread evenly.
 
     Args:
         keep: Tokens or fraction kept per image.
-        site: Where to prune.
+        site: The site of the pruning.
     """
     reduction = Reduction(site, keep, scores={"grid_coverage": 1.0}, position="compact")
     return Policy((reduction,), name="uniform")

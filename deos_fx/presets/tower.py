@@ -1,4 +1,4 @@
-"""Methods that reduce inside the vision tower or at its end, by what the tower attends to.
+"""Methods that reduce inside the vision tower or at its end, by the tower's attention or keys.
 
 ``block`` is the last block of the tower whose output the language model uses: block 22 of the 24 of
 CLIP ViT-L in LLaVA-1.5. After these methods LLaVA numbers the positions of the prompt without gaps.
@@ -34,16 +34,17 @@ _CLS = "a CLS token in the tower"
     needs=_CLS,
 )
 def visionzip(dominant: int = 54, contextual: int = 10, block: int = LAST_BLOCK) -> Policy:
-    """Keep the tokens CLS looks at, and merge the others into a few taken at equal steps.
+    """Keep the tokens CLS attends to, and merge the others into a few taken at equal steps.
 
     Source: the official code (visionzip/clip_encoder.py). The dominant tokens are CLS itself and
     the ``dominant`` - 1 patches with most of its attention. Of the rest, every step-th is a target;
-    the others go to the target with the most similar key (mean over heads), which becomes itself
-    *plus* the mean of what it got, about twice as long. Dominant tokens come first.
+    each of the others goes to the target with the most similar key (mean over heads). A target
+    becomes itself *plus* the mean of the tokens it got, a vector about twice as long. Dominant
+    tokens come first.
 
     Args:
         dominant: Tokens kept as they are, the CLS token among them.
-        contextual: Targets.
+        contextual: Number of targets.
         block: Last block of the tower that is used.
     """
     reduction = Reduction(
@@ -88,16 +89,17 @@ def _prumerge(keep: int | float, block: int, tiers: tuple[Tier, ...], name: str)
     needs=_CLS,
 )
 def prumerge(keep: int | float = 73, block: int = LAST_BLOCK) -> Policy:
-    """Keep the tokens CLS looks at, and add to each its neighbours, weighted by attention.
+    """Keep the tokens CLS attends to, and add to each its neighbours, weighted by attention.
 
-    Source: the official code (token_prune_merge_advanced). Attention is that of the block *behind*
+    Source: the official code (token_prune_merge_advanced). Attention is that of the block *after*
     the features, over the full width without splitting heads. To each kept token the 32 others with
     the most similar keys, kept or not, are added with their attention as weight, without dividing;
-    one token more is the sum of everything dropped, weighted alike. The order is that of attention.
+    one extra token is the sum of all dropped tokens, weighted in the same way. The order is that of
+    attention.
 
     Differences: the official code keeps as many tokens as there are outliers of attention, which
-    depends on the image; here the count is fixed (its default without outliers is 1/8 of 576, and
-    the one token more).
+    depends on the image; here the count is fixed (its default without outliers is 1/8 of 576, plus
+    the extra token).
 
     Args:
         keep: Tokens or fraction that come out per image, the extra one included.
@@ -114,7 +116,7 @@ def prumerge(keep: int | float = 73, block: int = LAST_BLOCK) -> Policy:
 def prumerge_plus(
     selected: int = 36, spatial: int = 108, visual_tokens: int = 576, block: int = LAST_BLOCK
 ) -> Policy:
-    """PruMerge with additional tokens at equal steps over the image.
+    """Extend PruMerge by additional tokens at equal steps over the image.
 
     Source: the official code (token_prune_merge_advanced_plus). With the share rho of tokens
     selected by attention, the spatial ones are every int(int(1 / rho) / 3)-th token that is not
@@ -126,7 +128,7 @@ def prumerge_plus(
     Args:
         selected: Tokens selected by attention.
         spatial: Tokens at equal steps.
-        visual_tokens: Tokens of an image before.
+        visual_tokens: Tokens of an image before the reduction.
         block: Last block of the tower that is used.
     """
     step = max(1, visual_tokens // selected // 3)
@@ -142,8 +144,8 @@ def prumerge_plus(
 def fastervlm(keep: int | float = 0.25) -> Policy:
     """Prune before the decoder, by the attention of CLS.
 
-    Source: the official code (encode_images): mean over heads of the attention of CLS in the block
-    the features come from, the top T in the order of the image.
+    Source: the official code (encode_images): the top T tokens by the attention of CLS, averaged
+    over heads, in the block that the features come from; they stay in the order of the image.
 
     Args:
         keep: Tokens or fraction kept per image.
@@ -160,13 +162,13 @@ def vispruner(keep: int | float = 128, important: float = 0.5, block: int = LAST
     """Keep important tokens by the attention of CLS, and of the others those that are distinct.
 
     Source: the official code (encode_images). int(T r) tokens are the best by attention. The others
-    are listed in the order of attention and split into even and odd places again and again, each
-    time dropping the 8 even ones that resemble an odd one most, until T - int(T r) are left.
+    are listed in the order of attention and repeatedly split into even and odd places; each time
+    the 8 even ones that resemble an odd one most are dropped, until T - int(T r) are left.
     Similarity is that of the tower's features before the projector.
 
     Args:
         keep: T, tokens or fraction kept per image.
-        important: r.
+        important: r, the share of important tokens.
         block: Last block of the tower that is used.
     """
     distinct = Tier(keep=1.0 - important, selector="distinct")
@@ -181,17 +183,17 @@ def vispruner(keep: int | float = 128, important: float = 0.5, block: int = LAST
 def hiprune(
     keep: int | float = 192, alpha: float = 0.1, object_block: int = 8, block: int = LAST_BLOCK
 ) -> Policy:
-    """Keep what a middle block attends to, with its neighbours, and what the last block does.
+    """Keep tokens that a middle block attends to, their neighbours, and the last block's choice.
 
     Source: the official code (encode_images). Tokens are ranked by the attention they get from all
-    tokens of the tower, averaged over heads. Anchors are the best round(T alpha / 5) of a middle
-    block (its ninth); they and their neighbours in the flat list, one place and one row before and
-    behind, are kept, and the best of the last block fill the rest of T.
+    tokens of the tower, averaged over heads. Anchors are the best round(T alpha / 5) tokens of a
+    middle block (the ninth). They are kept with their neighbours in the flat list, one place and
+    one row before and after, and the best of the last block fill the rest of T.
 
     Args:
         keep: T, tokens or fraction kept per image.
         alpha: Share of T for anchors and their neighbours.
-        object_block: Block that says where objects are.
+        object_block: Block whose attention shows where objects are.
         block: Last block of the tower that is used.
     """
     reduction = Reduction(
@@ -220,18 +222,20 @@ def tome(
     """Merge the most similar pairs of tokens after every block of the vision tower.
 
     Source: the paper, and the official code (tome/merge.py) for its details. Tokens are split into
-    alternating halves A and B; of A the r with the most similar token in B, by the mean of the keys
-    over heads, are merged into it, weighted by how many patches each stands for; attention gets the
-    logarithm of that number as a bias. CLS takes part in the alternation, but never merges.
+    alternating halves A and B. The r tokens of A that have the most similar token in B, by the mean
+    of the keys over heads, are merged into that token, weighted by the number of patches each
+    stands for; attention gets the logarithm of that number as a bias. CLS takes part in the
+    alternation, but never merges.
 
-    Differences: the official code merges between attention and MLP of a block, here it is behind
-    the block, so a merged token is the mean of two outputs of the MLP instead of the output for the
-    mean. Without a class token the official order of A is that of similarity, here of the image.
+    Differences: the official code merges between attention and MLP of a block; here merging is
+    after the block, so a merged token is the mean of two outputs of the MLP instead of the output
+    for the mean. Without a class token the official order of A is that of similarity; here it is
+    that of the image.
 
     Args:
         merged: r, tokens merged after each block; at most half of those left.
-        blocks: Blocks after which tokens are merged, from the first.
-        visual_tokens: Tokens of an image before.
+        blocks: Number of blocks after which tokens are merged, from the first.
+        visual_tokens: Tokens of an image before any reduction.
         class_token: Whether the tower has a class token in front.
     """
     reductions, left = [], visual_tokens
@@ -260,20 +264,20 @@ def tome(
     needs=_CLS,
 )
 def evit(keep: float = 0.7, blocks: Sequence[int] = (3, 6, 9), visual_tokens: int = 576) -> Policy:
-    """Prune in the vision tower by the attention of CLS, and fuse what is dropped in one token.
+    """Prune in the vision tower by the attention of CLS, and fuse dropped tokens into one.
 
     Source: the official code (evit.py). After blocks 3, 6 and 9 (counted from 0) the ceil(rho n)
-    tokens with most attention of CLS, averaged over heads, are kept in that order, and one token
-    more is the sum of the others, each times its attention. Later stages treat it as any token.
+    tokens with most attention of CLS, averaged over heads, are kept in that order, and one extra
+    token is the sum of the others, each times its attention. Later stages treat it as any token.
 
-    Differences: the official code drops between attention and MLP of a block, here it is behind the
-    block; for tokens that are kept this is the same, and the fused token is a sum of outputs of the
-    MLP instead of the output for the sum.
+    Differences: the official code drops between attention and MLP of a block; here tokens are
+    dropped after the block. For kept tokens this is the same; the fused token is a sum of outputs
+    of the MLP instead of the output for the sum.
 
     Args:
-        keep: rho, kept at each stage of those that are left.
+        keep: rho, the share of the tokens left that each stage keeps.
         blocks: Blocks after which tokens are dropped.
-        visual_tokens: Tokens of an image before.
+        visual_tokens: Tokens of an image before any reduction.
     """
     reductions, left = [], visual_tokens
     for block in blocks:
