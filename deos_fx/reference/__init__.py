@@ -1,9 +1,9 @@
-"""A small vision-language model with the data it was trained on, for tests, examples and studies.
+"""A small vision-language model with its training data, for tests, examples and studies.
 
 The model is an ordinary ``LlavaForConditionalGeneration``: a CLIP tower, 144 visual tokens, ten
-Llama layers. It answers eight kinds of questions about pictures of handwritten digits; some
-depend on the tokens the text asks about, some on counting, some on the picture as a whole, so
-that reducing visual tokens has a measurable price.
+Llama layers. It answers eight kinds of questions about pictures of handwritten digits. Some depend
+on the tokens the text asks about, some on counting, some on the picture as a whole, so that
+reducing visual tokens has a measurable price.
 
     >>> from deos_fx import reference
     >>> model, processor = reference.load()
@@ -50,10 +50,10 @@ _IGNORE = -100
 
 
 def load(folder: Path = WEIGHTS) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Loads the trained model and its processor.
+    """Load the trained model and its processor.
 
     Args:
-        folder: Where they were saved; the weights of the package unless told otherwise.
+        folder: Folder that they were saved in; by default that of the package.
 
     Returns:
         The model in evaluation mode and single precision, and the processor.
@@ -65,19 +65,19 @@ def load(folder: Path = WEIGHTS) -> tuple[LlavaForConditionalGeneration, LlavaPr
 def batches(
     processor: LlavaProcessor, examples: Sequence[Example], batch_size: int, answers: bool = True
 ) -> Iterator[dict[str, Tensor]]:
-    """Turns examples into inputs of the model.
+    """Turn examples into inputs of the model.
 
     Args:
         processor: The processor of the model.
-        examples: What to ask, in order.
-        batch_size: Examples of a batch; the last batch may be smaller.
+        examples: The examples, in order.
+        batch_size: Examples in a batch; the last batch may be smaller.
         answers: Whether answers follow the questions, with labels for a loss. Without them the
             inputs are prompts to generate from.
 
     Yields:
         ``input_ids`` and ``attention_mask`` ``[B, S]``, padded on the left, and ``pixel_values``
-        ``[B, 3, 144, 144]``; with answers also ``labels`` ``[B, S]``, the words of the answer and
-        the end of the sequence where they stand in ``input_ids`` and -100 elsewhere.
+        ``[B, 3, 144, 144]``; with answers also ``labels`` ``[B, S]``: the words of the answer and
+        the end of the sequence where they stand in ``input_ids``, -100 elsewhere.
     """
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
@@ -102,17 +102,17 @@ def accuracy(
     examples: Sequence[Example],
     batch_size: int = 32,
 ) -> dict[str, float]:
-    """Measures how often generated answers are exactly right.
+    """Measure how often generated answers are exactly right.
 
     Args:
         generate: Called with the inputs of a batch as keywords; returns token ids ``[B, S]``
             that start with the prompt, as ``model.generate`` does.
         processor: The processor of the model.
-        examples: What to ask.
+        examples: The examples.
         batch_size: Questions answered at once.
 
     Returns:
-        Fraction of right answers for every kind that was asked, and ``"overall"``.
+        Fraction of right answers for every kind of question asked, and ``"overall"``.
     """
     right: dict[str, list[bool]] = {}
     inputs = batches(processor, examples, batch_size, answers=False)

@@ -1,4 +1,4 @@
-"""What the reference model is taught: descriptions of patches, and packs of questions."""
+"""The training targets of the reference model: descriptions of patches, and packs of questions."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = ["IGNORE", "PRESENCE", "Described", "Pack", "PackLayout", "presence"]
 IGNORE = -100
 PRESENCE = 10 + len(COLORS) + len(BACKDROPS)
 
-# Questions of a pack: more of the kinds that are slow to learn, those that look something up. All
-# questions of a kind have the same number of words, hence all packs the same layout.
+# Questions of a pack: more of the kinds that look something up, which are slow to learn. All
+# questions of a kind have the same number of words, so all packs have the same layout.
 _SLOTS = {
     "at": 2,
     "color": 2,
@@ -50,7 +50,7 @@ _QUESTION_WORDS = {
     "most": 3,
 }
 _ANSWER_WORDS = {kind: 2 if kind == "where" else 1 for kind in KINDS}
-# Similarities of unit vectors span too little to be logits.
+# Similarities of unit vectors span too small a range to be logits.
 _TEMPERATURE = 0.125
 
 
@@ -67,12 +67,12 @@ _PATCH_COLUMNS = _words(*COLUMNS).repeat_interleave(GRID // 3).repeat(GRID)
 
 @dataclass(frozen=True, eq=False)
 class Described:
-    """What is on every patch of some pictures.
+    """The content of every patch of some pictures; all fields are ``[B, VISUAL_TOKENS]``.
 
     Attributes:
-        digit: The digit, or ``IGNORE`` where there is none, ``[B, VISUAL_TOKENS]``.
-        color: Index of its color, likewise.
-        backdrop: Index of the photograph, or ``IGNORE`` where ink touches the patch, likewise.
+        digit: The digit, or ``IGNORE`` where there is none.
+        color: Index of its color, or ``IGNORE`` where there is no digit.
+        backdrop: Index of the photograph, or ``IGNORE`` where ink touches the patch.
     """
 
     digit: Tensor
@@ -81,7 +81,7 @@ class Described:
 
     @classmethod
     def of(cls, batch: SceneBatch) -> Described:
-        """Describes the patches: a digit is on those that hold a fifth of its ink or the most."""
+        """Describe the patches: a digit is on those with a fifth of its ink, or with the most."""
         shares = batch.shares()
         mine, patch = np.nonzero(shares >= np.minimum(0.2, shares.max(1, keepdims=True)))
         digit = np.full((len(batch), VISUAL_TOKENS), IGNORE)
@@ -94,11 +94,11 @@ class Described:
         return cls(*map(torch.from_numpy, (digit, color, backdrop)))
 
     def to(self, device: torch.device) -> Described:
-        """The same on a device."""
+        """Return the same description on a device."""
         return Described(*(each.to(device) for each in (self.digit, self.color, self.backdrop)))
 
     def embed(self, words: Tensor) -> Tensor:
-        """Sums the vectors of the words that describe each patch.
+        """Sum the vectors of the words that describe each patch.
 
         Args:
             words: Word vectors, ``[vocabulary, width]``.
@@ -114,15 +114,15 @@ class Described:
         return total
 
     def loss(self, tokens: Tensor, words: Tensor) -> Tensor:
-        """How far visual tokens are from their descriptions.
+        """Measure the distance of visual tokens from their descriptions.
 
         Args:
             tokens: Projected visual tokens, ``[B, VISUAL_TOKENS, width]``.
             words: Word vectors, ``[vocabulary, width]``.
 
         Returns:
-            Scalar: squared distance, patches with and without ink weighing the same, plus the
-            cross-entropy of telling digits, colors and photographs apart.
+            Scalar: the mean squared distance of patches with a digit, plus that of patches without
+            ink, plus the cross-entropies of telling digits, colors and photographs apart.
         """
         distance = (tokens - self.embed(words)).square().sum(-1)
         loss = distance[self.backdrop != IGNORE].mean() + distance[self.digit != IGNORE].mean()
@@ -133,7 +133,7 @@ class Described:
 
     @torch.no_grad()
     def accuracy(self, tokens: Tensor, words: Tensor) -> dict[str, float]:
-        """Fraction of patches whose token resembles the right digit, color and photograph most.
+        """Compute the fraction of tokens that resemble the right digit, color and photograph most.
 
         Args:
             tokens: As for :meth:`loss`.
@@ -157,7 +157,7 @@ class Described:
 
 
 def presence(batch: SceneBatch) -> Tensor:
-    """Which digits, colors and photograph each picture shows, 0 or 1, float ``[B, PRESENCE]``."""
+    """Flag the digits, colors and photograph of each picture, 0 or 1, float ``[B, PRESENCE]``."""
     there = np.zeros((len(batch), PRESENCE), np.float32)
     there[batch.owner, batch.digit] = 1
     there[batch.owner, 10 + batch.color] = 1
@@ -180,12 +180,12 @@ class Pack:
 
     @classmethod
     def of(cls, batch: SceneBatch, rng: np.random.Generator) -> Pack:
-        """Picks questions for the slots; a slot whose kind cannot be asked stays silent."""
+        """Pick questions for the slots; a slot whose kind cannot be asked stays empty."""
         rows = [_fill(scene.questions, rng) for scene in batch.scenes()]
         return cls(*torch.tensor(rows).unbind(1))
 
     def to(self, device: torch.device) -> Pack:
-        """The same on a device."""
+        """Return the same pack on a device."""
         return Pack(self.words.to(device), self.targets.to(device))
 
 
@@ -194,7 +194,7 @@ class PackLayout:
 
     Attributes:
         kind: Index into ``KINDS`` of every question, ``[Q]``.
-        slot: Which question a word belongs to, ``[T]``.
+        slot: Number of the question that a word belongs to, ``[T]``.
         position: Place of a word in its question, ``[T]``.
     """
 
@@ -206,7 +206,7 @@ class PackLayout:
         self.position = torch.cat([torch.arange(length) for length in lengths])
 
     def mask(self, visual: int) -> Tensor:
-        """Additive attention mask: words see the picture and the words before in their question.
+        """Make the additive attention mask: words see the picture and earlier words of a question.
 
         Args:
             visual: Number V of visual tokens.
@@ -223,10 +223,10 @@ class PackLayout:
 
     @torch.no_grad()
     def accuracy(self, logits: Tensor, pack: Pack) -> dict[str, float]:
-        """Fraction of questions answered right to the last word, by kind.
+        """Compute the fraction of questions answered entirely right, by kind.
 
         Args:
-            logits: For every word that has a target, ``[A, vocabulary]``.
+            logits: Logits for every word that has a target, ``[A, vocabulary]``.
             pack: The questions.
         """
         targets = pack.targets.cpu()
@@ -245,12 +245,13 @@ class PackLayout:
 
 
 def _fill(questions: Sequence[Question], rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Words and targets of one picture's pack."""
+    """Return words and targets of one picture's pack."""
     words: list[int] = []
     targets: list[int] = []
     for kind, slots in _SLOTS.items():
         length = _QUESTION_WORDS[kind] + _ANSWER_WORDS[kind]
         choices = [question for question in questions if question.kind == kind]
+        # Case: no such question about this scene. The slots get padding without targets.
         if not choices:
             words += [VOCABULARY["<pad>"]] * length * slots
             targets += [IGNORE] * length * slots

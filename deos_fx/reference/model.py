@@ -63,7 +63,7 @@ VOCABULARY = {
 
 
 def build_processor() -> LlavaProcessor:
-    """Builds the processor: words separated by spaces, images of the size of a scene.
+    """Build the processor: words separated by spaces, images of the size of a scene.
 
     The image processor is the one backed by Pillow, so that torchvision is not needed.
     """
@@ -99,7 +99,7 @@ def _build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config() -> LlavaConfig:
-    """The configuration: 144 visual tokens, ten decoder layers."""
+    """Build the configuration: 144 visual tokens, ten decoder layers."""
     begin, end, pad = (VOCABULARY[word] for word in ("<bos>", "<eos>", "<pad>"))
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
@@ -137,13 +137,13 @@ def build_config() -> LlavaConfig:
 
 @torch.no_grad()
 def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """Builds the untrained model.
+    """Build the untrained model.
 
-    Some weights start otherwise than transformers starts them, because a small model learns
-    faster so. Words are orthonormal vectors. The tower knows row and column of a patch as sines
-    and cosines, and its patch embedding keeps the variance of the pixels. In the decoder queries
-    equal keys, so that a word attends to the visual tokens that resemble it, and every other
-    layer is the identity, so that it can be left out at first.
+    Some weights are not initialised as in transformers, because a small model learns faster this
+    way. Words are orthonormal vectors. The tower gets row and column of a patch as sines and
+    cosines, and its patch embedding keeps the variance of the pixels. In the decoder queries equal
+    keys, so that a word attends to the visual tokens that resemble it, and every second layer is
+    the identity, so that it can be left out at first.
 
     Args:
         seed: Seed of the weights.
@@ -168,14 +168,14 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
 
 
 def word_embedding(model: LlavaForConditionalGeneration) -> nn.Embedding:
-    """The layer that turns token ids into vectors."""
+    """Return the layer that turns token ids into vectors."""
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     return embedding
 
 
 def _grid_codes(width: int) -> Tensor:
-    """Sines and cosines of the row and the column of every patch.
+    """Compute sines and cosines of the row and the column of every patch.
 
     Args:
         width: Length of a code, a multiple of four.

@@ -1,4 +1,4 @@
-"""Scenes of handwritten digits and the questions one can ask about them.
+"""Scenes of handwritten digits and questions about them.
 
 Everything is composed at run time from data that scikit-learn ships: 1,797 scanned handwritten
 digits (``load_digits``) in front of darkened crops of two photographs (``load_sample_images``).
@@ -73,8 +73,8 @@ _CROPS_PER_BACKDROP = 192
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _SPLIT_ENDS = {"train": (0, 1397), "validation": (1397, 1547), "test": (1547, 1797)}
 
-# Where each split may crop each photograph: (left, top, right, bottom). The subject of either
-# photograph is nearly symmetric; training sees its left side, the others its right side.
+# The region of each photograph that a split may crop: (left, top, right, bottom). The subject of
+# either photograph is nearly symmetric; training sees its left side, the others its right side.
 _REGIONS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "train": ((0, 0, 214, 427), (0, 0, 308, 427)),
     "validation": ((214, 0, 428, 213), (308, 0, 616, 213)),
@@ -88,8 +88,8 @@ class SceneObject:
 
     Attributes:
         digit: The digit, 0 to 9.
-        color: Its tint, one of ``COLORS``.
-        cell: The coarse cell it stands in, one of ``CELLS``.
+        color: Its color, one of ``COLORS``.
+        cell: The coarse cell that it stands in, one of ``CELLS``.
         box: Extent of its ink in pixels, ``(x0, y0, x1, y1)``, ends exclusive.
     """
 
@@ -112,13 +112,13 @@ class Question:
 class SceneBatch:
     """Scenes as arrays: the form in which they are sampled, rendered and trained on.
 
-    B is the number of scenes and N the number of objects of all of them.
+    B is the number of scenes and N the number of objects in all of them.
 
     Attributes:
         backdrop: Index into ``BACKDROPS``, int ``[B]``.
-        crop: Which prepared crop of the photograph stands behind, int ``[B]``.
+        crop: Number of the prepared crop of the photograph in the background, int ``[B]``.
         light: Brightness of the backdrop, float ``[B]``.
-        owner: The scene an object belongs to, ascending, int ``[N]``.
+        owner: The scene that an object belongs to, ascending, int ``[N]``.
         cell: Index into ``CELLS``, or -1 in a mosaic, int ``[N]``.
         digit: The digit, int ``[N]``.
         color: Index into ``COLORS``, int ``[N]``.
@@ -126,8 +126,9 @@ class SceneBatch:
         center: Center in pixels, x and y, float ``[N, 2]``.
         size: Side of the scan in pixels, float ``[N]``.
         angle: Rotation in radians, float ``[N]``.
-        stretch: Logarithm of how much taller and narrower than scanned, float ``[N]``.
-        split: The split scans and crops are from.
+        stretch: Logarithm of the factor by which it is taller and narrower than the scan, float
+            ``[N]``.
+        split: The split that scans and crops are from.
     """
 
     backdrop: np.ndarray
@@ -149,12 +150,13 @@ class SceneBatch:
 
     @cached_property
     def origin(self) -> np.ndarray:
-        """Upper left pixel of the window each object is drawn in, x and y, int ``[N, 2]``."""
+        """Return the upper left pixel of each object's window, x and y, int ``[N, 2]``."""
         return np.round(self.center).astype(int) - WINDOW // 2
 
     @cached_property
     def ink(self) -> np.ndarray:
-        """Opacity of each object in its window, float32 ``[N, WINDOW, WINDOW]``."""
+        """Return the opacity of each object in its window, float32 ``[N, WINDOW, WINDOW]``."""
+        # Map window pixels to scan coordinates and interpolate bilinearly in the padded scan.
         pixels = self.origin[:, :, None] + np.arange(WINDOW) + 0.5 - self.center[:, :, None]
         x, y = pixels[:, 0, None, :], pixels[:, 1, :, None]
         scale = (8 / self.size)[:, None, None]
@@ -171,7 +173,7 @@ class SceneBatch:
         return np.clip(1.4 * (upper * (1 - v) + lower * v), 0, 1)
 
     def boxes(self) -> np.ndarray:
-        """Extent of the clearly visible ink, ``x0, y0, x1, y1``, int ``[N, 4]``."""
+        """Return the extent of the clearly visible ink, ``x0, y0, x1, y1``, int ``[N, 4]``."""
         visible = self.ink > 0.25
         ends = []
         for axis, origin in ((1, self.origin[:, 0]), (2, self.origin[:, 1])):
@@ -181,7 +183,7 @@ class SceneBatch:
         return np.clip(np.stack([x0, y0, x1, y1], 1), 0, IMAGE_SIZE)
 
     def shares(self) -> np.ndarray:
-        """Fraction of each object's ink in each image patch, float ``[N, GRID * GRID]``."""
+        """Return the fraction of each object's ink in each patch, float ``[N, GRID * GRID]``."""
         pixels = self.origin[:, :, None] + np.arange(WINDOW)
         inside = (pixels >= 0) & (pixels < IMAGE_SIZE)
         patch = np.clip(pixels // PATCH_SIZE, 0, GRID - 1)
@@ -192,7 +194,7 @@ class SceneBatch:
         return mass / self.ink.sum((1, 2))[:, None]
 
     def render(self) -> np.ndarray:
-        """Draws the scenes.
+        """Draw the scenes.
 
         Returns:
             uint8 ``[B, IMAGE_SIZE, IMAGE_SIZE, 3]``.
@@ -209,7 +211,7 @@ class SceneBatch:
         return np.round(canvas[:, pad:-pad, pad:-pad]).astype(np.uint8)
 
     def select(self, index: int) -> SceneBatch:
-        """The scene at ``index`` as a batch of one."""
+        """Return the scene at ``index`` as a batch of one."""
         rows = slice(*np.searchsorted(self.owner, [index, index + 1]))
         per_object = {
             name: getattr(self, name)[rows]
@@ -222,7 +224,7 @@ class SceneBatch:
         return SceneBatch(**per_scene, **per_object, owner=owner, split=self.split)
 
     def scenes(self) -> list[Scene]:
-        """The scenes of the batch, one by one, with their questions; images are drawn lazily."""
+        """Return the scenes of the batch with their questions; images are drawn lazily."""
         boxes = self.boxes()
         objects: list[list[SceneObject]] = [[] for _ in range(len(self))]
         for n, owner in enumerate(self.owner):
@@ -243,12 +245,12 @@ class SceneBatch:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One scene: an image, what is in it, and every question that can be asked about it.
+    """One scene: an image, its objects, and every question that can be asked about it.
 
     Attributes:
         objects: The digits, in reading order.
-        backdrop: What the photograph behind them shows, one of ``BACKDROPS``.
-        batch: The arrays the scene is drawn from.
+        backdrop: The subject of the photograph behind them, one of ``BACKDROPS``.
+        batch: The arrays that the scene is drawn from.
         index: The place of the scene in ``batch``.
     """
 
@@ -259,12 +261,12 @@ class Scene:
 
     @cached_property
     def image(self) -> Image.Image:
-        """The scene as an RGB image of ``IMAGE_SIZE`` x ``IMAGE_SIZE`` pixels."""
+        """Return the scene as an RGB image of ``IMAGE_SIZE`` x ``IMAGE_SIZE`` pixels."""
         return Image.fromarray(self.batch.select(self.index).render()[0])
 
     @cached_property
     def questions(self) -> list[Question]:
-        """Every question with a well-defined answer."""
+        """Return every question with a well-defined answer."""
         return list(_questions(self.objects, self.backdrop))
 
 
@@ -277,12 +279,12 @@ class Example:
 
 
 def make_scenes(count: int, split: Split = "train", seed: int = 0) -> list[Scene]:
-    """Composes scenes; the same arguments always give the same scenes.
+    """Compose scenes; the same arguments always give the same scenes.
 
     Args:
-        count: How many.
-        split: Which scans and which parts of the photographs to use.
-        seed: Other seeds give other scenes.
+        count: Number of scenes.
+        split: The split of scans and of parts of the photographs to use.
+        seed: Seed of the scenes.
 
     Returns:
         The scenes. A longer list starts with the scenes of a shorter one.
@@ -295,18 +297,18 @@ def make_scenes(count: int, split: Split = "train", seed: int = 0) -> list[Scene
 
 
 def make_examples(count: int, split: Split = "train", seed: int = 0) -> list[Example]:
-    """Composes questions about scenes, one question per scene, kinds in turn.
+    """Compose questions about scenes, one question per scene, kinds in turn.
 
     Args:
-        count: How many.
+        count: Number of questions.
         split: As for :func:`make_scenes`.
         seed: As for :func:`make_scenes`.
 
     Returns:
-        The examples. Every kind is asked equally often, up to one.
+        The examples. The numbers of questions of two kinds differ by at most one.
     """
     rng = np.random.default_rng([seed, _SPLITS.index(split), 1])
-    # Two kinds cannot be asked about every scene: twice as many scenes leave room to skip some.
+    # Two kinds cannot be asked about every scene; twice as many scenes leave room to skip some.
     spare = iter(make_scenes(2 * count + _BLOCK, split, seed))
     examples = []
     for n in range(count):
@@ -326,15 +328,15 @@ def sample_scenes(
     objects: tuple[int, int] = (3, 7),
     difficulty: float = 1.0,
 ) -> SceneBatch:
-    """Samples scenes.
+    """Sample scenes.
 
     Args:
         count: Number of scenes B.
-        split: Which scans and which parts of the photographs to use.
+        split: The split of scans and of parts of the photographs to use.
         rng: Source of randomness.
         objects: Fewest and most objects of a scene.
-        difficulty: 1 is the real thing; towards 0 digits are nearer to one patch, less shifted
-            and less rotated, which is what a training run starts with.
+        difficulty: 1 for real scenes. Towards 0, for the start of a training run, digits are
+            smaller and less shifted, rotated and stretched.
 
     Returns:
         The batch.
@@ -357,7 +359,7 @@ def sample_scenes(
 def sample_mosaics(
     count: int, split: Split, rng: np.random.Generator, difficulty: float = 1.0
 ) -> SceneBatch:
-    """Samples images full of digits without cells or questions, to teach a vision tower.
+    """Sample images full of digits, without cells or questions, to train a vision tower.
 
     Digits stand on every third patch in both directions, the grid starting at a random patch.
 
@@ -391,13 +393,13 @@ def _compose(
     color: np.ndarray,
     center: np.ndarray,
 ) -> SceneBatch:
-    """Adds to the given objects what is independent of the layout."""
+    """Sample everything that does not depend on the layout, and make the batch."""
     pools = _pools(split)
     sizes = np.array([len(pool) for pool in pools])
     picks = rng.integers(0, sizes[digit])
     scan = np.array([pools[d][pick] for d, pick in zip(digit, picks, strict=True)])
     shift = 1 + 2 * difficulty
-    # Training distorts its scans more than it has to: there are only 1,397 of them.
+    # Training distorts its scans more than the other splits, since there are only 1,397 of them.
     bend = difficulty * (1.5 if split == "train" else 1.0)
     return SceneBatch(
         backdrop=rng.integers(0, len(BACKDROPS), count),
@@ -417,7 +419,7 @@ def _compose(
 
 
 def _questions(objects: tuple[SceneObject, ...], backdrop: str) -> Iterator[Question]:
-    """Asks everything that has one right answer."""
+    """Yield every question that has exactly one right answer."""
     by_cell = {thing.cell: thing for thing in objects}
     for thing in objects:
         row, column = thing.cell.split()
@@ -441,7 +443,7 @@ def _questions(objects: tuple[SceneObject, ...], backdrop: str) -> Iterator[Ques
 
 @cache
 def scans() -> tuple[np.ndarray, np.ndarray]:
-    """All scanned digits, in a fixed shuffled order.
+    """Return all scanned digits, in a fixed shuffled order.
 
     Returns:
         Ink from 0 to 1, float32 ``[1797, 8, 8]``, and the digits, int ``[1797]``.
@@ -453,7 +455,7 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _pools(split: Split) -> list[np.ndarray]:
-    """For each digit, the scans of the split that show it."""
+    """Return the scans of the split that show each digit."""
     start, end = _SPLIT_ENDS[split]
     labels = scans()[1][start:end]
     return [start + np.flatnonzero(labels == digit) for digit in range(10)]
@@ -461,7 +463,7 @@ def _pools(split: Split) -> list[np.ndarray]:
 
 @cache
 def _crops(split: Split) -> np.ndarray:
-    """Square crops of the photographs, uint8 ``[2, crops, IMAGE_SIZE, IMAGE_SIZE, 3]``."""
+    """Return square crops of the photographs, uint8 ``[2, crops, IMAGE_SIZE, IMAGE_SIZE, 3]``."""
     rng = np.random.default_rng([7, _SPLITS.index(split)])
     crops = []
     for photograph, region in zip(load_sample_images().images, _REGIONS[split], strict=True):

@@ -1,20 +1,21 @@
-"""Trains the reference model from nothing: ``python -m deos_fx.reference.train --output DIR``.
+"""Train the reference model from scratch: ``python -m deos_fx.reference.train --output DIR``.
 
-Answering questions end to end teaches a small model nothing for hours: it cannot find what it
-does not see, and has no reason to see what it cannot find. So its two halves learn apart, within
-minutes, and meet in a space fixed beforehand, the one of the orthonormal word vectors:
+Trained end to end on questions, a small model learns nothing for hours: it cannot find what it does
+not see, and has no reason to see what it cannot find. So its two halves learn separately, within
+minutes, and meet in a space fixed beforehand, that of the orthonormal word vectors:
 
 1. ``tower``: each visual token learns to be the sum of the words that describe its patch: row,
    column, and the digit and color on it or the photograph behind it.
 2. ``language``: half of the decoder layers learn to answer questions about such sums, without
    any picture. The other half starts as the identity and is left out.
-3. ``join``: the whole model on pictures, while descriptions fade out of the loss.
+3. ``join``: the whole model learns on pictures, with a decreasing weight of the descriptions in
+   the loss.
 
-In all stages with pictures the CLS token learns which digits and colors are present, so that, as
-in CLIP, its attention says what matters. The layer that reads it is thrown away at the end.
+In all stages with pictures the CLS token learns which digits and colors are present, so that its
+attention marks what matters, as in CLIP. The layer that reads it is dropped at the end.
 
-Every step draws from its own random generator: an interrupted run continues from the checkpoint
-in ``DIR`` as if nothing had happened.
+Every step draws from its own random generator, so an interrupted run continues from the checkpoint
+in ``DIR`` as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ log = logging.getLogger(__name__)
 Metrics = dict[str, float]
 
 _LAYOUT = PackLayout()
-# Visual tokens of a scene that the language stage shows: all with digits on them, some without.
+# Visual tokens of a scene that the language stage shows: those with digits first, then others.
 _SHOWN = 36
 
 
@@ -69,23 +70,23 @@ class Student(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.presence.weight.device
 
     @property
     def words(self) -> Tensor:
-        """Word vectors, without gradient, ``[vocabulary, width]``."""
+        """Return the word vectors, without gradient, ``[vocabulary, width]``."""
         return word_embedding(self.model).weight.detach()
 
     def look(self, batch: SceneBatch) -> tuple[Tensor, Tensor]:
-        """Shows pictures to the tower.
+        """Run the tower and the projector on pictures.
 
         Args:
             batch: The pictures.
 
         Returns:
-            Visual tokens ``[B, VISUAL_TOKENS, width]``, and what the CLS token says is present,
-            logits ``[B, PRESENCE]``.
+            Visual tokens ``[B, VISUAL_TOKENS, width]``, and logits ``[B, PRESENCE]`` that the CLS
+            token gives for what is present.
         """
         pixels = torch.from_numpy(batch.render()).to(self.device).permute(0, 3, 1, 2)
         seen = self.model.model.vision_tower(pixels / 127.5 - 1)
@@ -93,12 +94,12 @@ class Student(nn.Module):
         return tokens, self.presence(seen.pooler_output)
 
     def answer(self, tokens: Tensor, pack: Pack, patches: Tensor | None = None) -> Tensor:
-        """Answers packs of questions.
+        """Answer packs of questions.
 
         Args:
             tokens: Visual tokens, ``[B, V, width]``.
             pack: The questions, on the device of the model.
-            patches: The patch each token comes from, ``[B, V]``; all patches unless given.
+            patches: The patch that each token comes from, ``[B, V]``; by default all patches.
 
         Returns:
             Logits for every word that has a target, ``[A, vocabulary]``.
@@ -121,7 +122,7 @@ class Student(nn.Module):
 def tower_lesson(
     student: Student, rng: np.random.Generator, size: int, progress: float
 ) -> tuple[Tensor, Metrics]:
-    """One step of the stage ``tower``: easy pictures full of digits first, scenes later."""
+    """Compute one step of the stage ``tower``: easy pictures full of digits first, scenes later."""
     difficulty = min(1.0, max(0.0, (progress - 0.1) / 0.25))
     if progress > 0.3 and rng.random() < 0.5:
         batch = sample_scenes(size, "train", rng, (3, 9), difficulty)
@@ -134,7 +135,7 @@ def tower_lesson(
 def language_lesson(
     student: Student, rng: np.random.Generator, size: int, progress: float
 ) -> tuple[Tensor, Metrics]:
-    """One step of the stage ``language``: questions about descriptions with a little noise."""
+    """Compute one step of the stage ``language``: questions about slightly noisy descriptions."""
     batch = sample_scenes(size, "train", rng)
     described, pack = Described.of(batch), Pack.of(batch, rng).to(student.device)
     priority = torch.from_numpy(rng.random(described.digit.shape)) + (described.digit != IGNORE)
@@ -149,7 +150,7 @@ def language_lesson(
 def join_lesson(
     student: Student, rng: np.random.Generator, size: int, progress: float
 ) -> tuple[Tensor, Metrics]:
-    """One step of the stage ``join``: questions about pictures."""
+    """Compute one step of the stage ``join``: questions about pictures."""
     batch = sample_scenes(size, "train", rng)
     pack = Pack.of(batch, rng).to(student.device)
     tokens, present = student.look(batch)
@@ -182,10 +183,10 @@ class Stage:
 
     Attributes:
         name: Its name.
-        lesson: Gives loss and metrics of a step, from student, generator, batch size, progress.
-        learns: Beginnings of the names of the parameters of the student that it trains.
-        steps: How many steps.
-        size: Pictures of a step.
+        lesson: Returns loss and metrics of a step, from student, generator, batch size, progress.
+        learns: Prefixes of the names of the student's parameters that it trains.
+        steps: Number of steps.
+        size: Pictures in a step.
         rate: Highest learning rate.
         stride: The stage uses every ``stride``-th decoder layer.
     """
@@ -199,12 +200,12 @@ class Stage:
     stride: int = 1
 
     def rate_at(self, step: int) -> float:
-        """Learning rate of a step: up, constant, and down to zero in the last third."""
+        """Return the learning rate of a step: up, constant, down to zero in the last 35 %."""
         left = (self.steps - step) / (0.35 * self.steps)
         return self.rate * min(1.0, (step + 1) / 60, left)
 
     def parameters(self, student: Student) -> list[nn.Parameter]:
-        """What the stage trains."""
+        """Return the parameters that the stage trains."""
         named = student.named_parameters()
         return [parameter for name, parameter in named if name.startswith(self.learns)]
 
@@ -224,11 +225,11 @@ def train(
     seed: int = 0,
     every: int = 100,
 ) -> Student:
-    """Runs the stages in order, continuing from the checkpoint in ``output`` if there is one.
+    """Run the stages in order, continuing from the checkpoint in ``output`` if there is one.
 
     Args:
         output: Folder for checkpoints.
-        stages: What to run.
+        stages: The stages to run.
         seed: Seed of weights and data.
         every: Steps between reports and checkpoints.
 
@@ -263,7 +264,7 @@ def _run(
     seed: list[int],
     every: int,
 ) -> Iterator[int]:
-    """Runs a stage, yielding the number of steps done when it is time for a checkpoint."""
+    """Run a stage, yielding the number of steps done whenever a checkpoint is due."""
     start = time.perf_counter()
     means: Metrics = {}
     for step in range(first, stage.steps):
@@ -299,7 +300,7 @@ def _step(
 
 @contextmanager
 def _thinned(student: Student, stride: int) -> Iterator[None]:
-    """Leaves only every ``stride``-th decoder layer for a while."""
+    """Keep only every ``stride``-th decoder layer while the context is open."""
     decoder = student.model.model.language_model
     layers = decoder.layers
     decoder.layers = layers[::stride]
@@ -323,23 +324,23 @@ def _validate(student: Student, size: int) -> str:
 def _save(
     path: Path, student: Student, optimizer: torch.optim.Optimizer, stage: int, step: int
 ) -> None:
-    """Writes a checkpoint in one go, so that there is always a whole one."""
+    """Write a checkpoint and put it in place in one step, so that there is always a whole one."""
     tensors = {f"student/{name}": value for name, value in student.state_dict().items()}
     moments = optimizer_tensors(optimizer)
     tensors |= {f"optimizer/{name}": value for name, value in moments.items()}
     partial = path.with_suffix(".partial")
-    # Copies, because a file of safetensors takes no tensors that share memory.
+    # Copies, because a safetensors file cannot hold tensors that share memory.
     copies = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     save_file(copies, partial, {"stage": str(stage), "step": str(step)})
     partial.replace(path)
 
 
 def _resume(path: Path, student: Student) -> tuple[int, int, dict[str, Tensor]]:
-    """Loads a checkpoint, if there is one.
+    """Load a checkpoint, if there is one.
 
     Returns:
-        The stage it was written in, the steps taken of it, and the optimizer's tensors; empty at
-        the start.
+        The stage that it was written in, the steps done in that stage, and the optimizer's tensors,
+        empty if there is no checkpoint.
     """
     if not path.exists():
         return 0, 0, {}
@@ -354,7 +355,7 @@ def _resume(path: Path, student: Student) -> tuple[int, int, dict[str, Tensor]]:
 
 
 def main() -> None:
-    """Trains the model, saves it and reports its accuracy on held-out scenes."""
+    """Train the model, save it and report its accuracy on held-out scenes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights")
     parser.add_argument("--seed", type=int, default=0)
@@ -370,7 +371,7 @@ def main() -> None:
         replace(stage, steps=max(1, round(stage.steps * arguments.hurry))) for stage in STAGES
     )
     student = train(arguments.output, stages, arguments.seed)
-    # The annotations of transformers do not let ``generate`` be a method of its own models.
+    # By the annotations of transformers, ``generate`` is not a method of its own models.
     model: Any = student.model.cpu()
     processor = build_processor()
     model.generation_config.update(max_new_tokens=4, do_sample=False)
