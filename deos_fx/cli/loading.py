@@ -124,6 +124,7 @@ def load_reduced(
     """Load a model with the chosen policy; a folder of a reduced model has a policy of its own."""
     from deos_fx import Budget, ReducedModel, transform
 
+    # Case: a folder that `save_pretrained` of a reduced model wrote, and no other options.
     if path is preset is budget is None and os.path.isfile(os.path.join(model_dir, "deos_fx.json")):
         return ReducedModel.from_pretrained(model_dir)
     model = load_model(model_dir)
@@ -145,10 +146,12 @@ def policy_of(
     from deos_fx.models.facts import signature_of
     from deos_fx.policy.policy import Policy
 
+    # Case: a policy file.
     if path is not None:
         if preset is not None or budget is not None:
             raise ValueError("--policy says where to keep how much; give it without the others")
         return Policy.load(path)
+    # Case: neither a file nor a method.
     if preset is None:
         if budget is not None:
             raise ValueError("--budget needs a method to fit to it; give --preset as well")

@@ -164,6 +164,7 @@ def _rows(model: PreTrainedModel, captured: Captured, visual: int, text: int) ->
             kind = _projector(model, captured, sites)
             yield Row(stage, 0, 0, kind, visual, visual, site.reason, site.scores)
             continue
+        # The tokens of a vision block are known only if the graph shows the inside of the tower.
         tokens, share = (text + visual, visual) if stage == "decoder" else (0, 0)
         node = nodes.get(site.node)
         if stage == "vision" and node is not None and sites.sees_tower:
@@ -181,6 +182,7 @@ def _projector(model: PreTrainedModel, captured: Captured, sites: Sites) -> str:
         return _last_named(model)
     graph_module = captured.graph_module
     node = next(node for node in graph_module.graph.nodes if node.name == sites.features)
+    # Go back from the features to the module that made them.
     while node.op != "call_module" and node.all_input_nodes:
         node = node.all_input_nodes[0]
     if node.op != "call_module":
@@ -220,6 +222,7 @@ def _with_policy(
             visual = layers[row.first]
         elif row.stage == "vision" and row.visual and row.first < len(patches):
             visual = patches[row.first]
+        # A row whose tokens are not known has none to remove.
         gone = (row.visual - visual) if row.visual else 0
         row = replace(row, tokens=row.tokens - gone, visual=row.visual - gone)
         if row.name in kept:

@@ -142,12 +142,12 @@ class CostModel:
 
     @property
     def images(self) -> int:
-        """Images per prompt."""
+        """Return the number of images per prompt."""
         return self.layout.images
 
     @property
     def tokens_per_image(self) -> int:
-        """Visual tokens of an image before any reduction."""
+        """Return the visual tokens of an image before any reduction."""
         return self.layout.tokens_per_image
 
     @property
@@ -249,6 +249,7 @@ class CostModel:
         per_layer = [sum(self.layout.sizes)] * len(self._decoder)
         of_images = zip(*map(policy.counts, self.layout.sizes), strict=True)
         for reduction, kept in zip(policy.reductions, of_images, strict=True):
+            # The count holds from the first layer after the site to the next reduction.
             first = first_layer(reduction.site)
             per_layer[first:] = [sum(kept)] * (len(per_layer) - first)
         return per_layer
@@ -308,6 +309,7 @@ class CostModel:
                 group.grid = known_grid_after(reduction, after, group.grid)
                 group.present = after
         total *= self.batch
+        # Raters are chosen once, by a product of the visual tokens with the text.
         if any(of == "raters" for step in policy.reductions for _, _, of in observations(step)):
             total += self.batch * 2 * self._width * self.counts(policy)[0] * self.text_tokens
         return total

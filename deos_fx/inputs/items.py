@@ -1,4 +1,4 @@
-"""How many visual tokens each image and each video has."""
+"""Counting the visual tokens of each image and each video."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def items_of(
     Where tokens cannot be assigned to single images, those of a prompt count as one image.
     """
     pixels, placeholders = inputs[kind.pixels], sum(of_rows)
+    # Case: all images have one size.
     if kind is IMAGES and not sizes_vary(model):
         rows, columns = grid_of(model)
         # A non-square count may include class or register tokens, so no rows and columns are
@@ -74,6 +75,7 @@ def items_of(
     if found and kind is VIDEOS:
         found = _of_frames(found, *pixels.shape[:2]) if pixels.ndim == 5 else found
         found = found and _without_left_out(model, inputs, found)
+    # Case: nothing tells images apart, so each prompt counts as one.
     return found or [Item(None, tokens) for tokens in of_rows if tokens]
 
 
@@ -109,6 +111,7 @@ def _grids(size: list[int], share: int) -> tuple[tuple[int, int], ...] | None:
     is no such square.
     """
     frames, (height, width) = size[0] if len(size) == 3 else 1, size[-2:]
+    # The largest square that fits; a share beyond it spans several frames.
     for side in range(math.isqrt(share), 0, -1):
         depth, rest = divmod(share, side * side)
         if not (rest or height % side or width % side or frames % depth):
@@ -160,6 +163,7 @@ def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
             "the model's processor."
         )
     height, width = pixels.shape[-2:]
+    # Rows and columns in the proportions of a tile, if these come out whole.
     rows = math.isqrt(tokens * height // width)
     whole = rows and rows * rows * width == tokens * height
     return [Item(((rows, tokens // rows),) if whole else None, tokens)] * real
@@ -173,6 +177,7 @@ def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind) -> l
     """
     core: Any = model.base_model
     method, given = encoding(model, inputs, kind)
+    # Tables are told apart by their values, pixels by their shape alone.
     sizes = (
         kind,
         *(
@@ -193,6 +198,7 @@ def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]
     with torch.no_grad(), encoder as run:
         features = features_of(getattr(run, method)(**given, return_dict=True))
     apart = isinstance(features, (list, tuple))
+    # Case: one tensor for all images together.
     if not apart and (features is None or features.ndim < 3):
         return []
     counts = [math.prod(part.shape[:-1]) for part in features]

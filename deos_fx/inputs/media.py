@@ -65,6 +65,7 @@ def images_of_prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list
             cannot be told apart, or packed samples are refused (see `packed_by`).
     """
     places = _places(model, inputs)
+    # The id that stands in the prompts; without any placeholder, that of the config.
     tokens = {
         kind: int(inputs["input_ids"][flags][0]) if flags.any() else token_of(model, kind)
         for kind, flags in places.items()
@@ -119,8 +120,10 @@ def _places(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[Kind, Ten
     ids, kinds = inputs["input_ids"], given_kinds(inputs)
     places = {kind: ids == token_of(model, kind) for kind in kinds}
     own = _own_places(model, ids)
+    # The model's own code takes precedence over a comparison of ids.
     if own is not None:
         places = {kind: own[kind] for kind in kinds}
+    # Case: every placeholder is of one kind only.
     if len(kinds) == 1 or not (places[IMAGES] & places[VIDEOS]).any():
         return places
     return _told_apart(model, places, inputs.get("mm_token_type_ids"))
@@ -170,6 +173,7 @@ def _own_places(model: PreTrainedModel, input_ids: Tensor) -> dict[Kind, Tensor]
         for name, parameter in inspect.signature(find).parameters.items()
         if parameter.default is inspect.Parameter.empty
     }
+    # Case: the method needs further arguments.
     if needed != {"input_ids", "inputs_embeds"}:
         return None
     # Of the embeddings, the method reads only the device and the number.
@@ -225,10 +229,12 @@ def _of_prompt(
         numbers = [number for other, number, _ in shown if other is kind]
         if numbers:
             items.append((kind, numbers[0], numbers[-1] + 1))
+    # Case: a prompt of text alone.
     if not shown:
         return PromptImages(None, ())
     own = tuple(dict.fromkeys(tokens[kind] for kind, _, _ in items))
     placed = all(item.grids is not None for _, _, item in shown)
+    # An image whose rows and columns are not known counts as one row.
     grids = [grid for _, _, item in shown for grid in item.grids or ((1, item.tokens - item.ends),)]
     layout = PromptLayout(
         own[0] if len(own) == 1 else own,

@@ -214,6 +214,7 @@ class PackLayout:
         Returns:
             ``[1, 1, S, S]``, with S = 1 + V + T.
         """
+        # The picture and the start of the prompt have slot -1, which every word sees.
         picture = torch.full((1 + visual,), -1)
         slot = torch.cat([picture, self.slot])
         seen = (slot == slot[:, None]) | (slot == -1)
@@ -256,6 +257,7 @@ def _fill(questions: Sequence[Question], rng: np.random.Generator) -> tuple[list
             words += [VOCABULARY["<pad>"]] * length * slots
             targets += [IGNORE] * length * slots
             continue
+        # With fewer questions than slots, some are repeated.
         for pick in rng.permutation(max(slots, len(choices)))[:slots]:
             question = choices[pick % len(choices)]
             answer = [VOCABULARY[word] for word in question.answer.split()]

@@ -343,9 +343,11 @@ def sample_scenes(
     """
     present = rng.integers(objects[0], objects[1] + 1, count)[:, None] > np.arange(9)
     owner, _ = np.nonzero(present)
+    # Distinct cells in reading order; absent objects get cell 9 and sort to the end.
     cell = rng.random((count, 9)).argsort(1)
     cell[~present] = 9
     cell.sort(1)
+    # Distinct digits in every scene.
     digit = rng.random((count, 10)).argsort(1)[:, :9][present]
     # Colors of a scene are drawn from its own uneven palette, so that one color often prevails.
     palette = rng.dirichlet(np.ones(len(COLORS)), count).cumsum(1)
@@ -436,6 +438,7 @@ def _questions(objects: tuple[SceneObject, ...], backdrop: str) -> Iterator[Ques
     for color in COLORS:
         yield Question("count_color", f"how many {color} digits", NUMBERS[colors[color]])
     yield Question("scene", "what is behind", backdrop)
+    # Asked only if one color is ahead of all others.
     (first, most), *rest = colors.most_common(2)
     if not rest or rest[0][1] < most:
         yield Question("most", "most common color", first)

@@ -248,6 +248,7 @@ def train(
             stage.parameters(student), lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.05
         )
         first = 0
+        # Case: the stage that the checkpoint was written in.
         if moments and number == reached:
             load_optimizer(optimizer, moments)
             first = steps

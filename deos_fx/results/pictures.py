@@ -140,6 +140,7 @@ def draw_step(step: TokenStep, image: Image.Image, name: str, grid: tuple[int, i
     kept = set(step.kept)
     gone = [patch for patch in range(grid[0] * grid[1]) if patch not in kept]
     parts = [f'<use href="#{name}"/>']
+    # Tokens that earlier reductions dropped are drawn darker than those of this one.
     earlier = set(gone) - set(step.before)
     for patch in gone:
         kind = "earlier" if patch in earlier else "gone"

@@ -48,12 +48,14 @@ def explain(
         suffix = reduction.site.replace(".", "")
         seen = watching.seen[suffix]
         images = 1 if split_site(reduction.site)[0] == "decoder" else layout.images
+        # Values that lowering computed as constants are the same in all rows.
         for (site, role), constant in graph_module.meta.get("explains", {}).items():
             if site == suffix:
                 rows = images * len(positions)
                 seen[role] = constant.to(positions.device).expand(rows, *constant.shape[1:])
         per_row = positions.unflatten(1, (images, -1)).flatten(0, 1)
         seen |= _destinations(reduction, seen, per_row)
+        # Before the decoder, reductions see each image on its own.
         if images > 1:
             seen = _of_prompts(seen, images, positions.shape[1] // images)
         explanation = _explain_site(reduction, seen, positions, mass, slots)
@@ -105,8 +107,10 @@ class _Slots:
             positions: [B, K] the prompt positions that these came from.
         """
         self.in_order &= reduction.order == "position"
+        # Case: inside the decoder, where kept tokens stay at their places.
         if split_site(reduction.site)[0] == "decoder":
             self.now = take(self.now, kept)
+        # Case: before the decoder, in the order of the image.
         elif self.in_order:
             self.now = positions
         else:
@@ -150,10 +154,12 @@ def _destinations(
     moved = (1.0 if reduction.has_rest else reduction.gain) * seen["assignment"]
     slots = (seen["kept"].unsqueeze(-1) == receivers.unsqueeze(1)).to(moved.dtype)
     moved = slots @ moved.expand(len(tokens), -1, -1)
+    # Case: the assignment has columns for `sources` only; spread them over all incoming tokens.
     if sources is not None:
         places = torch.zeros((*moved.shape[:2], tokens.shape[1]), device=moved.device)
         index = sources.expand(len(tokens), -1).unsqueeze(1).expand(-1, moved.shape[1], -1)
         moved = places.scatter(2, index, moved)
+    # Scores may weight the content, but not the mass.
     destination = moved
     if reduction.weighting != "one":
         score = seen["score"]
