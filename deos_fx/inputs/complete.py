@@ -167,7 +167,7 @@ def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
     if found and found[0] is not None:
         # With a cache, some models return positions of all tokens that the attention mask covers.
         return found[0][..., -inputs["input_ids"].shape[1] :]
-    # Case: the model leaves positions to its decoder, which counts from the cache's length.
+    # Case: the model passes no positions to its decoder; count from the length of the cache.
     input_ids = inputs["input_ids"]
     return torch.arange(input_ids.shape[1], device=input_ids.device)[None] + seen
 

@@ -120,7 +120,7 @@ def _grids(size: list[int], share: int) -> tuple[tuple[int, int], ...] | None:
 
 
 def _of_frames(found: Sequence[Item], videos: int, frames: int) -> list[Item] | None:
-    """Join what was found, perhaps single frames, to videos [videos, frames, C, H, W].
+    """Join the items found, perhaps single frames, into videos [videos, frames, C, H, W].
 
     None if the number of items found is no multiple of the number of videos.
     """

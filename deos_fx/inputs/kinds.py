@@ -82,7 +82,7 @@ def token_of(model: PreTrainedModel, kind: Kind) -> int:
 
 
 def media(model: PreTrainedModel, kind: Kind) -> frozenset[str]:
-    """Return the names of the inputs that a kind's encoder takes, its pixels included."""
+    """Return the names of a kind's inputs that model and encoder both take, pixels included."""
     if kind is IMAGES:
         return size_inputs(model) | {kind.pixels}
     encode = getattr(model.base_model, kind.encode, None)
