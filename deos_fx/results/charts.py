@@ -82,7 +82,7 @@ def accuracy_chart(
     shown = sorted((m for m in methods if m.accuracy), key=lambda m: -m.accuracy["overall"])
     low = shown[-1].accuracy["overall"]
     axes.set(xlim=(0, visual_tokens * 1.06), ylim=(max(0.0, low - 0.08) * 100, 102))
-    # Methods near the budget crowd together: their labels are spread and tied by lines.
+    # Methods with few tokens lie close together: their labels are spread and tied by lines.
     cluster = [method for method in shown if method.cost.visual_tokens < 0.6 * visual_tokens]
     heights = _spread([100 * m.accuracy["overall"] for m in cluster], *axes.get_ylim(), 0.075)
     for method in shown:
