@@ -14,9 +14,10 @@ from closeness import assert_close
 from families import shared
 from peft import LoraConfig, get_peft_model
 from test_batches import batch_of, grid
+from test_guards import Branching, of_class
 from tiny import inputs, tiny_llava
 from torch import nn
-from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy.policy import Policy
@@ -245,20 +246,9 @@ def test_what_cannot_be_told_apart_is_refused(value: Any) -> None:
 # *** guards ***
 
 
-class Branching(LlavaForConditionalGeneration):
-    """Doubles the logits of long prompts."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
-        if kwargs["input_ids"].shape[1] > 80:
-            output.logits = output.logits * 2
-        return output
-
-
 @pytest.mark.parametrize("policy", [Policy(), Policy((Reduction("decoder.0", 64),))])
 def test_inputs_that_alternate_are_captured_once_each(policy: Policy, captures: list[int]) -> None:
-    model = tiny_llava(2)
-    model.__class__ = Branching
+    model = of_class(Branching)
     reduced = ReducedModel(model, policy)
     short, long = inputs(model, 1), inputs(model, 1, text=30)
     for batch in (short, long) * 4:
