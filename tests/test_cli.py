@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from deos_fx import Budget, Policy, ReducedModel, Reduction, SearchResult, presets, reference
 from deos_fx.cli.app import app
-from deos_fx.cli.data import batches, read_records
 from deos_fx.cost.model import CostModel
+from deos_fx.data import batches, read_records
 from deos_fx.files import fresh_folder
 from deos_fx.results.candidate import Candidate
 from tests.tiny import inputs, tiny_llava

@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers.image_utils import load_image
 
 from deos_fx import reference
-from deos_fx.cli.data import Record, batches
+from deos_fx.data import Record, batches
 from deos_fx.inputs.example import example_inputs
 from deos_fx.reference.model import build_processor
 

@@ -108,3 +108,10 @@ def test_preset_cites_its_source(name):
     text = inspect.getdoc(preset)
     assert re.search(r"\bSources?:|\barXiv \d{4}\.\d+", text), f"{name} cites no source"
     assert isinstance(preset(), deos_fx.Policy)
+
+
+def test_former_modules_hand_on_the_public_names():
+    places = {"Policy": "policy", "Reduction": "policy", "ReducedModel": "reduced_model"}
+    for name, module in places.items():
+        former = importlib.import_module(f"deos_fx.{module}")
+        assert getattr(former, name) is getattr(deos_fx, name)

@@ -260,8 +260,8 @@ def search(
     """
     from transformers import AutoProcessor
 
-    from deos_fx.cli.data import batches, read_records
     from deos_fx.cli.terminal import stages
+    from deos_fx.data import batches, read_records
     from deos_fx.files import fresh_folder
     from deos_fx.passes.search.search import search as run_search
     from deos_fx.policy.budget import Budget

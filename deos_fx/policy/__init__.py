@@ -1,1 +1,9 @@
-"""Policies as plain data: reductions, the policies made of them, and limits on their cost."""
+"""What to do, as data: reductions, policies, and limits on what they cost."""
+
+from __future__ import annotations
+
+from deos_fx.policy.budget import Budget
+from deos_fx.policy.policy import ModelSignature, Policy
+from deos_fx.policy.reduction import Reduction, Tier
+
+__all__ = ["Budget", "ModelSignature", "Policy", "Reduction", "Tier"]
