@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deos_fx.exporters.graphs.example import BATCH, Example, word_of
 from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.models.upstream import CACHE
 from deos_fx.runtime.reduced_model import ReducedModel
 
 __all__ = ["check_export"]
@@ -108,7 +109,7 @@ class _Answers:
 def _answers(model: Any, batch: Mapping[str, Tensor], tokens: Tensor | None = None) -> _Answers:
     """Run a prefill and decode steps with these tokens; without any, the most likely ones."""
     output = model(**batch)
-    cache, mask = output.past_key_values, batch["attention_mask"]
+    cache, mask = output[CACHE], batch["attention_mask"]
     origins = [space.origin.cpu() for space in cache.spaces]
     logits, chosen = [output.logits.float().cpu()], []
     for step in range(_STEPS):
@@ -116,9 +117,7 @@ def _answers(model: Any, batch: Mapping[str, Tensor], tokens: Tensor | None = No
         token = likely if tokens is None else tokens[:, step : step + 1]
         chosen.append(token)
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        output = model(
-            input_ids=token.to(mask.device), attention_mask=mask, past_key_values=cache
-        )
+        output = model(input_ids=token.to(mask.device), attention_mask=mask, **{CACHE: cache})
         logits.append(output.logits.float().cpu())
     return _Answers(logits, torch.cat(chosen, dim=1), origins)
 

@@ -21,6 +21,7 @@ from deos_fx.exporters.session.session import HOST, Session, as_tensor, open
 from deos_fx.exporters.session.session_cache import SessionCache
 from deos_fx.inputs.complete import complete_inputs, image_inputs, normal_inputs
 from deos_fx.inputs.packed import packed_by
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower.lower_decode import DecodeSpace
 from deos_fx.runtime.generation import generation_host
 from deos_fx.tokens.cache import TokenSpace
@@ -100,8 +101,8 @@ class OnnxModel:
                 it returns have no effect, except ``logits_to_keep``.
 
         Returns:
-            ``logits`` in float32 at every prompt position that is left, and ``past_key_values``
-            for the next call.
+            ``logits`` in float32 at every prompt position that is left, and the cache
+            (``past_key_values``, since transformers 5.24 ``cache``) for the next call.
 
         Raises:
             ValueError: If the images of the prompts or the inputs of the call are not exactly
@@ -138,10 +139,10 @@ class OnnxModel:
 
     def _run(self, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
         """Run the prefill on an empty cache, or the decode graph on a filled one."""
-        cache = inputs.setdefault("past_key_values", self._new_cache())
+        cache = inputs.setdefault(CACHE, self._new_cache())
         if not isinstance(cache, SessionCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; pass None, or what an earlier call "
+                f"{CACHE} is a {type(cache).__name__}; pass None, or what an earlier call "
                 "of this model returned"
             )
         inputs = complete_inputs(self._skeleton, inputs)
@@ -151,7 +152,8 @@ class OnnxModel:
             logits = self._run_decode(inputs, cache)
         # logits_to_keep = 0 keeps all of them.
         kept = logits[:, -inputs.get("logits_to_keep", 0) :]
-        return CausalLMOutputWithPast(logits=kept.float(), past_key_values=cache)
+        fields: dict[str, Any] = {"logits": kept.float(), CACHE: cache}
+        return CausalLMOutputWithPast(**fields)
 
     def _run_prefill(self, inputs: dict[str, Any], cache: SessionCache) -> Tensor:
         """Run the prefill graph, fill the cache and return the logits [B, M, vocabulary]."""

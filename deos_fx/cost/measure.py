@@ -27,6 +27,7 @@ from deos_fx.cost.twin import WholeNumbers, twin_of
 from deos_fx.models.blocks import find_blocks
 from deos_fx.models.encoders import features_of
 from deos_fx.models.facts import image_of
+from deos_fx.models.upstream import CACHE
 
 __all__ = ["Decoder", "Encoder", "Layer", "measure_decoder", "measure_encoder"]
 
@@ -197,7 +198,7 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     cache = DynamicCache(config=config)
     with _counting() as counter, torch.no_grad():
         flops = _watch(counter, [twin.get_submodule(path) for path in paths])
-        twin.get_decoder()(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
+        twin.get_decoder()(inputs_embeds=hidden, use_cache=True, **{CACHE: cache})
     with _counting() as of_head, torch.no_grad():
         twin.get_output_embeddings()(hidden)
     held = [_held(layer) for layer in cache.layers]

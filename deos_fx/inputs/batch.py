@@ -22,6 +22,7 @@ from deos_fx.inputs.media import (
 )
 from deos_fx.inputs.media_rows import media_of_rows
 from deos_fx.inputs.packed import refuse_lengths
+from deos_fx.models.upstream import CACHE
 from deos_fx.tokens.cache import TokenSpace, in_rows
 from deos_fx.tokens.layout import PromptLayout
 
@@ -115,7 +116,7 @@ def join_outputs(parts: Sequence[Part], outputs: Sequence[Mapping[str, Any]]) ->
     return {
         name: _joined(parts, [fields[name] for fields in outputs])
         for name in common
-        if "image" not in name and "video" not in name and name != "past_key_values"
+        if "image" not in name and "video" not in name and name != CACHE
     }
 
 

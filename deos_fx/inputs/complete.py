@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from deos_fx.models.facts import image_token_of
 from deos_fx.models.families import FORMER_IMAGES
 from deos_fx.models.layers import has_codes
 from deos_fx.models.shapes_only import ShapesOnly
+from deos_fx.models.upstream import CACHE, FORMER_CACHE
 from deos_fx.models.views import shallow_copy
 from deos_fx.tokens.cache import ReducedCache
 from deos_fx.tokens.layout import PromptLayout
@@ -32,8 +34,9 @@ __all__ = ["complete_inputs", "normal_inputs", "prompt_layout", "prompt_layouts"
 def normal_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs of a call in the one form that all later code reads.
 
-    transformers accepts more forms with the same meaning: former names of the pixels, ids and
-    positions in 32 bits, padding flags of any type.
+    transformers accepts more forms with the same meaning: former names of the pixels and the
+    cache, ids and positions in 32 bits, padding flags of any type. Like transformers, it warns of
+    the former name of the cache (FutureWarning).
 
     Args:
         inputs: Arguments of the model's forward, or of its `generate`.
@@ -42,6 +45,10 @@ def normal_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
         The inputs with today's names, and with ids, positions and padding flags in 64 bits.
     """
     named = {"pixel_values" if name in FORMER_IMAGES else name: x for name, x in inputs.items()}
+    if CACHE != FORMER_CACHE and FORMER_CACHE in named:
+        warnings.warn(f"{FORMER_CACHE} is deprecated, use {CACHE}", FutureWarning, stacklevel=2)
+        former = named.pop(FORMER_CACHE)
+        named.setdefault(CACHE, former)
     for name in ("input_ids", "position_ids"):
         value = named.get(name)
         if isinstance(value, Tensor) and not value.is_floating_point():
@@ -75,12 +82,12 @@ def complete_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
             "image placeholders and pixel_values, not inputs_embeds."
         )
     config = model.config.get_text_config()
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(CACHE)
     if cache is None and inputs.setdefault("use_cache", config.use_cache):
-        cache = inputs["past_key_values"] = ReducedCache(config)
+        cache = inputs[CACHE] = ReducedCache(config)
     if cache is not None and not isinstance(cache, ReducedCache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}: the layers of a reduced model hold "
+            f"{CACHE} is a {type(cache).__name__}: the layers of a reduced model hold "
             "different numbers of tokens. Pass None, or the cache an earlier call returned."
         )
     if cache is not None and cache.get_seq_length():
@@ -150,7 +157,7 @@ def _default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Ten
         found.append(kwargs.get("position_ids"))
         raise _DecoderReached
 
-    cache: Any = inputs.get("past_key_values")
+    cache: Any = inputs.get(CACHE)
     seen = 0 if cache is None else cache.get_seq_length()
     core = _stopping_core(model, stop)
     if hasattr(core, "rope_deltas"):

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
+from deos_fx.models.upstream import CACHE
+
 __all__ = ["packed_by", "refuse_lengths"]
 
 _LENGTHS = (*FlashAttentionKwargs.__annotations__, "seq_idx")
@@ -68,7 +70,7 @@ def packed_by(inputs: Mapping[str, Any], visual: Tensor) -> str:
     # is.
     looks = given.ndim == 2 or len(given) == 4
     positions = (given if given.ndim == 2 else given[0]).expand(visual.shape)
-    if not looks or mask is not None or inputs.get("past_key_values") is not None:
+    if not looks or mask is not None or inputs.get(CACHE) is not None:
         # Case: the model does not separate samples. Without a place in the text, positions are
         # times, and text after a long video may have an earlier time than its last frame.
         passes = torch.zeros_like(visual) if looks else visual

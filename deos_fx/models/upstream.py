@@ -11,7 +11,16 @@ import inspect
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-__all__ = ["RELIED_ON", "Relied", "check_upstream"]
+from transformers.masking_utils import create_causal_mask
+
+__all__ = ["CACHE", "FORMER_CACHE", "RELIED_ON", "Relied", "check_upstream"]
+
+FORMER_CACHE = "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else FORMER_CACHE
+"""The installed transformers' name of the cache among the arguments and the outputs of a model.
+
+transformers 5.24 renamed it, everywhere at once.
+"""
 
 
 class Relied(NamedTuple):
@@ -59,7 +68,7 @@ RELIED_ON: tuple[Relied, ...] = (
     ),
     Relied(
         "transformers.masking_utils:create_causal_mask",
-        "past_key_values=",
+        f"{CACHE}=",
         "masks of a cache with a length per layer are asked for by this parameter",
     ),
     Relied(

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from deos_fx.inputs.kinds import has_images
 from deos_fx.inputs.media import images_of_prompts
 from deos_fx.inputs.media_rows import media_of_rows
+from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import shallow_copy
 from deos_fx.tokens.cache import ReducedCache
 
@@ -43,7 +44,7 @@ def generation_host(
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> ModelOutput:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if isinstance(cache, ReducedCache) and not cache.get_seq_length():
             deltas = getattr(self.base_model, "rope_deltas", None)
             if deltas is not None:
@@ -76,19 +77,19 @@ def generation_host(
     def prepare_cache(
         self: Any, config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         _check_cache(config, given)
         if given is not None:
             # transformers' own flag: what `generate` rolls back at the end must be rolled back here
             # too.
             given._is_user_defined = True
         elif config.use_cache is not False:
-            model_kwargs["past_key_values"] = new_cache()
+            model_kwargs[CACHE] = new_cache()
 
     def positions(self: Any, inputs: Any, model_kwargs: dict[str, Any]) -> Any:
         # Some models remember how positions continue, perhaps from another text; the cache knows
         # its own.
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if isinstance(cache, ReducedCache) and cache.get_seq_length():
             if hasattr(self.base_model, "rope_deltas"):
                 self.base_model.rope_deltas = cache.rope_deltas
@@ -144,7 +145,7 @@ def _check_cache(config: GenerationConfig, given: Any) -> None:
         )
     if given is not None and config.use_cache is False:
         raise ValueError(
-            "past_key_values came with use_cache=False, which runs the whole text anew for every "
+            f"{CACHE} came with use_cache=False, which runs the whole text anew for every "
             "token. Leave one of the two out."
         )
 
@@ -163,10 +164,10 @@ def _check_candidates(config: GenerationConfig, model_kwargs: dict[str, Any]) ->
             "output_hidden_states with assisted decoding needs hidden states of every prompt "
             "position, and a reduced model drops some. Leave one of the two out."
         )
-    if model_kwargs["past_key_values"].get_seq_length():
+    if model_kwargs[CACHE].get_seq_length():
         raise ValueError(
-            "Assisted decoding reads the whole text again and cannot continue past_key_values. "
-            "Leave out assistant_model and prompt_lookup_num_tokens, or past_key_values."
+            f"Assisted decoding reads the whole text again and cannot continue {CACHE}. "
+            f"Leave out assistant_model and prompt_lookup_num_tokens, or {CACHE}."
         )
 
 

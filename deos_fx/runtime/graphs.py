@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from deos_fx.errors import GuardError
 from deos_fx.inputs.structure import configs_of, structure_of
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.policy.policy import Policy
 from deos_fx.recent import Recent
@@ -95,7 +96,7 @@ class Graphs:
         while True:
             capture, new = self._next(inputs, layout, tried)
             graph_module = self._lowered(capture, layout)
-            cache: Any = inputs.get("past_key_values")
+            cache: Any = inputs.get(CACHE)
             seen = 0 if cache is None else cache.get_seq_length()
             try:
                 fields = run_graph(graph_module, inputs)
@@ -149,10 +150,10 @@ class Graphs:
 
     def _capture(self, inputs: Mapping[str, Any], layout: PromptLayout | None) -> Captured:
         example = {**inputs}
-        if "past_key_values" in inputs:
-            example["past_key_values"] = ReducedCache(self._model.config.get_text_config())
+        if CACHE in inputs:
+            example[CACHE] = ReducedCache(self._model.config.get_text_config())
         if layout is None:
-            example = _decode_example(example, inputs["past_key_values"])
+            example = _decode_example(example, inputs[CACHE])
         return capture_call(self._model, example)
 
     def _lowered(self, capture: _Capture, layout: PromptLayout | None) -> fx.GraphModule:
@@ -184,10 +185,10 @@ def _decode_example(inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
         if getattr(held, "keys", None) is None:
             # Case: a convolution's state, equally long in every space, or a layer that shares
             # another's keys.
-            example["past_key_values"].layers[layer] = copy.deepcopy(held)
+            example[CACHE].layers[layer] = copy.deepcopy(held)
             continue
         short = [states[:, :, :2].clone() for states in (held.keys, held.values)]
-        example["past_key_values"].update(*short, layer)
+        example[CACHE].update(*short, layer)
     new = inputs["input_ids"].shape[1]
     if "attention_mask" in example:
         example["attention_mask"] = inputs["attention_mask"][:, -new - 2 :]

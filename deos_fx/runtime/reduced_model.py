@@ -19,6 +19,7 @@ from deos_fx.inputs.complete import complete_inputs, normal_inputs, prompt_layou
 from deos_fx.inputs.kinds import has_images, image_inputs
 from deos_fx.inputs.media import are_written_alike
 from deos_fx.models.facts import image_token_of, signature_of
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.policy import Policy
 from deos_fx.results.explanation import SiteExplanation
@@ -98,9 +99,10 @@ class ReducedModel(nn.Module):
         text may then keep other tokens.
 
         The next turn of a conversation continues on the cache of the previous one: give the whole
-        conversation as ``input_ids``, and the ``past_key_values`` of the output that
-        ``return_dict_in_generate=True`` returned. Images that are in the cache may be given again,
-        as a processor does; they are not encoded again. New images need a new conversation.
+        conversation as ``input_ids``, and the cache (``past_key_values``, since transformers 5.24
+        ``cache``) of the output that ``return_dict_in_generate=True`` returned. Images that are in
+        the cache may be given again, as a processor does; they are not encoded again. New images
+        need a new conversation.
 
         Args:
             *args: Arguments of the model's `generate`.
@@ -242,7 +244,7 @@ class ReducedModel(nn.Module):
     ) -> tuple[fx.GraphModule, PromptLayout, dict[str, Any]]:
         """Return the graph for prompts, their layout, and its inputs with an empty cache."""
         given = self._bind(**inputs)
-        given.pop("past_key_values", None)
+        given.pop(CACHE, None)
         complete = complete_inputs(self.model, given)
         layout = prompt_layout(self.model, complete)
         return self._graphs.prefill(complete, layout), layout, complete
@@ -256,7 +258,7 @@ class ReducedModel(nn.Module):
 
     def _run(self, inputs: dict[str, Any]) -> ModelOutput:
         inputs = complete_inputs(self.model, inputs)
-        cache: Any = inputs.get("past_key_values")
+        cache: Any = inputs.get(CACHE)
         if cache is not None and cache.get_seq_length():
             return self._continue(inputs, cache)
         deltas = None if cache is None else cache.rope_deltas
@@ -264,7 +266,7 @@ class ReducedModel(nn.Module):
         outputs, spaces = [], []
         for part in parts:
             if len(parts) > 1 and cache is not None:
-                part.inputs["past_key_values"] = self._new_cache()
+                part.inputs[CACHE] = self._new_cache()
             fields, output_class = self._prefill_part(part)
             spaces.append(self._spaces_of(fields.pop("spaces", None), part.inputs["input_ids"]))
             outputs.append(fields)
@@ -276,8 +278,8 @@ class ReducedModel(nn.Module):
         if cache is not None:
             if len(parts) > 1:
                 rows = [row for part in parts for row in part.rows]
-                cache.join([part.inputs["past_key_values"] for part in parts], rows)
-                fields["past_key_values"] = cache
+                cache.join([part.inputs[CACHE] for part in parts], rows)
+                fields[CACHE] = cache
             cache.rope_deltas = deltas
             cache.images = image_inputs(self.model, inputs)
             cache.record(length, left)

@@ -14,6 +14,7 @@ from deos_fx.exporters.graphs.example import BATCH, Example, words
 from deos_fx.exporters.graphs.exportable import Exportable
 from deos_fx.exporters.graphs.states import filled, inputs_of, states_of
 from deos_fx.inputs.complete import complete_inputs
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
 from deos_fx.passes.pipeline import capture_call, lower_call
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -36,7 +37,7 @@ class _Decode(nn.Module):
     ) -> dict[str, Any]:
         """Run one step on keys and values by layer, and return logits and the new ones."""
         cache = filled(ReducedCache(self.text_config), past_key_values)
-        fields = self.lowered(**inputs, **dict.fromkeys(self.unused), past_key_values=cache)
+        fields = self.lowered(**inputs, **dict.fromkeys(self.unused), **{CACHE: cache})
         return {"logits": fields["logits"], "present": states_of(cache)}
 
 
@@ -57,7 +58,7 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
     # Capture on a cache whose layers are equally long: the original model can run no other.
     model, spaces = reduced.model, decode_spaces(reduced.policy)
     cache = ReducedCache(model.config.get_text_config())
-    model(input_ids=words(model, 2), past_key_values=cache)
+    model(input_ids=words(model, 2), **{CACHE: cache})
     if not all(isinstance(getattr(held, "keys", None), Tensor) for held in cache.layers):
         raise ValueError(
             f"{type(model).__name__} has layers that keep a state instead of keys and values, "
@@ -70,7 +71,7 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
         "input_ids": words(model, 1),
         "attention_mask": words(model, 3).fill_(1),
         "position_ids": positions,
-        "past_key_values": cache,
+        CACHE: cache,
         "use_cache": True,
     }
     captured = capture_call(model, complete_inputs(model, inputs))

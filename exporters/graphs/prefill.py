@@ -14,6 +14,7 @@ from deos_fx.exporters.graphs.exportable import Exportable
 from deos_fx.exporters.graphs.image_encoder import encoder_graph
 from deos_fx.exporters.graphs.states import inputs_of, states_of
 from deos_fx.inputs.complete import complete_inputs
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.finish import finish
 from deos_fx.passes.pipeline import capture_call, lower_call
 from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
@@ -44,7 +45,7 @@ class _Prefill(nn.Module):
         """Run the prefill, and return the outputs that `deos_fx.exporters.onnx` lists."""
         cache = ReducedCache(self.text_config)
         taken = {name: inputs[name] for name in self.used}
-        fields = self.lowered(**taken, **dict.fromkeys(self.unused), past_key_values=cache)
+        fields = self.lowered(**taken, **dict.fromkeys(self.unused), **{CACHE: cache})
         mask = inputs["attention_mask"]
         positions = inputs["position_ids"]
         if positions.ndim == 3:

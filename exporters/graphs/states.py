@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from deos_fx.models.upstream import CACHE
 from deos_fx.tokens.cache import ReducedCache
 
 __all__ = ["filled", "inputs_of", "states_of"]
@@ -18,7 +19,7 @@ def inputs_of(lowered: fx.GraphModule) -> tuple[list[str], list[str]]:
     The cache is in neither list.
     """
     nodes = lowered.graph.find_nodes(op="placeholder")
-    given = [node for node in nodes if node.name != "past_key_values"]
+    given = [node for node in nodes if node.target != CACHE]
     return (
         [str(node.target) for node in given if node.users],
         [str(node.target) for node in given if not node.users],

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import masking_utils
 
+from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import shallow_copy
 
 __all__ = ["ImageEncoder", "MaskBuilder", "first_of"]
@@ -18,7 +19,7 @@ __all__ = ["ImageEncoder", "MaskBuilder", "first_of"]
 _PLAIN = {
     "inputs_embeds",
     "attention_mask",
-    "past_key_values",
+    CACHE,
     "position_ids",
     "layer_idx",
     "allow_is_causal_skip",

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 from transformers.masking_utils import create_causal_mask
 
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.analyse.annotate_token_spaces import MASK, kind_of_mask, position_tables
 from deos_fx.passes.finish import finish
 from deos_fx.passes.observe.observe_block import bias_block
@@ -177,33 +178,30 @@ class WindowMask(nn.Module):
         self.window = window
 
     def forward(
-        self, *, inputs_embeds: Tensor, past_key_values: Any, layer_idx: int, **kwargs: Any
+        self, *, inputs_embeds: Tensor, layer_idx: int, **kwargs: Any
     ) -> Tensor | BlockMask | None:
         """Make a mask of the kind that transformers makes.
 
         Args:
             inputs_embeds: Embeddings [B, t, d] of the new tokens.
-            past_key_values: The cache.
             layer_idx: Index of a layer of this kind.
-            **kwargs: ``attention_mask`` [B, M + t] and, if there is a window, ``key_positions``
-                [B, M + t], the original positions of all keys that the layer has seen.
+            **kwargs: The cache, ``attention_mask`` [B, M + t] and, if there is a window,
+                ``key_positions`` [B, M + t], the original positions of all keys that the layer has
+                seen.
 
         Returns:
             A boolean, additive or block mask, or None, as the attention implementation wants it.
         """
         positions = kwargs.pop("key_positions", None)
+        cache, padding = kwargs[CACHE], kwargs.get("attention_mask")
         mask: Any = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            layer_idx=layer_idx,
-            attention_mask=kwargs.get("attention_mask"),
+            self.config, inputs_embeds, padding, cache, layer_idx=layer_idx
         )
         if not self.window:
             return mask
         # The cache of a layer with a window may hold fewer keys than the layer has seen.
         new = inputs_embeds.shape[1]
-        held, _ = past_key_values.get_mask_sizes(new, layer_idx)
+        held, _ = cache.get_mask_sizes(new, layer_idx)
         if isinstance(mask, BlockMask):
             # Case: flex attention.
             in_window = and_masks(mask.mask_mod, self._in_window(positions, new, held))
@@ -274,7 +272,7 @@ def _mask_of_space(
     builder: Any = graph_module.get_submodule(str(made.target))
     config = builder.config.get_text_config()
     window = config.sliding_window if "sliding" in kind_of_mask(mask) else 0
-    names = ("inputs_embeds", "attention_mask", "past_key_values")
+    names = ("inputs_embeds", "attention_mask", CACHE)
     kwargs = {name: made.kwargs[name] for name in names if name in made.kwargs}
     kwargs = dict(fx.node.map_arg(kwargs, partial(_latest, replaced)))
     if window:

@@ -16,6 +16,7 @@ from deos_fx.attention.seam import (
     ObservedBlock,
     PeekedBlock,
 )
+from deos_fx.models.upstream import CACHE
 
 __all__ = [
     "AskedNodes",
@@ -86,7 +87,7 @@ def peek_block(
     observe = tuple(observation for observation, _ in wanted)
     graph_module.add_submodule(name, PeekedBlock(module, observe))
     # The cache gets this block's keys when it runs, not when it is peeked into.
-    left_out = ("asked", "past_key_values")
+    left_out = ("asked", CACHE)
     kwargs = {key: value for key, value in like.kwargs.items() if key not in left_out}
     graph = graph_module.graph
     arguments = (hidden, *like.args[1:]), {**kwargs, **_asked(wanted)}
