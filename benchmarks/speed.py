@@ -40,6 +40,7 @@ from deos_fx.cost.latency import milliseconds
 from deos_fx.cost.model import CostModel
 from deos_fx.files import write_text
 from deos_fx.models.facts import signature_of
+from deos_fx.models.upstream import CACHE
 
 __all__ = ["Settings", "measure"]
 
@@ -143,7 +144,7 @@ def _run(call: Callable[..., Any], inputs: Mapping[str, Tensor], new_tokens: int
     tokens = [output.logits[:, -1:].argmax(-1)]
     middle = now(device)
     for _ in range(new_tokens - 1):
-        output = call(input_ids=tokens[-1], past_key_values=output.past_key_values, use_cache=True)
+        output = call(input_ids=tokens[-1], **{CACHE: output[CACHE]}, use_cache=True)
         tokens.append(output.logits[:, -1:].argmax(-1))
     end = now(device)
     if not output.logits.isfinite().all():
@@ -184,7 +185,7 @@ def _take_turns(
 @torch.no_grad()
 def _kv_bytes(call: Callable[..., Any], inputs: Mapping[str, Tensor]) -> int:
     """Bytes of the keys and values that a prefill leaves, read off the cache."""
-    cache = call(**inputs, logits_to_keep=1, use_cache=True).past_key_values
+    cache = call(**inputs, logits_to_keep=1, use_cache=True)[CACHE]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

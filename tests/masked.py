@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deos_fx.models.upstream import CACHE
+
 
 def alive_of(cache: Any, prompt: Tensor) -> dict[int, Tensor]:
     """First layer -> flags [B, N] of the prompt's tokens that it and those behind it hold."""
@@ -40,7 +42,7 @@ def masked_from(model: Any, alive: dict[int, Tensor]) -> Iterator[Any]:
 def _hide(alive: Tensor, layer: int) -> Any:
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         rows, new = args[0].shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         seen = new + (0 if cache is None else cache.get_seq_length(layer))
         mask = kwargs["attention_mask"]
         if mask is None:

@@ -19,6 +19,8 @@ from test_families import PRUNED, generate, reduce
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from deos_fx.models.upstream import CACHE
+
 
 class _InDouble(TorchFunctionMode):
     """Turns what a model computes in float32 whatever its weights are into float64."""
@@ -49,7 +51,7 @@ def measure(name: str, policy: str) -> tuple[float, float]:
     """
     model, reduced, batch = shared(name), reduce(name, PRUNED[policy]), prompts(name, 2)
     ours = generate(reduced, batch)[1]
-    alive = alive_of(reduced(**batch).past_key_values, batch["input_ids"])
+    alive = alive_of(reduced(**batch)[CACHE], batch["input_ids"])
     with masked_from(model, alive):
         theirs = generate(model, batch)[1]
         prompt = model(**batch).logits

@@ -15,6 +15,7 @@ from test_families import NORM, PRUNED, generate
 from tiny import shared_llava
 from torch import Tensor
 
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
@@ -156,8 +157,8 @@ def test_pruning_is_masking(kind: str, policy: str) -> None:
     model, batch = shared(name), batch_of(name, prompts())
     reduced = ReducedModel(model, Policy(PRUNED[policy]))
     output = reduced(**batch)
-    spaces = output.past_key_values.spaces
-    alive = alive_of(output.past_key_values, batch["input_ids"])
+    spaces = output[CACHE].spaces
+    alive = alive_of(output[CACHE], batch["input_ids"])
     visual = torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO]))
     for kept in alive.values():
         assert kept[~visual].all() and (~kept).any(dim=1).all()
@@ -175,7 +176,7 @@ def test_pruning_is_masking(kind: str, policy: str) -> None:
 def test_each_image_keeps_its_share() -> None:
     batch = batch_of("qwen2_5_vl", [[grid(2, 4), grid(4, 8), grid(2, 4)]])
     reduced = ReducedModel(shared("qwen2_5_vl"), Policy((Reduction("projector", 0.25, **NORM),)))
-    origin = reduced(**batch).past_key_values.spaces[0].origin[0]
+    origin = reduced(**batch)[CACHE].spaces[0].origin[0]
     kept = batch["input_ids"][0][origin] == IMAGE
     starts = batch["input_ids"][0] == START
     image = starts.cumsum(0)[origin][kept]

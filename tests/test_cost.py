@@ -15,6 +15,7 @@ from deos_fx.cost.measure import measure_decoder
 from deos_fx.cost.model import CostModel
 from deos_fx.cost.operator_flops import SiteSizes, operator_flops, relaxed_flops
 from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.search.space import relaxed_costs
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction, site_order
@@ -99,7 +100,7 @@ def counted(reduced, **batch):
     reduced(**batch)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         output = reduced(**batch)
-    return counter.get_total_flops(), output.past_key_values
+    return counter.get_total_flops(), output[CACHE]
 
 
 def shape_of(batch):

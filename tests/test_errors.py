@@ -19,6 +19,7 @@ from transformers import (
 
 import deos_fx
 from deos_fx import Budget, Policy, ReducedModel, Reduction, presets
+from deos_fx.models.upstream import CACHE
 
 SMALL = {
     "hidden_size": 32,
@@ -153,8 +154,8 @@ def test_embeddings_instead_of_ids(reduced):
 
 def test_foreign_cache(reduced):
     cache = DynamicCache(config=reduced.model.config.get_text_config())
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache.*Pass None"):
-        reduced(**inputs(reduced.model), past_key_values=cache)
+    with pytest.raises(ValueError, match=f"{CACHE} is a DynamicCache.*Pass None"):
+        reduced(**inputs(reduced.model), **{CACHE: cache})
 
 
 def test_a_failed_call_does_no_harm(reduced):

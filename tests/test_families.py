@@ -19,6 +19,7 @@ from torch import Tensor
 from deos_fx.errors import CaptureError
 from deos_fx.inputs.complete import complete_inputs
 from deos_fx.models.facts import signature_of
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
@@ -106,8 +107,8 @@ def test_pruning_is_masking(name: str, policy: str) -> None:
     # Without padding most masks are None; with it they are not.
     batch = prompts(name, 1 if policy == "both" else 2)
     output = reduced(**batch)
-    spaces = output.past_key_values.spaces
-    alive = alive_of(output.past_key_values, batch["input_ids"])
+    spaces = output[CACHE].spaces
+    alive = alive_of(output[CACHE], batch["input_ids"])
     text = batch["input_ids"] != IMAGE
     for kept in alive.values():
         assert kept[text].all() and (~kept).any(dim=1).all()
@@ -181,7 +182,7 @@ def test_ends_of_rows_are_never_dropped(name: str) -> None:
     # 16 tokens of the whole image, then 8 rows of 8 and an end each, behind 3 tokens of text.
     ends = [3 + 16 + 9 * row + 8 for row in range(8)]
     for reductions in PRUNED.values():
-        origin = reduce(name, reductions)(**batch).past_key_values.spaces[-1].origin[0].tolist()
+        origin = reduce(name, reductions)(**batch)[CACHE].spaces[-1].origin[0].tolist()
         assert {*ends} < {*origin}
 
 
@@ -273,10 +274,10 @@ def test_masks_of_blocks_without_marks_of_images() -> None:
     model, batch = shared("gemma4_unified"), prompts("gemma4_unified")
     del batch["mm_token_type_ids"]
     output = reduce("gemma4_unified", PRUNED["both"])(**batch)
-    alive = alive_of(output.past_key_values, batch["input_ids"])
+    alive = alive_of(output[CACHE], batch["input_ids"])
     with masked_from(model, alive):
         whole = model(**batch).logits
-    assert_close(output.logits[0], whole[alive[output.past_key_values.spaces[-1].first_layer]])
+    assert_close(output.logits[0], whole[alive[output[CACHE].spaces[-1].first_layer]])
 
 
 @pytest.mark.parametrize("position", ["compact", "grid"])

@@ -28,6 +28,7 @@ from deos_fx.attention.view import AttentionView, received_attention
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.inputs.complete import complete_inputs, prompt_layout
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.finish import finish
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.passes.observe.prompt_features import PromptFeatures
@@ -324,7 +325,7 @@ def test_a_peek_leaves_the_cache_alone() -> None:
     model = shared_llava(LAYERS)
     given = inputs(model)
     site = Features(model, {**given, "use_cache": True})
-    cache = site.given["past_key_values"] = ReducedCache(model.config.get_text_config())
+    cache = site.given[CACHE] = ReducedCache(model.config.get_text_config())
     site.at("decoder.1", "attention_last", "attention_last@next")
     length = given["input_ids"].shape[1]
     assert [cache.get_seq_length(layer) for layer in range(3)] == [length, length, 0]
@@ -516,7 +517,7 @@ def test_ranking_by_the_next_layer_equals_masking_in_the_original() -> None:
     )
     with torch.no_grad():
         output = ReducedModel(model, policy)(**given)
-    origin = output.past_key_values.spaces[-1].origin
+    origin = output[CACHE].spaces[-1].origin
     for row in range(2):
         left = now[row].nonzero()[:, 0]
         places = [origin[row].tolist().index(int(p)) for p in left]

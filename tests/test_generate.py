@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from deos_fx import reference
+from deos_fx.models.upstream import CACHE
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -96,7 +97,7 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore")
 def test_modes(mode: str) -> None:
     batch, reduced = prompts(NAME, 2), reduced_model()
-    alive = alive_of(reduced(**batch).past_key_values, batch["input_ids"])
+    alive = alive_of(reduced(**batch)[CACHE], batch["input_ids"])
     options = {"output_scores": True, **MODES[mode]}
     ours = generate(reduced, batch, **options)
     with masked_from(shared(NAME), alive) as masked:
@@ -134,8 +135,8 @@ def test_positional_inputs_and_a_streamer() -> None:
 def test_hidden_states_are_those_of_the_tokens_that_are_left() -> None:
     batch, reduced = prompts(NAME), reduced_model()
     ours = generate(reduced, batch, output_hidden_states=True)
-    spaces = ours.past_key_values.spaces
-    with masked_from(shared(NAME), alive_of(ours.past_key_values, batch["input_ids"])) as masked:
+    spaces = ours[CACHE].spaces
+    with masked_from(shared(NAME), alive_of(ours[CACHE], batch["input_ids"])) as masked:
         theirs = generate(masked, batch, output_hidden_states=True)
     for step, (own, original) in enumerate(
         zip(ours.hidden_states, theirs.hidden_states, strict=True)
@@ -171,7 +172,7 @@ def test_without_a_cache_the_text_is_reduced_anew(by_config: bool) -> None:
         )
     else:
         anew = generate(reduced, batch, output_logits=True, **options)
-    assert anew.past_key_values is None
+    assert anew.get(CACHE) is None
     assert torch.equal(anew.sequences, cached.sequences)
     assert_close(logits_of(anew), logits_of(cached))
 
@@ -235,10 +236,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "offloaded": ({"cache_implementation": "offloaded"}, "hold different numbers of tokens"),
     "paged": ({"cache_implementation": "paged"}, "packs prompts of text"),
     "StaticCache": (
-        {"past_key_values": StaticCache(config=CONFIG, max_cache_len=99)},
+        {CACHE: StaticCache(config=CONFIG, max_cache_len=99)},
         "is a StaticCache: the layers",
     ),
-    "DynamicCache": ({"past_key_values": DynamicCache()}, "is a DynamicCache: the layers"),
+    "DynamicCache": ({CACHE: DynamicCache()}, "is a DynamicCache: the layers"),
     "attentions": ({"output_attentions": True}, "output_attentions is not supported"),
     "early exit": ({"assistant_early_exit": 2}, "drafts tokens with layers of the model"),
     "hidden states of drafts": (
@@ -246,7 +247,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "needs hidden states of every prompt position",
     ),
     "both": (
-        {"use_cache": False, "past_key_values": ReducedCache(CONFIG.get_text_config())},
+        {"use_cache": False, CACHE: ReducedCache(CONFIG.get_text_config())},
         "Leave one of the two out",
     ),
     "chunks": ({"prefill_chunk_size": 9}, "Chunked prefill cannot split"),
@@ -264,7 +265,7 @@ def test_refused(what: str) -> None:
 def test_the_cache_gives_back_what_came_behind_the_prompt() -> None:
     batch, reduced = prompts(NAME), reduced_model()
     output = generate(reduced, batch)
-    cache, length = output.past_key_values, batch["input_ids"].shape[1]
+    cache, length = output[CACHE], batch["input_ids"].shape[1]
     held = [layer.keys.shape[2] for layer in cache.layers]
     cache.crop(-2)
     assert cache.get_seq_length() == length + STEPS - 3
@@ -301,7 +302,7 @@ def test_turns_of_a_chat(name: str, rows: int) -> None:
     reduced, model = reduced_model(name), shared(name)
     first = prompts(name, rows)
     ours = generate(reduced, first, output_logits=True)
-    alive = alive_of(ours.past_key_values, first["input_ids"])
+    alive = alive_of(ours[CACHE], first["input_ids"])
     generator = torch.Generator().manual_seed(5)
     mask = first["attention_mask"]
     for turn in range(2):
@@ -309,13 +310,13 @@ def test_turns_of_a_chat(name: str, rows: int) -> None:
         words[1:, :2] = PAD
         conversation = next_turn(name, first, ours.sequences, words, mask)
         given = conversation if turn == 0 else without_images(conversation)
-        seen = ours.past_key_values.get_seq_length()
-        ours = generate(reduced, given, past_key_values=ours.past_key_values, output_logits=True)
+        seen = ours[CACHE].get_seq_length()
+        ours = generate(reduced, given, **{CACHE: ours[CACHE]}, output_logits=True)
         with masked_from(model, alive):
             theirs = generate(model, conversation, output_logits=True)
         assert torch.equal(ours.sequences, theirs.sequences)
         assert_close(logits_of(ours), logits_of(theirs))
-        assert ours.past_key_values.get_seq_length() == ours.sequences.shape[1] - 1 > seen
+        assert ours[CACHE].get_seq_length() == ours.sequences.shape[1] - 1 > seen
         mask = conversation["attention_mask"]
 
 
@@ -333,8 +334,8 @@ def test_turns_of_a_batch_whose_prompts_differ(name: str) -> None:
             past = outputs[-1]
             turn = next_turn(name, first, past.sequences, question[rows], mask)
             mask = turn["attention_mask"]
-            cache = past.past_key_values
-            outputs.append(generate(reduced, turn, past_key_values=cache, output_logits=True))
+            cache = past[CACHE]
+            outputs.append(generate(reduced, turn, **{CACHE: cache}, output_logits=True))
         return outputs
 
     together = chat(first, slice(None))
@@ -362,7 +363,7 @@ def test_two_conversations_at_once() -> None:
         mask = short["attention_mask"]
         conversation = next_turn(name, short, output.sequences, words, mask)
         turn = generate(
-            reduced, conversation, past_key_values=output.past_key_values, output_logits=True
+            reduced, conversation, **{CACHE: output[CACHE]}, output_logits=True
         )
         if expected is None:
             expected = logits_of(turn)
@@ -374,25 +375,25 @@ def test_calls_continue_a_conversation_too() -> None:
     output = generate(reduced, batch)
     words = torch.tensor([[5, 6, 7]])
     conversation = next_turn(NAME, batch, output.sequences, words, batch["attention_mask"])
-    cache = output.past_key_values
+    cache = output[CACHE]
     with masked_from(shared(NAME), alive_of(cache, batch["input_ids"])) as masked:
         expected = masked(**conversation).logits[:, -3:]
     new = conversation["input_ids"][:, cache.get_seq_length() :]
     mask = conversation["attention_mask"]
-    logits = reduced(input_ids=new, attention_mask=mask, past_key_values=cache).logits
+    logits = reduced(input_ids=new, attention_mask=mask, **{CACHE: cache}).logits
     assert_close(logits[:, -3:], expected)
 
 
 def test_turns_that_do_not_continue_are_refused() -> None:
     batch, reduced = prompts(NAME), reduced_model()
     output = generate(reduced, batch)
-    cache = output.past_key_values
+    cache = output[CACHE]
     words = torch.tensor([[5, 6, 7]])
     turn = next_turn(NAME, batch, output.sequences, words, batch["attention_mask"])
 
     def refused(reason: str, **changed: Any) -> None:
         with pytest.raises(ValueError, match=reason):
-            generate(reduced, {**turn, **changed}, past_key_values=cache)
+            generate(reduced, {**turn, **changed}, **{CACHE: cache})
 
     refused("images in a later turn are not supported", pixel_values=batch["pixel_values"] + 1)
     two = torch.cat([batch["pixel_values"]] * 2)
@@ -405,7 +406,7 @@ def test_turns_that_do_not_continue_are_refused() -> None:
     both = {name: torch.cat([turn[name]] * 2) for name in ("input_ids", "attention_mask")}
     refused("do not continue a cache of 1 rows", **both)
     with pytest.raises(ValueError, match="reads the whole text again"):
-        generate(reduced, turn, past_key_values=cache, prompt_lookup_num_tokens=2)
+        generate(reduced, turn, **{CACHE: cache}, prompt_lookup_num_tokens=2)
 
 
 @pytest.mark.parametrize("site", ["projector", "decoder.1"])

@@ -17,6 +17,8 @@ from deos_fx.cli.outline import outline
 from deos_fx.cost.model import CostModel
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.inputs.complete import normal_inputs
+from deos_fx.models.upstream import CACHE, FORMER_CACHE
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
@@ -81,10 +83,10 @@ def test_decoding_goes_on(form: str) -> None:
     reduced, batch = ReducedModel(shared("llava"), POLICY), prompts("llava", 2)
     logits = []
     for given in (batch, FORMS[form](batch)):
-        cache = reduced(**given).past_key_values
+        cache = reduced(**given)[CACHE]
         ids, mask = given["input_ids"], given["attention_mask"]
         ids, mask = ids[:, -1:], torch.cat([mask, mask.new_ones(2, 1)], dim=1)
-        step = reduced(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        step = reduced(input_ids=ids, attention_mask=mask, **{CACHE: cache})
         logits.append(step.logits)
     assert torch.equal(*logits)
 
@@ -126,6 +128,15 @@ def test_former_names_are_taken_at_every_door() -> None:
     )
     assert made[0] == made[1] and losses[0] == losses[1]
     assert outline(model, former) == outline(model, today)
+
+
+def test_the_former_name_of_the_cache_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What happens with transformers 5.24, whichever is installed.
+    monkeypatch.setattr("deos_fx.inputs.complete.CACHE", "cache")
+    with pytest.warns(FutureWarning, match=f"{FORMER_CACHE} is deprecated, use cache"):
+        assert normal_inputs({FORMER_CACHE: 1}) == {"cache": 1}
+    with pytest.warns(FutureWarning):
+        assert normal_inputs({FORMER_CACHE: 1, "cache": 2}) == {"cache": 2}
 
 
 def test_an_export_takes_all_of_these(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import LlavaForConditionalGeneration
 
 from deos_fx.errors import CaptureError
 from deos_fx.inputs.complete import complete_inputs
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction, Tier
@@ -132,7 +133,7 @@ def pieces() -> dict[str, tuple[Reduction, ...]]:
 def left(output: Any, batch: dict[str, Tensor], row: int) -> tuple[Tensor, list[int]]:
     """Logits of a row's real tokens, and where the tokens stood in the unpadded prompt."""
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[row]
-    origin = output.past_key_values.spaces[-1].origin[row]
+    origin = output[CACHE].spaces[-1].origin[row]
     real = mask[origin].bool()
     return output.logits[row][real], (origin[real] - mask.argmax()).tolist()
 
@@ -168,7 +169,7 @@ def test_the_empty_policy_returns_what_the_model_returns(
     assert len(ours.hidden_states) == len(theirs.hidden_states)
     short = {"logits_to_keep": 3, "use_cache": False}
     ours, theirs = reduce(model)(**batch, **short), model(**batch, **short)
-    assert torch.equal(ours.logits, theirs.logits) and ours.past_key_values is None
+    assert torch.equal(ours.logits, theirs.logits) and ours.get(CACHE) is None
 
 
 # *** 2: keeping everything changes nothing but rounding ***
@@ -287,7 +288,7 @@ def test_every_regime_equals_loops(
         steps = torch.stack(new.logits, dim=1)[row]
         assert_close(steps, expected.logits[-4:-1])
     explained = reduced.explain(**batch)
-    spaces = output.past_key_values.spaces
+    spaces = output[CACHE].spaces
     assert torch.equal(explained[-1].remaining, spaces[-1].origin)
     for site, told in enumerate(explained):
         for row, expected in enumerate(rows):
@@ -362,7 +363,7 @@ def test_reductions_all_along_a_deeper_tower(tower: str) -> None:
             logits, origin = left(output, batch, row)
             assert origin == expected.origin[-1]
             assert_close(logits, expected.logits)
-        assert len(output.past_key_values.spaces) == 3, "one space for all that is before layer 0"
+        assert len(output[CACHE].spaces) == 3, "one space for all that is before layer 0"
 
 
 def test_pruning_in_the_tower_is_running_the_rest_on_what_is_left(
@@ -458,7 +459,7 @@ def test_a_conversation_continues_from_the_cache(
         if mask is not None:
             mask = torch.cat([mask, torch.ones_like(turn)], dim=1)
         output = reduced(
-            input_ids=turn, attention_mask=mask, past_key_values=output.past_key_values
+            input_ids=turn, attention_mask=mask, **{CACHE: output[CACHE]}
         )
         found.append(output.logits)
     for row, expected in enumerate(each_row(eager, prompt, reduced.policy, later)):
@@ -474,7 +475,7 @@ def test_generate_continues_a_conversation(model: LlavaForConditionalGeneration)
     assert torch.equal(first.sequences, again.sequences)
     ids = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], dim=1)
     second = reduced.generate(
-        input_ids=ids, past_key_values=first.past_key_values, max_new_tokens=3, **new
+        input_ids=ids, **{CACHE: first[CACHE]}, max_new_tokens=3, **new
     )
     expected = each_row(
         shared_llava(attn="eager"),
@@ -489,8 +490,8 @@ def test_an_emptied_cache_starts_again(model: LlavaForConditionalGeneration) -> 
     reduced = reduce(model, *PYRAMID)
     batch = inputs(model, 2)
     first = reduced(**batch)
-    first.past_key_values.reset()
-    again = reduced(**batch, past_key_values=first.past_key_values)
+    first[CACHE].reset()
+    again = reduced(**batch, **{CACHE: first[CACHE]})
     assert torch.equal(again.logits, first.logits)
 
 
@@ -673,9 +674,9 @@ def test_what_a_reduced_model_cannot_give_is_refused(model: LlavaForConditionalG
         reduced(**batch, output_attentions=True)
     with pytest.raises(ValueError, match="logits_to_keep is a tensor"):
         reduced(**batch, logits_to_keep=torch.tensor([3]))
-    cache = reduced(**batch).past_key_values
+    cache = reduced(**batch)[CACHE]
     with pytest.raises(ValueError, match="images in a later turn"):
-        reduced(**batch, past_key_values=cache)
+        reduced(**batch, **{CACHE: cache})
     assert reduced(**batch, logits_to_keep=2).logits.shape[1] == 2
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from deos_fx import presets
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
@@ -66,12 +67,12 @@ def test_the_last_token_stays(name: str, policy: str, text: int) -> None:
     model, prompt = shared(name), ending(name, text)
     reduced = ReducedModel(model, Policy(PRUNED[policy]))
     output = reduced(**prompt)
-    spaces = output.past_key_values.spaces
+    spaces = output[CACHE].spaces
     visual = int((prompt["input_ids"] == IMAGE).sum())
     for reduction, space in zip(PRUNED[policy], spaces, strict=True):
         assert space.origin[0, -1] == prompt["input_ids"].shape[1] - 1
         assert space.origin.shape[1] == text + reduction.count(visual)
-    with masked_from(model, alive_of(output.past_key_values, prompt["input_ids"])):
+    with masked_from(model, alive_of(output[CACHE], prompt["input_ids"])):
         whole = model(**prompt).logits
         tokens, logits = generate(model, prompt)
     assert_close(output.logits[0], whole[0, spaces[-1].origin[0]])
@@ -101,7 +102,7 @@ def test_ends_of_rows_stay_anyway() -> None:
     prompt |= FAMILIES["llava_next"].pixels(1)
     behind = prompt | {"input_ids": torch.nn.functional.pad(prompt["input_ids"], (0, 2), value=9)}
     reduced = ReducedModel(shared("llava_next"), Policy(PRUNED["projector"]))
-    kept = [reduced(**given).past_key_values.spaces[0].origin[0] for given in (prompt, behind)]
+    kept = [reduced(**given)[CACHE].spaces[0].origin[0] for given in (prompt, behind)]
     assert torch.equal(kept[0], kept[1][:-2])
 
 
@@ -159,7 +160,7 @@ def test_whatever_selects(name: str, images: int) -> None:
     reduced = ReducedModel(shared_llava(), Policy(POLICIES[name]))
     output, others = reduced(**prompts), reduced(**with_text)
     for space, other in zip(
-        output.past_key_values.spaces, others.past_key_values.spaces, strict=True
+        output[CACHE].spaces, others[CACHE].spaces, strict=True
     ):
         assert space.origin.shape == other.origin.shape
         assert (space.origin[:, -1] == 5 + 64 * images).all()
@@ -212,14 +213,14 @@ def test_rows_of_a_batch_end_as_alone(policy: str, side: str) -> None:
     reduced = ReducedModel(shared_llava(), Policy(PRUNED[policy]))
     batch = padded(*prompts, side=side)
     output = reduced(**batch)
-    origin = output.past_key_values.spaces[-1].origin
+    origin = output[CACHE].spaces[-1].origin
     for row, prompt in enumerate(prompts):
         own = reduced(**prompt)
         real = batch["attention_mask"][row].bool()
         left = (origin[row] >= 0) & real[origin[row].clamp(min=0)]
         assert_close(output.logits[row][left], own.logits[0])
         before = int((~real).sum()) if side == "left" else 0
-        mine = own.past_key_values.spaces[-1].origin[0]
+        mine = own[CACHE].spaces[-1].origin[0]
         assert torch.equal(origin[row][left] - before, mine)
     if side == "left":
         tokens, logits = generate(reduced, batch)

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from deos_fx.errors import CaptureError
 from deos_fx.inputs.complete import complete_inputs
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower import lower_reductions
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
@@ -59,7 +60,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 def assert_masked(model: Any, batch: dict[str, Tensor]) -> Any:
     """Pruning is masking, for the model as it is."""
     ours = generate(ReducedModel(model, POLICY), batch)
-    with masked_from(model, alive_of(ours.past_key_values, batch["input_ids"])):
+    with masked_from(model, alive_of(ours[CACHE], batch["input_ids"])):
         theirs = generate(model, batch)
     seen, whole = theirs.logits[0], generate(model, batch).logits[0]
     assert difference(seen, whole) > 10 * tolerance(seen)
@@ -160,11 +161,11 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         output = reduced(**batch, output_hidden_states=True)
         assert output.logits.dtype == dtype
         assert {hidden.dtype for hidden in output.hidden_states} == {dtype}
-        held = output.past_key_values.layers
+        held = output[CACHE].layers
         assert {states.dtype for layer in held for states in (layer.keys, layer.values)} == {dtype}
     ours = ReducedModel(model, POLICY)(**batch)
-    spaces = ours.past_key_values.spaces
-    alive = alive_of(ours.past_key_values, batch["input_ids"])
+    spaces = ours[CACHE].spaces
+    alive = alive_of(ours[CACHE], batch["input_ids"])
     with masked_from(model, alive):
         whole = model(**batch).logits
     left = alive[spaces[-1].first_layer] & batch["attention_mask"].bool()
@@ -295,10 +296,10 @@ def test_padding_on_the_right(name: str) -> None:
     assert batch["attention_mask"][1, -1] == 0
     assert (batch["input_ids"][1, -2:] == PAD).all()
     output = ReducedModel(model, POLICY)(**batch)
-    alive = alive_of(output.past_key_values, batch["input_ids"])
+    alive = alive_of(output[CACHE], batch["input_ids"])
     with masked_from(model, alive):
         whole = model(**batch).logits
-    spaces = output.past_key_values.spaces
+    spaces = output[CACHE].spaces
     left = alive[spaces[-1].first_layer] & batch["attention_mask"].bool()
     real = batch["attention_mask"].gather(1, spaces[-1].origin).bool()
     assert (

@@ -23,6 +23,7 @@ from deos_fx.exporters.graphs.example import example_of
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.exporters.session import session
+from deos_fx.models.upstream import CACHE
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -207,11 +208,11 @@ def test_several_new_tokens_continue_a_cache(folder):
     inputs = tiny.inputs(reduced.model, 1, images, padding=None)
     more = torch.tensor([[3, 4, 5]])
     first = runtime(**inputs)
-    continued = runtime(input_ids=more, past_key_values=first.past_key_values).logits
+    continued = runtime(input_ids=more, **{CACHE: first[CACHE]}).logits
     expected = []
-    cache = reduced(**inputs).past_key_values
+    cache = reduced(**inputs)[CACHE]
     for token in more.T:
-        expected.append(reduced(input_ids=token[None], past_key_values=cache).logits)
+        expected.append(reduced(input_ids=token[None], **{CACHE: cache}).logits)
     assert_onnx_close(continued, torch.cat(expected, dim=1))
 
 
@@ -414,9 +415,9 @@ def test_prompts_that_do_not_fit_the_graphs(folder):
         runtime(**inputs | {"pixel_values": inputs["pixel_values"][..., :32]})
     with pytest.raises(ValueError, match="use_cache"):
         runtime.generate(**inputs, use_cache=False)
-    with pytest.raises(ValueError, match="past_key_values is a ReducedCache"):
-        cache = ReducedModel(model, Policy())(**inputs).past_key_values
-        runtime(input_ids=torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
+    with pytest.raises(ValueError, match=f"{CACHE} is a ReducedCache"):
+        cache = ReducedModel(model, Policy())(**inputs)[CACHE]
+        runtime(input_ids=torch.ones(1, 1, dtype=torch.int64), **{CACHE: cache})
 
 
 def test_devices(folder, monkeypatch):

@@ -22,6 +22,7 @@ from deos_fx.exporters.graphs.example import example_of
 from deos_fx.exporters.graphs.record import record
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.models.upstream import CACHE
 from deos_fx.policy.policy import Policy
 from deos_fx.runtime.reduced_model import ReducedModel
 
@@ -64,7 +65,7 @@ def test_a_call_equals_pytorch_and_can_be_continued(folder: Any, name: str) -> N
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
     word = torch.tensor([[5], [6]])
     again = [
-        model(input_ids=word, attention_mask=mask, past_key_values=output.past_key_values).logits
+        model(input_ids=word, attention_mask=mask, **{CACHE: output[CACHE]}).logits
         for model, output in zip((_runtime(folder(name)), reduced(name)), outputs, strict=True)
     ]
     assert_onnx_close(*again)

@@ -12,6 +12,7 @@ from masked import alive_of, masked_from
 from test_families import NORM, PRUNED
 from torch import Tensor
 
+from deos_fx.models.upstream import CACHE
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -137,9 +138,9 @@ def test_pruning_under_a_mask_is_masking(name: str, policy: str, dtype: torch.dt
         given["position_ids"] = places.expand(3, 1, -1)
     reduced = ReducedModel(model, Policy(PRUNED[policy]))
     output = reduced(**given)
-    with masked_from(model, alive_of(output.past_key_values, sample["input_ids"])):
+    with masked_from(model, alive_of(output[CACHE], sample["input_ids"])):
         whole = model(**given).logits
-    origin = output.past_key_values.spaces[-1].origin[0]
+    origin = output[CACHE].spaces[-1].origin[0]
     assert_close(output.logits[0], whole[0, origin])
 
 
@@ -239,7 +240,7 @@ def test_a_sample_that_ends_in_an_image_is_refused() -> None:
 def test_a_later_turn_takes_flags_only() -> None:
     sample = samples_of(_LLAVA)[0]
     reduced = ReducedModel(shared(_LLAVA), Policy(PRUNED["both"]))
-    cache = reduced(**sample).past_key_values
+    cache = reduced(**sample)[CACHE]
     mask = torch.ones(1, 1, 1, 74, dtype=torch.bool)
     with pytest.raises(ValueError, match="goes on with a cache"):
-        reduced(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=mask)
+        reduced(input_ids=torch.tensor([[5]]), **{CACHE: cache}, attention_mask=mask)

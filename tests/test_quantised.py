@@ -20,6 +20,7 @@ import deos_fx
 from deos_fx.cost.model import CostModel
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.inputs.complete import complete_inputs
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import capture_call, run_graph
 from deos_fx.passes.rewrite.straight_through import StraightThrough
 from deos_fx.passes.search.problem import SearchProblem
@@ -156,7 +157,7 @@ def test_it_is_the_model_and_pruning_is_masking(kind: str) -> None:
         whole = ReducedModel(model, Policy())(**batch).logits
         assert torch.equal(whole, model(**batch).logits)
         ours = ReducedModel(model, POLICY)(**batch)
-        with masked_from(model, alive_of(ours.past_key_values, batch["input_ids"])):
+        with masked_from(model, alive_of(ours[CACHE], batch["input_ids"])):
             theirs = model(**batch).logits
     assert_close(ours.logits[:, -1], theirs[:, -1], roundings)
     with pytest.raises(AssertionError, match="differ by"):
@@ -183,7 +184,7 @@ def test_generate_and_explain(name: str) -> None:
     reduced = ReducedModel(model, POLICY)
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     output = reduced.generate(**batch, **options)
-    with masked_from(model, alive_of(output.past_key_values, batch["input_ids"])):
+    with masked_from(model, alive_of(output[CACHE], batch["input_ids"])):
         assert torch.equal(output.sequences, model.generate(**batch, **options).sequences)
     kept = [site.kept for site in reduced.explain(**prompts(name))]
     assert len(kept) == 2

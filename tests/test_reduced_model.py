@@ -10,6 +10,7 @@ import torch
 from closeness import assert_close
 from tiny import IMAGE, VISUAL, inputs, row_of, shared_llava, tiny_llava
 
+from deos_fx.models.upstream import CACHE
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -125,7 +126,7 @@ def test_explaining_changes_nothing():
     batch = inputs(model)
     reduced = ReducedModel(model, Policy((Reduction("decoder.0", 9),)))
     before = reduced(**batch)
-    text = repr(reduced.explain(**batch, past_key_values=before.past_key_values)[0])
+    text = repr(reduced.explain(**batch, **{CACHE: before[CACHE]})[0])
     assert "decoder.0: 9 of 64" in text
     assert torch.equal(reduced(**batch).logits, before.logits)
 
@@ -141,7 +142,7 @@ def test_cost_of_a_call():
     assert report.before.visual_tokens_per_layer == (2 * VISUAL,) * 6
     assert report.after.visual_tokens_per_layer == (80, 80, 24, 24, 10, 10)
     assert reduced.cost(**batch, logits_to_keep=1).after.flops < report.after.flops
-    cache = reduced(**batch).past_key_values
+    cache = reduced(**batch)[CACHE]
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert report.after.kv_bytes == held
 

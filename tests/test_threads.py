@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, mask
 
 from deos_fx import presets
 from deos_fx.models.shapes_only import ShapesOnly
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.search.search import search
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
@@ -177,7 +178,7 @@ def test_positions_that_a_model_remembers_are_those_of_the_own_prompt(name: str)
         word = first.logits[:, -1:].argmax(dim=-1)
         mask = torch.cat([batch["attention_mask"], torch.ones_like(word)], dim=1)
         after = reduced(
-            input_ids=word, attention_mask=mask, past_key_values=first.past_key_values
+            input_ids=word, attention_mask=mask, **{CACHE: first[CACHE]}
         )
         return tokens, after.logits
 

@@ -9,6 +9,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisio
 
 import deos_fx
 from deos_fx import Budget, Policy, Reduction, presets
+from deos_fx.models.upstream import CACHE
 
 # With and without a CLS token, separators, windows, grids of positions and DeepStack.
 SEVERAL = ("vipllava", "llava_next", "pixtral", "internvl", "smolvlm", "gemma3", "qwen3_vl")
@@ -120,7 +121,7 @@ def test_families(name):
     reduced = deos_fx.transform(model, budget=Budget(kv_cache=0.6), example_inputs=batch)
     (site,) = reduced.explain(**batch)
     before, after = reduced.cost(**batch).before, reduced.cost(**batch).after
-    (space,) = reduced(**batch).past_key_values.spaces
+    (space,) = reduced(**batch)[CACHE].spaces
     assert site.remaining.equal(space.origin)
     assert site.kept.shape == (2, after.visual_tokens_per_layer[0])
     assert 0.5 * before.kv_bytes < after.kv_bytes <= 0.6 * before.kv_bytes

@@ -16,6 +16,7 @@ from torch import Tensor
 from videos import VIDEOS
 
 import deos_fx
+from deos_fx.models.upstream import CACHE
 from deos_fx.policy.policy import Policy
 from deos_fx.runtime.reduced_model import ReducedModel
 
@@ -57,8 +58,8 @@ def check_pruning_is_masking(model: Any, batch: dict[str, Tensor]) -> None:
     """Compare prefill and new tokens with the original with the dropped tokens masked."""
     ours = ReducedModel(model, Policy(PRUNED["both"]))
     output = ours(**batch)
-    spaces = output.past_key_values.spaces
-    alive = alive_of(output.past_key_values, batch["input_ids"])
+    spaces = output[CACHE].spaces
+    alive = alive_of(output[CACHE], batch["input_ids"])
     visual = torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO]))
     for kept in alive.values():
         assert kept[~visual].all() and (~kept).any(dim=1).all()
@@ -137,11 +138,11 @@ def test_a_chat_about_a_video_goes_on(name: str) -> None:
         for key, value in batch.items()
         if value.shape == batch["input_ids"].shape
     }
-    given = batch | whole | {"input_ids": ids, "past_key_values": first.past_key_values}
-    alive = alive_of(first.past_key_values, batch["input_ids"])
+    given = batch | whole | {"input_ids": ids, CACHE: first[CACHE]}
+    alive = alive_of(first[CACHE], batch["input_ids"])
     second = ours.generate(**given, **said)
     with masked_from(shared(name), alive):
-        given.pop("past_key_values")
+        given.pop(CACHE)
         expected = shared(name).generate(**given, **said)
     assert torch.equal(second.sequences, expected.sequences)
 
@@ -149,14 +150,14 @@ def test_a_chat_about_a_video_goes_on(name: str) -> None:
 def test_a_new_video_in_a_later_turn_is_refused() -> None:
     first, other = two_videos("qwen2_5_vl")
     ours, batch = reduced("qwen2_5_vl"), batch_of("qwen2_5_vl", [[first]])
-    cache = ours(**batch).past_key_values
+    cache = ours(**batch)[CACHE]
     more = batch_of("qwen2_5_vl", [[other]])
     more["attention_mask"] = torch.cat([batch["attention_mask"], more["attention_mask"]], dim=1)
     with pytest.raises(ValueError, match="not those of the cache"):
-        ours(**more, past_key_values=cache)
+        ours(**more, **{CACHE: cache})
     again = more | {name: batch[name] for name in batch if "video" in name or "second" in name}
     with pytest.raises(ValueError, match="not those of the cache"):
-        ours(**again, past_key_values=cache)
+        ours(**again, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("name", ["llava_next_video", "qwen2_5_vl", "glm4v"])
@@ -280,14 +281,14 @@ def test_videos_need_no_marks_where_positions_are_given(name: str) -> None:
     positions = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
     model, ours = shared(name), reduced(name)
     output = ours(**batch, position_ids=positions)
-    with masked_from(model, alive_of(output.past_key_values, batch["input_ids"])):
+    with masked_from(model, alive_of(output[CACHE], batch["input_ids"])):
         whole = model(**batch, position_ids=positions).logits
         tokens, logits = generate(model, batch)
     # It counts positions as in text.
     our_tokens, our_logits = generate(ours, batch)
     assert torch.equal(our_tokens, tokens)
     assert_close(our_logits, logits, roundings_of(name))
-    origin = output.past_key_values.spaces[-1].origin[0]
+    origin = output[CACHE].spaces[-1].origin[0]
     assert_close(output.logits, whole[:, origin], roundings_of(name))
 
 
@@ -300,7 +301,7 @@ def test_cost_and_explanation_of_a_video(name: str) -> None:
     visual = int(torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO])).sum())
     report = ours.cost(**batch)
     assert report.before.visual_tokens == visual
-    spaces = ours(**batch).past_key_values.spaces
+    spaces = ours(**batch)[CACHE].spaces
     text = batch["input_ids"].shape[1] - visual
     assert report.after.visual_tokens_per_layer[-1] == spaces[-1].origin.shape[1] - text
     for site, space in zip(ours.explain(**batch), spaces, strict=True):
