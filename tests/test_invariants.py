@@ -13,6 +13,7 @@ import pytest
 import torch
 from closeness import assert_close, difference
 from oracle import attention_cut, each_row, masked_keys
+from test_families import outputs_of
 from tiny import IMAGE, LAYOUTS, VISUAL, inputs, row_of, shared_llava, tiny_llava
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
@@ -162,9 +163,12 @@ def test_the_empty_policy_returns_what_the_model_returns(
     batch = inputs(model, 2, 2, layout="between")
     asked = {"labels": batch["input_ids"], "output_hidden_states": True, "logits_to_keep": 0}
     ours, theirs = reduce(model)(**batch, **asked), model(**batch, **asked)
-    assert type(ours) is type(theirs) and list(ours) == list(theirs)
+    # What the encoder returned, which outputs have since transformers 5.24, is left out.
+    names = [name for name in theirs if name != "image_outputs"]
+    assert type(ours) is type(theirs) and list(ours) == names
     assert torch.equal(ours.loss, theirs.loss)
-    assert torch.equal(ours.image_hidden_states, theirs.image_hidden_states)
+    if "image_hidden_states" in theirs:
+        assert torch.equal(ours.image_hidden_states, theirs.image_hidden_states)
     assert all(map(torch.equal, ours.hidden_states, theirs.hidden_states))
     assert len(ours.hidden_states) == len(theirs.hidden_states)
     short = {"logits_to_keep": 3, "use_cache": False}
@@ -381,8 +385,9 @@ def test_pruning_in_the_tower_is_running_the_rest_on_what_is_left(
     assert kept.sum(1).tolist() == [24] * 4, "as many of every image"
     rows = [torch.cat([first[i, :1], first[i, 1:][kept[i]]]) for i in range(4)]
     features = model.model.multi_modal_projector(blocks[1](torch.stack(rows), None)[:, 1:])
-    seen = reduced(**batch).image_hidden_states
-    assert_close(seen, features.flatten(0, 1))
+    with outputs_of(model.model.multi_modal_projector) as seen:
+        reduced(**batch)
+    assert_close(seen[0], features)
 
 
 def test_features_of_several_blocks_leave_the_sites_that_all_of_them_pass() -> None:

@@ -24,7 +24,7 @@ from deos_fx import presets, tokens
 from deos_fx.attention.seam import ObservedBlock
 from deos_fx.errors import GuardError, PassError, VerificationError
 from deos_fx.forms import relaxed
-from deos_fx.models.upstream import CACHE, FORMER_CACHE
+from deos_fx.models.upstream import FORMER_CACHE
 from deos_fx.operator import top_k
 from deos_fx.passes.analyse.annotate_token_spaces import MASK
 from deos_fx.passes.finish import finish
@@ -223,11 +223,21 @@ def test_a_graph_has_one_selection_for_each_reduction() -> None:
 def test_lowered_code_reads_as_before(name: str, policy: Policy) -> None:
     path = GOLDENS / f"{name}.txt"
     code = lowered(*policy.reductions).code.strip() + "\n"
-    # The goldens have the name of the cache before transformers 5.24.
-    code = re.sub(rf"\b{CACHE}\b", FORMER_CACHE, code)
     if os.environ.get("UPDATE_GOLDENS"):
         path.write_text(code, encoding="utf-8")
-    assert code == path.read_text(encoding="utf-8"), "see the docstring of this file"
+    expected = path.read_text(encoding="utf-8")
+    assert of_any_version(code) == of_any_version(expected), "see the docstring of this file"
+
+
+def of_any_version(code: str) -> str:
+    """Leave out what transformers 5.23 and 5.24 write differently for the same computation."""
+    code = re.sub(rf"\b{FORMER_CACHE}\b", "cache", code)
+    # 5.24 returns no features of images but what the encoder returned, which graphs leave out.
+    code = re.sub(r", 'image_hidden_states': \w+", "", code)
+    # So the last use of the features, after which they are freed, is another one.
+    code = re.sub(r";  [\w = ]+ = None$", "", code, flags=re.MULTILINE)
+    # 5.24 hands arguments of the language model to the blocks of the vision tower as well.
+    return re.sub(r"(= self\.vision_.*), use_cache = True", r"\1", code)
 
 
 # *** verify ***

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from deos_fx.errors import CaptureError
 from deos_fx.models.shapes_only import plain_attention, without_missing_weights
@@ -48,7 +49,8 @@ def capture(
         opaque_encoder: Record the image encoder as one node.
 
     Returns:
-        A `GraphModule` with the same inputs that returns a dict of the model's output fields.
+        A `GraphModule` with the same inputs that returns a dict of the model's output fields,
+        without the outputs of encoders among them.
         ``meta["output_class"]`` is the model's output class; ``meta["blocks"]`` has all blocks by
         node name, including those whose output nothing uses.
 
@@ -62,7 +64,13 @@ def capture(
         for name, value in inputs.items()
     }
     result = _record(tracer, model, arguments, opaque_encoder)
-    fields = {name: value for name, value in result.items() if value is not None}
+    # What encoders return on the way (`image_outputs` of transformers 5.24) is left out: its fields
+    # would keep layers of the vision tower that nothing else reads, and a list per image.
+    fields = {
+        name: value
+        for name, value in result.items()
+        if value is not None and not isinstance(value, ModelOutput)
+    }
     tracer.create_node("output", "output", (tracer.create_arg(fields),), {})
     graph_module = fx.GraphModule(tracer.attributes(), tracer.graph, f"{type(model).__name__}Graph")
     graph_module.meta["output_class"] = type(result)
