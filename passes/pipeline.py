@@ -14,7 +14,8 @@ from deos_fx.models.blocks import Blocks, find_blocks
 from deos_fx.models.encoders import PIXELS
 from deos_fx.models.facts import sizes_vary
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
-from deos_fx.passes.analyse.find_sites import Sites, find_sites
+from deos_fx.passes.analyse.find_sites import find_sites
+from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.capture.capture import capture
 from deos_fx.passes.lower.lower_decode import decode_spaces, lower_decode
 from deos_fx.passes.lower.lower_reductions import lower_reductions
@@ -68,14 +69,14 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     blocks = find_blocks(model)
     # Video encoders split their input by the number of frames, which they read into Python.
     opaque = sizes_vary(model) or "pixel_values_videos" in inputs
-    graph_module = capture(model, inputs, blocks.names(), opaque_encoder=opaque)
+    graph_module = capture(model, inputs, blocks.by_path(), opaque_encoder=opaque)
     graph_module = _run(fold_unstack, graph_module)
     graph_module = _run(fold_masked_add, graph_module)
     graph_module = _run(annotate_token_spaces, graph_module, inputs)
     graph_module = verify(graph_module, "captured")
     sites = None
     if any(name in inputs for name in PIXELS):
-        sites = _run(find_sites, graph_module, len(blocks.decoder), len(blocks.vision))
+        sites = _run(find_sites, graph_module)
     return Captured(graph_module, blocks, sites)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.inputs.complete import complete_inputs, prompt_layout
 from deos_fx.passes.finish import finish
+from deos_fx.passes.notes import annotate_graph, note_of_graph
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.passes.observe.prompt_features import PromptFeatures
 from deos_fx.passes.observe.prompt_text import PromptText
@@ -356,7 +358,9 @@ def test_what_cannot_be_observed(
 def test_nothing_comes_behind_the_last_block() -> None:
     model = shared_llava(LAYERS)
     features = Features(model, inputs(model))
-    del features.graph_module.meta["blocks"]["vision_2"]
+    note = note_of_graph(features.graph_module)
+    blocks = {block: module for block, module in note.blocks.items() if block.name != "vision_2"}
+    annotate_graph(features.graph_module, replace(note, blocks=blocks))
     with pytest.raises(ValueError, match="no block comes behind vision.1"):
         features.at("projector", "keys@next")
 

@@ -24,9 +24,9 @@ from deos_fx.attention.seam import ObservedBlock
 from deos_fx.errors import GuardError, PassError, VerificationError
 from deos_fx.forms import relaxed
 from deos_fx.operator import top_k
-from deos_fx.passes.analyse.annotate_token_spaces import MASK
 from deos_fx.passes.finish import finish
 from deos_fx.passes.lower.open_space import open_space
+from deos_fx.passes.notes import MASK, annotate
 from deos_fx.passes.rewrite.fold_unstack import fold_unstack
 from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
 from deos_fx.passes.verify import verify
@@ -63,7 +63,7 @@ def targets(graph_module: fx.GraphModule) -> set[str]:
 def unrolled(rows: int) -> tuple[fx.Graph, list[fx.Node]]:
     graph = fx.Graph()
     parts = graph.call_function(torch.unbind, (graph.placeholder("x"),))
-    parts.meta["unrolled"] = rows
+    annotate(parts, unrolled=rows)
     return graph, [graph.call_function(operator.getitem, (parts, i)) for i in range(rows)]
 
 
@@ -146,7 +146,7 @@ def test_a_new_space_reindexes_what_is_read_behind_the_cut() -> None:
     graph.output((before, again, loss))
     axes = {table: 1, mask: MASK, labels: 1, flat: 0, cut: 1, x: 1}
     for node in graph.nodes:
-        node.meta["prompt_axes"] = axes.get(node)
+        annotate(node, axes=axes.get(node))
     replaced: dict[fx.Node, fx.Node] = {}
     open_space(graph, cut, reduced, index, replaced, "space")
     result = module(graph)

@@ -12,9 +12,11 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import KVSharingDict
 
 from deos_fx.errors import CaptureError
+from deos_fx.models.blocks import Block
 from deos_fx.models.encoders import ENCODERS
 from deos_fx.passes.capture.guards import check_guard
 from deos_fx.passes.capture.leaves import ImageEncoder, MaskBuilder, first_of
+from deos_fx.passes.notes import annotate
 
 __all__ = ["Tracer", "ValueProxy", "has_proxy", "with_features"]
 
@@ -63,7 +65,7 @@ class ValueProxy(fx.Proxy):
             if masked and self.value.dtype != torch.bool:
                 # For fold_masked_add: the number of axes of a row that the mask selects. Reads of
                 # flags are not marked, since they carry no content.
-                item.node.meta["masked"] = self.value.ndim - mask.value.ndim
+                annotate(item.node, masked=self.value.ndim - mask.value.ndim)
             return item
         # Case: the mask of one kind of layer, recorded also where it is None in the example run:
         # the next batch may be padded.
@@ -114,7 +116,7 @@ class ValueProxy(fx.Proxy):
         if isinstance(self.value, torch.Tensor):
             # Unrolls the leading axis; fold_unstack removes it again where it can.
             parts: Any = self.tracer.create_proxy("call_function", torch.unbind, (self,), {})
-            parts.node.meta["unrolled"] = len(self.value)
+            annotate(parts.node, unrolled=len(self.value))
             return iter(parts[i] for i in range(len(self.value)))
         items: Any = self
         return iter(items[i] for i in range(len(self.value)))
@@ -166,21 +168,21 @@ class _SharedKeys(KVSharingDict):
 
     Args:
         tracer: Knows the running layer.
-        read: Gets the pairs of the layer that wrote and the layer that reads.
+        read: Gets the pairs of the block that wrote and the block that reads.
     """
 
-    def __init__(self, tracer: Tracer, read: set[tuple[str, str]]) -> None:
+    def __init__(self, tracer: Tracer, read: set[tuple[Block, Block]]) -> None:
         super().__init__()
         self.tracer = tracer
         self.read = read
-        self.writers: dict[str, str] = {}
+        self.writers: dict[str, Block] = {}
 
     def __getitem__(self, key: str) -> Any:
-        self.read.add((self.writers[key], self.tracer.block))
+        self.read.add((self.writers[key], self.tracer.running_block()))
         return super().__getitem__(key)
 
     def __setitem__(self, key: str, item: Any) -> None:
-        self.writers[key] = self.tracer.block
+        self.writers[key] = self.tracer.running_block()
         super().__setitem__(key, item)
 
 
@@ -189,10 +191,10 @@ class Tracer(fx.Tracer):
 
     Args:
         model: The model.
-        blocks: Module path of every transformer block -> node name.
+        blocks: Module path of every transformer block -> the block.
     """
 
-    def __init__(self, model: nn.Module, blocks: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, blocks: Mapping[str, Block]) -> None:
         super().__init__()
         self.root = model
         self.blocks = blocks
@@ -200,7 +202,7 @@ class Tracer(fx.Tracer):
         # Whether a node is being run: what happens inside it is not recorded.
         self.running = False
         # The transformer block that is running.
-        self.block = ""
+        self.block: Block | None = None
         # Nodes of the dicts that layers share outside the cache, by id of the model's dict.
         self.shared: dict[int, fx.Node] = {}
         self.module_paths = {id(module): path for path, module in model.named_modules()}
@@ -212,6 +214,11 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         """Return whether a module is one node: it does not contain transformer blocks."""
         return not any(block.startswith(f"{path}.") or not path for block in self.blocks)
+
+    def running_block(self) -> Block:
+        """Return the block that is running; there is one wherever keys are shared."""
+        assert self.block is not None, "keys are shared outside of all blocks"
+        return self.block
 
     def create_node(
         self,
@@ -260,16 +267,16 @@ class Tracer(fx.Tracer):
             CaptureError: If a decoder layer hands more than hidden states to the next layers.
         """
         name, path = self._leaf_name(module), self.module_paths[id(module)]
-        self.block = self.blocks.get(path, "")
+        self.block = block = self.blocks.get(path)
         node = self.create_node(
             "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
         )
-        self.block = ""
-        is_block = path in self.blocks and bool(args)
+        self.block = None
+        is_block = block is not None and bool(args)
         value = self.values[node]
         alone = is_block and isinstance(value, tuple) and not any(v is not None for v in value[1:])
         tensors = [part for part in pytree.tree_leaves(value) if isinstance(part, torch.Tensor)]
-        if self.blocks.get(path, "").startswith("decoder_") and len(tensors) > 1:
+        if block is not None and block.stage == "decoder" and len(tensors) > 1:
             raise CaptureError(
                 f"{name} hands more to the next layers than hidden states, and what that says of "
                 "tokens cannot be followed when some are dropped. Use a model whose layers hand on "
@@ -279,7 +286,8 @@ class Tracer(fx.Tracer):
             # The other outputs are None: the node stands for the hidden states alone.
             self.values[node], self.leaves[name] = value[0], first_of(module)
         # annotate_token_spaces need not run a block to know the shape of its result.
-        node.meta["keeps_shape"] = is_block and _alike(self.values[node], args[0])
+        keeps_shape = is_block and _alike(self.values[node], args[0])
+        annotate(node, block=block, keeps_shape=keeps_shape)
         output = (self.proxy(node), *value[1:]) if alone else self.proxy(node)
         # Hooks collect hidden states (transformers' output_hidden_states). They must see the
         # proxy: with the value, everything collected would become a constant of the graph.
@@ -326,7 +334,7 @@ class Tracer(fx.Tracer):
         node = self.create_node(
             "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
         )
-        node.meta["example"] = self.values[node]
+        annotate(node, example=self.values[node])
         return self.proxy(node)
 
     def attributes(self) -> dict[str, Any]:
@@ -362,15 +370,17 @@ class Tracer(fx.Tracer):
         """Return the node of a dict that layers share; every run makes it anew, and empty."""
         if id(given) not in self.shared:
             node = self.create_node("call_function", KVSharingDict, (), {}, "shared_keys")
-            node.meta["shared"] = set()
-            self.values[node] = _SharedKeys(self, node.meta["shared"])
+            read: set[tuple[Block, Block]] = set()
+            annotate(node, shared=read)
+            self.values[node] = _SharedKeys(self, read)
             self.shared[id(given)] = node
         return self.shared[id(given)]
 
     def _leaf_name(self, module: nn.Module) -> str:
         """Choose a short target (``decoder_3``, ``lm_head``): printed graphs are to be read."""
         path = self.module_paths[id(module)]
-        name = self.blocks.get(path, path.rpartition(".")[2])
+        block = self.blocks.get(path)
+        name = block.name if block else path.rpartition(".")[2]
         if self.leaves.setdefault(name, module) is not module:
             # Another module has this name: use the whole path.
             name = path.replace(".", "_")

@@ -23,10 +23,11 @@ from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES
 from deos_fx.passes.analyse.annotate_token_spaces import padding_node, position_tables
 from deos_fx.passes.analyse.check_reduction import check_reduction
-from deos_fx.passes.analyse.find_sites import Sites
+from deos_fx.passes.analyse.sites import Encoder, Sites
 from deos_fx.passes.finish import finish
-from deos_fx.passes.graph import blocks_behind, users_behind
+from deos_fx.passes.graph import blocks_after, users_after
 from deos_fx.passes.lower.insert_visual_positions import insert_visual_positions
+from deos_fx.passes.notes import note_of
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.passes.observe.prompt_features import PromptFeatures
 from deos_fx.passes.observe.prompt_text import PromptText
@@ -104,11 +105,11 @@ def insert_relaxed(
     # Before the decoder, each image is reduced alone.
     of_images = [name for name in ordered if split_site(name)[0] != "decoder"]
     for name in of_images:
-        if sites.merged:
+        if sites.encoder is Encoder.OPAQUE:
             insertion.at_merged(name)
         else:
             insertion.at_images(name)
-    if of_images and not sites.merged:
+    if of_images and sites.encoder is not Encoder.OPAQUE:
         insertion.enter_prompt(of_images)
     # In the decoder, all visual tokens of a prompt are reduced together.
     for name in ordered[len(of_images) :]:
@@ -125,7 +126,7 @@ def _check_layers(graph_module: fx.GraphModule) -> None:
     """
     for node in graph_module.graph.nodes:
         mask = node.kwargs.get("attention_mask")
-        if isinstance(mask, fx.Node) and mask.meta.get("padding"):
+        if isinstance(mask, fx.Node) and note_of(mask).padding:
             raise ValueError(
                 f"{node.name} is a convolution, which sees a token that is half gone as it sees "
                 "any other: reductions of this model cannot be searched by gradient. Give a policy."
@@ -184,7 +185,7 @@ class _Insertion:
         features = self._tower_features(name)
         # After both the prompt and the initial gates.
         anchor = max(hidden, self.zero, key=self._order().__getitem__).next
-        users = users_behind(hidden, anchor)
+        users = users_after(hidden, anchor)
         with self.graph.inserting_before(anchor):
             visual = self.call(tokens.take, hidden, self.visual)
             own = self.call(tokens.of_images, visual, images)
@@ -214,7 +215,7 @@ class _Insertion:
             anchor, class_tokens = whole.next, 0
             # Masses bias attention only in the stage in which they arise.
             self.beta = self.zero
-        users = users_behind(whole, anchor)
+        users = users_after(whole, anchor)
         with self.graph.inserting_before(anchor):
             own = whole
             if class_tokens:
@@ -232,7 +233,7 @@ class _Insertion:
                 # Gates bias the later blocks of the tower; class tokens have no gate.
                 given = (self.alive, self.mass, self.beta, self.sites.class_tokens)
                 bias = self.call(tokens.patch_gate_bias, *given)
-                for block in blocks_behind(bias, "vision"):
+                for block in blocks_after(bias, "vision"):
                     bias_block(self.graph_module, block, bias)
         self.tower = features
 
@@ -306,7 +307,7 @@ class _Insertion:
             makers={"grid": lambda: self._grid(name, self.layout.images)},
         )
         hidden = features.hidden
-        users = users_behind(hidden, features.anchor)
+        users = users_after(hidden, features.anchor)
         with self.graph.inserting_before(features.anchor):
             visual = self.call(tokens.take, hidden, self.visual)
             reduced = self._site(name, visual, features)
@@ -352,7 +353,7 @@ class _Insertion:
             bias = self.call(
                 tokens.gate_bias, self.alive, self.mass, self.beta, self.visual, hidden
             )
-        layers = blocks_behind(bias, "decoder")
+        layers = blocks_after(bias, "decoder")
         for layer in layers:
             bias_block(self.graph_module, layer, bias)
         if position != "keep":

@@ -9,7 +9,7 @@ from torch import fx
 
 from deos_fx import tokens
 from deos_fx.models.encoders import is_encoder
-from deos_fx.passes.analyse.find_sites import Sites
+from deos_fx.passes.analyse.sites import Sites
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["insert_visual_positions"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,13 +25,14 @@ from deos_fx.forms.static import (
     static_reduce,
 )
 from deos_fx.models.views import execution_device, has_several_devices
-from deos_fx.passes.analyse.annotate_token_spaces import MASK, padding_node, position_tables
+from deos_fx.passes.analyse.annotate_token_spaces import padding_node, position_tables
 from deos_fx.passes.analyse.check_reduction import check_reduction
-from deos_fx.passes.analyse.find_sites import Site, Sites
+from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.finish import finish
-from deos_fx.passes.graph import blocks_behind, users_behind
+from deos_fx.passes.graph import blocks_after, blocks_of, users_after
 from deos_fx.passes.lower.insert_visual_positions import insert_visual_positions
 from deos_fx.passes.lower.open_space import open_space
+from deos_fx.passes.notes import annotate, annotate_graph, note_of, note_of_graph
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.passes.observe.prompt_features import PromptFeatures
 from deos_fx.passes.observe.prompt_text import PromptText
@@ -77,12 +78,12 @@ def lower_reductions(
         # Before the decoder, each image is reduced alone.
         of_images = [step for step in steps if step.stage != "decoder"]
         for step in of_images:
-            if sites.merged:
+            if sites.encoder is Encoder.OPAQUE:
                 lowering.reduce_merged(step)
             else:
                 lowering.reduce_images(step)
         # Merged features are reduced in the prompt; otherwise the prompt is still whole.
-        if of_images and not sites.merged:
+        if of_images and sites.encoder is not Encoder.OPAQUE:
             lowering.shorten_prompt(of_images)
         # In the decoder, all visual tokens of a prompt are reduced together.
         in_decoder = steps[len(of_images) :]
@@ -109,22 +110,22 @@ def _see_borders(graph_module: fx.GraphModule, given: str) -> None:
     """
     by_mask = bool(graph_module.graph.find_nodes(op="placeholder", target="attention_mask"))
     for node in graph_module.graph.find_nodes(op="call_module"):
-        if "plain_mask" not in node.meta or not _is_of_decoder(node):
+        if note_of(node).plain is None or not _is_of_decoder(node):
             continue
         builder: Any = graph_module.get_submodule(str(node.target))
-        if node.meta["padding"] or not (by_mask or builder.keeps_apart(node.kwargs)):
+        if note_of(node).padding or not (by_mask or builder.keeps_apart(node.kwargs)):
             raise ValueError(
                 f"There is {given}, and this model does not keep the samples of a row apart by "
                 f"that (in its {node.name}). Give every sample a row of its own."
             )
-        node.meta["plain_mask"] = False
+        annotate(node, plain=False)
 
 
 def _is_of_decoder(mask: fx.Node) -> bool:
     """Return whether decoder layers read a mask, or another mask that is made of it."""
-    of_masks = [user for user in mask.users if user.meta.get("prompt_axes") == MASK]
-    read = any(user.name.startswith("decoder_") for user in mask.users)
-    return read or any(map(_is_of_decoder, of_masks))
+    layers = blocks_of(mask.graph, "decoder").values()
+    of_masks = [user for user in mask.users if note_of(user).is_mask]
+    return any(user in layers for user in mask.users) or any(map(_is_of_decoder, of_masks))
 
 
 def _check_masks(graph_module: fx.GraphModule) -> None:
@@ -134,7 +135,7 @@ def _check_masks(graph_module: fx.GraphModule) -> None:
         ValueError: If the model has other masks than plain causal ones and such kernels.
     """
     for node in graph_module.graph.find_nodes(op="call_module"):
-        if node.meta.get("plain_mask", True):
+        if note_of(node).plain is not False:
             continue
         builder: Any = graph_module.get_submodule(str(node.target))
         implementation = str(builder.config.get_text_config()._attn_implementation)
@@ -289,9 +290,11 @@ class _Lowering:
     def note(self, role: str, node: Any) -> Any:
         """Mark a node, or a constant, for `ReducedModel.explain`, and return it."""
         if isinstance(node, fx.Node):
-            node.meta.setdefault("explains", []).append((self.suffix, role))
+            annotate(node, explains=(*note_of(node).explains, (self.suffix, role)))
         elif node is not None:
-            self.graph_module.meta.setdefault("explains", {})[self.suffix, role] = node
+            note = note_of_graph(self.graph_module)
+            explains = {**note.explains, (self.suffix, role): node}
+            annotate_graph(self.graph_module, replace(note, explains=explains))
         return node
 
     # *** the kinds of site ***
@@ -308,7 +311,7 @@ class _Lowering:
             # At the projector, a block of the tower is observed, but its features are reduced.
             whole = self.nodes[self.sites.features]
             anchor = whole.next
-        users = users_behind(whole, anchor)
+        users = users_after(whole, anchor)
         with self.graph.inserting_before(anchor):
             own = self.call(tokens.without_class, whole, class_tokens) if class_tokens else whole
             reduced = self._operate(
@@ -562,7 +565,7 @@ class _Lowering:
         for node, here in self.positions.items():
             self.positions[node] = replaced.get(here, here)
         self.position_ids.add(self.positions[self.nodes["position_ids"]])
-        for layer in blocks_behind(index, "decoder"):
+        for layer in blocks_after(index, "decoder"):
             bias_block(self.graph_module, layer, key_bias)
         # 5. What decoding needs to know of the space.
         left = {"origin": origin} | ({"key_bias": key_bias} if key_bias else {})
@@ -576,7 +579,7 @@ class _Lowering:
         key_bias = None
         if beta and mass is not None:
             key_bias = self.call(tokens.patch_bias, mass, self.sites.class_tokens, beta)
-        for block in blocks_behind(left, "vision"):
+        for block in blocks_after(left, "vision"):
             bias_block(self.graph_module, block, key_bias)
 
     def _new_positions(
@@ -601,7 +604,7 @@ class _Lowering:
             moved = self.call(tokens.compact_positions, ids, origin)
         else:
             moved = self.call(tokens.grid_positions, ids, trailing, origin)
-        moved.meta["prompt_axes"] = ids.meta["prompt_axes"]
+        annotate(moved, axes=note_of(ids).axes)
         replaced = {self.positions[ids]: moved}
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         for table in tables:
@@ -610,7 +613,6 @@ class _Lowering:
                 again = self.graph.node_copy(
                     table, lambda node: moved if node in self.position_ids else node
                 )
-                again.meta = dict(table.meta)
                 replaced[self.positions[table]] = again
         return replaced
 

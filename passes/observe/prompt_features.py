@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from deos_fx import tokens
+from deos_fx.passes.graph import blocks_of
 from deos_fx.passes.observe.features import Call, Maker, SiteFeatures
 from deos_fx.passes.observe.observe_block import AskedNodes
 from deos_fx.passes.observe.prompt_text import PromptText
@@ -107,13 +108,8 @@ class PromptFeatures(SiteFeatures):
         Raises:
             ValueError: If not exactly one module follows the last layer.
         """
-        layers = [node for node in self.graph_module.graph.nodes if node.name in self._layers()]
-        behind = [user for user in layers[-1].users if user.op == "call_module"]
-        if len(behind) != 1:
+        *_, last = blocks_of(self.graph_module.graph, "decoder").values()
+        after = [user for user in last.users if user.op == "call_module"]
+        if len(after) != 1:
             raise ValueError(f"{self.site} has no feature behind the final norm: there is none.")
-        return self.graph_module.graph.call_module(str(behind[0].target), (hidden,))
-
-    def _layers(self) -> set[str]:
-        """Return the names of all decoder layers."""
-        blocks: dict[str, nn.Module] = self.graph_module.meta["blocks"]
-        return {name for name in blocks if name.startswith("decoder_")}
+        return self.graph_module.graph.call_module(str(after[0].target), (hidden,))
