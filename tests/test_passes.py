@@ -22,7 +22,7 @@ from torch.fx.graph_module import _loader
 from deos_fx import presets, tokens
 from deos_fx.attention.seam import ObservedBlock
 from deos_fx.errors import GuardError, PassError, VerificationError
-from deos_fx.forms import relaxed
+from deos_fx.forms.soft_top_k import soft_top_k
 from deos_fx.operator import top_k
 from deos_fx.passes.finish import finish
 from deos_fx.passes.lower.open_space import open_space
@@ -283,7 +283,7 @@ def counted(graph_module: fx.GraphModule) -> None:
 def softened(graph_module: fx.GraphModule) -> None:
     head = graph_module.graph.output_node().args[0]["logits"]
     with graph_module.graph.inserting_after(head):
-        graph_module.graph.call_function(relaxed.soft_top_k, (head, 3, 1.0, head))
+        graph_module.graph.call_function(soft_top_k, (head, 3, 1.0, head))
 
 
 def forgotten(graph_module: fx.GraphModule) -> None:

@@ -96,7 +96,7 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
         if PIXELS[1] in inputs:
             reason = "the video encoder reads how many frames there are, so it is one node"
         late = merge in reached([blocks_of(graph, "decoder")[0]])
-        why_not = "images enter the prompt behind the first decoder layer" if late else ""
+        why_not = "images enter the prompt after the first decoder layer" if late else ""
         projector = Site("projector", merge.name, why_not, _scores_from(_OF_FEATURES))
         return Sites(
             (*_unavailable(graph_module, reason), projector, *in_decoder),

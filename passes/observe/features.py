@@ -210,7 +210,7 @@ class SiteFeatures(dict[str, Any]):
             if site_order(observed) <= site_order(other) < site_order(self.site):
                 raise ValueError(
                     f"{self.site} observes the attention of {observed}, but {other} is reduced in "
-                    f"between: its tokens are others. Observe a block behind {other}, or take one "
+                    f"between: its tokens are others. Observe a block after {other}, or take one "
                     "of the two reductions away."
                 )
 

@@ -111,5 +111,5 @@ class PromptFeatures(SiteFeatures):
         *_, last = blocks_of(self.graph_module.graph, "decoder").values()
         after = [user for user in last.users if user.op == "call_module"]
         if len(after) != 1:
-            raise ValueError(f"{self.site} has no feature behind the final norm: there is none.")
+            raise ValueError(f"{self.site} has no feature after the final norm: there is none.")
         return self.graph_module.graph.call_module(str(after[0].target), (hidden,))
