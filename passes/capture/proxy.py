@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from deos_fx.errors import CaptureError
-from deos_fx.passes.capture.guards import check_guard
+from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.notes import annotate
 
 __all__ = ["STRUCTURAL_TYPES", "ValueProxy", "has_proxy", "with_features"]

@@ -20,6 +20,7 @@ from deos_fx.passes.notes import annotate
 
 __all__ = ["Tracer"]
 
+
 class _SharedKeys(KVSharingDict):
     """Keys and values that layers share outside the cache; records which layer reads which one's.
 

@@ -26,7 +26,7 @@ from deos_fx.passes.lower.site_walk import Group, Place, SiteWalk, Step
 from deos_fx.passes.lower.token_space import TokenSpace
 from deos_fx.passes.notes import annotate, note_of
 from deos_fx.passes.observe.observe_block import bias_block
-from deos_fx.passes.observe.tower_features import TowerFeatures
+from deos_fx.passes.observe.site_features import TowerFeatures
 from deos_fx.policy.policy import Policy
 from deos_fx.tokens.layout import PromptLayout, grid_after, grid_of_prompt, rule_before_decoder
 

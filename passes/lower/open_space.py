@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from deos_fx.passes.capture.guards import check_guard
+from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.notes import annotate, note_of
 from deos_fx.tokens.index import take, take_each, take_in_each, take_mask
 

@@ -28,10 +28,8 @@ from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import blocks_of, users_after
 from deos_fx.passes.lower.emitter import Emitter
-from deos_fx.passes.lower.insert_visual_positions import insert_visual_positions
-from deos_fx.passes.observe.prompt_features import PromptFeatures
-from deos_fx.passes.observe.prompt_text import PromptText
-from deos_fx.passes.observe.tower_features import TowerFeatures
+from deos_fx.passes.lower.token_space import insert_visual_positions
+from deos_fx.passes.observe.site_features import PromptFeatures, PromptText, TowerFeatures
 from deos_fx.policy.reduction import Reduction, split_site
 from deos_fx.tokens.layout import PromptLayout
 

@@ -11,7 +11,7 @@ import operator
 import torch
 from torch import fx
 
-from deos_fx.passes.capture.guards import check_guard
+from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.finish import finish
 from deos_fx.passes.notes import note_of
 

@@ -13,8 +13,7 @@ from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces, padding_node
-from deos_fx.passes.capture.guards import check_guard
-from deos_fx.passes.capture.leaves import MaskBuilder
+from deos_fx.passes.capture.leaves import MaskBuilder, check_guard
 from deos_fx.passes.notes import MASK, note_of
 
 LENGTH = PROMPT.shape[1]

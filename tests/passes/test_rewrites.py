@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from deos_fx.errors import CaptureError, GuardError
-from deos_fx.passes.capture.guards import check_guard
+from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.finish import finish
 from deos_fx.passes.notes import annotate
 from deos_fx.passes.rewrite.fold_masked_add import fold_masked_add, visual_rows

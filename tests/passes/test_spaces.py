@@ -16,12 +16,11 @@ from deos_fx.models.blocks import Block
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
 from deos_fx.passes.analyse.check_reduction import check_reduction
 from deos_fx.passes.analyse.find_sites import find_sites
-from deos_fx.passes.capture.guards import check_guard
-from deos_fx.passes.capture.leaves import MaskBuilder
+from deos_fx.passes.capture.leaves import MaskBuilder, check_guard
 from deos_fx.passes.finish import finish
-from deos_fx.passes.lower.insert_visual_positions import insert_visual_positions
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces, lower_decode
 from deos_fx.passes.lower.open_space import open_space
+from deos_fx.passes.lower.token_space import insert_visual_positions
 from deos_fx.passes.notes import annotate, note_of
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
