@@ -14,6 +14,7 @@ from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.finish import finish
 from deos_fx.passes.notes import annotate
 from deos_fx.passes.rewrite.fold_masked_add import fold_masked_add, visual_rows
+from deos_fx.passes.rewrite.fold_unstack import fold_unstack
 from deos_fx.passes.rewrite.split_encoder import split_encoder
 
 # *** fold_masked_add ***
@@ -70,6 +71,51 @@ def test_rows_of_images_may_be_selected() -> None:
     graph.output(read)
     folded = fold_masked_add(fx.GraphModule(nn.Module(), graph))
     assert folded(torch.tensor([1.0, -1.0])).tolist() == [1.0]
+
+
+# *** fold_unstack ***
+
+
+def unrolled(rows: int) -> tuple[fx.Graph, list[fx.Node]]:
+    graph = fx.Graph()
+    parts = graph.call_function(torch.unbind, (graph.placeholder("x"),))
+    annotate(parts, unrolled=rows)
+    return graph, [graph.call_function(operator.getitem, (parts, i)) for i in range(rows)]
+
+
+def test_unrolled_rows_that_are_joined_again_become_a_reshape() -> None:
+    graph, rows = unrolled(2)
+    graph.output(graph.call_function(torch.cat, (rows,), {"dim": 0}))
+    folded = fold_unstack(fx.GraphModule(nn.Module(), graph))
+    assert [node.target for node in folded.graph.nodes] == ["x", "flatten", "output"]
+    x = torch.randn(3, 4, 5)
+    assert torch.equal(folded(x), x.flatten(0, 1))
+
+
+def test_unrolled_rows_that_are_flattened_and_joined_become_a_reshape() -> None:
+    graph, rows = unrolled(2)
+    flat = [graph.call_method("flatten", (row, 0, 1)) for row in rows]
+    graph.output(graph.call_function(torch.cat, (flat,), {"dim": 0}))
+    folded = fold_unstack(fx.GraphModule(nn.Module(), graph))
+    assert [node.target for node in folded.graph.nodes] == ["x", "flatten", "output"]
+    x = torch.randn(3, 4, 5)
+    assert torch.equal(folded(x), x.flatten(0, 2))
+
+
+@pytest.mark.parametrize("how", ["added", "turned", "joined elsewhere"])
+def test_what_cannot_be_folded_is_guarded(how: str) -> None:
+    graph, rows = unrolled(2)
+    if how == "added":
+        result = graph.call_function(torch.add, tuple(rows))
+    elif how == "turned":
+        result = graph.call_function(torch.cat, (rows[::-1],))
+    else:
+        result = graph.call_function(torch.cat, (rows,), {"dim": 1})
+    graph.output(result)
+    guarded = fold_unstack(fx.GraphModule(nn.Module(), graph))
+    guarded(torch.randn(2, 4, 5))
+    with pytest.raises(GuardError, match="captured for 2, called with 3"):
+        guarded(torch.randn(3, 4, 5))
 
 
 # *** split_encoder ***

@@ -21,7 +21,7 @@ from deos_fx.passes.finish import finish
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces, lower_decode
 from deos_fx.passes.lower.open_space import open_space
 from deos_fx.passes.lower.token_space import insert_visual_positions
-from deos_fx.passes.notes import annotate, note_of
+from deos_fx.passes.notes import MASK, annotate, note_of
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.tokens.layout import PromptLayout
@@ -114,6 +114,41 @@ def test_a_window_is_a_distance_in_the_original_prompt() -> None:
     graph_module(INDEX, **made.inputs)
     # 5 - 1 is farther than the window of 3.
     assert distances(graph_module.decoder_1.mask) == [[True, False], [False, True]]
+
+
+def test_a_new_space_reindexes_what_is_read_after_the_cut() -> None:
+    graph = fx.Graph()
+    names = ("x", "table", "mask", "labels", "index")
+    x, table, mask, labels, index = map(graph.placeholder, names)
+    cut = graph.call_function(torch.tanh, (x,))
+    before = graph.call_function(torch.mul, (cut, table))
+    flat = graph.call_method("flatten", (labels,))
+    reduced = graph.call_function(tokens.take, (cut, index))
+    after = graph.call_function(torch.add, (cut, table))
+    masked = graph.call_function(torch.mul, (after, mask))
+    again = graph.call_function(torch.sub, (masked, table))
+    loss = graph.call_function(torch.mul, (graph.call_method("flatten", (again,)), flat))
+    graph.output((before, again, loss))
+    axes = {table: 1, mask: MASK, labels: 1, flat: 0, cut: 1, x: 1}
+    for node in graph.nodes:
+        annotate(node, axes=axes.get(node))
+    replaced: dict[fx.Node, fx.Node] = {}
+    open_space(graph, cut, reduced, index, replaced, "space")
+    result = fx.GraphModule(nn.Module(), graph)
+    result.graph.lint()
+    assert before.args == (cut, table), "what comes before the cut stays in the old space"
+    assert after.args == (reduced, replaced[table]), "everything after it is in the new one"
+    assert again.args[1] is replaced[table], "a value is re-indexed once"
+    assert replaced[table].name == "table_space"
+
+    x, mask, labels = torch.randn(3, 3, 7)
+    table = torch.randn(1, 7)
+    kept = torch.stack([torch.randperm(7)[:4].sort().values for _ in range(3)])
+    old, new, loss = result(x, table, mask, labels, kept)
+    assert torch.equal(old, x.tanh() * table)
+    expected = ((x.tanh() + table) * mask - table).gather(1, kept)
+    assert torch.equal(new, expected)
+    assert torch.equal(loss, (expected * labels.gather(1, kept)).flatten())
 
 
 # *** insert_visual_positions ***
