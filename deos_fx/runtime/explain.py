@@ -46,12 +46,11 @@ def explain(
     slots = _Slots(positions, inputs["input_ids"], layout)
     explanations = []
     for reduction in policy.reductions:
-        suffix = reduction.site.replace(".", "")
-        seen = watching.seen[suffix]
+        seen = watching.seen[reduction.site]
         images = 1 if split_site(reduction.site)[0] == "decoder" else layout.images
         # Values that lowering computed as constants are the same in all rows.
         for (site, role), constant in note_of_graph(graph_module).explains.items():
-            if site == suffix:
+            if site == reduction.site:
                 rows = images * len(positions)
                 seen[role] = constant.to(positions.device).expand(rows, *constant.shape[1:])
         per_row = positions.unflatten(1, (images, -1)).flatten(0, 1)

@@ -26,13 +26,18 @@ class Emitter:
         graph_module: The graph. Changed in place.
 
     Attributes:
-        suffix: Suffix of the names of nodes, such as ``decoder2``: fx alone would count up ``_2``.
+        site: Name of the site; empty before the first one.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
         self.graph = graph_module.graph
-        self.suffix = ""
+        self.site = ""
+
+    @property
+    def suffix(self) -> str:
+        """Return the suffix of nodes' names, such as ``decoder2``: fx would count up ``_2``."""
+        return self.site.replace(".", "")
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Emit a call_function node, named after its function and the site.
@@ -89,7 +94,7 @@ class Emitter:
             role: The role.
             value: A node or a constant; None if a reduction has no such value.
         """
-        key = self.suffix, role
+        key = self.site, role
         if isinstance(value, fx.Node):
             annotate(value, explains=(*note_of(value).explains, key))
         elif value is not None:

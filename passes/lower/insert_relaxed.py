@@ -256,7 +256,7 @@ class _Insertion(SiteWalk):
             place: The tokens.
         """
         names = tuple(sorted(step.needs))
-        target = f"reduce_{step.suffix}"
+        target = f"reduce_{self.emitter.suffix}"
         rows = 1 if step.stage == "decoder" else self.layout.images
         reduction = self.reductions[step.site.name]
         site = RelaxedSite(reduction, names, rows if self.layout.ends else 0)

@@ -57,11 +57,6 @@ class Step:
         """Return the stage of its site: ``vision``, ``projector`` or ``decoder``."""
         return split_site(self.site.name)[0]
 
-    @property
-    def suffix(self) -> str:
-        """Return the suffix of its nodes' names, such as ``decoder2``."""
-        return self.site.name.replace(".", "")
-
 
 @dataclass(frozen=True)
 class Place:
@@ -206,7 +201,7 @@ class SiteWalk(ABC):
 
     def _at(self, step: Step, reduce: Callable[[Step], None]) -> None:
         """Insert one reduction."""
-        self.emitter.suffix = step.suffix
+        self.emitter.site = step.site.name
         reduce(step)
         self._done.append(step.site.name)
 

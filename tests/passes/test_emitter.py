@@ -22,14 +22,14 @@ def test_nodes_are_named_after_function_and_site(made: Handmade) -> None:
     emitter = Emitter(graph_module)
     with graph_module.graph.inserting_before(made.node("head")):
         assert emitter.call(torch.neg, made.merged).name == "neg"
-        emitter.suffix = "decoder1"
+        emitter.site = "decoder.1"
         assert emitter.call(torch.neg, made.merged).name == "neg_decoder1"
 
 
 def test_constants_are_computed_at_once_and_stored_where_they_meet_a_node(made: Handmade) -> None:
     graph_module = made.module()
     emitter = Emitter(graph_module)
-    emitter.suffix = "projector"
+    emitter.site = "projector"
     two = emitter.call(torch.add, torch.ones(1), 1)
     assert torch.equal(two, torch.tensor([2.0]))
     head = made.node("head")
@@ -64,9 +64,9 @@ def test_arguments_move_to_the_device_of_the_tokens(made: Handmade) -> None:
 def test_values_are_marked_for_explanations(made: Handmade) -> None:
     graph_module = made.module()
     emitter = Emitter(graph_module)
-    emitter.suffix = "decoder0"
+    emitter.site = "decoder.0"
     emitter.explain("kept", made.merged)
     emitter.explain("score", torch.ones(2))
     emitter.explain("mass", None)
-    assert note_of(made.merged).explains == (("decoder0", "kept"),)
-    assert list(note_of_graph(graph_module).explains) == [("decoder0", "score")]
+    assert note_of(made.merged).explains == (("decoder.0", "kept"),)
+    assert list(note_of_graph(graph_module).explains) == [("decoder.0", "score")]
