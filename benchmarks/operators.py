@@ -30,8 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from transformers.utils import logging as transformers_logging
 
 from deos_fx import Reduction, presets, reference, tokens
-from deos_fx.attention.observation import OBSERVED, Observation
-from deos_fx.attention.view import AttentionView, received_attention
+from deos_fx.attention.observation import OBSERVED, AttentionView, Observation, received_attention
 from deos_fx.cli.terminal import Advance, stages
 from deos_fx.files import write_text
 from deos_fx.forms.needs import required_features

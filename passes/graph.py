@@ -1,33 +1,42 @@
-"""Walking a graph: ancestors of a node, and users and blocks after it."""
+"""Walk a graph: what a node is made of, what depends on it, and which blocks come after it.
+
+Nodes of one graph compare by their places: ``a < b`` if `a` comes first.
+"""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 
 from torch import fx
 
-__all__ = ["blocks_behind", "made_of", "users_behind"]
+from deos_fx.passes.notes import note_of
+
+__all__ = ["blocks_after", "blocks_of", "made_of", "reached", "users_after"]
 
 
-def blocks_behind(node: fx.Node, stage: str) -> list[fx.Node]:
-    """Return the blocks of a stage (``vision`` or ``decoder``) after a node, in order."""
-    behind = False
-    found = []
-    for other in node.graph.nodes:
-        if behind and re.fullmatch(rf"{stage}_\d+", other.name):
-            found.append(other)
-        behind = behind or other is node
-    return found
+def blocks_of(graph: fx.Graph, stage: str) -> dict[int, fx.Node]:
+    """Find the nodes that call the blocks of a stage (``vision`` or ``decoder``).
+
+    Returns:
+        Index of the block -> its node, in the order of the graph. Blocks whose output nothing uses
+        have no node.
+    """
+    noted = ((note_of(node).block, node) for node in graph.nodes)
+    return {block.index: node for block, node in noted if block and block.stage == stage}
 
 
-def users_behind(node: fx.Node, anchor: fx.Node) -> list[fx.Node]:
+def blocks_after(node: fx.Node, stage: str) -> list[fx.Node]:
+    """Return the nodes that call blocks of a stage after a node, in order."""
+    return [block for block in blocks_of(node.graph, stage).values() if block > node]
+
+
+def users_after(node: fx.Node, anchor: fx.Node) -> list[fx.Node]:
     """Return the users of a node at or after a place of insertion.
 
     Earlier users, such as a reduction's peek into the next block, must go on reading the unreduced
     value.
     """
-    order = {other: i for i, other in enumerate(node.graph.nodes)}
-    return [user for user in node.users if order[user] >= order[anchor]]
+    return [user for user in node.users if user >= anchor]
 
 
 def made_of(node: fx.Node) -> set[fx.Node]:
@@ -39,4 +48,16 @@ def made_of(node: fx.Node) -> set[fx.Node]:
         if node not in found:
             found.add(node)
             stack.extend(node.all_input_nodes)
+    return found
+
+
+def reached(sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes and all their descendants."""
+    found: set[fx.Node] = set()
+    stack = list(sources)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.users)
     return found

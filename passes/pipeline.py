@@ -10,11 +10,12 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from deos_fx.errors import PassError
-from deos_fx.models.blocks import Blocks, find_blocks
+from deos_fx.models.blocks import find_blocks
 from deos_fx.models.encoders import PIXELS
 from deos_fx.models.facts import sizes_vary
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
-from deos_fx.passes.analyse.find_sites import Sites, find_sites
+from deos_fx.passes.analyse.find_sites import find_sites
+from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.capture.capture import capture
 from deos_fx.passes.lower.lower_decode import decode_spaces, lower_decode
 from deos_fx.passes.lower.lower_reductions import lower_reductions
@@ -35,12 +36,10 @@ class Captured:
 
     Attributes:
         graph_module: The annotated graph.
-        blocks: The model's transformer blocks.
         sites: Where its visual tokens can be reduced; None for a call without images.
     """
 
     graph_module: fx.GraphModule
-    blocks: Blocks
     sites: Sites | None
 
     def copy(self) -> Captured:
@@ -65,18 +64,18 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     Raises:
         CaptureError: If the model cannot be captured.
     """
-    blocks = find_blocks(model)
+    blocks = find_blocks(model).by_path()
     # Video encoders split their input by the number of frames, which they read into Python.
     opaque = sizes_vary(model) or "pixel_values_videos" in inputs
-    graph_module = capture(model, inputs, blocks.names(), opaque_encoder=opaque)
+    graph_module = capture(model, inputs, blocks, opaque_encoder=opaque)
     graph_module = _run(fold_unstack, graph_module)
     graph_module = _run(fold_masked_add, graph_module)
     graph_module = _run(annotate_token_spaces, graph_module, inputs)
     graph_module = verify(graph_module, "captured")
     sites = None
     if any(name in inputs for name in PIXELS):
-        sites = _run(find_sites, graph_module, len(blocks.decoder), len(blocks.vision))
-    return Captured(graph_module, blocks, sites)
+        sites = _run(find_sites, graph_module)
+    return Captured(graph_module, sites)
 
 
 def lower_call(captured: Captured, policy: Policy, layout: PromptLayout | None) -> fx.GraphModule:

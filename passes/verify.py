@@ -18,7 +18,6 @@ features fill their placeholders by an index and not by a mask, on whose ONNX fo
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal, cast
 
 import torch
@@ -28,6 +27,7 @@ from torch.utils import _pytree as pytree
 from deos_fx import operator, tokens
 from deos_fx.errors import VerificationError
 from deos_fx.operator import SCORES, SELECTORS
+from deos_fx.passes.notes import note_of
 
 __all__ = ["Stage", "verify"]
 
@@ -65,8 +65,9 @@ def verify(graph_module: fx.GraphModule, stage: Stage) -> fx.GraphModule:
         cuts = [node.name for node in graph.nodes if node.target is tokens.kept_in_prompt]
         _require(not cuts, stage, f"{', '.join(cuts)} drops tokens")
     if stage in ("lowered", "decode", "exported"):
+        allowed = _static_operators()
         for node in graph.nodes:
-            _check_operator(node, stage)
+            _check_operator(node, allowed, stage)
     if stage in ("lowered", "exported"):
         _check_spaces(graph, stage)
     if stage == "exported":
@@ -104,11 +105,8 @@ def _check_constants(graph_module: fx.GraphModule, node: fx.Node, stage: Stage) 
 
 def _check_layers(graph: fx.Graph, stage: Stage) -> None:
     """Rule 3."""
-    layers = [
-        int(found[1])
-        for node in graph.nodes
-        if node.op == "call_module" and (found := re.fullmatch(r"decoder_(\d+)", str(node.target)))
-    ]
+    blocks = (note_of(node).block for node in graph.nodes)
+    layers = [block.index for block in blocks if block is not None and block.stage == "decoder"]
     in_order = layers == list(range(len(layers)))
     _require(in_order, stage, f"decoder layers run in the order {layers}")
 
@@ -127,7 +125,7 @@ def _static_operators() -> set[Any]:
     }
 
 
-def _check_operator(node: fx.Node, stage: Stage) -> None:
+def _check_operator(node: fx.Node, allowed: set[Any], stage: Stage) -> None:
     """Rule 4."""
     if node.op not in ("call_function", "call_method"):
         return
@@ -135,7 +133,7 @@ def _check_operator(node: fx.Node, stage: Stage) -> None:
     _require(name.strip("_") not in _DYNAMIC, stage, f"{node.name} calls {name}")
     ours = getattr(node.target, "__module__", None) or ""
     if ours.startswith(("deos_fx.tokens", "deos_fx.operator", "deos_fx.forms")):
-        known = node.target in _static_operators()
+        known = node.target in allowed
         _require(known, stage, f"{node.name}: {name} is not a static operator")
 
 
@@ -179,7 +177,7 @@ def _check_decode(graph: fx.Graph) -> None:
         _require(not reduces, "decode", f"{node.name} reduces tokens")
         first = node.kwargs.get("layer_idx")
         for user in node.users:
-            layer = re.fullmatch(r"decoder_(\d+)", user.name)
-            if first is not None and layer is not None:
-                fits = int(layer[1]) >= int(first)
+            block = note_of(user).block
+            if first is not None and block is not None and block.stage == "decoder":
+                fits = block.index >= int(first)
                 _require(fits, "decode", f"{user.name} reads {node.name}, made for layer {first}")

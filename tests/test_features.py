@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,19 @@ from transformers import LlavaForConditionalGeneration
 
 from deos_fx import tokens
 from deos_fx.attention.mask import biased_mask, is_causal
-from deos_fx.attention.observation import OBSERVED, Observation
+from deos_fx.attention.observation import OBSERVED, AttentionView, Observation, received_attention
 from deos_fx.attention.seam import (
     ObservedBlock,
     PeekedBlock,
 )
-from deos_fx.attention.view import AttentionView, received_attention
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.inputs.complete import complete_inputs, prompt_layout
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.finish import finish
+from deos_fx.passes.notes import annotate_graph, note_of_graph
 from deos_fx.passes.observe.observe_block import bias_block
-from deos_fx.passes.observe.prompt_features import PromptFeatures
-from deos_fx.passes.observe.prompt_text import PromptText
-from deos_fx.passes.observe.tower_features import TowerFeatures
+from deos_fx.passes.observe.site_features import PromptFeatures, PromptText, TowerFeatures
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
@@ -357,7 +356,9 @@ def test_what_cannot_be_observed(
 def test_nothing_comes_behind_the_last_block() -> None:
     model = shared_llava(LAYERS)
     features = Features(model, inputs(model))
-    del features.graph_module.meta["blocks"]["vision_2"]
+    note = note_of_graph(features.graph_module)
+    blocks = {block: module for block, module in note.blocks.items() if block.name != "vision_2"}
+    annotate_graph(features.graph_module, replace(note, blocks=blocks))
     with pytest.raises(ValueError, match="no block comes behind vision.1"):
         features.at("projector", "keys@next")
 

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from deos_fx import operator
 from deos_fx.forms.needs import required_features
-from deos_fx.forms.relaxed import RelaxedReduction, has_relaxed_form, soft_top_k
+from deos_fx.forms.relaxed import RelaxedReduction, has_relaxed_form
+from deos_fx.forms.soft_top_k import soft_top_k
 from deos_fx.forms.static import (
     StaticOutput,
     static_reduce,

@@ -1,4 +1,4 @@
-"""The passes on small graphs built by hand, and what a lowered graph looks like.
+"""What a lowered graph looks like, and what `verify` finds in a damaged one.
 
 The texts under tests/goldens are the code of lowered graphs. After a change that is meant, write
 them again with UPDATE_GOLDENS=1 and read the difference.
@@ -6,9 +6,6 @@ them again with UPDATE_GOLDENS=1 and read the difference.
 
 from __future__ import annotations
 
-import gc
-import linecache
-import operator
 import os
 import re
 from pathlib import Path
@@ -17,19 +14,14 @@ from typing import Any
 import pytest
 import torch
 from tiny import inputs, shared_llava
-from torch import fx, nn
-from torch.fx.graph_module import _loader
+from torch import fx
 
 from deos_fx import presets, tokens
 from deos_fx.attention.seam import ObservedBlock
-from deos_fx.errors import GuardError, PassError, VerificationError
-from deos_fx.forms import relaxed
+from deos_fx.errors import PassError, VerificationError
+from deos_fx.forms.soft_top_k import soft_top_k
 from deos_fx.models.upstream import FORMER_CACHE
 from deos_fx.operator import top_k
-from deos_fx.passes.analyse.annotate_token_spaces import MASK
-from deos_fx.passes.finish import finish
-from deos_fx.passes.lower.open_space import open_space
-from deos_fx.passes.rewrite.fold_unstack import fold_unstack
 from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
 from deos_fx.passes.verify import verify
 from deos_fx.policy.policy import Policy
@@ -37,10 +29,6 @@ from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
 
 GOLDENS = Path(__file__).parent / "goldens"
-
-
-def module(graph: fx.Graph, **attributes: Any) -> fx.GraphModule:
-    return fx.GraphModule(attributes, graph)
 
 
 def lowered(*reductions: Reduction, decode: bool = False) -> fx.GraphModule:
@@ -57,115 +45,6 @@ def lowered(*reductions: Reduction, decode: bool = False) -> fx.GraphModule:
 
 def targets(graph_module: fx.GraphModule) -> set[str]:
     return {getattr(node.target, "__name__", node.target) for node in graph_module.graph.nodes}
-
-
-# *** fold_unstack ***
-
-
-def unrolled(rows: int) -> tuple[fx.Graph, list[fx.Node]]:
-    graph = fx.Graph()
-    parts = graph.call_function(torch.unbind, (graph.placeholder("x"),))
-    parts.meta["unrolled"] = rows
-    return graph, [graph.call_function(operator.getitem, (parts, i)) for i in range(rows)]
-
-
-def test_unrolled_rows_that_are_joined_again_become_a_reshape() -> None:
-    graph, rows = unrolled(2)
-    graph.output(graph.call_function(torch.cat, (rows,), {"dim": 0}))
-    folded = fold_unstack(module(graph))
-    assert [node.target for node in folded.graph.nodes] == ["x", "flatten", "output"]
-    x = torch.randn(3, 4, 5)
-    assert torch.equal(folded(x), x.flatten(0, 1))
-
-
-def test_unrolled_rows_that_are_flattened_and_joined_become_a_reshape() -> None:
-    graph, rows = unrolled(2)
-    flat = [graph.call_method("flatten", (row, 0, 1)) for row in rows]
-    graph.output(graph.call_function(torch.cat, (flat,), {"dim": 0}))
-    folded = fold_unstack(module(graph))
-    assert [node.target for node in folded.graph.nodes] == ["x", "flatten", "output"]
-    x = torch.randn(3, 4, 5)
-    assert torch.equal(folded(x), x.flatten(0, 2))
-
-
-@pytest.mark.parametrize("how", ["added", "turned", "joined elsewhere"])
-def test_what_cannot_be_folded_is_guarded(how: str) -> None:
-    graph, rows = unrolled(2)
-    if how == "added":
-        result = graph.call_function(torch.add, tuple(rows))
-    elif how == "turned":
-        result = graph.call_function(torch.cat, (rows[::-1],))
-    else:
-        result = graph.call_function(torch.cat, (rows,), {"dim": 1})
-    graph.output(result)
-    guarded = fold_unstack(module(graph))
-    guarded(torch.randn(2, 4, 5))
-    with pytest.raises(GuardError, match="captured for 2, called with 3"):
-        guarded(torch.randn(3, 4, 5))
-
-
-# *** finish ***
-
-
-def test_finish_drops_what_nothing_reads() -> None:
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    graph.call_module("unused", (x,))
-    graph.output(graph.call_module("used", (x,)))
-    used = nn.ReLU()
-    done = finish(module(graph, used=used, unused=nn.Linear(2, 2)))
-    assert done.used is used and not hasattr(done, "unused")
-    assert "unused" not in done.code
-
-
-def test_finish_refuses_a_malformed_graph() -> None:
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    first = graph.call_function(torch.neg, (x,))
-    second = graph.call_function(torch.abs, (first,))
-    graph.output(second)
-    broken = module(graph)
-    second.append(first)
-    with pytest.raises(RuntimeError, match="before it has been defined"):
-        finish(broken)
-
-
-# *** open_space ***
-
-
-def test_a_new_space_reindexes_what_is_read_behind_the_cut() -> None:
-    graph = fx.Graph()
-    names = ("x", "table", "mask", "labels", "index")
-    x, table, mask, labels, index = map(graph.placeholder, names)
-    cut = graph.call_function(torch.tanh, (x,))
-    before = graph.call_function(torch.mul, (cut, table))
-    flat = graph.call_method("flatten", (labels,))
-    reduced = graph.call_function(tokens.take, (cut, index))
-    behind = graph.call_function(torch.add, (cut, table))
-    masked = graph.call_function(torch.mul, (behind, mask))
-    again = graph.call_function(torch.sub, (masked, table))
-    loss = graph.call_function(torch.mul, (graph.call_method("flatten", (again,)), flat))
-    graph.output((before, again, loss))
-    axes = {table: 1, mask: MASK, labels: 1, flat: 0, cut: 1, x: 1}
-    for node in graph.nodes:
-        node.meta["prompt_axes"] = axes.get(node)
-    replaced: dict[fx.Node, fx.Node] = {}
-    open_space(graph, cut, reduced, index, replaced, "space")
-    result = module(graph)
-    result.graph.lint()
-    assert before.args == (cut, table), "what comes before the cut stays in the old space"
-    assert behind.args == (reduced, replaced[table]), "everything behind it is in the new one"
-    assert again.args[1] is replaced[table], "a value is re-indexed once"
-    assert replaced[table].name == "table_space"
-
-    x, mask, labels = torch.randn(3, 3, 7)
-    table = torch.randn(1, 7)
-    kept = torch.stack([torch.randperm(7)[:4].sort().values for _ in range(3)])
-    old, new, loss = result(x, table, mask, labels, kept)
-    assert torch.equal(old, x.tanh() * table)
-    expected = ((x.tanh() + table) * mask - table).gather(1, kept)
-    assert torch.equal(new, expected)
-    assert torch.equal(loss, (expected * labels.gather(1, kept)).flatten())
 
 
 # *** lowering ***
@@ -297,7 +176,7 @@ def counted(graph_module: fx.GraphModule) -> None:
 def softened(graph_module: fx.GraphModule) -> None:
     head = graph_module.graph.output_node().args[0]["logits"]
     with graph_module.graph.inserting_after(head):
-        graph_module.graph.call_function(relaxed.soft_top_k, (head, 3, 1.0, head))
+        graph_module.graph.call_function(soft_top_k, (head, 3, 1.0, head))
 
 
 def forgotten(graph_module: fx.GraphModule) -> None:
@@ -331,15 +210,3 @@ def test_verify_finds_damage(damage: Any, message: str) -> None:
 def test_verify_finds_a_reduction_in_decoding() -> None:
     with pytest.raises(VerificationError, match="reduces tokens"):
         verify(lowered(Reduction("decoder.1", 16)), "decode")
-
-
-def test_the_source_of_a_graph_goes_with_it() -> None:
-    graph_module = lowered(Reduction("decoder.0", 16))
-    source = type(graph_module).forward.__code__.co_filename
-    assert source in _loader.eval_cache and linecache.getline(source, 1)
-    finish(graph_module)
-    assert source not in _loader.eval_cache
-    source = type(graph_module).forward.__code__.co_filename
-    del graph_module
-    gc.collect()
-    assert source not in _loader.eval_cache and source not in linecache.cache

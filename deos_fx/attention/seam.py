@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from deos_fx.attention.mask import attention_modules, attention_of
-from deos_fx.attention.observation import Asked, Observation
-from deos_fx.attention.view import AttentionView, observe
+from deos_fx.attention.observation import Asked, AttentionView, Observation, observe
 from deos_fx.models.views import shallow_copy
 
 __all__ = ["ObservedBlock", "PeekedBlock"]

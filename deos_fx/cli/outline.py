@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from deos_fx.cost.model import CostModel
 from deos_fx.inputs.complete import complete_inputs, normal_inputs
+from deos_fx.models.blocks import Block
 from deos_fx.models.facts import grid_of, image_token_of
-from deos_fx.passes.analyse.find_sites import Sites
+from deos_fx.passes.analyse.sites import Encoder, Sites
+from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.passes.pipeline import Captured, capture_call
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction, split_site
@@ -155,9 +157,7 @@ def _rows(model: PreTrainedModel, captured: Captured, visual: int, text: int) ->
     graph, sites = captured.graph_module.graph, captured.sites
     assert sites is not None, "the inputs have an image"
     nodes = {node.name: node for node in graph.nodes}
-    paths: Sequence[str] = (*captured.blocks.vision, *captured.blocks.decoder)
-    names = captured.blocks.names().values()
-    modules = dict(zip(names, map(model.get_submodule, paths), strict=True))
+    modules = note_of_graph(captured.graph_module).blocks
     for site in sites.sites:
         stage, number = split_site(site.name)
         if stage == "projector":
@@ -167,18 +167,18 @@ def _rows(model: PreTrainedModel, captured: Captured, visual: int, text: int) ->
         # The tokens of a vision block are known only if the graph shows the inside of the tower.
         tokens, share = (text + visual, visual) if stage == "decoder" else (0, 0)
         node = nodes.get(site.node)
-        if stage == "vision" and node is not None and sites.sees_tower:
-            tokens = node.meta["shape"][-2]
+        if stage == "vision" and node is not None and sites.encoder is Encoder.PATCHWISE:
+            tokens = note_of(node).shape[-2]
             share = tokens - sites.class_tokens
-        kind = type(modules[f"{stage}_{number}"]).__name__
-        used = site.node in nodes or sites.merged
+        kind = type(modules[Block(stage, number)]).__name__
+        used = site.node in nodes or sites.encoder is Encoder.OPAQUE
         yield Row(stage, number, number, kind, tokens, share, site.reason, site.scores, used)
 
 
 def _projector(model: PreTrainedModel, captured: Captured, sites: Sites) -> str:
     """Return the class of the module that projects the tower's output to the text's width."""
     # Case: the encoder is one node, and its projector is not in the graph.
-    if sites.merged:
+    if sites.encoder is Encoder.OPAQUE:
         return _last_named(model)
     graph_module = captured.graph_module
     node = next(node for node in graph_module.graph.nodes if node.name == sites.features)

@@ -145,25 +145,25 @@ class Choice:
             self.anchors = parts[0]
             if self.last_of and i + 1 == len(self.tiers):
                 # Another pick may have made way, so the flags are computed again from all parts.
-                parts, taken = self._with_last(parts, self._alone_behind()), None
+                parts, taken = self._with_last(parts, self._picks_after_last()), None
             if i + 1 < len(tiers):
                 for part in parts if taken is None else parts[-1:]:
                     now = self.call(gather.chosen, part, self.tokens)
                     taken = now if taken is None else self.call(torch.add, taken, now)
         return parts
 
-    def _alone_behind(self) -> int:
+    def _picks_after_last(self) -> int:
         """Return how many picks of a single tier come after the last token: the residual one."""
         return int(self.reduction.has_rest and not self.reduction.tiers and self.count > 1)
 
-    def _with_last(self, parts: list[Any], behind: int = 0) -> list[Any]:
+    def _with_last(self, parts: list[Any], after: int = 0) -> list[Any]:
         """Include the last token of a prompt that ends here in the picks of the tiers."""
         if not self.last_of:
             return parts
         kept = parts[0] if len(parts) == 1 else self.call(torch.cat, parts, 1)
         if self.last_of > 1 and self.is_constant(kept):
             kept = self.call(gather.for_each_row, kept, self.tokens)
-        given = (self.token_axis(kept), self.last_of, behind)
+        given = (self.token_axis(kept), self.last_of, after)
         kept = self.call(gather.with_last, kept, *given)
         if len(parts) == 1:
             return [kept]

@@ -17,78 +17,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deos_fx.forms.needs import feature_name
+from deos_fx.forms.soft_top_k import SATURATED, soft_top_k
 from deos_fx.operator import assign, grid, sequential, transfer
 from deos_fx.operator.scores import LOG_FLOOR, SCORES, combine, standardize
 from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.reduction import Reduction
 
-__all__ = ["RelaxedOutput", "RelaxedReduction", "has_relaxed_form", "soft_top_k"]
+__all__ = ["RelaxedOutput", "RelaxedReduction", "has_relaxed_form"]
 
 HARD = 1e-3
 """Below this temperature, tokens are assigned to the nearest token only."""
 SOFT = 1e3
 """From this temperature on, tokens are assigned to all tokens equally."""
-SATURATED = 40.0
-"""A logit whose sigmoid is 0 or 1 to double precision."""
 AHEAD = 10.0
 """A lead, in deviations of the score, that is certain to open a gate first."""
 NEGLIGIBLE = 0.005
 """Parameters closer than this to a value that removes their operator are set to that value."""
-
-
-def soft_top_k(score: Tensor, count: Tensor | float, temperature: float, alive: Tensor) -> Tensor:
-    """Return gates in [0, alive] that open for the largest scores and sum to ``count`` per row.
-
-    g_i = alive_i * sigmoid((s_i - t) / temperature), with t such that sum_i g_i = count. The
-    threshold is found by bisection, and gradients follow from the implicit function theorem: with
-    the slopes h_i = dg_i/ds_i at fixed t and w_i = h_i / sum_j h_j,
-
-        dg_i = h_i (ds_i - sum_j w_j ds_j) + w_i (dcount - sum_j sigmoid_j dalive_j)
-               + sigmoid_i dalive_i.
-
-    w is a softmax in closed form, so the gradient to the count is finite even where all slopes
-    underflow (at saturated gates, where the token next to leave or to enter gets all of it).
-
-    Args:
-        score: [B, V].
-        count: At most the sum of ``alive``; one number for all rows, or [B].
-        temperature: Width of the transition, in units of the score.
-        alive: Gates so far [B, V], in [0, 1].
-    """
-    count = torch.as_tensor(count, dtype=score.dtype, device=score.device).expand(score.shape[:1])
-    with torch.no_grad():
-        gates, opening, share = _solve(score.double(), count.double(), temperature, alive.double())
-        slope = gates * (1 - opening) / temperature
-        gates, opening, share, slope = (x.to(score.dtype) for x in (gates, opening, share, slope))
-    score_step, count_step, alive_step = (x - x.detach() for x in (score, count, alive))
-    score_step = score_step - (share * score_step).sum(dim=-1, keepdim=True)
-    alive_step = opening * alive_step
-    freed = count_step.unsqueeze(-1) - alive_step.sum(dim=-1, keepdim=True)
-    return gates + slope * score_step + share * freed + alive_step
-
-
-def _solve(
-    score: Tensor, count: Tensor, temperature: float, alive: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gates, the sigmoids and the shares w of ``soft_top_k``, all [B, V]."""
-    count = torch.minimum(count, alive.sum(dim=-1)).unsqueeze(-1)
-    low = score.amin(dim=-1, keepdim=True) - SATURATED * temperature
-    high = score.amax(dim=-1, keepdim=True) + SATURATED * temperature
-    for _ in range(64):
-        # Bisection: a threshold that is too low opens the gates too far.
-        middle = (low + high) / 2
-        total = (alive * ((score - middle) / temperature).sigmoid()).sum(dim=-1, keepdim=True)
-        low, high = (
-            torch.where(total > count, middle, low),
-            torch.where(total > count, high, middle),
-        )
-    x = (score - low) / temperature
-    share = (alive.clamp_min(LOG_FLOOR).log() + F.logsigmoid(x) + F.logsigmoid(-x)).softmax(dim=-1)
-    opening = x.sigmoid()
-    gates = alive * opening
-    # Spread the remaining error of the bisection in proportion to the slopes.
-    gates = gates + share * (count - gates.sum(dim=-1, keepdim=True))
-    return torch.minimum(gates.clamp_min(0), alive), opening, share
 
 
 class RelaxedOutput(NamedTuple):

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.errors import CaptureError
 
-__all__ = ["Blocks", "find_blocks", "image_tower"]
+__all__ = ["Block", "Blocks", "find_blocks", "image_tower"]
 
 _CACHES = "transformers.cache_utils"
 
@@ -22,6 +22,34 @@ _INSTEAD = (
 
 # transformers' names of the kinds of layers that keep a running state instead of keys.
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "hybrid")
+
+
+@dataclass(frozen=True, order=True)
+class Block:
+    """One transformer block of a model.
+
+    Attributes:
+        stage: ``vision`` or ``decoder``.
+        index: Its place in its stage, from 0.
+    """
+
+    stage: str
+    index: int
+
+    @property
+    def name(self) -> str:
+        """Return its name in graphs: ``vision_0``, ``decoder_0``, ..."""
+        return f"{self.stage}_{self.index}"
+
+    @property
+    def site(self) -> str:
+        """Return the name of the site right after it: ``vision.0``, ``decoder.0``, ..."""
+        return f"{self.stage}.{self.index}"
+
+    @property
+    def next(self) -> Block:
+        """Return the block after it, which the model need not have."""
+        return Block(self.stage, self.index + 1)
 
 
 @dataclass(frozen=True)
@@ -36,10 +64,10 @@ class Blocks:
     vision: tuple[str, ...]
     decoder: tuple[str, ...]
 
-    def names(self) -> dict[str, str]:
-        """Return the node name of every module path: ``vision_0``, ``decoder_0``, ..."""
-        return {path: f"vision_{i}" for i, path in enumerate(self.vision)} | {
-            path: f"decoder_{i}" for i, path in enumerate(self.decoder)
+    def by_path(self) -> dict[str, Block]:
+        """Return module path -> block."""
+        return {path: Block("vision", i) for i, path in enumerate(self.vision)} | {
+            path: Block("decoder", i) for i, path in enumerate(self.decoder)
         }
 
 

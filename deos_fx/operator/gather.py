@@ -61,7 +61,7 @@ def others(kept: Tensor, tokens: Tensor) -> Tensor:
     return falling.scatter(1, kept, 0.0).topk(left, dim=1).indices
 
 
-def with_last(kept: Tensor, tokens: Tensor, images: int, behind: int = 0) -> Tensor:
+def with_last(kept: Tensor, tokens: Tensor, images: int, after: int = 0) -> Tensor:
     """Return the same choice, made to include the last token of the last image.
 
     That token counts as the last pick; if it was not picked, the last pick makes way for it.
@@ -70,7 +70,7 @@ def with_last(kept: Tensor, tokens: Tensor, images: int, behind: int = 0) -> Ten
         kept: Indices [R, K] in the order of the picks.
         tokens: [R, V, d]; only its shape is read.
         images: Rows of one prompt, which are its images.
-        behind: Number of picks that stay after it (the residual token), fewer than K.
+        after: Number of picks that stay after it (the residual token), fewer than K.
 
     Returns:
         [R, K].
@@ -81,7 +81,7 @@ def with_last(kept: Tensor, tokens: Tensor, images: int, behind: int = 0) -> Ten
     leaves = torch.where(kept == last, place, kept.shape[1] * 2).amin(dim=1, keepdim=True)
     leaves = leaves.clamp(max=kept.shape[1] - 1)
     others = kept.gather(1, (place + (place >= leaves)).clamp(max=kept.shape[1] - 1))
-    here = kept.shape[1] - 1 - behind
+    here = kept.shape[1] - 1 - after
     moved = torch.cat(
         [others[:, :here], torch.full_like(others[:, :1], last), others[:, here:-1]], dim=1
     )

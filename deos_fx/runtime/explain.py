@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from deos_fx.operator.transfer import importance
+from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction, split_site
 from deos_fx.results.explanation import SiteExplanation
@@ -45,12 +46,11 @@ def explain(
     slots = _Slots(positions, inputs["input_ids"], layout)
     explanations = []
     for reduction in policy.reductions:
-        suffix = reduction.site.replace(".", "")
-        seen = watching.seen[suffix]
+        seen = watching.seen[reduction.site]
         images = 1 if split_site(reduction.site)[0] == "decoder" else layout.images
         # Values that lowering computed as constants are the same in all rows.
-        for (site, role), constant in graph_module.meta.get("explains", {}).items():
-            if site == suffix:
+        for (site, role), constant in note_of_graph(graph_module).explains.items():
+            if site == reduction.site:
                 rows = images * len(positions)
                 seen[role] = constant.to(positions.device).expand(rows, *constant.shape[1:])
         per_row = positions.unflatten(1, (images, -1)).flatten(0, 1)
@@ -73,7 +73,7 @@ class _Watching(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        for site, role in n.meta.get("explains", ()):
+        for site, role in note_of(n).explains:
             self.seen.setdefault(site, {})[role] = value
         return value
 

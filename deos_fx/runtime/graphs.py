@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from deos_fx.errors import GuardError
 from deos_fx.inputs.structure import configs_of, structure_of
 from deos_fx.models.upstream import CACHE
+from deos_fx.passes.notes import note_of_graph
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.policy.policy import Policy
 from deos_fx.recent import Recent
@@ -111,7 +112,7 @@ class Graphs:
             else:
                 # Marks the capture as the most recently used.
                 self._captures.get(capture)
-                return fields, graph_module.meta["output_class"]
+                return fields, note_of_graph(graph_module).output_class
 
     def prefill(self, inputs: Mapping[str, Any], layout: PromptLayout) -> fx.GraphModule:
         """Return the lowered graph of a prefill of these inputs, captured if need be."""

@@ -7,7 +7,6 @@ from types import FunctionType
 from deos_fx.tokens.bias import (
     gate_bias,
     mass_bias,
-    ones_at,
     ones_like_tokens,
     patch_bias,
     patch_gate_bias,
@@ -77,7 +76,6 @@ __all__ = [
     "masses_of_prompt",
     "of_images",
     "of_prompts",
-    "ones_at",
     "ones_like_tokens",
     "patch_bias",
     "patch_gate_bias",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deos_fx.operator.scores import LOG_FLOOR
 
-__all__ = ["gate_bias", "mass_bias", "ones_at", "ones_like_tokens", "patch_bias", "patch_gate_bias"]
+__all__ = ["gate_bias", "mass_bias", "ones_like_tokens", "patch_bias", "patch_gate_bias"]
 
 
 def patch_bias(mass: Tensor, class_tokens: int, beta: float) -> Tensor:
@@ -62,11 +62,6 @@ def patch_gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, class_tokens: int
     """
     bias = alive.float().clamp_min(LOG_FLOOR).log() + beta * mass.float().log()
     return torch.nn.functional.pad(bias, (class_tokens, 0))
-
-
-def ones_at(visual: Tensor) -> Tensor:
-    """Return open gates [B, V] for visual positions [B, V]."""
-    return torch.ones_like(visual, dtype=torch.float32)
 
 
 def ones_like_tokens(visual: Tensor) -> Tensor:

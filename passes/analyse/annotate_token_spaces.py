@@ -19,12 +19,9 @@ from transformers import Cache
 from deos_fx.models.shapes_only import ShapesOnly, shaped
 from deos_fx.passes.capture.leaves import MaskBuilder
 from deos_fx.passes.graph import made_of
+from deos_fx.passes.notes import MASK, annotate, note_of
 
-__all__ = ["MASK", "annotate_token_spaces", "kind_of_mask", "padding_node", "position_tables"]
-
-# Marks masks. Their prompt axes follow from their role, not from shapes: their value may be None
-# in one run and 4-D in the next.
-MASK = "mask"
+__all__ = ["annotate_token_spaces", "kind_of_mask", "padding_node", "position_tables"]
 
 # Kinds of masks, in transformers' words, that only say which tokens are padding: their layers keep
 # a running state and do not attend.
@@ -34,17 +31,11 @@ _OF_PADDING = {"conv", "linear_attention", "recurrent_attention_mask"}
 def annotate_token_spaces(
     graph_module: fx.GraphModule, inputs: Mapping[str, Any], length_of: str = "input_ids"
 ) -> fx.GraphModule:
-    """Write ``meta["prompt_axes"]``, ``"shape"``, ``"dtype"`` and ``"content"`` on every node.
+    """Write the axes, shape, dtype, content and kind of mask of every value into its node's note.
 
-    ``prompt_axes`` is `MASK` for attention masks. Otherwise it is nested like the node's value and
-    has, for each leaf, the axis that runs over the prompt, or None. ``shape`` is the nested shape
-    of the value in the example run; ``dtype`` is set where the value is one tensor. ``content`` is
-    False for values that depend on no tensor's contents by a differentiable path: masks and rotary
-    tables read only the shape of the hidden states they are given.
-
-    Masks that transformers' functions make also get ``padding`` (whether they only say which tokens
-    are padding) and, on the node that makes them, ``plain_mask`` (whether nothing matters but the
-    order of the tokens and padding).
+    1. The inputs with a row for every token and every query, and what functions of transformers
+       make, are masks.
+    2. The axes of any other value are those whose length differs between the two runs.
 
     Args:
         graph_module: A captured graph.
@@ -67,26 +58,33 @@ def annotate_token_spaces(
     shapes = [run.shapes for run in runs]
     prepared_mask = None
     for node in graph_module.graph.nodes:
-        node.meta["shape"] = shapes[0].get(node)
-        node.meta["dtype"] = runs[0].dtypes.get(node)
-        node.meta["content"] = node in runs[0].content
+        axes, padding, plain = None, False, None
         if node.target == "attention_mask" and inputs["attention_mask"].ndim == 4:
-            # Case: the caller gives a whole mask of queries and keys.
-            node.meta["prompt_axes"], prepared_mask = MASK, node
+            # Case 1: the caller gives a whole mask of queries and keys.
+            axes, prepared_mask = MASK, node
         elif _is_mask_builder(graph_module, node):
-            # Case: a function of transformers makes the mask, or one is taken out of its dict.
-            node.meta["prompt_axes"] = MASK
-            node.meta["padding"] = kind_of_mask(node) in _OF_PADDING
+            # Case 1: a function of transformers makes the mask, or one is taken out of its dict.
+            axes, padding = MASK, kind_of_mask(node) in _OF_PADDING
             if node.op == "call_module":
                 builder: Any = graph_module.get_submodule(str(node.target))
                 prepared = prepared_mask in node.all_input_nodes
-                node.meta["plain_mask"] = builder.is_plain(node.kwargs) and not prepared
+                plain = builder.is_plain(node.kwargs) and not prepared
         elif node.op != "output":
-            # Case: any other value; compare its shapes of the two runs.
-            node.meta["prompt_axes"] = pytree.tree_map(
+            # Case 2: any other value.
+            axes = pytree.tree_map(
                 _changed_axis, shapes[0][node], shapes[1][node], is_leaf=_is_shape
             )
-        node.meta.pop("example", None)
+        annotate(
+            node,
+            axes=axes,
+            shape=shapes[0].get(node),
+            dtype=runs[0].dtypes.get(node),
+            content=node in runs[0].content,
+            padding=padding,
+            plain=plain,
+            # Its shape is known now.
+            example=None,
+        )
     return graph_module
 
 
@@ -96,7 +94,7 @@ def position_tables(graph_module: fx.GraphModule) -> list[fx.Node]:
         node
         for node in graph_module.graph.find_nodes(op="call_module")
         if any(source.name == "position_ids" for source in node.all_input_nodes)
-        and node.meta["prompt_axes"] != MASK
+        and not note_of(node).is_mask
         and not list(graph_module.get_submodule(str(node.target)).parameters())
     ]
 
@@ -104,7 +102,7 @@ def position_tables(graph_module: fx.GraphModule) -> list[fx.Node]:
 def padding_node(graph_module: fx.GraphModule) -> fx.Node | None:
     """Return the input with flags [B, N] of real tokens, or None if the call has none."""
     found = graph_module.graph.find_nodes(op="placeholder", target="attention_mask")
-    return next((node for node in found if node.meta["prompt_axes"] != MASK), None)
+    return next((node for node in found if not note_of(node).is_mask), None)
 
 
 def kind_of_mask(mask: fx.Node) -> str:
@@ -144,11 +142,11 @@ class _ShapeRun(fx.Interpreter):
         if n.op != "placeholder" and n not in self.needed:
             # Case: only guards read it. It may look at values, which are not there.
             value = None
-        elif "example" in n.meta:
+        elif note_of(n).example is not None:
             # Case: an image encoder. It would read the same sizes of images again, so its result
             # has the shape of the example run's.
-            value = pytree.tree_map_only(torch.Tensor, _like, n.meta["example"])
-        elif n.meta.get("keeps_shape") and n in self.needed:
+            value = pytree.tree_map_only(torch.Tensor, _like, note_of(n).example)
+        elif note_of(n).keeps_shape:
             # Case: a block that keeps the shape of its input. It is not run: experts are chosen by
             # value, and not every kernel runs on shapes.
             value = _like(self.fetch_args_kwargs_from_env(n)[0][0])

@@ -6,7 +6,8 @@ from torch import fx
 
 from deos_fx.attention.observation import OBSERVED
 from deos_fx.forms.needs import required_features
-from deos_fx.passes.analyse.find_sites import Site, Sites
+from deos_fx.passes.analyse.sites import Encoder, Site, Sites
+from deos_fx.passes.notes import note_of
 from deos_fx.policy.reduction import Reduction, split_site
 from deos_fx.tokens.layout import PromptLayout
 
@@ -36,13 +37,13 @@ def check_reduction(
     before_decoder = split_site(name)[0] != "decoder"
     # Features that have to be observed in a block, whatever the block (``keys``, ``keys@next``).
     hidden_from = sorted(need for need in needs if need.partition("@")[0] in OBSERVED)
-    if before_decoder and hidden_from and not sites.sees_tower:
+    if before_decoder and hidden_from and sites.encoder is not Encoder.PATCHWISE:
         raise ValueError(
             f"{name} has no {', '.join(hidden_from)}: its tokens are not those of a block of the "
             "vision tower. Use scores and similarities of the features themselves."
         )
     # Merged features already stand at their placeholders, so they cannot change their order.
-    if before_decoder and sites.merged and reduction.order != "position":
+    if before_decoder and sites.encoder is Encoder.OPAQUE and reduction.order != "position":
         raise ValueError(
             f"{name}: the features of this model enter the prompt in the order of the image. Use "
             "order='position'."
@@ -57,7 +58,7 @@ def check_reduction(
         _check_packed(reduction, needs, layout.packed)
     mask = None if before_decoder else nodes[site.node].kwargs.get("attention_mask")
     # A layer that takes a mask of padding alone is a convolution or keeps a state.
-    if hidden_from and isinstance(mask, fx.Node) and mask.meta.get("padding"):
+    if hidden_from and isinstance(mask, fx.Node) and note_of(mask).padding:
         raise ValueError(
             f"{name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use scores and "
             "similarities of the hidden states themselves, or another site."
@@ -69,7 +70,7 @@ def check_reduction(
         )
     # Position ids [B, N] are one number per token; with several coordinates they have a third axis.
     ids = nodes["position_ids"]
-    if reduction.position != "keep" and len(ids.meta["shape"]) != 2:
+    if reduction.position != "keep" and len(note_of(ids).shape) != 2:
         raise ValueError(
             f"position {reduction.position!r} works where a position is one number, and this "
             "model's have several coordinates: use position='keep'."

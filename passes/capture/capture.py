@@ -22,11 +22,13 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from deos_fx.errors import CaptureError
+from deos_fx.models.blocks import Block
 from deos_fx.models.shapes_only import plain_attention, without_missing_weights
 from deos_fx.models.views import is_offloaded
 from deos_fx.passes.capture.replacements import TRACER, replacements_of
 from deos_fx.passes.capture.tracer import Tracer
 from deos_fx.passes.finish import finish
+from deos_fx.passes.notes import GraphNote, annotate_graph
 from deos_fx.replaced import replaced
 
 __all__ = ["capture"]
@@ -35,7 +37,7 @@ __all__ = ["capture"]
 def capture(
     model: PreTrainedModel,
     inputs: Mapping[str, Any],
-    block_names: Mapping[str, str],
+    blocks: Mapping[str, Block],
     *,
     opaque_encoder: bool = False,
 ) -> fx.GraphModule:
@@ -45,19 +47,18 @@ def capture(
         model: The unmodified model, in eval mode. Its weights are shared, never copied.
         inputs: Arguments of its forward. Tensors, caches and numbers become graph inputs,
             everything else is part of the structure, and the graph holds for this value only.
-        block_names: Module path of every transformer block -> node name.
+        blocks: Module path of every transformer block -> the block.
         opaque_encoder: Record the image encoder as one node.
 
     Returns:
         A `GraphModule` with the same inputs that returns a dict of the model's output fields,
-        without the outputs of encoders among them.
-        ``meta["output_class"]`` is the model's output class; ``meta["blocks"]`` has all blocks by
-        node name, including those whose output nothing uses.
+        without the outputs of encoders among them. It has a `GraphNote`, and its blocks are marked
+        in the notes of their nodes.
 
     Raises:
         CaptureError: If the model's code does something that cannot be recorded.
     """
-    tracer = Tracer(model, block_names)
+    tracer = Tracer(model, blocks)
     _check_offloaded(tracer, model)
     arguments = {
         name: tracer.placeholder(name, value) if _is_data(value) else value
@@ -73,10 +74,8 @@ def capture(
     }
     tracer.create_node("output", "output", (tracer.create_arg(fields),), {})
     graph_module = fx.GraphModule(tracer.attributes(), tracer.graph, f"{type(model).__name__}Graph")
-    graph_module.meta["output_class"] = type(result)
-    graph_module.meta["blocks"] = {
-        name: model.get_submodule(path) for path, name in block_names.items()
-    }
+    modules = {block: model.get_submodule(path) for path, block in blocks.items()}
+    annotate_graph(graph_module, GraphNote(type(result), modules))
     return finish(graph_module)
 
 

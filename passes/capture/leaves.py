@@ -1,4 +1,4 @@
-"""Modules of this package that are nodes of a captured graph."""
+"""Modules and functions of this package that are nodes of a captured graph."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from transformers import masking_utils
 
+from deos_fx.errors import GuardError
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import shallow_copy
 
-__all__ = ["ImageEncoder", "MaskBuilder", "first_of"]
+__all__ = ["ImageEncoder", "MaskBuilder", "check_guard", "first_of"]
 
 # Arguments of a mask function that add nothing to a causal mask with padding.
 _PLAIN = {
@@ -24,6 +25,21 @@ _PLAIN = {
     "layer_idx",
     "allow_is_causal_skip",
 }
+
+
+@fx.node.has_side_effect
+def check_guard(value: Any, expected: Any) -> None:
+    """Raise `GuardError` unless ``value`` is what the captured run saw.
+
+    Args:
+        value: Result of a recorded comparison or length.
+        expected: Its value during capture.
+
+    Raises:
+        GuardError: If the two differ.
+    """
+    if value != expected:
+        raise GuardError(f"captured for {expected!r}, called with {value!r}")
 
 
 class MaskBuilder(nn.Module):

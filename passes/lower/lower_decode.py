@@ -18,8 +18,10 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 from transformers.masking_utils import create_causal_mask
 
 from deos_fx.models.upstream import CACHE
-from deos_fx.passes.analyse.annotate_token_spaces import MASK, kind_of_mask, position_tables
+from deos_fx.passes.analyse.annotate_token_spaces import kind_of_mask, position_tables
 from deos_fx.passes.finish import finish
+from deos_fx.passes.graph import blocks_of
+from deos_fx.passes.notes import MASK, annotate, note_of
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import split_site
@@ -64,7 +66,7 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
         The same graph module.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    layers = [node for name, node in nodes.items() if name.startswith("decoder_")]
+    layers = list(blocks_of(graph_module.graph, "decoder").values())
     tables = position_tables(graph_module)
     # The layers of a space end where the next space begins.
     ends = [*(space.first_layer for space in spaces[1:]), len(layers)][: len(spaces)]
@@ -73,7 +75,7 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
         # The rule ``keep`` keeps the positions of the space before, which may have moved.
         same = [] if space.moved else [nodes["position_ids"], *tables]
         before = {node: replaced[node] for node in same if node in replaced}
-        replaced, key_bias = _inputs_of(graph_module, nodes, tables, k, space)
+        replaced, key_bias = _inputs_of(graph_module, nodes, layers, tables, k, space)
         replaced |= before
         for node in layers[space.first_layer : end]:
             node.args, node.kwargs = fx.node.map_arg(
@@ -111,6 +113,7 @@ def decode_spaces(policy: Policy) -> tuple[DecodeSpace, ...]:
 def _inputs_of(
     graph_module: fx.GraphModule,
     nodes: dict[str, fx.Node],
+    layers: list[fx.Node],
     tables: list[fx.Node],
     k: int,
     space: DecodeSpace,
@@ -120,6 +123,7 @@ def _inputs_of(
     Args:
         graph_module: The graph. Changed in place.
         nodes: All nodes by name, as they were before the first space.
+        layers: The decoder layers.
         tables: The rotary tables.
         k: Number of the space, from 1.
         space: The space.
@@ -142,8 +146,8 @@ def _inputs_of(
     # One mask for layers with a window and one for all others.
     windows: dict[bool, fx.Node] = {}
     for node in nodes.values():
-        is_mask = node.meta.get("prompt_axes") == MASK
-        if is_mask and not _is_plain(node):
+        is_mask = note_of(node).is_mask
+        if is_mask and not note_of(node).plain:
             # Case: a mask of windows or blocks of image tokens, or of padding.
             if _is_of_attention(node):
                 sliding = "sliding" in kind_of_mask(node)
@@ -152,7 +156,7 @@ def _inputs_of(
                 replaced[node] = windows[sliding]
         elif is_mask or (space.moved and node in tables):
             # Case: a plain causal mask, or a rotary table of positions that have moved.
-            with graph.inserting_before(nodes[f"decoder_{space.first_layer}"]):
+            with graph.inserting_before(layers[space.first_layer]):
                 again = graph.node_copy(node, lambda value: replaced.get(value, value))
             if is_mask:
                 # The mask is as wide as this layer's cache.
@@ -225,27 +229,25 @@ class WindowMask(nn.Module):
         return near
 
 
-def _is_plain(mask: fx.Node) -> bool:
-    """Return whether a mask depends on the order of tokens and padding alone."""
-    return bool(mask.meta.get("plain_mask", False))
-
-
 def _is_of_attention(mask: fx.Node) -> bool:
     """Return whether decoder layers attend with this mask.
 
     A dict of masks for all kinds of layers is read by no layer itself. Padding masks of stateful
     layers concern the new tokens only.
     """
-    read = any(user.name.startswith("decoder_") for user in mask.users)
-    return read and not mask.meta["padding"]
+    return bool(_layers_that_read(mask)) and not note_of(mask).padding
+
+
+def _layers_that_read(mask: fx.Node) -> list[int]:
+    """Return the indices of the decoder layers that take a mask."""
+    blocks = (note_of(user).block for user in mask.users)
+    return [block.index for block in blocks if block is not None and block.stage == "decoder"]
 
 
 def _layer_of(mask: fx.Node, space: DecodeSpace) -> int:
     """Return the first layer of a space that reads a mask, which must be as wide as its cache."""
-    numbers = [user.name.partition("decoder_")[2] for user in mask.users]
-    layers = [int(number) for number in numbers if number.isdigit()]
-    behind = [layer for layer in layers if layer >= space.first_layer]
-    return min(behind, default=space.first_layer)
+    of_space = [layer for layer in _layers_that_read(mask) if layer >= space.first_layer]
+    return min(of_space, default=space.first_layer)
 
 
 def _mask_of_space(
@@ -283,16 +285,10 @@ def _mask_of_space(
     graph_module.add_submodule(name, WindowMask(config, window))
     arguments = {**kwargs, "layer_idx": _layer_of(mask, space)}
     # After everything that the original mask reads, before anything that reads it.
-    with graph.inserting_before(min(made.users, key=_order(graph))):
+    with graph.inserting_before(min(made.users)):
         node = graph.create_node("call_module", name, (), arguments, name)
-    node.meta["prompt_axes"] = MASK
+    annotate(node, axes=MASK)
     return node
-
-
-def _order(graph: fx.Graph) -> Any:
-    """Return a sort key: the place of a node in the graph."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    return order.__getitem__
 
 
 def _latest(replaced: dict[fx.Node, fx.Node], value: fx.Node) -> fx.Node:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from deos_fx.passes.analyse.annotate_token_spaces import MASK
-from deos_fx.passes.capture.guards import check_guard
+from deos_fx.passes.capture.leaves import check_guard
+from deos_fx.passes.notes import annotate, note_of
 from deos_fx.tokens.index import take, take_each, take_in_each, take_mask
 
-__all__ = ["has_prompt_axis", "open_space"]
+__all__ = ["open_space"]
 
 # Attributes of a tensor that say nothing about its tokens' contents.
 _METADATA = ("shape", "dtype", "device")
@@ -45,42 +45,39 @@ def open_space(
         replaced: Old value -> its counterpart in the new space. Re-indexed values are added.
         space: Name of the new space; names of re-indexed values end in it.
     """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    behind = _behind(cut, order[reduced])
-    _drop_guards(behind)
+    after = _after(cut, reduced)
+    _drop_guards(after)
     sizes = _sizes_of(cut)
     for node in graph.nodes:
-        if node not in behind and any(value in behind for value in node.all_input_nodes):
-            # Rule 3: a mask made in the old space. Of the hidden states it reads only the length.
+        if node not in after and any(value in after for value in node.all_input_nodes):
+            # Case 3: a mask made in the old space. Of the hidden states it reads only the length.
             node.kwargs = fx.node.map_arg(
-                node.kwargs, lambda value: cut if value in behind else value
+                node.kwargs, lambda value: cut if value in after else value
             )
-    for node in sorted(behind, key=order.__getitem__):
+    for node in sorted(after):
         for value in node.all_input_nodes:
             if value is cut:
-                # Rule 1: the hidden states themselves.
+                # Case 1: the hidden states themselves.
                 node.replace_input_with(cut, reduced)
             elif value in sizes:
-                # Rule 1: a size of the old space.
+                # Case 1: a size of the old space.
                 with graph.inserting_before(node):
                     node.replace_input_with(value, _copied(graph, value, cut, reduced))
-            elif value not in behind and value is not reduced and has_prompt_axis(value):
-                # Rule 2: a value of the old space.
+            elif value not in after and value is not reduced and note_of(value).has_prompt_axis:
+                # Case 2: a value of the old space.
                 if value not in replaced:
                     # The value may be made after the cut, though not from it.
-                    last = max(value, index, key=order.__getitem__)
-                    with graph.inserting_before(last.next):
+                    with graph.inserting_before(max(value, index).next):
                         replaced[value] = _reindexed(graph, value, index, space)
-                    order = {node: i for i, node in enumerate(graph.nodes)}
                 node.replace_input_with(value, replaced[value])
-        if node.meta.get("prompt_axes") == MASK and "position_ids" in node.kwargs:
+        if note_of(node).is_mask and "position_ids" in node.kwargs:
             # transformers reads gaps in position ids as borders of packed sequences.
             node.kwargs = {**node.kwargs, "position_ids": None}
 
 
-def _drop_guards(behind: set[fx.Node]) -> None:
+def _drop_guards(after: set[fx.Node]) -> None:
     """Drop guards on lengths after the cut: they compared lengths of the old space."""
-    stack = [user for node in behind for user in node.users if _is_metadata(user)]
+    stack = [user for node in after for user in node.users if _is_metadata(user)]
     while stack:
         node = stack.pop()
         stack.extend(node.users)
@@ -100,7 +97,7 @@ def _sizes_of(cut: fx.Node) -> set[fx.Node]:
             plain = plain or _is_metadata(node)
             users = [user for user in node.users if found.issuperset(user.all_input_nodes)]
             # Only values without axes: numbers, and tuples of numbers.
-            numbers = (user for user in users if not any(pytree.tree_leaves(user.meta["shape"])))
+            numbers = (user for user in users if not any(pytree.tree_leaves(note_of(user).shape)))
             stack.extend(numbers if plain else ())
     return found
 
@@ -111,16 +108,13 @@ def _copied(graph: fx.Graph, size: fx.Node, cut: fx.Node, reduced: fx.Node) -> f
         return reduced
     made = [_copied(graph, source, cut, reduced) for source in size.all_input_nodes]
     again = dict(zip(size.all_input_nodes, made, strict=True))
-    copy = graph.node_copy(size, again.__getitem__)
-    copy.meta = dict(size.meta)
-    return copy
+    return graph.node_copy(size, again.__getitem__)
 
 
-def _behind(cut: fx.Node, position: int) -> set[fx.Node]:
-    """Find the nodes after `position` that depend on the cut, not counting its metadata."""
-    order = {node: i for i, node in enumerate(cut.graph.nodes)}
+def _after(cut: fx.Node, reduced: fx.Node) -> set[fx.Node]:
+    """Find the nodes after `reduced` that depend on the cut, not counting its metadata."""
     found: set[fx.Node] = set()
-    stack = [user for user in cut.users if order[user] > position and not _is_metadata(user)]
+    stack = [user for user in cut.users if user > reduced and not _is_metadata(user)]
     while stack:
         node = stack.pop()
         if node not in found and node.op != "output" and not _stays(node):
@@ -131,7 +125,7 @@ def _behind(cut: fx.Node, position: int) -> set[fx.Node]:
 
 def _stays(node: fx.Node) -> bool:
     """Return whether a node makes masks that depend on more than order and padding."""
-    return node.op == "call_module" and not node.meta.get("plain_mask", True)
+    return node.op == "call_module" and note_of(node).plain is False
 
 
 def _is_metadata(node: fx.Node) -> bool:
@@ -141,39 +135,27 @@ def _is_metadata(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in _METADATA
 
 
-def has_prompt_axis(node: fx.Node) -> bool:
-    """Return whether a value, or a part of it, has a row for every token of the prompt.
-
-    Args:
-        node: An annotated node.
-    """
-    axes = node.meta.get("prompt_axes")
-    if isinstance(axes, (tuple, list)):
-        return any(axis is not None for axis in axes)
-    return axes is not None
-
-
 def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> fx.Node:
     """Emit a value in the new space, annotated like the old one and named after both."""
-    axes = value.meta["prompt_axes"]
-    if axes == 0:
+    note = note_of(value)
+    if note.axes == 0:
         return _flattened_again(graph, value, index, space)
-    root = value.meta.get("root", value.name)
+    root = note.root or value.name
     target: Callable[..., Any]
     args: tuple[Any, ...] = (value, index)
-    if axes == MASK:
+    if note.is_mask:
         target = take_mask
-    elif axes == 2:
+    elif note.axes == 2:
         target = take_in_each
-    elif isinstance(axes, int):
+    elif isinstance(note.axes, int):
         target = take
-        args = args if axes == 1 else (*args, axes)
+        args = args if note.axes == 1 else (*args, note.axes)
     else:
         # Case: a tuple of values, each with an axis of its own.
         target = take_each
-        args = (*args, tuple(axes))
+        args = (*args, tuple(note.axes))
     node = graph.create_node("call_function", target, args, {}, f"{root}_{space}")
-    node.meta.update(prompt_axes=axes, root=root, padding=value.meta.get("padding", False))
+    annotate(node, axes=note.axes, root=root, padding=note.padding)
     return node
 
 
@@ -185,9 +167,7 @@ def _flattened_again(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str
     apart = {
         source: _reindexed(graph, source, index, space)
         for source in value.all_input_nodes
-        if has_prompt_axis(source)
+        if note_of(source).has_prompt_axis
     }
     assert apart, f"{value.name} runs over the prompt but belongs to no row of the batch"
-    node = graph.node_copy(value, lambda source: apart.get(source, source))
-    node.meta = dict(value.meta)
-    return node
+    return graph.node_copy(value, lambda source: apart.get(source, source))

@@ -25,15 +25,17 @@ cost it once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from deos_fx.attention.observation import MADE_OF, OBSERVED, Observation
+from deos_fx.models.blocks import Block
+from deos_fx.passes.graph import blocks_of
+from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.passes.observe.observe_block import AskedNodes, observe_attention, peek_block
-from deos_fx.policy.reduction import site_order
+from deos_fx.policy.reduction import site_order, split_site
 
 __all__ = ["Call", "Maker", "SiteFeatures"]
 
@@ -93,8 +95,8 @@ class SiteFeatures(dict[str, Any]):
         for where in wanted:
             self._check_space(where, reduced)
         # The next block is not observed but peeked into, when one of its features is looked up.
-        self._behind = wanted.pop("next", [])
-        if self._behind:
+        self._after = wanted.pop("next", [])
+        if self._after:
             self._bring_forward()
         self.hidden, self.anchor = block, block.next
         for where in sorted(wanted, key=self._depth):
@@ -145,9 +147,14 @@ class SiteFeatures(dict[str, Any]):
     # *** observations of blocks ***
 
     @property
-    def _own(self) -> str:
-        """Return the name of the site right after the block."""
-        return self.block.name.replace("_", ".")
+    def _own(self) -> Block:
+        """Return the block before the site.
+
+        It is asked for where something is observed, which needs a block.
+        """
+        block = note_of(self.block).block
+        assert block is not None, f"{self.block.name} is no block"
+        return block
 
     def _parts(self, name: str) -> tuple[str, str]:
         """Split a feature's name into its own and the place of observation.
@@ -155,7 +162,7 @@ class SiteFeatures(dict[str, Any]):
         The place is empty for the block before the site.
         """
         base, _, where = name.partition("@")
-        return base, "" if where == self._own else where
+        return base, "" if where and where == self._own.site else where
 
     def _wanted(self, needs: Iterable[str]) -> dict[str, list[tuple[Observation, str]]]:
         """Return place of observation -> what to observe there, without duplicates.
@@ -179,7 +186,7 @@ class SiteFeatures(dict[str, Any]):
 
     def _depth(self, where: str) -> tuple[int, int]:
         """Return a sort key of places of observation, from front to back."""
-        return site_order(where or self._own)
+        return site_order(where or self._own.site)
 
     def _check_space(self, where: str, reduced: Sequence[str]) -> None:
         """Refuse observations of tokens that are not those at the site.
@@ -191,27 +198,29 @@ class SiteFeatures(dict[str, Any]):
         Raises:
             ValueError: If there is no such block before the site, or a reduction between the two.
         """
-        observed = self._own if where in ("", "next") else where
-        stage, _, index = self._own.partition(".")
-        if not re.fullmatch(rf"{stage}\.\d+", observed) or int(observed.split(".")[1]) > int(index):
+        own = self._own
+        observed = own.site if where in ("", "next") else where
+        if observed not in {Block(own.stage, i).site for i in range(own.index + 1)}:
             raise ValueError(
-                f"{self.site} cannot observe {where!r}: it can observe 'next' and {stage}.0 to "
-                f"{self._own}."
+                f"{self.site} cannot observe {where!r}: it can observe 'next' and {own.stage}.0 to "
+                f"{own.site}."
             )
         for other in reduced:
             # A reduction right after the observed block already changes the tokens.
             if site_order(observed) <= site_order(other) < site_order(self.site):
                 raise ValueError(
                     f"{self.site} observes the attention of {observed}, but {other} is reduced in "
-                    f"between: its tokens are others. Observe a block behind {other}, or take one "
+                    f"between: its tokens are others. Observe a block after {other}, or take one "
                     "of the two reductions away."
                 )
 
     def _observe(self, where: str, wanted: list[tuple[Observation, str]]) -> None:
         """Let the block before the site, or an earlier one, report observations."""
         graph = self.graph_module.graph
-        nodes = {node.name: node for node in graph.nodes}
-        block = nodes[where.replace(".", "_")] if where else self.block
+        block = self.block
+        if where:
+            stage, index = split_site(where)
+            block = blocks_of(graph, stage)[index]
         given: Any = block.args[0]
         with graph.inserting_before(block):
             asked = [(item, self._queries(of, given)) for item, of in wanted]
@@ -236,18 +245,16 @@ class SiteFeatures(dict[str, Any]):
         A peek happens right after this block and takes the same inputs. Nodes that depend on this
         block stay where they are.
         """
-        graph = self.graph_module.graph
         following = self._next_block()
-        order = {node: i for i, node in enumerate(graph.nodes)}
         # Everything that the next block needs and that is made after this block.
         stack = [] if following is None else following.all_input_nodes
         late: set[fx.Node] = set()
         while stack:
             node = stack.pop()
-            if order[node] > order[self.block] and node not in late:
+            if node > self.block and node not in late:
                 late.add(node)
                 stack.extend(node.all_input_nodes)
-        for node in sorted(late, key=order.__getitem__):
+        for node in sorted(late):
             # In order, so that the inputs of a node have moved before it, if they can.
             if self.block not in node.all_input_nodes and not late.intersection(
                 node.all_input_nodes
@@ -257,10 +264,8 @@ class SiteFeatures(dict[str, Any]):
 
     def _next_block(self) -> fx.Node | None:
         """Return the node of the next block of the stage, if it is in the graph."""
-        stage, _, index = self._own.partition(".")
-        name = f"{stage}_{int(index) + 1}"
-        nodes = self.graph_module.graph.nodes
-        return next((node for node in nodes if node.name == name), None)
+        following = self._own.next
+        return blocks_of(self.graph_module.graph, following.stage).get(following.index)
 
     def _peek(self) -> None:
         """Observe the next block of the stage, which need not be in the graph.
@@ -268,17 +273,16 @@ class SiteFeatures(dict[str, Any]):
         Raises:
             ValueError: If the stage has no next block.
         """
-        stage, _, index = self._own.partition(".")
-        name = f"{stage}_{int(index) + 1}"
-        blocks: dict[str, nn.Module] = self.graph_module.meta["blocks"]
-        if name not in blocks:
+        following = self._own.next
+        blocks = note_of_graph(self.graph_module).blocks
+        if following not in blocks:
             raise ValueError(
-                f"{self.site} cannot observe 'next': no block comes behind {self._own}."
+                f"{self.site} cannot observe 'next': no block comes behind {self._own.site}."
             )
         # The other arguments of the peek; without a next node, this block's own fit as well.
         like = self._next_block() or self.block
-        peek = f"{name}_at_{self.site.replace('.', '')}"
-        asked = [(item, self._queries(of, self.hidden)) for item, of in self._behind]
-        seen = peek_block(self.graph_module, blocks[name], peek, like, self.hidden, asked)
-        for key, node in zip(self._behind, seen, strict=True):
+        peek = f"{following.name}_at_{self.site.replace('.', '')}"
+        asked = [(item, self._queries(of, self.hidden)) for item, of in self._after]
+        seen = peek_block(self.graph_module, blocks[following], peek, like, self.hidden, asked)
+        for key, node in zip(self._after, seen, strict=True):
             self._seen["next", *key] = node

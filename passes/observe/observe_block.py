@@ -12,18 +12,11 @@ from torch import fx, nn
 from deos_fx import tokens
 from deos_fx.attention.mask import biased_mask, is_causal
 from deos_fx.attention.observation import Observation
-from deos_fx.attention.seam import (
-    ObservedBlock,
-    PeekedBlock,
-)
+from deos_fx.attention.seam import ObservedBlock, PeekedBlock
 from deos_fx.models.upstream import CACHE
+from deos_fx.passes.notes import annotate, note_of
 
-__all__ = [
-    "AskedNodes",
-    "bias_block",
-    "observe_attention",
-    "peek_block",
-]
+__all__ = ["AskedNodes", "bias_block", "observe_attention", "peek_block"]
 
 AskedNodes = tuple[fx.Node | None, fx.Node | None, fx.Node | None]
 """Nodes of `Asked`: positions of the queries, their votes, and positions of the keys that count."""
@@ -57,6 +50,7 @@ def observe_attention(
     with graph.inserting_before(anchor):
         hidden = _part(graph, block, 0, "hidden")
         hidden.meta = dict(block.meta)
+        annotate(hidden, block=None)
         seen = [_part(graph, block, i, item.kind) for i, item in enumerate(observe, start=1)]
     for user in users:
         user.replace_input_with(block, hidden)
@@ -137,7 +131,7 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
             "cannot be biased. Use mass_bias=0 there."
         )
     mask = block.args[place] if isinstance(place, int) else block.kwargs.get(place)
-    if isinstance(mask, fx.Node) and mask.meta.get("padding"):
+    if isinstance(mask, fx.Node) and note_of(mask).padding:
         # Case: a convolution or a layer with a state. It does not attend.
         return
     mask = _without_bias(mask)
@@ -180,8 +174,7 @@ def _with_bias(mask: Any, key_bias: fx.Node, block: fx.Node, causal: bool) -> fx
     with graph.inserting_before(block):
         node = graph.call_function(biased_mask, (mask, key_bias, block.args[0], causal))
     if isinstance(mask, fx.Node):
-        axes = mask.meta["prompt_axes"]
-        node.meta.update(prompt_axes=axes, root=mask.meta.get("root", mask.name))
+        annotate(node, axes=note_of(mask).axes, root=note_of(mask).root or mask.name)
     return node
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from deos_fx.errors import CaptureError
 from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import made_of
+from deos_fx.passes.notes import note_of
 
 __all__ = ["fold_masked_add", "visual_rows"]
 
@@ -52,13 +53,13 @@ def fold_masked_add(graph_module: fx.GraphModule) -> fx.GraphModule:
         terms: Any = total.args if total.target in (operator.add, torch.add) else ()
         # Other scatters are left as they are, and so are rows with more than one axis.
         read = next((term for term in terms if _is_read(term, hidden)), None)
-        if read is None or read.meta["masked"] > 1:
+        if read is None or (added := note_of(read).masked or 0) > 1:
             continue
         (features,) = (term for term in terms if term is not read)
         with graph.inserting_before(node):
             mask = read.args[1][0] if isinstance(read.args[1], tuple) else read.args[1]
             mask = _past(mask, "expand_as", "expand")
-            if read.meta["masked"]:
+            if added:
                 # The mask selects whole rows: it gets the axis of features.
                 mask = graph.call_method("unsqueeze", (mask, -1))
             features = _past(features, "view", "reshape", "flatten")
@@ -67,7 +68,7 @@ def fold_masked_add(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph_module = finish(graph_module)
     # Guards are not part of the output, so they may read the number of rows.
     used = made_of(graph_module.graph.output_node())
-    left = next((node.name for node in used if "masked" in node.meta and _of_prompt(node)), None)
+    left = next((node.name for node in used if _selects(node) and _of_prompt(node)), None)
     if left is not None:
         raise CaptureError(
             f"The model's code reads the rows of a tensor that a mask selects ({left}) and does "
@@ -89,7 +90,12 @@ def _of_prompt(node: fx.Node) -> bool:
     return any(part.target in ("input_ids", "attention_mask") for part in made_of(node))
 
 
+def _selects(node: fx.Node) -> bool:
+    """Return whether a node reads the rows that a mask selects."""
+    return note_of(node).masked is not None
+
+
 def _is_read(node: Any, hidden: fx.Node) -> bool:
     """Return whether a node reads the rows of `hidden` that a mask selects."""
-    masked = isinstance(node, fx.Node) and "masked" in node.meta
-    return masked and _past(node.args[0], "clone") is _past(hidden, "clone")
+    selects = isinstance(node, fx.Node) and _selects(node)
+    return selects and _past(node.args[0], "clone") is _past(hidden, "clone")

@@ -11,8 +11,9 @@ import operator
 import torch
 from torch import fx
 
-from deos_fx.passes.capture.guards import check_guard
+from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.finish import finish
+from deos_fx.passes.notes import note_of
 
 __all__ = ["fold_unstack"]
 
@@ -32,7 +33,7 @@ def fold_unstack(graph_module: fx.GraphModule) -> fx.GraphModule:
         The same graph module.
     """
     for node in list(graph_module.graph.nodes):
-        if "unrolled" in node.meta and not _fold(graph_module.graph, node):
+        if note_of(node).unrolled is not None and not _fold(graph_module.graph, node):
             _guard(graph_module.graph, node)
     return finish(graph_module)
 
@@ -40,7 +41,7 @@ def fold_unstack(graph_module: fx.GraphModule) -> fx.GraphModule:
 def _fold(graph: fx.Graph, unbind: fx.Node) -> bool:
     """Apply rule 1 to an iteration, and return whether it applies."""
     parts = [node for node in unbind.users if node.target is operator.getitem]
-    if len(parts) != unbind.meta["unrolled"]:
+    if len(parts) != note_of(unbind).unrolled:
         return False
     flattened = [user for part in parts for user in part.users]
     depth = 1
@@ -74,4 +75,4 @@ def _guard(graph: fx.Graph, unbind: fx.Node) -> None:
     with graph.inserting_after(unbind):
         length = graph.call_function(len, (unbind,))
     with graph.inserting_after(length):
-        graph.call_function(check_guard, (length, unbind.meta["unrolled"]))
+        graph.call_function(check_guard, (length, note_of(unbind).unrolled))

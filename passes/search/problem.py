@@ -18,7 +18,7 @@ from deos_fx.inputs.media import placeholders
 from deos_fx.inputs.structure import structure_of
 from deos_fx.models.facts import signature_of, sizes_vary
 from deos_fx.passes.analyse.check_reduction import check_reduction
-from deos_fx.passes.analyse.find_sites import Site, Sites
+from deos_fx.passes.analyse.sites import Site, Sites
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
 from deos_fx.passes.search.objective import Target, labelled, self_distilled
 from deos_fx.policy.budget import Budget

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from deos_fx import presets
 from deos_fx.cost.latency import milliseconds
 from deos_fx.forms.relaxed import RelaxedReduction
-from deos_fx.passes.analyse.find_sites import Sites
+from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import run_graph
 from deos_fx.passes.rewrite.straight_through import straight_through

@@ -11,7 +11,7 @@ from torch import Tensor
 from deos_fx.cost.latency import LatencyTable
 from deos_fx.cost.model import CostModel
 from deos_fx.forms.relaxed import RelaxedReduction
-from deos_fx.passes.analyse.find_sites import Site
+from deos_fx.passes.analyse.sites import Site
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction, split_site
 from deos_fx.tokens.layout import PromptLayout

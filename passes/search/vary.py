@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from deos_fx.operator import SCORES
-from deos_fx.passes.analyse.find_sites import Sites
+from deos_fx.passes.analyse.sites import Sites
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction, split_site
 

@@ -33,7 +33,7 @@ def _expanded(graph, ids, embeddings):
     return graph.call_method("expand_as", (_flags(graph, ids), embeddings))
 
 
-def _behind_a_reduction(graph, ids, embeddings):
+def _after_a_reduction(graph, ids, embeddings):
     index = graph.call_function(torch.tensor, ([[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]],))
     return graph.call_function(take, (_flags(graph, ids), index))
 
@@ -52,7 +52,7 @@ def _targets(graph_module):
 
 
 def test_the_merge_is_replaced_and_equal():
-    for mask in (_per_token, _expanded, _behind_a_reduction):
+    for mask in (_per_token, _expanded, _after_a_reduction):
         graph_module = _graph(mask)
         expected = graph_module(*_inputs_at(0))
         assert replace_placeholder_merge(graph_module) is graph_module

@@ -1,0 +1,144 @@
+"""Follow values through a graph: where images and prompt meet, and what comes after a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import networkx as nx
+from torch import fx
+
+from deos_fx.errors import CaptureError
+from deos_fx.models.encoders import is_encoder
+from deos_fx.passes.graph import reached
+from deos_fx.passes.notes import note_of
+from deos_fx.passes.rewrite.fold_masked_add import visual_rows
+
+__all__ = ["Sweep", "data_flow", "dominators", "encoded", "find_merge", "find_operands"]
+
+
+def find_merge(graph: fx.Graph, pixels: Sequence[fx.Node]) -> fx.Node:
+    """Find the first value made of all images and videos with a row for every prompt token.
+
+    A value that takes only the shape or the dtype of the prompt's embeddings is not one: it must
+    depend on contents.
+
+    Args:
+        graph: An annotated graph.
+        pixels: The inputs with pixels.
+
+    Returns:
+        The node that joins features and embeddings.
+
+    Raises:
+        CaptureError: If there is none, or the graph lacks text or images.
+    """
+    if not pixels or not graph.find_nodes(op="placeholder", target="input_ids"):
+        raise CaptureError("Sites are found on a graph with both input_ids and pixel_values.")
+    from_all = set.intersection(*(reached([source]) for source in pixels))
+    for node in graph.nodes:
+        of_prompt = node.op != "output" and isinstance(note_of(node).axes, int)
+        if of_prompt and note_of(node).content and node in from_all:
+            # The next node adds features with a row for every position to the embeddings.
+            return next(iter(node.users)) if node.target is visual_rows else node
+    raise CaptureError(
+        "The visual features never join the prompt's embeddings: models that read images through "
+        "cross-attention are not supported. Use a model with image placeholders in its prompt."
+    )
+
+
+def find_operands(merge: fx.Node, pixels: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """Find the two values that meet in the merge.
+
+    Args:
+        merge: The node that `find_merge` found.
+        pixels: The inputs with pixels.
+
+    Returns:
+        The features [I, V, d], or a value made of an opaque encoder's output, and the embeddings
+        [B, N, d].
+    """
+    from_images, opaque = reached(pixels), encoded(merge.graph)
+    features = next(node for node in merge.all_input_nodes if node in from_images)
+    if features.target is visual_rows:
+        features = features.all_input_nodes[1]
+    # Back from flat features [T, d] to those with an axis of images.
+    while _rank(features) != 3 and features not in opaque:
+        features = next(node for node in features.all_input_nodes if node in from_images)
+    embeddings = next(
+        node
+        for node in merge.all_input_nodes
+        if node not in from_images and _rank(node) == 3 and note_of(node).shape[2] > 1
+    )
+    return features, embeddings
+
+
+def _rank(node: fx.Node) -> int:
+    """Return the number of axes of a node's value; -1 if it is not a tensor."""
+    shape = note_of(node).shape
+    return len(shape) if all(isinstance(size, int) for size in shape) else -1
+
+
+def encoded(graph: fx.Graph) -> set[fx.Node]:
+    """Return the opaque image and video encoders and everything after them."""
+    return reached(node for node in graph.nodes if is_encoder(node))
+
+
+def data_flow(graph: fx.Graph, merge: fx.Node) -> nx.DiGraph:
+    """Build the graph of values that flow from node to node; reading a shape is no flow."""
+    flow = nx.DiGraph()
+    flow.add_nodes_from(graph.nodes)
+    for node in graph.nodes:
+        # Values with one row per prompt token are re-indexed, so they are no path around a site.
+        beside = node.target is visual_rows and node not in merge.all_input_nodes
+        if note_of(node).content and not beside:
+            flow.add_edges_from((source, node) for source in node.all_input_nodes)
+    return flow
+
+
+def dominators(flow: nx.DiGraph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """Return the nodes that every path from `start` to `end` passes."""
+    parents = nx.immediate_dominators(flow, start)
+    through = {end}
+    node = end
+    while node is not start:
+        node = parents[node]
+        through.add(node)
+    return through
+
+
+class Sweep:
+    """What comes after some values, given from the last one to the first: no node is visited twice.
+
+    Args:
+        following: Returns the nodes after a node.
+
+    Attributes:
+        after: Everything after the values so far. The output does not count.
+        beside: Values that are read after them but do not come after them -> one of their readers.
+    """
+
+    def __init__(self, following: Callable[[fx.Node], Iterable[fx.Node]]) -> None:
+        self.following = following
+        self.after: set[fx.Node] = set()
+        self.beside: dict[fx.Node, fx.Node] = {}
+        # The values so far that come after no other of them.
+        self._first: set[fx.Node] = set()
+
+    def back_to(self, value: fx.Node) -> bool:
+        """Go on with an earlier value, and return whether all others come after it."""
+        stack = [value]
+        while stack:
+            for node in self.following(stack.pop()):
+                self._first.discard(node)
+                if node not in self.after and node.op != "output":
+                    self.after.add(node)
+                    stack.append(node)
+                    self.beside.update(dict.fromkeys(node.all_input_nodes, node))
+        self.beside = {
+            source: node
+            for source, node in self.beside.items()
+            if source not in self.after and source is not value
+        }
+        whole = not self._first
+        self._first.add(value)
+        return whole

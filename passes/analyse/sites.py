@@ -1,0 +1,107 @@
+"""The places where visual tokens can be reduced, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+__all__ = ["Encoder", "Site", "Sites"]
+
+
+class Encoder(Enum):
+    """How an image encoder looks in a captured graph, which decides what its features can do.
+
+    Attributes:
+        PATCHWISE: Its blocks are nodes, and each feature is made of one patch: there are sites in
+            the tower, and the attention of its blocks can be observed.
+        MIXING: Its features are made of several patches each: they are known, but no block's tokens
+            are theirs.
+        OPAQUE: It is one node, since it reads sizes into Python: its features are known only where
+            they are already in the prompt.
+    """
+
+    PATCHWISE = auto()
+    MIXING = auto()
+    OPAQUE = auto()
+
+
+@dataclass(frozen=True)
+class Site:
+    """One candidate place for a reduction.
+
+    Attributes:
+        name: ``vision.<i>``, ``projector`` or ``decoder.<i>``.
+        node: Name of the graph node whose output is reduced.
+        reason: Why the site cannot be used; empty if it can.
+        scores: Names of the scores that can be computed there.
+    """
+
+    name: str
+    node: str
+    reason: str
+    scores: tuple[str, ...]
+
+    @property
+    def available(self) -> bool:
+        """Return whether a reduction can be inserted here."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The sites of a captured graph and the nodes that tie images to the prompt.
+
+    Attributes:
+        sites: All candidates, in order of depth.
+        features: Name of the node of the visual features [I, V, d] just before they enter the
+            prompt. Where the image encoder is one node: of the prompts [B, N, d] with the features
+            in place.
+        embeddings: Name of the node of the prompt's embeddings [B, N, d] before the features enter.
+        encoder: How the image encoder looks in the graph.
+        tower_block: Name of the node of the vision block that the features come from; if the
+            encoder is not `Encoder.PATCHWISE`, the same as ``features``.
+        class_tokens: Number of tokens in front of the tower's patches (CLS); they are never
+            reduced.
+    """
+
+    sites: tuple[Site, ...]
+    features: str
+    embeddings: str
+    encoder: Encoder
+    tower_block: str
+    class_tokens: int = 0
+
+    def __getitem__(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise ValueError(
+            f"No site {name!r} in this model. It has "
+            f"{', '.join(site.name for site in self.sites if site.available)}."
+        )
+
+    def usable(self, name: str, scores: Iterable[str]) -> Site:
+        """Return a site after checking that it can be reduced and has the scores.
+
+        Args:
+            name: Name of the site.
+            scores: Names of the scores that a reduction uses there.
+
+        Returns:
+            The site.
+
+        Raises:
+            ValueError: If it does not exist, cannot be used, or lacks a score.
+        """
+        site = self[name]
+        if not site.available:
+            raise ValueError(f"{name} cannot be reduced: {site.reason}. Use another site.")
+        for score in scores:
+            if score not in site.scores:
+                raise ValueError(f"{name} has no score {score!r}; it has {', '.join(site.scores)}.")
+        return site
+
+    def available(self) -> tuple[Site, ...]:
+        """Return the sites that can be used, in order of depth."""
+        return tuple(site for site in self.sites if site.available)

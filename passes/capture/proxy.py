@@ -1,0 +1,164 @@
+"""Proxies of the values of a run: they record what is done with them, and know their values."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from deos_fx.errors import CaptureError
+from deos_fx.passes.capture.leaves import check_guard
+from deos_fx.passes.notes import annotate
+
+__all__ = ["STRUCTURAL_TYPES", "ValueProxy", "has_proxy", "with_features"]
+
+STRUCTURAL_TYPES = (str, torch.dtype, torch.device, torch.layout, type(None))
+"""Results of these types describe the structure of the run, not its data: they are not recorded."""
+
+
+def with_features(x: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
+    """Return a copy of `x` [B, N, ...] with `value` at `key`, in place of ``x[key] = value``."""
+    x = x.clone()
+    x[key] = value
+    return x
+
+
+class ValueProxy(fx.Proxy):
+    """An fx proxy that knows the value of its node in the example run."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, value: Any) -> None:
+        super().__init__(node, tracer)
+        self.value = value
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # transformers asks isinstance(x, torch.Tensor) in many places.
+        return type(self.value)
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.value, name)
+        if callable(attribute):
+            # Case: a method. Its call is recorded.
+            return lambda *args, **kwargs: self.tracer.create_proxy(
+                "call_method", name, (self, *args), kwargs
+            )
+        if isinstance(attribute, (*STRUCTURAL_TYPES, bool)):
+            return attribute
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __getitem__(self, key: Any) -> Any:
+        tracer: Any = self.tracer
+        parts = tracer.mask_parts.get(self.node)
+        if parts is None:
+            # Case: anything but a dict of masks by kind of layer.
+            item = tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+            mask = key[0] if isinstance(key, tuple) and key else key
+            masked = isinstance(mask, ValueProxy) and mask.dtype == torch.bool
+            if masked and self.value.dtype != torch.bool:
+                # For fold_masked_add: the number of axes of a row that the mask selects. Reads of
+                # flags are not marked, since they carry no content.
+                annotate(item.node, masked=self.value.ndim - mask.value.ndim)
+            return item
+        # Case: the mask of one kind of layer, recorded also where it is None in the example run:
+        # the next batch may be padded.
+        if key not in parts:
+            node = tracer.create_node("call_function", operator.getitem, (self.node, key), {})
+            parts[key] = ValueProxy(node, tracer, tracer.values[node])
+        return parts[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Record an assignment as a new value, which this proxy stands for from here on.
+
+        Rows that a mask selects can be assigned, or the same features of all rows.
+
+        Raises:
+            CaptureError: If another part of the tensor is assigned.
+        """
+        mask, *rest = key if isinstance(key, tuple) else (key,)
+        tracer: Any = self.tracer
+        masked = isinstance(mask, ValueProxy) and mask.dtype == torch.bool
+        own: Any = self
+        of_features = isinstance(key, tuple) and key[:2] == (slice(None),) * 2
+        # A constant written into flags or counts, at a place that is a constant as well.
+        counted = not own.dtype.is_floating_point and not has_proxy(value)
+        if (of_features or counted) and not has_proxy(key):
+            # Case: a place that no tensor decides.
+            changed = tracer.create_proxy("call_function", with_features, (self, key, value), {})
+            self.node, self.value = changed.node, changed.value
+            return
+        if not masked or any(part != slice(None) for part in rest):
+            raise CaptureError(
+                "The model's code assigns to a part of a tensor that no mask selects, which cannot "
+                "be captured. Use a model that makes its inputs in another way."
+            )
+        # Case: rows that a mask selects. The mask gets the missing axes to broadcast.
+        trailing = self.value.ndim - mask.value.ndim
+        for _ in range(trailing):
+            mask = mask[..., None]
+        if isinstance(value, ValueProxy) and value.dtype != own.dtype:
+            value = value.to(own.dtype)
+        # One value for each selected row, or the same for all of them.
+        if isinstance(value, ValueProxy) and value.value.ndim > trailing:
+            changed = own.masked_scatter(mask, value)
+        else:
+            changed = torch.where(mask, value, own)
+        self.node, self.value = changed.node, changed.value
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.value, torch.Tensor):
+            # Unrolls the leading axis; fold_unstack removes it again where it can.
+            parts: Any = self.tracer.create_proxy("call_function", torch.unbind, (self,), {})
+            annotate(parts.node, unrolled=len(self.value))
+            return iter(parts[i] for i in range(len(self.value)))
+        items: Any = self
+        return iter(items[i] for i in range(len(self.value)))
+
+    def __len__(self) -> int:
+        length: Any = self.tracer.create_proxy("call_function", len, (self,), {})
+        return int(length)
+
+    def __bool__(self) -> bool:
+        # The guard compares booleans, so that any value of the same truth passes it.
+        itself: Any = self
+        if isinstance(self.value, torch.Tensor) and self.value.dtype != torch.bool:
+            itself = itself != 0
+        elif not isinstance(self.value, (torch.Tensor, bool)):
+            itself = self.tracer.create_proxy("call_function", operator.truth, (self,), {})
+        return bool(itself._specialise(bool))
+
+    def __int__(self) -> int:
+        return self._specialise(int)
+
+    def __index__(self) -> int:
+        return self._specialise(operator.index)
+
+    def __float__(self) -> float:
+        return self._specialise(float)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+    def __repr__(self) -> str:
+        return f"ValueProxy({self.node.name})"
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.value
+
+    def __hash__(self) -> int:
+        # A number may be looked up in a set or dict of numbers.
+        return hash(self._specialise(int)) if isinstance(self.value, int) else id(self)
+
+    def _specialise(self, convert: Callable[[Any], Any]) -> Any:
+        """Read the value into Python, and guard that it is the same at every later run."""
+        value = convert(self.value)
+        self.tracer.create_proxy("call_function", check_guard, (self, value), {})
+        return value
+
+
+def has_proxy(arguments: Any) -> bool:
+    """Return whether there is a proxy anywhere in nested arguments."""
+    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(arguments))

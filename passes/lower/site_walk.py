@@ -1,0 +1,343 @@
+"""Walk through the sites of a policy in order of depth, whatever is emitted there.
+
+    vision.0 ... vision.n -> projector -> the prompt -> decoder.0 ... decoder.n
+
+Before the decoder, each image is reduced alone; what is left of all of them then enters the prompt.
+In the decoder, all visual tokens of a prompt are reduced together. Where the image encoder is
+opaque, its features are already in the prompt when they can first be reduced.
+
+A static graph gets operators and shorter token spaces, a relaxed one gets modules and gates:
+`lower_reductions` and `insert_relaxed` say what their form emits, and everything else is here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from deos_fx import tokens
+from deos_fx.attention.observation import OBSERVED
+from deos_fx.passes.analyse.annotate_token_spaces import padding_node
+from deos_fx.passes.analyse.sites import Encoder, Site, Sites
+from deos_fx.passes.finish import finish
+from deos_fx.passes.graph import blocks_of, users_after
+from deos_fx.passes.lower.emitter import Emitter
+from deos_fx.passes.lower.token_space import insert_visual_positions
+from deos_fx.passes.observe.site_features import PromptFeatures, PromptText, TowerFeatures
+from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.tokens.layout import PromptLayout
+
+__all__ = ["Group", "Place", "SiteWalk", "Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One reduction of the walk.
+
+    Attributes:
+        reduction: The reduction; of a relaxed one, its start.
+        site: Its site.
+        needs: Names of the features that it reads.
+        counts: Number of tokens that it keeps of each image; empty if it is relaxed.
+    """
+
+    reduction: Reduction
+    site: Site
+    needs: frozenset[str]
+    counts: tuple[int, ...] = ()
+
+    @property
+    def stage(self) -> str:
+        """Return the stage of its site: ``vision``, ``projector`` or ``decoder``."""
+        return split_site(self.site.name)[0]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The visual tokens at a site, and what reads them.
+
+    Attributes:
+        whole: The hidden states that they are part of: those of images [I, c + V, d] with c class
+            tokens before the decoder, those of prompts [B, N, d] in it.
+        own: The visual tokens alone, [I, V, d] or [B, V, d].
+        features: Their features.
+        put_back: Lets everything after the site read other hidden states, and returns these: those
+            of images are given without class tokens.
+    """
+
+    whole: fx.Node
+    own: fx.Node
+    features: Mapping[str, Any]
+    put_back: Callable[[fx.Node], fx.Node]
+
+
+@dataclass(frozen=True)
+class Group(Place):
+    """The visual tokens [I, V, d] of images of one size that are already in prompts [B, N, d].
+
+    Attributes:
+        images: Numbers of these images in a prompt.
+        columns: Their places among the visual tokens of a prompt; None if they are all images.
+        cells: Image, row and column of the tokens of one of them.
+    """
+
+    images: Sequence[int]
+    columns: torch.Tensor | None
+    cells: fx.Node | torch.Tensor
+
+
+class SiteWalk(ABC):
+    """Goes from site to site and finds the tokens, their features, and what reads them.
+
+    The methods that a form of reductions has to give are called at the place of insertion, except
+    for `enter_prompt`.
+
+    Args:
+        graph_module: A captured, annotated prefill graph. Changed in place.
+        sites: Its sites.
+        layout: The prompts.
+        steps: The reductions, in order of depth.
+
+    Attributes:
+        visual: Positions [B, V] of the visual tokens in the prompt, as it is at this point.
+        cells: Image, row and column of every token of one image: a constant [V, 3] until scores
+            choose tokens.
+        grid: Image, row and column of every visual token of a prompt.
+        alive: Gates of the visual tokens, [I, V] before the decoder and [B, V] in it; None while
+            every gate is 1.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        sites: Sites,
+        layout: PromptLayout,
+        steps: Sequence[Step],
+    ) -> None:
+        self.graph_module = graph_module
+        self.graph = graph_module.graph
+        self.sites = sites
+        self.layout = layout
+        self.steps = steps
+        self.emitter = Emitter(graph_module)
+        self.call = self.emitter.call
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.visual = insert_visual_positions(graph_module, sites, layout, self.call)
+        self.cells: fx.Node | torch.Tensor = layout.grid_tensor(1)
+        self.grid: fx.Node | torch.Tensor = layout.grid_tensor(layout.images)
+        self.alive: fx.Node | None = None
+        # The text as it enters the prompt; from the decoder on, as it enters the first layer.
+        self._text = PromptText(
+            self.call, self.nodes[sites.embeddings], self.visual, padding_node(graph_module)
+        )
+        # Features of the latest site in the tower.
+        self._in_tower: TowerFeatures | None = None
+        self._done: list[str] = []
+
+    def walk(self) -> fx.GraphModule:
+        """Insert all reductions, and return the graph module."""
+        before_decoder = [step for step in self.steps if step.stage != "decoder"]
+        opaque = self.sites.encoder is Encoder.OPAQUE
+        for step in before_decoder:
+            self._at(step, self._at_merged if opaque else self._at_images)
+        if before_decoder and not opaque:
+            self.enter_prompt(before_decoder)
+        in_decoder = self.steps[len(before_decoder) :]
+        if in_decoder:
+            self._enter_decoder()
+        for step in in_decoder:
+            self._at(step, self._at_prompt)
+        output = self.graph.output_node()
+        fields: Any = output.args[0]
+        output.args = ({**fields, **self.outputs()},)
+        return finish(self.graph_module)
+
+    # *** what differs between forms ***
+
+    @abstractmethod
+    def reduce_images(self, step: Step, place: Place) -> None:
+        """Reduce every image alone: its patches in the tower, or its features after it."""
+
+    @abstractmethod
+    def reduce_merged(self, step: Step, groups: Sequence[Group]) -> None:
+        """Reduce images that are already in the prompt, each of them alone."""
+
+    @abstractmethod
+    def enter_prompt(self, steps: Sequence[Step]) -> None:
+        """Turn what is left of each image into what is left of a prompt, before the decoder.
+
+        Args:
+            steps: The reductions before the decoder.
+        """
+
+    @abstractmethod
+    def reduce_prompt(self, step: Step, place: Place) -> None:
+        """Reduce all visual tokens of a prompt together, after a decoder layer."""
+
+    @abstractmethod
+    def reread(self, features: TowerFeatures, name: str) -> fx.Node:
+        """Read a feature of the latest site in the tower again, at the tokens that it left.
+
+        Args:
+            features: The features of that site.
+            name: The feature.
+        """
+
+    @abstractmethod
+    def outputs(self) -> dict[str, Any]:
+        """Return the fields that the graph's output gains."""
+
+    def padding(self) -> fx.Node | None:
+        """Return the 2-D attention mask of the prompt at this point; None if the call has none."""
+        return padding_node(self.graph_module)
+
+    # *** the kinds of sites ***
+
+    def _at(self, step: Step, reduce: Callable[[Step], None]) -> None:
+        """Insert one reduction."""
+        self.emitter.site = step.site.name
+        reduce(step)
+        self._done.append(step.site.name)
+
+    def _at_images(self, step: Step) -> None:
+        """Find the images' own tokens in the tower or after it, and reduce them."""
+        features = self._image_features(step, self.cells, self.layout.images)
+        whole, anchor = features.hidden, features.anchor
+        class_tokens = self.sites.class_tokens
+        if step.stage == "projector":
+            # Case: a block of the tower is observed, but its features are reduced.
+            whole = self.nodes[self.sites.features]
+            anchor, class_tokens = whole.next, 0
+        users = users_after(whole, anchor)
+
+        def put_back(reduced: fx.Node) -> fx.Node:
+            if class_tokens:
+                reduced = self.call(tokens.with_patches, whole, reduced, class_tokens)
+            return _replace(whole, reduced, users)
+
+        with self.graph.inserting_before(anchor):
+            own = self.call(tokens.without_class, whole, class_tokens) if class_tokens else whole
+            self.reduce_images(step, Place(whole, own, features, put_back))
+        self._in_tower = features
+
+    def _at_merged(self, step: Step) -> None:
+        """Find the tokens of images that are already in the prompt, and reduce each image alone."""
+        hidden = self.nodes[self.sites.features]
+        # After both the prompt and the visual tokens' positions.
+        anchor = max(hidden, self.visual).next
+        put_back = partial(_replace, hidden, users=users_after(hidden, anchor))
+        with self.graph.inserting_before(anchor):
+            alike = self.layout.alike()
+            self.reduce_merged(step, [self._group(step, hidden, put_back, one) for one in alike])
+
+    def _group(
+        self,
+        step: Step,
+        hidden: fx.Node,
+        put_back: Callable[[fx.Node], fx.Node],
+        images: Sequence[int],
+    ) -> Group:
+        """Take the tokens of the images of one size out of the prompts [B, N, d]."""
+        visual, cells, columns = self.visual, self.cells, None
+        if len(images) < self.layout.images:
+            # Case: images of several sizes. Take the visual tokens of these images alone.
+            whole = self.layout.grid_tensor(self.layout.images)
+            columns = torch.isin(whole[:, 0], torch.tensor(images)).nonzero()[:, 0]
+            cells = whole[columns[: self.layout.sizes[images[0]]]]
+            visual = self.call(torch.index_select, visual, 1, columns)
+        features = self._image_features(step, cells, len(images))
+        own = self.call(tokens.of_images, self.call(tokens.take, hidden, visual), len(images))
+        return Group(hidden, own, features, put_back, images, columns, cells)
+
+    def _enter_decoder(self) -> None:
+        """Let later reductions see the text as it enters the first decoder layer."""
+        first = blocks_of(self.graph, "decoder")[0]
+        with self.graph.inserting_before(first):
+            padding = self.padding()
+        embeddings: Any = first.args[0]
+        self._text = PromptText(
+            self.call, embeddings, self.visual, padding, self.alive, before=first
+        )
+
+    def _at_prompt(self, step: Step) -> None:
+        """Find the visual tokens after a decoder layer, and reduce them."""
+        features = self._prompt_features(step)
+        hidden = features.hidden
+        put_back = partial(_replace, hidden, users=users_after(hidden, features.anchor))
+        with self.graph.inserting_before(features.anchor):
+            own = self.call(tokens.take, hidden, self.visual)
+            self.reduce_prompt(step, Place(hidden, own, features, put_back))
+
+    # *** features ***
+
+    def _image_features(
+        self, step: Step, cells: fx.Node | torch.Tensor, images: int
+    ) -> TowerFeatures:
+        """Make the features of a reduction of images; every block is observed only once.
+
+        A reduction after the last block and one at the projector observe the same block. The
+        features of the second are observed at the first, and read at the tokens that are left.
+
+        Args:
+            step: The reduction.
+            cells: Image, row and column of the tokens of an image.
+            images: Number of images of a prompt that are reduced.
+        """
+        at_projector = step.stage == "projector"
+        block = self.nodes[self.sites.tower_block if at_projector else step.site.node]
+        needs = step.needs
+        makers: dict[str, Callable[[], Any]] = {"grid": lambda: cells}
+        in_tower = self._in_tower
+        if at_projector and in_tower is not None and in_tower.block is block:
+            # Case: the second of the two.
+            makers |= {
+                name: partial(self.reread, in_tower, name) for name in needs & OBSERVED.keys()
+            }
+        elif block.name == self.sites.tower_block:
+            # Case: perhaps the first of the two.
+            for later in self.steps:
+                if later.stage == "projector":
+                    needs |= later.needs & OBSERVED.keys()
+        return TowerFeatures(
+            self.graph_module,
+            step.site.name,
+            block,
+            needs - makers.keys(),
+            self.call,
+            class_tokens=self.sites.class_tokens,
+            alive=self.alive,
+            text=self._text,
+            images=images,
+            reduced=self._done,
+            makers=makers,
+        )
+
+    def _prompt_features(self, step: Step) -> PromptFeatures:
+        """Make the features of a reduction in the decoder."""
+        grid = self.grid
+        return PromptFeatures(
+            self.graph_module,
+            step.site.name,
+            self.nodes[step.site.node],
+            step.needs,
+            self.call,
+            visual=self.visual,
+            padding=self.padding,
+            text=self._text,
+            alive=self.alive,
+            reduced=self._done,
+            makers={"grid": lambda: grid},
+        )
+
+
+def _replace(value: fx.Node, by: fx.Node, users: Sequence[fx.Node]) -> fx.Node:
+    """Let some users of a value read another one instead, and return that one."""
+    for user in users:
+        user.replace_input_with(value, by)
+    return by

@@ -1,0 +1,184 @@
+"""Where the visual tokens are in a prompt: in the original token space, and in each later one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from deos_fx import tokens
+from deos_fx.models.encoders import is_encoder
+from deos_fx.passes.analyse.annotate_token_spaces import padding_node, position_tables
+from deos_fx.passes.analyse.sites import Sites
+from deos_fx.passes.graph import blocks_after
+from deos_fx.passes.lower.emitter import Emitter
+from deos_fx.passes.lower.open_space import open_space
+from deos_fx.passes.notes import annotate, note_of
+from deos_fx.passes.observe.observe_block import bias_block
+from deos_fx.tokens.layout import PromptLayout
+
+__all__ = ["TokenSpace", "insert_visual_positions"]
+
+# The parameter that holds the learned feature at the end of each row of an image.
+_NEWLINE = "image_newline"
+
+
+def insert_visual_positions(
+    graph_module: fx.GraphModule,
+    sites: Sites,
+    layout: PromptLayout,
+    call: Callable[..., fx.Node],
+) -> fx.Node:
+    """Insert a node of the positions [B, V] of all visual tokens that may be reduced.
+
+    Args:
+        graph_module: A captured prefill graph. Changed in place.
+        sites: Its sites.
+        layout: The prompts this graph is for. Where some placeholders are ends of rows, these are
+            recognised by their features, which are a parameter of the model.
+        call: Emits nodes.
+
+    Returns:
+        The node. If there are ends of rows, it stands after the prompt's embeddings with images in
+        place.
+    """
+    graph = graph_module.graph
+    (input_ids,) = graph.find_nodes(op="placeholder", target="input_ids")
+    given = input_ids, layout.image_token, sum(layout.sizes)
+    if not layout.separators:
+        with graph.inserting_after(input_ids):
+            return call(tokens.visual_positions, *given)
+    # Case: some placeholders are ends of rows, which their ids do not tell.
+    encoder = next(node for node in graph.nodes if is_encoder(node))
+    core: Any = graph_module.get_submodule(str(encoder.target)).core
+    graph_module.register_parameter(_NEWLINE, getattr(core, _NEWLINE))
+    merged = next(node for node in graph.nodes if node.name == sites.features)
+    with graph.inserting_before(merged.next):
+        ends = call(tokens.is_separator, merged, graph.get_attr(_NEWLINE))
+        return call(tokens.visual_positions, *given, ends)
+
+
+class TokenSpace:
+    """The space that the prompt is in; it changes from reduction to reduction.
+
+    Args:
+        emitter: Emits nodes.
+        visual: Positions [B, V] of the visual tokens in the original prompt.
+        images: Number of images of a prompt.
+
+    Attributes:
+        visual: Positions [B, V] of the visual tokens in this space.
+        origin: Original prompt positions [B, M] of its tokens; None in the original space.
+        left: What decoding needs to know of every space so far.
+    """
+
+    def __init__(self, emitter: Emitter, visual: fx.Node, images: int) -> None:
+        self.emitter = emitter
+        self.call = emitter.call
+        self.visual = visual
+        self.origin: fx.Node | None = None
+        self.left: list[dict[str, fx.Node]] = []
+        self._placeholders = visual
+        self._images = images
+        self._padding: fx.Node | None = None
+        (self._ids,) = emitter.graph.find_nodes(op="placeholder", target="position_ids")
+        # Position ids and rotary tables: original node -> node in the current space.
+        tables = position_tables(emitter.graph_module)
+        self._positions = {node: node for node in [self._ids, *tables]}
+        # The position ids of every space so far: a rotary table may read any of them.
+        self._all_ids = {self._ids}
+
+    def padding(self) -> fx.Node | None:
+        """Return the 2-D attention mask in this space; None if the call has none."""
+        mask = padding_node(self.emitter.graph_module)
+        if mask is None or self.origin is None:
+            return mask
+        if self._padding is None:
+            self._padding = self.call(tokens.take, mask, self.origin)
+        return self._padding
+
+    def shorten(
+        self,
+        hidden: fx.Node,
+        kept: fx.Node,
+        reduced: fx.Node | None,
+        mass: fx.Node | None,
+        *,
+        position: str,
+        beta: float,
+    ) -> None:
+        """Shorten the prompt to text and kept tokens, for everything after this point.
+
+        Args:
+            hidden: The prompt [B, N, d] in the current space.
+            kept: Indices [B, K] into its visual tokens.
+            reduced: The reduced tokens [B, K, d]; None if the kept ones are unchanged.
+            mass: Their masses [B, K]; None if all are 1.
+            position: The rule for positions: ``keep``, ``compact`` or ``grid``.
+            beta: How strongly masses bias later attention.
+        """
+        # 1. The hidden states in the new space.
+        index = self.call(tokens.kept_in_prompt, self.visual, kept, hidden)
+        shortened = self.call(tokens.take, hidden, index)
+        self.visual = self.call(tokens.visual_after, self.visual, kept)
+        if reduced is not None:
+            shortened = self.call(tokens.put, shortened, self.visual, reduced)
+        # 2. Original positions: `index` itself in the first space, else looked up in the last one.
+        known = self.origin
+        origin = index if known is None else self.call(tokens.take, known, index)
+        self.origin, self._padding = origin, None
+        # 3. Position ids and rotary tables.
+        trailing = None
+        if position == "grid":
+            where = (origin, self._placeholders, self._ids, self._images)
+            trailing = self.call(tokens.trailing, *where)
+        replaced = self._new_positions(position, origin, trailing)
+        # 4. The rest of the graph: re-indexed values, positions, and the bias of later attention.
+        key_bias = None
+        if beta and mass is not None:
+            key_bias = self.call(tokens.mass_bias, mass, self.visual, shortened, beta)
+        open_space(self.emitter.graph, hidden, shortened, index, replaced, self.emitter.suffix)
+        # `open_space` has added what it re-indexed, including position ids that are kept.
+        for node, here in self._positions.items():
+            self._positions[node] = replaced.get(here, here)
+        self._all_ids.add(self._positions[self._ids])
+        for layer in blocks_after(index, "decoder"):
+            bias_block(self.emitter.graph_module, layer, key_bias)
+        # 5. What decoding needs to know of the space.
+        left = {"origin": origin} | ({"key_bias": key_bias} if key_bias else {})
+        if trailing is not None:
+            left["shift"] = self.call(tokens.shift_of, trailing)
+        self.left.append(left)
+
+    def _new_positions(
+        self, position: str, origin: fx.Node, trailing: fx.Node | None
+    ) -> dict[fx.Node, fx.Node]:
+        """Emit new position ids and the rotary tables made from them, unless positions are kept.
+
+        Args:
+            position: The rule for positions.
+            origin: Original prompt positions [B, M] of the tokens of the new space.
+            trailing: Under the rule ``grid``: flags [B, N] of the dropped tokens at the ends of
+                images.
+
+        Returns:
+            Position ids and tables of the current space -> those of the new space.
+        """
+        if position == "keep":
+            return {}
+        ids, *tables = self._positions
+        # Always from the positions of the original prompt, never from those of the space before.
+        if trailing is None:
+            moved = self.call(tokens.compact_positions, ids, origin)
+        else:
+            moved = self.call(tokens.grid_positions, ids, trailing, origin)
+        annotate(moved, axes=note_of(ids).axes)
+        replaced = {self._positions[ids]: moved}
+        for table in tables:
+            # Only a table made before this point has to be made again.
+            if table < origin:
+                replaced[self._positions[table]] = self.emitter.graph.node_copy(
+                    table, lambda node: moved if node in self._all_ids else node
+                )
+        return replaced
