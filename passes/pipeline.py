@@ -10,9 +10,9 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from deos_fx.errors import PassError
-from deos_fx.models.blocks import Blocks, find_blocks
+from deos_fx.models.blocks import Blocks
 from deos_fx.models.encoders import PIXELS
-from deos_fx.models.facts import sizes_vary
+from deos_fx.models.facts import facts_of
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
 from deos_fx.passes.analyse.find_sites import Sites, find_sites
 from deos_fx.passes.capture.capture import capture
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 __all__ = ["Captured", "capture_call", "lower_call", "run_graph"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Captured:
     """A captured and analysed call, before any reduction.
 
@@ -65,9 +65,8 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     Raises:
         CaptureError: If the model cannot be captured.
     """
-    blocks = find_blocks(model)
-    # Video encoders split their input by the number of frames, which they read into Python.
-    opaque = sizes_vary(model) or "pixel_values_videos" in inputs
+    facts = facts_of(model)
+    blocks, opaque = facts.blocks, facts.encodes_as_one(inputs)
     graph_module = capture(model, inputs, blocks.names(), opaque_encoder=opaque)
     graph_module = _run(fold_unstack, graph_module)
     graph_module = _run(fold_masked_add, graph_module)

@@ -15,9 +15,11 @@ from deos_fx.cost.measure import measure_decoder
 from deos_fx.cost.model import CostModel
 from deos_fx.cost.operator_flops import SiteSizes, operator_flops, relaxed_flops
 from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.models.facts import facts_of
 from deos_fx.passes.search.space import relaxed_costs
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, site_order
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import site_order
 from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.tokens.layout import PromptLayout
 
@@ -230,7 +232,8 @@ def test_experts_count_as_many_as_are_active():
     }
     with torch.device("meta"):
         model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text))
-    (layer, _), around = measure_decoder(model).layers, measure_decoder(model).around
+    decoder = measure_decoder(facts_of(model))
+    (layer, _), around = decoder.layers, decoder.around
     attention = 64 * (4 + 2 + 2) * 16 + 4 * 16 * 64
     assert layer.linear == 2 * (attention + 64 * 8 + 2 * 3 * 64 * 48)
     assert layer.quadratic == 4 * 4 * 16

@@ -40,7 +40,8 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets an entry for every capture."""
     counted: list[int] = []
     monkeypatch.setattr(
-        graphs, "capture_call", lambda *args: counted.append(0) or capture_call(*args)
+        "deos_fx.passes.captures.capture_call",
+        lambda *args: counted.append(0) or capture_call(*args),
     )
     return counted
 

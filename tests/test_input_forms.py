@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import prompts, shared
 from test_families import PRUNED, generate
-from tiny import inputs, shared_llava
+from tiny import call_of, inputs, shared_llava
 from torch import Tensor
 
 from deos_fx import transform
@@ -114,7 +114,8 @@ def test_former_names_are_taken_at_every_door() -> None:
     assert torch.equal(reduced.generate(**former, **beams), reduced.generate(**today, **beams))
     assert reduced.cost(**former) == reduced.cost(**today)
     assert torch.equal(reduced.explain(**former)[0].kept, reduced.explain(**today)[0].kept)
-    costs = [CostModel.of_inputs(model, given).of_policy(POLICY) for given in (former, today)]
+    calls = [call_of(model, given) for given in (former, today)]
+    costs = [CostModel.of_call(call).of_policy(POLICY) for call in calls]
     assert costs[0] == costs[1]
     budget = Budget(visual_tokens=0.5, flops=0.9)
     made, losses = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,10 +25,6 @@ from deos_fx.cli.loading import (
     policy_of,
     processor_of,
 )
-
-if TYPE_CHECKING:
-
-    pass
 
 __all__ = ["app"]
 

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deos_fx.cost.model import CostModel
-from deos_fx.inputs.complete import complete_inputs, normal_inputs
-from deos_fx.models.facts import grid_of, image_token_of
+from deos_fx.inputs.call import Call
+from deos_fx.inputs.complete import completed
+from deos_fx.models.facts import facts_of
 from deos_fx.passes.analyse.find_sites import Sites
 from deos_fx.passes.pipeline import Captured, capture_call
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import split_site
 
 __all__ = ["Outline", "Row", "outline", "tokens_of"]
 
@@ -113,23 +115,25 @@ def outline(
         ValueError: If the model cannot be captured, or the policy does not fit it.
     """
     policy = policy or Policy()
-    inputs = normal_inputs(inputs)
-    captured = capture_call(model, complete_inputs(model, {**inputs, "use_cache": False}))
-    visual = int((inputs["input_ids"] == image_token_of(model)).sum())
-    text = inputs["input_ids"].shape[1] - visual
+    facts = facts_of(model)
+    call = Call.of(facts, {**inputs, "use_cache": False})
+    captured = capture_call(model, completed(call).inputs)
+    ids = call.inputs["input_ids"]
+    visual = int((ids == facts.image_token).sum())
+    text = ids.shape[1] - visual
     rows: list[Row] = []
-    for row in _with_policy(model, inputs, policy, _rows(model, captured, visual, text)):
+    for row in _with_policy(call, policy, _rows(model, captured, visual, text)):
         if rows and row.follows(rows[-1]):
             rows[-1] = replace(row, first=rows[-1].first)
         else:
             rows.append(row)
     return Outline(
-        name=type(model).__name__,
+        name=facts.name,
         family=model.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        pixels=tuple(inputs["pixel_values"].shape),
+        pixels=tuple(call.inputs["pixel_values"].shape),
         visual=visual,
-        grid=grid_of(model),
+        grid=facts.grid,
         text=text,
         rows=tuple(rows),
         policy=policy,
@@ -199,14 +203,12 @@ def _last_named(model: PreTrainedModel) -> str:
     return "image features"
 
 
-def _with_policy(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], policy: Policy, rows: Iterator[Row]
-) -> Iterator[Row]:
+def _with_policy(call: Call, policy: Policy, rows: Iterator[Row]) -> Iterator[Row]:
     """Yield the rows with the tokens that a policy leaves in each."""
     if policy.is_empty:
         yield from rows
         return
-    costs: Any = CostModel.of_inputs(model, inputs)
+    costs: Any = CostModel.of_call(call)
     patches, layers = costs.patches(policy), costs.counts(policy)
     whole = costs.tokens_per_image
     kept = dict(

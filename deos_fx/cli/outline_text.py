@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from deos_fx.cli.outline import Outline
 from deos_fx.cost.model import CostModel
+from deos_fx.inputs.call import Call
+from deos_fx.models.facts import facts_of
 from deos_fx.policy.policy import Policy
 
 __all__ = ["print_cost", "print_outline"]
@@ -88,15 +90,11 @@ def print_cost(
     Raises:
         ValueError: If the policy does not fit the model.
     """
-    costs = CostModel.of_inputs(model, inputs)
+    costs = CostModel.of_call(Call.of(facts_of(model), inputs))
     before, after = costs.of_policy(Policy()), costs.of_policy(policy)
     console.print(policy, highlight=False, markup=False, soft_wrap=True)
     totals = Table("", "before", "after", "ratio", title="Cost of the prefill", box=box.SIMPLE_HEAD)
-    amounts = {
-        "visual tokens, mean": (before.visual_tokens, after.visual_tokens),
-        "GFLOPs": (before.flops / 1e9, after.flops / 1e9),
-        "KV cache, KiB": (before.kv_bytes / 1024, after.kv_bytes / 1024),
-    }
-    for name, (whole, left) in amounts.items():
+    names = ("visual tokens, mean", "GFLOPs", "KV cache, KiB")
+    for name, whole, left in zip(names, before.in_units, after.in_units, strict=True):
         totals.add_row(name, f"{whole:,.4g}", f"{left:,.4g}", f"{left / whole:.1%}")
     console.print(totals)

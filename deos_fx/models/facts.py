@@ -1,40 +1,118 @@
-"""The facts of a model that are needed before it is captured."""
+"""The facts of a model that are needed before it is captured, inferred once for each model."""
 
 from __future__ import annotations
 
 import inspect
 import math
+import threading
 import weakref
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from deos_fx.models.blocks import find_blocks, image_tower
-from deos_fx.models.families import IMAGE_TOKENS
+from deos_fx.models.blocks import Blocks, find_blocks, image_tower
+from deos_fx.models.encoders import ENCODERS, PIXELS
+from deos_fx.models.families import IMAGE_TOKENS, VIDEO_TOKENS
 from deos_fx.models.shapes_only import on_shapes
+from deos_fx.models.state import ModelState
 from deos_fx.models.upstream import check_upstream
 from deos_fx.policy.policy import ModelSignature
 
-__all__ = [
-    "grid_of",
-    "has_class_token",
-    "image_of",
-    "image_token_of",
-    "signature_of",
-    "size_inputs",
-    "sizes_vary",
-    "video_token_of",
-]
+__all__ = ["ModelFacts", "facts_of"]
 
 # Every door to a model comes by here.
 check_upstream()
 
-_GRIDS: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True, eq=False)
+class ModelFacts:
+    """Everything that is inferred of a model; it travels in place of the model.
+
+    It holds for the modules and the config that the model had: `facts_of` makes new facts when
+    these change. It does not keep the model alive.
+
+    Attributes:
+        name: Name of the model's class.
+        blocks: Its transformer blocks.
+        image_token: Id of the placeholder of one visual token of an image.
+        video_token: Id of the placeholder of one visual token of a video; None without videos.
+        arguments: The signature of the model's forward.
+        encoders: Method of the model's core that encodes images or videos -> its arguments.
+        size_inputs: Inputs that give the size of each image: the tensors, other than the pixels,
+            that both the model and its image encoder take.
+        has_class_token: Whether the vision tower puts a CLS token in front of the patches.
+    """
+
+    name: str
+    blocks: Blocks
+    image_token: int
+    video_token: int | None
+    arguments: inspect.Signature
+    encoders: Mapping[str, frozenset[str]]
+    size_inputs: frozenset[str]
+    has_class_token: bool
+    _model: Callable[[], PreTrainedModel | None]
+    _state: ModelState
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Return the model, which the caller keeps alive."""
+        model = self._model()
+        assert model is not None, "the model of these facts is gone"
+        return model
+
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        """Return rows and columns of one image's visual tokens; (0, 0) if its size decides them.
+
+        If their number is not a square, they count as one row.
+        """
+        count = _visual_tokens(self.model, self.size_inputs)
+        side = math.isqrt(count)
+        return (side, side) if side * side == count else (min(1, count), count)
+
+    @property
+    def sizes_vary(self) -> bool:
+        """Return whether the number of visual tokens of an image depends on its size."""
+        return self.grid == (0, 0)
+
+    def encodes_as_one(self, inputs: Container[str]) -> bool:
+        """Return whether the image encoder of a call is one node, of which no block is seen.
+
+        That is so where it reads the size of each image. Encoders of videos split their input by
+        the number of frames, which they read into Python.
+
+        Args:
+            inputs: Names of the inputs of the call.
+        """
+        return self.sizes_vary or PIXELS[1] in inputs
+
+    @cached_property
+    def signature(self) -> ModelSignature:
+        """Return the signature of the model, which a policy made for one model must match."""
+        rows, columns = self.grid
+        return ModelSignature(
+            model_type=self.model.config.model_type,
+            vision_layers=len(self.blocks.vision),
+            decoder_layers=len(self.blocks.decoder),
+            visual_tokens=rows * columns,
+        )
+
+    def image(self) -> torch.Tensor:
+        """Return pixels [1, C, H, W] of an image of the config's size, on "meta": only a shape."""
+        return _image(self.model)
 
 
-def signature_of(model: PreTrainedModel) -> ModelSignature:
-    """Return the signature of a model, which a policy made for one model must match.
+_FACTS: weakref.WeakKeyDictionary[PreTrainedModel, ModelFacts] = weakref.WeakKeyDictionary()
+_INFERRING = threading.RLock()
+
+
+def facts_of(model: PreTrainedModel) -> ModelFacts:
+    """Return the facts of a model; they are inferred again if its modules or config have changed.
 
     Args:
         model: A transformers vision-language model.
@@ -46,6 +124,14 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
             names the reason.
     """
     _check_unwrapped(model)
+    with _INFERRING:
+        known = _FACTS.get(model)
+        if known is None or not known._state.holds():
+            known = _FACTS[model] = _infer(model)
+        return known
+
+
+def _infer(model: PreTrainedModel) -> ModelFacts:
     name = type(model).__name__
     if {"image", "video"}.isdisjoint(model.input_modalities) or not model.can_generate():
         raise ValueError(
@@ -53,20 +139,37 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
             "does, for example LlavaForConditionalGeneration."
         )
     blocks = find_blocks(model)
-    if _image_token(model.config) is None:
+    image_token = _first_entry(model.config, IMAGE_TOKENS)
+    if image_token is None:
         raise ValueError(
             f"The config of {name} names no image placeholder ({' or '.join(IMAGE_TOKENS)}), by "
             "which deos_fx finds the visual tokens in input_ids. Set model.config.image_token_id "
             "if prompts have one."
         )
-    rows, columns = grid_of(model)
-    return ModelSignature(
-        model_type=model.config.model_type,
-        vision_layers=len(blocks.vision),
-        decoder_layers=len(blocks.decoder),
-        visual_tokens=rows * columns,
+    core = model.base_model
+    return ModelFacts(
+        name=name,
+        blocks=blocks,
+        image_token=image_token,
+        video_token=_first_entry(model.config, VIDEO_TOKENS),
+        arguments=inspect.signature(type(model).forward),
+        encoders={
+            method: frozenset(inspect.signature(getattr(core, method)).parameters)
+            for method in ENCODERS
+            if hasattr(core, method)
+        },
+        size_inputs=_size_inputs(model),
+        has_class_token=_has_class_token(model),
+        _model=weakref.ref(model),
+        _state=ModelState(model),
     )
 
+
+def _first_entry(config: Any, names: tuple[str, ...]) -> int | None:
+    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
+
+
+# *** models that are refused ***
 
 # Attribute of a wrapper -> expression for the model inside: the wrappers of peft, of torch.compile
 # and of several devices, and a reduced model.
@@ -132,28 +235,10 @@ def _code_of(forward: Any) -> Any:
     return inspect.unwrap(getattr(forward, "__func__", forward))
 
 
-def image_token_of(model: PreTrainedModel) -> int:
-    """Return the id of the placeholder of one visual token of an image."""
-    token = _image_token(model.config)
-    assert token is not None, "signature_of has refused this model"
-    return token
+# *** images ***
 
 
-def _image_token(config: Any) -> int | None:
-    return next((getattr(config, name) for name in IMAGE_TOKENS if hasattr(config, name)), None)
-
-
-def video_token_of(model: PreTrainedModel) -> int | None:
-    """Return the id of the placeholder of one visual token of a video; None without videos."""
-    config, names = model.config, ("video_token_id", "video_token_index")
-    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
-
-
-def size_inputs(model: PreTrainedModel) -> frozenset[str]:
-    """Return the inputs that give the size of each image.
-
-    These are the tensors, other than the pixels, that both the model and its image encoder take.
-    """
+def _size_inputs(model: PreTrainedModel) -> frozenset[str]:
     core: Any = model.base_model
     tower = image_tower(model)
     taken = _tensor_arguments(core.get_image_features)
@@ -170,24 +255,7 @@ def _tensor_arguments(function: Any) -> frozenset[str]:
     return frozenset(item.name for item in parameters if "Tensor" in str(item.annotation))
 
 
-def sizes_vary(model: PreTrainedModel) -> bool:
-    """Return whether the number of visual tokens of an image depends on its size."""
-    return grid_of(model) == (0, 0)
-
-
-def grid_of(model: PreTrainedModel) -> tuple[int, int]:
-    """Return rows and columns of one image's visual tokens; (0, 0) if they depend on its size.
-
-    If their number is not a square, they count as one row.
-    """
-    if model not in _GRIDS:
-        count = _visual_tokens(model)
-        side = math.isqrt(count)
-        _GRIDS[model] = (side, side) if side * side == count else (min(1, count), count)
-    return _GRIDS[model]
-
-
-def _visual_tokens(model: PreTrainedModel) -> int:
+def _visual_tokens(model: PreTrainedModel, size_inputs: frozenset[str]) -> int:
     """Return the number of visual tokens of an image; 0 if the encoder needs more than the pixels.
 
     They are counted by running the encoder on shapes, without arithmetic.
@@ -197,12 +265,12 @@ def _visual_tokens(model: PreTrainedModel) -> int:
     if tower is None or not hasattr(config, "image_size"):
         # Case: no image encoder, or no fixed size of images.
         return 0
-    if _tensor_arguments(tower.forward) & size_inputs(model):
+    if _tensor_arguments(tower.forward) & size_inputs:
         # Case: the encoder is told the size of each image.
         return 0
     try:
         with on_shapes(model.base_model) as core, torch.no_grad():
-            features = core.get_image_features(image_of(model), return_dict=True).pooler_output
+            features = core.get_image_features(_image(model), return_dict=True).pooler_output
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
         # Case: the encoder needs inputs other than the pixels.
         return 0
@@ -210,8 +278,7 @@ def _visual_tokens(model: PreTrainedModel) -> int:
     return math.prod(first.shape[:-1])
 
 
-def image_of(model: PreTrainedModel) -> torch.Tensor:
-    """Return pixels [1, C, H, W] of an image of the config's size, on "meta": only a shape."""
+def _image(model: PreTrainedModel) -> torch.Tensor:
     config: Any = model.config.vision_config
     sides = config.image_size
     height, width = sides if isinstance(sides, (list, tuple)) else (sides, sides)
@@ -219,8 +286,7 @@ def image_of(model: PreTrainedModel) -> torch.Tensor:
     return torch.empty(shape, dtype=model.dtype, device="meta")
 
 
-def has_class_token(model: PreTrainedModel) -> bool:
-    """Return whether the vision tower puts a CLS token in front of the patches."""
+def _has_class_token(model: PreTrainedModel) -> bool:
     tower = image_tower(model)
     names = () if tower is None else (name for name, _ in tower.named_parameters())
     return any("class_embedding" in name or "cls_token" in name for name in names)

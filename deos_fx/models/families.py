@@ -7,10 +7,13 @@ graph.
 
 from __future__ import annotations
 
-__all__ = ["FORMER_IMAGES", "IMAGE_TOKENS", "PATCH_NUMBERS", "SHORTCUTS"]
+__all__ = ["FORMER_IMAGES", "IMAGE_TOKENS", "PATCH_NUMBERS", "SHORTCUTS", "VIDEO_TOKENS"]
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 """Entries of a config that may hold the id of the placeholder of one visual token."""
+
+VIDEO_TOKENS = ("video_token_id", "video_token_index")
+"""Entries that may hold the id of the placeholder of one visual token of a video."""
 
 FORMER_IMAGES = frozenset({"pixel_values_images", "image_patches"})
 """Other names of inputs that processors still call ``pixel_values``: video_llava, fuyu."""

@@ -61,13 +61,8 @@ def command() -> str:
 
 
 def cost_cells(cost: Cost) -> list[str]:
-    """Return the cells of a cost: visual tokens, GFLOPs and KiB of keys and values."""
-    numbers = (
-        f"{cost.visual_tokens:.4g}",
-        f"{cost.flops / 1e9:.3g}",
-        f"{cost.kv_bytes / 1024:.0f}",
-    )
-    return [f"<td>{number}</td>" for number in numbers]
+    """Return the cells of a cost."""
+    return [f"<td>{text}</td>" for text in cost.cells.values()]
 
 
 def policy_section(policy: Policy, cost: Cost, whole: Cost) -> Section:
@@ -98,7 +93,7 @@ def search_section(result: Found) -> Section:
         f"{result.gap:+.2g}; without reduction it is {result.unreduced_loss:.4g}.",
         charts.history_chart(result.history, limit),
         table(
-            ["candidate", "task loss", "visual tokens", "GFLOPs", "KV KiB", "reductions"],
+            ["candidate", "task loss", *result.unreduced.cells, "reductions"],
             [_candidate_row(candidate) for candidate in _telling_candidates(result.candidates)],
             f"The best from each source, of {len(result.candidates)} candidates; the first was "
             "returned. A refined one is a small change of the best so far.",

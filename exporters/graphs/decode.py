@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
-from transformers import PreTrainedModel
 
 from deos_fx.exporters.graphs.example import BATCH, Example, words
 from deos_fx.exporters.graphs.exportable import Exportable
 from deos_fx.exporters.graphs.states import filled, inputs_of, states_of
-from deos_fx.inputs.complete import complete_inputs
+from deos_fx.inputs.call import Call, batch_axis
+from deos_fx.inputs.complete import completed
+from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
 from deos_fx.passes.pipeline import capture_call, lower_call
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -56,8 +57,9 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
     """
     # Capture on a cache whose layers are equally long: the original model can run no other.
     model, spaces = reduced.model, decode_spaces(reduced.policy)
+    facts = facts_of(model)
     cache = ReducedCache(model.config.get_text_config())
-    model(input_ids=words(model, 2), past_key_values=cache)
+    model(input_ids=words(facts, 2), past_key_values=cache)
     if not all(isinstance(getattr(held, "keys", None), Tensor) for held in cache.layers):
         raise ValueError(
             f"{type(model).__name__} has layers that keep a state instead of keys and values, "
@@ -65,28 +67,28 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
         )
     shapes = [state["key"].shape for state in states_of(cache).values()]
     coordinates = example.inputs["position_ids"].shape[:-2]
-    positions = words(model, 1).fill_(2).expand(*coordinates, BATCH, 1)
+    positions = words(facts, 1).fill_(2).expand(*coordinates, BATCH, 1)
     inputs = {
-        "input_ids": words(model, 1),
-        "attention_mask": words(model, 3).fill_(1),
+        "input_ids": words(facts, 1),
+        "attention_mask": words(facts, 3).fill_(1),
         "position_ids": positions,
         "past_key_values": cache,
         "use_cache": True,
     }
-    captured = capture_call(model, complete_inputs(model, inputs))
+    captured = capture_call(model, completed(Call.of(facts, inputs)).inputs)
     lowered = lower_call(captured, reduced.policy, None)
-    return _decode_exportable(_Decode(lowered, reduced), model, shapes, spaces, positions)
+    return _decode_exportable(_Decode(lowered, reduced), facts, shapes, spaces, positions)
 
 
 def _decode_exportable(
     module: _Decode,
-    model: PreTrainedModel,
+    facts: ModelFacts,
     shapes: list[torch.Size],
     spaces: Sequence[DecodeSpace],
     positions: Tensor,
 ) -> Exportable:
     """Make the example inputs and dynamic axes; the layers of a space have equally many keys."""
-    batch = Dim("batch")
+    model, batch = facts.model, Dim("batch")
     # The lengths differ: torch.export would take equal ones for one axis.
     lengths = [2 * k + 3 for k in range(len(spaces) + 1)]
     pasts = [Dim("past" if k == 0 else f"past_{k}") for k in range(len(spaces) + 1)]
@@ -103,13 +105,13 @@ def _decode_exportable(
         kind, k = _kind_and_space(name)
         if kind in ("attention_mask", "key_bias", "key_positions"):
             # One value for every key of the space, and one for the new token.
-            value = words(model, lengths[k] + 1).fill_(1)
+            value = words(facts, lengths[k] + 1).fill_(1)
             inputs[name] = value.to(model.dtype) if kind == "key_bias" else value
             dynamic[name] = {0: batch, 1: pasts[k] + 1}
         else:
             # Ids or position ids of the new token alone.
-            inputs[name] = positions.clone() if kind == "position_ids" else words(model, 1)
-            dynamic[name] = {inputs[name].ndim - 2: batch}
+            inputs[name] = positions.clone() if kind == "position_ids" else words(facts, 1)
+            dynamic[name] = {batch_axis(kind, inputs[name]): batch}
     return Exportable(module, inputs, dynamic)
 
 

@@ -7,7 +7,8 @@ from torch import fx
 from deos_fx.attention.observation import OBSERVED
 from deos_fx.forms.needs import required_features
 from deos_fx.passes.analyse.find_sites import Site, Sites
-from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["check_reduction"]

@@ -31,7 +31,7 @@ from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.passes.observe.prompt_features import PromptFeatures
 from deos_fx.passes.observe.prompt_text import PromptText
 from deos_fx.passes.observe.tower_features import TowerFeatures
-from deos_fx.policy.reduction import site_order, split_site
+from deos_fx.policy.site import site_order, split_site
 from deos_fx.tokens.layout import PromptLayout, rule_before_decoder
 
 __all__ = ["RelaxedSite", "insert_relaxed"]

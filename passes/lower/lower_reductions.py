@@ -37,7 +37,8 @@ from deos_fx.passes.observe.prompt_features import PromptFeatures
 from deos_fx.passes.observe.prompt_text import PromptText
 from deos_fx.passes.observe.tower_features import TowerFeatures
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout, grid_after, grid_of_prompt, rule_before_decoder
 
 __all__ = ["lower_reductions"]

@@ -33,7 +33,7 @@ from torch import fx, nn
 
 from deos_fx.attention.observation import MADE_OF, OBSERVED, Observation
 from deos_fx.passes.observe.observe_block import AskedNodes, observe_attention, peek_block
-from deos_fx.policy.reduction import site_order
+from deos_fx.policy.site import site_order
 
 __all__ = ["Call", "Maker", "SiteFeatures"]
 
