@@ -14,18 +14,20 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
 from deos_fx.errors import GuardError
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts
+from deos_fx.models.shapes_only import without_missing_weights
 from deos_fx.passes.finish import finish
-from deos_fx.passes.pipeline import Captured, capture_call, run_graph
+from deos_fx.passes.pipeline import Captured, capture_call, copy_of, run_graph
 from deos_fx.recent import Recent
 from deos_fx.tokens.cache import ReducedCache
 
-__all__ = ["CAPTURES", "Captures", "guards_of"]
+__all__ = ["CAPTURES", "Captures"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -107,9 +109,10 @@ class Captures:
                 self._captures.get(capture)
                 return capture.captured, fields
 
-    def captured(self, call: Call) -> Captured:
-        """Return the latest capture of a prefill of this structure, made if there is none."""
-        return self._next(call, False, [])[0].captured
+    def serving(self, call: Call) -> Captured:
+        """Return the capture that serves a prefill; only its guards run, not the model."""
+        with torch.no_grad(), without_missing_weights(self.model):
+            return self.serve(call, _guards_of)[0]
 
     def _next(self, call: Call, step: bool, tried: list[_Capture]) -> tuple[_Capture, bool]:
         """Return the most recently used untried capture, or a new one, and whether it is new."""
@@ -130,9 +133,9 @@ class Captures:
             return capture, True
 
 
-def guards_of(captured: Captured) -> fx.GraphModule:
+def _guards_of(captured: Captured) -> fx.GraphModule:
     """Return the guards of a captured call alone: a graph that returns no fields."""
-    guards = captured.copy().graph_module
+    guards = copy_of(captured.graph_module)
     guards.graph.output_node().args = ({},)
     return finish(guards)
 

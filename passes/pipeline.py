@@ -26,7 +26,7 @@ from deos_fx.tokens.layout import PromptLayout
 
 _T = TypeVar("_T")
 
-__all__ = ["Captured", "capture_call", "lower_call", "run_graph"]
+__all__ = ["Captured", "capture_call", "copy_of", "lower_call", "run_graph"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +45,16 @@ class Captured:
 
     def copy(self) -> Captured:
         """Return a copy whose graph can be changed; modules and weights are shared."""
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(self.graph_module.graph, {}))
-        twin = fx.GraphModule(self.graph_module, graph, self.graph_module._get_name())
-        twin.meta = dict(self.graph_module.meta)
-        return replace(self, graph_module=twin)
+        return replace(self, graph_module=copy_of(self.graph_module))
+
+
+def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy whose graph can be changed; modules and weights are shared."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    twin = fx.GraphModule(graph_module, graph, graph_module._get_name())
+    twin.meta = dict(graph_module.meta)
+    return twin
 
 
 def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:

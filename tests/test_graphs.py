@@ -279,4 +279,4 @@ def test_graphs_of_ever_new_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -
         batch = batch_of("qwen2_5_vl", [[image]])
         logits = reduced(**batch).logits
         assert torch.equal(logits, ReducedModel(model, policy)(**batch).logits)
-    assert len(reduced._graphs._lowered_graphs) == 3
+    assert len(reduced.graphs._lowered_graphs) == 3

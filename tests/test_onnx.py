@@ -383,7 +383,7 @@ def test_export_refuses_what_it_cannot_export(tmp_path):
 
 def test_export_checks_the_folder_first(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("deos_fx.exporters.graphs.prefill.capture_call", None)
+    monkeypatch.setattr("deos_fx.exporters.onnx.decode_graph", None)
     with pytest.raises(OSError, match="cannot write the folder"):
         export_onnx(ReducedModel(tiny.shared_llava(LAYERS), Policy()), tmp_path / "file" / "out")
 

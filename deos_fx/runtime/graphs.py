@@ -58,20 +58,26 @@ class Graphs(Captures):
         Returns:
             Fields of the output, with ``spaces`` where anything was reduced, and its class.
         """
-        captured, fields = self.serve(
-            call, lambda captured: self._lowered(captured, layout), step=layout is None
-        )
+        captured, fields = self._serve(call, layout)
         return fields, captured.graph_module.meta["output_class"]
+
+    def step(self, call: Call) -> fx.GraphModule:
+        """Run a decode step, and return its lowered graph."""
+        return self._lowered(self._serve(call, None)[0], None)
 
     def prefill(self, call: Call, layout: PromptLayout) -> fx.GraphModule:
         """Return the lowered graph of a prefill, captured if need be."""
-        return self._lowered(self.captured(call), layout)
+        return self._lowered(self.serving(call), layout)
 
     @property
     def latest(self) -> fx.GraphModule | None:
         """Return the lowered prefill graph that was used last."""
         used = (graph for (_, layout), graph in self._lowered_graphs.items() if layout is not None)
         return next(used, None)
+
+    def _serve(self, call: Call, layout: PromptLayout | None) -> tuple[Captured, dict[str, Any]]:
+        step = layout is None
+        return self.serve(call, lambda captured: self._lowered(captured, layout), step=step)
 
     def _lowered(self, captured: Captured, layout: PromptLayout | None) -> fx.GraphModule:
         with self.lock:

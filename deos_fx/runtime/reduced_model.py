@@ -45,6 +45,8 @@ class ReducedModel(nn.Module):
     Attributes:
         model: The model, untouched.
         policy: The policy.
+        signature: The facts of the model by which policies recognise it.
+        graphs: The graphs made so far.
 
     Raises:
         TypeError: If `model` is not a transformers model.
@@ -58,7 +60,7 @@ class ReducedModel(nn.Module):
         self.model = model.eval()
         self.policy = policy
         self._spaces = decode_spaces(policy)
-        self._graphs = Graphs(model, policy)
+        self.graphs = Graphs(model, policy)
 
     # *** calling ***
 
@@ -122,7 +124,7 @@ class ReducedModel(nn.Module):
         Raises:
             RuntimeError: Before the first call.
         """
-        latest = self._graphs.latest
+        latest = self.graphs.latest
         if latest is None:
             raise RuntimeError(
                 "Nothing is captured yet: call the model once, or give example_inputs to transform."
@@ -185,7 +187,7 @@ class ReducedModel(nn.Module):
             ValueError: If the inputs have no image.
         """
         call = completed(self._bind(**inputs | {"past_key_values": None}))
-        graph_module = self._graphs.prefill(call, call.layout)
+        graph_module = self.graphs.prefill(call, call.layout)
         return explain(graph_module, self.policy, call.layout, call.inputs)
 
     def __repr__(self) -> str:
@@ -235,7 +237,7 @@ class ReducedModel(nn.Module):
         _ = call.prompts
         for part in self._parts(call):
             if part.layout is not None:
-                self._graphs.prefill(part.call, part.layout)
+                self.graphs.prefill(part.call, part.layout)
 
     def _bind(self, *args: Any, **kwargs: Any) -> Call:
         return Call.bind(facts_of(self.model), *args, **kwargs)
@@ -276,7 +278,7 @@ class ReducedModel(nn.Module):
         """Run new tokens after those that the cache holds."""
         mask, positions = call.inputs.get("attention_mask"), call.inputs["position_ids"]
         call = call.having(**cache.decode_inputs(mask, positions))
-        fields, output_class = self._graphs.run(call, None)
+        fields, output_class = self.graphs.run(call, None)
         return output_class(**fields)
 
     def _parts(self, call: Call) -> list[Part]:
@@ -295,7 +297,7 @@ class ReducedModel(nn.Module):
             # Case: text alone, with nothing to reduce.
             output = self.model(**part.call.inputs)
             return dict(output.items()), type(output)
-        return self._graphs.run(part.call, part.layout)
+        return self.graphs.run(part.call, part.layout)
 
     def _spaces_of(
         self, left: Sequence[Mapping[str, Tensor]] | None, input_ids: Tensor

@@ -16,7 +16,7 @@ from deos_fx.inputs.call import Call, batch_axis
 from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
-from deos_fx.passes.pipeline import capture_call, lower_call
+from deos_fx.passes.pipeline import copy_of
 from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.tokens.cache import ReducedCache
 
@@ -55,11 +55,9 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
     Raises:
         ValueError: If a layer keeps a state instead of keys and values.
     """
-    # Capture on a cache whose layers are equally long: the original model can run no other.
     model, spaces = reduced.model, decode_spaces(reduced.policy)
     facts = facts_of(model)
-    cache = ReducedCache(model.config.get_text_config())
-    model(input_ids=words(facts, 2), past_key_values=cache)
+    cache = reduced(**example.inputs, use_cache=True).past_key_values
     if not all(isinstance(getattr(held, "keys", None), Tensor) for held in cache.layers):
         raise ValueError(
             f"{type(model).__name__} has layers that keep a state instead of keys and values, "
@@ -67,16 +65,16 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
         )
     shapes = [state["key"].shape for state in states_of(cache).values()]
     coordinates = example.inputs["position_ids"].shape[:-2]
-    positions = words(facts, 1).fill_(2).expand(*coordinates, BATCH, 1)
+    positions = words(facts, 1).fill_(cache.get_seq_length()).expand(*coordinates, BATCH, 1)
+    mask = words(facts, cache.get_seq_length() + 1).fill_(1)
     inputs = {
         "input_ids": words(facts, 1),
-        "attention_mask": words(facts, 3).fill_(1),
+        "attention_mask": mask,
         "position_ids": positions,
         "past_key_values": cache,
-        "use_cache": True,
     }
-    captured = capture_call(model, completed(Call.of(facts, inputs)).inputs)
-    lowered = lower_call(captured, reduced.policy, None)
+    call = completed(Call.of(facts, inputs)).having(**cache.decode_inputs(mask, positions))
+    lowered = copy_of(reduced.graphs.step(call))
     return _decode_exportable(_Decode(lowered, reduced), facts, shapes, spaces, positions)
 
 

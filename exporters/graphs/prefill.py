@@ -17,7 +17,7 @@ from deos_fx.inputs.call import Call, batch_axis
 from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import facts_of
 from deos_fx.passes.finish import finish
-from deos_fx.passes.pipeline import capture_call, lower_call
+from deos_fx.passes.pipeline import copy_of
 from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
 from deos_fx.passes.rewrite.split_encoder import split_encoder
 from deos_fx.passes.verify import verify
@@ -95,8 +95,7 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
         The prefill graph, and the image encoder's if it is a graph of its own.
     """
     call = completed(Call.of(facts_of(reduced.model), example.inputs | {"use_cache": True}))
-    captured = capture_call(reduced.model, call.inputs)
-    lowered = lower_call(captured, reduced.policy, example.layout)
+    lowered = copy_of(reduced.graphs.prefill(call, example.layout))
     _keep_outputs(lowered, ("logits", "spaces"))
     values = dict(example.inputs)
     encoder, constants = None, dict[str, Tensor]()

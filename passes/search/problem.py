@@ -18,7 +18,7 @@ from deos_fx.inputs.media import placeholders
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.passes.analyse.check_reduction import check_reduction
 from deos_fx.passes.analyse.find_sites import Site, Sites
-from deos_fx.passes.captures import Captures, guards_of
+from deos_fx.passes.captures import Captures
 from deos_fx.passes.pipeline import Captured, lower_call, run_graph
 from deos_fx.passes.search.objective import Target, labelled, self_distilled
 from deos_fx.policy.budget import Budget
@@ -121,7 +121,7 @@ class SearchProblem:
             costs.setdefault(cost.layout, cost.of_one_prompt())
         cost, *others = costs.values()
         captures = Captures(model.eval())
-        captured = _capture(captures, _without_labels(longest[0]))
+        captured = captures.serving(_without_labels(longest[0]))
         batches = [_with_target(captures, call) for call in calls]
         # With fewer than four batches, candidates are scored on the training batches.
         held_back = len(batches) // 4
@@ -204,7 +204,7 @@ class SearchProblem:
         """
         longest = max(self.scoring, key=lambda batch: batch.call.inputs["input_ids"].shape[1])
         call = longest.call.first_prompt()
-        captured = _capture(self.captures, call)
+        captured = self.captures.serving(call)
         graph = lower_call(captured.copy(), policy, longest.layout)
         return torch.no_grad()(lambda: run_graph(graph, call.inputs))
 
@@ -313,7 +313,7 @@ def _with_target(captures: Captures, batch: Call) -> SearchBatch:
     call, labels = _without_labels(batch), batch.inputs.get("labels")
     visual = placeholders(call.facts, call.inputs["input_ids"])
     if labels is not None:
-        captured = _capture(captures, call)
+        captured = captures.serving(call)
         return SearchBatch(call, captured, batch.layout, labelled(labels, visual))
     with torch.no_grad():
         captured, unreduced = captures.serve(call, lambda captured: captured.graph_module)
@@ -323,12 +323,6 @@ def _with_target(captures: Captures, batch: Call) -> SearchBatch:
 
 def _without_labels(call: Call) -> Call:
     return replace(call, inputs={name: x for name, x in call.inputs.items() if name != "labels"})
-
-
-@torch.no_grad()
-def _capture(captures: Captures, call: Call) -> Captured:
-    """Return the capture that serves a call; only its guards run, not the model."""
-    return captures.serve(call, guards_of)[0]
 
 
 @torch.no_grad()
