@@ -252,7 +252,7 @@ def _run_onnx(
 
 
 def _fitted_preset(settings: Settings, costs: CostModel) -> Policy:
-    limits = Budget(visual_tokens=settings.budget).limits(costs.of_policy(Policy()))
+    limits = Budget(visual_tokens=settings.budget).limits(costs.predict(Policy()))
     signature = costs.signature
     return presets.fit(
         settings.preset,
@@ -331,7 +331,7 @@ def _figures(
 
 def _predictions(policy: Policy, costs: CostModel) -> dict[str, Any]:
     """What the cost model says of the two, without running them."""
-    before, after = costs.of_policy(Policy()), costs.of_policy(policy)
+    before, after = costs.predict(Policy()), costs.predict(policy)
     return {
         "policy": json.loads(policy.to_json()),
         "predicted": {

@@ -15,7 +15,7 @@ from deos_fx.cost.model import CostModel
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.policy.budget import Budget, check_budget
-from deos_fx.policy.fit import as_shares, fit_counts
+from deos_fx.policy.counts import as_shares, fit_counts
 from deos_fx.policy.policy import Policy
 from deos_fx.runtime.reduced_model import ReducedModel
 
@@ -111,16 +111,16 @@ def _default_policy(facts: ModelFacts, budget: Budget, call: Call | None) -> Pol
         # Counts are fitted to images of one size; shares serve images of any size.
         return as_shares(policy, costs.tokens_per_image) if costs.sizes_vary else policy
 
-    limits = budget.limits(costs.of_policy(Policy()))
+    limits = budget.limits(costs.predict(Policy()))
     policy = fit_counts(
         _merge(ranking, 0.5),
         costs.tokens_per_image,
-        lambda candidate: costs.of_policy(of_any_size(candidate)).amounts,
+        lambda candidate: costs.predict(of_any_size(candidate)).amounts,
         limits,
     )
     if policy is None:
         # Case: even one token per image exceeds a limit; the message says by how much.
-        fewest = costs.of_policy(_merge(ranking, 1)).amounts
+        fewest = costs.predict(_merge(ranking, 1)).amounts
         missed = [f"{name}={limit:g} ({fewest[name]:g})" for name, limit in limits.items()]
         raise ValueError(
             f"The budget cannot be met: {', '.join(missed)}; in brackets what the model needs with "

@@ -56,8 +56,7 @@ from deos_fx.exporters.check import check_export
 from deos_fx.exporters.graphs.decode import decode_graph
 from deos_fx.exporters.graphs.example import Example, example_of
 from deos_fx.exporters.graphs.prefill import least_text, prefill_graph
-from deos_fx.exporters.graphs.weights import write_weights
-from deos_fx.exporters.manifest import FORMAT, IMAGES, MANIFEST, PACKAGES, VERSION
+from deos_fx.exporters.manifest import FORMAT, IMAGES, MANIFEST, PACKAGES, VERSION, write_weights
 from deos_fx.files import fresh_folder
 from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.counts import tokens_per_layer

@@ -16,8 +16,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deos_fx.exporters.manifest import IMAGES, read_manifest
-from deos_fx.exporters.session.session import HOST, Session, as_tensor, open
-from deos_fx.exporters.session.session_cache import SessionCache
+from deos_fx.exporters.session import HOST, Session, SessionCache, as_tensor, open
 from deos_fx.inputs.call import Call, normal_inputs
 from deos_fx.inputs.complete import completed
 from deos_fx.inputs.packed import packed_by

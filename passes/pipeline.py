@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from deos_fx.errors import PassError
 from deos_fx.models.blocks import Blocks
-from deos_fx.models.encoders import PIXELS
 from deos_fx.models.facts import facts_of
+from deos_fx.models.families import PIXELS
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
 from deos_fx.passes.analyse.find_sites import Sites, find_sites
 from deos_fx.passes.capture.capture import capture

@@ -115,7 +115,7 @@ def test_former_names_are_taken_at_every_door() -> None:
     assert reduced.cost(**former) == reduced.cost(**today)
     assert torch.equal(reduced.explain(**former)[0].kept, reduced.explain(**today)[0].kept)
     calls = [call_of(model, given) for given in (former, today)]
-    costs = [CostModel.of_call(call).of_policy(POLICY) for call in calls]
+    costs = [CostModel.of_call(call).predict(POLICY) for call in calls]
     assert costs[0] == costs[1]
     budget = Budget(visual_tokens=0.5, flops=0.9)
     made, losses = (

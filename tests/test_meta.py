@@ -26,8 +26,8 @@ MERGE = Policy(
 
 
 def captured(model: Any, batch: dict[str, Any]) -> tuple[Captured, Any]:
-    complete = call_of(model, batch).inputs
-    return capture_call(model, complete), call_of(model, complete).layout
+    call = call_of(model, batch)
+    return capture_call(model, call.inputs), call.layout
 
 
 def on_meta(config: Any) -> Any:

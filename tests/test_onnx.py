@@ -18,11 +18,11 @@ import torch
 from closeness import assert_onnx_close
 
 from deos_fx import presets
+from deos_fx.exporters import session
 from deos_fx.exporters.check import check_export
 from deos_fx.exporters.graphs.example import example_of
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
-from deos_fx.exporters.session import session
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel

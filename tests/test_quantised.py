@@ -219,7 +219,7 @@ def test_a_kernel_that_cannot_be_counted_has_no_cost() -> None:
     layer.up_proj = Opaque(*codes_of(layer.up_proj), None)
     assert torch.equal(ReducedModel(model, Policy())(**batch).logits, model(**batch).logits)
     with pytest.raises(ValueError, match="What a Opaque costs is not known"):
-        CostModel.of_call(call_of(model, batch)).of_policy(Policy())
+        CostModel.of_call(call_of(model, batch)).predict(Policy())
 
 
 def test_a_head_with_an_adapter_counts_in_full() -> None:
@@ -260,8 +260,9 @@ def gradients(model: Any) -> Tensor:
     budget = deos_fx.Budget(visual_tokens=0.5)
     problem = SearchProblem.of(model, [batch], budget)
     reduction = RelaxedReduction.from_reduction(Reduction("decoder.0", 0.5, gain=0.5, **NORM), 0.5)
-    graph = relaxed_graph({"decoder.0": reduction}, problem.training[0])
-    task = problem.training[0].target.loss(run_graph(graph, problem.training[0].inputs)["logits"])
+    (only,) = problem.training
+    graph = relaxed_graph({"decoder.0": reduction}, only)
+    task = only.target.loss(run_graph(graph, only.call.inputs)["logits"])
     found = torch.autograd.grad(task, [*reduction.parameters()], allow_unused=True)
     return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
 

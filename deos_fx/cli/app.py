@@ -161,9 +161,8 @@ def inspect(
 
       deos-fx inspect my-llava --policy policy.json --svg my-llava.svg
     """
-    from deos_fx.cli.outline import outline
+    from deos_fx.cli.outline import outline, print_cost, print_outline
     from deos_fx.cli.outline_drawing import outline_chart
-    from deos_fx.cli.outline_text import print_cost, print_outline
     from deos_fx.files import write_text
     from deos_fx.inputs.example import example_inputs
 

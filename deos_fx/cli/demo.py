@@ -77,7 +77,7 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
         data = _search_data(processor, seed)
         tests = reference.make_examples(TEST, "test")
         costs = CostModel.of_images(model, images=1, text_tokens=_text_tokens(processor, tests))
-        limit = budget.limits(costs.of_policy(Policy()))["visual_tokens"]
+        limit = budget.limits(costs.predict(Policy()))["visual_tokens"]
     with stage.phased("search") as progress:
         found = search(model, data, budget=budget, seed=seed, progress=progress)
     reduced = ReducedModel(model, found.policy)
@@ -163,7 +163,7 @@ class _Tested:
         advance: Advance,
     ) -> Method:
         """Answer the questions and count the right answers."""
-        cost = costs.of_policy(self.policy)
+        cost = costs.predict(self.policy)
         if self.model is None:
             return Method(self.name, self.policy, cost, {}, reason=self.reason)
         recorder = _Recorder(self.model.generate, processor, len(examples), advance)

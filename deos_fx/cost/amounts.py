@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
-__all__ = ["Cost", "CostReport"]
+from torch import Tensor
+
+__all__ = ["Amount", "Cost", "CostReport"]
+
+Amount: TypeAlias = float | Tensor
+"""A number, or a 0-dim tensor through which a gradient flows."""
 
 
 @dataclass(frozen=True)

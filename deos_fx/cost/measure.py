@@ -22,10 +22,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from deos_fx.cost.flops import count_flops
-from deos_fx.cost.twin import WholeNumbers, twin_of
-from deos_fx.models.encoders import features_of
+from deos_fx.cost.twin import WholeNumbers, count_flops, twin_of
 from deos_fx.models.facts import ModelFacts
+from deos_fx.models.families import features_of
 
 __all__ = ["Decoder", "Encoder", "Layer", "measure_decoder", "measure_encoder"]
 

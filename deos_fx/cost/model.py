@@ -18,11 +18,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deos_fx.cost.amounts import Cost
-from deos_fx.cost.blocks import at_most
-from deos_fx.cost.operator_flops import Amount, SiteSizes, operator_flops, relaxed_flops
-from deos_fx.cost.overhead import Seen, Site, Together, known_grid_after, observations
-from deos_fx.cost.parts import Parts
+from deos_fx.cost.amounts import Amount, Cost
+from deos_fx.cost.overhead import (
+    Seen,
+    Site,
+    SiteSizes,
+    Together,
+    known_grid_after,
+    observations,
+    operator_flops,
+    relaxed_flops,
+)
+from deos_fx.cost.parts import Parts, at_most
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.policy.counts import along, tokens_per_layer
@@ -142,7 +149,7 @@ class CostModel:
 
     # *** costs from the visual tokens of each decoder layer; differentiable ***
 
-    def visual_tokens(self, counts: Sequence[Amount] | Tensor) -> Amount:
+    def mean_tokens(self, counts: Sequence[Amount] | Tensor) -> Amount:
         """Compute the mean of the visual tokens over the decoder layers.
 
         Args:
@@ -160,7 +167,7 @@ class CostModel:
         """Compute the FLOPs of one prefill of the whole batch, from pixels to logits.
 
         Args:
-            counts: As in `visual_tokens`.
+            counts: As in `mean_tokens`.
             overhead: FLOPs of the reductions themselves, see `overhead`.
             patches: Patches of one image that each used block of the vision tower processes, then
                 those of the projector, see `patches`; by default all of them.
@@ -178,7 +185,7 @@ class CostModel:
         """Compute the bytes of the keys and values that one prefill of the whole batch leaves.
 
         Args:
-            counts: As in `visual_tokens`.
+            counts: As in `mean_tokens`.
         """
         total: Amount = 0
         for layer, count in zip(self._parts.measured.layers, counts, strict=True):
@@ -203,7 +210,7 @@ class CostModel:
 
     # *** costs of a policy; exact ***
 
-    def of_policy(self, policy: Policy) -> Cost:
+    def predict(self, policy: Policy) -> Cost:
         """Compute the cost with a policy, the reductions' own matmuls included.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,9 +12,8 @@ from transformers import Cache, PreTrainedModel
 
 from deos_fx.inputs.kinds import encoding, given_kinds, has_images, image_inputs
 from deos_fx.inputs.media import PromptImages, images_of_prompts
-from deos_fx.models.facts import ModelFacts
+from deos_fx.models.facts import ModelFacts, configs_of
 from deos_fx.models.families import FORMER_IMAGES
-from deos_fx.models.state import configs_of
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["Call", "batch_axis", "normal_inputs"]
@@ -31,10 +30,16 @@ class Call:
     Attributes:
         facts: The facts of the model.
         inputs: The arguments by name, as `normal_inputs` gives them, without those that are None.
+        model: The model.
     """
 
     facts: ModelFacts
     inputs: dict[str, Any]
+    model: PreTrainedModel = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Facts do not keep the model alive; a call does.
+        object.__setattr__(self, "model", self.facts.model)
 
     @classmethod
     def of(cls, facts: ModelFacts, inputs: Mapping[str, Any]) -> Call:
@@ -62,11 +67,6 @@ class Call:
     def having(self, **inputs: Any) -> Call:
         """Return the call with these inputs in place of its own ones of the same names."""
         return replace(self, inputs=self.inputs | inputs)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """Return the model that is called."""
-        return self.facts.model
 
     # *** images ***
 

@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.media import placeholders
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.layers import has_codes
 from deos_fx.models.shapes_only import ShapesOnly
-from deos_fx.models.views import shallow_copy
+from deos_fx.models.views import has_codes, shallow_copy
 from deos_fx.tokens.cache import ReducedCache
 
 __all__ = ["completed"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from deos_fx.inputs.kinds import IMAGES, VIDEOS, Kind, beside, encoding, media
-from deos_fx.models.encoders import features_of
 from deos_fx.models.facts import ModelFacts
+from deos_fx.models.families import features_of
 from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.views import shallow_copy
 from deos_fx.recent import Recent

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from deos_fx.models.encoders import PIXELS
 from deos_fx.models.facts import ModelFacts
+from deos_fx.models.families import PIXELS
 
 __all__ = [
     "IMAGES",

@@ -1,14 +1,20 @@
-"""Counts of tokens that follow from a policy alone."""
+"""Counts of tokens: those that follow from a policy, and the largest that meet limits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
+from deos_fx.operator import grid_layout
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.site import first_layer
 
-__all__ = ["along", "tokens_per_layer"]
+__all__ = ["along", "as_shares", "fit_counts", "on_grid", "tokens_per_layer", "within"]
+
+
+# *** counts of a policy ***
+
 
 T = TypeVar("T")
 
@@ -39,3 +45,118 @@ def tokens_per_layer(policy: Policy, sizes: Sequence[int], layers: int) -> list[
     kept = zip(policy.reductions, map(sum, of_images), strict=True)
     cuts = ((first_layer(reduction.site), count) for reduction, count in kept)
     return along(sum(sizes), cuts, layers)
+
+
+# *** counts within limits ***
+
+
+# The largest ratio of a pooling window's sides, the same as for the preset fitted to a budget.
+_ASPECT = 1.5
+
+
+def within(amounts: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    """Return whether a policy meets every limit; limits are one-sided.
+
+    Args:
+        amounts: Its costs by name.
+        limits: Absolute limits by the same names; costs without a limit are free.
+    """
+    return all(amounts[name] <= limit for name, limit in limits.items())
+
+
+def fit_counts(
+    policy: Policy,
+    visual_tokens: int,
+    amounts: Callable[[Policy], Mapping[str, float]],
+    limits: Mapping[str, float],
+) -> Policy | None:
+    """Scale a policy's counts to the largest that meet every limit.
+
+    All counts are scaled together as far as the limits allow. Then single tokens are added where
+    they still fit, deepest site first.
+
+    Args:
+        policy: A policy with any counts.
+        visual_tokens: Visual tokens of one image.
+        amounts: Returns the costs of a policy by name.
+        limits: Absolute limits.
+
+    Returns:
+        The fitted policy, or None if even one token at every site breaks a limit.
+    """
+    counts = policy.counts(visual_tokens)
+
+    def scaled(factor: float) -> list[int]:
+        return [min(visual_tokens, max(1, round(factor * count))) for count in counts]
+
+    def fits(candidate: Sequence[int]) -> bool:
+        return within(amounts(_with_counts(policy, candidate)), limits)
+
+    low, high = 0.0, float(visual_tokens)
+    if not fits(scaled(low)):
+        # Case: one token at every site is already too much.
+        return None
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(scaled(middle)) else (low, middle)
+    return _with_counts(policy, _filled(scaled(low), visual_tokens, fits))
+
+
+def as_shares(policy: Policy, visual_tokens: int) -> Policy:
+    """Return the policy with every count as a share of the image, for images of any size.
+
+    Args:
+        policy: Its counts are ints.
+        visual_tokens: Visual tokens of one image, for which the shares give the same counts.
+    """
+    shares = [count / visual_tokens for count in policy.counts(visual_tokens)]
+    return _with_counts(policy, shares)
+
+
+def on_grid(policy: Policy, height: int, width: int) -> Policy:
+    """Lower every count of grid anchors to one that the grid can be split into.
+
+    No later reduction keeps more tokens than an earlier one leaves.
+
+    Args:
+        policy: Its counts are ints.
+        height: Rows of one image's tokens.
+        width: Columns of one image's tokens.
+
+    Returns:
+        A policy that costs at most as much.
+    """
+    counts = policy.counts(height * width)
+    for i, reduction in enumerate(policy.reductions):
+        counts[i] = min(counts[: i + 1])
+        while reduction.selector == "grid" and not _splits(height, width, counts[i]):
+            counts[i] -= 1
+    return _with_counts(policy, counts)
+
+
+def _splits(height: int, width: int, count: int) -> bool:
+    """Return whether nearly square windows split the grid; a single window always does."""
+    try:
+        grid_layout(height, width, count, aspect=_ASPECT)
+    except ValueError:
+        return count == 1
+    return True
+
+
+def _filled(
+    counts: list[int], visual_tokens: int, fits: Callable[[Sequence[int]], bool]
+) -> list[int]:
+    """Add single tokens from the deepest site up while every limit holds."""
+    for i in reversed(range(len(counts))):
+        # A site keeps at most what the site before it leaves.
+        most = counts[i - 1] if i else visual_tokens
+        while counts[i] < most and fits([*counts[:i], counts[i] + 1, *counts[i + 1 :]]):
+            counts[i] += 1
+    return counts
+
+
+def _with_counts(policy: Policy, counts: Sequence[int | float]) -> Policy:
+    reductions = zip(policy.reductions, counts, strict=True)
+    return replace(
+        policy, reductions=tuple(replace(reduction, keep=count) for reduction, count in reductions)
+    )

@@ -172,7 +172,7 @@ class ReducedModel(nn.Module):
             ValueError: If the inputs have no image.
         """
         costs = CostModel.of_call(self._bind(**inputs))
-        return CostReport(before=costs.of_policy(Policy()), after=costs.of_policy(self.policy))
+        return CostReport(before=costs.predict(Policy()), after=costs.predict(self.policy))
 
     def explain(self, **inputs: Any) -> list[SiteExplanation]:
         """Find which tokens each reduction keeps, and where the others go; runs one prefill.

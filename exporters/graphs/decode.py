@@ -10,8 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from deos_fx.exporters.graphs.example import BATCH, Example, words
-from deos_fx.exporters.graphs.exportable import Exportable
-from deos_fx.exporters.graphs.states import filled, inputs_of, states_of
+from deos_fx.exporters.graphs.exportable import Exportable, filled, inputs_of, states_of
 from deos_fx.inputs.call import Call, batch_axis
 from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import ModelFacts, facts_of

@@ -10,9 +10,8 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from deos_fx.exporters.graphs.example import BATCH, Example
-from deos_fx.exporters.graphs.exportable import Exportable
+from deos_fx.exporters.graphs.exportable import Exportable, inputs_of, states_of
 from deos_fx.exporters.graphs.image_encoder import encoder_graph
-from deos_fx.exporters.graphs.states import inputs_of, states_of
 from deos_fx.inputs.call import Call, batch_axis
 from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import facts_of

@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from deos_fx.errors import CaptureError
-from deos_fx.models.encoders import PIXELS, is_encoder
+from deos_fx.models.families import PIXELS, is_encoder
 from deos_fx.models.shapes_only import ShapesOnly, shaped
 from deos_fx.operator import SCORES
 from deos_fx.passes.lower.open_space import has_prompt_axis

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import KVSharingDict
 
 from deos_fx.errors import CaptureError
-from deos_fx.models.encoders import ENCODERS
+from deos_fx.models.families import ENCODERS
 from deos_fx.passes.capture.guards import check_guard
 from deos_fx.passes.capture.leaves import ImageEncoder, MaskBuilder, first_of
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from deos_fx import tokens
-from deos_fx.models.encoders import is_encoder
+from deos_fx.models.families import is_encoder
 from deos_fx.passes.analyse.find_sites import Sites
 from deos_fx.tokens.layout import PromptLayout
 

@@ -22,7 +22,7 @@ from deos_fx.passes.captures import Captures
 from deos_fx.passes.pipeline import Captured, lower_call, run_graph
 from deos_fx.passes.search.objective import Target, labelled, self_distilled
 from deos_fx.policy.budget import Budget
-from deos_fx.policy.fit import as_shares, fit_counts, on_grid, within
+from deos_fx.policy.counts import as_shares, fit_counts, on_grid, within
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
@@ -134,7 +134,7 @@ class SearchProblem:
             other_costs=others,
             budget=budget,
             latency=None,
-            limits=budget.limits(cost.of_policy(Policy())),
+            limits=budget.limits(cost.predict(Policy())),
             training=batches[: len(batches) - held_back],
             scoring=batches[len(batches) - held_back :] or batches,
         )
@@ -220,11 +220,11 @@ class SearchProblem:
         Returns:
             Name -> amount.
         """
-        cost = self.cost.of_policy(policy)
+        cost = self.cost.predict(policy)
         amounts: dict[str, float] = dict(cost.amounts)
         for other in self.other_costs:
-            own = self.budget.limits(other.of_policy(Policy()))
-            for name, amount in other.of_policy(policy).amounts.items():
+            own = self.budget.limits(other.predict(Policy()))
+            for name, amount in other.predict(policy).amounts.items():
                 if name in own:
                     share = amount / own[name]
                     amounts[name] = max(amounts[name], share * self.limits[name])

@@ -31,8 +31,7 @@ from deos_fx.passes.search.state import SearchState
 from deos_fx.passes.verify import verify
 from deos_fx.policy.budget import Budget, check_budget
 from deos_fx.policy.policy import Policy
-from deos_fx.results.candidate import Candidate
-from deos_fx.results.search_result import SearchResult
+from deos_fx.results.search_result import Candidate, SearchResult
 
 __all__ = ["relaxed_graph", "search"]
 
@@ -259,7 +258,7 @@ def _result(
         history=state.history,
         candidates=[replace(best, policy=policy), *candidates[1:]],
         limits=problem.limits,
-        unreduced=problem.cost.of_policy(Policy()),
+        unreduced=problem.cost.predict(Policy()),
         unreduced_loss=problem.static_loss(Policy()),
         relaxed_loss=_relaxed_loss(problem, policy),
         interrupted=interrupted,
@@ -334,7 +333,7 @@ class _Scoring:
     def add(self, source: str, policy: Policy) -> float:
         """Score a policy, add it to the candidates and return its loss."""
         loss = self.problem.static_loss(policy)
-        cost = self.problem.cost.of_policy(policy)
+        cost = self.problem.cost.predict(policy)
         self.candidates.append(Candidate(policy, source, loss, cost))
         return loss
 

@@ -135,7 +135,7 @@ def relaxed_costs(
     counts = along(before, in_layers, cost.signature.decoder_layers)
     patches = along(before / images, in_blocks, cost.tower_blocks + 1)
     costs = {
-        "visual_tokens": cost.visual_tokens(counts),
+        "visual_tokens": cost.mean_tokens(counts),
         "flops": cost.flops(counts, overhead, patches),
         "kv_cache": cost.kv_bytes(counts),
     }
