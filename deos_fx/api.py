@@ -15,7 +15,7 @@ from deos_fx.cost.model import CostModel
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.policy.budget import Budget, check_budget
-from deos_fx.policy.counts import as_shares, fit_counts
+from deos_fx.policy.counts import fit_counts
 from deos_fx.policy.policy import Policy
 from deos_fx.runtime.reduced_model import ReducedModel
 
@@ -106,16 +106,11 @@ def _default_policy(facts: ModelFacts, budget: Budget, call: Call | None) -> Pol
         # Case: no image size is known, so only a share of each image can be promised.
         return _merge(ranking, _share(facts, budget))
     costs = _cost_model(facts, budget, call)
-
-    def of_any_size(policy: Policy) -> Policy:
-        # Counts are fitted to images of one size; shares serve images of any size.
-        return as_shares(policy, costs.tokens_per_image) if costs.sizes_vary else policy
-
     limits = budget.limits(costs.predict(Policy()))
     policy = fit_counts(
         _merge(ranking, 0.5),
         costs.tokens_per_image,
-        lambda candidate: costs.predict(of_any_size(candidate)).amounts,
+        lambda candidate: costs.predict(costs.for_any_size(candidate)).amounts,
         limits,
     )
     if policy is None:
@@ -126,7 +121,7 @@ def _default_policy(facts: ModelFacts, budget: Budget, call: Call | None) -> Pol
             f"The budget cannot be met: {', '.join(missed)}; in brackets what the model needs with "
             "one visual token per image. Raise the budget."
         )
-    return of_any_size(policy)
+    return costs.for_any_size(policy)
 
 
 def _share(facts: ModelFacts, budget: Budget) -> float:

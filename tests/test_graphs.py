@@ -257,6 +257,19 @@ def test_inputs_that_alternate_are_captured_once_each(policy: Policy, captures: 
     assert len(captures) == 2
 
 
+def test_a_call_captured_ahead_has_the_branch_of_its_inputs(captures: list[int]) -> None:
+    model = of_class(Branching)
+    reduced = ReducedModel(model, POLICY)
+    short, long = inputs(model, 1), inputs(model, 1, text=30)
+    for batch in (short, long):
+        reduced.capture(**batch)
+    assert len(captures) == 2
+    for batch in (short, long):
+        kept = reduced.explain(**batch)[-1].remaining.shape[1]
+        assert reduced(**batch).logits.shape[1] == kept
+    assert len(captures) == 2
+
+
 # *** how many stay ***
 
 

@@ -32,7 +32,7 @@ from deos_fx.cost.overhead import (
 from deos_fx.cost.parts import Parts, at_most
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts, facts_of
-from deos_fx.policy.counts import along, tokens_per_layer
+from deos_fx.policy.counts import along, as_shares, tokens_per_layer
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
@@ -146,6 +146,13 @@ class CostModel:
         """Return whether other images, or videos, may have other numbers of visual tokens."""
         fixed = self.signature.visual_tokens
         return fixed == 0 or set(self.layout.sizes) != {fixed}
+
+    def for_any_size(self, policy: Policy) -> Policy:
+        """Return the policy, with shares in place of counts if other images may have other sizes.
+
+        Counts are fitted to images of one size; shares serve images of any size.
+        """
+        return as_shares(policy, self.tokens_per_image) if self.sizes_vary else policy
 
     # *** costs from the visual tokens of each decoder layer; differentiable ***
 

@@ -22,7 +22,7 @@ from deos_fx.passes.captures import Captures
 from deos_fx.passes.pipeline import Captured, lower_call, run_graph
 from deos_fx.passes.search.objective import Target, labelled, self_distilled
 from deos_fx.policy.budget import Budget
-from deos_fx.policy.counts import as_shares, fit_counts, on_grid, within
+from deos_fx.policy.counts import fit_counts, on_grid, within
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
@@ -69,8 +69,7 @@ class SearchProblem:
         captured: The captured call of the longest prompts.
         layout: The layout of these prompts.
         cost: Cost model of one of these prompts.
-        other_costs: Cost models of one prompt of every other layout.
-        budget: The budget.
+        others: Cost model of one prompt of every other layout, and its limits.
         latency: Measured times; None without a limit on latency.
         limits: Name -> absolute limit.
         training: Batches for gradient steps.
@@ -82,8 +81,7 @@ class SearchProblem:
     captured: Captured
     layout: PromptLayout
     cost: CostModel
-    other_costs: list[CostModel]
-    budget: Budget
+    others: list[tuple[CostModel, dict[str, float]]]
     latency: LatencyTable | None
     limits: dict[str, float]
     training: list[SearchBatch]
@@ -131,8 +129,7 @@ class SearchProblem:
             captured=captured,
             layout=cost.layout,
             cost=cost,
-            other_costs=others,
-            budget=budget,
+            others=[(other, budget.limits(other.predict(Policy()))) for other in others],
             latency=None,
             limits=budget.limits(cost.predict(Policy())),
             training=batches[: len(batches) - held_back],
@@ -222,8 +219,7 @@ class SearchProblem:
         """
         cost = self.cost.predict(policy)
         amounts: dict[str, float] = dict(cost.amounts)
-        for other in self.other_costs:
-            own = self.budget.limits(other.predict(Policy()))
+        for other, own in self.others:
             for name, amount in other.predict(policy).amounts.items():
                 if name in own:
                     share = amount / own[name]
@@ -232,18 +228,17 @@ class SearchProblem:
             amounts["latency_ms"] = self.latency.predict(cost.visual_tokens_per_layer).item()
         return amounts
 
-    def of_any_size(self, policy: Policy) -> Policy:
-        """Return the policy with shares in place of counts if the model's images vary in size."""
-        return as_shares(policy, self.visual_tokens) if self.cost.sizes_vary else policy
-
     def fit(self, policy: Policy) -> Policy | None:
         """Return the policy with the largest counts that meet every limit; None if none do."""
         fitted = fit_counts(
-            policy, self.visual_tokens, lambda it: self.amounts(self.of_any_size(it)), self.limits
+            policy,
+            self.visual_tokens,
+            lambda candidate: self.amounts(self.cost.for_any_size(candidate)),
+            self.limits,
         )
         if fitted is None:
             return None
-        return self.of_any_size(on_grid(fitted, *self.layout.grid))
+        return self.cost.for_any_size(on_grid(fitted, *self.layout.grid))
 
     def runs(self, policy: Policy) -> bool:
         """Return whether the model can be reduced by a policy, for images of any size it takes."""

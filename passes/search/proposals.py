@@ -99,7 +99,7 @@ def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
         except ValueError:
             # The preset cannot meet the budget, or does not fit this number of tokens.
             continue
-        policy = problem.of_any_size(_with_own_scores(problem.sites, policy))
+        policy = problem.cost.for_any_size(_with_own_scores(problem.sites, policy))
         if not problem.runs(policy):
             continue
         fitted = policy if problem.meets(policy) else problem.fit(policy)
