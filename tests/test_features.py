@@ -55,12 +55,13 @@ class Features:
     ) -> None:
         self.model = model
         self.images = images
-        self.given = call_of(model, {"use_cache": False, **given}).inputs
+        call = call_of(model, {"use_cache": False, **given})
+        self.given = call.inputs
         self.captured: Captured = capture_call(model, self.given)
         self.graph_module = self.captured.graph_module
         self.graph = self.graph_module.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
-        layout = call_of(model, self.given).layout
+        layout = call.layout
         ids = self.nodes["input_ids"]
         with self.graph.inserting_after(ids):
             count = images * VISUAL
@@ -469,11 +470,11 @@ def test_gravity_needs_rotary_tables() -> None:
 def test_blocks_of_one_space_share_a_biased_mask() -> None:
     """Merging twice: each space has one mask with its own bias, and none of the one before."""
     model = shared_llava(LAYERS)
-    given = call_of(model, {**inputs(model, 2), "use_cache": False}).inputs
+    call = call_of(model, {**inputs(model, 2), "use_cache": False})
     merge: dict[str, Any] = {"gain": 1.0, "mass_bias": 1.0, "scores": {"feature_norm": 1.0}}
     policy = Policy((Reduction("vision.0", 48, **merge), Reduction("decoder.1", 16, **merge)))
-    captured = capture_call(model, given)
-    graph_module = lower_call(captured, policy, call_of(model, given).layout)
+    captured = capture_call(model, call.inputs)
+    graph_module = lower_call(captured, policy, call.layout)
     masks = [node for node in graph_module.graph.nodes if node.target is biased_mask]
     assert [[user.name for user in mask.users] for mask in masks] == [
         ["vision_1"],

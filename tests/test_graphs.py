@@ -259,7 +259,7 @@ def test_inputs_that_alternate_are_captured_once_each(policy: Policy, captures: 
 
 def test_a_call_captured_ahead_has_the_branch_of_its_inputs(captures: list[int]) -> None:
     model = of_class(Branching)
-    reduced = ReducedModel(model, POLICY)
+    reduced = ReducedModel(model, Policy((Reduction("decoder.0", 16),)))
     short, long = inputs(model, 1), inputs(model, 1, text=30)
     for batch in (short, long):
         reduced.capture(**batch)

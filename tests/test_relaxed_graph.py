@@ -51,8 +51,8 @@ def assert_relaxed_is_static(
     """With saturated gates, a policy's relaxed graph gives the logits of its static graph."""
     batch = batch or inputs(model, batch=2)
     named = {"pixel_values" if key in FORMER_IMAGES else key: x for key, x in batch.items()}
-    given = call_of(model, named | {"use_cache": False}).inputs
-    layout = call_of(model, given).layout
+    call = call_of(model, named | {"use_cache": False})
+    given, layout = call.inputs, call.layout
     captured = capture_call(model, given)
     relaxed = captured.copy()
     reductions = {}
