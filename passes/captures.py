@@ -22,8 +22,7 @@ from deos_fx.errors import GuardError
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.shapes_only import without_missing_weights
-from deos_fx.passes.finish import finish
-from deos_fx.passes.pipeline import Captured, capture_call, copy_of, run_graph
+from deos_fx.passes.pipeline import Captured, capture_call, run_graph
 from deos_fx.recent import Recent
 from deos_fx.tokens.cache import ReducedCache
 
@@ -112,7 +111,7 @@ class Captures:
     def serving(self, call: Call) -> Captured:
         """Return the capture that serves a prefill; only its guards run, not the model."""
         with torch.no_grad(), without_missing_weights(self.model):
-            return self.serve(call, _guards_of)[0]
+            return self.serve(call, lambda captured: captured.guards)[0]
 
     def _next(self, call: Call, step: bool, tried: list[_Capture]) -> tuple[_Capture, bool]:
         """Return the most recently used untried capture, or a new one, and whether it is new."""
@@ -131,13 +130,6 @@ class Captures:
             capture = _Capture(structure, captured, list(_attributes(self.model, captured)))
             self._captures.put(capture, None)
             return capture, True
-
-
-def _guards_of(captured: Captured) -> fx.GraphModule:
-    """Return the guards of a captured call alone: a graph that returns no fields."""
-    guards = copy_of(captured.graph_module)
-    guards.graph.output_node().args = ({},)
-    return finish(guards)
 
 
 def _attributes(model: nn.Module, captured: Captured) -> Iterator[tuple[nn.Module, str, Any]]:

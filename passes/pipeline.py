@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import fx
@@ -16,6 +17,7 @@ from deos_fx.models.families import PIXELS
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
 from deos_fx.passes.analyse.find_sites import Sites, find_sites
 from deos_fx.passes.capture.capture import capture
+from deos_fx.passes.finish import finish
 from deos_fx.passes.lower.lower_decode import decode_spaces, lower_decode
 from deos_fx.passes.lower.lower_reductions import lower_reductions
 from deos_fx.passes.rewrite.fold_masked_add import fold_masked_add
@@ -46,6 +48,13 @@ class Captured:
     def copy(self) -> Captured:
         """Return a copy whose graph can be changed; modules and weights are shared."""
         return replace(self, graph_module=copy_of(self.graph_module))
+
+    @cached_property
+    def guards(self) -> fx.GraphModule:
+        """Return a graph of the guards alone, which tell whether it serves a call."""
+        guards = copy_of(self.graph_module)
+        guards.graph.output_node().args = ({},)
+        return finish(guards)
 
 
 def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
