@@ -224,19 +224,19 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
             "which deos_fx finds the visual tokens in input_ids. Set model.config.image_token_id "
             "if prompts have one."
         )
-    core = model.base_model
+    core, arguments = model.base_model, inspect.signature(type(model).forward)
     return ModelFacts(
         name=name,
         blocks=blocks,
         image_token=image_token,
         video_token=_first_entry(model.config, VIDEO_TOKENS),
-        arguments=inspect.signature(type(model).forward),
+        arguments=arguments,
         encoders={
             method: frozenset(inspect.signature(getattr(core, method)).parameters)
             for method in ENCODERS
             if hasattr(core, method)
         },
-        size_inputs=_size_inputs(model),
+        size_inputs=_size_inputs(model).intersection(arguments.parameters),
         has_class_token=_has_class_token(model),
         _model=weakref.ref(model),
         _state=ModelState(model),
@@ -317,6 +317,7 @@ def _code_of(forward: Any) -> Any:
 
 
 def _size_inputs(model: PreTrainedModel) -> frozenset[str]:
+    """Return the tensors other than the pixels that the image encoder takes, and the text not."""
     core: Any = model.base_model
     tower = image_tower(model)
     taken = _tensor_arguments(core.get_image_features)
@@ -324,8 +325,7 @@ def _size_inputs(model: PreTrainedModel) -> frozenset[str]:
         taken |= _tensor_arguments(tower.forward)
     # Towers built like text models also take an attention mask, but not that of the prompt.
     of_text = _tensor_arguments(model.get_decoder().forward)
-    of_model = inspect.signature(type(model).forward).parameters
-    return (taken & of_model.keys()) - of_text - {"pixel_values"}
+    return taken - of_text - {"pixel_values"}
 
 
 def _tensor_arguments(function: Any) -> frozenset[str]:
