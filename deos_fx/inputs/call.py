@@ -101,6 +101,14 @@ class Call:
             )
         return images_of_prompts(self.facts, self.inputs)
 
+    def check_images(self) -> None:
+        """Refuse a call without images, or whose images and placeholders do not match.
+
+        Raises:
+            ValueError: If the call is refused.
+        """
+        _ = self.prompts
+
     @property
     def layout(self) -> PromptLayout:
         """Find where the visual tokens of the batch are; its prompts must be alike in that.

@@ -233,8 +233,7 @@ class ReducedModel(nn.Module):
             ValueError: If the inputs have no image, or the model cannot be captured.
         """
         call = completed(self._bind(**inputs))
-        # Refuses a call without images.
-        _ = call.prompts
+        call.check_images()
         for part in self._parts(call):
             if part.layout is not None:
                 self.graphs.prefill(part.call, part.layout)
@@ -286,7 +285,7 @@ class ReducedModel(nn.Module):
         if self.policy.is_empty and not are_written_alike(call.facts, call.inputs):
             if call.has_images:
                 # The graph lacks the model's own checks of images and placeholders: check here.
-                _ = call.prompts
+                call.check_images()
             layout = PromptLayout(call.facts.image_token, 0, (0, 0))
             return [Part(tuple(range(len(call.inputs["input_ids"]))), layout, call)]
         return parts_of_batch(call)
