@@ -10,7 +10,7 @@ from deos_fx.operator import grid_layout
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.site import first_layer
 
-__all__ = ["along", "as_shares", "fit_counts", "on_grid", "tokens_per_layer", "within"]
+__all__ = ["ASPECT", "along", "as_shares", "fit_counts", "on_grid", "tokens_per_layer", "within"]
 
 
 # *** counts of a policy ***
@@ -50,8 +50,8 @@ def tokens_per_layer(policy: Policy, sizes: Sequence[int], layers: int) -> list[
 # *** counts within limits ***
 
 
-# The largest ratio of a pooling window's sides, the same as for the preset fitted to a budget.
-_ASPECT = 1.5
+ASPECT = 1.5
+"""The largest ratio of the sides of a window over the grid, where a count is to be chosen."""
 
 
 def within(amounts: Mapping[str, float], limits: Mapping[str, float]) -> bool:
@@ -137,7 +137,7 @@ def on_grid(policy: Policy, height: int, width: int) -> Policy:
 def _splits(height: int, width: int, count: int) -> bool:
     """Return whether nearly square windows split the grid; a single window always does."""
     try:
-        grid_layout(height, width, count, aspect=_ASPECT)
+        grid_layout(height, width, count, aspect=ASPECT)
     except ValueError:
         return count == 1
     return True

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from deos_fx.operator import grid_layout
-from deos_fx.policy.counts import tokens_per_layer
+from deos_fx.policy.counts import ASPECT, tokens_per_layer
 from deos_fx.policy.policy import Policy
 from deos_fx.presets.decoder import FASTV_LAYER, PYRAMID_KEEP, fastv, pyramid_drop
 from deos_fx.presets.projector import avg_pool, merge, redistribute
@@ -102,7 +102,7 @@ def _fit_avg_pool(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
         )
     for count in range(_floor(budget), 0, -1):
         try:
-            grid_layout(side, side, count, aspect=1.5)
+            grid_layout(side, side, count, aspect=ASPECT)
         except ValueError:
             continue
         yield avg_pool("projector", count)
