@@ -28,7 +28,8 @@ from torch import Tensor
 
 from deos_fx import Policy, Reduction, transform
 from deos_fx.files import write_text
-from deos_fx.runtime.graphs import CAPTURES, GRAPHS
+from deos_fx.passes.captures import CAPTURES
+from deos_fx.runtime.graphs import GRAPHS
 
 __all__ = ["measure"]
 
@@ -77,7 +78,7 @@ def measure(calls: int, sizes: int, layers: int) -> dict[str, Any]:
         Captures, lowered graphs, seconds and memory, ten times on the way.
     """
     handler = _Captures()
-    logger = logging.getLogger("deos_fx.runtime.graphs")
+    logger = logging.getLogger("deos_fx")
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     reduced = transform(_model(layers), policy=POLICY)

@@ -28,8 +28,10 @@ from rich.table import Table
 from deos_fx import Policy, Reduction, transform
 from deos_fx.files import write_text
 from deos_fx.forms.relaxed import RelaxedReduction
-from deos_fx.inputs.complete import complete_inputs, prompt_layout
+from deos_fx.inputs.call import Call
+from deos_fx.inputs.complete import completed
 from deos_fx.inputs.example import example_inputs
+from deos_fx.models.facts import facts_of
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import capture_call, lower_call
 
@@ -116,9 +118,11 @@ def measure(name: str) -> dict[str, Any]:
     steps = tuple(Reduction(site, keep, **merge) for site, keep in sites.items())
     half = {"activation": 0.5, "retention": 0.5}
     relaxed = {step.site: RelaxedReduction(step, **half) for step in steps}
-    inputs = timed("inputs", lambda: complete_inputs(model, example_inputs(model)))
-    layout = timed("layout", lambda: prompt_layout(model, inputs))
-    captured = timed("capture and analyse", lambda: capture_call(model, inputs))
+    call = timed(
+        "inputs", lambda: completed(Call.of(facts_of(model), example_inputs(model)))
+    )
+    layout = timed("layout", lambda: call.layout)
+    captured = timed("capture and analyse", lambda: capture_call(model, call.inputs))
     twin = captured.copy()
     timed("insert", lambda: insert_relaxed(twin.graph_module, captured.sites, relaxed, layout))
     again = captured.copy()

@@ -39,7 +39,8 @@ from deos_fx.cli.terminal import Advance, Stages, stages
 from deos_fx.cost.latency import milliseconds
 from deos_fx.cost.model import CostModel
 from deos_fx.files import write_text
-from deos_fx.models.facts import signature_of
+from deos_fx.inputs.call import Call
+from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 
 __all__ = ["Settings", "measure"]
@@ -71,7 +72,7 @@ def _build_inputs(model: PreTrainedModel, batch: int, text: int) -> dict[str, Te
     ids = torch.randint(words - 1, (batch, text), generator=generator)
     # The image token itself must not be among the words.
     ids += ids >= config.image_token_id
-    image = torch.full((batch, signature_of(model).visual_tokens), config.image_token_id)
+    image = torch.full((batch, facts_of(model).signature.visual_tokens), config.image_token_id)
     pixels = torch.randn(
         batch, vision.num_channels, vision.image_size, vision.image_size, generator=generator
     )
@@ -212,7 +213,7 @@ def measure(
         with stage("build the model"):
             model = _build_model(settings.shape, device, DTYPES[settings.dtype])
             inputs = _build_inputs(model, settings.batch, settings.text)
-            costs = CostModel.of_inputs(model, {**inputs, "logits_to_keep": 1})
+            costs = CostModel.of_call(Call.of(facts_of(model), {**inputs, "logits_to_keep": 1}))
             policy = settings.policy or _fitted_preset(settings, costs)
             reduced = {EMPTY: ReducedModel(model, Policy()), REDUCED: ReducedModel(model, policy)}
         measured = {name: value for name, value in asdict(settings).items() if name != "policy"}
@@ -252,7 +253,7 @@ def _run_onnx(
 
 
 def _fitted_preset(settings: Settings, costs: CostModel) -> Policy:
-    limits = Budget(visual_tokens=settings.budget).limits(costs.of_policy(Policy()))
+    limits = Budget(visual_tokens=settings.budget).limits(costs.predict(Policy()))
     signature = costs.signature
     return presets.fit(
         settings.preset,
@@ -331,7 +332,7 @@ def _figures(
 
 def _predictions(policy: Policy, costs: CostModel) -> dict[str, Any]:
     """What the cost model says of the two, without running them."""
-    before, after = costs.of_policy(Policy()), costs.of_policy(policy)
+    before, after = costs.predict(Policy()), costs.predict(policy)
     return {
         "policy": json.loads(policy.to_json()),
         "predicted": {

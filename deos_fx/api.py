@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from deos_fx import presets
 from deos_fx.cost.measure import measure_encoder
 from deos_fx.cost.model import CostModel
-from deos_fx.models.facts import grid_of, has_class_token, signature_of, sizes_vary
-from deos_fx.policy.budget import Budget
-from deos_fx.policy.fit import as_shares, fit_counts
+from deos_fx.inputs.call import Call
+from deos_fx.models.facts import ModelFacts, facts_of
+from deos_fx.policy.budget import Budget, check_budget
+from deos_fx.policy.counts import fit_counts
 from deos_fx.policy.policy import Policy
 from deos_fx.runtime.reduced_model import ReducedModel
 
@@ -61,7 +62,7 @@ def transform(
         ValueError: If the model reads no images, the policy does not fit it, the budget cannot be
             met, or arguments contradict each other.
     """
-    signature_of(model)
+    facts = facts_of(model)
     _check_arguments(policy, budget, data)
     wanted = budget or DEFAULT_BUDGET
     if policy is None and data is not None:
@@ -69,7 +70,8 @@ def transform(
 
         policy = search(model, data, budget=wanted).policy
     elif policy is None:
-        policy = _default_policy(model, wanted, example_inputs)
+        call = None if example_inputs is None else Call.of(facts, example_inputs)
+        policy = _default_policy(facts, wanted, call)
     reduced = ReducedModel(model, policy)
     if example_inputs is not None:
         reduced.capture(**example_inputs)
@@ -82,10 +84,8 @@ def _check_arguments(policy: Any, budget: Any, data: Any) -> None:
             f"policy is a {type(policy).__name__}; give a Policy: Policy.load(path), one of "
             "deos_fx.presets such as presets.fastv(), or the .policy of a search."
         )
-    if budget is not None and not isinstance(budget, Budget):
-        raise TypeError(
-            f"budget is a {type(budget).__name__}; give for example Budget(visual_tokens=0.125)."
-        )
+    if budget is not None:
+        check_budget(budget)
     if policy is not None and (budget is not None or data is not None):
         other = "a budget" if data is None else "data"
         raise ValueError(
@@ -94,51 +94,45 @@ def _check_arguments(policy: Any, budget: Any, data: Any) -> None:
         )
 
 
-def _default_policy(
-    model: PreTrainedModel, budget: Budget, example_inputs: Mapping[str, Any] | None
-) -> Policy:
+def _default_policy(facts: ModelFacts, budget: Budget, call: Call | None) -> Policy:
     """Return merging before the decoder, with the largest count that meets the budget."""
     if budget.require().latency_ms is not None:
         raise ValueError(
             f"budget latency_ms={budget.latency_ms}: latency is measured by the search. Give data "
             "to search with, or limit something else."
         )
-    ranking = _ranking(model)
-    if example_inputs is None and sizes_vary(model):
+    ranking = _ranking(facts)
+    if call is None and facts.sizes_vary:
         # Case: no image size is known, so only a share of each image can be promised.
-        return _merge(ranking, _share(model, budget))
-    costs = _cost_model(model, budget, example_inputs)
-
-    def of_any_size(policy: Policy) -> Policy:
-        # Counts are fitted to images of one size; shares serve images of any size.
-        return as_shares(policy, costs.tokens_per_image) if costs.sizes_vary else policy
-
-    limits = budget.limits(costs.of_policy(Policy()))
+        return _merge(ranking, _share(facts, budget))
+    costs = _cost_model(facts, budget, call)
+    limits = budget.limits(costs.predict(Policy()))
     policy = fit_counts(
         _merge(ranking, 0.5),
         costs.tokens_per_image,
-        lambda candidate: costs.of_policy(of_any_size(candidate)).amounts,
+        lambda candidate: costs.predict(costs.for_any_size(candidate)).amounts,
         limits,
     )
     if policy is None:
         # Case: even one token per image exceeds a limit; the message says by how much.
-        fewest = costs.of_policy(_merge(ranking, 1)).amounts
+        fewest = costs.predict(_merge(ranking, 1)).amounts
         missed = [f"{name}={limit:g} ({fewest[name]:g})" for name, limit in limits.items()]
         raise ValueError(
             f"The budget cannot be met: {', '.join(missed)}; in brackets what the model needs with "
             "one visual token per image. Raise the budget."
         )
-    return of_any_size(policy)
+    return costs.for_any_size(policy)
 
 
-def _share(model: PreTrainedModel, budget: Budget) -> float:
+def _share(facts: ModelFacts, budget: Budget) -> float:
     """Return the share of every image that a budget allows to keep, whatever the image's size."""
     others = {name for name in ("flops", "kv_cache") if getattr(budget, name) is not None}
     if others or not isinstance(budget.visual_tokens, float):
         raise ValueError(
-            f"How many visual tokens an image of a {model.config.model_type} model has depends on "
-            "its size, and what it costs does too: give example_inputs (or data to search with), "
-            "or limit visual_tokens by a fraction and nothing else, as Budget(visual_tokens=0.25)."
+            f"How many visual tokens an image of a {facts.signature.model_type} model has depends "
+            "on its size, and what it costs does too: give example_inputs (or data to search "
+            "with), or limit visual_tokens by a fraction and nothing else, as "
+            "Budget(visual_tokens=0.25)."
         )
     return budget.visual_tokens
 
@@ -150,29 +144,27 @@ def _merge(ranking: str, keep: int | float) -> Policy:
     return replace(policy, reductions=(replace(reduction, scores={ranking: 1.0}),))
 
 
-def _ranking(model: PreTrainedModel) -> str:
+def _ranking(facts: ModelFacts) -> str:
     """Return the score to rank by: CLS attention if exactly the visual tokens follow the CLS token.
 
     Otherwise it is `novelty`, also for models that read videos: a video encoder is one node of the
     graph, so its attention cannot be observed.
     """
-    videos = "video" in model.input_modalities
-    if videos or sizes_vary(model) or not has_class_token(model):
+    videos = "video" in facts.model.input_modalities
+    if videos or facts.sizes_vary or not facts.has_class_token:
         return "novelty"
-    encoder = measure_encoder(model)
+    encoder = measure_encoder(facts)
     patches = encoder.tokens[encoder.used - 1] - 1
-    return "cls_attention" if patches == math.prod(grid_of(model)) else "novelty"
+    return "cls_attention" if patches == math.prod(facts.grid) else "novelty"
 
 
-def _cost_model(
-    model: PreTrainedModel, budget: Budget, example_inputs: Mapping[str, Any] | None
-) -> CostModel:
-    if example_inputs is not None:
-        return CostModel.of_inputs(model, example_inputs)
+def _cost_model(facts: ModelFacts, budget: Budget, call: Call | None) -> CostModel:
+    if call is not None:
+        return CostModel.of_call(call)
     if budget.flops is not None or budget.kv_cache is not None:
         raise ValueError(
             "The FLOPs and the KV cache of a prompt depend on its length: give example_inputs (or "
             "data to search with), or limit visual_tokens only."
         )
     # Only visual tokens are limited here, and their number does not depend on the text.
-    return CostModel.of_images(model, images=1, text_tokens=0)
+    return CostModel.of_images(facts.model, images=1, text_tokens=0)

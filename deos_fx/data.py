@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.image_utils import load_image
 
-__all__ = ["Record", "batches", "read_records"]
+__all__ = ["Record", "answer_labels", "batches", "read_records"]
 
 _IGNORE = -100
 _FIELDS = {"image": str, "prompt": str, "answer": str}
@@ -117,11 +117,20 @@ def _batch(processor: Any, records: Sequence[Record]) -> dict[str, Tensor]:
         for prompt, record in zip(prompts, records, strict=True)
     ]
     inputs = dict(processor(images=images, text=texts, **options))
-    ids = inputs["input_ids"]
     pairs = zip(prompts, texts, strict=True)
-    lengths = [_answer_length(tokenizer, *pair, special) for pair in pairs]
-    answered = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]
-    return inputs | {"labels": torch.where(answered, ids, _IGNORE)}
+    lengths = torch.tensor([_answer_length(tokenizer, *pair, special) for pair in pairs])
+    return inputs | {"labels": answer_labels(inputs["input_ids"], lengths)}
+
+
+def answer_labels(ids: Tensor, lengths: Tensor) -> Tensor:
+    """Return labels [B, S] of answers at the end of every row: their ids, and -100 elsewhere.
+
+    Args:
+        ids: [B, S].
+        lengths: [B], tokens of each answer.
+    """
+    answered = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+    return torch.where(answered, ids, _IGNORE)
 
 
 def _open(path: Path) -> Image.Image:

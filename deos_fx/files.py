@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["fresh_folder", "write_text"]
+__all__ = ["fresh_folder", "write_file", "write_text"]
 
 
 @contextmanager
@@ -45,16 +45,29 @@ def fresh_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file completely or not at all.
+
+    Raises:
+        OSError: If the folder does not exist or cannot be written.
+    """
+    write_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_file(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Write a file completely or not at all.
+
+    Args:
+        path: The file.
+        write: Writes it under the temporary name that it is given.
 
     Raises:
         OSError: If the folder does not exist or cannot be written.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        write(Path(temporary))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deos_fx.exporters.graphs.example import BATCH, Example, word_of
 from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.runtime.reduced_model import ReducedModel
 
@@ -137,9 +138,9 @@ def _another(
         name: value[: len(value) // BATCH] if name in example.images else longer(value)
         for name, value in traced.items()
     }
-    ids = batch["input_ids"]
+    facts, ids = facts_of(reduced.model), batch["input_ids"]
     # Small ids are words in any vocabulary, but for those that the prompt has for a purpose.
     words = torch.arange(ids.shape[1], device=ids.device) % _WORDS + 3
-    words = torch.where(torch.isin(words, ids), word_of(reduced.model), words)
-    batch["input_ids"] = torch.where(ids == word_of(reduced.model), words, ids)
+    words = torch.where(torch.isin(words, ids), word_of(facts), words)
+    batch["input_ids"] = torch.where(ids == word_of(facts), words, ids)
     return batch

@@ -56,12 +56,12 @@ from deos_fx.exporters.check import check_export
 from deos_fx.exporters.graphs.decode import decode_graph
 from deos_fx.exporters.graphs.example import Example, example_of
 from deos_fx.exporters.graphs.prefill import least_text, prefill_graph
-from deos_fx.exporters.graphs.weights import write_weights
-from deos_fx.exporters.manifest import FORMAT, IMAGES, MANIFEST, PACKAGES, VERSION
+from deos_fx.exporters.manifest import FORMAT, IMAGES, MANIFEST, PACKAGES, VERSION, write_weights
 from deos_fx.files import fresh_folder
 from deos_fx.passes.lower.lower_decode import decode_spaces
+from deos_fx.policy.counts import tokens_per_layer
 from deos_fx.runtime.reduced_model import ReducedModel
-from deos_fx.tokens.layout import PromptLayout, first_layer
+from deos_fx.tokens.layout import PromptLayout
 from deos_fx.version import __version__
 
 if TYPE_CHECKING:
@@ -174,13 +174,9 @@ def _manifest(
     """Return what a runtime has to know of the graphs, and the versions that made them."""
     layout, pixels = example.layout, example.images["pixel_values"]
     positions = example.inputs["position_ids"]
-    counts = [reduced.policy.counts(size) for size in layout.sizes]
-    # Tokens left in each space, by its first layer. Reductions before the decoder share layer 0,
-    # so the last of them counts.
-    left = {
-        first_layer(reduction.site): sum(of_image[i] for of_image in counts)
-        for i, reduction in enumerate(reduced.policy.reductions)
-    }
+    # A reduction after the last layer leaves a space without layers.
+    layers = reduced.signature.decoder_layers + 1
+    left = tokens_per_layer(reduced.policy, layout.sizes, layers)
     return {
         "deos_fx": FORMAT,
         "version": VERSION,

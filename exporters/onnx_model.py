@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -17,10 +16,11 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deos_fx.exporters.manifest import IMAGES, read_manifest
-from deos_fx.exporters.session.session import HOST, Session, as_tensor, open
-from deos_fx.exporters.session.session_cache import SessionCache
-from deos_fx.inputs.complete import complete_inputs, image_inputs, normal_inputs
+from deos_fx.exporters.session import HOST, Session, SessionCache, as_tensor, open
+from deos_fx.inputs.call import Call, normal_inputs
+from deos_fx.inputs.complete import completed
 from deos_fx.inputs.packed import packed_by
+from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower.lower_decode import DecodeSpace
 from deos_fx.runtime.generation import generation_host
@@ -62,8 +62,8 @@ class OnnxModel:
         ]
         self._prefill, self._decode = sessions["prefill"], sessions["decode"]
         self._encoder = sessions.get("image_encoder")
-        self._arguments = inspect.signature(type(skeleton).forward)
         self._skeleton = skeleton
+        self._facts = facts_of(skeleton)
 
     @classmethod
     def from_pretrained(
@@ -108,11 +108,7 @@ class OnnxModel:
             ValueError: If the images of the prompts or the inputs of the call are not exactly
                 those that the graphs were exported for.
         """
-        inputs = self._arguments.bind(self._skeleton, *args, **kwargs).arguments
-        inputs.pop("self", None)
-        inputs |= inputs.pop("kwargs", {})
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        return self._run(normal_inputs(inputs))
+        return self._run(Call.bind(self._facts, *args, **kwargs))
 
     def generate(self, **inputs: Any) -> Any:
         """Generate text with transformers' own `generate`.
@@ -137,28 +133,28 @@ class OnnxModel:
 
     # *** running ***
 
-    def _run(self, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
+    def _run(self, call: Call) -> CausalLMOutputWithPast:
         """Run the prefill on an empty cache, or the decode graph on a filled one."""
-        cache = inputs.setdefault(CACHE, self._new_cache())
+        cache = call.inputs.setdefault(CACHE, self._new_cache())
         if not isinstance(cache, SessionCache):
             raise ValueError(
                 f"{CACHE} is a {type(cache).__name__}; pass None, or what an earlier call "
                 "of this model returned"
             )
-        inputs = complete_inputs(self._skeleton, inputs)
+        call = completed(call)
         if cache.get_seq_length() == 0:
-            logits = self._run_prefill(inputs, cache)
+            logits = self._run_prefill(call, cache)
         else:
-            logits = self._run_decode(inputs, cache)
+            logits = self._run_decode(call.inputs, cache)
         # logits_to_keep = 0 keeps all of them.
-        kept = logits[:, -inputs.get("logits_to_keep", 0) :]
+        kept = logits[:, -call.inputs.get("logits_to_keep", 0) :]
         fields: dict[str, Any] = {"logits": kept.float(), CACHE: cache}
         return CausalLMOutputWithPast(**fields)
 
-    def _run_prefill(self, inputs: dict[str, Any], cache: SessionCache) -> Tensor:
+    def _run_prefill(self, call: Call, cache: SessionCache) -> Tensor:
         """Run the prefill graph, fill the cache and return the logits [B, M, vocabulary]."""
+        inputs, ids = call.inputs, call.inputs["input_ids"]
         self._check_prompts(inputs)
-        ids = inputs["input_ids"]
         values = {
             **inputs,
             "attention_mask": inputs.get("attention_mask", torch.ones_like(ids)),
@@ -170,7 +166,7 @@ class OnnxModel:
             values |= self._encode(self._encoder, values["pixel_values"], len(ids))
         outputs = self._prefill(values)
         cache.take_states(outputs, ids.shape[1])
-        cache.images = image_inputs(self._skeleton, inputs)
+        cache.images = call.images
         cache.record(
             ids.shape[1],
             [

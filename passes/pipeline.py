@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import fx
 from transformers import PreTrainedModel
 
 from deos_fx.errors import PassError
-from deos_fx.models.blocks import find_blocks
-from deos_fx.models.encoders import PIXELS
-from deos_fx.models.facts import sizes_vary
+from deos_fx.models.facts import facts_of
+from deos_fx.models.families import PIXELS
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
 from deos_fx.passes.analyse.find_sites import find_sites
 from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.capture.capture import capture
+from deos_fx.passes.finish import finish
 from deos_fx.passes.lower.lower_decode import decode_spaces, lower_decode
 from deos_fx.passes.lower.lower_reductions import lower_reductions
 from deos_fx.passes.rewrite.fold_masked_add import fold_masked_add
@@ -27,10 +28,10 @@ from deos_fx.tokens.layout import PromptLayout
 
 _T = TypeVar("_T")
 
-__all__ = ["Captured", "capture_call", "lower_call", "run_graph"]
+__all__ = ["Captured", "capture_call", "copy_of", "lower_call", "run_graph"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Captured:
     """A captured and analysed call, before any reduction.
 
@@ -44,11 +45,23 @@ class Captured:
 
     def copy(self) -> Captured:
         """Return a copy whose graph can be changed; modules and weights are shared."""
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(self.graph_module.graph, {}))
-        twin = fx.GraphModule(self.graph_module, graph, self.graph_module._get_name())
-        twin.meta = dict(self.graph_module.meta)
-        return replace(self, graph_module=twin)
+        return replace(self, graph_module=copy_of(self.graph_module))
+
+    @cached_property
+    def guards(self) -> fx.GraphModule:
+        """Return a graph of the guards alone, which tell whether it serves a call."""
+        guards = copy_of(self.graph_module)
+        guards.graph.output_node().args = ({},)
+        return finish(guards)
+
+
+def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy whose graph can be changed; modules and weights are shared."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    twin = fx.GraphModule(graph_module, graph, graph_module._get_name())
+    twin.meta = dict(graph_module.meta)
+    return twin
 
 
 def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
@@ -64,10 +77,9 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     Raises:
         CaptureError: If the model cannot be captured.
     """
-    blocks = find_blocks(model).by_path()
-    # Video encoders split their input by the number of frames, which they read into Python.
-    opaque = sizes_vary(model) or "pixel_values_videos" in inputs
-    graph_module = capture(model, inputs, blocks, opaque_encoder=opaque)
+    facts = facts_of(model)
+    blocks, opaque = facts.blocks, facts.encodes_as_one(inputs)
+    graph_module = capture(model, inputs, blocks.by_path(), opaque_encoder=opaque)
     graph_module = _run(fold_unstack, graph_module)
     graph_module = _run(fold_masked_add, graph_module)
     graph_module = _run(annotate_token_spaces, graph_module, inputs)

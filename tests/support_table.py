@@ -18,14 +18,14 @@ import test_families as checks
 import torch
 import transformers as hf
 from families import CONVOLVING, FAMILIES, TWINS, prompts, shared
+from tiny import call_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from deos_fx.files import write_text
-from deos_fx.inputs.complete import complete_inputs
-from deos_fx.models.facts import signature_of
+from deos_fx.models.facts import facts_of
 from deos_fx.models.families import FORMER_IMAGES
 from deos_fx.passes.pipeline import capture_call
-from deos_fx.policy.reduction import split_site
+from deos_fx.policy.site import split_site
 
 __all__ = ["COLUMNS", "family_row", "main", "refused"]
 
@@ -116,7 +116,7 @@ def refused() -> Iterator[tuple[str, str]]:
         except Exception:  # noqa: BLE001 - its default config is not of any model
             continue
         try:
-            signature_of(model)
+            facts_of(model)
         except ValueError as error:
             yield family, _line(error)
 
@@ -159,7 +159,7 @@ def _captured_sites(name: str) -> Any:
         "pixel_values" if given in FORMER_IMAGES else given: value
         for given, value in prompts(name).items()
     }
-    inputs = complete_inputs(shared(name), batch | {"use_cache": False})
+    inputs = call_of(shared(name), batch | {"use_cache": False}).inputs
     return capture_call(shared(name), inputs).sites
 
 

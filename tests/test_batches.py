@@ -208,7 +208,7 @@ def test_prompts_of_text_alone_are_answered_as_by_the_model(name: str) -> None:
 def test_a_new_size_is_lowered_again_but_not_captured_again(monkeypatch: Any) -> None:
     captured = []
     monkeypatch.setattr(
-        "deos_fx.runtime.graphs.capture_call",
+        "deos_fx.passes.captures.capture_call",
         lambda *args: captured.append(0) or capture_call(*args),
     )
     reduced = ReducedModel(shared("qwen2_5_vl"), Policy(PRUNED["both"]))

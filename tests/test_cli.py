@@ -17,7 +17,7 @@ from deos_fx.cli.app import app
 from deos_fx.cost.model import CostModel
 from deos_fx.data import batches, read_records
 from deos_fx.files import fresh_folder
-from deos_fx.results.candidate import Candidate
+from deos_fx.results.search_result import Candidate
 from tests.tiny import inputs, tiny_llava
 
 COMMANDS = ("demo", "search", "transform", "export", "inspect")
@@ -193,9 +193,9 @@ def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
         policy = presets.fit("merge", budget.visual_tokens, 10, 144)
         progress("steps", 1, 1)
         seen.update(options, budget=budget, shapes=[batch["labels"].shape[0] for batch in data])
-        found = Candidate(policy, "preset merge", 0.5, costs.of_policy(policy))
+        found = Candidate(policy, "preset merge", 0.5, costs.predict(policy))
         history = [{"step": 1, "task": 0.5, "visual_tokens": 18.0}]
-        whole = costs.of_policy(Policy())
+        whole = costs.predict(Policy())
         limits = {"visual_tokens": 18.0}
         return SearchResult(policy, history, [found], limits, whole, 0.4, 0.5)
 
@@ -335,7 +335,7 @@ def test_interrupted(model_dir, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deos_fx.cli.outline_text.print_outline", interrupt)
+    monkeypatch.setattr("deos_fx.cli.outline.print_outline", interrupt)
     assert "Interrupted" in run("inspect", model_dir, code=130)
 
 

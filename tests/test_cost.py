@@ -13,12 +13,14 @@ from deos_fx import presets
 from deos_fx.cost.amounts import CostReport
 from deos_fx.cost.measure import measure_decoder
 from deos_fx.cost.model import CostModel
-from deos_fx.cost.operator_flops import SiteSizes, operator_flops, relaxed_flops
+from deos_fx.cost.overhead import SiteSizes, operator_flops, relaxed_flops
 from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.search.space import relaxed_costs
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, site_order
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import site_order
 from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.tokens.layout import PromptLayout
 
@@ -112,7 +114,7 @@ def shape_of(batch):
 
 def check(model, policy, batch, **arguments):
     """That a prediction equals what a run does, to the last operation and byte."""
-    cost = CostModel.of_images(model, *shape_of(batch), **arguments).of_policy(policy)
+    cost = CostModel.of_images(model, *shape_of(batch), **arguments).predict(policy)
     flops, cache = counted(ReducedModel(model, policy), **batch, **arguments)
     held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
     assert cost.flops == flops
@@ -231,7 +233,8 @@ def test_experts_count_as_many_as_are_active():
     }
     with torch.device("meta"):
         model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text))
-    (layer, _), around = measure_decoder(model).layers, measure_decoder(model).around
+    decoder = measure_decoder(facts_of(model))
+    (layer, _), around = decoder.layers, decoder.around
     attention = 64 * (4 + 2 + 2) * 16 + 4 * 16 * 64
     assert layer.linear == 2 * (attention + 64 * 8 + 2 * 3 * 64 * 48)
     assert layer.quadratic == 4 * 4 * 16
@@ -240,23 +243,23 @@ def test_experts_count_as_many_as_are_active():
 
 def test_tokens_per_layer():
     cost = CostModel.of_images(shared_llava(), images=1, text_tokens=10)
-    several = cost.of_policy(Policy(POLICIES["several sites"]))
+    several = cost.predict(Policy(POLICIES["several sites"]))
     assert several.visual_tokens_per_layer == (48, 32, 32, 16, 16, 4)
     assert several.visual_tokens == sum(several.visual_tokens_per_layer) / 6
-    two = CostModel.of_images(shared_llava(), images=2, text_tokens=10).of_policy(Policy())
+    two = CostModel.of_images(shared_llava(), images=2, text_tokens=10).predict(Policy())
     assert two.visual_tokens_per_layer == (2 * VISUAL,) * 6
 
 
 def test_differentiable():
     cost = CostModel.of_images(shared_llava(), images=1, text_tokens=10, batch=2)
     policy = Policy(POLICIES["prune"])
-    exact = cost.of_policy(policy)
+    exact = cost.predict(policy)
     counts = torch.tensor(cost.counts(policy), dtype=torch.float64, requires_grad=True)
     assert cost.flops(counts, cost.overhead(policy)).item() == exact.flops
     assert cost.kv_bytes(counts).item() == exact.kv_bytes
-    assert cost.visual_tokens(counts).item() == exact.visual_tokens
+    assert cost.mean_tokens(counts).item() == exact.visual_tokens
     (slope,) = torch.autograd.grad(cost.flops(counts), counts)
-    one_more = cost.of_policy(Policy((Reduction("decoder.1", 21),)))
+    one_more = cost.predict(Policy((Reduction("decoder.1", 21),)))
     rise = one_more.flops - exact.flops
     assert slope[2:].sum().item() == pytest.approx(rise, rel=0.01)
 
@@ -278,14 +281,14 @@ def test_relaxed_costs_are_those_of_the_policy(stage):
     policy = Policy((Reduction(site, 16, scores={"feature_norm": 1}, gain=1.0),))
     relaxed = {site: RelaxedReduction.from_reduction(policy.reductions[0], 16 / VISUAL)}
     predicted = relaxed_costs(relaxed, cost, None)
-    exact = cost.of_policy(policy)
+    exact = cost.predict(policy)
     assert predicted["flops"].item() == pytest.approx(exact.flops, rel=1e-4)
     assert predicted["visual_tokens"].item() == pytest.approx(exact.visual_tokens)
 
 
 def test_report_is_readable():
     cost = CostModel.of_images(shared_llava(), images=1, text_tokens=10)
-    after = cost.of_policy(Policy((Reduction("projector", 16),)))
-    text = str(CostReport(cost.of_policy(Policy()), after))
+    after = cost.predict(Policy((Reduction("projector", 16),)))
+    text = str(CostReport(cost.predict(Policy()), after))
     assert "25.0%" in text
     assert "16 16 16 16 16 16" in text

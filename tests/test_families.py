@@ -14,11 +14,11 @@ import transformers as hf
 from closeness import assert_close, difference, roundings_of
 from families import CONVOLVING, FAMILIES, IMAGE, TWINS, alone, prompts, shared
 from masked import alive_of, masked_from
+from tiny import call_of
 from torch import Tensor
 
 from deos_fx.errors import CaptureError
-from deos_fx.inputs.complete import complete_inputs
-from deos_fx.models.facts import signature_of
+from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy.policy import Policy
@@ -200,7 +200,7 @@ def test_an_image_of_another_size_is_seen(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["aya_vision", "idefics3", "got_ocr2"])
 def test_sites_that_cannot_be_used_say_why(name: str) -> None:
-    inputs = complete_inputs(shared(name), prompts(name) | {"use_cache": False})
+    inputs = call_of(shared(name), prompts(name) | {"use_cache": False}).inputs
     sites = capture_call(shared(name), inputs).sites
     assert sites is not None
     assert {site.name for site in sites.available()} == {
@@ -219,7 +219,7 @@ def test_models_without_visual_tokens_are_refused() -> None:
     with torch.device("meta"):
         model = hf.MllamaForConditionalGeneration(crossing)
     with pytest.raises(CaptureError, match="cross-attention"):
-        signature_of(model)
+        facts_of(model)
 
 
 def test_other_ways_to_read_images_are_refused() -> None:
@@ -251,7 +251,7 @@ def test_other_ways_to_read_images_are_refused() -> None:
         }
     for reason, model in models.items():
         with pytest.raises(CaptureError, match=reason):
-            signature_of(model)
+            facts_of(model)
 
 
 def test_keys_that_later_layers_attend_to_are_not_dropped_before_them() -> None:
@@ -262,7 +262,7 @@ def test_keys_that_later_layers_attend_to_are_not_dropped_before_them() -> None:
     config.text_config.num_kv_shared_layers = 2
     torch.manual_seed(0)
     model = hf.AutoModelForImageTextToText.from_config(config).eval()
-    inputs = complete_inputs(model, prompts("gemma4") | {"use_cache": False})
+    inputs = call_of(model, prompts("gemma4") | {"use_cache": False}).inputs
     sites = capture_call(model, inputs).sites
     assert sites is not None
     assert [site.name for site in sites.available()] == ["projector", "decoder.0"]

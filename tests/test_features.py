@@ -13,7 +13,7 @@ import torch
 from closeness import assert_close, assert_onnx_close
 from oracle import masked_keys
 from test_relaxed_graph import assert_relaxed_is_static
-from tiny import IMAGE, VISUAL, inputs, shared_llava, tiny_llava
+from tiny import IMAGE, VISUAL, call_of, inputs, shared_llava, tiny_llava
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
@@ -27,7 +27,6 @@ from deos_fx.attention.seam import (
 )
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
-from deos_fx.inputs.complete import complete_inputs, prompt_layout
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.finish import finish
 from deos_fx.passes.notes import annotate_graph, note_of_graph
@@ -56,12 +55,13 @@ class Features:
     ) -> None:
         self.model = model
         self.images = images
-        self.given = complete_inputs(model, {"use_cache": False, **given})
+        call = call_of(model, {"use_cache": False, **given})
+        self.given = call.inputs
         self.captured: Captured = capture_call(model, self.given)
         self.graph_module = self.captured.graph_module
         self.graph = self.graph_module.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
-        layout = prompt_layout(model, self.given)
+        layout = call.layout
         ids = self.nodes["input_ids"]
         with self.graph.inserting_after(ids):
             count = images * VISUAL
@@ -383,7 +383,7 @@ def test_a_peek_exports() -> None:
         dynamic_shapes={name: None if name == "pixel_values" else {1: length} for name in names},
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    longer = complete_inputs(model, {**inputs(model, 2, text=9), "use_cache": False})
+    longer = call_of(model, {**inputs(model, 2, text=9), "use_cache": False}).inputs
     given = {name: longer[name] for name in names}
     with torch.no_grad():
         expected, seen = site.graph_module(**given), program.module()(**given)
@@ -472,11 +472,11 @@ def test_gravity_needs_rotary_tables() -> None:
 def test_blocks_of_one_space_share_a_biased_mask() -> None:
     """Merging twice: each space has one mask with its own bias, and none of the one before."""
     model = shared_llava(LAYERS)
-    given = complete_inputs(model, {**inputs(model, 2), "use_cache": False})
+    call = call_of(model, {**inputs(model, 2), "use_cache": False})
     merge: dict[str, Any] = {"gain": 1.0, "mass_bias": 1.0, "scores": {"feature_norm": 1.0}}
     policy = Policy((Reduction("vision.0", 48, **merge), Reduction("decoder.1", 16, **merge)))
-    captured = capture_call(model, given)
-    graph_module = lower_call(captured, policy, prompt_layout(model, given))
+    captured = capture_call(model, call.inputs)
+    graph_module = lower_call(captured, policy, call.layout)
     masks = [node for node in graph_module.graph.nodes if node.target is biased_mask]
     assert [[user.name for user in mask.users] for mask in masks] == [
         ["vision_1"],

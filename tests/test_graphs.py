@@ -40,7 +40,8 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets an entry for every capture."""
     counted: list[int] = []
     monkeypatch.setattr(
-        graphs, "capture_call", lambda *args: counted.append(0) or capture_call(*args)
+        "deos_fx.passes.captures.capture_call",
+        lambda *args: counted.append(0) or capture_call(*args),
     )
     return counted
 
@@ -256,6 +257,19 @@ def test_inputs_that_alternate_are_captured_once_each(policy: Policy, captures: 
     assert len(captures) == 2
 
 
+def test_a_call_captured_ahead_has_the_branch_of_its_inputs(captures: list[int]) -> None:
+    model = of_class(Branching)
+    reduced = ReducedModel(model, Policy((Reduction("decoder.0", 16),)))
+    short, long = inputs(model, 1), inputs(model, 1, text=30)
+    for batch in (short, long):
+        reduced.capture(**batch)
+    assert len(captures) == 2
+    for batch in (short, long):
+        kept = reduced.explain(**batch)[-1].remaining.shape[1]
+        assert reduced(**batch).logits.shape[1] == kept
+    assert len(captures) == 2
+
+
 # *** how many stay ***
 
 
@@ -278,4 +292,4 @@ def test_graphs_of_ever_new_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -
         batch = batch_of("qwen2_5_vl", [[image]])
         logits = reduced(**batch).logits
         assert torch.equal(logits, ReducedModel(model, policy)(**batch).logits)
-    assert len(reduced._graphs._lowered_graphs) == 3
+    assert len(reduced.graphs._lowered_graphs) == 3

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import prompts, shared
 from test_families import PRUNED, generate
-from tiny import inputs, shared_llava
+from tiny import call_of, inputs, shared_llava
 from torch import Tensor
 
 from deos_fx import transform
@@ -17,7 +17,7 @@ from deos_fx.cli.outline import outline
 from deos_fx.cost.model import CostModel
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
-from deos_fx.inputs.complete import normal_inputs
+from deos_fx.inputs.call import normal_inputs
 from deos_fx.models.upstream import CACHE, FORMER_CACHE
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.policy.budget import Budget
@@ -116,7 +116,8 @@ def test_former_names_are_taken_at_every_door() -> None:
     assert torch.equal(reduced.generate(**former, **beams), reduced.generate(**today, **beams))
     assert reduced.cost(**former) == reduced.cost(**today)
     assert torch.equal(reduced.explain(**former)[0].kept, reduced.explain(**today)[0].kept)
-    costs = [CostModel.of_inputs(model, given).of_policy(POLICY) for given in (former, today)]
+    calls = [call_of(model, given) for given in (former, today)]
+    costs = [CostModel.of_call(call).predict(POLICY) for call in calls]
     assert costs[0] == costs[1]
     budget = Budget(visual_tokens=0.5, flops=0.9)
     made, losses = (
@@ -132,7 +133,7 @@ def test_former_names_are_taken_at_every_door() -> None:
 
 def test_the_former_name_of_the_cache_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     # What happens with transformers 5.24, whichever is installed.
-    monkeypatch.setattr("deos_fx.inputs.complete.CACHE", "cache")
+    monkeypatch.setattr("deos_fx.inputs.call.CACHE", "cache")
     with pytest.warns(FutureWarning, match=f"{FORMER_CACHE} is deprecated, use cache"):
         assert normal_inputs({FORMER_CACHE: 1}) == {"cache": 1}
     with pytest.warns(FutureWarning):

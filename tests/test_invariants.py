@@ -14,16 +14,16 @@ import torch
 from closeness import assert_close, difference
 from oracle import attention_cut, each_row, masked_keys
 from test_families import outputs_of
-from tiny import IMAGE, LAYOUTS, VISUAL, inputs, row_of, shared_llava, tiny_llava
+from tiny import IMAGE, LAYOUTS, VISUAL, call_of, inputs, row_of, shared_llava, tiny_llava
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from deos_fx.errors import CaptureError
-from deos_fx.inputs.complete import complete_inputs
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, Tier
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.tier import Tier
 from deos_fx.runtime.reduced_model import ReducedModel
 
 
@@ -393,7 +393,7 @@ def test_pruning_in_the_tower_is_running_the_rest_on_what_is_left(
 def test_features_of_several_blocks_leave_the_sites_that_all_of_them_pass() -> None:
     model = tiny_llava(2, blocks=5, feature_layer=[-4, -2])
     batch = inputs(model)
-    listed = capture_call(model, complete_inputs(model, batch)).sites.sites
+    listed = capture_call(model, call_of(model, batch).inputs).sites.sites
     reasons = {site.name: site.reason for site in listed if site.name.startswith("vision")}
     assert not reasons["vision.0"] and not reasons["vision.1"]
     assert "path around" in reasons["vision.2"] and "path around" in reasons["vision.3"]

@@ -21,7 +21,8 @@ from deos_fx.models.upstream import CACHE
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, Tier
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.tier import Tier
 from deos_fx.runtime.reduced_model import ReducedModel
 
 

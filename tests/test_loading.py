@@ -13,14 +13,13 @@ import torch
 from closeness import assert_close, difference, tolerance
 from families import IMAGE, PAD, prompts, shared
 from masked import alive_of, masked_from
-from tiny import inputs, tiny_llava
+from tiny import call_of, inputs, tiny_llava
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface
 
 from deos_fx.errors import CaptureError
-from deos_fx.inputs.complete import complete_inputs
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower import lower_reductions
 from deos_fx.policy.policy import Policy
@@ -396,7 +395,7 @@ def test_layers_on_several_devices(policy: str, monkeypatch: pytest.MonkeyPatch)
     reduced = ReducedModel(model, Policy(SPREAD[policy]))
     reduced.capture(**batch)
     graph_module = reduced.graph_module
-    given = complete_inputs(model, batch)
+    given = call_of(model, batch).inputs
     with FakeTensorMode() as mode, torch.no_grad():
         for name, part in graph_module.named_children():
             late = name in [*(f"decoder_{i}" for i in range(2, 5)), "norm", "lm_head"]

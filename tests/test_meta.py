@@ -8,13 +8,12 @@ import pytest
 import torch
 import transformers as hf
 from families import FAMILIES, prompts, shared
-from tiny import inputs, shared_llava
+from tiny import call_of, inputs, shared_llava
 from torch import fx
 
 from benchmarks.common import SHAPES
 from deos_fx import Policy, Reduction, presets, transform
 from deos_fx.forms.relaxed import RelaxedReduction
-from deos_fx.inputs.complete import complete_inputs, prompt_layout
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call
 
@@ -27,8 +26,8 @@ MERGE = Policy(
 
 
 def captured(model: Any, batch: dict[str, Any]) -> tuple[Captured, Any]:
-    complete = complete_inputs(model, batch)
-    return capture_call(model, complete), prompt_layout(model, complete)
+    call = call_of(model, batch)
+    return capture_call(model, call.inputs), call.layout
 
 
 def on_meta(config: Any) -> Any:

@@ -18,12 +18,13 @@ import torch
 from closeness import assert_onnx_close
 
 from deos_fx import presets
+from deos_fx.exporters import session
 from deos_fx.exporters.check import check_export
 from deos_fx.exporters.graphs.example import example_of
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
-from deos_fx.exporters.session import session
 from deos_fx.models.upstream import CACHE
+from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -384,7 +385,7 @@ def test_export_refuses_what_it_cannot_export(tmp_path):
 
 def test_export_checks_the_folder_first(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("deos_fx.exporters.graphs.prefill.capture_call", None)
+    monkeypatch.setattr("deos_fx.exporters.onnx.decode_graph", None)
     with pytest.raises(OSError, match="cannot write the folder"):
         export_onnx(ReducedModel(tiny.shared_llava(LAYERS), Policy()), tmp_path / "file" / "out")
 
@@ -451,10 +452,16 @@ def test_folders_that_are_no_export(folder, tmp_path):
         OnnxModel.from_pretrained(target, "cpu")
 
 
-def test_half_precision(tmp_path):
-    model = tiny.tiny_llava(1).half()
+def test_half_precision(tmp_path, monkeypatch):
+    model, captured = tiny.tiny_llava(1).half(), []
+    monkeypatch.setattr(
+        "deos_fx.passes.captures.capture_call",
+        lambda *args: captured.append(0) or capture_call(*args),
+    )
     reduced = ReducedModel(model, Policy((Reduction("projector", 16, gain=1, mass_bias=1),)))
     export_onnx(reduced, tmp_path)
+    # A prefill and a decode step, which the check of the export shares.
+    assert len(captured) == 2
     runtime = OnnxModel.from_pretrained(tmp_path, "cpu")
     inputs = tiny.inputs(model, 3)
     expected = reduced(**inputs).logits.float()[:, -1]

@@ -19,7 +19,7 @@ from families import IMAGE, prompts, shared
 from onnx_families import LAYERS, check_onnx, generate, reduced
 
 from deos_fx.exporters.graphs.example import example_of
-from deos_fx.exporters.graphs.record import record
+from deos_fx.exporters.graphs.image_encoder import record
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.models.upstream import CACHE

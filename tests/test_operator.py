@@ -31,7 +31,8 @@ from deos_fx.operator import (
 )
 from deos_fx.operator.grid import grid_preference
 from deos_fx.operator.sequential import greedy_penalty
-from deos_fx.policy.reduction import Reduction, Tier
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.tier import Tier
 
 quick = settings(deadline=None, max_examples=10)
 seeds = st.integers(0, 2**31)

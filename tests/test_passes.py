@@ -39,7 +39,7 @@ def lowered(*reductions: Reduction, decode: bool = False) -> fx.GraphModule:
         reduced(**batch)
         return reduced.graph_module
     reduced.generate(**batch, max_new_tokens=2)
-    lowered = reduced._graphs._lowered_graphs.items()
+    lowered = reduced.graphs._lowered_graphs.items()
     return next(graph for (_, layout), graph in lowered if layout is None)
 
 

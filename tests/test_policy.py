@@ -20,7 +20,8 @@ from deos_fx.policy.policy import (
     ModelSignature,
     Policy,
 )
-from deos_fx.policy.reduction import Reduction, Tier
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.tier import Tier
 
 TINY = ModelSignature(model_type="llava", vision_layers=4, decoder_layers=10, visual_tokens=144)
 SITES = ["projector", "decoder.0", "decoder.4", "decoder.12", "vision.3"]

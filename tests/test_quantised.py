@@ -13,13 +13,12 @@ import torch
 from closeness import assert_close
 from families import prompts, shared
 from masked import alive_of, masked_from
-from tiny import inputs, shared_llava, tiny_llava
+from tiny import call_of, inputs, shared_llava, tiny_llava
 from torch import Tensor, nn
 
 import deos_fx
 from deos_fx.cost.model import CostModel
 from deos_fx.forms.relaxed import RelaxedReduction
-from deos_fx.inputs.complete import complete_inputs
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import capture_call, run_graph
 from deos_fx.passes.rewrite.straight_through import StraightThrough
@@ -173,7 +172,7 @@ def test_it_has_the_costs_sites_and_default_policy_of_the_model(kind: str) -> No
     assert ours == theirs
     assert deos_fx.transform(model).policy == deos_fx.transform(plain).policy
     ours, theirs = (
-        capture_call(one, complete_inputs(one, batch)).sites for one in (model, plain)
+        capture_call(one, call_of(one, batch).inputs).sites for one in (model, plain)
     )
     assert ours == theirs
 
@@ -221,7 +220,7 @@ def test_a_kernel_that_cannot_be_counted_has_no_cost() -> None:
     layer.up_proj = Opaque(*codes_of(layer.up_proj), None)
     assert torch.equal(ReducedModel(model, Policy())(**batch).logits, model(**batch).logits)
     with pytest.raises(ValueError, match="What a Opaque costs is not known"):
-        CostModel.of_inputs(model, batch).of_policy(Policy())
+        CostModel.of_call(call_of(model, batch)).predict(Policy())
 
 
 def test_a_head_with_an_adapter_counts_in_full() -> None:
@@ -262,8 +261,9 @@ def gradients(model: Any) -> Tensor:
     budget = deos_fx.Budget(visual_tokens=0.5)
     problem = SearchProblem.of(model, [batch], budget)
     reduction = RelaxedReduction.from_reduction(Reduction("decoder.0", 0.5, gain=0.5, **NORM), 0.5)
-    graph = relaxed_graph({"decoder.0": reduction}, problem.training[0])
-    task = problem.training[0].target.loss(run_graph(graph, problem.training[0].inputs)["logits"])
+    (only,) = problem.training
+    graph = relaxed_graph({"decoder.0": reduction}, only)
+    task = only.target.loss(run_graph(graph, only.call.inputs)["logits"])
     found = torch.autograd.grad(task, [*reduction.parameters()], allow_unused=True)
     return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
 

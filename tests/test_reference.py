@@ -14,7 +14,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from deos_fx import reference
 from deos_fx.reference.lessons import IGNORE, Described, Pack, PackLayout
 from deos_fx.reference.model import VISUAL_TOKENS, VOCABULARY, build_processor
-from deos_fx.reference.scenes import BACKDROPS, COLORS, NUMBERS, Scene, sample_scenes, scans
+from deos_fx.reference.sampling import sample_scenes
+from deos_fx.reference.scenes import BACKDROPS, COLORS, NUMBERS, Scene, scans
 from deos_fx.reference.train import Stage, Student, join_lesson, train
 
 SPLITS = ("train", "validation", "test")

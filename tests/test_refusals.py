@@ -10,7 +10,7 @@ import transformers as hf
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from deos_fx.errors import CaptureError
-from deos_fx.models.facts import signature_of
+from deos_fx.models.facts import facts_of
 
 CROSS, ENCODER, QUERIES = "through cross-attention", "encoder that its decoder", "a Q-Former"
 OTHER = "no get_image_features"
@@ -46,7 +46,7 @@ def test_images_that_are_no_tokens_of_the_prompt(family: str) -> None:
     with torch.device("meta"):
         model = kind(hf.AutoConfig.for_model(family))
     with pytest.raises(CaptureError, match=f"{REFUSED[family]}.* Use a model whose visual tokens"):
-        signature_of(model)
+        facts_of(model)
 
 
 @pytest.mark.parametrize(("kind", "config"), NO_ANSWERS)
@@ -54,18 +54,18 @@ def test_models_that_do_not_read_images_and_answer(kind: Any, config: Any) -> No
     with torch.device("meta"):
         model = kind(config())
     with pytest.raises(ValueError, match="does not read images and answer in text. Give a vision"):
-        signature_of(model)
+        facts_of(model)
 
 
 def test_caches_of_another_kind() -> None:
     with torch.device("meta"):
         model = hf.UnlimitedOcrForConditionalGeneration(hf.UnlimitedOcrConfig())
     with pytest.raises(CaptureError, match="a rule of its own .*ReferenceSlidingWindowLayer"):
-        signature_of(model)
+        facts_of(model)
 
 
 def test_a_config_without_a_placeholder() -> None:
     with torch.device("meta"):
         model = hf.Emu3ForConditionalGeneration(hf.Emu3Config(vocabulary_map={}))
     with pytest.raises(ValueError, match="names no image placeholder .*Set model.config.image_tok"):
-        signature_of(model)
+        facts_of(model)

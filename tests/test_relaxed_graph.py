@@ -9,11 +9,10 @@ import pytest
 import torch
 from closeness import ROUNDINGS, assert_close, roundings_of
 from families import FAMILIES, prompts, shared
-from tiny import inputs, tiny_llava
+from tiny import call_of, inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from deos_fx.forms.relaxed import RelaxedReduction
-from deos_fx.inputs.complete import complete_inputs, prompt_layout
 from deos_fx.models.families import FORMER_IMAGES
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import capture_call, lower_call
@@ -52,8 +51,8 @@ def assert_relaxed_is_static(
     """With saturated gates, a policy's relaxed graph gives the logits of its static graph."""
     batch = batch or inputs(model, batch=2)
     named = {"pixel_values" if key in FORMER_IMAGES else key: x for key, x in batch.items()}
-    given = complete_inputs(model, named | {"use_cache": False})
-    layout = prompt_layout(model, given)
+    call = call_of(model, named | {"use_cache": False})
+    given, layout = call.inputs, call.layout
     captured = capture_call(model, given)
     relaxed = captured.copy()
     reductions = {}

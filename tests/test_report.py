@@ -15,7 +15,6 @@ from deos_fx.policy.policy import (
     Policy,
 )
 from deos_fx.policy.reduction import Reduction
-from deos_fx.results.candidate import Candidate
 from deos_fx.results.charts import PAINTS
 from deos_fx.results.explanation import SiteExplanation
 from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
@@ -24,7 +23,7 @@ from deos_fx.results.report import (
     DemoResult,
     demo_report,
 )
-from deos_fx.results.search_result import SearchResult
+from deos_fx.results.search_result import Candidate, SearchResult
 
 LAYERS, TOKENS = 6, 64
 VOID = {"meta", "br", "rect", "line", "circle", "image", "use", "path", "hr", "link", "img"}

@@ -216,6 +216,18 @@ class Branching(LlavaForConditionalGeneration):
         return output
 
 
+def test_labels_spare_runs_of_the_unreduced_model() -> None:
+    model = tiny_llava(layers=2)
+    data, runs = batches(model, labels=True), list[int]()
+    model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: runs.append(0))
+    counts = []
+    for number in (1, 1, 3):
+        runs.clear()
+        SearchProblem.of(model, data[:number], Budget(visual_tokens=0.3))
+        counts.append(len(runs))
+    assert counts[1] == counts[2]
+
+
 @pytest.mark.parametrize("labels", [True, False])
 def test_a_smaller_last_batch_may_take_another_branch(labels: bool) -> None:
     model = tiny_llava(layers=2)
@@ -234,7 +246,7 @@ def test_a_smaller_last_batch_may_take_another_branch(labels: bool) -> None:
     for batch, given in zip(problem.training + problem.scoring, data, strict=True):
         graph = lower_call(batch.captured.copy(), policy, batch.layout)
         prompts = {name: value for name, value in given.items() if name != "labels"}
-        assert_close(run_graph(graph, batch.inputs)["logits"], reduced(**prompts).logits)
+        assert_close(run_graph(graph, batch.call.inputs)["logits"], reduced(**prompts).logits)
     # One prompt of a batch, whose time is measured.
     problem.prefill(policy)()
 

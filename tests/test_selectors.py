@@ -23,7 +23,8 @@ from deos_fx.forms.static import (
 )
 from deos_fx.operator import SELECTORS
 from deos_fx.operator.sequential import max_min_ranking
-from deos_fx.policy.reduction import Reduction, Tier
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.tier import Tier
 
 quick = settings(deadline=None, max_examples=10)
 seeds = st.integers(0, 2**31)

@@ -279,6 +279,6 @@ def test_a_copy_makes_graphs_of_its_own() -> None:
     batch = inputs(reduced.model)
     logits = reduced(**batch).logits
     twin = copy.deepcopy(reduced)
-    assert isinstance(twin._graphs, Graphs) and twin._graphs is not reduced._graphs
+    assert isinstance(twin.graphs, Graphs) and twin.graphs is not reduced.graphs
     twin.model.lm_head.weight.data.zero_()
     assert not twin(**batch).logits.any() and torch.equal(reduced(**batch).logits, logits)

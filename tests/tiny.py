@@ -19,6 +19,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from deos_fx.inputs.call import Call
+from deos_fx.inputs.complete import completed
+from deos_fx.models.facts import facts_of
+
 PAD, IMAGE, VOCABULARY = 0, 120, 128
 VISUAL = 64
 LAYOUTS = {
@@ -161,3 +165,8 @@ def _padded(rows: list[Tensor], value: int, padding: str | None) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(
         rows, batch_first=True, padding_value=value, padding_side=padding or "right"
     )
+
+
+def call_of(model: Any, batch: Any) -> Call:
+    """Make a call with everything explicit that the model would choose itself."""
+    return completed(Call.of(facts_of(model), batch))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,10 +25,6 @@ from deos_fx.cli.loading import (
     policy_of,
     processor_of,
 )
-
-if TYPE_CHECKING:
-
-    pass
 
 __all__ = ["app"]
 
@@ -165,9 +161,8 @@ def inspect(
 
       deos-fx inspect my-llava --policy policy.json --svg my-llava.svg
     """
-    from deos_fx.cli.outline import outline
+    from deos_fx.cli.outline import outline, print_cost, print_outline
     from deos_fx.cli.outline_drawing import outline_chart
-    from deos_fx.cli.outline_text import print_cost, print_outline
     from deos_fx.files import write_text
     from deos_fx.inputs.example import example_inputs
 

@@ -21,7 +21,7 @@ from deos_fx import OnnxModel, export_onnx, presets, reference, search
 from deos_fx.cli.terminal import Advance, Stages, results_table, stages, times_table
 from deos_fx.cost.model import CostModel
 from deos_fx.files import fresh_folder, write_text
-from deos_fx.models.facts import grid_of, signature_of
+from deos_fx.models.facts import facts_of
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.reference import Example
@@ -77,7 +77,7 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
         data = _search_data(processor, seed)
         tests = reference.make_examples(TEST, "test")
         costs = CostModel.of_images(model, images=1, text_tokens=_text_tokens(processor, tests))
-        limit = budget.limits(costs.of_policy(Policy()))["visual_tokens"]
+        limit = budget.limits(costs.predict(Policy()))["visual_tokens"]
     with stage.phased("search") as progress:
         found = search(model, data, budget=budget, seed=seed, progress=progress)
     reduced = ReducedModel(model, found.policy)
@@ -98,7 +98,7 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
         search=found,
         methods=measured,
         questions=len(tests),
-        grid=grid_of(model),
+        grid=facts_of(model).grid,
         pictures=pictures,
         onnx=onnx,
         seconds=stage.seconds,
@@ -163,7 +163,7 @@ class _Tested:
         advance: Advance,
     ) -> Method:
         """Answer the questions and count the right answers."""
-        cost = costs.of_policy(self.policy)
+        cost = costs.predict(self.policy)
         if self.model is None:
             return Method(self.name, self.policy, cost, {}, reason=self.reason)
         recorder = _Recorder(self.model.generate, processor, len(examples), advance)
@@ -173,7 +173,7 @@ class _Tested:
 
 def _preset(name: str, model: LlavaForConditionalGeneration, limit: float) -> _Tested:
     """Return a preset fitted to the budget, or the reason why it cannot meet the budget."""
-    signature = signature_of(model)
+    signature = facts_of(model).signature
     try:
         policy = presets.fit(name, limit, signature.decoder_layers, signature.visual_tokens)
     except ValueError as error:

@@ -143,7 +143,7 @@ def policy_of(
         ValueError: If the options do not go together, or the preset cannot meet the budget.
     """
     from deos_fx import presets
-    from deos_fx.models.facts import signature_of
+    from deos_fx.models.facts import facts_of
     from deos_fx.policy.policy import Policy
 
     # Case: a policy file.
@@ -156,7 +156,7 @@ def policy_of(
         if budget is not None:
             raise ValueError("--budget needs a method to fit to it; give --preset as well")
         return None
-    signature = signature_of(model)
+    signature = facts_of(model).signature
     tokens = _tokens(DEFAULT_LIMIT if budget is None else budget, signature)
     return presets.fit(preset, tokens, signature.decoder_layers, signature.visual_tokens)
 

@@ -21,7 +21,6 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from deos_fx.cost.amounts import Cost
     from deos_fx.presets import Method
     from deos_fx.results.report import DemoResult
 
@@ -129,16 +128,10 @@ def results_table(result: DemoResult) -> Table:
     for kind in ("overall", *kinds):
         shares = [f"{100 * m.accuracy[kind]:.1f}" if m.accuracy else "-" for m in methods]
         table.add_row(kind.replace("_", " "), *shares, end_section=kind == kinds[-1])
-    for name, cell in _COSTS.items():
-        table.add_row(name, *(cell(m.cost) if m.accuracy else "-" for m in methods))
+    for name in methods[0].cost.cells:
+        cells = [method.cost.cells[name] if method.accuracy else "-" for method in methods]
+        table.add_row(name.removeprefix("visual "), *cells)
     return table
-
-
-_COSTS: Mapping[str, Callable[[Cost], str]] = {
-    "tokens": lambda cost: f"{cost.visual_tokens:.4g}",
-    "GFLOPs": lambda cost: f"{cost.flops / 1e9:.3g}",
-    "KV KiB": lambda cost: f"{cost.kv_bytes / 1024:.0f}",
-}
 
 
 def times_table(seconds: Mapping[str, float]) -> Table:

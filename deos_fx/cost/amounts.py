@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
-__all__ = ["Cost", "CostReport"]
+from torch import Tensor
+
+__all__ = ["Amount", "Cost", "CostReport"]
+
+Amount: TypeAlias = float | Tensor
+"""A number, or a 0-dim tensor through which a gradient flows."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,17 @@ class Cost:
             "kv_cache": self.kv_bytes,
         }
 
+    @property
+    def in_units(self) -> tuple[float, float, float]:
+        """Return the amounts in the units of tables: visual tokens, GFLOPs and KiB."""
+        return self.visual_tokens, self.flops / 1e9, self.kv_bytes / 1024
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """Return the cells of a row about this cost, by the heads of their columns."""
+        tokens, gflops, kib = self.in_units
+        return {"visual tokens": f"{tokens:.4g}", "GFLOPs": f"{gflops:.3g}", "KV KiB": f"{kib:.0f}"}
+
 
 @dataclass(frozen=True)
 class CostReport:
@@ -46,15 +63,10 @@ class CostReport:
     after: Cost
 
     def __str__(self) -> str:
-        before, after = self.before, self.after
-        rows = [
-            ("visual tokens (mean)", before.visual_tokens, after.visual_tokens, "{:,.1f}"),
-            ("prefill GFLOPs", before.flops / 1e9, after.flops / 1e9, "{:,.3f}"),
-            ("KV cache (KiB)", before.kv_bytes / 1024, after.kv_bytes / 1024, "{:,.1f}"),
-        ]
+        names = {"visual tokens (mean)": 1, "prefill GFLOPs": 3, "KV cache (KiB)": 1}
+        amounts = zip(self.before.in_units, self.after.in_units, strict=True)
         lines = [f"{'':22}{'before':>12}{'after':>12}{'ratio':>8}"]
-        for name, old, new, style in rows:
-            numbers = f"{style.format(old):>12}{style.format(new):>12}"
-            lines.append(f"{name:22}{numbers}{new / old:8.1%}")
-        per_layer = " ".join(map(str, after.visual_tokens_per_layer))
+        for (name, digits), (old, new) in zip(names.items(), amounts, strict=True):
+            lines.append(f"{name:22}{old:12,.{digits}f}{new:12,.{digits}f}{new / old:8.1%}")
+        per_layer = " ".join(map(str, self.after.visual_tokens_per_layer))
         return "\n".join([*lines, f"visual tokens per decoder layer: {per_layer}"])

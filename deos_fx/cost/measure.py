@@ -20,18 +20,16 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
-from deos_fx.cost.flops import count_flops
-from deos_fx.cost.twin import WholeNumbers, twin_of
-from deos_fx.models.blocks import find_blocks
-from deos_fx.models.encoders import features_of
-from deos_fx.models.facts import image_of
+from deos_fx.cost.twin import WholeNumbers, count_flops, twin_of
+from deos_fx.models.facts import ModelFacts
+from deos_fx.models.families import features_of
 from deos_fx.models.upstream import CACHE
 
 __all__ = ["Decoder", "Encoder", "Layer", "measure_decoder", "measure_encoder"]
 
-_KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Any]]
+_KNOWN: weakref.WeakKeyDictionary[ModelFacts, dict[Hashable, Any]]
 _KNOWN = weakref.WeakKeyDictionary()
 
 # The decoder is measured at two lengths, which determine a linear and a quadratic part.
@@ -101,24 +99,24 @@ class Encoder:
     behind: int
 
 
-def measure_decoder(model: PreTrainedModel) -> Decoder:
+def measure_decoder(facts: ModelFacts) -> Decoder:
     """Measure the decoder, once for each model; the model does not run, no weight is touched.
 
     Args:
-        model: A transformers vision-language model.
+        facts: The facts of the model.
     """
-    return _once(model, "decoder", lambda: _decoder(model))
+    return _once(facts, "decoder", lambda: _decoder(facts))
 
 
 def measure_encoder(
-    model: PreTrainedModel,
+    facts: ModelFacts,
     inputs: Mapping[str, Tensor] | None = None,
     encode: str = "get_image_features",
 ) -> Encoder:
     """Measure the encoding of images; the model does not run, no weight is touched.
 
     Args:
-        model: A transformers vision-language model.
+        facts: The facts of the model.
         inputs: Arguments of the method that encodes; None for one image of the config's size,
             which is measured once for each model.
         encode: The method of the model's core that encodes.
@@ -127,16 +125,16 @@ def measure_encoder(
         ValueError: If the encoder reads values that it computes, not only sizes.
     """
     if inputs is not None:
-        return _encoder(model, inputs, encode)
-    given = {"pixel_values": image_of(model)}
-    return _once(model, "encoder", lambda: _encoder(model, given, encode))
+        return _encoder(facts, inputs, encode)
+    given = {"pixel_values": facts.image()}
+    return _once(facts, "encoder", lambda: _encoder(facts, given, encode))
 
 
-def _once(model: PreTrainedModel, what: str, measure: Callable[[], Any]) -> Any:
-    known = _KNOWN.setdefault(model, {})
-    # The key changes if the model is converted, gains adapters or has parts replaced.
-    weights = sum(weight.numel() for weight in model.parameters())
-    key = (what, model.dtype, sum(1 for _ in model.modules()), weights)
+def _once(facts: ModelFacts, what: str, measure: Callable[[], Any]) -> Any:
+    known = _KNOWN.setdefault(facts, {})
+    # The key changes if the model is converted or quantised.
+    weights = sum(weight.numel() for weight in facts.model.parameters())
+    key = (what, facts.model.dtype, weights)
     if key not in known:
         known[key] = measure()
     return known[key]
@@ -145,9 +143,9 @@ def _once(model: PreTrainedModel, what: str, measure: Callable[[], Any]) -> Any:
 # *** the decoder ***
 
 
-def _decoder(model: PreTrainedModel) -> Decoder:
-    twin = twin_of(model)
-    paths = find_blocks(model).decoder
+def _decoder(facts: ModelFacts) -> Decoder:
+    twin = twin_of(facts.model)
+    paths = facts.blocks.decoder
     short, long = (_run_decoder(twin, paths, length) for length in (_SHORT, _LONG))
     layers = []
     for i in range(len(paths)):
@@ -220,9 +218,9 @@ def _held(layer: Any) -> _Held:
 # *** the image encoder ***
 
 
-def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor], encode: str) -> Encoder:
-    twin = twin_of(model)
-    blocks = [twin.get_submodule(path) for path in find_blocks(model).vision]
+def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> Encoder:
+    twin = twin_of(facts.model)
+    blocks = [twin.get_submodule(path) for path in facts.blocks.vision]
     units = _units(twin.base_model, blocks)
     order: list[nn.Module] = []
     tokens = dict.fromkeys(blocks, 0)
@@ -251,7 +249,7 @@ def _encoder(model: PreTrainedModel, inputs: Mapping[str, Tensor], encode: str) 
             output = getattr(twin.base_model, encode)(**given, return_dict=True)
         except NotImplementedError as error:
             raise ValueError(
-                f"What an image costs is not known for {type(model).__name__}, whose image encoder "
+                f"What an image costs is not known for {facts.name}, whose image encoder "
                 "looks at numbers of its own and not only at sizes. Give a policy or limit "
                 "visual_tokens, which need no costs."
             ) from error

@@ -10,33 +10,33 @@ in full, whatever a kernel skips.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deos_fx.cost.amounts import Cost
-from deos_fx.cost.blocks import Block, at_most, heads_of
-from deos_fx.cost.measure import Decoder, Encoder, measure_decoder, measure_encoder
-from deos_fx.cost.operator_flops import Amount, SiteSizes, operator_flops, relaxed_flops
-from deos_fx.cost.overhead import Seen, Site, Together, known_grid_after, observations
-from deos_fx.inputs.complete import normal_inputs, prompt_layout
-from deos_fx.inputs.kinds import encoder_inputs
-from deos_fx.models.blocks import find_blocks
-from deos_fx.models.facts import (
-    grid_of,
-    has_class_token,
-    image_token_of,
-    signature_of,
-    sizes_vary,
+from deos_fx.cost.amounts import Amount, Cost
+from deos_fx.cost.overhead import (
+    Seen,
+    Site,
+    SiteSizes,
+    Together,
+    known_grid_after,
+    observations,
+    operator_flops,
+    relaxed_flops,
 )
+from deos_fx.cost.parts import Parts, at_most
+from deos_fx.inputs.call import Call
+from deos_fx.models.facts import ModelFacts, facts_of
+from deos_fx.policy.counts import along, as_shares, tokens_per_layer
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, split_site
-from deos_fx.tokens.layout import PromptLayout, first_layer
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import split_site
+from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["CostModel"]
 
@@ -48,40 +48,32 @@ class CostModel:
     leaves them out.
 
     Args:
-        model: A transformers vision-language model.
+        facts: The facts of a model.
         layout: The prompts' images.
         text_tokens: Tokens of a prompt that are not visual, padding included.
         batch: Prompts.
         logits_to_keep: Positions of each prompt whose logits are computed; 0 for all of them.
-        encoded: Names of methods that encode images and videos, and the arguments of each for all
-            prompts together. May be left out only where all images have one size.
-
-    Raises:
-        TypeError: If `model` is not a transformers model.
-        ValueError: If it reads no images.
+        call: A call with the images of all prompts. May be left out only where all images have one
+            size.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        facts: ModelFacts,
         layout: PromptLayout,
         text_tokens: int,
         batch: int = 1,
         *,
         logits_to_keep: int = 0,
-        encoded: Sequence[tuple[str, Mapping[str, Any]]] = (),
+        call: Call | None = None,
     ) -> None:
-        self.signature = signature_of(model)
+        self.signature = facts.signature
         self.layout = layout
         self.text_tokens = text_tokens
         self.batch = batch
         self.logits_to_keep = logits_to_keep
-        self._model = model
-        self._encoded = encoded
+        self._parts = Parts(facts, call)
         self._encoded_prompts = batch
-        self._opaque = sizes_vary(model) or "get_video_features" in dict(encoded)
-        self._width = model.config.get_text_config().hidden_size
-        self._class_tokens = int(has_class_token(model))
         self._counted: dict[tuple[str, int, int, bool], int] = {}
 
     @classmethod
@@ -98,40 +90,39 @@ class CostModel:
             **options: As for the class.
 
         Raises:
-            ValueError: If the number of visual tokens depends on the image's size.
+            TypeError: If `model` is not a transformers model.
+            ValueError: If it reads no images, or the number of visual tokens depends on the image's
+                size.
         """
-        signature_of(model)
-        if sizes_vary(model):
+        facts = facts_of(model)
+        if facts.sizes_vary:
             raise ValueError(
-                f"How many visual tokens an image of a {model.config.model_type} model has depends "
-                "on its size: give inputs of a call."
+                f"How many visual tokens an image of a {facts.signature.model_type} model has "
+                "depends on its size: give inputs of a call."
             )
-        layout = PromptLayout(image_token_of(model), images, grid_of(model))
-        return cls(model, layout, text_tokens, batch, **options)
+        layout = PromptLayout(facts.image_token, images, facts.grid)
+        return cls(facts, layout, text_tokens, batch, **options)
 
     @classmethod
-    def of_inputs(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> CostModel:
+    def of_call(cls, call: Call) -> CostModel:
         """Make the cost model of the prompts of a call.
 
         Args:
-            model: A transformers vision-language model.
-            inputs: Arguments of its forward.
+            call: The call.
 
         Raises:
-            ValueError: If the inputs have no image, or the prompts differ in their images.
+            ValueError: If the call has no image, or the prompts differ in their images.
         """
-        signature_of(model)
-        inputs = normal_inputs(inputs)
-        layout = prompt_layout(model, inputs)
-        batch, length = inputs["input_ids"].shape
-        kept = inputs.get("logits_to_keep", 0)
+        layout = call.layout
+        batch, length = call.inputs["input_ids"].shape
+        kept = call.inputs.get("logits_to_keep", 0)
         return cls(
-            model,
+            call.facts,
             layout,
             length - sum(layout.sizes),
             batch,
             logits_to_keep=len(kept) if isinstance(kept, Tensor) else kept,
-            encoded=encoder_inputs(model, inputs),
+            call=call,
         )
 
     def of_one_prompt(self) -> CostModel:
@@ -156,16 +147,23 @@ class CostModel:
         fixed = self.signature.visual_tokens
         return fixed == 0 or set(self.layout.sizes) != {fixed}
 
+    def for_any_size(self, policy: Policy) -> Policy:
+        """Return the policy, with shares in place of counts if other images may have other sizes.
+
+        Counts are fitted to images of one size; shares serve images of any size.
+        """
+        return as_shares(policy, self.tokens_per_image) if self.sizes_vary else policy
+
     # *** costs from the visual tokens of each decoder layer; differentiable ***
 
-    def visual_tokens(self, counts: Sequence[Amount] | Tensor) -> Amount:
+    def mean_tokens(self, counts: Sequence[Amount] | Tensor) -> Amount:
         """Compute the mean of the visual tokens over the decoder layers.
 
         Args:
             counts: Visual tokens of one prompt, all its images together, that each decoder layer
                 processes.
         """
-        return sum(counts) / len(self._decoder)
+        return sum(counts) / self.signature.decoder_layers
 
     def flops(
         self,
@@ -176,17 +174,17 @@ class CostModel:
         """Compute the FLOPs of one prefill of the whole batch, from pixels to logits.
 
         Args:
-            counts: As in `visual_tokens`.
+            counts: As in `mean_tokens`.
             overhead: FLOPs of the reductions themselves, see `overhead`.
             patches: Patches of one image that each used block of the vision tower processes, then
                 those of the projector, see `patches`; by default all of them.
         """
         lengths = [self.text_tokens + count for count in counts]
         layers = sum(
-            block.flops(length) for block, length in zip(self._decoder, lengths, strict=True)
+            block.flops(length) for block, length in zip(self._parts.decoder, lengths, strict=True)
         )
-        around = self._measured.around * lengths[0]
-        head = self._measured.head * (self.logits_to_keep or lengths[-1])
+        around = self._parts.measured.around * lengths[0]
+        head = self._parts.measured.head * (self.logits_to_keep or lengths[-1])
         encoding = self._encoding(self.patches(Policy()) if patches is None else patches)
         return encoding + self.batch * (layers + around + head) + overhead
 
@@ -194,10 +192,10 @@ class CostModel:
         """Compute the bytes of the keys and values that one prefill of the whole batch leaves.
 
         Args:
-            counts: As in `visual_tokens`.
+            counts: As in `mean_tokens`.
         """
         total: Amount = 0
-        for layer, count in zip(self._measured.layers, counts, strict=True):
+        for layer, count in zip(self._parts.measured.layers, counts, strict=True):
             held = at_most(self.text_tokens + count, layer.window)
             total = total + layer.cached * held + layer.state
         return self.batch * total
@@ -219,7 +217,7 @@ class CostModel:
 
     # *** costs of a policy; exact ***
 
-    def of_policy(self, policy: Policy) -> Cost:
+    def predict(self, policy: Policy) -> Cost:
         """Compute the cost with a policy, the reductions' own matmuls included.
 
         Args:
@@ -246,18 +244,12 @@ class CostModel:
             ValueError: If it does not fit the model.
         """
         policy.check(self.signature)
-        per_layer = [sum(self.layout.sizes)] * len(self._decoder)
-        of_images = zip(*map(policy.counts, self.layout.sizes), strict=True)
-        for reduction, kept in zip(policy.reductions, of_images, strict=True):
-            # The count holds from the first layer after the site to the next reduction.
-            first = first_layer(reduction.site)
-            per_layer[first:] = [sum(kept)] * (len(per_layer) - first)
-        return per_layer
+        return tokens_per_layer(policy, self.layout.sizes, self.signature.decoder_layers)
 
     @property
     def tower_blocks(self) -> int:
         """Count the vision blocks up to the last that is used; 0 if they cannot be told apart."""
-        return 0 if self._opaque else self._encoder.used
+        return self._parts.tower_blocks
 
     def patches(self, policy: Policy) -> list[int]:
         """Count the patches of one image in each used vision block, and then in the projector.
@@ -265,14 +257,13 @@ class CostModel:
         Args:
             policy: A policy for this model.
         """
-        tokens = 0 if self._opaque else self.tokens_per_image
-        per_block = [tokens] * (self.tower_blocks + 1)
-        for reduction in policy.reductions:
-            stage, block = split_site(reduction.site)
-            if stage == "vision":
-                kept = reduction.count(tokens)
-                per_block[block + 1 :] = [kept] * (self.tower_blocks - block)
-        return per_block
+        tokens = 0 if self._parts.opaque else self.tokens_per_image
+        kept = (
+            (split_site(reduction.site)[1] + 1, reduction.count(tokens))
+            for reduction in policy.reductions
+            if split_site(reduction.site)[0] == "vision"
+        )
+        return along(tokens, kept, self.tower_blocks + 1)
 
     def overhead(self, policy: Policy) -> int:
         """Compute the FLOPs of all the reductions of a policy, for the whole batch.
@@ -311,7 +302,7 @@ class CostModel:
         total *= self.batch
         # Raters are chosen once, by a product of the visual tokens with the text.
         if any(of == "raters" for step in policy.reductions for _, _, of in observations(step)):
-            total += self.batch * 2 * self._width * self.counts(policy)[0] * self.text_tokens
+            total += self.batch * 2 * self._parts.width * self.counts(policy)[0] * self.text_tokens
         return total
 
     def _cells(self, image: int) -> Tensor:
@@ -331,88 +322,33 @@ class CostModel:
             )
         return Together(1, self.layout.sizes, present, grid)
 
-    # *** the parts of the model ***
-
-    @cached_property
-    def _measured(self) -> Decoder:
-        return measure_decoder(self._model)
-
-    @cached_property
-    def _decoder(self) -> list[Block]:
-        paths = find_blocks(self._model).decoder
-        layers = zip(paths, self._measured.layers, strict=True)
-        return [
-            Block(
-                linear=layer.linear,
-                quadratic=layer.quadratic,
-                heads=heads_of(self._model.get_submodule(path))[0],
-                key_heads=layer.key_heads,
-                dim=layer.dim,
-                width=self._width,
-            )
-            for path, layer in layers
-        ]
-
-    @cached_property
-    def _encoder(self) -> Encoder:
-        """Measure the encoding of one image of the config's size."""
-        return measure_encoder(self._model)
-
-    @cached_property
-    def _opaque_encoding(self) -> int:
-        """Count the FLOPs of encoding all images and videos of the call, whose sizes matter."""
-        if not self._encoded:
-            raise ValueError(
-                f"What encoding an image of a {self.signature.model_type} model costs depends on "
-                "its size: give inputs of a call."
-            )
-        return sum(
-            measure_encoder(self._model, given, encode).total for encode, given in self._encoded
-        )
-
-    @cached_property
-    def _vision(self) -> list[Block]:
-        """Return the vision blocks; none if they cannot be told apart."""
-        if self._opaque:
-            return []
-        blocks = []
-        for i, path in enumerate(find_blocks(self._model).vision):
-            block = self._model.get_submodule(path)
-            heads, key_heads, dim, width = heads_of(block)
-            tokens, products = self._tokens_in_block(i), self._encoder.products[i]
-            linear, quadratic = (self._encoder.blocks[i] - products) / tokens, products / tokens**2
-            blocks.append(Block(linear, quadratic, heads, key_heads, dim, width))
-        return blocks
-
-    def _tokens_in_block(self, i: int) -> int:
-        """Return the tokens of an image in a vision block, class tokens included."""
-        return self._encoder.tokens[i] or self.tokens_per_image
-
     def _encoding(self, patches: Sequence[Amount]) -> Amount:
         """Compute the FLOPs of encoding all images: patch embedding, vision blocks, projector."""
         # Case: the encoder was measured as a whole, for a batch of `_encoded_prompts`.
-        if self._opaque:
-            return self._opaque_encoding * self.batch / self._encoded_prompts
+        if self._parts.opaque:
+            return self._parts.encoding_as_one * self.batch / self._encoded_prompts
         *in_blocks, in_projector = patches
         whole = self.tokens_per_image
         tower: Amount = 0
         for i, count in enumerate(in_blocks):
-            tower = tower + self._vision[i].flops(self._tokens_in_block(i) - whole + count)
-        projector = self._encoder.behind * in_projector / whole
-        return self.batch * self.images * (self._encoder.front + tower + projector)
+            tokens = self._parts.tokens_in_block(i)
+            tower = tower + self._parts.vision[i].flops(tokens - whole + count)
+        encoder = self._parts.encoder
+        projector = encoder.behind * in_projector / whole
+        return self.batch * self.images * (encoder.front + tower + projector)
 
     def _site(self, reduction: Reduction) -> Site:
         stage, layer = split_site(reduction.site)
-        blocks = self._decoder if stage == "decoder" else self._vision
+        blocks = self._parts.decoder if stage == "decoder" else self._parts.vision
         index = self.tower_blocks - 1 if stage == "projector" else layer
         block = blocks[index] if blocks else None
         return Site(
             stage=stage,
             block=block,
             following=blocks[index + 1] if index + 1 < len(blocks) else None,
-            others=self.text_tokens if stage == "decoder" else self._class_tokens,
+            others=self.text_tokens if stage == "decoder" else self._parts.class_tokens,
             sizes=SiteSizes(
-                width=block.width if block and stage == "vision" else self._width,
+                width=block.width if block and stage == "vision" else self._parts.width,
                 key=block.dim if block else 0,
                 joint_key=block.key_heads * block.dim if block else 0,
                 text=self.text_tokens,

@@ -1,20 +1,146 @@
-"""FLOPs of the reductions themselves."""
+"""FLOPs of the reductions themselves: their own matrix products, and the attention they observe.
+
+A policy's reductions are run on tensors that have shapes and no data, so every scorer and selector
+is counted as it is. A search needs a gradient, so for it the same operations are written as a
+formula.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from deos_fx.attention.observation import OBSERVED, Observation
-from deos_fx.cost.blocks import Block
-from deos_fx.cost.operator_flops import Amount, SiteSizes
+from deos_fx.cost.amounts import Amount
+from deos_fx.cost.parts import Block
+from deos_fx.cost.twin import count_flops
 from deos_fx.forms.needs import required_features
+from deos_fx.forms.static import static_reduce
 from deos_fx.policy.reduction import Reduction
 from deos_fx.tokens.layout import grid_after
 
-__all__ = ["Seen", "Site", "Together", "known_grid_after", "observations"]
+__all__ = [
+    "Seen",
+    "Site",
+    "SiteSizes",
+    "Together",
+    "known_grid_after",
+    "observations",
+    "operator_flops",
+    "relaxed_flops",
+]
+
+
+# *** the operator ***
+
+
+@dataclass(frozen=True)
+class SiteSizes:
+    """Sizes at a site, besides the number of its visual tokens.
+
+    Attributes:
+        width: Size of a hidden state.
+        key: Size of a key of one head.
+        joint_key: Size of the keys of all heads together.
+        text: Number of text tokens, padding included.
+    """
+
+    width: int
+    key: int
+    joint_key: int
+    text: int
+
+
+def operator_flops(
+    reduction: Reduction, before: int, after: int, sizes: SiteSizes, grid: Tensor | None
+) -> int:
+    """Count the FLOPs of one reduction, for one row of the batch.
+
+    Args:
+        reduction: The reduction; its ``keep`` is not read.
+        before: Visual tokens that come in.
+        after: Visual tokens that come out.
+        sizes: Sizes at the site.
+        grid: Image, row and column of the tokens that come in, [V, 3], while they are the same in
+            all rows; None after a choice by score.
+    """
+    flops = 0
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        nonlocal flops
+        leaves = pytree.tree_leaves(args)
+        if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+            # Case: a constant of the graph, which costs nothing when it runs.
+            return function(*args)
+        args = pytree.tree_map_only(Tensor, lambda value: value.to("meta"), args)
+        with count_flops() as counter:
+            result = function(*args)
+        flops += counter.get_total_flops()
+        return result
+
+    features = _Features(before, sizes, grid)
+    with torch.no_grad():
+        static_reduce(reduction, after, features["tokens"], None, features, call)
+    return flops
+
+
+class _Features(dict[str, Tensor]):
+    """Features of one row by name, with the right shapes and no data."""
+
+    def __init__(self, tokens: int, sizes: SiteSizes, grid: Tensor | None) -> None:
+        super().__init__()
+        self.shapes = {
+            "tokens": (tokens, sizes.width),
+            "normed_tokens": (tokens, sizes.width),
+            "class_token": (1, sizes.width),
+            "grid": (tokens, 3),
+            "keys": (tokens, sizes.key),
+            "joint_keys": (tokens, sizes.joint_key),
+            "text_tokens": (sizes.text, sizes.width),
+            "normed_text": (sizes.text, sizes.width),
+            "text_keys": (sizes.text, sizes.joint_key),
+            "text_mask": (sizes.text,),
+        }
+        self.attention = (tokens,)
+        if grid is not None:
+            self["grid"] = grid
+
+    def __missing__(self, name: str) -> Tensor:
+        shape = self.shapes.get(name.partition("@")[0], self.attention)
+        return torch.empty(1, *shape, device="meta")
+
+
+def relaxed_flops(reduction: Reduction, before: Amount, after: Amount, sizes: SiteSizes) -> Amount:
+    """Compute `operator_flops` by a formula that covers everything a search can vary.
+
+    Args:
+        reduction: The reduction; its ``keep`` is not read.
+        before: Visual tokens that come in.
+        after: Visual tokens that come out.
+        sizes: Sizes at the site.
+    """
+    widths = {"feature": sizes.width, "key": sizes.key, "joint_key": sizes.joint_key, "grid": 0}
+    compared = sum(widths[kind] for kind in reduction.similarity)
+    moved = after * (before - after)
+    total: Amount = 0
+    if "novelty" in reduction.scores and reduction.uses_scores:
+        total += 2 * sizes.width * before * before
+    if reduction.selector == "greedy":
+        total += 2 * compared * before * before
+    if reduction.gain and reduction.temperature != math.inf:
+        total += 2 * compared * moved
+    if reduction.transfers:
+        total += 2 * sizes.width * moved
+    return total
+
+
+# *** what it observes ***
 
 
 def known_grid_after(reduction: Reduction, count: int, grid: Tensor | None) -> Tensor | None:

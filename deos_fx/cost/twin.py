@@ -1,4 +1,4 @@
-"""A twin of a model that has shapes and no data."""
+"""A twin of a model that has shapes and no data, and a counter of its FLOPs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from deos_fx.cost.flops import count_flops
-from deos_fx.models.layers import AnyLinear, has_codes, linear_sizes
 from deos_fx.models.shapes_only import OnZeros
+from deos_fx.models.views import AnyLinear, has_codes, linear_sizes
 
-__all__ = ["WholeNumbers", "twin_of"]
+__all__ = ["WholeNumbers", "count_flops", "twin_of"]
+
+
+class _NoModules:
+    """Stand-in for the counter's module tracker, which hooks every module of the process."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        """Track nothing."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Undo nothing."""
+
+
+def count_flops() -> FlopCounterMode:
+    """Make a counter of all FLOPs while it is entered, without a table by module.
+
+    By default the counter tracks the running module by hooks on all modules of the process. Threads
+    that run another model would run these hooks too.
+    """
+    counter: Any = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()
+    return counter
 
 
 class WholeNumbers(TorchDispatchMode):

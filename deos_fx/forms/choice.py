@@ -16,7 +16,8 @@ from deos_fx.operator.scores import SCORES, combine, standardize
 from deos_fx.operator.select import SELECTORS
 
 if TYPE_CHECKING:
-    from deos_fx.policy.reduction import Reduction, Tier
+    from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.tier import Tier
 
 __all__ = ["Call", "Choice", "Feature", "execute", "number_of", "short"]
 

@@ -7,26 +7,25 @@ then on: decoding runs on the whole batch again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from deos_fx.inputs.kinds import has_images
-from deos_fx.inputs.media import (
-    images_of_prompts,
-    placeholders,
-)
-from deos_fx.inputs.media_rows import media_of_rows
+from deos_fx.inputs.call import Call, batch_axis
+from deos_fx.inputs.items import table_of_sizes
+from deos_fx.inputs.kinds import beside, given_kinds
+from deos_fx.inputs.media import placeholders
 from deos_fx.inputs.packed import refuse_lengths
+from deos_fx.models.families import PATCH_NUMBERS
 from deos_fx.models.upstream import CACHE
 from deos_fx.tokens.cache import TokenSpace, in_rows
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["Part", "join_outputs", "join_spaces", "parts_of_batch"]
+__all__ = ["Part", "join_outputs", "join_spaces", "media_of_rows", "parts_of_batch"]
 
 
 @dataclass(frozen=True)
@@ -36,45 +35,44 @@ class Part:
     Attributes:
         rows: Their row numbers in the batch.
         layout: Their visual tokens; None for prompts of text alone.
-        inputs: The inputs of the model's forward for these prompts alone.
+        call: The call of these prompts alone.
     """
 
     rows: tuple[int, ...]
     layout: PromptLayout | None
-    inputs: dict[str, Any]
+    call: Call
 
 
-def parts_of_batch(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Part]:
+def parts_of_batch(call: Call) -> list[Part]:
     """Group the prompts of a batch by their images and by whether they end in one.
 
     Args:
-        model: The model.
-        inputs: Arguments of its forward.
+        call: The call of the batch.
 
     Returns:
-        The parts; one part with the inputs as they are if all prompts are alike.
+        The parts; one part with the call as it is if all prompts are alike.
 
     Raises:
         ValueError: If images and placeholders do not match, if packed samples come with their
             lengths, or if the prompts differ and there are labels, whose loss is a mean over all
             prompts.
     """
-    ids = inputs["input_ids"]
+    inputs, ids = call.inputs, call.inputs["input_ids"]
     refuse_lengths(inputs)
     # Case: text alone.
-    if not has_images(inputs):
-        if bool(placeholders(model, ids).any()):
+    if not call.has_images:
+        if bool(placeholders(call.facts, ids).any()):
             raise ValueError(
                 "input_ids has image placeholders, but there are no images: pass pixel_values, and "
                 "whatever else the model's processor returns."
             )
-        return [Part(tuple(range(len(ids))), None, {**inputs})]
-    prompts = images_of_prompts(model, inputs)
+        return [Part(tuple(range(len(ids))), None, call)]
+    prompts = call.prompts
     alike: dict[Hashable, list[int]] = {}
     for row, prompt in enumerate(prompts):
         alike.setdefault(prompt.alike, []).append(row)
     if len(alike) == 1:
-        return [Part(tuple(range(len(ids))), prompts[0].layout, {**inputs})]
+        return [Part(tuple(range(len(ids))), prompts[0].layout, call)]
     if "labels" in inputs:
         raise ValueError(
             "The prompts of this batch have different images, or some end in an image and others "
@@ -84,20 +82,106 @@ def parts_of_batch(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Pa
     parts = []
     for rows in alike.values():
         own = {name: _rows_of(name, value, rows, len(ids)) for name, value in inputs.items()}
-        own |= media_of_rows(model, inputs, prompts, rows)
-        own = {name: value for name, value in own.items() if value is not None}
-        parts.append(Part(tuple(rows), prompts[rows[0]].layout, own))
+        own |= media_of_rows(call, rows)
+        parts.append(Part(tuple(rows), prompts[rows[0]].layout, Call.of(call.facts, own)))
     return parts
 
 
 def _rows_of(name: str, value: Any, rows: Sequence[int], batch: int) -> Any:
     if not isinstance(value, Tensor):
         return value
-    # Positions may have several coordinates [k, B, N], or be shared by all rows [1, N].
-    axis = value.ndim - 2 if name == "position_ids" else 0
+    axis = batch_axis(name, value)
     if value.ndim and value.shape[axis] == batch:
         return value.index_select(axis, torch.tensor(rows, device=value.device))
     return value
+
+
+def media_of_rows(call: Call, rows: Sequence[int]) -> dict[str, Any]:
+    """Select the inputs about images for some prompts.
+
+    Args:
+        call: The call.
+        rows: The prompts to take, in their new order; one may come more than once.
+
+    Returns:
+        The inputs about images by name; None for those of a kind that none of the prompts has.
+
+    Raises:
+        ValueError: If it is unclear which pixels belong to which image.
+    """
+    facts, inputs, prompts = call.facts, call.inputs, call.prompts
+    taken: dict[str, Any] = {}
+    for kind in given_kinds(inputs):
+        spans = [
+            (row, *next(((a, b) for one, a, b in prompts[row].items if one is kind), (0, 0)))
+            for row in rows
+        ]
+        given = {name: inputs[name] for name in beside(facts, kind) & inputs.keys()}
+        values = {name: value for name, value in given.items() if isinstance(value, (Tensor, list))}
+        if not any(b > a for _, a, b in spans):
+            taken |= dict.fromkeys(values)
+            continue
+        total = sum(b - a for prompt in prompts for one, a, b in prompt.items if one is kind)
+        table = table_of_sizes(facts, inputs, kind)
+        frames = _frames(values, total, table)
+        for name, value in values.items():
+            if name in PATCH_NUMBERS:
+                raise ValueError(
+                    f"{name} counts the patches of a whole batch, which cannot be divided. Pass "
+                    "prompts with different images one by one."
+                )
+            if len(value):
+                units = _units(name, value, spans, total, table, frames, len(prompts))
+                taken[name] = (
+                    value[units] if isinstance(value, Tensor) else [value[unit] for unit in units]
+                )
+    return taken
+
+
+def _frames(
+    values: Mapping[str, Tensor | list[Any]], images: int, table: Tensor | None
+) -> list[int]:
+    """Return the number of frames of each video, if one of the inputs has it."""
+    if table is not None and table.shape[1] == 3:
+        return table[:, 0].tolist()
+    for name, value in values.items():
+        if "num_frames" in name and len(value) == images:
+            return [int(count) for count in value]
+    return []
+
+
+def _units(
+    name: str,
+    value: Tensor | list[Any],
+    spans: Sequence[tuple[int, int, int]],
+    images: int,
+    table: Tensor | None,
+    frames: Sequence[int],
+    batch: int,
+) -> list[int]:
+    """Find the entries of the leading axis that belong to prompts (row, first image, end).
+
+    Raises:
+        ValueError: If the number of entries fits no count of images, patches, frames or prompts.
+    """
+    areas = [] if table is None else table.prod(dim=-1).tolist()
+    share, rest = divmod(sum(areas), len(value))
+    counts: list[Sequence[int]] = [[1] * images, areas, frames]
+    if len(value) not in map(sum, counts):
+        # Case: one entry for each prompt.
+        if len(value) == batch:
+            return [row for row, _, _ in spans]
+        if share and not rest and not any(area % share for area in areas):
+            # Case: one entry for each token, made from several patches.
+            counts.append([area // share for area in areas])
+    for of_images in counts:
+        if len(value) == sum(of_images):
+            ends = list(itertools.accumulate(of_images, initial=0))
+            return [unit for _, a, b in spans for unit in range(ends[a], ends[b])]
+    raise ValueError(
+        f"{name} has {len(value)} entries for {images} images in {batch} prompts, so it cannot be "
+        "told which belong to which prompt. Pass prompts with different images one by one."
+    )
 
 
 def join_outputs(parts: Sequence[Part], outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

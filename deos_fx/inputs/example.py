@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deos_fx.models.facts import image_token_of, signature_of, size_inputs, sizes_vary
+from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.models.shapes_only import on_shapes
 
 __all__ = ["TEXT_TOKENS", "example_inputs"]
@@ -36,15 +35,15 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
     Raises:
         ValueError: If `model` reads no images, or its inputs for them cannot be derived.
     """
-    signature_of(model)
-    if processor is not None and sizes_vary(model):
+    facts = facts_of(model)
+    if processor is not None and facts.sizes_vary:
         return _processed(processor)
-    for images in _forms(model):
+    for images in _forms(facts):
         count = _placeholders(model, images)
         if count:
-            return _prompt(model, images, count)
+            return _prompt(facts, images, count)
     raise ValueError(
-        f"How an image becomes inputs of {type(model).__name__} does not follow from its config. "
+        f"How an image becomes inputs of {facts.name} does not follow from its config. "
         "Save its processor in the model's folder (processor.save_pretrained), or in Python give "
         "deos_fx the inputs of a call."
     )
@@ -65,9 +64,9 @@ def _processed(processor: Any) -> dict[str, Tensor]:
     return dict(processor(images=[image], text=[text], return_tensors="pt"))
 
 
-def _forms(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+def _forms(facts: ModelFacts) -> Iterator[dict[str, Tensor]]:
     """Yield the forms in which models of transformers take an image, to try on the encoder."""
-    names = size_inputs(model)
+    model, names = facts.model, facts.size_inputs
     config: Any = getattr(model.config, "vision_config", model.config)
     channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
     given = getattr(config, "image_size", None) or 0
@@ -105,11 +104,11 @@ def _placeholders(model: PreTrainedModel, images: dict[str, Tensor]) -> int:
     return sum(math.prod(part.shape[:-1]) for part in parts)
 
 
-def _prompt(model: PreTrainedModel, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    token = image_token_of(model)
+def _prompt(facts: ModelFacts, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    token = facts.image_token
     ids = torch.full((1, count + TEXT_TOKENS), next(word for word in range(2) if word != token))
     ids[:, 1 : count + 1] = token
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
-    if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
+    if "mm_token_type_ids" in facts.arguments.parameters:
         inputs["mm_token_type_ids"] = (ids == token).int()
     return inputs

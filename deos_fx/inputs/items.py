@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from deos_fx.inputs.kinds import IMAGES, VIDEOS, Kind, beside, encoding, media
-from deos_fx.models.encoders import features_of
-from deos_fx.models.facts import grid_of, sizes_vary
+from deos_fx.models.facts import ModelFacts
+from deos_fx.models.families import features_of
 from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.views import shallow_copy
 from deos_fx.recent import Recent
@@ -23,9 +22,7 @@ from deos_fx.tokens.positions import is_separator
 __all__ = ["Item", "items_of", "table_of_sizes"]
 
 
-_ENCODED: weakref.WeakKeyDictionary[PreTrainedModel, Recent[Hashable, list[Item]]]
-
-
+_ENCODED: weakref.WeakKeyDictionary[ModelFacts, Recent[Hashable, list[Item]]]
 _ENCODED = weakref.WeakKeyDictionary()
 
 # Sets of sizes that are remembered for each model; a limit, since new images may have new sizes.
@@ -49,7 +46,7 @@ class Item(NamedTuple):
 
 
 def items_of(
-    model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind, of_rows: list[int]
+    facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind, of_rows: list[int]
 ) -> list[Item]:
     """Return all images of a batch whose prompts have `of_rows` placeholders each.
 
@@ -57,31 +54,31 @@ def items_of(
     """
     pixels, placeholders = inputs[kind.pixels], sum(of_rows)
     # Case: all images have one size.
-    if kind is IMAGES and not sizes_vary(model):
-        rows, columns = grid_of(model)
+    if kind is IMAGES and not facts.sizes_vary:
+        rows, columns = facts.grid
         # A non-square count may include class or register tokens, so no rows and columns are
         # assumed.
         grids = ((rows, columns),) if rows == columns else None
         return [Item(grids, rows * columns)] * math.prod(pixels.shape[:-3])
-    table = table_of_sizes(model, inputs, kind)
+    table = table_of_sizes(facts, inputs, kind)
     found = None
     # Counting from sizes alone would miss the ends of rows.
-    if getattr(model.base_model, "image_newline", None) is None:
+    if getattr(facts.model.base_model, "image_newline", None) is None:
         if table is not None:
             found = _of_table(table.tolist(), placeholders)
         elif kind is IMAGES and pixels.ndim == 5:
             found = _of_tiles(pixels, placeholders)
-    found = found or _encoded(model, inputs, kind)
+    found = found or _encoded(facts, inputs, kind)
     if found and kind is VIDEOS:
         found = _of_frames(found, *pixels.shape[:2]) if pixels.ndim == 5 else found
-        found = found and _without_left_out(model, inputs, found)
+        found = found and _without_left_out(facts, inputs, found)
     # Case: nothing tells images apart, so each prompt counts as one.
     return found or [Item(None, tokens) for tokens in of_rows if tokens]
 
 
-def table_of_sizes(model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind) -> Tensor | None:
+def table_of_sizes(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> Tensor | None:
     """Return the input with the (frames,) height and width of every image; None if absent."""
-    sizes = [inputs[name] for name in sorted(media(model, kind)) if name in inputs]
+    sizes = [inputs[name] for name in sorted(media(facts, kind)) if name in inputs]
     tables = (size for size in sizes if isinstance(size, Tensor) and size.ndim == 2)
     return next((table for table in tables if table.shape[1] in (2, 3)), None)
 
@@ -140,11 +137,11 @@ def _of_frames(found: Sequence[Item], videos: int, frames: int) -> list[Item] | 
 
 
 def _without_left_out(
-    model: PreTrainedModel, inputs: Mapping[str, Any], found: Sequence[Item]
+    facts: ModelFacts, inputs: Mapping[str, Any], found: Sequence[Item]
 ) -> list[Item]:
     """Return the videos without the tokens that flags over all features leave out of the prompt."""
     total = sum(item.tokens for item in found)
-    named = (inputs.get(name) for name in sorted(beside(model, VIDEOS)))
+    named = (inputs.get(name) for name in sorted(beside(facts, VIDEOS)))
     kept = next((x for x in named if isinstance(x, Tensor) and x.dtype == torch.bool), None)
     if kept is None or kept.shape != (total,) or kept.all():
         return list(found)
@@ -169,14 +166,14 @@ def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
     return [Item(((rows, tokens // rows),) if whole else None, tokens)] * real
 
 
-def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind) -> list[Item] | None:
+def _encoded(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> list[Item] | None:
     """Return the images as the model's own encoder divides them; it runs once per set of sizes.
 
     Only counts matter, unless rows end in a learned `image_newline`, recognised by its features
     whatever the pixels are. None if the encoder does not keep images apart.
     """
-    core: Any = model.base_model
-    method, given = encoding(model, inputs, kind)
+    core: Any = facts.model.base_model
+    method, given = encoding(facts, inputs, kind)
     # Tables are told apart by their values, pixels by their shape alone.
     sizes = (
         kind,
@@ -186,7 +183,7 @@ def _encoded(model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind) -> l
             if isinstance(value, Tensor)
         ),
     )
-    known = _ENCODED.setdefault(model, Recent(_SETS_OF_SIZES))
+    known = _ENCODED.setdefault(facts, Recent(_SETS_OF_SIZES))
     return known.find(sizes, lambda: _run_encoder(core, method, given)) or None
 
 

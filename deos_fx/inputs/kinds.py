@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from deos_fx.models.encoders import PIXELS
-from deos_fx.models.facts import image_token_of, size_inputs, video_token_of
+from deos_fx.models.facts import ModelFacts
+from deos_fx.models.families import PIXELS
 
 __all__ = [
     "IMAGES",
     "VIDEOS",
     "Kind",
     "beside",
-    "encoder_inputs",
     "encoding",
     "given_kinds",
     "has_images",
@@ -55,9 +52,9 @@ def has_images(inputs: Mapping[str, Any]) -> bool:
     return any(name in inputs for name in PIXELS)
 
 
-def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def image_inputs(facts: ModelFacts, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the inputs that images and videos come in: their pixels and sizes."""
-    names = sorted(frozenset().union(*(beside(model, kind) for kind in given_kinds(inputs))))
+    names = sorted(frozenset().union(*(beside(facts, kind) for kind in given_kinds(inputs))))
     return {name: inputs[name] for name in names if isinstance(inputs.get(name), Tensor)}
 
 
@@ -66,50 +63,42 @@ def given_kinds(inputs: Mapping[str, Any]) -> tuple[Kind, ...]:
     return tuple(kind for kind in (IMAGES, VIDEOS) if kind.pixels in inputs)
 
 
-def token_of(model: PreTrainedModel, kind: Kind) -> int:
+def token_of(facts: ModelFacts, kind: Kind) -> int:
     """Return the id of a kind's placeholder.
 
     Raises:
         ValueError: If the config names none.
     """
-    token = image_token_of(model) if kind is IMAGES else video_token_of(model)
+    token = facts.image_token if kind is IMAGES else facts.video_token
     if token is None:
         raise ValueError(
-            f"{kind.pixels} was given, but the config of {type(model).__name__} names no "
+            f"{kind.pixels} was given, but the config of {facts.name} names no "
             "placeholder for videos (video_token_id). Give the frames as images."
         )
     return token
 
 
-def media(model: PreTrainedModel, kind: Kind) -> frozenset[str]:
+def media(facts: ModelFacts, kind: Kind) -> frozenset[str]:
     """Return the names of a kind's inputs that model and encoder both take, pixels included."""
     if kind is IMAGES:
-        return size_inputs(model) | {kind.pixels}
-    encode = getattr(model.base_model, kind.encode, None)
-    takes = frozenset() if encode is None else frozenset(inspect.signature(encode).parameters)
-    return takes & frozenset(inspect.signature(type(model).forward).parameters) | {kind.pixels}
+        return facts.size_inputs | {kind.pixels}
+    takes = facts.encoders.get(kind.encode, frozenset())
+    return takes.intersection(facts.arguments.parameters) | {kind.pixels}
 
 
-def beside(model: PreTrainedModel, kind: Kind) -> frozenset[str]:
+def beside(facts: ModelFacts, kind: Kind) -> frozenset[str]:
     """Return `media` and, for videos, inputs that other parts read, such as seconds per frame."""
-    names = inspect.signature(type(model).forward).parameters
+    names = facts.arguments.parameters
     others = (name for name in names if any(word in name for word in kind.words))
-    return media(model, kind) | frozenset(others)
-
-
-def encoder_inputs(
-    model: PreTrainedModel, inputs: Mapping[str, Any]
-) -> list[tuple[str, dict[str, Any]]]:
-    """Return the name and the arguments of the method that encodes each kind in a call."""
-    return [encoding(model, inputs, kind) for kind in given_kinds(inputs)]
+    return media(facts, kind) | frozenset(others)
 
 
 def encoding(
-    model: PreTrainedModel, inputs: Mapping[str, Any], kind: Kind
+    facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind
 ) -> tuple[str, dict[str, Any]]:
     """Return the core's method that encodes a kind, and its arguments in a call."""
-    given = {name: inputs[name] for name in sorted(media(model, kind)) if name in inputs}
-    if hasattr(model.base_model, kind.encode):
+    given = {name: inputs[name] for name in sorted(media(facts, kind)) if name in inputs}
+    if kind.encode in facts.encoders:
         return kind.encode, given
     # Some models encode the frames of a video as images.
     pixels = given.pop(kind.pixels)

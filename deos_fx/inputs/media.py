@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from deos_fx.inputs.items import Item, items_of
 from deos_fx.inputs.kinds import IMAGES, VIDEOS, Kind, given_kinds, token_of
 from deos_fx.inputs.packed import packed_by
-from deos_fx.models.facts import image_token_of, video_token_of
+from deos_fx.models.facts import ModelFacts
 from deos_fx.tokens.layout import PromptLayout
 from deos_fx.tokens.positions import last_token
 
@@ -50,11 +49,11 @@ def padding_of(inputs: Mapping[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def images_of_prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[PromptImages]:
+def images_of_prompts(facts: ModelFacts, inputs: Mapping[str, Any]) -> list[PromptImages]:
     """Find the images and videos of every prompt of a batch.
 
     Args:
-        model: The model.
+        facts: The facts of the model.
         inputs: Arguments of its forward, with pixels.
 
     Returns:
@@ -64,14 +63,14 @@ def images_of_prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list
         ValueError: If images and placeholders do not match, placeholders of images and of videos
             cannot be told apart, or packed samples are refused (see `packed_by`).
     """
-    places = _places(model, inputs)
+    places = _places(facts, inputs)
     # The id that stands in the prompts; without any placeholder, that of the config.
     tokens = {
-        kind: int(inputs["input_ids"][flags][0]) if flags.any() else token_of(model, kind)
+        kind: int(inputs["input_ids"][flags][0]) if flags.any() else token_of(facts, kind)
         for kind, flags in places.items()
     }
     items = {
-        kind: items_of(model, inputs, kind, flags.sum(dim=1).tolist())
+        kind: items_of(facts, inputs, kind, flags.sum(dim=1).tolist())
         for kind, flags in places.items()
     }
     waiting = {kind: iter(enumerate(given)) for kind, given in items.items()}
@@ -95,47 +94,47 @@ def images_of_prompts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list
     return found
 
 
-def are_written_alike(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
+def are_written_alike(facts: ModelFacts, inputs: Mapping[str, Any]) -> bool:
     """Return whether the inputs have images and videos, and the model one placeholder for both.
 
     The model cannot read these in one call.
     """
     if len(given_kinds(inputs)) < 2:
         return False
-    places = _own_places(model, inputs["input_ids"])
+    places = _own_places(facts, inputs["input_ids"])
     if places is None:
-        return image_token_of(model) == video_token_of(model)
+        return facts.image_token == facts.video_token
     return bool((places[IMAGES] & places[VIDEOS]).any())
 
 
-def placeholders(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+def placeholders(facts: ModelFacts, input_ids: Tensor) -> Tensor:
     """Flag every placeholder in input_ids [B, N], of images or of videos."""
-    video = video_token_of(model)
-    images = input_ids == image_token_of(model)
+    video = facts.video_token
+    images = input_ids == facts.image_token
     return images if video is None else images | (input_ids == video)
 
 
-def _places(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[Kind, Tensor]:
+def _places(facts: ModelFacts, inputs: Mapping[str, Any]) -> dict[Kind, Tensor]:
     """Flag the placeholders [B, N] of each kind that has pixels among the inputs."""
     ids, kinds = inputs["input_ids"], given_kinds(inputs)
-    places = {kind: ids == token_of(model, kind) for kind in kinds}
-    own = _own_places(model, ids)
+    places = {kind: ids == token_of(facts, kind) for kind in kinds}
+    own = _own_places(facts, ids)
     # The model's own code takes precedence over a comparison of ids.
     if own is not None:
         places = {kind: own[kind] for kind in kinds}
     # Case: every placeholder is of one kind only.
     if len(kinds) == 1 or not (places[IMAGES] & places[VIDEOS]).any():
         return places
-    return _told_apart(model, places, inputs.get("mm_token_type_ids"))
+    return _told_apart(facts, places, inputs.get("mm_token_type_ids"))
 
 
 def _told_apart(
-    model: PreTrainedModel, places: Mapping[Kind, Tensor], marks: Tensor | None
+    facts: ModelFacts, places: Mapping[Kind, Tensor], marks: Tensor | None
 ) -> dict[Kind, Tensor]:
     """Tell the same placeholder of images and of videos apart by the marks of the processor.
 
     Args:
-        model: The model.
+        facts: The facts of the model.
         places: Flags [B, N] of the placeholders of each kind.
         marks: ``mm_token_type_ids`` [B, N].
 
@@ -147,7 +146,7 @@ def _told_apart(
         found = None if marks is None else flags & (marks == kind.marked)
         if found is None or not found.any():
             raise ValueError(
-                f"{type(model).__name__} has one placeholder for images and videos, and "
+                f"{facts.name} has one placeholder for images and videos, and "
                 f"mm_token_type_ids does not tell those of {kind.pixels} (where it is "
                 f"{kind.marked}) from others. Pass the mm_token_type_ids that the model's "
                 "processor returns, or prompts with images and prompts with videos one by one."
@@ -157,15 +156,15 @@ def _told_apart(
     if both.any():
         raise ValueError(
             f"Prompt {int(both.int().argmax())} of the batch has an image and a video, which "
-            f"{type(model).__name__} writes over each other: it has one placeholder for both. Give "
+            f"{facts.name} writes over each other: it has one placeholder for both. Give "
             "the frames of the video as images."
         )
     return apart
 
 
-def _own_places(model: PreTrainedModel, input_ids: Tensor) -> dict[Kind, Tensor] | None:
+def _own_places(facts: ModelFacts, input_ids: Tensor) -> dict[Kind, Tensor] | None:
     """Return the places where the model's own code puts each kind; None if it cannot be asked."""
-    find: Any = getattr(model.base_model, "get_placeholder_mask", None)
+    find: Any = getattr(facts.model.base_model, "get_placeholder_mask", None)
     if find is None:
         return None
     needed = {

@@ -1,40 +1,196 @@
-"""The facts of a model that are needed before it is captured."""
+"""The facts of a model that are needed before it is captured, inferred once for each model."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import threading
 import weakref
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from deos_fx.models.blocks import find_blocks, image_tower
-from deos_fx.models.families import IMAGE_TOKENS
+from deos_fx.models.blocks import Blocks, find_blocks, image_tower
+from deos_fx.models.families import ENCODERS, IMAGE_TOKENS, PIXELS, VIDEO_TOKENS
 from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.upstream import check_upstream
 from deos_fx.policy.policy import ModelSignature
 
-__all__ = [
-    "grid_of",
-    "has_class_token",
-    "image_of",
-    "image_token_of",
-    "signature_of",
-    "size_inputs",
-    "sizes_vary",
-    "video_token_of",
-]
+__all__ = ["ModelFacts", "ModelState", "configs_of", "facts_of"]
+
+
+# *** the state that facts depend on ***
+
+
+class ModelState:
+    """The modules of a model, their forwards, and its config.
+
+    Weights that are changed in place, moved or loaded are no part of it: graphs share them. It does
+    not keep the model alive.
+
+    Args:
+        model: The model as it is now.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
+        self._class = type(model)
+        _, *parts = model.modules()
+        self._classes = [(part, type(part)) for part in parts]
+        self._children = [
+            (one._modules, dict(one._modules)) for one in (model, *parts) if one._modules
+        ]
+        # accelerate sets a forward of its own on a module, which may be bound to the model.
+        self._forwards = [(vars(part), _reference(vars(part).get("forward"))) for part in parts]
+        self._forward = _reference(vars(model).get("forward"))
+        # A value that does not equal its own copy is left out: it would always seem changed.
+        self._settings = [
+            (vars(config), name, copied)
+            for config in configs_of(model.config)
+            for name, value in vars(config).items()
+            if _is_setting(name, value) and (copied := copy.deepcopy(value)) == value
+        ]
+
+    def holds(self) -> bool:
+        """Return whether nothing has changed; every call checks thousands of values here."""
+        model = self._model()
+        return (
+            model is not None
+            and type(model) is self._class
+            and vars(model).get("forward") is self._forward()
+            and all(now == before for now, before in self._children)
+            and all(type(part) is kind for part, kind in self._classes)
+            and all(now.get("forward") is own() for now, own in self._forwards)
+            and all(now.get(name, now) == value for now, name, value in self._settings)
+        )
+
+
+def _reference(value: Any) -> Callable[[], Any]:
+    """Return a function that returns the value as long as it is alive."""
+    return _nothing if value is None else weakref.ref(value)
+
+
+def _nothing() -> None:
+    return None
+
+
+_PLAIN = (bool, int, float, str, list, tuple, dict, type(None), torch.dtype)
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    """Return whether this is a config entry that a model's code may read.
+
+    Names with an underscore are left out, such as the implementation of attention, which is a part
+    of the structure of a call.
+    """
+    return isinstance(value, _PLAIN) and not name.startswith("_")
+
+
+def configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """Yield a config and all configs in it."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from configs_of(value)
+
+
+# *** the facts ***
+
 
 # Every door to a model comes by here.
 check_upstream()
 
-_GRIDS: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True, eq=False)
+class ModelFacts:
+    """Everything that is inferred of a model; it travels in place of the model.
+
+    It holds for the modules and the config that the model had: `facts_of` makes new facts when
+    these change. It does not keep the model alive.
+
+    Attributes:
+        name: Name of the model's class.
+        blocks: Its transformer blocks.
+        image_token: Id of the placeholder of one visual token of an image.
+        video_token: Id of the placeholder of one visual token of a video; None without videos.
+        arguments: The signature of the model's forward.
+        encoders: Method of the model's core that encodes images or videos -> its arguments.
+        size_inputs: Inputs that give the size of each image: the tensors, other than the pixels,
+            that both the model and its image encoder take.
+        has_class_token: Whether the vision tower puts a CLS token in front of the patches.
+    """
+
+    name: str
+    blocks: Blocks
+    image_token: int
+    video_token: int | None
+    arguments: inspect.Signature
+    encoders: Mapping[str, frozenset[str]]
+    size_inputs: frozenset[str]
+    has_class_token: bool
+    _model: Callable[[], PreTrainedModel | None]
+    _state: ModelState
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Return the model, which the caller keeps alive."""
+        model = self._model()
+        assert model is not None, "the model of these facts is gone"
+        return model
+
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        """Return rows and columns of one image's visual tokens; (0, 0) if its size decides them.
+
+        If their number is not a square, they count as one row.
+        """
+        count = _visual_tokens(self.model, self.size_inputs)
+        side = math.isqrt(count)
+        return (side, side) if side * side == count else (min(1, count), count)
+
+    @property
+    def sizes_vary(self) -> bool:
+        """Return whether the number of visual tokens of an image depends on its size."""
+        return self.grid == (0, 0)
+
+    def encodes_as_one(self, inputs: Container[str]) -> bool:
+        """Return whether the image encoder of a call is one node, of which no block is seen.
+
+        That is so where it reads the size of each image. Encoders of videos split their input by
+        the number of frames, which they read into Python.
+
+        Args:
+            inputs: Names of the inputs of the call.
+        """
+        return self.sizes_vary or PIXELS[1] in inputs
+
+    @cached_property
+    def signature(self) -> ModelSignature:
+        """Return the signature of the model, which a policy made for one model must match."""
+        rows, columns = self.grid
+        return ModelSignature(
+            model_type=self.model.config.model_type,
+            vision_layers=len(self.blocks.vision),
+            decoder_layers=len(self.blocks.decoder),
+            visual_tokens=rows * columns,
+        )
+
+    def image(self) -> torch.Tensor:
+        """Return pixels [1, C, H, W] of an image of the config's size, on "meta": only a shape."""
+        return _image(self.model)
 
 
-def signature_of(model: PreTrainedModel) -> ModelSignature:
-    """Return the signature of a model, which a policy made for one model must match.
+_FACTS: weakref.WeakKeyDictionary[PreTrainedModel, ModelFacts] = weakref.WeakKeyDictionary()
+_INFERRING = threading.RLock()
+
+
+def facts_of(model: PreTrainedModel) -> ModelFacts:
+    """Return the facts of a model; they are inferred again if its modules or config have changed.
 
     Args:
         model: A transformers vision-language model.
@@ -46,6 +202,14 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
             names the reason.
     """
     _check_unwrapped(model)
+    with _INFERRING:
+        known = _FACTS.get(model)
+        if known is None or not known._state.holds():
+            known = _FACTS[model] = _infer(model)
+        return known
+
+
+def _infer(model: PreTrainedModel) -> ModelFacts:
     name = type(model).__name__
     if {"image", "video"}.isdisjoint(model.input_modalities) or not model.can_generate():
         raise ValueError(
@@ -53,20 +217,37 @@ def signature_of(model: PreTrainedModel) -> ModelSignature:
             "does, for example LlavaForConditionalGeneration."
         )
     blocks = find_blocks(model)
-    if _image_token(model.config) is None:
+    image_token = _first_entry(model.config, IMAGE_TOKENS)
+    if image_token is None:
         raise ValueError(
             f"The config of {name} names no image placeholder ({' or '.join(IMAGE_TOKENS)}), by "
             "which deos_fx finds the visual tokens in input_ids. Set model.config.image_token_id "
             "if prompts have one."
         )
-    rows, columns = grid_of(model)
-    return ModelSignature(
-        model_type=model.config.model_type,
-        vision_layers=len(blocks.vision),
-        decoder_layers=len(blocks.decoder),
-        visual_tokens=rows * columns,
+    core, arguments = model.base_model, inspect.signature(type(model).forward)
+    return ModelFacts(
+        name=name,
+        blocks=blocks,
+        image_token=image_token,
+        video_token=_first_entry(model.config, VIDEO_TOKENS),
+        arguments=arguments,
+        encoders={
+            method: frozenset(inspect.signature(getattr(core, method)).parameters)
+            for method in ENCODERS
+            if hasattr(core, method)
+        },
+        size_inputs=_size_inputs(model).intersection(arguments.parameters),
+        has_class_token=_has_class_token(model),
+        _model=weakref.ref(model),
+        _state=ModelState(model),
     )
 
+
+def _first_entry(config: Any, names: tuple[str, ...]) -> int | None:
+    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
+
+
+# *** models that are refused ***
 
 # Attribute of a wrapper -> expression for the model inside: the wrappers of peft, of torch.compile
 # and of several devices, and a reduced model.
@@ -132,28 +313,11 @@ def _code_of(forward: Any) -> Any:
     return inspect.unwrap(getattr(forward, "__func__", forward))
 
 
-def image_token_of(model: PreTrainedModel) -> int:
-    """Return the id of the placeholder of one visual token of an image."""
-    token = _image_token(model.config)
-    assert token is not None, "signature_of has refused this model"
-    return token
+# *** images ***
 
 
-def _image_token(config: Any) -> int | None:
-    return next((getattr(config, name) for name in IMAGE_TOKENS if hasattr(config, name)), None)
-
-
-def video_token_of(model: PreTrainedModel) -> int | None:
-    """Return the id of the placeholder of one visual token of a video; None without videos."""
-    config, names = model.config, ("video_token_id", "video_token_index")
-    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
-
-
-def size_inputs(model: PreTrainedModel) -> frozenset[str]:
-    """Return the inputs that give the size of each image.
-
-    These are the tensors, other than the pixels, that both the model and its image encoder take.
-    """
+def _size_inputs(model: PreTrainedModel) -> frozenset[str]:
+    """Return the tensors other than the pixels that the image encoder takes, and the text not."""
     core: Any = model.base_model
     tower = image_tower(model)
     taken = _tensor_arguments(core.get_image_features)
@@ -161,8 +325,7 @@ def size_inputs(model: PreTrainedModel) -> frozenset[str]:
         taken |= _tensor_arguments(tower.forward)
     # Towers built like text models also take an attention mask, but not that of the prompt.
     of_text = _tensor_arguments(model.get_decoder().forward)
-    of_model = inspect.signature(type(model).forward).parameters
-    return (taken & of_model.keys()) - of_text - {"pixel_values"}
+    return taken - of_text - {"pixel_values"}
 
 
 def _tensor_arguments(function: Any) -> frozenset[str]:
@@ -170,24 +333,7 @@ def _tensor_arguments(function: Any) -> frozenset[str]:
     return frozenset(item.name for item in parameters if "Tensor" in str(item.annotation))
 
 
-def sizes_vary(model: PreTrainedModel) -> bool:
-    """Return whether the number of visual tokens of an image depends on its size."""
-    return grid_of(model) == (0, 0)
-
-
-def grid_of(model: PreTrainedModel) -> tuple[int, int]:
-    """Return rows and columns of one image's visual tokens; (0, 0) if they depend on its size.
-
-    If their number is not a square, they count as one row.
-    """
-    if model not in _GRIDS:
-        count = _visual_tokens(model)
-        side = math.isqrt(count)
-        _GRIDS[model] = (side, side) if side * side == count else (min(1, count), count)
-    return _GRIDS[model]
-
-
-def _visual_tokens(model: PreTrainedModel) -> int:
+def _visual_tokens(model: PreTrainedModel, size_inputs: frozenset[str]) -> int:
     """Return the number of visual tokens of an image; 0 if the encoder needs more than the pixels.
 
     They are counted by running the encoder on shapes, without arithmetic.
@@ -197,12 +343,12 @@ def _visual_tokens(model: PreTrainedModel) -> int:
     if tower is None or not hasattr(config, "image_size"):
         # Case: no image encoder, or no fixed size of images.
         return 0
-    if _tensor_arguments(tower.forward) & size_inputs(model):
+    if _tensor_arguments(tower.forward) & size_inputs:
         # Case: the encoder is told the size of each image.
         return 0
     try:
         with on_shapes(model.base_model) as core, torch.no_grad():
-            features = core.get_image_features(image_of(model), return_dict=True).pooler_output
+            features = core.get_image_features(_image(model), return_dict=True).pooler_output
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
         # Case: the encoder needs inputs other than the pixels.
         return 0
@@ -210,8 +356,7 @@ def _visual_tokens(model: PreTrainedModel) -> int:
     return math.prod(first.shape[:-1])
 
 
-def image_of(model: PreTrainedModel) -> torch.Tensor:
-    """Return pixels [1, C, H, W] of an image of the config's size, on "meta": only a shape."""
+def _image(model: PreTrainedModel) -> torch.Tensor:
     config: Any = model.config.vision_config
     sides = config.image_size
     height, width = sides if isinstance(sides, (list, tuple)) else (sides, sides)
@@ -219,8 +364,7 @@ def image_of(model: PreTrainedModel) -> torch.Tensor:
     return torch.empty(shape, dtype=model.dtype, device="meta")
 
 
-def has_class_token(model: PreTrainedModel) -> bool:
-    """Return whether the vision tower puts a CLS token in front of the patches."""
+def _has_class_token(model: PreTrainedModel) -> bool:
     tower = image_tower(model)
     names = () if tower is None else (name for name, _ in tower.named_parameters())
     return any("class_embedding" in name or "cls_token" in name for name in names)

@@ -1,4 +1,4 @@
-"""Tables of the names in model families that analysis cannot infer.
+"""Tables of names: those of families that analysis cannot infer, and those that all families share.
 
 Everything else (the role of each module, the number of tokens of an image, values added to them in
 the decoder, tensors that run over the prompt) is read from the model, its config or the captured
@@ -7,10 +7,28 @@ graph.
 
 from __future__ import annotations
 
-__all__ = ["FORMER_IMAGES", "IMAGE_TOKENS", "PATCH_NUMBERS", "SHORTCUTS"]
+from typing import Any
+
+from torch import fx
+
+__all__ = [
+    "ENCODERS",
+    "FORMER_IMAGES",
+    "IMAGE_TOKENS",
+    "PATCH_NUMBERS",
+    "PIXELS",
+    "SHORTCUTS",
+    "VIDEO_TOKENS",
+    "features_of",
+    "is_encoder",
+]
+
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 """Entries of a config that may hold the id of the placeholder of one visual token."""
+
+VIDEO_TOKENS = ("video_token_id", "video_token_index")
+"""Entries that may hold the id of the placeholder of one visual token of a video."""
 
 FORMER_IMAGES = frozenset({"pixel_values_images", "image_patches"})
 """Other names of inputs that processors still call ``pixel_values``: video_llava, fuyu."""
@@ -22,3 +40,26 @@ SHORTCUTS = {"_maybe_slice_kv_shared_inputs": 4}
 """Methods that trim tensors to what the last logits need -> how many arguments they return.
 
 While capturing they are replaced by the identity. gemma4, gemma4_unified."""
+
+
+PIXELS = ("pixel_values", "pixel_values_videos")
+"""The inputs that images and videos come in."""
+
+# Method of a model's core that encodes images or videos -> name of its node.
+ENCODERS = {"get_image_features": "image_encoder", "get_video_features": "video_encoder"}
+
+
+def is_encoder(node: fx.Node) -> bool:
+    """Return whether the node encodes images or videos as a whole."""
+    return node.op == "call_module" and node.target in ENCODERS.values()
+
+
+def features_of(output: Any) -> Any:
+    """Return the part of an image encoder's output that enters the prompt.
+
+    It is [I, V, d], or a list of [V, d].
+    """
+    if output.pooler_output is not None or "deepstack_features" not in output:
+        return output.last_hidden_state if output.pooler_output is None else output.pooler_output
+    # Case: only features for several layers; the first of them replace the placeholders.
+    return output.deepstack_features[0][1]

@@ -19,8 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from deos_fx.models.layers import AnyLinear, linear_sizes, with_layers
-from deos_fx.models.views import execution_device
+from deos_fx.models.views import AnyLinear, execution_device, linear_sizes, with_layers
 from deos_fx.replaced import replaced
 
 __all__ = [

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Protocol
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "check_budget"]
 
 
 class _Cost(Protocol):
@@ -96,6 +96,18 @@ class Budget:
         if self.latency_ms is not None:
             limits["latency_ms"] = float(self.latency_ms)
         return limits
+
+
+def check_budget(budget: object) -> None:
+    """Refuse anything but a budget.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(budget, Budget):
+        raise TypeError(
+            f"budget is a {type(budget).__name__}; give for example Budget(visual_tokens=0.125)."
+        )
 
 
 def _check_limit(name: str, value: object) -> None:

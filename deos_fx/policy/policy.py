@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from deos_fx.files import write_text
-from deos_fx.policy.reduction import Reduction, Regime, check_fields, site_order, split_site
+from deos_fx.policy.reduction import Reduction, Regime
+from deos_fx.policy.site import site_order, split_site
+from deos_fx.policy.validate import check_fields
 
 __all__ = ["ModelSignature", "Policy"]
 

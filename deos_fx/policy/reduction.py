@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES
-from deos_fx.operator.select import SELECTORS, WHOLE_NUMBERS
+from deos_fx.operator.select import SELECTORS
+from deos_fx.policy.site import split_site
+from deos_fx.policy.tier import Tier, checked_tier, described, given_fields, mix_in_words
+from deos_fx.policy.validate import (
+    check_diversity,
+    check_fields,
+    check_keep,
+    check_number,
+    check_observe,
+    known_options,
+    normal_weights,
+    other_options,
+)
 
-__all__ = ["Reduction", "Regime", "Tier", "check_fields", "site_order", "split_site"]
+__all__ = ["Reduction", "Regime"]
 
 ASSIGNMENTS = ("similar", "k_nearest", "window")
 ORDERS = ("position", "tier", "selection")
@@ -20,44 +31,6 @@ POSITIONS = ("keep", "compact", "grid")
 RECEIVERS = ("all", "last")
 WEIGHTINGS = ("one", "score", "raw")
 Regime = Literal["prune", "merge", "pool", "reweight", "mixed"]
-Option = float | tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Tier:
-    """One step of a selection: it adds tokens to those that earlier tiers chose.
-
-    Attributes:
-        keep: Tokens it chooses: a number, or a fraction of all that the reduction keeps, rounded
-            up. The first tier chooses the remaining number.
-        selector: Name of a row of ``operator.SELECTORS``.
-        scores: As in `Reduction`.
-        diversity: As in `Reduction`.
-        options: As in `Reduction`.
-        observe: As in `Reduction`.
-    """
-
-    keep: int | float = 0
-    selector: str = "top_k"
-    scores: Mapping[str, float] = field(default_factory=dict)
-    diversity: float = 0.0
-    options: Mapping[str, Option] = field(default_factory=dict)
-    observe: str = ""
-
-    @property
-    def mixes(self) -> bool:
-        """Return whether the values of its score matter in addition to their order."""
-        return self.selector == "greedy"
-
-    def count(self, total: int) -> int:
-        """Return how many tokens it chooses in a reduction that keeps ``total``."""
-        if isinstance(self.keep, int):
-            return self.keep
-        return math.ceil(self.keep * total - 1e-9)
-
-    def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in _given(self).items())
-        return f"Tier({given})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,7 +88,7 @@ class Reduction:
     scores: Mapping[str, float] = field(default_factory=dict)
     selector: str = "top_k"
     diversity: float = 0.0
-    options: Mapping[str, Option] = field(default_factory=dict)
+    options: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
     observe: str = ""
     tiers: tuple[Tier, ...] = ()
     order: str = "position"
@@ -136,7 +109,7 @@ class Reduction:
 
     def __post_init__(self) -> None:
         stage, _ = split_site(self.site)
-        _check_keep(self.site, self.keep)
+        check_keep(self.site, self.keep)
         if not self.keep:
             raise ValueError(f"{self.site}: keep is {self.keep!r}; give a count >= 1 or a fraction")
         self._check_choice("selector", tuple(SELECTORS))
@@ -146,35 +119,18 @@ class Reduction:
         self._check_choice("weighting", WEIGHTINGS)
         self._check_choice("position", POSITIONS)
         default = "last_text_attention" if stage == "decoder" else "cls_attention"
-        scores = _normal(f"{self.site}: scores", self.scores, SCORES)
+        scores = normal_weights(f"{self.site}: scores", self.scores, SCORES)
         used = {default: 1.0} if self.uses_scores else {}
         # The dataclass is frozen, so the completed values are set in this way.
         object.__setattr__(self, "scores", scores or used)
-        similarity = _normal(f"{self.site}: similarity", self.similarity, SIMILARITIES)
+        similarity = normal_weights(f"{self.site}: similarity", self.similarity, SIMILARITIES)
         object.__setattr__(self, "similarity", similarity or {"feature": 1.0})
-        object.__setattr__(self, "options", _options(self.site, self))
-        object.__setattr__(
-            self, "tiers", tuple(self._checked(tier, default) for tier in self.tiers)
-        )
+        options = other_options(self.site, self.selector, self.scores, self.options)
+        object.__setattr__(self, "options", options)
+        tiers = tuple(checked_tier(self.site, tier, default) for tier in self.tiers)
+        object.__setattr__(self, "tiers", tiers)
         self._check_numbers()
         self._check_together()
-
-    def _checked(self, tier: Tier, default: str) -> Tier:
-        """Check a further tier, and complete its scores and options."""
-        if not isinstance(tier, Tier):
-            raise TypeError(f"{self.site}: tiers has {tier!r}; give Tier(keep=..., selector=...)")
-        if tier.selector not in SELECTORS:
-            raise ValueError(
-                f"{self.site}: selector is {tier.selector!r}; choose from {', '.join(SELECTORS)}"
-            )
-        _check_keep(f"{self.site}: a tier", tier.keep)
-        scores = _normal(f"{self.site}: scores", tier.scores, SCORES)
-        if not scores and SELECTORS[tier.selector].ranks:
-            scores = {default: 1.0}
-        tier = replace(tier, scores=scores)
-        _check_diversity(self.site, tier)
-        _check_observe(self.site, tier.observe)
-        return replace(tier, options=_options(self.site, tier))
 
     def _check_choice(self, name: str, choices: Sequence[str]) -> None:
         value = getattr(self, name)
@@ -184,9 +140,9 @@ class Reduction:
     def _check_numbers(self) -> None:
         limits = {"gain": (0, 1), "exponent": (0, 4), "mass_bias": (0, 4)}
         for name, (low, high) in (limits | {"reweight": (-1e3, 1e3)}).items():
-            _check_number(f"{self.site}: {name}", getattr(self, name), low, high)
+            check_number(f"{self.site}: {name}", getattr(self, name), low, high)
         if self.temperature != math.inf:
-            _check_number(f"{self.site}: temperature", self.temperature, 0, math.inf)
+            check_number(f"{self.site}: temperature", self.temperature, 0, math.inf)
         for name in ("residual", "keep_class", "average"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(
@@ -196,8 +152,8 @@ class Reduction:
             raise TypeError(
                 f"{self.site}: neighbours is {self.neighbours!r}; give a number of tokens"
             )
-        _check_diversity(self.site, self)
-        _check_observe(self.site, self.observe)
+        check_diversity(self.site, self.selector, self.diversity)
+        check_observe(self.site, self.observe)
 
     def _check_together(self) -> None:
         """Check settings that depend on each other."""
@@ -263,7 +219,7 @@ class Reduction:
             observe=self.observe,
         )
         return tuple(
-            replace(tier, options=_known_options(tier) | dict(tier.options))
+            replace(tier, options=known_options(tier.selector, tier.scores) | dict(tier.options))
             for tier in (first, *self.tiers)
         )
 
@@ -365,9 +321,9 @@ class Reduction:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, ready for JSON."""
-        given = _given(self)
+        given = given_fields(self)
         if self.tiers:
-            given["tiers"] = [_given(tier) for tier in self.tiers]
+            given["tiers"] = [given_fields(tier) for tier in self.tiers]
         # JSON has no infinity.
         return given | ({"temperature": "inf"} if self.temperature == math.inf else {})
 
@@ -392,12 +348,12 @@ class Reduction:
         return cls(**values, tiers=tuple(tiers))
 
     def __repr__(self) -> str:
-        given = _given(self) | ({"tiers": self.tiers} if self.tiers else {})
+        given = given_fields(self) | ({"tiers": self.tiers} if self.tiers else {})
         return f"Reduction({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def __str__(self) -> str:
         keep = f"{self.keep:.4g}" if isinstance(self.keep, float) else str(self.keep)
-        chosen = " then ".join(_described(tier) for tier in self.selection)
+        chosen = " then ".join(described(tier) for tier in self.selection)
         order = "" if self.order == "position" else f" in the order of the {self.order}"
         treatment = self._treatment()
         return f"{self.site}: keep {keep}, {chosen}{order}, {treatment}, positions {self.position}"
@@ -407,7 +363,7 @@ class Reduction:
         if self.gain > 0:
             words.append(f"gain {self.gain:.3g}, {self._assigned()}")
             if self.assignment != "window" and self.temperature != math.inf:
-                words[-1] += f" by {_mix(self.similarity)}"
+                words[-1] += f" by {mix_in_words(self.similarity)}"
         named = {"diversity": 0, "exponent": 1, "reweight": 0, "mass_bias": 0, "weighting": "one"}
         for name, default in named.items():
             value = getattr(self, name)
@@ -426,166 +382,3 @@ class Reduction:
             return "bilinear"
         how = {0: "nearest", math.inf: "uniform"}.get(self.temperature)
         return how or f"temperature {self.temperature:.3g}"
-
-
-def split_site(site: str) -> tuple[str, int]:
-    """Split the name of a site into its stage and its layer (0 for ``projector``)."""
-    if site == "projector":
-        return site, 0
-    match = re.fullmatch(r"(vision|decoder)\.(\d+)", site) if isinstance(site, str) else None
-    if match is None:
-        raise ValueError(
-            f"no site {site!r}; a site is 'projector', 'decoder.<i>' (after decoder layer i) or "
-            f"'vision.<i>'"
-        )
-    return match[1], int(match[2])
-
-
-def site_order(site: str) -> tuple[int, int]:
-    """Return a key that sorts sites from the input of a model to its output."""
-    stage, layer = split_site(site)
-    return ("vision", "projector", "decoder").index(stage), layer
-
-
-def check_fields(values: Mapping[str, Any], known: set[str], needed: set[str], what: str) -> None:
-    """Check the names of fields that were read from a file.
-
-    Raises:
-        ValueError: If a field is missing or unknown.
-    """
-    for missing in sorted(needed - set(values)):
-        raise ValueError(f"{what} lacks the field {missing!r}")
-    for unknown in sorted(set(values) - known):
-        raise ValueError(f"{what} has no field {unknown!r}; the fields are {sorted(known)}")
-
-
-def _check_keep(what: str, keep: object) -> None:
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not keep >= 0:
-        raise ValueError(f"{what}: keep is {keep!r}; give a count >= 1 or a fraction")
-    if isinstance(keep, float) and keep > 1:
-        raise ValueError(
-            f"{what}: keep is {keep!r}; a float is a fraction in (0, 1], for a number of tokens "
-            f"give an int"
-        )
-
-
-def _normal(what: str, weights: object, known: Mapping[str, object]) -> dict[str, float]:
-    """Return weights that sum to 1, without those that are 0."""
-    if not isinstance(weights, Mapping):
-        raise TypeError(f"{what} is {weights!r}; give a weight for each name")
-    for key, weight in weights.items():
-        if key not in known:
-            name = what.rpartition(" ")[2]
-            raise ValueError(
-                f"{what.partition(':')[0]}: no {name} {key!r}; choose from {', '.join(known)}"
-            )
-        _check_number(f"{what} weight of {key}", weight, 0, math.inf)
-    total = sum(weights.values())
-    if weights and not 0 < total < math.inf:
-        raise ValueError(
-            f"{what.partition(':')[0]}: the weights of {what.rpartition(' ')[2]} sum to {total}; "
-            f"give a positive"
-        )
-    # Weights that already sum to 1 are left alone, so that a policy read from a file is unchanged.
-    scale = 1.0 if abs(total - 1) < 1e-9 else total
-    return {key: weight / scale for key, weight in weights.items() if weight > 0}
-
-
-def _options(site: str, tier: Reduction | Tier) -> dict[str, Option]:
-    """Check the options of a selector and its scores; return those that differ from defaults."""
-    known = _known_options(tier)
-    if not isinstance(tier.options, Mapping):
-        raise TypeError(f"{site}: options is {tier.options!r}; give a value for each name")
-    for name, value in tier.options.items():
-        if name not in known:
-            raise ValueError(
-                f"{site}: no option {name!r} of {tier.selector} and its scores; "
-                f"choose from {', '.join(known) or 'nothing'}"
-            )
-        _check_option(f"{site}: option {name}", name, value, known[name])
-    options = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in tier.options.items()
-    }
-    for name, default in known.items():
-        if options.get(name, default) in (None, ()):
-            raise ValueError(f"{site}: {tier.selector} needs the option {name!r}; give a value")
-    return {name: value for name, value in options.items() if value != known[name]}
-
-
-def _check_option(what: str, name: str, value: object, default: object) -> None:
-    """Check that an option is a number, or a list of numbers if its default is a list."""
-    several = isinstance(default, tuple)
-    if several and not isinstance(value, list | tuple):
-        raise ValueError(f"{what} is {value!r}; give a list of numbers")
-    low, high = WHOLE_NUMBERS.get(name, (-1e9, 1e9))
-    for number in cast(Sequence[object], value) if several else [value]:
-        _check_number(what, number, low, high)
-        if name in WHOLE_NUMBERS and number != int(cast(float, number)):
-            raise ValueError(f"{what} is {number!r}; give a whole number")
-
-
-def _check_observe(site: str, observe: object) -> None:
-    if observe in ("", "next"):
-        return
-    if not isinstance(observe, str) or split_site(observe)[0] == "projector":
-        raise ValueError(f"{site}: observe is {observe!r}; give 'next' or a block's site")
-
-
-def _known_options(tier: Reduction | Tier) -> dict[str, Any]:
-    known: dict[str, Any] = dict(SELECTORS[tier.selector].options)
-    for score in tier.scores:
-        known |= SCORES[score].options
-    return known
-
-
-def _check_diversity(site: str, tier: Reduction | Tier) -> None:
-    _check_number(f"{site}: diversity", tier.diversity, 0, 1e3)
-    if tier.diversity > 0 and tier.selector != "greedy":
-        raise ValueError(
-            f"{site}: diversity {tier.diversity} has no effect with the selector "
-            f"{tier.selector!r}; choose 'greedy' or leave it at 0"
-        )
-
-
-def _given(item: Reduction | Tier) -> dict[str, Any]:
-    """Return the fields and options that differ from their defaults, without the tiers."""
-    values = {entry.name: getattr(item, entry.name) for entry in fields(item)}
-    given = {
-        entry.name: values[entry.name]
-        for entry in fields(item)
-        if entry.name not in ("tiers", "options") and values[entry.name] != _default(entry)
-    }
-    if item.options:
-        given["options"] = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in item.options.items()
-        }
-    return {"keep": item.keep} | given if isinstance(item, Tier) else given
-
-
-def _described(tier: Tier) -> str:
-    """Describe a tier in words: its selector, its scores, and where they are observed."""
-    selector = SELECTORS[tier.selector]
-    words = tier.selector
-    if selector.ranks:
-        words += f" by {_mix(tier.scores)}"
-    if tier.observe:
-        words += f" of {'the next block' if tier.observe == 'next' else tier.observe}"
-    return words
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    number = not isinstance(value, bool) and isinstance(value, int | float)
-    if not number or not low <= cast(float, value) <= high or value == math.inf:
-        raise ValueError(f"{name} is {value!r}; give a number in [{low:g}, {high:g}]")
-
-
-def _default(item: Field[Any]) -> Any:
-    return item.default if item.default_factory is MISSING else item.default_factory()
-
-
-def _mix(weights: Mapping[str, float]) -> str:
-    if len(weights) == 1:
-        return next(iter(weights))
-    return " + ".join(f"{weight:.3g} {name}" for name, weight in weights.items())

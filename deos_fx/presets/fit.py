@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from deos_fx.operator import grid_layout
+from deos_fx.policy.counts import ASPECT, tokens_per_layer
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import split_site
 from deos_fx.presets.decoder import FASTV_LAYER, PYRAMID_KEEP, fastv, pyramid_drop
 from deos_fx.presets.projector import avg_pool, merge, redistribute
 
@@ -23,14 +23,7 @@ def mean_visual_tokens(policy: Policy, decoder_layers: int, visual_tokens: int) 
     Layers 0 to i process the tokens that are there before the site ``decoder.i``; a reduction
     before the decoder shortens all layers.
     """
-    present, total, layer = visual_tokens, 0, 0
-    counts = policy.counts(visual_tokens)
-    for reduction, count in zip(policy.reductions, counts, strict=True):
-        stage, index = split_site(reduction.site)
-        until = index + 1 if stage == "decoder" else 0
-        total += (until - layer) * present
-        present, layer = count, until
-    return (total + (decoder_layers - layer) * present) / decoder_layers
+    return sum(tokens_per_layer(policy, (visual_tokens,), decoder_layers)) / decoder_layers
 
 
 def fit(name: str, budget_tokens: float, decoder_layers: int, visual_tokens: int) -> Policy:
@@ -109,7 +102,7 @@ def _fit_avg_pool(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
         )
     for count in range(_floor(budget), 0, -1):
         try:
-            grid_layout(side, side, count, aspect=1.5)
+            grid_layout(side, side, count, aspect=ASPECT)
         except ValueError:
             continue
         yield avg_pool("projector", count)

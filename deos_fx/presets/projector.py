@@ -6,7 +6,8 @@ After these methods LLaVA numbers the positions of the prompt without gaps.
 from __future__ import annotations
 
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, Tier
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.tier import Tier
 from deos_fx.presets.catalogue import method
 
 __all__ = [

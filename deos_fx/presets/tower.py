@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, Tier
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.tier import Tier
 from deos_fx.presets.catalogue import method
 
 __all__ = [

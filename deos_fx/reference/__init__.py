@@ -21,15 +21,9 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from deos_fx.reference.scenes import (
-    KINDS,
-    Example,
-    Question,
-    Scene,
-    SceneObject,
-    make_examples,
-    make_scenes,
-)
+from deos_fx.data import answer_labels
+from deos_fx.reference.sampling import make_examples, make_scenes
+from deos_fx.reference.scenes import KINDS, Example, Question, Scene, SceneObject
 
 __all__ = [
     "KINDS",
@@ -46,7 +40,6 @@ __all__ = [
 ]
 
 WEIGHTS = Path(__file__).with_name("weights")
-_IGNORE = -100
 
 
 def load(folder: Path = WEIGHTS) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -90,9 +83,7 @@ def batches(
         inputs = dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
         if answers:
             lengths = torch.tensor([len(question.answer.split()) + 1 for question in questions])
-            ids = inputs["input_ids"]
-            answered = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
-            inputs["labels"] = torch.where(answered, ids, _IGNORE)
+            inputs["labels"] = answer_labels(inputs["input_ids"], lengths)
         yield inputs
 
 

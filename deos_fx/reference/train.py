@@ -47,7 +47,8 @@ from deos_fx.reference.model import (
     build_processor,
     word_embedding,
 )
-from deos_fx.reference.scenes import SceneBatch, sample_mosaics, sample_scenes
+from deos_fx.reference.sampling import sample_mosaics, sample_scenes
+from deos_fx.reference.scenes import SceneBatch
 
 __all__ = ["STAGES", "Stage", "Student", "main", "train"]
 

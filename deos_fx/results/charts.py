@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import split_site
+from deos_fx.policy.site import first_layer, split_site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,7 +120,7 @@ def policy_chart(policy: Policy, counts: Sequence[int], whole: float) -> str:
         _annotate(axes, f"{count}", (layer, count), (0, 3), ha="center")
     before = whole
     for reduction in policy.reductions:
-        after = _after(reduction.site, counts)
+        after = counts[first_layer(reduction.site)]
         _draw_site(axes, reduction.site, reduction.regime, (before, after), whole, layers)
         before = after
     axes.set(xlim=(-1, layers - 0.4), ylim=(0, whole * 1.36), xticks=range(layers))
@@ -195,12 +195,6 @@ def _named(method: Method, questions: int) -> str:
     accuracy = method.accuracy["overall"]
     low, high = (100 * end for end in _wilson(accuracy, questions))
     return f"{method.name}  {100 * accuracy:.1f} %  ({low:.0f} to {high:.0f})"
-
-
-def _after(site: str, counts: Sequence[int]) -> int:
-    """Return the visual tokens right after a site."""
-    stage, layer = split_site(site)
-    return counts[layer + 1 if stage == "decoder" else 0]
 
 
 def _draw_site(

@@ -14,7 +14,7 @@ from deos_fx.results import charts
 from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
 from deos_fx.results.page import Section, build_page, details, table, tiles
 from deos_fx.results.pictures import TokenStep, draw_image, draw_step
-from deos_fx.results.sections import (
+from deos_fx.results.search_result import (
     command,
     cost_cells,
     percentage,
@@ -148,8 +148,8 @@ def _comparison(result: DemoResult) -> Section:
 
 def _kinds(result: DemoResult) -> Section:
     kinds = [kind for kind in result.method(UNREDUCED).accuracy if kind != "overall"]
-    head = ["method", "overall", *(kind.replace("_", " ") for kind in kinds)]
-    head += ["visual tokens", "GFLOPs", "KV KiB"]
+    costs = result.method(UNREDUCED).cost.cells
+    head = ["method", "overall", *(kind.replace("_", " ") for kind in kinds), *costs]
     rows = [_method_row(method, kinds) for method in result.ranked()]
     return Section(
         "By kind of question",
@@ -163,8 +163,8 @@ def _method_row(method: Method, kinds: Sequence[str]) -> list[str]:
     dot = f'<span class="dot" style="background:var(--{method.paint})"></span>'
     cells = [f"<td>{dot}{_marked(method)}</td>"]
     if not method.accuracy:
-        reason = f'<td class="words" colspan="{len(kinds) + 4}">{escape(method.reason)}</td>'
-        return [*cells, reason]
+        columns = len(kinds) + 1 + len(method.cost.cells)
+        return [*cells, f'<td class="words" colspan="{columns}">{escape(method.reason)}</td>']
     for kind in ("overall", *kinds):
         share = method.accuracy[kind]
         cells.append(f'<td class="shade" style="--share:{share:.3f}">{100 * share:.1f}</td>')

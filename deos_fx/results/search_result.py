@@ -1,17 +1,53 @@
-"""The result of a search."""
+"""The result of a search and its page, whose sections the page of the demo shares."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from deos_fx.cost.amounts import Cost
+from deos_fx.files import write_text
 from deos_fx.policy.policy import Policy
-from deos_fx.results.candidate import Candidate
-from deos_fx.results.search_page import search_report
+from deos_fx.results import charts
+from deos_fx.results.page import Section, build_page, details, table, tiles
 
-__all__ = ["SearchResult"]
+__all__ = [
+    "SHOWN_CANDIDATES",
+    "Candidate",
+    "SearchResult",
+    "command",
+    "cost_cells",
+    "percentage",
+    "policy_section",
+    "savings",
+    "search_report",
+    "search_section",
+]
+
+
+# *** the result ***
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that meets every limit, scored in its static form.
+
+    Attributes:
+        policy: The policy.
+        source: Its origin: ``step <n>``, ``preset <name>`` or ``refined ...``.
+        loss: Task loss of its static graph on the scoring batches.
+        cost: Its exact cost.
+    """
+
+    policy: Policy
+    source: str
+    loss: float
+    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -59,3 +95,118 @@ class SearchResult:
             OSError: If the file cannot be written.
         """
         search_report(self, path)
+
+
+# *** the page ***
+
+
+def search_report(result: SearchResult, path: str | os.PathLike[str]) -> None:
+    """Write the report of a search on its own.
+
+    Args:
+        result: The result of the search.
+        path: The HTML file to write.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    sections = [
+        policy_section(result.policy, result.best.cost, result.unreduced),
+        search_section(result),
+    ]
+    lead = "Found by gradient for a fixed model, rounded to whole tokens, and within every limit."
+    figures = tiles(savings(result.best.cost, result.unreduced))
+    text = build_page("A searched token-reduction policy", lead, figures, sections, command())
+    write_text(path, text)
+
+
+# *** its sections ***
+
+
+SHOWN_CANDIDATES = 10
+
+
+def command() -> str:
+    """Return the command line as one would type it."""
+    program = os.path.basename(sys.argv[0]) or "python"
+    if program == "__main__.py":
+        program = "python -m deos_fx"
+    return f"{program} {shlex.join(sys.argv[1:])}"
+
+
+def cost_cells(cost: Cost) -> list[str]:
+    """Return the cells of a cost."""
+    return [f"<td>{text}</td>" for text in cost.cells.values()]
+
+
+def policy_section(policy: Policy, cost: Cost, whole: Cost) -> Section:
+    """Draw a policy along the layers."""
+    lines = "\n".join(str(reduction) for reduction in policy.reductions)
+    return Section(
+        "The policy along the layers",
+        "Bars are the visual tokens a decoder layer processes, dotted what it would process "
+        "without reduction. A triangle is a reduction: left of layer 0 it acts on the image "
+        "features (projector), elsewhere between two decoder layers.",
+        charts.policy_chart(policy, cost.visual_tokens_per_layer, whole.visual_tokens),
+        f"<pre>{escape(lines)}</pre>",
+        details("policy.json", policy.to_json()),
+    )
+
+
+def search_section(result: SearchResult) -> Section:
+    """Show the course of a search and its best candidates."""
+    limit = result.limits.get("visual_tokens")
+    return Section(
+        "The search",
+        "Above, the task loss of each step (thin) and its running mean; below, the visual tokens "
+        "of the relaxed model, which a growing multiplier holds under the limit. The steps start "
+        "near the best preset. Policies along the way are rounded to whole tokens; these, the "
+        "presets and small changes of the best are measured in the static form, the form that "
+        "runs, and the best is returned. Its loss is "
+        f"{result.best.loss:.4g} static and {result.relaxed_loss:.4g} relaxed, a gap of "
+        f"{result.gap:+.2g}; without reduction it is {result.unreduced_loss:.4g}.",
+        charts.history_chart(result.history, limit),
+        table(
+            ["candidate", "task loss", *result.unreduced.cells, "reductions"],
+            [_candidate_row(candidate) for candidate in _telling_candidates(result.candidates)],
+            f"The best from each source, of {len(result.candidates)} candidates; the first was "
+            "returned. A refined one is a small change of the best so far.",
+            "listing",
+        ),
+    )
+
+
+def _telling_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the best candidate from each source, best first."""
+    by_source: dict[str, Candidate] = {}
+    for candidate in candidates:
+        by_source.setdefault(candidate.source, candidate)
+    return list(by_source.values())[:SHOWN_CANDIDATES]
+
+
+def _candidate_row(candidate: Candidate) -> list[str]:
+    reductions = "; ".join(
+        f"{reduction.site} {reduction.regime} to {reduction.keep:.4g}"
+        for reduction in candidate.policy.reductions
+    )
+    words = f'<td class="words">{escape(reductions)}</td>'
+    loss = f"<td>{candidate.loss:.4f}</td>"
+    return [f"<td>{escape(candidate.source)}</td>", loss, *cost_cells(candidate.cost), words]
+
+
+def savings(cost: Cost, whole: Cost) -> list[tuple[str, str, str]]:
+    """Return figures of the share of each cost that is left."""
+    amounts = [
+        ("visual tokens", "{:.4g}", cost.visual_tokens, whole.visual_tokens),
+        ("prefill FLOPs", "{:.3g} G", cost.flops / 1e9, whole.flops / 1e9),
+        ("KV cache", "{:.4g} KiB", cost.kv_bytes / 1024, whole.kv_bytes / 1024),
+    ]
+    return [
+        (percentage(after / before), f"of {name}", f"{unit.format(after)} of {unit.format(before)}")
+        for name, unit, after, before in amounts
+    ]
+
+
+def percentage(share: float) -> str:
+    """Write a share in per cent."""
+    return f"{100 * share:.1f} %"

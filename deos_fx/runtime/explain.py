@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from deos_fx.operator.transfer import importance
 from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import split_site
 from deos_fx.results.explanation import SiteExplanation
 from deos_fx.tokens.index import kept_of_prompt, take
 from deos_fx.tokens.layout import PromptLayout

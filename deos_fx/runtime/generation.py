@@ -10,9 +10,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from deos_fx.inputs.batch import media_of_rows
+from deos_fx.inputs.call import Call
 from deos_fx.inputs.kinds import has_images
-from deos_fx.inputs.media import images_of_prompts
-from deos_fx.inputs.media_rows import media_of_rows
+from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import shallow_copy
 from deos_fx.tokens.cache import ReducedCache
@@ -64,10 +65,9 @@ def generation_host(
         # images of a prompt together.
         media: dict[str, Any] = {}
         if expand_size > 1 and has_images(kwargs):
-            given = {**kwargs, "input_ids": input_ids}
-            prompts = images_of_prompts(model, given)
-            rows = [row for row in range(len(prompts)) for _ in range(expand_size)]
-            media = media_of_rows(model, given, prompts, rows)
+            given = Call.of(facts_of(model), {**kwargs, "input_ids": input_ids})
+            rows = [row for row in range(len(given.prompts)) for _ in range(expand_size)]
+            media = media_of_rows(given, rows)
         others = {name: value for name, value in kwargs.items() if name not in media}
         ids, others = original._expand_inputs_for_generation(
             self, expand_size, *args, input_ids=input_ids, **others

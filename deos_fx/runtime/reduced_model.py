@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +14,10 @@ from transformers.utils import ModelOutput
 from deos_fx.cost.amounts import CostReport
 from deos_fx.cost.model import CostModel
 from deos_fx.inputs.batch import Part, join_outputs, join_spaces, parts_of_batch
-from deos_fx.inputs.complete import complete_inputs, normal_inputs, prompt_layout, prompt_layouts
-from deos_fx.inputs.kinds import has_images, image_inputs
+from deos_fx.inputs.call import Call, normal_inputs
+from deos_fx.inputs.complete import completed
 from deos_fx.inputs.media import are_written_alike
-from deos_fx.models.facts import image_token_of, signature_of
+from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.policy import Policy
@@ -47,6 +46,8 @@ class ReducedModel(nn.Module):
     Attributes:
         model: The model, untouched.
         policy: The policy.
+        signature: The facts of the model by which policies recognise it.
+        graphs: The graphs made so far.
 
     Raises:
         TypeError: If `model` is not a transformers model.
@@ -55,13 +56,12 @@ class ReducedModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
         super().__init__()
-        self.signature = signature_of(model)
+        self.signature = facts_of(model).signature
         policy.check(self.signature)
         self.model = model.eval()
         self.policy = policy
-        self._arguments = inspect.signature(type(model).forward)
         self._spaces = decode_spaces(policy)
-        self._graphs = Graphs(model, policy)
+        self.graphs = Graphs(model, policy)
 
     # *** calling ***
 
@@ -87,9 +87,9 @@ class ReducedModel(nn.Module):
             ValueError: If images and placeholders do not match, or the cache is not a
                 `ReducedCache`.
         """
-        inputs = self._bind(*args, **kwargs)
-        output = self._run(inputs)
-        return output if inputs.get("return_dict", True) else output.to_tuple()
+        call = self._bind(*args, **kwargs)
+        output = self._run(completed(call))
+        return output if call.inputs.get("return_dict", True) else output.to_tuple()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run transformers' own `generate` on the reduced model.
@@ -126,7 +126,7 @@ class ReducedModel(nn.Module):
         Raises:
             RuntimeError: Before the first call.
         """
-        latest = self._graphs.latest
+        latest = self.graphs.latest
         if latest is None:
             raise RuntimeError(
                 "Nothing is captured yet: call the model once, or give example_inputs to transform."
@@ -173,8 +173,8 @@ class ReducedModel(nn.Module):
         Raises:
             ValueError: If the inputs have no image.
         """
-        costs = CostModel.of_inputs(self.model, self._bind(**inputs))
-        return CostReport(before=costs.of_policy(Policy()), after=costs.of_policy(self.policy))
+        costs = CostModel.of_call(self._bind(**inputs))
+        return CostReport(before=costs.predict(Policy()), after=costs.predict(self.policy))
 
     def explain(self, **inputs: Any) -> list[SiteExplanation]:
         """Find which tokens each reduction keeps, and where the others go; runs one prefill.
@@ -188,8 +188,9 @@ class ReducedModel(nn.Module):
         Raises:
             ValueError: If the inputs have no image.
         """
-        graph_module, layout, complete = self._prefill(inputs)
-        return explain(graph_module, self.policy, layout, complete)
+        call = completed(self._bind(**inputs | {CACHE: None}))
+        graph_module = self.graphs.prefill(call, call.layout)
+        return explain(graph_module, self.policy, call.layout, call.inputs)
 
     def __repr__(self) -> str:
         return f"ReducedModel of {type(self.model).__name__}, {self.signature}\n{self.policy}"
@@ -233,42 +234,31 @@ class ReducedModel(nn.Module):
         Raises:
             ValueError: If the inputs have no image, or the model cannot be captured.
         """
-        complete = complete_inputs(self.model, self._bind(**inputs))
-        prompt_layouts(self.model, complete)
-        for part in self._parts(complete):
+        call = completed(self._bind(**inputs))
+        call.check_images()
+        for part in self._parts(call):
             if part.layout is not None:
-                self._graphs.prefill(part.inputs, part.layout)
+                self.graphs.prefill(part.call, part.layout)
 
-    def _prefill(
-        self, inputs: Mapping[str, Any]
-    ) -> tuple[fx.GraphModule, PromptLayout, dict[str, Any]]:
-        """Return the graph for prompts, their layout, and its inputs with an empty cache."""
-        given = self._bind(**inputs)
-        given.pop(CACHE, None)
-        complete = complete_inputs(self.model, given)
-        layout = prompt_layout(self.model, complete)
-        return self._graphs.prefill(complete, layout), layout, complete
+    def _bind(self, *args: Any, **kwargs: Any) -> Call:
+        return Call.bind(facts_of(self.model), *args, **kwargs)
 
-    def _bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the arguments of the model's forward by name, without those that are None."""
-        inputs = self._arguments.bind(self.model, *args, **kwargs).arguments
-        inputs.pop("self", None)
-        inputs |= inputs.pop("kwargs", {})
-        return normal_inputs({name: x for name, x in inputs.items() if x is not None})
-
-    def _run(self, inputs: dict[str, Any]) -> ModelOutput:
-        inputs = complete_inputs(self.model, inputs)
+    def _run(self, call: Call) -> ModelOutput:
+        """Run a completed call."""
+        inputs = call.inputs
         cache: Any = inputs.get(CACHE)
         if cache is not None and cache.get_seq_length():
-            return self._continue(inputs, cache)
+            return self._continue(call, cache)
         deltas = None if cache is None else cache.rope_deltas
-        parts = self._parts(inputs)
+        parts = self._parts(call)
         outputs, spaces = [], []
         for part in parts:
             if len(parts) > 1 and cache is not None:
-                part.inputs[CACHE] = self._new_cache()
+                part.call.inputs[CACHE] = self._new_cache()
             fields, output_class = self._prefill_part(part)
-            spaces.append(self._spaces_of(fields.pop("spaces", None), part.inputs["input_ids"]))
+            spaces.append(
+                self._spaces_of(fields.pop("spaces", None), part.call.inputs["input_ids"])
+            )
             outputs.append(fields)
         (fields, left) = outputs[0], spaces[0]
         length = inputs["input_ids"].shape[1]
@@ -278,36 +268,37 @@ class ReducedModel(nn.Module):
         if cache is not None:
             if len(parts) > 1:
                 rows = [row for part in parts for row in part.rows]
-                cache.join([part.inputs[CACHE] for part in parts], rows)
+                cache.join([part.call.inputs[CACHE] for part in parts], rows)
                 fields[CACHE] = cache
             cache.rope_deltas = deltas
-            cache.images = image_inputs(self.model, inputs)
+            cache.images = call.images
             cache.record(length, left)
         return output_class(**fields)
 
-    def _continue(self, inputs: dict[str, Any], cache: ReducedCache) -> ModelOutput:
+    def _continue(self, call: Call, cache: ReducedCache) -> ModelOutput:
         """Run new tokens after those that the cache holds."""
-        inputs |= cache.decode_inputs(inputs.get("attention_mask"), inputs["position_ids"])
-        fields, output_class = self._graphs.run(inputs, None)
+        mask, positions = call.inputs.get("attention_mask"), call.inputs["position_ids"]
+        call = call.having(**cache.decode_inputs(mask, positions))
+        fields, output_class = self.graphs.run(call, None)
         return output_class(**fields)
 
-    def _parts(self, inputs: dict[str, Any]) -> list[Part]:
+    def _parts(self, call: Call) -> list[Part]:
         """Group the prompts that are alike; if nothing is reduced, all are one part."""
-        if self.policy.is_empty and not are_written_alike(self.model, inputs):
-            if has_images(inputs):
+        if self.policy.is_empty and not are_written_alike(call.facts, call.inputs):
+            if call.has_images:
                 # The graph lacks the model's own checks of images and placeholders: check here.
-                prompt_layouts(self.model, inputs)
-            layout = PromptLayout(image_token_of(self.model), 0, (0, 0))
-            return [Part(tuple(range(len(inputs["input_ids"]))), layout, inputs)]
-        return parts_of_batch(self.model, inputs)
+                call.check_images()
+            layout = PromptLayout(call.facts.image_token, 0, (0, 0))
+            return [Part(tuple(range(len(call.inputs["input_ids"]))), layout, call)]
+        return parts_of_batch(call)
 
     def _prefill_part(self, part: Part) -> tuple[dict[str, Any], type[ModelOutput]]:
         """Return output fields, with ``spaces`` if anything was reduced, and the output's class."""
         if part.layout is None:
             # Case: text alone, with nothing to reduce.
-            output = self.model(**part.inputs)
+            output = self.model(**part.call.inputs)
             return dict(output.items()), type(output)
-        return self._graphs.run(part.inputs, part.layout)
+        return self.graphs.run(part.call, part.layout)
 
     def _spaces_of(
         self, left: Sequence[Mapping[str, Tensor]] | None, input_ids: Tensor

@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from deos_fx.files import fresh_folder
-from deos_fx.models.layers import has_codes
+from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
 from deos_fx.version import __version__
 

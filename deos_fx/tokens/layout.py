@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from deos_fx.operator import grid_anchors
-from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import split_site
 
-__all__ = ["PromptLayout", "first_layer", "grid_after", "grid_of_prompt", "rule_before_decoder"]
+__all__ = ["PromptLayout", "grid_after", "grid_of_prompt", "rule_before_decoder"]
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,6 @@ class PromptLayout:
 def _cells(image: int, rows: int, columns: int) -> Tensor:
     axes = [torch.tensor([image]), torch.arange(rows), torch.arange(columns)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
-
-
-def first_layer(site: str) -> int:
-    """Return the first decoder layer after a reduction at this site."""
-    stage, layer = split_site(site)
-    return layer + 1 if stage == "decoder" else 0
 
 
 def grid_after(reduction: Reduction, count: int, grid: Tensor) -> Tensor | None:

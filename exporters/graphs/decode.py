@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
-from transformers import PreTrainedModel
 
 from deos_fx.exporters.graphs.example import BATCH, Example, words
-from deos_fx.exporters.graphs.exportable import Exportable
-from deos_fx.exporters.graphs.states import filled, inputs_of, states_of
-from deos_fx.inputs.complete import complete_inputs
+from deos_fx.exporters.graphs.exportable import Exportable, filled, inputs_of, states_of
+from deos_fx.inputs.call import Call, batch_axis
+from deos_fx.inputs.complete import completed
+from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
-from deos_fx.passes.pipeline import capture_call, lower_call
+from deos_fx.passes.pipeline import copy_of
 from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.tokens.cache import ReducedCache
 
@@ -55,10 +55,9 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
     Raises:
         ValueError: If a layer keeps a state instead of keys and values.
     """
-    # Capture on a cache whose layers are equally long: the original model can run no other.
     model, spaces = reduced.model, decode_spaces(reduced.policy)
-    cache = ReducedCache(model.config.get_text_config())
-    model(input_ids=words(model, 2), **{CACHE: cache})
+    facts = facts_of(model)
+    cache = reduced(**example.inputs, use_cache=True)[CACHE]
     if not all(isinstance(getattr(held, "keys", None), Tensor) for held in cache.layers):
         raise ValueError(
             f"{type(model).__name__} has layers that keep a state instead of keys and values, "
@@ -66,28 +65,28 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
         )
     shapes = [state["key"].shape for state in states_of(cache).values()]
     coordinates = example.inputs["position_ids"].shape[:-2]
-    positions = words(model, 1).fill_(2).expand(*coordinates, BATCH, 1)
+    positions = words(facts, 1).fill_(cache.get_seq_length()).expand(*coordinates, BATCH, 1)
+    mask = words(facts, cache.get_seq_length() + 1).fill_(1)
     inputs = {
-        "input_ids": words(model, 1),
-        "attention_mask": words(model, 3).fill_(1),
+        "input_ids": words(facts, 1),
+        "attention_mask": mask,
         "position_ids": positions,
         CACHE: cache,
-        "use_cache": True,
     }
-    captured = capture_call(model, complete_inputs(model, inputs))
-    lowered = lower_call(captured, reduced.policy, None)
-    return _decode_exportable(_Decode(lowered, reduced), model, shapes, spaces, positions)
+    call = completed(Call.of(facts, inputs)).having(**cache.decode_inputs(mask, positions))
+    lowered = copy_of(reduced.graphs.step(call))
+    return _decode_exportable(_Decode(lowered, reduced), facts, shapes, spaces, positions)
 
 
 def _decode_exportable(
     module: _Decode,
-    model: PreTrainedModel,
+    facts: ModelFacts,
     shapes: list[torch.Size],
     spaces: Sequence[DecodeSpace],
     positions: Tensor,
 ) -> Exportable:
     """Make the example inputs and dynamic axes; the layers of a space have equally many keys."""
-    batch = Dim("batch")
+    model, batch = facts.model, Dim("batch")
     # The lengths differ: torch.export would take equal ones for one axis.
     lengths = [2 * k + 3 for k in range(len(spaces) + 1)]
     pasts = [Dim("past" if k == 0 else f"past_{k}") for k in range(len(spaces) + 1)]
@@ -104,13 +103,13 @@ def _decode_exportable(
         kind, k = _kind_and_space(name)
         if kind in ("attention_mask", "key_bias", "key_positions"):
             # One value for every key of the space, and one for the new token.
-            value = words(model, lengths[k] + 1).fill_(1)
+            value = words(facts, lengths[k] + 1).fill_(1)
             inputs[name] = value.to(model.dtype) if kind == "key_bias" else value
             dynamic[name] = {0: batch, 1: pasts[k] + 1}
         else:
             # Ids or position ids of the new token alone.
-            inputs[name] = positions.clone() if kind == "position_ids" else words(model, 1)
-            dynamic[name] = {inputs[name].ndim - 2: batch}
+            inputs[name] = positions.clone() if kind == "position_ids" else words(facts, 1)
+            dynamic[name] = {batch_axis(kind, inputs[name]): batch}
     return Exportable(module, inputs, dynamic)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deos_fx.inputs.complete import complete_inputs, image_inputs, normal_inputs, prompt_layout
-from deos_fx.models.facts import grid_of, image_of, image_token_of, size_inputs, sizes_vary
+from deos_fx.inputs.call import Call
+from deos_fx.inputs.complete import completed
+from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["BATCH", "Example", "example_of", "word_of", "words"]
@@ -56,18 +56,18 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
         ValueError: If the call has no image, prompts that cannot share a graph or inputs that
             cannot be exported, or if no call is given and the model needs one.
     """
-    given = _one_image(model) if given is None else given
-    given = normal_inputs({name: x for name, x in given.items() if x is not None})
-    inputs = complete_inputs(model, given)
-    ids, images = given["input_ids"], image_inputs(model, given)
+    facts = facts_of(model)
+    call = Call.of(facts, _one_image(facts) if given is None else given)
+    complete = completed(call)
+    ids, images = call.inputs["input_ids"], call.images
     # Inputs with one value per prompt token: ids, masks, kinds of tokens.
     tokens = {
         name: value
-        for name, value in given.items()
+        for name, value in call.inputs.items()
         if isinstance(value, Tensor) and value.shape == ids.shape and name not in images
     }
-    known = {"pixel_values", "position_ids", *size_inputs(model), *tokens}
-    others = {name for name, value in given.items() if isinstance(value, Tensor)} - known
+    known = {"pixel_values", "position_ids", *facts.size_inputs, *tokens}
+    others = {name for name, value in call.inputs.items() if isinstance(value, Tensor)} - known
     if others:
         raise ValueError(
             f"example_inputs has {', '.join(sorted(others))}, which exported graphs do not take: "
@@ -84,7 +84,7 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
             f"example_inputs has {', '.join(further)} beside pixel_values, and exported graphs "
             "take the pixels of an image once. Run the reduced model in PyTorch."
         )
-    layout = prompt_layout(model, inputs)
+    layout = complete.layout
     tokens.pop("position_ids", None)
     # One prompt: the first row without its padding, with text added where it changes no image.
     real = tokens.get("attention_mask", torch.ones_like(ids))[0].bool()
@@ -93,44 +93,44 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
         name: torch.nn.functional.pad(rows[0][real], around) for name, rows in tokens.items()
     }
     added = slice(text) if layout.ends else slice(-text, None)
-    prompt["input_ids"][added] = word_of(model)
+    prompt["input_ids"][added] = word_of(facts)
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
     # The batch: this prompt and its images, repeated.
     example = {name: row.expand(BATCH, -1).clone() for name, row in prompt.items()}
     own = {name: value[: len(value) // len(ids)] for name, value in images.items()}
     example |= {name: torch.cat([value] * BATCH) for name, value in own.items()}
-    positions = complete_inputs(model, example)["position_ids"]
+    positions = completed(Call.of(facts, example)).inputs["position_ids"]
     example["position_ids"] = positions.expand(*positions.shape[:-2], *example["input_ids"].shape)
-    placeholders = int((prompt["input_ids"] == image_token_of(model)).sum())
+    placeholders = int((prompt["input_ids"] == facts.image_token).sum())
     names = sorted({*example, "attention_mask", "position_ids"})
     return Example(example, own, tuple(names), placeholders, layout)
 
 
-def words(model: PreTrainedModel, length: int) -> Tensor:
+def words(facts: ModelFacts, length: int) -> Tensor:
     """Return text tokens [B, length], none of them an image placeholder."""
-    return torch.full((BATCH, length), word_of(model), device=model.device)
+    return torch.full((BATCH, length), word_of(facts), device=facts.model.device)
 
 
-def word_of(model: PreTrainedModel) -> int:
+def word_of(facts: ModelFacts) -> int:
     """Return a token id that is not the image placeholder's."""
-    return next(token for token in range(2) if token != image_token_of(model))
+    return next(token for token in range(2) if token != facts.image_token)
 
 
-def _one_image(model: PreTrainedModel) -> dict[str, Tensor]:
+def _one_image(facts: ModelFacts) -> dict[str, Tensor]:
     """Make a prompt with one image between text, for models that need only its pixels."""
-    taken = inspect.signature(type(model).forward).parameters
+    taken = facts.arguments.parameters
     kinds = [name for name in ("token_type_ids", "mm_token_type_ids") if name in taken]
-    if sizes_vary(model) or kinds:
+    if facts.sizes_vary or kinds:
         reason = f"takes {kinds[0]}" if kinds else "takes images of many sizes"
         raise ValueError(
-            f"{type(model).__name__} {reason}: give example_inputs, a call as its processor makes "
+            f"{facts.name} {reason}: give example_inputs, a call as its processor makes "
             "it, with as many images, and of such sizes, as prompts are to have."
         )
-    rows, columns = grid_of(model)
-    ids = torch.full((1, rows * columns), image_token_of(model), device=model.device)
-    ids = torch.nn.functional.pad(ids, (1, 1), value=word_of(model))
+    rows, columns = facts.grid
+    ids = torch.full((1, rows * columns), facts.image_token, device=facts.model.device)
+    ids = torch.nn.functional.pad(ids, (1, 1), value=word_of(facts))
     # Noise: tokens of an image of one colour are alike, and which of several equal scores wins is
     # left open.
-    shape = image_of(model)
+    shape = facts.image()
     noise = torch.randn(shape.shape, generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "pixel_values": noise.to(ids.device, shape.dtype)}

@@ -1,4 +1,4 @@
-"""A graph as a module that transformers' ONNX exporter takes."""
+"""Graphs as modules that transformers' ONNX exporter takes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, fx, nn
 
-from deos_fx.exporters.graphs.axes import forget_sources, name_axes
-from deos_fx.models.layers import has_codes
+from deos_fx.models.upstream import CACHE
+from deos_fx.models.views import has_codes
+from deos_fx.tokens.cache import ReducedCache
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["Exportable"]
+__all__ = ["Exportable", "filled", "inputs_of", "states_of"]
+
+
+# *** exporting ***
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ class Exportable:
             raise ValueError(
                 f"{type(module).__name__.strip('_')} cannot be exported to ONNX ({reason}). {cure}"
             ) from error
-        name_axes(program.graph, self.shapes)
-        forget_sources(program.graph)
+        _name_axes(program.graph, self.shapes)
+        _forget_sources(program.graph)
         return program
 
 
@@ -101,3 +105,89 @@ def _without_noise() -> Iterator[None]:
         # torch.onnx copies pytree specs, and copying one warns (torch 2.13).
         warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)
         yield
+
+
+# *** axes of the result ***
+
+
+def _name_axes(graph: onnx_ir.Graph, shapes: Mapping[str, Any]) -> None:
+    """Replace the exporter's symbols (``s43``) by the names of the dynamic axes (``batch``).
+
+    Args:
+        graph: The exported graph. Changed in place.
+        shapes: Dynamic axes of every input, nested like the inputs: axis -> `torch.export.Dim`.
+    """
+    import onnx_ir
+
+    axes = dict(_leaves(shapes))
+    names = {
+        str(symbol): dim.__name__
+        for value in graph.inputs
+        for axis, symbol in enumerate(_axes(value))
+        if (dim := axes[str(value.name)].get(axis)) is not None
+    }
+    nodes = (value for node in graph.all_nodes() for value in node.outputs)
+    for value in (*graph.inputs, *nodes):
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape(
+                _renamed(axis, names) if isinstance(axis, str) else axis for axis in _axes(value)
+            )
+
+
+def _forget_sources(graph: onnx_ir.Graph) -> None:
+    """Drop the notes on the Python line each node comes from: they are larger than the graph."""
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def _axes(value: onnx_ir.Value) -> list[int | str | None]:
+    """Return each axis: a length, an expression of symbols (``2*s43``), or None if unknown."""
+    return [dim if isinstance(dim, int) else dim.value for dim in value.shape or ()]
+
+
+def _renamed(axis: str, names: Mapping[str, str]) -> str:
+    """Rename the symbols in the expression of an axis."""
+    return re.sub(r"[^\W\d]\w*", lambda found: names.get(found[0], found[0]), axis)
+
+
+def _leaves(shapes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[int, Any]]]:
+    """Yield every input's dynamic axes with its name in the graph (``past_key_values.0.key``)."""
+    for name, axes in shapes.items():
+        # Keys are axes at a tensor, and names at a dict of tensors.
+        if all(isinstance(axis, int) for axis in axes):
+            yield prefix + name, axes
+        else:
+            yield from _leaves(axes, f"{prefix}{name}.")
+
+
+# *** caches as named tensors ***
+
+
+def inputs_of(lowered: fx.GraphModule) -> tuple[list[str], list[str]]:
+    """Return the names of the inputs that a graph reads and of those that it ignores.
+
+    The cache is in neither list.
+    """
+    nodes = lowered.graph.find_nodes(op="placeholder")
+    given = [node for node in nodes if node.target != CACHE]
+    return (
+        [str(node.target) for node in given if node.users],
+        [str(node.target) for node in given if not node.users],
+    )
+
+
+def states_of(cache: ReducedCache) -> dict[str, dict[str, Tensor]]:
+    """Return keys and values of every layer, by layer and name."""
+    layers: list[Any] = cache.layers
+    return {
+        str(layer): {"key": held.keys, "value": held.values} for layer, held in enumerate(layers)
+    }
+
+
+def filled(cache: ReducedCache, states: Mapping[str, Mapping[str, Tensor]]) -> ReducedCache:
+    """Put keys and values of every layer into a cache, and return the cache."""
+    for layer, held in states.items():
+        cache.update(held["key"], held["value"], int(layer))
+    return cache

@@ -1,16 +1,31 @@
-"""Build the graph of the image encoder and the constants that it is valid for."""
+"""Record an image encoder at aten level, as a graph of its own for images of fixed sizes.
+
+Encoders that pack images of any size read these sizes into Python, which `torch.export` cannot
+follow. Here the encoder runs once on real values: everything that follows from the sizes alone
+becomes a constant, and every operation on the pixels is recorded. Where the code reads values of
+the pixels (to leave out an image that is all zeros), the values it read become outputs of the
+graph, so that every later run can compare them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deos_fx.exporters.graphs.exportable import Exportable
-from deos_fx.exporters.graphs.record import record
 
-__all__ = ["encoder_graph"]
+__all__ = ["encoder_graph", "record"]
+
+
+# *** the graph ***
 
 
 class _Encoder(nn.Module):
@@ -50,3 +65,90 @@ def encoder_graph(
     constants = {name: value.cpu().clone() for name, value in constants.items()}
     given = {"pixel_values": pixels}
     return Exportable(_Encoder(recorded), given, {"pixel_values": {}}), constants
+
+
+# *** the recording ***
+
+
+def record(function: Callable[[Tensor], list[Tensor]], pixels: Tensor) -> fx.GraphModule:
+    """Run a function of pixels and record it.
+
+    Args:
+        function: Maps pixels to features; it may read values into Python.
+        pixels: The pixels to run it on.
+
+    Returns:
+        A graph from pixels to two lists: the features, and the values that were read of the pixels.
+    """
+    seen: list[Tensor] = []
+
+    def run(pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        seen.clear()
+        # The fused attention kernels of a CPU have no ONNX form.
+        with sdpa_kernel(SDPBackend.MATH), _Reads(seen), _Lists(seen):
+            return function(pixels), list(seen)
+
+    with torch.no_grad():
+        graph_module = make_fx(run)(pixels)
+    graph = graph_module.graph
+    (given,) = graph.find_nodes(op="placeholder")
+    output = graph.output_node()
+    made: Any = output.args[0]
+    features, reads = made
+    # Of the values read, only those made of the pixels can differ at a later run.
+    from_pixels = {given}
+    for node in graph.nodes:
+        if from_pixels.intersection(node.all_input_nodes):
+            from_pixels.add(node)
+    output.args = ((features, [node for node in reads if node in from_pixels]),)
+    # make_fx leaves constants as plain attributes; as buffers they move and export with the graph.
+    for name, value in list(vars(graph_module).items()):
+        if isinstance(value, Tensor):
+            delattr(graph_module, name)
+            graph_module.register_buffer(name, value)
+    graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+class _Reads(TorchDispatchMode):
+    """Fixes values that are read, and the positions of set flags, to those of this run."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.squeeze.dim and args[0].shape[args[1]] != 1:
+            # Such a squeeze does nothing, and ONNX has no squeeze for an axis longer than 1.
+            return torch.ops.aten.alias(args[0])
+        if func is torch.ops.aten.index.Tensor:
+            return func(args[0], [self._positions(index) for index in args[1]])
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}:
+            # The result depends on values: compute it outside the recording, as a constant.
+            self.seen += [value for value in args if isinstance(value, Tensor)]
+            with disable_proxy_modes_tracing():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _positions(self, index: Tensor | None) -> Tensor | None:
+        """Return the index; flags along one axis become the positions where they are set."""
+        if index is None or index.dtype != torch.bool or index.ndim != 1:
+            return index
+        self.seen.append(index)
+        with disable_proxy_modes_tracing():
+            return index.nonzero()[:, 0]
+
+
+class _Lists(TorchFunctionMode):
+    """Notes tensors that are read as lists or arrays: these calls do not reach the dispatcher."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy):
+            self.seen.append(args[0])
+        return func(*args, **(kwargs or {}))

@@ -10,13 +10,14 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from deos_fx.exporters.graphs.example import BATCH, Example
-from deos_fx.exporters.graphs.exportable import Exportable
+from deos_fx.exporters.graphs.exportable import Exportable, inputs_of, states_of
 from deos_fx.exporters.graphs.image_encoder import encoder_graph
-from deos_fx.exporters.graphs.states import inputs_of, states_of
-from deos_fx.inputs.complete import complete_inputs
+from deos_fx.inputs.call import Call, batch_axis
+from deos_fx.inputs.complete import completed
+from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.finish import finish
-from deos_fx.passes.pipeline import capture_call, lower_call
+from deos_fx.passes.pipeline import copy_of
 from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
 from deos_fx.passes.rewrite.split_encoder import split_encoder
 from deos_fx.passes.verify import verify
@@ -93,8 +94,8 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
     Returns:
         The prefill graph, and the image encoder's if it is a graph of its own.
     """
-    inputs = complete_inputs(reduced.model, example.inputs | {"use_cache": True})
-    lowered = lower_call(capture_call(reduced.model, inputs), reduced.policy, example.layout)
+    call = completed(Call.of(facts_of(reduced.model), example.inputs | {"use_cache": True}))
+    lowered = copy_of(reduced.graphs.prefill(call, example.layout))
     _keep_outputs(lowered, ("logits", "spaces"))
     values = dict(example.inputs)
     encoder, constants = None, dict[str, Tensor]()
@@ -112,10 +113,10 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
     names = dict.fromkeys(["input_ids", "attention_mask", "position_ids", *module.used])
     taken, shapes = {name: values[name] for name in names}, {}
     for name, value in taken.items():
-        if name == "position_ids":
-            shapes[name] = {value.ndim - 2: batch, value.ndim - 1: sequence}
-        elif value.shape == values["input_ids"].shape:
-            shapes[name] = {0: batch, 1: sequence}
+        first = batch_axis(name, value)
+        if name == "position_ids" or value.shape == values["input_ids"].shape:
+            # One value, or one for each coordinate of a position, for every token.
+            shapes[name] = {first: batch, first + 1: sequence}
         else:
             # Images or their features: a fixed number of rows for each prompt.
             each = len(value) // BATCH

@@ -8,7 +8,8 @@ from deos_fx.attention.observation import OBSERVED
 from deos_fx.forms.needs import required_features
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.notes import note_of
-from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["check_reduction"]

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from deos_fx.errors import CaptureError
 from deos_fx.models.blocks import Block
-from deos_fx.models.encoders import PIXELS
+from deos_fx.models.families import PIXELS
 from deos_fx.models.shapes_only import ShapesOnly, shaped
 from deos_fx.operator import SCORES
 from deos_fx.passes.analyse.flow import (

@@ -8,7 +8,7 @@ import networkx as nx
 from torch import fx
 
 from deos_fx.errors import CaptureError
-from deos_fx.models.encoders import is_encoder
+from deos_fx.models.families import is_encoder
 from deos_fx.passes.graph import reached
 from deos_fx.passes.notes import note_of
 from deos_fx.passes.rewrite.fold_masked_add import visual_rows

@@ -17,8 +17,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils.import_utils import torch_compilable_check
 
 from deos_fx.errors import CaptureError
-from deos_fx.models.encoders import ENCODERS
-from deos_fx.models.families import SHORTCUTS
+from deos_fx.models.families import ENCODERS, SHORTCUTS
 from deos_fx.passes.capture.proxy import has_proxy
 from deos_fx.passes.capture.tracer import Tracer
 from deos_fx.replaced import Replacement

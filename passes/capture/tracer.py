@@ -13,7 +13,7 @@ from transformers.cache_utils import KVSharingDict
 
 from deos_fx.errors import CaptureError
 from deos_fx.models.blocks import Block
-from deos_fx.models.encoders import ENCODERS
+from deos_fx.models.families import ENCODERS
 from deos_fx.passes.capture.leaves import ImageEncoder, MaskBuilder, first_of
 from deos_fx.passes.capture.proxy import STRUCTURAL_TYPES, ValueProxy
 from deos_fx.passes.notes import annotate

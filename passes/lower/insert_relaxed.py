@@ -28,7 +28,7 @@ from deos_fx.passes.lower.site_walk import Group, Place, SiteWalk, Step
 from deos_fx.passes.notes import note_of
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.passes.observe.site_features import TowerFeatures
-from deos_fx.policy.reduction import site_order
+from deos_fx.policy.site import site_order
 from deos_fx.tokens.layout import PromptLayout, rule_before_decoder
 
 __all__ = ["insert_relaxed"]

@@ -24,8 +24,8 @@ from deos_fx.passes.graph import blocks_of
 from deos_fx.passes.notes import MASK, annotate, note_of
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import split_site
-from deos_fx.tokens.layout import first_layer, rule_before_decoder
+from deos_fx.policy.site import first_layer, split_site
+from deos_fx.tokens.layout import rule_before_decoder
 
 __all__ = ["DecodeSpace", "decode_spaces", "lower_decode"]
 

@@ -30,7 +30,8 @@ from deos_fx.passes.graph import blocks_of, users_after
 from deos_fx.passes.lower.emitter import Emitter
 from deos_fx.passes.lower.token_space import insert_visual_positions
 from deos_fx.passes.observe.site_features import PromptFeatures, PromptText, TowerFeatures
-from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["Group", "Place", "SiteWalk", "Step"]

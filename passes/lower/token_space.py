@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from deos_fx import tokens
-from deos_fx.models.encoders import is_encoder
+from deos_fx.models.families import is_encoder
 from deos_fx.passes.analyse.annotate_token_spaces import padding_node, position_tables
 from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.graph import blocks_after

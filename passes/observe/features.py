@@ -35,7 +35,7 @@ from deos_fx.models.blocks import Block
 from deos_fx.passes.graph import blocks_of
 from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.passes.observe.observe_block import AskedNodes, observe_attention, peek_block
-from deos_fx.policy.reduction import site_order, split_site
+from deos_fx.policy.site import site_order, split_site
 
 __all__ = ["Call", "Maker", "SiteFeatures"]
 

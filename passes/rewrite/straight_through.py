@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from deos_fx.models.layers import linear_sizes, with_layers
+from deos_fx.models.views import linear_sizes, with_layers
 
 __all__ = ["StraightThrough", "straight_through"]
 

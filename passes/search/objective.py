@@ -1,7 +1,8 @@
-"""The objective of a search: task loss on labels, or distance to the unreduced model's answers.
+"""The objective of a search: a task loss, and a penalty for costs beyond their limits.
 
-Both are measured at positions that no reduction drops, text and the last token of a prompt, so
-relaxed and static graphs of any token count are scored on the same predictions.
+The task is the loss on labels, or the distance to the unreduced model's answers. Both are measured
+at positions that no reduction drops, text and the last token of a prompt, so relaxed and static
+graphs of any token count are scored on the same predictions.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +19,7 @@ from deos_fx.inputs.media import padding_of
 from deos_fx.tokens.index import take
 from deos_fx.tokens.positions import last_token
 
-__all__ = ["Target", "labelled", "self_distilled"]
+__all__ = ["AugmentedLagrangian", "Target", "labelled", "self_distilled"]
 
 
 @dataclass(frozen=True)
@@ -100,3 +102,40 @@ def self_distilled(inputs: Mapping[str, Any], visual: Tensor, unreduced: Tensor)
     # The last token counts even if it is visual.
     positions = positions.scatter(1, last_token(visual, mask), True)
     return Target(positions, logits=unreduced[positions])
+
+
+class AugmentedLagrangian:
+    """Penalty for constraints C <= limit; being under a limit costs and earns nothing.
+
+    With the violation g = C / limit - 1, the multiplier lambda >= 0 and the stiffness rho,
+
+        penalty = (max(0, lambda + rho g)^2 - lambda^2) / (2 rho)      (Rockafellar 1973)
+        lambda <- max(0, lambda + rho g)
+
+    Args:
+        limits: Name -> absolute limit.
+        stiffness: rho.
+    """
+
+    def __init__(self, limits: Mapping[str, float], stiffness: float = 4.0) -> None:
+        self.limits = dict(limits)
+        self.stiffness = stiffness
+        self.multipliers = dict.fromkeys(limits, 0.0)
+
+    def penalty(self, costs: Mapping[str, Tensor]) -> Tensor:
+        """Return the penalty of differentiable costs, 0-dim."""
+        total = torch.zeros(())
+        for name, multiplier in self.multipliers.items():
+            push = (multiplier + self.stiffness * self._violation(costs, name)).clamp_min(0)
+            total = total + (push.square() - multiplier**2) / (2 * self.stiffness)
+        return total
+
+    def update(self, costs: Mapping[str, Tensor]) -> None:
+        """Move the multipliers after some steps."""
+        for name, multiplier in self.multipliers.items():
+            violation = self._violation(costs, name).item()
+            self.multipliers[name] = max(0.0, multiplier + self.stiffness * violation)
+
+    def _violation(self, costs: Mapping[str, Tensor], name: str) -> Tensor:
+        """Return g = C / limit - 1; it is negative under the limit."""
+        return costs[name] / self.limits[name] - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,22 +12,23 @@ from transformers import PreTrainedModel
 
 from deos_fx.cost.latency import LatencyTable
 from deos_fx.cost.model import CostModel
-from deos_fx.errors import GuardError
-from deos_fx.inputs.complete import complete_inputs, prompt_layout
+from deos_fx.inputs.call import Call
+from deos_fx.inputs.complete import completed
 from deos_fx.inputs.media import placeholders
-from deos_fx.inputs.structure import structure_of
-from deos_fx.models.facts import signature_of, sizes_vary
+from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.passes.analyse.check_reduction import check_reduction
 from deos_fx.passes.analyse.sites import Site, Sites
-from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
+from deos_fx.passes.captures import Captures
+from deos_fx.passes.pipeline import Captured, lower_call, run_graph
 from deos_fx.passes.search.objective import Target, labelled, self_distilled
 from deos_fx.policy.budget import Budget
-from deos_fx.policy.fit import as_shares, fit_counts, on_grid, within
+from deos_fx.policy.counts import fit_counts, on_grid, within
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, site_order, split_site
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import site_order, split_site
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["Captures", "SearchBatch", "SearchProblem", "mean_loss"]
+__all__ = ["SearchBatch", "SearchProblem", "mean_loss"]
 
 # Shares of an image's tokens at which latency is measured.
 _LATENCY_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -38,13 +39,13 @@ class SearchBatch:
     """One batch: explicit model inputs, whose prompts are alike, and the target for its logits.
 
     Attributes:
-        inputs: Arguments of the model's forward, without labels.
-        captured: The captured call that such inputs run through.
+        call: The call of the model, completed, without labels.
+        captured: The captured call that it runs through.
         layout: The layout of its prompts.
         target: The predictions that its logits are compared with.
     """
 
-    inputs: dict[str, Any]
+    call: Call
     captured: Captured
     layout: PromptLayout
     target: Target
@@ -53,41 +54,6 @@ class SearchBatch:
     def kind(self) -> Hashable:
         """Return the key of the graph that it runs through: batches of one kind share it."""
         return id(self.captured), self.layout
-
-
-class Captures:
-    """The captured calls of a model.
-
-    There is one for each structure of inputs and for each path that the model's code takes for
-    them; guards tell the paths apart.
-
-    Args:
-        model: The unmodified model. It is put into eval mode.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval()
-        self.known: dict[tuple[Hashable, ...], list[Captured]] = {}
-
-    @torch.no_grad()
-    def run(self, inputs: Mapping[str, Any]) -> tuple[Captured, dict[str, Any]]:
-        """Find or capture the call for some inputs, and run it.
-
-        Args:
-            inputs: Arguments of the model's forward.
-
-        Returns:
-            The captured call and the unreduced model's output fields.
-        """
-        same = self.known.setdefault(structure_of(self.model, inputs), [])
-        for captured in same:
-            try:
-                return captured, run_graph(captured.graph_module, inputs)
-            except GuardError:
-                # The model's code takes another path for these inputs.
-                continue
-        same.append(capture_call(self.model, inputs))
-        return same[-1], run_graph(same[-1].graph_module, inputs)
 
 
 @dataclass(frozen=True)
@@ -103,8 +69,7 @@ class SearchProblem:
         captured: The captured call of the longest prompts.
         layout: The layout of these prompts.
         cost: Cost model of one of these prompts.
-        other_costs: Cost models of one prompt of every other layout.
-        budget: The budget.
+        others: Cost model of one prompt of every other layout, and its limits.
         latency: Measured times; None without a limit on latency.
         limits: Name -> absolute limit.
         training: Batches for gradient steps.
@@ -116,8 +81,7 @@ class SearchProblem:
     captured: Captured
     layout: PromptLayout
     cost: CostModel
-    other_costs: list[CostModel]
-    budget: Budget
+    others: list[tuple[CostModel, dict[str, float]]]
     latency: LatencyTable | None
     limits: dict[str, float]
     training: list[SearchBatch]
@@ -142,26 +106,21 @@ class SearchProblem:
             TypeError: If the data holds anything but dicts, or the model is not one of
                 transformers'.
         """
-        # Refuses models that are not supported.
-        signature_of(model)
-        raw = [_checked(model, batch) for batch in data]
-        if not raw:
+        facts = facts_of(model)
+        calls = [_checked(facts, batch) for batch in data]
+        if not calls:
             raise ValueError("data is empty: give at least one dict of model inputs.")
-        layouts = _layouts(model, raw)
+        _check_alike(facts, calls)
         # Longest prompts first: their layout is the problem's own.
-        longest = sorted(raw, key=lambda batch: batch["input_ids"].shape[1])[::-1]
+        longest = sorted(calls, key=lambda call: call.inputs["input_ids"].shape[1])[::-1]
         costs: dict[PromptLayout, CostModel] = {}
-        for batch in longest:
-            cost = CostModel.of_inputs(model, batch)
+        for call in longest:
+            cost = CostModel.of_call(call)
             costs.setdefault(cost.layout, cost.of_one_prompt())
         cost, *others = costs.values()
-        captures = Captures(model)
-        example = {name: value for name, value in longest[0].items() if name != "labels"}
-        captured, _ = captures.run(example)
-        batches = [
-            _with_target(captures, batch, layout)
-            for batch, layout in zip(raw, layouts, strict=True)
-        ]
+        captures = Captures(model.eval())
+        captured = captures.serving(_without_labels(longest[0]))
+        batches = [_with_target(captures, call) for call in calls]
         # With fewer than four batches, candidates are scored on the training batches.
         held_back = len(batches) // 4
         problem = cls(
@@ -170,10 +129,9 @@ class SearchProblem:
             captured=captured,
             layout=cost.layout,
             cost=cost,
-            other_costs=others,
-            budget=budget,
+            others=[(other, budget.limits(other.predict(Policy()))) for other in others],
             latency=None,
-            limits=budget.limits(cost.of_policy(Policy())),
+            limits=budget.limits(cost.predict(Policy())),
             training=batches[: len(batches) - held_back],
             scoring=batches[len(batches) - held_back :] or batches,
         )
@@ -187,10 +145,13 @@ class SearchProblem:
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the problem: a checkpoint must agree with it."""
         return {
-            "model": str(signature_of(self.model)),
-            "batches": [list(batch.inputs["input_ids"].shape) for batch in self.training],
-            "tokens": [int(batch.inputs["input_ids"].sum()) for batch in self.training],
+            "model": str(self.cost.signature),
+            "batches": [list(ids.shape) for ids in self._training_ids()],
+            "tokens": [int(ids.sum()) for ids in self._training_ids()],
         }
+
+    def _training_ids(self) -> Iterator[Tensor]:
+        return (batch.call.inputs["input_ids"] for batch in self.training)
 
     @property
     def sites(self) -> Sites:
@@ -238,11 +199,11 @@ class SearchProblem:
         Returns:
             A function that runs the prefill.
         """
-        longest = max(self.scoring, key=lambda batch: batch.inputs["input_ids"].shape[1])
-        inputs = _first_prompt(longest.inputs)
-        captured, _ = self.captures.run(inputs)
+        longest = max(self.scoring, key=lambda batch: batch.call.inputs["input_ids"].shape[1])
+        call = longest.call.first_prompt()
+        captured = self.captures.serving(call)
         graph = lower_call(captured.copy(), policy, longest.layout)
-        return torch.no_grad()(lambda: run_graph(graph, inputs))
+        return torch.no_grad()(lambda: run_graph(graph, call.inputs))
 
     def amounts(self, policy: Policy) -> dict[str, float]:
         """Return the cost of a policy, under the names of the budget's limits.
@@ -256,11 +217,10 @@ class SearchProblem:
         Returns:
             Name -> amount.
         """
-        cost = self.cost.of_policy(policy)
+        cost = self.cost.predict(policy)
         amounts: dict[str, float] = dict(cost.amounts)
-        for other in self.other_costs:
-            own = self.budget.limits(other.of_policy(Policy()))
-            for name, amount in other.of_policy(policy).amounts.items():
+        for other, own in self.others:
+            for name, amount in other.predict(policy).amounts.items():
                 if name in own:
                     share = amount / own[name]
                     amounts[name] = max(amounts[name], share * self.limits[name])
@@ -268,18 +228,17 @@ class SearchProblem:
             amounts["latency_ms"] = self.latency.predict(cost.visual_tokens_per_layer).item()
         return amounts
 
-    def of_any_size(self, policy: Policy) -> Policy:
-        """Return the policy with shares in place of counts if the model's images vary in size."""
-        return as_shares(policy, self.visual_tokens) if self.cost.sizes_vary else policy
-
     def fit(self, policy: Policy) -> Policy | None:
         """Return the policy with the largest counts that meet every limit; None if none do."""
         fitted = fit_counts(
-            policy, self.visual_tokens, lambda it: self.amounts(self.of_any_size(it)), self.limits
+            policy,
+            self.visual_tokens,
+            lambda candidate: self.amounts(self.cost.for_any_size(candidate)),
+            self.limits,
         )
         if fitted is None:
             return None
-        return self.of_any_size(on_grid(fitted, *self.layout.grid))
+        return self.cost.for_any_size(on_grid(fitted, *self.layout.grid))
 
     def runs(self, policy: Policy) -> bool:
         """Return whether the model can be reduced by a policy, for images of any size it takes."""
@@ -306,27 +265,27 @@ class SearchProblem:
         )
 
 
-def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(facts: ModelFacts, batch: Mapping[str, Any]) -> Call:
     """Check a batch, move it to the model's device and complete its inputs."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"data holds a {type(batch).__name__}; give dicts of model inputs, as a processor "
             "returns them."
         )
-    given = {name: value for name, value in batch.items() if value is not None}
+    device = facts.model.device
     moved = {
-        name: value.to(model.device) if isinstance(value, Tensor) else value
-        for name, value in given.items()
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
     }
-    return complete_inputs(model, moved | {"use_cache": False})
+    return completed(Call.of(facts, moved | {"use_cache": False}))
 
 
-def _layouts(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> list[PromptLayout]:
-    """Return the layout of every batch, after checking that one policy can fit them all."""
-    layouts = [prompt_layout(model, batch) for batch in batches]
-    images = [batch["pixel_values"] for batch in batches if "pixel_values" in batch]
+def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
+    """Check that one policy can fit all batches."""
+    layouts = [call.layout for call in calls]
+    images = [call.inputs["pixel_values"] for call in calls if "pixel_values" in call.inputs]
     sizes = sorted({tuple(pixels.shape[1:]) for pixels in images})
-    if len(sizes) > 1 and not sizes_vary(model):
+    if len(sizes) > 1 and not facts.sizes_vary:
         raise ValueError(
             f"The images of data vary in size: {', '.join(map(str, sizes))} (channels, height, "
             "width). Resize them to one size, as the model's processor does."
@@ -336,39 +295,29 @@ def _layouts(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> li
         raise ValueError(
             f"The prompts of data have {counts} images; search with equally many in every prompt."
         )
-    answered = sum("labels" in batch for batch in batches)
-    if answered not in (0, len(batches)):
+    answered = sum("labels" in call.inputs for call in calls)
+    if answered not in (0, len(calls)):
         raise ValueError(
-            f"{answered} of the {len(batches)} batches of data have labels: give them with all "
+            f"{answered} of the {len(calls)} batches of data have labels: give them with all "
             "batches, or with none."
         )
-    return layouts
 
 
-def _with_target(captures: Captures, batch: Mapping[str, Any], layout: PromptLayout) -> SearchBatch:
+def _with_target(captures: Captures, batch: Call) -> SearchBatch:
     """Capture a batch's call and make its target: its labels, or the unreduced predictions."""
-    inputs = dict(batch)
-    labels = inputs.pop("labels", None)
-    visual = placeholders(captures.model, inputs["input_ids"])
-    captured, unreduced = captures.run(inputs)
+    call, labels = _without_labels(batch), batch.inputs.get("labels")
+    visual = placeholders(call.facts, call.inputs["input_ids"])
     if labels is not None:
-        return SearchBatch(inputs, captured, layout, labelled(labels, visual))
-    target = self_distilled(inputs, visual, unreduced["logits"])
-    return SearchBatch(inputs, captured, layout, target)
+        captured = captures.serving(call)
+        return SearchBatch(call, captured, batch.layout, labelled(labels, visual))
+    with torch.no_grad():
+        captured, unreduced = captures.serve(call, lambda captured: captured.graph_module)
+    target = self_distilled(call.inputs, visual, unreduced["logits"])
+    return SearchBatch(call, captured, batch.layout, target)
 
 
-def _first_prompt(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the first prompt of a batch whose prompts are alike."""
-    batch = len(inputs["input_ids"])
-
-    def first(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        # Positions may have several coordinates [k, B, N], or be shared by all rows [1, N].
-        axis = value.ndim - 2 if name == "position_ids" else 0
-        return value.narrow(axis, 0, max(1, value.shape[axis] // batch))
-
-    return {name: first(name, value) for name, value in inputs.items()}
+def _without_labels(call: Call) -> Call:
+    return replace(call, inputs={name: x for name, x in call.inputs.items() if name != "labels"})
 
 
 @torch.no_grad()
@@ -386,7 +335,7 @@ def mean_loss(
     for batch in batches:
         if batch.kind not in graphs:
             graphs[batch.kind] = graph_for(batch)
-        output = run_graph(graphs[batch.kind], batch.inputs)
+        output = run_graph(graphs[batch.kind], batch.call.inputs)
         spaces = output.get("spaces")
         origin = spaces[-1]["origin"] if spaces else None
         losses.append(float(batch.target.loss(output["logits"], origin)))

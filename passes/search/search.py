@@ -18,24 +18,20 @@ import torch
 from torch import fx
 from transformers import PreTrainedModel
 
-from deos_fx import presets
 from deos_fx.cost.latency import milliseconds
 from deos_fx.forms.relaxed import RelaxedReduction
-from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import run_graph
 from deos_fx.passes.rewrite.straight_through import straight_through
-from deos_fx.passes.search.discretise import discretise
-from deos_fx.passes.search.lagrangian import AugmentedLagrangian
+from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.problem import SearchBatch, SearchProblem, mean_loss
+from deos_fx.passes.search.proposals import from_presets, from_steps, variations
 from deos_fx.passes.search.space import keep_fractions, relaxed_costs, start_reductions
 from deos_fx.passes.search.state import SearchState
-from deos_fx.passes.search.vary import variations
 from deos_fx.passes.verify import verify
-from deos_fx.policy.budget import Budget
+from deos_fx.policy.budget import Budget, check_budget
 from deos_fx.policy.policy import Policy
-from deos_fx.results.candidate import Candidate
-from deos_fx.results.search_result import SearchResult
+from deos_fx.results.search_result import Candidate, SearchResult
 
 __all__ = ["relaxed_graph", "search"]
 
@@ -94,17 +90,14 @@ def search(
     Ctrl-C ends the steps; their state is rounded, and the best policy so far is returned. Ctrl-C
     during the final variations ends these alone, anywhere else it aborts the search.
     """
-    if not isinstance(budget, Budget):
-        raise TypeError(
-            f"budget is a {type(budget).__name__}; give for example Budget(visual_tokens=0.125)."
-        )
+    check_budget(budget)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
     problem = SearchProblem.of(model, data, budget.require())
     searched = problem.searched_sites(sites)
     # 1. The best hand-designed policy that meets the limits is the start, if there is one.
     scoring = _Scoring(problem, progress)
-    scoring.add_all("presets", _from_presets(problem))
+    scoring.add_all("presets", from_presets(problem))
     _polish(problem, scoring, "first variations", _FIRST_VARIATIONS)
     start = scoring.best.policy if scoring.candidates else Policy()
     # 2. The steps.
@@ -123,7 +116,7 @@ def search(
         state.resume(checkpoint)
     interrupted = _descend(problem, state, steps, seed, checkpoint, progress)
     # 3. Their snapshots, rounded, and variations of the best candidate.
-    scoring.add_all("rounded policies", _from_steps(problem, state))
+    scoring.add_all("rounded policies", from_steps(problem, state))
     try:
         _polish(problem, scoring, "variations", _VARIATIONS)
     except KeyboardInterrupt:
@@ -162,9 +155,7 @@ def _descend(
     return False
 
 
-def relaxed_graph(
-    reductions: Mapping[str, RelaxedReduction], batch: SearchBatch
-) -> fx.GraphModule:
+def relaxed_graph(reductions: Mapping[str, RelaxedReduction], batch: SearchBatch) -> fx.GraphModule:
     """Make the relaxed graph of a kind of batch; gradients pass its quantised layers.
 
     Args:
@@ -197,7 +188,7 @@ def _step(
     for reduction in reductions.values():
         reduction.gate_temperature = temperature
     batch = problem.training[_batch_index(state.step, len(problem.training), seed)]
-    task = batch.target.loss(run_graph(graphs[batch.kind], batch.inputs)["logits"])
+    task = batch.target.loss(run_graph(graphs[batch.kind], batch.call.inputs)["logits"])
     costs = relaxed_costs(reductions, problem.cost, problem.latency)
     loss = task + state.lagrangian.penalty(costs)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
@@ -267,7 +258,7 @@ def _result(
         history=state.history,
         candidates=[replace(best, policy=policy), *candidates[1:]],
         limits=problem.limits,
-        unreduced=problem.cost.of_policy(Policy()),
+        unreduced=problem.cost.predict(Policy()),
         unreduced_loss=problem.static_loss(Policy()),
         relaxed_loss=_relaxed_loss(problem, policy),
         interrupted=interrupted,
@@ -292,63 +283,6 @@ def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candid
             "Raise latency_ms."
         )
     return candidates
-
-
-def _from_steps(problem: SearchProblem, state: SearchState) -> list[tuple[str, Policy]]:
-    """Round the snapshots, each with all its sites and with only those that drop most.
-
-    Returns:
-        Source and policy of each proposal.
-    """
-    # The last state is a snapshot, too, even if the steps were interrupted.
-    if state.step not in state.snapshots:
-        state.take_snapshot()
-    proposals = []
-    reductions = state.by_site()
-    for step, parameters in state.snapshots.items():
-        state.reductions.load_state_dict(parameters)
-        for most_sites in (None, 3, 2, 1):
-            rounded = discretise(reductions, problem.visual_tokens, most_sites)
-            fitted = problem.fit(rounded)
-            if fitted is not None:
-                proposals.append((f"step {step}", fitted))
-    return proposals
-
-
-def _from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
-    """Fit the presets to the same limits, so that the search returns nothing worse than them.
-
-    Returns:
-        Source and policy of each proposal.
-    """
-    proposals = []
-    signature = problem.cost.signature
-    share = problem.limits.get("visual_tokens", math.inf) / problem.layout.images
-    tokens = min(share, problem.visual_tokens)
-    for name in presets.fitted():
-        try:
-            policy = presets.fit(name, tokens, signature.decoder_layers, problem.visual_tokens)
-        except ValueError:
-            # The preset cannot meet the budget, or does not fit this number of tokens.
-            continue
-        policy = problem.of_any_size(_with_own_scores(problem.sites, policy))
-        if not problem.runs(policy):
-            continue
-        fitted = policy if problem.meets(policy) else problem.fit(policy)
-        if fitted is not None:
-            proposals.append((f"preset {name}", fitted))
-    return proposals
-
-
-def _with_own_scores(sites: Sites, policy: Policy) -> Policy:
-    """Replace the scores of reductions that use one which their site lacks by novelty."""
-    steps = [
-        replace(step, scores={"novelty": 1.0})
-        if not set(step.scores) <= set(sites[step.site].scores)
-        else step
-        for step in policy.reductions
-    ]
-    return replace(policy, reductions=tuple(steps))
 
 
 def _polish(problem: SearchProblem, scoring: _Scoring, stage: str, most: int) -> None:
@@ -399,7 +333,7 @@ class _Scoring:
     def add(self, source: str, policy: Policy) -> float:
         """Score a policy, add it to the candidates and return its loss."""
         loss = self.problem.static_loss(policy)
-        cost = self.problem.cost.of_policy(policy)
+        cost = self.problem.cost.predict(policy)
         self.candidates.append(Candidate(policy, source, loss, cost))
         return loss
 

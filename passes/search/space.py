@@ -12,8 +12,10 @@ from deos_fx.cost.latency import LatencyTable
 from deos_fx.cost.model import CostModel
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.analyse.sites import Site
+from deos_fx.policy.counts import along
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import first_layer, split_site
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["keep_fractions", "relaxed_costs", "start_reductions"]
@@ -113,25 +115,27 @@ def relaxed_costs(
     Returns:
         0-dim costs under the names of the budget's limits.
     """
-    images, layers = cost.images, cost.signature.decoder_layers
+    images = cost.images
     present = torch.tensor(float(images * cost.tokens_per_image))
-    counts = [present] * layers
-    patches = [present / images] * (cost.tower_blocks + 1)
-    overhead = torch.zeros(())
+    # First layer or block after each site, and the tokens from there on.
+    in_layers: list[tuple[int, Tensor]] = []
+    in_blocks: list[tuple[int, Tensor]] = []
+    before, overhead = present, torch.zeros(())
     for site, reduction in reductions.items():
         after = reduction.keep_fraction(present)
         stage, layer = split_site(site)
         # In the decoder, a prompt is reduced once; before it, each image alone.
-        share, first = (1, layer + 1) if stage == "decoder" else (images, 0)
+        share = 1 if stage == "decoder" else images
         flops = cost.reduction_flops(reduction.start, present / share, after / share)
         overhead = overhead + reduction.activation.sigmoid() * flops
-        # Layers before the site process the tokens that reach it.
-        counts = counts[:first] + [after] * (layers - first)
+        in_layers.append((first_layer(site), after))
         if stage == "vision":
-            patches = patches[: layer + 1] + [after / images] * (cost.tower_blocks - layer)
+            in_blocks.append((layer + 1, after / images))
         present = after
+    counts = along(before, in_layers, cost.signature.decoder_layers)
+    patches = along(before / images, in_blocks, cost.tower_blocks + 1)
     costs = {
-        "visual_tokens": cost.visual_tokens(counts),
+        "visual_tokens": cost.mean_tokens(counts),
         "flops": cost.flops(counts, overhead, patches),
         "kv_cache": cost.kv_bytes(counts),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deos_fx.checkpoint import load_optimizer, optimizer_tensors
+from deos_fx.files import write_file, write_text
 from deos_fx.forms.relaxed import RelaxedReduction
-from deos_fx.passes.search.lagrangian import AugmentedLagrangian
+from deos_fx.passes.search.objective import AugmentedLagrangian
 
 __all__ = ["SearchState"]
 
@@ -99,7 +99,7 @@ class SearchState:
         tensors |= {f"adam/{name}": value for name, value in moments.items()}
         # The tensors are named by step, so a kill between the two files leaves a valid pair.
         name = f"step-{self.step}.safetensors"
-        _replace(path / name, lambda part: save_file(tensors, part))
+        write_file(path / name, lambda part: save_file(tensors, part))
         record = {
             "deos_fx": "search",
             "version": 1,
@@ -108,8 +108,7 @@ class SearchState:
             "multipliers": self.lagrangian.multipliers,
             "history": self.history,
         }
-        text = json.dumps(record, indent=1)
-        _replace(path / "search.json", lambda part: Path(part).write_text(text, encoding="utf-8"))
+        write_text(path / "search.json", json.dumps(record, indent=1))
         for old in path.glob("step-*.safetensors"):
             if old.name != name:
                 old.unlink()
@@ -170,15 +169,3 @@ def _read(path: Path) -> dict[str, Any]:
     if record.get("version") != 1:
         raise ValueError(f"{path} has version {record.get('version')!r}; this release reads 1.")
     return record
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file under a temporary name, then rename it."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
-        write(part)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise

@@ -1,17 +1,57 @@
-"""Fit the counts of a policy: to limits, to shares of an image, or to a grid."""
+"""Counts of tokens: those that follow from a policy, and the largest that meet limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from deos_fx.operator import grid_layout
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.site import first_layer
 
-__all__ = ["as_shares", "fit_counts", "on_grid", "within"]
+__all__ = ["ASPECT", "along", "as_shares", "fit_counts", "on_grid", "tokens_per_layer", "within"]
 
-# The largest ratio of a pooling window's sides, the same as for the preset fitted to a budget.
-_ASPECT = 1.5
+
+# *** counts of a policy ***
+
+
+T = TypeVar("T")
+
+
+def along(before: T, cuts: Iterable[tuple[int, T]], places: int) -> list[T]:
+    """Return how many tokens there are at each place of a row.
+
+    Args:
+        before: Tokens before the first cut.
+        cuts: First place after each cut, in order, and the tokens from there on.
+        places: Length of the row.
+    """
+    counts = [before] * places
+    for first, after in cuts:
+        counts[first:] = [after] * (places - first)
+    return counts
+
+
+def tokens_per_layer(policy: Policy, sizes: Sequence[int], layers: int) -> list[int]:
+    """Return the visual tokens of one prompt that each decoder layer processes.
+
+    Args:
+        policy: The policy.
+        sizes: Visual tokens of each image of the prompt.
+        layers: Layers of the decoder.
+    """
+    of_images = zip(*map(policy.counts, sizes), strict=True)
+    kept = zip(policy.reductions, map(sum, of_images), strict=True)
+    cuts = ((first_layer(reduction.site), count) for reduction, count in kept)
+    return along(sum(sizes), cuts, layers)
+
+
+# *** counts within limits ***
+
+
+ASPECT = 1.5
+"""The largest ratio of the sides of a window over the grid, where a count is to be chosen."""
 
 
 def within(amounts: Mapping[str, float], limits: Mapping[str, float]) -> bool:
@@ -97,7 +137,7 @@ def on_grid(policy: Policy, height: int, width: int) -> Policy:
 def _splits(height: int, width: int, count: int) -> bool:
     """Return whether nearly square windows split the grid; a single window always does."""
     try:
-        grid_layout(height, width, count, aspect=_ASPECT)
+        grid_layout(height, width, count, aspect=ASPECT)
     except ValueError:
         return count == 1
     return True

@@ -1,18 +1,125 @@
-"""Small variations of a policy, used to polish the best candidates in their static form."""
+"""The policies that a search tries: rounded steps, presets, and variations of the best so far."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from deos_fx import presets
+from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.operator import SCORES
 from deos_fx.passes.analyse.sites import Sites
+from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction, split_site
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import site_order, split_site
 
-__all__ = ["variations"]
+__all__ = ["discretise", "from_presets", "from_steps", "variations"]
+
+# *** rounded steps ***
+
+# A site that keeps more than this share of the tokens that reach it is left out of the policy.
+_NEARLY_ALL = 0.97
+
+
+def from_steps(problem: SearchProblem, state: SearchState) -> list[tuple[str, Policy]]:
+    """Round the snapshots, each with all its sites and with only those that drop most.
+
+    Returns:
+        Source and policy of each proposal.
+    """
+    # The last state is a snapshot, too, even if the steps were interrupted.
+    if state.step not in state.snapshots:
+        state.take_snapshot()
+    proposals = []
+    reductions = state.by_site()
+    for step, parameters in state.snapshots.items():
+        state.reductions.load_state_dict(parameters)
+        for most_sites in (None, 3, 2, 1):
+            rounded = discretise(reductions, problem.visual_tokens, most_sites)
+            fitted = problem.fit(rounded)
+            if fitted is not None:
+                proposals.append((f"step {step}", fitted))
+    return proposals
+
+
+def discretise(
+    reductions: Mapping[str, RelaxedReduction], visual_tokens: int, most_sites: int | None = None
+) -> Policy:
+    """Round relaxed reductions to a policy, which may still miss its limits.
+
+    Args:
+        reductions: Site -> relaxed reduction.
+        visual_tokens: Visual tokens of one image.
+        most_sites: Largest number of sites; those that drop the largest shares are kept. None for
+            all sites.
+
+    Returns:
+        The policy; sites that keep nearly everything are left out.
+    """
+    # Share of the incoming tokens that each site keeps, and fraction of all tokens after it.
+    fraction = 1.0
+    drops: dict[str, float] = {}
+    fractions: dict[str, float] = {}
+    for site in sorted(reductions, key=site_order):
+        after = reductions[site].keep_fraction(fraction).item()
+        drops[site] = after / fraction
+        fractions[site] = fraction = after
+    wanted = sorted(drops, key=drops.__getitem__)[:most_sites]
+    chosen: list[Reduction] = []
+    present = 1.0
+    for site in sorted(wanted, key=site_order):
+        if fractions[site] < _NEARLY_ALL * present:
+            # Fractions are of all visual tokens, so a site that is left out changes no other count.
+            present = fractions[site]
+            count = max(1, round(present * visual_tokens))
+            chosen.append(reductions[site].to_reduction(site, count))
+    return Policy(tuple(chosen))
+
+
+# *** presets ***
+
+
+def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
+    """Fit the presets to the same limits, so that the search returns nothing worse than them.
+
+    Returns:
+        Source and policy of each proposal.
+    """
+    proposals = []
+    signature = problem.cost.signature
+    share = problem.limits.get("visual_tokens", math.inf) / problem.layout.images
+    tokens = min(share, problem.visual_tokens)
+    for name in presets.fitted():
+        try:
+            policy = presets.fit(name, tokens, signature.decoder_layers, problem.visual_tokens)
+        except ValueError:
+            # The preset cannot meet the budget, or does not fit this number of tokens.
+            continue
+        policy = problem.cost.for_any_size(_with_own_scores(problem.sites, policy))
+        if not problem.runs(policy):
+            continue
+        fitted = policy if problem.meets(policy) else problem.fit(policy)
+        if fitted is not None:
+            proposals.append((f"preset {name}", fitted))
+    return proposals
+
+
+def _with_own_scores(sites: Sites, policy: Policy) -> Policy:
+    """Replace the scores of reductions that use one which their site lacks by novelty."""
+    steps = [
+        replace(step, scores={"novelty": 1.0})
+        if not set(step.scores) <= set(sites[step.site].scores)
+        else step
+        for step in policy.reductions
+    ]
+    return replace(policy, reductions=tuple(steps))
+
+
+# *** variations ***
 
 # Treatments of dropped tokens. A variation makes one change; counts are then fitted to the limits
 # again.

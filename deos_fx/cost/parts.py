@@ -1,0 +1,158 @@
+"""The measured parts of a model: its decoder layers, vision blocks and what is around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from deos_fx.cost.amounts import Amount
+from deos_fx.cost.measure import Decoder, Encoder, measure_decoder, measure_encoder
+from deos_fx.inputs.call import Call
+from deos_fx.models.facts import ModelFacts
+
+__all__ = ["Block", "Parts", "at_most", "heads_of"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The cost of a transformer block, and the sizes of its attention.
+
+    Attributes:
+        linear: FLOPs for each token.
+        quadratic: FLOPs for each pair of tokens.
+        heads: Query heads.
+        key_heads: Key and value heads.
+        dim: Size of a head.
+        width: Size of a hidden state.
+    """
+
+    linear: float
+    quadratic: float
+    heads: int
+    key_heads: int
+    dim: int
+    width: int
+
+    def flops(self, tokens: Amount) -> Amount:
+        """Compute the FLOPs of the block: linear layers, query-key and attention-value products."""
+        return tokens * self.linear + self.quadratic * tokens * tokens
+
+    def row_flops(self, queries: Amount, tokens: Amount) -> Amount:
+        """Compute the FLOPs of the attention logits of a few queries that a score observes."""
+        return 2 * self.heads * self.dim * queries * tokens
+
+    @property
+    def projections(self) -> int:
+        """Compute the FLOPs of the queries, keys and values of one token."""
+        return 2 * self.width * (self.heads + 2 * self.key_heads) * self.dim
+
+
+def heads_of(block: nn.Module) -> tuple[int, int, int, int]:
+    """Read query heads, key heads, size of a head and width from a block's attention config."""
+    configs: list[Any] = [module.config for module in block.modules() if hasattr(module, "config")]
+    config = next((item for item in configs if hasattr(item, "num_attention_heads")), None)
+    if config is None:
+        # Case: the attention of this block cannot be observed.
+        return 0, 0, 0, 0
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, key_heads, dim, config.hidden_size
+
+
+def at_most(tokens: Amount, most: int | None) -> Amount:
+    """Return a number of tokens, limited to `most`, the tokens of a window; None for no limit."""
+    if most is None:
+        return tokens
+    return tokens.clamp(max=most) if isinstance(tokens, Tensor) else min(tokens, most)
+
+
+class Parts:
+    """The costs of the parts of a model, each measured when it is first asked for.
+
+    Args:
+        facts: The facts of the model.
+        call: A call with images; None for images of the config's size.
+
+    Attributes:
+        opaque: Whether blocks of the image encoder cannot be told apart.
+        width: Size of a hidden state of the decoder.
+        class_tokens: Tokens of the vision tower in front of the patches.
+    """
+
+    def __init__(self, facts: ModelFacts, call: Call | None) -> None:
+        self._facts = facts
+        # Facts do not keep the model alive.
+        self._model = facts.model
+        self._call = call
+        self.opaque = facts.encodes_as_one(() if call is None else call.inputs)
+        self.width: int = self._model.config.get_text_config().hidden_size
+        self.class_tokens = int(facts.has_class_token)
+
+    @cached_property
+    def measured(self) -> Decoder:
+        """Measure the decoder."""
+        return measure_decoder(self._facts)
+
+    @cached_property
+    def decoder(self) -> list[Block]:
+        """Return the decoder layers."""
+        return [
+            Block(
+                linear=layer.linear,
+                quadratic=layer.quadratic,
+                heads=heads_of(self._model.get_submodule(path))[0],
+                key_heads=layer.key_heads,
+                dim=layer.dim,
+                width=self.width,
+            )
+            for path, layer in zip(self._facts.blocks.decoder, self.measured.layers, strict=True)
+        ]
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Measure the encoding of one image of the config's size."""
+        return measure_encoder(self._facts)
+
+    @property
+    def tower_blocks(self) -> int:
+        """Count the vision blocks up to the last that is used; 0 if they cannot be told apart."""
+        return 0 if self.opaque else self.encoder.used
+
+    @cached_property
+    def vision(self) -> list[Block]:
+        """Return the vision blocks; none if they cannot be told apart."""
+        if self.opaque:
+            return []
+        blocks = []
+        for i, path in enumerate(self._facts.blocks.vision):
+            block = self._model.get_submodule(path)
+            heads, key_heads, dim, width = heads_of(block)
+            tokens, products = self.tokens_in_block(i), self.encoder.products[i]
+            linear, quadratic = (self.encoder.blocks[i] - products) / tokens, products / tokens**2
+            blocks.append(Block(linear, quadratic, heads, key_heads, dim, width))
+        return blocks
+
+    def tokens_in_block(self, i: int) -> int:
+        """Return the tokens of an image in a vision block, class tokens included."""
+        return self.encoder.tokens[i] or self._facts.signature.visual_tokens
+
+    @cached_property
+    def encoding_as_one(self) -> int:
+        """Count the FLOPs of encoding all images and videos of the call, whose sizes matter.
+
+        Raises:
+            ValueError: If there is no call.
+        """
+        if self._call is None:
+            raise ValueError(
+                f"What encoding an image of a {self._facts.signature.model_type} model costs "
+                "depends on its size: give inputs of a call."
+            )
+        return sum(
+            measure_encoder(self._facts, given, encode).total
+            for encode, given in self._call.encodings
+        )

@@ -1,1 +1,0 @@
-"""Run exported graphs: sessions of ONNX Runtime and the cache that they fill."""
