@@ -14,6 +14,7 @@ from deos_fx.models.facts import facts_of
 
 CROSS, ENCODER, QUERIES = "through cross-attention", "encoder that its decoder", "a Q-Former"
 OTHER = "no get_image_features"
+MARKED = "image_embeds_position_mask"
 REFUSED = {
     "blip": CROSS,
     "idefics": CROSS,
@@ -27,8 +28,8 @@ REFUSED = {
     "instructblip": QUERIES,
     "instructblipvideo": QUERIES,
     "git": OTHER,
-    "kosmos-2": OTHER,
-    "kosmos-2.5": OTHER,
+    "kosmos-2": MARKED,
+    "kosmos-2.5": MARKED,
 }
 NO_ANSWERS: list[tuple[Any, Any]] = [
     (hf.LlamaForCausalLM, hf.LlamaConfig),

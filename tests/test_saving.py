@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import prompts, shared
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import inputs, tiny_llava
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
@@ -30,6 +33,8 @@ def adapted(**options: Any) -> Any:
 
 
 def with_native_adapters() -> Any:
+    if Version(metadata.version("peft")) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"transformers adds adapters with peft {MIN_PEFT_VERSION} or newer")
     model = tiny_llava()
     model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     return model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +125,12 @@ def _check_reading(model: PreTrainedModel) -> None:
         raise CaptureError(
             f"{name} reads images through cross-attention, not in its prompt: its decoder has no "
             f"visual tokens to reduce. {_INSTEAD}"
+        )
+    if "image_embeds_position_mask" in inspect.signature(type(model).forward).parameters:
+        # Case: Kosmos, which since transformers 5.24 also has get_image_features.
+        raise CaptureError(
+            f"{name} is told by image_embeds_position_mask where images are, not by placeholders "
+            f"in input_ids, by which deos_fx finds the visual tokens. {_INSTEAD}"
         )
     if not hasattr(core, "get_image_features"):
         raise CaptureError(
