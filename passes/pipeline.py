@@ -49,8 +49,9 @@ class Captured:
 
     @cached_property
     def guards(self) -> fx.GraphModule:
-        """Return a graph of the guards alone, which tell whether it serves a call."""
+        """Return a graph of the guards alone, which tells whether the capture serves a call."""
         guards = copy_of(self.graph_module)
+        # Guards have side effects, so they and what they read stay when everything else is dead.
         guards.graph.output_node().args = ({},)
         return finish(guards)
 
@@ -84,6 +85,8 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     graph_module = _run(fold_masked_add, graph_module)
     graph_module = _run(annotate_token_spaces, graph_module, inputs)
     graph_module = verify(graph_module, "captured")
+    # Only a prefill with images has sites; other calls are captured for their guards and for
+    # decoding.
     sites = None
     if any(name in inputs for name in PIXELS):
         sites = _run(find_sites, graph_module)
@@ -105,7 +108,7 @@ def lower_call(captured: Captured, policy: Policy, layout: PromptLayout | None) 
         ValueError: If the policy does not fit the call; see `lower_reductions`.
     """
     if captured.sites is None or layout is None:
-        # A decode step.
+        # Case: a decode step.
         graph_module = _run(lower_decode, captured.graph_module, decode_spaces(policy))
         return verify(graph_module, "decode")
     graph_module = captured.graph_module
@@ -118,9 +121,10 @@ def _run(step: Callable[..., _T], graph_module: fx.GraphModule, *arguments: Any)
     try:
         return step(graph_module, *arguments)
     except (TypeError, ValueError):
-        # A user's mistake, which the message explains.
+        # Case: a user's mistake, which the message explains.
         raise
     except Exception as error:
+        # Case: a mistake of ours. Without the name of the pass, such an error is hard to place.
         raise PassError(
             f"The pass {step.__name__} failed on {graph_module._get_name()} "
             f"({type(error).__name__}: {error}). This is a fault of deos_fx: please report it, "

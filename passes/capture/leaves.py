@@ -64,14 +64,15 @@ class MaskBuilder(nn.Module):
         Args:
             kwargs: Arguments of the call.
         """
+        # Any further argument, such as a mask function to combine with, changes what tokens see.
         given = {name for name, value in kwargs.items() if value is not None}
         return self.function is masking_utils.create_causal_mask and given <= _PLAIN
 
     def keeps_apart(self, kwargs: Mapping[str, Any]) -> bool:
         """Return whether the samples of a row, told apart by position ids, do not see each other.
 
-        Masks with blocks of image tokens do not count: their function looks blocks up by places
-        inside a sample as if these were places in the row.
+        Masks with blocks of image tokens do not keep samples apart: their function takes a place
+        inside a sample for a place in the row.
 
         Args:
             kwargs: Arguments of the call.
@@ -113,7 +114,7 @@ class ImageEncoder(nn.Module):
 
 
 def _are_images(level: Any) -> bool:
-    """Return whether this is a tuple of tensors and nothing else: one tensor for each image."""
+    """Return whether a value is a tuple of tensors and nothing else: one tensor for each image."""
     return isinstance(level, tuple) and all(isinstance(part, torch.Tensor) for part in level)
 
 
@@ -126,7 +127,8 @@ def first_of(module: nn.Module) -> nn.Module:
     """Make a view of a module that returns only its first output; everything else is shared."""
     kind: Any = type(module)
     view = shallow_copy(module)
-    # accelerate's hooks replace the forward of an instance; the view calls it, too.
+    # accelerate's hooks are a forward of the instance, which would hide that of the view's class.
+    # The view has to call it as well.
     hooked = vars(view).pop("forward", None)
 
     @functools.wraps(kind.forward)
