@@ -33,37 +33,42 @@ def check_reduction(
         ValueError: If the site cannot be used or lacks something that the reduction needs.
     """
     name = reduction.site
+    # 1. The site exists, is available and has the scores.
     site = sites.usable(name, reduction.scores)
     needs = required_features(reduction)
     before_decoder = split_site(name)[0] != "decoder"
-    # Features that have to be observed in a block, whatever the block (``keys``, ``keys@next``).
+    # Features that are observed in a block, whichever block it is (``keys``, ``keys@next``).
     hidden_from = sorted(need for need in needs if need.partition("@")[0] in OBSERVED)
+    # 2. What is observed belongs to the tokens that are reduced.
     if before_decoder and hidden_from and sites.encoder is not Encoder.PATCHWISE:
         raise ValueError(
             f"{name} has no {', '.join(hidden_from)}: its tokens are not those of a block of the "
             "vision tower. Use scores and similarities of the features themselves."
         )
-    # Merged features already stand at their placeholders, so they cannot change their order.
+    # 3. Features that are already at their placeholders cannot change their order.
     if before_decoder and sites.encoder is Encoder.OPAQUE and reduction.order != "position":
         raise ValueError(
             f"{name}: the features of this model enter the prompt in the order of the image. Use "
             "order='position'."
         )
+    # 4. The tokens have places on a grid.
     if "grid" in needs and not layout.placed:
         raise ValueError(
             f"{name}: rows and columns of the visual tokens are not known for images of these "
             "sizes. Use scores, similarities and a selector that do not need the grid."
         )
     nodes = {node.name: node for node in graph_module.graph.nodes}
+    # 5. A row is one prompt.
     if layout.packed:
         _check_packed(reduction, needs, layout.packed)
     mask = None if before_decoder else nodes[site.node].kwargs.get("attention_mask")
-    # A layer that takes a mask of padding alone is a convolution or keeps a state.
+    # 6. The layer attends. With a mask of padding alone, it is a convolution or keeps a state.
     if hidden_from and isinstance(mask, fx.Node) and note_of(mask).padding:
         raise ValueError(
             f"{name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use scores and "
             "similarities of the hidden states themselves, or another site."
         )
+    # 7. The rule for positions fits the images, and the positions of this model.
     if reduction.position == "grid" and layout.grids:
         raise ValueError(
             f"{name}: position 'grid' works for images of one size, and these have "

@@ -49,7 +49,7 @@ class ValueProxy(fx.Proxy):
             return lambda *args, **kwargs: self.tracer.create_proxy(
                 "call_method", name, (self, *args), kwargs
             )
-        # Case: a dtype, a device, a flag such as is_cuda. Models may branch on these freely.
+        # Case: a dtype, a device, a flag such as is_cuda: part of the structure.
         if isinstance(attribute, (*STRUCTURAL_TYPES, bool)):
             return attribute
         # Case: data, such as a shape.
