@@ -36,7 +36,7 @@ class Emitter:
 
     @property
     def suffix(self) -> str:
-        """Return the suffix of nodes' names, such as ``decoder2``: fx would count up ``_2``."""
+        """Return the suffix of nodes' names: ``decoder2``, since fx takes ``_2`` for a counter."""
         return self.site.replace(".", "")
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -51,8 +51,10 @@ class Emitter:
         Returns:
             The node, or the value of a call on constants.
         """
+        # Case: constants alone, such as the grid. There is nothing to emit.
         if not _has_node(args):
             return function(*args)
+        # Tensors beside nodes become buffers. The name is what a reader sees in the printed graph.
         args = pytree.tree_map_only(torch.Tensor, self.constant, args)
         name = f"{function.__name__}_{self.suffix}" if self.suffix else function.__name__
         return self.graph.create_node("call_function", function, args, {}, name)
@@ -70,6 +72,7 @@ class Emitter:
         Returns:
             The node, or the value of a call on constants.
         """
+        # Case: constants alone, as in `call`.
         if not _has_node(args):
             return function(*args)
         moved = partial(self.call, tokens.beside)
@@ -82,6 +85,7 @@ class Emitter:
         """Store a constant as a buffer of the graph, which moves between devices with it."""
         names = (f"constant_{self.suffix}_{i}" for i in itertools.count())
         name = next(name for name in names if not hasattr(self.graph_module, name))
+        # A buffer made in inference mode could not be used in a search, which needs gradients.
         with torch.inference_mode(False):
             constant = value.to(execution_device(self.graph_module), copy=True)
         self.graph_module.register_buffer(name, constant, persistent=False)
@@ -95,6 +99,7 @@ class Emitter:
             value: A node or a constant; None if a reduction has no such value.
         """
         key = self.site, role
+        # Case: a node. Its value is read when the graph runs.
         if isinstance(value, fx.Node):
             annotate(value, explains=(*note_of(value).explains, key))
         elif value is not None:

@@ -19,7 +19,7 @@ from deos_fx.passes.notes import annotate, note_of
 __all__ = ["AskedNodes", "bias_block", "observe_attention", "peek_block"]
 
 AskedNodes = tuple[fx.Node | None, fx.Node | None, fx.Node | None]
-"""Nodes of `Asked`: positions of the queries, their votes, and positions of the keys that count."""
+"""The nodes of `Asked`: positions of queries, their votes, and positions of the keys that count."""
 
 
 def observe_attention(
@@ -49,6 +49,7 @@ def observe_attention(
     anchor = block.next
     with graph.inserting_before(anchor):
         hidden = _part(graph, block, 0, "hidden")
+        # The hidden states take over the note of the block, except that they are no block.
         hidden.meta = dict(block.meta)
         annotate(hidden, block=None)
         seen = [_part(graph, block, i, item.kind) for i, item in enumerate(observe, start=1)]
@@ -80,7 +81,8 @@ def peek_block(
     """
     observe = tuple(observation for observation, _ in wanted)
     graph_module.add_submodule(name, PeekedBlock(module, observe))
-    # The cache gets this block's keys when it runs, not when it is peeked into.
+    # The cache gets the keys of a block when the block runs, not when it is peeked into. And
+    # queries that the next block was asked for are not those of this peek.
     left_out = ("asked", CACHE)
     kwargs = {key: value for key, value in like.kwargs.items() if key not in left_out}
     graph = graph_module.graph
@@ -106,9 +108,9 @@ def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
 def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None) -> None:
     """Add a bias to the attention logits of one block, as part of its mask.
 
-    Blocks with the same mask and the same bias share one node for their sum. Where a mask was
-    re-indexed for a new token space together with an old bias, that bias is taken out first: the
-    blocks of a space have one bias.
+    The blocks of a token space have one bias. Those with the same mask share one node for the sum
+    of the two. If a mask has been re-indexed together with the bias of an earlier space, that bias
+    is taken out first.
 
     Args:
         graph_module: The graph. Changed in place.
@@ -119,11 +121,12 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
         ValueError: If the block takes no attention mask.
     """
     module = graph_module.get_submodule(str(block.target))
+    # The signature that counts is that of the model's own block.
     if isinstance(module, ObservedBlock):
         module = module.original()
     place = _place_of_mask(module, block)
     if place is None:
-        # There cannot be an earlier bias to remove.
+        # Case: a block without a mask. If no bias is to be added, there is none to remove either.
         if key_bias is None:
             return
         raise ValueError(
@@ -156,10 +159,11 @@ def _without_bias(mask: Any) -> Any:
     """Return a mask before an earlier bias was added."""
     if not isinstance(mask, fx.Node):
         return mask
+    # biased_mask(mask, key_bias, hidden, causal)
     if mask.target is biased_mask:
         return mask.args[0]
     if mask.target is tokens.take_mask:
-        # A mask that was re-indexed for this space: its source may have the bias.
+        # Case: a mask that was re-indexed for this space. Its source may have the bias.
         inner, *index = mask.args
         mask.args = (_without_bias(inner), *index)
     return mask
@@ -172,6 +176,7 @@ def _with_bias(mask: Any, key_bias: fx.Node, block: fx.Node, causal: bool) -> fx
             return user
     graph = block.graph
     with graph.inserting_before(block):
+        # Of the hidden states, only the shape, precision and device are read.
         node = graph.call_function(biased_mask, (mask, key_bias, block.args[0], causal))
     if isinstance(mask, fx.Node):
         annotate(node, axes=note_of(mask).axes, root=note_of(mask).root or mask.name)

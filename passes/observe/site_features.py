@@ -20,7 +20,10 @@ __all__ = ["PromptFeatures", "PromptText", "TowerFeatures"]
 
 @dataclass
 class PromptText:
-    """The text of prompts, at the embeddings: reductions keep all of it, in order.
+    """The text of prompts, where they are embedded. Reductions keep all of it, in order.
+
+    So positions in the list of text tokens are valid at every site, and what is computed here once
+    serves all of them.
 
     Attributes:
         call: Emits nodes.
@@ -50,7 +53,7 @@ class PromptText:
 
     @cached_property
     def question(self) -> fx.Node:
-        """Return flags [B, T]: 1 for text after the images, or for all text if none comes after."""
+        """Return flags [B, T]: 1 for text after the images or, without any, for all text."""
         return self._put(tokens.question_votes, self.positions, self.visual, self.padding)
 
     @cached_property
@@ -70,8 +73,8 @@ class PromptText:
 class TowerFeatures(SiteFeatures):
     """Features of each image's patches, in the vision tower or after it.
 
-    In addition to observations of attention there are ``class_token`` [I, 1, d] at sites of the
-    tower, and of the prompt ``text_tokens`` [I, T, d] with ``text_mask`` [I, T].
+    In addition to observations of attention there are ``class_token`` [I, 1, d], at sites in the
+    tower, and ``text_tokens`` [I, T, d] with ``text_mask`` [I, T], the text of each image's prompt.
 
     Args:
         graph_module: The graph. Changed in place.
@@ -110,11 +113,13 @@ class TowerFeatures(SiteFeatures):
         """Emit the queries: the CLS token, or all tokens with equal votes or gates as votes."""
         if queries == "class" and self.class_tokens == 1:
             return self.call(tokens.class_token, hidden), None, None
+        # Case: every token of an image, class tokens included; gates of a relaxed graph are votes.
         if queries == "visual":
             votes = None
             if self.alive is not None:
                 votes = self.call(tokens.tower_votes, self.alive, self.class_tokens)
             return None, votes, None
+        # Case: queries that there are only in the decoder, or a CLS token that this tower lacks.
         kind = "no CLS token" if queries == "class" else "no text"
         raise ValueError(f"{self.site} cannot observe attention of {queries}: it has {kind}.")
 
@@ -178,16 +183,19 @@ class PromptFeatures(SiteFeatures):
 
     def _ask(self, queries: str, hidden: fx.Node) -> AskedNodes:
         """Emit the queries: the last token, the visual tokens, all text, or SparseVLM's raters."""
+        # Case: the last token that is no padding.
         if queries == "last":
             return self.call(tokens.last_token, hidden, self.padding()), None, None
+        # Case: the visual tokens, with gates as votes in a relaxed graph.
         if queries == "visual":
             return self.visual, self.alive, None
         if queries == "class":
             raise ValueError(f"{self.site} has no CLS token to observe. Use a site of the tower.")
-        # Case: the text. Raters are the text tokens that have a vote.
+        # Case: all text, or SparseVLM's raters, which are the text tokens that have a vote.
         votes = self.text.raters if queries == "raters" else None
         positions = self._text_positions(hidden)
         if queries == "raters":
+            # They also name the keys by which the strongest heads are chosen.
             return positions, votes, self.visual
         padding = self.padding()
         if padding is not None:
@@ -220,10 +228,10 @@ class PromptFeatures(SiteFeatures):
         return super()._other(name)
 
     def _normed(self, hidden: fx.Node) -> fx.Node:
-        """Apply the norm that follows the last layer to hidden states.
+        """Apply the final norm, the module that follows the last layer, to hidden states.
 
         Raises:
-            ValueError: If not exactly one module follows the last layer.
+            ValueError: If no module follows the last layer, or more than one.
         """
         *_, last = blocks_of(self.graph_module.graph, "decoder").values()
         after = [user for user in last.users if user.op == "call_module"]

@@ -41,8 +41,8 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
         if {node.name for node in made_of(guard) if node.op == "placeholder"} <= images.keys():
             graph.erase_node(guard)
     (encoder,) = graph.find_nodes(op="call_module", target="image_encoder")
-    # Fields of the encoder's output that the prefill reads. From now on they are read in the encoder's
-    # graph, since inputs of an exported graph are tensors.
+    # Fields of the encoder's output that the prefill reads. The encoder's graph will read them,
+    # since inputs of an exported graph are tensors.
     parts = [user for user in encoder.users if user.target is getattr]
     needed = made_of(encoder) | {*parts}
     front = fx.Graph()

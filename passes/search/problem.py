@@ -117,11 +117,12 @@ class SearchProblem:
         for call in longest:
             cost = CostModel.of_call(call)
             costs.setdefault(cost.layout, cost.of_one_prompt())
+        # dict keeps the order, so the first is that of the longest prompts.
         cost, *others = costs.values()
         captures = Captures(model.eval())
         captured = captures.serving(_without_labels(longest[0]))
         batches = [_with_target(captures, call) for call in calls]
-        # With fewer than four batches, candidates are scored on the training batches.
+        # With fewer than four batches, none is held back, and candidates are scored on all of them.
         held_back = len(batches) // 4
         problem = cls(
             model=model,
@@ -143,7 +144,7 @@ class SearchProblem:
         return self.layout.tokens_per_image
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the problem: a checkpoint must agree with it."""
+        """Describe the problem, so that a checkpoint of another one is recognised."""
         return {
             "model": str(self.cost.signature),
             "batches": [list(ids.shape) for ids in self._training_ids()],
@@ -151,6 +152,7 @@ class SearchProblem:
         }
 
     def _training_ids(self) -> Iterator[Tensor]:
+        """Yield the token ids of the training batches."""
         return (batch.call.inputs["input_ids"] for batch in self.training)
 
     @property
@@ -181,7 +183,7 @@ class SearchProblem:
         """Return the problem with a latency table, measured by pruning at the projector."""
         counts = [max(1, round(self.visual_tokens * share)) for share in _LATENCY_SHARES]
         table = LatencyTable.measure(counts, self._timed_prefill, self.model.device)
-        # Counts were of one image; the table is looked up with counts of a prompt.
+        # It was measured for counts of one image, and is looked up with counts of a prompt.
         scaled = tuple(self.layout.images * count for count in table.counts)
         return replace(self, latency=replace(table, counts=scaled))
 
@@ -208,8 +210,8 @@ class SearchProblem:
     def amounts(self, policy: Policy) -> dict[str, float]:
         """Return the cost of a policy, under the names of the budget's limits.
 
-        Where images are of several sizes, the layout that uses the largest share of its own limit
-        counts, scaled to ``limits``.
+        Where images are of several sizes, each amount is that of the layout that uses the largest
+        share of its own limit, scaled to ``limits``.
 
         Args:
             policy: The policy.
@@ -241,7 +243,7 @@ class SearchProblem:
         return self.cost.for_any_size(on_grid(fitted, *self.layout.grid))
 
     def runs(self, policy: Policy) -> bool:
-        """Return whether the model can be reduced by a policy, for images of any size it takes."""
+        """Return whether the model can be reduced by a policy, for any images that it takes."""
         by_grid = any(step.selector == "grid" for step in policy.reductions)
         if by_grid and self.cost.sizes_vary:
             # Anchors on the grid of one image do not fit the grid of another.
@@ -250,6 +252,7 @@ class SearchProblem:
         try:
             for step in policy.reductions:
                 check_reduction(graph_module, self.sites, step, self.layout)
+        # The checks of a policy say why in a message; a search only wants to know whether.
         except ValueError:
             return False
         return True
@@ -277,6 +280,7 @@ def _checked(facts: ModelFacts, batch: Mapping[str, Any]) -> Call:
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
+    # A search never decodes, and a cache would only take memory.
     return completed(Call.of(facts, moved | {"use_cache": False}))
 
 
@@ -307,9 +311,11 @@ def _with_target(captures: Captures, batch: Call) -> SearchBatch:
     """Capture a batch's call and make its target: its labels, or the unreduced predictions."""
     call, labels = _without_labels(batch), batch.inputs.get("labels")
     visual = placeholders(call.facts, call.inputs["input_ids"])
+    # Case: labels. The model need not run.
     if labels is not None:
         captured = captures.serving(call)
         return SearchBatch(call, captured, batch.layout, labelled(labels, visual))
+    # Case: no labels. The captured graph is run, and gives the answers of the unreduced model.
     with torch.no_grad():
         captured, unreduced = captures.serve(call, lambda captured: captured.graph_module)
     target = self_distilled(call.inputs, visual, unreduced["logits"])
@@ -317,6 +323,7 @@ def _with_target(captures: Captures, batch: Call) -> SearchBatch:
 
 
 def _without_labels(call: Call) -> Call:
+    """Return the call without labels: the loss is computed outside the graph."""
     return replace(call, inputs={name: x for name, x in call.inputs.items() if name != "labels"})
 
 
@@ -336,6 +343,7 @@ def mean_loss(
         if batch.kind not in graphs:
             graphs[batch.kind] = graph_for(batch)
         output = run_graph(graphs[batch.kind], batch.call.inputs)
+        # Only a static graph has spaces. The last one has the tokens that logits are of.
         spaces = output.get("spaces")
         origin = spaces[-1]["origin"] if spaces else None
         losses.append(float(batch.target.loss(output["logits"], origin)))
