@@ -33,9 +33,9 @@ __all__ = ["OnnxModel"]
 class OnnxModel:
     """A model that `deos_fx.export_onnx` wrote, run in ONNX Runtime.
 
-    Inputs and results are CPU tensors, whatever the device: only the prompt, the new token and the
-    logits are copied between the two. Keys and values stay where they are computed. On the CPU, as
-    many threads are used as `torch.get_num_threads()` returns when the model is loaded.
+    Inputs and results are CPU tensors, whatever the device. Only the prompt, the new token and the
+    logits are copied to and from the device; keys and values stay where they are computed. On the
+    CPU, as many threads are used as `torch.get_num_threads()` returns when the model is loaded.
 
     Attributes:
         config: The model's config.
@@ -127,7 +127,8 @@ class OnnxModel:
         """
         if not inputs.get("use_cache", True):
             raise ValueError("use_cache=False, but exported graphs always use a cache; omit it")
-        # Every call gets a host of its own: some families store positions on the model object.
+        # Each call of `generate` has a host of its own: some families store positions on the model
+        # object, which another thread must not see.
         host = generation_host(self, self._skeleton, self._new_cache, device=HOST)
         return host.generate(**normal_inputs(inputs))
 
@@ -146,7 +147,7 @@ class OnnxModel:
             logits = self._run_prefill(call, cache)
         else:
             logits = self._run_decode(call.inputs, cache)
-        # logits_to_keep = 0 keeps all of them.
+        # logits_to_keep = 0 keeps all: [:, -0:] is the whole axis.
         kept = logits[:, -call.inputs.get("logits_to_keep", 0) :]
         fields: dict[str, Any] = {"logits": kept.float(), CACHE: cache}
         return CausalLMOutputWithPast(**fields)
@@ -157,6 +158,7 @@ class OnnxModel:
         self._check_prompts(inputs)
         values = {
             **inputs,
+            # The graphs always take a mask. They take pixels in the dtype of the export.
             "attention_mask": inputs.get("attention_mask", torch.ones_like(ids)),
             "position_ids": self._positions(ids, inputs["position_ids"]),
             "pixel_values": inputs["pixel_values"].to(self._dtype),
@@ -166,6 +168,7 @@ class OnnxModel:
             values |= self._encode(self._encoder, values["pixel_values"], len(ids))
         outputs = self._prefill(values)
         cache.take_states(outputs, ids.shape[1])
+        # Kept, so that a later turn can tell whether it is given the same images.
         cache.images = call.images
         cache.record(
             ids.shape[1],
@@ -186,9 +189,11 @@ class OnnxModel:
         ids = inputs["input_ids"]
         positions = self._positions(ids, inputs["position_ids"])
         mask = inputs.get("attention_mask")
+        # Case: no mask. All tokens seen so far are real.
         if mask is None:
             mask = ids.new_ones(len(ids), cache.get_seq_length() + ids.shape[1])
         logits = []
+        # The graph takes one token: a prompt of a later turn is read token by token.
         for step in range(ids.shape[1]):
             now = slice(step, step + 1)
             # Masks cover all tokens seen so far, this one included.
@@ -210,7 +215,8 @@ class OnnxModel:
         if not coordinates:
             return positions.expand(ids.shape)
         if positions.ndim == 3 and len(positions) == coordinates + 1:
-            # transformers' generate puts the index in the text before the coordinates.
+            # Case: a row more. transformers' generate puts places in the text before the
+            # coordinates.
             positions = positions[1:]
         return positions.expand(coordinates, *ids.shape)
 
@@ -238,6 +244,7 @@ class OnnxModel:
     def _check_prompts(self, inputs: Mapping[str, Any]) -> None:
         """Refuse prompts whose images are not those that the graphs were exported for."""
         manifest, ids = self._manifest, inputs["input_ids"]
+        # Numbers of image tokens, without duplicates.
         counts = sorted({*(ids == manifest["image_token"]).sum(dim=1).tolist()})
         if "pixel_values" not in inputs or counts[-1] == 0:
             raise ValueError(
@@ -245,6 +252,7 @@ class OnnxModel:
                 f"{manifest['images']}: pass pixel_values, and input_ids with image placeholders "
                 f"(token id {manifest['image_token']})."
             )
+        # In this order, so that the first message names the most basic difference.
         again = "Export it again with example_inputs like these."
         if counts != [manifest["image_tokens"]]:
             raise ValueError(
@@ -274,7 +282,8 @@ class OnnxModel:
     def _check_ends(self, inputs: Mapping[str, Any], again: str) -> None:
         """Refuse prompts that end in an image if the graphs were exported for text at the end.
 
-        The same holds the other way round: the last token of a prompt must not be dropped.
+        Refuse them also the other way round: graphs for an image at the end always keep its last
+        token, and others may drop it.
         """
         ends = self._manifest.get("ends_in_image")
         ids = inputs["input_ids"]
@@ -290,7 +299,7 @@ class OnnxModel:
         """Refuse inputs that the graphs do not take, and calls that lack inputs they need."""
         names = set(self._manifest["inputs"])
         given = {name for name, value in inputs.items() if isinstance(value, Tensor)}
-        # The mask may be left out: it is then all ones.
+        # The mask may be left out; it is all ones then.
         needed = names & (set(self._prefill.inputs) | self._constants.keys()) - {"attention_mask"}
         for what, wrong in (("has", given - names), ("lacks", needed - given)):
             if wrong:
@@ -300,12 +309,18 @@ class OnnxModel:
                 )
 
     def _new_cache(self) -> SessionCache:
+        """Make an empty cache, with the layers of this model."""
         return SessionCache(self.config.get_text_config())
 
 
 def _check_mask(inputs: Mapping[str, Any], visual: Tensor) -> None:
-    """Refuse masks with an axis for queries, and packed samples: a row must be one prompt."""
+    """Refuse masks with an axis for queries, and packed samples: a row must be one prompt.
+
+    Raises:
+        ValueError: If a row may hold several samples.
+    """
     mask = inputs.get("attention_mask")
+    # Case: a mask of queries and keys.
     if mask is not None and mask.ndim != 2:
         raise ValueError(
             f"attention_mask is {tuple(mask.shape)}, but exported graphs take flags of real tokens "
@@ -320,7 +335,8 @@ def _shown(tensor: Tensor) -> str:
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:
-    """Make the model without weights: `generate` needs only its class and its configs."""
+    """Make the model without weights: `generate` needs only its class and configs."""
+    # Tensors on the meta device take no memory.
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         skeleton = getattr(transformers, config.architectures[0])._from_config(config)

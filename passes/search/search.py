@@ -90,7 +90,7 @@ def search(
         TypeError: If an argument is of a wrong type.
 
     Ctrl-C during the steps ends them: their state is rounded, and the best policy so far is
-    returned. Ctrl-C during the final variations ends only these. Anywhere else it aborts the search.
+    returned. Ctrl-C during the final variations ends only these. Elsewhere it aborts the search.
     """
     check_budget(budget)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
