@@ -326,6 +326,7 @@ def _check_mask(inputs: Mapping[str, Any], visual: Tensor) -> None:
             f"attention_mask is {tuple(mask.shape)}, but exported graphs take flags of real tokens "
             "[B, N]. Give every prompt a row of its own."
         )
+    # With the cache that every call has here, it refuses positions that go back.
     packed_by(inputs, visual)
 
 
