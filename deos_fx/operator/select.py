@@ -124,7 +124,7 @@ def quota(score: Tensor, taken: Tensor | None, count: int, windows: int) -> Tens
 
 
 def _runs(score: Tensor, windows: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens [W, m] of the runs of a list, and flags that are 0 where a run is padded."""
+    """Return the tokens [W, m] of the runs of a list, and flags that are 0 in padding."""
     size, longer = divmod(score.shape[-1], windows)
     length = size + (torch.arange(windows, device=score.device).unsqueeze(-1) < longer).long()
     place = torch.arange(size + (longer > 0), device=score.device)
