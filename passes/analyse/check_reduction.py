@@ -1,18 +1,21 @@
-"""Check that a reduction can be inserted: its site, the prompts and the positions allow it."""
+"""Check that reductions can be inserted: sites, prompts, positions and masks allow it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import fx
 
 from deos_fx.attention.observation import OBSERVED
 from deos_fx.forms.needs import required_features
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
-from deos_fx.passes.notes import note_of
+from deos_fx.passes.graph import blocks_of
+from deos_fx.passes.notes import annotate, note_of
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["check_reduction"]
+__all__ = ["check_masks", "check_reduction"]
 
 
 def check_reduction(
@@ -105,3 +108,74 @@ def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> No
         f"{reduction.site}: {reason}, and there is {given}. Give every sample a row of its own, "
         "with an attention_mask [B, N] if rows are padded."
     )
+
+
+def check_masks(graph_module: fx.GraphModule, packed: str) -> None:
+    """Check that the model's masks stay right where tokens are dropped.
+
+    Masks that have to be made in the original prompt, although they look plain, lose that mark.
+
+    Args:
+        graph_module: A captured, annotated prefill graph. Its annotations may change.
+        packed: The input that marks packed samples, in words; empty where every row is one prompt.
+
+    Raises:
+        ValueError: If the model does not keep packed samples apart, or has other masks than plain
+            causal ones and a kernel that takes them as sizes.
+    """
+    if packed:
+        _see_borders(graph_module, packed)
+    # After that: masks of packed samples are no longer plain.
+    _check_kernels(graph_module)
+
+
+def _see_borders(graph_module: fx.GraphModule, given: str) -> None:
+    """Let masks be made in the original prompt, where positions say where samples begin.
+
+    A mask that is not marked as plain stays in the original space (see `open_space`). In a reduced
+    space, the gaps that dropped tokens leave in the positions would look like borders of samples.
+
+    Args:
+        graph_module: The graph. Its annotations change.
+        given: The input that marks packed samples, in words.
+
+    Raises:
+        ValueError: If the model's masks do not keep the samples apart.
+    """
+    # Samples are told apart by a mask [B, 1, N, N], which is correct as it is, or by position ids.
+    by_mask = bool(graph_module.graph.find_nodes(op="placeholder", target="attention_mask"))
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        # Only masks that the decoder reads: `plain` is None for all other nodes.
+        if note_of(node).plain is None or not _is_of_decoder(node):
+            continue
+        builder: Any = graph_module.get_submodule(str(node.target))
+        if note_of(node).padding or not (by_mask or builder.keeps_apart(node.kwargs)):
+            raise ValueError(
+                f"There is {given}, and this model does not keep the samples of a row apart by "
+                f"that (in its {node.name}). Give every sample a row of its own."
+            )
+        annotate(node, plain=False)
+
+
+def _is_of_decoder(mask: fx.Node) -> bool:
+    """Return whether decoder layers read a mask, or another mask that is made of it."""
+    layers = blocks_of(mask.graph, "decoder").values()
+    of_masks = [user for user in mask.users if note_of(user).is_mask]
+    return any(user in layers for user in mask.users) or any(map(_is_of_decoder, of_masks))
+
+
+def _check_kernels(graph_module: fx.GraphModule) -> None:
+    """Refuse kernels that take windows and blocks as sizes, which reductions change."""
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        # Plain causal masks are made anew in each space, in which sizes are right.
+        if note_of(node).plain is not False:
+            continue
+        builder: Any = graph_module.get_submodule(str(node.target))
+        implementation = str(builder.config.get_text_config()._attn_implementation)
+        if implementation.startswith(("flash", "kernels")):
+            raise ValueError(
+                f"The attention implementation {implementation!r} has no mask of windows, "
+                "blocks of image tokens and packed samples: where tokens were dropped it would "
+                "count them wrongly. "
+                "Load the model with attn_implementation='sdpa'."
+            )

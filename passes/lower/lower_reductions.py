@@ -18,13 +18,12 @@ from deos_fx import tokens
 from deos_fx.forms.needs import required_features
 from deos_fx.forms.static import StaticOutput, static_reduce
 from deos_fx.models.views import has_several_devices
-from deos_fx.passes.analyse.check_reduction import check_reduction
+from deos_fx.passes.analyse.check_reduction import check_masks, check_reduction
 from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.finish import finish
-from deos_fx.passes.graph import blocks_after, blocks_of
+from deos_fx.passes.graph import blocks_after
 from deos_fx.passes.lower.site_walk import Group, Place, SiteWalk, Step
 from deos_fx.passes.lower.token_space import TokenSpace
-from deos_fx.passes.notes import annotate, note_of
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.passes.observe.site_features import TowerFeatures
 from deos_fx.policy.policy import Policy
@@ -58,9 +57,7 @@ def lower_reductions(
     if policy.is_empty:
         # Case: nothing to insert. The graph stays bit-identical to the model.
         return finish(graph_module)
-    if layout.packed:
-        _see_borders(graph_module, layout.packed)
-    _check_masks(graph_module)
+    check_masks(graph_module, layout.packed)
     # Counts of every reduction for each image, since a ratio keeps more of a larger one:
     # transposed, they are the counts of all images for each reduction.
     counts = zip(*map(policy.counts, layout.sizes), strict=True)
@@ -74,62 +71,6 @@ def lower_reductions(
         for reduction, of_images in zip(policy.reductions, counts, strict=True)
     ]
     return _Lowering(graph_module, sites, layout, steps).walk()
-
-
-def _see_borders(graph_module: fx.GraphModule, given: str) -> None:
-    """Let masks be made in the original prompt, where positions say where samples begin.
-
-    A mask that is not marked as plain stays in the original space (see `open_space`). In a reduced
-    space, the gaps that dropped tokens leave in the positions would look like borders of samples.
-
-    Args:
-        graph_module: The graph. Its annotations change.
-        given: The input that marks packed samples, in words.
-
-    Raises:
-        ValueError: If the model's masks do not keep the samples apart.
-    """
-    # Samples are told apart by a mask [B, 1, N, N], which is correct as it is, or by position ids.
-    by_mask = bool(graph_module.graph.find_nodes(op="placeholder", target="attention_mask"))
-    for node in graph_module.graph.find_nodes(op="call_module"):
-        # Only masks that the decoder reads: `plain` is None for all other nodes.
-        if note_of(node).plain is None or not _is_of_decoder(node):
-            continue
-        builder: Any = graph_module.get_submodule(str(node.target))
-        if note_of(node).padding or not (by_mask or builder.keeps_apart(node.kwargs)):
-            raise ValueError(
-                f"There is {given}, and this model does not keep the samples of a row apart by "
-                f"that (in its {node.name}). Give every sample a row of its own."
-            )
-        annotate(node, plain=False)
-
-
-def _is_of_decoder(mask: fx.Node) -> bool:
-    """Return whether decoder layers read a mask, or another mask that is made of it."""
-    layers = blocks_of(mask.graph, "decoder").values()
-    of_masks = [user for user in mask.users if note_of(user).is_mask]
-    return any(user in layers for user in mask.users) or any(map(_is_of_decoder, of_masks))
-
-
-def _check_masks(graph_module: fx.GraphModule) -> None:
-    """Refuse attention kernels that take windows and blocks as sizes, which reductions change.
-
-    Raises:
-        ValueError: If the model has other masks than plain causal ones and such kernels.
-    """
-    for node in graph_module.graph.find_nodes(op="call_module"):
-        # Plain causal masks are made anew in each space, in which sizes are right.
-        if note_of(node).plain is not False:
-            continue
-        builder: Any = graph_module.get_submodule(str(node.target))
-        implementation = str(builder.config.get_text_config()._attn_implementation)
-        if implementation.startswith(("flash", "kernels")):
-            raise ValueError(
-                f"The attention implementation {implementation!r} has no mask of windows, "
-                "blocks of image tokens and packed samples: where tokens were dropped it would "
-                "count them wrongly. "
-                "Load the model with attn_implementation='sdpa'."
-            )
 
 
 class _Part(NamedTuple):
