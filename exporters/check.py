@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,9 @@ class _Answers:
 
 
 @torch.no_grad()
-def _answers(model: Any, batch: Mapping[str, Tensor], tokens: Tensor | None = None) -> _Answers:
+def _answers(
+    model: Callable[..., Any], batch: Mapping[str, Tensor], tokens: Tensor | None = None
+) -> _Answers:
     """Run a prefill, then a decode step for each token; if None are given, for the likeliest."""
     output = model(**batch)
     cache, mask = output[CACHE], batch["attention_mask"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from deos_fx.tokens.cache import ReducedCache
 
@@ -174,7 +175,7 @@ class SessionCache(ReducedCache):
         states: ``past_key_values.<layer>.key`` and ``.value`` -> OrtValue.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.states: dict[str, Any] = {}
         # Not that of the states: layers may hold fewer tokens than were seen.

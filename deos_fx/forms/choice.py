@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,7 @@ from deos_fx.operator import assign, gather, grid, select, transfer
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES, combine, standardize
 from deos_fx.operator.select import SELECTORS
-
-if TYPE_CHECKING:
-    from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.tier import Tier
 
 __all__ = ["Call", "Choice", "Feature", "execute", "number_of", "short"]

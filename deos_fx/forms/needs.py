@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS
-
-if TYPE_CHECKING:
-    from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.reduction import Reduction
 
 __all__ = ["feature_name", "required_features"]
 

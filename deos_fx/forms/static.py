@@ -9,16 +9,14 @@ standardized.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from deos_fx.forms.assignment import assignment_of
 from deos_fx.forms.choice import Call, Choice, execute, short
 from deos_fx.operator import gather, transfer
-
-if TYPE_CHECKING:
-    from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.reduction import Reduction
 
 __all__ = ["StaticOutput", "static_reduce"]
 

@@ -23,26 +23,6 @@ from deos_fx.tokens.cache import ReducedCache
 __all__ = ["decode_graph"]
 
 
-class _Decode(nn.Module):
-    """The lowered decode graph with tensors as inputs and outputs instead of a cache object."""
-
-    def __init__(self, lowered: fx.GraphModule, reduced: ReducedModel) -> None:
-        super().__init__()
-        self.lowered = lowered
-        self.text_config = reduced.model.config.get_text_config()
-        self.used, self.unused = inputs_of(lowered)
-
-    def forward(
-        self, past_key_values: dict[str, dict[str, Tensor]], **inputs: Tensor
-    ) -> dict[str, Any]:
-        """Run one step on keys and values by layer, and return logits and the new ones."""
-        cache = filled(ReducedCache(self.text_config), past_key_values)
-        # The lowered graph also has inputs that it does not read; these are no inputs of the
-        # export.
-        fields = self.lowered(**inputs, **dict.fromkeys(self.unused), **{CACHE: cache})
-        return {"logits": fields["logits"], "present": states_of(cache)}
-
-
 def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
     """Lower a decode step of the policy for an export.
 
@@ -82,6 +62,26 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
     call = completed(Call.of(facts, inputs)).having(**cache.decode_inputs(mask, positions))
     lowered = copy_of(reduced.graphs.step(call))
     return _decode_exportable(_Decode(lowered, reduced), facts, shapes, spaces, positions)
+
+
+class _Decode(nn.Module):
+    """The lowered decode graph with tensors as inputs and outputs instead of a cache object."""
+
+    def __init__(self, lowered: fx.GraphModule, reduced: ReducedModel) -> None:
+        super().__init__()
+        self.lowered = lowered
+        self.text_config = reduced.model.config.get_text_config()
+        self.used, self.unused = inputs_of(lowered)
+
+    def forward(
+        self, past_key_values: dict[str, dict[str, Tensor]], **inputs: Tensor
+    ) -> dict[str, Any]:
+        """Run one step on keys and values by layer, and return logits and the new ones."""
+        cache = filled(ReducedCache(self.text_config), past_key_values)
+        # The lowered graph also has inputs that it does not read; these are no inputs of the
+        # export.
+        fields = self.lowered(**inputs, **dict.fromkeys(self.unused), **{CACHE: cache})
+        return {"logits": fields["logits"], "present": states_of(cache)}
 
 
 def _decode_exportable(

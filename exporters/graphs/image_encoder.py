@@ -28,19 +28,6 @@ __all__ = ["encoder_graph", "record"]
 # *** the graph ***
 
 
-class _Encoder(nn.Module):
-    """The recorded image encoder, for the images of one prompt."""
-
-    def __init__(self, recorded: fx.GraphModule) -> None:
-        super().__init__()
-        self.recorded = recorded
-
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Encode the images of one prompt; return ``image_features_i`` and ``read_i``."""
-        parts = zip(("image_features", "read"), self.recorded(pixel_values), strict=True)
-        return {f"{part}_{i}": value for part, values in parts for i, value in enumerate(values)}
-
-
 def encoder_graph(
     encode: fx.GraphModule, images: Mapping[str, Tensor]
 ) -> tuple[Exportable, dict[str, Tensor]]:
@@ -67,6 +54,19 @@ def encoder_graph(
     constants = {name: value.cpu().clone() for name, value in constants.items()}
     given = {"pixel_values": pixels}
     return Exportable(_Encoder(recorded), given, {"pixel_values": {}}), constants
+
+
+class _Encoder(nn.Module):
+    """The recorded image encoder, for the images of one prompt."""
+
+    def __init__(self, recorded: fx.GraphModule) -> None:
+        super().__init__()
+        self.recorded = recorded
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Encode the images of one prompt; return ``image_features_i`` and ``read_i``."""
+        parts = zip(("image_features", "read"), self.recorded(pixel_values), strict=True)
+        return {f"{part}_{i}": value for part, values in parts for i, value in enumerate(values)}
 
 
 # *** the recording ***

@@ -32,43 +32,6 @@ __all__ = ["least_text", "prefill_graph"]
 _LEAST_TEXT = 2
 
 
-class _Prefill(nn.Module):
-    """The lowered prefill graph with tensors as inputs and outputs instead of a cache object."""
-
-    def __init__(self, lowered: fx.GraphModule, reduced: ReducedModel) -> None:
-        super().__init__()
-        self.lowered = lowered
-        self.text_config = reduced.model.config.get_text_config()
-        self.dtype = reduced.model.dtype
-        self.used, self.unused = inputs_of(lowered)
-
-    def forward(self, **inputs: Tensor) -> dict[str, Any]:
-        """Run the prefill, and return the outputs that `deos_fx.exporters.onnx` lists."""
-        # An empty cache, which the layers fill.
-        cache = ReducedCache(self.text_config)
-        taken = {name: inputs[name] for name in self.used}
-        fields = self.lowered(**taken, **dict.fromkeys(self.unused), **{CACHE: cache})
-        mask = inputs["attention_mask"]
-        positions = inputs["position_ids"]
-        if positions.ndim == 3:
-            # Case: several coordinates. Text goes on after the largest of them.
-            positions = positions.amax(dim=0)
-        outputs = {
-            "logits": fields["logits"],
-            "next_position": positions.amax(dim=1, keepdim=True) + 1,
-            "present": states_of(cache),
-        }
-        for k, space in enumerate(fields.get("spaces", ()), start=1):
-            outputs[f"origin_{k}"] = space["origin"]
-            outputs[f"attention_mask_{k}"] = take(mask, space["origin"])
-            if "key_bias" in space:
-                # In the dtype of the model, in which attention adds it anyway.
-                outputs[f"key_bias_{k}"] = space["key_bias"].to(self.dtype)
-            if "shift" in space:
-                outputs[f"shift_{k}"] = space["shift"]
-        return outputs
-
-
 @dataclass(frozen=True)
 class _Prompts:
     """The graphs that turn a prompt into logits and a cache.
@@ -128,14 +91,6 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
     return _Prompts(Exportable(module, taken, shapes), encoder, constants)
 
 
-def _keep_outputs(graph_module: fx.GraphModule, names: tuple[str, ...]) -> None:
-    """Drop all output fields but these."""
-    output = graph_module.graph.output_node()
-    fields: Any = output.args[0]
-    output.args = ({name: fields[name] for name in names if name in fields},)
-    finish(graph_module)
-
-
 def least_text(policy: Policy) -> int:
     """Return the smallest number of text tokens in a prompt with which the policy works.
 
@@ -146,3 +101,48 @@ def least_text(policy: Policy) -> int:
     return max(
         [_LEAST_TEXT, *(int(number) for number in pivots if isinstance(number, int | float))]
     )
+
+
+class _Prefill(nn.Module):
+    """The lowered prefill graph with tensors as inputs and outputs instead of a cache object."""
+
+    def __init__(self, lowered: fx.GraphModule, reduced: ReducedModel) -> None:
+        super().__init__()
+        self.lowered = lowered
+        self.text_config = reduced.model.config.get_text_config()
+        self.dtype = reduced.model.dtype
+        self.used, self.unused = inputs_of(lowered)
+
+    def forward(self, **inputs: Tensor) -> dict[str, Any]:
+        """Run the prefill, and return the outputs that `deos_fx.exporters.onnx` lists."""
+        # An empty cache, which the layers fill.
+        cache = ReducedCache(self.text_config)
+        taken = {name: inputs[name] for name in self.used}
+        fields = self.lowered(**taken, **dict.fromkeys(self.unused), **{CACHE: cache})
+        mask = inputs["attention_mask"]
+        positions = inputs["position_ids"]
+        if positions.ndim == 3:
+            # Case: several coordinates. Text goes on after the largest of them.
+            positions = positions.amax(dim=0)
+        outputs = {
+            "logits": fields["logits"],
+            "next_position": positions.amax(dim=1, keepdim=True) + 1,
+            "present": states_of(cache),
+        }
+        for k, space in enumerate(fields.get("spaces", ()), start=1):
+            outputs[f"origin_{k}"] = space["origin"]
+            outputs[f"attention_mask_{k}"] = take(mask, space["origin"])
+            if "key_bias" in space:
+                # In the dtype of the model, in which attention adds it anyway.
+                outputs[f"key_bias_{k}"] = space["key_bias"].to(self.dtype)
+            if "shift" in space:
+                outputs[f"shift_{k}"] = space["shift"]
+        return outputs
+
+
+def _keep_outputs(graph_module: fx.GraphModule, names: tuple[str, ...]) -> None:
+    """Drop all output fields but these."""
+    output = graph_module.graph.output_node()
+    fields: Any = output.args[0]
+    output.args = ({name: fields[name] for name in names if name in fields},)
+    finish(graph_module)

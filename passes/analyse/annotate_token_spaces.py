@@ -51,7 +51,7 @@ def annotate_token_spaces(
     length = inputs[length_of].shape[-1]
     # While decoding, a mask covers everything in the cache and the new tokens.
     lengths = {length, *(v.get_seq_length() for v in inputs.values() if _is_cache(v))}
-    names = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
+    names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
     # The second prompt is longer by 8 tokens. Any number would do.
     prompts = [[_extended(name, inputs[name], lengths, more) for name in names] for more in (0, 8)]
     runs = [_ShapeRun(graph_module).note(prompt) for prompt in prompts]
@@ -208,12 +208,12 @@ class _Shape(tuple[int, ...]):
     """A tensor's shape as a leaf of a nested structure."""
 
 
-def _is_shape(value: Any) -> bool:
+def _is_shape(value: object) -> bool:
     """Return whether a value is a shape, which is a tuple but must stay one leaf."""
     return isinstance(value, _Shape)
 
 
-def _is_cache(value: Any) -> bool:
+def _is_cache(value: object) -> bool:
     """Return whether a value is a cache, which must stay one leaf.
 
     It would not, once an export has registered caches as pytrees for the rest of the process.
@@ -221,7 +221,7 @@ def _is_cache(value: Any) -> bool:
     return isinstance(value, Cache)
 
 
-def _shape(leaf: Any) -> _Shape:
+def _shape(leaf: object) -> _Shape:
     """Return the shape of a leaf; anything but a tensor has no axes."""
     return _Shape(leaf.shape) if isinstance(leaf, torch.Tensor) else _Shape()
 

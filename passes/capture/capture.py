@@ -85,7 +85,7 @@ def capture(
 _CAPTURING = threading.RLock()
 
 
-def _is_data(value: Any) -> bool:
+def _is_data(value: object) -> bool:
     """Return whether an argument becomes an input of the graph: tensors, caches and numbers do."""
     # In Python, bool is a kind of int.
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

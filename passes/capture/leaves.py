@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from transformers import masking_utils
+from transformers import PreTrainedConfig, masking_utils
 
 from deos_fx.errors import GuardError
 from deos_fx.models.upstream import CACHE
@@ -28,7 +28,7 @@ _PLAIN = {
 
 
 @fx.node.has_side_effect
-def check_guard(value: Any, expected: Any) -> None:
+def check_guard(value: object, expected: object) -> None:
     """Raise `GuardError` unless ``value`` is what the captured run saw.
 
     Args:
@@ -53,7 +53,7 @@ class MaskBuilder(nn.Module):
         config: The config that it is called with.
     """
 
-    def __init__(self, function: Callable[..., Any], config: Any) -> None:
+    def __init__(self, function: Callable[..., Any], config: PreTrainedConfig) -> None:
         super().__init__()
         self.function = function
         self.config = config
@@ -113,7 +113,7 @@ class ImageEncoder(nn.Module):
         return output
 
 
-def _are_images(level: Any) -> bool:
+def _are_images(level: object) -> bool:
     """Return whether a value is a tuple of tensors and nothing else: one tensor for each image."""
     return isinstance(level, tuple) and all(isinstance(part, torch.Tensor) for part in level)
 

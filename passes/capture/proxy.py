@@ -155,7 +155,7 @@ class ValueProxy(fx.Proxy):
     def __repr__(self) -> str:
         return f"ValueProxy({self.node.name})"
 
-    def __contains__(self, key: Any) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self.value
 
     def __hash__(self) -> int:
@@ -169,6 +169,6 @@ class ValueProxy(fx.Proxy):
         return value
 
 
-def has_proxy(arguments: Any) -> bool:
+def has_proxy(arguments: object) -> bool:
     """Return whether there is a proxy anywhere in nested arguments."""
     return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(arguments))

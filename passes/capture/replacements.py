@@ -46,16 +46,6 @@ _BUILTINS = tuple(
 _FACTORIES = {"arange", "eye", "full", "linspace", "ones", "zeros"}
 
 
-def _makes_masks(name: str, value: Any) -> bool:
-    """Return whether a value is a function, of transformers or of a model file, that makes masks.
-
-    Mask functions look at values and at the attention implementation, so each becomes one opaque
-    node.
-    """
-    named = name.startswith("create_") and "mask" in name and inspect.isfunction(value)
-    return named and "config" in inspect.signature(value).parameters
-
-
 # The tracer that records this thread; None while the thread does not capture.
 TRACER: ContextVar[Tracer | None] = ContextVar("deos_fx_tracer", default=None)
 
@@ -97,6 +87,16 @@ def replacements_of(model: PreTrainedModel, opaque_encoder: bool) -> Iterator[Re
                 # It compares tensors in Python, which would leave guards; the inputs were checked
                 # before the capture.
                 yield namespace, name, _when_traced(_no_check)
+
+
+def _makes_masks(name: str, value: Any) -> bool:
+    """Return whether a value is a function, of transformers or of a model file, that makes masks.
+
+    Mask functions look at values and at the attention implementation, so each becomes one opaque
+    node.
+    """
+    named = name.startswith("create_") and "mask" in name and inspect.isfunction(value)
+    return named and "config" in inspect.signature(value).parameters
 
 
 _Traced = Callable[[Tracer, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -186,5 +186,5 @@ def _mask(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str
     return tracer.call_mask_function(original, named)
 
 
-def _no_check(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+def _no_check(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Leave a check out."""

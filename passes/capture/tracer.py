@@ -186,7 +186,13 @@ class Tracer(fx.Tracer):
         # A proxy even where the mask is None in the example run: the next batch may be padded.
         return ValueProxy(node, self, self.values[node])
 
-    def call_encoder(self, encode: Callable[..., Any], core: Any, args: Any, kwargs: Any) -> Any:
+    def call_encoder(
+        self,
+        encode: Callable[..., Any],
+        core: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Record the call of an image encoder as one opaque node.
 
         Args:

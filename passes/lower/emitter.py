@@ -108,6 +108,6 @@ class Emitter:
             annotate_graph(self.graph_module, replace(note, explains=explains))
 
 
-def _has_node(args: Any) -> bool:
+def _has_node(args: object) -> bool:
     """Return whether there is a node anywhere in nested arguments."""
     return any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(args))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
+from transformers import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
 from deos_fx.models.upstream import CACHE
@@ -137,7 +138,7 @@ def _inputs_of(
     """
     graph = graph_module.graph
     # Placeholders stand before all other nodes, the new ones in the order of the spaces.
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = graph.find_nodes(op="placeholder")
     ids = nodes["position_ids"]
     replaced: dict[fx.Node, fx.Node] = {}
     key_bias = None
@@ -182,7 +183,7 @@ class WindowMask(nn.Module):
         window: How many positions a token sees, its own included; 0 for all.
     """
 
-    def __init__(self, config: Any, window: int) -> None:
+    def __init__(self, config: PreTrainedConfig, window: int) -> None:
         super().__init__()
         self.config = config
         self.window = window
@@ -289,7 +290,7 @@ def _mask_of_space(
     kwargs = {name: made.kwargs[name] for name in names if name in made.kwargs}
     kwargs = dict(fx.node.map_arg(kwargs, partial(_latest, replaced)))
     if window:
-        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        inputs = graph.find_nodes(op="placeholder")
         with graph.inserting_after(inputs[-1]):
             kwargs["key_positions"] = graph.placeholder(f"key_positions_{k}")
     name = f"{'window' if window else 'mask'}_{k}"

@@ -57,15 +57,15 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
     # Run it once to see how many tensors each field has.
     with torch.no_grad():
         values = encode(**images)
-    count = itertools.count()
-
     if not all(isinstance(value, Tensor) for value in pytree.tree_leaves(values)):
         raise ValueError(
             "The image encoder gives numbers beside its features (of the layers they are for), "
             "which cannot be inputs of an exported graph. Run the reduced model in PyTorch."
         )
 
-    def given(value: Any) -> fx.Node:
+    count = itertools.count()
+
+    def given(value: Tensor | list[Any]) -> fx.Node:
         """Insert an input for a tensor, or a tuple of inputs for a list of tensors."""
         # Case: a list, such as the features of each depth of DeepStack.
         if not isinstance(value, Tensor):
