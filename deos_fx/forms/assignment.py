@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from deos_fx.forms.choice import Choice, number_of
+from deos_fx.forms.choice import Choice, Value, number_of
 from deos_fx.operator import assign, gather, grid, select, transfer
 
 __all__ = ["assignment_of"]
@@ -26,14 +25,14 @@ class _Assignment:
         gain: The gain that is not yet part of P.
     """
 
-    assignment: Any = None
-    receivers: Any = None
-    sources: Any = None
-    slot: Any = None
+    assignment: Value | None = None
+    receivers: Value | None = None
+    sources: Value | None = None
+    slot: Value | None = None
     gain: float = 1.0
 
 
-def assignment_of(choice: Choice, kept: Any) -> _Assignment:
+def assignment_of(choice: Choice, kept: Value) -> _Assignment:
     """Assign the tokens that were not chosen.
 
     1. Pruning assigns nothing.
@@ -71,7 +70,7 @@ def assignment_of(choice: Choice, kept: Any) -> _Assignment:
     return moved
 
 
-def _shares(choice: Choice, moved: _Assignment) -> Any:
+def _shares(choice: Choice, moved: _Assignment) -> Value:
     """Share every source among the receivers, by the temperature."""
     reduction, call = choice.reduction, choice.call
     if reduction.temperature == math.inf:
@@ -83,13 +82,13 @@ def _shares(choice: Choice, moved: _Assignment) -> Any:
     return call(assign.soft, likeness, reduction.temperature)
 
 
-def _likeness(choice: Choice, receivers: Any, sources: Any) -> Any:
+def _likeness(choice: Choice, receivers: Value | None, sources: Value | None) -> Value:
     """Compare receivers with sources, or with all tokens if these are None."""
     weights = dict(choice.reduction.similarity)
     return choice.call(assign.similarity, choice.compared(), weights, receivers, sources)
 
 
-def _receivers(choice: Choice, kept: Any) -> Any:
+def _receivers(choice: Choice, kept: Value) -> Value:
     """Return the kept tokens that may take in others: all, or those of the last tier."""
     reduction, call = choice.reduction, choice.call
     if reduction.receivers == "all":
@@ -103,7 +102,7 @@ def _receivers(choice: Choice, kept: Any) -> Any:
     return call(torch.narrow, kept, 1, choice.count - size, size)
 
 
-def _add_rest(choice: Choice, kept: Any, moved: _Assignment) -> None:
+def _add_rest(choice: Choice, kept: Value, moved: _Assignment) -> None:
     """Let the residual token take in content that is dropped and not transferred."""
     reduction, call = choice.reduction, choice.call
     moved.slot = call(transfer.slot_of, moved.receivers, choice.rest)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from deos_fx.forms.needs import feature_name
 from deos_fx.operator import assign, gather, grid, select, transfer
@@ -17,15 +18,13 @@ from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.tier import Tier
 
-__all__ = ["Call", "Choice", "Feature", "execute", "number_of", "short"]
-
+__all__ = ["Call", "Choice", "Value", "execute", "number_of", "short"]
 
 Call = Callable[..., Any]
 """Called as ``call(operator, *arguments)``; returns the result, or a graph node for it."""
 
-
-Feature = Callable[[str], Any]
-"""Called with the name of a feature; returns its value or node."""
+Value = torch.Tensor | fx.Node
+"""A value, or the graph node that will compute it."""
 
 
 def short(call: Call) -> Call:
@@ -72,7 +71,7 @@ class Choice:
         self,
         reduction: Reduction,
         count: int,
-        tokens: Any,
+        tokens: Value,
         features: Mapping[str, Any],
         call: Call,
         last_of: int,
@@ -85,20 +84,20 @@ class Choice:
         self.last_of = last_of
         self.tiers = reduction.selection
         self.first = self.tiers[0]
-        self.raw: Any = None
-        self.score: Any = None
-        self.anchors: Any = None
+        self.raw: Value | None = None
+        self.score: Value | None = None
+        self.anchors: Value | None = None
         """The first tier's picks, before the last token of a prompt takes a place."""
-        self.rest: Any = None
+        self.rest: Value | None = None
         """The token [B, 1] whose place the residual one takes."""
 
-    def is_constant(self, kept: Any) -> bool:
+    def is_constant(self, kept: Value) -> bool:
         """Return whether every row keeps the same tokens: the choice is then a constant [1, K]."""
         # If the tokens themselves are given and have one row, any choice is [1, K].
         one_row = isinstance(self.tokens, torch.Tensor) and len(self.tokens) == 1
         return isinstance(kept, torch.Tensor) and len(kept) == 1 and not one_row
 
-    def token_axis(self, kept: Any) -> Any:
+    def token_axis(self, kept: Value) -> Value:
         """Return a value whose axis 1 runs over the tokens; a constant if the choice is one."""
         return self.feature("grid").unsqueeze(0) if self.is_constant(kept) else self.tokens
 
@@ -124,7 +123,7 @@ class Choice:
         """Return the features that the similarity compares, by kind."""
         return {kind: self.feature(SIMILARITIES[kind]) for kind in self.reduction.similarity}
 
-    def kept(self) -> Any:
+    def kept(self) -> Value:
         """Choose the tokens.
 
         Returns:
@@ -146,7 +145,7 @@ class Choice:
         in_order = order != "position" or self.sorted_last or self.reduction.leaves_grid
         return kept if in_order else self.call(gather.in_order, kept)
 
-    def _picks(self) -> list[Any]:
+    def _picks(self) -> list[Value]:
         """Return the picks of each tier; if there are several, also that of the residual token.
 
         With one tier, the residual token is its last pick.
@@ -157,7 +156,7 @@ class Choice:
             # The best token by score that no tier chose becomes the residual one.
             tiers.append(replace(self.first, selector="top_k"))
             counts.append(1)
-        parts: list[Any] = []
+        parts: list[Value] = []
         taken = flags = None
         for i, (tier, count) in enumerate(zip(tiers, counts, strict=True)):
             if SELECTORS[tier.selector].flags:
@@ -185,7 +184,7 @@ class Choice:
         """Return how many picks of a single tier come after the last token: the residual one."""
         return int(self.reduction.has_rest and not self.reduction.tiers and self.count > 1)
 
-    def _with_last(self, parts: list[Any], after: int = 0) -> list[Any]:
+    def _with_last(self, parts: list[Value], after: int = 0) -> list[Value]:
         """Make the picks of the tiers include the last token of a prompt that ends in an image."""
         if not self.last_of:
             return parts
@@ -204,7 +203,7 @@ class Choice:
             for start, size in zip(starts, sizes, strict=True)
         ]
 
-    def _with_rest_apart(self, parts: list[Any]) -> list[Any]:
+    def _with_rest_apart(self, parts: list[Value]) -> list[Value]:
         """Take the last pick for the residual token, and split it off if the others get sorted."""
         if len(parts) > 1:
             # Case: several tiers. The residual token is a part of its own.
@@ -215,7 +214,9 @@ class Choice:
             return parts
         return [self.call(torch.narrow, parts[0], 1, 0, self.count - 1), self.rest]
 
-    def _run(self, tier: Tier, taken: Any, already: int, count: int, flags: Any) -> Any:
+    def _run(
+        self, tier: Tier, taken: Value | None, already: int, count: int, flags: Value | None
+    ) -> Value:
         """Run the selector of a tier.
 
         Args:
@@ -254,7 +255,7 @@ class Choice:
         options = [number_of(tier.options[name]) for name in selector.options]
         return self.call(selector.function, *needs, count, *options)
 
-    def _whole_grid(self, tier: Tier) -> Any:
+    def _whole_grid(self, tier: Tier) -> torch.Tensor:
         """Return the places of complete images [V, 3].
 
         Raises:
@@ -268,21 +269,20 @@ class Choice:
             )
         return places
 
-    def _ranking(self, tier: Tier, flags: Any) -> Any:
+    def _ranking(self, tier: Tier, flags: Value | None) -> Value:
         """Return what a tier ranks by: its score, with flagged tokens above all others."""
-        shared = self.score is not None and _scoring(tier) == _scoring(self.first)
+        raw, score = self.raw, self.score
         # The score of the first tier serves this one, too, unless this one needs it standardized
         # and the first does not.
-        if shared and (not tier.mixes or self.reduction.uses_score_values):
-            raw, score = self.raw, self.score
-        else:
+        serves = not tier.mixes or self.reduction.uses_score_values
+        if raw is None or score is None or not serves or _scoring(tier) != _scoring(self.first):
             raw, score = self._scored(tier)
         # A single score that is only ranked need not be standardized.
         if len(tier.scores) == 1 and not tier.mixes:
             score = raw
         return score if flags is None else self.call(select.favour, score, flags)
 
-    def _scored(self, tier: Tier) -> tuple[Any, Any]:
+    def _scored(self, tier: Tier) -> tuple[Value, Value]:
         """Return the first score as it is, and the mixture of all scores.
 
         A single score is standardized only if its values matter and not just their order.
@@ -301,7 +301,7 @@ class Choice:
             return raw, parts[0]
         return raw, self.call(combine, parts, list(tier.scores.values()))
 
-    def weight(self) -> Any:
+    def weight(self) -> Value | None:
         """Return u of the transfer [B, V], or None if it is 1."""
         if self.reduction.weighting == "score":
             return self.call(transfer.importance, self.score)

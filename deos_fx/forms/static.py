@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deos_fx.forms.assignment import assignment_of
-from deos_fx.forms.choice import Call, Choice, execute, short
+from deos_fx.forms.choice import Call, Choice, Value, execute, short
 from deos_fx.operator import gather, transfer
 from deos_fx.policy.reduction import Reduction
 
@@ -48,8 +48,8 @@ class StaticOutput(NamedTuple):
 def static_reduce(
     reduction: Reduction,
     count: int,
-    tokens: Any,
-    mass: Any,
+    tokens: Value,
+    mass: Value | None,
     features: Mapping[str, Any],
     call: Call = execute,
     last_of: int = 0,

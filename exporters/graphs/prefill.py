@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from deos_fx.passes.rewrite.split_encoder import split_encoder
 from deos_fx.passes.verify import verify
 from deos_fx.policy.policy import Policy
 from deos_fx.runtime.reduced_model import ReducedModel
-from deos_fx.tokens.cache import ReducedCache
+from deos_fx.tokens.cache import ReducedCache, SpaceFields
 from deos_fx.tokens.index import take
 
 __all__ = ["least_text", "prefill_graph"]
@@ -129,7 +130,8 @@ class _Prefill(nn.Module):
             "next_position": positions.amax(dim=1, keepdim=True) + 1,
             "present": states_of(cache),
         }
-        for k, space in enumerate(fields.get("spaces", ()), start=1):
+        spaces: Sequence[SpaceFields] = fields.get("spaces", ())
+        for k, space in enumerate(spaces, start=1):
             outputs[f"origin_{k}"] = space["origin"]
             outputs[f"attention_mask_{k}"] = take(mask, space["origin"])
             if "key_bias" in space:

@@ -45,7 +45,7 @@ def lower_reductions(
 
     Returns:
         The same graph module. Its output gains ``spaces``: one dict for all reductions before the
-        decoder together, and one for each reduction in it. A dict has
+        decoder together, and one for each reduction in it. A dict (`SpaceFields`, of nodes) has
 
         - ``origin`` [B, M], original prompt positions of the tokens that are left;
         - ``key_bias`` [B, M], if masses bias later attention;

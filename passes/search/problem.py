@@ -26,6 +26,7 @@ from deos_fx.policy.counts import fit_counts, on_grid, within
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
+from deos_fx.tokens.cache import SpaceFields
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["SearchBatch", "SearchProblem", "mean_loss"]
@@ -106,12 +107,14 @@ class SearchProblem:
             TypeError: If the data holds anything but dicts, or the model is not one of
                 transformers'.
         """
+        # 1. The data: every batch is completed, and all of them fit one policy.
         facts = facts_of(model)
         calls = [_checked(facts, batch) for batch in data]
         if not calls:
             raise ValueError("data is empty: give at least one dict of model inputs.")
         _check_alike(facts, calls)
-        # Longest prompts first: their layout is the problem's own.
+        # 2. Costs and limits, for every layout. The longest prompts come first: their layout is the
+        # problem's own.
         longest = sorted(calls, key=lambda call: call.inputs["input_ids"].shape[1])[::-1]
         costs: dict[PromptLayout, CostModel] = {}
         for call in longest:
@@ -119,10 +122,12 @@ class SearchProblem:
             costs.setdefault(cost.layout, cost.of_one_prompt())
         # dict keeps the order, so the first is that of the longest prompts.
         cost, *others = costs.values()
+        # 3. The captured calls, and a target for every batch.
         captures = Captures(model.eval())
         captured = captures.serving(_without_labels(longest[0]))
         batches = [_with_target(captures, call) for call in calls]
         # With fewer than four batches, none is held back, and candidates are scored on all of them.
+        # 4. The problem. The last quarter of the batches is held back.
         held_back = len(batches) // 4
         problem = cls(
             model=model,
@@ -136,6 +141,7 @@ class SearchProblem:
             training=batches[: len(batches) - held_back],
             scoring=batches[len(batches) - held_back :] or batches,
         )
+        # Measuring runs the model many times, so it is done only if a limit asks for it.
         return problem if budget.latency_ms is None else problem.with_latency()
 
     @property
@@ -173,9 +179,11 @@ class SearchProblem:
         Raises:
             ValueError: If one does not exist or cannot be reduced.
         """
+        # Case: the sites are given.
         if names is not None:
             chosen = [self.sites.usable(name, ()) for name in names]
             return tuple(sorted(chosen, key=lambda site: site_order(site.name)))
+        # Case: all sites after the tower.
         usable = self.sites.available()
         return tuple(site for site in usable if split_site(site.name)[0] != "vision")
 
@@ -201,6 +209,7 @@ class SearchProblem:
         Returns:
             A function that runs the prefill.
         """
+        # Latency depends on the length of a prompt, and a limit must hold for all.
         longest = max(self.scoring, key=lambda batch: batch.call.inputs["input_ids"].shape[1])
         call = longest.call.first_prompt()
         captured = self.captures.serving(call)
@@ -219,10 +228,12 @@ class SearchProblem:
         Returns:
             Name -> amount.
         """
+        # Exact costs of the longest prompts.
         cost = self.cost.predict(policy)
         amounts: dict[str, float] = dict(cost.amounts)
         for other, own in self.others:
             for name, amount in other.predict(policy).amounts.items():
+                # Costs without a limit are not scaled.
                 if name in own:
                     share = amount / own[name]
                     amounts[name] = max(amounts[name], share * self.limits[name])
@@ -238,6 +249,7 @@ class SearchProblem:
             lambda candidate: self.amounts(self.cost.for_any_size(candidate)),
             self.limits,
         )
+        # Case: even the smallest counts break a limit.
         if fitted is None:
             return None
         return self.cost.for_any_size(on_grid(fitted, *self.layout.grid))
@@ -286,6 +298,7 @@ def _checked(facts: ModelFacts, batch: Mapping[str, Any]) -> Call:
 
 def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
     """Check that one policy can fit all batches."""
+    # 1. Images of one size, unless the model takes many.
     layouts = [call.layout for call in calls]
     images = [call.inputs["pixel_values"] for call in calls if "pixel_values" in call.inputs]
     sizes = sorted({tuple(pixels.shape[1:]) for pixels in images})
@@ -294,11 +307,13 @@ def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
             f"The images of data vary in size: {', '.join(map(str, sizes))} (channels, height, "
             "width). Resize them to one size, as the model's processor does."
         )
+    # 2. Equally many images in every prompt.
     counts = sorted({layout.images for layout in layouts})
     if len(counts) > 1:
         raise ValueError(
             f"The prompts of data have {counts} images; search with equally many in every prompt."
         )
+    # 3. Labels for all batches or for none.
     answered = sum("labels" in call.inputs for call in calls)
     if answered not in (0, len(calls)):
         raise ValueError(
@@ -310,6 +325,7 @@ def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
 def _with_target(captures: Captures, batch: Call) -> SearchBatch:
     """Capture a batch's call and make its target: its labels, or the unreduced predictions."""
     call, labels = _without_labels(batch), batch.inputs.get("labels")
+    # A prediction at a visual token does not count, since the token may be dropped.
     visual = placeholders(call.facts, call.inputs["input_ids"])
     # Case: labels. The model need not run.
     if labels is not None:
@@ -337,6 +353,7 @@ def mean_loss(
         graph_for: Makes the relaxed or static graph for a kind of batch, from a batch of it.
         batches: The batches.
     """
+    # Kind of batch -> its graph.
     graphs: dict[Hashable, fx.GraphModule] = {}
     losses = []
     for batch in batches:
@@ -344,7 +361,7 @@ def mean_loss(
             graphs[batch.kind] = graph_for(batch)
         output = run_graph(graphs[batch.kind], batch.call.inputs)
         # Only a static graph has spaces. The last one has the tokens that logits are of.
-        spaces = output.get("spaces")
+        spaces: Sequence[SpaceFields] | None = output.get("spaces")
         origin = spaces[-1]["origin"] if spaces else None
         losses.append(float(batch.target.loss(output["logits"], origin)))
     return sum(losses) / len(losses)
