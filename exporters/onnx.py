@@ -121,6 +121,7 @@ def export_onnx(
             f"reduced is a {type(reduced).__name__}; give what deos_fx.transform(model) returns "
             "(with policy=deos_fx.Policy() for a model without reductions)"
         )
+    # Cheap checks first.
     _check_attention(reduced.model)
     least = least_text(reduced.policy)
     with torch.no_grad():
@@ -155,7 +156,9 @@ def _write(reduced: ReducedModel, example: Example, least: int, folder: Path) ->
         graphs = {"prefill": prefill.graph, "decode": decode}
         if prefill.encoder is not None:
             graphs["image_encoder"] = prefill.encoder
+        # Each is exported on its own; equal weights are found afterwards.
         programs = {name: graph.export() for name, graph in graphs.items()}
+    # Weights before graphs, which refer to the file.
     write_weights(list(programs.values()), folder)
     for name, program in programs.items():
         onnx_ir.save(program, folder / f"{name}.onnx")
@@ -179,6 +182,7 @@ def _manifest(
     positions = example.inputs["position_ids"]
     # A reduction after the last layer leaves a space without layers.
     layers = reduced.signature.decoder_layers + 1
+    # How many visual tokens each layer gets: a runtime subtracts what was dropped from positions.
     left = tokens_per_layer(reduced.policy, layout.sizes, layers)
     return {
         "deos_fx": FORMAT,

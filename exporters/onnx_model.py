@@ -62,6 +62,7 @@ class OnnxModel:
         ]
         self._prefill, self._decode = sessions["prefill"], sessions["decode"]
         self._encoder = sessions.get("image_encoder")
+        # The model without weights, for `generate` and for facts of its class.
         self._skeleton = skeleton
         self._facts = facts_of(skeleton)
 
@@ -89,6 +90,7 @@ class OnnxModel:
         manifest = read_manifest(folder)
         skeleton = _skeleton(folder)
         sessions = {name: open(folder / f"{name}.onnx", device) for name in manifest["graphs"]}
+        # Only an encoder for fixed sizes has such values.
         constants = load_file(folder / IMAGES) if "image_encoder" in sessions else {}
         return cls(manifest, constants, skeleton, sessions)
 
@@ -142,6 +144,7 @@ class OnnxModel:
                 f"{CACHE} is a {type(cache).__name__}; pass None, or what an earlier call "
                 "of this model returned"
             )
+        # Positions and masks become explicit, as for a reduced model in PyTorch.
         call = completed(call)
         if cache.get_seq_length() == 0:
             logits = self._run_prefill(call, cache)
@@ -166,6 +169,7 @@ class OnnxModel:
         if self._encoder is not None:
             # The prefill graph takes features in place of the pixels.
             values |= self._encode(self._encoder, values["pixel_values"], len(ids))
+        # Values that the graph does not read are ignored.
         outputs = self._prefill(values)
         cache.take_states(outputs, ids.shape[1])
         # Kept, so that a later turn can tell whether it is given the same images.
@@ -203,6 +207,7 @@ class OnnxModel:
                 "attention_mask": mask[:, :seen],
                 "position_ids": positions[..., now],
             }
+            # Masks, positions and biases of every space.
             values |= cache.decode_inputs(values["attention_mask"], values["position_ids"])
             outputs = self._decode(values | cache.states)
             cache.take_states(outputs, seen)
@@ -227,10 +232,12 @@ class OnnxModel:
             ValueError: If the encoder reads other values from the pixels than during the export.
         """
         parts: dict[str, list[Tensor]] = {}
+        # The encoder was exported for the images of one prompt.
         for own in pixels.split(len(pixels) // prompts):
             for name, value in encoder({"pixel_values": own}).items():
                 parts.setdefault(name, []).append(as_tensor(value))
         for name, values in parts.items():
+            # The sizes of images were compared before; here it is what was read of the pixels.
             if name in self._constants and any(
                 not torch.equal(value, self._constants[name]) for value in values
             ):
@@ -287,6 +294,7 @@ class OnnxModel:
         """
         ends = self._manifest.get("ends_in_image")
         ids = inputs["input_ids"]
+        # The last token that is no padding.
         last = ids.gather(1, last_token(ids, inputs.get("attention_mask")))
         if ends is not None and bool(((last == self._manifest["image_token"]) != ends).any()):
             one, other = ("text", "an image") if ends else ("an image", "text")

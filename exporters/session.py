@@ -111,6 +111,7 @@ def open(path: Path, device: str | torch.device | None) -> Session:
     wanted = None if device is None else _device(device)
     cuda = wanted or torch.device("cuda", 0)
     found = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _cuda_devices()
+    # The CPU stays in the list for operators that CUDA lacks.
     providers: list[Any] = ["CPUExecutionProvider"]
     if cuda.type == "cuda" and (cuda.index or 0) < found:
         onnxruntime.preload_dlls()
@@ -122,6 +123,7 @@ def open(path: Path, device: str | torch.device | None) -> Session:
         session = onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:
         hint = ""
+        # Case: an operator that this device lacks in the dtype of the graph.
         if "NOT_IMPLEMENTED" in str(error):
             hint = ". If the model is in bfloat16, export it in float32 or float16"
         raise ValueError(f"{path} cannot be run here: {error}{hint}") from error

@@ -58,6 +58,7 @@ class Captured:
 
 def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Return a copy whose graph can be changed; modules and weights are shared."""
+    # Nodes are copied with their notes; modules are shared.
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
     twin = fx.GraphModule(graph_module, graph, graph_module._get_name())
@@ -78,9 +79,11 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     Raises:
         CaptureError: If the model cannot be captured.
     """
+    # An opaque encoder is recorded as one node, because it reads sizes into Python.
     facts = facts_of(model)
     blocks, opaque = facts.blocks, facts.encodes_as_one(inputs)
     graph_module = capture(model, inputs, blocks.by_path(), opaque_encoder=opaque)
+    # Folds come first: shapes do not tell how many rows a mask selects.
     graph_module = _run(fold_unstack, graph_module)
     graph_module = _run(fold_masked_add, graph_module)
     graph_module = _run(annotate_token_spaces, graph_module, inputs)

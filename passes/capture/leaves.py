@@ -78,6 +78,7 @@ class MaskBuilder(nn.Module):
             kwargs: Arguments of the call.
         """
         given = {name for name, value in kwargs.items() if value is not None}
+        # These two look for borders in the position ids.
         causal = masking_utils.create_causal_mask, masking_utils.create_sliding_window_causal_mask
         return self.function in causal and "position_ids" in given and given <= _PLAIN
 
@@ -105,6 +106,7 @@ class ImageEncoder(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Encode the images, and join the features of several images to one tensor."""
         output = self.encode(self.core, *args, **kwargs)
+        # One tensor [T, d] for all images: a graph has no list of dynamic length.
         output.pooler_output = _joined(output.pooler_output)
         for name, levels in output.items():
             # Case: DeepStack has features of several depths, at each depth a tensor per image.

@@ -98,6 +98,7 @@ class Emitter:
             role: The role.
             value: A node or a constant; None if a reduction has no such value.
         """
+        # Under the site and not under a node's name, which may change.
         key = self.site, role
         # Case: a node. Its value is read when the graph runs.
         if isinstance(value, fx.Node):

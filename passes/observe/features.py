@@ -93,6 +93,7 @@ class SiteFeatures(dict[str, Any]):
         self._asked: dict[str, AskedNodes] = {}
         # Place, observation and name of the queries -> node of what was observed.
         self._seen: dict[tuple[str, Observation, str], fx.Node] = {}
+        # Names and places are checked before the graph is changed.
         wanted = self._wanted(needs)
         for where in wanted:
             self._check_space(where, reduced)
@@ -255,6 +256,7 @@ class SiteFeatures(dict[str, Any]):
         """
         following = self._next_block()
         # Everything that the next block needs and that is made after this block.
+        # A block without a node has no inputs to move.
         stack = [] if following is None else following.all_input_nodes
         late: set[fx.Node] = set()
         while stack:
@@ -286,6 +288,7 @@ class SiteFeatures(dict[str, Any]):
         """
         following = self._own.next
         blocks = note_of_graph(self.graph_module).blocks
+        # Not whether it has a node: a peek runs the module itself.
         if following not in blocks:
             raise ValueError(
                 f"{self.site} cannot observe 'next': no block comes behind {self._own.site}."

@@ -38,10 +38,12 @@ def observe_attention(
         The observed values, the node of the block's hidden states, and the first node after them
         (the one to insert before).
     """
+    # Case: nothing to observe. The block stays as it is.
     if not wanted:
         return [], block, block.next
     graph = graph_module.graph
     observe = tuple(observation for observation, _ in wanted)
+    # The node keeps its target, and the module there becomes a view.
     _use_seam(graph_module, block, observe)
     block.kwargs = {**block.kwargs, **_asked(wanted)}
     # From here on, the block's node is a tuple: its users read the first part.
@@ -81,28 +83,14 @@ def peek_block(
     """
     observe = tuple(observation for observation, _ in wanted)
     graph_module.add_submodule(name, PeekedBlock(module, observe))
-    # The cache gets the keys of a block when the block runs, not when it is peeked into. And
-    # queries that the next block was asked for are not those of this peek.
+    # The cache gets the keys of a block when the block runs, not when it is peeked into. And the
+    # queries that `like` is asked for are not those of the peek.
     left_out = ("asked", CACHE)
     kwargs = {key: value for key, value in like.kwargs.items() if key not in left_out}
     graph = graph_module.graph
     arguments = (hidden, *like.args[1:]), {**kwargs, **_asked(wanted)}
     peek = graph.create_node("call_module", name, *arguments, name)
     return [_part(graph, peek, i, item.kind) for i, item in enumerate(observe)]
-
-
-def _asked(
-    wanted: Sequence[tuple[Observation, AskedNodes | None]],
-) -> dict[str, tuple[AskedNodes, ...]]:
-    """Return the keyword argument with the queries of all observations that have some."""
-    asked = tuple(nodes for _, nodes in wanted if nodes is not None)
-    return {"asked": asked} if asked else {}
-
-
-def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
-    """Emit a node of one of a block's outputs, named after the block."""
-    args = (block, i)
-    return graph.create_node("call_function", operator.getitem, args, {}, f"{block.name}_{name}")
 
 
 def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None) -> None:
@@ -146,12 +134,28 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
         block.update_kwarg(place, mask)
 
 
+def _asked(
+    wanted: Sequence[tuple[Observation, AskedNodes | None]],
+) -> dict[str, tuple[AskedNodes, ...]]:
+    """Return the keyword argument with the queries of all observations that have some."""
+    asked = tuple(nodes for _, nodes in wanted if nodes is not None)
+    return {"asked": asked} if asked else {}
+
+
+def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
+    """Emit a node of one of a block's outputs, named after the block."""
+    args = (block, i)
+    return graph.create_node("call_function", operator.getitem, args, {}, f"{block.name}_{name}")
+
+
 def _place_of_mask(module: nn.Module, block: fx.Node) -> int | str | None:
     """Return the position or the name of a block's mask argument; None if it takes no mask."""
     parameters = list(inspect.signature(module.forward).parameters)
     name = "attention_mask"
     if name in parameters and parameters.index(name) < len(block.args):
+        # Case: by position.
         return parameters.index(name)
+    # Case: by keyword, perhaps one that the signature takes as **kwargs.
     return name if name in parameters or name in block.kwargs else None
 
 
@@ -172,6 +176,7 @@ def _without_bias(mask: Any) -> Any:
 def _with_bias(mask: Any, key_bias: fx.Node, block: fx.Node, causal: bool) -> fx.Node:
     """Return a node of the mask with the bias: the one of an earlier block, or a new one."""
     for user in key_bias.users:
+        # The node of an earlier block stands before this one.
         if user.target is biased_mask and user.args[0] is mask:
             return user
     graph = block.graph

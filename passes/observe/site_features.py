@@ -41,6 +41,8 @@ class PromptText:
     alive: fx.Node | None = None
     before: fx.Node | None = None
 
+    # Each of these becomes a node when it is first asked for, and serves all later sites.
+
     @cached_property
     def positions(self) -> fx.Node:
         """Return the positions [B, T] of the text."""
@@ -65,7 +67,9 @@ class PromptText:
     def _put(self, function: Callable[..., torch.Tensor], *args: Any) -> fx.Node:
         """Emit a node at the place of insertion."""
         if self.before is None:
+            # Case: before the decoder. The first site that asks stands before all others.
             return self.call(function, *args)
+        # Case: in the decoder. The text is that of the first layer, whichever site asks for it.
         with self.before.graph.inserting_before(self.before):
             return self.call(function, *args)
 
@@ -103,6 +107,7 @@ class TowerFeatures(SiteFeatures):
         images: int = 1,
         **others: Any,
     ) -> None:
+        # Before the constructor of the base class, which asks for queries.
         self.class_tokens = class_tokens
         self.alive = alive
         self.text = text
@@ -125,10 +130,12 @@ class TowerFeatures(SiteFeatures):
 
     def _of_visual(self, name: str, seen: fx.Node) -> Any:
         """Read an observation at the patches."""
+        # [I, c + V, ...] -> [I, V, ...]
         return self.call(tokens.without_class, seen, self.class_tokens)
 
     def _other(self, name: str) -> Any:
         """Make a feature of the CLS token or of the prompts' text."""
+        # The features at the projector have no CLS token, even if their tower has one.
         if name == "class_token" and self.class_tokens == 1 and self.site != "projector":
             return self.call(tokens.class_feature, self.hidden)
         if name == "text_tokens" and self.text is not None:
@@ -174,6 +181,7 @@ class PromptFeatures(SiteFeatures):
         alive: fx.Node | None = None,
         **others: Any,
     ) -> None:
+        # Before the constructor of the base class, which asks for queries.
         self.visual = visual
         self.padding = padding
         self.text = text
@@ -217,6 +225,7 @@ class PromptFeatures(SiteFeatures):
         """Make a feature of the text, or of hidden states after the final norm."""
         if name == "text_tokens":
             return self.call(tokens.take, self.hidden, self._text_positions(self.hidden))
+        # Flags are by place in the text, so those of the embeddings are valid here.
         if name == "text_mask":
             return self.text.question
         if name == "text_score":
@@ -224,6 +233,7 @@ class PromptFeatures(SiteFeatures):
         if name == "normed_tokens":
             return self._normed(self.call(tokens.take, self.hidden, self.visual))
         if name == "normed_text":
+            # Looking a feature up makes it, unless it has been made already.
             return self._normed(self["text_tokens"])
         return super()._other(name)
 
@@ -233,6 +243,8 @@ class PromptFeatures(SiteFeatures):
         Raises:
             ValueError: If no module follows the last layer, or more than one.
         """
+        # Hidden states of an early layer are normed as if they were the last ones (DART compares
+        # such).
         *_, last = blocks_of(self.graph_module.graph, "decoder").values()
         after = [user for user in last.users if user.op == "call_module"]
         if len(after) != 1:

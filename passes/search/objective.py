@@ -129,6 +129,7 @@ class AugmentedLagrangian:
 
     def penalty(self, costs: Mapping[str, Tensor]) -> Tensor:
         """Return the penalty of differentiable costs, 0-dim."""
+        # The sum over all constraints.
         total = torch.zeros(())
         for name, multiplier in self.multipliers.items():
             # max(0, lambda + rho g)
@@ -139,6 +140,7 @@ class AugmentedLagrangian:
     def update(self, costs: Mapping[str, Tensor]) -> None:
         """Move the multipliers, given the costs of the present parameters."""
         for name, multiplier in self.multipliers.items():
+            # lambda <- max(0, lambda + rho g)
             violation = self._violation(costs, name).item()
             self.multipliers[name] = max(0.0, multiplier + self.stiffness * violation)
 

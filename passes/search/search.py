@@ -92,6 +92,7 @@ def search(
     Ctrl-C during the steps ends them: their state is rounded, and the best policy so far is
     returned. Ctrl-C during the final variations ends only these. Elsewhere it aborts the search.
     """
+    # Mistakes in the arguments are found before anything expensive.
     check_budget(budget)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
@@ -99,6 +100,7 @@ def search(
     searched = problem.searched_sites(sites)
     # 1. The best hand-designed policy that meets the limits is the start, if there is one.
     scoring = _Scoring(problem, progress)
+    # Presets, fitted to the limits, and small changes of the best.
     scoring.add_all("presets", from_presets(problem))
     _polish(problem, scoring, "first variations", _FIRST_VARIATIONS)
     start = scoring.best.policy if scoring.candidates else Policy()
@@ -114,6 +116,7 @@ def search(
             **problem.fingerprint(),
         },
     )
+    # A search that was stopped goes on with its parameters, optimizer, multipliers and history.
     if checkpoint is not None:
         state.resume(checkpoint)
     interrupted = _descend(problem, state, steps, seed, checkpoint, progress)
@@ -169,6 +172,7 @@ def relaxed_graph(reductions: Mapping[str, RelaxedReduction], batch: SearchBatch
     Returns:
         The graph.
     """
+    # A copy: the captured graph is used again, for other policies.
     captured = batch.captured.copy()
     assert captured.sites is not None
     graph_module = straight_through(captured.graph_module)
@@ -262,6 +266,7 @@ def _result(
     # Sorting is stable: of equal losses, the earlier proposal wins.
     candidates = _in_time(problem, sorted(candidates, key=lambda candidate: candidate.loss))
     best = candidates[0]
+    # The signature of the model lets the policy be refused by other models.
     policy = replace(best.policy, name="searched", model=problem.cost.signature)
     return SearchResult(
         policy=policy,
@@ -298,6 +303,7 @@ def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candid
 
 def _polish(problem: SearchProblem, scoring: _Scoring, stage: str, most: int) -> None:
     """Try single changes of the best candidate while they help, at most `most` in all."""
+    # Attempts that are left.
     left = most
     improved = bool(scoring.candidates)
     while improved and left:
@@ -368,6 +374,7 @@ def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
     """Return the task loss of a policy in its relaxed form, at the last gate temperature."""
     # A relaxed reduction takes the share of the tokens that reach it.
     present = problem.visual_tokens
+    # The same numbers as the policy, in the form that the steps were trained in.
     reductions = {}
     for reduction, count in zip(
         policy.reductions, policy.counts(problem.visual_tokens), strict=True

@@ -59,6 +59,7 @@ def start_reductions(
 def _undecided(site: Site, placed: bool) -> Reduction:
     """Make a reduction between all regimes that ranks mostly by attention."""
     in_decoder = site.name.startswith("decoder")
+    # The scores that published methods rank by, as far as the site has them.
     attention = ("last_text_attention", "text_attention") if in_decoder else ("cls_attention",)
     by_grid = placed and not in_decoder
     weights = dict.fromkeys(attention, 3.0) | {"feature_norm": 1.0, "novelty": 1.0}
@@ -118,6 +119,7 @@ def relaxed_costs(
         0-dim costs under the names of the budget's limits.
     """
     images = cost.images
+    # Visual tokens of a prompt, as many as reach the site.
     present = torch.tensor(float(images * cost.tokens_per_image))
     # First layer or block after each site, and the tokens from there on.
     in_layers: list[tuple[int, Tensor]] = []
@@ -144,6 +146,7 @@ def relaxed_costs(
         "flops": cost.flops(counts, overhead, patches),
         "kv_cache": cost.kv_bytes(counts),
     }
+    # Only if there is a limit on it.
     if latency is not None:
         costs["latency_ms"] = latency.predict(counts)
     return {name: torch.as_tensor(amount) for name, amount in costs.items()}

@@ -107,6 +107,7 @@ class SearchState:
             "deos_fx": "search",
             "version": 1,
             "tensors": name,
+            # What a search must have in common with this one to continue it.
             "settings": self.settings,
             "multipliers": self.lagrangian.multipliers,
             "history": self.history,
