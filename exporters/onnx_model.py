@@ -193,8 +193,8 @@ class OnnxModel:
         ids = inputs["input_ids"]
         positions = self._positions(ids, inputs["position_ids"])
         mask = inputs.get("attention_mask")
-        # Case: no mask. All tokens seen so far are real.
         if mask is None:
+            # Case: no mask. All tokens seen so far are real.
             mask = ids.new_ones(len(ids), cache.get_seq_length() + ids.shape[1])
         logits = []
         # The graph takes one token: a prompt of a later turn is read token by token.
@@ -328,8 +328,8 @@ def _check_mask(inputs: Mapping[str, Any], visual: Tensor) -> None:
         ValueError: If a row may hold several samples.
     """
     mask = inputs.get("attention_mask")
-    # Case: a mask of queries and keys.
     if mask is not None and mask.ndim != 2:
+        # Case: a mask of queries and keys.
         raise ValueError(
             f"attention_mask is {tuple(mask.shape)}, but exported graphs take flags of real tokens "
             "[B, N]. Give every prompt a row of its own."

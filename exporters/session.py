@@ -123,8 +123,8 @@ def open(path: Path, device: str | torch.device | None) -> Session:
         session = onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:
         hint = ""
-        # Case: an operator that this device lacks in the dtype of the graph.
         if "NOT_IMPLEMENTED" in str(error):
+            # Case: an operator that this device lacks in the dtype of the graph.
             hint = ". If the model is in bfloat16, export it in float32 or float16"
         raise ValueError(f"{path} cannot be run here: {error}{hint}") from error
     # 3. A session that has fallen back to the CPU does not list CUDA first.

@@ -77,8 +77,8 @@ class Note:
     @property
     def has_prompt_axis(self) -> bool:
         """Return whether the value, or a part of it, has a row for every token of the prompt."""
-        # Case: a tuple of values, each with an axis of its own.
         if isinstance(self.axes, (tuple, list)):
+            # Case: a tuple of values, each with an axis of its own.
             return any(axis is not None for axis in self.axes)
         return self.axes is not None
 

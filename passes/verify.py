@@ -165,18 +165,18 @@ def _check_spaces(graph: fx.Graph, stage: Stage) -> None:
 
 def _count(kept: Any) -> int | None:
     """Return the number of tokens that a selection keeps of a prompt; None if it is not stated."""
-    # Case: indices into each image become indices into the prompt.
     if kept.target is tokens.kept_of_prompt:
+        # Case: indices into each image become indices into the prompt.
         per_image = _count(kept.args[0])
         return None if per_image is None else per_image * kept.args[1]
-    # Case: functions that change indices or their order, but not their number.
     if kept.target in (operator.in_order, operator.take, operator.with_last):
+        # Case: functions that change indices or their order, but not their number.
         return _count(kept.args[0])
-    # Case: a part of the tiers: narrow(kept, dim, start, length).
     if kept.target is torch.narrow:
+        # Case: a part of the tiers: narrow(kept, dim, start, length).
         return kept.args[3]
-    # Case: several tiers.
     if kept.target is torch.cat:
+        # Case: several tiers.
         parts = [_count(part) for part in kept.args[0]]
         return None if None in parts else sum(cast(list[int], parts))
     # Case: a selector. Its count is the argument after those that its row says it needs. Selectors

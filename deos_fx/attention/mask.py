@@ -24,8 +24,9 @@ def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: b
     """
     bias = key_bias[:, None, None, :].to(hidden)
     lowest = torch.finfo(hidden.dtype).min
-    # Case: no mask. The kernel knows about causality, which a mask with a bias has to say itself.
     if mask is None:
+        # Case: no mask. The kernel knows about causality, which a mask with a bias has to say
+        # itself.
         queries, keys = hidden.shape[1], key_bias.shape[1]
         if not causal:
             # Case: every query sees all keys.
@@ -35,8 +36,8 @@ def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: b
         visible = torch.arange(keys, device=hidden.device) <= rows[:, None]
         return torch.where(visible, bias, lowest)
     mask, bias = mask.to(hidden.device), bias[..., -mask.shape[-1] :]
-    # Case: a boolean mask.
     if mask.dtype == torch.bool:
+        # Case: a boolean mask.
         return torch.where(mask, bias, lowest)
     # Case: an additive mask. Masked keys are at the lowest value already, and a sum must not
     # overflow.

@@ -213,8 +213,8 @@ def received_attention(view: AttentionView, observation: Observation, asked: Ask
     )
     view = view.joint() if observation.heads == "joint" else view
     batch, _, length, _ = view.query.shape
-    # Case: all tokens ask.
     if positions is None:
+        # Case: all tokens ask.
         positions = torch.arange(length, device=view.query.device).expand(batch, -1)
     if isinstance(positions.shape[1], int) and not positions.shape[1]:
         # Case: a prompt of images only has no text, so the result is as if no text voted.

@@ -63,8 +63,8 @@ class Exportable:
             # The exporters raise errors of many types; each means that this model is refused.
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             cure = "Run the reduced model in PyTorch."
-            # Case: quantised weights. These have a cure of their own.
             if any(map(has_codes, module.modules())):
+                # Case: quantised weights. These have a cure of their own.
                 cure = (
                     "The kernels of its quantised layers may have no ONNX form: load the model "
                     "without quantization_config, transform it with the same policy and export "

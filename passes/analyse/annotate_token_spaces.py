@@ -239,8 +239,8 @@ def _extended(name: str, value: Any, lengths: set[int], more: int) -> Any:
     # Floats other than positions belong to images, whose sides may happen to be as long as the
     # prompt.
     of_prompt = name == "position_ids" or not value.is_floating_point()
-    # Case: an input that has no value for each token.
     if value.ndim < 2 or value.shape[-1] not in lengths or not of_prompt:
+        # Case: an input that has no value for each token.
         return value
     # Case: one with a value for each token.
     return torch.nn.functional.pad(value, (0, more))

@@ -216,8 +216,8 @@ def _class_tokens(graph_module: fx.GraphModule, block: fx.Node, features: fx.Nod
     """
     shape = note_of(block).shape
     per_image = note_of(features).shape[1]
-    # Case: there is not one feature for each patch, a CLS token aside.
     if len(shape) != 3 or shape[1] - per_image not in (0, 1):
+        # Case: there is not one feature for each patch, a CLS token aside.
         return None
     towers = blocks_of(graph_module.graph, "vision").values()
     # A tower may have stages of other widths: only blocks of this shape get the shorter value.

@@ -49,8 +49,8 @@ class ValueProxy(fx.Proxy):
             return lambda *args, **kwargs: self.tracer.create_proxy(
                 "call_method", name, (self, *args), kwargs
             )
-        # Case: a dtype, a device, a flag such as is_cuda: part of the structure.
         if isinstance(attribute, (*STRUCTURAL_TYPES, bool)):
+            # Case: a dtype, a device, a flag such as is_cuda: part of the structure.
             return attribute
         # Case: data, such as a shape.
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})

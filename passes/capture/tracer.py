@@ -228,8 +228,8 @@ class Tracer(fx.Tracer):
         """
         if isinstance(a, fx.Proxy):
             return a.node
-        # Case: a dict that layers share. It is made by the model's code, and not an input.
         if isinstance(a, KVSharingDict):
+            # Case: a dict that layers share. It is made by the model's code, and not an input.
             return self._shared_keys(a)
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
             if a.numel() == 1:

@@ -51,8 +51,8 @@ class Emitter:
         Returns:
             The node, or the value of a call on constants.
         """
-        # Case: constants alone, such as the grid. There is nothing to emit.
         if not _has_node(args):
+            # Case: constants alone, such as the grid. There is nothing to emit.
             return function(*args)
         # Tensors beside nodes become buffers. The name is what a reader sees in the printed graph.
         args = pytree.tree_map_only(torch.Tensor, self.constant, args)
@@ -72,8 +72,8 @@ class Emitter:
         Returns:
             The node, or the value of a call on constants.
         """
-        # Case: constants alone, as in `call`.
         if not _has_node(args):
+            # Case: constants alone, as in `call`.
             return function(*args)
         moved = partial(self.call, tokens.beside)
         kinds = (fx.Node, torch.Tensor)
@@ -100,8 +100,8 @@ class Emitter:
         """
         # Under the site and not under a node's name, which may change.
         key = self.site, role
-        # Case: a node. Its value is read when the graph runs.
         if isinstance(value, fx.Node):
+            # Case: a node. Its value is read when the graph runs.
             annotate(value, explains=(*note_of(value).explains, key))
         elif value is not None:
             note = note_of_graph(self.graph_module)

@@ -132,10 +132,10 @@ class _Lowering(SiteWalk):
         reduced = self._operate(step, count, place, self.mass, self._last_of(self.layout.images))
         left = place.put_back(reduced.tokens)
         kept = reduced.kept
-        # Case: not the first reduction. Indices into what the one before has kept become indices
-        # into the image's own tokens. If tokens may be out of order, a -1 stands for a copy of the
-        # CLS token.
         if self.kept is not None:
+            # Case: not the first reduction. Indices into what the one before has kept become
+            # indices into the image's own tokens. If tokens may be out of order, a -1 stands for a
+            # copy of the CLS token.
             in_order = step.reduction.order == "position"
             compose = tokens.take if in_order else tokens.kept_of_kept
             kept = self.call(compose, self.kept, kept)

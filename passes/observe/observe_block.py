@@ -38,8 +38,8 @@ def observe_attention(
         The observed values, the node of the block's hidden states, and the first node after them
         (the one to insert before).
     """
-    # Case: nothing to observe. The block stays as it is.
     if not wanted:
+        # Case: nothing to observe. The block stays as it is.
         return [], block, block.next
     graph = graph_module.graph
     observe = tuple(observation for observation, _ in wanted)

@@ -118,8 +118,9 @@ class TowerFeatures(SiteFeatures):
         """Emit the queries: the CLS token, or all tokens with equal votes or gates as votes."""
         if queries == "class" and self.class_tokens == 1:
             return self.call(tokens.class_token, hidden), None, None
-        # Case: every token of an image, class tokens included; gates of a relaxed graph are votes.
         if queries == "visual":
+            # Case: every token of an image, class tokens included; gates of a relaxed graph are
+            # votes.
             votes = None
             if self.alive is not None:
                 votes = self.call(tokens.tower_votes, self.alive, self.class_tokens)
@@ -191,11 +192,11 @@ class PromptFeatures(SiteFeatures):
 
     def _ask(self, queries: str, hidden: fx.Node) -> AskedNodes:
         """Emit the queries: the last token, the visual tokens, all text, or SparseVLM's raters."""
-        # Case: the last token that is no padding.
         if queries == "last":
+            # Case: the last token that is no padding.
             return self.call(tokens.last_token, hidden, self.padding()), None, None
-        # Case: the visual tokens, with gates as votes in a relaxed graph.
         if queries == "visual":
+            # Case: the visual tokens, with gates as votes in a relaxed graph.
             return self.visual, self.alive, None
         if queries == "class":
             raise ValueError(f"{self.site} has no CLS token to observe. Use a site of the tower.")

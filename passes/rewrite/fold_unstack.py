@@ -46,8 +46,8 @@ def _fold(graph: fx.Graph, unbind: fx.Node) -> bool:
         return False
     flattened = [user for part in parts for user in part.users]
     depth = 1
-    # Case: parts are flattened before they are concatenated.
     if len(flattened) == len(parts) and all(map(_flattens, flattened)):
+        # Case: parts are flattened before they are concatenated.
         parts, depth = flattened, 2
     cats = {user for part in parts for user in part.users}
     if len(cats) != 1:

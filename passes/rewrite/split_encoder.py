@@ -67,8 +67,8 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
 
     def given(value: Tensor | list[Any]) -> fx.Node:
         """Insert an input for a tensor, or a tuple of inputs for a list of tensors."""
-        # Case: a list, such as the features of each depth of DeepStack.
         if not isinstance(value, Tensor):
+            # Case: a list, such as the features of each depth of DeepStack.
             return graph.call_function(tuple, ([given(item) for item in value],))
         # Inputs come before all other nodes.
         with graph.inserting_before(graph.find_nodes(op="placeholder")[0]):

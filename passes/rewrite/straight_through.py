@@ -69,8 +69,8 @@ class StraightThrough(nn.Module):
         Returns:
             [..., out_features].
         """
-        # Case: no gradient is asked for.
         if not (torch.is_grad_enabled() and x.requires_grad):
+            # Case: no gradient is asked for.
             return self.layer(x)
         if self._own is None:
             self._own = _has_gradient(self.layer, x)

@@ -49,8 +49,8 @@ class Target:
         # In a reduced graph, the same predictions are at other places.
         positions = self.positions if origin is None else take(self.positions, origin)
         predicted = logits[positions].float()
-        # Case: labels.
         if self.labels is not None:
+            # Case: labels.
             return F.cross_entropy(predicted, self.labels)
         # Case: the answers of the unreduced model.
         assert self.logits is not None

@@ -126,8 +126,8 @@ class SearchProblem:
         captures = Captures(model.eval())
         captured = captures.serving(_without_labels(longest[0]))
         batches = [_with_target(captures, call) for call in calls]
-        # With fewer than four batches, none is held back, and candidates are scored on all of them.
-        # 4. The problem. The last quarter of the batches is held back.
+        # 4. The problem. The last quarter of the batches is held back. Of fewer than four batches,
+        # none is, and candidates are scored on all of them.
         held_back = len(batches) // 4
         problem = cls(
             model=model,
@@ -179,8 +179,8 @@ class SearchProblem:
         Raises:
             ValueError: If one does not exist or cannot be reduced.
         """
-        # Case: the sites are given.
         if names is not None:
+            # Case: the sites are given.
             chosen = [self.sites.usable(name, ()) for name in names]
             return tuple(sorted(chosen, key=lambda site: site_order(site.name)))
         # Case: all sites after the tower.
@@ -249,8 +249,8 @@ class SearchProblem:
             lambda candidate: self.amounts(self.cost.for_any_size(candidate)),
             self.limits,
         )
-        # Case: even the smallest counts break a limit.
         if fitted is None:
+            # Case: even the smallest counts break a limit.
             return None
         return self.cost.for_any_size(on_grid(fitted, *self.layout.grid))
 
@@ -264,8 +264,8 @@ class SearchProblem:
         try:
             for step in policy.reductions:
                 check_reduction(graph_module, self.sites, step, self.layout)
-        # The checks of a policy say why in a message; a search only wants to know whether.
         except ValueError:
+            # The checks of a policy say why in a message; a search only wants to know whether.
             return False
         return True
 
@@ -327,8 +327,8 @@ def _with_target(captures: Captures, batch: Call) -> SearchBatch:
     call, labels = _without_labels(batch), batch.inputs.get("labels")
     # A prediction at a visual token does not count, since the token may be dropped.
     visual = placeholders(call.facts, call.inputs["input_ids"])
-    # Case: labels. The model need not run.
     if labels is not None:
+        # Case: labels. The model need not run.
         captured = captures.serving(call)
         return SearchBatch(call, captured, batch.layout, labelled(labels, visual))
     # Case: no labels. The captured graph is run, and gives the answers of the unreduced model.

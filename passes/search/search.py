@@ -152,8 +152,8 @@ def _descend(
                 progress("steps", state.step, steps)
             if checkpoint is not None and state.step % _CHECKPOINT_EVERY == 0:
                 state.save(checkpoint)
-    # The user wants a result now: whatever the steps have reached is rounded.
     except KeyboardInterrupt:
+        # The user wants a result now: whatever the steps have reached is rounded.
         return True
     finally:
         # Also after an interruption, so that a search can go on from where it was stopped.
