@@ -18,16 +18,16 @@ from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.tier import Tier
 
-__all__ = ["Call", "Choice", "Value", "execute", "number_of", "short"]
+__all__ = ["Choice", "Execute", "Value", "execute", "number_of", "short"]
 
-Call = Callable[..., Any]
+Execute = Callable[..., Any]
 """Called as ``call(operator, *arguments)``; returns the result, or a graph node for it."""
 
 Value = torch.Tensor | fx.Node
 """A value, or the graph node that will compute it."""
 
 
-def short(call: Call) -> Call:
+def short(call: Execute) -> Execute:
     """Leave out trailing arguments that equal their defaults, so that graphs are easy to read."""
 
     def shortened(operator: Callable[..., Any], *arguments: Any) -> Any:
@@ -46,7 +46,7 @@ def short(call: Call) -> Call:
 
 
 def execute(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function at once: the ``Call`` to use where nothing is recorded."""
+    """Call a function at once: the ``Execute`` to use where nothing is recorded."""
     return operator(*arguments)
 
 
@@ -73,7 +73,7 @@ class Choice:
         count: int,
         tokens: Value,
         features: Mapping[str, Any],
-        call: Call,
+        call: Execute,
         last_of: int,
     ) -> None:
         self.reduction = reduction

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deos_fx.forms.assignment import assignment_of
-from deos_fx.forms.choice import Call, Choice, Value, execute, short
+from deos_fx.forms.choice import Choice, Execute, Value, execute, short
 from deos_fx.operator import gather, transfer
 from deos_fx.policy.reduction import Reduction
 
@@ -51,7 +51,7 @@ def static_reduce(
     tokens: Value,
     mass: Value | None,
     features: Mapping[str, Any],
-    call: Call = execute,
+    call: Execute = execute,
     last_of: int = 0,
 ) -> StaticOutput:
     """Apply a reduction to the visual tokens.

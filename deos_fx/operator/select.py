@@ -116,10 +116,10 @@ def quota(score: Tensor, taken: Tensor | None, count: int, windows: int) -> Tens
     slot = torch.where(places >= length.unsqueeze(-1), place, rank)
     slot = slot + torch.arange(windows, device=score.device).unsqueeze(-1) * width
     # Tokens that got no place in their run come last, the best first.
-    behind = -_rank(wanted.flatten(1)) - 1
+    after_all = -_rank(wanted.flatten(1)) - 1
     chosen_by_run = ((rank < places) & (free > 0)).flatten(1)
     # Priorities fall with the slot, and are above 0 for chosen tokens, below 0 for the others.
-    priority = torch.where(chosen_by_run, member.numel() - slot.flatten(1), behind)
+    priority = torch.where(chosen_by_run, member.numel() - slot.flatten(1), after_all)
     return member.flatten()[priority.to(score.dtype).topk(count, dim=-1).indices]
 
 

@@ -266,8 +266,8 @@ def probe(
     # The pivots, in the order of the image and of the text.
     ranked = torch.where(free > 0, score, torch.finfo(score.dtype).min)
     first = ranked.topk(min(image_pivots, count), dim=-1).indices.sort(dim=-1).values
-    behind = text_score.topk(text_pivots, dim=-1).indices.sort(dim=-1).values
-    vectors = torch.cat([take(tokens, first), take(text, behind)], dim=1)
+    in_text = text_score.topk(text_pivots, dim=-1).indices.sort(dim=-1).values
+    vectors = torch.cat([take(tokens, first), take(text, in_text)], dim=1)
     pivots, unit = (F.normalize(full_precision(x), dim=-1) for x in (vectors, tokens))
     cosine = pivots @ unit.mT
     picks = [first]

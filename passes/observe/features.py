@@ -37,9 +37,9 @@ from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.passes.observe.observe_block import AskedNodes, observe_attention, peek_block
 from deos_fx.policy.site import site_order, split_site
 
-__all__ = ["Call", "Maker", "SiteFeatures"]
+__all__ = ["Emit", "Maker", "SiteFeatures"]
 
-Call = Callable[..., Any]
+Emit = Callable[..., Any]
 """Emits a call_function node, from a function and its arguments, at the place of insertion."""
 Maker = Callable[[], Any]
 """Makes a feature at the place of insertion."""
@@ -78,7 +78,7 @@ class SiteFeatures(dict[str, Any]):
         site: str,
         block: fx.Node,
         needs: Iterable[str],
-        call: Call,
+        call: Emit,
         *,
         reduced: Sequence[str] = (),
         makers: Mapping[str, Maker] | None = None,

@@ -12,7 +12,7 @@ from torch import fx
 
 from deos_fx import tokens
 from deos_fx.passes.graph import blocks_of
-from deos_fx.passes.observe.features import Call, Maker, SiteFeatures
+from deos_fx.passes.observe.features import Emit, Maker, SiteFeatures
 from deos_fx.passes.observe.observe_block import AskedNodes
 
 __all__ = ["PromptFeatures", "PromptText", "TowerFeatures"]
@@ -34,7 +34,7 @@ class PromptText:
         before: The node to insert before; None for the current place of insertion.
     """
 
-    call: Call
+    call: Emit
     embeddings: fx.Node
     visual: fx.Node
     padding: fx.Node | None = None
@@ -99,7 +99,7 @@ class TowerFeatures(SiteFeatures):
         site: str,
         block: fx.Node,
         needs: Iterable[str],
-        call: Call,
+        call: Emit,
         *,
         class_tokens: int,
         alive: fx.Node | None = None,
@@ -174,7 +174,7 @@ class PromptFeatures(SiteFeatures):
         site: str,
         block: fx.Node,
         needs: Iterable[str],
-        call: Call,
+        call: Emit,
         *,
         visual: fx.Node,
         padding: Maker,
