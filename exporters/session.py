@@ -110,6 +110,7 @@ def open(path: Path, device: str | torch.device | None) -> Session:
     # 1. CUDA is tried if it is asked for, or if no device is given and it is there.
     wanted = None if device is None else _device(device)
     cuda = wanted or torch.device("cuda", 0)
+    # How many CUDA devices there are; False if this ONNX Runtime is not built for CUDA.
     found = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _cuda_devices()
     # The CPU stays in the list for operators that CUDA lacks.
     providers: list[Any] = ["CPUExecutionProvider"]

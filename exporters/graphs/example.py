@@ -90,10 +90,12 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
     layout = complete.layout
     tokens.pop("position_ids", None)
     real = tokens.get("attention_mask", torch.ones_like(ids))[0].bool()
+    # How much to add before and after.
     around = (text, 0) if layout.ends else (0, text)
     prompt = {name: torch.nn.functional.pad(rows[0][real], around) for name, rows in tokens.items()}
     added = slice(text) if layout.ends else slice(-text, None)
     prompt["input_ids"][added] = word_of(facts)
+    # All tokens are real. Kinds of tokens were padded with 0, which is text.
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
     # 3. The batch: this prompt and its images, repeated.
     example = {name: row.expand(BATCH, -1).clone() for name, row in prompt.items()}

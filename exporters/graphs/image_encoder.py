@@ -100,6 +100,7 @@ def record(function: Callable[[Tensor], list[Tensor]], pixels: Tensor) -> fx.Gra
     features, reads = made
     # Of the values that were read, only those made of the pixels can differ at a later run.
     from_pixels = {given}
+    # In the order of the graph, so a single pass finds everything that is made of them.
     for node in graph.nodes:
         if from_pixels.intersection(node.all_input_nodes):
             from_pixels.add(node)

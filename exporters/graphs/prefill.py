@@ -63,6 +63,7 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
     # A copy: the reduced model goes on using its own graph.
     lowered = copy_of(reduced.graphs.prefill(call, example.layout))
     _keep_outputs(lowered, ("logits", "spaces"))
+    # What the inputs of the graph are traced with.
     values = dict(example.inputs)
     encoder, constants = None, dict[str, Tensor]()
     if lowered.graph.find_nodes(op="call_module", target="image_encoder"):

@@ -98,6 +98,7 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
         reason = "the image encoder reads the sizes of images, so it is one node of the graph"
         if PIXELS[1] in inputs:
             reason = "the video encoder reads how many frames there are, so it is one node"
+        # Some models add images to the hidden states between two layers.
         late = merge in reached([blocks_of(graph, "decoder")[0]])
         why_not = "images enter the prompt after the first decoder layer" if late else ""
         projector = Site("projector", merge.name, why_not, _scores_from(_OF_FEATURES))
@@ -195,6 +196,7 @@ def _scores_from(features: frozenset[str]) -> tuple[str, ...]:
 
 def _last_block(features: fx.Node) -> fx.Node | None:
     """Return the deepest vision block that the features depend on, or None."""
+    # A model may leave out the last blocks of its tower.
     needed = made_of(features)
     blocks = [block for block in blocks_of(features.graph, "vision").values() if block in needed]
     return blocks[-1] if blocks else None

@@ -60,6 +60,7 @@ def find_operands(merge: fx.Node, pixels: Sequence[fx.Node]) -> tuple[fx.Node, f
         [B, N, d].
     """
     from_images, opaque = reached(pixels), encoded(merge.graph)
+    # An operand is recognised by what it is made of, not by its place: models differ.
     features = next(node for node in merge.all_input_nodes if node in from_images)
     if features.target is visual_rows:
         features = features.all_input_nodes[1]

@@ -132,6 +132,8 @@ class Tracer(fx.Tracer):
             CaptureError: If a decoder layer hands more than hidden states to the next layers.
         """
         name, path = self._leaf_name(module), self.module_paths[id(module)]
+        # Known while the block runs: it must not read the length of its cache (see `_length` in
+        # replacements.py).
         self.block = block = self.blocks.get(path)
         node = self.create_node(
             "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
@@ -245,10 +247,12 @@ class Tracer(fx.Tracer):
 
     def _shared_keys(self, given: KVSharingDict) -> fx.Node:
         """Return the node of a dict that layers share; each run starts with an empty one."""
+        # By identity, since all blocks of a run are given the same dict.
         if id(given) not in self.shared:
             node = self.create_node("call_function", KVSharingDict, (), {}, "shared_keys")
             read: set[tuple[Block, Block]] = set()
             annotate(node, shared=read)
+            # In the example run, the dict also notes who reads whose keys.
             self.values[node] = _SharedKeys(self, read)
             self.shared[id(given)] = node
         return self.shared[id(given)]

@@ -66,6 +66,7 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
     Returns:
         The same graph module.
     """
+    # As they are now: the nodes of every space are made from the original ones.
     nodes = {node.name: node for node in graph_module.graph.nodes}
     layers = list(blocks_of(graph_module.graph, "decoder").values())
     tables = position_tables(graph_module)
@@ -221,6 +222,7 @@ class WindowMask(nn.Module):
             return create_block_mask(in_window, batch, None, new, held, device=device)
         # [B, new, held]: queries are the last positions, keys the last that the layer still holds.
         distance = positions[:, -new:, None] - positions[:, None, -held:]
+        # [B, 1, new, held]
         near = ((distance >= 0) & (distance < self.window))[:, None]
         if mask is None or mask.dtype == torch.bool:
             # Case: a boolean mask, or none where nothing is padded.
@@ -289,6 +291,7 @@ def _mask_of_space(
     # Everything else that the original function takes is about the prompt.
     kwargs = {name: made.kwargs[name] for name in names if name in made.kwargs}
     kwargs = dict(fx.node.map_arg(kwargs, partial(_latest, replaced)))
+    # The window is a distance between original positions, so these become an input.
     if window:
         inputs = graph.find_nodes(op="placeholder")
         with graph.inserting_after(inputs[-1]):

@@ -133,6 +133,7 @@ class SiteWalk(ABC):
         self.steps = steps
         self.emitter = Emitter(graph_module)
         self.call = self.emitter.call
+        # Nodes of the captured graph by name; what is emitted later is not among them.
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.visual = insert_visual_positions(graph_module, sites, layout, self.call)
         self.cells: fx.Node | torch.Tensor = layout.grid_tensor(1)
@@ -165,6 +166,7 @@ class SiteWalk(ABC):
         for step in in_decoder:
             self._at(step, self._at_prompt)
         output = self.graph.output_node()
+        # The output gains the fields of this form.
         fields: Any = output.args[0]
         output.args = ({**fields, **self.outputs()},)
         return finish(self.graph_module)
@@ -239,6 +241,7 @@ class SiteWalk(ABC):
         with self.graph.inserting_before(anchor):
             own = self.call(tokens.without_class, whole, class_tokens) if class_tokens else whole
             self.reduce_images(step, Place(whole, own, features, put_back))
+        # For a reduction at the projector that observes the same block.
         self._in_tower = features
 
     def _at_merged(self, step: Step) -> None:
@@ -248,6 +251,7 @@ class SiteWalk(ABC):
         anchor = max(hidden, self.visual).next
         put_back = partial(_replace, hidden, users=users_after(hidden, anchor))
         with self.graph.inserting_before(anchor):
+            # Images of one size are rows of one tensor, so they are reduced together.
             alike = self.layout.alike()
             self.reduce_merged(step, [self._group(step, hidden, put_back, one) for one in alike])
 
@@ -268,6 +272,7 @@ class SiteWalk(ABC):
             cells = whole[columns[: self.layout.sizes[images[0]]]]
             visual = self.call(torch.index_select, visual, 1, columns)
         features = self._image_features(step, cells, len(images))
+        # [B, N, d] -> the visual tokens of prompts -> those of images [I, V, d]
         own = self.call(tokens.of_images, self.call(tokens.take, hidden, visual), len(images))
         return Group(hidden, own, features, put_back, images, columns, cells)
 
@@ -278,6 +283,7 @@ class SiteWalk(ABC):
         """
         first = blocks_of(self.graph, "decoder")[0]
         with self.graph.inserting_before(first):
+            # In the static form, this emits a mask of what is left.
             padding = self.padding()
         embeddings: Any = first.args[0]
         self._text = PromptText(
@@ -311,6 +317,7 @@ class SiteWalk(ABC):
         at_projector = step.stage == "projector"
         block = self.nodes[self.sites.tower_block if at_projector else step.site.node]
         needs = step.needs
+        # Features that are not observed in the block of this site.
         makers: dict[str, Callable[[], Any]] = {"grid": lambda: cells}
         in_tower = self._in_tower
         if at_projector and in_tower is not None and in_tower.block is block:

@@ -235,6 +235,7 @@ class SiteFeatures(dict[str, Any]):
             asked = [(item, self._queries(of, given)) for item, of in wanted]
         seen, hidden, anchor = observe_attention(self.graph_module, block, asked)
         if block is self.block:
+            # The site lies after everything that its own block reports.
             self.hidden, self.anchor = hidden, anchor
         for key, node in zip(wanted, seen, strict=True):
             self._seen[where, *key] = node

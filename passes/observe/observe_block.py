@@ -88,6 +88,7 @@ def peek_block(
     left_out = ("asked", CACHE)
     kwargs = {key: value for key, value in like.kwargs.items() if key not in left_out}
     graph = graph_module.graph
+    # The first argument of a block is the hidden states.
     arguments = (hidden, *like.args[1:]), {**kwargs, **_asked(wanted)}
     peek = graph.create_node("call_module", name, *arguments, name)
     return [_part(graph, peek, i, item.kind) for i, item in enumerate(observe)]

@@ -76,6 +76,7 @@ def _flattens(node: fx.Node) -> bool:
 
 def _guard(graph: fx.Graph, unbind: fx.Node) -> None:
     """Apply rule 2 to an iteration."""
+    # As a node of its own, since a guard compares a value with a constant.
     with graph.inserting_after(unbind):
         length = graph.call_function(len, (unbind,))
     with graph.inserting_after(length):

@@ -93,6 +93,7 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         # gradient @ W, for some columns of W [out_features, in_features] at a time.
         (gradient,) = gradients
+        # The layer is linear, or it would not have been wrapped.
         size, _ = linear_sizes(ctx.layer) or (0, 0)
         columns = []
         for start in range(0, size, _ROWS):
@@ -118,6 +119,7 @@ def _has_gradient(layer: nn.Module, like: Tensor) -> bool:
     size = like.shape[-1]
     # Fixed noise: the answer must not differ from run to run, nor touch the user's generator.
     pair = torch.randn(2, 1, size, generator=torch.Generator().manual_seed(0)).to(like)
+    # The Jacobian of a linear map is the same at every input.
     here, there = pair[0].requires_grad_(), pair[1]
     along = _linear(layer, there)
     try:
