@@ -145,7 +145,7 @@ class SiteWalk(ABC):
         )
         # Features of the latest site in the tower.
         self._in_tower: TowerFeatures | None = None
-        # Sites that have been reduced, for features that are observed before them.
+        # Sites that have been reduced: no feature may be observed across one of them.
         self._done: list[str] = []
 
     def walk(self) -> fx.GraphModule:
