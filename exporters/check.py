@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,24 @@ from deos_fx.runtime.reduced_model import ReducedModel
 
 __all__ = ["check_export"]
 
-# An export differs by 1e-6 of the largest logit in float32, and by 1e-3 in float16; a wrong one by
-# far more than this.
+# A right export differs by 1e-6 of the largest logit in float32 and by 1e-3 in float16, a wrong one
+# by far more than these limits.
 _ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2}
-# Decoded after each prefill, one by one.
+# Tokens that are decoded after each prefill, one by one.
 _STEPS = 3
-# So many different words are in its text.
+# Different words in the text of the second batch.
 _WORDS = 32
-# Text tokens that the second batch has more than the first.
+# How many more text tokens the second batch has than the first.
 _MORE = 3
 
 
 def check_export(reduced: ReducedModel, example: Example, folder: Path) -> None:
-    """Refuse an export that does not say what the reduced model says.
+    """Refuse an export whose logits are not those of the reduced model.
 
     Logits are compared at every position that is left of the prompts and over a few decode steps,
-    for the batch that was traced and for another one: one prompt, with more text and other words.
-    This happens in the precision of the export, on the CPU; ONNX Runtime has no bfloat16 there, so
-    such an export is not compared.
+    for the batch that was traced and for another one: a single prompt, with more text and other
+    words. The export runs in its own precision, on the CPU. There ONNX Runtime has no bfloat16, so
+    an export in bfloat16 is not compared.
 
     Args:
         reduced: The reduced model.
@@ -42,13 +42,16 @@ def check_export(reduced: ReducedModel, example: Example, folder: Path) -> None:
         folder: The export.
 
     Raises:
-        ValueError: If ONNX Runtime fails or says otherwise.
+        ValueError: If ONNX Runtime fails or gives other logits.
     """
     rounding = _ROUNDING.get(reduced.model.dtype)
     if rounding is None:
         return
+    # The runtime counts positions itself.
     traced = {name: value for name, value in example.inputs.items() if name != "position_ids"}
     batches = [traced, _another(reduced, example, traced)]
+    # The runtime decodes the tokens that PyTorch chose: where two are nearly equally likely, its
+    # own choice could differ.
     right = [_answers(reduced, batch) for batch in batches]
     try:
         runtime = OnnxModel.from_pretrained(folder, "cpu")
@@ -57,7 +60,7 @@ def check_export(reduced: ReducedModel, example: Example, folder: Path) -> None:
             for batch, expected in zip(batches, right, strict=True)
         ]
     except Exception as error:
-        # Whatever ONNX Runtime fails with, it is this model that it cannot run.
+        # ONNX Runtime raises errors of many types; each means that it cannot run this model.
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(
             f"ONNX Runtime does not run {type(reduced.model).__name__} ({reason}). Run the reduced "
@@ -65,9 +68,11 @@ def check_export(reduced: ReducedModel, example: Example, folder: Path) -> None:
         ) from error
     for batch, found, expected in zip(batches, answers, right, strict=True):
         if reduced.model.dtype == torch.float16 and not found.kept_like(expected):
-            # Scores that are nearly equal fall either way, and other tokens say other things.
+            # Case: other tokens were kept. In float16, nearly equal scores may fall either way, and
+            # then the logits differ rightly.
             continue
         worst = found.difference(expected)
+        # Not ``worst >= rounding``, which is false for NaN.
         if not worst < rounding:
             raise ValueError(
                 f"{type(reduced.model).__name__} is not the same in ONNX Runtime: logits of "
@@ -77,12 +82,12 @@ def check_export(reduced: ReducedModel, example: Example, folder: Path) -> None:
 
 
 class _Answers:
-    """What a model says of a batch.
+    """The answers of a model to a batch.
 
     Attributes:
         logits: [B, M, vocabulary] of what is left of the prompts, then of each decode step.
-        tokens: [B, t] that were decoded.
-        origins: Prompt positions [B, M] that each token space has.
+        tokens: The decoded tokens [B, t].
+        origins: Of each token space, the prompt positions [B, M] that are left.
     """
 
     def __init__(self, logits: list[Tensor], tokens: Tensor, origins: list[Tensor]) -> None:
@@ -107,8 +112,10 @@ class _Answers:
 
 
 @torch.no_grad()
-def _answers(model: Any, batch: Mapping[str, Tensor], tokens: Tensor | None = None) -> _Answers:
-    """Run a prefill and decode steps with these tokens; without any, the most likely ones."""
+def _answers(
+    model: Callable[..., Any], batch: Mapping[str, Tensor], tokens: Tensor | None = None
+) -> _Answers:
+    """Run a prefill, then a decode step for each token; if None are given, for the likeliest."""
     output = model(**batch)
     cache, mask = output[CACHE], batch["attention_mask"]
     origins = [space.origin.cpu() for space in cache.spaces]
@@ -126,10 +133,13 @@ def _answers(model: Any, batch: Mapping[str, Tensor], tokens: Tensor | None = No
 def _another(
     reduced: ReducedModel, example: Example, traced: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return one prompt with the same images, more text and other words."""
+    """Return one prompt with the same images, more text and other words.
+
+    An export that has baked in the batch, the text or its length gives other logits for it.
+    """
 
     def longer(value: Tensor) -> Tensor:
-        # Behind an image at the end, more text would make another kind of prompt.
+        # A prompt that ends in an image has to go on ending in one: its text gets longer in front.
         row, ends = value[:1], example.layout.ends
         more = (row[:, :1] if ends else row[:, -1:]).expand(-1, _MORE)
         return torch.cat([more, row] if ends else [row, more], dim=1)
@@ -139,7 +149,8 @@ def _another(
         for name, value in traced.items()
     }
     facts, ids = facts_of(reduced.model), batch["input_ids"]
-    # Small ids are words in any vocabulary, but for those that the prompt has for a purpose.
+    # Small ids are words in any vocabulary. Ids that the prompt already has may have a purpose (an
+    # image, the end of a row), so they are not used.
     words = torch.arange(ids.shape[1], device=ids.device) % _WORDS + 3
     words = torch.where(torch.isin(words, ids), word_of(facts), words)
     batch["input_ids"] = torch.where(ids == word_of(facts), words, ids)

@@ -25,9 +25,10 @@ __all__ = [
 
 # *** the manifest ***
 
-
+# What a manifest says of itself, and its name.
 FORMAT, VERSION, MANIFEST = "onnx", 3, "deos_fx.json"
 
+# The weights of all graphs; the values of images that the image encoder was exported for.
 WEIGHTS, IMAGES = "weights.data", "images.safetensors"
 
 # Packages whose versions the manifest records.
@@ -68,7 +69,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 # *** the weights ***
 
-
 # Smaller constants stay in the graph. The others start at a multiple of the page size, so that a
 # runtime can map them into memory.
 _EXTERNAL_BYTES, _ALIGNMENT = 1024, 4096
@@ -77,8 +77,8 @@ _EXTERNAL_BYTES, _ALIGNMENT = 1024, 4096
 def write_weights(programs: Sequence[onnx_ir.Model], folder: Path) -> None:
     """Write every large constant of all graphs once, and let the graphs refer to the file.
 
-    Two constants are the same if their bytes are equal. Names and object identities do not tell:
-    the exporter folds transposes into new constants.
+    Two constants are the same if their bytes are equal. Neither names nor object identities tell
+    this, since the exporter folds transposes into new constants.
 
     Args:
         programs: The graphs. Changed in place.
@@ -86,6 +86,7 @@ def write_weights(programs: Sequence[onnx_ir.Model], folder: Path) -> None:
     """
     import onnx_ir
 
+    # Hash of the bytes -> where they are in the file.
     places: dict[bytes, int] = {}
     with open(folder / WEIGHTS, "wb") as file:
         for value in (v for program in programs for v in program.graph.initializers.values()):
@@ -95,7 +96,7 @@ def write_weights(programs: Sequence[onnx_ir.Model], folder: Path) -> None:
             data = tensor.tobytes()
             key = hashlib.sha256(data).digest()
             if key not in places:
-                # Zeros up to the next page.
+                # Fill up with zeros to the next page.
                 file.write(bytes(-file.tell() % _ALIGNMENT))
                 places[key] = file.tell()
                 file.write(data)

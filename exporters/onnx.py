@@ -23,16 +23,17 @@ Decode. One new token; P_k keys are in the layers of space k:
     attention_mask [B, P_0 + 1], attention_mask_k [B, P_k + 1], key_bias_k [B, P_k + 1]
     -> logits [B, 1, vocabulary], present.<layer>.key / .value [B, heads, P_k + 1, D]
 
-    and, for layers that see a window, key_positions_k [B, P_k + 1] (the prompt positions origin_k,
-    then those of new tokens): all layers of a space hold all its keys, also those with a window.
+    and, where a layer sees a window, key_positions_k [B, P_k + 1] (the prompt positions origin_k,
+    then those of new tokens): every layer of a space holds all keys, also one with a window.
 
-Image encoder. Where the encoder reads the sizes of images, it is a graph of its own, for the images
-of one prompt, with the sizes that ``images.safetensors`` holds:
+Image encoder. An encoder that reads the sizes of images is a graph of its own, for the images of
+one prompt, with the sizes that ``images.safetensors`` holds:
 
     pixel_values (of one prompt) -> image_features_0, image_features_1, ..., read_0, ...
 
-The prefill takes the features of all prompts, one after the other, in place of pixel_values. What
-the encoder read from the pixels (an all-zero image counts as absent) must match that file.
+The prefill takes the features of all prompts, one after the other, in place of pixel_values. The
+values read_i, which the encoder read from the pixels (an all-zero image counts as absent), must
+equal those in that file.
 
 A graph has only the inputs that it reads.
 """
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
 
 __all__ = ["export_onnx"]
 
+# Attention implementations with an ONNX form.
 ATTENTION = ("sdpa", "eager")
 
 # Text tokens of the traced prompt; the number does not matter, since the axis is dynamic.
@@ -90,10 +92,10 @@ def export_onnx(
     The folder is written whole or not at all.
 
     Where visual tokens have exactly equal scores, ONNX Runtime may keep others than PyTorch: both
-    leave the order of equal scores open. That happens where tokens are equal themselves
-    (Chameleon's are entries of a codebook), and where a layer with a window is asked how much the
-    last token attends to tokens outside the window; reduce after a layer that sees everything
-    instead.
+    leave the order of equal scores open. That happens where the tokens themselves are equal
+    (Chameleon's are entries of a codebook). It also happens where a layer with a window is asked
+    how much the last token attends to tokens outside the window: reduce after a layer that sees
+    everything instead.
 
     Args:
         reduced: The reduced model, exported in the dtype it has. ONNX Runtime runs float32 and
@@ -119,10 +121,12 @@ def export_onnx(
             f"reduced is a {type(reduced).__name__}; give what deos_fx.transform(model) returns "
             "(with policy=deos_fx.Policy() for a model without reductions)"
         )
+    # Cheap checks first.
     _check_attention(reduced.model)
     least = least_text(reduced.policy)
     with torch.no_grad():
         example = example_of(reduced.model, example_inputs, least + _TEXT_TOKENS)
+    # The folder appears under its name only after the check.
     with fresh_folder(dir) as folder:
         _write(reduced, example, least, folder)
         check_export(reduced, example, folder)
@@ -152,7 +156,9 @@ def _write(reduced: ReducedModel, example: Example, least: int, folder: Path) ->
         graphs = {"prefill": prefill.graph, "decode": decode}
         if prefill.encoder is not None:
             graphs["image_encoder"] = prefill.encoder
+        # Each is exported on its own; equal weights are found afterwards.
         programs = {name: graph.export() for name, graph in graphs.items()}
+    # Weights before graphs, which refer to the file.
     write_weights(list(programs.values()), folder)
     for name, program in programs.items():
         onnx_ir.save(program, folder / f"{name}.onnx")
@@ -176,6 +182,7 @@ def _manifest(
     positions = example.inputs["position_ids"]
     # A reduction after the last layer leaves a space without layers.
     layers = reduced.signature.decoder_layers + 1
+    # How many visual tokens each layer gets: a runtime subtracts what was dropped from positions.
     left = tokens_per_layer(reduced.policy, layout.sizes, layers)
     return {
         "deos_fx": FORMAT,
@@ -185,12 +192,14 @@ def _manifest(
         "model": asdict(reduced.signature),
         "dtype": str(pixels.dtype).removeprefix("torch."),
         "graphs": graphs,
+        # What a call may have, though a graph may not read all of it.
         "inputs": list(example.given),
         "image_token": layout.image_token,
         "images": layout.images,
         "image_tokens": example.placeholders,
         "ends_in_image": _ends(reduced, layout),
         "pixels": list(pixels.shape),
+        # Of a position: time, row and column; 0 where a position is one number.
         "coordinates": len(positions) if positions.ndim == 3 else 0,
         "spaces": [
             {
@@ -205,8 +214,8 @@ def _manifest(
 def _ends(reduced: ReducedModel, layout: PromptLayout) -> bool | None:
     """Return whether prompts have to end in an image; None if the graphs accept both.
 
-    The last visual token of a prompt that ends in an image must not be dropped. That makes no
-    difference without reductions. Nor does it where image rows end in separators: the last token
-    of the image is then a separator, and separators are never dropped.
+    The graphs differ because the last visual token of a prompt that ends in an image must not be
+    dropped. They are the same without reductions, and where image rows end in separators: the last
+    token of an image is then a separator, which is never dropped.
     """
     return None if reduced.policy.is_empty or layout.separators else layout.ends

@@ -33,9 +33,9 @@ __all__ = ["OnnxModel"]
 class OnnxModel:
     """A model that `deos_fx.export_onnx` wrote, run in ONNX Runtime.
 
-    Inputs and results are CPU tensors, whatever the device: only the prompt, the new token and the
-    logits are copied between the two. Keys and values stay where they are computed. On the CPU, as
-    many threads are used as `torch.get_num_threads()` returns when the model is loaded.
+    Inputs and results are CPU tensors, whatever the device. Only the prompt, the new token and the
+    logits are copied to and from the device; keys and values stay where they are computed. On the
+    CPU, as many threads are used as `torch.get_num_threads()` returns when the model is loaded.
 
     Attributes:
         config: The model's config.
@@ -62,6 +62,7 @@ class OnnxModel:
         ]
         self._prefill, self._decode = sessions["prefill"], sessions["decode"]
         self._encoder = sessions.get("image_encoder")
+        # The model without weights, for `generate` and for facts of its class.
         self._skeleton = skeleton
         self._facts = facts_of(skeleton)
 
@@ -89,6 +90,7 @@ class OnnxModel:
         manifest = read_manifest(folder)
         skeleton = _skeleton(folder)
         sessions = {name: open(folder / f"{name}.onnx", device) for name in manifest["graphs"]}
+        # Only an encoder for fixed sizes has such values.
         constants = load_file(folder / IMAGES) if "image_encoder" in sessions else {}
         return cls(manifest, constants, skeleton, sessions)
 
@@ -127,7 +129,8 @@ class OnnxModel:
         """
         if not inputs.get("use_cache", True):
             raise ValueError("use_cache=False, but exported graphs always use a cache; omit it")
-        # Every call gets a host of its own: some families store positions on the model object.
+        # Each call of `generate` has a host of its own: some families store positions on the model
+        # object, which another thread must not see.
         host = generation_host(self, self._skeleton, self._new_cache, device=HOST)
         return host.generate(**normal_inputs(inputs))
 
@@ -141,12 +144,13 @@ class OnnxModel:
                 f"{CACHE} is a {type(cache).__name__}; pass None, or what an earlier call "
                 "of this model returned"
             )
+        # Positions and masks become explicit, as for a reduced model in PyTorch.
         call = completed(call)
         if cache.get_seq_length() == 0:
             logits = self._run_prefill(call, cache)
         else:
             logits = self._run_decode(call.inputs, cache)
-        # logits_to_keep = 0 keeps all of them.
+        # logits_to_keep = 0 keeps all: [:, -0:] is the whole axis.
         kept = logits[:, -call.inputs.get("logits_to_keep", 0) :]
         fields: dict[str, Any] = {"logits": kept.float(), CACHE: cache}
         return CausalLMOutputWithPast(**fields)
@@ -157,6 +161,7 @@ class OnnxModel:
         self._check_prompts(inputs)
         values = {
             **inputs,
+            # The graphs always take a mask. They take pixels in the dtype of the export.
             "attention_mask": inputs.get("attention_mask", torch.ones_like(ids)),
             "position_ids": self._positions(ids, inputs["position_ids"]),
             "pixel_values": inputs["pixel_values"].to(self._dtype),
@@ -164,8 +169,10 @@ class OnnxModel:
         if self._encoder is not None:
             # The prefill graph takes features in place of the pixels.
             values |= self._encode(self._encoder, values["pixel_values"], len(ids))
+        # Values that the graph does not read are ignored.
         outputs = self._prefill(values)
         cache.take_states(outputs, ids.shape[1])
+        # Kept, so that a later turn can tell whether it is given the same images.
         cache.images = call.images
         cache.record(
             ids.shape[1],
@@ -187,8 +194,10 @@ class OnnxModel:
         positions = self._positions(ids, inputs["position_ids"])
         mask = inputs.get("attention_mask")
         if mask is None:
+            # Case: no mask. All tokens seen so far are real.
             mask = ids.new_ones(len(ids), cache.get_seq_length() + ids.shape[1])
         logits = []
+        # The graph takes one token: a prompt of a later turn is read token by token.
         for step in range(ids.shape[1]):
             now = slice(step, step + 1)
             # Masks cover all tokens seen so far, this one included.
@@ -198,6 +207,7 @@ class OnnxModel:
                 "attention_mask": mask[:, :seen],
                 "position_ids": positions[..., now],
             }
+            # Masks, positions and biases of every space.
             values |= cache.decode_inputs(values["attention_mask"], values["position_ids"])
             outputs = self._decode(values | cache.states)
             cache.take_states(outputs, seen)
@@ -210,7 +220,8 @@ class OnnxModel:
         if not coordinates:
             return positions.expand(ids.shape)
         if positions.ndim == 3 and len(positions) == coordinates + 1:
-            # transformers' generate puts the index in the text before the coordinates.
+            # Case: a row more. transformers' generate puts places in the text before the
+            # coordinates.
             positions = positions[1:]
         return positions.expand(coordinates, *ids.shape)
 
@@ -221,10 +232,12 @@ class OnnxModel:
             ValueError: If the encoder reads other values from the pixels than during the export.
         """
         parts: dict[str, list[Tensor]] = {}
+        # The encoder was exported for the images of one prompt.
         for own in pixels.split(len(pixels) // prompts):
             for name, value in encoder({"pixel_values": own}).items():
                 parts.setdefault(name, []).append(as_tensor(value))
         for name, values in parts.items():
+            # The sizes of images were compared before; here it is what was read of the pixels.
             if name in self._constants and any(
                 not torch.equal(value, self._constants[name]) for value in values
             ):
@@ -238,6 +251,7 @@ class OnnxModel:
     def _check_prompts(self, inputs: Mapping[str, Any]) -> None:
         """Refuse prompts whose images are not those that the graphs were exported for."""
         manifest, ids = self._manifest, inputs["input_ids"]
+        # Numbers of image tokens, without duplicates.
         counts = sorted({*(ids == manifest["image_token"]).sum(dim=1).tolist()})
         if "pixel_values" not in inputs or counts[-1] == 0:
             raise ValueError(
@@ -245,6 +259,7 @@ class OnnxModel:
                 f"{manifest['images']}: pass pixel_values, and input_ids with image placeholders "
                 f"(token id {manifest['image_token']})."
             )
+        # In this order, so that the first message names the most basic difference.
         again = "Export it again with example_inputs like these."
         if counts != [manifest["image_tokens"]]:
             raise ValueError(
@@ -274,10 +289,12 @@ class OnnxModel:
     def _check_ends(self, inputs: Mapping[str, Any], again: str) -> None:
         """Refuse prompts that end in an image if the graphs were exported for text at the end.
 
-        The same holds the other way round: the last token of a prompt must not be dropped.
+        Refuse them also the other way round: graphs for an image at the end always keep its last
+        token, and others may drop it.
         """
         ends = self._manifest.get("ends_in_image")
         ids = inputs["input_ids"]
+        # The last token that is no padding.
         last = ids.gather(1, last_token(ids, inputs.get("attention_mask")))
         if ends is not None and bool(((last == self._manifest["image_token"]) != ends).any()):
             one, other = ("text", "an image") if ends else ("an image", "text")
@@ -290,7 +307,7 @@ class OnnxModel:
         """Refuse inputs that the graphs do not take, and calls that lack inputs they need."""
         names = set(self._manifest["inputs"])
         given = {name for name, value in inputs.items() if isinstance(value, Tensor)}
-        # The mask may be left out: it is then all ones.
+        # The mask may be left out; it is all ones then.
         needed = names & (set(self._prefill.inputs) | self._constants.keys()) - {"attention_mask"}
         for what, wrong in (("has", given - names), ("lacks", needed - given)):
             if wrong:
@@ -300,17 +317,24 @@ class OnnxModel:
                 )
 
     def _new_cache(self) -> SessionCache:
+        """Make an empty cache, with the layers of this model."""
         return SessionCache(self.config.get_text_config())
 
 
 def _check_mask(inputs: Mapping[str, Any], visual: Tensor) -> None:
-    """Refuse masks with an axis for queries, and packed samples: a row must be one prompt."""
+    """Refuse masks with an axis for queries, and packed samples: a row must be one prompt.
+
+    Raises:
+        ValueError: If a row may hold several samples.
+    """
     mask = inputs.get("attention_mask")
     if mask is not None and mask.ndim != 2:
+        # Case: a mask of queries and keys.
         raise ValueError(
             f"attention_mask is {tuple(mask.shape)}, but exported graphs take flags of real tokens "
             "[B, N]. Give every prompt a row of its own."
         )
+    # With the cache that every call has here, it refuses positions that go back.
     packed_by(inputs, visual)
 
 
@@ -320,7 +344,8 @@ def _shown(tensor: Tensor) -> str:
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:
-    """Make the model without weights: `generate` needs only its class and its configs."""
+    """Make the model without weights: `generate` needs only its class and configs."""
+    # Tensors on the meta device take no memory.
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         skeleton = getattr(transformers, config.architectures[0])._from_config(config)

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from deos_fx.tokens.cache import ReducedCache
 
 __all__ = ["HOST", "Session", "SessionCache", "as_tensor", "open", "ort_value"]
 
-
 HOST = torch.device("cpu")
+"""Where inputs come from and results go to."""
 
+# ONNX Runtime's names of input types -> torch dtypes.
 _DTYPES = {
     "tensor(bool)": torch.bool,
     "tensor(int32)": torch.int32,
@@ -27,7 +29,6 @@ _DTYPES = {
     "tensor(float16)": torch.float16,
     "tensor(bfloat16)": torch.bfloat16,
 }
-"""ONNX Runtime's names of input types -> torch dtypes."""
 
 
 class Session:
@@ -58,14 +59,17 @@ class Session:
         Returns:
             OrtValues by name.
         """
+        # A binding says where each output goes, so that keys and values need not leave the device.
         binding = self.session.io_binding()
         for name, dtype in self.inputs.items():
-            # A tensor is a CPU input of any precision; an OrtValue is a state of an earlier run.
+            # A tensor is an input on the CPU, in any precision. An OrtValue is the state of an
+            # earlier run, already in place.
             value = values[name]
             binding.bind_ortvalue_input(
                 name, ort_value(value.to(dtype)) if isinstance(value, Tensor) else value
             )
         for name in self.outputs:
+            # Keys and values stay; logits and positions are read on the CPU.
             device = self.device if name.startswith("present.") else HOST
             binding.bind_output(name, device.type, device.index or 0)
         self.session.run_with_iobinding(binding)
@@ -74,7 +78,7 @@ class Session:
 
 
 def ort_value(tensor: Tensor) -> Any:
-    """Return a tensor's memory as an OrtValue; it is copied only if it is not contiguous."""
+    """Return a tensor's memory as an OrtValue, copied only if it is not contiguous."""
     import onnxruntime
 
     return onnxruntime.OrtValue.from_dlpack(tensor.detach().contiguous())
@@ -88,7 +92,7 @@ def as_tensor(value: Any) -> Tensor:
 def open(path: Path, device: str | torch.device | None) -> Session:
     """Open a graph on a device.
 
-    ONNX Runtime falls back to the CPU silently, so it is checked that the session has the device.
+    ONNX Runtime falls back to the CPU silently, so this checks that the session has the device.
 
     Args:
         path: The ``.onnx`` file.
@@ -103,14 +107,17 @@ def open(path: Path, device: str | torch.device | None) -> Session:
     """
     import onnxruntime
 
-    # CUDA is tried if it is asked for, or if no device is given.
+    # 1. CUDA is tried if it is asked for, or if no device is given and it is there.
     wanted = None if device is None else _device(device)
     cuda = wanted or torch.device("cuda", 0)
+    # How many CUDA devices there are; False if this ONNX Runtime is not built for CUDA.
     found = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _cuda_devices()
+    # The CPU stays in the list for operators that CUDA lacks.
     providers: list[Any] = ["CPUExecutionProvider"]
     if cuda.type == "cuda" and (cuda.index or 0) < found:
         onnxruntime.preload_dlls()
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": cuda.index or 0}))
+    # 2. Open the graph, with as many threads as torch has.
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
@@ -118,9 +125,10 @@ def open(path: Path, device: str | torch.device | None) -> Session:
     except Exception as error:
         hint = ""
         if "NOT_IMPLEMENTED" in str(error):
+            # Case: an operator that this device lacks in the dtype of the graph.
             hint = ". If the model is in bfloat16, export it in float32 or float16"
         raise ValueError(f"{path} cannot be run here: {error}{hint}") from error
-    # A session that fell back to the CPU does not list CUDA first.
+    # 3. A session that has fallen back to the CPU does not list CUDA first.
     works = session.get_providers()[0] == "CUDAExecutionProvider"
     if wanted is not None and wanted.type == "cuda" and not works:
         raise RuntimeError(
@@ -137,7 +145,7 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         parsed = torch.device(device)
     except RuntimeError:
-        # No device at all: refused below like any other kind.
+        # Case: not the name of a device. It is refused below like any other kind.
         parsed = torch.device("meta")
     if parsed.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}; give 'cpu', 'cuda', 'cuda:<i>' or None")
@@ -147,14 +155,15 @@ def _device(device: str | torch.device) -> torch.device:
 def _cuda_devices() -> int:
     """Count the CUDA devices of this machine.
 
-    The driver is asked, since torch may be built without CUDA. Trying a session instead would print
-    errors of ONNX Runtime on every machine without a GPU.
+    The driver is asked, because torch may be built without CUDA. Opening a session to see whether
+    it works would print errors of ONNX Runtime on every machine without a GPU.
     """
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         return 0
     count = ctypes.c_int(0)
+    # Both return 0 if they succeed.
     failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     return 0 if failed else count.value
 
@@ -169,9 +178,10 @@ class SessionCache(ReducedCache):
         states: ``past_key_values.<layer>.key`` and ``.value`` -> OrtValue.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.states: dict[str, Any] = {}
+        # Not that of the states: layers may hold fewer tokens than were seen.
         self._length = 0
 
     @property
@@ -209,7 +219,10 @@ class SessionCache(ReducedCache):
         )
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the rows of everything in the cache, as beam search does."""
+        """Change the rows of everything in the cache, as beam search does.
+
+        On CUDA, torch needs CUDA as well for this.
+        """
         super()._rows(change)
         self.states = {
             name: ort_value(change(as_tensor(value))) for name, value in self.states.items()

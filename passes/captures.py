@@ -51,11 +51,12 @@ class _Capture:
 
     def holds(self) -> bool:
         """Return whether the model still has the parameters that are in the graph."""
+        # By identity: a parameter that was trained in place is still the same one.
         return all(getattr(module, name, None) is value for module, name, value in self.held)
 
 
 class Captures:
-    """Captures that are made at the first call of each kind, for any number of threads.
+    """Makes a capture at the first call of each kind; any number of threads may share one.
 
     At most `CAPTURES` stay; the least recently used are dropped. When modules of the model are
     replaced (adapters, another head, a resized vocabulary) or its config changes, all are made
@@ -78,7 +79,10 @@ class Captures:
     def serve(
         self, call: Call, graph_of: Callable[[Captured], fx.GraphModule], *, step: bool = False
     ) -> tuple[Captured, dict[str, Any]]:
-        """Run a call in a graph that is made of the capture that serves it.
+        """Find the capture that serves a call, and run the call in a graph made from it.
+
+        Whether a capture serves a call is known only when its guards have run, so captures of the
+        same structure are tried one after the other.
 
         Args:
             call: The call, completed.
@@ -97,15 +101,17 @@ class Captures:
             try:
                 fields = run_graph(graph_module, call.inputs)
             except GuardError:
-                # Case: the model's code takes another branch for these inputs than was captured.
+                # Case: these inputs take another branch through the model's code than was captured.
                 if new or step and cache.get_seq_length() != seen:
-                    # Layers before the guard may have added to the cache, so it cannot run again.
+                    # A capture of this very call has to serve it. And where layers before the guard
+                    # have added to the cache of a decode step, no other graph can run on it.
                     raise
+                # A prefill starts on an empty cache, which is easily emptied again.
                 if cache is not None and not step:
                     cache.reset()
                 tried.append(capture)
             else:
-                # Marks the capture as the most recently used.
+                # Looking it up marks the capture as the most recently used.
                 self._captures.get(capture)
                 return capture.captured, fields
 
@@ -116,9 +122,13 @@ class Captures:
 
     def _next(self, call: Call, step: bool, tried: list[_Capture]) -> tuple[_Capture, bool]:
         """Return the most recently used untried capture, or a new one, and whether it is new."""
+        # A prefill and a decode step of the same structure do not share a capture: they are lowered
+        # differently.
         structure = ("decode" if step else "prefill", *call.structure)
         with self.lock:
             known = [capture for capture, _ in self._captures.items()]
+            # Facts are inferred again when the config or a module has changed; parameters may also
+            # be replaced one by one.
             if call.facts is not self._facts or not all(capture.holds() for capture in known):
                 self._facts = call.facts
                 self.forget()
@@ -126,6 +136,8 @@ class Captures:
             for capture in known:
                 if capture.structure == structure and capture not in tried:
                     return capture, False
+            # Case: no capture is left to try. The lock is held, so that threads with the same new
+            # call wait for one capture.
             captured = capture_call(self.model, _example(call, step))
             _LOGGER.info("captured a call of the structure %s", structure)
             capture = _Capture(structure, captured, list(_attributes(self.model, captured)))
@@ -134,6 +146,7 @@ class Captures:
 
 
 def _attributes(model: nn.Module, captured: Captured) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield module, name and value of the parameters and buffers that glue code reads."""
     for node in captured.graph_module.graph.find_nodes(op="get_attr"):
         path, _, name = str(node.target).rpartition(".")
         module = model.get_submodule(path)
@@ -149,21 +162,25 @@ def _example(call: Call, step: bool) -> dict[str, Any]:
 
 
 def _decode_example(inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
-    """Make a decode step on a short cache of equal lengths, which the original model can run.
+    """Make a decode step that the original model can run: its layers hold equally many keys.
 
-    Only its structure matters; on the caches that reductions leave, the original model fails.
+    The original model fails on the caches that reductions leave. Only the structure of the step
+    matters, so two keys per layer are enough.
     """
+    # Inputs of reduced spaces (attention_mask_1, ...) are for the lowered graph alone.
     example = {
         name: value for name, value in inputs.items() if not name.rpartition("_")[2].isdigit()
     }
     for layer, held in enumerate(cache.layers):
         if getattr(held, "keys", None) is None:
-            # Case: a convolution's state, equally long in every space, or a layer that shares
-            # another's keys.
+            # Case: the state of a convolution, which is equally long in every space, or a layer
+            # that shares the keys of another.
             example[CACHE].layers[layer] = copy.deepcopy(held)
             continue
+        # Keys and values are [B, heads, tokens, D].
         short = [states[:, :, :2].clone() for states in (held.keys, held.values)]
         example[CACHE].update(*short, layer)
+    # The mask covers the two keys and the new tokens.
     new = inputs["input_ids"].shape[1]
     if "attention_mask" in example:
         example["attention_mask"] = inputs["attention_mask"][:, -new - 2 :]

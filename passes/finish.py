@@ -28,19 +28,20 @@ def finish(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.delete_all_unused_submodules()
-    # The old code is replaced now, and the new code is forgotten together with its graph module.
+    # torch.fx never forgets the source of a graph, and a search compiles hundreds. So the old
+    # source is removed now, and the new one when its graph module is freed.
     _forget(_source_of(graph_module))
     graph_module.recompile()
+    # Its earlier finalizer would remove a source that is gone already.
     if graph_module in _FORGETTING:
         _FORGETTING[graph_module].detach()
     _FORGETTING[graph_module] = weakref.finalize(graph_module, _forget, _source_of(graph_module))
     return graph_module
 
 
-# *** torch.fx keeps the source of every graph it has ever compiled, for tracebacks ***
+# *** sources, which torch.fx keeps of every graph it has ever compiled, for tracebacks ***
 
 # Graph module -> finalizer that removes its source.
-
 _FORGETTING: weakref.WeakKeyDictionary[fx.GraphModule, weakref.finalize[..., fx.GraphModule]]
 _FORGETTING = weakref.WeakKeyDictionary()
 

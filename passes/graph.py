@@ -36,6 +36,7 @@ def users_after(node: fx.Node, anchor: fx.Node) -> list[fx.Node]:
     Earlier users, such as a reduction's peek into the next block, must go on reading the unreduced
     value.
     """
+    # Nodes compare by their places in the graph.
     return [user for user in node.users if user >= anchor]
 
 

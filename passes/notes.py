@@ -20,8 +20,8 @@ __all__ = ["MASK", "GraphNote", "Note", "annotate", "annotate_graph", "note_of",
 _KEY = "deos_fx"
 
 MASK = "mask"
-"""The ``axes`` of a mask: they follow from its role, not from shapes, since its value may be None
-in one run and 4-D in the next.
+"""The ``axes`` of a mask. They follow from its role and not from its shape, since the same mask may
+be None in one run and 4-D in the next.
 """
 
 
@@ -33,21 +33,23 @@ class Note:
         block: The transformer block that it calls. Written by `capture`, as are the next five.
         keeps_shape: Whether it calls a block whose output has the shape and dtype of its input.
         example: The result of an opaque image encoder in the example run, until shapes are known.
-        unrolled: Number of parts of an iteration that was unrolled.
-        masked: Number of axes that were added to the mask, if rows are read that a mask selects.
-        shared: If it makes the dict of keys that layers share outside the cache: the blocks that
-            write keys, each with a block that reads them.
+        unrolled: If it is an iteration that was unrolled: its number of parts.
+        masked: If it reads the rows that a mask selects: the number of axes of such a row.
+        shared: If it makes the dict of keys that layers share outside the cache: pairs of a block
+            that writes keys and a block that reads them.
         axes: The axes that run over the tokens of the prompt: `MASK`, or nested like the value,
             with an axis or None for each leaf. Written by `annotate_token_spaces`, as are the next
             five.
         shape: The nested shape of the value in the example run.
         dtype: Its dtype, if it is one tensor.
-        content: Whether it depends on a tensor's contents by a differentiable path. Masks and
-            rotary tables read only the shape of the hidden states they are given.
+        content: Whether it depends, by a differentiable path, on what a tensor contains and not
+            only on its shape. Masks and rotary tables read only the shape of the hidden states that
+            they are given.
         padding: Whether it is a mask that only says which tokens are padding.
-        plain: For the node that makes a mask: whether nothing matters but the order of the tokens
-            and padding.
-        root: Name of the value that it is in another token space. Written by `open_space`.
+        plain: If it makes a mask: whether the mask depends only on the order of the tokens and on
+            padding. None for other nodes.
+        root: If it is a value re-indexed for another token space: the name of the original value.
+            Written by `open_space`.
         explains: Sites and roles in which `ReducedModel.explain` reads it. Written by
             `lower_reductions`.
     """
@@ -76,6 +78,7 @@ class Note:
     def has_prompt_axis(self) -> bool:
         """Return whether the value, or a part of it, has a row for every token of the prompt."""
         if isinstance(self.axes, (tuple, list)):
+            # Case: a tuple of values, each with an axis of its own.
             return any(axis is not None for axis in self.axes)
         return self.axes is not None
 
@@ -101,6 +104,7 @@ _NOTHING = Note()
 
 def note_of(node: fx.Node) -> Note:
     """Return the note of a node; an empty one if none was written."""
+    # Notes are frozen, so all nodes without one can share the empty one.
     note: Note = node.meta.get(_KEY, _NOTHING)
     return note
 

@@ -49,14 +49,16 @@ class Captured:
 
     @cached_property
     def guards(self) -> fx.GraphModule:
-        """Return a graph of the guards alone, which tell whether it serves a call."""
+        """Return a graph of the guards alone, which tells whether the capture serves a call."""
         guards = copy_of(self.graph_module)
+        # Guards have side effects, so they and what they read stay when everything else is dead.
         guards.graph.output_node().args = ({},)
         return finish(guards)
 
 
 def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Return a copy whose graph can be changed; modules and weights are shared."""
+    # Nodes are copied with their notes; modules are shared.
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
     twin = fx.GraphModule(graph_module, graph, graph_module._get_name())
@@ -77,13 +79,17 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     Raises:
         CaptureError: If the model cannot be captured.
     """
+    # An opaque encoder is recorded as one node, because it reads sizes into Python.
     facts = facts_of(model)
     blocks, opaque = facts.blocks, facts.encodes_as_one(inputs)
     graph_module = capture(model, inputs, blocks.by_path(), opaque_encoder=opaque)
+    # Folds come first: shapes do not tell how many rows a mask selects.
     graph_module = _run(fold_unstack, graph_module)
     graph_module = _run(fold_masked_add, graph_module)
     graph_module = _run(annotate_token_spaces, graph_module, inputs)
     graph_module = verify(graph_module, "captured")
+    # Only a prefill with images has sites; other calls are captured for their guards and for
+    # decoding.
     sites = None
     if any(name in inputs for name in PIXELS):
         sites = _run(find_sites, graph_module)
@@ -105,7 +111,7 @@ def lower_call(captured: Captured, policy: Policy, layout: PromptLayout | None) 
         ValueError: If the policy does not fit the call; see `lower_reductions`.
     """
     if captured.sites is None or layout is None:
-        # A decode step.
+        # Case: a decode step.
         graph_module = _run(lower_decode, captured.graph_module, decode_spaces(policy))
         return verify(graph_module, "decode")
     graph_module = captured.graph_module
@@ -118,9 +124,10 @@ def _run(step: Callable[..., _T], graph_module: fx.GraphModule, *arguments: Any)
     try:
         return step(graph_module, *arguments)
     except (TypeError, ValueError):
-        # A user's mistake, which the message explains.
+        # Case: a user's mistake, which the message explains.
         raise
     except Exception as error:
+        # Case: a mistake of ours. Without the name of the pass, such an error is hard to place.
         raise PassError(
             f"The pass {step.__name__} failed on {graph_module._get_name()} "
             f"({type(error).__name__}: {error}). This is a fault of deos_fx: please report it, "

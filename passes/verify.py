@@ -11,9 +11,12 @@ After lowering, also:
 4. every operator of this package is in the static list, and no shape depends on data;
 5. every reduction reports the space it leaves, and the counts never grow.
 
-A relaxed graph drops no token: nothing in it opens a new token space. A decode graph reduces
-nothing, and no layer reads a mask that was made for a later one. In a graph that is exported,
-features fill their placeholders by an index and not by a mask, on whose ONNX form runtimes differ.
+Each of the other stages has one more rule:
+
+6. a relaxed graph drops no token: nothing in it opens a new token space;
+7. in a graph that is exported, features fill their placeholders by an index and not by a mask, on
+   whose ONNX form runtimes differ;
+8. a decode graph reduces nothing, and no layer reads a mask that was made for a later one.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ __all__ = ["Stage", "verify"]
 Stage = Literal["captured", "relaxed", "lowered", "decode", "exported"]
 
 
-# Functions whose results have shapes that depend on data, or differ between runtimes.
+# Functions whose results have shapes that depend on data, and the two that add at an index, on
+# whose results runtimes differ.
 _DYNAMIC = {"index_add", "item", "masked_select", "nonzero", "scatter_add", "tolist", "unique"}
 
 
@@ -62,6 +66,7 @@ def verify(graph_module: fx.GraphModule, stage: Stage) -> fx.GraphModule:
         _check_constants(graph_module, node, stage)
     _check_layers(graph, stage)
     if stage == "relaxed":
+        # Rule 6.
         cuts = [node.name for node in graph.nodes if node.target is tokens.kept_in_prompt]
         _require(not cuts, stage, f"{', '.join(cuts)} drops tokens")
     if stage in ("lowered", "decode", "exported"):
@@ -71,6 +76,7 @@ def verify(graph_module: fx.GraphModule, stage: Stage) -> fx.GraphModule:
     if stage in ("lowered", "exported"):
         _check_spaces(graph, stage)
     if stage == "exported":
+        # Rule 7.
         masked = [node.name for node in graph.nodes if node.target == "masked_scatter"]
         _require(not masked, stage, f"{', '.join(masked)} fills placeholders by a mask")
     if stage == "decode":
@@ -98,25 +104,29 @@ def _check_constants(graph_module: fx.GraphModule, node: fx.Node, stage: Stage) 
     leaves = pytree.tree_leaves((node.args, node.kwargs))
     frozen = any(isinstance(leaf, torch.Tensor) for leaf in leaves)
     _require(not frozen, stage, f"{node.name} has a tensor as an argument")
+    # A single number is no data of an example: a guard covers every number that was read.
     if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
         size = getattr(graph_module, str(node.target)).numel()
         _require(size == 1, stage, f"{node.name} is a constant of {size} values from an example")
 
 
 def _check_layers(graph: fx.Graph, stage: Stage) -> None:
-    """Rule 3."""
+    """Rule 3: decoder layers run exactly once, in order."""
     blocks = (note_of(node).block for node in graph.nodes)
     layers = [block.index for block in blocks if block is not None and block.stage == "decoder"]
     in_order = layers == list(range(len(layers)))
     _require(in_order, stage, f"decoder layers run in the order {layers}")
 
 
-# Of the functions on tokens, those that only a relaxed graph has.
+# The functions on tokens that only a relaxed graph may call.
 _RELAXED = {"gate_bias", "patch_gate_bias", "relaxed_grid_positions", "relaxed_positions"}
 
 
 def _static_operators() -> set[Any]:
-    """Return our functions that a lowered graph may call, with the present rows of the tables."""
+    """Return our functions that a lowered graph may call.
+
+    The tables are read at every call, so rows that were added to them count.
+    """
     return {
         *(getattr(tokens, name) for name in tokens.__all__ if name not in _RELAXED),
         *(function for name in operator.__all__ if callable(function := getattr(operator, name))),
@@ -126,9 +136,10 @@ def _static_operators() -> set[Any]:
 
 
 def _check_operator(node: fx.Node, allowed: set[Any], stage: Stage) -> None:
-    """Rule 4."""
+    """Rule 4: our functions are on the static list, and no shape depends on data."""
     if node.op not in ("call_function", "call_method"):
         return
+    # The name of a method is its target; `strip` finds in-place forms (index_add_) as well.
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     _require(name.strip("_") not in _DYNAMIC, stage, f"{node.name} calls {name}")
     ours = getattr(node.target, "__module__", None) or ""
@@ -138,7 +149,10 @@ def _check_operator(node: fx.Node, allowed: set[Any], stage: Stage) -> None:
 
 
 def _check_spaces(graph: fx.Graph, stage: Stage) -> None:
-    """Rule 5; counts that the graph does not state are left out of the comparison."""
+    """Rule 5: every cut reports the space it leaves, and counts never grow.
+
+    Counts that the graph does not state are left out of the comparison.
+    """
     cuts = [node for node in graph.nodes if node.target is tokens.kept_in_prompt]
     output = cast(dict[str, Any], graph.output_node().args[0])
     spaces = output.get("spaces", [])
@@ -152,29 +166,34 @@ def _check_spaces(graph: fx.Graph, stage: Stage) -> None:
 def _count(kept: Any) -> int | None:
     """Return the number of tokens that a selection keeps of a prompt; None if it is not stated."""
     if kept.target is tokens.kept_of_prompt:
+        # Case: indices into each image become indices into the prompt.
         per_image = _count(kept.args[0])
         return None if per_image is None else per_image * kept.args[1]
-    # These change indices or their order, but not their number.
     if kept.target in (operator.in_order, operator.take, operator.with_last):
+        # Case: functions that change indices or their order, but not their number.
         return _count(kept.args[0])
     if kept.target is torch.narrow:
+        # Case: a part of the tiers: narrow(kept, dim, start, length).
         return kept.args[3]
     if kept.target is torch.cat:
+        # Case: several tiers.
         parts = [_count(part) for part in kept.args[0]]
         return None if None in parts else sum(cast(list[int], parts))
-    # A selector's count is the argument after those that its row says it needs.
-    # Selectors that flag tokens do not keep any by themselves.
+    # Case: a selector. Its count is the argument after those that its row says it needs. Selectors
+    # that flag tokens do not keep any by themselves.
     places = {row.function: len(row.needs) for row in SELECTORS.values() if not row.flags}
     place = places.get(kept.target)
     return None if place is None else kept.args[place]
 
 
 def _check_decode(graph: fx.Graph) -> None:
-    """Check that a decode graph reduces nothing, and that layers read masks of their space."""
+    """Rule 8: a decode graph reduces nothing, and layers read masks of their space."""
     ours = _static_operators()
     for node in graph.nodes:
         reduces = node.op == "call_function" and node.target in ours
         _require(not reduces, "decode", f"{node.name} reduces tokens")
+        # A mask that names a layer is as wide as the cache of that layer, the first one in its
+        # space.
         first = node.kwargs.get("layer_idx")
         for user in node.users:
             block = note_of(user).block

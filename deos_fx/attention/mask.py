@@ -15,9 +15,9 @@ def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: b
 
     Args:
         mask: None, boolean or additive, broadcastable to [B, 1, Q, N].
-        key_bias: [B, N], or longer if a cache holds only the last N keys.
+        key_bias: [B, N], or longer if a cache with a window holds only the last N keys.
         hidden: [B, Q, d]; its shape, precision and device are read.
-        causal: Whether, without a mask, a query sees only keys up to its own position.
+        causal: Whether a query sees only keys up to its own position if there is no mask.
 
     Returns:
         Additive [B, 1, Q, N] in the precision of the hidden states.
@@ -25,22 +25,27 @@ def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: b
     bias = key_bias[:, None, None, :].to(hidden)
     lowest = torch.finfo(hidden.dtype).min
     if mask is None:
+        # Case: no mask. The kernel knows about causality, which a mask with a bias has to say
+        # itself.
         queries, keys = hidden.shape[1], key_bias.shape[1]
         if not causal:
             # Case: every query sees all keys.
             return bias.expand(-1, -1, queries, -1)
-        # The last query belongs to the last key, also when earlier keys come from a cache.
+        # The last query belongs to the last key, also if earlier keys come from a cache.
         rows = torch.arange(queries, device=hidden.device) + (keys - queries)
         visible = torch.arange(keys, device=hidden.device) <= rows[:, None]
         return torch.where(visible, bias, lowest)
     mask, bias = mask.to(hidden.device), bias[..., -mask.shape[-1] :]
     if mask.dtype == torch.bool:
+        # Case: a boolean mask.
         return torch.where(mask, bias, lowest)
+    # Case: an additive mask. Masked keys are at the lowest value already, and a sum must not
+    # overflow.
     return (mask + bias).clamp(min=lowest)
 
 
 def is_causal(block: nn.Module) -> bool:
-    """Return whether, without a mask, a block lets a query see only keys up to its own position.
+    """Return whether a query of a block sees only keys up to its own position if there is no mask.
 
     Raises:
         ValueError: If the block's attention implementation cannot take an additive mask.
@@ -52,6 +57,7 @@ def is_causal(block: nn.Module) -> bool:
             f"The attention implementation {implementation!r} takes no bias on its logits. Load "
             "the model with attn_implementation='sdpa', or use mass_bias=0."
         )
+    # transformers takes attention for causal unless it says otherwise.
     return bool(getattr(attention, "is_causal", True))
 
 
@@ -77,4 +83,5 @@ def attention_of(block: nn.Module) -> Any:
             f"{type(block).__name__} has no submodule whose config names an attention "
             "implementation, so its attention cannot be observed. Use another site."
         )
+    # The attention is the first one; an MLP may have such a config, too.
     return block.get_submodule(names[0])

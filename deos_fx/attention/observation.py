@@ -1,6 +1,6 @@
 """Observations that a block can report of its attention, and the features made of them.
 
-The attention that keys receive from some queries is computed by rows, never as a whole matrix.
+The attention that keys receive from some queries is computed row by row, never as a whole matrix.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class Observation:
     Attributes:
         kind: ``attention`` (received by every key from some queries, [B, N]), ``keys`` (mean over
             heads, [B, N, D]) or ``joint_keys`` (heads side by side, [B, N, H_kv D]).
-        heads: How the attention of the heads becomes one: their ``mean``, their ``max`` (FitPrune),
-            or ``joint``: one softmax over full-width products, scaled by (H D)^-1/2 (PruMerge).
-        strongest: Number of heads that count, those that attend most to the keys asked about
+        heads: How the attention of all heads becomes one: their ``mean``, their ``max`` (FitPrune),
+            or ``joint``, a single softmax over full-width products, scaled by (H D)^-1/2
+            (PruMerge).
+        strongest: How many heads count: those that attend most to the keys that count
             (SparseVLM+); 0 for all.
         gravity: Whether attention is divided by the value that rotary positions alone give each
             distance (SparseVLM+).
@@ -79,10 +80,10 @@ MADE_OF = {"text_score": "text_keys"}
 
 # *** the computation ***
 
-# Number of queries whose attention rows, of all heads, are held at once.
+# Number of queries whose rows of attention [heads, keys] are held in memory at once.
 _QUERIES_AT_ONCE = 64
 
-# Floor of the sum of votes: if all are zero, the result is zero, not NaN.
+# Floor of the sum of votes. If all are zero, the result is zero and not NaN.
 _NO_VOTES = 1e-13
 
 
@@ -109,6 +110,7 @@ class AttentionView:
 
     def joint(self) -> AttentionView:
         """Return a view with all heads as one of full width."""
+        # [B, H, N, D] -> [B, 1, N, H D]
         query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (self.query, self.key))
         scale = query.shape[-1] ** -0.5
         return AttentionView(query, key, self.mask, scale, self.causal, self.tables)
@@ -119,6 +121,7 @@ class AttentionView:
         groups, length = self.key.shape[1:3]
         rows = positions.shape[1]
         index = positions[:, None, :, None].expand(-1, heads, -1, dim)
+        # Query heads that share a key head stand side by side: [B, H_kv, (H / H_kv) R, D].
         chosen = torch.gather(self.query, 2, index).reshape(batch, groups, -1, dim)
         logits = (chosen @ self.key.transpose(2, 3)).float() * self.scale
         return self._masked(logits.reshape(batch, heads, rows, length), positions).softmax(dim=-1)
@@ -147,6 +150,7 @@ class AttentionView:
         return pull[:, None] * dim**-0.5
 
     def _masked(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Mask logits [B, H, R, N] of the queries at positions [B, R] as the block would."""
         lowest = torch.finfo(torch.float32).min
         mask = self.mask
         if isinstance(mask, BlockMask):
@@ -157,13 +161,14 @@ class AttentionView:
             visible = mask.mask_mod(rows, torch.zeros_like(rows), positions[:, None, :, None], keys)
             return logits.masked_fill(~visible, lowest)
         if mask is not None and mask.ndim == 4:
-            # A full mask includes causality.
+            # Case: a mask of queries and keys. It includes causality.
             mask = mask.expand(positions.shape[0], -1, -1, -1)
             index = positions[:, None, :, None].expand(-1, mask.shape[1], -1, logits.shape[-1])
             mask = torch.gather(mask, 2, index)
             if mask.dtype == torch.bool:
                 return logits.masked_fill(~mask, lowest)
             return logits + mask.float()
+        # Case: no mask of queries and keys. There may be flags of real keys.
         if self.causal:
             later = torch.arange(logits.shape[-1], device=logits.device) > positions[..., None]
             logits = logits.masked_fill(later[:, None], lowest)
@@ -173,7 +178,17 @@ class AttentionView:
 
 
 def observe(view: AttentionView, observation: Observation, asked: Iterator[Asked]) -> Tensor:
-    """Make one observation; if it is of attention, its queries are the next in `asked`."""
+    """Make one observation.
+
+    Args:
+        view: The arguments of the attention function.
+        observation: What to observe.
+        asked: The queries of the observations of attention that are left; the next is taken if this
+            is one of them.
+
+    Returns:
+        [B, N, D], [B, N, H_kv D] or [B, N], by its kind.
+    """
     if observation.kind == "keys":
         return view.key.mean(dim=1)
     if observation.kind == "joint_keys":
@@ -192,18 +207,20 @@ def received_attention(view: AttentionView, observation: Observation, asked: Ask
     Returns:
         [B, N] in float32.
     """
-    # These tensors are on the device of the inputs; the layer may be on another.
+    # What was asked is on the device of the inputs, and the layer may be on another one.
     positions, votes, among = (
         None if value is None else value.to(view.query.device) for value in asked
     )
     view = view.joint() if observation.heads == "joint" else view
     batch, _, length, _ = view.query.shape
     if positions is None:
+        # Case: all tokens ask.
         positions = torch.arange(length, device=view.query.device).expand(batch, -1)
     if isinstance(positions.shape[1], int) and not positions.shape[1]:
         # Case: a prompt of images only has no text, so the result is as if no text voted.
         return torch.zeros(batch, length, device=view.query.device)
     received: Any = 0.0
+    # The sum over queries, [B, H, N], or [B, 1, N] once heads are joined.
     for part, weight in _few(positions, votes):
         rows = view.rows(part)
         if observation.gravity:
@@ -211,7 +228,7 @@ def received_attention(view: AttentionView, observation: Observation, asked: Ask
         if observation.heads == "max":
             rows = rows.amax(dim=1, keepdim=True)
         elif not observation.strongest:
-            # With `strongest`, heads stay apart until all queries are summed.
+            # With `strongest`, heads stay apart: which of them count is known after all queries.
             rows = rows.mean(dim=1, keepdim=True)
         if weight is not None:
             rows = rows * weight[:, None, :, None]
@@ -226,7 +243,10 @@ def received_attention(view: AttentionView, observation: Observation, asked: Ask
 
 
 def _few(positions: Tensor, votes: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield a few queries at a time; all at once where their number is dynamic in an export."""
+    """Yield a few queries at a time, with their votes.
+
+    In an export their number may be dynamic; a graph has no loop, so they come all at once.
+    """
     count = positions.shape[1]
     known = isinstance(count, int)
     for start in range(0, count, _QUERIES_AT_ONCE) if known else [0]:
@@ -235,7 +255,7 @@ def _few(positions: Tensor, votes: Tensor | None) -> Iterator[tuple[Tensor, Tens
 
 
 def _strongest_heads(received: Tensor, among: Tensor, count: int) -> Tensor:
-    """Return the `count` heads of [B, H, N] that give most to keys at `among` [B, V], per row."""
+    """Take, in each row of [B, H, N], the `count` heads that give most to keys `among` [B, V]."""
     heads, length = received.shape[1:]
     index = among[:, None].expand(-1, heads, -1)
     share = torch.gather(received, 2, index).sum(dim=2)

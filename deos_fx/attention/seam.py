@@ -7,8 +7,8 @@ the N x N matrix. The log-mass bias of merging and the log-gate bias of the rela
 the mask.
 
 A block that needs the seam is run through a *view*: a shallow copy that shares every weight with
-the original and differs only in its attention, whose config names the seam. The model itself is
-never changed, and observations are explicit outputs of the block's node.
+the original and differs only in its attention, whose config names the seam. So the model itself is
+never changed. Observations are explicit outputs of the block's node.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class PeekedBlock(ObservedBlock):
 
     def __init__(self, block: nn.Module, observe: tuple[Observation, ...]) -> None:
         super().__init__(block, observe)
+        # Every module from the block to its attention is left by an exception.
         path = attention_modules(block)[0].split(".")
         for depth in range(len(path) + 1):
             _call_directly(self.block.get_submodule(".".join(path[:depth])))
@@ -143,7 +144,8 @@ class PeekedBlock(ObservedBlock):
         raise AssertionError(f"{type(self.original()).__name__} did not call its attention")
 
 
-# The call of a block that this thread is in; views cannot hold it, as all threads share them.
+# The call of a block that is running in this thread. All threads share the views, so these cannot
+# hold it.
 _CALL: ContextVar[_SeamCall | None] = ContextVar("deos_fx_seam_call", default=None)
 
 
@@ -161,7 +163,10 @@ def _seam_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Observe, then call the user's implementation: the registered attention function."""
+    """Observe, then call the implementation that the user chose.
+
+    This is the attention function that is registered with transformers.
+    """
     seam = _CALL.get()
     if seam is None:
         raise ValueError(
@@ -172,9 +177,11 @@ def _seam_attention(
     causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     view = AttentionView(query, key, attention_mask, scale, causal, seam.tables)
+    # Observations of keys ask for nothing, so there may be fewer queries than observations.
     asked = iter(seam.asked)
     seam.seen += [observe(view, item, asked) for item in seam.observe]
     if seam.peek:
+        # Nothing else of the block is needed.
         raise _Seen
     attention = AttentionInterface().get_interface(seam.implementation, _eager_attention)
     return attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -196,7 +203,10 @@ def _eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Call the eager function of the module's own model file; every file has one."""
+    """Call the eager function of the module's own model file.
+
+    Every file has one, and transformers does not register it under a name.
+    """
     eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
     return eager(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -223,15 +233,17 @@ def _seam_view(block: nn.Module) -> nn.Module:
     """Return a shallow copy of the block whose attention goes through the seam."""
     view = shallow_copy(block)
     for name in attention_modules(block):
-        # Copy every module on the path to the attention, so that the original is not changed.
+        # 1. Copy every module on the path to the attention, so that the original is not changed.
         parent = view
         *path, last = name.split(".")
         for part in path:
             parent._modules[part] = shallow_copy(parent._modules[part])
             parent = parent._modules[part]
+        # 2. The copy of the attention names the seam in a config of its own.
         attention = shallow_copy(parent._modules[last])
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation_internal = _NAME
+        # 3. Its forward notes the call. A forward of the instance (accelerate's) is still run.
         attention.deos_fx_forward = vars(attention).get("forward")
         attention.forward = partial(_with_seam, attention)
         parent._modules[last] = attention
@@ -241,8 +253,8 @@ def _seam_view(block: nn.Module) -> nn.Module:
 def _call_directly(module: nn.Module) -> None:
     """Make calls of a view go straight to its forward.
 
-    An export keeps a stack of the modules that are running, and an exception that leaves one would
-    not unwind it.
+    While it traces, an export keeps a stack of the modules that are running. A peek leaves modules
+    by an exception, which would not unwind that stack.
     """
     kind = type(module)
 
@@ -256,8 +268,9 @@ def _call_directly(module: nn.Module) -> None:
 def _with_seam(module: Any, *args: Any, seam: _SeamCall | None = None, **kwargs: Any) -> Any:
     """Run the forward of a view's attention, with the call where `_seam_attention` finds it.
 
-    Not every family passes unknown arguments on to the attention function (SigLIP does not). Other
-    parts whose config names the attention implementation (an MLP) run without a call.
+    A context variable holds the call, since not every family passes unknown arguments on to the
+    attention function (SigLIP does not). Other parts whose config names the attention
+    implementation (an MLP) run without a call.
     """
     forward = module.deos_fx_forward or partial(type(module).forward, module)
     token = _CALL.set(seam)

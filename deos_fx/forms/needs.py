@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS
-
-if TYPE_CHECKING:
-    from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.reduction import Reduction
 
 __all__ = ["feature_name", "required_features"]
 
@@ -30,9 +27,11 @@ def required_features(reduction: Reduction) -> frozenset[str]:
     for i, tier in enumerate(reduction.selection):
         selector = SELECTORS[tier.selector]
         names = list(selector.features)
+        # The first tier's score is also used after the choice: for weights, and to reweight.
         if selector.ranks or (i == 0 and reduction.uses_scores):
             names += [name for score in tier.scores for name in SCORES[score].features]
         needs.update(feature_name(name, tier.observe) for name in names)
+        # A similarity is observed where the reduction says, whichever tier needs it.
         if selector.compares or (i == 0 and _compares(reduction)):
             kinds = (SIMILARITIES[kind] for kind in reduction.similarity)
             needs.update(feature_name(name, reduction.observe) for name in kinds)
@@ -41,6 +40,7 @@ def required_features(reduction: Reduction) -> frozenset[str]:
 
 def _compares(reduction: Reduction) -> bool:
     """Return whether the assignment compares tokens."""
+    # At an infinite temperature, all receivers get equal shares.
     by_likeness = reduction.assignment == "similar" and reduction.temperature != math.inf
     return reduction.gain > 0 and (by_likeness or reduction.assignment == "k_nearest")
 

@@ -96,6 +96,7 @@ class RelaxedReduction(nn.Module):
         self.similarity = _parameter([math.log(weight) for weight in start.similarity.values()])
         self.diversity = _parameter(_softplus_inverse(start.diversity))
         self.gain = _parameter(_logit(start.gain))
+        # A temperature of 0 or infinity becomes one that is surely hard or soft.
         temperature = min(max(start.temperature, HARD / 10), SOFT * 10)
         self.log_temperature = _parameter(math.log(temperature))
         self.reweight = _parameter(start.reweight)
@@ -119,10 +120,10 @@ class RelaxedReduction(nn.Module):
         scores, kinds = _main(scores), _main(kinds)
         diversity = _rounded(F.softplus(self.diversity).item())
         greedy = self.start.selector == "greedy" and diversity > 0
-        # Greedy without diversity is top_k.
+        # Greedy without diversity is top_k, which is cheaper.
         plain = self.start.selector == "greedy" and not greedy
         selector = "top_k" if plain else self.start.selector
-        # Options of a selector or score that dropped out are dropped too.
+        # Options of a selector or score that has dropped out go with it.
         known = {*SELECTORS[selector].options}.union(*(SCORES[name].options for name in scores))
         gain = _rounded(self.gain.sigmoid().item())
         return replace(
@@ -174,30 +175,36 @@ class RelaxedReduction(nn.Module):
             for name, value in self.start.selection[0].options.items()
         }
         features = {**options, **features, "tokens": tokens}
+        # 1. The ranking, and gates that sum to the expected count.
         score = self._score(features, alive)
         count = self.keep_fraction(alive.sum(dim=-1))
         ranking = self._ranking(score, count, alive, features)
         if last_of:
             ranking = _last_first(ranking, last_of, by_grid=self.start.selector == "grid")
         gates = soft_top_k(ranking, count, self.gate_temperature, alive)
-        # Open and closed are relative to a row's fullest gate, so that there is always a target.
+        # Open and closed are relative to the fullest gate of a row, so that there is always a
+        # target.
         closed = gates < 0.5 * gates.amax(dim=-1, keepdim=True)
+        # 2. What each token gives up, and to whom.
         slot = self._slot(ranking, closed)
         assignment = self._assignment(gates, closed, slot, features)
-        # The mass that each token gives up, by receiver.
+        # The mass that each token (column) gives up to each receiver (row).
         moved = (mass * (alive - gates)).unsqueeze(1) * assignment
         content, own = moved, torch.ones_like(mass)
         if self.start.weighting == "score":
             weight = transfer.importance(score)
             content, own = moved * weight.unsqueeze(1), 1 + self._fused(slot) * (weight - 1)
+        # 3. The merge of ``transfer.merge``, for all tokens in place.
         share = (mass / (mass * own + content.sum(dim=-1))) ** self.start.exponent
         received = (content * (share / mass).unsqueeze(-1)).to(tokens.dtype) @ tokens
         reduced = tokens * (own * share).unsqueeze(-1).to(tokens.dtype) + received
+        # 4. Reweighting, as far as the site is active.
         factor = 1 + self.activation.sigmoid() * self.reweight * score
         reduced = reduced * factor.unsqueeze(-1).to(tokens.dtype)
         return RelaxedOutput(reduced, gates, mass + moved.sum(dim=-1), score)
 
     def _score(self, features: Mapping[str, Tensor], alive: Tensor) -> Tensor:
+        """Return the mixture of standardized scores [B, V]; dropped tokens do not count."""
         if not self.start.scores:
             return torch.zeros_like(alive)
         parts = []
@@ -214,13 +221,15 @@ class RelaxedReduction(nn.Module):
         """Return the score [B, V] whose largest entries the selector keeps."""
         if self.start.selector == "top_k":
             return score
+        # One step more than tokens stay, so that the gates next to the threshold are ranked as
+        # well.
         steps = min(math.ceil(count.max().item()) + 1, score.shape[-1])
         if self.start.selector == "grid":
             return _grid_ranking(features["grid"], round(count.mean().item()), alive)
         if self.start.selector == "max_min":
             ranking = sequential.max_min_ranking(self._similarity(features), steps, alive)
             return standardize(ranking, alive)
-        # Case: greedy.
+        # Case: greedy. A closed gate is about -30, so dropped tokens are not picked.
         diversity = F.softplus(self.diversity)
         penalty = sequential.greedy_penalty(
             score + alive.clamp_min(LOG_FLOOR).log(), self._similarity(features), steps, diversity
@@ -228,6 +237,7 @@ class RelaxedReduction(nn.Module):
         return score - diversity * penalty
 
     def _similarity(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return the mixture of similarities of all pairs, [B or 1, V, V]."""
         weights = dict(zip(self.start.similarity, self.similarity.softmax(0), strict=True))
         names = {kind: assign.SIMILARITIES[kind] for kind in weights}
         observe = self.start.observe
@@ -242,7 +252,10 @@ class RelaxedReduction(nn.Module):
         return F.one_hot(last, ranking.shape[-1]).to(ranking.dtype)
 
     def _fused(self, slot: Tensor) -> Tensor:
-        """Return how far the residual token is weighted as those it takes in: not at full gain."""
+        """Return how far the residual token is weighted as those that it takes in.
+
+        At full gain it takes in nothing that others leave, so it is a kept token like any other.
+        """
         return slot * self.activation.sigmoid() * (self.gain.sigmoid() < 1)
 
     def _assignment(
@@ -253,19 +266,20 @@ class RelaxedReduction(nn.Module):
         return gain * self._targets(gates, closed, features) + (1 - gain) * slot.unsqueeze(-1)
 
     def _targets(self, gates: Tensor, closed: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        """Return P [B, V, V]: how much of each token (column) goes to each other one (row)."""
         similarity = self._similarity(features).expand(gates.shape[0], -1, -1)
         itself = torch.eye(gates.shape[-1], dtype=torch.bool, device=gates.device)
         temperature = self.log_temperature.clamp(math.log(HARD / 10), math.log(SOFT * 10)).exp()
         sharpness = 1 / temperature
         if temperature >= SOFT:
-            # Case: similarity has no effect on the value, only on the gradient.
+            # Case: soft. Similarity has no effect on the value, only on the gradient.
             sharpness = sharpness - sharpness.detach()
         gate = gates.clamp_min(LOG_FLOOR).log().unsqueeze(-1)
         logits = sharpness * similarity + (1 + sharpness) * gate
         soft = logits.masked_fill(itself, torch.finfo(logits.dtype).min).softmax(dim=1)
         if temperature >= HARD:
             return soft
-        # Case: the value of the nearest open token, the gradient of the softmax.
+        # Case: hard. The value is that of the nearest open token, the gradient that of the softmax.
         open_only = similarity.masked_fill(closed.unsqueeze(-1) | itself, -math.inf)
         hard = F.one_hot(open_only.argmax(dim=1), gates.shape[-1]).mT.to(soft.dtype)
         return soft + (hard - soft).detach()
@@ -312,16 +326,19 @@ def _last_first(ranking: Tensor, images: int, *, by_grid: bool) -> Tensor:
 
 
 def _parameter(value: float | list[float]) -> nn.Parameter:
+    """Make a parameter in float32, whatever the default dtype is."""
     return nn.Parameter(torch.tensor(value, dtype=torch.float32))
 
 
 def _logit(value: float) -> float:
+    """Invert the sigmoid; 0 and 1 become saturated logits."""
     if value <= 0 or value >= 1:
         return SATURATED if value >= 1 else -SATURATED
     return math.log(value / (1 - value))
 
 
 def _softplus_inverse(value: float) -> float:
+    """Invert the softplus; 0 becomes a saturated value."""
     return value + math.log(-math.expm1(-value)) if value > 0 else -SATURATED
 
 
@@ -334,11 +351,13 @@ def _rounded(value: float) -> float:
 
 
 def _snapped(temperature: float) -> float:
+    """Round a temperature to four digits, or to 0 or infinity beyond `HARD` and `SOFT`."""
     if temperature < HARD:
         return 0.0
     return math.inf if temperature >= SOFT else float(f"{temperature:.4g}")
 
 
 def _main(weights: Mapping[str, float]) -> dict[str, float]:
+    """Round weights, and leave out negligible ones; a single weight becomes 1."""
     kept = {name: round(weight, 4) for name, weight in weights.items() if weight >= NEGLIGIBLE}
     return kept if len(weights) != 1 else dict.fromkeys(weights, 1.0)

@@ -1,4 +1,8 @@
-"""Gates that open for the largest scores and sum to a given count, with exact gradients."""
+"""Gates that open for the largest scores and sum to a given count, with exact gradients.
+
+The threshold is found without gradients, and the gradients of the gates are added by hand: a term
+such as ``slope * (score - score.detach())`` is zero but has the gradient ``slope``.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +42,11 @@ def soft_top_k(score: Tensor, count: Tensor | float, temperature: float, alive: 
         gates, opening, share = _solve(score.double(), count.double(), temperature, alive.double())
         slope = gates * (1 - opening) / temperature
         gates, opening, share, slope = (x.to(score.dtype) for x in (gates, opening, share, slope))
+    # ds, dcount and dalive of the docstring: zero in value.
     score_step, count_step, alive_step = (x - x.detach() for x in (score, count, alive))
     score_step = score_step - (share * score_step).sum(dim=-1, keepdim=True)
     alive_step = opening * alive_step
+    # What opens elsewhere as the count grows or other gates close.
     freed = count_step.unsqueeze(-1) - alive_step.sum(dim=-1, keepdim=True)
     return gates + slope * score_step + share * freed + alive_step
 
@@ -52,6 +58,7 @@ def _solve(
     count = torch.minimum(count, alive.sum(dim=-1)).unsqueeze(-1)
     low = score.amin(dim=-1, keepdim=True) - SATURATED * temperature
     high = score.amax(dim=-1, keepdim=True) + SATURATED * temperature
+    # After 64 halvings, the threshold is as exact as double precision allows.
     for _ in range(64):
         # Bisection: a threshold that is too low opens the gates too far.
         middle = (low + high) / 2
@@ -61,6 +68,7 @@ def _solve(
             torch.where(total > count, high, middle),
         )
     x = (score - low) / temperature
+    # w_i = alive_i sigmoid(x_i) sigmoid(-x_i) / sum, computed from logarithms.
     share = (alive.clamp_min(LOG_FLOOR).log() + F.logsigmoid(x) + F.logsigmoid(-x)).softmax(dim=-1)
     opening = x.sigmoid()
     gates = alive * opening

@@ -9,16 +9,14 @@ standardized.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from deos_fx.forms.assignment import assignment_of
-from deos_fx.forms.choice import Call, Choice, execute, short
+from deos_fx.forms.choice import Choice, Execute, Value, execute, short
 from deos_fx.operator import gather, transfer
-
-if TYPE_CHECKING:
-    from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.reduction import Reduction
 
 __all__ = ["StaticOutput", "static_reduce"]
 
@@ -50,10 +48,10 @@ class StaticOutput(NamedTuple):
 def static_reduce(
     reduction: Reduction,
     count: int,
-    tokens: Any,
-    mass: Any,
+    tokens: Value,
+    mass: Value | None,
     features: Mapping[str, Any],
-    call: Call = execute,
+    call: Execute = execute,
     last_of: int = 0,
 ) -> StaticOutput:
     """Apply a reduction to the visual tokens.
@@ -75,10 +73,12 @@ def static_reduce(
         ValueError: If a selector cannot keep that many tokens, or needs complete images where
             tokens were dropped before.
     """
+    # 1. The choice, and the assignment of the other tokens.
     call = short(call)
     choice = Choice(reduction, count, tokens, features, call, last_of)
     kept = choice.kept()
     moved = assignment_of(choice, kept)
+    # 2. The kept tokens, with what moves to them.
     if moved.assignment is None:
         # Case: pruning.
         reduced = call(gather.take, tokens, kept)
@@ -87,6 +87,7 @@ def static_reduce(
         parts = (kept, moved.sources, moved.assignment)
         weight = choice.weight()
         own = None
+        # The residual token is weighted as those that it takes in.
         if weight is not None and moved.slot is not None:
             own = call(transfer.own_part, moved.slot, moved.receivers, weight)
         # Raw scores replace the masses as weights.
@@ -94,10 +95,12 @@ def static_reduce(
         how = (own, masses, weight, moved.gain, reduction.exponent, reduction.average)
         reduced = call(transfer.merge, tokens, *parts, *how)
         mass = call(transfer.merged_mass, *parts, mass, moved.gain)
+    # 3. Reweighting.
     if reduction.reweight:
         reduced = call(transfer.reweight, reduced, choice.score, kept, reduction.reweight)
+    # 4. The order, one row of indices for each row of tokens, and the copy of the CLS token.
     if choice.sorted_last:
-        # Receivers were the last tier, so the tokens are in the tiers' order until here.
+        # The receivers are the last tier, so the tokens are in the order of the tiers until here.
         order = call(torch.argsort, kept)
         reduced, kept = (call(gather.take, value, order) for value in (reduced, kept))
         mass = None if mass is None else call(gather.take, mass, order)
@@ -111,5 +114,3 @@ def static_reduce(
     return StaticOutput(
         reduced, kept, mass, moved.assignment, moved.receivers, moved.sources, choice.score
     )
-
-

@@ -1,7 +1,8 @@
 """The operator: pruning, merging, pooling and reweighting of visual tokens as one family.
 
-Pure tensor functions on visual tokens only: no scatter-add, no data-dependent shapes, a dynamic
-batch, and half precision in and out. The formulas are in the modules.
+All functions are pure, and take tensors of visual tokens alone. They need no scatter-add and no
+shapes that depend on data. The batch may be dynamic, and half precision goes in and comes out. The
+formulas are in the modules.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Similarities between tokens, and the assignment P that says where dropped tokens go.
 
-P [B, R, S] says how much of source token j goes to receiver i. The sources are the dropped tokens,
-and every column sums to 1. The exceptions are assignments in which receivers choose (``k_nearest``,
-interpolation): there all tokens are sources, and columns need not sum to 1.
+P [B, R, S] says how much of source token j goes to receiver i. In most assignments the sources are
+the dropped tokens, and every column sums to 1. In those in which receivers choose (``k_nearest``,
+interpolation), all tokens are sources, and columns need not sum to 1.
 """
 
 from __future__ import annotations
@@ -89,11 +89,13 @@ def between_halves(
 
 
 def _cosine(x: Tensor, rows: _Which, columns: _Which) -> Tensor:
+    """Return cos(x_i, x_j) of some tokens of [B, V, d]."""
     unit = F.normalize(full_precision(x), dim=-1)
     return _some(unit, rows) @ _some(unit, columns).mT
 
 
 def _proximity(grid: Tensor, rows: _Which, columns: _Which) -> Tensor:
+    """Return 1 / (1 + |p_i - p_j|) of some places of [V, 3] or [B, V, 3]; -1 between images."""
     every = (grid if grid.dim() == 3 else grid.unsqueeze(0)).float()
     apart = _some(every, rows).unsqueeze(2) - _some(every, columns).unsqueeze(1)
     distance = apart[..., 1:].square().sum(-1).sqrt()
@@ -107,6 +109,7 @@ def _some(x: Tensor, index: _Which) -> Tensor:
     if isinstance(index, slice):
         return x[:, index]
     if index.shape[0] == 1:
+        # Case: a constant choice. It is shared by all rows without being repeated.
         return x.index_select(1, index.flatten())
     return take(x.expand(index.shape[0], -1, -1), index)
 
@@ -154,8 +157,10 @@ def standing_in(assignment: Tensor, anchors: Tensor, kept: Tensor) -> Tensor:
     """
     places, kept = anchors.expand_as(kept).unsqueeze(-1), kept.unsqueeze(-1)
     assignment = assignment.expand(kept.shape[0], -1, -1)
-    # With kept == anchor this is 0, so nothing changes.
+    # What the replacement would have moved to the anchor; 0 where kept == anchor, so that nothing
+    # changes.
     moved = assignment.gather(2, kept)
+    # The anchor gives that share now, and the replacement gives nothing to itself.
     return assignment.scatter(2, places, moved).scatter(2, kept, 0.0)
 
 

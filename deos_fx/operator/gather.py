@@ -56,6 +56,7 @@ def chosen(kept: Tensor, tokens: Tensor) -> Tensor:
 
 def others(kept: Tensor, tokens: Tensor) -> Tensor:
     """Return ascending indices [B, V - K] of the tokens of [B, V, d] that are not kept."""
+    # The largest priorities among the tokens that are not kept, so the result is ascending.
     left = tokens.shape[1] - kept.shape[1]
     falling = _falling(tokens.shape[1], kept).expand(kept.shape[0], -1)
     return falling.scatter(1, kept, 0.0).topk(left, dim=1).indices
@@ -77,10 +78,13 @@ def with_last(kept: Tensor, tokens: Tensor, images: int, after: int = 0) -> Tens
     """
     place = torch.arange(kept.shape[1], device=kept.device)
     last = tokens.shape[1] - 1
-    # The place where the token was picked (at most once), or else that of the pick that makes way.
+    # The place where the token was picked (at most once), or else the last place: that pick makes
+    # way.
     leaves = torch.where(kept == last, place, kept.shape[1] * 2).amin(dim=1, keepdim=True)
     leaves = leaves.clamp(max=kept.shape[1] - 1)
+    # All other picks, moved up by one from there on; the last entry is not used.
     others = kept.gather(1, (place + (place >= leaves)).clamp(max=kept.shape[1] - 1))
+    # The last token is put in front of the picks that stay after it.
     here = kept.shape[1] - 1 - after
     moved = torch.cat(
         [others[:, :here], torch.full_like(others[:, :1], last), others[:, here:-1]], dim=1

@@ -45,9 +45,9 @@ def grid_anchors(grid: Tensor, count: int) -> Tensor:
 def grid_preference(grid: Tensor, count: int) -> Tensor:
     """Return a constant score [1, V] whose best tokens are grid anchors, to search over the count.
 
-    The score is 1 on the anchors of the largest layout with at most ``count`` windows, so it
-    selects exactly what ``grid_anchors`` does if the count has a layout. Elsewhere it is
-    ``grid_coverage``, which is at most 0; on an incomplete grid it is ``grid_coverage`` alone.
+    1. On the anchors of the largest layout with at most ``count`` windows, the score is 1. So it
+       selects exactly what ``grid_anchors`` does if the count has a layout.
+    2. Elsewhere, and on an incomplete grid, it is ``grid_coverage``, which is at most 0.
 
     Args:
         grid: Image, row and column of every token, a constant [V, 3].
@@ -58,6 +58,7 @@ def grid_preference(grid: Tensor, count: int) -> Tensor:
         # Case: the grid is incomplete or empty, so it has no windows.
         return grid_coverage(grid)
     per_image = max(count // images, 1)
+    # One window always has a layout.
     while not _layouts(height, width, per_image, float("inf")):
         per_image -= 1
     anchors = grid_anchors(grid, per_image * images)
@@ -66,11 +67,13 @@ def grid_preference(grid: Tensor, count: int) -> Tensor:
 
 
 def _sides(grid: Tensor) -> tuple[int, int, int]:
+    """Count the images, rows and columns that occur in a grid."""
     image, row, column = (axis.unique() for axis in grid.reshape(-1, 3).unbind(-1))
     return len(image), len(row), len(column)
 
 
 def _centres(side: int, windows: int) -> list[int]:
+    """Return the place of each window's centre along one side, rounded down."""
     # floor((i + 1/2) side / windows - 1/2), in whole numbers.
     return [((2 * i + 1) * side - windows) // (2 * windows) for i in range(windows)]
 
@@ -95,6 +98,7 @@ def grid_layout(
     layouts = _layouts(height, width, count, aspect)
     if layouts:
         return min(layouts)[2:]
+    # Counts that have a layout, the nearest first.
     near = sorted(range(1, height * width + 1), key=lambda n: abs(n - count))
     good = [n for n in near if _layouts(height, width, n, aspect)][:3]
     raise ValueError(
@@ -105,6 +109,12 @@ def grid_layout(
 def _layouts(
     height: int, width: int, count: int, aspect: float
 ) -> list[tuple[bool, float, int, int]]:
+    """List the layouts of ``count`` windows; the smallest tuple is the best one.
+
+    Returns:
+        Whether the windows are uneven or long, the ratio of their sides, and how many go down and
+        across.
+    """
     found = []
     for down in range(1, min(height, count) + 1):
         across, rest = divmod(count, down)
@@ -137,6 +147,7 @@ def window_members(grid: Tensor, windows: int) -> Tensor:
             "number whose windows divide it"
         )
     index = torch.arange(images * height * width, device=grid.device)
+    # [images, down, rows of a window, across, columns of a window]
     cells = index.view(images, down, height // down, across, width // across)
     return cells.transpose(2, 3).reshape(images * windows, -1)
 
@@ -167,6 +178,7 @@ def interpolation(grid: Tensor, count: int) -> Tensor:
     weights = torch.einsum("iy,jx->ijyx", rows, columns).reshape(down * across, height * width)
     weights = torch.block_diag(*[weights] * images).to(grid.device)
     kept = grid_anchors(grid, count)
+    # W_ii: the weight of the kept token in its own output.
     own = weights.gather(1, kept.mT)
     return (weights / own).scatter(1, kept.mT, 0.0).unsqueeze(0)
 
@@ -174,6 +186,7 @@ def interpolation(grid: Tensor, count: int) -> Tensor:
 def _samples(side: int, windows: int) -> Tensor:
     """Return the weights [windows, side] of linear interpolation along one side."""
     place = (torch.arange(windows, dtype=torch.float64) + 0.5) * side / windows - 0.5
+    # A token at distance 1 or more from the sample has no weight.
     distance = (place.unsqueeze(-1) - torch.arange(side)).abs()
     return (1 - distance).clamp_min(0).float()
 

@@ -75,7 +75,7 @@ def rater_attention(attention_raters: Tensor) -> Tensor:
 def calibrated_rater_attention(attention_raters_plus: Tensor) -> Tensor:
     """Return attention [B, V] from the raters, corrected for rotary positions (SparseVLM+).
 
-    Only the heads that attend most to the image count, and attention is divided by what rotary
+    Only the heads count that attend most to the image. Their attention is divided by what rotary
     positions alone would give.
     """
     return full_precision(attention_raters_plus)
@@ -92,7 +92,8 @@ def mutual_attention(attention_mutual: Tensor) -> Tensor:
 def agreed_attention(attention_text_max: Tensor, attention_mutual_max: Tensor) -> Tensor:
     """Return the product [B, V] of attention from the text and from the image (FitPrune).
 
-    Each factor is that of its largest head. FitPrune drops the tokens that neither attends to.
+    Each factor is that of the head that attends most. FitPrune drops tokens that neither text nor
+    image attends to.
     """
     return full_precision(attention_text_max) * full_precision(attention_mutual_max)
 
@@ -112,6 +113,7 @@ def text_relevance(tokens: Tensor, text_tokens: Tensor, text_mask: Tensor) -> Te
     """
     image, text = (F.normalize(full_precision(x), dim=-1) for x in (tokens, text_tokens))
     votes = full_precision(text_mask)
+    # The mean over the text is taken first: one product with each token instead of T.
     share = (votes / votes.sum(dim=-1, keepdim=True).clamp_min(1)).unsqueeze(-1)
     return (image @ (text * share).sum(dim=1, keepdim=True).mT).squeeze(-1)
 
@@ -140,6 +142,7 @@ def random(grid: Tensor, seed: Tensor) -> Tensor:
     prime = 2**31 - 1
     value = grid[..., 0] * 10007 + grid[..., 1] * 1009 + grid[..., 2] + 1
     for _ in range(4):
+        # Below 2^63 at every step, since value < 2^31.
         value = (value * value + value * 31 + seed.long() * 7919 + 12345) % prime
     noise = value.float() / prime
     return noise if grid.dim() == 3 else noise.unsqueeze(0)
@@ -165,7 +168,9 @@ def novelty(tokens: Tensor, alive: Tensor | None = None) -> Tensor:
     unit = F.normalize(full_precision(tokens), dim=-1)
     cosine = unit @ unit.mT
     if alive is not None:
+        # A closed gate lowers the cosine to that token by about 30.
         cosine = cosine + alive.clamp_min(LOG_FLOOR).log().unsqueeze(-2)
+    # A token is not compared with itself.
     itself = torch.eye(tokens.shape[1], dtype=cosine.dtype, device=cosine.device)
     return -(cosine - 100.0 * itself).amax(dim=-1)
 
@@ -183,6 +188,7 @@ def grid_coverage(grid: Tensor) -> Tensor:
     row, column = grid[..., 1].float(), grid[..., 2].float()
     threshold = torch.zeros_like(row)
     for bit in range(6):
+        # Bits as floats: their exclusive or is the distance between them.
         row_bit, column_bit = (torch.floor(x / 2**bit) % 2 for x in (row, column))
         threshold = threshold + 4.0 ** -(bit + 1) * (2 * (row_bit - column_bit).abs() + row_bit)
     return -(threshold if grid.dim() == 3 else threshold.unsqueeze(0))
@@ -203,6 +209,7 @@ def standardize(score: Tensor, alive: Tensor | None = None) -> Tensor:
     share = share / share.sum(dim=-1, keepdim=True).clamp_min(LOG_FLOOR)
     centred = score - (share * score).sum(dim=-1, keepdim=True)
     variance = (share * centred.square()).sum(dim=-1, keepdim=True)
+    # About the rounding error of float32, relative to the values.
     rounding = 1e-6 * (share * score.abs()).sum(dim=-1, keepdim=True)
     return centred * torch.rsqrt(variance + rounding.square() + 1e-30)
 

@@ -1,8 +1,8 @@
-"""Selectors, which decide which tokens stay: one function for each, and the table of all of them.
+"""Selectors, which decide which tokens stay: a function for each, and a table of all of them.
 
-A selector returns K indices per row in the order it picked them. It is told which tokens earlier
-tiers have chosen (``taken``) and does not pick them again. A new selector is a function here, or in
-a file of its own, and a row of ``SELECTORS``; nothing else changes.
+A selector returns K indices per row, in the order in which it picked them. It is told which tokens
+earlier tiers have chosen (``taken``), and does not pick them again. A new selector is a function
+here, or in a file of its own, and a row of ``SELECTORS``; nothing else changes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ __all__ = [
 def top_k(score: Tensor, taken: Tensor | None, count: int) -> Tensor:
     """Return indices [B, K] of the ``count`` largest scores of [B, V], the largest first.
 
-    Of equal scores the earlier tokens are taken. Scores of a discrete code, or of attention outside
-    a window, are often equal.
+    Of tokens with equal scores, the earlier ones are taken. Scores are often equal where tokens are
+    entries of a codebook, and where attention does not reach beyond a window.
 
     Args:
         score: [B, V].
@@ -71,6 +71,7 @@ def windows(
     """
     score = _free(full_precision(score), taken)
     inside = score.index_select(1, members.flatten()).unflatten(1, members.shape)
+    # ceil(K / W), in whole numbers.
     best = inside.topk(-(-count // len(members)), dim=-1).indices
     # Where each window begins in the flattened members.
     place = torch.arange(len(members), device=score.device).unsqueeze(-1) * members.shape[1]
@@ -81,11 +82,11 @@ def windows(
 def quota(score: Tensor, taken: Tensor | None, count: int, windows: int) -> Tensor:
     """Give each run of the list of tokens places in proportion to its mean score (HoloV).
 
-    The list is cut into W runs; if they cannot be equal, the first ones are longer by one token.
-    With w the share of a run's mean in the sum of the means, a run gets floor(K w) places, and the
-    runs with the largest w one more each until K are given. A run fills its places with its best
-    tokens; places that it has no tokens for go to the best of the rest (HoloV pads with zero
-    vectors instead).
+    1. The list is cut into W runs; if they cannot be equal, the first ones are longer by one token.
+    2. With w the share of a run's mean in the sum of the means, a run gets floor(K w) places. The
+       runs with the largest w get one more each, until K are given.
+    3. A run fills its places with its best tokens. Places for which it has no tokens go to the best
+       of the rest (HoloV pads with zero vectors instead).
 
     Args:
         score: [B, V]; a run with a negative mean gets places only if others leave some.
@@ -97,28 +98,33 @@ def quota(score: Tensor, taken: Tensor | None, count: int, windows: int) -> Tens
         Indices [B, K], run by run, the largest score of each first.
     """
     score = full_precision(score)
+    # Rule 1.
     member, inside = _runs(score, windows)
     width, length = member.shape[1], inside.sum(dim=-1)
     runs = score.index_select(1, member.flatten()).unflatten(1, member.shape)
+    # Rule 2.
     places = _places((runs * inside).sum(dim=-1) / length, count).unsqueeze(-1)
+    # Rule 3.
     free = inside.expand_as(runs)
     if taken is not None:
         free = free * (1 - taken.index_select(1, member.flatten()).unflatten(1, member.shape))
     wanted = torch.where(free > 0, runs, torch.finfo(score.dtype).min)
     rank = _rank(wanted)
-    # A run that is kept whole stays in the order of the list.
+    # The slot of a token in the result, run by run. A run that is kept whole stays in the order of
+    # the list.
     place = torch.arange(width, device=score.device)
     slot = torch.where(places >= length.unsqueeze(-1), place, rank)
     slot = slot + torch.arange(windows, device=score.device).unsqueeze(-1) * width
     # Tokens that got no place in their run come last, the best first.
-    behind = -_rank(wanted.flatten(1)) - 1
+    after_all = -_rank(wanted.flatten(1)) - 1
     chosen_by_run = ((rank < places) & (free > 0)).flatten(1)
-    priority = torch.where(chosen_by_run, member.numel() - slot.flatten(1), behind)
+    # Priorities fall with the slot, and are above 0 for chosen tokens, below 0 for the others.
+    priority = torch.where(chosen_by_run, member.numel() - slot.flatten(1), after_all)
     return member.flatten()[priority.to(score.dtype).topk(count, dim=-1).indices]
 
 
 def _runs(score: Tensor, windows: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens [W, m] of equal runs of the list, and flags that are 0 where padded."""
+    """Return the tokens [W, m] of the runs of a list, and flags that are 0 in padding."""
     size, longer = divmod(score.shape[-1], windows)
     length = size + (torch.arange(windows, device=score.device).unsqueeze(-1) < longer).long()
     place = torch.arange(size + (longer > 0), device=score.device)
@@ -138,7 +144,7 @@ def _places(mean: Tensor, count: int) -> Tensor:
 
 
 def strided(tokens: Tensor, taken: Tensor | None, already: int, count: int) -> Tensor:
-    """Pick every step-th of the tokens left, step = max(1, left // K) (VisionZip's targets).
+    """Pick every step-th token of those left, with step = max(1, left // K) (VisionZip's targets).
 
     Args:
         tokens: [B, V, d]; only its shape is read.
@@ -175,6 +181,7 @@ def lattice(tokens: Tensor, taken: Tensor | None, count: int, step: int) -> Tens
     length = tokens.shape[1]
     place = torch.arange(length, device=tokens.device)
     wanted = ((place % step == 0) & (place < length - 1)).float().expand(tokens.shape[0], -1)
+    # Wanted tokens first, and earlier ones first among equals; all above 0, which is taken.
     priority = wanted * length + (length - place)
     free = priority if taken is None else priority * (1 - taken)
     return free.topk(count, dim=-1).indices
@@ -183,8 +190,8 @@ def lattice(tokens: Tensor, taken: Tensor | None, count: int, step: int) -> Tens
 def bipartite(between: Tensor, count: int, first: int) -> Tensor:
     """Drop the tokens of one half that are most similar to some token of the other (ToMe).
 
-    The list is split into two halves A and B of alternating tokens. All of B stays, and those
-    tokens of A stay whose nearest token of B is farthest away; the others are to be merged into B.
+    The list is split into two halves A and B of alternating tokens. All of B stays. Of A, the
+    tokens stay whose nearest token of B is farthest away; the others are to be merged into B.
 
     Args:
         between: Similarity of A and B [B, |A|, |B|].
@@ -213,6 +220,7 @@ def bipartite(between: Tensor, count: int, first: int) -> Tensor:
 
 def second_half(kept: Tensor, tokens: Tensor, first: int) -> Tensor:
     """Return the tokens of half B, [B, |B|], from the indices ``bipartite`` kept of [B, V, d]."""
+    # With first = 0, A has the tokens at even places and gets the odd one out.
     size = (tokens.shape[1] + first) // 2
     return kept[:, kept.shape[1] - size :]
 
@@ -231,10 +239,11 @@ def neighbourhood(score: Tensor, columns: int, count: int, share: float) -> Tens
         share: alpha.
     """
     wanted = min(round(count * share / 5), score.shape[-1])
-    # Case: so few places that there is no anchor.
     if wanted < 1:
+        # Case: so few places that there is no anchor.
         return torch.zeros_like(full_precision(score))
     anchors = top_k(score, None, wanted)
+    # The token itself, and its neighbours to the left and right, above and below.
     steps = torch.tensor([0, -1, 1, -columns, columns], device=score.device)
     near = (anchors.unsqueeze(-1) + steps).clamp(0, score.shape[-1] - 1)
     return chosen(near.flatten(1), score)
@@ -243,10 +252,12 @@ def neighbourhood(score: Tensor, columns: int, count: int, share: float) -> Tens
 def favour(score: Tensor, flags: Tensor) -> Tensor:
     """Return priorities [B, V] in the order of the scores, with flagged tokens above all others."""
     score = full_precision(score)
+    # Ranks are below V, so V separates flagged tokens from the others.
     return flags * score.shape[-1] - _rank(score).to(score.dtype)
 
 
 def _free(score: Tensor, taken: Tensor | None) -> Tensor:
+    """Give tokens that are taken the lowest score."""
     if taken is None:
         return score
     return torch.where(taken > 0, torch.finfo(score.dtype).min, score)
@@ -292,7 +303,7 @@ class Selector:
 
     @property
     def whole_grid(self) -> bool:
-        """Return whether it needs complete images, with no token dropped by score before."""
+        """Return whether it needs complete images, of which no score has dropped tokens before."""
         return not {"grid", "members", "columns"}.isdisjoint(self.needs)
 
     @property
@@ -314,6 +325,7 @@ WHOLE_NUMBERS: Mapping[str, tuple[float, float]] = {
 }
 """Options of selectors and scores that are whole numbers: name -> (smallest, largest)."""
 
+# Needs of a selector that are no features: the choice itself computes them.
 _BOOKKEEPING = ("score", "similarity", "halves", "taken", "already", "diversity")
 
 SELECTORS: Mapping[str, Selector] = {

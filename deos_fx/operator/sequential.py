@@ -55,11 +55,12 @@ def greedy(
 def greedy_penalty(
     score: Tensor, similarity: Tensor, count: int, diversity: float | Tensor
 ) -> Tensor:
-    """Return the penalty [B, V] of the greedy rule: max_{i in S} a_ij when a token was picked.
+    """Return the penalty [B, V] of the greedy rule, for each token when it is picked.
 
-    Tokens that are not picked within ``count`` steps get the value after the last step. Since the
-    penalty only grows, ``score - diversity * penalty`` falls in the order of the picks, and its
-    largest K are the K tokens that ``greedy`` takes. No gradient flows through the penalty.
+    It is max_{i in S} a_ij at that time, or after the last step for tokens that are not picked
+    within ``count`` steps. Since the penalty only grows, ``score - diversity * penalty`` falls in
+    the order of the picks, and its largest K are the K tokens that ``greedy`` takes. No gradient
+    flows through the penalty.
     """
     with torch.no_grad():
         return _pick(score, similarity, None, count, diversity, 1)[1]
@@ -80,16 +81,18 @@ def max_min(similarity: Tensor, taken: Tensor | None, count: int, at_once: int =
     Returns:
         Indices [B, K], in the order of the picks.
     """
+    # With tokens taken, the first step is like all others: every score is 0, and similarity
+    # decides.
     first = _isolation(similarity) if taken is None else torch.zeros_like(taken)
     return _pick(first, similarity, taken, count, 1.0, at_once, then=torch.zeros_like(first))[0]
 
 
 def max_min_ranking(similarity: Tensor, count: int, alive: Tensor) -> Tensor:
-    """Rank tokens by how early ``max_min`` picks them, [B, V]: -max_{i in S} a_ij when picked.
+    """Return a ranking [B, V] that falls in the order of the picks of ``max_min``.
 
-    Tokens that are not picked within ``count`` steps get the value after the last step. The ranking
-    falls in the order of the picks, so its largest K are the K tokens that ``max_min`` takes. No
-    gradient flows through it.
+    It is -max_{i in S} a_ij at the time when a token is picked, or after the last step for tokens
+    that are not picked within ``count`` steps. So its largest K are the K tokens that ``max_min``
+    takes. No gradient flows through it.
 
     Args:
         similarity: a, [B or 1, V, V].
@@ -124,17 +127,18 @@ def _pick(
     ``then``, if given, is the score after the first step.
     """
     score, similarity = same_rows(full_precision(score), similarity)
-    # No similarity is below -1, so the first pick has the largest gain of all.
+    # max_{i in S} a_ij so far. No similarity is below -1, so an empty S has the lowest penalty.
     closest = torch.full_like(score, -1.0)
     free = torch.ones_like(score)
     if taken is not None:
         free = free - taken
+        # Tokens that are taken count like picks.
         resembles = torch.where(taken.unsqueeze(-1) > 0, similarity.to(score.dtype), -1.0)
         closest = torch.maximum(closest, resembles.amax(dim=1))
     picks: list[Tensor] = []
     while (left := count - sum(pick.shape[-1] for pick in picks)) > 0:
         gain = torch.where(free > 0, score - diversity * closest, torch.finfo(score.dtype).min)
-        # The first pick is always a single one.
+        # The first pick is always a single one: until then, no penalty tells tokens apart.
         alone = at_once == 1 or not picks
         pick = gain.argmax(-1, keepdim=True) if alone else gain.topk(min(at_once, left)).indices
         picks.append(pick)
@@ -170,6 +174,7 @@ def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count
     # Conditioning commutes with scaling by relevance, so the kernel stays a; relevance enters only
     # in the gain.
     for _ in range(count):
+        # What is left of the variance of each token, given the picks so far.
         variance = kernel.diagonal(dim1=-2, dim2=-1)
         gain = torch.where(free > 0, relevance.square() * variance, -torch.inf)
         pick = gain.argmax(dim=-1, keepdim=True)
@@ -178,6 +183,7 @@ def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count
         # If the picks already span all tokens, the remaining variance is rounding error: no update.
         remains = take(variance, pick)
         scale = torch.where(remains > 1e-5, remains.clamp_min(1e-5).rsqrt(), 0.0)
+        # L_:j / sqrt(L_jj), [B, 1, V]
         spread = take(kernel, pick) * scale.unsqueeze(-1)
         kernel = kernel - spread.mT * spread
     return torch.cat(picks, dim=-1)
@@ -211,9 +217,11 @@ def distinct(
     score, similarity = same_rows(full_precision(score), similarity)
     if taken is not None:
         score = torch.where(taken > 0, torch.finfo(score.dtype).min, score)
+    # Taken tokens have the lowest scores, so they are not among the best V - already.
     left = score.topk(score.shape[-1] - already).indices
     while left.shape[1] > count:
         even, odd = left[:, ::2], left[:, 1::2]
+        # [B, odd, even]: `take` gathers rows.
         between = take(take(similarity, even).mT, odd)
         most = between.amax(dim=1)
         # The last round may drop fewer; a round drops even tokens only.
@@ -255,14 +263,16 @@ def probe(
     """
     score, tokens = same_rows(full_precision(score), tokens)
     free = torch.ones_like(score) if taken is None else 1 - taken
+    # The pivots, in the order of the image and of the text.
     ranked = torch.where(free > 0, score, torch.finfo(score.dtype).min)
     first = ranked.topk(min(image_pivots, count), dim=-1).indices.sort(dim=-1).values
-    behind = text_score.topk(text_pivots, dim=-1).indices.sort(dim=-1).values
-    vectors = torch.cat([take(tokens, first), take(text, behind)], dim=1)
+    in_text = text_score.topk(text_pivots, dim=-1).indices.sort(dim=-1).values
+    vectors = torch.cat([take(tokens, first), take(text, in_text)], dim=1)
     pivots, unit = (F.normalize(full_precision(x), dim=-1) for x in (vectors, tokens))
     cosine = pivots @ unit.mT
     picks = [first]
     free = free - F.one_hot(first, score.shape[-1]).to(free.dtype).sum(dim=1)
+    # The first `more` pivots pick one token more.
     share, more = divmod(count - first.shape[1], vectors.shape[1])
     for i in range(vectors.shape[1]):
         unlike = torch.where(free > 0, -cosine[:, i], torch.finfo(score.dtype).min)

@@ -72,6 +72,7 @@ def merge(
     Returns:
         y [B, K, d], in the precision of the tokens.
     """
+    # 1. c_ij. With `average`, a receiver takes in a mean, weighted like the receiver itself.
     receivers = kept[:, kept.shape[1] - assignment.shape[1] :]
     base = 1.0 if mass is None else take(mass, receivers)
     content = _content(assignment, sources, mass, weight)
@@ -79,11 +80,13 @@ def merge(
         content = content / content.sum(dim=-1, keepdim=True).clamp_min(1e-12)
         content = content if mass is None else content * take(mass, receivers).unsqueeze(-1)
     content = content if gain == 1 else gain * content
+    # 2. The total M_i, and the factor (m_i / M_i)^n / m_i of what moves.
     part = base if own is None else base * own
     total = part + content.sum(dim=-1)
     share = base / total
     share = share if exponent == 1 else share**exponent
     stays = share if own is None else share * own
+    # 3. The sum. The weights are rounded to the precision of the tokens once, here.
     staying, moving = _parted(tokens, kept, sources)
     moved = (content * (share / base).unsqueeze(-1)).to(tokens.dtype) @ moving
     # Kept tokens before the receivers stay as they are.
@@ -137,6 +140,7 @@ def merged_mass(
     """
     received = _content(assignment, sources, mass, None).sum(dim=-1)
     received = received if gain == 1 else gain * received
+    # Kept tokens before the receivers receive nothing.
     received = F.pad(received, (kept.shape[1] - received.shape[1], 0))
     return received + (1.0 if mass is None else take(mass, kept))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from deos_fx.runtime import saved
 from deos_fx.runtime.explain import explain
 from deos_fx.runtime.generation import generation_host
 from deos_fx.runtime.graphs import Graphs
-from deos_fx.tokens.cache import ReducedCache, TokenSpace
+from deos_fx.tokens.cache import ReducedCache, SpaceFields, TokenSpace
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["ReducedModel"]
@@ -300,17 +300,15 @@ class ReducedModel(nn.Module):
             return dict(output.items()), type(output)
         return self.graphs.run(part.call, part.layout)
 
-    def _spaces_of(
-        self, left: Sequence[Mapping[str, Tensor]] | None, input_ids: Tensor
-    ) -> list[TokenSpace]:
+    def _spaces_of(self, left: Sequence[SpaceFields] | None, input_ids: Tensor) -> list[TokenSpace]:
         """Return the token spaces after the reductions."""
-        # Case: text alone, of which nothing was dropped.
         if left is None:
+            # Case: text alone, of which nothing was dropped.
             whole = torch.arange(input_ids.shape[1], device=input_ids.device)
+            whole = whole.expand(input_ids.shape)
             unbiased = torch.zeros(input_ids.shape, device=input_ids.device)
-            left = [
-                {"origin": whole.expand(input_ids.shape)}
-                | ({"key_bias": unbiased} if space.biased else {})
+            return [
+                TokenSpace(space.first_layer, whole, unbiased if space.biased else None)
                 for space in self._spaces
             ]
         return [

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-__all__ = ["ReducedCache", "TokenSpace", "in_rows"]
+__all__ = ["ReducedCache", "SpaceFields", "TokenSpace", "in_rows"]
 
 
 @dataclass
@@ -30,6 +30,18 @@ class TokenSpace:
     origin: Tensor
     key_bias: Tensor | None = None
     shift: Tensor | None = None
+
+
+class SpaceFields(TypedDict):
+    """What a lowered prefill returns of each token space, in its output field ``spaces``.
+
+    The entries are the tensors of a `TokenSpace`. Those that a policy does not need are left out,
+    since every entry is a node of the graph.
+    """
+
+    origin: Tensor
+    key_bias: NotRequired[Tensor]
+    shift: NotRequired[Tensor]
 
 
 class ReducedCache(DynamicCache):

@@ -23,7 +23,7 @@ BATCH = 2
 
 @dataclass(frozen=True)
 class Example:
-    """A batch of equal prompts. Only their images and their length matter, not their text.
+    """A batch of equal prompts, to trace a model with: their words and pixels do not matter.
 
     Attributes:
         inputs: Arguments of the model's forward, with explicit position ids.
@@ -56,6 +56,7 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
         ValueError: If the call has no image, prompts that cannot share a graph or inputs that
             cannot be exported, or if no call is given and the model needs one.
     """
+    # 1. Sort the inputs of the call: of tokens, of images, and others, which are refused.
     facts = facts_of(model)
     call = Call.of(facts, _one_image(facts) if given is None else given)
     complete = completed(call)
@@ -78,27 +79,29 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
             "example_inputs has no pixel_values, so there is no image in the form that "
             "exported graphs take. Give pixel_values, or run the reduced model in PyTorch."
         )
+    # Sizes of images are integers; other floats would be pixels of other kinds.
     further = [n for n, x in images.items() if n != "pixel_values" and x.is_floating_point()]
     if further:
         raise ValueError(
             f"example_inputs has {', '.join(further)} beside pixel_values, and exported graphs "
             "take the pixels of an image once. Run the reduced model in PyTorch."
         )
+    # 2. One prompt: the first row without its padding, with text added where it changes no image.
     layout = complete.layout
     tokens.pop("position_ids", None)
-    # One prompt: the first row without its padding, with text added where it changes no image.
     real = tokens.get("attention_mask", torch.ones_like(ids))[0].bool()
+    # How much to add before and after.
     around = (text, 0) if layout.ends else (0, text)
-    prompt = {
-        name: torch.nn.functional.pad(rows[0][real], around) for name, rows in tokens.items()
-    }
+    prompt = {name: torch.nn.functional.pad(rows[0][real], around) for name, rows in tokens.items()}
     added = slice(text) if layout.ends else slice(-text, None)
     prompt["input_ids"][added] = word_of(facts)
+    # All tokens are real. Kinds of tokens were padded with 0, which is text.
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
-    # The batch: this prompt and its images, repeated.
+    # 3. The batch: this prompt and its images, repeated.
     example = {name: row.expand(BATCH, -1).clone() for name, row in prompt.items()}
     own = {name: value[: len(value) // len(ids)] for name, value in images.items()}
     example |= {name: torch.cat([value] * BATCH) for name, value in own.items()}
+    # 4. Its positions, a row for each prompt: `completed` makes one row if all have the same.
     positions = completed(Call.of(facts, example)).inputs["position_ids"]
     example["position_ids"] = positions.expand(*positions.shape[:-2], *example["input_ids"].shape)
     placeholders = int((prompt["input_ids"] == facts.image_token).sum())
@@ -112,12 +115,13 @@ def words(facts: ModelFacts, length: int) -> Tensor:
 
 
 def word_of(facts: ModelFacts) -> int:
-    """Return a token id that is not the image placeholder's."""
+    """Return the id of a token that is not the image placeholder."""
     return next(token for token in range(2) if token != facts.image_token)
 
 
 def _one_image(facts: ModelFacts) -> dict[str, Tensor]:
     """Make a prompt with one image between text, for models that need only its pixels."""
+    # Kinds of tokens say which ones belong to an image, and only a processor knows how.
     taken = facts.arguments.parameters
     kinds = [name for name in ("token_type_ids", "mm_token_type_ids") if name in taken]
     if facts.sizes_vary or kinds:
@@ -129,7 +133,7 @@ def _one_image(facts: ModelFacts) -> dict[str, Tensor]:
     rows, columns = facts.grid
     ids = torch.full((1, rows * columns), facts.image_token, device=facts.model.device)
     ids = torch.nn.functional.pad(ids, (1, 1), value=word_of(facts))
-    # Noise: tokens of an image of one colour are alike, and which of several equal scores wins is
+    # Noise, because all tokens of a plain image would have equal scores, and which of these wins is
     # left open.
     shape = facts.image()
     noise = torch.randn(shape.shape, generator=torch.Generator().manual_seed(0))

@@ -31,7 +31,7 @@ class Exportable:
     """A module to export.
 
     Attributes:
-        module: Takes tensors, or nested dicts of tensors, by name.
+        module: The module; it takes tensors, or nested dicts of tensors, by name.
         inputs: Example inputs.
         shapes: Dynamic axes of the inputs, nested like them.
     """
@@ -64,6 +64,7 @@ class Exportable:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             cure = "Run the reduced model in PyTorch."
             if any(map(has_codes, module.modules())):
+                # Case: quantised weights. These have a cure of their own.
                 cure = (
                     "The kernels of its quantised layers may have no ONNX form: load the model "
                     "without quantization_config, transform it with the same policy and export "
@@ -77,8 +78,8 @@ class Exportable:
         return program
 
 
-# Messages of the exporters on every run, whatever is exported: logger -> pattern of the messages
-# to hide. Anything else is shown.
+# Messages that the exporters log at every run, whatever is exported: logger -> pattern of the
+# messages to hide. All others are shown.
 _NOISE = {
     # Being experimental is no risk here: our dependencies are pinned to tested versions.
     "transformers.exporters.utils": "OnnxExporter is experimental",
@@ -95,11 +96,13 @@ def _without_noise() -> Iterator[None]:
         for name, pattern in _NOISE.items():
             logger = logging.getLogger(name)
 
+            # The default binds the pattern of this turn of the loop.
             def is_news(record: logging.LogRecord, pattern: str = pattern) -> bool:
                 return re.match(pattern, record.getMessage()) is None
 
             logger.addFilter(is_news)
             stack.callback(logger.removeFilter, is_news)
+        # torch.onnx prints its progress.
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(warnings.catch_warnings())
         # torch.onnx copies pytree specs, and copying one warns (torch 2.13).
@@ -119,6 +122,7 @@ def _name_axes(graph: onnx_ir.Graph, shapes: Mapping[str, Any]) -> None:
     """
     import onnx_ir
 
+    # The inputs tell which symbol stands for which dynamic axis.
     axes = dict(_leaves(shapes))
     names = {
         str(symbol): dim.__name__
@@ -126,6 +130,7 @@ def _name_axes(graph: onnx_ir.Graph, shapes: Mapping[str, Any]) -> None:
         for axis, symbol in enumerate(_axes(value))
         if (dim := axes[str(value.name)].get(axis)) is not None
     }
+    # Everything else has axes that are expressions of these symbols.
     nodes = (value for node in graph.all_nodes() for value in node.outputs)
     for value in (*graph.inputs, *nodes):
         if value.shape is not None:
@@ -149,6 +154,7 @@ def _axes(value: onnx_ir.Value) -> list[int | str | None]:
 
 def _renamed(axis: str, names: Mapping[str, str]) -> str:
     """Rename the symbols in the expression of an axis."""
+    # A symbol starts with a letter or an underscore; numbers and operators stay.
     return re.sub(r"[^\W\d]\w*", lambda found: names.get(found[0], found[0]), axis)
 
 

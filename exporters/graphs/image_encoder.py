@@ -1,10 +1,10 @@
 """Record an image encoder at aten level, as a graph of its own for images of fixed sizes.
 
-Encoders that pack images of any size read these sizes into Python, which `torch.export` cannot
-follow. Here the encoder runs once on real values: everything that follows from the sizes alone
+An encoder that packs images of any size reads these sizes into Python, which `torch.export` cannot
+follow. Here the encoder runs once on real values. Everything that follows from the sizes alone
 becomes a constant, and every operation on the pixels is recorded. Where the code reads values of
-the pixels (to leave out an image that is all zeros), the values it read become outputs of the
-graph, so that every later run can compare them.
+the pixels (to leave out an image that is all zeros), these values become outputs of the graph, so
+that every later run can compare them.
 """
 
 from __future__ import annotations
@@ -28,19 +28,6 @@ __all__ = ["encoder_graph", "record"]
 # *** the graph ***
 
 
-class _Encoder(nn.Module):
-    """The recorded image encoder, for the images of one prompt."""
-
-    def __init__(self, recorded: fx.GraphModule) -> None:
-        super().__init__()
-        self.recorded = recorded
-
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Encode the images of one prompt; return ``image_features_i`` and ``read_i``."""
-        parts = zip(("image_features", "read"), self.recorded(pixel_values), strict=True)
-        return {f"{part}_{i}": value for part, values in parts for i, value in enumerate(values)}
-
-
 def encoder_graph(
     encode: fx.GraphModule, images: Mapping[str, Tensor]
 ) -> tuple[Exportable, dict[str, Tensor]]:
@@ -56,15 +43,30 @@ def encoder_graph(
     """
     pixels = images["pixel_values"]
     sizes = {name: value for name, value in images.items() if name != "pixel_values"}
+    # The sizes are closed over, so they become constants of the recording.
     recorded = record(
         lambda pixels: pytree.tree_leaves(encode(pixel_values=pixels, **sizes)), pixels
     )
+    # What the recording read when it ran on the images of the export.
     _, reads = recorded(pixels)
     constants = sizes | {f"read_{i}": value for i, value in enumerate(reads)}
     # Copies with memory of their own: safetensors refuses tensors that share memory.
     constants = {name: value.cpu().clone() for name, value in constants.items()}
     given = {"pixel_values": pixels}
     return Exportable(_Encoder(recorded), given, {"pixel_values": {}}), constants
+
+
+class _Encoder(nn.Module):
+    """The recorded image encoder, for the images of one prompt."""
+
+    def __init__(self, recorded: fx.GraphModule) -> None:
+        super().__init__()
+        self.recorded = recorded
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Encode the images of one prompt; return ``image_features_i`` and ``read_i``."""
+        parts = zip(("image_features", "read"), self.recorded(pixel_values), strict=True)
+        return {f"{part}_{i}": value for part, values in parts for i, value in enumerate(values)}
 
 
 # *** the recording ***
@@ -80,6 +82,7 @@ def record(function: Callable[[Tensor], list[Tensor]], pixels: Tensor) -> fx.Gra
     Returns:
         A graph from pixels to two lists: the features, and the values that were read of the pixels.
     """
+    # Tensors whose values the code has read, in order.
     seen: list[Tensor] = []
 
     def run(pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -95,8 +98,9 @@ def record(function: Callable[[Tensor], list[Tensor]], pixels: Tensor) -> fx.Gra
     output = graph.output_node()
     made: Any = output.args[0]
     features, reads = made
-    # Of the values read, only those made of the pixels can differ at a later run.
+    # Of the values that were read, only those made of the pixels can differ at a later run.
     from_pixels = {given}
+    # In the order of the graph, so a single pass finds everything that is made of them.
     for node in graph.nodes:
         if from_pixels.intersection(node.all_input_nodes):
             from_pixels.add(node)
@@ -112,7 +116,12 @@ def record(function: Callable[[Tensor], list[Tensor]], pixels: Tensor) -> fx.Gra
 
 
 class _Reads(TorchDispatchMode):
-    """Fixes values that are read, and the positions of set flags, to those of this run."""
+    """Fixes values that are read, and the positions of set flags, to those of this run.
+
+    1. A squeeze that does nothing is left out.
+    2. Flags as an index become the positions where they are set.
+    3. An operation whose result depends on values is not recorded: its result is a constant.
+    """
 
     def __init__(self, seen: list[Tensor]) -> None:
         super().__init__()
@@ -121,12 +130,13 @@ class _Reads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.squeeze.dim and args[0].shape[args[1]] != 1:
-            # Such a squeeze does nothing, and ONNX has no squeeze for an axis longer than 1.
+            # Case 1. ONNX has no squeeze for an axis longer than 1.
             return torch.ops.aten.alias(args[0])
         if func is torch.ops.aten.index.Tensor:
+            # Case 2.
             return func(args[0], [self._positions(index) for index in args[1]])
         if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}:
-            # The result depends on values: compute it outside the recording, as a constant.
+            # Case 3.
             self.seen += [value for value in args if isinstance(value, Tensor)]
             with disable_proxy_modes_tracing():
                 return func(*args, **kwargs)
@@ -142,7 +152,7 @@ class _Reads(TorchDispatchMode):
 
 
 class _Lists(TorchFunctionMode):
-    """Notes tensors that are read as lists or arrays: these calls do not reach the dispatcher."""
+    """Notes tensors that are read as lists or arrays, in calls that never reach the dispatcher."""
 
     def __init__(self, seen: list[Tensor]) -> None:
         super().__init__()

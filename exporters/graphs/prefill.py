@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from deos_fx.passes.rewrite.split_encoder import split_encoder
 from deos_fx.passes.verify import verify
 from deos_fx.policy.policy import Policy
 from deos_fx.runtime.reduced_model import ReducedModel
-from deos_fx.tokens.cache import ReducedCache
+from deos_fx.tokens.cache import ReducedCache, SpaceFields
 from deos_fx.tokens.index import take
 
 __all__ = ["least_text", "prefill_graph"]
@@ -32,45 +33,9 @@ __all__ = ["least_text", "prefill_graph"]
 _LEAST_TEXT = 2
 
 
-class _Prefill(nn.Module):
-    """The lowered prefill graph with tensors, not a cache object, as inputs and outputs."""
-
-    def __init__(self, lowered: fx.GraphModule, reduced: ReducedModel) -> None:
-        super().__init__()
-        self.lowered = lowered
-        self.text_config = reduced.model.config.get_text_config()
-        self.dtype = reduced.model.dtype
-        self.used, self.unused = inputs_of(lowered)
-
-    def forward(self, **inputs: Tensor) -> dict[str, Any]:
-        """Run the prefill, and return the outputs that `deos_fx.exporters.onnx` lists."""
-        cache = ReducedCache(self.text_config)
-        taken = {name: inputs[name] for name in self.used}
-        fields = self.lowered(**taken, **dict.fromkeys(self.unused), **{CACHE: cache})
-        mask = inputs["attention_mask"]
-        positions = inputs["position_ids"]
-        if positions.ndim == 3:
-            # Several coordinates per position: text continues after the largest.
-            positions = positions.amax(dim=0)
-        outputs = {
-            "logits": fields["logits"],
-            "next_position": positions.amax(dim=1, keepdim=True) + 1,
-            "present": states_of(cache),
-        }
-        for k, space in enumerate(fields.get("spaces", ()), start=1):
-            outputs[f"origin_{k}"] = space["origin"]
-            outputs[f"attention_mask_{k}"] = take(mask, space["origin"])
-            if "key_bias" in space:
-                # Attention adds it in the model's dtype anyway.
-                outputs[f"key_bias_{k}"] = space["key_bias"].to(self.dtype)
-            if "shift" in space:
-                outputs[f"shift_{k}"] = space["shift"]
-        return outputs
-
-
 @dataclass(frozen=True)
 class _Prompts:
-    """The graphs that turn prompts into the first logits and a cache.
+    """The graphs that turn a prompt into logits and a cache.
 
     Attributes:
         graph: The prefill graph.
@@ -95,19 +60,23 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
         The prefill graph, and the image encoder's if it is a graph of its own.
     """
     call = completed(Call.of(facts_of(reduced.model), example.inputs | {"use_cache": True}))
+    # A copy: the reduced model goes on using its own graph.
     lowered = copy_of(reduced.graphs.prefill(call, example.layout))
     _keep_outputs(lowered, ("logits", "spaces"))
+    # What the inputs of the graph are traced with.
     values = dict(example.inputs)
     encoder, constants = None, dict[str, Tensor]()
     if lowered.graph.find_nodes(op="call_module", target="image_encoder"):
-        # The encoder reads sizes of images: its features become inputs of the prefill.
+        # Case: the encoder reads sizes of images. Its features become inputs of the prefill.
         images = {name: values[name] for name in example.images}
         encode = split_encoder(lowered, images)
         for i, features in enumerate(pytree.tree_leaves(encode(**images))):
             values[f"image_features_{i}"] = features
         encoder, constants = encoder_graph(encode, example.images)
+    # Features enter the prompt by an index, which has an ONNX form that runtimes agree on.
     lowered = verify(replace_placeholder_merge(lowered), "exported")
     module = _Prefill(lowered, reduced)
+    # The placeholders are part of the prompt, so it is at least this long.
     batch, sequence = Dim("batch"), Dim("sequence", min=example.placeholders + least)
     # `_Prefill` itself reads the mask and the positions, whatever the lowered graph reads.
     names = dict.fromkeys(["input_ids", "attention_mask", "position_ids", *module.used])
@@ -115,13 +84,63 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
     for name, value in taken.items():
         first = batch_axis(name, value)
         if name == "position_ids" or value.shape == values["input_ids"].shape:
-            # One value, or one for each coordinate of a position, for every token.
+            # Case: one value for every token, or one for each coordinate of its position.
             shapes[name] = {first: batch, first + 1: sequence}
         else:
-            # Images or their features: a fixed number of rows for each prompt.
+            # Case: images or their features, with a fixed number of rows for each prompt.
             each = len(value) // BATCH
             shapes[name] = {0: batch if each == 1 else each * batch}
     return _Prompts(Exportable(module, taken, shapes), encoder, constants)
+
+
+def least_text(policy: Policy) -> int:
+    """Return the smallest number of text tokens in a prompt with which the policy works.
+
+    A selector may compare the visual tokens with some text tokens, so there must be that many.
+    """
+    tiers = (tier for reduction in policy.reductions for tier in reduction.selection)
+    pivots = (tier.options.get("text_pivots") for tier in tiers)
+    return max(
+        [_LEAST_TEXT, *(int(number) for number in pivots if isinstance(number, int | float))]
+    )
+
+
+class _Prefill(nn.Module):
+    """The lowered prefill graph with tensors as inputs and outputs instead of a cache object."""
+
+    def __init__(self, lowered: fx.GraphModule, reduced: ReducedModel) -> None:
+        super().__init__()
+        self.lowered = lowered
+        self.text_config = reduced.model.config.get_text_config()
+        self.dtype = reduced.model.dtype
+        self.used, self.unused = inputs_of(lowered)
+
+    def forward(self, **inputs: Tensor) -> dict[str, Any]:
+        """Run the prefill, and return the outputs that `deos_fx.exporters.onnx` lists."""
+        # An empty cache, which the layers fill.
+        cache = ReducedCache(self.text_config)
+        taken = {name: inputs[name] for name in self.used}
+        fields = self.lowered(**taken, **dict.fromkeys(self.unused), **{CACHE: cache})
+        mask = inputs["attention_mask"]
+        positions = inputs["position_ids"]
+        if positions.ndim == 3:
+            # Case: several coordinates. Text goes on after the largest of them.
+            positions = positions.amax(dim=0)
+        outputs = {
+            "logits": fields["logits"],
+            "next_position": positions.amax(dim=1, keepdim=True) + 1,
+            "present": states_of(cache),
+        }
+        spaces: Sequence[SpaceFields] = fields.get("spaces", ())
+        for k, space in enumerate(spaces, start=1):
+            outputs[f"origin_{k}"] = space["origin"]
+            outputs[f"attention_mask_{k}"] = take(mask, space["origin"])
+            if "key_bias" in space:
+                # In the dtype of the model, in which attention adds it anyway.
+                outputs[f"key_bias_{k}"] = space["key_bias"].to(self.dtype)
+            if "shift" in space:
+                outputs[f"shift_{k}"] = space["shift"]
+        return outputs
 
 
 def _keep_outputs(graph_module: fx.GraphModule, names: tuple[str, ...]) -> None:
@@ -130,15 +149,3 @@ def _keep_outputs(graph_module: fx.GraphModule, names: tuple[str, ...]) -> None:
     fields: Any = output.args[0]
     output.args = ({name: fields[name] for name in names if name in fields},)
     finish(graph_module)
-
-
-def least_text(policy: Policy) -> int:
-    """Return the smallest number of text tokens in a prompt that the policy works with.
-
-    A selector may compare the visual tokens with some of the text.
-    """
-    tiers = (tier for reduction in policy.reductions for tier in reduction.selection)
-    pivots = (tier.options.get("text_pivots") for tier in tiers)
-    return max(
-        [_LEAST_TEXT, *(int(number) for number in pivots if isinstance(number, int | float))]
-    )

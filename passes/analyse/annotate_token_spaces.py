@@ -1,7 +1,7 @@
 """Find the axes of values that run over the tokens of the prompt.
 
-The graph is run twice on shapes alone, at two prompt lengths: an axis whose length changes is a
-prompt axis. No arithmetic is done on weights and no memory is used.
+The graph is run twice on shapes alone, for two prompt lengths. An axis whose length changes is a
+prompt axis. Weights are not touched, and values take no memory.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from deos_fx.passes.notes import MASK, annotate, note_of
 
 __all__ = ["annotate_token_spaces", "kind_of_mask", "padding_node", "position_tables"]
 
-# Kinds of masks, in transformers' words, that only say which tokens are padding: their layers keep
-# a running state and do not attend.
+# Kinds of masks, in transformers' words, that say only which tokens are padding: those of layers
+# that keep a running state and do not attend.
 _OF_PADDING = {"conv", "linear_attention", "recurrent_attention_mask"}
 
 
@@ -33,9 +33,9 @@ def annotate_token_spaces(
 ) -> fx.GraphModule:
     """Write the axes, shape, dtype, content and kind of mask of every value into its node's note.
 
-    1. The inputs with a row for every token and every query, and what functions of transformers
-       make, are masks.
-    2. The axes of any other value are those whose length differs between the two runs.
+    1. An ``attention_mask`` with an axis of queries is a mask, and so is what transformers' mask
+       functions make.
+    2. The prompt axis of any other value is the one whose length differs between the two runs.
 
     Args:
         graph_module: A captured graph.
@@ -51,8 +51,8 @@ def annotate_token_spaces(
     length = inputs[length_of].shape[-1]
     # While decoding, a mask covers everything in the cache and the new tokens.
     lengths = {length, *(v.get_seq_length() for v in inputs.values() if _is_cache(v))}
-    names = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
-    # The second prompt is longer by 8 tokens.
+    names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
+    # The second prompt is longer by 8 tokens. Any number would do.
     prompts = [[_extended(name, inputs[name], lengths, more) for name in names] for more in (0, 8)]
     runs = [_ShapeRun(graph_module).note(prompt) for prompt in prompts]
     shapes = [run.shapes for run in runs]
@@ -67,6 +67,7 @@ def annotate_token_spaces(
             axes, padding = MASK, kind_of_mask(node) in _OF_PADDING
             if node.op == "call_module":
                 builder: Any = graph_module.get_submodule(str(node.target))
+                # A function that is given a whole mask passes it on, with whatever blocks it has.
                 prepared = prepared_mask in node.all_input_nodes
                 plain = builder.is_plain(node.kwargs) and not prepared
         elif node.op != "output":
@@ -82,7 +83,7 @@ def annotate_token_spaces(
             content=node in runs[0].content,
             padding=padding,
             plain=plain,
-            # Its shape is known now.
+            # Its shape is known now, so the features of the example run can be freed.
             example=None,
         )
     return graph_module
@@ -116,7 +117,7 @@ def kind_of_mask(mask: fx.Node) -> str:
 def _is_mask_builder(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Return whether a node makes masks, or takes one out of a dict of masks."""
     if node.target is operator.getitem:
-        # Case: a dict of masks by kind of layer.
+        # Case: perhaps one mask of a dict of masks by kind of layer.
         return _is_mask_builder(graph_module, node.all_input_nodes[0])
     return node.op == "call_module" and isinstance(
         graph_module.get_submodule(str(node.target)), MaskBuilder
@@ -128,11 +129,13 @@ class _ShapeRun(fx.Interpreter):
 
     def note(self, args: list[Any]) -> _ShapeRun:
         """Run the graph on its inputs, in order, and return the interpreter with its notes."""
+        # What the output is made of; anything else is read by guards alone.
         self.needed = made_of(cast(fx.Graph, self.module.graph).output_node())
         self.shapes: dict[fx.Node, Any] = {}
         self.dtypes: dict[fx.Node, torch.dtype] = {}
         self.content: set[fx.Node] = set()
-        # A value that requires a gradient depends on contents; the caller may be in inference mode.
+        # Autograd tells which values depend on contents: those that require a gradient. The caller
+        # may be in inference mode, where nothing does.
         with torch.inference_mode(False), torch.enable_grad(), ShapesOnly():
             self.run(*pytree.tree_map_only(torch.Tensor, _tracked, args, is_leaf=_is_cache))
         return self
@@ -140,11 +143,11 @@ class _ShapeRun(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, or make up a value of its shape."""
         if n.op != "placeholder" and n not in self.needed:
-            # Case: only guards read it. It may look at values, which are not there.
+            # Case: only guards read it. It may look at values, and there are none.
             value = None
         elif note_of(n).example is not None:
-            # Case: an image encoder. It would read the same sizes of images again, so its result
-            # has the shape of the example run's.
+            # Case: an opaque image encoder. It reads sizes of images, and these do not change with
+            # the prompt, so its result has the shapes of the example run.
             value = pytree.tree_map_only(torch.Tensor, _like, note_of(n).example)
         elif note_of(n).keeps_shape:
             # Case: a block that keeps the shape of its input. It is not run: experts are chosen by
@@ -164,7 +167,7 @@ class _ShapeRun(fx.Interpreter):
         """Run a module on shapes."""
         module: Any = self.fetch_attr(target)
         if isinstance(module, MaskBuilder):
-            # transformers' mask functions read the values of flags.
+            # Case: a mask function, which reads the values of flags.
             masks = module(**pytree.tree_map_only(torch.Tensor, _readable, kwargs))
             return pytree.tree_map_only(torch.Tensor, _like, masks)
         return shaped(module)(*args, **kwargs)
@@ -173,8 +176,8 @@ class _ShapeRun(fx.Interpreter):
 def _tracked(tensor: torch.Tensor) -> torch.Tensor:
     """Prepare an input: floats lose their values and are tracked, integers and flags keep theirs.
 
-    Code may read values that count something. A single float (such as the number of items that a
-    loss is averaged over) is no token's content and is not tracked.
+    Code may read integers, which count something. A single float (such as the number of items that
+    a loss is averaged over) is no token's content and is not tracked.
     """
     if not tensor.is_floating_point():
         return tensor.clone()
@@ -189,7 +192,7 @@ def _light(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    """Give flags without values the value True: mask functions ask whether all of them are set."""
+    """Set all flags that have lost their values: mask functions ask whether all are set."""
     if tensor.is_meta and tensor.dtype == torch.bool:
         return torch.ones(tensor.shape, dtype=torch.bool)
     return tensor
@@ -205,19 +208,21 @@ class _Shape(tuple[int, ...]):
     """A tensor's shape as a leaf of a nested structure."""
 
 
-def _is_shape(value: Any) -> bool:
+def _is_shape(value: object) -> bool:
+    """Return whether a value is a shape, which is a tuple but must stay one leaf."""
     return isinstance(value, _Shape)
 
 
-def _is_cache(value: Any) -> bool:
-    """Return whether this is a cache, which must stay one leaf.
+def _is_cache(value: object) -> bool:
+    """Return whether a value is a cache, which must stay one leaf.
 
-    An export registers caches as pytrees for the rest of the process.
+    It would not, once an export has registered caches as pytrees for the rest of the process.
     """
     return isinstance(value, Cache)
 
 
-def _shape(leaf: Any) -> _Shape:
+def _shape(leaf: object) -> _Shape:
+    """Return the shape of a leaf; anything but a tensor has no axes."""
     return _Shape(leaf.shape) if isinstance(leaf, torch.Tensor) else _Shape()
 
 
@@ -226,14 +231,18 @@ def _extended(name: str, value: Any, lengths: set[int], more: int) -> Any:
     if not isinstance(value, (torch.Tensor, Cache)):
         return value
     if isinstance(value, Cache):
-        # A copy without values: a run adds to the cache that it is given.
+        # Case: a cache. A run adds to the one that it is given, so it gets a copy, without values.
         return copy.deepcopy(value, {id(held): _like(held) for held in _tensors_of(value)})
     if name == "attention_mask" and value.ndim == 4:
+        # Queries and keys.
         return torch.nn.functional.pad(value, (0, more, 0, more))
-    # Other floats belong to the images, whose sides may happen to equal the prompt length.
+    # Floats other than positions belong to images, whose sides may happen to be as long as the
+    # prompt.
     of_prompt = name == "position_ids" or not value.is_floating_point()
     if value.ndim < 2 or value.shape[-1] not in lengths or not of_prompt:
+        # Case: an input that has no value for each token.
         return value
+    # Case: one with a value for each token.
     return torch.nn.functional.pad(value, (0, more))
 
 

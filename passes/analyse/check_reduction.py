@@ -1,18 +1,21 @@
-"""Check that a reduction can be inserted: its site, the prompts and the positions allow it."""
+"""Check that reductions can be inserted: sites, prompts, positions and masks allow it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import fx
 
 from deos_fx.attention.observation import OBSERVED
 from deos_fx.forms.needs import required_features
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
-from deos_fx.passes.notes import note_of
+from deos_fx.passes.graph import blocks_of
+from deos_fx.passes.notes import annotate, note_of
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["check_reduction"]
+__all__ = ["check_masks", "check_reduction"]
 
 
 def check_reduction(
@@ -33,37 +36,42 @@ def check_reduction(
         ValueError: If the site cannot be used or lacks something that the reduction needs.
     """
     name = reduction.site
+    # 1. The site exists, is available and has the scores.
     site = sites.usable(name, reduction.scores)
     needs = required_features(reduction)
     before_decoder = split_site(name)[0] != "decoder"
-    # Features that have to be observed in a block, whatever the block (``keys``, ``keys@next``).
+    # Features that are observed in a block, whichever block it is (``keys``, ``keys@next``).
     hidden_from = sorted(need for need in needs if need.partition("@")[0] in OBSERVED)
+    # 2. What is observed belongs to the tokens that are reduced.
     if before_decoder and hidden_from and sites.encoder is not Encoder.PATCHWISE:
         raise ValueError(
             f"{name} has no {', '.join(hidden_from)}: its tokens are not those of a block of the "
             "vision tower. Use scores and similarities of the features themselves."
         )
-    # Merged features already stand at their placeholders, so they cannot change their order.
+    # 3. Features that are already at their placeholders cannot change their order.
     if before_decoder and sites.encoder is Encoder.OPAQUE and reduction.order != "position":
         raise ValueError(
             f"{name}: the features of this model enter the prompt in the order of the image. Use "
             "order='position'."
         )
+    # 4. The tokens have places on a grid.
     if "grid" in needs and not layout.placed:
         raise ValueError(
             f"{name}: rows and columns of the visual tokens are not known for images of these "
             "sizes. Use scores, similarities and a selector that do not need the grid."
         )
     nodes = {node.name: node for node in graph_module.graph.nodes}
+    # 5. A row is one prompt.
     if layout.packed:
         _check_packed(reduction, needs, layout.packed)
     mask = None if before_decoder else nodes[site.node].kwargs.get("attention_mask")
-    # A layer that takes a mask of padding alone is a convolution or keeps a state.
+    # 6. The layer attends. With a mask of padding alone, it is a convolution or keeps a state.
     if hidden_from and isinstance(mask, fx.Node) and note_of(mask).padding:
         raise ValueError(
             f"{name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use scores and "
             "similarities of the hidden states themselves, or another site."
         )
+    # 7. The rule for positions fits the images, and the positions of this model.
     if reduction.position == "grid" and layout.grids:
         raise ValueError(
             f"{name}: position 'grid' works for images of one size, and these have "
@@ -100,3 +108,74 @@ def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> No
         f"{reduction.site}: {reason}, and there is {given}. Give every sample a row of its own, "
         "with an attention_mask [B, N] if rows are padded."
     )
+
+
+def check_masks(graph_module: fx.GraphModule, packed: str) -> None:
+    """Check that the model's masks stay right where tokens are dropped.
+
+    Masks that have to be made in the original prompt, although they look plain, lose that mark.
+
+    Args:
+        graph_module: A captured, annotated prefill graph. Its annotations may change.
+        packed: The input that marks packed samples, in words; empty where every row is one prompt.
+
+    Raises:
+        ValueError: If the model does not keep packed samples apart, or has other masks than plain
+            causal ones and a kernel that takes them as sizes.
+    """
+    if packed:
+        _see_borders(graph_module, packed)
+    # After that: masks of packed samples are no longer plain.
+    _check_kernels(graph_module)
+
+
+def _see_borders(graph_module: fx.GraphModule, given: str) -> None:
+    """Let masks be made in the original prompt, where positions say where samples begin.
+
+    A mask that is not marked as plain stays in the original space (see `open_space`). In a reduced
+    space, the gaps that dropped tokens leave in the positions would look like borders of samples.
+
+    Args:
+        graph_module: The graph. Its annotations change.
+        given: The input that marks packed samples, in words.
+
+    Raises:
+        ValueError: If the model's masks do not keep the samples apart.
+    """
+    # Samples are told apart by a mask [B, 1, N, N], which is correct as it is, or by position ids.
+    by_mask = bool(graph_module.graph.find_nodes(op="placeholder", target="attention_mask"))
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        # Only masks that the decoder reads: `plain` is None for all other nodes.
+        if note_of(node).plain is None or not _is_of_decoder(node):
+            continue
+        builder: Any = graph_module.get_submodule(str(node.target))
+        if note_of(node).padding or not (by_mask or builder.keeps_apart(node.kwargs)):
+            raise ValueError(
+                f"There is {given}, and this model does not keep the samples of a row apart by "
+                f"that (in its {node.name}). Give every sample a row of its own."
+            )
+        annotate(node, plain=False)
+
+
+def _is_of_decoder(mask: fx.Node) -> bool:
+    """Return whether decoder layers read a mask, or another mask that is made of it."""
+    layers = blocks_of(mask.graph, "decoder").values()
+    of_masks = [user for user in mask.users if note_of(user).is_mask]
+    return any(user in layers for user in mask.users) or any(map(_is_of_decoder, of_masks))
+
+
+def _check_kernels(graph_module: fx.GraphModule) -> None:
+    """Refuse kernels that take windows and blocks as sizes, which reductions change."""
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        # Plain causal masks are made anew in each space, in which sizes are right.
+        if note_of(node).plain is not False:
+            continue
+        builder: Any = graph_module.get_submodule(str(node.target))
+        implementation = str(builder.config.get_text_config()._attn_implementation)
+        if implementation.startswith(("flash", "kernels")):
+            raise ValueError(
+                f"The attention implementation {implementation!r} has no mask of windows, "
+                "blocks of image tokens and packed samples: where tokens were dropped it would "
+                "count them wrongly. "
+                "Load the model with attn_implementation='sdpa'."
+            )

@@ -1,7 +1,7 @@
 """Find the places where visual tokens can be reduced.
 
-A site is a value that every path from the visual features to the logits passes through (a
-dominator of the data flow): only there does dropping a token drop it everywhere.
+A site is a value that every path from the visual features to the logits passes through (a dominator
+of the data flow). Only at such a value does dropping a token drop it everywhere.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from deos_fx.passes.rewrite.fold_masked_add import visual_rows
 
 __all__ = ["find_sites"]
 
-# Features that can be computed wherever a block can be observed. A site has the scores whose
-# features it can compute.
+# A site has the scores whose features it can compute.
+#
+# Features wherever a block can be observed.
 _ANYWHERE = frozenset(
     {"tokens", "grid", "keys", "joint_keys", "attention_mutual", "attention_mutual_max"}
 )
-# Features at a site whose tokens are not those of a block that could be observed.
+# Features at a site whose tokens are not those of any block.
 _OF_FEATURES = frozenset({"tokens", "grid", "text_tokens", "text_mask"})
-# Features where the tower has a CLS token.
+# Features of a tower with a CLS token.
 _OF_CLASS_TOKEN = frozenset({"attention_cls", "attention_cls_joint"})
 # Features of the text, at the projector and in the decoder.
 _OF_TEXT = frozenset({"text_tokens", "text_mask"})
@@ -81,12 +82,14 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
     graph = graph_module.graph
     inputs = {node.name: node for node in graph.find_nodes(op="placeholder")}
     pixels = [inputs[name] for name in PIXELS if name in inputs]
+    # With images and videos, the last merge has both. The features are looked for at the first one.
     merge = find_merge(graph, pixels)
     features, embeddings = find_operands(find_merge(graph, pixels[:1]), pixels)
     flow = data_flow(graph, merge)
     in_decoder = _decoder_sites(graph, flow)
     if features in encoded(graph):
         # Case 1: an opaque image encoder.
+        # The merge must have a row for every prompt token.
         if note_of(merge).shape[:2] != note_of(embeddings).shape[:2]:
             raise CaptureError(
                 f"{merge.name} is the first value made of images and prompt, and it is no prompt "
@@ -95,6 +98,7 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
         reason = "the image encoder reads the sizes of images, so it is one node of the graph"
         if PIXELS[1] in inputs:
             reason = "the video encoder reads how many frames there are, so it is one node"
+        # Some models add images to the hidden states between two layers.
         late = merge in reached([blocks_of(graph, "decoder")[0]])
         why_not = "images enter the prompt after the first decoder layer" if late else ""
         projector = Site("projector", merge.name, why_not, _scores_from(_OF_FEATURES))
@@ -117,7 +121,7 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
         class_tokens = _class_tokens(graph_module, tower_block, features)
     if tower_block is None or class_tokens is None:
         # Case 2: no block of the tower is known, or patches are mixed between the tower and the
-        # features, so that a feature belongs to no single patch.
+        # features, so no feature belongs to a single patch.
         reason = "the visual tokens are made of several patches each"
         projector = Site("projector", features.name, "", _scores_from(_OF_FEATURES))
         return Sites(
@@ -131,6 +135,7 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
     of_image = _ANYWHERE | (_OF_CLASS_TOKEN if class_tokens == 1 else frozenset())
     in_tower = _scores_from(of_image | ({"class_token"} if class_tokens == 1 else set()))
     tokens = note_of(tower_block).shape[1]
+    # Blocks whose output nothing uses have no node, and so no entry in `reasons`.
     reasons = _why_not_in_tower(graph, dominators(flow, pixels[0], features), features, tokens)
     vision = [
         _site_after(block, reason, () if reason else in_tower)
@@ -172,8 +177,8 @@ def _decoder_sites(graph: fx.Graph, flow: nx.DiGraph) -> list[Site]:
     reasons = _why_not_in_decoder(graph, layers, flow)
     sites = []
     for i, layer in layers.items():
-        # A convolution attends to nothing, so there is no attention to observe. Its mask says only
-        # which tokens are padding.
+        # A convolution attends to nothing, so there is no attention to observe. It is recognised by
+        # its mask, which says only which tokens are padding.
         mask = layer.kwargs.get("attention_mask")
         convolves = isinstance(mask, fx.Node) and note_of(mask).padding
         scores = attending_to_nothing if convolves else attending
@@ -191,6 +196,7 @@ def _scores_from(features: frozenset[str]) -> tuple[str, ...]:
 
 def _last_block(features: fx.Node) -> fx.Node | None:
     """Return the deepest vision block that the features depend on, or None."""
+    # A model may leave out the last blocks of its tower.
     needed = made_of(features)
     blocks = [block for block in blocks_of(features.graph, "vision").values() if block in needed]
     return blocks[-1] if blocks else None
@@ -213,20 +219,24 @@ def _class_tokens(graph_module: fx.GraphModule, block: fx.Node, features: fx.Nod
     shape = note_of(block).shape
     per_image = note_of(features).shape[1]
     if len(shape) != 3 or shape[1] - per_image not in (0, 1):
+        # Case: there is not one feature for each patch, a CLS token aside.
         return None
     towers = blocks_of(graph_module.graph, "vision").values()
+    # A tower may have stages of other widths: only blocks of this shape get the shorter value.
     blocks = [node for node in towers if note_of(node).shape == shape]
     between = reached(blocks) & made_of(features)
     with ShapesOnly():
         less, dtype = (shape[0], shape[1] - 1, shape[2]), note_of(block).dtype
         one_less = torch.empty(less, dtype=dtype, device="meta")
         values = dict.fromkeys(blocks, one_less)
+        # In the order of the graph, so every input of a node is known before the node.
         for node in graph_module.graph.nodes:
             if node in between and node not in values:
                 try:
                     values[node] = _run(graph_module, node, values)
                 except (KeyError, RuntimeError, ValueError, TypeError):
-                    # The nodes do not run with this number of patches, or read other values.
+                    # Case: the nodes do not run with one patch less (they arrange patches in a
+                    # square), or they read values from elsewhere.
                     return None
     return shape[1] - per_image if values[features].shape[1] == per_image - 1 else None
 
@@ -252,11 +262,11 @@ def _why_not_in_tower(
 ) -> dict[int, str]:
     """Say for each vision block in the graph why its output cannot be reduced; empty if it can.
 
-    1. Nothing that the language model reads comes after it.
-    2. Not every path from the pixels to the features passes it.
-    3. Features of earlier blocks, besides those at the projector, come after it.
-    4. A value per patch from elsewhere (a mask, a rotary table) is read after it, and would still
-       have the dropped ones.
+    1. Nothing that the language model reads depends on it.
+    2. Some path from the pixels to the features goes around it.
+    3. Other features than those at the projector (DeepStack's) are made after it.
+    4. A value with a row per patch that comes from elsewhere (a mask, a rotary table) is read after
+       it, and would still have the rows of dropped patches.
 
     Args:
         graph: The annotated graph.
@@ -266,7 +276,7 @@ def _why_not_in_tower(
     """
     used, later = made_of(features), reached([features])
     other_features = graph.find_nodes(op="call_function", target=visual_rows)
-    # Nodes between a block and the features, and on side paths from the block.
+    # What comes after a block, up to the features, and on side paths from the block.
     sweep = Sweep(lambda node: (user for user in node.users if user not in later))
     reasons = {}
     for i, block in reversed(blocks_of(graph, "vision").items()):
@@ -303,13 +313,16 @@ def _why_not_in_decoder(
     """Say for each decoder layer why its output cannot be reduced; empty if it can.
 
     1. No layer comes after it.
-    2. A later layer does not depend on it.
-    3. A value from elsewhere is read after it whose visual tokens cannot be told apart. Values
-       with one row per prompt token are re-indexed, so they may bypass the layer.
-    4. A later layer reads the keys of this one or an earlier one, and must see the same tokens.
+    2. Some later layer does not depend on it.
+    3. A value from elsewhere is read after it, and the visual tokens in this value cannot be told
+       apart. (A value with one row per prompt token can be re-indexed, so it may go around the
+       layer.)
+    4. A later layer attends to the keys of this layer or an earlier one, so both must have the same
+       tokens.
     """
     shared = [note_of(node).shared or set() for node in graph.nodes]
     pairs = sorted(set[tuple[Block, Block]]().union(*shared))
+    # From the last layer to the first, as a sweep wants it.
     sweep = Sweep(flow.successors)
     reasons = {}
     for i, layer in sorted(layers.items(), reverse=True):

@@ -19,8 +19,8 @@ __all__ = ["Sweep", "data_flow", "dominators", "encoded", "find_merge", "find_op
 def find_merge(graph: fx.Graph, pixels: Sequence[fx.Node]) -> fx.Node:
     """Find the first value made of all images and videos with a row for every prompt token.
 
-    A value that takes only the shape or the dtype of the prompt's embeddings is not one: it must
-    depend on contents.
+    The value must depend on contents: a mask of the placeholders is not it, though it may read the
+    shape of the features.
 
     Args:
         graph: An annotated graph.
@@ -34,11 +34,13 @@ def find_merge(graph: fx.Graph, pixels: Sequence[fx.Node]) -> fx.Node:
     """
     if not pixels or not graph.find_nodes(op="placeholder", target="input_ids"):
         raise CaptureError("Sites are found on a graph with both input_ids and pixel_values.")
+    # With images and videos, the merge of the second kind has both.
     from_all = set.intersection(*(reached([source]) for source in pixels))
     for node in graph.nodes:
         of_prompt = node.op != "output" and isinstance(note_of(node).axes, int)
         if of_prompt and note_of(node).content and node in from_all:
-            # The next node adds features with a row for every position to the embeddings.
+            # Rows of zeros and features are not the merge yet: the next node adds them to the
+            # embeddings.
             return next(iter(node.users)) if node.target is visual_rows else node
     raise CaptureError(
         "The visual features never join the prompt's embeddings: models that read images through "
@@ -58,12 +60,15 @@ def find_operands(merge: fx.Node, pixels: Sequence[fx.Node]) -> tuple[fx.Node, f
         [B, N, d].
     """
     from_images, opaque = reached(pixels), encoded(merge.graph)
+    # An operand is recognised by what it is made of, not by its place: models differ.
     features = next(node for node in merge.all_input_nodes if node in from_images)
     if features.target is visual_rows:
         features = features.all_input_nodes[1]
-    # Back from flat features [T, d] to those with an axis of images.
+    # Back from flat features [T, d] to those with an axis of images [I, V, d]. An opaque encoder's
+    # features may have no such axis.
     while _rank(features) != 3 and features not in opaque:
         features = next(node for node in features.all_input_nodes if node in from_images)
+    # Not the mask of the placeholders [B, N, 1], which also has three axes.
     embeddings = next(
         node
         for node in merge.all_input_nodes
@@ -84,11 +89,17 @@ def encoded(graph: fx.Graph) -> set[fx.Node]:
 
 
 def data_flow(graph: fx.Graph, merge: fx.Node) -> nx.DiGraph:
-    """Build the graph of values that flow from node to node; reading a shape is no flow."""
+    """Build the graph of the values that flow from node to node; reading a shape is no flow.
+
+    Args:
+        graph: An annotated graph.
+        merge: The node that `find_merge` found.
+    """
     flow = nx.DiGraph()
     flow.add_nodes_from(graph.nodes)
     for node in graph.nodes:
-        # Values with one row per prompt token are re-indexed, so they are no path around a site.
+        # DeepStack's features have one row per prompt token. They are re-indexed, so they are no
+        # path around a site.
         beside = node.target is visual_rows and node not in merge.all_input_nodes
         if note_of(node).content and not beside:
             flow.add_edges_from((source, node) for source in node.all_input_nodes)
@@ -97,6 +108,7 @@ def data_flow(graph: fx.Graph, merge: fx.Node) -> nx.DiGraph:
 
 def dominators(flow: nx.DiGraph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
     """Return the nodes that every path from `start` to `end` passes."""
+    # The immediate dominator of a node is the last one that every path to it passes.
     parents = nx.immediate_dominators(flow, start)
     through = {end}
     node = end
@@ -107,7 +119,10 @@ def dominators(flow: nx.DiGraph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
 
 
 class Sweep:
-    """What comes after some values, given from the last one to the first: no node is visited twice.
+    """What comes after some values, which are given from the last one to the first.
+
+    What was found stays, so a step back only adds what lies between two values, and no node is
+    visited twice.
 
     Args:
         following: Returns the nodes after a node.
@@ -121,11 +136,11 @@ class Sweep:
         self.following = following
         self.after: set[fx.Node] = set()
         self.beside: dict[fx.Node, fx.Node] = {}
-        # The values so far that come after no other of them.
+        # The values so far that do not come after another one of them.
         self._first: set[fx.Node] = set()
 
     def back_to(self, value: fx.Node) -> bool:
-        """Go on with an earlier value, and return whether all others come after it."""
+        """Go back to an earlier value, and return whether all values so far come after it."""
         stack = [value]
         while stack:
             for node in self.following(stack.pop()):
@@ -134,6 +149,7 @@ class Sweep:
                     self.after.add(node)
                     stack.append(node)
                     self.beside.update(dict.fromkeys(node.all_input_nodes, node))
+        # What was beside the later values may come after this one, or be it.
         self.beside = {
             source: node
             for source, node in self.beside.items()

@@ -13,12 +13,12 @@ class Encoder(Enum):
     """How an image encoder looks in a captured graph, which decides what its features can do.
 
     Attributes:
-        PATCHWISE: Its blocks are nodes, and each feature is made of one patch: there are sites in
+        PATCHWISE: Its blocks are nodes, and each feature is made of one patch. There are sites in
             the tower, and the attention of its blocks can be observed.
-        MIXING: Its features are made of several patches each: they are known, but no block's tokens
-            are theirs.
-        OPAQUE: It is one node, since it reads sizes into Python: its features are known only where
-            they are already in the prompt.
+        MIXING: Each of its features is made of several patches. The features can be reduced, but
+            the tokens of its blocks are others.
+        OPAQUE: It is one node, since it reads sizes into Python. Its features can be reduced only
+            when they are already in the prompt.
     """
 
     PATCHWISE = auto()
@@ -55,9 +55,9 @@ class Sites:
     Attributes:
         sites: All candidates, in order of depth.
         features: Name of the node of the visual features [I, V, d] just before they enter the
-            prompt. Where the image encoder is one node: of the prompts [B, N, d] with the features
+            prompt; if the encoder is `Encoder.OPAQUE`, of the prompts [B, N, d] with the features
             in place.
-        embeddings: Name of the node of the prompt's embeddings [B, N, d] before the features enter.
+        embeddings: Name of the node of the prompts' embeddings [B, N, d] without the features.
         encoder: How the image encoder looks in the graph.
         tower_block: Name of the node of the vision block that the features come from; if the
             encoder is not `Encoder.PATCHWISE`, the same as ``features``.

@@ -60,6 +60,7 @@ def capture(
     """
     tracer = Tracer(model, blocks)
     _check_offloaded(tracer, model)
+    # A flag or a string may decide about the path through the code, so it stays a Python value.
     arguments = {
         name: tracer.placeholder(name, value) if _is_data(value) else value
         for name, value in inputs.items()
@@ -74,6 +75,7 @@ def capture(
     }
     tracer.create_node("output", "output", (tracer.create_arg(fields),), {})
     graph_module = fx.GraphModule(tracer.attributes(), tracer.graph, f"{type(model).__name__}Graph")
+    # All blocks of the model, also those that are not in the graph: a reduction may peek into them.
     modules = {block: model.get_submodule(path) for path, block in blocks.items()}
     annotate_graph(graph_module, GraphNote(type(result), modules))
     return finish(graph_module)
@@ -83,8 +85,9 @@ def capture(
 _CAPTURING = threading.RLock()
 
 
-def _is_data(value: Any) -> bool:
+def _is_data(value: object) -> bool:
     """Return whether an argument becomes an input of the graph: tensors, caches and numbers do."""
+    # In Python, bool is a kind of int.
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number or isinstance(value, (torch.Tensor, Cache))
 
@@ -94,19 +97,21 @@ def _record(
 ) -> Any:
     """Run the model's forward with the tracer on; replaced functions are always restored."""
     replacements = replacements_of(model, opaque_encoder)
-    # Plain attention: a kernel that is compiled at its first call would be compiled with the
-    # functions that are replaced for tracing.
+    # Plain attention, because a kernel that compiles itself at its first call (flex attention)
+    # would compile the functions that replace torch's while tracing.
     plain = plain_attention()
     with _CAPTURING, torch.no_grad(), without_missing_weights(model), plain, replaced(replacements):
         token = TRACER.set(tracer)
         try:
+            # Not model(...): hooks of the instance (accelerate moves inputs) are no part of the
+            # graph.
             return type(model).forward(model, **arguments)
         finally:
             TRACER.reset(token)
 
 
 def _check_offloaded(tracer: Tracer, model: nn.Module) -> None:
-    """Refuse offloaded weights that glue code reads: hooks load weights for whole modules only."""
+    """Refuse offloaded weights that glue code reads: hooks load them when a module is called."""
     for path, module in model.named_modules():
         if not tracer.is_leaf_module(module, path) and is_offloaded(module):
             names = [name for name, _ in module.named_parameters(recurse=False)]

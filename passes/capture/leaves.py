@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from transformers import masking_utils
+from transformers import PreTrainedConfig, masking_utils
 
 from deos_fx.errors import GuardError
 from deos_fx.models.upstream import CACHE
@@ -28,7 +28,7 @@ _PLAIN = {
 
 
 @fx.node.has_side_effect
-def check_guard(value: Any, expected: Any) -> None:
+def check_guard(value: object, expected: object) -> None:
     """Raise `GuardError` unless ``value`` is what the captured run saw.
 
     Args:
@@ -53,7 +53,7 @@ class MaskBuilder(nn.Module):
         config: The config that it is called with.
     """
 
-    def __init__(self, function: Callable[..., Any], config: Any) -> None:
+    def __init__(self, function: Callable[..., Any], config: PreTrainedConfig) -> None:
         super().__init__()
         self.function = function
         self.config = config
@@ -64,19 +64,21 @@ class MaskBuilder(nn.Module):
         Args:
             kwargs: Arguments of the call.
         """
+        # Any further argument, such as a mask function to combine with, changes what tokens see.
         given = {name for name, value in kwargs.items() if value is not None}
         return self.function is masking_utils.create_causal_mask and given <= _PLAIN
 
     def keeps_apart(self, kwargs: Mapping[str, Any]) -> bool:
         """Return whether the samples of a row, told apart by position ids, do not see each other.
 
-        Masks with blocks of image tokens do not count: their function looks blocks up by places
-        inside a sample as if these were places in the row.
+        Masks with blocks of image tokens do not keep samples apart: their function takes a place
+        inside a sample for a place in the row.
 
         Args:
             kwargs: Arguments of the call.
         """
         given = {name for name, value in kwargs.items() if value is not None}
+        # These two look for borders in the position ids.
         causal = masking_utils.create_causal_mask, masking_utils.create_sliding_window_causal_mask
         return self.function in causal and "position_ids" in given and given <= _PLAIN
 
@@ -104,6 +106,7 @@ class ImageEncoder(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Encode the images, and join the features of several images to one tensor."""
         output = self.encode(self.core, *args, **kwargs)
+        # One tensor [T, d] for all images: a graph has no list of dynamic length.
         output.pooler_output = _joined(output.pooler_output)
         for name, levels in output.items():
             # Case: DeepStack has features of several depths, at each depth a tensor per image.
@@ -112,8 +115,8 @@ class ImageEncoder(nn.Module):
         return output
 
 
-def _are_images(level: Any) -> bool:
-    """Return whether this is a tuple of tensors and nothing else: one tensor for each image."""
+def _are_images(level: object) -> bool:
+    """Return whether a value is a tuple of tensors and nothing else: one tensor for each image."""
     return isinstance(level, tuple) and all(isinstance(part, torch.Tensor) for part in level)
 
 
@@ -126,7 +129,8 @@ def first_of(module: nn.Module) -> nn.Module:
     """Make a view of a module that returns only its first output; everything else is shared."""
     kind: Any = type(module)
     view = shallow_copy(module)
-    # accelerate's hooks replace the forward of an instance; the view calls it, too.
+    # accelerate's hooks are a forward of the instance, which would hide that of the view's class.
+    # The view has to call it as well.
     hooked = vars(view).pop("forward", None)
 
     @functools.wraps(kind.forward)

@@ -17,11 +17,14 @@ from deos_fx.passes.notes import annotate
 __all__ = ["STRUCTURAL_TYPES", "ValueProxy", "has_proxy", "with_features"]
 
 STRUCTURAL_TYPES = (str, torch.dtype, torch.device, torch.layout, type(None))
-"""Results of these types describe the structure of the run, not its data: they are not recorded."""
+"""Results of these types describe the structure of a run and not its data: they are no proxies."""
 
 
 def with_features(x: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
-    """Return a copy of `x` [B, N, ...] with `value` at `key`, in place of ``x[key] = value``."""
+    """Return a copy of `x` [B, N, ...] with `value` at `key`.
+
+    A graph has values and no variables, so this is how ``x[key] = value`` is recorded.
+    """
     x = x.clone()
     x[key] = value
     return x
@@ -47,7 +50,9 @@ class ValueProxy(fx.Proxy):
                 "call_method", name, (self, *args), kwargs
             )
         if isinstance(attribute, (*STRUCTURAL_TYPES, bool)):
+            # Case: a dtype, a device, a flag such as is_cuda: part of the structure.
             return attribute
+        # Case: data, such as a shape.
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __getitem__(self, key: Any) -> Any:
@@ -59,8 +64,8 @@ class ValueProxy(fx.Proxy):
             mask = key[0] if isinstance(key, tuple) and key else key
             masked = isinstance(mask, ValueProxy) and mask.dtype == torch.bool
             if masked and self.value.dtype != torch.bool:
-                # For fold_masked_add: the number of axes of a row that the mask selects. Reads of
-                # flags are not marked, since they carry no content.
+                # For fold_masked_add: the number of axes of a row that the mask selects. Flags have
+                # no content, so reads of them are not marked.
                 annotate(item.node, masked=self.value.ndim - mask.value.ndim)
             return item
         # Case: the mask of one kind of layer, recorded also where it is None in the example run:
@@ -78,10 +83,12 @@ class ValueProxy(fx.Proxy):
         Raises:
             CaptureError: If another part of the tensor is assigned.
         """
+        # `rest` is what follows the mask in x[mask, :, ...].
         mask, *rest = key if isinstance(key, tuple) else (key,)
         tracer: Any = self.tracer
         masked = isinstance(mask, ValueProxy) and mask.dtype == torch.bool
         own: Any = self
+        # x[:, :, ...] = value: the same features of every token.
         of_features = isinstance(key, tuple) and key[:2] == (slice(None),) * 2
         # A constant written into flags or counts, at a place that is a constant as well.
         counted = not own.dtype.is_floating_point and not has_proxy(value)
@@ -110,19 +117,21 @@ class ValueProxy(fx.Proxy):
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, torch.Tensor):
-            # Unrolls the leading axis; fold_unstack removes it again where it can.
+            # Case: a tensor. Its leading axis is unrolled; fold_unstack undoes this where it can.
             parts: Any = self.tracer.create_proxy("call_function", torch.unbind, (self,), {})
             annotate(parts.node, unrolled=len(self.value))
             return iter(parts[i] for i in range(len(self.value)))
+        # Case: a tuple or a list, such as a shape.
         items: Any = self
         return iter(items[i] for i in range(len(self.value)))
 
     def __len__(self) -> int:
         length: Any = self.tracer.create_proxy("call_function", len, (self,), {})
+        # Converting the length to int leaves a guard.
         return int(length)
 
     def __bool__(self) -> bool:
-        # The guard compares booleans, so that any value of the same truth passes it.
+        # A guard on the truth of a value, not on the value: any other with the same truth passes.
         itself: Any = self
         if isinstance(self.value, torch.Tensor) and self.value.dtype != torch.bool:
             itself = itself != 0
@@ -140,16 +149,17 @@ class ValueProxy(fx.Proxy):
         return self._specialise(float)
 
     def __format__(self, spec: str) -> str:
+        # Messages and names: what they say is no data, so nothing is recorded.
         return format(self.value, spec)
 
     def __repr__(self) -> str:
         return f"ValueProxy({self.node.name})"
 
-    def __contains__(self, key: Any) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self.value
 
     def __hash__(self) -> int:
-        # A number may be looked up in a set or dict of numbers.
+        # A number may be looked up in a set or a dict of numbers, which reads its value.
         return hash(self._specialise(int)) if isinstance(self.value, int) else id(self)
 
     def _specialise(self, convert: Callable[[Any], Any]) -> Any:
@@ -159,6 +169,6 @@ class ValueProxy(fx.Proxy):
         return value
 
 
-def has_proxy(arguments: Any) -> bool:
+def has_proxy(arguments: object) -> bool:
     """Return whether there is a proxy anywhere in nested arguments."""
     return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(arguments))

@@ -1,4 +1,8 @@
-"""Replacements of other packages' functions in the thread that captures."""
+"""Replacements of other packages' functions in the thread that captures.
+
+A replacement is installed for the whole process, but it does something else than the original only
+in a thread whose `TRACER` is set. Other threads may go on running their models.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +46,6 @@ _BUILTINS = tuple(
 _FACTORIES = {"arange", "eye", "full", "linspace", "ones", "zeros"}
 
 
-# Mask functions look at values and at the attention implementation: each becomes one opaque node.
-def _makes_masks(name: str, value: Any) -> bool:
-    """Return whether this is a function, of transformers or of a model file, that makes masks."""
-    named = name.startswith("create_") and "mask" in name and inspect.isfunction(value)
-    return named and "config" in inspect.signature(value).parameters
-
-
 # The tracer that records this thread; None while the thread does not capture.
 TRACER: ContextVar[Tracer | None] = ContextVar("deos_fx_tracer", default=None)
 
@@ -67,22 +64,39 @@ def replacements_of(model: PreTrainedModel, opaque_encoder: bool) -> Iterator[Re
     for method in ENCODERS if opaque_encoder else ():
         if hasattr(core, method):
             yield core, method, _when_traced(_encode)
+    # Lengths of the cache, from which glue code makes masks and positions.
     for name in ("get_seq_length", "get_mask_sizes"):
         yield Cache, name, _when_traced(_length)
+    # Calls of modules, and parameters that glue code reads.
     yield nn.Module, "__call__", _when_traced(_call)
     yield nn.Module, "__getattr__", _when_traced(_getattr)
+    # Functions on proxies.
     for owner, name in _BUILTINS:
         yield owner, name, _when_traced(_function)
+    # Shortcuts, which model classes define themselves.
     for kind in {type(module) for module in model.modules()}:
         for name in SHORTCUTS.keys() & vars(kind).keys():
             yield kind, name, _when_traced(_first_arguments)
+    # Mask functions and checks. A model file imports them by name, so they are replaced there, in
+    # the namespace of every file that a module comes from.
     for namespace in {sys.modules[type(module).__module__] for module in model.modules()}:
         for name, value in list(vars(namespace).items()):
             if _makes_masks(name, value):
                 yield namespace, name, _when_traced(_mask)
             elif value is torch_compilable_check:
-                # It compares tensors in Python; the inputs were checked before capture.
+                # It compares tensors in Python, which would leave guards; the inputs were checked
+                # before the capture.
                 yield namespace, name, _when_traced(_no_check)
+
+
+def _makes_masks(name: str, value: Any) -> bool:
+    """Return whether a value is a function, of transformers or of a model file, that makes masks.
+
+    Mask functions look at values and at the attention implementation, so each becomes one opaque
+    node.
+    """
+    named = name.startswith("create_") and "mask" in name and inspect.isfunction(value)
+    return named and "config" in inspect.signature(value).parameters
 
 
 _Traced = Callable[[Tracer, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -105,7 +119,7 @@ def _when_traced(traced: _Traced) -> Callable[[Callable[..., Any]], Callable[...
 
 
 def _call(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Record the call of a leaf module; other modules run, and their parts are recorded."""
+    """Record the call of a leaf module; any other module is run, and its parts are recorded."""
     module, *rest = args
     path = tracer.module_paths.get(id(module))
     if path is None or not has_proxy((rest, kwargs)) or not tracer.is_leaf_module(module, path):
@@ -121,10 +135,10 @@ def _first_arguments(
 
 
 def _length(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the length of a cache to glue code, which makes masks and positions of it.
+    """Let glue code read the length of a cache, from which it makes masks and positions.
 
     Raises:
-        CaptureError: If a block asks: a cache from which tokens were dropped would mislead it.
+        CaptureError: If a block reads it: a cache from which tokens were dropped would mislead it.
     """
     if tracer.block:
         raise CaptureError(
@@ -147,6 +161,7 @@ def _getattr(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[
     module, name = args
     value = original(module, name)
     path = tracer.module_paths.get(id(module))
+    # Inside a running leaf, reading a parameter is no operation of the graph.
     if tracer.running or path is None or not isinstance(value, torch.Tensor):
         return value
     return tracer.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
@@ -154,6 +169,8 @@ def _getattr(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[
 
 def _function(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Record a function of torch that is called on proxies, or makes a tensor of sizes."""
+    # Factories are recorded even without a proxy among their arguments: their sizes may be numbers
+    # that were read from one.
     makes = original.__name__ in _FACTORIES
     if not tracer.running and (makes or has_proxy((args, kwargs))):
         return tracer.create_proxy("call_function", original, args, kwargs)
@@ -163,11 +180,11 @@ def _function(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict
 def _mask(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Record a mask function as one node."""
     if tracer.running:
-        # A mask function may call others; the first is the node.
+        # A mask function may call another one; only the outermost is recorded.
         return original(*args, **kwargs)
     named = inspect.signature(original).bind(*args, **kwargs).arguments
     return tracer.call_mask_function(original, named)
 
 
-def _no_check(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-    """Leave out a check."""
+def _no_check(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Leave a check out."""

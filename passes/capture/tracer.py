@@ -1,4 +1,8 @@
-"""The tracer, which records one run of a model."""
+"""The tracer, which records one run of a model.
+
+Every node is computed as soon as it is recorded, and its value is kept: the model's code goes on
+with a proxy that knows it.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,11 @@ __all__ = ["Tracer"]
 
 
 class _SharedKeys(KVSharingDict):
-    """Keys and values that layers share outside the cache; records which layer reads which one's.
+    """Keys and values that layers share outside the cache; notes who reads whose keys.
 
     Args:
         tracer: Knows the running layer.
-        read: Gets the pairs of the block that wrote and the block that reads.
+        read: Gets a pair of the writing and the reading block for every read.
     """
 
     def __init__(self, tracer: Tracer, read: set[tuple[Block, Block]]) -> None:
@@ -57,20 +61,23 @@ class Tracer(fx.Tracer):
         self.root = model
         self.blocks = blocks
         self.values: dict[fx.Node, Any] = {}
-        # Whether a node is being run: what happens inside it is not recorded.
+        # Whether a node is being run; what happens inside it is not recorded.
         self.running = False
         # The transformer block that is running.
         self.block: Block | None = None
         # Nodes of the dicts that layers share outside the cache, by id of the model's dict.
         self.shared: dict[int, fx.Node] = {}
+        # Replaced functions get modules, and need their paths.
         self.module_paths = {id(module): path for path, module in model.named_modules()}
+        # Target of a call_module node -> its module, which need not be one of the model.
         self.leaves: dict[str, nn.Module] = {}
         self.graph = fx.Graph()
         # Masks by kind of layer: node of all of them -> kind -> proxy.
         self.mask_parts: dict[fx.Node, dict[Any, ValueProxy]] = {}
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        """Return whether a module is one node: it does not contain transformer blocks."""
+        """Return whether a module is one node: it contains no transformer block, but may be one."""
+        # The path of the model itself is empty: it contains everything.
         return not any(block.startswith(f"{path}.") or not path for block in self.blocks)
 
     def running_block(self) -> Block:
@@ -90,7 +97,7 @@ class Tracer(fx.Tracer):
         """Record a node and, unless it is an input, run it."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind != "placeholder":
-            # A leaf module that runs reads its own parameters: glue code does not read them.
+            # Nothing is recorded while a leaf runs, though it reads parameters and calls functions.
             self.running, outer = True, self.running
             self.values[node] = self._run(node)
             self.running = outer
@@ -118,21 +125,26 @@ class Tracer(fx.Tracer):
             kwargs: Its keyword arguments.
 
         Returns:
-            A proxy of the output. Where a block returns a tuple of the hidden states and None for
-            everything else: such a tuple with a proxy of the hidden states.
+            A proxy of the output. If a block returns a tuple of the hidden states and None for
+            everything else, a tuple of the same length with a proxy of the hidden states.
 
         Raises:
             CaptureError: If a decoder layer hands more than hidden states to the next layers.
         """
         name, path = self._leaf_name(module), self.module_paths[id(module)]
+        # Known while the block runs: it must not read the length of its cache (see `_length` in
+        # replacements.py).
         self.block = block = self.blocks.get(path)
         node = self.create_node(
             "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
         )
         self.block = None
+        # A block that gets its hidden states by keyword is left as it is: they are looked for in
+        # `args`.
         is_block = block is not None and bool(args)
         value = self.values[node]
         alone = is_block and isinstance(value, tuple) and not any(v is not None for v in value[1:])
+        # More than one tensor in the output: hidden states, and something else about tokens.
         tensors = [part for part in pytree.tree_leaves(value) if isinstance(part, torch.Tensor)]
         if block is not None and block.stage == "decoder" and len(tensors) > 1:
             raise CaptureError(
@@ -141,7 +153,7 @@ class Tracer(fx.Tracer):
                 "hidden states alone."
             )
         if alone:
-            # The other outputs are None: the node stands for the hidden states alone.
+            # Case: the other outputs are None, so the node stands for the hidden states alone.
             self.values[node], self.leaves[name] = value[0], first_of(module)
         # annotate_token_spaces need not run a block to know the shape of its result.
         keeps_shape = is_block and _alike(self.values[node], args[0])
@@ -166,6 +178,7 @@ class Tracer(fx.Tracer):
             A proxy of the mask, or of the dict of masks by kind of layer.
         """
         name = function.__name__.removeprefix("create_")
+        # The same function may be called more than once.
         if name in self.leaves:
             name = f"{name}_{len(self.leaves)}"
         self.leaves[name] = MaskBuilder(function, kwargs.pop("config"))
@@ -175,7 +188,13 @@ class Tracer(fx.Tracer):
         # A proxy even where the mask is None in the example run: the next batch may be padded.
         return ValueProxy(node, self, self.values[node])
 
-    def call_encoder(self, encode: Callable[..., Any], core: Any, args: Any, kwargs: Any) -> Any:
+    def call_encoder(
+        self,
+        encode: Callable[..., Any],
+        core: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Record the call of an image encoder as one opaque node.
 
         Args:
@@ -212,10 +231,12 @@ class Tracer(fx.Tracer):
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, KVSharingDict):
+            # Case: a dict that layers share. It is made by the model's code, and not an input.
             return self._shared_keys(a)
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
             if a.numel() == 1:
-                # Reading a number from an input left a guard, so this one is a true constant.
+                # Case: one number. If it was read from an input, that left a guard, so it is a
+                # constant of the graph.
                 where = {"dtype": a.dtype, "device": a.device}
                 return self.create_node("call_function", torch.tensor, (a.tolist(),), where)
             raise CaptureError(
@@ -225,22 +246,24 @@ class Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def _shared_keys(self, given: KVSharingDict) -> fx.Node:
-        """Return the node of a dict that layers share; every run makes it anew, and empty."""
+        """Return the node of a dict that layers share; each run starts with an empty one."""
+        # By identity, since all blocks of a run are given the same dict.
         if id(given) not in self.shared:
             node = self.create_node("call_function", KVSharingDict, (), {}, "shared_keys")
             read: set[tuple[Block, Block]] = set()
             annotate(node, shared=read)
+            # In the example run, the dict also notes who reads whose keys.
             self.values[node] = _SharedKeys(self, read)
             self.shared[id(given)] = node
         return self.shared[id(given)]
 
     def _leaf_name(self, module: nn.Module) -> str:
-        """Choose a short target (``decoder_3``, ``lm_head``): printed graphs are to be read."""
+        """Choose a short target (``decoder_3``, ``lm_head``) that reads well in a printed graph."""
         path = self.module_paths[id(module)]
         block = self.blocks.get(path)
         name = block.name if block else path.rpartition(".")[2]
         if self.leaves.setdefault(name, module) is not module:
-            # Another module has this name: use the whole path.
+            # Case: another module has this name. Use the whole path.
             name = path.replace(".", "_")
             self.leaves[name] = module
         return name
@@ -258,6 +281,7 @@ class Tracer(fx.Tracer):
             return self._attribute(target)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
         if node.op == "call_module":
+            # Not a call: the replaced `nn.Module.__call__` would record the module again.
             return self._attribute(target).forward(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)

@@ -36,7 +36,7 @@ class Emitter:
 
     @property
     def suffix(self) -> str:
-        """Return the suffix of nodes' names, such as ``decoder2``: fx would count up ``_2``."""
+        """Return the suffix of nodes' names: ``decoder2``, since fx takes ``_2`` for a counter."""
         return self.site.replace(".", "")
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -52,7 +52,9 @@ class Emitter:
             The node, or the value of a call on constants.
         """
         if not _has_node(args):
+            # Case: constants alone, such as the grid. There is nothing to emit.
             return function(*args)
+        # Tensors beside nodes become buffers. The name is what a reader sees in the printed graph.
         args = pytree.tree_map_only(torch.Tensor, self.constant, args)
         name = f"{function.__name__}_{self.suffix}" if self.suffix else function.__name__
         return self.graph.create_node("call_function", function, args, {}, name)
@@ -71,6 +73,7 @@ class Emitter:
             The node, or the value of a call on constants.
         """
         if not _has_node(args):
+            # Case: constants alone, as in `call`.
             return function(*args)
         moved = partial(self.call, tokens.beside)
         kinds = (fx.Node, torch.Tensor)
@@ -82,6 +85,7 @@ class Emitter:
         """Store a constant as a buffer of the graph, which moves between devices with it."""
         names = (f"constant_{self.suffix}_{i}" for i in itertools.count())
         name = next(name for name in names if not hasattr(self.graph_module, name))
+        # A buffer made in inference mode could not be used in a search, which needs gradients.
         with torch.inference_mode(False):
             constant = value.to(execution_device(self.graph_module), copy=True)
         self.graph_module.register_buffer(name, constant, persistent=False)
@@ -94,8 +98,10 @@ class Emitter:
             role: The role.
             value: A node or a constant; None if a reduction has no such value.
         """
+        # Under the site and not under a node's name, which may change.
         key = self.site, role
         if isinstance(value, fx.Node):
+            # Case: a node. Its value is read when the graph runs.
             annotate(value, explains=(*note_of(value).explains, key))
         elif value is not None:
             note = note_of_graph(self.graph_module)
@@ -103,6 +109,6 @@ class Emitter:
             annotate_graph(self.graph_module, replace(note, explains=explains))
 
 
-def _has_node(args: Any) -> bool:
+def _has_node(args: object) -> bool:
     """Return whether there is a node anywhere in nested arguments."""
     return any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(args))

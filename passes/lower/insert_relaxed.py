@@ -1,7 +1,7 @@
-"""Insert relaxed reductions, which are differentiable and let no token really leave.
+"""Insert relaxed reductions, which are differentiable and drop no token.
 
-The graph keeps its shape. At each site a module moves content between visual tokens and lowers the
-gates of those that would be dropped; later attention gets the log-gates as a bias on its keys.
+All values keep their lengths. At each site a module moves content between visual tokens and lowers
+the gates of those that would be dropped; later attention gets the log-gates as a bias on its keys.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class RelaxedSite(nn.Module):
     Args:
         reduction: The relaxed reduction.
         features: Names of the features that its scores and similarities need.
-        last_of: Number of rows of which the last one ends its prompt with a visual token, which
-            stays; 0 if prompts end in text.
+        last_of: Number of rows of a prompt that ends in a visual token, which has to stay; 0 if
+            prompts end in text.
     """
 
     def __init__(
@@ -95,6 +95,8 @@ def insert_relaxed(
     """
     steps = []
     for name in sorted(reductions, key=site_order):
+        # The checks know static reductions. What a relaxed one needs does not change while it is
+        # trained, so its start stands for it.
         start = replace(reductions[name].start, site=name)
         site = check_reduction(graph_module, sites, start, layout)
         steps.append(Step(start, site, _needs(reductions[name])))
@@ -141,7 +143,7 @@ class _Insertion(SiteWalk):
         ids = self.nodes["position_ids"]
         # Position ids and rotary tables: original node -> node at this point.
         self.positions = {node: node for node in [ids, *position_tables(graph_module)]}
-        # Masses, like the gates; None while every mass is 1.
+        # Masses [I, V] before the decoder and [B, V] in it, like the gates; None while all are 1.
         self.mass: fx.Node | None = None
         # 0-dim, how strongly masses bias attention; None for 0.
         self.beta: fx.Node | None = None
@@ -160,6 +162,7 @@ class _Insertion(SiteWalk):
             # Masses bias attention only in the stage in which they arise.
             self.beta = None
         place.put_back(self._reduce(step, place))
+        # Gates of images [I, V] are reported as gates of prompts [B, V], like those in the decoder.
         self.gates.append(self.call(tokens.masses_of_prompt, self.alive, self.layout.images))
         if in_tower:
             # Gates bias the later blocks of the tower; class tokens have no gate.
@@ -169,12 +172,12 @@ class _Insertion(SiteWalk):
                 bias_block(self.graph_module, block, bias)
 
     def reread(self, features: TowerFeatures, name: str) -> fx.Node:
-        """Read a feature of the latest site in the tower, which has left all tokens."""
+        """Read a feature of the latest site in the tower, which has kept every token in place."""
         return features[name]
 
     def reduce_merged(self, step: Step, groups: Sequence[Group]) -> None:
         """Reduce images that are already in the prompt, each of them alone."""
-        # During a search, all images have one size.
+        # In a search, all images of a batch have one size, so there is one group.
         (group,) = groups
         reduced = self._reduce(step, group)
         self._join_images()
@@ -205,6 +208,7 @@ class _Insertion(SiteWalk):
 
     def _write(self, step: Step, place: Place, reduced: fx.Node) -> None:
         """Write reduced tokens into the prompt, and bias the attention to them."""
+        # Every visual token is written back into its own place.
         prompt = place.put_back(self.call(tokens.put, place.whole, self.visual, reduced))
         assert self.alive is not None
         self.gates.append(self.alive)
@@ -227,6 +231,8 @@ class _Insertion(SiteWalk):
 
     def _move(self, position: str, layers: Sequence[fx.Node], hidden: fx.Node) -> None:
         """Give later layers new position ids, and rotary tables that are made from them."""
+        # Positions are always moved from the original ones: gates say how much of each token is
+        # left in all.
         ids, *tables = self.positions
         given = (ids, self.alive, self.visual)
         if position == "compact":
@@ -243,6 +249,7 @@ class _Insertion(SiteWalk):
             layer.args, layer.kwargs = fx.node.map_arg(
                 (layer.args, layer.kwargs), lambda node: replaced.get(node, node)
             )
+        # What later layers read now, for the next site to replace.
         for node, here in self.positions.items():
             self.positions[node] = replaced.get(here, here)
 
@@ -257,24 +264,30 @@ class _Insertion(SiteWalk):
         """
         names = tuple(sorted(step.needs))
         target = f"reduce_{self.emitter.suffix}"
+        # In the decoder, a row is a prompt; before it, an image.
         rows = 1 if step.stage == "decoder" else self.layout.images
         reduction = self.reductions[step.site.name]
         site = RelaxedSite(reduction, names, rows if self.layout.ends else 0)
         self.graph_module.add_submodule(target, site)
         if self.alive is None:
-            # The first site.
+            # Case: the first site.
             self.alive = self.mass = self.call(tokens.ones_like_tokens, place.own)
         beta = self.emitter.constant(torch.zeros(())) if self.beta is None else self.beta
+        # Looking a feature up emits its nodes. The grid is a constant, and becomes a buffer.
         read = [place.features[name] for name in names]
         read = pytree.tree_map_only(torch.Tensor, self.emitter.constant, read)
         node = self.graph.call_module(target, (place.own, self.alive, self.mass, beta, *read))
+        # The module returns a tuple: tokens, gates, masses and mass bias.
         reduced, *rest = (self.call(operator.getitem, node, i) for i in range(4))
         self.alive, self.mass, self.beta = rest
         return reduced
 
 
 def _needs(reduction: RelaxedReduction) -> frozenset[str]:
-    """Return the names of the features that a reduction reads besides the tokens themselves."""
+    """Return the names of the features that a reduction reads, apart from the tokens themselves.
+
+    A relaxed reduction mixes all scores and similarities, so it needs more than its start would.
+    """
     start = reduction.start
     names = {feature for score in start.scores for feature in SCORES[score].features}
     names |= {SIMILARITIES[kind] for kind in start.similarity}

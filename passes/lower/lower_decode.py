@@ -1,7 +1,7 @@
 """Lower the decode graph: each layer attends to its own cache, and their lengths differ.
 
-Nothing is reduced while decoding. For the layers of each token space, a new token needs only a
-mask as wide as their caches and, where tokens have moved, its position in that space.
+Nothing is reduced while decoding. In the layers of each token space, a new token needs only a mask
+as wide as their caches and, where tokens have moved, its position in that space.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
+from transformers import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
 from deos_fx.models.upstream import CACHE
@@ -65,14 +66,16 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
     Returns:
         The same graph module.
     """
+    # As they are now: the nodes of every space are made from the original ones.
     nodes = {node.name: node for node in graph_module.graph.nodes}
     layers = list(blocks_of(graph_module.graph, "decoder").values())
     tables = position_tables(graph_module)
-    # The layers of a space end where the next space begins.
+    # The layers of a space end where the next space begins. Layers before the first space stay as
+    # they are.
     ends = [*(space.first_layer for space in spaces[1:]), len(layers)][: len(spaces)]
     replaced: dict[fx.Node, fx.Node] = {}
     for k, (space, end) in enumerate(zip(spaces, ends, strict=True), start=1):
-        # The rule ``keep`` keeps the positions of the space before, which may have moved.
+        # Under the rule ``keep``, positions are those of the space before, which may have moved.
         same = [] if space.moved else [nodes["position_ids"], *tables]
         before = {node: replaced[node] for node in same if node in replaced}
         replaced, key_bias = _inputs_of(graph_module, nodes, layers, tables, k, space)
@@ -81,6 +84,7 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
             node.args, node.kwargs = fx.node.map_arg(
                 (node.args, node.kwargs), partial(_latest, replaced)
             )
+            # Only now: the bias is added to the mask that the layer has in this space.
             bias_block(graph_module, node, key_bias)
     return finish(graph_module)
 
@@ -100,12 +104,14 @@ def decode_spaces(policy: Policy) -> tuple[DecodeSpace, ...]:
     merged = False
     for reduction in policy.reductions:
         stage, _ = split_site(reduction.site)
-        # Masses differ from 1 from the first reduction on that moves content between tokens.
+        # Until a reduction moves content between tokens, every mass is 1 and there is no bias.
         merged = merged or reduction.transfers
+        # Masses that arise in the tower bias the attention of the tower only.
         biased = merged and reduction.mass_bias > 0 and stage != "vision"
         if stage == "decoder":
             spaces.append(DecodeSpace(first_layer(reduction.site), reduction.position, biased))
         else:
+            # The last reduction before the decoder says whether keys are biased.
             spaces = [DecodeSpace(0, rule_before_decoder(policy.reductions), biased)]
     return tuple(spaces)
 
@@ -132,7 +138,8 @@ def _inputs_of(
         Old node -> node of the space, and the node of the key bias, if there is one.
     """
     graph = graph_module.graph
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    # Placeholders stand before all other nodes, the new ones in the order of the spaces.
+    inputs = graph.find_nodes(op="placeholder")
     ids = nodes["position_ids"]
     replaced: dict[fx.Node, fx.Node] = {}
     key_bias = None
@@ -143,12 +150,12 @@ def _inputs_of(
             replaced[ids] = graph.placeholder(f"position_ids_{k}")
         if "attention_mask" in nodes:
             replaced[nodes["attention_mask"]] = graph.placeholder(f"attention_mask_{k}")
-    # One mask for layers with a window and one for all others.
+    # Masks that are not plain: one for the layers with a window, and one for all others.
     windows: dict[bool, fx.Node] = {}
     for node in nodes.values():
         is_mask = note_of(node).is_mask
         if is_mask and not note_of(node).plain:
-            # Case: a mask of windows or blocks of image tokens, or of padding.
+            # Case: a mask of windows, of blocks of image tokens, or of padding.
             if _is_of_attention(node):
                 sliding = "sliding" in kind_of_mask(node)
                 if sliding not in windows:
@@ -156,6 +163,7 @@ def _inputs_of(
                 replaced[node] = windows[sliding]
         elif is_mask or (space.moved and node in tables):
             # Case: a plain causal mask, or a rotary table of positions that have moved.
+            # Copies, so that earlier layers keep theirs.
             with graph.inserting_before(layers[space.first_layer]):
                 again = graph.node_copy(node, lambda value: replaced.get(value, value))
             if is_mask:
@@ -168,15 +176,15 @@ def _inputs_of(
 class WindowMask(nn.Module):
     """Makes the mask of one kind of layers for a cache from which tokens were dropped.
 
-    The prompt's own blocks (images that see themselves in both directions) do not matter to new
-    tokens, which see everything before them; a window is a distance in the original prompt.
+    The prompt's own blocks (images whose tokens see each other in both directions) do not matter:
+    a new token sees everything before it. A window is a distance in the original prompt.
 
     Args:
         config: The text model's config.
         window: How many positions a token sees, its own included; 0 for all.
     """
 
-    def __init__(self, config: Any, window: int) -> None:
+    def __init__(self, config: PreTrainedConfig, window: int) -> None:
         super().__init__()
         self.config = config
         self.window = window
@@ -198,6 +206,7 @@ class WindowMask(nn.Module):
         """
         positions = kwargs.pop("key_positions", None)
         cache, padding = kwargs[CACHE], kwargs.get("attention_mask")
+        # Causality and padding, in the form that the attention implementation wants.
         mask: Any = create_causal_mask(
             self.config, inputs_embeds, padding, cache, layer_idx=layer_idx
         )
@@ -211,9 +220,12 @@ class WindowMask(nn.Module):
             in_window = and_masks(mask.mask_mod, self._in_window(positions, new, held))
             batch, device = len(positions), positions.device
             return create_block_mask(in_window, batch, None, new, held, device=device)
+        # [B, new, held]: queries are the last positions, keys the last that the layer still holds.
         distance = positions[:, -new:, None] - positions[:, None, -held:]
+        # [B, 1, new, held]
         near = ((distance >= 0) & (distance < self.window))[:, None]
         if mask is None or mask.dtype == torch.bool:
+            # Case: a boolean mask, or none where nothing is padded.
             return near if mask is None else near & mask
         # Case: an additive mask.
         return mask.masked_fill(~near, torch.finfo(mask.dtype).min)
@@ -232,8 +244,8 @@ class WindowMask(nn.Module):
 def _is_of_attention(mask: fx.Node) -> bool:
     """Return whether decoder layers attend with this mask.
 
-    A dict of masks for all kinds of layers is read by no layer itself. Padding masks of stateful
-    layers concern the new tokens only.
+    No layer reads a dict of masks itself. Masks of padding, for layers with a state, are about the
+    new tokens only, and stay as they are.
     """
     return bool(_layers_that_read(mask)) and not note_of(mask).padding
 
@@ -270,15 +282,18 @@ def _mask_of_space(
         The node.
     """
     graph = graph_module.graph
+    # A mask that was taken out of a dict is made by the function that makes the dict.
     made = mask.all_input_nodes[0] if mask.target is operator.getitem else mask
     builder: Any = graph_module.get_submodule(str(made.target))
     config = builder.config.get_text_config()
     window = config.sliding_window if "sliding" in kind_of_mask(mask) else 0
     names = ("inputs_embeds", "attention_mask", CACHE)
+    # Everything else that the original function takes is about the prompt.
     kwargs = {name: made.kwargs[name] for name in names if name in made.kwargs}
     kwargs = dict(fx.node.map_arg(kwargs, partial(_latest, replaced)))
+    # The window is a distance between original positions, so these become an input.
     if window:
-        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        inputs = graph.find_nodes(op="placeholder")
         with graph.inserting_after(inputs[-1]):
             kwargs["key_positions"] = graph.placeholder(f"key_positions_{k}")
     name = f"{'window' if window else 'mask'}_{k}"

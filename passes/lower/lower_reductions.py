@@ -1,8 +1,8 @@
 """Lower a policy to static ops: TopK, Gather and MatMul with constant counts.
 
-Each reduction becomes a few named nodes (score, top_k, nearest, merge, ...). Parts that a policy
-does not use leave no node: a pruning policy's graph has no assignment and no matmul, and an unused
-score is never observed.
+Each reduction becomes a few named nodes (score, top_k, nearest, merge, ...). What a policy does not
+use leaves no node: the graph of a pruning policy has no assignment and no matmul, and no score is
+observed that nothing ranks by.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from deos_fx import tokens
 from deos_fx.forms.needs import required_features
 from deos_fx.forms.static import StaticOutput, static_reduce
 from deos_fx.models.views import has_several_devices
-from deos_fx.passes.analyse.check_reduction import check_reduction
+from deos_fx.passes.analyse.check_reduction import check_masks, check_reduction
 from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.finish import finish
-from deos_fx.passes.graph import blocks_after, blocks_of
+from deos_fx.passes.graph import blocks_after
 from deos_fx.passes.lower.site_walk import Group, Place, SiteWalk, Step
 from deos_fx.passes.lower.token_space import TokenSpace
-from deos_fx.passes.notes import annotate, note_of
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.passes.observe.site_features import TowerFeatures
 from deos_fx.policy.policy import Policy
@@ -46,19 +45,21 @@ def lower_reductions(
 
     Returns:
         The same graph module. Its output gains ``spaces``: one dict for all reductions before the
-        decoder together, and one for each reduction in it. A dict has ``origin`` [B, M] (original
-        prompt positions of the tokens that are left); if later attention is biased by mass,
-        ``key_bias`` [B, M]; and under the position rule ``grid``, ``shift`` [B, 1], how far later
-        tokens move up.
+        decoder together, and one for each reduction in it. A dict (`SpaceFields`, of nodes) has
+
+        - ``origin`` [B, M], original prompt positions of the tokens that are left;
+        - ``key_bias`` [B, M], if masses bias later attention;
+        - ``shift`` [B, 1], under the position rule ``grid``: how far later tokens move up.
 
     Raises:
         ValueError: If a site does not exist, cannot be used or lacks a score the policy needs.
     """
     if policy.is_empty:
+        # Case: nothing to insert. The graph stays bit-identical to the model.
         return finish(graph_module)
-    if layout.packed:
-        _see_borders(graph_module, layout.packed)
-    _check_masks(graph_module)
+    check_masks(graph_module, layout.packed)
+    # Counts of every reduction for each image, since a ratio keeps more of a larger one:
+    # transposed, they are the counts of all images for each reduction.
     counts = zip(*map(policy.counts, layout.sizes), strict=True)
     steps = [
         Step(
@@ -72,61 +73,8 @@ def lower_reductions(
     return _Lowering(graph_module, sites, layout, steps).walk()
 
 
-def _see_borders(graph_module: fx.GraphModule, given: str) -> None:
-    """Let masks be made in the original prompt, where positions say where samples begin.
-
-    Masks that are no longer marked as plain stay there (see `open_space`). In a reduced space,
-    dropped tokens leave gaps in the positions, which would look like such borders.
-
-    Args:
-        graph_module: The graph. Its annotations change.
-        given: The input that marks packed samples, in words.
-
-    Raises:
-        ValueError: If the model's masks do not keep the samples apart.
-    """
-    by_mask = bool(graph_module.graph.find_nodes(op="placeholder", target="attention_mask"))
-    for node in graph_module.graph.find_nodes(op="call_module"):
-        if note_of(node).plain is None or not _is_of_decoder(node):
-            continue
-        builder: Any = graph_module.get_submodule(str(node.target))
-        if note_of(node).padding or not (by_mask or builder.keeps_apart(node.kwargs)):
-            raise ValueError(
-                f"There is {given}, and this model does not keep the samples of a row apart by "
-                f"that (in its {node.name}). Give every sample a row of its own."
-            )
-        annotate(node, plain=False)
-
-
-def _is_of_decoder(mask: fx.Node) -> bool:
-    """Return whether decoder layers read a mask, or another mask that is made of it."""
-    layers = blocks_of(mask.graph, "decoder").values()
-    of_masks = [user for user in mask.users if note_of(user).is_mask]
-    return any(user in layers for user in mask.users) or any(map(_is_of_decoder, of_masks))
-
-
-def _check_masks(graph_module: fx.GraphModule) -> None:
-    """Refuse attention kernels that take windows and blocks as sizes, which reductions change.
-
-    Raises:
-        ValueError: If the model has other masks than plain causal ones and such kernels.
-    """
-    for node in graph_module.graph.find_nodes(op="call_module"):
-        if note_of(node).plain is not False:
-            continue
-        builder: Any = graph_module.get_submodule(str(node.target))
-        implementation = str(builder.config.get_text_config()._attn_implementation)
-        if implementation.startswith(("flash", "kernels")):
-            raise ValueError(
-                f"The attention implementation {implementation!r} has no mask of windows, "
-                "blocks of image tokens and packed samples: where tokens were dropped it would "
-                "count them wrongly. "
-                "Load the model with attn_implementation='sdpa'."
-            )
-
-
 class _Part(NamedTuple):
-    """What is left of the images of one size, or of all, in the prompts.
+    """What is left of a prompt's images: of those of one size, or of all.
 
     Attributes:
         kept: Indices [B, K] of the kept tokens among a prompt's visual tokens.
@@ -162,9 +110,9 @@ class _Lowering(SiteWalk):
         self.emitter.explain("visual", self.visual)
         # Masses [I, K] before the decoder, [B, K] in it; None while every mass is 1.
         self.mass: fx.Node | None = None
-        # [I, K] indices of the image's own tokens that are left; None as long as all are.
+        # [I, K] indices of the image's own tokens that are left; None while all are.
         self.kept: fx.Node | None = None
-        # [I, K] indices of the tokens that the latest site in the tower kept of those it got.
+        # [I, K] indices that the latest site in the tower kept, into the tokens that it was given.
         self.kept_in_tower: fx.Node | None = None
 
     def padding(self) -> fx.Node | None:
@@ -179,13 +127,15 @@ class _Lowering(SiteWalk):
 
     def reduce_images(self, step: Step, place: Place) -> None:
         """Reduce every image alone: its patches in the tower, or its features after it."""
+        # All images have one size here: an encoder that takes several at once is opaque.
         (count,) = set(step.counts)
         reduced = self._operate(step, count, place, self.mass, self._last_of(self.layout.images))
         left = place.put_back(reduced.tokens)
         kept = reduced.kept
-        # Case: not the first reduction. Indices into what the one before kept become indices into
-        # the image's own tokens; out of order, a -1 stands for a copy of the CLS token.
         if self.kept is not None:
+            # Case: not the first reduction. Indices into what the one before has kept become
+            # indices into the image's own tokens. If tokens may be out of order, a -1 stands for a
+            # copy of the CLS token.
             in_order = step.reduction.order == "position"
             compose = tokens.take if in_order else tokens.kept_of_kept
             kept = self.call(compose, self.kept, kept)
@@ -200,6 +150,7 @@ class _Lowering(SiteWalk):
         beta, key_bias = step.reduction.mass_bias, None
         if beta and self.mass is not None:
             key_bias = self.call(tokens.patch_bias, self.mass, self.sites.class_tokens, beta)
+        # Without a bias, too: an earlier site may have set one, and tokens have changed.
         for block in blocks_after(left, "vision"):
             bias_block(self.graph_module, block, key_bias)
 
@@ -224,9 +175,10 @@ class _Lowering(SiteWalk):
         """Reduce the images of one size."""
         first, last, images = group.images[0], group.images[-1], len(group.images)
         count = step.counts[first]
-        # The last image of a prompt has to keep its last token if that ends the prompt.
+        # Only the last image can end the prompt, and has to keep its last token then.
         last_of = self._last_of(images) if last == self.layout.images - 1 else 0
         reduced = self._operate(step, count, group, None, last_of)
+        # Of images [I, K, d], to be joined to those of prompts [B, I K, d].
         left, mass = self._written(step, reduced), reduced.mass
         if left is not None:
             left = self.call(tokens.of_prompts, left, images)
@@ -242,10 +194,13 @@ class _Lowering(SiteWalk):
 
     def _in_order(self, parts: Sequence[_Part]) -> _Part:
         """Join what is left of the images of each size, in the order of the prompt."""
+        # A prompt has tokens to write, or masses, only if the images of every size have: all use
+        # the same reduction.
         joined: list[Any] = [
             None if any(value is None for value in same) else self.call(torch.cat, list(same), 1)
             for same in zip(*parts, strict=True)
         ]
+        # The first is `kept`: places in the prompt.
         order = self.call(torch.argsort, joined[0], 1)
         ordered: list[Any] = [
             None if same is None else self.call(tokens.take, same, order) for same in joined
@@ -256,18 +211,19 @@ class _Lowering(SiteWalk):
         """Shorten the prompts' runs of placeholders to the tokens that are left of each image."""
         last, own, mass = steps[-1], self.kept, self.mass
         images, per_image = self.layout.images, self.layout.tokens_per_image
-        # Insert after everything that is read.
+        # After everything that is read here: the encoder, and the embeddings of the prompt.
         embeddings = self.nodes[self.sites.embeddings]
         made = [node for node in (own, mass, embeddings) if node is not None]
         with self.graph.inserting_before(max(made).next):
             if all(step.reduction.order == "position" for step in steps):
-                # Case: features in the order of the image take the kept tokens' own placeholders.
+                # Case: features in the order of the image. They take the placeholders of the tokens
+                # that were kept.
                 kept = self.call(tokens.kept_of_prompt, own, images, per_image)
                 grid = self._grid_of_prompt(kept)
             else:
-                # Case: another order. Each image takes its first placeholders, or its last ones if
-                # the placeholder at the end of the prompt has to stay. A -1 (a copy of the CLS
-                # token) gets the cell of the first patch.
+                # Case: another order. The features of an image take its first placeholders, or its
+                # last ones if the placeholder at the end of the prompt has to stay. For its grid, a
+                # -1 (a copy of the CLS token) is given the cell of the first patch.
                 patches = self.call(torch.clamp, own, 0)
                 patches = self.call(tokens.kept_of_prompt, patches, images, per_image)
                 grid = self._grid_of_prompt(patches)
@@ -303,6 +259,7 @@ class _Lowering(SiteWalk):
         last_of: int,
     ) -> StaticOutput:
         """Emit the operator itself; nodes that nothing reads are dropped at the end."""
+        # On one device, moving arguments would only make the graph longer.
         call = partial(self.emitter.call_beside, place.own) if self.several_devices else self.call
         given = (place.own, mass, place.features)
         reduced = static_reduce(step.reduction, count, *given, call, last_of)
@@ -324,8 +281,8 @@ class _Lowering(SiteWalk):
     def _last_of(self, images: int) -> int:
         """Return `images` if prompts end in a visual token, else 0.
 
-        One of so many rows of the reduction is then the last of its prompt, and its last token
-        must stay.
+        In the first case, one of so many rows of the reduction is the last of its prompt, and the
+        last token of that row must stay.
         """
         return images if self.layout.ends else 0
 
@@ -363,9 +320,10 @@ class _Lowering(SiteWalk):
             kept: Indices [B, K] of the kept tokens.
         """
         if isinstance(cells, fx.Node):
-            # Case: scores chose the tokens at an earlier site.
+            # Case: scores have chosen tokens at an earlier site.
             return self.call(tokens.known_of_kept, cells, kept)
         # Case: the grid has been a constant so far.
+        # None if this reduction chooses by scores.
         left = grid_after(step.reduction, count, cells)
         return self.call(tokens.known_of_kept, cells[None], kept) if left is None else left
 
@@ -376,7 +334,7 @@ class _Lowering(SiteWalk):
             kept: Their indices [B, K] among the prompt's visual tokens.
         """
         if isinstance(self.cells, torch.Tensor):
-            # The same places of each image are left.
+            # Case: the grid alone has chosen, so the same places are left of each image.
             return grid_of_prompt(self.cells, self.layout.images)
         return self._cells_at(kept)
 

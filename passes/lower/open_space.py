@@ -28,14 +28,15 @@ def open_space(
 ) -> None:
     """Continue the graph after `cut` in the space of the kept tokens.
 
-    1. Every user of `cut` that comes after `reduced` uses `reduced` instead. Nodes that read only
-       its shape stay in the old space: positions counted from it are original positions. A node
-       after the cut that takes a size gets the new space's size.
-    2. Every node after the cut that also takes a value of the old space takes it re-indexed, along
-       the axes that `annotate_token_spaces` found. Values with a meaning of their own in the new
+    1. Every user of `cut` that comes after `reduced` reads `reduced` instead. Nodes that read only
+       the shape of `cut` stay in the old space, since positions that are counted from it are
+       original positions. But a node after the cut that takes a size takes that of the new space.
+    2. A node after the cut that also takes a value of the old space takes it re-indexed, along the
+       axes that `annotate_token_spaces` found. Values that have a meaning of their own in the new
        space (position ids) are given in `replaced`.
-    3. Masks that depend on more than the order of tokens (windows, blocks of image tokens) are made
-       in the old space and re-indexed: distances are those of the original prompt.
+    3. Masks that depend on more than the order of tokens and padding (windows, blocks of image
+       tokens) are made in the old space and then re-indexed: their distances are those of the
+       original prompt.
 
     Args:
         graph: An annotated graph. Changed in place.
@@ -50,10 +51,12 @@ def open_space(
     sizes = _sizes_of(cut)
     for node in graph.nodes:
         if node not in after and any(value in after for value in node.all_input_nodes):
-            # Case 3: a mask made in the old space. Of the hidden states it reads only the length.
+            # Case 3: a mask that is made in the old space. Of the hidden states it reads only the
+            # length, so it may read those before the cut.
             node.kwargs = fx.node.map_arg(
                 node.kwargs, lambda value: cut if value in after else value
             )
+    # In the order of the graph: a set has none, and names must not differ from run to run.
     for node in sorted(after):
         for value in node.all_input_nodes:
             if value is cut:
@@ -71,22 +74,23 @@ def open_space(
                         replaced[value] = _reindexed(graph, value, index, space)
                 node.replace_input_with(value, replaced[value])
         if note_of(node).is_mask and "position_ids" in node.kwargs:
-            # transformers reads gaps in position ids as borders of packed sequences.
+            # transformers takes gaps in position ids for borders of packed sequences.
             node.kwargs = {**node.kwargs, "position_ids": None}
 
 
 def _drop_guards(after: set[fx.Node]) -> None:
-    """Drop guards on lengths after the cut: they compared lengths of the old space."""
+    """Drop guards on sizes after the cut: they compare with lengths of the old space."""
     stack = [user for node in after for user in node.users if _is_metadata(user)]
     while stack:
         node = stack.pop()
         stack.extend(node.users)
+        # A guard may be found by several paths, and is erased once.
         if node.target is check_guard and node not in stack:
             node.graph.erase_node(node)
 
 
 def _sizes_of(cut: fx.Node) -> set[fx.Node]:
-    """Find the metadata of a value, its parts, and the numbers computed from these alone."""
+    """Find the metadata of a value, parts of it, and numbers that are computed from these alone."""
     found: set[fx.Node] = set()
     stack = [user for user in cut.users if _is_metadata(user)]
     while stack:
@@ -96,7 +100,8 @@ def _sizes_of(cut: fx.Node) -> set[fx.Node]:
             plain = node.op == "call_function" and node.target is not check_guard
             plain = plain or _is_metadata(node)
             users = [user for user in node.users if found.issuperset(user.all_input_nodes)]
-            # Only values without axes: numbers, and tuples of numbers.
+            # Only values without axes: numbers, and tuples of numbers. A tensor made from a size,
+            # such as positions, stays in the old space.
             numbers = (user for user in users if not any(pytree.tree_leaves(note_of(user).shape)))
             stack.extend(numbers if plain else ())
     return found
@@ -124,7 +129,7 @@ def _after(cut: fx.Node, reduced: fx.Node) -> set[fx.Node]:
 
 
 def _stays(node: fx.Node) -> bool:
-    """Return whether a node makes masks that depend on more than order and padding."""
+    """Return whether a node makes masks that depend on more than order and padding (case 3)."""
     return node.op == "call_module" and note_of(node).plain is False
 
 
@@ -139,6 +144,7 @@ def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> f
     """Emit a value in the new space, annotated like the old one and named after both."""
     note = note_of(value)
     if note.axes == 0:
+        # Case: batch and prompt are one axis.
         return _flattened_again(graph, value, index, space)
     root = note.root or value.name
     target: Callable[..., Any]
@@ -149,6 +155,7 @@ def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> f
         target = take_in_each
     elif isinstance(note.axes, int):
         target = take
+        # The prompt is the second axis of most values, and the default.
         args = args if note.axes == 1 else (*args, note.axes)
     else:
         # Case: a tuple of values, each with an axis of its own.
@@ -160,9 +167,9 @@ def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> f
 
 
 def _flattened_again(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> fx.Node:
-    """Make a value again whose leading axis is batch and prompt together, such as a loss's labels.
+    """Make a value again whose leading axis is batch and prompt together (labels of a loss).
 
-    Its inputs, in which the two axes are still apart, are re-indexed.
+    Its inputs, in which the two axes are still apart, are re-indexed instead.
     """
     apart = {
         source: _reindexed(graph, source, index, space)

@@ -1,13 +1,18 @@
-"""Walk through the sites of a policy in order of depth, whatever is emitted there.
+"""Walk through the sites of a policy in order of depth, and let a form of reductions emit nodes.
 
     vision.0 ... vision.n -> projector -> the prompt -> decoder.0 ... decoder.n
 
-Before the decoder, each image is reduced alone; what is left of all of them then enters the prompt.
-In the decoder, all visual tokens of a prompt are reduced together. Where the image encoder is
-opaque, its features are already in the prompt when they can first be reduced.
+There are three kinds of sites:
 
-A static graph gets operators and shorter token spaces, a relaxed one gets modules and gates:
-`lower_reductions` and `insert_relaxed` say what their form emits, and everything else is here.
+1. In the tower and at the projector, each image is reduced alone. What is left of all images of a
+   prompt then enters the prompt.
+2. Where the image encoder is opaque, its features are already in the prompt when they can first be
+   reduced. Each image is taken out of the prompt and reduced alone, too.
+3. In the decoder, all visual tokens of a prompt are reduced together.
+
+The walk finds the tokens at a site, their features, and what reads them. A static graph then gets
+operators and shorter token spaces, a relaxed one modules and gates: `lower_reductions` and
+`insert_relaxed` say what their form emits.
 """
 
 from __future__ import annotations
@@ -68,8 +73,8 @@ class Place:
             tokens before the decoder, those of prompts [B, N, d] in it.
         own: The visual tokens alone, [I, V, d] or [B, V, d].
         features: Their features.
-        put_back: Lets everything after the site read other hidden states, and returns these: those
-            of images are given without class tokens.
+        put_back: Lets everything after the site read other hidden states, and returns these. It
+            adds the class tokens of images itself.
     """
 
     whole: fx.Node
@@ -96,8 +101,8 @@ class Group(Place):
 class SiteWalk(ABC):
     """Goes from site to site and finds the tokens, their features, and what reads them.
 
-    The methods that a form of reductions has to give are called at the place of insertion, except
-    for `enter_prompt`.
+    A form of reductions implements the abstract methods. They are called while the graph's place of
+    insertion is the site, except for `enter_prompt`, which chooses its own.
 
     Args:
         graph_module: A captured, annotated prefill graph. Changed in place.
@@ -128,33 +133,40 @@ class SiteWalk(ABC):
         self.steps = steps
         self.emitter = Emitter(graph_module)
         self.call = self.emitter.call
+        # Nodes of the captured graph by name; what is emitted later is not among them.
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.visual = insert_visual_positions(graph_module, sites, layout, self.call)
         self.cells: fx.Node | torch.Tensor = layout.grid_tensor(1)
         self.grid: fx.Node | torch.Tensor = layout.grid_tensor(layout.images)
         self.alive: fx.Node | None = None
-        # The text as it enters the prompt; from the decoder on, as it enters the first layer.
+        # The text as it enters the prompt; in the decoder, the text as it enters the first layer.
         self._text = PromptText(
             self.call, self.nodes[sites.embeddings], self.visual, padding_node(graph_module)
         )
         # Features of the latest site in the tower.
         self._in_tower: TowerFeatures | None = None
+        # Sites that have been reduced: no feature may be observed across one of them.
         self._done: list[str] = []
 
     def walk(self) -> fx.GraphModule:
         """Insert all reductions, and return the graph module."""
+        # Steps are in order of depth, so those in the decoder are the last ones.
         before_decoder = [step for step in self.steps if step.stage != "decoder"]
         opaque = self.sites.encoder is Encoder.OPAQUE
+        # Kinds 1 and 2.
         for step in before_decoder:
             self._at(step, self._at_merged if opaque else self._at_images)
+        # Merged images have shortened their prompts already.
         if before_decoder and not opaque:
             self.enter_prompt(before_decoder)
         in_decoder = self.steps[len(before_decoder) :]
         if in_decoder:
             self._enter_decoder()
+        # Kind 3.
         for step in in_decoder:
             self._at(step, self._at_prompt)
         output = self.graph.output_node()
+        # The output gains the fields of this form.
         fields: Any = output.args[0]
         output.args = ({**fields, **self.outputs()},)
         return finish(self.graph_module)
@@ -209,12 +221,16 @@ class SiteWalk(ABC):
     def _at_images(self, step: Step) -> None:
         """Find the images' own tokens in the tower or after it, and reduce them."""
         features = self._image_features(step, self.cells, self.layout.images)
+        # If the block is observed, its hidden states are a part of its output, and another node.
         whole, anchor = features.hidden, features.anchor
         class_tokens = self.sites.class_tokens
         if step.stage == "projector":
-            # Case: a block of the tower is observed, but its features are reduced.
+            # Case: the projector. A block of the tower is observed, but the features are reduced,
+            # which have no class tokens.
             whole = self.nodes[self.sites.features]
             anchor, class_tokens = whole.next, 0
+        # Found before anything is emitted: the reduction itself goes on reading the unreduced
+        # tokens.
         users = users_after(whole, anchor)
 
         def put_back(reduced: fx.Node) -> fx.Node:
@@ -225,6 +241,7 @@ class SiteWalk(ABC):
         with self.graph.inserting_before(anchor):
             own = self.call(tokens.without_class, whole, class_tokens) if class_tokens else whole
             self.reduce_images(step, Place(whole, own, features, put_back))
+        # For a reduction at the projector that observes the same block.
         self._in_tower = features
 
     def _at_merged(self, step: Step) -> None:
@@ -234,6 +251,7 @@ class SiteWalk(ABC):
         anchor = max(hidden, self.visual).next
         put_back = partial(_replace, hidden, users=users_after(hidden, anchor))
         with self.graph.inserting_before(anchor):
+            # Images of one size are rows of one tensor, so they are reduced together.
             alike = self.layout.alike()
             self.reduce_merged(step, [self._group(step, hidden, put_back, one) for one in alike])
 
@@ -247,19 +265,25 @@ class SiteWalk(ABC):
         """Take the tokens of the images of one size out of the prompts [B, N, d]."""
         visual, cells, columns = self.visual, self.cells, None
         if len(images) < self.layout.images:
-            # Case: images of several sizes. Take the visual tokens of these images alone.
+            # Case: images of several sizes. Take the visual tokens of these images alone; they have
+            # one grid in common, that of the first of them.
             whole = self.layout.grid_tensor(self.layout.images)
             columns = torch.isin(whole[:, 0], torch.tensor(images)).nonzero()[:, 0]
             cells = whole[columns[: self.layout.sizes[images[0]]]]
             visual = self.call(torch.index_select, visual, 1, columns)
         features = self._image_features(step, cells, len(images))
+        # [B, N, d] -> the visual tokens of prompts -> those of images [I, V, d]
         own = self.call(tokens.of_images, self.call(tokens.take, hidden, visual), len(images))
         return Group(hidden, own, features, put_back, images, columns, cells)
 
     def _enter_decoder(self) -> None:
-        """Let later reductions see the text as it enters the first decoder layer."""
+        """Let later reductions see the text as it enters the first decoder layer.
+
+        What was reduced before has changed the visual tokens' positions and the mask.
+        """
         first = blocks_of(self.graph, "decoder")[0]
         with self.graph.inserting_before(first):
+            # In the static form, this emits a mask of what is left.
             padding = self.padding()
         embeddings: Any = first.args[0]
         self._text = PromptText(
@@ -293,15 +317,16 @@ class SiteWalk(ABC):
         at_projector = step.stage == "projector"
         block = self.nodes[self.sites.tower_block if at_projector else step.site.node]
         needs = step.needs
+        # Features that are not observed in the block of this site.
         makers: dict[str, Callable[[], Any]] = {"grid": lambda: cells}
         in_tower = self._in_tower
         if at_projector and in_tower is not None and in_tower.block is block:
-            # Case: the second of the two.
+            # Case: the second of the two. Its observations are those of the first.
             makers |= {
                 name: partial(self.reread, in_tower, name) for name in needs & OBSERVED.keys()
             }
         elif block.name == self.sites.tower_block:
-            # Case: perhaps the first of the two.
+            # Case: perhaps the first of the two. It observes for the second as well.
             for later in self.steps:
                 if later.stage == "projector":
                     needs |= later.needs & OBSERVED.keys()
@@ -321,6 +346,7 @@ class SiteWalk(ABC):
 
     def _prompt_features(self, step: Step) -> PromptFeatures:
         """Make the features of a reduction in the decoder."""
+        # The grid at this site: later sites replace the attribute.
         grid = self.grid
         return PromptFeatures(
             self.graph_module,

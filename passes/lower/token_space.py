@@ -49,7 +49,8 @@ def insert_visual_positions(
     if not layout.separators:
         with graph.inserting_after(input_ids):
             return call(tokens.visual_positions, *given)
-    # Case: some placeholders are ends of rows, which their ids do not tell.
+    # Case: some placeholders are ends of rows. Their ids are those of other placeholders, but their
+    # features are one learned vector.
     encoder = next(node for node in graph.nodes if is_encoder(node))
     core: Any = graph_module.get_submodule(str(encoder.target)).core
     graph_module.register_parameter(_NEWLINE, getattr(core, _NEWLINE))
@@ -60,7 +61,7 @@ def insert_visual_positions(
 
 
 class TokenSpace:
-    """The space that the prompt is in; it changes from reduction to reduction.
+    """The token space that the prompt is in. Every reduction of the prompt opens a new one.
 
     Args:
         emitter: Emits nodes.
@@ -79,8 +80,10 @@ class TokenSpace:
         self.visual = visual
         self.origin: fx.Node | None = None
         self.left: list[dict[str, fx.Node]] = []
+        # The visual tokens of the original prompt, in which the rule ``grid`` counts.
         self._placeholders = visual
         self._images = images
+        # Made when it is first asked for, once for each space.
         self._padding: fx.Node | None = None
         (self._ids,) = emitter.graph.find_nodes(op="placeholder", target="position_ids")
         # Position ids and rotary tables: original node -> node in the current space.
@@ -143,6 +146,7 @@ class TokenSpace:
         for node, here in self._positions.items():
             self._positions[node] = replaced.get(here, here)
         self._all_ids.add(self._positions[self._ids])
+        # Without a bias, too: masks that were re-indexed may have that of the space before.
         for layer in blocks_after(index, "decoder"):
             bias_block(self.emitter.graph_module, layer, key_bias)
         # 5. What decoding needs to know of the space.
@@ -168,7 +172,8 @@ class TokenSpace:
         if position == "keep":
             return {}
         ids, *tables = self._positions
-        # Always from the positions of the original prompt, never from those of the space before.
+        # Always from the positions of the original prompt, never from those of the space before:
+        # both rules count what has been dropped so far in all.
         if trailing is None:
             moved = self.call(tokens.compact_positions, ids, origin)
         else:
@@ -176,7 +181,8 @@ class TokenSpace:
         annotate(moved, axes=note_of(ids).axes)
         replaced = {self._positions[ids]: moved}
         for table in tables:
-            # Only a table made before this point has to be made again.
+            # Only a table that was made before this point has to be made again. A later one is
+            # given the moved ids by `open_space`.
             if table < origin:
                 replaced[self._positions[table]] = self.emitter.graph.node_copy(
                     table, lambda node: moved if node in self._all_ids else node

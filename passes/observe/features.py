@@ -1,10 +1,10 @@
 """Features of the visual tokens at a site, as nodes of the graph.
 
 A feature is asked for by name: ``keys`` are those of the block before the site, ``keys@next`` those
-of the block after it, ``keys@vision.5`` those of an earlier block. The observations of blocks are
-set up at once, when the site's features are made. Nodes that are computed from them (such as the
-values at the visual tokens) appear when a feature is first looked up, so a feature that nothing
-reads leaves no node.
+of the block after it, ``keys@vision.5`` those of an earlier block. All blocks in question start to
+observe at once, when the features of a site are made. What is computed from the observations (such
+as the values at the visual tokens) gets nodes when a feature is first looked up, so a feature that
+nothing reads leaves no node.
 
 Cost of an observation, in FLOPs for each row of the batch, with N tokens, H heads, H_kv key heads
 of size D, width d, T text tokens, V visual tokens and c class tokens:
@@ -37,9 +37,9 @@ from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.passes.observe.observe_block import AskedNodes, observe_attention, peek_block
 from deos_fx.policy.site import site_order, split_site
 
-__all__ = ["Call", "Maker", "SiteFeatures"]
+__all__ = ["Emit", "Maker", "SiteFeatures"]
 
-Call = Callable[..., Any]
+Emit = Callable[..., Any]
 """Emits a call_function node, from a function and its arguments, at the place of insertion."""
 Maker = Callable[[], Any]
 """Makes a feature at the place of insertion."""
@@ -48,8 +48,8 @@ Maker = Callable[[], Any]
 class SiteFeatures(dict[str, Any]):
     """Features of the visual tokens at a site; a feature becomes graph nodes when it is looked up.
 
-    The constructor lets the blocks in question observe what is needed, each block once. No node is
-    added after the site until a feature is looked up, so the users of ``hidden`` are still the
+    The constructor lets every block in question observe what is needed from it, once. Until a
+    feature is looked up, no node is added after the site, so the users of ``hidden`` are still the
     original ones.
 
     Args:
@@ -78,7 +78,7 @@ class SiteFeatures(dict[str, Any]):
         site: str,
         block: fx.Node,
         needs: Iterable[str],
-        call: Call,
+        call: Emit,
         *,
         reduced: Sequence[str] = (),
         makers: Mapping[str, Maker] | None = None,
@@ -89,30 +89,37 @@ class SiteFeatures(dict[str, Any]):
         self.block = block
         self.call = call
         self.makers = dict(makers or {})
+        # Name of the queries -> their nodes.
         self._asked: dict[str, AskedNodes] = {}
+        # Place, observation and name of the queries -> node of what was observed.
         self._seen: dict[tuple[str, Observation, str], fx.Node] = {}
+        # Names and places are checked before the graph is changed.
         wanted = self._wanted(needs)
         for where in wanted:
             self._check_space(where, reduced)
-        # The next block is not observed but peeked into, when one of its features is looked up.
+        # The next block reads tokens after the site, so it is not observed where it runs, but
+        # peeked into before, when one of its features is looked up.
         self._after = wanted.pop("next", [])
         if self._after:
             self._bring_forward()
         self.hidden, self.anchor = block, block.next
+        # From front to back: queries are made once, before the first block that is observed.
         for where in sorted(wanted, key=self._depth):
             self._observe(where, wanted[where])
 
     def __missing__(self, name: str) -> Any:
         """Make a feature when it is first looked up."""
         base, where = self._parts(name)
-        # A feature is given by the owner of the site, observed, or made of other values there.
         if name in self.makers:
+            # Case: whoever made these features gives it.
             self[name] = self.makers[name]()
         elif base in OBSERVED:
+            # Case: it is observed, in the next block only now.
             if where == "next" and ("next", *OBSERVED[base]) not in self._seen:
                 self._peek()
             self[name] = self._of_visual(base, self._seen[where, *OBSERVED[base]])
         else:
+            # Case: it is made of other values at the site.
             self[name] = self._other(name)
         return self[name]
 
@@ -148,24 +155,24 @@ class SiteFeatures(dict[str, Any]):
 
     @property
     def _own(self) -> Block:
-        """Return the block before the site.
-
-        It is asked for where something is observed, which needs a block.
-        """
+        """Return the block before the site; only sites after a block can observe something."""
         block = note_of(self.block).block
         assert block is not None, f"{self.block.name} is no block"
         return block
 
     def _parts(self, name: str) -> tuple[str, str]:
-        """Split a feature's name into its own and the place of observation.
+        """Split the name of a feature into its own name and the place of observation.
 
-        The place is empty for the block before the site.
+        The place is empty for the block before the site, however it was written.
         """
         base, _, where = name.partition("@")
         return base, "" if where and where == self._own.site else where
 
     def _wanted(self, needs: Iterable[str]) -> dict[str, list[tuple[Observation, str]]]:
-        """Return place of observation -> what to observe there, without duplicates.
+        """Sort what is needed by place of observation, without duplicates.
+
+        Returns:
+            Place -> observations there, each with the name of its queries.
 
         Raises:
             ValueError: If a place is given for a feature that is not observed.
@@ -173,7 +180,7 @@ class SiteFeatures(dict[str, Any]):
         wanted: dict[str, list[tuple[Observation, str]]] = {}
         for need in sorted(needs):
             name, where = self._parts(need)
-            # The feature that it is made of has to be observed in its place.
+            # Instead of a feature that is computed from another one, the other has to be observed.
             name = MADE_OF.get(name, name)
             if name in OBSERVED:
                 there = wanted.setdefault(where, [])
@@ -185,11 +192,11 @@ class SiteFeatures(dict[str, Any]):
         return wanted
 
     def _depth(self, where: str) -> tuple[int, int]:
-        """Return a sort key of places of observation, from front to back."""
+        """Return a sort key for places of observation, from front to back."""
         return site_order(where or self._own.site)
 
     def _check_space(self, where: str, reduced: Sequence[str]) -> None:
-        """Refuse observations of tokens that are not those at the site.
+        """Refuse to observe a block whose tokens are not those at the site.
 
         Args:
             where: The place of observation.
@@ -199,6 +206,7 @@ class SiteFeatures(dict[str, Any]):
             ValueError: If there is no such block before the site, or a reduction between the two.
         """
         own = self._own
+        # The next block is peeked into with the tokens of this site.
         observed = own.site if where in ("", "next") else where
         if observed not in {Block(own.stage, i).site for i in range(own.index + 1)}:
             raise ValueError(
@@ -206,7 +214,7 @@ class SiteFeatures(dict[str, Any]):
                 f"{own.site}."
             )
         for other in reduced:
-            # A reduction right after the observed block already changes the tokens.
+            # A reduction right after the observed block lies in between as well.
             if site_order(observed) <= site_order(other) < site_order(self.site):
                 raise ValueError(
                     f"{self.site} observes the attention of {observed}, but {other} is reduced in "
@@ -221,11 +229,13 @@ class SiteFeatures(dict[str, Any]):
         if where:
             stage, index = split_site(where)
             block = blocks_of(graph, stage)[index]
+        # The hidden states that the block gets. Queries are made of these, before it runs.
         given: Any = block.args[0]
         with graph.inserting_before(block):
             asked = [(item, self._queries(of, given)) for item, of in wanted]
         seen, hidden, anchor = observe_attention(self.graph_module, block, asked)
         if block is self.block:
+            # The site lies after everything that its own block reports.
             self.hidden, self.anchor = hidden, anchor
         for key, node in zip(wanted, seen, strict=True):
             self._seen[where, *key] = node
@@ -240,13 +250,14 @@ class SiteFeatures(dict[str, Any]):
         return self._asked[of] if of else None
 
     def _bring_forward(self) -> None:
-        """Move inputs of the next block, such as the mask of its kind, before this block.
+        """Move inputs of the next block, such as the mask of its kind of layer, before this block.
 
-        A peek happens right after this block and takes the same inputs. Nodes that depend on this
-        block stay where they are.
+        A peek into the next block stands right after this block and takes the same inputs, so they
+        must be made before. Nodes that depend on this block stay where they are.
         """
         following = self._next_block()
         # Everything that the next block needs and that is made after this block.
+        # A block without a node has no inputs to move.
         stack = [] if following is None else following.all_input_nodes
         late: set[fx.Node] = set()
         while stack:
@@ -255,7 +266,8 @@ class SiteFeatures(dict[str, Any]):
                 late.add(node)
                 stack.extend(node.all_input_nodes)
         for node in sorted(late):
-            # In order, so that the inputs of a node have moved before it, if they can.
+            # In the order of the graph, so that the inputs of a node have moved before it, if they
+            # can. A node that reads this block, or one that cannot move, stays.
             if self.block not in node.all_input_nodes and not late.intersection(
                 node.all_input_nodes
             ):
@@ -268,18 +280,22 @@ class SiteFeatures(dict[str, Any]):
         return blocks_of(self.graph_module.graph, following.stage).get(following.index)
 
     def _peek(self) -> None:
-        """Observe the next block of the stage, which need not be in the graph.
+        """Observe the next block of the stage, which may be missing in the graph.
+
+        A tower whose last blocks are not used has such blocks.
 
         Raises:
             ValueError: If the stage has no next block.
         """
         following = self._own.next
         blocks = note_of_graph(self.graph_module).blocks
+        # Not whether it has a node: a peek runs the module itself.
         if following not in blocks:
             raise ValueError(
                 f"{self.site} cannot observe 'next': no block comes behind {self._own.site}."
             )
-        # The other arguments of the peek; without a next node, this block's own fit as well.
+        # The peek takes the other arguments of the next block or, if that has no node, those of
+        # this block.
         like = self._next_block() or self.block
         peek = f"{following.name}_at_{self.site.replace('.', '')}"
         asked = [(item, self._queries(of, self.hidden)) for item, of in self._after]

@@ -19,7 +19,7 @@ from deos_fx.passes.notes import annotate, note_of
 __all__ = ["AskedNodes", "bias_block", "observe_attention", "peek_block"]
 
 AskedNodes = tuple[fx.Node | None, fx.Node | None, fx.Node | None]
-"""Nodes of `Asked`: positions of the queries, their votes, and positions of the keys that count."""
+"""The nodes of `Asked`: positions of queries, their votes, and positions of the keys that count."""
 
 
 def observe_attention(
@@ -39,9 +39,11 @@ def observe_attention(
         (the one to insert before).
     """
     if not wanted:
+        # Case: nothing to observe. The block stays as it is.
         return [], block, block.next
     graph = graph_module.graph
     observe = tuple(observation for observation, _ in wanted)
+    # The node keeps its target, and the module there becomes a view.
     _use_seam(graph_module, block, observe)
     block.kwargs = {**block.kwargs, **_asked(wanted)}
     # From here on, the block's node is a tuple: its users read the first part.
@@ -49,6 +51,7 @@ def observe_attention(
     anchor = block.next
     with graph.inserting_before(anchor):
         hidden = _part(graph, block, 0, "hidden")
+        # The hidden states take over the note of the block, except that they are no block.
         hidden.meta = dict(block.meta)
         annotate(hidden, block=None)
         seen = [_part(graph, block, i, item.kind) for i, item in enumerate(observe, start=1)]
@@ -80,35 +83,23 @@ def peek_block(
     """
     observe = tuple(observation for observation, _ in wanted)
     graph_module.add_submodule(name, PeekedBlock(module, observe))
-    # The cache gets this block's keys when it runs, not when it is peeked into.
+    # The cache gets the keys of a block when the block runs, not when it is peeked into. And the
+    # queries that `like` is asked for are not those of the peek.
     left_out = ("asked", CACHE)
     kwargs = {key: value for key, value in like.kwargs.items() if key not in left_out}
     graph = graph_module.graph
+    # The first argument of a block is the hidden states.
     arguments = (hidden, *like.args[1:]), {**kwargs, **_asked(wanted)}
     peek = graph.create_node("call_module", name, *arguments, name)
     return [_part(graph, peek, i, item.kind) for i, item in enumerate(observe)]
 
 
-def _asked(
-    wanted: Sequence[tuple[Observation, AskedNodes | None]],
-) -> dict[str, tuple[AskedNodes, ...]]:
-    """Return the keyword argument with the queries of all observations that have some."""
-    asked = tuple(nodes for _, nodes in wanted if nodes is not None)
-    return {"asked": asked} if asked else {}
-
-
-def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
-    """Emit a node of one of a block's outputs, named after the block."""
-    args = (block, i)
-    return graph.create_node("call_function", operator.getitem, args, {}, f"{block.name}_{name}")
-
-
 def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None) -> None:
     """Add a bias to the attention logits of one block, as part of its mask.
 
-    Blocks with the same mask and the same bias share one node for their sum. Where a mask was
-    re-indexed for a new token space together with an old bias, that bias is taken out first: the
-    blocks of a space have one bias.
+    The blocks of a token space have one bias. Those with the same mask share one node for the sum
+    of the two. If a mask has been re-indexed together with the bias of an earlier space, that bias
+    is taken out first.
 
     Args:
         graph_module: The graph. Changed in place.
@@ -119,11 +110,12 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
         ValueError: If the block takes no attention mask.
     """
     module = graph_module.get_submodule(str(block.target))
+    # The signature that counts is that of the model's own block.
     if isinstance(module, ObservedBlock):
         module = module.original()
     place = _place_of_mask(module, block)
     if place is None:
-        # There cannot be an earlier bias to remove.
+        # Case: a block without a mask. If no bias is to be added, there is none to remove either.
         if key_bias is None:
             return
         raise ValueError(
@@ -143,12 +135,28 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
         block.update_kwarg(place, mask)
 
 
+def _asked(
+    wanted: Sequence[tuple[Observation, AskedNodes | None]],
+) -> dict[str, tuple[AskedNodes, ...]]:
+    """Return the keyword argument with the queries of all observations that have some."""
+    asked = tuple(nodes for _, nodes in wanted if nodes is not None)
+    return {"asked": asked} if asked else {}
+
+
+def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
+    """Emit a node of one of a block's outputs, named after the block."""
+    args = (block, i)
+    return graph.create_node("call_function", operator.getitem, args, {}, f"{block.name}_{name}")
+
+
 def _place_of_mask(module: nn.Module, block: fx.Node) -> int | str | None:
     """Return the position or the name of a block's mask argument; None if it takes no mask."""
     parameters = list(inspect.signature(module.forward).parameters)
     name = "attention_mask"
     if name in parameters and parameters.index(name) < len(block.args):
+        # Case: by position.
         return parameters.index(name)
+    # Case: by keyword, perhaps one that the signature takes as **kwargs.
     return name if name in parameters or name in block.kwargs else None
 
 
@@ -156,10 +164,11 @@ def _without_bias(mask: Any) -> Any:
     """Return a mask before an earlier bias was added."""
     if not isinstance(mask, fx.Node):
         return mask
+    # biased_mask(mask, key_bias, hidden, causal)
     if mask.target is biased_mask:
         return mask.args[0]
     if mask.target is tokens.take_mask:
-        # A mask that was re-indexed for this space: its source may have the bias.
+        # Case: a mask that was re-indexed for this space. Its source may have the bias.
         inner, *index = mask.args
         mask.args = (_without_bias(inner), *index)
     return mask
@@ -168,10 +177,12 @@ def _without_bias(mask: Any) -> Any:
 def _with_bias(mask: Any, key_bias: fx.Node, block: fx.Node, causal: bool) -> fx.Node:
     """Return a node of the mask with the bias: the one of an earlier block, or a new one."""
     for user in key_bias.users:
+        # The node of an earlier block stands before this one.
         if user.target is biased_mask and user.args[0] is mask:
             return user
     graph = block.graph
     with graph.inserting_before(block):
+        # Of the hidden states, only the shape, precision and device are read.
         node = graph.call_function(biased_mask, (mask, key_bias, block.args[0], causal))
     if isinstance(mask, fx.Node):
         annotate(node, axes=note_of(mask).axes, root=note_of(mask).root or mask.name)

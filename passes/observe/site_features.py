@@ -12,7 +12,7 @@ from torch import fx
 
 from deos_fx import tokens
 from deos_fx.passes.graph import blocks_of
-from deos_fx.passes.observe.features import Call, Maker, SiteFeatures
+from deos_fx.passes.observe.features import Emit, Maker, SiteFeatures
 from deos_fx.passes.observe.observe_block import AskedNodes
 
 __all__ = ["PromptFeatures", "PromptText", "TowerFeatures"]
@@ -20,7 +20,10 @@ __all__ = ["PromptFeatures", "PromptText", "TowerFeatures"]
 
 @dataclass
 class PromptText:
-    """The text of prompts, at the embeddings: reductions keep all of it, in order.
+    """The text of prompts, where they are embedded. Reductions keep all of it, in order.
+
+    So positions in the list of text tokens are valid at every site, and what is computed here once
+    serves all of them.
 
     Attributes:
         call: Emits nodes.
@@ -31,12 +34,14 @@ class PromptText:
         before: The node to insert before; None for the current place of insertion.
     """
 
-    call: Call
+    call: Emit
     embeddings: fx.Node
     visual: fx.Node
     padding: fx.Node | None = None
     alive: fx.Node | None = None
     before: fx.Node | None = None
+
+    # Each of these becomes a node when it is first asked for, and serves all later sites.
 
     @cached_property
     def positions(self) -> fx.Node:
@@ -50,7 +55,7 @@ class PromptText:
 
     @cached_property
     def question(self) -> fx.Node:
-        """Return flags [B, T]: 1 for text after the images, or for all text if none comes after."""
+        """Return flags [B, T]: 1 for text after the images or, without any, for all text."""
         return self._put(tokens.question_votes, self.positions, self.visual, self.padding)
 
     @cached_property
@@ -62,7 +67,9 @@ class PromptText:
     def _put(self, function: Callable[..., torch.Tensor], *args: Any) -> fx.Node:
         """Emit a node at the place of insertion."""
         if self.before is None:
+            # Case: before the decoder. The first site that asks stands before all others.
             return self.call(function, *args)
+        # Case: in the decoder. The text is that of the first layer, whichever site asks for it.
         with self.before.graph.inserting_before(self.before):
             return self.call(function, *args)
 
@@ -70,8 +77,8 @@ class PromptText:
 class TowerFeatures(SiteFeatures):
     """Features of each image's patches, in the vision tower or after it.
 
-    In addition to observations of attention there are ``class_token`` [I, 1, d] at sites of the
-    tower, and of the prompt ``text_tokens`` [I, T, d] with ``text_mask`` [I, T].
+    In addition to observations of attention there are ``class_token`` [I, 1, d], at sites in the
+    tower, and ``text_tokens`` [I, T, d] with ``text_mask`` [I, T], the text of each image's prompt.
 
     Args:
         graph_module: The graph. Changed in place.
@@ -92,7 +99,7 @@ class TowerFeatures(SiteFeatures):
         site: str,
         block: fx.Node,
         needs: Iterable[str],
-        call: Call,
+        call: Emit,
         *,
         class_tokens: int,
         alive: fx.Node | None = None,
@@ -100,6 +107,7 @@ class TowerFeatures(SiteFeatures):
         images: int = 1,
         **others: Any,
     ) -> None:
+        # Before the constructor of the base class, which asks for queries.
         self.class_tokens = class_tokens
         self.alive = alive
         self.text = text
@@ -111,19 +119,24 @@ class TowerFeatures(SiteFeatures):
         if queries == "class" and self.class_tokens == 1:
             return self.call(tokens.class_token, hidden), None, None
         if queries == "visual":
+            # Case: every token of an image, class tokens included; gates of a relaxed graph are
+            # votes.
             votes = None
             if self.alive is not None:
                 votes = self.call(tokens.tower_votes, self.alive, self.class_tokens)
             return None, votes, None
+        # Case: queries that there are only in the decoder, or a CLS token that this tower lacks.
         kind = "no CLS token" if queries == "class" else "no text"
         raise ValueError(f"{self.site} cannot observe attention of {queries}: it has {kind}.")
 
     def _of_visual(self, name: str, seen: fx.Node) -> Any:
         """Read an observation at the patches."""
+        # [I, c + V, ...] -> [I, V, ...]
         return self.call(tokens.without_class, seen, self.class_tokens)
 
     def _other(self, name: str) -> Any:
         """Make a feature of the CLS token or of the prompts' text."""
+        # The features at the projector have no CLS token, even if their tower has one.
         if name == "class_token" and self.class_tokens == 1 and self.site != "projector":
             return self.call(tokens.class_feature, self.hidden)
         if name == "text_tokens" and self.text is not None:
@@ -161,7 +174,7 @@ class PromptFeatures(SiteFeatures):
         site: str,
         block: fx.Node,
         needs: Iterable[str],
-        call: Call,
+        call: Emit,
         *,
         visual: fx.Node,
         padding: Maker,
@@ -169,6 +182,7 @@ class PromptFeatures(SiteFeatures):
         alive: fx.Node | None = None,
         **others: Any,
     ) -> None:
+        # Before the constructor of the base class, which asks for queries.
         self.visual = visual
         self.padding = padding
         self.text = text
@@ -179,15 +193,18 @@ class PromptFeatures(SiteFeatures):
     def _ask(self, queries: str, hidden: fx.Node) -> AskedNodes:
         """Emit the queries: the last token, the visual tokens, all text, or SparseVLM's raters."""
         if queries == "last":
+            # Case: the last token that is no padding.
             return self.call(tokens.last_token, hidden, self.padding()), None, None
         if queries == "visual":
+            # Case: the visual tokens, with gates as votes in a relaxed graph.
             return self.visual, self.alive, None
         if queries == "class":
             raise ValueError(f"{self.site} has no CLS token to observe. Use a site of the tower.")
-        # Case: the text. Raters are the text tokens that have a vote.
+        # Case: all text, or SparseVLM's raters, which are the text tokens that have a vote.
         votes = self.text.raters if queries == "raters" else None
         positions = self._text_positions(hidden)
         if queries == "raters":
+            # They also name the keys by which the strongest heads are chosen.
             return positions, votes, self.visual
         padding = self.padding()
         if padding is not None:
@@ -209,6 +226,7 @@ class PromptFeatures(SiteFeatures):
         """Make a feature of the text, or of hidden states after the final norm."""
         if name == "text_tokens":
             return self.call(tokens.take, self.hidden, self._text_positions(self.hidden))
+        # Flags are by place in the text, so those of the embeddings are valid here.
         if name == "text_mask":
             return self.text.question
         if name == "text_score":
@@ -216,15 +234,18 @@ class PromptFeatures(SiteFeatures):
         if name == "normed_tokens":
             return self._normed(self.call(tokens.take, self.hidden, self.visual))
         if name == "normed_text":
+            # Looking a feature up makes it, unless it has been made already.
             return self._normed(self["text_tokens"])
         return super()._other(name)
 
     def _normed(self, hidden: fx.Node) -> fx.Node:
-        """Apply the norm that follows the last layer to hidden states.
+        """Apply the final norm, the module that follows the last layer, to hidden states.
 
         Raises:
-            ValueError: If not exactly one module follows the last layer.
+            ValueError: If no module follows the last layer, or more than one.
         """
+        # Hidden states of an early layer are normed as if they were the last ones (DART compares
+        # such).
         *_, last = blocks_of(self.graph_module.graph, "decoder").values()
         after = [user for user in last.users if user.op == "call_module"]
         if len(after) != 1:

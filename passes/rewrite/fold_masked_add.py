@@ -1,7 +1,8 @@
 """Fold ``x[mask] = x[mask] + rows`` into the sum of two tensors with a row for every position.
 
-Model code that adds image features to some rows of the hidden states (DeepStack) reads these rows,
-and their number depends on the mask. A sum over all rows can be re-indexed with its tokens instead.
+Model code that adds image features to some rows of the hidden states (DeepStack) reads these rows.
+Their number depends on the mask, so they cannot be followed when tokens are dropped. A sum over all
+rows has a row for every token, and is re-indexed like any other value.
 """
 
 from __future__ import annotations
@@ -49,10 +50,13 @@ def fold_masked_add(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph = graph_module.graph
     for node in graph.find_nodes(op="call_method", target="masked_scatter"):
         hidden: Any = node.args[0]
+        # masked_scatter(x, mask, total): `total` is the sum, perhaps flattened.
         total = _past(node.args[2], "view", "reshape", "flatten")
         terms: Any = total.args if total.target in (operator.add, torch.add) else ()
-        # Other scatters are left as they are, and so are rows with more than one axis.
+        # Other scatters stay as they are (features that take the places of embeddings), and so do
+        # rows with more than one axis.
         read = next((term for term in terms if _is_read(term, hidden)), None)
+        # How many axes a row has: 0 if the mask has one flag for every element.
         if read is None or (added := note_of(read).masked or 0) > 1:
             continue
         (features,) = (term for term in terms if term is not read)
@@ -60,13 +64,14 @@ def fold_masked_add(graph_module: fx.GraphModule) -> fx.GraphModule:
             mask = read.args[1][0] if isinstance(read.args[1], tuple) else read.args[1]
             mask = _past(mask, "expand_as", "expand")
             if added:
-                # The mask selects whole rows: it gets the axis of features.
+                # Case: the mask selects whole rows. It gets the axis of features.
                 mask = graph.call_method("unsqueeze", (mask, -1))
+            # `visual_rows` puts features at flags row after row, so their shape does not matter.
             features = _past(features, "view", "reshape", "flatten")
             rows = graph.call_function(visual_rows, (mask, features))
             node.replace_all_uses_with(graph.call_function(operator.add, (hidden, rows)))
     graph_module = finish(graph_module)
-    # Guards are not part of the output, so they may read the number of rows.
+    # Guards may read the number of rows: the output does not depend on them.
     used = made_of(graph_module.graph.output_node())
     left = next((node.name for node in used if _selects(node) and _of_prompt(node)), None)
     if left is not None:
@@ -86,7 +91,7 @@ def _past(node: Any, *methods: str) -> fx.Node:
 
 
 def _of_prompt(node: fx.Node) -> bool:
-    """Return whether a node depends on the prompt. Rows of image features alone may be selected."""
+    """Return whether a node depends on the prompt; rows of image features alone may be selected."""
     return any(part.target in ("input_ids", "attention_mask") for part in made_of(node))
 
 
@@ -97,5 +102,6 @@ def _selects(node: fx.Node) -> bool:
 
 def _is_read(node: Any, hidden: fx.Node) -> bool:
     """Return whether a node reads the rows of `hidden` that a mask selects."""
+    # The code may clone the hidden states before it reads or writes them.
     selects = isinstance(node, fx.Node) and _selects(node)
     return selects and _past(node.args[0], "clone") is _past(hidden, "clone")

@@ -1,7 +1,7 @@
 """Fold ``torch.cat(list(x))`` back into one reshape.
 
-Model code that iterates over a batch (``list(image_features)``) and concatenates again would fix
-the batch size in the graph.
+Some model code iterates over a batch (``list(image_features)``) and concatenates the parts again.
+Unrolled, that would fix the batch size in the graph.
 """
 
 from __future__ import annotations
@@ -40,24 +40,28 @@ def fold_unstack(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 def _fold(graph: fx.Graph, unbind: fx.Node) -> bool:
     """Apply rule 1 to an iteration, and return whether it applies."""
+    # Every part must be used, and only in the concatenation.
     parts = [node for node in unbind.users if node.target is operator.getitem]
     if len(parts) != note_of(unbind).unrolled:
         return False
     flattened = [user for part in parts for user in part.users]
     depth = 1
     if len(flattened) == len(parts) and all(map(_flattens, flattened)):
+        # Case: parts are flattened before they are concatenated.
         parts, depth = flattened, 2
     cats = {user for part in parts for user in part.users}
     if len(cats) != 1:
         return False
     (cat,) = cats
+    # All parts, in their order, along axis 0.
     if cat.target is not torch.cat or cat.kwargs.get("dim", 0) != 0 or cat.args[0] != parts:
         return False
     stacked = unbind.args[0]
     with graph.inserting_before(cat):
         flat = graph.call_method("flatten", (stacked, 0, depth))
     cat.replace_all_uses_with(flat)
-    # The reshape holds for any length.
+    # The reshape holds for any length, so the guard on it can go. `list` asks for the length right
+    # after it starts to iterate.
     length = unbind.next
     if length.target is len and length.args == (stacked,):
         for guard in [user for user in length.users if user.target is check_guard]:
@@ -72,6 +76,7 @@ def _flattens(node: fx.Node) -> bool:
 
 def _guard(graph: fx.Graph, unbind: fx.Node) -> None:
     """Apply rule 2 to an iteration."""
+    # As a node of its own, since a guard compares a value with a constant.
     with graph.inserting_after(unbind):
         length = graph.call_function(len, (unbind,))
     with graph.inserting_after(length):

@@ -1,8 +1,8 @@
 """Write visual features into the prompt by an index instead of ``masked_scatter``.
 
-`masked_scatter` walks over the elements of a mask, which ONNX can only express as NonZero, a loop
-over data-dependent shapes, or an index for every single element. Counting placeholders gives the
-feature of each: ``where(mask, features[cumsum(mask) - 1], embeddings)``.
+`masked_scatter` walks over the elements of a mask. ONNX can express that only as NonZero, as a loop
+over data-dependent shapes, or with an index for every single element. Counting the placeholders
+gives an index for every token: ``where(mask, features[cumsum(mask) - 1], embeddings)``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from deos_fx.tokens.index import take
 
 __all__ = ["merge_placeholders", "replace_placeholder_merge"]
 
-# Steps between the mask of the placeholders and the merge that keep one flag per token.
+# Operations on the mask of the placeholders, before the merge, after which all flags of a token are
+# still equal.
 _KEEPS_FLAGS = ("to", "bool", "expand", "expand_as")
 
 
@@ -32,7 +33,7 @@ def merge_placeholders(embeddings: Tensor, mask: Tensor, features: Tensor) -> Te
         [B, N, d].
     """
     index = mask.flatten().to(torch.int64).cumsum(0) - 1
-    # Before the first placeholder the index is -1: any feature will do, it is not used.
+    # Before the first placeholder the index is -1. Any feature will do there: it is not used.
     rows = features.flatten(0, -2).index_select(0, index.clamp(min=0))
     return torch.where(mask, rows.reshape(embeddings.shape).to(embeddings.dtype), embeddings)
 
@@ -65,9 +66,11 @@ def replace_placeholder_merge(graph_module: fx.GraphModule) -> fx.GraphModule:
     """
     for node in list(graph_module.graph.nodes):
         if node.target is visual_rows:
+            # It takes the same arguments.
             node.target = rows_of_placeholders
         if node.target not in ("masked_scatter", torch.masked_scatter):
             continue
+        # masked_scatter(embeddings, mask, features)
         embeddings, mask, features = node.all_input_nodes
         flags = _flag_per_token(mask)
         if flags is not None:
@@ -80,7 +83,9 @@ def replace_placeholder_merge(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _flag_per_token(mask: fx.Node) -> fx.Node | None:
-    """Return the mask [B, N, 1] that a mask is expanded from; None if it is not expanded."""
+    """Return the mask [B, N, 1] that a mask is expanded from; None if there is no such mask."""
+    # Back through the mask's history, past re-indexing (`take`), to the node that added the axis of
+    # features. `unexpanded` is the mask before the earliest expansion.
     node = unexpanded = mask
     while node.target in _KEEPS_FLAGS or node.target is take:
         node, source = node.all_input_nodes[0], node

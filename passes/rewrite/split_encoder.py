@@ -36,34 +36,41 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
         ValueError: If the encoder gives anything but tensors.
     """
     graph = graph_module.graph
+    # Guards on the images alone.
     for guard in graph.find_nodes(op="call_function", target=check_guard):
         if {node.name for node in made_of(guard) if node.op == "placeholder"} <= images.keys():
             graph.erase_node(guard)
     (encoder,) = graph.find_nodes(op="call_module", target="image_encoder")
-    # Fields of the encoder's output that the prefill reads.
+    # Fields of the encoder's output that the prefill reads. The encoder's graph will read them,
+    # since inputs of an exported graph are tensors.
     parts = [user for user in encoder.users if user.target is getattr]
     needed = made_of(encoder) | {*parts}
     front = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
+        # All images become inputs, also those that the encoder does not read: it is called with
+        # all.
         if node.name in images or node in needed:
             copies[node] = front.node_copy(node, copies.__getitem__)
     front.output([copies[part] for part in parts])
     encode = finish(fx.GraphModule(graph_module, front, "ImageEncoder"))
+    # Run it once to see how many tensors each field has.
     with torch.no_grad():
         values = encode(**images)
-    count = itertools.count()
-
     if not all(isinstance(value, Tensor) for value in pytree.tree_leaves(values)):
         raise ValueError(
             "The image encoder gives numbers beside its features (of the layers they are for), "
             "which cannot be inputs of an exported graph. Run the reduced model in PyTorch."
         )
 
-    def given(value: Any) -> fx.Node:
+    count = itertools.count()
+
+    def given(value: Tensor | list[Any]) -> fx.Node:
         """Insert an input for a tensor, or a tuple of inputs for a list of tensors."""
         if not isinstance(value, Tensor):
+            # Case: a list, such as the features of each depth of DeepStack.
             return graph.call_function(tuple, ([given(item) for item in value],))
+        # Inputs come before all other nodes.
         with graph.inserting_before(graph.find_nodes(op="placeholder")[0]):
             return graph.placeholder(f"image_features_{next(count)}")
 

@@ -1,7 +1,8 @@
 """Give gradients to linear layers whose own code returns none, or wrong ones.
 
-Quantised layers round their input, and the derivative of rounding is zero, or they are written for
-inference alone. Apart from the rounding they compute a linear map, and this map has a gradient.
+Some quantised layers round their input, and the derivative of rounding is zero; others are written
+for inference alone. Apart from the rounding, all of them compute a linear map, whose gradient is
+known.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from deos_fx.models.views import linear_sizes, with_layers
 
 __all__ = ["StraightThrough", "straight_through"]
 
-# Rows of the identity matrix that a layer is given at once.
+# Rows of the identity matrix that a layer is given at once: a whole one may not fit in memory.
 _ROWS = 1024
-# Largest relative error of a layer's own gradient; with eight bits it is below a hundredth.
+# Largest relative error of a gradient that counts as right; it is below 0.01 with eight bits.
 _ROUNDING = 0.1
 
 
@@ -32,6 +33,7 @@ def straight_through(graph_module: fx.GraphModule) -> fx.GraphModule:
     """
     for target in {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}:
         module = graph_module.get_submodule(target)
+        # A view, so that the model keeps its own layers.
         view = with_layers(module, _wrapped)
         if view is not module:
             graph_module.set_submodule(target, view)
@@ -55,6 +57,7 @@ class StraightThrough(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
+        # Whether the layer's own gradient is right; None until the first call that needs one.
         self._own: bool | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,6 +70,7 @@ class StraightThrough(nn.Module):
             [..., out_features].
         """
         if not (torch.is_grad_enabled() and x.requires_grad):
+            # Case: no gradient is asked for.
             return self.layer(x)
         if self._own is None:
             self._own = _has_gradient(self.layer, x)
@@ -74,7 +78,10 @@ class StraightThrough(nn.Module):
 
 
 class _Through(torch.autograd.Function):
-    """Applies a layer forwards and its matrix, found by running it on the identity, backwards."""
+    """Applies a layer in the forward pass, and its matrix in the backward pass.
+
+    The matrix is found by running the layer on rows of the identity.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
@@ -86,6 +93,7 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         # gradient @ W, for some columns of W [out_features, in_features] at a time.
         (gradient,) = gradients
+        # The layer is linear, or it would not have been wrapped.
         size, _ = linear_sizes(ctx.layer) or (0, 0)
         columns = []
         for start in range(0, size, _ROWS):
@@ -98,6 +106,7 @@ class _Through(torch.autograd.Function):
 @torch.no_grad()
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a layer without its bias."""
+    # What the layer makes of zeros is its bias.
     return layer(x) - layer(torch.zeros_like(x[:1]))
 
 
@@ -108,7 +117,9 @@ def _has_gradient(layer: nn.Module, like: Tensor) -> bool:
     input t.
     """
     size = like.shape[-1]
+    # Fixed noise: the answer must not differ from run to run, nor touch the user's generator.
     pair = torch.randn(2, 1, size, generator=torch.Generator().manual_seed(0)).to(like)
+    # The Jacobian of a linear map is the same at every input.
     here, there = pair[0].requires_grad_(), pair[1]
     along = _linear(layer, there)
     try:

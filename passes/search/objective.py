@@ -46,10 +46,13 @@ class Target:
         Returns:
             0-dim float32.
         """
+        # In a reduced graph, the same predictions are at other places.
         positions = self.positions if origin is None else take(self.positions, origin)
         predicted = logits[positions].float()
         if self.labels is not None:
+            # Case: labels.
             return F.cross_entropy(predicted, self.labels)
+        # Case: the answers of the unreduced model.
         assert self.logits is not None
         return F.kl_div(
             predicted.log_softmax(-1),
@@ -73,6 +76,7 @@ def labelled(labels: Tensor, visual: Tensor) -> Target:
     Raises:
         ValueError: If no label is left.
     """
+    # The label of the next token belongs to the prediction at this one.
     following = F.pad(labels[:, 1:], (0, 1), value=-100)
     positions = (following != -100) & ~visual
     if not positions.any():
@@ -94,18 +98,19 @@ def self_distilled(inputs: Mapping[str, Any], visual: Tensor, unreduced: Tensor)
     Returns:
         The target.
     """
+    # Text before the first image is the same for every policy.
     seen_image = visual.long().cumsum(dim=1) > 0
     positions = seen_image & ~visual
     mask = padding_of(inputs)
     if mask is not None:
         positions &= mask.bool()
-    # The last token counts even if it is visual.
+    # The last token counts even if it is visual: it is never dropped.
     positions = positions.scatter(1, last_token(visual, mask), True)
     return Target(positions, logits=unreduced[positions])
 
 
 class AugmentedLagrangian:
-    """Penalty for constraints C <= limit; being under a limit costs and earns nothing.
+    """A penalty for constraints C <= limit; being under a limit neither costs nor earns anything.
 
     With the violation g = C / limit - 1, the multiplier lambda >= 0 and the stiffness rho,
 
@@ -124,15 +129,18 @@ class AugmentedLagrangian:
 
     def penalty(self, costs: Mapping[str, Tensor]) -> Tensor:
         """Return the penalty of differentiable costs, 0-dim."""
+        # The sum over all constraints.
         total = torch.zeros(())
         for name, multiplier in self.multipliers.items():
+            # max(0, lambda + rho g)
             push = (multiplier + self.stiffness * self._violation(costs, name)).clamp_min(0)
             total = total + (push.square() - multiplier**2) / (2 * self.stiffness)
         return total
 
     def update(self, costs: Mapping[str, Tensor]) -> None:
-        """Move the multipliers after some steps."""
+        """Move the multipliers, given the costs of the present parameters."""
         for name, multiplier in self.multipliers.items():
+            # lambda <- max(0, lambda + rho g)
             violation = self._violation(costs, name).item()
             self.multipliers[name] = max(0.0, multiplier + self.stiffness * violation)
 

@@ -26,6 +26,7 @@ from deos_fx.policy.counts import fit_counts, on_grid, within
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
+from deos_fx.tokens.cache import SpaceFields
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["SearchBatch", "SearchProblem", "mean_loss"]
@@ -106,22 +107,27 @@ class SearchProblem:
             TypeError: If the data holds anything but dicts, or the model is not one of
                 transformers'.
         """
+        # 1. The data: every batch is completed, and all of them fit one policy.
         facts = facts_of(model)
         calls = [_checked(facts, batch) for batch in data]
         if not calls:
             raise ValueError("data is empty: give at least one dict of model inputs.")
         _check_alike(facts, calls)
-        # Longest prompts first: their layout is the problem's own.
+        # 2. Costs and limits, for every layout. The longest prompts come first: their layout is the
+        # problem's own.
         longest = sorted(calls, key=lambda call: call.inputs["input_ids"].shape[1])[::-1]
         costs: dict[PromptLayout, CostModel] = {}
         for call in longest:
             cost = CostModel.of_call(call)
             costs.setdefault(cost.layout, cost.of_one_prompt())
+        # dict keeps the order, so the first is that of the longest prompts.
         cost, *others = costs.values()
+        # 3. The captured calls, and a target for every batch.
         captures = Captures(model.eval())
         captured = captures.serving(_without_labels(longest[0]))
         batches = [_with_target(captures, call) for call in calls]
-        # With fewer than four batches, candidates are scored on the training batches.
+        # 4. The problem. The last quarter of the batches is held back. Of fewer than four batches,
+        # none is, and candidates are scored on all of them.
         held_back = len(batches) // 4
         problem = cls(
             model=model,
@@ -135,6 +141,7 @@ class SearchProblem:
             training=batches[: len(batches) - held_back],
             scoring=batches[len(batches) - held_back :] or batches,
         )
+        # Measuring runs the model many times, so it is done only if a limit asks for it.
         return problem if budget.latency_ms is None else problem.with_latency()
 
     @property
@@ -143,7 +150,7 @@ class SearchProblem:
         return self.layout.tokens_per_image
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the problem: a checkpoint must agree with it."""
+        """Describe the problem, so that a checkpoint of another one is recognised."""
         return {
             "model": str(self.cost.signature),
             "batches": [list(ids.shape) for ids in self._training_ids()],
@@ -151,6 +158,7 @@ class SearchProblem:
         }
 
     def _training_ids(self) -> Iterator[Tensor]:
+        """Yield the token ids of the training batches."""
         return (batch.call.inputs["input_ids"] for batch in self.training)
 
     @property
@@ -172,8 +180,10 @@ class SearchProblem:
             ValueError: If one does not exist or cannot be reduced.
         """
         if names is not None:
+            # Case: the sites are given.
             chosen = [self.sites.usable(name, ()) for name in names]
             return tuple(sorted(chosen, key=lambda site: site_order(site.name)))
+        # Case: all sites after the tower.
         usable = self.sites.available()
         return tuple(site for site in usable if split_site(site.name)[0] != "vision")
 
@@ -181,7 +191,7 @@ class SearchProblem:
         """Return the problem with a latency table, measured by pruning at the projector."""
         counts = [max(1, round(self.visual_tokens * share)) for share in _LATENCY_SHARES]
         table = LatencyTable.measure(counts, self._timed_prefill, self.model.device)
-        # Counts were of one image; the table is looked up with counts of a prompt.
+        # It was measured for counts of one image, and is looked up with counts of a prompt.
         scaled = tuple(self.layout.images * count for count in table.counts)
         return replace(self, latency=replace(table, counts=scaled))
 
@@ -199,6 +209,7 @@ class SearchProblem:
         Returns:
             A function that runs the prefill.
         """
+        # Latency depends on the length of a prompt, and a limit must hold for all.
         longest = max(self.scoring, key=lambda batch: batch.call.inputs["input_ids"].shape[1])
         call = longest.call.first_prompt()
         captured = self.captures.serving(call)
@@ -208,8 +219,8 @@ class SearchProblem:
     def amounts(self, policy: Policy) -> dict[str, float]:
         """Return the cost of a policy, under the names of the budget's limits.
 
-        Where images are of several sizes, the layout that uses the largest share of its own limit
-        counts, scaled to ``limits``.
+        Where images are of several sizes, each amount is that of the layout that uses the largest
+        share of its own limit, scaled to ``limits``.
 
         Args:
             policy: The policy.
@@ -217,10 +228,12 @@ class SearchProblem:
         Returns:
             Name -> amount.
         """
+        # Exact costs of the longest prompts.
         cost = self.cost.predict(policy)
         amounts: dict[str, float] = dict(cost.amounts)
         for other, own in self.others:
             for name, amount in other.predict(policy).amounts.items():
+                # Costs without a limit are not scaled.
                 if name in own:
                     share = amount / own[name]
                     amounts[name] = max(amounts[name], share * self.limits[name])
@@ -237,11 +250,12 @@ class SearchProblem:
             self.limits,
         )
         if fitted is None:
+            # Case: even the smallest counts break a limit.
             return None
         return self.cost.for_any_size(on_grid(fitted, *self.layout.grid))
 
     def runs(self, policy: Policy) -> bool:
-        """Return whether the model can be reduced by a policy, for images of any size it takes."""
+        """Return whether the model can be reduced by a policy, for any images that it takes."""
         by_grid = any(step.selector == "grid" for step in policy.reductions)
         if by_grid and self.cost.sizes_vary:
             # Anchors on the grid of one image do not fit the grid of another.
@@ -251,6 +265,7 @@ class SearchProblem:
             for step in policy.reductions:
                 check_reduction(graph_module, self.sites, step, self.layout)
         except ValueError:
+            # The checks of a policy say why in a message; a search only wants to know whether.
             return False
         return True
 
@@ -277,11 +292,13 @@ def _checked(facts: ModelFacts, batch: Mapping[str, Any]) -> Call:
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
+    # A search never decodes, and a cache would only take memory.
     return completed(Call.of(facts, moved | {"use_cache": False}))
 
 
 def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
     """Check that one policy can fit all batches."""
+    # 1. Images of one size, unless the model takes many.
     layouts = [call.layout for call in calls]
     images = [call.inputs["pixel_values"] for call in calls if "pixel_values" in call.inputs]
     sizes = sorted({tuple(pixels.shape[1:]) for pixels in images})
@@ -290,11 +307,13 @@ def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
             f"The images of data vary in size: {', '.join(map(str, sizes))} (channels, height, "
             "width). Resize them to one size, as the model's processor does."
         )
+    # 2. Equally many images in every prompt.
     counts = sorted({layout.images for layout in layouts})
     if len(counts) > 1:
         raise ValueError(
             f"The prompts of data have {counts} images; search with equally many in every prompt."
         )
+    # 3. Labels for all batches or for none.
     answered = sum("labels" in call.inputs for call in calls)
     if answered not in (0, len(calls)):
         raise ValueError(
@@ -306,10 +325,13 @@ def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
 def _with_target(captures: Captures, batch: Call) -> SearchBatch:
     """Capture a batch's call and make its target: its labels, or the unreduced predictions."""
     call, labels = _without_labels(batch), batch.inputs.get("labels")
+    # A prediction at a visual token does not count, since the token may be dropped.
     visual = placeholders(call.facts, call.inputs["input_ids"])
     if labels is not None:
+        # Case: labels. The model need not run.
         captured = captures.serving(call)
         return SearchBatch(call, captured, batch.layout, labelled(labels, visual))
+    # Case: no labels. The captured graph is run, and gives the answers of the unreduced model.
     with torch.no_grad():
         captured, unreduced = captures.serve(call, lambda captured: captured.graph_module)
     target = self_distilled(call.inputs, visual, unreduced["logits"])
@@ -317,6 +339,7 @@ def _with_target(captures: Captures, batch: Call) -> SearchBatch:
 
 
 def _without_labels(call: Call) -> Call:
+    """Return the call without labels: the loss is computed outside the graph."""
     return replace(call, inputs={name: x for name, x in call.inputs.items() if name != "labels"})
 
 
@@ -330,13 +353,15 @@ def mean_loss(
         graph_for: Makes the relaxed or static graph for a kind of batch, from a batch of it.
         batches: The batches.
     """
+    # Kind of batch -> its graph.
     graphs: dict[Hashable, fx.GraphModule] = {}
     losses = []
     for batch in batches:
         if batch.kind not in graphs:
             graphs[batch.kind] = graph_for(batch)
         output = run_graph(graphs[batch.kind], batch.call.inputs)
-        spaces = output.get("spaces")
+        # Only a static graph has spaces. The last one has the tokens that logits are of.
+        spaces: Sequence[SpaceFields] | None = output.get("spaces")
         origin = spaces[-1]["origin"] if spaces else None
         losses.append(float(batch.target.loss(output["logits"], origin)))
     return sum(losses) / len(losses)

@@ -31,13 +31,15 @@ def from_steps(problem: SearchProblem, state: SearchState) -> list[tuple[str, Po
     Returns:
         Source and policy of each proposal.
     """
-    # The last state is a snapshot, too, even if the steps were interrupted.
+    # The last state counts as a snapshot, too, even if the steps were interrupted.
     if state.step not in state.snapshots:
         state.take_snapshot()
     proposals = []
     reductions = state.by_site()
     for step, parameters in state.snapshots.items():
+        # `reductions` are the modules whose parameters are loaded.
         state.reductions.load_state_dict(parameters)
+        # Dormant sites still drop a little, and every site costs time and nodes.
         for most_sites in (None, 3, 2, 1):
             rounded = discretise(reductions, problem.visual_tokens, most_sites)
             fitted = problem.fit(rounded)
@@ -60,7 +62,8 @@ def discretise(
     Returns:
         The policy; sites that keep nearly everything are left out.
     """
-    # Share of the incoming tokens that each site keeps, and fraction of all tokens after it.
+    # Of each site, the share of the incoming tokens that it keeps, and the fraction of all tokens
+    # that is left after it.
     fraction = 1.0
     drops: dict[str, float] = {}
     fractions: dict[str, float] = {}
@@ -68,6 +71,7 @@ def discretise(
         after = reductions[site].keep_fraction(fraction).item()
         drops[site] = after / fraction
         fractions[site] = fraction = after
+    # The smallest shares first: these sites drop most.
     wanted = sorted(drops, key=drops.__getitem__)[:most_sites]
     chosen: list[Reduction] = []
     present = 1.0
@@ -91,17 +95,19 @@ def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
     """
     proposals = []
     signature = problem.cost.signature
+    # Presets are fitted to a number of tokens of an image, or to all if there is no such limit.
     share = problem.limits.get("visual_tokens", math.inf) / problem.layout.images
     tokens = min(share, problem.visual_tokens)
     for name in presets.fitted():
         try:
             policy = presets.fit(name, tokens, signature.decoder_layers, problem.visual_tokens)
         except ValueError:
-            # The preset cannot meet the budget, or does not fit this number of tokens.
+            # Case: the preset cannot meet the budget, or does not fit this number of tokens.
             continue
         policy = problem.cost.for_any_size(_with_own_scores(problem.sites, policy))
         if not problem.runs(policy):
             continue
+        # The counts of the preset stay as they are if they meet all limits.
         fitted = policy if problem.meets(policy) else problem.fit(policy)
         if fitted is not None:
             proposals.append((f"preset {name}", fitted))
@@ -109,7 +115,7 @@ def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
 
 
 def _with_own_scores(sites: Sites, policy: Policy) -> Policy:
-    """Replace the scores of reductions that use one which their site lacks by novelty."""
+    """Let reductions rank by novelty where their site lacks one of their scores."""
     steps = [
         replace(step, scores={"novelty": 1.0})
         if not set(step.scores) <= set(sites[step.site].scores)
@@ -121,8 +127,8 @@ def _with_own_scores(sites: Sites, policy: Policy) -> Policy:
 
 # *** variations ***
 
-# Treatments of dropped tokens. A variation makes one change; counts are then fitted to the limits
-# again.
+# Treatments of dropped tokens: pruning, merging with and without a mass bias, soft merging, and
+# uniform redistribution. A variation makes one of these changes.
 _TREATMENTS: tuple[dict[str, Any], ...] = (
     {"gain": 0.0, "temperature": 0.0, "mass_bias": 0.0, "residual": False, "weighting": "one"},
     {"gain": 1.0, "temperature": 0.0, "mass_bias": 1.0},
@@ -136,7 +142,7 @@ _SELECTORS: tuple[dict[str, Any], ...] = (
     {"selector": "greedy", "diversity": 2.0},
 )
 _POSITIONS: tuple[dict[str, Any], ...] = ({"position": "keep"}, {"position": "compact"})
-# Factors on the count of one site.
+# Factors by which the count of one site changes.
 _SHARES = (0.5, 0.75, 1.5, 2.0)
 # Weight of a score that is added to the mix; the others share the rest.
 _NEW_SCORE = 0.3
@@ -169,7 +175,8 @@ def variations(policy: Policy, sites: Sites, visual_tokens: int) -> Iterator[Pol
         try:
             yield replace(policy, reductions=changed)
         except ValueError:
-            # Not a policy: two reductions at one site, or a grid after another selector.
+            # Case: not a valid policy (two reductions at one site, or a grid after another
+            # selector).
             continue
 
 
@@ -202,8 +209,10 @@ def _other_scores(reductions: _Reductions, sites: Sites) -> Iterator[_Reductions
 def _other_shares(policy: Policy, visual_tokens: int) -> Iterator[_Reductions]:
     """Change the count of one of several sites, within those of its neighbours."""
     counts = policy.counts(visual_tokens)
+    # A single site is fitted to the limits anyway.
     for i in range(len(counts) if len(counts) > 1 else 0):
         for share in _SHARES:
+            # Counts never grow with depth.
             most = counts[i - 1] if i else visual_tokens
             least = counts[i + 1] if i + 1 < len(counts) else 1
             count = min(most, max(least, round(share * counts[i])))

@@ -38,11 +38,13 @@ __all__ = ["relaxed_graph", "search"]
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with a stage (``presets``, ``steps``, ...), the number done and the total."""
 
-# At the first and the last step, in standard deviations of the score. Wider gates let dropped
-# tokens leak into the answer, and the search then learns to rely on the leak.
+# Gate temperatures at the first and the last step, in standard deviations of the score. Wider gates
+# let dropped tokens leak into the answer, and the search then learns to rely on the leak.
 _GATE_TEMPERATURES = (0.2, 0.03)
+# Steps between two updates of the multipliers, and between two checkpoints.
 _UPDATE_EVERY = 5
 _CHECKPOINT_EVERY = 10
+# How many sets of parameters are rounded to candidates.
 _SNAPSHOTS = 4
 # Variations of the best preset before the steps, and of the best candidate after them.
 _FIRST_VARIATIONS = 8
@@ -87,9 +89,10 @@ def search(
             met, or the checkpoint is of another search.
         TypeError: If an argument is of a wrong type.
 
-    Ctrl-C ends the steps; their state is rounded, and the best policy so far is returned. Ctrl-C
-    during the final variations ends these alone, anywhere else it aborts the search.
+    Ctrl-C during the steps ends them: their state is rounded, and the best policy so far is
+    returned. Ctrl-C during the final variations ends only these. Elsewhere it aborts the search.
     """
+    # Mistakes in the arguments are found before anything expensive.
     check_budget(budget)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
@@ -97,6 +100,7 @@ def search(
     searched = problem.searched_sites(sites)
     # 1. The best hand-designed policy that meets the limits is the start, if there is one.
     scoring = _Scoring(problem, progress)
+    # Presets, fitted to the limits, and small changes of the best.
     scoring.add_all("presets", from_presets(problem))
     _polish(problem, scoring, "first variations", _FIRST_VARIATIONS)
     start = scoring.best.policy if scoring.candidates else Policy()
@@ -112,6 +116,7 @@ def search(
             **problem.fingerprint(),
         },
     )
+    # A search that was stopped goes on with its parameters, optimizer, multipliers and history.
     if checkpoint is not None:
         state.resume(checkpoint)
     interrupted = _descend(problem, state, steps, seed, checkpoint, progress)
@@ -148,8 +153,10 @@ def _descend(
             if checkpoint is not None and state.step % _CHECKPOINT_EVERY == 0:
                 state.save(checkpoint)
     except KeyboardInterrupt:
+        # The user wants a result now: whatever the steps have reached is rounded.
         return True
     finally:
+        # Also after an interruption, so that a search can go on from where it was stopped.
         if checkpoint is not None:
             state.save(checkpoint)
     return False
@@ -165,6 +172,7 @@ def relaxed_graph(reductions: Mapping[str, RelaxedReduction], batch: SearchBatch
     Returns:
         The graph.
     """
+    # A copy: the captured graph is used again, for other policies.
     captured = batch.captured.copy()
     assert captured.sites is not None
     graph_module = straight_through(captured.graph_module)
@@ -187,16 +195,21 @@ def _step(
     reductions = state.by_site()
     for reduction in reductions.values():
         reduction.gate_temperature = temperature
+    # 1. The task loss, through the relaxed graph.
     batch = problem.training[_batch_index(state.step, len(problem.training), seed)]
     task = batch.target.loss(run_graph(graphs[batch.kind], batch.call.inputs)["logits"])
+    # 2. The costs, from expected counts alone: no graph is run for them.
     costs = relaxed_costs(reductions, problem.cost, problem.latency)
     loss = task + state.lagrangian.penalty(costs)
+    # 3. Gradients and a step of the optimizer.
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    # Not backward(): the model's own parameters must not collect gradients.
+    # Not backward(): the model's own parameters must not collect gradients. Some parameters may
+    # have none, such as the diversity of a selector that ranks alone.
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
     state.optimizer.step()
+    # 4. Multipliers and history. A step is counted when its record is in the history.
     if (state.step + 1) % _UPDATE_EVERY == 0:
         state.lagrangian.update(costs)
     state.history.append(
@@ -230,7 +243,7 @@ def _batch_index(step: int, batches: int, seed: int) -> int:
 
 
 def _snapshot_steps(steps: int) -> set[int]:
-    """Return the steps, all in the second half, whose parameters are rounded to candidates."""
+    """Return the steps after which parameters are rounded to candidates: all in the second half."""
     return {steps - round(i * steps / (2 * _SNAPSHOTS)) for i in range(_SNAPSHOTS)}
 
 
@@ -250,8 +263,10 @@ def _result(
             f"No policy meets the limits {problem.limits}: even one visual token at every site is "
             "too much. Raise the budget."
         )
+    # Sorting is stable: of equal losses, the earlier proposal wins.
     candidates = _in_time(problem, sorted(candidates, key=lambda candidate: candidate.loss))
     best = candidates[0]
+    # The signature of the model lets the policy be refused by other models.
     policy = replace(best.policy, name="searched", model=problem.cost.signature)
     return SearchResult(
         policy=policy,
@@ -273,6 +288,7 @@ def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candid
     """
     limit = problem.limits.get("latency_ms", math.inf)
     while limit < math.inf and candidates:
+        # Measuring takes long, so candidates are measured only until one is fast enough.
         time = milliseconds(problem.prefill(candidates[0].policy), problem.model.device)
         if time <= limit:
             break
@@ -287,23 +303,27 @@ def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candid
 
 def _polish(problem: SearchProblem, scoring: _Scoring, stage: str, most: int) -> None:
     """Try single changes of the best candidate while they help, at most `most` in all."""
+    # Attempts that are left.
     left = most
     improved = bool(scoring.candidates)
     while improved and left:
         improved = False
         best = scoring.best
+        # However often a candidate was refined, its source names where it came from.
         origin = best.source.removeprefix("refined ")
         for policy in variations(best.policy, problem.sites, problem.visual_tokens):
+            # A variation usually breaks a limit. Its counts are fitted to the limits again.
             fitted = problem.fit(policy) if problem.runs(policy) else None
             if fitted is None or scoring.has(fitted):
                 continue
+            # Only policies that are scored count.
             if not left:
                 return
             left -= 1
             loss = scoring.add(f"refined {origin}", fitted)
             scoring.show(stage, most - left, most)
             if loss < best.loss:
-                # Start again from the new best candidate.
+                # Start again, with variations of the new best candidate.
                 improved = True
                 break
 
@@ -354,6 +374,7 @@ def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
     """Return the task loss of a policy in its relaxed form, at the last gate temperature."""
     # A relaxed reduction takes the share of the tokens that reach it.
     present = problem.visual_tokens
+    # The same numbers as the policy, in the form that the steps were trained in.
     reductions = {}
     for reduction, count in zip(
         policy.reductions, policy.counts(problem.visual_tokens), strict=True

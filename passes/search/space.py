@@ -20,7 +20,7 @@ from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["keep_fractions", "relaxed_costs", "start_reductions"]
 
-# Activation at the start: of a site of the policy that the search starts from, and of others.
+# Activation, at the start, of the sites of the policy that the search starts from, and of others.
 _ACTIVE, _DORMANT = 0.95, 0.1
 
 
@@ -29,9 +29,9 @@ def start_reductions(
 ) -> dict[str, RelaxedReduction]:
     """Make one relaxed reduction for each site, near that of a policy where it has one.
 
-    The search starts at the best hand-designed policy: its sites are active with its counts and its
-    treatment, all others nearly dormant and halfway between the regimes. Gates, gains and weights
-    at their ends have no gradient, so everything starts a little inside.
+    The search starts at the best hand-designed policy. Its sites are active, with its counts and
+    its treatment; all others are nearly dormant, halfway between the regimes. Gates, gains and
+    weights have no gradient at the ends of their ranges, so all of them start a little inside.
 
     Args:
         sites: The sites to search.
@@ -59,6 +59,7 @@ def start_reductions(
 def _undecided(site: Site, placed: bool) -> Reduction:
     """Make a reduction between all regimes that ranks mostly by attention."""
     in_decoder = site.name.startswith("decoder")
+    # The scores that published methods rank by, as far as the site has them.
     attention = ("last_text_attention", "text_attention") if in_decoder else ("cls_attention",)
     by_grid = placed and not in_decoder
     weights = dict.fromkeys(attention, 3.0) | {"feature_norm": 1.0, "novelty": 1.0}
@@ -75,6 +76,8 @@ def _undecided(site: Site, placed: bool) -> Reduction:
 
 def _inside(policy: Reduction, undecided: Reduction) -> Reduction:
     """Move the parameters of a policy's reduction off the ends of their ranges."""
+    # Scores of the undecided reduction join with little weight, so that the gradient can raise
+    # them.
     scores = _mixed(policy.scores, undecided.scores) if policy.uses_scores else {}
     return replace(
         policy,
@@ -116,6 +119,7 @@ def relaxed_costs(
         0-dim costs under the names of the budget's limits.
     """
     images = cost.images
+    # Visual tokens of a prompt, as many as reach the site.
     present = torch.tensor(float(images * cost.tokens_per_image))
     # First layer or block after each site, and the tokens from there on.
     in_layers: list[tuple[int, Tensor]] = []
@@ -124,14 +128,17 @@ def relaxed_costs(
     for site, reduction in reductions.items():
         after = reduction.keep_fraction(present)
         stage, layer = split_site(site)
-        # In the decoder, a prompt is reduced once; before it, each image alone.
+        # In the decoder, a prompt is reduced as a whole; before it, each image alone.
         share = 1 if stage == "decoder" else images
         flops = cost.reduction_flops(reduction.start, present / share, after / share)
+        # A site that is half active costs half of its reduction.
         overhead = overhead + reduction.activation.sigmoid() * flops
+        # Reductions in the tower and at the projector shorten all decoder layers.
         in_layers.append((first_layer(site), after))
         if stage == "vision":
             in_blocks.append((layer + 1, after / images))
         present = after
+    # Tokens of a prompt in each decoder layer, and of an image in each block of the tower.
     counts = along(before, in_layers, cost.signature.decoder_layers)
     patches = along(before / images, in_blocks, cost.tower_blocks + 1)
     costs = {
@@ -139,6 +146,7 @@ def relaxed_costs(
         "flops": cost.flops(counts, overhead, patches),
         "kv_cache": cost.kv_bytes(counts),
     }
+    # Only if there is a limit on it.
     if latency is not None:
         costs["latency_ms"] = latency.predict(counts)
     return {name: torch.as_tensor(amount) for name, amount in costs.items()}

@@ -21,7 +21,7 @@ from deos_fx.passes.search.objective import AugmentedLagrangian
 __all__ = ["SearchState"]
 
 _LEARNING_RATE = 0.1
-# Adam's epsilon. It is large, so that a parameter with a negligible gradient stays where it is: the
+# Adam's epsilon. It is large, so that a parameter with a negligible gradient stays where it is. The
 # default would move it as fast as any other, and dormant sites would drift into the policy.
 _EPSILON = 0.1
 
@@ -92,23 +92,28 @@ class SearchState:
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
+        # Prefixes: ``now/`` for the present parameters, the step for a snapshot, ``adam/`` for
+        # moments.
         tensors = {f"now/{name}": value for name, value in self.reductions.state_dict().items()}
         for step, parameters in self.snapshots.items():
             tensors |= {f"{step}/{name}": value for name, value in parameters.items()}
         moments = optimizer_tensors(self.optimizer)
         tensors |= {f"adam/{name}": value for name, value in moments.items()}
-        # The tensors are named by step, so a kill between the two files leaves a valid pair.
+        # The file of tensors is named by step, so a kill between the two files leaves the earlier
+        # pair.
         name = f"step-{self.step}.safetensors"
         write_file(path / name, lambda part: save_file(tensors, part))
         record = {
             "deos_fx": "search",
             "version": 1,
             "tensors": name,
+            # What a search must have in common with this one to continue it.
             "settings": self.settings,
             "multipliers": self.lagrangian.multipliers,
             "history": self.history,
         }
         write_text(path / "search.json", json.dumps(record, indent=1))
+        # Only now is no record left that names the earlier files.
         for old in path.glob("step-*.safetensors"):
             if old.name != name:
                 old.unlink()
@@ -126,18 +131,20 @@ class SearchState:
         if not path.exists():
             return
         record = _read(path)
-        # Through JSON, so that tuples and lists compare equal.
+        # Through JSON, because that turns tuples into lists.
         if record["settings"] != json.loads(json.dumps(self.settings)):
             raise ValueError(
                 f"{os.fspath(folder)} holds another search (other model, data, budget, steps or "
                 "seed). Give another checkpoint folder, or delete this one."
             )
         tensors = load_file(path.parent / record["tensors"])
+        # Split the names at their prefixes again.
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             head, _, rest = name.partition("/")
             parts.setdefault(head, {})[rest] = value
         self.reductions.load_state_dict(parts.pop("now"))
+        # Before the first step, Adam has no moments.
         load_optimizer(self.optimizer, parts.pop("adam", {}))
         self.snapshots = {int(step): parameters for step, parameters in parts.items()}
         self.history = record["history"]
@@ -145,12 +152,12 @@ class SearchState:
 
 
 def _key(site: str) -> str:
-    """Return the module name of a site."""
+    """Return the name of the module of a site."""
     return site.replace(".", "_")
 
 
 def _site(key: str) -> str:
-    """Return the site of a module name."""
+    """Return the site of a module with this name."""
     return key.replace("_", ".")
 
 
