@@ -12,7 +12,7 @@ from typing import Any
 from deos_fx.files import write_text
 from deos_fx.policy.reduction import Reduction, Regime
 from deos_fx.policy.site import site_order, split_site
-from deos_fx.policy.validate import check_fields
+from deos_fx.policy.tier import check_fields
 
 __all__ = ["ModelSignature", "Policy"]
 

@@ -11,14 +11,18 @@ from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.site import split_site
-from deos_fx.policy.tier import Tier, checked_tier, described, given_fields, mix_in_words
-from deos_fx.policy.validate import (
+from deos_fx.policy.tier import (
+    Tier,
     check_diversity,
     check_fields,
     check_keep,
     check_number,
     check_observe,
+    checked_tier,
+    described,
+    given_fields,
     known_options,
+    mix_in_words,
     normal_weights,
     other_options,
 )
