@@ -25,8 +25,8 @@ from deos_fx.models.facts import facts_of
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.reference import Example
+from deos_fx.results.explanation import TokenStep, token_steps
 from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
-from deos_fx.results.pictures import TokenStep, token_steps
 from deos_fx.results.report import (
     DemoResult,
     demo_report,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from deos_fx.files import write_text
 from deos_fx.results import charts
+from deos_fx.results.explanation import TokenStep, draw_image, draw_step
 from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
 from deos_fx.results.page import Section, build_page, details, table, tiles
-from deos_fx.results.pictures import TokenStep, draw_image, draw_step
 from deos_fx.results.search_result import (
     command,
     cost_cells,
