@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from deos_fx.inputs.call import Call, batch_axis
-from deos_fx.inputs.items import table_of_sizes
-from deos_fx.inputs.kinds import beside, given_kinds
+from deos_fx.inputs.items import beside, given_kinds, table_of_sizes
 from deos_fx.inputs.media import placeholders
 from deos_fx.inputs.packed import refuse_lengths
 from deos_fx.models.families import PATCH_NUMBERS

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from deos_fx.inputs.kinds import encoding, given_kinds, has_images, image_inputs
+from deos_fx.inputs.items import encoding, given_kinds, has_images, image_inputs
 from deos_fx.inputs.media import PromptImages, images_of_prompts
 from deos_fx.models.facts import ModelFacts, configs_of
 from deos_fx.models.families import FORMER_IMAGES

@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deos_fx.inputs.items import Item, items_of
-from deos_fx.inputs.kinds import IMAGES, VIDEOS, Kind, given_kinds, token_of
+from deos_fx.inputs.items import IMAGES, VIDEOS, Item, Kind, given_kinds, items_of, token_of
 from deos_fx.inputs.packed import packed_by
 from deos_fx.models.facts import ModelFacts
 from deos_fx.tokens.layout import PromptLayout

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from deos_fx.inputs.batch import media_of_rows
 from deos_fx.inputs.call import Call
-from deos_fx.inputs.kinds import has_images
+from deos_fx.inputs.items import has_images
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import shallow_copy
