@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from deos_fx.models.shapes_only import OnZeros
+from deos_fx.models.shapes_only import OnZeros, without_values
 from deos_fx.models.views import AnyLinear, has_codes, linear_sizes
 
 __all__ = ["WholeNumbers", "count_flops", "twin_of"]
@@ -52,7 +52,7 @@ class WholeNumbers(TorchDispatchMode):
         leaves = pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
             # Case: the result depends on weights.
-            args, kwargs = pytree.tree_map_only(Tensor, _without_numbers, (args, kwargs))
+            args, kwargs = pytree.tree_map_only(Tensor, without_values, (args, kwargs))
             if func is torch.ops.aten._to_copy.default:
                 kwargs = {**kwargs, "device": torch.device("meta")}
         elif "device" in kwargs and func.overloadpacket not in _BUFFERS:
@@ -63,12 +63,6 @@ class WholeNumbers(TorchDispatchMode):
 
 # Buffers that code fills with values that depend on weights.
 _BUFFERS = {torch.ops.aten.empty, torch.ops.aten.zeros, torch.ops.aten.new_zeros}
-
-
-def _without_numbers(x: Tensor) -> Tensor:
-    if x.is_meta:
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def twin_of(model: PreTrainedModel) -> Any:
@@ -85,7 +79,7 @@ def twin_of(model: PreTrainedModel) -> Any:
         elif has_codes(module):
             known[id(module)] = _Counted(module)
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = _without_numbers(tensor)
+        empty = without_values(tensor)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.is_floating_point())
         known[id(tensor)] = empty

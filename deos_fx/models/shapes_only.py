@@ -28,6 +28,7 @@ __all__ = [
     "on_shapes",
     "plain_attention",
     "shaped",
+    "without_values",
     "without_missing_weights",
 ]
 
@@ -70,8 +71,8 @@ class ShapesOnly(TorchDispatchMode):
             # Case: the result depends on values that are missing, so only its shape is computed.
             if func is torch.ops.aten.index.Tensor:
                 # The values of a mask say how many rows it selects, so the index keeps its values.
-                return func(_without_values(args[0]), args[1])
-            args, kwargs = pytree.tree_map_only(torch.Tensor, _without_values, (args, kwargs))
+                return func(without_values(args[0]), args[1])
+            args, kwargs = pytree.tree_map_only(torch.Tensor, without_values, (args, kwargs))
             return func(*args, **(kwargs | {"device": META} if "device" in kwargs else kwargs))
         result = func(*args, **kwargs)
         if kwargs.get("device") == META and not result.is_floating_point():
@@ -176,7 +177,7 @@ class OnZeros(nn.Module):
             return torch.zeros(x.shape, dtype=x.dtype, device=device) if x.is_meta else x
 
         def shape(x: torch.Tensor) -> torch.Tensor:
-            empty = _without_values(x)
+            empty = without_values(x)
             return sum(sources, empty) if x.is_floating_point() else empty
 
         with _disable_current_modes(), torch.no_grad():
@@ -189,7 +190,8 @@ def _has_no_values(tensor: torch.Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, nn.Parameter)
 
 
-def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+def without_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on meta with the shape, strides and type of this one."""
     if tensor.is_meta:
         return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)

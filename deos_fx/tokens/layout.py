@@ -57,14 +57,18 @@ class PromptLayout:
         return self.sizes[0]
 
     @property
+    def each_grid(self) -> tuple[tuple[int, int], ...]:
+        """Return rows and columns of every image."""
+        return self.grids or (self.grid,) * self.images
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Return V of every image."""
-        grids = self.grids or (self.grid,) * self.images
-        return tuple(rows * columns for rows, columns in grids)
+        return tuple(rows * columns for rows, columns in self.each_grid)
 
     def alike(self) -> list[list[int]]:
         """Return the indices of the images of each size, in groups."""
-        grids = self.grids or (self.grid,) * self.images
+        grids = self.each_grid
         return [[i for i, grid in enumerate(grids) if grid == one] for one in dict.fromkeys(grids)]
 
     def grid_tensor(self, images: int) -> Tensor:
