@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deos_fx.models.facts import ModelFacts, facts_of
-from deos_fx.models.shapes_only import on_shapes
+from deos_fx.models.facts import ModelFacts, count_visual_tokens, facts_of
 
 __all__ = ["TEXT_TOKENS", "example_inputs"]
 
@@ -39,7 +37,7 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
     if processor is not None and facts.sizes_vary:
         return _processed(processor)
     for images in _forms(facts):
-        count = _placeholders(model, images)
+        count = count_visual_tokens(model, images)
         if count:
             return _prompt(facts, images, count)
     raise ValueError(
@@ -91,17 +89,6 @@ def _forms(facts: ModelFacts) -> Iterator[dict[str, Tensor]]:
         values = channels * getattr(config, "temporal_patch_size", 1) * patch**2
         flat = torch.full((side**2, values), 0.5, dtype=model.dtype)
         yield {"pixel_values": flat, "image_grid_thw": torch.tensor([[1, side, side]])}
-
-
-def _placeholders(model: PreTrainedModel, images: dict[str, Tensor]) -> int:
-    """Count the placeholders of an image in this form; 0 if the model does not take the form."""
-    try:
-        with on_shapes(model.base_model) as core, torch.no_grad():
-            features = core.get_image_features(**images, return_dict=True).pooler_output
-    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
-        return 0
-    parts = [features] if isinstance(features, Tensor) else features
-    return sum(math.prod(part.shape[:-1]) for part in parts)
 
 
 def _prompt(facts: ModelFacts, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.upstream import check_upstream
 from deos_fx.policy.policy import ModelSignature
 
-__all__ = ["ModelFacts", "ModelState", "configs_of", "facts_of"]
+__all__ = ["ModelFacts", "ModelState", "configs_of", "count_visual_tokens", "facts_of"]
 
 
 # *** the state that facts depend on ***
@@ -334,10 +334,7 @@ def _tensor_arguments(function: Any) -> frozenset[str]:
 
 
 def _visual_tokens(model: PreTrainedModel, size_inputs: frozenset[str]) -> int:
-    """Return the number of visual tokens of an image; 0 if the encoder needs more than the pixels.
-
-    They are counted by running the encoder on shapes, without arithmetic.
-    """
+    """Return the number of visual tokens of an image; 0 unless its pixels alone decide it."""
     config: Any = getattr(model.config, "vision_config", None)
     tower = image_tower(model)
     if tower is None or not hasattr(config, "image_size"):
@@ -346,14 +343,27 @@ def _visual_tokens(model: PreTrainedModel, size_inputs: frozenset[str]) -> int:
     if _tensor_arguments(tower.forward) & size_inputs:
         # Case: the encoder is told the size of each image.
         return 0
+    return count_visual_tokens(model, {"pixel_values": _image(model)})
+
+
+def count_visual_tokens(model: PreTrainedModel, image: Mapping[str, torch.Tensor]) -> int:
+    """Count the visual tokens of an image by running the encoder on shapes, without arithmetic.
+
+    Args:
+        model: A model that reads images.
+        image: The inputs that the image comes in.
+
+    Returns:
+        Their number; 0 if the encoder does not take the image in this form.
+    """
     try:
         with on_shapes(model.base_model) as core, torch.no_grad():
-            features = core.get_image_features(_image(model), return_dict=True).pooler_output
+            features = core.get_image_features(**image, return_dict=True).pooler_output
+    # How an encoder fails on inputs of another form is up to the code of its family.
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
-        # Case: the encoder needs inputs other than the pixels.
         return 0
-    first = features if isinstance(features, torch.Tensor) else features[0]
-    return math.prod(first.shape[:-1])
+    parts = [features] if isinstance(features, torch.Tensor) else features
+    return sum(math.prod(part.shape[:-1]) for part in parts)
 
 
 def _image(model: PreTrainedModel) -> torch.Tensor:

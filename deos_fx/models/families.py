@@ -59,7 +59,10 @@ def features_of(output: Any) -> Any:
 
     It is [I, V, d], or a list of [V, d].
     """
-    if output.pooler_output is not None or "deepstack_features" not in output:
-        return output.last_hidden_state if output.pooler_output is None else output.pooler_output
+    if output.pooler_output is not None:
+        # Case: features made for the prompt; last_hidden_state is then the tower's.
+        return output.pooler_output
+    if "deepstack_features" not in output:
+        return output.last_hidden_state
     # Case: only features for several layers; the first of them replace the placeholders.
     return output.deepstack_features[0][1]
