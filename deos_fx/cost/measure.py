@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,18 @@ from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import features_of
 from deos_fx.models.upstream import CACHE
 
-__all__ = ["Decoder", "Encoder", "Layer", "measure_decoder", "measure_encoder"]
+__all__ = ["DecoderCost", "EncoderCost", "LayerCost", "measure_decoder", "measure_encoder"]
 
-_KNOWN: weakref.WeakKeyDictionary[ModelFacts, dict[Hashable, Any]]
-_KNOWN = weakref.WeakKeyDictionary()
+T = TypeVar("T")
+
+_KNOWN: weakref.WeakKeyDictionary[ModelFacts, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
 # The decoder is measured at two lengths, which determine a linear and a quadratic part.
 _SHORT, _LONG = 2, 4
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerCost:
     """The cost of a decoder layer for one prompt.
 
     Attributes:
@@ -60,7 +61,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderCost:
     """The cost of a decoder for one prompt.
 
     Attributes:
@@ -69,13 +70,13 @@ class Decoder:
         head: FLOPs for each token whose logits the head computes.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerCost, ...]
     around: int
     head: int
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncoderCost:
     """The cost of the image encoder in one call, in FLOPs.
 
     Attributes:
@@ -87,7 +88,7 @@ class Encoder:
         used: Number of vision blocks up to the deepest that the features depend on.
         front: FLOPs before the first block as far as the features depend on them, and all FLOPs
             outside of the measured modules.
-        behind: FLOPs after the last block, as far as the features depend on them.
+        after: FLOPs after the last block, as far as the features depend on them.
     """
 
     total: int
@@ -96,10 +97,10 @@ class Encoder:
     tokens: tuple[int, ...]
     used: int
     front: int
-    behind: int
+    after: int
 
 
-def measure_decoder(facts: ModelFacts) -> Decoder:
+def measure_decoder(facts: ModelFacts) -> DecoderCost:
     """Measure the decoder, once for each model; the model does not run, no weight is touched.
 
     Args:
@@ -112,7 +113,7 @@ def measure_encoder(
     facts: ModelFacts,
     inputs: Mapping[str, Tensor] | None = None,
     encode: str = "get_image_features",
-) -> Encoder:
+) -> EncoderCost:
     """Measure the encoding of images; the model does not run, no weight is touched.
 
     Args:
@@ -130,20 +131,20 @@ def measure_encoder(
     return _once(facts, "encoder", lambda: _encoder(facts, given, encode))
 
 
-def _once(facts: ModelFacts, what: str, measure: Callable[[], Any]) -> Any:
+def _once(facts: ModelFacts, what: str, measure: Callable[[], T]) -> T:
     known = _KNOWN.setdefault(facts, {})
     # The key changes if the model is converted or quantised.
     weights = sum(weight.numel() for weight in facts.model.parameters())
     key = (what, facts.model.dtype, weights)
     if key not in known:
         known[key] = measure()
-    return known[key]
+    return cast(T, known[key])
 
 
 # *** the decoder ***
 
 
-def _decoder(facts: ModelFacts) -> Decoder:
+def _decoder(facts: ModelFacts) -> DecoderCost:
     twin = twin_of(facts.model)
     paths = facts.blocks.decoder
     short, long = (_run_decoder(twin, paths, length) for length in (_SHORT, _LONG))
@@ -154,7 +155,7 @@ def _decoder(facts: ModelFacts) -> Decoder:
         held = short.held[i], long.held[i]
         cached = (held[1].bytes - held[0].bytes) // (_LONG - _SHORT)
         layers.append(
-            Layer(
+            LayerCost(
                 linear=_per(short.flops[i], _SHORT) - quadratic * _SHORT,
                 quadratic=quadratic,
                 cached=cached,
@@ -164,7 +165,7 @@ def _decoder(facts: ModelFacts) -> Decoder:
                 dim=held[0].dim,
             )
         )
-    return Decoder(tuple(layers), _per(short.around, _SHORT), _per(short.head, _SHORT))
+    return DecoderCost(tuple(layers), _per(short.around, _SHORT), _per(short.head, _SHORT))
 
 
 def _per(flops: int, tokens: int) -> int:
@@ -218,7 +219,7 @@ def _held(layer: Any) -> _Held:
 # *** the image encoder ***
 
 
-def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> Encoder:
+def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> EncoderCost:
     twin = twin_of(facts.model)
     blocks = [twin.get_submodule(path) for path in facts.blocks.vision]
     units = _units(twin.base_model, blocks)
@@ -257,10 +258,10 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
     features = pytree.tree_leaves([features_of(output)])
     used = _used(features, made)
     ran = [i for i, unit in enumerate(order) if unit in tokens]
-    first, behind = (ran[0], ran[-1] + 1) if ran else (0, 0)
+    first, after = (ran[0], ran[-1] + 1) if ran else (0, 0)
     glue = counter.get_total_flops() - sum(flops.values())
     costs = {unit: flops[unit] for unit in used}
-    return Encoder(
+    return EncoderCost(
         total=counter.get_total_flops(),
         blocks=tuple(costs.get(block, 0) for block in blocks),
         products=tuple(
@@ -269,7 +270,7 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
         tokens=tuple(tokens.values()),
         used=max((i + 1 for i, block in enumerate(blocks) if block in used), default=0),
         front=glue + sum(costs.get(unit, 0) for unit in {*order[:first]}),
-        behind=sum(costs.get(unit, 0) for unit in {*order[behind:]}),
+        after=sum(costs.get(unit, 0) for unit in {*order[after:]}),
     )
 
 

@@ -307,8 +307,7 @@ class CostModel:
 
     def _cells(self, image: int) -> Tensor:
         """Return image, row and column of every token of one image, [V, 3]."""
-        grids = self.layout.grids or (self.layout.grid,) * self.images
-        return PromptLayout(0, 1, grids[image]).grid_tensor(1)
+        return PromptLayout(0, 1, self.layout.each_grid[image]).grid_tensor(1)
 
     def _of_prompt(self, images: Sequence[Together]) -> Together:
         """Return the tokens of a prompt, from those of its images of each size."""
@@ -334,7 +333,7 @@ class CostModel:
             tokens = self._parts.tokens_in_block(i)
             tower = tower + self._parts.vision[i].flops(tokens - whole + count)
         encoder = self._parts.encoder
-        projector = encoder.behind * in_projector / whole
+        projector = encoder.after * in_projector / whole
         return self.batch * self.images * (encoder.front + tower + projector)
 
     def _site(self, reduction: Reduction) -> Site:

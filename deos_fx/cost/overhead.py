@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from deos_fx.attention.observation import OBSERVED, Observation
 from deos_fx.cost.amounts import Amount
-from deos_fx.cost.parts import Block
+from deos_fx.cost.parts import BlockCost
 from deos_fx.cost.twin import count_flops
 from deos_fx.forms.needs import required_features
 from deos_fx.forms.static import static_reduce
@@ -192,8 +192,8 @@ class Site:
     """
 
     stage: str
-    block: Block | None
-    following: Block | None
+    block: BlockCost | None
+    following: BlockCost | None
     others: int
     sizes: SiteSizes
 

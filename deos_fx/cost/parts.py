@@ -9,15 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from deos_fx.cost.amounts import Amount
-from deos_fx.cost.measure import Decoder, Encoder, measure_decoder, measure_encoder
+from deos_fx.cost.measure import DecoderCost, EncoderCost, measure_decoder, measure_encoder
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts
 
-__all__ = ["Block", "Parts", "at_most", "heads_of"]
+__all__ = ["BlockCost", "Parts", "at_most", "heads_of"]
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockCost:
     """The cost of a transformer block, and the sizes of its attention.
 
     Attributes:
@@ -93,15 +93,15 @@ class Parts:
         self.class_tokens = int(facts.has_class_token)
 
     @cached_property
-    def measured(self) -> Decoder:
+    def measured(self) -> DecoderCost:
         """Measure the decoder."""
         return measure_decoder(self._facts)
 
     @cached_property
-    def decoder(self) -> list[Block]:
+    def decoder(self) -> list[BlockCost]:
         """Return the decoder layers."""
         return [
-            Block(
+            BlockCost(
                 linear=layer.linear,
                 quadratic=layer.quadratic,
                 heads=heads_of(self._model.get_submodule(path))[0],
@@ -113,7 +113,7 @@ class Parts:
         ]
 
     @cached_property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> EncoderCost:
         """Measure the encoding of one image of the config's size."""
         return measure_encoder(self._facts)
 
@@ -123,7 +123,7 @@ class Parts:
         return 0 if self.opaque else self.encoder.used
 
     @cached_property
-    def vision(self) -> list[Block]:
+    def vision(self) -> list[BlockCost]:
         """Return the vision blocks; none if they cannot be told apart."""
         if self.opaque:
             return []
@@ -133,7 +133,7 @@ class Parts:
             heads, key_heads, dim, width = heads_of(block)
             tokens, products = self.tokens_in_block(i), self.encoder.products[i]
             linear, quadratic = (self.encoder.blocks[i] - products) / tokens, products / tokens**2
-            blocks.append(Block(linear, quadratic, heads, key_heads, dim, width))
+            blocks.append(BlockCost(linear, quadratic, heads, key_heads, dim, width))
         return blocks
 
     def tokens_in_block(self, i: int) -> int:
