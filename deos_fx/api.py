@@ -78,7 +78,7 @@ def transform(
     return reduced
 
 
-def _check_arguments(policy: Any, budget: Any, data: Any) -> None:
+def _check_arguments(policy: object, budget: object, data: object) -> None:
     if policy is not None and not isinstance(policy, Policy):
         raise TypeError(
             f"policy is a {type(policy).__name__}; give a Policy: Policy.load(path), one of "

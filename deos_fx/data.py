@@ -197,8 +197,8 @@ def _added(tokenizer: Any, text: str) -> tuple[str, str]:
         end = start + len(bare)
         if whole[start:end] == bare:
             parts = whole[:start], whole[end:]
-            before, behind = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in parts)
-            return before, behind
+            before, after = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in parts)
+            return before, after
     return "", ""
 
 

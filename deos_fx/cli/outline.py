@@ -265,8 +265,8 @@ def print_outline(found: Outline, console: Console) -> None:
     table.add_column("visual", justify="right")
     table.add_column("site")
     reasons = list(dict.fromkeys(row.reason for row in found.rows if row.reason))
-    for row, behind in zip(found.rows, (*found.rows[1:], None), strict=True):
-        last = behind is None or behind.stage != row.stage
+    for row, following in zip(found.rows, (*found.rows[1:], None), strict=True):
+        last = following is None or following.stage != row.stage
         number = f"no ({reasons.index(row.reason) + 1})" if row.reason else "[green]available[/]"
         numbers = [str(count) if count else "-" for count in (row.tokens, row.visual)]
         module = f"{row.module} x {row.count}" if row.count > 1 else row.module

@@ -197,7 +197,7 @@ class Policy:
         return "\n  ".join([f"{title}:", *map(str, self.reductions)])
 
 
-def _as_object(values: Any) -> dict[str, Any]:
+def _as_object(values: object) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"expected an object with named fields, not {values!r}")
     return values

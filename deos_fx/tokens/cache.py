@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,15 +108,15 @@ class ReducedCache(DynamicCache):
         if self.spaces and self.get_seq_length() - abs(tokens_to_remove) < self.prompt_length:
             raise ValueError(
                 f"crop({tokens_to_remove}) reaches into the prompt of {self.prompt_length} tokens, "
-                "of which each layer holds others. Crop only what came behind it, or start with an "
+                "of which each layer holds others. Crop only what came after it, or start with an "
                 "empty cache."
             )
         super().crop(tokens_to_remove)
 
     def _dropped(self, layer_idx: int) -> int:
-        behind = [space for space in self.spaces if space.first_layer <= layer_idx]
+        begun = [space for space in self.spaces if space.first_layer <= layer_idx]
         # The last space that begins at this layer or before it counts.
-        return self.prompt_length - behind[-1].origin.shape[1] if behind else 0
+        return self.prompt_length - begun[-1].origin.shape[1] if begun else 0
 
     def decode_inputs(
         self, attention_mask: Tensor | None, position_ids: Tensor
@@ -176,12 +176,12 @@ class ReducedCache(DynamicCache):
         super().batch_select_indices(indices)
         self._rows(lambda rows: rows[indices.to(rows.device)])
 
-    def _rows(self, change: Any) -> None:
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self._change_spaces(change)
         if self.rope_deltas is not None:
             self.rope_deltas = change(self.rope_deltas)
 
-    def _change_spaces(self, change: Any) -> None:
+    def _change_spaces(self, change: Callable[[Tensor], Tensor]) -> None:
         for space in self.spaces:
             space.origin = change(space.origin)
             if space.key_bias is not None:
@@ -202,9 +202,10 @@ def in_rows(values: Sequence[Tensor], rows: Sequence[int], axis: int) -> Tensor:
         [B, ...] in the order of the batch.
     """
     longest = max(value.shape[axis] for value in values)
-    behind = [0, 0] * (values[0].ndim - 1 - axis)
+    # torch pads the last axis first: nothing on the axes after `axis`, zeros in front on `axis`.
+    later_axes = [0, 0] * (values[0].ndim - 1 - axis)
     padded = [
-        torch.nn.functional.pad(value, [*behind, longest - value.shape[axis], 0])
+        torch.nn.functional.pad(value, [*later_axes, longest - value.shape[axis], 0])
         for value in values
     ]
     order = torch.tensor(rows, device=values[0].device).argsort()

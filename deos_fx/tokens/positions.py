@@ -127,9 +127,9 @@ def _trailing(left: Tensor, visual: Tensor, length: int, images: int) -> Tensor:
     per_image = left.unflatten(1, (images, -1))
     place = torch.arange(1, per_image.shape[2] + 1, device=left.device)
     last = (per_image * place).amax(dim=2, keepdim=True)
-    behind = (place > last).to(torch.int64).flatten(1)
+    trails = (place > last).to(torch.int64).flatten(1)
     nothing = torch.zeros((left.shape[0], length), dtype=torch.int64, device=left.device)
-    return nothing.scatter(1, visual, behind)
+    return nothing.scatter(1, visual, trails)
 
 
 def grid_positions(position_ids: Tensor, trailing: Tensor, origin: Tensor) -> Tensor:

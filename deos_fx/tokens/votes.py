@@ -55,8 +55,8 @@ def question_votes(text: Tensor, visual: Tensor, attention_mask: Tensor | None) 
         [B, T] in float32, 0 or 1; if no text is after the images, all text but padding votes.
     """
     real = torch.ones_like(text) if attention_mask is None else take(attention_mask, text)
-    behind = (text > visual.amax(dim=1, keepdim=True)) & (real != 0)
-    return (behind | (real != 0) & ~behind.any(dim=1, keepdim=True)).float()
+    asked = (text > visual.amax(dim=1, keepdim=True)) & (real != 0)
+    return (asked | (real != 0) & ~asked.any(dim=1, keepdim=True)).float()
 
 
 def text_key_size(text_keys: Tensor, question: Tensor) -> Tensor:
