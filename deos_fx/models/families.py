@@ -1,4 +1,4 @@
-"""Tables of names: those of families that analysis cannot infer, and those that all families share.
+"""Names that analysis cannot infer: those of single families, and those that all families share.
 
 Everything else (the role of each module, the number of tokens of an image, values added to them in
 the decoder, tensors that run over the prompt) is read from the model, its config or the captured
@@ -45,7 +45,7 @@ While capturing they are replaced by the identity. gemma4, gemma4_unified."""
 PIXELS = ("pixel_values", "pixel_values_videos")
 """The inputs that images and videos come in."""
 
-# Method of a model's core that encodes images or videos -> name of its node.
+# Method of a model's core (its base_model) that encodes images or videos -> name of its node.
 ENCODERS = {"get_image_features": "image_encoder", "get_video_features": "video_encoder"}
 
 
