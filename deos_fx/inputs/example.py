@@ -14,6 +14,8 @@ from deos_fx.models.facts import ModelFacts, count_visual_tokens, facts_of
 __all__ = ["TEXT_TOKENS", "example_inputs"]
 
 TEXT_TOKENS = 16
+"""Text tokens of the prompt, the one before the image included."""
+
 # Patches on each side of an image whose size the config leaves open.
 _SIDE = 32
 
@@ -34,8 +36,10 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
         ValueError: If `model` reads no images, or its inputs for them cannot be derived.
     """
     facts = facts_of(model)
+    # Case: the size of an image matters, and only the processor knows which sizes are usual.
     if processor is not None and facts.sizes_vary:
         return _processed(processor)
+    # Case: otherwise the first form that the encoder takes. The config does not say which it is.
     for images in _forms(facts):
         count = count_visual_tokens(model, images)
         if count:
@@ -92,6 +96,7 @@ def _forms(facts: ModelFacts) -> Iterator[dict[str, Tensor]]:
 
 
 def _prompt(facts: ModelFacts, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    # One word, the image, and the other words. Any id will do for a word, save the placeholder's.
     token = facts.image_token
     ids = torch.full((1, count + TEXT_TOKENS), next(word for word in range(2) if word != token))
     ids[:, 1 : count + 1] = token

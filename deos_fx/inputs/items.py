@@ -41,7 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of media: images, or videos.
+    """A kind of media: images or videos.
 
     Attributes:
         pixels: The input with their pixels.
@@ -68,6 +68,7 @@ def has_images(inputs: Mapping[str, Any]) -> bool:
 
 def image_inputs(facts: ModelFacts, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the inputs that images and videos come in: their pixels and sizes."""
+    # Sorted, so that the order of the inputs does not depend on that of a set.
     names = sorted(frozenset().union(*(beside(facts, kind) for kind in given_kinds(inputs))))
     return {name: inputs[name] for name in names if isinstance(inputs.get(name), Tensor)}
 
@@ -94,6 +95,8 @@ def token_of(facts: ModelFacts, kind: Kind) -> int:
 
 def media(facts: ModelFacts, kind: Kind) -> frozenset[str]:
     """Return the names of a kind's inputs that model and encoder both take, pixels included."""
+    # Case: images. The tower may take tensors that get_image_features hands on without naming them,
+    # so the facts look at both.
     if kind is IMAGES:
         return facts.size_inputs | {kind.pixels}
     takes = facts.encoders.get(kind.encode, frozenset())
@@ -101,7 +104,10 @@ def media(facts: ModelFacts, kind: Kind) -> frozenset[str]:
 
 
 def beside(facts: ModelFacts, kind: Kind) -> frozenset[str]:
-    """Return `media` and, for videos, inputs that other parts read, such as seconds per frame."""
+    """Return `media` and, for videos, the inputs that parts outside the encoder read.
+
+    Seconds per frame are such an input: positions depend on them, and features do not.
+    """
     names = facts.arguments.parameters
     others = (name for name in names if any(word in name for word in kind.words))
     return media(facts, kind) | frozenset(others)
@@ -110,11 +116,11 @@ def beside(facts: ModelFacts, kind: Kind) -> frozenset[str]:
 def encoding(
     facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind
 ) -> tuple[str, dict[str, Any]]:
-    """Return the core's method that encodes a kind, and its arguments in a call."""
+    """Return the name of the core's method that encodes a kind, and its arguments in a call."""
     given = {name: inputs[name] for name in sorted(media(facts, kind)) if name in inputs}
     if kind.encode in facts.encoders:
         return kind.encode, given
-    # Some models encode the frames of a video as images.
+    # Case: a model without a method for videos, which encodes their frames as images.
     pixels = given.pop(kind.pixels)
     return IMAGES.encode, given | {IMAGES.pixels: pixels}
 
@@ -130,7 +136,7 @@ _SETS_OF_SIZES = 1024
 
 
 class Item(NamedTuple):
-    """One image, or one video.
+    """One image or one video, and the placeholders that stand for it.
 
     Attributes:
         grids: Rows and columns of each of its frames; None if that is not known.
@@ -148,12 +154,24 @@ class Item(NamedTuple):
 def items_of(
     facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind, of_rows: list[int]
 ) -> list[Item]:
-    """Return all images of a batch whose prompts have `of_rows` placeholders each.
+    """Return all images, or all videos, of a batch.
 
-    Where tokens cannot be assigned to single images, those of a prompt count as one image.
+    The ways to count their tokens, the cheapest first:
+
+    1. All images of the model have one size.
+    2. A table has the size of every image, or images are divided into tiles of one size: tokens are
+       in proportion to these.
+    3. The model's own encoder is run on shapes.
+    4. Nothing assigns tokens to single images, so those of a prompt count as one image.
+
+    Args:
+        facts: The facts of the model.
+        inputs: Arguments of its forward.
+        kind: What to count.
+        of_rows: Number of placeholders of this kind in each prompt.
     """
     pixels, placeholders = inputs[kind.pixels], sum(of_rows)
-    # Case: all images have one size.
+    # Case 1: all images have one size.
     if kind is IMAGES and not facts.sizes_vary:
         rows, columns = facts.grid
         # A non-square count may include class or register tokens, so no rows and columns are
@@ -162,17 +180,18 @@ def items_of(
         return [Item(grids, rows * columns)] * math.prod(pixels.shape[:-3])
     table = table_of_sizes(facts, inputs, kind)
     found = None
-    # Counting from sizes alone would miss the ends of rows.
+    # Case 2: sizes or tiles. These know nothing of the ends of rows, so not if there are any.
     if getattr(facts.model.base_model, "image_newline", None) is None:
         if table is not None:
             found = _of_table(table.tolist(), placeholders)
         elif kind is IMAGES and pixels.ndim == 5:
             found = _of_tiles(pixels, placeholders)
+    # Case 3: the encoder.
     found = found or _encoded(facts, inputs, kind)
     if found and kind is VIDEOS:
         found = _of_frames(found, *pixels.shape[:2]) if pixels.ndim == 5 else found
         found = found and _without_left_out(facts, inputs, found)
-    # Case: nothing tells images apart, so each prompt counts as one.
+    # Case 4: nothing tells images apart.
     return found or [Item(None, tokens) for tokens in of_rows if tokens]
 
 
@@ -188,6 +207,8 @@ def _of_table(sizes: list[list[int]], placeholders: int) -> list[Item] | None:
 
     None if the numbers of placeholders and of patches or pixels do not allow that.
     """
+    # `share` is the number of patches or pixels that one token stands for. Without placeholders the
+    # divisor makes it 0.
     area = sum(math.prod(size) for size in sizes)
     share, rest = divmod(area, placeholders or area + 1)
     if rest or not share:
@@ -207,6 +228,7 @@ def _grids(size: list[int], share: int) -> tuple[tuple[int, int], ...] | None:
     One token stands for `share` cells: a square of them, in one frame or in several. None if there
     is no such square.
     """
+    # A size without frames is that of a single image.
     frames, (height, width) = size[0] if len(size) == 3 else 1, size[-2:]
     # The largest square that fits; a share beyond it spans several frames.
     for side in range(math.isqrt(share), 0, -1):
@@ -217,9 +239,9 @@ def _grids(size: list[int], share: int) -> tuple[tuple[int, int], ...] | None:
 
 
 def _of_frames(found: Sequence[Item], videos: int, frames: int) -> list[Item] | None:
-    """Join the items found, perhaps single frames, into videos [videos, frames, C, H, W].
+    """Join the items found, which may be single frames, into videos [videos, frames, C, H, W].
 
-    None if the number of items found is no multiple of the number of videos.
+    None if the number of items is no multiple of the number of videos.
     """
     parts, rest = divmod(len(found), videos)
     if rest or not parts:
@@ -228,6 +250,7 @@ def _of_frames(found: Sequence[Item], videos: int, frames: int) -> list[Item] | 
     for first in range(0, len(found), parts):
         own = found[first : first + parts]
         tokens, ends = sum(item.tokens for item in own), sum(item.ends for item in own)
+        # The encoder gives a count alone; a frame gets a grid if its count is a square.
         of_frame, rest = divmod(tokens - ends, frames)
         side = math.isqrt(of_frame)
         whole = not rest and side * side == of_frame
@@ -239,9 +262,13 @@ def _of_frames(found: Sequence[Item], videos: int, frames: int) -> list[Item] | 
 def _without_left_out(
     facts: ModelFacts, inputs: Mapping[str, Any], found: Sequence[Item]
 ) -> list[Item]:
-    """Return the videos without the tokens that flags over all features leave out of the prompt."""
+    """Return the videos without the features that a model leaves out of the prompt.
+
+    Such a model is given flags over the features of all videos: True for those that are used.
+    """
     total = sum(item.tokens for item in found)
     named = (inputs.get(name) for name in sorted(beside(facts, VIDEOS)))
+    # No name is common to these flags: they are recognised by their type and length.
     kept = next((x for x in named if isinstance(x, Tensor) and x.dtype == torch.bool), None)
     if kept is None or kept.shape != (total,) or kept.all():
         return list(found)
@@ -251,6 +278,7 @@ def _without_left_out(
 
 def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
     """Return the tiles [B, T, 3, H, W] of prompts; tiles that only pad a prompt are zero."""
+    # A real tile that happens to be black counts as padding, as it does in the model's own code.
     real = int((pixels != 0).flatten(2).any(dim=-1).sum())
     tokens, rest = divmod(placeholders, real)
     if rest:
@@ -260,7 +288,7 @@ def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
             "the model's processor."
         )
     height, width = pixels.shape[-2:]
-    # Rows and columns in the proportions of a tile, if these come out whole.
+    # tokens = rows * columns with rows / columns = height / width, if these come out whole.
     rows = math.isqrt(tokens * height // width)
     whole = rows and rows * rows * width == tokens * height
     return [Item(((rows, tokens // rows),) if whole else None, tokens)] * real
@@ -269,12 +297,13 @@ def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
 def _encoded(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> list[Item] | None:
     """Return the images as the model's own encoder divides them; it runs once per set of sizes.
 
-    Only counts matter, unless rows end in a learned `image_newline`, recognised by its features
-    whatever the pixels are. None if the encoder does not keep images apart.
+    Only counts matter, so the encoder runs on shapes. Rows that end in a learned
+    `image_newline` are the exception: it is recognised by its features, whatever the pixels are, so
+    the encoder has to run on numbers. None if the encoder does not keep images apart.
     """
     core: Any = facts.model.base_model
     method, given = encoding(facts, inputs, kind)
-    # Tables are told apart by their values, pixels by their shape alone.
+    # The key of the counts: tables of sizes are told apart by their values, pixels by their shape.
     sizes = (
         kind,
         *(
@@ -300,12 +329,14 @@ def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]
         return []
     counts = [math.prod(part.shape[:-1]) for part in features]
     if newline is None:
+        # Case: rows do not end in a token.
         ends = [(0, False)] * len(counts)
     elif newline.is_meta:
         # Case: the model has no weights, so the ends cannot be recognised by their features.
         without = _ends_without_weights(core, method, given, counts)
         ends = [(count, count > 0) for count in without]
     else:
+        # Case: rows end in a token that is recognised.
         flags = [is_separator(part, newline).flatten() for part in features]
         ends = [(int(of_image.sum()), bool(of_image[-1])) for of_image in flags]
     return [Item(None, n, *end) for n, end in zip(counts, ends, strict=True)]
@@ -315,6 +346,7 @@ def _ends_without_weights(
     core: Any, method: str, given: Mapping[str, Any], counts: Sequence[int]
 ) -> list[int]:
     """Count the tokens that each image loses without ends of rows, in a model without weights."""
+    # Encoders check image_newline for None and then append nothing.
     view = shallow_copy(core)
     view._parameters = {**core._parameters, "image_newline": None}
     with torch.no_grad(), on_shapes(view) as run:
