@@ -72,7 +72,7 @@ def class_token(hidden: Tensor) -> Tensor:
 
 
 def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the position of the last token that is not padding.
+    """Return the position of each row's last token that is not padding.
 
     Args:
         hidden: [B, N] or [B, N, d]; only its shape is read.
@@ -99,13 +99,14 @@ def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
     Returns:
         [B, M].
     """
+    # The j-th token left was at origin[j], so origin[j] - j tokens before it were dropped.
     origin = origin.to(position_ids.device)
     dropped_before = origin - torch.arange(origin.shape[1], device=origin.device)
     return take(position_ids, origin) - dropped_before
 
 
 def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) -> Tensor:
-    """Flag the dropped visual tokens with no kept token of their image after them.
+    """Flag the dropped visual tokens that no kept token of their image follows.
 
     Args:
         origin: [B, M] original prompt positions of the tokens that are left.
@@ -124,6 +125,7 @@ def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) 
 
 def _trailing(left: Tensor, visual: Tensor, length: int, images: int) -> Tensor:
     """Compute `trailing` from flags [B, V] of the tokens left: those after an image's last one."""
+    # Places count from 1, so that 0 says that no token of the image is left.
     per_image = left.unflatten(1, (images, -1))
     place = torch.arange(1, per_image.shape[2] + 1, device=left.device)
     last = (per_image * place).amax(dim=2, keepdim=True)
@@ -135,8 +137,8 @@ def _trailing(left: Tensor, visual: Tensor, length: int, images: int) -> Tensor:
 def grid_positions(position_ids: Tensor, trailing: Tensor, origin: Tensor) -> Tensor:
     """Return position ids in which tokens keep their place in their image.
 
-    Everything after an image moves up to follow the last token that is kept of it (OpenVINO GenAI's
-    rule for two-dimensional positions, applied to one dimension).
+    Everything after an image moves up, to follow the last token that is kept of it. This is the
+    rule of OpenVINO GenAI for two-dimensional positions, applied to one dimension.
 
     Args:
         position_ids: [B or 1, N] of the unreduced prompt.
@@ -175,7 +177,7 @@ def relaxed_grid_positions(
 def relaxed_positions(
     position_ids: Tensor, alive: Tensor, visual: Tensor, hidden: Tensor
 ) -> Tensor:
-    """Return `compact_positions` where no token leaves, lowered by the closed gates before each.
+    """Return `compact_positions` in the relaxed form: lowered by the closed gates before each.
 
     Args:
         position_ids: [B or 1, N] of the unreduced prompt.
@@ -188,5 +190,6 @@ def relaxed_positions(
     """
     closed = (alive.detach() < 0.5).to(torch.int64)
     dropped = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    # An exclusive sum: a token's own gate does not move it.
     dropped = dropped.scatter(1, visual, closed)
     return position_ids - (dropped.cumsum(dim=1) - dropped)
