@@ -1,4 +1,4 @@
-"""The measured parts of a model: its decoder layers, vision blocks and what is around them."""
+"""The costs of a model's parts: its decoder layers, its vision blocks and what is around them."""
 
 from __future__ import annotations
 
@@ -47,11 +47,13 @@ class BlockCost:
     @property
     def projections(self) -> int:
         """Compute the FLOPs of the queries, keys and values of one token."""
+        # Two for each multiply-add.
         return 2 * self.width * (self.heads + 2 * self.key_heads) * self.dim
 
 
 def heads_of(block: nn.Module) -> tuple[int, int, int, int]:
     """Read query heads, key heads, size of a head and width from a block's attention config."""
+    # The attention module has the config of its own part of the model, with the right counts.
     configs: list[Any] = [module.config for module in block.modules() if hasattr(module, "config")]
     config = next((item for item in configs if hasattr(item, "num_attention_heads")), None)
     if config is None:
@@ -67,6 +69,7 @@ def at_most(tokens: Amount, most: int | None) -> Amount:
     """Return a number of tokens, limited to `most`, the tokens of a window; None for no limit."""
     if most is None:
         return tokens
+    # Case: a search, whose counts have a gradient.
     return tokens.clamp(max=most) if isinstance(tokens, Tensor) else min(tokens, most)
 
 
@@ -131,6 +134,7 @@ class Parts:
         for i, path in enumerate(self._facts.blocks.vision):
             block = self._model.get_submodule(path)
             heads, key_heads, dim, width = heads_of(block)
+            # Attention products grow with pairs of tokens, everything else with tokens.
             tokens, products = self.tokens_in_block(i), self.encoder.products[i]
             linear, quadratic = (self.encoder.blocks[i] - products) / tokens, products / tokens**2
             blocks.append(BlockCost(linear, quadratic, heads, key_heads, dim, width))
@@ -138,6 +142,7 @@ class Parts:
 
     def tokens_in_block(self, i: int) -> int:
         """Return the tokens of an image in a vision block, class tokens included."""
+        # A block whose hidden states are no sequence counts as if it saw the visual tokens.
         return self.encoder.tokens[i] or self._facts.signature.visual_tokens
 
     @cached_property

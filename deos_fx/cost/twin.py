@@ -1,4 +1,4 @@
-"""A twin of a model that has shapes and no data, and a counter of its FLOPs."""
+"""Make a twin of a model that has shapes and no data, and count its FLOPs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def count_flops() -> FlopCounterMode:
 class WholeNumbers(TorchDispatchMode):
     """A mode that computes for real what depends on no weight: positions, sizes of images, masks.
 
-    Model code reads these values and wants them on the weights' device, which is meta here.
+    Model code reads these values and wants them on the weights' device, which is meta here. Unlike
+    in `ShapesOnly`, parameters are on meta already.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,6 +71,8 @@ def twin_of(model: PreTrainedModel) -> Any:
 
     Quantised linear layers that tell their two sizes become plain ones; the others are run.
     """
+    # deepcopy takes what is in `known`, by identity, for a copy that exists already: so weights are
+    # never copied, and layers are exchanged on the way.
     known: dict[int, Any] = {}
     for module in model.modules():
         sizes = linear_sizes(module)
@@ -88,6 +91,8 @@ def twin_of(model: PreTrainedModel) -> Any:
     twin = copy.deepcopy(model, known)
     modules: list[Any] = [*twin.modules()]
     for module in modules:
+        # The forward that the hook replaced. Only what counts in full is asked for below: other
+        # implementations of attention and experts run kernels that the counter does not know.
         if hasattr(module, "_hf_hook"):
             module.forward = module._old_forward
         config = getattr(module, "config", None)
