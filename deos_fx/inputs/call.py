@@ -172,7 +172,8 @@ class Call:
         parts += [config._attn_implementation for config in configs_of(self.model.config)]
         for name, value in sorted(self.inputs.items()):
             if isinstance(value, Tensor):
-                # Case 2. Position ids are [4, B, t] in a prompt's own steps, [1, B, t] in a later turn.
+                # Case 2. Position ids are [4, B, t] in a prompt's own steps, and [1, B, t] in a
+                # later turn, which is another graph.
                 coordinates = value.shape[:-2] if name == "position_ids" else ()
                 parts.append((name, value.dtype, value.device, value.ndim, coordinates))
             elif isinstance(value, Cache) or _is_number(value):

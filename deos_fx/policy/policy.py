@@ -58,6 +58,7 @@ class Policy:
     model: ModelSignature | None = None
 
     def __post_init__(self) -> None:
+        # Sorted, so that the order in which reductions are written makes no other policy.
         ordered = tuple(sorted(self.reductions, key=lambda reduction: site_order(reduction.site)))
         for earlier, later in zip(ordered, ordered[1:], strict=False):
             if earlier.site == later.site:
@@ -68,6 +69,7 @@ class Policy:
                     f"it does not leave a complete grid; put the grid first or choose another "
                     f"selector"
                 )
+        # The dataclass is frozen, so the sorted reductions are set in this way.
         object.__setattr__(self, "reductions", ordered)
 
     @property
@@ -107,6 +109,7 @@ class Policy:
             ValueError: If it was searched for another model, names a site that the model does not
                 have, or keeps tokens that it does not have.
         """
+        # Case: searched for another model. Sites of the same name would be elsewhere in it.
         if self.model is not None and self.model != model:
             raise ValueError(
                 f"the policy {self.name or '(unnamed)'} was made for {self.model}, and this model "
@@ -122,6 +125,7 @@ class Policy:
                     f"{layers[stage]} {stage} layers; "
                     + (f"the last site is {stage}.{last}" if last >= 0 else "reduce at projector")
                 )
+        # Images of varying size are checked when they come; fractions fit all of them.
         if model.visual_tokens:
             self.counts(model.visual_tokens)
 
@@ -152,6 +156,7 @@ class Policy:
         if version != VERSION:
             raise ValueError(f"policy version {version!r}; this release reads version {VERSION}")
         check_fields(data, {"name", "model", "reductions"}, {"reductions"}, "a policy")
+        # In a file, a wrong type is a wrong value like any other.
         try:
             return cls._from_dict(data)
         except TypeError as error:

@@ -112,8 +112,10 @@ class Reduction:
     position: str = "keep"
 
     def __post_init__(self) -> None:
+        # 1. What every other check refers to.
         stage, _ = split_site(self.site)
         check_keep(self.site, self.keep)
+        # A tier may keep 0, a reduction may not.
         if not self.keep:
             raise ValueError(f"{self.site}: keep is {self.keep!r}; give a count >= 1 or a fraction")
         self._check_choice("selector", tuple(SELECTORS))
@@ -122,6 +124,7 @@ class Reduction:
         self._check_choice("receivers", RECEIVERS)
         self._check_choice("weighting", WEIGHTINGS)
         self._check_choice("position", POSITIONS)
+        # 2. Fields that are completed. Scores come before options, since scores have options too.
         default = "last_text_attention" if stage == "decoder" else "cls_attention"
         scores = normal_weights(f"{self.site}: scores", self.scores, SCORES)
         used = {default: 1.0} if self.uses_scores else {}
@@ -133,6 +136,7 @@ class Reduction:
         object.__setattr__(self, "options", options)
         tiers = tuple(checked_tier(self.site, tier, default) for tier in self.tiers)
         object.__setattr__(self, "tiers", tiers)
+        # 3. Numbers, and settings that exclude each other.
         self._check_numbers()
         self._check_together()
 
@@ -160,8 +164,9 @@ class Reduction:
         check_observe(self.site, self.observe)
 
     def _check_together(self) -> None:
-        """Check settings that depend on each other."""
+        """Refuse combinations of settings that contradict each other."""
         site, stage = self.site, split_site(self.site)[0]
+        # Where the output goes.
         if self.order != "position" and (stage == "decoder" or self.position != "compact"):
             raise ValueError(
                 f"{site}: order {self.order!r} needs a site before the decoder and the position "
@@ -171,6 +176,7 @@ class Reduction:
             raise ValueError(
                 f"{site}: keep_class works in the vision tower with the order 'tier' or 'selection'"
             )
+        # What takes in what.
         if (self.assignment == "k_nearest") != (self.neighbours > 0) or self.neighbours < 0:
             raise ValueError(
                 f"{site}: assignment {self.assignment!r} with {self.neighbours} neighbours; give "
@@ -180,11 +186,13 @@ class Reduction:
             raise ValueError(f"{site}: the assignment 'window' needs the selector 'grid'")
         if self.weighting == "raw" and len(self.scores) != 1:
             raise ValueError(f"{site}: weighting 'raw' needs exactly one score, not {self.scores}")
+        # What is chosen.
         if self.selector == "bipartite" and self.order == "tier":
             raise ValueError(
                 f"{site}: the halves of 'bipartite' are one tier, and the order 'tier' would mix "
                 f"them; choose 'selection' or 'position'"
             )
+        # The residual token is the best one that is not chosen: that takes a ranking.
         first = SELECTORS[self.selector]
         if self.residual and (not first.ranks or first.flags):
             raise ValueError(f"{site}: residual needs a selector that ranks, not {self.selector!r}")
@@ -194,12 +202,14 @@ class Reduction:
 
     def _check_tiers(self) -> None:
         """Check what each tier chooses, and from which tokens."""
+        # A selector that flags picks nothing itself: it says which tokens the next tier prefers.
         last = self.selection[-1].selector
         if SELECTORS[last].flags:
             raise ValueError(
                 f"{self.site}: {last!r} only says what a later tier prefers; add Tier(keep=1.0)"
             )
         for tier in self.tiers:
+            # A further tier leaves out what earlier ones took, so its selector must ask for that.
             selector = SELECTORS[tier.selector]
             if not selector.flags and "taken" not in selector.needs:
                 raise ValueError(
@@ -237,6 +247,7 @@ class Reduction:
             ValueError: If the further tiers leave nothing for the first tier, or leave something
                 where the first tier only flags tokens.
         """
+        # The further tiers take their shares; the first one gets the remaining tokens.
         others = [tier.count(total) for tier in self.tiers]
         first = total - sum(others) - (1 if self.tiers and self.has_rest else 0)
         flags = SELECTORS[self.selector].flags
@@ -259,7 +270,7 @@ class Reduction:
 
     @property
     def whole_grid(self) -> bool:
-        """Return whether it needs complete images, with no token dropped by score before."""
+        """Return whether it needs complete images, from which no score has dropped a token."""
         return any(SELECTORS[tier.selector].whole_grid for tier in self.selection)
 
     @property
@@ -270,11 +281,15 @@ class Reduction:
     @property
     def has_rest(self) -> bool:
         """Return whether some content of dropped tokens goes to the residual token."""
+        # With the full gain, an assignment of every dropped token leaves nothing over.
         return self.residual and (self.gain < 1 or self.assignment == "k_nearest")
 
     @property
     def uses_score_values(self) -> bool:
-        """Return whether the scores' values matter, not just their order: they are standardized."""
+        """Return whether the values of the scores matter, not just their order.
+
+        Such scores are standardized.
+        """
         weighted = self.weighting == "score" and (self.gain > 0 or self.residual)
         return self.selector == "greedy" or self.reweight != 0 or weighted
 
@@ -314,6 +329,7 @@ class Reduction:
         Raises:
             ValueError: If ``keep`` is a number of tokens that the image does not have.
         """
+        # Case: a fraction of the image's own number of tokens.
         if isinstance(self.keep, float):
             return max(1, round(self.keep * visual_tokens))
         if self.keep > visual_tokens:
@@ -338,6 +354,7 @@ class Reduction:
         Raises:
             ValueError: If a field is missing, unknown or out of range.
         """
+        # A copy, since entries are taken out of it.
         values = dict(values)
         check_fields(values, {item.name for item in fields(cls)}, {"site", "keep"}, "a reduction")
         if values.get("temperature") == "inf":
@@ -363,6 +380,7 @@ class Reduction:
         return f"{self.site}: keep {keep}, {chosen}{order}, {treatment}, positions {self.position}"
 
     def _treatment(self) -> str:
+        # The regime, and in brackets every setting that differs from its default.
         words = [f"{self.regime}"]
         if self.gain > 0:
             words.append(f"gain {self.gain:.3g}, {self._assigned()}")

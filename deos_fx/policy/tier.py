@@ -62,6 +62,7 @@ class Tier:
         """Return how many tokens it chooses in a reduction that keeps ``total``."""
         if isinstance(self.keep, int):
             return self.keep
+        # 0.07 * 100 is a little more than 7 in floats, and must not be rounded up to 8.
         return math.ceil(self.keep * total - 1e-9)
 
     def __repr__(self) -> str:
@@ -87,6 +88,7 @@ def checked_tier(site: str, tier: object, score: str) -> Tier:
         raise ValueError(
             f"{site}: selector is {tier.selector!r}; choose from {', '.join(SELECTORS)}"
         )
+    # The order is that of a reduction's own checks: choices, then scores, then the options of both.
     check_keep(f"{site}: a tier", tier.keep)
     scores = normal_weights(f"{site}: scores", tier.scores, SCORES)
     if not scores and SELECTORS[tier.selector].ranks:
@@ -102,6 +104,7 @@ def checked_tier(site: str, tier: object, score: str) -> Tier:
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
     """Check that a value is a number within limits, and not infinite."""
+    # Python counts True among the integers. `not low <= value` also refuses NaN.
     number = not isinstance(value, bool) and isinstance(value, int | float)
     if not number or not low <= cast(float, value) <= high or value == math.inf:
         raise ValueError(f"{name} is {value!r}; give a number in [{low:g}, {high:g}]")
@@ -131,7 +134,13 @@ def check_keep(what: str, keep: object) -> None:
 
 
 def normal_weights(what: str, weights: object, known: Mapping[str, object]) -> dict[str, float]:
-    """Return weights that sum to 1, without those that are 0."""
+    """Return weights that sum to 1, without those that are 0.
+
+    Args:
+        what: Where the weights are from, for errors: a site, a colon and the name of the field.
+        weights: Weight by name.
+        known: The names there are.
+    """
     if not isinstance(weights, Mapping):
         raise TypeError(f"{what} is {weights!r}; give a weight for each name")
     for key, weight in weights.items():
@@ -164,10 +173,12 @@ def other_options(site: str, selector: str, scores: Iterable[str], given: object
                 f"choose from {', '.join(known) or 'nothing'}"
             )
         _check_option(f"{site}: option {name}", name, value, known[name])
+    # JSON has no tuples, and a policy read from a file has to equal the one that was written.
     options = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in given.items()
     }
+    # A default of None, or of no numbers, says that a value has to be given.
     for name, default in known.items():
         if options.get(name, default) in (None, ()):
             raise ValueError(f"{site}: {selector} needs the option {name!r}; give a value")
@@ -176,6 +187,7 @@ def other_options(site: str, selector: str, scores: Iterable[str], given: object
 
 def _check_option(what: str, name: str, value: object, default: object) -> None:
     """Check that an option is a number, or a list of numbers if its default is a list."""
+    # The default tells the kind of an option.
     several = isinstance(default, tuple)
     if several and not isinstance(value, list | tuple):
         raise ValueError(f"{what} is {value!r}; give a list of numbers")
@@ -216,7 +228,10 @@ def check_diversity(site: str, selector: str, diversity: float) -> None:
 
 
 def given_fields(item: Any) -> dict[str, Any]:
-    """Return the fields and options that differ from their defaults, without the tiers."""
+    """Return the fields and options that differ from their defaults, without the tiers.
+
+    They are what files and `repr` show of a reduction or a tier.
+    """
     values = {entry.name: getattr(item, entry.name) for entry in fields(item)}
     given = {
         entry.name: values[entry.name]
@@ -228,6 +243,7 @@ def given_fields(item: Any) -> dict[str, Any]:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in item.options.items()
         }
+    # A file names the count of a tier even if it is 0; that of a reduction has no default.
     return {"keep": item.keep} | given if isinstance(item, Tier) else given
 
 
