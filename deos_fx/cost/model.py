@@ -182,13 +182,14 @@ class CostModel:
             patches: Patches of one image that each used block of the vision tower processes, then
                 those of the projector, see `patches`; by default all of them.
         """
-        # What is around the layers runs over the prompt as it enters the decoder. The head runs over
-        # what is left at the end.
+        # What is around the layers runs over the prompt as it enters the decoder.
         lengths = [self.text_tokens + count for count in counts]
         layers = sum(
             block.flops(length) for block, length in zip(self._parts.decoder, lengths, strict=True)
         )
         around = self._parts.measured.around * lengths[0]
+        # The head runs over what is left at the end.
+        # The head runs over what is left at the end.
         head = self._parts.measured.head * (self.logits_to_keep or lengths[-1])
         encoding = self._encoding(self.patches(Policy()) if patches is None else patches)
         return encoding + self.batch * (layers + around + head) + overhead

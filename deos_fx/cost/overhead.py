@@ -131,7 +131,7 @@ def relaxed_flops(reduction: Reduction, before: Amount, after: Amount, sizes: Si
     compared = sum(widths[kind] for kind in reduction.similarity)
     moved = after * (before - after)
     total: Amount = 0
-    # Similarities of all pairs, of every dropped token with every kept one, and the transfer itself.
+    # Similarities of all pairs, of dropped tokens with kept ones, and the transfer itself.
     if "novelty" in reduction.scores and reduction.uses_scores:
         total += 2 * sizes.width * before * before
     if reduction.selector == "greedy":
