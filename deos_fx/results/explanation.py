@@ -1,4 +1,8 @@
-"""The effect of a reduction on a batch of prompts: its record, and drawings of one image in it."""
+"""Record what a reduction did to a batch of prompts, and draw it on an image.
+
+`SiteExplanation` counts prompt positions, as the model does; `TokenStep` counts the patches of one
+image, as a drawing does.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +67,7 @@ class SiteExplanation:
 
 @dataclass(frozen=True)
 class Move:
-    """The part of a dropped token that went to a kept one; patches are counted row by row."""
+    """The move of a part of a dropped token to a kept one; patches are counted row by row."""
 
     source: int
     target: int
@@ -108,6 +112,7 @@ def token_steps(
     Returns:
         A step for each site, in order.
     """
+    # Positions that are not in it, of other images or a copy of CLS (-1), have no patch.
     patch = {int(position): i for i, position in enumerate(visual[row]) if i < patches}
     steps = []
     for explanation, regime in zip(explanations, regimes, strict=True):
@@ -132,6 +137,7 @@ def _moves(
 ) -> Iterable[Move]:
     """Yield the larger parts of the assignment [K, V_in] as moves between patches of one image."""
     for j, source in enumerate(incoming):
+        # A soft assignment spreads a token over all others; only its larger parts are drawn.
         total = float(weights[:, j].sum())
         for i, target in enumerate(kept):
             weight = float(weights[i, j])
@@ -153,6 +159,7 @@ def draw_image(image: Image.Image, name: str) -> str:
     Returns:
         An SVG element.
     """
+    # PNG keeps small images exact; as base64 they need no other file.
     width, height = image.size
     file = io.BytesIO()
     image.save(file, "png", optimize=True)
@@ -180,6 +187,7 @@ def draw_step(step: TokenStep, image: Image.Image, name: str, grid: tuple[int, i
     cell = (width / grid[1], height / grid[0])
     kept = set(step.kept)
     gone = [patch for patch in range(grid[0] * grid[1]) if patch not in kept]
+    # From back to front. The image is in the page once, and all drawings refer to it.
     parts = [f'<use href="#{name}"/>']
     # Tokens that earlier reductions dropped are drawn darker than those of this one.
     earlier = set(gone) - set(step.before)

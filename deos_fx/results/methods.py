@@ -1,4 +1,4 @@
-"""Measurements of the demo: methods, example pictures and the check of the export."""
+"""Record the measurements of the demo: methods, example pictures and the check of the export."""
 
 from __future__ import annotations
 
