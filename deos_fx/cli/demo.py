@@ -61,7 +61,7 @@ def run_demo(
         ValueError: If the budget makes no sense for the model.
         OSError: If the folder cannot be written.
     """
-    # A mistake in the budget shows before anything runs, and a failure leaves no half-written folder.
+    # A mistake in the budget shows before anything runs; a failure leaves no half-written folder.
     limits = Budget(visual_tokens=budget)
     with fresh_folder(output) as folder:
         with _one_thread(), stages(console) as stage:
