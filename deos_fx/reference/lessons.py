@@ -265,6 +265,6 @@ def _fill(questions: Sequence[Question], rng: np.random.Generator) -> tuple[list
             question = choices[pick % len(choices)]
             answer = [VOCABULARY[word] for word in question.answer.split()]
             words += [VOCABULARY[word] for word in question.text.split()] + answer
-            # The last word of the question predicts the answer's first, and its last predicts the end.
+            # Targets are one ahead: the question's last word predicts the first of the answer.
             targets += [IGNORE] * (_QUESTION_WORDS[kind] - 1) + answer + [VOCABULARY["<eos>"]]
     return words, targets
