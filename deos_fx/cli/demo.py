@@ -146,6 +146,7 @@ def _prompts(processor: LlavaProcessor, examples: Sequence[Example]) -> dict[str
 
 def _text_tokens(processor: LlavaProcessor, examples: Sequence[Example]) -> int:
     """Count the text tokens of the longest prompt, to which a batch is padded."""
+    # All prompts have equally many visual tokens, so those of the first serve for all.
     ids = _prompts(processor, examples)["input_ids"]
     return ids.shape[1] - int((ids[0] == processor.image_token_id).sum())
 
@@ -180,6 +181,7 @@ class _Tested:
 
 def _preset(name: str, model: LlavaForConditionalGeneration, limit: float) -> _Tested:
     """Return a preset fitted to the budget, or the reason why it cannot meet the budget."""
+    # A method that cannot meet the budget gets a row with the reason, not an error.
     signature = facts_of(model).signature
     try:
         policy = presets.fit(name, limit, signature.decoder_layers, signature.visual_tokens)
@@ -204,6 +206,7 @@ class _Recorder:
         self.answers: list[str] = []
 
     def __call__(self, **inputs: Tensor) -> Tensor:
+        # Ids begin with the prompt; only what follows is the answer.
         ids = self.generate(**inputs)
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
@@ -304,6 +307,7 @@ def _figures(result: DemoResult) -> dict[str, Any]:
             {
                 "name": method.name,
                 "accuracy": dict(method.accuracy),
+                # A method without a measurement has the empty policy as a filler, so none is shown.
                 "cost": asdict(method.cost) if method.accuracy else None,
                 "policy": json.loads(method.policy.to_json()) if method.accuracy else None,
                 "reason": method.reason,

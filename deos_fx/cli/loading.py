@@ -118,6 +118,7 @@ def _config(model_dir: str) -> Any:
     # transformers would look for anything else on the hub and fail with a message about tokens.
     if not os.path.isdir(model_dir) and not _HUB_ID.fullmatch(model_dir):
         raise ValueError(f"there is no folder {model_dir}")
+    # By the type of the config: no weights are read to refuse a model of text alone.
     config = AutoConfig.from_pretrained(model_dir)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(
@@ -193,6 +194,7 @@ def processor_of(model_dir: str) -> Any:
     """Load the model's processor; None if there is none."""
     from transformers import AutoProcessor
 
+    # transformers has no way to ask. A folder with config.json alone is fine for `inspect`.
     try:
         return AutoProcessor.from_pretrained(model_dir)
     except (OSError, ValueError):

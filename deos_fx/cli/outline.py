@@ -162,6 +162,7 @@ def tokens_of(row: Row) -> str:
     others = row.tokens - row.visual
     if not row.used:
         return "left out"
+    # Case: inside an encoder that is one node of the graph.
     if not row.tokens:
         return "as many tokens as the image has patches"
     if row.stage == "projector":
@@ -202,11 +203,13 @@ def _projector(model: PreTrainedModel, captured: Captured, sites: Sites) -> str:
     if sites.encoder is Encoder.OPAQUE:
         return _last_named(model)
     graph_module = captured.graph_module
+    # Case: its module is in the graph.
     node = next(node for node in graph_module.graph.nodes if node.name == sites.features)
     # Go back from the features to the module that made them.
     while node.op != "call_module" and node.all_input_nodes:
         node = node.all_input_nodes[0]
     if node.op != "call_module":
+        # Case: features that are computed by plain operations alone.
         return _last_named(model)
     return type(graph_module.get_submodule(str(node.target))).__name__
 

@@ -89,6 +89,7 @@ class Budget:
             elif value is not None:
                 # Case: an absolute limit.
                 limits[name] = float(value)
+        # Case: a limit that nothing could exceed, for example the tokens of all layers together.
         if limits.get("visual_tokens", 0) > unreduced.visual_tokens:
             raise ValueError(
                 f"budget visual_tokens={self.visual_tokens}, but the model has only "
@@ -117,6 +118,7 @@ def _check_limit(name: str, value: object) -> None:
     fine = not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
     if not fine:
         raise ValueError(f"budget {name}={value!r}; a limit is a positive number: {kinds}")
+    # Case: a number of tokens, FLOPs or bytes written as a float. Latency is never a fraction.
     if name != "latency_ms" and isinstance(value, float) and value > 1:
         raise ValueError(
             f"budget {name}={value!r}; a float is a fraction in (0, 1], for an absolute limit give "

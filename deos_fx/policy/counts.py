@@ -117,6 +117,7 @@ def as_shares(policy: Policy, visual_tokens: int) -> Policy:
         policy: Its counts are ints.
         visual_tokens: Visual tokens of one image, for which the shares give the same counts.
     """
+    # count / n * n may differ from the count by an ulp; a share is rounded to the nearest count.
     shares = [count / visual_tokens for count in policy.counts(visual_tokens)]
     return _with_counts(policy, shares)
 

@@ -63,6 +63,7 @@ class Policy:
         for earlier, later in zip(ordered, ordered[1:], strict=False):
             if earlier.site == later.site:
                 raise ValueError(f"two reductions at {later.site}; a site takes one")
+            # Windows and pools need neighbours to be there.
             if later.whole_grid and not earlier.leaves_grid:
                 raise ValueError(
                     f"{later.site} needs complete images to select from, but {earlier.site} before "
@@ -117,6 +118,7 @@ class Policy:
             )
         for reduction in self.reductions:
             stage, layer = split_site(reduction.site)
+            # A model has one projector, so a site there always exists.
             layers = {"vision": model.vision_layers, "decoder": model.decoder_layers}
             if stage in layers and layer >= layers[stage]:
                 last = layers[stage] - 1
@@ -131,6 +133,7 @@ class Policy:
 
     def to_json(self) -> str:
         """Return the policy as indented JSON, without fields that have their default value."""
+        # The first two entries identify the file, so that a reader can refuse others with a reason.
         data: dict[str, Any] = {"deos_fx": "policy", "version": VERSION}
         if self.name:
             data["name"] = self.name

@@ -127,6 +127,7 @@ class Reduction:
         # 2. Fields that are completed. Scores come before options, since scores have options too.
         default = "last_text_attention" if stage == "decoder" else "cls_attention"
         scores = normal_weights(f"{self.site}: scores", self.scores, SCORES)
+        # Scores without effect stay empty, so that equal methods are equal policies.
         used = {default: 1.0} if self.uses_scores else {}
         # The dataclass is frozen, so the completed values are set in this way.
         object.__setattr__(self, "scores", scores or used)
@@ -149,6 +150,7 @@ class Reduction:
         limits = {"gain": (0, 1), "exponent": (0, 4), "mass_bias": (0, 4)}
         for name, (low, high) in (limits | {"reweight": (-1e3, 1e3)}).items():
             check_number(f"{self.site}: {name}", getattr(self, name), low, high)
+        # Infinity is a temperature, but no other number.
         if self.temperature != math.inf:
             check_number(f"{self.site}: temperature", self.temperature, 0, math.inf)
         for name in ("residual", "keep_class", "average"):
@@ -184,6 +186,7 @@ class Reduction:
             )
         if self.assignment == "window" and self.selector != "grid":
             raise ValueError(f"{site}: the assignment 'window' needs the selector 'grid'")
+        # A raw score is used as it is; a mix is always of standardized ones.
         if self.weighting == "raw" and len(self.scores) != 1:
             raise ValueError(f"{site}: weighting 'raw' needs exactly one score, not {self.scores}")
         # What is chosen.
@@ -225,6 +228,7 @@ class Reduction:
     @property
     def selection(self) -> tuple[Tier, ...]:
         """Return all tiers with all options; the first is made of the reduction's own fields."""
+        # The count of the first tier is what the others leave, so it has none.
         first = Tier(
             selector=self.selector,
             scores=self.scores,
@@ -344,7 +348,7 @@ class Reduction:
         given = given_fields(self)
         if self.tiers:
             given["tiers"] = [given_fields(tier) for tier in self.tiers]
-        # JSON has no infinity.
+        # JSON has no infinity, so `from_dict` reads it as a word.
         return given | ({"temperature": "inf"} if self.temperature == math.inf else {})
 
     @classmethod

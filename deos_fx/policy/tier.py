@@ -126,6 +126,7 @@ def check_keep(what: str, keep: object) -> None:
     """Check that a value is a number of tokens or a fraction."""
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not keep >= 0:
         raise ValueError(f"{what}: keep is {keep!r}; give a count >= 1 or a fraction")
+    # Case: a number of tokens written as a float, or a fraction in percent.
     if isinstance(keep, float) and keep > 1:
         raise ValueError(
             f"{what}: keep is {keep!r}; a float is a fraction in (0, 1], for a number of tokens "
@@ -202,6 +203,7 @@ def check_observe(site: str, observe: object) -> None:
     """Check that a value names a place where attention can be observed."""
     if observe in ("", "next"):
         return
+    # The projector is no block, so it has no attention.
     if not isinstance(observe, str) or split_site(observe)[0] == "projector":
         raise ValueError(f"{site}: observe is {observe!r}; give 'next' or a block's site")
 
@@ -217,6 +219,7 @@ def known_options(selector: str, scores: Iterable[str]) -> dict[str, Any]:
 def check_diversity(site: str, selector: str, diversity: float) -> None:
     """Check that a diversity is a number, and that the selector uses it."""
     check_number(f"{site}: diversity", diversity, 0, 1e3)
+    # Refused rather than ignored: a policy should say what it does.
     if diversity > 0 and selector != "greedy":
         raise ValueError(
             f"{site}: diversity {diversity} has no effect with the selector {selector!r}; choose "

@@ -75,6 +75,7 @@ class ReducedCache(DynamicCache):
             parts: The caches of the parts.
             rows: The place in the batch of every row of the parts, one part after the other.
         """
+        # zip turns the layers of each part into the parts of each layer.
         self.layers = [
             _joined_layer(layers, rows)
             for layers in zip(*(part.layers for part in parts), strict=True)
@@ -110,6 +111,7 @@ class ReducedCache(DynamicCache):
         Raises:
             ValueError: If they reach into a prompt that was reduced.
         """
+        # Layers hold different tokens of the prompt; only after it do they agree.
         if self.spaces and self.get_seq_length() - abs(tokens_to_remove) < self.prompt_length:
             raise ValueError(
                 f"crop({tokens_to_remove}) reaches into the prompt of {self.prompt_length} tokens, "
@@ -172,6 +174,7 @@ class ReducedCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow beam search: select rows of the layers and of the spaces."""
+        # `prompt_length` is the same for all rows, and `images` are those of the call: both stay.
         super().reorder_cache(beam_idx)
         self._rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
@@ -210,6 +213,7 @@ def in_rows(values: Sequence[Tensor], rows: Sequence[int], axis: int) -> Tensor:
     Returns:
         [B, ...] in the order of the batch.
     """
+    # New tokens are appended on the right, so the padding has to be on the left.
     longest = max(value.shape[axis] for value in values)
     # torch pads the last axis first: nothing on the axes after `axis`, zeros in front on `axis`.
     later_axes = [0, 0] * (values[0].ndim - 1 - axis)

@@ -99,8 +99,10 @@ def take_mask(mask: Tensor | BlockMask | None, index: Tensor) -> Tensor | BlockM
             return visible(row, head, index[row, query], index[row, key])
 
         return create_block_mask(kept, batch, None, length, length, device=index.device)
+    # Case: flags of real tokens, or no mask.
     if mask is None or mask.ndim == 2:
         return None if mask is None else take(mask, index)
+    # Case: queries and keys.
     return take(take(mask, index, dim=2), index, dim=3)
 
 
@@ -144,6 +146,7 @@ def kept_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
     Returns:
         [B, images * K] ascending.
     """
+    # Images of a prompt are consecutive rows; token j of image i is number i * per_image + j.
     offset = torch.arange(images, device=kept.device)[:, None] * per_image
     return (kept.unflatten(0, (-1, images)) + offset).flatten(1)
 

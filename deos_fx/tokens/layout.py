@@ -94,6 +94,7 @@ def grid_after(reduction: Reduction, count: int, grid: Tensor) -> Tensor | None:
     Returns:
         [K, 3], or None if the kept tokens depend on the input.
     """
+    # Anchors of the grid are chosen by place alone; everything else reads the tokens.
     if reduction.selector != "grid" or reduction.tiers:
         return None
     return grid[grid_anchors(grid, count)[0]]
@@ -101,6 +102,7 @@ def grid_after(reduction: Reduction, count: int, grid: Tensor) -> Tensor | None:
 
 def grid_of_prompt(grid: Tensor, images: int) -> Tensor:
     """Return the grid [images * K, 3] of a prompt whose images all have the grid [K, 3]."""
+    # The first coordinate is the number of the image.
     return torch.cat([grid + torch.tensor([image, 0, 0]) for image in range(images)])
 
 

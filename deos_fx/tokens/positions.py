@@ -26,6 +26,7 @@ __all__ = [
 
 def are_visual(input_ids: Tensor, image_token: int | tuple[int, ...]) -> Tensor:
     """Flag the placeholders, of one kind or of several, in input_ids [B, N]."""
+    # Case: one kind, which exports to a single operator.
     if isinstance(image_token, int):
         return torch.eq(input_ids, image_token)
     return torch.isin(input_ids, torch.tensor(image_token, device=input_ids.device))
@@ -61,6 +62,7 @@ def is_separator(features: Tensor, newline: Tensor) -> Tensor:
 
 def text_tokens(visual: Tensor, hidden: Tensor) -> Tensor:
     """Return positions [B, N - V] of everything in [B, N, d] but the visual tokens [B, V]."""
+    # 1 everywhere but at the visual tokens; `listed` turns flags into positions.
     flags = torch.ones(hidden.shape[:2], device=hidden.device)
     flags = flags.scatter(1, visual.to(hidden.device), 0.0)
     return listed(flags, hidden.shape[1] - visual.shape[1])
@@ -83,6 +85,7 @@ def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     """
     batch, length = hidden.shape[:2]
     steps = torch.arange(length, device=hidden.device)
+    # Case: no padding.
     if attention_mask is None:
         return steps[-1:].expand(batch, 1)
     # The largest place of a real token, whichever side the padding is on.
@@ -170,6 +173,7 @@ def relaxed_grid_positions(
     Returns:
         [B, N].
     """
+    # Positions are whole numbers, so they have no gradient.
     left = (alive.detach() >= 0.5).float()
     return position_ids - _trailing(left, visual, position_ids.shape[1], images).cumsum(dim=1)
 

@@ -108,6 +108,7 @@ def rater_votes(
     # 3. The words above the average of the question.
     called = called * question
     average = called.sum(dim=1, keepdim=True) / question.sum(dim=1, keepdim=True)
+    # Rounding may leave none of equal words above their average: then all of them are raters.
     raters = (called > average) & (question != 0)
     return (raters | (question != 0) & ~raters.any(dim=1, keepdim=True)).float()
 
