@@ -1,4 +1,4 @@
-"""The cost of a prefill: visual tokens per layer, floating-point operations, bytes of KV cache.
+"""Predict the cost of a prefill: visual tokens per layer, FLOPs, bytes of KV cache.
 
 The parts of the model are measured once, on a twin that has shapes and no data. From these and the
 counts of tokens, costs are computed; the model does not run.

@@ -1,4 +1,4 @@
-"""The costs of a model's parts: its decoder layers, its vision blocks and what is around them."""
+"""Give the costs of a model's parts: its decoder layers, its vision blocks, what is around them."""
 
 from __future__ import annotations
 

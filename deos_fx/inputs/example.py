@@ -1,4 +1,4 @@
-"""A prompt with one grey image, to capture, inspect or export a model with."""
+"""Make a prompt with one grey image, to capture, inspect or export a model with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The images and videos of a call: the inputs that carry them, and their visual tokens."""
+"""Find the images and videos of a call: the inputs that carry them, and their visual tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The images and videos of a batch, and the prompts that they belong to.
+"""Find the images and videos of a batch, and the prompts that they belong to.
 
 transformers gives the pixels of a batch as flat lists: of images, of their tiles, of their patches,
 with tables of the size of each image. `items` counts the visual tokens of each. Here they are

@@ -73,7 +73,7 @@ class Blocks:
 
 
 def find_blocks(model: PreTrainedModel) -> Blocks:
-    """Locate the stacks of blocks through transformers' own accessors and block base class.
+    """Find the stacks of blocks, by transformers' own accessors and base class of blocks.
 
     Args:
         model: A transformers vision-language model.

@@ -1,4 +1,4 @@
-"""Names that analysis cannot infer: those of single families, and those that all families share.
+"""Name what analysis cannot infer: names of single families, and those that all families share.
 
 Everything else (the role of each module, the number of tokens of an image, values added to them in
 the decoder, tensors that run over the prompt) is read from the model, its config or the captured

@@ -1,4 +1,4 @@
-"""Private names of torch and transformers that deos_fx relies on, checked when it is loaded.
+"""Check, at import, the private names of torch and transformers that deos_fx relies on.
 
 An import of a name that is gone fails by itself. The names listed here would go unnoticed: a method
 overridden by name would simply never be called, and a table looked up by name would be another.

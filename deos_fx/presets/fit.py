@@ -114,7 +114,7 @@ def _fit_avg_pool(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
 
 
 def _floor(value: float) -> int:
-    """Round down, ignoring the rounding error of a fraction times a count."""
+    """Round down, forgiving the rounding error of a fraction times a count."""
     return math.floor(value + 1e-9)
 
 

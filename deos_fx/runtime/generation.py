@@ -1,4 +1,4 @@
-"""Run transformers' own `generate` on a callable that is not the model itself."""
+"""Run transformers' own `generate` on a callable in place of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Biases on the attention logits of keys, from masses and gates."""
+"""Compute biases on the attention logits of keys, from masses and gates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Indices into prompts: which tokens stay, and how values are re-indexed.
+"""Compute indices into prompts: which tokens stay, and how values are re-indexed.
 
 These small tensor functions appear by name in lowered graphs.
 

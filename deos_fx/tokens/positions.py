@@ -1,4 +1,4 @@
-"""Places of the visual tokens in a prompt, and position ids after a reduction."""
+"""Find the visual tokens in a prompt, and compute position ids after a reduction."""
 
 from __future__ import annotations
 

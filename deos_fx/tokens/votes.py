@@ -1,7 +1,7 @@
-"""Votes: whose attention to the visual tokens counts. Also the text and CLS tokens that are asked.
+"""Compute votes, which say whose attention to the visual tokens counts.
 
 A score by attention is a mean over the tokens that attend, weighted by their votes: a token with
-vote 0 takes no part.
+vote 0 takes no part. Also here: the text and the CLS token that scores compare with.
 
 Shapes: B rows, N prompt positions, V visual tokens of a row, T = N - V others (text and padding),
 I images.
