@@ -314,7 +314,7 @@ class ReducedModel(nn.Module):
     def _spaces_of(
         self, left: Sequence[Mapping[str, Tensor]] | None, input_ids: Tensor
     ) -> list[TokenSpace]:
-        """Return the token spaces after the reductions, for the cache."""
+        """Return the token spaces after the reductions."""
         # Case: text alone, of which nothing was dropped.
         if left is None:
             whole = torch.arange(input_ids.shape[1], device=input_ids.device)
