@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -13,8 +13,10 @@ from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.site import split_site
 from deos_fx.policy.tier import (
     Tier,
+    check_choice,
     check_diversity,
     check_fields,
+    check_flag,
     check_keep,
     check_number,
     check_observe,
@@ -115,15 +117,12 @@ class Reduction:
         # 1. What every other check refers to.
         stage, _ = split_site(self.site)
         check_keep(self.site, self.keep)
-        # A tier may keep 0, a reduction may not.
-        if not self.keep:
-            raise ValueError(f"{self.site}: keep is {self.keep!r}; give a count >= 1 or a fraction")
-        self._check_choice("selector", tuple(SELECTORS))
-        self._check_choice("assignment", ASSIGNMENTS)
-        self._check_choice("order", ORDERS)
-        self._check_choice("receivers", RECEIVERS)
-        self._check_choice("weighting", WEIGHTINGS)
-        self._check_choice("position", POSITIONS)
+        check_choice(f"{self.site}: selector", self.selector, SELECTORS)
+        check_choice(f"{self.site}: assignment", self.assignment, ASSIGNMENTS)
+        check_choice(f"{self.site}: order", self.order, ORDERS)
+        check_choice(f"{self.site}: receivers", self.receivers, RECEIVERS)
+        check_choice(f"{self.site}: weighting", self.weighting, WEIGHTINGS)
+        check_choice(f"{self.site}: position", self.position, POSITIONS)
         # 2. Fields that are completed. Scores come before options, since scores have options too.
         default = "last_text_attention" if stage == "decoder" else "cls_attention"
         scores = normal_weights(f"{self.site}: scores", self.scores, SCORES)
@@ -141,11 +140,6 @@ class Reduction:
         self._check_numbers()
         self._check_together()
 
-    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise ValueError(f"{self.site}: {name} is {value!r}; choose from {', '.join(choices)}")
-
     def _check_numbers(self) -> None:
         limits = {"gain": (0, 1), "exponent": (0, 4), "mass_bias": (0, 4)}
         for name, (low, high) in (limits | {"reweight": (-1e3, 1e3)}).items():
@@ -154,10 +148,7 @@ class Reduction:
         if self.temperature != math.inf:
             check_number(f"{self.site}: temperature", self.temperature, 0, math.inf)
         for name in ("residual", "keep_class", "average"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(
-                    f"{self.site}: {name} is {getattr(self, name)!r}; give True or False"
-                )
+            check_flag(f"{self.site}: {name}", getattr(self, name))
         if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int):
             raise TypeError(
                 f"{self.site}: neighbours is {self.neighbours!r}; give a number of tokens"
@@ -358,7 +349,6 @@ class Reduction:
         Raises:
             ValueError: If a field is missing, unknown or out of range.
         """
-        # A copy, since entries are taken out of it.
         values = dict(values)
         check_fields(values, {item.name for item in fields(cls)}, {"site", "keep"}, "a reduction")
         if values.get("temperature") == "inf":

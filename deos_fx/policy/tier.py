@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, TypeAlias, cast
 
@@ -14,8 +14,10 @@ from deos_fx.policy.site import split_site
 __all__ = [
     "Options",
     "Tier",
+    "check_choice",
     "check_diversity",
     "check_fields",
+    "check_flag",
     "check_keep",
     "check_number",
     "check_observe",
@@ -84,12 +86,9 @@ def checked_tier(site: str, tier: object, score: str) -> Tier:
     """
     if not isinstance(tier, Tier):
         raise TypeError(f"{site}: tiers has {tier!r}; give Tier(keep=..., selector=...)")
-    if tier.selector not in SELECTORS:
-        raise ValueError(
-            f"{site}: selector is {tier.selector!r}; choose from {', '.join(SELECTORS)}"
-        )
+    check_choice(f"{site}: selector", tier.selector, SELECTORS)
     # The order is that of a reduction's own checks: choices, then scores, then the options of both.
-    check_keep(f"{site}: a tier", tier.keep)
+    check_keep(f"{site}: a tier", tier.keep, none=True)
     scores = normal_weights(f"{site}: scores", tier.scores, SCORES)
     if not scores and SELECTORS[tier.selector].ranks:
         scores = {score: 1.0}
@@ -122,9 +121,22 @@ def check_fields(values: Mapping[str, Any], known: set[str], needed: set[str], w
         raise ValueError(f"{what} has no field {unknown!r}; the fields are {sorted(known)}")
 
 
-def check_keep(what: str, keep: object) -> None:
-    """Check that a value is a number of tokens or a fraction."""
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not keep >= 0:
+def check_choice(what: str, value: object, choices: Collection[str]) -> None:
+    """Check that a value is one of the choices."""
+    if value not in tuple(choices):
+        raise ValueError(f"{what} is {value!r}; choose from {', '.join(choices)}")
+
+
+def check_flag(what: str, value: object) -> None:
+    """Check that a value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} is {value!r}; give True or False")
+
+
+def check_keep(what: str, keep: object, *, none: bool = False) -> None:
+    """Check that a value is a number of tokens or a fraction; 0 is one only where `none` is."""
+    number = not isinstance(keep, bool) and isinstance(keep, int | float)
+    if not number or not (cast(float, keep) > 0 or none and keep == 0):
         raise ValueError(f"{what}: keep is {keep!r}; give a count >= 1 or a fraction")
     # Case: a number of tokens written as a float, or a fraction in percent.
     if isinstance(keep, float) and keep > 1:
