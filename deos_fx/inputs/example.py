@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deos_fx.models.facts import ModelFacts, count_visual_tokens, facts_of
+from deos_fx.models.facts import ModelFacts, facts_of
+from deos_fx.models.shapes_only import count_visual_tokens
 
 __all__ = ["TEXT_TOKENS", "example_inputs"]
 

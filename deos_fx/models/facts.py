@@ -21,11 +21,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deos_fx.models.blocks import Blocks, find_blocks, image_tower
 from deos_fx.models.families import ENCODERS, IMAGE_TOKENS, PIXELS, VIDEO_TOKENS
-from deos_fx.models.shapes_only import on_shapes
+from deos_fx.models.shapes_only import count_visual_tokens
 from deos_fx.models.upstream import check_upstream
 from deos_fx.policy.policy import ModelSignature
 
-__all__ = ["ModelFacts", "ModelState", "configs_of", "count_visual_tokens", "facts_of"]
+__all__ = ["ModelFacts", "ModelState", "configs_of", "facts_of"]
 
 
 # *** the state that facts depend on ***
@@ -371,26 +371,6 @@ def _visual_tokens(model: PreTrainedModel, size_inputs: frozenset[str]) -> int:
         # Case: the encoder is told the size of each image.
         return 0
     return count_visual_tokens(model, {"pixel_values": _image(model)})
-
-
-def count_visual_tokens(model: PreTrainedModel, image: Mapping[str, torch.Tensor]) -> int:
-    """Count the visual tokens of an image by running the encoder on shapes, without arithmetic.
-
-    Args:
-        model: A model that reads images.
-        image: The inputs that the image comes in.
-
-    Returns:
-        Their number; 0 if the encoder does not take the image in this form.
-    """
-    try:
-        with on_shapes(model.base_model) as core, torch.no_grad():
-            features = core.get_image_features(**image, return_dict=True).pooler_output
-    # How an encoder fails on inputs of another form is up to the code of its family.
-    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
-        return 0
-    parts = [features] if isinstance(features, torch.Tensor) else features
-    return sum(math.prod(part.shape[:-1]) for part in parts)
 
 
 def _image(model: PreTrainedModel) -> torch.Tensor:

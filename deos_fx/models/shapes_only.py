@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from deos_fx.models.views import AnyLinear, execution_device, linear_sizes, with_layers
 from deos_fx.replaced import replaced
@@ -25,6 +26,7 @@ from deos_fx.replaced import replaced
 __all__ = [
     "OnZeros",
     "ShapesOnly",
+    "count_visual_tokens",
     "on_shapes",
     "plain_attention",
     "shaped",
@@ -148,6 +150,26 @@ def on_shapes(module: nn.Module) -> Iterator[Any]:
     """Enter `ShapesOnly` with a view of a module that runs in it, whatever its weights are."""
     with ShapesOnly():
         yield shaped(module)
+
+
+def count_visual_tokens(model: PreTrainedModel, image: Mapping[str, torch.Tensor]) -> int:
+    """Count the visual tokens of an image by running the encoder on shapes, without arithmetic.
+
+    Args:
+        model: A model that reads images.
+        image: The inputs that the image comes in.
+
+    Returns:
+        Their number; 0 if the encoder does not take the image in this form.
+    """
+    try:
+        with on_shapes(model.base_model) as core, torch.no_grad():
+            features = core.get_image_features(**image, return_dict=True).pooler_output
+    # How an encoder fails on inputs of another form is up to the code of its family.
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
+        return 0
+    parts = [features] if isinstance(features, torch.Tensor) else features
+    return sum(math.prod(part.shape[:-1]) for part in parts)
 
 
 def shaped(module: nn.Module) -> nn.Module:
