@@ -36,6 +36,8 @@ __all__ = [
     "transform",
 ]
 
+# Public name -> module. `__getattr__` imports it at first use, so that `import deos_fx` is fast and
+# the command line shows its help at once.
 _PLACES = {
     "Budget": "policy.budget",
     "OnnxModel": "exporters.onnx_model",

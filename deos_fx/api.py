@@ -36,9 +36,9 @@ def transform(
     """Reduce the visual tokens of a vision-language model.
 
     1. With `policy`, that policy is applied.
-    2. With `data`, a policy is searched for under the budget, see `deos_fx.search`.
-    3. With neither, every dropped token is merged into the kept token it resembles most, before
-       the decoder (`presets.merge`), with the largest count that the budget allows.
+    2. With `data`, a policy is searched for under the budget; see `deos_fx.search`.
+    3. With neither, every dropped token is merged before the decoder into the kept token that it
+       resembles most (`presets.merge`). As many tokens are kept as the budget allows.
 
     If no budget is given, it is half of the visual tokens. Where the number of visual tokens
     depends on the size of an image, the policy keeps a share of each image, rounded to the nearest
@@ -66,10 +66,12 @@ def transform(
     _check_arguments(policy, budget, data)
     wanted = budget or DEFAULT_BUDGET
     if policy is None and data is not None:
+        # Case 2. The import is here, since the search needs much that the other cases do not.
         from deos_fx.passes.search.search import search
 
         policy = search(model, data, budget=wanted).policy
     elif policy is None:
+        # Case 3.
         call = None if example_inputs is None else Call.of(facts, example_inputs)
         policy = _default_policy(facts, wanted, call)
     reduced = ReducedModel(model, policy)
@@ -78,7 +80,7 @@ def transform(
     return reduced
 
 
-def _check_arguments(policy: Any, budget: Any, data: Any) -> None:
+def _check_arguments(policy: object, budget: object, data: object) -> None:
     if policy is not None and not isinstance(policy, Policy):
         raise TypeError(
             f"policy is a {type(policy).__name__}; give a Policy: Policy.load(path), one of "
@@ -105,6 +107,8 @@ def _default_policy(facts: ModelFacts, budget: Budget, call: Call | None) -> Pol
     if call is None and facts.sizes_vary:
         # Case: no image size is known, so only a share of each image can be promised.
         return _merge(ranking, _share(facts, budget))
+    # Case: image sizes are known. A count may be tried out, and is made a share in the end if other
+    # images may have other sizes.
     costs = _cost_model(facts, budget, call)
     limits = budget.limits(costs.predict(Policy()))
     policy = fit_counts(
@@ -153,6 +157,7 @@ def _ranking(facts: ModelFacts) -> str:
     videos = "video" in facts.model.input_modalities
     if videos or facts.sizes_vary or not facts.has_class_token:
         return "novelty"
+    # A tower may have more tokens than come out of it: then CLS ranks patches, not visual tokens.
     encoder = measure_encoder(facts)
     patches = encoder.tokens[encoder.used - 1] - 1
     return "cls_attention" if patches == math.prod(facts.grid) else "novelty"
@@ -166,5 +171,5 @@ def _cost_model(facts: ModelFacts, budget: Budget, call: Call | None) -> CostMod
             "The FLOPs and the KV cache of a prompt depend on its length: give example_inputs (or "
             "data to search with), or limit visual_tokens only."
         )
-    # Only visual tokens are limited here, and their number does not depend on the text.
+    # Case: only visual tokens are limited, and their number does not depend on the text.
     return CostModel.of_images(facts.model, images=1, text_tokens=0)

@@ -1,4 +1,4 @@
-"""The state of an optimizer as named tensors, so that checkpoints need no pickle."""
+"""Write the state of an optimizer as named tensors, so that checkpoints need no pickle."""
 
 from __future__ import annotations
 

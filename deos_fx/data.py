@@ -1,4 +1,4 @@
-"""Questions about images from a JSONL file, as batches of model inputs."""
+"""Read questions about images from a JSONL file, and make batches of model inputs of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from transformers.image_utils import load_image
 
 __all__ = ["Record", "answer_labels", "batches", "read_records"]
 
+# The label that the losses of transformers leave out.
 _IGNORE = -100
+# Entry of a line -> its type.
 _FIELDS = {"image": str, "prompt": str, "answer": str}
 
 
@@ -105,25 +107,29 @@ def _batch(processor: Any, records: Sequence[Record]) -> dict[str, Tensor]:
     tokenizer = processor.tokenizer
     images = [_open(record.image) for record in records]
     prompts = [_prompt(processor, record.prompt) for record in records]
+    # 1. Prompts without the special tokens that would end them: the answer goes on from there.
     special, end = _special_tokens(tokenizer, prompts)
     prompts = [prompt.removesuffix(end) for prompt in prompts]
     options = special | {"padding": True, "return_tensors": "pt"}
-    # Case: no answers. The prompts are the inputs.
+    # Case: no answers, so the prompts are the inputs.
     if records[0].answer is None:
         return dict(processor(images=images, text=prompts, **options))
+    # Case: answers.
+    # 2. Append each to its prompt, with one end of the sequence: the tokenizer's if it writes one.
     eos = "" if end else tokenizer.eos_token or ""
     texts = [
         f"{prompt} {record.answer}{eos}"
         for prompt, record in zip(prompts, records, strict=True)
     ]
     inputs = dict(processor(images=images, text=texts, **options))
+    # 3. Label them. Rows are padded on the left, so every answer is at the end of its row.
     pairs = zip(prompts, texts, strict=True)
     lengths = torch.tensor([_answer_length(tokenizer, *pair, special) for pair in pairs])
     return inputs | {"labels": answer_labels(inputs["input_ids"], lengths)}
 
 
 def answer_labels(ids: Tensor, lengths: Tensor) -> Tensor:
-    """Return labels [B, S] of answers at the end of every row: their ids, and -100 elsewhere.
+    """Return labels [B, S]: the ids of the answer at the end of every row, and -100 elsewhere.
 
     Args:
         ids: [B, S].
@@ -159,7 +165,8 @@ def _prompt(processor: Any, prompt: str) -> str:
         return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     if processor.image_token in prompt:
         return prompt
-    # The placeholder goes before the text, but after a first special token that is written already.
+    # Case: no chat template and no placeholder yet. It goes before the text, but after a first
+    # special token that is written already.
     words = prompt.removeprefix(processor.tokenizer.bos_token or "")
     return f"{prompt.removesuffix(words)}{processor.image_token} {words}"
 
@@ -193,12 +200,13 @@ def _added(tokenizer: Any, text: str) -> tuple[str, str]:
     """Return the special tokens that a tokenizer writes before and after a text."""
     whole = tokenizer(text).input_ids
     bare = tokenizer(text, add_special_tokens=False).input_ids
+    # No tokenizer says which special tokens it adds, so look for the bare text in the whole.
     for start in range(len(whole) - len(bare) + 1):
         end = start + len(bare)
         if whole[start:end] == bare:
             parts = whole[:start], whole[end:]
-            before, behind = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in parts)
-            return before, behind
+            before, after = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in parts)
+            return before, after
     return "", ""
 
 

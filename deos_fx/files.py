@@ -37,6 +37,7 @@ def fresh_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise type(error)(f"cannot write the folder {target}: {error.strerror or error}") from error
     try:
         yield temporary
+        # Only now, when everything is written, does anything appear under the target.
         target.mkdir(parents=True, exist_ok=True)
         for entry in temporary.iterdir():
             _replace(entry, target / entry.name)
@@ -64,10 +65,12 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], object]) ->
         OSError: If the folder does not exist or cannot be written.
     """
     path = Path(path)
+    # In the same folder, so that the last step is a rename, which cannot fail half-way.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     os.close(handle)
     try:
         write(Path(temporary))
+        # mkstemp makes files that only their owner can read.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -76,6 +79,7 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], object]) ->
 
 
 def _replace(entry: Path, target: Path) -> None:
+    # A folder cannot be replaced by renaming, unless it is empty.
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
     os.replace(entry, target)

@@ -49,6 +49,7 @@ class Recent(Generic[K, V]):
 
     def find(self, key: K, make: Callable[[], V]) -> V:
         """Return the value of a key, made if there is none; two threads may make it at once."""
+        # The lock is free while a value is made: that may take long, and may ask for other keys.
         found = self.get(key)
         return self.put(key, make()) if found is None else found
 

@@ -27,7 +27,7 @@ class _Place:
     """A place in which a function is replaced.
 
     Attributes:
-        own: The original entry; `_MISSING` where a class inherits it.
+        own: The original entry of the owner itself; `_MISSING` where a class inherits it.
         replacement: The present entry.
         users: Number of callers that are inside.
     """
@@ -69,6 +69,8 @@ def _enter(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         # Case: replaced already, by another thread or further out in this one.
         place.users += 1
         return
+    # The replacement calls what the name finds, which may be inherited. Put back is the owner's own
+    # entry, or none.
     original = owner[name] if isinstance(owner, dict) else getattr(owner, name)
     place = _Place(_own(owner, name), make(original))
     _put(owner, name, place.replacement)
@@ -79,6 +81,7 @@ def _leave(owner: Any, name: str) -> None:
     place = _PLACES[id(owner), name]
     place.users -= 1
     if place.users:
+        # Case: others are still inside.
         return
     del _PLACES[id(owner), name]
     # Leave the entry alone if other code has replaced it in the meantime.

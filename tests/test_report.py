@@ -16,9 +16,8 @@ from deos_fx.policy.policy import (
 )
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.charts import PAINTS
-from deos_fx.results.explanation import SiteExplanation
+from deos_fx.results.explanation import Move, SiteExplanation, TokenStep, token_steps
 from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
-from deos_fx.results.pictures import Move, TokenStep, token_steps
 from deos_fx.results.report import (
     DemoResult,
     demo_report,

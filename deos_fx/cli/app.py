@@ -1,4 +1,7 @@
-"""The command ``deos-fx``. Every command imports its own needs, so that help is fast."""
+"""The command ``deos-fx``.
+
+Every command imports what it needs when it runs, so that ``--help`` does not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,7 @@ class _Commands(TyperGroup):
     """The commands; a user's mistake prints one line instead of a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        # These types carry a message for the user; any other error is a bug, with its traceback.
         try:
             return super().invoke(ctx)
         except (ValueError, TypeError, OSError) as error:
@@ -45,6 +49,7 @@ class _Commands(TyperGroup):
 
 
 def _fail(error: Exception) -> None:
+    # Soft wrapping leaves lines whole, so that paths and commands can be copied.
     console = Console(stderr=True, soft_wrap=True)
     text = str(error).strip() or type(error).__name__
     console.print("[bold red]Error:[/]", end=" ")
@@ -75,8 +80,10 @@ def _main(
 
     from transformers.utils import logging as transformers_logging
 
-    # A command that is terminated from outside still removes its temporary folder.
+    # By default, termination from outside skips all cleaning up. As SystemExit it passes through
+    # the contexts that remove temporary folders.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # The commands have a progress display of their own.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -129,12 +136,14 @@ def show_presets(
     from deos_fx import presets
     from deos_fx.cli.terminal import presets_table
 
+    # Case: no name, so list all.
     if name is None:
         Console().print(presets_table(presets.list()))
         return
     known = {method.name: method for method in presets.list()}
     if name not in known:
         raise ValueError(f"no preset {name!r}; choose from {', '.join(known)}")
+    # Plain text without a further line end: the output is meant for a file.
     typer.echo(known[name].function().to_json(), nl=False)
 
 
@@ -166,6 +175,7 @@ def inspect(
     from deos_fx.files import write_text
     from deos_fx.inputs.example import example_inputs
 
+    # Nothing here needs weights, so the model stays on the meta device.
     console = Console()
     model = meta_model(model_dir)
     chosen = policy_of(model, policy, preset, budget)
@@ -261,6 +271,7 @@ def search(
     from deos_fx.passes.search.search import search as run_search
     from deos_fx.policy.budget import Budget
 
+    # Mistakes in the limits and in the data show before the model is loaded.
     limits = Budget(visual_tokens=budget, flops=flops, kv_cache=kv_cache, latency_ms=latency_ms)
     if limits.is_empty:
         limits = Budget(visual_tokens=DEFAULT_LIMIT)

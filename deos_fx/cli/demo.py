@@ -1,4 +1,4 @@
-"""The demo: search a policy for the reference model, compare, export, run, and report."""
+"""Run the demo: search a policy for the reference model, compare, export, generate and report."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from deos_fx.models.facts import facts_of
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.reference import Example
+from deos_fx.results.explanation import TokenStep, token_steps
 from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
-from deos_fx.results.pictures import TokenStep, token_steps
 from deos_fx.results.report import (
     DemoResult,
     demo_report,
@@ -36,6 +36,7 @@ from deos_fx.runtime.reduced_model import ReducedModel
 
 __all__ = ["run_demo"]
 
+# Questions in each part of the data.
 TRAINING, VALIDATION, TEST = 384, 128, 480
 BATCH = 16
 COMPARED = 96
@@ -60,6 +61,7 @@ def run_demo(
         ValueError: If the budget makes no sense for the model.
         OSError: If the folder cannot be written.
     """
+    # A mistake in the budget shows before anything runs; a failure leaves no half-written folder.
     limits = Budget(visual_tokens=budget)
     with fresh_folder(output) as folder:
         with _one_thread(), stages(console) as stage:
@@ -72,25 +74,30 @@ def run_demo(
 
 
 def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResult:
+    # 1. The model, and what to search and test with.
     with stage("load the reference model"):
         model, processor = reference.load()
         data = _search_data(processor, seed)
         tests = reference.make_examples(TEST, "test")
         costs = CostModel.of_images(model, images=1, text_tokens=_text_tokens(processor, tests))
         limit = budget.limits(costs.predict(Policy()))["visual_tokens"]
+    # 2. Search.
     with stage.phased("search") as progress:
         found = search(model, data, budget=budget, seed=seed, progress=progress)
     reduced = ReducedModel(model, found.policy)
+    # 3. Compare with the unreduced model, and with presets at the same cost.
     methods = [_Tested(UNREDUCED, Policy(), model), _Tested(SEARCHED, found.policy, reduced)]
     methods += [_preset(name, model, limit) for name in presets.fitted()]
     measured = []
     for method in methods:
         with stage(f"test {method.name}") as advance:
             measured.append(method.measure(processor, tests, costs, advance))
+    # 4. Export, and compare ONNX Runtime with PyTorch.
     with stage("export to ONNX"):
         export_onnx(reduced, folder / "onnx", example_inputs=_prompts(processor, tests[:2]))
     with stage("run in ONNX Runtime") as advance:
         onnx = _check_onnx(folder / "onnx", reduced, processor, tests[:COMPARED], advance)
+    # 5. Look at the first question of every kind.
     with stage("draw examples"):
         pictures = _pictures(reduced, processor, tests[: len(reference.KINDS)], measured)
     return DemoResult(
@@ -139,6 +146,7 @@ def _prompts(processor: LlavaProcessor, examples: Sequence[Example]) -> dict[str
 
 def _text_tokens(processor: LlavaProcessor, examples: Sequence[Example]) -> int:
     """Count the text tokens of the longest prompt, to which a batch is padded."""
+    # All prompts have equally many visual tokens, so those of the first serve for all.
     ids = _prompts(processor, examples)["input_ids"]
     return ids.shape[1] - int((ids[0] == processor.image_token_id).sum())
 
@@ -173,6 +181,7 @@ class _Tested:
 
 def _preset(name: str, model: LlavaForConditionalGeneration, limit: float) -> _Tested:
     """Return a preset fitted to the budget, or the reason why it cannot meet the budget."""
+    # A method that cannot meet the budget gets a row with the reason, not an error.
     signature = facts_of(model).signature
     try:
         policy = presets.fit(name, limit, signature.decoder_layers, signature.visual_tokens)
@@ -182,7 +191,10 @@ def _preset(name: str, model: LlavaForConditionalGeneration, limit: float) -> _T
 
 
 class _Recorder:
-    """A generate function that records its answers and reports its progress."""
+    """A generate function that records its answers and reports its progress.
+
+    `reference.accuracy` only counts right answers; the report shows them as well.
+    """
 
     def __init__(
         self, generate: Callable[..., Any], processor: LlavaProcessor, total: int, advance: Advance
@@ -194,6 +206,7 @@ class _Recorder:
         self.answers: list[str] = []
 
     def __call__(self, **inputs: Tensor) -> Tensor:
+        # Ids begin with the prompt; only what follows is the answer.
         ids = self.generate(**inputs)
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
@@ -217,6 +230,7 @@ def _check_onnx(
     equal = done = 0
     for inputs in reference.batches(processor, examples, BATCH, answers=False):
         expected, got = reduced.generate(**inputs), runtime.generate(**inputs)
+        # One of the two may end earlier, so pad both to one width.
         width = max(expected.shape[1], got.shape[1])
         pad = processor.tokenizer.pad_token_id
         padded = [
@@ -262,6 +276,7 @@ def _steps(
     explanations = reduced.explain(**inputs)
     regimes = [reduction.regime for reduction in reduced.policy.reductions]
     patches = reduced.signature.visual_tokens
+    # Every prompt has one image, so each row has equally many placeholders.
     visual = (inputs["input_ids"] == processor.image_token_id).nonzero()[:, 1].view(-1, patches)
     return [
         token_steps(explanations, regimes, visual, row, patches) for row in range(len(examples))
@@ -292,6 +307,7 @@ def _figures(result: DemoResult) -> dict[str, Any]:
             {
                 "name": method.name,
                 "accuracy": dict(method.accuracy),
+                # A method without a measurement has the empty policy as a filler, so none is shown.
                 "cost": asdict(method.cost) if method.accuracy else None,
                 "policy": json.loads(method.policy.to_json()) if method.accuracy else None,
                 "reason": method.reason,

@@ -1,4 +1,8 @@
-"""Options that commands share, and the loading of models, policies and processors."""
+"""Define the options that commands share, and load models, policies and processors.
+
+Annotations of options are evaluated at import, so types of torch and transformers stay behind
+``TYPE_CHECKING``.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,9 @@ __all__ = [
 ]
 
 DEFAULT_LIMIT = 0.125
+"""The limit on visual tokens if a command is given none."""
 
+# ``owner/name``; a path with one slash has the same form and counts as a folder if it is one.
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
@@ -41,6 +47,7 @@ def _limit(text: str) -> int | float:
     try:
         if text.endswith("%"):
             return float(text[:-1]) / 100
+        # Digits alone make an absolute number: "1" is one token, and "1.0" is all of them.
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r}; give for example 0.125, 12.5% or 18") from None
@@ -89,6 +96,7 @@ def load_model(model_dir: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForImageTextToText
 
+    # Called for its checks: their messages come before a long download or load.
     _config(model_dir)
     return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto").eval()
 
@@ -107,8 +115,10 @@ def _config(model_dir: str) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+    # transformers would look for anything else on the hub and fail with a message about tokens.
     if not os.path.isdir(model_dir) and not _HUB_ID.fullmatch(model_dir):
         raise ValueError(f"there is no folder {model_dir}")
+    # By the type of the config: no weights are read to refuse a model of text alone.
     config = AutoConfig.from_pretrained(model_dir)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(
@@ -128,7 +138,7 @@ def load_reduced(
     if path is preset is budget is None and os.path.isfile(os.path.join(model_dir, "deos_fx.json")):
         return ReducedModel.from_pretrained(model_dir)
     model = load_model(model_dir)
-    # Case: a budget alone, which the default policy is fitted to.
+    # Case: a budget alone, to which the default policy is fitted.
     if path is None and preset is None and budget is not None:
         return transform(model, budget=Budget(visual_tokens=budget))
     return transform(model, policy=policy_of(model, path, preset, budget))
@@ -156,17 +166,19 @@ def policy_of(
         if budget is not None:
             raise ValueError("--budget needs a method to fit to it; give --preset as well")
         return None
+    # Case: a preset.
     signature = facts_of(model).signature
     tokens = _tokens(DEFAULT_LIMIT if budget is None else budget, signature)
     return presets.fit(preset, tokens, signature.decoder_layers, signature.visual_tokens)
 
 
 def _tokens(limit: int | float, signature: ModelSignature) -> float:
-    """Return a limit on visual tokens as an absolute number, checked as a budget is."""
+    """Return a limit on visual tokens as an absolute number, with the checks of a budget."""
     from deos_fx.cost.amounts import Cost
     from deos_fx.policy.budget import Budget
 
     whole = signature.visual_tokens
+    # Only the visual tokens are read; FLOPs and bytes are fillers.
     unreduced = Cost((whole,) * signature.decoder_layers, float(whole), 1, 1)
     return Budget(visual_tokens=limit).limits(unreduced)["visual_tokens"]
 
@@ -182,6 +194,7 @@ def processor_of(model_dir: str) -> Any:
     """Load the model's processor; None if there is none."""
     from transformers import AutoProcessor
 
+    # transformers has no way to ask. A folder with config.json alone is fine for `inspect`.
     try:
         return AutoProcessor.from_pretrained(model_dir)
     except (OSError, ValueError):

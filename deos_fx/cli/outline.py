@@ -1,4 +1,8 @@
-"""The outline of a model: its blocks from pixels to logits, like ones folded into one row."""
+"""Outline a model: its blocks from pixels to logits, with like blocks folded into one row.
+
+The model is captured on the meta device, so the outline shows what a reduction would meet, and a
+large model takes no more time than a small one.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ __all__ = ["Outline", "Row", "outline", "print_cost", "print_outline", "tokens_o
 
 @dataclass(frozen=True)
 class Row:
-    """Consecutive blocks of one kind, and the site after each of them.
+    """Consecutive blocks of one kind, and the sites after them.
 
     Attributes:
         stage: ``vision``, ``projector`` or ``decoder``.
@@ -75,6 +79,8 @@ class Row:
 
     def follows(self, other: Row) -> bool:
         """Return whether this row continues another one and can be folded into it."""
+        # Alike in everything but their numbers. A reduction ends a row, so only the later one may
+        # have any.
         same = replace(other, first=self.first, last=self.last)
         return same == replace(self, reduction=None, left=0) and self.stage != "projector"
 
@@ -122,6 +128,7 @@ def outline(
     Raises:
         ValueError: If the model cannot be captured, or the policy does not fit it.
     """
+    # No cache: its keys would only add inputs and outputs to the graph.
     policy = policy or Policy()
     facts = facts_of(model)
     call = Call.of(facts, {**inputs, "use_cache": False})
@@ -132,6 +139,7 @@ def outline(
     rows: list[Row] = []
     for row in _with_policy(call, policy, _rows(model, captured, visual, text)):
         if rows and row.follows(rows[-1]):
+            # Fold: the later row has the reduction, the earlier one the first number.
             rows[-1] = replace(row, first=rows[-1].first)
         else:
             rows.append(row)
@@ -150,9 +158,11 @@ def outline(
 
 def tokens_of(row: Row) -> str:
     """Describe in words the tokens that go through the blocks of a row."""
+    # Text in the decoder, class tokens in the tower.
     others = row.tokens - row.visual
     if not row.used:
         return "left out"
+    # Case: inside an encoder that is one node of the graph.
     if not row.tokens:
         return "as many tokens as the image has patches"
     if row.stage == "projector":
@@ -164,6 +174,7 @@ def tokens_of(row: Row) -> str:
 
 def _rows(model: PreTrainedModel, captured: Captured, visual: int, text: int) -> Iterator[Row]:
     """Yield one row for each block, and one for the projector."""
+    # A block is in the graph under the name of its site's node, unless nothing reads its output.
     graph, sites = captured.graph_module.graph, captured.sites
     assert sites is not None, "the inputs have an image"
     nodes = {node.name: node for node in graph.nodes}
@@ -171,6 +182,7 @@ def _rows(model: PreTrainedModel, captured: Captured, visual: int, text: int) ->
     for site in sites.sites:
         stage, number = split_site(site.name)
         if stage == "projector":
+            # Case: the projector, which is no block.
             kind = _projector(model, captured, sites)
             yield Row(stage, 0, 0, kind, visual, visual, site.reason, site.scores)
             continue
@@ -191,11 +203,13 @@ def _projector(model: PreTrainedModel, captured: Captured, sites: Sites) -> str:
     if sites.encoder is Encoder.OPAQUE:
         return _last_named(model)
     graph_module = captured.graph_module
+    # Case: its module is in the graph.
     node = next(node for node in graph_module.graph.nodes if node.name == sites.features)
     # Go back from the features to the module that made them.
     while node.op != "call_module" and node.all_input_nodes:
         node = node.all_input_nodes[0]
     if node.op != "call_module":
+        # Case: features that are computed by plain operations alone.
         return _last_named(model)
     return type(graph_module.get_submodule(str(node.target))).__name__
 
@@ -214,6 +228,7 @@ def _with_policy(call: Call, policy: Policy, rows: Iterator[Row]) -> Iterator[Ro
     if policy.is_empty:
         yield from rows
         return
+    # Patches in each vision block, tokens in each layer, and what is kept at each site.
     costs: Any = CostModel.of_call(call)
     patches, layers = costs.patches(policy), costs.counts(policy)
     whole = costs.tokens_per_image
@@ -226,6 +241,7 @@ def _with_policy(call: Call, policy: Policy, rows: Iterator[Row]) -> Iterator[Ro
     )
     visual = whole
     for row in rows:
+        # What comes into the block: in the projector, what the last vision block left.
         if row.stage == "decoder":
             visual = layers[row.first]
         elif row.stage == "vision" and row.visual and row.first < len(patches):
@@ -235,6 +251,7 @@ def _with_policy(call: Call, policy: Policy, rows: Iterator[Row]) -> Iterator[Ro
         row = replace(row, tokens=row.tokens - gone, visual=row.visual - gone)
         if row.name in kept:
             reduction, count = kept[row.name]
+            # Before the decoder rows show one image, inside it a prompt.
             visual = count * (costs.images if row.stage == "decoder" else 1)
             row = replace(row, reduction=reduction, left=visual)
         yield row
@@ -258,6 +275,7 @@ def print_outline(found: Outline, console: Console) -> None:
     rows, columns = found.grid
     grid = f" ({rows} x {columns})" if rows else "; images of other sizes have others"
     console.print(f"{found.visual} visual tokens an image{grid}", highlight=False)
+    # Reasons are long and shared by many rows: rows refer to them by number.
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("blocks", no_wrap=True, style="bold")
     table.add_column("module", overflow="fold")
@@ -265,8 +283,8 @@ def print_outline(found: Outline, console: Console) -> None:
     table.add_column("visual", justify="right")
     table.add_column("site")
     reasons = list(dict.fromkeys(row.reason for row in found.rows if row.reason))
-    for row, behind in zip(found.rows, (*found.rows[1:], None), strict=True):
-        last = behind is None or behind.stage != row.stage
+    for row, following in zip(found.rows, (*found.rows[1:], None), strict=True):
+        last = following is None or following.stage != row.stage
         number = f"no ({reasons.index(row.reason) + 1})" if row.reason else "[green]available[/]"
         numbers = [str(count) if count else "-" for count in (row.tokens, row.visual)]
         module = f"{row.module} x {row.count}" if row.count > 1 else row.module
@@ -293,6 +311,7 @@ def _scores(found: Outline) -> Table:
     table.add_column("scores", overflow="fold")
     for stage in _STAGES:
         table.add_column(stage, justify="center")
+    # Scores that are available at the same stages share a row.
     groups: dict[tuple[bool, ...], list[str]] = {}
     for score in dict.fromkeys(score for stage in reversed(_STAGES) for score in known[stage]):
         groups.setdefault(tuple(score in known[stage] for stage in _STAGES), []).append(score)

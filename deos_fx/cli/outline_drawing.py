@@ -1,4 +1,4 @@
-"""The outline of a model as a drawing: one SVG file, from pixels at the top to logits.
+"""Draw the outline of a model as one SVG file, from pixels at the top to logits.
 
 The width of the band behind the blocks shows the number of tokens; a reduction narrows it. The file
 contains its colours for a light and for a dark page and refers to nothing outside itself.
@@ -34,6 +34,7 @@ def outline_chart(found: Outline) -> str:
     drawing.head()
     before: Row | None = None
     for row in found.rows:
+        # A heading between stages, an arrow between blocks; the funnel of a reduction replaces it.
         if before is None or row.stage != before.stage:
             drawing.stage(row.stage)
         elif before.reduction is None:
@@ -100,8 +101,10 @@ class _Drawing:
             f"no reduction here: {row.reason}" if row.reason else "reduction available",
             _NOTE_CHARACTERS,
         )
+        # The card is as high as the notes next to it.
         height = max(58.0, 20 + _LINE * (1 + len(site)))
         middle, left = self.y + height / 2, _FLOW - _CARD / 2
+        # Blocks that are left out do not change the flow past them.
         if row.used:
             self.width = self._width(row.tokens)
         self._strip(height)
@@ -130,12 +133,14 @@ class _Drawing:
         wide, narrow = self._width(row.tokens), self._width(row.left + others)
         height, regime = 46.0, row.reduction.regime
         top, bottom = self.y, self.y + height
+        # A funnel, symmetric about the middle of the flow.
         corners = [(-wide, top), (wide, top), (narrow, bottom), (-narrow, bottom)]
         points = " ".join(f"{_FLOW + x / 2:.1f},{y:.1f}" for x, y in corners)
         self.bands.append(f'<polygon class="{regime} funnel" points="{points}"/>')
         middle = top + height / 2
         text = f"{regime}: {row.visual} → {row.left} visual tokens"
         self._text(_NOTES, middle + 5, text, f"name {regime}")
+        # A dotted line from the wider of funnel and cards to the note.
         self.parts.append(
             f'<line class="lead" x1="{_FLOW + max(wide, _CARD) / 2 + 8:.0f}" x2="{_NOTES - 10}" '
             f'y1="{middle:.1f}" y2="{middle:.1f}"/>'
@@ -161,6 +166,7 @@ class _Drawing:
 
     def _width(self, tokens: int) -> float:
         """Return the width of the band; that of a card if the number of tokens is not known."""
+        # In proportion to the tokens, but never too thin to see.
         return 24 + (_BAND - 24) * tokens / self.most if tokens else float(_CARD)
 
     def _strip(self, height: float) -> None:
@@ -170,6 +176,7 @@ class _Drawing:
         )
 
     def _pill(self, text: str) -> None:
+        # SVG cannot measure text; this is its usual width in the font of the page.
         width = 40 + 7.6 * len(text)
         self.parts.append(
             f'<rect class="pill" x="{_FLOW - width / 2:.1f}" y="{self.y:.1f}" width="{width:.1f}" '

@@ -1,4 +1,4 @@
-"""Progress and result tables of the commands in the terminal."""
+"""Show progress and tables of results in the terminal."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ class Stages:
                 bars[phase] = self.progress.add_task(title, total=total)
             self.progress.update(bars[phase], completed=done, total=total)
 
+        # If the stage fails, its bar stays as it is: no `finally`.
         start = time.perf_counter()
         yield advance
         self._finish(name, time.perf_counter() - start, bars.values())
@@ -80,7 +81,7 @@ class Stages:
     def _finish(self, name: str, seconds: float, bars: Iterable[TaskID]) -> None:
         self.seconds[name] = seconds
         for bar in bars:
-            # A phase may end early; its bar becomes full all the same.
+            # A phase may end early, or have no total; its bar becomes full all the same.
             done = self.progress.tasks[bar].completed or 1
             self.progress.update(bar, completed=done, total=done)
         if self.progress.disable:
@@ -122,6 +123,7 @@ def results_table(result: DemoResult) -> Table:
     for method in methods:
         style = "bold" if method.is_searched else None
         name = method.name.replace("_", " ")
+        # A column is as wide as its longest word, and names are broken between words.
         width = max(5, *map(len, name.split()))
         table.add_column(name, justify="right", style=style, width=width)
     kinds = [kind for kind in methods[0].accuracy if kind != "overall"]
@@ -155,6 +157,7 @@ def presets_table(methods: Iterable[Method]) -> Table:
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for method in methods:
+        # Called with its defaults, as the published code has them.
         sites = [reduction.site for reduction in method.function().reductions]
         where = sites[0] if len(sites) == 1 else f"{sites[0]} to {sites[-1]}, {len(sites)} sites"
         needs = f"; needs {method.needs}" if method.needs else ""

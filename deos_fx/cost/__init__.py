@@ -1,1 +1,1 @@
-"""The cost of a policy: FLOPs, bytes and milliseconds, without running it."""
+"""The cost of a policy: FLOPs and bytes without running the model, and measured milliseconds."""

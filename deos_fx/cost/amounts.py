@@ -1,4 +1,4 @@
-"""The cost of a policy in numbers, and its comparison with the unreduced model."""
+"""The cost of a prefill in numbers, and its comparison with the unreduced model."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ class CostReport:
     after: Cost
 
     def __str__(self) -> str:
+        # Title of each row -> digits after the point, in the order of `in_units`.
         names = {"visual tokens (mean)": 1, "prefill GFLOPs": 3, "KV cache (KiB)": 1}
         amounts = zip(self.before.in_units, self.after.in_units, strict=True)
         lines = [f"{'':22}{'before':>12}{'after':>12}{'ratio':>8}"]

@@ -1,4 +1,4 @@
-"""Measured latency: a table of prefill times by token count, on the machine that searches."""
+"""Measure latency: a table of prefill times by token count, on the machine that searches."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     """
     times = []
     for i in range(_WARM_UP + _REPEATS):
+        # A GPU works on after a call returns, so wait for it on both ends.
         _synchronise(device)
         start = time.perf_counter()
         call()
@@ -46,9 +47,9 @@ def _synchronise(device: torch.device) -> None:
 class LatencyTable:
     """Prefill times of one prompt with the same number of visual tokens in *all* decoder layers.
 
-    A policy's time is predicted as the mean over the decoder layers of the time at that layer's
-    count, linear between measured counts. This only guides the search: the policy that it returns
-    was timed itself.
+    A policy's time is predicted as a mean over the decoder layers: each contributes the time at its
+    own count, interpolated linearly between measured counts. This only guides the search: the
+    policy that it returns was timed itself.
 
     Attributes:
         counts: Visual tokens, ascending.
@@ -80,6 +81,8 @@ class LatencyTable:
         """
         x = torch.stack([torch.as_tensor(count, dtype=torch.float32) for count in counts])
         at, times = torch.tensor(self.counts).float(), torch.tensor(self.times)
+        # The two measured counts around x; beyond the ends, the line of the outermost pair goes on.
+        # The gradient comes from the slope alone.
         right = torch.searchsorted(at, x.detach()).clamp(1, len(at) - 1)
         left = right - 1
         slope = (times[right] - times[left]) / (at[right] - at[left])

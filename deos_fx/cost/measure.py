@@ -1,4 +1,4 @@
-"""The cost of the parts of a model, measured on a twin of it that has shapes and no data.
+"""Measure the cost of the parts of a model, on a twin of it that has shapes and no data.
 
 The weights of the twin are on torch's meta device, where an operation takes no time and no memory.
 Its blocks are the model's own code, so the counts are right for any family: experts, shared or
@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,18 @@ from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import features_of
 from deos_fx.models.upstream import CACHE
 
-__all__ = ["Decoder", "Encoder", "Layer", "measure_decoder", "measure_encoder"]
+__all__ = ["DecoderCost", "EncoderCost", "LayerCost", "measure_decoder", "measure_encoder"]
 
-_KNOWN: weakref.WeakKeyDictionary[ModelFacts, dict[Hashable, Any]]
-_KNOWN = weakref.WeakKeyDictionary()
+T = TypeVar("T")
 
-# The decoder is measured at two lengths, which determine a linear and a quadratic part.
+_KNOWN: weakref.WeakKeyDictionary[ModelFacts, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+
+# The decoder is measured at two lengths: two equations determine a linear and a quadratic part.
 _SHORT, _LONG = 2, 4
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerCost:
     """The cost of a decoder layer for one prompt.
 
     Attributes:
@@ -60,7 +61,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderCost:
     """The cost of a decoder for one prompt.
 
     Attributes:
@@ -69,25 +70,25 @@ class Decoder:
         head: FLOPs for each token whose logits the head computes.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerCost, ...]
     around: int
     head: int
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncoderCost:
     """The cost of the image encoder in one call, in FLOPs.
 
     Attributes:
         total: FLOPs of the whole call.
         blocks: FLOPs of each vision block; 0 if the features do not depend on it.
-        products: FLOPs of attention products in each block, a part of `blocks` that grows with
+        products: FLOPs of attention products in each block: the part of `blocks` that grows with
             pairs of tokens.
         tokens: Tokens of an image in each vision block; 0 where its hidden states are no sequence.
         used: Number of vision blocks up to the deepest that the features depend on.
-        front: FLOPs before the first block as far as the features depend on them, and all FLOPs
+        front: FLOPs before the first block, as far as the features depend on them, and all FLOPs
             outside of the measured modules.
-        behind: FLOPs after the last block, as far as the features depend on them.
+        after: FLOPs after the last block, as far as the features depend on them.
     """
 
     total: int
@@ -96,11 +97,11 @@ class Encoder:
     tokens: tuple[int, ...]
     used: int
     front: int
-    behind: int
+    after: int
 
 
-def measure_decoder(facts: ModelFacts) -> Decoder:
-    """Measure the decoder, once for each model; the model does not run, no weight is touched.
+def measure_decoder(facts: ModelFacts) -> DecoderCost:
+    """Measure the decoder, once for each model. The model does not run, and no weight is touched.
 
     Args:
         facts: The facts of the model.
@@ -112,8 +113,8 @@ def measure_encoder(
     facts: ModelFacts,
     inputs: Mapping[str, Tensor] | None = None,
     encode: str = "get_image_features",
-) -> Encoder:
-    """Measure the encoding of images; the model does not run, no weight is touched.
+) -> EncoderCost:
+    """Measure the encoding of images. The model does not run, and no weight is touched.
 
     Args:
         facts: The facts of the model.
@@ -130,31 +131,33 @@ def measure_encoder(
     return _once(facts, "encoder", lambda: _encoder(facts, given, encode))
 
 
-def _once(facts: ModelFacts, what: str, measure: Callable[[], Any]) -> Any:
+def _once(facts: ModelFacts, what: str, measure: Callable[[], T]) -> T:
     known = _KNOWN.setdefault(facts, {})
     # The key changes if the model is converted or quantised.
     weights = sum(weight.numel() for weight in facts.model.parameters())
     key = (what, facts.model.dtype, weights)
     if key not in known:
         known[key] = measure()
-    return known[key]
+    return cast(T, known[key])
 
 
 # *** the decoder ***
 
 
-def _decoder(facts: ModelFacts) -> Decoder:
+def _decoder(facts: ModelFacts) -> DecoderCost:
     twin = twin_of(facts.model)
     paths = facts.blocks.decoder
     short, long = (_run_decoder(twin, paths, length) for length in (_SHORT, _LONG))
     layers = []
     for i in range(len(paths)):
+        # FLOPs of n tokens: f(n) = a n^2 + b n, so f(n) / n = a n + b, and a is the slope of that.
         quadratic, rest = divmod(_per(long.flops[i], _LONG) - _per(short.flops[i], _SHORT), 2)
         assert not rest, "the FLOPs of a layer are a n^2 + b n"
+        # Bytes of n tokens: c n + s. The sizes below are those of the cache, the same in both runs.
         held = short.held[i], long.held[i]
         cached = (held[1].bytes - held[0].bytes) // (_LONG - _SHORT)
         layers.append(
-            Layer(
+            LayerCost(
                 linear=_per(short.flops[i], _SHORT) - quadratic * _SHORT,
                 quadratic=quadratic,
                 cached=cached,
@@ -164,7 +167,7 @@ def _decoder(facts: ModelFacts) -> Decoder:
                 dim=held[0].dim,
             )
         )
-    return Decoder(tuple(layers), _per(short.around, _SHORT), _per(short.head, _SHORT))
+    return DecoderCost(tuple(layers), _per(short.around, _SHORT), _per(short.head, _SHORT))
 
 
 def _per(flops: int, tokens: int) -> int:
@@ -192,6 +195,7 @@ class _Run:
 
 def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     config = twin.config.get_text_config()
+    # Embeddings go in, so that token ids with a meaning (images) cannot matter.
     hidden = torch.empty(1, length, config.hidden_size, dtype=twin.dtype, device="meta")
     cache = DynamicCache(config=config)
     with _counting() as counter, torch.no_grad():
@@ -200,7 +204,7 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     with _counting() as of_head, torch.no_grad():
         twin.get_output_embeddings()(hidden)
     held = [_held(layer) for layer in cache.layers]
-    # The last layers may read the keys of others and hold none.
+    # The last layers may share the keys of earlier ones and hold none.
     nothing = _Held(0, None, held[-1].key_heads, held[-1].dim)
     held += [nothing] * (len(paths) - len(held))
     around = counter.get_total_flops() - sum(flops)
@@ -208,9 +212,11 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
 
 
 def _held(layer: Any) -> _Held:
+    # Keys and values, or the states of convolutions. Counters are integers and left out.
     states = [x for x in vars(layer).values() if isinstance(x, Tensor) and x.is_floating_point()]
     keys = getattr(layer, "keys", None)
     heads, dim = (0, 0) if keys is None else (keys.shape[1], keys.shape[3])
+    # A window counts the new token too, which the cache need not hold for the next step.
     window = layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None
     return _Held(sum(x.nbytes for x in states), window, heads, dim)
 
@@ -218,7 +224,8 @@ def _held(layer: Any) -> _Held:
 # *** the image encoder ***
 
 
-def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> Encoder:
+def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> EncoderCost:
+    # 1. Divide the model into units: its blocks, and the largest modules around them.
     twin = twin_of(facts.model)
     blocks = [twin.get_submodule(path) for path in facts.blocks.vision]
     units = _units(twin.base_model, blocks)
@@ -230,14 +237,15 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
         if module in tokens and args[0].ndim == 3:
             tokens[module] = args[0].shape[1]
 
-    # A unit need not have parameters with gradients, so its outputs are traced as well.
+    # 2. Watch what runs in which order, with how many tokens, and what it makes. A unit need not
+    # have parameters with gradients, so its outputs are traced as well.
     made: dict[nn.Module, list[Any]] = {unit: [*unit.parameters()] for unit in units}
     for unit in units:
         unit.register_forward_pre_hook(note)
         unit.register_forward_hook(
             lambda unit, _, output: made[unit].extend(pytree.tree_leaves(output))
         )
-    # Code that leaves out padding images reads the pixels, so these keep their data.
+    # 3. Encode. Code that leaves out padding images reads the pixels, so these keep their data.
     given = {
         name: x.cpu() if isinstance(x, Tensor) and not x.is_meta else x
         for name, x in inputs.items()
@@ -253,14 +261,16 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
                 "looks at numbers of its own and not only at sizes. Give a policy or limit "
                 "visual_tokens, which need no costs."
             ) from error
+    # 4. Leave out what the features do not depend on, such as blocks after the chosen layer.
     flops = dict(zip(units, counts, strict=True))
     features = pytree.tree_leaves([features_of(output)])
     used = _used(features, made)
+    # 5. Divide the rest into what is before, in and after the blocks.
     ran = [i for i, unit in enumerate(order) if unit in tokens]
-    first, behind = (ran[0], ran[-1] + 1) if ran else (0, 0)
+    first, after = (ran[0], ran[-1] + 1) if ran else (0, 0)
     glue = counter.get_total_flops() - sum(flops.values())
     costs = {unit: flops[unit] for unit in used}
-    return Encoder(
+    return EncoderCost(
         total=counter.get_total_flops(),
         blocks=tuple(costs.get(block, 0) for block in blocks),
         products=tuple(
@@ -269,19 +279,23 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
         tokens=tuple(tokens.values()),
         used=max((i + 1 for i, block in enumerate(blocks) if block in used), default=0),
         front=glue + sum(costs.get(unit, 0) for unit in {*order[:first]}),
-        behind=sum(costs.get(unit, 0) for unit in {*order[behind:]}),
+        after=sum(costs.get(unit, 0) for unit in {*order[after:]}),
     )
 
 
 def _units(module: nn.Module, blocks: Container[nn.Module]) -> list[nn.Module]:
     """Return the blocks, and the largest modules that contain none."""
+    # Case: a block, or a module without one inside. Otherwise look inside.
     if module in blocks or not any(inner in blocks for inner in module.modules()):
         return [module]
     return [unit for child in module.children() for unit in _units(child, blocks)]
 
 
 def _used(features: list[Tensor], made: Mapping[nn.Module, list[Any]]) -> set[nn.Module]:
-    """Return the units whose parameters or outputs the features depend on."""
+    """Return the units whose parameters or outputs the features depend on.
+
+    A gradient tells: where there is none, nothing depends on the tensor. Its values do not matter.
+    """
     tensors = {
         unit: [x for x in of_unit if isinstance(x, Tensor) and x.requires_grad]
         for unit, of_unit in made.items()
@@ -307,6 +321,7 @@ def _watch(
     """Return the FLOPs of each module, filled in as it runs: all, or those of operations `of`."""
     flops = [0] * len(modules)
 
+    # The counter's total is taken off before a module runs, and added after it.
     def add(i: int, sign: int, *_: Any) -> None:
         counts = counter.get_flop_counts().get("Global", {})
         flops[i] += sign * sum(counts.values() if of is None else (counts.get(x, 0) for x in of))

@@ -1,7 +1,8 @@
-"""The cost of a prefill: visual tokens per layer, floating-point operations, bytes of KV cache.
+"""Predict the cost of a prefill: visual tokens per layer, FLOPs, bytes of KV cache.
 
-Everything is measured on a twin of the model that has shapes and no data, and computed from token
-counts; the model does not run.
+The parts of the model are measured once, on a twin that has shapes and no data. From these and the
+counts of tokens, costs are computed; the model does not run.
+
 Operations are counted as `torch.utils.flop_counter` counts them: two for each multiply-add of a
 linear layer, a convolution or an attention product, nothing for the rest. Masked attention counts
 in full, whatever a kernel skips.
@@ -44,8 +45,8 @@ __all__ = ["CostModel"]
 class CostModel:
     """Predicts the cost of prompts of one shape, for any policy.
 
-    Results of the image encoder that the language model does not use cost nothing where capture
-    leaves them out.
+    Blocks of the image encoder whose results the language model does not use cost nothing, if
+    capture leaves them out.
 
     Args:
         facts: The facts of a model.
@@ -73,6 +74,7 @@ class CostModel:
         self.batch = batch
         self.logits_to_keep = logits_to_keep
         self._parts = Parts(facts, call)
+        # The prompts whose images the call has, whatever batch is asked about later.
         self._encoded_prompts = batch
         self._counted: dict[tuple[str, int, int, bool], int] = {}
 
@@ -127,6 +129,7 @@ class CostModel:
 
     def of_one_prompt(self) -> CostModel:
         """Return the same cost model for a batch of one."""
+        # A shallow copy shares the measurements.
         alone = copy.copy(self)
         alone.batch = 1
         return alone
@@ -179,11 +182,14 @@ class CostModel:
             patches: Patches of one image that each used block of the vision tower processes, then
                 those of the projector, see `patches`; by default all of them.
         """
+        # What is around the layers runs over the prompt as it enters the decoder.
         lengths = [self.text_tokens + count for count in counts]
         layers = sum(
             block.flops(length) for block, length in zip(self._parts.decoder, lengths, strict=True)
         )
         around = self._parts.measured.around * lengths[0]
+        # The head runs over what is left at the end.
+        # The head runs over what is left at the end.
         head = self._parts.measured.head * (self.logits_to_keep or lengths[-1])
         encoding = self._encoding(self.patches(Policy()) if patches is None else patches)
         return encoding + self.batch * (layers + around + head) + overhead
@@ -196,6 +202,7 @@ class CostModel:
         """
         total: Amount = 0
         for layer, count in zip(self._parts.measured.layers, counts, strict=True):
+            # A sliding layer holds no more than its window.
             held = at_most(self.text_tokens + count, layer.window)
             total = total + layer.cached * held + layer.state
         return self.batch * total
@@ -257,6 +264,7 @@ class CostModel:
         Args:
             policy: A policy for this model.
         """
+        # A tower that is one node has no blocks to count in, and no reductions inside.
         tokens = 0 if self._parts.opaque else self.tokens_per_image
         kept = (
             (split_site(reduction.site)[1] + 1, reduction.count(tokens))
@@ -272,6 +280,8 @@ class CostModel:
             policy: A policy for this model.
         """
         total = 0
+        # Groups of tokens that are reduced together: at first, images of one size are one kind of
+        # group, with a row for each image.
         inside = self.patches(policy)
         sizes = self.layout.sizes
         together = [
@@ -292,6 +302,7 @@ class CostModel:
             known = seen if stage == "vision" and layer == self.tower_blocks - 1 else set()
             for group in together:
                 before, after = group.present, sum(map(reduction.count, group.images))
+                # At the projector, attention is that of the last block, over the patches in it.
                 attended = inside[self.tower_blocks - 1] if stage == "projector" else before
                 total += group.rows * int(
                     site.observed_flops(seen, attended, before, self.text_tokens)
@@ -307,8 +318,7 @@ class CostModel:
 
     def _cells(self, image: int) -> Tensor:
         """Return image, row and column of every token of one image, [V, 3]."""
-        grids = self.layout.grids or (self.layout.grid,) * self.images
-        return PromptLayout(0, 1, grids[image]).grid_tensor(1)
+        return PromptLayout(0, 1, self.layout.each_grid[image]).grid_tensor(1)
 
     def _of_prompt(self, images: Sequence[Together]) -> Together:
         """Return the tokens of a prompt, from those of its images of each size."""
@@ -327,6 +337,7 @@ class CostModel:
         # Case: the encoder was measured as a whole, for a batch of `_encoded_prompts`.
         if self._parts.opaque:
             return self._parts.encoding_as_one * self.batch / self._encoded_prompts
+        # Case: block by block. Class tokens are not reduced, so only the visual ones are exchanged.
         *in_blocks, in_projector = patches
         whole = self.tokens_per_image
         tower: Amount = 0
@@ -334,10 +345,11 @@ class CostModel:
             tokens = self._parts.tokens_in_block(i)
             tower = tower + self._parts.vision[i].flops(tokens - whole + count)
         encoder = self._parts.encoder
-        projector = encoder.behind * in_projector / whole
+        projector = encoder.after * in_projector / whole
         return self.batch * self.images * (encoder.front + tower + projector)
 
     def _site(self, reduction: Reduction) -> Site:
+        # The projector comes after the last used block of the tower, whose attention it observes.
         stage, layer = split_site(reduction.site)
         blocks = self._parts.decoder if stage == "decoder" else self._parts.vision
         index = self.tower_blocks - 1 if stage == "projector" else layer
@@ -359,6 +371,7 @@ class CostModel:
         self, reduction: Reduction, before: int, after: int, sizes: SiteSizes, grid: Tensor | None
     ) -> int:
         """Count a reduction's own FLOPs, once for each pair of counts: a search asks repeatedly."""
+        # The count in the policy is not read, so policies that differ in it share an entry.
         key = (repr(replace(reduction, keep=1.0)), before, after, grid is None)
         if key not in self._counted:
             try:

@@ -1,8 +1,8 @@
-"""FLOPs of the reductions themselves: their own matrix products, and the attention they observe.
+"""Count the FLOPs of reductions themselves: their matrix products, and the attention they observe.
 
-A policy's reductions are run on tensors that have shapes and no data, so every scorer and selector
-is counted as it is. A search needs a gradient, so for it the same operations are written as a
-formula.
+1. The cost of a policy is exact: its reductions run on tensors that have shapes and no data, so
+   every score and selector is counted as it is.
+2. A search needs a gradient, so for it the same operations are written as a formula.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from deos_fx.attention.observation import OBSERVED, Observation
 from deos_fx.cost.amounts import Amount
-from deos_fx.cost.parts import Block
+from deos_fx.cost.parts import BlockCost
 from deos_fx.cost.twin import count_flops
 from deos_fx.forms.needs import required_features
 from deos_fx.forms.static import static_reduce
@@ -73,6 +73,7 @@ def operator_flops(
     flops = 0
 
     def call(function: Callable[..., Any], *args: Any) -> Any:
+        # `static_reduce` makes every call through this function, as lowering does with graph nodes.
         nonlocal flops
         leaves = pytree.tree_leaves(args)
         if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
@@ -112,6 +113,7 @@ class _Features(dict[str, Tensor]):
             self["grid"] = grid
 
     def __missing__(self, name: str) -> Tensor:
+        # "keys@next" has the shape of "keys". What is not listed is attention, one number a token.
         shape = self.shapes.get(name.partition("@")[0], self.attention)
         return torch.empty(1, *shape, device="meta")
 
@@ -129,6 +131,7 @@ def relaxed_flops(reduction: Reduction, before: Amount, after: Amount, sizes: Si
     compared = sum(widths[kind] for kind in reduction.similarity)
     moved = after * (before - after)
     total: Amount = 0
+    # Similarities of all pairs, of dropped tokens with kept ones, and the transfer itself.
     if "novelty" in reduction.scores and reduction.uses_scores:
         total += 2 * sizes.width * before * before
     if reduction.selector == "greedy":
@@ -145,6 +148,7 @@ def relaxed_flops(reduction: Reduction, before: Amount, after: Amount, sizes: Si
 
 def known_grid_after(reduction: Reduction, count: int, grid: Tensor | None) -> Tensor | None:
     """Return the part of a known grid [V, 3] that stays; None where that depends on the input."""
+    # A search also asks for counts that the grid cannot be divided into.
     try:
         return None if grid is None else grid_after(reduction, count, grid)
     except ValueError:
@@ -170,7 +174,7 @@ class Together:
 
 
 Seen: TypeAlias = tuple[str, Observation, str]
-"""Place, observation and queries of an observed feature: see `deos_fx.passes.observe.features`."""
+"""Place (empty, ``next`` or a block's site), observation and queries of an observed feature."""
 
 
 def observations(reduction: Reduction) -> set[Seen]:
@@ -192,8 +196,8 @@ class Site:
     """
 
     stage: str
-    block: Block | None
-    following: Block | None
+    block: BlockCost | None
+    following: BlockCost | None
     others: int
     sizes: SiteSizes
 
@@ -223,6 +227,7 @@ class Site:
                 total += block.row_flops(queries[of], tokens)
             if observation.gravity:
                 total += 4 * block.dim * queries[of] * tokens
+        # The next block computes these once more for itself, so observing them costs extra.
         if self.following is not None and any(where == "next" for where, _, _ in seen):
             total += self.following.projections * (self.others + visual)
         return total

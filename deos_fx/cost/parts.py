@@ -1,4 +1,4 @@
-"""The measured parts of a model: its decoder layers, vision blocks and what is around them."""
+"""Give the costs of a model's parts: its decoder layers, its vision blocks, what is around them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from deos_fx.cost.amounts import Amount
-from deos_fx.cost.measure import Decoder, Encoder, measure_decoder, measure_encoder
+from deos_fx.cost.measure import DecoderCost, EncoderCost, measure_decoder, measure_encoder
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts
 
-__all__ = ["Block", "Parts", "at_most", "heads_of"]
+__all__ = ["BlockCost", "Parts", "at_most", "heads_of"]
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockCost:
     """The cost of a transformer block, and the sizes of its attention.
 
     Attributes:
@@ -47,11 +47,13 @@ class Block:
     @property
     def projections(self) -> int:
         """Compute the FLOPs of the queries, keys and values of one token."""
+        # Two for each multiply-add.
         return 2 * self.width * (self.heads + 2 * self.key_heads) * self.dim
 
 
 def heads_of(block: nn.Module) -> tuple[int, int, int, int]:
     """Read query heads, key heads, size of a head and width from a block's attention config."""
+    # The attention module has the config of its own part of the model, with the right counts.
     configs: list[Any] = [module.config for module in block.modules() if hasattr(module, "config")]
     config = next((item for item in configs if hasattr(item, "num_attention_heads")), None)
     if config is None:
@@ -67,6 +69,7 @@ def at_most(tokens: Amount, most: int | None) -> Amount:
     """Return a number of tokens, limited to `most`, the tokens of a window; None for no limit."""
     if most is None:
         return tokens
+    # Case: a search, whose counts have a gradient.
     return tokens.clamp(max=most) if isinstance(tokens, Tensor) else min(tokens, most)
 
 
@@ -93,15 +96,15 @@ class Parts:
         self.class_tokens = int(facts.has_class_token)
 
     @cached_property
-    def measured(self) -> Decoder:
+    def measured(self) -> DecoderCost:
         """Measure the decoder."""
         return measure_decoder(self._facts)
 
     @cached_property
-    def decoder(self) -> list[Block]:
+    def decoder(self) -> list[BlockCost]:
         """Return the decoder layers."""
         return [
-            Block(
+            BlockCost(
                 linear=layer.linear,
                 quadratic=layer.quadratic,
                 heads=heads_of(self._model.get_submodule(path))[0],
@@ -113,7 +116,7 @@ class Parts:
         ]
 
     @cached_property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> EncoderCost:
         """Measure the encoding of one image of the config's size."""
         return measure_encoder(self._facts)
 
@@ -123,7 +126,7 @@ class Parts:
         return 0 if self.opaque else self.encoder.used
 
     @cached_property
-    def vision(self) -> list[Block]:
+    def vision(self) -> list[BlockCost]:
         """Return the vision blocks; none if they cannot be told apart."""
         if self.opaque:
             return []
@@ -131,13 +134,15 @@ class Parts:
         for i, path in enumerate(self._facts.blocks.vision):
             block = self._model.get_submodule(path)
             heads, key_heads, dim, width = heads_of(block)
+            # Attention products grow with pairs of tokens, everything else with tokens.
             tokens, products = self.tokens_in_block(i), self.encoder.products[i]
             linear, quadratic = (self.encoder.blocks[i] - products) / tokens, products / tokens**2
-            blocks.append(Block(linear, quadratic, heads, key_heads, dim, width))
+            blocks.append(BlockCost(linear, quadratic, heads, key_heads, dim, width))
         return blocks
 
     def tokens_in_block(self, i: int) -> int:
         """Return the tokens of an image in a vision block, class tokens included."""
+        # A block whose hidden states are no sequence counts as if it saw the visual tokens.
         return self.encoder.tokens[i] or self._facts.signature.visual_tokens
 
     @cached_property

@@ -1,4 +1,4 @@
-"""A twin of a model that has shapes and no data, and a counter of its FLOPs."""
+"""Make a twin of a model that has shapes and no data, and count its FLOPs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from deos_fx.models.shapes_only import OnZeros
+from deos_fx.models.shapes_only import OnZeros, without_values
 from deos_fx.models.views import AnyLinear, has_codes, linear_sizes
 
 __all__ = ["WholeNumbers", "count_flops", "twin_of"]
@@ -44,7 +44,8 @@ def count_flops() -> FlopCounterMode:
 class WholeNumbers(TorchDispatchMode):
     """A mode that computes for real what depends on no weight: positions, sizes of images, masks.
 
-    Model code reads these values and wants them on the weights' device, which is meta here.
+    Model code reads these values and wants them on the weights' device, which is meta here. Unlike
+    in `ShapesOnly`, parameters are on meta already.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,7 +53,7 @@ class WholeNumbers(TorchDispatchMode):
         leaves = pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
             # Case: the result depends on weights.
-            args, kwargs = pytree.tree_map_only(Tensor, _without_numbers, (args, kwargs))
+            args, kwargs = pytree.tree_map_only(Tensor, without_values, (args, kwargs))
             if func is torch.ops.aten._to_copy.default:
                 kwargs = {**kwargs, "device": torch.device("meta")}
         elif "device" in kwargs and func.overloadpacket not in _BUFFERS:
@@ -65,17 +66,13 @@ class WholeNumbers(TorchDispatchMode):
 _BUFFERS = {torch.ops.aten.empty, torch.ops.aten.zeros, torch.ops.aten.new_zeros}
 
 
-def _without_numbers(x: Tensor) -> Tensor:
-    if x.is_meta:
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
 def twin_of(model: PreTrainedModel) -> Any:
     """Return a copy of a model on the meta device, whose attention and experts count in full.
 
     Quantised linear layers that tell their two sizes become plain ones; the others are run.
     """
+    # deepcopy takes what is in `known`, by identity, for a copy that exists already: so weights are
+    # never copied, and layers are exchanged on the way.
     known: dict[int, Any] = {}
     for module in model.modules():
         sizes = linear_sizes(module)
@@ -85,7 +82,7 @@ def twin_of(model: PreTrainedModel) -> Any:
         elif has_codes(module):
             known[id(module)] = _Counted(module)
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = _without_numbers(tensor)
+        empty = without_values(tensor)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.is_floating_point())
         known[id(tensor)] = empty
@@ -94,6 +91,8 @@ def twin_of(model: PreTrainedModel) -> Any:
     twin = copy.deepcopy(model, known)
     modules: list[Any] = [*twin.modules()]
     for module in modules:
+        # The forward that the hook replaced. Only what counts in full is asked for below: other
+        # implementations of attention and experts run kernels that the counter does not know.
         if hasattr(module, "_hf_hook"):
             module.forward = module._old_forward
         config = getattr(module, "config", None)

@@ -1,8 +1,8 @@
-"""Batches whose prompts differ in their images: run in parts of like prompts, then joined.
+"""Divide a batch whose prompts differ in their images into parts of like prompts, and join results.
 
 A lowered graph keeps a constant number of visual tokens, so prompts with other images go through
-another graph. The results are padded on the left to the longest, and the padding is masked from
-then on: decoding runs on the whole batch again.
+another graph. The results are padded on the left to the longest. From then on the padding is
+masked, and decoding runs on the whole batch again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from deos_fx.inputs.call import Call, batch_axis
-from deos_fx.inputs.items import table_of_sizes
-from deos_fx.inputs.kinds import beside, given_kinds
+from deos_fx.inputs.items import beside, given_kinds, table_of_sizes
 from deos_fx.inputs.media import placeholders
 from deos_fx.inputs.packed import refuse_lengths
 from deos_fx.models.families import PATCH_NUMBERS
@@ -59,7 +58,7 @@ def parts_of_batch(call: Call) -> list[Part]:
     """
     inputs, ids = call.inputs, call.inputs["input_ids"]
     refuse_lengths(inputs)
-    # Case: text alone.
+    # Case: text alone. Placeholders without pixels would be taken for words.
     if not call.has_images:
         if bool(placeholders(call.facts, ids).any()):
             raise ValueError(
@@ -67,6 +66,7 @@ def parts_of_batch(call: Call) -> list[Part]:
                 "whatever else the model's processor returns."
             )
         return [Part(tuple(range(len(ids))), None, call)]
+    # Group row numbers by what decides the graph, in the order of first appearance.
     prompts = call.prompts
     alike: dict[Hashable, list[int]] = {}
     for row, prompt in enumerate(prompts):
@@ -81,6 +81,7 @@ def parts_of_batch(call: Call) -> list[Part]:
         )
     parts = []
     for rows in alike.values():
+        # Inputs with a row for each prompt are indexed; those about images are counted off.
         own = {name: _rows_of(name, value, rows, len(ids)) for name, value in inputs.items()}
         own |= media_of_rows(call, rows)
         parts.append(Part(tuple(rows), prompts[rows[0]].layout, Call.of(call.facts, own)))
@@ -91,6 +92,7 @@ def _rows_of(name: str, value: Any, rows: Sequence[int], batch: int) -> Any:
     if not isinstance(value, Tensor):
         return value
     axis = batch_axis(name, value)
+    # Positions [1, N] that all rows share, and numbers, stay as they are.
     if value.ndim and value.shape[axis] == batch:
         return value.index_select(axis, torch.tensor(rows, device=value.device))
     return value
@@ -112,6 +114,7 @@ def media_of_rows(call: Call, rows: Sequence[int]) -> dict[str, Any]:
     facts, inputs, prompts = call.facts, call.inputs, call.prompts
     taken: dict[str, Any] = {}
     for kind in given_kinds(inputs):
+        # For each prompt: its row, and the range of its images in the flat list of the batch.
         spans = [
             (row, *next(((a, b) for one, a, b in prompts[row].items if one is kind), (0, 0)))
             for row in rows
@@ -119,6 +122,7 @@ def media_of_rows(call: Call, rows: Sequence[int]) -> dict[str, Any]:
         given = {name: inputs[name] for name in beside(facts, kind) & inputs.keys()}
         values = {name: value for name, value in given.items() if isinstance(value, (Tensor, list))}
         if not any(b > a for _, a, b in spans):
+            # Case: none of these prompts has media of this kind.
             taken |= dict.fromkeys(values)
             continue
         total = sum(b - a for prompt in prompts for one, a, b in prompt.items if one is kind)
@@ -141,7 +145,8 @@ def media_of_rows(call: Call, rows: Sequence[int]) -> dict[str, Any]:
 def _frames(
     values: Mapping[str, Tensor | list[Any]], images: int, table: Tensor | None
 ) -> list[int]:
-    """Return the number of frames of each video, if one of the inputs has it."""
+    """Return the number of frames of each video; none if no input tells."""
+    # A table of sizes with three columns has frames, height and width.
     if table is not None and table.shape[1] == 3:
         return table[:, 0].tolist()
     for name, value in values.items():
@@ -159,20 +164,36 @@ def _units(
     frames: Sequence[int],
     batch: int,
 ) -> list[int]:
-    """Find the entries of the leading axis that belong to prompts (row, first image, end).
+    """Find the entries of an input's leading axis that belong to some prompts.
+
+    No name says what an axis counts, so its length has to tell:
+
+    1. One entry for each image, for each patch (the area of each image), or for each frame.
+    2. One entry for each prompt.
+    3. One entry for each token, made from several patches.
+
+    Args:
+        name: Name of the input.
+        value: The input.
+        spans: For each prompt wanted, its row, its first image and one past its last.
+        images: Images of the whole batch.
+        table: Sizes of all images, if they are given.
+        frames: Frames of each video, if they are known.
+        batch: Prompts of the whole batch.
 
     Raises:
         ValueError: If the number of entries fits no count of images, patches, frames or prompts.
     """
     areas = [] if table is None else table.prod(dim=-1).tolist()
     share, rest = divmod(sum(areas), len(value))
+    # Case 1: what one image takes of the axis, in the order in which readings are tried.
     counts: list[Sequence[int]] = [[1] * images, areas, frames]
     if len(value) not in map(sum, counts):
-        # Case: one entry for each prompt.
+        # Case 2.
         if len(value) == batch:
             return [row for row, _, _ in spans]
         if share and not rest and not any(area % share for area in areas):
-            # Case: one entry for each token, made from several patches.
+            # Case 3: every image must have a whole number of tokens.
             counts.append([area // share for area in areas])
     for of_images in counts:
         if len(value) == sum(of_images):
@@ -189,12 +210,12 @@ def join_outputs(parts: Sequence[Part], outputs: Sequence[Mapping[str, Any]]) ->
 
     Args:
         parts: The parts.
-        outputs: The fields of the model's output for each part. Fields that not all parts have are
-            left out, and so are features of images, which belong to no row.
+        outputs: The fields of the model's output for each part.
 
     Returns:
         The fields: tensors [B, M, ...], shorter rows with zeros on their left, and tuples of such
-        tensors.
+        tensors. Left out are fields that only some parts have, features of images, which belong to
+        no row, and the cache, which is joined by itself.
     """
     common = [name for name in outputs[0] if all(name in fields for fields in outputs)]
     return {
@@ -219,11 +240,12 @@ def join_spaces(
     """
     joined = []
     for same in zip(*spaces, strict=True):
+        # Padding is 0 and has to become -1, so positions count from 1 while they are joined.
         origin = _joined(parts, [space.origin + 1 for space in same]) - 1
         bias = None
         if same[0].key_bias is not None:
             bias = _joined(parts, [space.key_bias for space in same])
-        # Rows may have dropped different numbers of tokens now, so each has a shift of its own.
+        # Rows may have dropped different numbers of tokens, so each gets a shift of its own.
         shift = _joined(
             parts,
             [
@@ -239,6 +261,7 @@ def join_spaces(
 
 def _joined(parts: Sequence[Part], values: Sequence[Any]) -> Any:
     """Return the values of all rows in the order of the batch; shorter ones get leading zeros."""
+    # Case: one value for each layer, such as hidden states.
     if isinstance(values[0], tuple):
         return tuple(_joined(parts, same) for same in zip(*values, strict=True))
     rows = [row for part in parts for row in part.rows]

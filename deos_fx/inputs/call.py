@@ -1,4 +1,8 @@
-"""A call of a model's forward, in the one form that all later code reads."""
+"""A call of a model's forward, in the one form that all later code reads.
+
+What a caller may write in many ways (positional or by name, former names, ids in 32 bits) is
+settled here, once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from deos_fx.inputs.kinds import encoding, given_kinds, has_images, image_inputs
+from deos_fx.inputs.items import encoding, given_kinds, has_images, image_inputs
 from deos_fx.inputs.media import PromptImages, images_of_prompts
 from deos_fx.models.facts import ModelFacts, configs_of
 from deos_fx.models.families import FORMER_IMAGES
@@ -25,7 +29,7 @@ __all__ = ["Call", "batch_axis", "normal_inputs"]
 class Call:
     """The arguments of a model's forward by name, and the images that are in them.
 
-    Every function that takes arguments from outside makes a call of them, with `bind` or `of`, so
+    Every function that takes arguments from outside turns them into a call, with `bind` or `of`, so
     that nothing else has to know in which forms they may come. Images are counted once, when they
     are first asked for. `deos_fx.inputs.complete` fills in what the model would choose itself.
 
@@ -45,29 +49,32 @@ class Call:
 
     @classmethod
     def of(cls, facts: ModelFacts, inputs: Mapping[str, Any]) -> Call:
-        """Make a call of arguments by name.
+        """Make a call from arguments by name.
 
         Args:
             facts: The facts of the model.
             inputs: Arguments of its forward.
         """
+        # For every model of transformers, None means the same as leaving the argument out.
         given = {name: value for name, value in inputs.items() if value is not None}
         return cls(facts, normal_inputs(given))
 
     @classmethod
     def bind(cls, facts: ModelFacts, *args: Any, **kwargs: Any) -> Call:
-        """Make a call of arguments as they are given to the model's forward.
+        """Make a call from arguments as they are given to the model's forward.
 
         Raises:
             TypeError: If the forward does not take these arguments.
         """
+        # The signature is that of the class, so None stands for self.
         inputs = facts.arguments.bind(None, *args, **kwargs).arguments
         inputs.pop("self", None)
+        # What only **kwargs of the forward takes counts like any other argument.
         inputs |= inputs.pop("kwargs", {})
         return cls.of(facts, inputs)
 
     def having(self, **inputs: Any) -> Call:
-        """Return the call with these inputs in place of its own ones of the same names."""
+        """Return the call with these inputs added, in place of any of the same names."""
         return replace(self, inputs=self.inputs | inputs)
 
     # *** images ***
@@ -113,7 +120,7 @@ class Call:
 
     @property
     def layout(self) -> PromptLayout:
-        """Find where the visual tokens of the batch are; its prompts must be alike in that.
+        """Find where the visual tokens are in a batch whose prompts are alike.
 
         Returns:
             The layout that a graph is lowered for.
@@ -142,6 +149,7 @@ class Call:
             if not isinstance(value, Tensor):
                 return value
             axis = batch_axis(name, value)
+            # An axis of images or patches has an equal part for each prompt; [1, N] serves all.
             return value.narrow(axis, 0, max(1, value.shape[axis] // batch))
 
         return replace(self, inputs={name: first(name, x) for name, x in self.inputs.items()})
@@ -150,7 +158,12 @@ class Call:
 
     @property
     def structure(self) -> tuple[Hashable, ...]:
-        """Return what a captured graph depends on: the inputs given, their types, and constants.
+        """Return everything a captured graph depends on, as a key: one capture serves equal keys.
+
+        1. The precision of the model, and the attention implementation of each of its configs.
+        2. Of a tensor, its type, device and number of axes: its sizes and values are free.
+        3. Of a cache or a number, its type: the graph takes it as an input.
+        4. Of everything else, its value: the graph has it as a constant.
 
         Raises:
             TypeError: If an input is a container with tensors in it, or cannot be compared.
@@ -159,13 +172,15 @@ class Call:
         parts += [config._attn_implementation for config in configs_of(self.model.config)]
         for name, value in sorted(self.inputs.items()):
             if isinstance(value, Tensor):
-                # Position ids are [4, B, t] in a prompt's own steps and [1, B, t] in a later turn.
+                # Case 2. Position ids are [4, B, t] in a prompt's own steps, and [1, B, t] in a
+                # later turn, which is another graph.
                 coordinates = value.shape[:-2] if name == "position_ids" else ()
                 parts.append((name, value.dtype, value.device, value.ndim, coordinates))
             elif isinstance(value, Cache) or _is_number(value):
-                # A number is an input of the graph, and a guard checks what it decides.
+                # Case 3. If a number decides a branch of the model's code, a guard checks that.
                 parts.append((name, type(value)))
             else:
+                # Case 4.
                 parts.append((name, _frozen(name, value)))
         return tuple(parts)
 
@@ -192,6 +207,7 @@ def normal_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
         The inputs with today's names, and with ids, positions and padding flags in 64 bits.
     """
     named = {"pixel_values" if name in FORMER_IMAGES else name: x for name, x in inputs.items()}
+    # Case: the cache under its former name. Today's name wins if both are given.
     if CACHE != FORMER_CACHE and FORMER_CACHE in named:
         warnings.warn(f"{FORMER_CACHE} is deprecated, use {CACHE}", FutureWarning, stacklevel=2)
         former = named.pop(FORMER_CACHE)
@@ -200,6 +216,7 @@ def normal_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
         value = named.get(name)
         if isinstance(value, Tensor) and not value.is_floating_point():
             named[name] = value.long()
+    # Padding flags. Masks of queries and keys have four axes, and their type has a meaning.
     mask = named.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         flags = mask != 0 if mask.is_floating_point() else mask
@@ -208,11 +225,12 @@ def normal_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
+    # Python counts True among the integers; here a flag is a constant.
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _frozen(name: str, value: Any) -> Hashable:
-    """Return a constant of the structure as a hashable key.
+    """Return the value of a constant as a hashable key.
 
     Raises:
         TypeError: If it contains tensors, or something that cannot be compared.
@@ -220,6 +238,7 @@ def _frozen(name: str, value: Any) -> Hashable:
     if isinstance(value, Mapping):
         return tuple((key, _frozen(name, item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
+        # Code may branch on the type: a list and a tuple differ, and so do 1, 1.0 and True below.
         return type(value).__name__, *(_frozen(name, item) for item in value)
     if isinstance(value, Tensor):
         raise TypeError(

@@ -24,11 +24,12 @@ __all__ = ["completed"]
 
 
 def completed(call: Call) -> Call:
-    """Return a call with everything explicit that the model's forward would default.
+    """Return a call that names everything the model's forward would otherwise choose itself.
 
-    That is a new cache, unless ``use_cache`` is False or there is one, and the position ids, which
-    the model's own code computes in a run on shapes alone. If the call continues a text, its images
-    are left out: the cache has them. A new cache remembers how positions go on after the prompt.
+    1. The cache: a new one, unless there is one or ``use_cache`` is False.
+    2. The images: if the call continues a text, they are left out, since the cache has them.
+    3. The position ids: the model's own code computes them, in a run on shapes alone. A new cache
+       remembers how they go on after the prompt.
 
     Args:
         call: The call.
@@ -44,6 +45,7 @@ def completed(call: Call) -> Call:
             "deos_fx finds the visual tokens by input_ids, which is missing: pass input_ids with "
             "image placeholders and pixel_values, not inputs_embeds."
         )
+    # 1. The cache.
     config = model.config.get_text_config()
     cache = inputs.get(CACHE)
     if cache is None and inputs.setdefault("use_cache", config.use_cache):
@@ -54,7 +56,7 @@ def completed(call: Call) -> Call:
             "different numbers of tokens. Pass None, or the cache an earlier call returned."
         )
     if cache is not None and cache.get_seq_length():
-        # Case: the call continues a text.
+        # 2. The call continues a text.
         inputs = _without_images(call, inputs, cache)
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 2:
@@ -64,7 +66,9 @@ def completed(call: Call) -> Call:
                 "the new tokens."
             )
     _check_outputs(model, inputs)
+    # A graph returns named fields; `ReducedModel.forward` makes a tuple of them if asked to.
     inputs["return_dict"] = True
+    # 3. The position ids.
     if "position_ids" not in inputs:
         inputs["position_ids"] = _default_positions(call.facts, inputs)
     return replace(call, inputs=inputs)
@@ -82,6 +86,7 @@ def _without_images(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> 
             f"{cache.get_seq_length()} tokens: give generate the whole conversation, or a call the "
             "new tokens alone, with an attention_mask over both."
         )
+    # Every image given must be one that the cache has, and none may belong to the new tokens.
     given, known = call.images, cache.images
     again = all(_same(value, known.get(name)) for name, value in given.items())
     if not again or call.has_images and placeholders(call.facts, ids).any():
@@ -98,7 +103,8 @@ def _same(value: Tensor, known: Tensor | None) -> bool:
     return value is known or known is not None and torch.equal(value, known.to(value.device))
 
 
-# Inputs that only the whole model takes, and the pixels, on which positions do not depend.
+# Left out in the run for the positions: inputs that only the whole model takes, and the pixels, on
+# which positions do not depend.
 _NOT_OF_CORE = {"pixel_values", "pixel_values_videos", "labels", "logits_to_keep"}
 
 
@@ -122,10 +128,11 @@ def _default_positions(facts: ModelFacts, inputs: Mapping[str, Any]) -> Tensor:
     seen = 0 if cache is None else cache.get_seq_length()
     core = _stopping_core(facts, stop)
     if hasattr(core, "rope_deltas"):
-        # The model remembers how positions continue after the images of its latest prompt.
+        # The model remembers how positions continue after its latest prompt, which may be that of
+        # another text or thread. The view gets what the cache of this text remembers.
         core.rope_deltas = cache.rope_deltas if seen else None
     text = {name: value for name, value in inputs.items() if name not in _NOT_OF_CORE}
-    # Quantised embeddings may not run on shapes alone; a lookup is cheap enough to run for real.
+    # Quantised embeddings may not run on shapes alone. A lookup is cheap enough to run for real.
     coded = any(map(has_codes, facts.model.get_input_embeddings().modules()))
     run = contextlib.nullcontext() if coded else ShapesOnly()
     with contextlib.suppress(_DecoderReached), torch.no_grad(), run:
@@ -133,7 +140,8 @@ def _default_positions(facts: ModelFacts, inputs: Mapping[str, Any]) -> Tensor:
     if cache is not None and not seen:
         cache.rope_deltas = getattr(core, "rope_deltas", None)
     if found and found[0] is not None:
-        # With a cache, some models return positions of all tokens that the attention mask covers.
+        # Case: the model passes positions. With a cache, some models pass those of all tokens that
+        # the attention mask covers, of which the last are the new ones.
         return found[0][..., -inputs["input_ids"].shape[1] :]
     # Case: the model passes no positions to its decoder; count from the length of the cache.
     input_ids = inputs["input_ids"]
@@ -153,6 +161,7 @@ def _stopping_core(facts: ModelFacts, stop: Callable[..., Any]) -> Any:
     if decoder is model.base_model:
         # Case: the decoder handles the images too, so the positions first reach its layers.
         decoder = model.get_submodule(facts.blocks.decoder[0])
+    # Copy every module on the path to the decoder, and replace the decoder's own forward.
     names = (name for name, module in core.named_modules() if module is decoder)
     path = next(names, "").split(".")
     parent = core
@@ -165,9 +174,9 @@ def _stopping_core(facts: ModelFacts, stop: Callable[..., Any]) -> Any:
 
 
 def _check_outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
-    """Refuse outputs that layers compute inside, which are nowhere in the graph.
+    """Refuse to return what layers compute inside, such as attention weights: no graph has it.
 
-    An argument asks for them or, where it is missing, a config.
+    An argument asks for it or, where the argument is missing, a config.
     """
     parts = (model, model.base_model, model.get_decoder())
     for name in _recorded(tuple(map(type, parts))):

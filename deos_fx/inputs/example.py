@@ -1,8 +1,7 @@
-"""A prompt with one grey image, to capture, inspect or export a model with."""
+"""Make a prompt with one grey image, to capture, inspect or export a model with."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deos_fx.models.facts import ModelFacts, facts_of
-from deos_fx.models.shapes_only import on_shapes
+from deos_fx.models.shapes_only import count_visual_tokens
 
 __all__ = ["TEXT_TOKENS", "example_inputs"]
 
 TEXT_TOKENS = 16
+"""Text tokens of the prompt, the one before the image included."""
+
 # Patches on each side of an image whose size the config leaves open.
 _SIDE = 32
 
@@ -36,10 +37,12 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
         ValueError: If `model` reads no images, or its inputs for them cannot be derived.
     """
     facts = facts_of(model)
+    # Case: the size of an image matters, and only the processor knows which sizes are usual.
     if processor is not None and facts.sizes_vary:
         return _processed(processor)
+    # Case: otherwise the first form that the encoder takes. The config does not say which it is.
     for images in _forms(facts):
-        count = _placeholders(model, images)
+        count = count_visual_tokens(model, images)
         if count:
             return _prompt(facts, images, count)
     raise ValueError(
@@ -93,18 +96,8 @@ def _forms(facts: ModelFacts) -> Iterator[dict[str, Tensor]]:
         yield {"pixel_values": flat, "image_grid_thw": torch.tensor([[1, side, side]])}
 
 
-def _placeholders(model: PreTrainedModel, images: dict[str, Tensor]) -> int:
-    """Count the placeholders of an image in this form; 0 if the model does not take the form."""
-    try:
-        with on_shapes(model.base_model) as core, torch.no_grad():
-            features = core.get_image_features(**images, return_dict=True).pooler_output
-    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
-        return 0
-    parts = [features] if isinstance(features, Tensor) else features
-    return sum(math.prod(part.shape[:-1]) for part in parts)
-
-
 def _prompt(facts: ModelFacts, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    # One word, the image, and the other words. Any id will do for a word, save the placeholder's.
     token = facts.image_token
     ids = torch.full((1, count + TEXT_TOKENS), next(word for word in range(2) if word != token))
     ids[:, 1 : count + 1] = token

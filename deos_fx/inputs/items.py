@@ -1,4 +1,4 @@
-"""Counting the visual tokens of each image and each video."""
+"""Find the images and videos of a call: the inputs that carry them, and their visual tokens."""
 
 from __future__ import annotations
 
@@ -6,20 +6,126 @@ import contextlib
 import math
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deos_fx.inputs.kinds import IMAGES, VIDEOS, Kind, beside, encoding, media
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import features_of
+from deos_fx.models.families import PIXELS, features_of
 from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.views import shallow_copy
 from deos_fx.recent import Recent
 from deos_fx.tokens.positions import is_separator
 
-__all__ = ["Item", "items_of", "table_of_sizes"]
+__all__ = [
+    "IMAGES",
+    "VIDEOS",
+    "Item",
+    "Kind",
+    "beside",
+    "encoding",
+    "given_kinds",
+    "has_images",
+    "image_inputs",
+    "items_of",
+    "media",
+    "table_of_sizes",
+    "token_of",
+]
+
+
+# *** kinds of media ***
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of media: images or videos.
+
+    Attributes:
+        pixels: The input with their pixels.
+        encode: The method of the model's core that turns them into features.
+        marked: The value of ``mm_token_type_ids`` at their placeholders.
+        words: Parts of the names of further inputs about them that the encoder does not take.
+    """
+
+    pixels: str
+    encode: str
+    marked: int
+    words: tuple[str, ...] = ()
+
+
+IMAGES = Kind(PIXELS[0], "get_image_features", 1)
+
+VIDEOS = Kind(PIXELS[1], "get_video_features", 2, ("video", "second_per_grid"))
+
+
+def has_images(inputs: Mapping[str, Any]) -> bool:
+    """Return whether the inputs of a call have pixels of images or videos."""
+    return any(name in inputs for name in PIXELS)
+
+
+def image_inputs(facts: ModelFacts, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the inputs that images and videos come in: their pixels and sizes."""
+    # Sorted, so that the order of the inputs does not depend on that of a set.
+    names = sorted(frozenset().union(*(beside(facts, kind) for kind in given_kinds(inputs))))
+    return {name: inputs[name] for name in names if isinstance(inputs.get(name), Tensor)}
+
+
+def given_kinds(inputs: Mapping[str, Any]) -> tuple[Kind, ...]:
+    """Return the kinds that have pixels among the inputs of a call."""
+    return tuple(kind for kind in (IMAGES, VIDEOS) if kind.pixels in inputs)
+
+
+def token_of(facts: ModelFacts, kind: Kind) -> int:
+    """Return the id of a kind's placeholder.
+
+    Raises:
+        ValueError: If the config names none.
+    """
+    token = facts.image_token if kind is IMAGES else facts.video_token
+    if token is None:
+        raise ValueError(
+            f"{kind.pixels} was given, but the config of {facts.name} names no "
+            "placeholder for videos (video_token_id). Give the frames as images."
+        )
+    return token
+
+
+def media(facts: ModelFacts, kind: Kind) -> frozenset[str]:
+    """Return the names of a kind's inputs that model and encoder both take, pixels included."""
+    # Case: images. The tower may take tensors that get_image_features hands on without naming them,
+    # so the facts look at both.
+    if kind is IMAGES:
+        return facts.size_inputs | {kind.pixels}
+    takes = facts.encoders.get(kind.encode, frozenset())
+    return takes.intersection(facts.arguments.parameters) | {kind.pixels}
+
+
+def beside(facts: ModelFacts, kind: Kind) -> frozenset[str]:
+    """Return `media` and, for videos, the inputs that parts outside the encoder read.
+
+    Seconds per frame are such an input: positions depend on them, and features do not.
+    """
+    names = facts.arguments.parameters
+    others = (name for name in names if any(word in name for word in kind.words))
+    return media(facts, kind) | frozenset(others)
+
+
+def encoding(
+    facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind
+) -> tuple[str, dict[str, Any]]:
+    """Return the name of the core's method that encodes a kind, and its arguments in a call."""
+    given = {name: inputs[name] for name in sorted(media(facts, kind)) if name in inputs}
+    if kind.encode in facts.encoders:
+        return kind.encode, given
+    # Case: a model without a method for videos, which encodes their frames as images.
+    pixels = given.pop(kind.pixels)
+    return IMAGES.encode, given | {IMAGES.pixels: pixels}
+
+
+# *** visual tokens of each image and each video ***
 
 
 _ENCODED: weakref.WeakKeyDictionary[ModelFacts, Recent[Hashable, list[Item]]]
@@ -30,7 +136,7 @@ _SETS_OF_SIZES = 1024
 
 
 class Item(NamedTuple):
-    """One image, or one video.
+    """One image or one video, and the placeholders that stand for it.
 
     Attributes:
         grids: Rows and columns of each of its frames; None if that is not known.
@@ -48,12 +154,24 @@ class Item(NamedTuple):
 def items_of(
     facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind, of_rows: list[int]
 ) -> list[Item]:
-    """Return all images of a batch whose prompts have `of_rows` placeholders each.
+    """Return all images, or all videos, of a batch.
 
-    Where tokens cannot be assigned to single images, those of a prompt count as one image.
+    The ways to count their tokens, the cheapest first:
+
+    1. All images of the model have one size.
+    2. A table has the size of every image, or images are divided into tiles of one size: tokens are
+       in proportion to these.
+    3. The model's own encoder is run on shapes.
+    4. Nothing assigns tokens to single images, so those of a prompt count as one image.
+
+    Args:
+        facts: The facts of the model.
+        inputs: Arguments of its forward.
+        kind: What to count.
+        of_rows: Number of placeholders of this kind in each prompt.
     """
     pixels, placeholders = inputs[kind.pixels], sum(of_rows)
-    # Case: all images have one size.
+    # Case 1: all images have one size.
     if kind is IMAGES and not facts.sizes_vary:
         rows, columns = facts.grid
         # A non-square count may include class or register tokens, so no rows and columns are
@@ -62,17 +180,18 @@ def items_of(
         return [Item(grids, rows * columns)] * math.prod(pixels.shape[:-3])
     table = table_of_sizes(facts, inputs, kind)
     found = None
-    # Counting from sizes alone would miss the ends of rows.
+    # Case 2: sizes or tiles. These know nothing of the ends of rows, so not if there are any.
     if getattr(facts.model.base_model, "image_newline", None) is None:
         if table is not None:
             found = _of_table(table.tolist(), placeholders)
         elif kind is IMAGES and pixels.ndim == 5:
             found = _of_tiles(pixels, placeholders)
+    # Case 3: the encoder.
     found = found or _encoded(facts, inputs, kind)
     if found and kind is VIDEOS:
         found = _of_frames(found, *pixels.shape[:2]) if pixels.ndim == 5 else found
         found = found and _without_left_out(facts, inputs, found)
-    # Case: nothing tells images apart, so each prompt counts as one.
+    # Case 4: nothing tells images apart.
     return found or [Item(None, tokens) for tokens in of_rows if tokens]
 
 
@@ -88,6 +207,8 @@ def _of_table(sizes: list[list[int]], placeholders: int) -> list[Item] | None:
 
     None if the numbers of placeholders and of patches or pixels do not allow that.
     """
+    # `share` is the number of patches or pixels that one token stands for. Without placeholders the
+    # divisor makes it 0.
     area = sum(math.prod(size) for size in sizes)
     share, rest = divmod(area, placeholders or area + 1)
     if rest or not share:
@@ -107,6 +228,7 @@ def _grids(size: list[int], share: int) -> tuple[tuple[int, int], ...] | None:
     One token stands for `share` cells: a square of them, in one frame or in several. None if there
     is no such square.
     """
+    # A size without frames is that of a single image.
     frames, (height, width) = size[0] if len(size) == 3 else 1, size[-2:]
     # The largest square that fits; a share beyond it spans several frames.
     for side in range(math.isqrt(share), 0, -1):
@@ -117,9 +239,9 @@ def _grids(size: list[int], share: int) -> tuple[tuple[int, int], ...] | None:
 
 
 def _of_frames(found: Sequence[Item], videos: int, frames: int) -> list[Item] | None:
-    """Join the items found, perhaps single frames, into videos [videos, frames, C, H, W].
+    """Join the items found, which may be single frames, into videos [videos, frames, C, H, W].
 
-    None if the number of items found is no multiple of the number of videos.
+    None if the number of items is no multiple of the number of videos.
     """
     parts, rest = divmod(len(found), videos)
     if rest or not parts:
@@ -128,6 +250,7 @@ def _of_frames(found: Sequence[Item], videos: int, frames: int) -> list[Item] | 
     for first in range(0, len(found), parts):
         own = found[first : first + parts]
         tokens, ends = sum(item.tokens for item in own), sum(item.ends for item in own)
+        # The encoder gives a count alone; a frame gets a grid if its count is a square.
         of_frame, rest = divmod(tokens - ends, frames)
         side = math.isqrt(of_frame)
         whole = not rest and side * side == of_frame
@@ -139,9 +262,13 @@ def _of_frames(found: Sequence[Item], videos: int, frames: int) -> list[Item] | 
 def _without_left_out(
     facts: ModelFacts, inputs: Mapping[str, Any], found: Sequence[Item]
 ) -> list[Item]:
-    """Return the videos without the tokens that flags over all features leave out of the prompt."""
+    """Return the videos without the features that a model leaves out of the prompt.
+
+    Such a model is given flags over the features of all videos: True for those that are used.
+    """
     total = sum(item.tokens for item in found)
     named = (inputs.get(name) for name in sorted(beside(facts, VIDEOS)))
+    # No name is common to these flags: they are recognised by their type and length.
     kept = next((x for x in named if isinstance(x, Tensor) and x.dtype == torch.bool), None)
     if kept is None or kept.shape != (total,) or kept.all():
         return list(found)
@@ -151,6 +278,7 @@ def _without_left_out(
 
 def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
     """Return the tiles [B, T, 3, H, W] of prompts; tiles that only pad a prompt are zero."""
+    # A real tile that happens to be black counts as padding, as it does in the model's own code.
     real = int((pixels != 0).flatten(2).any(dim=-1).sum())
     tokens, rest = divmod(placeholders, real)
     if rest:
@@ -160,7 +288,7 @@ def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
             "the model's processor."
         )
     height, width = pixels.shape[-2:]
-    # Rows and columns in the proportions of a tile, if these come out whole.
+    # tokens = rows * columns with rows / columns = height / width, if these come out whole.
     rows = math.isqrt(tokens * height // width)
     whole = rows and rows * rows * width == tokens * height
     return [Item(((rows, tokens // rows),) if whole else None, tokens)] * real
@@ -169,12 +297,13 @@ def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
 def _encoded(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> list[Item] | None:
     """Return the images as the model's own encoder divides them; it runs once per set of sizes.
 
-    Only counts matter, unless rows end in a learned `image_newline`, recognised by its features
-    whatever the pixels are. None if the encoder does not keep images apart.
+    Only counts matter, so the encoder runs on shapes. Rows that end in a learned
+    `image_newline` are the exception: it is recognised by its features, whatever the pixels are, so
+    the encoder has to run on numbers. None if the encoder does not keep images apart.
     """
     core: Any = facts.model.base_model
     method, given = encoding(facts, inputs, kind)
-    # Tables are told apart by their values, pixels by their shape alone.
+    # The key of the counts: tables of sizes are told apart by their values, pixels by their shape.
     sizes = (
         kind,
         *(
@@ -200,12 +329,14 @@ def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]
         return []
     counts = [math.prod(part.shape[:-1]) for part in features]
     if newline is None:
+        # Case: rows do not end in a token.
         ends = [(0, False)] * len(counts)
     elif newline.is_meta:
         # Case: the model has no weights, so the ends cannot be recognised by their features.
         without = _ends_without_weights(core, method, given, counts)
         ends = [(count, count > 0) for count in without]
     else:
+        # Case: rows end in a token that is recognised.
         flags = [is_separator(part, newline).flatten() for part in features]
         ends = [(int(of_image.sum()), bool(of_image[-1])) for of_image in flags]
     return [Item(None, n, *end) for n, end in zip(counts, ends, strict=True)]
@@ -215,6 +346,7 @@ def _ends_without_weights(
     core: Any, method: str, given: Mapping[str, Any], counts: Sequence[int]
 ) -> list[int]:
     """Count the tokens that each image loses without ends of rows, in a model without weights."""
+    # Encoders check image_newline for None and then append nothing.
     view = shallow_copy(core)
     view._parameters = {**core._parameters, "image_newline": None}
     with torch.no_grad(), on_shapes(view) as run:

@@ -1,9 +1,9 @@
-"""The images and videos of a batch, and the prompts that they belong to.
+"""Find the images and videos of a batch, and the prompts that they belong to.
 
 transformers gives the pixels of a batch as flat lists: of images, of their tiles, of their patches,
-with tables of the size of each image. `items` counts their visual tokens; here they are found in
-the prompts by their placeholders; `media_rows` takes them apart again where prompts go separate
-ways.
+with tables of the size of each image. `items` counts the visual tokens of each. Here they are
+found in the prompts, by their placeholders. `batch.media_of_rows` takes them apart again where
+prompts go separate ways.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deos_fx.inputs.items import Item, items_of
-from deos_fx.inputs.kinds import IMAGES, VIDEOS, Kind, given_kinds, token_of
+from deos_fx.inputs.items import IMAGES, VIDEOS, Item, Kind, given_kinds, items_of, token_of
 from deos_fx.inputs.packed import packed_by
 from deos_fx.models.facts import ModelFacts
 from deos_fx.tokens.layout import PromptLayout
@@ -52,6 +51,10 @@ def padding_of(inputs: Mapping[str, Any]) -> Tensor | None:
 def images_of_prompts(facts: ModelFacts, inputs: Mapping[str, Any]) -> list[PromptImages]:
     """Find the images and videos of every prompt of a batch.
 
+    1. Flag the placeholders of each kind, and count the tokens of each image and video.
+    2. Walk through the prompts: each run of placeholders takes the next image of its kind.
+    3. Check that every image was taken.
+
     Args:
         facts: The facts of the model.
         inputs: Arguments of its forward, with pixels.
@@ -63,6 +66,7 @@ def images_of_prompts(facts: ModelFacts, inputs: Mapping[str, Any]) -> list[Prom
         ValueError: If images and placeholders do not match, placeholders of images and of videos
             cannot be told apart, or packed samples are refused (see `packed_by`).
     """
+    # 1. Placeholders and images.
     places = _places(facts, inputs)
     # The id that stands in the prompts; without any placeholder, that of the config.
     tokens = {
@@ -73,6 +77,7 @@ def images_of_prompts(facts: ModelFacts, inputs: Mapping[str, Any]) -> list[Prom
         kind: items_of(facts, inputs, kind, flags.sum(dim=1).tolist())
         for kind, flags in places.items()
     }
+    # 2. Prompts and their images. One iterator serves all prompts, since the lists are flat.
     waiting = {kind: iter(enumerate(given)) for kind, given in items.items()}
     # The kind of every token as a number: 0 for text, kinds from 1.
     numbers: Any = sum(number * flags for number, flags in enumerate(places.values(), 1))
@@ -83,6 +88,7 @@ def images_of_prompts(facts: ModelFacts, inputs: Mapping[str, Any]) -> list[Prom
         kinds = [list(places)[number - 1] for number in of_row if number]
         shown = list(_shown(kinds, tokens, waiting, row))
         found.append(_of_prompt(tokens, shown, ends=of_row[last[row]] > 0, packed=packed))
+    # 3. Images that no prompt shows.
     for kind, rest in waiting.items():
         total, left = len(items[kind]), sum(1 for _ in rest)
         if left:
@@ -95,14 +101,15 @@ def images_of_prompts(facts: ModelFacts, inputs: Mapping[str, Any]) -> list[Prom
 
 
 def are_written_alike(facts: ModelFacts, inputs: Mapping[str, Any]) -> bool:
-    """Return whether the inputs have images and videos, and the model one placeholder for both.
+    """Return whether the inputs have both images and videos, and one placeholder stands for both.
 
-    The model cannot read these in one call.
+    The model itself cannot read such inputs in one call.
     """
     if len(given_kinds(inputs)) < 2:
         return False
     places = _own_places(facts, inputs["input_ids"])
     if places is None:
+        # Case: the model's own code cannot be asked; the config tells.
         return facts.image_token == facts.video_token
     return bool((places[IMAGES] & places[VIDEOS]).any())
 
@@ -152,6 +159,7 @@ def _told_apart(
                 "processor returns, or prompts with images and prompts with videos one by one."
             )
         apart[kind] = found
+    # Each kind would fill the same placeholders from the start of the prompt.
     both = apart[IMAGES].any(dim=1) & apart[VIDEOS].any(dim=1)
     if both.any():
         raise ValueError(
@@ -163,7 +171,7 @@ def _told_apart(
 
 
 def _own_places(facts: ModelFacts, input_ids: Tensor) -> dict[Kind, Tensor] | None:
-    """Return the places where the model's own code puts each kind; None if it cannot be asked."""
+    """Flag where the model's own code puts each kind, [B, N]; None if it cannot be asked."""
     find: Any = getattr(facts.model.base_model, "get_placeholder_mask", None)
     if find is None:
         return None
@@ -204,6 +212,7 @@ def _shown(
     """
     place = 0
     while place < len(kinds):
+        # The next image of the kind must find all its placeholders here, in one run.
         kind = kinds[place]
         number, item = next(waiting[kind], (0, None))
         if item is None or tuple(kinds[place : place + item.tokens]) != (kind,) * item.tokens:
@@ -223,6 +232,7 @@ def _of_prompt(
     ends: bool,
     packed: str,
 ) -> PromptImages:
+    # Images of a prompt are consecutive in the flat list of their kind, so two numbers tell which.
     items = []
     for kind in tokens:
         numbers = [number for other, number, _ in shown if other is kind]
@@ -231,6 +241,7 @@ def _of_prompt(
     # Case: a prompt of text alone.
     if not shown:
         return PromptImages(None, ())
+    # Only the placeholders of this prompt: one id, or several if both kinds are in it.
     own = tuple(dict.fromkeys(tokens[kind] for kind, _, _ in items))
     placed = all(item.grids is not None for _, _, item in shown)
     # An image whose rows and columns are not known counts as one row.

@@ -1,4 +1,4 @@
-"""Rows in which not every token sees all tokens before it, such as packed samples.
+"""Recognise rows in which not every token sees all tokens before it, such as packed samples.
 
 transformers keeps the samples of a row apart in two ways: where position ids start again, if there
 is neither an attention mask nor a cache; or by an attention mask of queries and keys, which may
@@ -44,7 +44,7 @@ def refuse_lengths(inputs: Mapping[str, Any]) -> None:
 
 
 def packed_by(inputs: Mapping[str, Any], visual: Tensor) -> str:
-    """Describe in words what keeps tokens of a row apart; empty where every row is one prompt.
+    """Describe in words what keeps the tokens of a row apart; empty where every row is one prompt.
 
     Args:
         inputs: Arguments of the model's forward.
@@ -52,7 +52,8 @@ def packed_by(inputs: Mapping[str, Any], visual: Tensor) -> str:
 
     Raises:
         ValueError: If position ids separate samples that the model itself would not keep apart, the
-            mask is none that it takes, or a sample ends in an image and another one follows it.
+            mask has a form that the model does not take, or a sample ends in an image and another
+            one follows it.
     """
     mask = inputs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim in (2, 4)):
@@ -61,21 +62,24 @@ def packed_by(inputs: Mapping[str, Any], visual: Tensor) -> str:
             f"attention_mask is {shape}; give flags of real tokens [B, N], or [B, 1, N, N] of what "
             "every token sees."
         )
+    # Case: a mask of queries and keys.
     if mask is not None and mask.ndim == 4:
         return _by_mask(mask, visual)
     given = inputs.get("position_ids")
     if given is None:
         return ""
-    # Of several coordinates, transformers reads only the place in the text, which the first of four
-    # is.
+    # transformers looks for samples in the place in the text. Of several coordinates, only a first
+    # one of four is that; with three there is none to look at.
     looks = given.ndim == 2 or len(given) == 4
     positions = (given if given.ndim == 2 else given[0]).expand(visual.shape)
     if not looks or mask is not None or inputs.get(CACHE) is not None:
-        # Case: the model does not separate samples. Without a place in the text, positions are
-        # times, and text after a long video may have an earlier time than its last frame.
+        # Case: the model does not separate samples, so positions must not look like several. Two
+        # steps back are fine: those of padding, and, where positions are times and not places, that
+        # to the text after a long video, which may have an earlier time than its last frame.
         passes = torch.zeros_like(visual) if looks else visual
         _refuse_going_back(positions, passes if mask is None else passes | (mask == 0))
         return ""
+    # Case: the model separates samples where positions start again.
     samples = find_packed_sequence_indices(positions)
     if samples is None:
         return ""
@@ -102,10 +106,13 @@ def _by_mask(mask: Tensor, visual: Tensor) -> str:
             f"attention_mask is {mask.dtype} {tuple(mask.shape)}; for {length} tokens give flags "
             f"(torch.bool) or numbers to add (floats) of shape [B, 1, {length}, {length}]."
         )
+    # Numbers to add are 0 where a key is seen, and hugely negative where it is not.
     sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     sees = sees.all(dim=1).expand(len(visual), -1, -1)
+    # Case: the last token sees everything, so the row is one prompt.
     if bool(sees[:, -1].all()):
         return ""
+    # A border is before every token that does not see the one before it.
     _check_borders(~sees.diagonal(offset=-1, dim1=1, dim2=2), visual)
     return f"an attention_mask {list(mask.shape)} by which the last token does not see all others"
 

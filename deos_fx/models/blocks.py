@@ -1,4 +1,4 @@
-"""Find the transformer blocks of a vision-language model."""
+"""Find the transformer blocks of a vision-language model, or refuse it with the reason."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Blocks:
 
 
 def find_blocks(model: PreTrainedModel) -> Blocks:
-    """Locate the stacks of blocks through transformers' own accessors and block base class.
+    """Find the stacks of blocks, by transformers' own accessors and base class of blocks.
 
     Args:
         model: A transformers vision-language model.
@@ -85,12 +85,14 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
         CaptureError: If its images are not tokens of its decoder's prompt, its decoder is not made
             of such blocks, or visual tokens cannot be dropped there.
     """
+    # The order gives the most telling error: first how images are read, then what the decoder does.
     _check_reading(model)
     tower = image_tower(model)
     blocks = Blocks(
         () if tower is None else _blocks_under(model, tower),
         _blocks_under(model, model.get_decoder()),
     )
+    # The vision tower may have no such blocks: then there are no sites inside it.
     if not blocks.decoder:
         raise CaptureError(
             f"{type(model).__name__} has no list of decoder layers that derive from transformers' "
@@ -103,23 +105,28 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
 def image_tower(model: PreTrainedModel) -> nn.Module | None:
     """Return the module that encodes images; None where patches enter the prompt without one."""
     tower = model.get_encoder(modality="image")
+    # transformers answers with the model itself where it has no encoder.
     return None if tower in (model, model.base_model) else tower
 
 
 def _check_reading(model: PreTrainedModel) -> None:
     """Refuse models whose images are not tokens of the decoder's prompt."""
     name = type(model).__name__
+    # Case: an encoder-decoder, such as Florence.
     if model.config.is_encoder_decoder:
         raise CaptureError(
             f"{name} reads images in an encoder that its decoder attends to, so its decoder has no "
             f"visual tokens to reduce. {_INSTEAD}"
         )
     core: Any = model.base_model
+    # Case: a Q-Former, such as that of BLIP-2.
     if hasattr(core, "query_tokens"):
         raise CaptureError(
             f"{name} reads images through a Q-Former, whose few queries stand for no part of the "
             f"image. {_INSTEAD}"
         )
+    # Case: cross-attention in the decoder, such as that of Mllama. No class is common to these
+    # layers, but their names say what they are.
     parts = model.get_decoder().named_modules()
     if any("cross" in f"{path} {type(part).__name__}".lower() for path, part in parts):
         raise CaptureError(
@@ -141,6 +148,7 @@ def _check_reading(model: PreTrainedModel) -> None:
 
 def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
     """Refuse decoders in which dropping a visual token differs from hiding its key."""
+    # Case: a running state, to which a dropped token would have contributed.
     recurrent = [kind for kind in _kinds(model) if kind in _RECURRENT]
     if recurrent:
         raise CaptureError(
@@ -148,12 +156,14 @@ def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
             "state runs through every token: dropping some changes what the others mean. Use a "
             "model whose layers attend or convolve over a few tokens."
         )
+    # Case: chunks counted from the start of the text, which dropped tokens would shift.
     if "chunked_attention" in _kinds(model):
         raise CaptureError(
             f"{type(model).__name__} has chunked_attention layers: a new token sees the keys since "
             "the last border of a chunk, and borders move when tokens are dropped. Use a model "
             "whose layers attend to everything or within a sliding window."
         )
+    # Case: layers whose cache is a class of the family, with a rule that is not known.
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     own = {type(layer).__name__ for layer in layers if type(layer).__module__ != _CACHES}
     if own:
@@ -179,5 +189,6 @@ def _blocks_under(model: nn.Module, part: nn.Module) -> tuple[str, ...]:
         and len(module) > 0
         and all(isinstance(block, GradientCheckpointingLayer) for block in module)
     ]
+    # A part may hold smaller lists of blocks as well; the stack is the longest.
     longest: list[str] = max(stacks, key=lambda stack: len(stack), default=[])
     return tuple(longest)

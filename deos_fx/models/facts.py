@@ -1,4 +1,8 @@
-"""The facts of a model that are needed before it is captured, inferred once for each model."""
+"""Infer the facts of a model that are needed before it is captured, once for each model.
+
+`facts_of` is the door to every model: it refuses what cannot be served, and returns `ModelFacts`,
+which all later code reads in place of the model's config and classes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deos_fx.models.blocks import Blocks, find_blocks, image_tower
 from deos_fx.models.families import ENCODERS, IMAGE_TOKENS, PIXELS, VIDEO_TOKENS
-from deos_fx.models.shapes_only import on_shapes
+from deos_fx.models.shapes_only import count_visual_tokens
 from deos_fx.models.upstream import check_upstream
 from deos_fx.policy.policy import ModelSignature
 
@@ -28,20 +32,23 @@ __all__ = ["ModelFacts", "ModelState", "configs_of", "facts_of"]
 
 
 class ModelState:
-    """The modules of a model, their forwards, and its config.
+    """A snapshot of a model's modules, their forwards, and its config, to notice later changes.
 
-    Weights that are changed in place, moved or loaded are no part of it: graphs share them. It does
-    not keep the model alive.
+    Weights are not part of the snapshot: graphs share them with the model, so they may be changed
+    in place, moved or loaded. The snapshot does not keep the model alive.
 
     Args:
         model: The model as it is now.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        # The model is held weakly, and so is every forward, which may be bound to it. Its parts do
+        # not refer to it, so they may be held.
         self._model = weakref.ref(model)
         self._class = type(model)
         _, *parts = model.modules()
         self._classes = [(part, type(part)) for part in parts]
+        # A module replaced by assignment (a new head, an adapter) shows in its parent's dict.
         self._children = [
             (one._modules, dict(one._modules)) for one in (model, *parts) if one._modules
         ]
@@ -57,7 +64,11 @@ class ModelState:
         ]
 
     def holds(self) -> bool:
-        """Return whether nothing has changed; every call checks thousands of values here."""
+        """Return whether nothing has changed.
+
+        Every call of a reduced model compares thousands of values here, so each check is a plain
+        comparison.
+        """
         model = self._model()
         return (
             model is not None
@@ -79,6 +90,7 @@ def _nothing() -> None:
     return None
 
 
+# Types of settings that can be copied and compared safely.
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None), torch.dtype)
 
 
@@ -102,16 +114,17 @@ def configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 # *** the facts ***
 
 
-# Every door to a model comes by here.
+# Everything that works on a model imports this module, so the check runs before anything relies on
+# a name that is gone.
 check_upstream()
 
 
 @dataclass(frozen=True, eq=False)
 class ModelFacts:
-    """Everything that is inferred of a model; it travels in place of the model.
+    """Everything that is inferred about a model; it travels in place of the model.
 
-    It holds for the modules and the config that the model had: `facts_of` makes new facts when
-    these change. It does not keep the model alive.
+    Facts hold for the modules and the config that the model had: `facts_of` infers new ones when
+    these change. They do not keep the model alive.
 
     Attributes:
         name: Name of the model's class.
@@ -151,6 +164,7 @@ class ModelFacts:
         """
         count = _visual_tokens(self.model, self.size_inputs)
         side = math.isqrt(count)
+        # With no tokens counted, the last case gives (0, 0).
         return (side, side) if side * side == count else (min(1, count), count)
 
     @property
@@ -159,10 +173,12 @@ class ModelFacts:
         return self.grid == (0, 0)
 
     def encodes_as_one(self, inputs: Container[str]) -> bool:
-        """Return whether the image encoder of a call is one node, of which no block is seen.
+        """Return whether the image encoder of a call stays one node, with its blocks hidden inside.
 
-        That is so where it reads the size of each image. Encoders of videos split their input by
-        the number of frames, which they read into Python.
+        Tracing cannot enter an encoder that reads values into Python. Two kinds do:
+
+        1. Encoders that read the size of each image.
+        2. Encoders of videos, which split their input by the number of frames.
 
         Args:
             inputs: Names of the inputs of the call.
@@ -186,11 +202,13 @@ class ModelFacts:
 
 
 _FACTS: weakref.WeakKeyDictionary[PreTrainedModel, ModelFacts] = weakref.WeakKeyDictionary()
+# One thread infers at a time. Others wait for its result rather than repeat the work, and all of
+# them get the same object, by which results are cached elsewhere.
 _INFERRING = threading.RLock()
 
 
 def facts_of(model: PreTrainedModel) -> ModelFacts:
-    """Return the facts of a model; they are inferred again if its modules or config have changed.
+    """Return the facts of a model, inferred anew if its modules or its config have changed.
 
     Args:
         model: A transformers vision-language model.
@@ -211,12 +229,15 @@ def facts_of(model: PreTrainedModel) -> ModelFacts:
 
 def _infer(model: PreTrainedModel) -> ModelFacts:
     name = type(model).__name__
+    # 1. Is it a model that looks and answers?
     if {"image", "video"}.isdisjoint(model.input_modalities) or not model.can_generate():
         raise ValueError(
             f"{name} does not read images and answer in text. Give a vision-language model that "
             "does, for example LlavaForConditionalGeneration."
         )
+    # 2. Does it have blocks that can be told apart, and tokens that can be dropped? Or an error.
     blocks = find_blocks(model)
+    # 3. How are the places of its visual tokens marked in the prompt?
     image_token = _first_entry(model.config, IMAGE_TOKENS)
     if image_token is None:
         raise ValueError(
@@ -244,6 +265,7 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
 
 
 def _first_entry(config: Any, names: tuple[str, ...]) -> int | None:
+    # The first entry that exists decides, even if it is None.
     return next((getattr(config, name) for name in names if hasattr(config, name)), None)
 
 
@@ -262,7 +284,7 @@ _INSIDE = {
 def _check_unwrapped(model: Any) -> None:
     """Refuse anything but a transformers model that runs the code of its class."""
     name = type(model).__name__
-    # Case: peft with prompt learning.
+    # Case: peft with prompt learning. It would shift every position in the prompt.
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise TypeError(
             f"model is a {name} that puts tokens of its own in the prompt, which deos_fx does not "
@@ -280,8 +302,6 @@ def _check_unwrapped(model: Any) -> None:
             if "get_base_model" in inside
             else f"model is a {name} around a transformers model; give {inside}."
         )
-    # The hooks of accelerate that bring in weights replace forward too, but are supported.
-    replaced = None if hasattr(model, "_hf_hook") else vars(model).get("forward")
     # Case: accelerate made forward run in mixed precision.
     if "_original_forward" in vars(model):
         raise TypeError(
@@ -289,6 +309,9 @@ def _check_unwrapped(model: Any) -> None:
             "the model's own code. Give accelerator.unwrap_model(model, keep_fp32_wrapper=False), "
             "and call the result in accelerator.autocast()."
         )
+    # Case: a forward set on the instance, with other code than the class has. The hooks of
+    # accelerate that bring in weights replace forward too, but are supported.
+    replaced = None if hasattr(model, "_hf_hook") else vars(model).get("forward")
     if replaced is not None and _code_of(replaced) is not _code_of(type(model).forward):
         raise TypeError(
             f"model is a {name} whose forward was replaced, and deos_fx runs the one of its class. "
@@ -297,7 +320,7 @@ def _check_unwrapped(model: Any) -> None:
 
 
 def _inside(wrapper: Any, path: str) -> str | None:
-    """Return the expression for the transformers model in nested wrappers, or None."""
+    """Return the expression for the transformers model inside nested wrappers; None if none is."""
     if isinstance(wrapper, PreTrainedModel):
         return path
     for name, how in _INSIDE.items():
@@ -317,7 +340,10 @@ def _code_of(forward: Any) -> Any:
 
 
 def _size_inputs(model: PreTrainedModel) -> frozenset[str]:
-    """Return the tensors other than the pixels that the image encoder takes, and the text not."""
+    """Return the tensors other than the pixels that the image encoder takes and the text does not.
+
+    The signatures tell: whatever code runs between pixels and features has to be given the sizes.
+    """
     core: Any = model.base_model
     tower = image_tower(model)
     taken = _tensor_arguments(core.get_image_features)
@@ -329,31 +355,22 @@ def _size_inputs(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _tensor_arguments(function: Any) -> frozenset[str]:
+    # Annotations may be types, unions or strings; as text, all of them name Tensor.
     parameters = inspect.signature(function).parameters.values()
     return frozenset(item.name for item in parameters if "Tensor" in str(item.annotation))
 
 
 def _visual_tokens(model: PreTrainedModel, size_inputs: frozenset[str]) -> int:
-    """Return the number of visual tokens of an image; 0 if the encoder needs more than the pixels.
-
-    They are counted by running the encoder on shapes, without arithmetic.
-    """
+    """Return the number of visual tokens of an image; 0 unless its pixels alone decide it."""
     config: Any = getattr(model.config, "vision_config", None)
     tower = image_tower(model)
     if tower is None or not hasattr(config, "image_size"):
-        # Case: no image encoder, or no fixed size of images.
+        # Case: no image encoder, or images of no fixed size.
         return 0
     if _tensor_arguments(tower.forward) & size_inputs:
         # Case: the encoder is told the size of each image.
         return 0
-    try:
-        with on_shapes(model.base_model) as core, torch.no_grad():
-            features = core.get_image_features(_image(model), return_dict=True).pooler_output
-    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
-        # Case: the encoder needs inputs other than the pixels.
-        return 0
-    first = features if isinstance(features, torch.Tensor) else features[0]
-    return math.prod(first.shape[:-1])
+    return count_visual_tokens(model, {"pixel_values": _image(model)})
 
 
 def _image(model: PreTrainedModel) -> torch.Tensor:
@@ -365,6 +382,7 @@ def _image(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _has_class_token(model: PreTrainedModel) -> bool:
+    # A CLS token is a learned vector. transformers' towers give its parameter one of two names.
     tower = image_tower(model)
     names = () if tower is None else (name for name, _ in tower.named_parameters())
     return any("class_embedding" in name or "cls_token" in name for name in names)

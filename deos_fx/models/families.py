@@ -1,4 +1,4 @@
-"""Tables of names: those of families that analysis cannot infer, and those that all families share.
+"""Name what analysis cannot infer: names of single families, and those that all families share.
 
 Everything else (the role of each module, the number of tokens of an image, values added to them in
 the decoder, tensors that run over the prompt) is read from the model, its config or the captured
@@ -45,7 +45,7 @@ While capturing they are replaced by the identity. gemma4, gemma4_unified."""
 PIXELS = ("pixel_values", "pixel_values_videos")
 """The inputs that images and videos come in."""
 
-# Method of a model's core that encodes images or videos -> name of its node.
+# Method of a model's core (its base_model) that encodes images or videos -> name of its node.
 ENCODERS = {"get_image_features": "image_encoder", "get_video_features": "video_encoder"}
 
 
@@ -59,7 +59,10 @@ def features_of(output: Any) -> Any:
 
     It is [I, V, d], or a list of [V, d].
     """
-    if output.pooler_output is not None or "deepstack_features" not in output:
-        return output.last_hidden_state if output.pooler_output is None else output.pooler_output
+    if output.pooler_output is not None:
+        # Case: features made for the prompt; last_hidden_state is then the tower's.
+        return output.pooler_output
+    if "deepstack_features" not in output:
+        return output.last_hidden_state
     # Case: only features for several layers; the first of them replace the placeholders.
     return output.deepstack_features[0][1]

@@ -1,15 +1,16 @@
-"""Run a model without its weights: values where only inputs decide them, and otherwise shapes.
+"""Run a model without its weights: with values where the inputs alone decide them, else shapes.
 
 The code of a model reads some values into Python: sizes of images, token ids, whether anything is
-padded. These follow from the inputs alone. Values that depend on weights are never inspected by
-model code.
+padded. All of these follow from the inputs, so they are computed. Model code never inspects values
+that depend on weights, so of these only the shapes are computed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from deos_fx.models.views import AnyLinear, execution_device, linear_sizes, with_layers
 from deos_fx.replaced import replaced
@@ -25,9 +26,11 @@ from deos_fx.replaced import replaced
 __all__ = [
     "OnZeros",
     "ShapesOnly",
+    "count_visual_tokens",
     "on_shapes",
     "plain_attention",
     "shaped",
+    "without_values",
     "without_missing_weights",
 ]
 
@@ -38,15 +41,19 @@ _KERNELS = ("flash", "flex", "paged", "kernels")
 
 
 class ShapesOnly(TorchDispatchMode):
-    """While active, the result of an operation has values only if all its operands have.
+    """A mode in which the result of an operation has values only if all its operands have.
 
-    Parameters have no values. Other tensors without values are on meta and stay there, also when
-    they are moved. Integers and flags that are moved to meta, and int64 values created there
-    (positions), are computed on the CPU, so that code can read them. Implementations of attention
-    with a kernel of their own run as sdpa, because kernels need numbers.
+    1. A parameter, or a tensor on meta, has no values. What is computed from it is on meta, and
+       stays there even if code moves it to another device.
+    2. Everything else has values. Model code asks for some of it on the device of the weights,
+       which may be meta: integers and flags that it moves there, and positions (int64) that it
+       creates there. These are computed on the CPU, so that code can read them.
+    3. Implementations of attention with a kernel of their own run as sdpa, because kernels need
+       numbers.
     """
 
     def __enter__(self) -> Any:
+        # One mode may be entered several times, so the contexts make a stack.
         plain = contextlib.ExitStack()
         plain.enter_context(plain_attention(masks=("eager",)))
         self._plain = [*getattr(self, "_plain", ()), plain]
@@ -67,21 +74,24 @@ class ShapesOnly(TorchDispatchMode):
         leaves = pytree.tree_leaves((args, kwargs))
         operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if any(map(_has_no_values, operands)):
-            # Case: the result depends on values that are missing, so only its shape is computed.
+            # Case 1: the result depends on values that are missing, so only its shape is computed.
             if func is torch.ops.aten.index.Tensor:
                 # The values of a mask say how many rows it selects, so the index keeps its values.
-                return func(_without_values(args[0]), args[1])
-            args, kwargs = pytree.tree_map_only(torch.Tensor, _without_values, (args, kwargs))
+                return func(without_values(args[0]), args[1])
+            args, kwargs = pytree.tree_map_only(torch.Tensor, without_values, (args, kwargs))
+            # A move to another device would ask meta for numbers.
             return func(*args, **(kwargs | {"device": META} if "device" in kwargs else kwargs))
         result = func(*args, **kwargs)
         if kwargs.get("device") == META and not result.is_floating_point():
-            # Case: integers or flags that were moved to meta, or positions created there.
+            # Case 2: integers or flags that were moved to meta (they have operands), or positions
+            # that were created there (they have none). The first result has no values: run again.
             if operands or result.dtype == torch.int64:
                 return func(*args, **{**kwargs, "device": "cpu"})
         return result
 
 
-# Prefixes of the implementations, and of the masks, that run as sdpa in this thread.
+# Prefixes of the implementations, and of the masks, that run as sdpa in this thread. Replaced table
+# entries are seen by every thread; these variables say in which of them they act.
 _PLAIN: ContextVar[tuple[str, ...]] = ContextVar("deos_fx_plain_attention", default=())
 _PLAIN_MASKS: ContextVar[tuple[str, ...]] = ContextVar("deos_fx_plain_masks", default=())
 
@@ -101,6 +111,7 @@ def plain_attention(masks: tuple[str, ...] = ()) -> Iterator[None]:
         *((made, name, _plain(made, name, _PLAIN_MASKS)) for name in _beginning(made, prefixes)),
     ]
     with replaced(replacements):
+        # Masks add up when contexts are nested; implementations are always the same.
         tokens = _PLAIN.set(_KERNELS), _PLAIN_MASKS.set((*_PLAIN_MASKS.get(), *prefixes))
         try:
             yield
@@ -141,12 +152,33 @@ def on_shapes(module: nn.Module) -> Iterator[Any]:
         yield shaped(module)
 
 
+def count_visual_tokens(model: PreTrainedModel, image: Mapping[str, torch.Tensor]) -> int:
+    """Count the visual tokens of an image by running the encoder on shapes, without arithmetic.
+
+    Args:
+        model: A model that reads images.
+        image: The inputs that the image comes in.
+
+    Returns:
+        Their number; 0 if the encoder does not take the image in this form.
+    """
+    try:
+        with on_shapes(model.base_model) as core, torch.no_grad():
+            features = core.get_image_features(**image, return_dict=True).pooler_output
+    # How an encoder fails on inputs of another form is up to the code of its family.
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
+        return 0
+    parts = [features] if isinstance(features, torch.Tensor) else features
+    return sum(math.prod(part.shape[:-1]) for part in parts)
+
+
 def shaped(module: nn.Module) -> nn.Module:
     """Return a view of a module for `ShapesOnly`, in which no layer computes with codes."""
     return with_layers(module, _stand_in)
 
 
 def _stand_in(layer: nn.Module) -> nn.Module:
+    # A linear layer is known by its two sizes. Any other layer has to run to tell its shapes.
     sizes = linear_sizes(layer)
     return OnZeros(layer) if sizes is None else AnyLinear(*sizes, bias=False, device=META)
 
@@ -168,6 +200,8 @@ class OnZeros(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return shapes of the results; gradients connect them to arguments that require any."""
+        # Whoever asks which outputs depend on which weights follows the gradient through this layer
+        # too, so every result gets a zero that depends on the arguments.
         leaves = pytree.tree_leaves((args, kwargs))
         sources = [x.sum() for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
         device = execution_device(self.layer)
@@ -176,9 +210,10 @@ class OnZeros(nn.Module):
             return torch.zeros(x.shape, dtype=x.dtype, device=device) if x.is_meta else x
 
         def shape(x: torch.Tensor) -> torch.Tensor:
-            empty = _without_values(x)
+            empty = without_values(x)
             return sum(sources, empty) if x.is_floating_point() else empty
 
+        # Inside, the kernel needs real numbers: no mode may turn them into shapes.
         with _disable_current_modes(), torch.no_grad():
             args, kwargs = pytree.tree_map_only(torch.Tensor, values, (args, kwargs))
             result = self.run(*args, **kwargs)
@@ -189,7 +224,8 @@ def _has_no_values(tensor: torch.Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, nn.Parameter)
 
 
-def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+def without_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on meta with the shape, strides and type of this one."""
     if tensor.is_meta:
         return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)

@@ -1,7 +1,7 @@
-"""Private names of torch and transformers that deos_fx relies on, checked when it is loaded.
+"""Check, at import, the private names of torch and transformers that deos_fx relies on.
 
-A name that is imported fails by itself when it goes. Those listed here would not: methods that are
-overridden by name would simply never be called, and tables that are looked up would be others.
+An import of a name that is gone fails by itself. The names listed here would go unnoticed: a method
+overridden by name would simply never be called, and a table looked up by name would be another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ transformers 5.24 renamed it, everywhere at once.
 
 
 class Relied(NamedTuple):
-    """One name of another package.
+    """One name of another package that deos_fx relies on.
 
     Attributes:
         owner: The module, or the class in it after a colon, that has the name.
@@ -41,6 +41,7 @@ _GENERATE = "transformers.generation.utils:GenerationMixin"
 _MODULE = "torch.nn:Module"
 
 RELIED_ON: tuple[Relied, ...] = (
+    # Overridden in the view of the model that generates (runtime/generation.py).
     Relied(
         _GENERATE,
         "_prepare_multimodal_encoder_kwargs_for_generation",
@@ -54,6 +55,7 @@ RELIED_ON: tuple[Relied, ...] = (
         "later turns would take their positions from another prompt",
     ),
     Relied(_GENERATE, "_get_candidate_generator", "a reduction would drop candidate tokens"),
+    # Looked up: tables of attention, the parameters by which functions of masks are recognised.
     Relied("transformers:AttentionInterface", "_global_mapping", "shapes would need kernels"),
     Relied("transformers:AttentionMaskInterface", "_global_mapping", "shapes would need kernels"),
     Relied(
@@ -76,6 +78,7 @@ RELIED_ON: tuple[Relied, ...] = (
         "model=",
         "hooks would be installed in the model through a view of it, once more",
     ),
+    # Replaced: how modules are called.
     Relied(_MODULE, "_call_impl", "views of modules are called through it"),
     Relied(_MODULE, "_wrapped_call_impl", "calls of modules are recorded by replacing it"),
     Relied("torch.fx.graph_module", "_loader", "the source of every graph would stay in memory"),
@@ -107,9 +110,11 @@ def _has(module: str, attribute: str, name: str) -> bool:
     try:
         owner: Any = importlib.import_module(module)
     except ImportError:
+        # Case: the whole module is gone, or has moved.
         return False
     if attribute:
         owner = getattr(owner, attribute, None)
     if not name.endswith("="):
         return hasattr(owner, name)
+    # Case: a parameter of a function.
     return callable(owner) and name[:-1] in inspect.signature(owner).parameters

@@ -1,11 +1,14 @@
-"""Views of modules: copies that share the weights, and in which parts can be replaced.
+"""Views of modules: copies that share the weights and in which parts can be replaced.
 
-Two kinds of modules need care. Hooks of accelerate, which run a model on several devices or from
-the disk, replace a module's forward by one that is bound to this very module and brings weights and
-arguments to the device where the module runs. The weights of quantised layers, of any library, are
-not plain numbers: only the layer's own code knows what they mean (tensor subclasses that compute
-for themselves, packed integers next to their scales), so nothing else reads them. Such layers are
-recognised by the types of their tensors, and a linear one by its two sizes.
+Two kinds of modules need care:
+
+1. Modules with hooks of accelerate, which runs a model on several devices or from the disk. A hook
+   replaces the module's forward by one that is bound to this very module and brings weights and
+   arguments to the device where the module runs.
+2. Quantised layers, of any library. Their weights are codes, not plain numbers: tensor subclasses
+   that compute for themselves, or packed integers next to their scales. Only the layer's own code
+   knows what they mean, so nothing else reads them. Such layers are recognised by the types of
+   their tensors, and a linear one by its two sizes.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ __all__ = [
 
 def execution_device(module: nn.Module) -> torch.device:
     """Return the device where the first part of a module runs; its weights may be elsewhere."""
+    # A hook knows better than the weights, which it may keep on the CPU or on the disk.
     for part in module.modules():
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if device is not None:
@@ -52,7 +56,7 @@ def has_several_devices(module: nn.Module) -> bool:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Return whether the module's own weights, not those of parts, are offloaded between calls."""
+    """Return whether the module's own weights, not its parts', leave the device between calls."""
     hook = getattr(module, "_hf_hook", None)
     return bool(getattr(hook, "offload", False)) and bool(module._parameters)
 
@@ -60,9 +64,9 @@ def is_offloaded(module: nn.Module) -> bool:
 def shallow_copy(module: Any) -> Any:
     """Return a copy with the same weights, whose submodules and attributes can be replaced.
 
-    Parameters and buffers are in the same dict objects as the original's, so moving or loading the
-    original also moves or loads the copy. Hooks work on the copy; `torch.nn.Module.compile` has to
-    be called again.
+    The copy holds the very dicts of parameters and buffers that the original holds, so moving or
+    loading the original also moves or loads the copy. Hooks work on the copy. A call of
+    `torch.nn.Module.compile` has to be repeated.
     """
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
@@ -77,9 +81,11 @@ def shallow_copy(module: Any) -> Any:
 
 def _bound_to(twin: Any, call: Any, module: Any) -> Any:
     if isinstance(call, functools.partial):
+        # Case: accelerate's forward, a partial whose first argument is the module.
         args = (twin if argument is module else argument for argument in call.args)
         return functools.partial(call.func, *args, **call.keywords)
     if getattr(call, "__self__", None) is module:
+        # Case: a bound method.
         return types.MethodType(call.__func__, twin)
     return call
 
@@ -132,6 +138,7 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     An adapter does not count as a layer; the layers that it wraps and adds do.
     """
     sizes: Any = tuple(getattr(module, name, None) for name in ("in_features", "out_features"))
+    # Adapters repeat the sizes of the layer that they wrap, which is one of their children.
     known = all(isinstance(size, int) for size in sizes) and not any(module.children())
     return sizes if known else None
 
@@ -152,6 +159,7 @@ def with_layers(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) ->
 def _view(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> nn.Module:
     if has_codes(module):
         return replace(module)
+    # The copy is shallow, so every module on the way to a replaced layer needs one of its own.
     view: nn.Module = shallow_copy(module)
     # Models add hooks to their parts at the first call; those added to the view stay in the view.
     hooks = {name: copy.copy(value) for name, value in vars(view).items() if "hooks" in name}

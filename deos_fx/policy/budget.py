@@ -22,9 +22,9 @@ class _Cost(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much the reduced model may cost; any subset of limits, and being under a limit is free.
+    """How much the reduced model may cost: any subset of limits, each an upper one.
 
-    A float in (0, 1] is a fraction of the unreduced model (1.0 is all of it), an int is absolute.
+    A float in (0, 1] is a fraction of the unreduced model (1.0 is all of it); an int is absolute.
 
     Attributes:
         visual_tokens: Mean over the decoder layers of the visual tokens a layer processes.
@@ -74,6 +74,7 @@ class Budget:
                 exceed the cost given here, since costs grow with the text and the batch; visual
                 tokens do not, so such a limit must be a mistake in the unit.
         """
+        # Latency has no entry: the cost model does not know it, so it is never a fraction.
         whole = {
             "visual_tokens": unreduced.visual_tokens,
             "flops": unreduced.flops,
@@ -88,6 +89,7 @@ class Budget:
             elif value is not None:
                 # Case: an absolute limit.
                 limits[name] = float(value)
+        # Case: a limit that nothing could exceed, for example the tokens of all layers together.
         if limits.get("visual_tokens", 0) > unreduced.visual_tokens:
             raise ValueError(
                 f"budget visual_tokens={self.visual_tokens}, but the model has only "
@@ -112,9 +114,11 @@ def check_budget(budget: object) -> None:
 
 def _check_limit(name: str, value: object) -> None:
     kinds = "milliseconds" if name == "latency_ms" else "an int, or a fraction in (0, 1]"
+    # Python counts True among the integers. The comparison also refuses NaN.
     fine = not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
     if not fine:
         raise ValueError(f"budget {name}={value!r}; a limit is a positive number: {kinds}")
+    # Case: a number of tokens, FLOPs or bytes written as a float. Latency is never a fraction.
     if name != "latency_ms" and isinstance(value, float) and value > 1:
         raise ValueError(
             f"budget {name}={value!r}; a float is a fraction in (0, 1], for an absolute limit give "

@@ -1,4 +1,7 @@
-"""Counts of tokens: those that follow from a policy, and the largest that meet limits."""
+"""Count tokens: find the counts that follow from a policy, and the largest that meet limits.
+
+The costs come in as functions, so this file knows nothing of models.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ def along(before: T, cuts: Iterable[tuple[int, T]], places: int) -> list[T]:
         cuts: First place after each cut, in order, and the tokens from there on.
         places: Length of the row.
     """
+    # Each cut holds to the end of the row, until the next one.
     counts = [before] * places
     for first, after in cuts:
         counts[first:] = [after] * (places - first)
@@ -41,6 +45,7 @@ def tokens_per_layer(policy: Policy, sizes: Sequence[int], layers: int) -> list[
         sizes: Visual tokens of each image of the prompt.
         layers: Layers of the decoder.
     """
+    # policy.counts gives one row for each image; transposed, one for each reduction.
     of_images = zip(*map(policy.counts, sizes), strict=True)
     kept = zip(policy.reductions, map(sum, of_images), strict=True)
     cuts = ((first_layer(reduction.site), count) for reduction, count in kept)
@@ -51,7 +56,7 @@ def tokens_per_layer(policy: Policy, sizes: Sequence[int], layers: int) -> list[
 
 
 ASPECT = 1.5
-"""The largest ratio of the sides of a window over the grid, where a count is to be chosen."""
+"""The largest ratio of a window's sides that is accepted when a count of windows is chosen."""
 
 
 def within(amounts: Mapping[str, float], limits: Mapping[str, float]) -> bool:
@@ -72,8 +77,8 @@ def fit_counts(
 ) -> Policy | None:
     """Scale a policy's counts to the largest that meet every limit.
 
-    All counts are scaled together as far as the limits allow. Then single tokens are added where
-    they still fit, deepest site first.
+    1. All counts are scaled by one factor, as far as the limits allow.
+    2. Single tokens are added where they still fit, deepest site first.
 
     Args:
         policy: A policy with any counts.
@@ -92,6 +97,8 @@ def fit_counts(
     def fits(candidate: Sequence[int]) -> bool:
         return within(amounts(_with_counts(policy, candidate)), limits)
 
+    # 1. Bisect the factor. At `low` every limit is met; `high` is too much, or keeps all tokens.
+    # Costs grow with the counts, and 24 halvings leave less than a token.
     low, high = 0.0, float(visual_tokens)
     if not fits(scaled(low)):
         # Case: one token at every site is already too much.
@@ -99,6 +106,7 @@ def fit_counts(
     for _ in range(24):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(scaled(middle)) else (low, middle)
+    # 2. Fill up.
     return _with_counts(policy, _filled(scaled(low), visual_tokens, fits))
 
 
@@ -109,6 +117,7 @@ def as_shares(policy: Policy, visual_tokens: int) -> Policy:
         policy: Its counts are ints.
         visual_tokens: Visual tokens of one image, for which the shares give the same counts.
     """
+    # count / n * n may differ from the count by an ulp; a share is rounded to the nearest count.
     shares = [count / visual_tokens for count in policy.counts(visual_tokens)]
     return _with_counts(policy, shares)
 
@@ -126,6 +135,7 @@ def on_grid(policy: Policy, height: int, width: int) -> Policy:
     Returns:
         A policy that costs at most as much.
     """
+    # A single window always splits the grid, so the loop ends.
     counts = policy.counts(height * width)
     for i, reduction in enumerate(policy.reductions):
         counts[i] = min(counts[: i + 1])
@@ -135,7 +145,7 @@ def on_grid(policy: Policy, height: int, width: int) -> Policy:
 
 
 def _splits(height: int, width: int, count: int) -> bool:
-    """Return whether nearly square windows split the grid; a single window always does."""
+    """Return whether nearly square windows split the grid; a single window of any shape does."""
     try:
         grid_layout(height, width, count, aspect=ASPECT)
     except ValueError:
@@ -147,6 +157,7 @@ def _filled(
     counts: list[int], visual_tokens: int, fits: Callable[[Sequence[int]], bool]
 ) -> list[int]:
     """Add single tokens from the deepest site up while every limit holds."""
+    # The deepest site shortens the fewest layers, so a token costs least there.
     for i in reversed(range(len(counts))):
         # A site keeps at most what the site before it leaves.
         most = counts[i - 1] if i else visual_tokens

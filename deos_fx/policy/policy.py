@@ -12,7 +12,7 @@ from typing import Any
 from deos_fx.files import write_text
 from deos_fx.policy.reduction import Reduction, Regime
 from deos_fx.policy.site import site_order, split_site
-from deos_fx.policy.validate import check_fields
+from deos_fx.policy.tier import check_fields
 
 __all__ = ["ModelSignature", "Policy"]
 
@@ -58,16 +58,19 @@ class Policy:
     model: ModelSignature | None = None
 
     def __post_init__(self) -> None:
+        # Sorted, so that the order in which reductions are written makes no other policy.
         ordered = tuple(sorted(self.reductions, key=lambda reduction: site_order(reduction.site)))
         for earlier, later in zip(ordered, ordered[1:], strict=False):
             if earlier.site == later.site:
                 raise ValueError(f"two reductions at {later.site}; a site takes one")
+            # Windows and pools need neighbours to be there.
             if later.whole_grid and not earlier.leaves_grid:
                 raise ValueError(
                     f"{later.site} needs complete images to select from, but {earlier.site} before "
                     f"it does not leave a complete grid; put the grid first or choose another "
                     f"selector"
                 )
+        # The dataclass is frozen, so the sorted reductions are set in this way.
         object.__setattr__(self, "reductions", ordered)
 
     @property
@@ -107,6 +110,7 @@ class Policy:
             ValueError: If it was searched for another model, names a site that the model does not
                 have, or keeps tokens that it does not have.
         """
+        # Case: searched for another model. Sites of the same name would be elsewhere in it.
         if self.model is not None and self.model != model:
             raise ValueError(
                 f"the policy {self.name or '(unnamed)'} was made for {self.model}, and this model "
@@ -114,6 +118,7 @@ class Policy:
             )
         for reduction in self.reductions:
             stage, layer = split_site(reduction.site)
+            # A model has one projector, so a site there always exists.
             layers = {"vision": model.vision_layers, "decoder": model.decoder_layers}
             if stage in layers and layer >= layers[stage]:
                 last = layers[stage] - 1
@@ -122,11 +127,13 @@ class Policy:
                     f"{layers[stage]} {stage} layers; "
                     + (f"the last site is {stage}.{last}" if last >= 0 else "reduce at projector")
                 )
+        # Images of varying size are checked when they come; fractions fit all of them.
         if model.visual_tokens:
             self.counts(model.visual_tokens)
 
     def to_json(self) -> str:
         """Return the policy as indented JSON, without fields that have their default value."""
+        # The first two entries identify the file, so that a reader can refuse others with a reason.
         data: dict[str, Any] = {"deos_fx": "policy", "version": VERSION}
         if self.name:
             data["name"] = self.name
@@ -152,6 +159,7 @@ class Policy:
         if version != VERSION:
             raise ValueError(f"policy version {version!r}; this release reads version {VERSION}")
         check_fields(data, {"name", "model", "reductions"}, {"reductions"}, "a policy")
+        # In a file, a wrong type is a wrong value like any other.
         try:
             return cls._from_dict(data)
         except TypeError as error:
@@ -197,7 +205,7 @@ class Policy:
         return "\n  ".join([f"{title}:", *map(str, self.reductions)])
 
 
-def _as_object(values: Any) -> dict[str, Any]:
+def _as_object(values: object) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"expected an object with named fields, not {values!r}")
     return values

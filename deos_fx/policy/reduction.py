@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -11,14 +11,20 @@ from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.site import split_site
-from deos_fx.policy.tier import Tier, checked_tier, described, given_fields, mix_in_words
-from deos_fx.policy.validate import (
+from deos_fx.policy.tier import (
+    Tier,
+    check_choice,
     check_diversity,
     check_fields,
+    check_flag,
     check_keep,
     check_number,
     check_observe,
+    checked_tier,
+    described,
+    given_fields,
     known_options,
+    mix_in_words,
     normal_weights,
     other_options,
 )
@@ -108,18 +114,19 @@ class Reduction:
     position: str = "keep"
 
     def __post_init__(self) -> None:
+        # 1. What every other check refers to.
         stage, _ = split_site(self.site)
         check_keep(self.site, self.keep)
-        if not self.keep:
-            raise ValueError(f"{self.site}: keep is {self.keep!r}; give a count >= 1 or a fraction")
-        self._check_choice("selector", tuple(SELECTORS))
-        self._check_choice("assignment", ASSIGNMENTS)
-        self._check_choice("order", ORDERS)
-        self._check_choice("receivers", RECEIVERS)
-        self._check_choice("weighting", WEIGHTINGS)
-        self._check_choice("position", POSITIONS)
+        check_choice(f"{self.site}: selector", self.selector, SELECTORS)
+        check_choice(f"{self.site}: assignment", self.assignment, ASSIGNMENTS)
+        check_choice(f"{self.site}: order", self.order, ORDERS)
+        check_choice(f"{self.site}: receivers", self.receivers, RECEIVERS)
+        check_choice(f"{self.site}: weighting", self.weighting, WEIGHTINGS)
+        check_choice(f"{self.site}: position", self.position, POSITIONS)
+        # 2. Fields that are completed. Scores come before options, since scores have options too.
         default = "last_text_attention" if stage == "decoder" else "cls_attention"
         scores = normal_weights(f"{self.site}: scores", self.scores, SCORES)
+        # Scores without effect stay empty, so that equal methods are equal policies.
         used = {default: 1.0} if self.uses_scores else {}
         # The dataclass is frozen, so the completed values are set in this way.
         object.__setattr__(self, "scores", scores or used)
@@ -129,25 +136,19 @@ class Reduction:
         object.__setattr__(self, "options", options)
         tiers = tuple(checked_tier(self.site, tier, default) for tier in self.tiers)
         object.__setattr__(self, "tiers", tiers)
+        # 3. Numbers, and settings that exclude each other.
         self._check_numbers()
         self._check_together()
-
-    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise ValueError(f"{self.site}: {name} is {value!r}; choose from {', '.join(choices)}")
 
     def _check_numbers(self) -> None:
         limits = {"gain": (0, 1), "exponent": (0, 4), "mass_bias": (0, 4)}
         for name, (low, high) in (limits | {"reweight": (-1e3, 1e3)}).items():
             check_number(f"{self.site}: {name}", getattr(self, name), low, high)
+        # Infinity is a temperature, but no other number.
         if self.temperature != math.inf:
             check_number(f"{self.site}: temperature", self.temperature, 0, math.inf)
         for name in ("residual", "keep_class", "average"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(
-                    f"{self.site}: {name} is {getattr(self, name)!r}; give True or False"
-                )
+            check_flag(f"{self.site}: {name}", getattr(self, name))
         if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int):
             raise TypeError(
                 f"{self.site}: neighbours is {self.neighbours!r}; give a number of tokens"
@@ -156,8 +157,9 @@ class Reduction:
         check_observe(self.site, self.observe)
 
     def _check_together(self) -> None:
-        """Check settings that depend on each other."""
+        """Refuse combinations of settings that contradict each other."""
         site, stage = self.site, split_site(self.site)[0]
+        # Where the output goes.
         if self.order != "position" and (stage == "decoder" or self.position != "compact"):
             raise ValueError(
                 f"{site}: order {self.order!r} needs a site before the decoder and the position "
@@ -167,6 +169,7 @@ class Reduction:
             raise ValueError(
                 f"{site}: keep_class works in the vision tower with the order 'tier' or 'selection'"
             )
+        # What takes in what.
         if (self.assignment == "k_nearest") != (self.neighbours > 0) or self.neighbours < 0:
             raise ValueError(
                 f"{site}: assignment {self.assignment!r} with {self.neighbours} neighbours; give "
@@ -174,13 +177,16 @@ class Reduction:
             )
         if self.assignment == "window" and self.selector != "grid":
             raise ValueError(f"{site}: the assignment 'window' needs the selector 'grid'")
+        # A raw score is used as it is; a mix is always of standardized ones.
         if self.weighting == "raw" and len(self.scores) != 1:
             raise ValueError(f"{site}: weighting 'raw' needs exactly one score, not {self.scores}")
+        # What is chosen.
         if self.selector == "bipartite" and self.order == "tier":
             raise ValueError(
                 f"{site}: the halves of 'bipartite' are one tier, and the order 'tier' would mix "
                 f"them; choose 'selection' or 'position'"
             )
+        # The residual token is the best one that is not chosen: that takes a ranking.
         first = SELECTORS[self.selector]
         if self.residual and (not first.ranks or first.flags):
             raise ValueError(f"{site}: residual needs a selector that ranks, not {self.selector!r}")
@@ -190,12 +196,14 @@ class Reduction:
 
     def _check_tiers(self) -> None:
         """Check what each tier chooses, and from which tokens."""
+        # A selector that flags picks nothing itself: it says which tokens the next tier prefers.
         last = self.selection[-1].selector
         if SELECTORS[last].flags:
             raise ValueError(
                 f"{self.site}: {last!r} only says what a later tier prefers; add Tier(keep=1.0)"
             )
         for tier in self.tiers:
+            # A further tier leaves out what earlier ones took, so its selector must ask for that.
             selector = SELECTORS[tier.selector]
             if not selector.flags and "taken" not in selector.needs:
                 raise ValueError(
@@ -211,6 +219,7 @@ class Reduction:
     @property
     def selection(self) -> tuple[Tier, ...]:
         """Return all tiers with all options; the first is made of the reduction's own fields."""
+        # The count of the first tier is what the others leave, so it has none.
         first = Tier(
             selector=self.selector,
             scores=self.scores,
@@ -233,6 +242,7 @@ class Reduction:
             ValueError: If the further tiers leave nothing for the first tier, or leave something
                 where the first tier only flags tokens.
         """
+        # The further tiers take their shares; the first one gets the remaining tokens.
         others = [tier.count(total) for tier in self.tiers]
         first = total - sum(others) - (1 if self.tiers and self.has_rest else 0)
         flags = SELECTORS[self.selector].flags
@@ -255,7 +265,7 @@ class Reduction:
 
     @property
     def whole_grid(self) -> bool:
-        """Return whether it needs complete images, with no token dropped by score before."""
+        """Return whether it needs complete images, from which no score has dropped a token."""
         return any(SELECTORS[tier.selector].whole_grid for tier in self.selection)
 
     @property
@@ -266,11 +276,15 @@ class Reduction:
     @property
     def has_rest(self) -> bool:
         """Return whether some content of dropped tokens goes to the residual token."""
+        # With the full gain, an assignment of every dropped token leaves nothing over.
         return self.residual and (self.gain < 1 or self.assignment == "k_nearest")
 
     @property
     def uses_score_values(self) -> bool:
-        """Return whether the scores' values matter, not just their order: they are standardized."""
+        """Return whether the values of the scores matter, not just their order.
+
+        Such scores are standardized.
+        """
         weighted = self.weighting == "score" and (self.gain > 0 or self.residual)
         return self.selector == "greedy" or self.reweight != 0 or weighted
 
@@ -310,6 +324,7 @@ class Reduction:
         Raises:
             ValueError: If ``keep`` is a number of tokens that the image does not have.
         """
+        # Case: a fraction of the image's own number of tokens.
         if isinstance(self.keep, float):
             return max(1, round(self.keep * visual_tokens))
         if self.keep > visual_tokens:
@@ -324,7 +339,7 @@ class Reduction:
         given = given_fields(self)
         if self.tiers:
             given["tiers"] = [given_fields(tier) for tier in self.tiers]
-        # JSON has no infinity.
+        # JSON has no infinity, so `from_dict` reads it as a word.
         return given | ({"temperature": "inf"} if self.temperature == math.inf else {})
 
     @classmethod
@@ -359,6 +374,7 @@ class Reduction:
         return f"{self.site}: keep {keep}, {chosen}{order}, {treatment}, positions {self.position}"
 
     def _treatment(self) -> str:
+        # The regime, and in brackets every setting that differs from its default.
         words = [f"{self.regime}"]
         if self.gain > 0:
             words.append(f"gain {self.gain:.3g}, {self._assigned()}")

@@ -1,4 +1,4 @@
-"""Names of sites: ``projector``, ``decoder.<i>`` (after layer i) and ``vision.<i>``."""
+"""Read names of sites: ``projector``, ``decoder.<i>`` (after layer i) and ``vision.<i>``."""
 
 from __future__ import annotations
 

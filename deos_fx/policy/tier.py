@@ -1,23 +1,37 @@
-"""One step of a selection, as plain data."""
+"""One step of a selection, as plain data, with the checks and words that reductions share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 from deos_fx.operator.scores import SCORES
-from deos_fx.operator.select import SELECTORS
-from deos_fx.policy.validate import (
-    check_diversity,
-    check_keep,
-    check_observe,
-    normal_weights,
-    other_options,
-)
+from deos_fx.operator.select import SELECTORS, WHOLE_NUMBERS
+from deos_fx.policy.site import split_site
 
-__all__ = ["Tier", "checked_tier", "described", "given_fields", "mix_in_words"]
+__all__ = [
+    "Options",
+    "Tier",
+    "check_choice",
+    "check_diversity",
+    "check_fields",
+    "check_flag",
+    "check_keep",
+    "check_number",
+    "check_observe",
+    "checked_tier",
+    "described",
+    "given_fields",
+    "known_options",
+    "mix_in_words",
+    "normal_weights",
+    "other_options",
+]
+
+Options: TypeAlias = dict[str, float | tuple[float, ...]]
+"""Parameters of a selector and of scores, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -50,6 +64,7 @@ class Tier:
         """Return how many tokens it chooses in a reduction that keeps ``total``."""
         if isinstance(self.keep, int):
             return self.keep
+        # 0.07 * 100 is a little more than 7 in floats, and must not be rounded up to 8.
         return math.ceil(self.keep * total - 1e-9)
 
     def __repr__(self) -> str:
@@ -71,11 +86,9 @@ def checked_tier(site: str, tier: object, score: str) -> Tier:
     """
     if not isinstance(tier, Tier):
         raise TypeError(f"{site}: tiers has {tier!r}; give Tier(keep=..., selector=...)")
-    if tier.selector not in SELECTORS:
-        raise ValueError(
-            f"{site}: selector is {tier.selector!r}; choose from {', '.join(SELECTORS)}"
-        )
-    check_keep(f"{site}: a tier", tier.keep)
+    check_choice(f"{site}: selector", tier.selector, SELECTORS)
+    # The order is that of a reduction's own checks: choices, then scores, then the options of both.
+    check_keep(f"{site}: a tier", tier.keep, none=True)
     scores = normal_weights(f"{site}: scores", tier.scores, SCORES)
     if not scores and SELECTORS[tier.selector].ranks:
         scores = {score: 1.0}
@@ -85,8 +98,155 @@ def checked_tier(site: str, tier: object, score: str) -> Tier:
     return replace(tier, scores=scores, options=options)
 
 
+# *** checks of fields ***
+
+
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Check that a value is a number within limits, and not infinite."""
+    # Python counts True among the integers. `not low <= value` also refuses NaN.
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or not low <= cast(float, value) <= high or value == math.inf:
+        raise ValueError(f"{name} is {value!r}; give a number in [{low:g}, {high:g}]")
+
+
+def check_fields(values: Mapping[str, Any], known: set[str], needed: set[str], what: str) -> None:
+    """Check the names of fields that were read from a file.
+
+    Raises:
+        ValueError: If a field is missing or unknown.
+    """
+    for missing in sorted(needed - set(values)):
+        raise ValueError(f"{what} lacks the field {missing!r}")
+    for unknown in sorted(set(values) - known):
+        raise ValueError(f"{what} has no field {unknown!r}; the fields are {sorted(known)}")
+
+
+def check_choice(what: str, value: object, choices: Collection[str]) -> None:
+    """Check that a value is one of the choices."""
+    if value not in tuple(choices):
+        raise ValueError(f"{what} is {value!r}; choose from {', '.join(choices)}")
+
+
+def check_flag(what: str, value: object) -> None:
+    """Check that a value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} is {value!r}; give True or False")
+
+
+def check_keep(what: str, keep: object, *, none: bool = False) -> None:
+    """Check that a value is a number of tokens or a fraction; 0 is one only where `none` is."""
+    number = not isinstance(keep, bool) and isinstance(keep, int | float)
+    if not number or not (cast(float, keep) > 0 or none and keep == 0):
+        raise ValueError(f"{what}: keep is {keep!r}; give a count >= 1 or a fraction")
+    # Case: a number of tokens written as a float, or a fraction in percent.
+    if isinstance(keep, float) and keep > 1:
+        raise ValueError(
+            f"{what}: keep is {keep!r}; a float is a fraction in (0, 1], for a number of tokens "
+            f"give an int"
+        )
+
+
+def normal_weights(what: str, weights: object, known: Mapping[str, object]) -> dict[str, float]:
+    """Return weights that sum to 1, without those that are 0.
+
+    Args:
+        what: Where the weights are from, for errors: a site, a colon and the name of the field.
+        weights: Weight by name.
+        known: The names there are.
+    """
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"{what} is {weights!r}; give a weight for each name")
+    for key, weight in weights.items():
+        if key not in known:
+            name = what.rpartition(" ")[2]
+            raise ValueError(
+                f"{what.partition(':')[0]}: no {name} {key!r}; choose from {', '.join(known)}"
+            )
+        check_number(f"{what} weight of {key}", weight, 0, math.inf)
+    total = sum(weights.values())
+    if weights and not 0 < total < math.inf:
+        raise ValueError(
+            f"{what.partition(':')[0]}: the weights of {what.rpartition(' ')[2]} sum to {total}; "
+            f"give a positive"
+        )
+    # Weights that already sum to 1 are left alone, so that a policy read from a file is unchanged.
+    scale = 1.0 if abs(total - 1) < 1e-9 else total
+    return {key: weight / scale for key, weight in weights.items() if weight > 0}
+
+
+def other_options(site: str, selector: str, scores: Iterable[str], given: object) -> Options:
+    """Check the options of a selector and its scores; return those that differ from defaults."""
+    known = known_options(selector, scores)
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{site}: options is {given!r}; give a value for each name")
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(
+                f"{site}: no option {name!r} of {selector} and its scores; "
+                f"choose from {', '.join(known) or 'nothing'}"
+            )
+        _check_option(f"{site}: option {name}", name, value, known[name])
+    # JSON has no tuples, and a policy read from a file has to equal the one that was written.
+    options = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in given.items()
+    }
+    # A default of None, or of no numbers, says that a value has to be given.
+    for name, default in known.items():
+        if options.get(name, default) in (None, ()):
+            raise ValueError(f"{site}: {selector} needs the option {name!r}; give a value")
+    return {name: value for name, value in options.items() if value != known[name]}
+
+
+def _check_option(what: str, name: str, value: object, default: object) -> None:
+    """Check that an option is a number, or a list of numbers if its default is a list."""
+    # The default tells the kind of an option.
+    several = isinstance(default, tuple)
+    if several and not isinstance(value, list | tuple):
+        raise ValueError(f"{what} is {value!r}; give a list of numbers")
+    low, high = WHOLE_NUMBERS.get(name, (-1e9, 1e9))
+    for number in cast(Sequence[object], value) if several else [value]:
+        check_number(what, number, low, high)
+        if name in WHOLE_NUMBERS and number != int(cast(float, number)):
+            raise ValueError(f"{what} is {number!r}; give a whole number")
+
+
+def check_observe(site: str, observe: object) -> None:
+    """Check that a value names a place where attention can be observed."""
+    if observe in ("", "next"):
+        return
+    # The projector is no block, so it has no attention.
+    if not isinstance(observe, str) or split_site(observe)[0] == "projector":
+        raise ValueError(f"{site}: observe is {observe!r}; give 'next' or a block's site")
+
+
+def known_options(selector: str, scores: Iterable[str]) -> dict[str, Any]:
+    """Return the options of a selector and its scores, with their defaults."""
+    known: dict[str, Any] = dict(SELECTORS[selector].options)
+    for score in scores:
+        known |= SCORES[score].options
+    return known
+
+
+def check_diversity(site: str, selector: str, diversity: float) -> None:
+    """Check that a diversity is a number, and that the selector uses it."""
+    check_number(f"{site}: diversity", diversity, 0, 1e3)
+    # Refused rather than ignored: a policy should say what it does.
+    if diversity > 0 and selector != "greedy":
+        raise ValueError(
+            f"{site}: diversity {diversity} has no effect with the selector {selector!r}; choose "
+            "'greedy' or leave it at 0"
+        )
+
+
+# *** a tier or a reduction in words ***
+
+
 def given_fields(item: Any) -> dict[str, Any]:
-    """Return the fields and options that differ from their defaults, without the tiers."""
+    """Return the fields and options that differ from their defaults, without the tiers.
+
+    They are what files and `repr` show of a reduction or a tier.
+    """
     values = {entry.name: getattr(item, entry.name) for entry in fields(item)}
     given = {
         entry.name: values[entry.name]
@@ -98,6 +258,7 @@ def given_fields(item: Any) -> dict[str, Any]:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in item.options.items()
         }
+    # A file names the count of a tier even if it is 0; that of a reduction has no default.
     return {"keep": item.keep} | given if isinstance(item, Tier) else given
 
 

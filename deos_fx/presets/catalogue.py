@@ -1,4 +1,4 @@
-"""The catalogue of presets: the source and the needs of each, in addition to its policy."""
+"""Keep the catalogue of presets: the source and the needs of each, besides its policy."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def method(source: str, *, licence: str, needs: str = "") -> Callable[[_Function
     """
 
     def enter(function: _Function) -> _Function:
+        # The docstring's first line is the title, so that the two cannot differ.
         name = function.__name__
         title = (function.__doc__ or "").partition("\n")[0]
         CATALOGUE[name] = Method(name, function, title, source, licence, needs)

@@ -1,4 +1,4 @@
-"""Fitting presets to a budget: the largest counts it allows, at the published depth if possible."""
+"""Fit presets to a budget: the largest counts it allows, at the published depth if possible."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def fit(name: str, budget_tokens: float, decoder_layers: int, visual_tokens: int
 
 
 def _fit_fastv(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
+    # The mean over L layers of l times all tokens and L - l times the count, solved for the count.
     for layer in range(min(FASTV_LAYER, layers - 1), 0, -1):
         count = _floor((budget * layers - layer * tokens) / (layers - layer))
         if count >= (FEWEST * tokens if layer > 1 else 1):
@@ -66,6 +67,8 @@ def _fit_fastv(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
 
 
 def _fit_pyramid_drop(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
+    # From the published depth, a quarter of the layers, to the first layer. At the first layer any
+    # count is accepted, since there is no better depth to try.
     for first in range(max(round(layers / 4), 1), 0, -1):
         stages = sorted({round(first + s * (layers - first) / 3) for s in range(3)})
         counts = _largest_pyramid(budget, layers, tokens, [n for n in stages if n < layers])
@@ -75,6 +78,7 @@ def _fit_pyramid_drop(budget: float, layers: int, tokens: int) -> Iterable[Polic
 
 def _largest_pyramid(budget: float, layers: int, tokens: int, stages: list[int]) -> list[int]:
     """Return counts in the published proportions, as large as the budget allows; empty if none."""
+    # Costs grow with the largest count, so the first that is too much ends the search.
     best: list[int] = []
     for largest in range(1, round(tokens / PYRAMID_KEEP[-1]) + 1):
         scaled = (largest * ratio / PYRAMID_KEEP[0] for ratio in PYRAMID_KEEP)
@@ -100,6 +104,7 @@ def _fit_avg_pool(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
             f"avg_pool is fitted to square grids and {tokens} is not a square; call avg_pool with "
             "a count that splits the grid into windows"
         )
+    # The largest count that splits the grid into nearly square windows; only 1 always does.
     for count in range(_floor(budget), 0, -1):
         try:
             grid_layout(side, side, count, aspect=ASPECT)
@@ -109,7 +114,7 @@ def _fit_avg_pool(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
 
 
 def _floor(value: float) -> int:
-    """Round down, ignoring the rounding error of a fraction times a count."""
+    """Round down, forgiving the rounding error of a fraction times a count."""
     return math.floor(value + 1e-9)
 
 

@@ -72,6 +72,7 @@ def batches(
         ``[B, 3, 144, 144]``; with answers also ``labels`` ``[B, S]``: the words of the answer and
         the end of the sequence where they stand in ``input_ids``, -100 elsewhere.
     """
+    # The prompt is written by hand, since the tokenizer knows no chat template.
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         questions = [example.question for example in part]
@@ -82,6 +83,7 @@ def batches(
         images = [example.scene.image for example in part]
         inputs = dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
         if answers:
+            # One token for each word, and the end of the sequence.
             lengths = torch.tensor([len(question.answer.split()) + 1 for question in questions])
             inputs["labels"] = answer_labels(inputs["input_ids"], lengths)
         yield inputs

@@ -1,4 +1,4 @@
-"""The training targets of the reference model: descriptions of patches, and packs of questions."""
+"""Make the training targets of the reference model: descriptions of patches, packs of questions."""
 
 from __future__ import annotations
 
@@ -107,6 +107,7 @@ class Described:
             ``[B, VISUAL_TOKENS, width]``.
         """
         place = words[_PATCH_ROWS] + words[_PATCH_COLUMNS]
+        # Every patch has a place. What else is on it, if anything, is added.
         total = place.expand(len(self.digit), -1, -1).clone()
         for labels, names in self._groups():
             known = labels != IGNORE
@@ -124,6 +125,7 @@ class Described:
             Scalar: the mean squared distance of patches with a digit, plus that of patches without
             ink, plus the cross-entropies of telling digits, colors and photographs apart.
         """
+        # Patches touched by a little ink have neither a digit nor a backdrop and are left out.
         distance = (tokens - self.embed(words)).square().sum(-1)
         loss = distance[self.backdrop != IGNORE].mean() + distance[self.digit != IGNORE].mean()
         for labels, names in self._groups():
@@ -230,6 +232,7 @@ class PackLayout:
             logits: Logits for every word that has a target, ``[A, vocabulary]``.
             pack: The questions.
         """
+        # A question is failed if any word of its answer is wrong, and posed if it has a target.
         targets = pack.targets.cpu()
         asked = targets != IGNORE
         wrong = torch.zeros(targets.shape)
@@ -262,5 +265,6 @@ def _fill(questions: Sequence[Question], rng: np.random.Generator) -> tuple[list
             question = choices[pick % len(choices)]
             answer = [VOCABULARY[word] for word in question.answer.split()]
             words += [VOCABULARY[word] for word in question.text.split()] + answer
+            # Targets are one ahead: the question's last word predicts the first of the answer.
             targets += [IGNORE] * (_QUESTION_WORDS[kind] - 1) + answer + [VOCABULARY["<eos>"]]
     return words, targets

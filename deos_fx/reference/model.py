@@ -1,4 +1,4 @@
-"""The reference model: a small LLaVA built from the configuration classes of transformers."""
+"""Build the reference model: a small LLaVA made of the configuration classes of transformers."""
 
 from __future__ import annotations
 
@@ -153,11 +153,13 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     """
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(build_config())
+    # Words at right angles can be read off a sum of them.
     nn.init.orthogonal_(word_embedding(model).weight)
     embeddings = model.model.vision_tower.embeddings
     nn.init.normal_(embeddings.patch_embedding.weight, std=(3 * PATCH_SIZE**2) ** -0.5)
     embeddings.position_embedding.weight[1:] = 0.5 * _grid_codes(WIDTH)
     layers = model.model.language_model.layers
+    # Zero outputs make a residual layer the identity.
     for layer in layers[1::2]:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
@@ -184,6 +186,7 @@ def _grid_codes(width: int) -> Tensor:
         ``[VISUAL_TOKENS, width]``, rows of patches one after the other.
     """
     steps = torch.arange(width // 4)
+    # Wavelengths from about 4 patches, in a geometric row, as in the positions of a transformer.
     rates = 1.5 * torch.exp(-math.log(40.0) * steps / len(steps))
     angles = torch.arange(GRID)[:, None] * rates
     line = torch.cat([angles.sin(), angles.cos()], 1)

@@ -1,4 +1,4 @@
-"""Sampling scenes, and questions about them."""
+"""Sample scenes, and questions about them."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ def sample_scenes(
     Returns:
         The batch.
     """
+    # For each of 9 possible objects of a scene, whether it is there: the first ones are.
     present = rng.integers(objects[0], objects[1] + 1, count)[:, None] > np.arange(9)
     owner, _ = np.nonzero(present)
     # Distinct cells in reading order; absent objects get cell 9 and sort to the end.
@@ -106,6 +107,7 @@ def sample_scenes(
     palette = rng.dirichlet(np.ones(len(COLORS)), count).cumsum(1)
     color = (rng.random((count, 9, 1)) > palette[:, None, :-1]).sum(2)[present]
     cell = cell[present]
+    # A center is one of the two middle patches of its cell in both directions.
     corner = np.stack([cell % 3, cell // 3], 1) * CELL_SIZE
     center = corner + (rng.integers(1, 3, (len(cell), 2)) + 0.5) * PATCH_SIZE
     return _compose(count, split, rng, difficulty, owner, cell, digit, color, center)

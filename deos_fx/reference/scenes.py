@@ -153,6 +153,7 @@ class SceneBatch:
         """Return the opacity of each object in its window, float32 ``[N, WINDOW, WINDOW]``."""
         # Map window pixels to scan coordinates and interpolate bilinearly in the padded scan.
         pixels = self.origin[:, :, None] + np.arange(WINDOW) + 0.5 - self.center[:, :, None]
+        # Rotate back, scale 8 x 8 pixels to the size, and undo the stretch.
         x, y = pixels[:, 0, None, :], pixels[:, 1, :, None]
         scale = (8 / self.size)[:, None, None]
         cos, sin = np.cos(self.angle)[:, None, None], np.sin(self.angle)[:, None, None]
@@ -162,6 +163,7 @@ class SceneBatch:
         left, top = u.astype(int), v.astype(int)
         u, v = (u - left).astype(np.float32), (v - top).astype(np.float32)
         padded = np.pad(scans()[0], ((0, 0), (1, 1), (1, 1)))[self.scan].ravel()
+        # Flat indices of the upper left of the four neighbours, in padded scans of 10 x 10 pixels.
         at = np.arange(len(self.scan))[:, None, None] * 100 + top * 10 + left
         upper = padded[at] * (1 - u) + padded[at + 1] * u
         lower = padded[at + 10] * (1 - u) + padded[at + 11] * u
@@ -183,6 +185,7 @@ class SceneBatch:
         inside = (pixels >= 0) & (pixels < IMAGE_SIZE)
         patch = np.clip(pixels // PATCH_SIZE, 0, GRID - 1)
         ink = self.ink * (inside[:, 1, :, None] & inside[:, 0, None, :])
+        # One bin for each object and patch.
         at = np.arange(len(ink))[:, None, None] * GRID**2
         at = at + patch[:, 1, :, None] * GRID + patch[:, 0, None, :]
         mass = np.bincount(at.ravel(), ink.ravel(), len(ink) * GRID**2).reshape(len(ink), -1)
@@ -194,6 +197,7 @@ class SceneBatch:
         Returns:
             uint8 ``[B, IMAGE_SIZE, IMAGE_SIZE, 3]``.
         """
+        # A border as wide as a window, so that windows over the edge need no cutting.
         pad = WINDOW
         behind = _crops(self.split)[self.backdrop, self.crop] * self.light[:, None, None, None]
         canvas = np.pad(behind, ((0, 0), (pad, pad), (pad, pad), (0, 0))).astype(np.float32)
@@ -201,12 +205,14 @@ class SceneBatch:
         for owner, (x, y), ink, tint in zip(
             self.owner, self.origin + pad, self.ink[..., None], tints, strict=True
         ):
+            # A view: blending in place draws on the canvas.
             window = canvas[owner, y : y + WINDOW, x : x + WINDOW]
             window += ink * (tint - window)
         return np.round(canvas[:, pad:-pad, pad:-pad]).astype(np.uint8)
 
     def select(self, index: int) -> SceneBatch:
         """Return the scene at ``index`` as a batch of one."""
+        # Owners ascend, so the objects of a scene are a run.
         rows = slice(*np.searchsorted(self.owner, [index, index + 1]))
         per_object = {
             name: getattr(self, name)[rows]

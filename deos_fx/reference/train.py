@@ -2,7 +2,7 @@
 
 Trained end to end on questions, a small model learns nothing for hours: it cannot find what it does
 not see, and has no reason to see what it cannot find. So its two halves learn separately, within
-minutes, and meet in a space fixed beforehand, that of the orthonormal word vectors:
+minutes. They meet in a space that is fixed beforehand, that of the orthonormal word vectors:
 
 1. ``tower``: each visual token learns to be the sum of the words that describe its patch: row,
    column, and the digit and color on it or the photograph behind it.
@@ -110,6 +110,8 @@ class Student(nn.Module):
             patches = torch.arange(VISUAL_TOKENS, device=tokens.device).expand(batch, -1)
         embed = word_embedding(self.model)
         begin = embed.weight[VOCABULARY["<bos>"]].expand(batch, 1, -1)
+        # Positions are those of a whole prompt, even if only some patches are shown, and every
+        # question of a pack starts right after the image.
         after = (1 + VISUAL_TOKENS + _LAYOUT.position).to(tokens.device).expand(batch, -1)
         hidden = self.model.model.language_model(
             inputs_embeds=torch.cat([begin, tokens, embed(pack.words)], 1),
@@ -124,6 +126,7 @@ def tower_lesson(
     student: Student, rng: np.random.Generator, size: int, progress: float
 ) -> tuple[Tensor, Metrics]:
     """Compute one step of the stage ``tower``: easy pictures full of digits first, scenes later."""
+    # Easy for the first tenth of the stage, then harder during the next quarter.
     difficulty = min(1.0, max(0.0, (progress - 0.1) / 0.25))
     if progress > 0.3 and rng.random() < 0.5:
         batch = sample_scenes(size, "train", rng, (3, 9), difficulty)
@@ -139,6 +142,7 @@ def language_lesson(
     """Compute one step of the stage ``language``: questions about slightly noisy descriptions."""
     batch = sample_scenes(size, "train", rng)
     described, pack = Described.of(batch), Pack.of(batch, rng).to(student.device)
+    # Patches with digits have priorities above 1, the others below: so digits come first.
     priority = torch.from_numpy(rng.random(described.digit.shape)) + (described.digit != IGNORE)
     patches = priority.topk(_SHOWN, 1).indices.sort(1).values.to(student.device)
     tokens = described.to(student.device).embed(student.words)
@@ -157,6 +161,7 @@ def join_lesson(
     tokens, present = student.look(batch)
     loss, metrics = _answer_loss(student.answer(tokens, pack), pack)
     described, more = _description_loss(student, batch, tokens, present)
+    # Descriptions matter less and less, but never nothing: the tower must not forget them.
     weight = 0.3 * max(0.05, 1 - progress / 0.7)
     return loss + weight * described, metrics | more
 
@@ -243,6 +248,7 @@ def train(
     checkpoint = output / "checkpoint.safetensors"
     reached, steps, moments = _resume(checkpoint, student)
     for number, stage in enumerate(stages):
+        # Case: finished before the checkpoint was written.
         if number < reached:
             continue
         optimizer = torch.optim.AdamW(
@@ -268,6 +274,7 @@ def _run(
 ) -> Iterator[int]:
     """Run a stage, yielding the number of steps done whenever a checkpoint is due."""
     start = time.perf_counter()
+    # The generator depends on the step alone, so a resumed run draws what it would have drawn.
     means: Metrics = {}
     for step in range(first, stage.steps):
         metrics = _step(stage, student, optimizer, step, np.random.default_rng([*seed, step]))
@@ -303,6 +310,7 @@ def _step(
 @contextmanager
 def _thinned(student: Student, stride: int) -> Iterator[None]:
     """Keep only every ``stride``-th decoder layer while the context is open."""
+    # The list is exchanged, not the layers: the optimizer has their parameters.
     decoder = student.model.model.language_model
     layers = decoder.layers
     decoder.layers = layers[::stride]
@@ -314,6 +322,7 @@ def _thinned(student: Student, stride: int) -> Iterator[None]:
 
 @torch.no_grad()
 def _validate(student: Student, size: int) -> str:
+    # The same scenes each time, so that reports can be compared.
     rng = np.random.default_rng(0)
     batch = sample_scenes(size, "validation", rng)
     pack = Pack.of(batch, rng).to(student.device)

@@ -1,4 +1,4 @@
-"""Charts of the report, as SVG that takes its colours and fonts from the page around it.
+"""Draw the charts of the report, as SVG that takes its colours and fonts from the page around it.
 
 matplotlib draws them with placeholder colours, which become CSS variables: one drawing fits a light
 and a dark page, stays sharp at any size, and its text can be selected.
@@ -38,6 +38,7 @@ PAINTS = (
 
 
 def _paint(name: str) -> str:
+    # Near black, which no chart uses otherwise; the last byte is the number of the variable.
     return f"#0a0b{PAINTS.index(name):02x}"
 
 
@@ -80,6 +81,7 @@ def accuracy_chart(
     axes.axvspan(0, limit, color=_paint("accent"), alpha=0.09, lw=0)
     axes.axvline(limit, color=_paint("accent"), lw=1.2, ls=(0, (4, 3)))
     shown = sorted((m for m in methods if m.accuracy), key=lambda m: -m.accuracy["overall"])
+    # The axis starts a little below the worst method: differences at the top are what matters.
     low = shown[-1].accuracy["overall"]
     axes.set(xlim=(0, visual_tokens * 1.06), ylim=(max(0.0, low - 0.08) * 100, 102))
     # Methods with few tokens lie close together: their labels are spread and tied by lines.
@@ -118,6 +120,7 @@ def policy_chart(policy: Policy, counts: Sequence[int], whole: float) -> str:
     axes.bar(range(layers), counts, 0.7, color=_paint("accent"), alpha=0.55)
     for layer, count in enumerate(counts):
         _annotate(axes, f"{count}", (layer, count), (0, 3), ha="center")
+    # A reduction before the decoder is read off its first layer.
     before = whole
     for reduction in policy.reductions:
         after = counts[first_layer(reduction.site)]
@@ -200,6 +203,7 @@ def _named(method: Method, questions: int) -> str:
 def _draw_site(
     axes: Axes, site: str, regime: str, counts: tuple[float, float], whole: float, layers: int
 ) -> None:
+    # Between two bars; left of the first one for everything before the decoder.
     stage, layer = split_site(site)
     x = layer + 0.5 if stage == "decoder" else -0.5
     color = _paint(regime)
@@ -213,6 +217,7 @@ def _draw_site(
         (0, 7),
         ha="center",
         color=color,
+        # Many layers leave no room for words side by side.
         size=10 if layers <= 14 else 7,
         rotation=0 if layers <= 14 else 90,
     )
@@ -236,6 +241,8 @@ def _wilson(fraction: float, count: int) -> tuple[float, float]:
 
 def _spread(values: Sequence[float], low: float, high: float, gap: float) -> list[float]:
     """Return heights near descending `values`, at least the share `gap` of the range apart."""
+    # 1. From the top, push each one down to keep the distance. 2. If the last fell below the range,
+    # lift all of them.
     step = gap * (high - low)
     heights: list[float] = []
     for value in values:
@@ -246,6 +253,7 @@ def _spread(values: Sequence[float], low: float, high: float, gap: float) -> lis
 
 def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
     """Return exponential running means, without the bias of the start."""
+    # Dividing by the sum of the weights so far removes the pull of the zero it starts from.
     total, weight, smoothed = 0.0, 0.0, []
     for value in values:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
@@ -279,6 +287,7 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     file = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
+    # Keep the element alone: without the XML header, a page can hold it.
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for paint in PAINTS:
@@ -291,4 +300,6 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     return text.replace("<svg ", described, 1)
 
 
+# Entries that matplotlib writes by default, versions and dates: without them, equal data give equal
+# files.
 _METADATA: Any = ("Creator", "Date", "Format", "Type")

@@ -1,4 +1,4 @@
-"""Measurements of the demo: methods, example pictures and the check of the export."""
+"""Record the measurements of the demo: methods, example pictures and the check of the export."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from deos_fx.cost.amounts import Cost
 from deos_fx.policy.policy import Policy
-from deos_fx.results.pictures import TokenStep
+from deos_fx.results.explanation import TokenStep
 
 __all__ = ["SEARCHED", "UNREDUCED", "Method", "OnnxCheck", "Picture"]
 

@@ -1,4 +1,4 @@
-"""The frame of a report: one HTML file with its style, drawings and images inside it."""
+"""Build the page of a report: one HTML file with its style, drawings and images inside it."""
 
 from __future__ import annotations
 

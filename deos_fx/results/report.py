@@ -1,4 +1,4 @@
-"""The demo's measurements and their report, one self-contained page."""
+"""Write the report of the demo, one self-contained page, from its measurements."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from deos_fx.files import write_text
 from deos_fx.results import charts
+from deos_fx.results.explanation import TokenStep, draw_image, draw_step
 from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
 from deos_fx.results.page import Section, build_page, details, table, tiles
-from deos_fx.results.pictures import TokenStep, draw_image, draw_step
 from deos_fx.results.search_result import (
     command,
     cost_cells,
@@ -63,6 +63,7 @@ class DemoResult:
 
     def ranked(self) -> list[Method]:
         """Sort the methods: no reduction, then by accuracy, then those without a measurement."""
+        # Ascending: -2 is before every negated accuracy, and 1 after all of them.
         place = {UNREDUCED: -2.0}
         return sorted(
             self.methods, key=lambda m: place.get(m.name, -m.accuracy.get("overall", -1.0))
@@ -162,6 +163,7 @@ def _kinds(result: DemoResult) -> Section:
 def _method_row(method: Method, kinds: Sequence[str]) -> list[str]:
     dot = f'<span class="dot" style="background:var(--{method.paint})"></span>'
     cells = [f"<td>{dot}{_marked(method)}</td>"]
+    # Case: not measured. The reason takes the place of all figures.
     if not method.accuracy:
         columns = len(kinds) + 1 + len(method.cost.cells)
         return [*cells, f'<td class="words" colspan="{columns}">{escape(method.reason)}</td>']
@@ -182,6 +184,7 @@ def _spending(result: DemoResult) -> Section:
     rows = []
     for method in result.ranked():
         if method.accuracy:
+            # The root tells small counts apart, which methods differ in most.
             cells = "".join(
                 f'<td class="shade" style="--share:{(count / whole) ** 0.5:.3f}">{count}</td>'
                 for count in method.cost.visual_tokens_per_layer
@@ -233,7 +236,7 @@ def _picture(picture: Picture, index: int, grid: tuple[int, int]) -> str:
 
 
 def _telling(steps: Sequence[TokenStep]) -> list[TokenStep]:
-    """Select the steps that drop most tokens, in order: a policy may have one at every layer."""
+    """Select the steps that drop most tokens, in order; a policy may have one at every layer."""
     dropped = sorted(steps, key=lambda step: len(step.kept) - len(step.before))[:SHOWN_STEPS]
     return [step for step in steps if step in dropped]
 
@@ -268,6 +271,7 @@ def _times(result: DemoResult) -> Section:
 
 
 def _legend(methods: Sequence[Method]) -> str:
+    # The searched method and the unreduced model have colours that stand for no regime.
     regimes = {m.paint for m in methods if m.accuracy} - {"accent", "ink"}
     parts = "".join(
         f'<span><span class="dot" style="background:var(--{regime})"></span>{regime}</span>'

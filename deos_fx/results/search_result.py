@@ -1,4 +1,4 @@
-"""The result of a search and its page, whose sections the page of the demo shares."""
+"""Record the result of a search and write its page, whose sections the demo's page shares."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class SearchResult:
         candidates: Every policy that was scored in static form, best first.
         limits: Absolute limits by name.
         unreduced: Cost of the model without reductions.
-        unreduced_loss: Task loss of that model on the scoring batches (0 for self-distillation).
+        unreduced_loss: Task loss of that model on the scoring batches; 0 without labels, where the
+            model is compared with itself.
         relaxed_loss: Task loss of the returned policy in its relaxed form, at the last gate
             temperature.
         interrupted: Whether the steps were cut short (Ctrl-C).
@@ -178,6 +179,7 @@ def search_section(result: SearchResult) -> Section:
 
 def _telling_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the best candidate from each source, best first."""
+    # Candidates come best first, so the first of a source is its best.
     by_source: dict[str, Candidate] = {}
     for candidate in candidates:
         by_source.setdefault(candidate.source, candidate)

@@ -1,4 +1,4 @@
-"""Explaining reductions of a batch of prompts: which tokens stayed and where the others went."""
+"""Explain the reductions of a batch of prompts: which tokens stayed and where the others went."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def explain(
 ) -> list[SiteExplanation]:
     """Run a lowered prefill graph and explain its reductions.
 
+    1. Run the graph with an interpreter that keeps what lowering marked.
+    2. From the first reduction to the last, turn indices of incoming tokens into positions of the
+       original prompt, and follow the masses.
+
     Args:
         graph_module: The graph, lowered for the policy and the layout.
         policy: The policy.
@@ -35,6 +39,7 @@ def explain(
     Returns:
         An explanation of each reduction, in order.
     """
+    # 1. Run it.
     watching = _Watching(graph_module)
     names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
@@ -42,12 +47,14 @@ def explain(
     if policy.is_empty:
         return []
     layout.tokens_per_image  # noqa: B018 - raises for images of several sizes
+    # 2. Follow the tokens: `positions` and `mass` are those that come in at the next site.
     positions = watching.seen[""]["visual"]
     mass = torch.ones(positions.shape, device=positions.device)
     slots = _Slots(positions, inputs["input_ids"], layout)
     explanations = []
     for reduction in policy.reductions:
         seen = watching.seen[reduction.site]
+        # Inside the decoder a row is a prompt; before it, a row is an image.
         images = 1 if split_site(reduction.site)[0] == "decoder" else layout.images
         # Values that lowering computed as constants are the same in all rows.
         for (site, role), constant in note_of_graph(graph_module).explains.items():
@@ -56,7 +63,7 @@ def explain(
                 seen[role] = constant.to(positions.device).expand(rows, *constant.shape[1:])
         per_row = positions.unflatten(1, (images, -1)).flatten(0, 1)
         seen |= _destinations(reduction, seen, per_row)
-        # Before the decoder, reductions see each image on its own.
+        # From here on a row is a prompt.
         if images > 1:
             seen = _of_prompts(seen, images, positions.shape[1] // images)
         explanation = _explain_site(reduction, seen, positions, mass, slots)
@@ -80,10 +87,10 @@ class _Watching(fx.Interpreter):
 
 
 class _Slots:
-    """The prompt positions where visual tokens stand after each reduction.
+    """Track the prompt positions where visual tokens stand after each reduction.
 
     Tokens that are out of order take an image's first places, or its last ones if the prompt ends
-    there.
+    in an image.
 
     Args:
         visual: [B, V] positions of all placeholders.
@@ -108,6 +115,7 @@ class _Slots:
             positions: [B, K] the prompt positions that these came from.
         """
         self.in_order &= reduction.order == "position"
+        # Once tokens are out of order, they stay so in all later reductions.
         # Case: inside the decoder, where kept tokens stay at their places.
         if split_site(reduction.site)[0] == "decoder":
             self.now = take(self.now, kept)
@@ -123,7 +131,16 @@ class _Slots:
 
 
 def _of_prompts(seen: Mapping[str, Tensor], images: int, per_image: int) -> dict[str, Tensor]:
-    """Combine values per image into values per prompt: nothing moves between its images."""
+    """Combine values per image into values per prompt. Nothing moves between its images.
+
+    Args:
+        seen: Values by role, with a row for each image.
+        images: Images per prompt.
+        per_image: Tokens that come in, of one image.
+
+    Returns:
+        The same with a row for each prompt; indices count the incoming tokens of the prompt.
+    """
     found = dict(seen)
     kept = seen["kept"]
     copies = kept.unflatten(0, (-1, images)).flatten(1) < 0
@@ -133,6 +150,7 @@ def _of_prompts(seen: Mapping[str, Tensor], images: int, per_image: int) -> dict
             found[role] = seen[role].unflatten(0, (-1, images)).flatten(1)
     for role in ("destination", "moved"):
         if role in seen:
+            # [rows, K, V] for each image become blocks on the diagonal of [B, images K, images V].
             of_images = seen[role].unflatten(0, (-1, images)).movedim(1, -1)
             found[role] = of_images.diag_embed(dim1=1, dim2=3).flatten(3, 4).flatten(1, 2)
     return found
@@ -153,9 +171,11 @@ def _destinations(
     receivers, sources = seen["receivers"], seen.get("sources")
     # With a residual token, the gain has been applied to the assignment already.
     moved = (1.0 if reduction.has_rest else reduction.gain) * seen["assignment"]
+    # The assignment has a row for each receiver, which may be some of the kept tokens, in another
+    # order: bring its rows into the order of the output.
     slots = (seen["kept"].unsqueeze(-1) == receivers.unsqueeze(1)).to(moved.dtype)
     moved = slots @ moved.expand(len(tokens), -1, -1)
-    # Case: the assignment has columns for `sources` only; spread them over all incoming tokens.
+    # Case: the assignment has columns for `sources` only; spread these over all incoming tokens.
     if sources is not None:
         places = torch.zeros((*moved.shape[:2], tokens.shape[1]), device=moved.device)
         index = sources.expand(len(tokens), -1).unsqueeze(1).expand(-1, moved.shape[1], -1)
@@ -185,6 +205,7 @@ def _explain_site(
         mass: [B, V] their masses.
         slots: Where the incoming tokens stand in the prompt; it is updated.
     """
+    # A copy of CLS (-1) stands for itself alone and comes from no position of the prompt.
     kept = seen["kept"]
     copies = kept < 0
     after = take(mass, kept.clamp(min=0)).masked_fill(copies, 1.0)

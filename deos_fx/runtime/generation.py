@@ -1,4 +1,4 @@
-"""Run transformers' own `generate` on a callable that is not the model itself."""
+"""Run transformers' own `generate` on a callable in place of the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from deos_fx.inputs.batch import media_of_rows
 from deos_fx.inputs.call import Call
-from deos_fx.inputs.kinds import has_images
+from deos_fx.inputs.items import has_images
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import shallow_copy
@@ -29,7 +29,8 @@ def generation_host(
 ) -> Any:
     """Make a view of a model whose forward is another callable, to use transformers' `generate`.
 
-    It shares all weights and configs with the model, and its class is a subclass of the model's.
+    The view shares all weights and configs with the model. Its class is a subclass of the model's,
+    with a few private methods overridden; `deos_fx.models.upstream` lists them.
 
     Args:
         call: Takes the arguments of the model's forward.
@@ -45,6 +46,8 @@ def generation_host(
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> ModelOutput:
+        # A prefill: hand what `generate` computed about positions to the cache, which keeps it for
+        # later turns.
         cache = kwargs.get(CACHE)
         if isinstance(cache, ReducedCache) and not cache.get_seq_length():
             deltas = getattr(self.base_model, "rope_deltas", None)
@@ -84,6 +87,7 @@ def generation_host(
             # too.
             given._is_user_defined = True
         elif config.use_cache is not False:
+            # Case: a new conversation.
             model_kwargs[CACHE] = new_cache()
 
     def positions(self: Any, inputs: Any, model_kwargs: dict[str, Any]) -> Any:
@@ -97,12 +101,15 @@ def generation_host(
 
     def candidates(self: Any, **kwargs: Any) -> Any:
         _check_candidates(kwargs["generation_config"], kwargs["model_kwargs"])
+        # Assisted decoding: a generator proposes tokens, and the model checks several at once.
         generator = original._get_candidate_generator(self, **kwargs)
         propose = generator.get_candidates
 
         def after_prompt(*args: Any, **options: Any) -> Any:
             # transformers passes the prompt and the first candidates in one call. A reduction would
-            # take the last candidate for the last token of the prompt, so these are left out.
+            # take the last candidate for the last token of the prompt, so candidates are left out.
+            # The generator still runs, since a draft model sets up its own cache in this call. From
+            # the next call on, its method is back.
             generator.get_candidates = propose
             propose(*args, **options)
             return args[0], None
@@ -130,6 +137,7 @@ def generation_host(
         core = shallow_copy(host.base_model)
         core.rope_deltas = None
         host._modules[host.base_model_prefix] = core
+    # A subclass, so that everything that is not overridden stays the model's own.
     host.__class__ = type(f"Reduced{type(model).__name__}", (type(model),), replaced)
     return host
 

@@ -1,4 +1,7 @@
-"""The graphs of a reduced model: captures, lowered for each layout of images."""
+"""Keep the graphs of a reduced model: captures, lowered for each layout of images.
+
+One capture serves all layouts; a lowered graph has the counts of one layout as constants.
+"""
 
 from __future__ import annotations
 
@@ -81,10 +84,12 @@ class Graphs(Captures):
         return self.serve(call, lambda captured: self._lowered(captured, layout), step=step)
 
     def _lowered(self, captured: Captured, layout: PromptLayout | None) -> fx.GraphModule:
+        # Two threads with the same new layout: the second waits, and finds the first one's graph.
         with self.lock:
             known = self._lowered_graphs.get((captured, layout))
             if known is not None:
                 return known
             _LOGGER.info("lowered a captured call for %s", layout)
+            # Lowering changes a graph in place, and other layouts need the captured one again.
             graph_module = lower_call(captured.copy(), self._policy, layout)
             return self._lowered_graphs.put((captured, layout), graph_module)

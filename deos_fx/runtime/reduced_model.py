@@ -51,11 +51,13 @@ class ReducedModel(nn.Module):
 
     Raises:
         TypeError: If `model` is not a transformers model.
-        ValueError: If it has no vision tower, or the policy does not fit it.
+        ValueError: If it is refused (`deos_fx.models.facts.facts_of` says why), or the policy does
+            not fit it.
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
         super().__init__()
+        # The policy is checked before anything is changed or captured.
         self.signature = facts_of(model).signature
         policy.check(self.signature)
         self.model = model.eval()
@@ -244,11 +246,19 @@ class ReducedModel(nn.Module):
         return Call.bind(facts_of(self.model), *args, **kwargs)
 
     def _run(self, call: Call) -> ModelOutput:
-        """Run a completed call."""
+        """Run a completed call.
+
+        1. A later turn, or a decode step: the decode graph runs on the cache.
+        2. A prefill: each part of the batch runs its own graph, with a cache of its own if there
+           are several parts; then outputs, spaces and caches are joined.
+        """
+        # Case 1.
         inputs = call.inputs
         cache: Any = inputs.get(CACHE)
         if cache is not None and cache.get_seq_length():
             return self._continue(call, cache)
+        # Case 2. A prefill that a guard stops resets the cache before it is captured anew, so what
+        # `completed` wrote into it is kept here.
         deltas = None if cache is None else cache.rope_deltas
         parts = self._parts(call)
         outputs, spaces = [], []
@@ -262,7 +272,6 @@ class ReducedModel(nn.Module):
             outputs.append(fields)
         (fields, left) = outputs[0], spaces[0]
         length = inputs["input_ids"].shape[1]
-        # Case: the batch ran in several parts.
         if len(parts) > 1:
             fields, left = join_outputs(parts, outputs), join_spaces(parts, spaces, length)
         if cache is not None:
@@ -270,6 +279,7 @@ class ReducedModel(nn.Module):
                 rows = [row for part in parts for row in part.rows]
                 cache.join([part.call.inputs[CACHE] for part in parts], rows)
                 fields[CACHE] = cache
+            # Later turns continue from here.
             cache.rope_deltas = deltas
             cache.images = call.images
             cache.record(length, left)
@@ -284,6 +294,7 @@ class ReducedModel(nn.Module):
 
     def _parts(self, call: Call) -> list[Part]:
         """Group the prompts that are alike; if nothing is reduced, all are one part."""
+        # Without reductions a graph has no counts, so it serves all prompts at once.
         if self.policy.is_empty and not are_written_alike(call.facts, call.inputs):
             if call.has_images:
                 # The graph lacks the model's own checks of images and placeholders: check here.

@@ -1,4 +1,7 @@
-"""Reduced models in folders: the model's own files, the policy, and a note that identifies them."""
+"""Save and load reduced models: the model's own files, the policy, and a note that identifies them.
+
+What would come back as another model is refused when it is saved, not when it is missed.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,7 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
         ValueError: If loading would give another model: it has adapters or other parts that its
             config does not describe, or weights of a kind that the config does not name.
     """
+    # Before anything is written: could config and weights restore this model?
     _check_described(model)
     versions = {package.__name__: package.__version__ for package in (torch, transformers)}
     note = {
@@ -46,6 +50,7 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
         "version": VERSION,
         "packages": {"deos_fx": __version__} | versions,
     }
+    # If a check of what was written fails, nothing of it reaches the target.
     with fresh_folder(dir) as folder:
         model.save_pretrained(folder)
         _check_written(model, folder)
@@ -87,6 +92,7 @@ def load(dir: str | os.PathLike[str], **options: Any) -> tuple[PreTrainedModel, 
 
 def _read(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a model, and transformers' report of missing, unexpected and mismatched weights."""
+    # transformers only warns of weights that do not fit, so ask for its report and judge by that.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = kind.from_pretrained(folder, **options)
     found["mismatched_keys"] = [name for name, *_ in found["mismatched_keys"]]
@@ -109,6 +115,8 @@ def _check_described(model: PreTrainedModel) -> None:
                 "quantization_config), or save the model as it was before."
             )
         return
+    # Case: quantised by transformers. Its config says how, but two things may have changed since.
+    # 1. The weights themselves.
     packed = [path for path, weight in model.named_parameters() if _is_packed(weight)]
     if packed:
         raise ValueError(
@@ -116,8 +124,8 @@ def _check_described(model: PreTrainedModel) -> None:
             "was first called, and writes other weights than were loaded. Load the model again and "
             "save it before its first call."
         )
-    # Case: quantised by transformers. Quantised layers add parameters of their own to those of the
-    # plain class, so only missing ones tell that a part was replaced.
+    # 2. The modules. Quantised layers add parameters of their own to those of the plain class, so
+    # only missing ones tell that a part was replaced.
     with torch.device("meta"), torch.random.fork_rng():
         plain = type(model)(copy.deepcopy(model.config))
     missing = dict(plain.named_parameters()).keys() - dict(model.named_parameters()).keys()
@@ -136,6 +144,7 @@ def _is_packed(weight: Any) -> bool:
 
 def _check_written(model: PreTrainedModel, folder: Path) -> None:
     """Refuse files that would load as another model; they are read back without their weights."""
+    # Case: quantised by transformers. `_check_described` has compared its modules and weights.
     if getattr(model, "hf_quantizer", None) is not None:
         return
     try:
@@ -145,6 +154,7 @@ def _check_written(model: PreTrainedModel, folder: Path) -> None:
     wrong = _differences(found)
     if wrong:
         raise ValueError(f"The model would not be loaded as it is: {wrong}. {_CURE}")
+    # The config names one precision, to which other weights are rounded. Widening loses nothing.
     kept = dict(again.named_parameters())
     rounded = [
         name

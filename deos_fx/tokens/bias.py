@@ -1,4 +1,4 @@
-"""Biases on the attention logits of keys, from masses and gates."""
+"""Compute biases on the attention logits of keys, from masses and gates."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ __all__ = ["gate_bias", "mass_bias", "ones_like_tokens", "patch_bias", "patch_ga
 
 def patch_bias(mass: Tensor, class_tokens: int, beta: float) -> Tensor:
     """Return `mass_bias` in a vision tower: [I, c + K] from masses [I, K], 0 for c class tokens."""
+    # A pad of zeros in front: class tokens stand for themselves.
     return torch.nn.functional.pad(beta * mass.float().log(), (class_tokens, 0))
 
 
 def mass_bias(mass: Tensor, visual: Tensor, hidden: Tensor, beta: float) -> Tensor:
     """Return the bias on each key's logits in later attention: beta log m.
 
-    This is the proportional attention of ToMe.
+    With beta = 1 this is the proportional attention of ToMe: softmax then counts a merged token as
+    often as there are tokens in it.
 
     Args:
         mass: [B, K] masses of the visual tokens.
@@ -46,6 +48,7 @@ def gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, visual: Tensor, hidden:
     Returns:
         [B, N] in float32, 0 at text tokens.
     """
+    # A closed gate would give log 0: the floor keeps the gradient finite.
     bias = alive.float().clamp_min(LOG_FLOOR).log() + beta * mass.float().log()
     zeros = torch.zeros(hidden.shape[:2], device=hidden.device)
     return zeros.scatter(1, visual, bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -69,22 +69,25 @@ class ReducedCache(DynamicCache):
 
     def record(self, prompt_length: int, spaces: Sequence[TokenSpace]) -> None:
         """Record the spaces that a prefill of `prompt_length` tokens left in the layers."""
+        # In order of depth, as `_dropped` and the inputs of a decode graph need them.
         self.prompt_length = prompt_length
         self.spaces = list(spaces)
 
     @property
     def rows(self) -> int:
         """Return the number of rows in the cache; 0 if it is empty."""
+        # A layer has keys only once it was filled, and layers of convolutions never have.
         held = (getattr(layer, "keys", None) for layer in self.layers)
         return next((len(keys) for keys in held if keys is not None), 0)
 
     def join(self, parts: Sequence[ReducedCache], rows: Sequence[int]) -> None:
-        """Join the caches of prefills of parts of a batch, padded on the left to the longest.
+        """Take over the caches of a batch's parts, each padded on the left to the longest.
 
         Args:
             parts: The caches of the parts.
             rows: The place in the batch of every row of the parts, one part after the other.
         """
+        # zip turns the layers of each part into the parts of each layer.
         self.layers = [
             _joined_layer(layers, rows)
             for layers in zip(*(part.layers for part in parts), strict=True)
@@ -99,7 +102,10 @@ class ReducedCache(DynamicCache):
         return super().get_seq_length(layer_idx) + self._dropped(layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Return the index of the next query among the keys that this layer holds."""
+        """Return the index of the next query among the keys that this layer holds.
+
+        transformers places the queries in a mask by it, so dropped tokens do not count here.
+        """
         return super().get_seq_length(layer_idx)
 
     def reset(self) -> None:
@@ -117,26 +123,27 @@ class ReducedCache(DynamicCache):
         Raises:
             ValueError: If they reach into a prompt that was reduced.
         """
+        # Layers hold different tokens of the prompt; only after it do they agree.
         if self.spaces and self.get_seq_length() - abs(tokens_to_remove) < self.prompt_length:
             raise ValueError(
                 f"crop({tokens_to_remove}) reaches into the prompt of {self.prompt_length} tokens, "
-                "of which each layer holds others. Crop only what came behind it, or start with an "
+                "of which each layer holds others. Crop only what came after it, or start with an "
                 "empty cache."
             )
         super().crop(tokens_to_remove)
 
     def _dropped(self, layer_idx: int) -> int:
-        behind = [space for space in self.spaces if space.first_layer <= layer_idx]
-        # The last space that begins at this layer or before it counts.
-        return self.prompt_length - behind[-1].origin.shape[1] if behind else 0
+        begun = [space for space in self.spaces if space.first_layer <= layer_idx]
+        # A later reduction leaves a part of an earlier one's tokens, so the last space counts.
+        return self.prompt_length - begun[-1].origin.shape[1] if begun else 0
 
     def decode_inputs(
         self, attention_mask: Tensor | None, position_ids: Tensor
     ) -> dict[str, Tensor]:
-        """Return extra inputs of a lowered decode graph (see `deos_fx.passes.lower.lower_decode`).
+        """Return the extra inputs of a lowered decode graph, those of every space.
 
         Args:
-            attention_mask: None or [B, T], over the original prompt and the new tokens.
+            attention_mask: None or [B, T], over the original prompt and all tokens after it.
             position_ids: [B or 1, t] original positions of the new tokens.
 
         Returns:
@@ -147,6 +154,7 @@ class ReducedCache(DynamicCache):
         inputs = {}
         # The tensors of a space are on the device of its layers, which the inputs may not be on.
         self._change_spaces(lambda rows: rows.to(position_ids.device))
+        # All tokens after the prompt: those of earlier steps, and those of this one.
         new = position_ids.shape[-1] + self.get_seq_length() - self.prompt_length
         # Joined rows of different lengths are padded and need a mask, even if none was given.
         if attention_mask is None and any(bool((space.origin < 0).any()) for space in self.spaces):
@@ -157,24 +165,28 @@ class ReducedCache(DynamicCache):
             )
             inputs["attention_mask"] = attention_mask
         for k, space in enumerate(self.spaces, start=1):
+            # 1. Positions: new tokens follow the last one that is left.
             dropped = self.prompt_length - space.origin.shape[1]
             shift = dropped if space.shift is None else space.shift
             inputs[f"position_ids_{k}"] = position_ids - shift
+            # 2. The original places of all keys, by which sliding windows measure distances.
             index = torch.arange(new, device=space.origin.device) + self.prompt_length
             later = index.expand(len(space.origin), -1)
             inputs[f"key_positions_{k}"] = torch.cat([space.origin, later], dim=1)
+            # 3. The padding of the tokens that are left. Those with origin -1 are padding too.
             if attention_mask is not None:
                 kept = torch.gather(attention_mask, 1, space.origin.clamp(min=0))
                 kept = kept * (space.origin >= 0)
                 later = attention_mask[:, self.prompt_length :]
                 inputs[f"attention_mask_{k}"] = torch.cat([kept, later], dim=1)
             if space.key_bias is not None:
-                # New tokens get no bias.
+                # 4. The bias of merged tokens. New tokens get none.
                 inputs[f"key_bias_{k}"] = torch.nn.functional.pad(space.key_bias, (0, new))
         return inputs
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow beam search: select rows of the layers and of the spaces."""
+        # `prompt_length` is the same for all rows, and `images` are those of the call: both stay.
         super().reorder_cache(beam_idx)
         self._rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
@@ -188,12 +200,12 @@ class ReducedCache(DynamicCache):
         super().batch_select_indices(indices)
         self._rows(lambda rows: rows[indices.to(rows.device)])
 
-    def _rows(self, change: Any) -> None:
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self._change_spaces(change)
         if self.rope_deltas is not None:
             self.rope_deltas = change(self.rope_deltas)
 
-    def _change_spaces(self, change: Any) -> None:
+    def _change_spaces(self, change: Callable[[Tensor], Tensor]) -> None:
         for space in self.spaces:
             space.origin = change(space.origin)
             if space.key_bias is not None:
@@ -203,7 +215,7 @@ class ReducedCache(DynamicCache):
 
 
 def in_rows(values: Sequence[Tensor], rows: Sequence[int], axis: int) -> Tensor:
-    """Put the values of the parts of a batch together, padding shorter ones with zeros in front.
+    """Join the values of a batch's parts into rows, with zeros in front of shorter ones.
 
     Args:
         values: [B_i, ...], of different sizes along one axis.
@@ -213,22 +225,26 @@ def in_rows(values: Sequence[Tensor], rows: Sequence[int], axis: int) -> Tensor:
     Returns:
         [B, ...] in the order of the batch.
     """
+    # New tokens are appended on the right, so the padding has to be on the left.
     longest = max(value.shape[axis] for value in values)
-    behind = [0, 0] * (values[0].ndim - 1 - axis)
+    # torch pads the last axis first: nothing on the axes after `axis`, zeros in front on `axis`.
+    later_axes = [0, 0] * (values[0].ndim - 1 - axis)
     padded = [
-        torch.nn.functional.pad(value, [*behind, longest - value.shape[axis], 0])
+        torch.nn.functional.pad(value, [*later_axes, longest - value.shape[axis], 0])
         for value in values
     ]
+    # `rows` says where each row goes; its inverse says which row comes next.
     order = torch.tensor(rows, device=values[0].device).argsort()
     return torch.cat(padded).index_select(0, order)
 
 
 def _joined_layer(layers: Sequence[Any], rows: Sequence[int]) -> Any:
-    """Join one layer's caches of the parts of a batch: keys and values, or a state."""
+    """Join the caches of one layer: keys and values, or a state."""
     joined = copy.copy(layers[0])
     for name in ("keys", "values"):
         if hasattr(joined, name):
             setattr(joined, name, in_rows([getattr(layer, name) for layer in layers], rows, axis=2))
+    # States have no axis of tokens. Axis 1 has the same size in all parts, so nothing is padded.
     for name in ("conv_states", "recurrent_states"):
         states: dict[int, Any] = getattr(joined, name, {})
         together = {

@@ -1,10 +1,12 @@
-"""Indices into prompts: which positions are visual, which stay, and how values are re-indexed.
+"""Compute indices into prompts: which tokens stay, and how values are re-indexed.
 
-The small tensor functions appear by name in lowered graphs. The layers of a model may be on several
-devices: results are on the device of the values (hidden states, attention, masks), and indices are
-moved there. Shapes: B rows, N prompt positions, V visual tokens of a row, K of them kept,
-M = N - V + K. Only K and V are constants; B and N stay dynamic in an exported graph. Indices are
-ascending, so the order of the prompt is kept.
+These small tensor functions appear by name in lowered graphs.
+
+- Shapes: B rows, N prompt positions, I images, V visual tokens of a row, K of them kept, and
+  M = N - V + K tokens left. Only K and V are constants; B and N stay dynamic in an exported graph.
+- Indices are ascending, so the order of the prompt is kept.
+- The layers of a model may be on several devices: results are on the device of the values (hidden
+  states, attention, masks), and indices are moved there.
 """
 
 from __future__ import annotations
@@ -92,12 +94,15 @@ def take_mask(mask: Tensor | BlockMask | None, index: Tensor) -> Tensor | BlockM
     if isinstance(mask, BlockMask):
         visible, (batch, length) = mask.mask_mod, index.shape
 
+        # A BlockMask is a function of places, so the function is asked for the original ones.
         def kept(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return visible(row, head, index[row, query], index[row, key])
 
         return create_block_mask(kept, batch, None, length, length, device=index.device)
+    # Case: flags of real tokens, or no mask.
     if mask is None or mask.ndim == 2:
         return None if mask is None else take(mask, index)
+    # Case: queries and keys.
     return take(take(mask, index, dim=2), index, dim=3)
 
 
@@ -123,6 +128,7 @@ def kept_in_prompt(visual: Tensor, kept: Tensor, hidden: Tensor) -> Tensor:
     Returns:
         [B, M] ascending.
     """
+    # 1 for text, and for visual tokens that are kept; `listed` turns the flags into M positions.
     visual, kept = visual.to(hidden.device), kept.to(hidden.device)
     stays = torch.zeros_like(visual, dtype=torch.float32).scatter(1, kept, 1.0)
     flags = torch.ones(hidden.shape[:2], device=hidden.device).scatter(1, visual, stays)
@@ -140,6 +146,7 @@ def kept_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
     Returns:
         [B, images * K] ascending.
     """
+    # Images of a prompt are consecutive rows; token j of image i is number i * per_image + j.
     offset = torch.arange(images, device=kept.device)[:, None] * per_image
     return (kept.unflatten(0, (-1, images)) + offset).flatten(1)
 
@@ -155,6 +162,7 @@ def kept_of_kept(before: Tensor, kept: Tensor) -> Tensor:
         [I, K2].
     """
     kept = kept.to(before.device)
+    # -1 would index from the end: take any token in its place, and then put -1 back.
     return torch.where(kept < 0, kept, take(before, kept.clamp(min=0)))
 
 
@@ -164,7 +172,7 @@ def known_of_kept(x: Tensor, kept: Tensor) -> Tensor:
 
 
 def first_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
-    """Return the placeholders for tokens out of the image's order: each image's first K.
+    """Return the placeholders that tokens out of the image's order take: each image's first K.
 
     Args:
         kept: [B * images, K]; only its shape is read.
@@ -179,7 +187,10 @@ def first_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
 
 
 def last_of_prompt(kept: Tensor, images: int, per_image: int) -> Tensor:
-    """Return each image's last K placeholders: `first_of_prompt` if prompts end in one."""
+    """Return each image's last K placeholders, as `first_of_prompt` does for the first.
+
+    They are taken if prompts end in a placeholder, so that this one stays the last.
+    """
     return first_of_prompt(kept, images, per_image) + (per_image - kept.shape[1])
 
 
@@ -200,6 +211,7 @@ def masses_of_prompt(mass: Tensor, images: int) -> Tensor:
 
 def visual_after(visual: Tensor, kept: Tensor) -> Tensor:
     """Return the positions [B, K] of the kept visual tokens in the shortened prompt."""
+    # The j-th kept token had index kept[j], so kept[j] - j tokens before it were dropped.
     kept = kept.to(visual.device)
     dropped_before = kept - torch.arange(kept.shape[1], device=kept.device)
     return take(visual, kept) - dropped_before
@@ -207,6 +219,7 @@ def visual_after(visual: Tensor, kept: Tensor) -> Tensor:
 
 def put(hidden: Tensor, visual: Tensor, tokens: Tensor) -> Tensor:
     """Replace the rows of `hidden` [B, M, d] at `visual` [B, K] by `tokens` [B, K, d]."""
+    # scatter takes an index for every element; the expanded one occupies no memory.
     index = visual.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.scatter(1, index, tokens.to(hidden))
 

@@ -1,4 +1,4 @@
-"""The layout that all prompts share for which a graph is lowered."""
+"""The layout of images that all prompts of a lowered graph share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["PromptLayout", "grid_after", "grid_of_prompt", "rule_before_decoder"
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """The images of a prompt and the number and arrangement of their visual tokens.
+    """The images of a prompt, and the number and arrangement of their visual tokens.
 
     Attributes:
         image_token: Id of the image placeholder, or the ids of all kinds of placeholders.
@@ -57,14 +57,19 @@ class PromptLayout:
         return self.sizes[0]
 
     @property
+    def each_grid(self) -> tuple[tuple[int, int], ...]:
+        """Return rows and columns of every image."""
+        return self.grids or (self.grid,) * self.images
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Return V of every image."""
-        grids = self.grids or (self.grid,) * self.images
-        return tuple(rows * columns for rows, columns in grids)
+        return tuple(rows * columns for rows, columns in self.each_grid)
 
     def alike(self) -> list[list[int]]:
         """Return the indices of the images of each size, in groups."""
-        grids = self.grids or (self.grid,) * self.images
+        # In the order of the first image of each size.
+        grids = self.each_grid
         return [[i for i, grid in enumerate(grids) if grid == one] for one in dict.fromkeys(grids)]
 
     def grid_tensor(self, images: int) -> Tensor:
@@ -79,16 +84,17 @@ def _cells(image: int, rows: int, columns: int) -> Tensor:
 
 
 def grid_after(reduction: Reduction, count: int, grid: Tensor) -> Tensor | None:
-    """Return the part that a reduction keeps of a grid [V, 3] that is the same in all rows.
+    """Return the part of a grid that a reduction keeps, if it is the same for all inputs.
 
     Args:
         reduction: The reduction.
         count: K, the number of tokens that it keeps.
-        grid: Image, row and column of the incoming tokens.
+        grid: [V, 3], image, row and column of the incoming tokens, the same in all rows.
 
     Returns:
         [K, 3], or None if the kept tokens depend on the input.
     """
+    # Anchors of the grid are chosen by place alone; everything else reads the tokens.
     if reduction.selector != "grid" or reduction.tiers:
         return None
     return grid[grid_anchors(grid, count)[0]]
@@ -96,6 +102,7 @@ def grid_after(reduction: Reduction, count: int, grid: Tensor) -> Tensor | None:
 
 def grid_of_prompt(grid: Tensor, images: int) -> Tensor:
     """Return the grid [images * K, 3] of a prompt whose images all have the grid [K, 3]."""
+    # The first coordinate is the number of the image.
     return torch.cat([grid + torch.tensor([image, 0, 0]) for image in range(images)])
 
 

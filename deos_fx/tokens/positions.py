@@ -1,4 +1,4 @@
-"""Places of the visual tokens in a prompt, and position ids after a reduction."""
+"""Find the visual tokens in a prompt, and compute position ids after a reduction."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ __all__ = [
 
 def are_visual(input_ids: Tensor, image_token: int | tuple[int, ...]) -> Tensor:
     """Flag the placeholders, of one kind or of several, in input_ids [B, N]."""
+    # Case: one kind, which exports to a single operator.
     if isinstance(image_token, int):
         return torch.eq(input_ids, image_token)
     return torch.isin(input_ids, torch.tensor(image_token, device=input_ids.device))
@@ -61,6 +62,7 @@ def is_separator(features: Tensor, newline: Tensor) -> Tensor:
 
 def text_tokens(visual: Tensor, hidden: Tensor) -> Tensor:
     """Return positions [B, N - V] of everything in [B, N, d] but the visual tokens [B, V]."""
+    # 1 everywhere but at the visual tokens; `listed` turns flags into positions.
     flags = torch.ones(hidden.shape[:2], device=hidden.device)
     flags = flags.scatter(1, visual.to(hidden.device), 0.0)
     return listed(flags, hidden.shape[1] - visual.shape[1])
@@ -72,7 +74,7 @@ def class_token(hidden: Tensor) -> Tensor:
 
 
 def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the position of the last token that is not padding.
+    """Return the position of each row's last token that is not padding.
 
     Args:
         hidden: [B, N] or [B, N, d]; only its shape is read.
@@ -83,6 +85,7 @@ def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     """
     batch, length = hidden.shape[:2]
     steps = torch.arange(length, device=hidden.device)
+    # Case: no padding.
     if attention_mask is None:
         return steps[-1:].expand(batch, 1)
     # The largest place of a real token, whichever side the padding is on.
@@ -99,13 +102,14 @@ def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
     Returns:
         [B, M].
     """
+    # The j-th token left was at origin[j], so origin[j] - j tokens before it were dropped.
     origin = origin.to(position_ids.device)
     dropped_before = origin - torch.arange(origin.shape[1], device=origin.device)
     return take(position_ids, origin) - dropped_before
 
 
 def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) -> Tensor:
-    """Flag the dropped visual tokens with no kept token of their image after them.
+    """Flag the dropped visual tokens that no kept token of their image follows.
 
     Args:
         origin: [B, M] original prompt positions of the tokens that are left.
@@ -124,19 +128,20 @@ def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) 
 
 def _trailing(left: Tensor, visual: Tensor, length: int, images: int) -> Tensor:
     """Compute `trailing` from flags [B, V] of the tokens left: those after an image's last one."""
+    # Places count from 1, so that 0 says that no token of the image is left.
     per_image = left.unflatten(1, (images, -1))
     place = torch.arange(1, per_image.shape[2] + 1, device=left.device)
     last = (per_image * place).amax(dim=2, keepdim=True)
-    behind = (place > last).to(torch.int64).flatten(1)
+    trails = (place > last).to(torch.int64).flatten(1)
     nothing = torch.zeros((left.shape[0], length), dtype=torch.int64, device=left.device)
-    return nothing.scatter(1, visual, behind)
+    return nothing.scatter(1, visual, trails)
 
 
 def grid_positions(position_ids: Tensor, trailing: Tensor, origin: Tensor) -> Tensor:
     """Return position ids in which tokens keep their place in their image.
 
-    Everything after an image moves up to follow the last token that is kept of it (OpenVINO GenAI's
-    rule for two-dimensional positions, applied to one dimension).
+    Everything after an image moves up, to follow the last token that is kept of it. This is the
+    rule of OpenVINO GenAI for two-dimensional positions, applied to one dimension.
 
     Args:
         position_ids: [B or 1, N] of the unreduced prompt.
@@ -168,6 +173,7 @@ def relaxed_grid_positions(
     Returns:
         [B, N].
     """
+    # Positions are whole numbers, so they have no gradient.
     left = (alive.detach() >= 0.5).float()
     return position_ids - _trailing(left, visual, position_ids.shape[1], images).cumsum(dim=1)
 
@@ -175,7 +181,7 @@ def relaxed_grid_positions(
 def relaxed_positions(
     position_ids: Tensor, alive: Tensor, visual: Tensor, hidden: Tensor
 ) -> Tensor:
-    """Return `compact_positions` where no token leaves, lowered by the closed gates before each.
+    """Return `compact_positions` in the relaxed form: lowered by the closed gates before each.
 
     Args:
         position_ids: [B or 1, N] of the unreduced prompt.
@@ -188,5 +194,6 @@ def relaxed_positions(
     """
     closed = (alive.detach() < 0.5).to(torch.int64)
     dropped = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    # An exclusive sum: a token's own gate does not move it.
     dropped = dropped.scatter(1, visual, closed)
     return position_ids - (dropped.cumsum(dim=1) - dropped)

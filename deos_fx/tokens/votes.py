@@ -1,7 +1,10 @@
-"""Tokens around the visual ones: votes, which say whose attention to these counts, and text.
+"""Compute votes, which say whose attention to the visual tokens counts.
+
+A score by attention is a mean over the tokens that attend, weighted by their votes: a token with
+vote 0 takes no part. Also here: the text and the CLS token that scores compare with.
 
 Shapes: B rows, N prompt positions, V visual tokens of a row, T = N - V others (text and padding),
-I images. Votes are the weights of a mean: a token with vote 0 takes no part.
+I images.
 """
 
 from __future__ import annotations
@@ -54,9 +57,10 @@ def question_votes(text: Tensor, visual: Tensor, attention_mask: Tensor | None) 
     Returns:
         [B, T] in float32, 0 or 1; if no text is after the images, all text but padding votes.
     """
+    # Attention is causal: text before an image, or between two, has not seen everything.
     real = torch.ones_like(text) if attention_mask is None else take(attention_mask, text)
-    behind = (text > visual.amax(dim=1, keepdim=True)) & (real != 0)
-    return (behind | (real != 0) & ~behind.any(dim=1, keepdim=True)).float()
+    asked = (text > visual.amax(dim=1, keepdim=True)) & (real != 0)
+    return (asked | (real != 0) & ~asked.any(dim=1, keepdim=True)).float()
 
 
 def text_key_size(text_keys: Tensor, question: Tensor) -> Tensor:
@@ -66,6 +70,7 @@ def text_key_size(text_keys: Tensor, question: Tensor) -> Tensor:
         text_keys: [B, T, H * D].
         question: Votes [B, T]; text without a vote gets the lowest finite number.
     """
+    # Pivots are the largest, so text without a vote is never one.
     size = full_precision(text_keys).abs().sum(dim=-1)
     return torch.where(question > 0, size, torch.finfo(size.dtype).min)
 
@@ -73,7 +78,7 @@ def text_key_size(text_keys: Tensor, question: Tensor) -> Tensor:
 def rater_votes(
     embeddings: Tensor, text: Tensor, visual: Tensor, question: Tensor, alive: Tensor | None
 ) -> Tensor:
-    """Return the votes of SparseVLM's raters: text that the image calls up more than average.
+    """Return the votes of SparseVLM's raters: the text that relates to the image most.
 
     With embeddings H_v of the visual tokens and H_t of the question, m = mean_v softmax_t(H_v H_t')
     and the raters are those with m_t > mean(m). (Official code: Gumpest/SparseVLMs.)
@@ -88,9 +93,11 @@ def rater_votes(
     Returns:
         [B, T] in float32, 0 or 1; the whole question if none of its tokens is above average.
     """
+    # 1. The share of each visual token's attention that goes to each word of the question.
     seen, asked = take(embeddings, visual).float(), take(embeddings, text).float()
     logits = (seen @ asked.mT).masked_fill(question[:, None] == 0, torch.finfo(torch.float32).min)
     called = logits.softmax(dim=-1)
+    # 2. Its mean over the visual tokens.
     if alive is None:
         # Case: no gates, so all visual tokens count alike.
         called = called.mean(dim=1)
@@ -98,8 +105,10 @@ def rater_votes(
         # Case: visual tokens count by their gates.
         share = alive.float() / alive.float().sum(dim=1, keepdim=True)
         called = (share[:, None] @ called)[:, 0]
+    # 3. The words above the average of the question.
     called = called * question
     average = called.sum(dim=1, keepdim=True) / question.sum(dim=1, keepdim=True)
+    # Rounding may leave none of equal words above their average: then all of them are raters.
     raters = (called > average) & (question != 0)
     return (raters | (question != 0) & ~raters.any(dim=1, keepdim=True)).float()
 
