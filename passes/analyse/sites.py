@@ -15,7 +15,7 @@ class Encoder(Enum):
     Attributes:
         PATCHWISE: Its blocks are nodes, and each feature is made of one patch: there are sites in
             the tower, and the attention of its blocks can be observed.
-        MIXING: Its features are made of several patches each: they are known, but no block's tokens
+        MIXING: Its features are not made of one patch each: they are known, but no block's tokens
             are theirs.
         OPAQUE: It is one node, since it reads sizes into Python: its features are known only where
             they are already in the prompt.
