@@ -107,15 +107,17 @@ class _Features(dict[str, Tensor]):
             "normed_text": (sizes.text, sizes.width),
             "text_keys": (sizes.text, sizes.joint_key),
             "text_mask": (sizes.text,),
+            "text_score": (sizes.text,),
         }
-        self.attention = (tokens,)
+        # Attention is one number per key, of which the visual ones remain.
+        attention = [name for name, (it, _) in OBSERVED.items() if it.kind == "attention"]
+        self.shapes |= dict.fromkeys(attention, (tokens,))
         if grid is not None:
             self["grid"] = grid
 
     def __missing__(self, name: str) -> Tensor:
-        # "keys@next" has the shape of "keys". What is not listed is attention, one number a token.
-        shape = self.shapes.get(name.partition("@")[0], self.attention)
-        return torch.empty(1, *shape, device="meta")
+        # "keys@next" has the shape of "keys".
+        return torch.empty(1, *self.shapes[name.partition("@")[0]], device="meta")
 
 
 def relaxed_flops(reduction: Reduction, before: Amount, after: Amount, sizes: SiteSizes) -> Amount:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from deos_fx.attention.observation import OBSERVED
 from deos_fx.errors import CaptureError
 from deos_fx.models.blocks import Block
 from deos_fx.models.families import PIXELS
@@ -34,29 +35,24 @@ from deos_fx.passes.rewrite.fold_masked_add import visual_rows
 
 __all__ = ["find_sites"]
 
+
+def _observed(*queries: str) -> frozenset[str]:
+    """Return the features that are observed of queries of these kinds."""
+    return frozenset(name for name, (_, of) in OBSERVED.items() if of in queries)
+
+
 # A site has the scores whose features it can compute.
 #
+# Features of queries and keys of the text, in the decoder alone.
+_OF_LATER_TEXT = _observed("last", "text", "raters") | {"text_keys"}
 # Features wherever a block can be observed.
-_ANYWHERE = frozenset(
-    {"tokens", "grid", "keys", "joint_keys", "attention_mutual", "attention_mutual_max"}
-)
+_ANYWHERE = (_observed("", "visual") | {"tokens", "grid"}) - _OF_LATER_TEXT
 # Features at a site whose tokens are not those of any block.
 _OF_FEATURES = frozenset({"tokens", "grid", "text_tokens", "text_mask"})
 # Features of a tower with a CLS token.
-_OF_CLASS_TOKEN = frozenset({"attention_cls", "attention_cls_joint"})
+_OF_CLASS_TOKEN = _observed("class")
 # Features of the text, at the projector and in the decoder.
 _OF_TEXT = frozenset({"text_tokens", "text_mask"})
-# Features of queries and keys of the text, in the decoder alone.
-_OF_LATER_TEXT = frozenset(
-    {
-        "text_keys",
-        "attention_last",
-        "attention_text",
-        "attention_text_max",
-        "attention_raters",
-        "attention_raters_plus",
-    }
-)
 
 
 def find_sites(graph_module: fx.GraphModule) -> Sites:
@@ -122,7 +118,7 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
     if tower_block is None or class_tokens is None:
         # Case 2: no block of the tower is known, or patches are mixed between the tower and the
         # features, so no feature belongs to a single patch.
-        reason = "the visual tokens are made of several patches each"
+        reason = "the visual tokens are not made of one patch each"
         projector = Site("projector", features.name, "", _scores_from(_OF_FEATURES))
         return Sites(
             (*_unavailable(graph_module, reason), projector, *in_decoder),
@@ -206,7 +202,8 @@ def _class_tokens(graph_module: fx.GraphModule, block: fx.Node, features: fx.Nod
     """Count the tokens of a tower [I, c + V, d] that are not among the features [I, V, d].
 
     The nodes between the blocks and the features are run on shapes with one patch less. If the
-    features have one token less as well, each is made of one patch.
+    features have one token less as well, and no node adds tokens to those it takes, each feature is
+    made of one patch. An added token could hide that another one was cut off.
 
     Args:
         graph_module: The annotated graph.
@@ -238,7 +235,16 @@ def _class_tokens(graph_module: fx.GraphModule, block: fx.Node, features: fx.Nod
                     # Case: the nodes do not run with one patch less (they arrange patches in a
                     # square), or they read values from elsewhere.
                     return None
+                taken = [values[source] for source in node.all_input_nodes if source in values]
+                if _tokens(values[node]) > max(map(_tokens, taken)):
+                    return None
     return shape[1] - per_image if values[features].shape[1] == per_image - 1 else None
+
+
+def _tokens(value: Any) -> int:
+    """Return the number of tokens of a value [I, T, ...], or of the largest of several."""
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return max((tensor.shape[1] for tensor in tensors if tensor.ndim > 1), default=0)
 
 
 def _run(graph_module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import networkx as nx
@@ -58,6 +59,10 @@ def find_operands(merge: fx.Node, pixels: Sequence[fx.Node]) -> tuple[fx.Node, f
     Returns:
         The features [I, V, d], or a value made of an opaque encoder's output, and the embeddings
         [B, N, d].
+
+    Raises:
+        CaptureError: If what enters the prompt is not the features of all images one after the
+            other: tokens were added to those of an image, or taken away.
     """
     from_images, opaque = reached(pixels), encoded(merge.graph)
     # An operand is recognised by what it is made of, not by its place: models differ.
@@ -66,8 +71,16 @@ def find_operands(merge: fx.Node, pixels: Sequence[fx.Node]) -> tuple[fx.Node, f
         features = features.all_input_nodes[1]
     # Back from flat features [T, d] to those with an axis of images [I, V, d]. An opaque encoder's
     # features may have no such axis.
+    flat = features
     while _rank(features) != 3 and features not in opaque:
         features = next(node for node in features.all_input_nodes if node in from_images)
+    if features not in opaque and _vectors(features) != _vectors(flat):
+        raise CaptureError(
+            f"{flat.name} has {_vectors(flat)} vectors for the prompt, and {features.name}, the "
+            f"last value with an axis of images, has {_vectors(features)}: which tokens were added "
+            "to an image or taken away cannot be followed. Use a model that changes the features "
+            "of all images at once."
+        )
     # Not the mask of the placeholders [B, N, 1], which also has three axes.
     embeddings = next(
         node
@@ -75,6 +88,11 @@ def find_operands(merge: fx.Node, pixels: Sequence[fx.Node]) -> tuple[fx.Node, f
         if node not in from_images and _rank(node) == 3 and note_of(node).shape[2] > 1
     )
     return features, embeddings
+
+
+def _vectors(node: fx.Node) -> int:
+    """Return how many vectors a node's value consists of."""
+    return math.prod(note_of(node).shape[:-1])
 
 
 def _rank(node: fx.Node) -> int:

@@ -15,7 +15,7 @@ class Encoder(Enum):
     Attributes:
         PATCHWISE: Its blocks are nodes, and each feature is made of one patch. There are sites in
             the tower, and the attention of its blocks can be observed.
-        MIXING: Each of its features is made of several patches. The features can be reduced, but
+        MIXING: Its features are not made of one patch each. The features can be reduced, but
             the tokens of its blocks are others.
         OPAQUE: It is one node, since it reads sizes into Python. Its features can be reduced only
             when they are already in the prompt.

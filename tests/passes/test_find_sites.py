@@ -57,9 +57,34 @@ def test_features_of_several_patches_have_no_sites_in_the_tower() -> None:
     made.inputs["pixel_values"] = torch.randn(1, 2 * PATCHES, WIDTH)
     sites = find_sites(made.module())
     assert sites.encoder is Encoder.MIXING
-    assert sites["vision.0"].reason == "the visual tokens are made of several patches each"
+    assert sites["vision.0"].reason == "the visual tokens are not made of one patch each"
     assert sites["projector"].available and sites["decoder.0"].available
     assert sites["projector"].node == sites.features == sites.tower_block == "mean"
+
+
+def with_their_mean(graph: fx.Graph, features: fx.Node) -> fx.Node:
+    mean = graph.call_method("mean", (features,), {"dim": 1, "keepdim": True})
+    return graph.call_function(torch.cat, ([mean, features], 1))
+
+
+def test_an_added_token_does_not_hide_a_class_token_that_is_cut_off() -> None:
+    # The tower and the features have equally many tokens, but not the same ones.
+    sites = find_sites(Handmade(class_tokens=1, projected=with_their_mean).module())
+    assert sites.encoder is Encoder.MIXING
+    assert not sites["vision.0"].available
+    assert sites["projector"].available
+
+
+def with_one_in_front(graph: fx.Graph, features: fx.Node) -> fx.Node:
+    flat = graph.call_method("flatten", (features, 0, 1))
+    first = graph.call_method("narrow", (flat, 0, 0, 1))
+    return graph.call_function(torch.cat, ([first, flat], 0))
+
+
+def test_a_token_added_image_by_image_is_refused() -> None:
+    # Features that are still per image have one token less than enters the prompt.
+    with pytest.raises(CaptureError, match="has 5 vectors for the prompt, and projector, .* has 4"):
+        find_sites(Handmade(projected=with_one_in_front).module())
 
 
 class _Encoder(nn.Module):
