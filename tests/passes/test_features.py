@@ -12,27 +12,20 @@ import pytest
 import torch
 from closeness import assert_close, assert_onnx_close
 from oracle import masked_keys
-from test_relaxed_graph import assert_relaxed_is_static
 from tiny import IMAGE, VISUAL, call_of, inputs, shared_llava, tiny_llava
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 
 from deos_fx import tokens
-from deos_fx.attention.mask import biased_mask, is_causal
-from deos_fx.attention.observation import OBSERVED, AttentionView, Observation, received_attention
-from deos_fx.attention.seam import (
-    ObservedBlock,
-    PeekedBlock,
-)
+from deos_fx.attention.observation import OBSERVED, Observation
+from deos_fx.attention.seam import ObservedBlock, PeekedBlock
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.finish import finish
 from deos_fx.passes.notes import annotate_graph, note_of_graph
-from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.passes.observe.site_features import PromptFeatures, PromptText, TowerFeatures
-from deos_fx.passes.pipeline import Captured, capture_call, lower_call, run_graph
+from deos_fx.passes.pipeline import Captured, capture_call, run_graph
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -363,12 +356,6 @@ def test_nothing_comes_behind_the_last_block() -> None:
         features.at("projector", "keys@next")
 
 
-def test_joint_attention_needs_as_many_key_heads() -> None:
-    block = shared_llava(LAYERS).model.language_model.layers[0]
-    with pytest.raises(ValueError, match="2 and 4. Use attention_cls"):
-        ObservedBlock(block, (Observation(heads="joint"),))
-
-
 def test_a_peek_exports() -> None:
     """What leaves the block early leaves nothing behind in the tracer."""
     model = shared_llava(LAYERS)
@@ -425,74 +412,6 @@ def test_closed_gates_do_not_vote() -> None:
         assert_close(seen, expected)
 
 
-def test_no_n_by_n_attention_is_held() -> None:
-    """Asking all of many tokens keeps a few rows at a time."""
-    largest = 0
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, _: Any, args: Any, kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            largest = max(largest, out.numel() if isinstance(out, Tensor) else 0)
-            return out
-
-    length, heads, dim = 1024, 4, 16
-    query, key = torch.randn(2, 1, heads, length, dim).unbind()
-    view = AttentionView(query, key, None, dim**-0.5, causal=True)
-    with Sizes():
-        seen = received_attention(view, Observation(), (None, None, None))
-    whole = torch.nn.functional.scaled_dot_product_attention(
-        query, key, torch.eye(length).expand(1, heads, -1, -1), is_causal=True
-    )
-    assert_close(seen, whole.mean(dim=(1, 2)))
-    assert largest <= heads * length * 64
-
-
-def test_a_padding_mask_of_two_axes_is_read_like_one_of_four() -> None:
-    query, key = torch.randn(2, 2, 4, 12, 8).unbind()
-    real = torch.ones(2, 12, dtype=torch.int64)
-    real[1, :3] = 0
-    causal = torch.ones(12, 12, dtype=torch.bool).tril()
-    four = causal & real[:, None, None, :].bool()
-    asked = (torch.tensor([[5, 11], [4, 11]]), None, None)
-    seen = [
-        received_attention(AttentionView(query, key, mask, 0.3, causal=True), Observation(), asked)
-        for mask in (real, four, torch.where(four, 0.0, torch.finfo(torch.float32).min))
-    ]
-    assert_close(seen[0], seen[1])
-    assert_close(seen[0], seen[2])
-
-
-def test_gravity_needs_rotary_tables() -> None:
-    view = AttentionView(*torch.randn(2, 1, 4, 8, 8).unbind(), None, 1.0, causal=False)
-    with pytest.raises(ValueError, match="position_embeddings"):
-        received_attention(view, Observation(gravity=True), (None, None, None))
-
-
-def test_blocks_of_one_space_share_a_biased_mask() -> None:
-    """Merging twice: each space has one mask with its own bias, and none of the one before."""
-    model = shared_llava(LAYERS)
-    call = call_of(model, {**inputs(model, 2), "use_cache": False})
-    merge: dict[str, Any] = {"gain": 1.0, "mass_bias": 1.0, "scores": {"feature_norm": 1.0}}
-    policy = Policy((Reduction("vision.0", 48, **merge), Reduction("decoder.1", 16, **merge)))
-    captured = capture_call(model, call.inputs)
-    graph_module = lower_call(captured, policy, call.layout)
-    masks = [node for node in graph_module.graph.nodes if node.target is biased_mask]
-    assert [[user.name for user in mask.users] for mask in masks] == [
-        ["vision_1"],
-        ["decoder_2", "decoder_3"],
-    ]
-    assert not any(source.target is biased_mask for source in masks[1].all_input_nodes)
-    assert not [m for m in graph_module.modules() if isinstance(m, ObservedBlock)]
-
-
-def test_flash_attention_takes_no_bias() -> None:
-    block = tiny_llava(LAYERS).model.language_model.layers[0]
-    block.self_attn.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match="takes no bias"):
-        is_causal(block)
-
-
 def test_ranking_by_the_next_layer_equals_masking_in_the_original() -> None:
     """PyramidDrop with original positions, several cuts, padded: see `oracle.masked_keys`."""
     model, eager = shared_llava(5), shared_llava(5, "eager")
@@ -523,37 +442,6 @@ def test_ranking_by_the_next_layer_equals_masking_in_the_original() -> None:
         left = now[row].nonzero()[:, 0]
         places = [origin[row].tolist().index(int(p)) for p in left]
         assert_close(output.logits[row, places], expected[row, left])
-
-
-RELAXED: dict[str, dict[str, Any]] = {
-    "raters": {"scores": {"rater_attention": 1.0}},
-    "mutual": {"scores": {"mutual_attention": 1.0}},
-    "products": {"scores": {"agreed_attention": 1.0}},
-    "next": {"observe": "next", "gain": 1.0, "similarity": {"key": 1.0}},
-    "earlier": {"observe": "decoder.1"},
-}
-
-
-@pytest.mark.parametrize("case", RELAXED)
-def test_relaxed_and_static_reductions_see_the_same(case: str) -> None:
-    first = Reduction("decoder.0", 48, scores={"feature_norm": 1.0})
-    reduction = Reduction("decoder.2", 16, **RELAXED[case])
-    assert_relaxed_is_static(tiny_llava(5), Policy((first, reduction)))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"scores": {"mutual_attention": 1.0}},
-        {"scores": {"joint_cls_attention": 1.0}, "observe": "next"},
-        {"scores": {"cls_attention": 1.0}, "observe": "vision.1"},
-        {"similarity": {"key": 1.0}, "gain": 1.0, "observe": "next"},
-    ],
-)
-def test_relaxed_and_static_towers_see_the_same(change: dict[str, Any]) -> None:
-    first = Reduction("vision.0", 48, scores={"feature_norm": 1.0})
-    reduction = Reduction("projector", 16, **{"scores": {"cls_attention": 1.0}, **change})
-    assert_relaxed_is_static(tiny_llava(5), Policy((first, reduction)))
 
 
 def test_towers_without_class_token_that_hand_no_arguments_on() -> None:
@@ -587,18 +475,3 @@ def test_what_is_observed_survives_an_export(tmp_path: Path) -> None:
     assert_onnx_close(*(each(**given).logits[:, -5:] for each in (runtime, reduced)))
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
     assert (folder / "weights.data").stat().st_size < 1.01 * weights
-
-
-def test_only_blocks_with_a_mask_can_be_biased() -> None:
-    class Plain(torch.nn.Module):
-        def forward(self, hidden: Tensor) -> Tensor:
-            return hidden
-
-    graph = fx.Graph()
-    hidden, bias = graph.placeholder("hidden"), graph.placeholder("bias")
-    block = graph.call_module("block", (hidden,))
-    graph.output(block)
-    graph_module = fx.GraphModule({"block": Plain()}, graph)
-    bias_block(graph_module, block, None)
-    with pytest.raises(ValueError, match="Plain. takes no attention_mask"):
-        bias_block(graph_module, block, bias)

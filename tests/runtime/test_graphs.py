@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from batches import batch_of, grid
 from closeness import assert_close
 from families import shared
 from peft import LoraConfig, get_peft_model
-from test_batches import batch_of, grid
 from test_guards import Branching, of_class
 from tiny import inputs, tiny_llava
 from torch import nn

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from batches import batch_of, grid
 from families import prompts, shared
-from test_batches import batch_of, grid
 from tiny import inputs, tiny_llava
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
@@ -177,9 +177,7 @@ def test_positions_that_a_model_remembers_are_those_of_the_own_prompt(name: str)
         first = reduced(**batch)
         word = first.logits[:, -1:].argmax(dim=-1)
         mask = torch.cat([batch["attention_mask"], torch.ones_like(word)], dim=1)
-        after = reduced(
-            input_ids=word, attention_mask=mask, **{CACHE: first[CACHE]}
-        )
+        after = reduced(input_ids=word, attention_mask=mask, **{CACHE: first[CACHE]})
         return tokens, after.logits
 
     right = [answer(ReducedModel(model, policy), batch) for batch in batches]

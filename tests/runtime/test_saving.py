@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -14,10 +15,11 @@ from families import prompts, shared
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import inputs, tiny_llava
+from tiny import inputs, shared_llava, tiny_llava
 from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+from deos_fx import transform
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -173,3 +175,71 @@ def test_nothing_is_drawn_anew_on_loading(change: Any, message: str, tmp_path: P
     save_file(held, weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"does not hold the weights of the model.*{message}"):
         ReducedModel.from_pretrained(tmp_path)
+
+
+# *** folders ***
+
+
+@pytest.fixture(scope="module")
+def reduced() -> ReducedModel:
+    return transform(shared_llava(2))
+
+
+def test_saving_below_a_file(tmp_path, reduced):
+    file = tmp_path / "file"
+    file.write_text("something")
+    for target in (file, file / "below"):
+        with pytest.raises(OSError, match="cannot write the folder .*file"):
+            reduced.save_pretrained(target)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "something"
+
+
+def test_saving_to_an_unwritable_folder(tmp_path, reduced, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    # A folder's mode does not stop root, who may be running this.
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(PermissionError, match="cannot write the folder .*model: Permission denied"):
+        reduced.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupted_save_leaves_the_earlier_model(tmp_path, reduced, monkeypatch):
+    reduced.save_pretrained(tmp_path / "model")
+    before = {entry.name: entry.read_bytes() for entry in (tmp_path / "model").iterdir()}
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Policy, "save", fail)
+    other = ReducedModel(tiny_llava(2, seed=1), Policy())
+    for target in ("model", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            other.save_pretrained(tmp_path / target)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert {entry.name: entry.read_bytes() for entry in (tmp_path / "model").iterdir()} == before
+
+
+def test_loading_what_is_no_reduced_model(tmp_path):
+    with pytest.raises(ValueError, match="there is no such folder. Give a folder that"):
+        ReducedModel.from_pretrained(tmp_path / "missing")
+    tiny_llava(2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it has no deos_fx.json.* call deos_fx.transform"):
+        ReducedModel.from_pretrained(tmp_path)
+
+
+def test_loading_a_damaged_reduced_model(tmp_path, reduced):
+    reduced.save_pretrained(tmp_path)
+    (tmp_path / "policy.json").write_text("{}")
+    with pytest.raises(ValueError, match="policy.json is not a policy file"):
+        ReducedModel.from_pretrained(tmp_path)
+    for note, message in (
+        ("{", "deos_fx.json is damaged"),
+        ("[]", "deos_fx.json is damaged"),
+        ('{"deos_fx": "reduced_model", "version": 9}', "version 9; this release reads"),
+    ):
+        (tmp_path / "deos_fx.json").write_text(note)
+        with pytest.raises(ValueError, match=message):
+            ReducedModel.from_pretrained(tmp_path)

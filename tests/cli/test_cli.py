@@ -3,22 +3,19 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from families import FAMILIES
+from tiny import inputs, tiny_llava
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from deos_fx import Budget, Policy, ReducedModel, Reduction, SearchResult, presets, reference
 from deos_fx.cli.app import app
 from deos_fx.cost.model import CostModel
-from deos_fx.data import batches, read_records
-from deos_fx.files import fresh_folder
 from deos_fx.results.search_result import Candidate
-from tests.tiny import inputs, tiny_llava
 
 COMMANDS = ("demo", "search", "transform", "export", "inspect")
 
@@ -28,26 +25,6 @@ def model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny_llava().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def examples():
-    return reference.make_examples(3, "validation")
-
-
-@pytest.fixture
-def questions(tmp_path, examples):
-    """A JSONL file of reference questions with answers."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = []
-    for i, example in enumerate(examples):
-        example.scene.image.save(folder / f"{i}.png")
-        question = example.question
-        line = {"image": f"{i}.png", "prompt": question.text, "answer": question.answer}
-        lines.append(json.dumps(line))
-    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "questions.jsonl"
 
 
 def run(*arguments, code=0):
@@ -209,58 +186,6 @@ def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
     assert sorted(path.name for path in out.iterdir()) == ["policy.json", "report.html"]
 
 
-# *** data ***
-
-
-def test_batches_equal_those_of_the_reference(questions, examples):
-    _, processor = reference.load()
-    got = list(batches(processor, read_records(questions), 2))
-    expected = list(reference.batches(processor, examples, 2))
-    assert len(got) == len(expected) == 2
-    for ours, theirs in zip(got, expected, strict=True):
-        assert set(ours) == set(theirs)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_batches_without_answers_are_prompts(questions, examples):
-    lines = [json.loads(line) for line in questions.read_text().splitlines()]
-    bare = [json.dumps({k: v for k, v in line.items() if k != "answer"}) for line in lines]
-    questions.write_text("\n".join(bare))
-    _, processor = reference.load()
-    (got,) = batches(processor, read_records(questions), 3)
-    (expected,) = reference.batches(processor, examples, 3, answers=False)
-    assert "labels" not in got
-    assert torch.equal(got["input_ids"], expected["input_ids"])
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{", "line 2 is not JSON"),
-        ('{"prompt": "what"}', "line 2: give an object with image"),
-        ('{"image": "0.png", "prompt": 3}', "line 2: prompt is 3"),
-        ('{"image": "none.png", "prompt": "what"}', "there is no image"),
-        ('{"image": "0.png", "prompt": "what"}', "1 of 2 lines have an answer"),
-        ('{"image": "0.png", "prompt": "what", "question": "what"}', "give an object with"),
-    ],
-)
-def test_bad_line_is_named(questions, line, words):
-    questions.write_text(questions.read_text().splitlines()[0] + "\n" + line)
-    with pytest.raises(ValueError, match=words):
-        read_records(questions)
-
-
-def test_empty_data_and_unreadable_image(questions):
-    records = read_records(questions)
-    records[0].image.write_text("no image")
-    _, processor = reference.load()
-    with pytest.raises(ValueError, match=r"0\.png is not an image"):
-        list(batches(processor, records, 2))
-    questions.write_text("\n")
-    with pytest.raises(ValueError, match="is empty"):
-        read_records(questions)
-
-
 # *** bad input ***
 
 
@@ -337,24 +262,3 @@ def test_interrupted(model_dir, monkeypatch):
 
     monkeypatch.setattr("deos_fx.cli.outline.print_outline", interrupt)
     assert "Interrupted" in run("inspect", model_dir, code=130)
-
-
-# *** folders ***
-
-
-def test_fresh_folder_replaces_its_own_entries_only(tmp_path):
-    (tmp_path / "out" / "old").mkdir(parents=True)
-    (tmp_path / "out" / "stays").write_text("1")
-    (tmp_path / "out" / "old" / "gone").write_text("1")
-    with fresh_folder(tmp_path / "out") as folder:
-        (folder / "old").mkdir()
-        (folder / "old" / "new").write_text("2")
-    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert names == ["out", str(Path("out/old")), str(Path("out/old/new")), str(Path("out/stays"))]
-
-
-def test_fresh_folder_leaves_nothing_when_the_work_fails(tmp_path):
-    with pytest.raises(RuntimeError), fresh_folder(tmp_path / "a" / "b") as folder:
-        (folder / "half").write_text("half")
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())

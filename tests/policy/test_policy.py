@@ -16,10 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deos_fx.operator import SCORES, SELECTORS, SIMILARITIES
-from deos_fx.policy.policy import (
-    ModelSignature,
-    Policy,
-)
+from deos_fx.policy.policy import ModelSignature, Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.tier import Tier
 
@@ -512,4 +509,11 @@ def test_a_binary_file_is_not_a_policy(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_bytes(b"\xff\xfe\x80")
     with pytest.raises(ValueError, match="bad.json is not a policy file"):
+        Policy.load(path)
+
+
+def test_corrupt_policy_file(tmp_path):
+    path = tmp_path / "policy.json"
+    path.write_text('{"deos_fx": "policy", "version": 1, "reduc')
+    with pytest.raises(ValueError, match="policy.json is not a policy file: not JSON"):
         Policy.load(path)

@@ -76,3 +76,9 @@ def test_a_required_budget_needs_a_limit() -> None:
         Budget().require()
     budget = Budget(flops=0.5)
     assert budget.require() is budget
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, float("nan")])
+def test_budget_out_of_range(limit):
+    with pytest.raises(ValueError, match="budget visual_tokens="):
+        Budget(visual_tokens=limit)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from batches import Image, batch_of, grid
 from closeness import assert_close, roundings_of
 from families import CONVOLVING, FAMILIES, IMAGE, PAD, TWINS, VIDEO, shared
 from masked import alive_of, masked_from
-from test_batches import Image, batch_of, grid
 from test_families import PRUNED, generate
 from torch import Tensor
 from videos import VIDEOS

@@ -157,3 +157,34 @@ def test_families_with_eager_attention(name: str) -> None:
         assert_relaxed_is_static(model, Policy(IN_FAMILIES["merge"]), prompts(name, 2))
     finally:
         model.set_attn_implementation("sdpa")
+
+
+RELAXED: dict[str, dict[str, Any]] = {
+    "raters": {"scores": {"rater_attention": 1.0}},
+    "mutual": {"scores": {"mutual_attention": 1.0}},
+    "products": {"scores": {"agreed_attention": 1.0}},
+    "next": {"observe": "next", "gain": 1.0, "similarity": {"key": 1.0}},
+    "earlier": {"observe": "decoder.1"},
+}
+
+
+@pytest.mark.parametrize("case", RELAXED)
+def test_relaxed_and_static_reductions_see_the_same(case: str) -> None:
+    first = Reduction("decoder.0", 48, scores={"feature_norm": 1.0})
+    reduction = Reduction("decoder.2", 16, **RELAXED[case])
+    assert_relaxed_is_static(tiny_llava(5), Policy((first, reduction)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scores": {"mutual_attention": 1.0}},
+        {"scores": {"joint_cls_attention": 1.0}, "observe": "next"},
+        {"scores": {"cls_attention": 1.0}, "observe": "vision.1"},
+        {"similarity": {"key": 1.0}, "gain": 1.0, "observe": "next"},
+    ],
+)
+def test_relaxed_and_static_towers_see_the_same(change: dict[str, Any]) -> None:
+    first = Reduction("vision.0", 48, scores={"feature_norm": 1.0})
+    reduction = Reduction("projector", 16, **{"scores": {"cls_attention": 1.0}, **change})
+    assert_relaxed_is_static(tiny_llava(5), Policy((first, reduction)))

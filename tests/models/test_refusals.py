@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+import deos_fx
+from deos_fx import Policy, ReducedModel
 from deos_fx.errors import CaptureError
 from deos_fx.models.facts import facts_of
 
@@ -70,3 +73,39 @@ def test_a_config_without_a_placeholder() -> None:
         model = hf.Emu3ForConditionalGeneration(hf.Emu3Config(vocabulary_map={}))
     with pytest.raises(ValueError, match="names no image placeholder .*Set model.config.image_tok"):
         facts_of(model)
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        LlamaForCausalLM(LlamaConfig(vocab_size=50, **SMALL)),
+        BertModel(BertConfig(vocab_size=50, **SMALL)),
+        CLIPModel(
+            CLIPConfig(
+                text_config=SMALL | {"vocab_size": 50},
+                vision_config=SMALL | {"image_size": 16, "patch_size": 8},
+            )
+        ),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_model_that_answers_no_images(model):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} .*LlavaForConditionalGeneration"):
+        deos_fx.transform(model)
+
+
+@pytest.mark.parametrize("model", ["llava-1.5-7b", None, torch.nn.Linear(2, 2)])
+def test_something_that_is_no_model(model):
+    message = f"model is a {type(model).__name__}; .*from_pretrained"
+    with pytest.raises(TypeError, match=message):
+        deos_fx.transform(model)
+    with pytest.raises(TypeError, match=message):
+        ReducedModel(model, Policy())

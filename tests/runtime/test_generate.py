@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from batches import BATCHES, batch_of
 from closeness import assert_close
 from families import FAMILIES, IMAGE, PAD, alone, prompts, shared
 from masked import alive_of, masked_from
-from test_batches import BATCHES, batch_of
 from torch import Tensor
 from transformers import (
     DynamicCache,
