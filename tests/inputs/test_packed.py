@@ -12,6 +12,7 @@ from masked import alive_of, masked_from
 from test_families import NORM, PRUNED
 from torch import Tensor
 
+from deos_fx.inputs.packed import packed_by
 from deos_fx.models.upstream import CACHE
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
@@ -244,3 +245,32 @@ def test_a_later_turn_takes_flags_only() -> None:
     mask = torch.ones(1, 1, 1, 74, dtype=torch.bool)
     with pytest.raises(ValueError, match="goes on with a cache"):
         reduced(input_ids=torch.tensor([[5]]), **{CACHE: cache}, attention_mask=mask)
+
+
+# *** what keeps samples apart ***
+
+VISUAL = torch.tensor([[0, 1, 1, 0, 0, 1, 0]]).bool()
+STARTING_AGAIN = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+
+
+def test_samples_are_told_apart_by_positions_alone() -> None:
+    assert packed_by({}, VISUAL) == ""
+    assert packed_by({"position_ids": torch.arange(7)[None]}, VISUAL) == ""
+    assert "position_ids that start again" in packed_by({"position_ids": STARTING_AGAIN}, VISUAL)
+    flags = torch.ones(1, 7, dtype=torch.int64)
+    with pytest.raises(ValueError, match="position_ids go back inside a row"):
+        packed_by({"position_ids": STARTING_AGAIN, "attention_mask": flags}, VISUAL)
+    # Padding may have any position.
+    flags[0, :4] = 0
+    assert packed_by({"position_ids": STARTING_AGAIN, "attention_mask": flags}, VISUAL) == ""
+
+
+def test_samples_are_told_apart_by_a_mask_of_pairs() -> None:
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    apart = causal & (torch.arange(7)[:, None] // 4 == torch.arange(7) // 4)
+    for mask in (apart, torch.where(apart, 0.0, torch.finfo(torch.float32).min)):
+        assert "[1, 1, 7, 7]" in packed_by({"attention_mask": mask[None, None]}, VISUAL)
+    assert packed_by({"attention_mask": causal[None, None]}, VISUAL) == ""
+    ending = torch.tensor([[0, 0, 1, 1, 0, 1, 0]]).bool()
+    with pytest.raises(ValueError, match="A sample ends in an image"):
+        packed_by({"attention_mask": apart[None, None]}, ending)
