@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What takes longest starts first, so that no worker is left alone with it at the end.
-LONGEST = ("test_onnx", "test_onnx_families", "test_readme", "test_search", "test_operator")
+LONGEST = ("test_onnx", "test_onnx_families", "test_readme", "test_search", "test_recorded")
 # One worker gets all of these tests, since what they share takes long: exports, a search.
 TOGETHER = ("test_onnx", "test_onnx_families", "test_search")
 
@@ -48,3 +49,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     # In our order, not by how many tests there are.
     config.option.loadscopereorder = False
     return Scheduling(config, log)
+
+
+@pytest.fixture(scope="session")
+def examples() -> Any:
+    """Three questions about scenes of the reference model."""
+    from deos_fx import reference
+
+    return reference.make_examples(3, "validation")
+
+
+@pytest.fixture
+def questions(tmp_path: Path, examples: Any) -> Path:
+    """A JSONL file of reference questions with answers."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for i, example in enumerate(examples):
+        example.scene.image.save(folder / f"{i}.png")
+        question = example.question
+        line = {"image": f"{i}.png", "prompt": question.text, "answer": question.answer}
+        lines.append(json.dumps(line))
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "questions.jsonl"

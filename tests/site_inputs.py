@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from deos_fx.operator import SCORES
+from deos_fx.operator import SCORES, similarity
 
 SIDE, WIDTH, TEXT = 6, 8, 7
 TOKENS = SIDE**2
+PROBE = {"probe": (0.5, -1.0, 2.0, 0.25, -0.75, 1.0, 0.0, 3.0)}
+
+quick = settings(deadline=None, max_examples=10)
+seeds = st.integers(0, 2**31)
+counts = st.integers(1, TOKENS)
 
 
 def grid(side: int = SIDE, images: int = 1) -> Tensor:
@@ -48,3 +55,11 @@ def inputs(
 def gather(values: Tensor, kept: Tensor) -> Tensor:
     """The kept entries of every row, by a loop."""
     return torch.stack([row[index] for row, index in zip(values, kept, strict=True)])
+
+
+def cosine(x: Tensor) -> Tensor:
+    return similarity({"feature": x}, {"feature": 1.0})
+
+
+def falling(values: Tensor, among: list[int]) -> list[int]:
+    return sorted(among, key=lambda j: -float(values[j]))

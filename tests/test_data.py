@@ -1,16 +1,18 @@
 """Data of the command line: what transformers makes of the same prompts and images."""
 
+import json
 from itertools import groupby
 
 import numpy as np
 import pytest
+import torch
 from families import shared
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers.image_utils import load_image
 
 from deos_fx import reference
-from deos_fx.data import Record, batches
+from deos_fx.data import Record, batches, read_records
 from deos_fx.inputs.example import example_inputs
 from deos_fx.reference.model import build_processor
 
@@ -166,3 +168,55 @@ def test_images_without_a_known_range_are_refused(tmp_path, shades):
     Image.fromarray(shades[..., 0].astype(np.float32)).save(path)
     with pytest.raises(ValueError, match=r"a\.tif is not an image .* mode F, whose range"):
         pixels(build_processor(), path)
+
+
+# *** files of questions ***
+
+
+def test_batches_equal_those_of_the_reference(questions, examples):
+    _, processor = reference.load()
+    got = list(batches(processor, read_records(questions), 2))
+    expected = list(reference.batches(processor, examples, 2))
+    assert len(got) == len(expected) == 2
+    for ours, theirs in zip(got, expected, strict=True):
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_batches_without_answers_are_prompts(questions, examples):
+    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    bare = [json.dumps({k: v for k, v in line.items() if k != "answer"}) for line in lines]
+    questions.write_text("\n".join(bare))
+    _, processor = reference.load()
+    (got,) = batches(processor, read_records(questions), 3)
+    (expected,) = reference.batches(processor, examples, 3, answers=False)
+    assert "labels" not in got
+    assert torch.equal(got["input_ids"], expected["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('{"prompt": "what"}', "line 2: give an object with image"),
+        ('{"image": "0.png", "prompt": 3}', "line 2: prompt is 3"),
+        ('{"image": "none.png", "prompt": "what"}', "there is no image"),
+        ('{"image": "0.png", "prompt": "what"}', "1 of 2 lines have an answer"),
+        ('{"image": "0.png", "prompt": "what", "question": "what"}', "give an object with"),
+    ],
+)
+def test_bad_line_is_named(questions, line, words):
+    questions.write_text(questions.read_text().splitlines()[0] + "\n" + line)
+    with pytest.raises(ValueError, match=words):
+        read_records(questions)
+
+
+def test_empty_data_and_unreadable_image(questions):
+    records = read_records(questions)
+    records[0].image.write_text("no image")
+    _, processor = reference.load()
+    with pytest.raises(ValueError, match=r"0\.png is not an image"):
+        list(batches(processor, records, 2))
+    questions.write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        read_records(questions)

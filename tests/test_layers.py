@@ -92,3 +92,21 @@ def test_no_imports_go_in_circles() -> None:
     graph.remove_node("deos_fx")
     circles = [sorted(circle) for circle in nx.strongly_connected_components(graph)]
     assert [circle for circle in circles if len(circle) > 1] == []
+
+
+TESTS = ROOT / "tests"
+
+
+def test_tests_mirror_the_rooms() -> None:
+    folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
+    assert folders == {room.split("/")[-1] for room in rooms()} - {"deos_fx"} | {"."}
+
+
+def test_every_pass_is_tested_among_the_passes() -> None:
+    tests = (TESTS / "passes").glob("test_*.py")
+    tested = {name for path in tests for name in imports_of(path)}
+    subrooms = ("analyse", "capture", "lower", "observe", "rewrite", "search")
+    passes = {
+        name for name in FILES if name.startswith(tuple(f"deos_fx.passes.{r}." for r in subrooms))
+    }
+    assert passes - tested == set()

@@ -1,5 +1,6 @@
 """`transform`: which policy it applies, and when it captures."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -140,3 +141,74 @@ def test_what_an_image_has_depends_on_its_size(name):
     exact = deos_fx.transform(shared(name), budget=Budget(visual_tokens=7), example_inputs=batch)
     assert exact.explain(**batch)[0].kept.shape == (1, 7)
     assert isinstance(exact.policy.reductions[0].keep, float)
+
+
+def test_budget_of_more_tokens_than_there_are():
+    with pytest.raises(ValueError, match="visual_tokens=200, but the model has only 64; give"):
+        deos_fx.transform(shared_llava(), budget=Budget(visual_tokens=200))
+
+
+def test_budget_without_a_limit():
+    with pytest.raises(ValueError, match="no limit; give at least one of visual_tokens, flops"):
+        deos_fx.transform(shared_llava(), budget=Budget())
+
+
+@pytest.mark.parametrize("budget", [0.125, 64, "0.5"])
+def test_budget_that_is_none(budget):
+    with pytest.raises(TypeError, match=r"budget is a .*Budget\(visual_tokens="):
+        deos_fx.transform(shared_llava(), budget=budget)
+
+
+def test_budget_that_cannot_be_met():
+    model = shared_llava()
+    with pytest.raises(ValueError, match=r"cannot be met: flops=10 \(.*Raise the budget"):
+        deos_fx.transform(model, budget=Budget(flops=10), example_inputs=inputs(model))
+
+
+@pytest.mark.parametrize("budget", [Budget(flops=0.5), Budget(kv_cache=0.5)])
+def test_budget_that_needs_a_prompt(budget):
+    with pytest.raises(ValueError, match="depend on its length: give example_inputs"):
+        deos_fx.transform(shared_llava(), budget=budget)
+
+
+def test_latency_without_data():
+    with pytest.raises(ValueError, match="latency is measured by the search. Give data"):
+        deos_fx.transform(shared_llava(), budget=Budget(latency_ms=5))
+
+
+@pytest.mark.parametrize("policy", ["policy.json", "fastv", presets.fastv])
+def test_policy_that_is_none(policy):
+    with pytest.raises(TypeError, match=r"policy is a .*Policy.load\(path\)"):
+        deos_fx.transform(shared_llava(), policy=policy)
+
+
+@pytest.mark.parametrize("others", [{"budget": Budget(visual_tokens=0.5)}, {"data": []}])
+def test_policy_and_something_to_make_one_from(others):
+    with pytest.raises(ValueError, match="a policy is applied as it is. Leave"):
+        deos_fx.transform(shared_llava(), policy=Policy(), **others)
+
+
+def test_policy_for_another_model():
+    other = deos_fx.transform(shared_llava(2)).signature
+    policy = Policy(name="searched", model=replace(other, visual_tokens=576))
+    with pytest.raises(ValueError, match="searched was made for .*576.* and this model is .*64"):
+        deos_fx.transform(shared_llava(2), policy=policy)
+
+
+@pytest.mark.parametrize(
+    "reduction, message",
+    [
+        (Reduction("decoder.9", 8), "decoder.9, but llava has 6 decoder layers"),
+        (Reduction("decoder.1", 100), "keeps 100 visual tokens, .* only 64; keep at most 64"),
+        (Reduction("decoder.5", 8), "nothing would be saved. Use another site"),
+        (Reduction("vision.2", 8), "not used by the language model. Use another site"),
+        (Reduction("decoder.1", 8, scores={"cls_attention": 1}), "decoder.1 has no score"),
+        (Reduction("projector", 8, scores={"text_attention": 1}), "it has .*cls_attention"),
+        (Reduction("projector", 59, selector="grid"), r"59 windows do not fit .* keep one of \["),
+    ],
+    ids=lambda value: value.site if isinstance(value, Reduction) else "",
+)
+def test_policy_that_does_not_fit(reduction, message):
+    model = shared_llava()
+    with pytest.raises(ValueError, match=message):
+        deos_fx.transform(model, policy=Policy((reduction,)), example_inputs=inputs(model))

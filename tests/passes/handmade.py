@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 from transformers.utils import ModelOutput
 
 from deos_fx.models.blocks import Block
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
 from deos_fx.passes.finish import finish
 from deos_fx.passes.notes import GraphNote, annotate, annotate_graph
+from deos_fx.tokens.layout import PromptLayout
 
 IMAGE, WIDTH, PATCHES, BLOCKS = 9, 6, 4, 2
 PROMPT = torch.tensor([[1, *[IMAGE] * PATCHES, 2, 3]])
+LAYOUT = PromptLayout(image_token=IMAGE, images=1, grid=(2, 2))
 
 
 def no_change(graph: fx.Graph, hidden: fx.Node) -> fx.Node:
@@ -79,9 +83,31 @@ class Handmade:
         annotate_graph(graph_module, GraphNote(ModelOutput, self.blocks))
         return annotate_token_spaces(finish(graph_module), {**self.inputs, **inputs})
 
+    def placed(self) -> fx.GraphModule:
+        """The same with an input of position ids, which reductions need."""
+        with self.graph.inserting_before(self.node("input_ids")):
+            self.graph.placeholder("position_ids")
+        self.inputs = {"position_ids": torch.arange(PROMPT.shape[1])[None], **self.inputs}
+        return self.module()
+
     def node(self, name: str) -> fx.Node:
         return next(node for node in self.graph.nodes if node.name == name)
 
 
 def getitem(value: Tensor, key: Any) -> Tensor:
     return value[key]
+
+
+class Attending(nn.Module):
+    """A block that is nothing but causal attention with one head, without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Module()
+        self.attention.config = SimpleNamespace(_attn_implementation="sdpa")
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        mask = None if attention_mask is None else attention_mask[:, 0]
+        return functional.scaled_dot_product_attention(
+            hidden, hidden, hidden, mask, is_causal=mask is None
+        )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from handmade import IMAGE, PATCHES, PROMPT, Handmade
+from handmade import LAYOUT, PATCHES, PROMPT, Handmade
 from torch import Tensor, fx, nn
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -25,9 +25,6 @@ from deos_fx.passes.lower.token_space import insert_visual_positions
 from deos_fx.passes.notes import MASK, annotate, note_of
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
-from deos_fx.tokens.layout import PromptLayout
-
-LAYOUT = PromptLayout(image_token=IMAGE, images=1, grid=(2, 2))
 
 
 def cut_after(made: Handmade, name: str, **inputs: Any) -> fx.GraphModule:
@@ -190,10 +187,7 @@ def test_reductions_that_do_not_fit(reduction: Reduction, message: str) -> None:
 
 
 def test_a_reduction_that_fits_gets_its_site() -> None:
-    made = Handmade()
-    with made.graph.inserting_before(made.node("input_ids")):
-        made.graph.placeholder("position_ids")
-    graph_module = made.module(position_ids=torch.arange(PROMPT.shape[1])[None])
+    graph_module = Handmade().placed()
     sites = find_sites(graph_module)
     reduction = Reduction("decoder.0", PATCHES // 2, scores={"feature_norm": 1.0})
     assert check_reduction(graph_module, sites, reduction, LAYOUT) is sites["decoder.0"]

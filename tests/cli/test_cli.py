@@ -1,0 +1,264 @@
+"""The command line: what it does with good input, and one clear line for bad input."""
+
+import json
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from families import FAMILIES
+from tiny import inputs, tiny_llava
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from deos_fx import Budget, Policy, ReducedModel, Reduction, SearchResult, presets, reference
+from deos_fx.cli.app import app
+from deos_fx.cost.model import CostModel
+from deos_fx.results.search_result import Candidate
+
+COMMANDS = ("demo", "search", "transform", "export", "inspect")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llava().save_pretrained(folder)
+    return folder
+
+
+def run(*arguments, code=0):
+    """What a command prints, after checking its exit code."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def fails(*arguments):
+    """The message of a command that fails: one line, and how to see more."""
+    message, hint = run(*arguments, code=1).strip().splitlines()
+    assert message.startswith("Error: ")
+    assert "--debug" in hint
+    return message
+
+
+# *** help ***
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command):
+    text = run(command, "--help")
+    assert "Examples" in text
+    assert f"deos-fx {command}" in text
+
+
+def test_help_lists_every_command_and_loads_no_model_code():
+    code = (
+        "import sys; sys.argv = ['deos-fx', '--help']\n"
+        "from deos_fx.cli.app import app\n"
+        "try: app()\n"
+        "finally: print([m for m in ('torch', 'transformers', 'onnx') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(name in output for name in COMMANDS)
+    assert output.splitlines()[-1] == "[]"
+
+
+def test_python_m_is_the_same():
+    command = [sys.executable, "-m", "deos_fx", "--help"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "python -m deos_fx" in output
+
+
+# *** inspect, transform, search ***
+
+
+def test_inspect_shows_sites_and_costs(model_dir):
+    text = run("inspect", model_dir, "--preset", "merge", "--budget", "12.5%")
+    assert "64 visual tokens an image (8 x 8)" in text
+    assert "decoder.0 ... decoder.4" in text and "LlamaDecoderLayer x 5" in text
+    assert "(2) no decoder layer comes after it" in text
+    assert "-> 8" in text and "keep 8" in text
+    assert "12.5%" in text
+
+
+def drawn(svg):
+    """The texts of a drawing from top to bottom, after checking that nothing lies on them."""
+    root = ElementTree.fromstring(svg.read_text(encoding="utf-8"))
+    width, height = map(float, root.attrib["viewBox"].split()[2:])
+    texts = [node for node in root if node.tag.endswith("text")]
+    places = [(float(node.attrib["y"]), float(node.attrib["x"]), node.text) for node in texts]
+    assert all(0 < y < height and 0 < x < width for y, x, _ in places)
+    for column in {x for _, x, _ in places}:
+        ys = sorted(y for y, x, _ in places if x == column)
+        assert all(below - above >= 16 for above, below in zip(ys, ys[1:], strict=False))
+    return [text for _, _, text in sorted(places)]
+
+
+@pytest.mark.parametrize("layers", [2, 80])
+def test_a_config_is_enough_to_inspect_and_draw_a_model(layers, tmp_path):
+    tiny_llava(2).config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = layers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    Policy((Reduction("decoder.0", 16),)).save(tmp_path / "policy.json")
+    svg = tmp_path / "model.svg"
+    text = run("inspect", tmp_path, "--policy", tmp_path / "policy.json", "--svg", svg)
+    assert f"decoder.{layers - 1}" in text and "Wrote" in text
+    texts = drawn(svg)
+    assert texts[0] == "LlavaForConditionalGeneration" and texts[-1] == "logits"
+    assert "prune: 64 → 16 visual tokens" in texts
+    assert "80 tokens: 64 visual, 16 text" in texts and "32 tokens: 16 visual, 16 text" in texts
+
+
+@pytest.mark.parametrize("name", ["internvl", "gemma3", "smolvlm", "qwen2_5_vl", "llava_next"])
+def test_other_families_are_inspected(name, tmp_path):
+    FAMILIES[name].config().save_pretrained(tmp_path)
+    text = run("inspect", tmp_path)
+    assert "decoder.0 ... decoder.3" in text and "projector" in text and "available" in text
+
+
+def test_inspect_says_what_it_needs(tmp_path):
+    FAMILIES["fuyu"].config().save_pretrained(tmp_path)
+    assert "Save its processor in the model's folder" in fails("inspect", tmp_path)
+
+
+def test_transform_with_a_preset_fits_it_to_the_budget(model_dir, tmp_path):
+    run("transform", model_dir, tmp_path / "out", "--preset", "fastv", "--budget", "0.5")
+    reduced = ReducedModel.from_pretrained(tmp_path / "out")
+    assert reduced.policy == presets.fit("fastv", 32, 6, 64)
+
+
+def test_transform_with_a_policy_file_gives_the_same_model(model_dir, tmp_path):
+    policy = Policy((Reduction("decoder.1", 9, gain=1.0),))
+    policy.save(tmp_path / "policy.json")
+    run("transform", model_dir, tmp_path / "out", "--policy", tmp_path / "policy.json")
+    given = inputs(tiny_llava())
+    expected = ReducedModel(tiny_llava(), policy)(**given).logits
+    got = ReducedModel.from_pretrained(tmp_path / "out")(**given).logits
+    assert torch.equal(got, expected)
+
+
+def test_transform_at_a_budget_alone(model_dir, tmp_path):
+    run("transform", model_dir, tmp_path / "out", "--budget", "8")
+    cost = ReducedModel.from_pretrained(tmp_path / "out").cost(**inputs(tiny_llava()))
+    assert cost.after.visual_tokens <= 8
+
+
+def test_export_takes_the_policy_of_a_reduced_model(model_dir, tmp_path, monkeypatch):
+    exported = []
+
+    def note(reduced, folder):
+        exported.append(reduced.policy)
+        (folder / "prefill.onnx").write_text("")
+
+    monkeypatch.setattr("deos_fx.exporters.onnx.export_onnx", note)
+    run("transform", model_dir, tmp_path / "reduced", "--preset", "merge", "--budget", "9")
+    run("export", tmp_path / "reduced", tmp_path / "onnx")
+    run("export", model_dir, tmp_path / "onnx", "--preset", "avg_pool", "--budget", "16")
+    assert exported == [presets.merge(keep=9), presets.avg_pool(keep=16)]
+    assert (tmp_path / "onnx" / "prefill.onnx").exists()
+
+
+def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
+    """Searching itself takes minutes and is tested elsewhere; here a preset is found."""
+    seen = {}
+
+    def find(model, data, *, budget, progress, **options):
+        costs = CostModel.of_images(model, images=1, text_tokens=8)
+        policy = presets.fit("merge", budget.visual_tokens, 10, 144)
+        progress("steps", 1, 1)
+        seen.update(options, budget=budget, shapes=[batch["labels"].shape[0] for batch in data])
+        found = Candidate(policy, "preset merge", 0.5, costs.predict(policy))
+        history = [{"step": 1, "task": 0.5, "visual_tokens": 18.0}]
+        whole = costs.predict(Policy())
+        limits = {"visual_tokens": 18.0}
+        return SearchResult(policy, history, [found], limits, whole, 0.4, 0.5)
+
+    monkeypatch.setattr("deos_fx.passes.search.search.search", find)
+    out = tmp_path / "found"
+    options = ("--budget", "18", "--steps", 3, "--batch-size", 2, "--output", out)
+    run("search", reference.WEIGHTS, "--data", questions, *options)
+    assert seen["budget"] == Budget(visual_tokens=18)
+    assert (seen["steps"], seen["seed"], seen["shapes"]) == (3, 0, [2, 1])
+    assert Policy.load(out / "policy.json") == presets.merge(keep=18)
+    assert sorted(path.name for path in out.iterdir()) == ["policy.json", "report.html"]
+
+
+# *** bad input ***
+
+
+def test_no_such_folder(tmp_path):
+    assert "there is no folder" in fails("inspect", tmp_path / "none")
+
+
+def test_text_model(tmp_path):
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "text")
+    assert "llama model, which reads no images" in fails("inspect", tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [("0", "positive number"), ("200", "the model has only 64"), ("1.5", "fraction in (0, 1]")],
+)
+def test_budget_out_of_range(model_dir, budget, words):
+    assert words in fails("inspect", model_dir, "--preset", "merge", "--budget", budget)
+
+
+def test_budget_that_is_no_number(model_dir):
+    text = run("inspect", model_dir, "--preset", "merge", "--budget", "few", code=2)
+    assert "12.5%" in text
+
+
+def test_corrupt_policy_leaves_nothing(model_dir, tmp_path):
+    (tmp_path / "policy.json").write_text("{")
+    message = fails("transform", model_dir, tmp_path / "out", "--policy", tmp_path / "policy.json")
+    assert "policy.json is not a policy file" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
+
+
+def test_policy_for_another_model(model_dir, tmp_path):
+    Policy((Reduction("decoder.20", 8),)).save(tmp_path / "policy.json")
+    message = fails("transform", model_dir, tmp_path / "out", "--policy", tmp_path / "policy.json")
+    assert "decoder.20" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_policy_and_preset_at_once(model_dir, tmp_path):
+    Policy().save(tmp_path / "policy.json")
+    options = ("--policy", tmp_path / "policy.json", "--preset", "merge")
+    assert "--policy" in fails("transform", model_dir, tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize("command", ["transform", "export"])
+def test_folder_that_cannot_be_written(command, model_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = fails(command, model_dir, tmp_path / "file" / "out")
+    assert "cannot write the folder" in message
+
+
+def test_demo_checks_its_folder_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "load", lambda: pytest.fail("worked before checking"))
+    (tmp_path / "file").write_text("")
+    assert "cannot write the folder" in fails("demo", "--output", tmp_path / "file")
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path):
+    result = CliRunner().invoke(app, ["--debug", "inspect", str(tmp_path / "none")])
+    assert isinstance(result.exception, ValueError)
+
+
+def test_interrupted(model_dir, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deos_fx.cli.outline.print_outline", interrupt)
+    assert "Interrupted" in run("inspect", model_dir, code=130)

@@ -1,0 +1,161 @@
+"""Where a search starts, what it rounds to and what it varies, on sites made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.passes.analyse.sites import Encoder, Site, Sites
+from deos_fx.passes.search.objective import AugmentedLagrangian
+from deos_fx.passes.search.proposals import discretise, variations
+from deos_fx.passes.search.space import keep_fractions, start_reductions
+from deos_fx.passes.search.state import SearchState
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.tokens.layout import PromptLayout
+
+TOKENS = 64
+LAYOUT = PromptLayout(9, 1, (8, 8))
+IN_DECODER = ("last_text_attention", "text_attention", "feature_norm", "novelty", "key_norm")
+SITES = Sites(
+    (
+        Site("projector", "projector", "", ("cls_attention", "feature_norm", "novelty")),
+        Site("decoder.0", "decoder_0", "", IN_DECODER),
+        Site("decoder.1", "decoder_1", "something is in the way", IN_DECODER),
+        Site("decoder.2", "decoder_2", "", IN_DECODER),
+    ),
+    "projector",
+    "embedding",
+    Encoder.PATCHWISE,
+    "vision_1",
+)
+POLICY = Policy((Reduction("projector", 32), Reduction("decoder.2", 8, gain=1.0)), name="start")
+
+
+def relaxed(**retention: float) -> dict[str, RelaxedReduction]:
+    """Sites that are surely active, with what they keep of the tokens that reach them."""
+    found = {}
+    for name, kept in retention.items():
+        site = name.replace("_", ".")
+        found[site] = RelaxedReduction.from_reduction(Reduction(site, 0.5), kept)
+    return found
+
+
+def test_a_search_starts_at_the_counts_of_its_policy() -> None:
+    reductions = start_reductions(SITES.available(), POLICY, LAYOUT)
+    assert list(reductions) == ["projector", "decoder.0", "decoder.2"]
+    active = {name: site.activation.sigmoid().item() for name, site in reductions.items()}
+    assert active["decoder.0"] < 0.2 < 0.9 < min(active["projector"], active["decoder.2"])
+    fractions = keep_fractions(reductions)
+    # Sites are nearly, not wholly on or off.
+    assert abs(fractions["projector"] - 32 / TOKENS) < 0.05
+    assert abs(fractions["decoder.2"] - 8 / TOKENS) < 0.05
+    for site in reductions.values():
+        assert 0 < site.start.gain < 1 and site.start.mass_bias > 0
+
+
+def test_without_a_policy_every_site_is_half_active() -> None:
+    reductions = start_reductions(SITES.available(), Policy(), LAYOUT)
+    assert all(abs(site.activation.item()) < 1e-5 for site in reductions.values())
+    for name, site in reductions.items():
+        assert set(site.start.scores) <= set(SITES[name].scores)
+
+
+def test_rounding_leaves_out_sites_that_keep_nearly_everything() -> None:
+    reductions = relaxed(projector=0.5, decoder_0=0.99, decoder_2=0.25)
+    found = discretise(reductions, TOKENS)
+    assert {step.site: step.keep for step in found.reductions} == {"projector": 32, "decoder.2": 8}
+    # The site that drops the largest share; counts are of all tokens that are left there.
+    (only,) = discretise(reductions, TOKENS, most_sites=1).reductions
+    assert (only.site, only.keep) == ("decoder.2", 8)
+
+
+def differences(one: Reduction, other: Reduction) -> set[str]:
+    names = (field.name for field in fields(Reduction))
+    return {name for name in names if getattr(one, name) != getattr(other, name)}
+
+
+def test_a_variation_changes_one_thing() -> None:
+    together = [{"gain", "temperature", "mass_bias", "residual", "weighting"}]
+    together += [{"selector", "diversity"}, {"scores"}, {"keep"}, {"site"}, {"position"}]
+    seen = [found.reductions for found in variations(POLICY, SITES, TOKENS)]
+    assert len(seen) > 20
+    kinds = []
+    for steps in seen:
+        if len(steps) < 2:
+            assert steps[0] in POLICY.reductions
+            kinds.append({"fewer"})
+            continue
+        changed = [
+            found
+            for one, other in zip(steps, POLICY.reductions, strict=True)
+            if (found := differences(one, other))
+        ]
+        assert len(changed) == 1
+        assert any(changed[0] <= group for group in together), changed
+        kinds += changed
+        counts = Policy(steps).counts(TOKENS)
+        assert counts == sorted(counts, reverse=True)
+        assert all(SITES[step.site].available for step in steps)
+        assert all(set(step.scores) <= set(SITES[step.site].scores) for step in steps)
+    for kind in ({"fewer"}, {"keep"}, {"scores"}, {"position"}, {"selector", "diversity"}):
+        assert kind in kinds
+
+
+def test_depths_move_to_neighbours_that_can_be_reduced() -> None:
+    at = Policy((Reduction("decoder.2", 8),))
+    moved = {found.reductions[0].site for found in variations(at, SITES, TOKENS)}
+    # The layer before it cannot, and the layer after it does not exist.
+    assert moved == {"decoder.2"}
+
+
+# *** the state of the steps ***
+
+
+def state(**settings: Any) -> SearchState:
+    torch.manual_seed(0)
+    reductions = relaxed(projector=0.5, decoder_2=0.25)
+    return SearchState.start(reductions, AugmentedLagrangian({"flops": 2.0}), settings)
+
+
+def steps(of: SearchState, number: int) -> None:
+    for _ in range(number):
+        loss = sum(p.square().sum() for p in of.reductions.parameters())
+        of.optimizer.zero_grad()
+        loss.backward()
+        of.optimizer.step()
+        of.lagrangian.update({"flops": torch.tensor(3.0)})
+        of.history.append({"loss": loss.item()})
+        of.take_snapshot()
+
+
+def test_a_state_continues_from_its_folder_to_the_last_bit(tmp_path: Path) -> None:
+    whole, first, second = state(seed=1), state(seed=1), state(seed=1)
+    steps(whole, 4)
+    steps(first, 2)
+    first.save(tmp_path)
+    first.save(tmp_path)
+    second.resume(tmp_path)
+    assert second.step == 2
+    steps(second, 2)
+    assert second.history == whole.history
+    assert second.lagrangian.multipliers == whole.lagrangian.multipliers
+    assert list(second.by_site()) == ["projector", "decoder.2"]
+    for step, parameters in whole.snapshots.items():
+        assert all(torch.equal(second.snapshots[step][n], v) for n, v in parameters.items())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_states_of_another_search_are_refused(tmp_path: Path) -> None:
+    state(seed=1).resume(tmp_path / "nothing here is a start")
+    state(seed=1).save(tmp_path)
+    with pytest.raises(ValueError, match="holds another search"):
+        state(seed=2).resume(tmp_path)
+    (tmp_path / "search.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not the state of a search"):
+        state(seed=1).resume(tmp_path)

@@ -1,0 +1,58 @@
+"""The cache of a reduced prompt: lengths, joined rows and what may be cropped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from deos_fx.tokens.cache import ReducedCache, TokenSpace, in_rows
+
+
+def reduced(length: int, kept: int, rows: int = 1) -> ReducedCache:
+    """A cache of two layers; the second holds a part of the prompt."""
+    cache = ReducedCache(LlamaConfig(num_hidden_layers=2))
+    for layer, held in enumerate((length, kept)):
+        cache.update(*torch.randn(2, rows, 2, held, 4), layer)
+    origin = torch.arange(length - kept, length).expand(rows, -1)
+    cache.record(length, [TokenSpace(1, origin)])
+    return cache
+
+
+def test_every_layer_reports_the_length_of_the_text() -> None:
+    cache = reduced(length=10, kept=6)
+    assert [cache.get_seq_length(layer) for layer in range(2)] == [10, 10]
+    assert [cache.get_query_offset(layer) for layer in range(2)] == [10, 6]
+
+
+def test_only_what_came_after_the_prompt_can_be_cropped() -> None:
+    cache = reduced(length=10, kept=6)
+    for layer in range(2):
+        cache.update(*torch.randn(2, 1, 2, 3, 4), layer)
+    cache.crop(-2)
+    assert [cache.get_query_offset(layer) for layer in range(2)] == [11, 7]
+    with pytest.raises(ValueError, match="reaches into the prompt of 10 tokens"):
+        cache.crop(-2)
+    cache.reset()
+    assert (cache.spaces, cache.prompt_length) == ([], 0)
+
+
+def test_new_tokens_follow_those_that_are_left() -> None:
+    cache = reduced(length=10, kept=6)
+    inputs = cache.decode_inputs(None, torch.tensor([[10]]))
+    assert inputs["position_ids_1"].tolist() == [[6]]
+    assert inputs["key_positions_1"].tolist() == [[4, 5, 6, 7, 8, 9, 10]]
+    cache.spaces[0].shift = torch.tensor([[1]])
+    assert cache.decode_inputs(None, torch.tensor([[10]]))["position_ids_1"].tolist() == [[9]]
+
+
+def test_joined_rows_are_padded_in_front_and_in_the_order_of_the_batch() -> None:
+    short, long = torch.ones(1, 2), torch.full((2, 3), 2.0)
+    together = in_rows([short, long], [1, 0, 2], axis=1)
+    assert together.tolist() == [[2, 2, 2], [0, 1, 1], [2, 2, 2]]
+    parts = [reduced(4, 2), reduced(6, 3, rows=2)]
+    cache = ReducedCache(LlamaConfig(num_hidden_layers=2))
+    cache.join(parts, [1, 0, 2])
+    assert cache.rows == 3
+    assert torch.equal(cache.layers[1].keys[1, :, 1:], parts[0].layers[1].keys[0])
+    assert not cache.layers[1].keys[1, :, 0].any()
