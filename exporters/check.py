@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deos_fx.exporters.graphs.example import BATCH, Example, word_of
-from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -28,21 +26,25 @@ _WORDS = 32
 _MORE = 3
 
 
-def check_export(reduced: ReducedModel, example: Example, folder: Path) -> None:
+def check_export(
+    reduced: ReducedModel, example: Example, runtime: str, load: Callable[[], Any]
+) -> None:
     """Refuse an export whose logits are not those of the reduced model.
 
     Logits are compared at every position that is left of the prompts and over a few decode steps,
     for the batch that was traced and for another one: a single prompt, with more text and other
-    words. The export runs in its own precision, on the CPU. There ONNX Runtime has no bfloat16, so
-    an export in bfloat16 is not compared.
+    words. The export runs in its own precision, on the CPU. There runtimes have no bfloat16, so an
+    export in bfloat16 is not compared.
 
     Args:
         reduced: The reduced model.
         example: What its graphs were traced with.
-        folder: The export.
+        runtime: The name of what runs the export, for messages.
+        load: Loads the export to the CPU, as something that is called like the reduced model and
+            returns logits and a cache with its `spaces`.
 
     Raises:
-        ValueError: If ONNX Runtime fails or gives other logits.
+        ValueError: If the runtime fails or gives other logits.
     """
     rounding = _ROUNDING.get(reduced.model.dtype)
     if rounding is None:
@@ -54,16 +56,16 @@ def check_export(reduced: ReducedModel, example: Example, folder: Path) -> None:
     # own choice could differ.
     right = [_answers(reduced, batch) for batch in batches]
     try:
-        runtime = OnnxModel.from_pretrained(folder, "cpu")
+        exported = load()
         answers = [
-            _answers(runtime, {name: value.cpu() for name, value in batch.items()}, expected.tokens)
+            _answers(exported, {name: x.cpu() for name, x in batch.items()}, expected.tokens)
             for batch, expected in zip(batches, right, strict=True)
         ]
     except Exception as error:
-        # ONNX Runtime raises errors of many types; each means that it cannot run this model.
+        # Runtimes raise errors of many types; each means that it cannot run this model.
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(
-            f"ONNX Runtime does not run {type(reduced.model).__name__} ({reason}). Run the reduced "
+            f"{runtime} does not run {type(reduced.model).__name__} ({reason}). Run the reduced "
             "model in PyTorch."
         ) from error
     for batch, found, expected in zip(batches, answers, right, strict=True):
@@ -75,7 +77,7 @@ def check_export(reduced: ReducedModel, example: Example, folder: Path) -> None:
         # Not ``worst >= rounding``, which is false for NaN.
         if not worst < rounding:
             raise ValueError(
-                f"{type(reduced.model).__name__} is not the same in ONNX Runtime: logits of "
+                f"{type(reduced.model).__name__} is not the same in {runtime}: logits of "
                 f"{len(batch['input_ids'])} prompts of {batch['input_ids'].shape[1]} tokens differ "
                 f"by {worst:.1g} of the largest. Run the reduced model in PyTorch."
             )

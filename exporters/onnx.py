@@ -58,6 +58,7 @@ from deos_fx.exporters.graphs.decode import decode_graph
 from deos_fx.exporters.graphs.example import Example, example_of
 from deos_fx.exporters.graphs.prefill import least_text, prefill_graph
 from deos_fx.exporters.manifest import FORMAT, IMAGES, MANIFEST, PACKAGES, VERSION, write_weights
+from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.files import fresh_folder
 from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.counts import tokens_per_layer
@@ -129,7 +130,9 @@ def export_onnx(
     # The folder appears under its name only after the check.
     with fresh_folder(dir) as folder:
         _write(reduced, example, least, folder)
-        check_export(reduced, example, folder)
+        check_export(
+            reduced, example, "ONNX Runtime", lambda: OnnxModel.from_pretrained(folder, "cpu")
+        )
     return Path(dir)
 
 

@@ -172,20 +172,16 @@ class OnnxModel:
         # Values that the graph does not read are ignored.
         outputs = self._prefill(values)
         cache.take_states(outputs, ids.shape[1])
-        # Kept, so that a later turn can tell whether it is given the same images.
-        cache.images = call.images
-        cache.record(
-            ids.shape[1],
-            [
-                TokenSpace(
-                    space.first_layer,
-                    as_tensor(outputs[f"origin_{k}"]),
-                    as_tensor(outputs[f"key_bias_{k}"]) if space.biased else None,
-                    as_tensor(outputs[f"shift_{k}"]) if space.position == "grid" else None,
-                )
-                for k, space in enumerate(self._spaces, start=1)
-            ],
-        )
+        spaces = [
+            TokenSpace(
+                space.first_layer,
+                as_tensor(outputs[f"origin_{k}"]),
+                as_tensor(outputs[f"key_bias_{k}"]) if space.biased else None,
+                as_tensor(outputs[f"shift_{k}"]) if space.position == "grid" else None,
+            )
+            for k, space in enumerate(self._spaces, start=1)
+        ]
+        cache.record(ids.shape[1], spaces, call.images)
         return as_tensor(outputs["logits"])
 
     def _run_decode(self, inputs: dict[str, Any], cache: SessionCache) -> Tensor:

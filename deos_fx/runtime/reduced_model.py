@@ -281,8 +281,7 @@ class ReducedModel(nn.Module):
                 fields[CACHE] = cache
             # Later turns continue from here.
             cache.rope_deltas = deltas
-            cache.images = call.images
-            cache.record(length, left)
+            cache.record(length, left, call.images)
         return output_class(**fields)
 
     def _continue(self, call: Call, cache: ReducedCache) -> ModelOutput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -67,11 +67,19 @@ class ReducedCache(DynamicCache):
         self.rope_deltas: Tensor | None = None
         self.images: dict[str, Tensor] = {}
 
-    def record(self, prompt_length: int, spaces: Sequence[TokenSpace]) -> None:
-        """Record the spaces that a prefill of `prompt_length` tokens left in the layers."""
-        # In order of depth, as `_dropped` and the inputs of a decode graph need them.
+    def record(
+        self, prompt_length: int, spaces: Sequence[TokenSpace], images: Mapping[str, Tensor]
+    ) -> None:
+        """Record what later turns need to know of a prefill, besides what `completed` left here.
+
+        Args:
+            prompt_length: Number of tokens of the prompt.
+            spaces: The spaces that it left in the layers, in order of depth.
+            images: Its inputs, by name, that images came in: a later turn may give them again.
+        """
         self.prompt_length = prompt_length
         self.spaces = list(spaces)
+        self.images = dict(images)
 
     @property
     def rows(self) -> int:
@@ -111,8 +119,8 @@ class ReducedCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything, including which prompt tokens were kept."""
         super().reset()
-        self.record(0, [])
-        self.rope_deltas, self.images = None, {}
+        self.record(0, [], {})
+        self.rope_deltas = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the latest tokens, as transformers' caches do (assisted decoding rejects some).

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from deos_fx.cost.latency import LatencyTable
-from deos_fx.cost.parts import Block, at_most, heads_of
+from deos_fx.cost.parts import BlockCost, at_most, heads_of
 
 
 def test_times_are_linear_between_measured_counts() -> None:
@@ -29,7 +29,7 @@ def test_every_count_is_measured_once_and_in_order() -> None:
 
 
 def test_a_block_is_linear_and_quadratic_in_its_tokens() -> None:
-    block = Block(linear=10.0, quadratic=2.0, heads=4, key_heads=2, dim=8, width=32)
+    block = BlockCost(linear=10.0, quadratic=2.0, heads=4, key_heads=2, dim=8, width=32)
     assert block.flops(3) == 3 * 10 + 2 * 9
     assert block.row_flops(1, 5) == 2 * 4 * 8 * 5
     assert block.projections == 2 * 32 * (4 + 2 + 2) * 8
