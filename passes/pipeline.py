@@ -120,11 +120,13 @@ def lower_call(captured: Captured, policy: Policy, layout: PromptLayout | None) 
 
 
 def _run(step: Callable[..., _T], graph_module: fx.GraphModule, *arguments: Any) -> _T:
-    """Run a pass, and name it in every error that it does not raise on purpose."""
+    """Run a pass, and name it in every error that comes out of it."""
     try:
         return step(graph_module, *arguments)
-    except (TypeError, ValueError):
-        # Case: a user's mistake, which the message explains.
+    except (TypeError, ValueError) as error:
+        # Case: a user's mistake, which the message explains. A mistake of ours may look the same,
+        # so the traceback says where it happened.
+        error.add_note(f"Raised by the pass {step.__name__}.")
         raise
     except Exception as error:
         # Case: a mistake of ours. Without the name of the pass, such an error is hard to place.

@@ -7,9 +7,59 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from closeness import ROUNDINGS, assert_close, difference
 from torch import Tensor
 
+from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
+
+STEPS = 3
+
+
+def assert_pruning_is_masking(
+    model: Any, reduced: Any, batch: dict[str, Tensor], roundings: float = ROUNDINGS
+) -> None:
+    """Fail unless a model that prunes equals the original one that does not see what was pruned.
+
+    Logits are compared in the prefill and token by token. Any model will do, also one that
+    transformers does not have.
+
+    Args:
+        model: The original model.
+        reduced: The same model with a policy that only prunes, at least one token of every prompt.
+        batch: Prompts with images, with an ``attention_mask``.
+        roundings: See `closeness.assert_close`.
+    """
+    image = facts_of(model).image_token
+    output = reduced(**batch)
+    last, alive = output[CACHE].spaces[-1], alive_of(output[CACHE], batch["input_ids"])
+    text = batch["input_ids"] != image
+    for kept in alive.values():
+        assert kept[text].all() and (~kept).any(dim=1).all()
+    with masked_from(model, alive):
+        whole = model(**batch).logits
+        tokens, logits = generate(model, batch)
+    left = alive[last.first_layer] & batch["attention_mask"].bool()
+    real = batch["attention_mask"].gather(1, last.origin).bool()
+    assert_close(output.logits[real], whole[left], roundings)
+    # The mask matters, so the comparison says something.
+    assert difference(model(**batch).logits[left], whole[left]) > 1e-3
+    our_tokens, our_logits = generate(reduced, batch)
+    assert torch.equal(our_tokens, tokens)
+    assert_close(our_logits, logits, roundings)
+
+
+def generate(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens and logits [B, STEPS, vocabulary] of greedy decoding."""
+    batch = {name: value.clone() for name, value in batch.items()}
+    output = model.generate(
+        **batch,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return output.sequences[:, -STEPS:], torch.stack(output.logits, dim=1)
 
 
 def alive_of(cache: Any, prompt: Tensor) -> dict[int, Tensor]:

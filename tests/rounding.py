@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from families import CONVOLVING, FAMILIES, TWINS, prompts, shared
-from masked import alive_of, masked_from
-from test_families import PRUNED, generate, reduce
+from masked import alive_of, generate, masked_from
+from test_families import PRUNED, reduce
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 

@@ -10,8 +10,8 @@ import torch
 from batches import BATCHES, Image, anyres, batch_of, grid, model_of, plain, rows, video
 from closeness import assert_close, difference
 from families import IMAGE, PAD, START, VIDEO, shared
-from masked import alive_of, masked_from
-from test_families import NORM, PRUNED, generate
+from masked import alive_of, generate, masked_from
+from test_families import NORM, PRUNED
 
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import capture_call

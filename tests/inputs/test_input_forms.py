@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import prompts, shared
-from test_families import PRUNED, generate
+from masked import generate
+from test_families import PRUNED
 from tiny import call_of, inputs, shared_llava
 from torch import Tensor
 

@@ -10,8 +10,8 @@ import transformers as hf
 from batches import Image, batch_of, grid
 from closeness import assert_close, roundings_of
 from families import CONVOLVING, FAMILIES, IMAGE, PAD, TWINS, VIDEO, shared
-from masked import alive_of, masked_from
-from test_families import PRUNED, generate
+from masked import alive_of, generate, masked_from
+from test_families import PRUNED
 from torch import Tensor
 from videos import VIDEOS
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from closeness import assert_close
 from families import FAMILIES, IMAGE, PAD, shared
-from masked import alive_of, masked_from
-from test_families import NORM, PRUNED, generate
+from masked import alive_of, generate, masked_from
+from test_families import NORM, PRUNED
 from test_relaxed_graph import REGIMES, assert_relaxed_is_static
 from tiny import shared_llava
 from torch import Tensor
