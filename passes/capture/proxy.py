@@ -19,6 +19,9 @@ __all__ = ["STRUCTURAL_TYPES", "ValueProxy", "has_proxy", "with_features"]
 STRUCTURAL_TYPES = (str, torch.dtype, torch.device, torch.layout, type(None))
 """Results of these types describe the structure of a run and not its data: they are no proxies."""
 
+# During a capture torch.unbind is a replacement, which must not become the target of a node.
+_UNBIND = torch.unbind
+
 
 def with_features(x: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
     """Return a copy of `x` [B, N, ...] with `value` at `key`.
@@ -118,7 +121,7 @@ class ValueProxy(fx.Proxy):
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, torch.Tensor):
             # Case: a tensor. Its leading axis is unrolled; fold_unstack undoes this where it can.
-            parts: Any = self.tracer.create_proxy("call_function", torch.unbind, (self,), {})
+            parts: Any = self.tracer.create_proxy("call_function", _UNBIND, (self,), {})
             annotate(parts.node, unrolled=len(self.value))
             return iter(parts[i] for i in range(len(self.value)))
         # Case: a tuple or a list, such as a shape.
