@@ -52,7 +52,8 @@ def with_another_forward() -> Any:
 
 @pytest.fixture(autouse=True)
 def forget_accelerator() -> Iterator[None]:
-    """It is remembered in the process, which other tests run in."""
+    """It is remembered in the process, where other tests run before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

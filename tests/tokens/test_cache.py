@@ -15,7 +15,7 @@ def reduced(length: int, kept: int, rows: int = 1) -> ReducedCache:
     for layer, held in enumerate((length, kept)):
         cache.update(*torch.randn(2, rows, 2, held, 4), layer)
     origin = torch.arange(length - kept, length).expand(rows, -1)
-    cache.record(length, [TokenSpace(1, origin)])
+    cache.record(length, [TokenSpace(1, origin)], {})
     return cache
 
 
