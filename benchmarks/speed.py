@@ -264,7 +264,7 @@ def _fitted_preset(settings: Settings, costs: CostModel) -> Policy:
 
 
 def _vision(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
-    """The part of the prefill that reductions behind the vision tower leave as it is."""
+    """The part of the prefill that reductions after the vision tower leave as it is."""
     encode: Any = model.get_image_features
 
     def run() -> None:

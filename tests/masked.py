@@ -63,7 +63,7 @@ def generate(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def alive_of(cache: Any, prompt: Tensor) -> dict[int, Tensor]:
-    """First layer -> flags [B, N] of the prompt's tokens that it and those behind it hold."""
+    """First layer -> flags [B, N] of the prompt's tokens that it and those after it hold."""
     nothing = torch.zeros(prompt.shape, dtype=torch.bool)
     return {space.first_layer: nothing.scatter(1, space.origin, True) for space in cache.spaces}
 
@@ -74,7 +74,7 @@ def masked_from(model: Any, alive: dict[int, Tensor]) -> Iterator[Any]:
 
     Args:
         model: The original model.
-        alive: See `alive_of`; everything behind the prompt is seen.
+        alive: See `alive_of`; everything after the prompt is seen.
     """
     handles = []
     for i, layer in enumerate(model.get_decoder().layers):

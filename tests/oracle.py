@@ -68,9 +68,9 @@ def attention_cut(
 
     Args:
         eager: The original model; its own attention weights decide.
-        batch: Padded prompts, perhaps with generated tokens behind them.
+        batch: Padded prompts, perhaps with generated tokens after them.
         counts: Layer -> visual tokens per prompt kept after it, by the attention of the last token.
-        prompt: Length of the prompts; everything behind was generated. By default all of it.
+        prompt: Length of the prompts; everything after was generated. By default all of it.
 
     Returns:
         Layer -> flags [B, N] for all layers after the first cut.
@@ -318,7 +318,7 @@ class _State:
             self.position = [p - sum(q < p for q in self._trailing()) for p in self.origin]
 
     def _trailing(self) -> list[int]:
-        """Dropped placeholders that no kept one of their image stands behind."""
+        """Dropped placeholders after which no kept one of their image comes."""
         images = [self.places[i : i + VISUAL] for i in range(0, len(self.places), VISUAL)]
         return [
             p

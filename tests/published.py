@@ -54,7 +54,7 @@ def _sorted_rows(hidden: Tensor, kept: Sequence[int]) -> Reduced:
 def fastv(hidden: Tensor, attention: Tensor, visual: range, ratio: float) -> Reduced:
     """FastV: the tokens that the last token of the prompt attends to most.
 
-    pkunlp-icler/FastV @ d165972. Before layer k, so behind layer k - 1, whose attention decides:
+    pkunlp-icler/FastV @ d165972. Before layer k, so after layer k - 1, whose attention decides:
     s_j = mean over heads of A[h, last, j]. The share ``ratio`` goes. Count: Python's ``round``
     (halves to even) of N (1 - ratio). Image order, positions kept.
 
@@ -102,11 +102,11 @@ def pyramid_count(tokens: int, ratio: float) -> int:
 
 
 def sparsevlm_raters(embeddings: Tensor, visual: range) -> list[int]:
-    """SparseVLM's rater tokens, counted from the first text token behind the image.
+    """SparseVLM's rater tokens, counted from the first text token after the image.
 
     Gumpest/SparseVLMs @ 26a5f48. On the inputs of layer 0: m_t = mean over visual v of softmax over
     text t of (H_v . H_t), unscaled. Raters are the text tokens with m_t above the mean of m. Only
-    text *behind* the image takes part. Found once and used at every layer.
+    text *after* the image takes part. Found once and used at every layer.
     """
     text = embeddings[visual.stop :]
     rated = torch.stack([(text @ v).softmax(dim=0) for v in embeddings[visual.start : visual.stop]])
@@ -162,7 +162,7 @@ def fitprune(hidden: Tensor, attention: Tensor, visual: range, drop: int) -> Red
     """FitPrune at inference, one layer, given how many tokens that layer drops.
 
     ywh187/FitPrune @ d28e418. With B = *max* over heads of the layer's attention: cross_j = sum of
-    B[i, j] over all rows i behind the image, self_j = mean of B[i, j] over visual rows i. The
+    B[i, j] over all rows i after the image, self_j = mean of B[i, j] over visual rows i. The
     ``drop`` tokens with the smallest *product* cross_j self_j go, between attention and MLP of the
     layer, which gives what dropping them at its output gives. Image order, positions kept.
     """
@@ -182,7 +182,7 @@ def fitprune_drops(
 ) -> list[int]:
     """What FitPrune's fitting drops of one sample in one layer; its schedule counts these.
 
-    Of each of cross (here mean over the rows behind the image) and self, sorted ascending, as many
+    Of each of cross (here mean over the rows after the image) and self, sorted ascending, as many
     as leave the sum above (1 - alpha) times what the *unpruned* model had in this layer, less one:
     with i the first number of dropped tokens that falls below, max(i - 1, 0). Dropped is the
     intersection of the two. alpha is bisected in [0, 1], to 0.01, until the FLOPs are met; the
@@ -219,7 +219,7 @@ def dart(
     Checked against ModelTC/LightCompress @ 9701d035 (llmc/compression/token_reduction/dart.py); the
     official repository is not stored. Before layer k (default 2), with the cached, so rotated, keys
     of layer k - 1, heads side by side. Image pivots are the tokens with the largest L1 norm of
-    the key, text pivots the same among the text *behind* the image. Each pivot in turn keeps the
+    the key, text pivots the same among the text *after* the image. Each pivot in turn keeps the
     ``share`` tokens of least cosine, on hidden states after the model's *final* norm, among those
     nobody holds yet. Image pivots are kept too, so image_pivots + pivots * share come out. Odd: the
     turn of the pivots is the iteration order of a Python set of absolute positions ("set"); "norm"
@@ -257,7 +257,7 @@ def fastervlm(features: Tensor, attention: Tensor, keep: int) -> Reduced:
     """FasterVLM: the patches that CLS attends to most.
 
     Theia-4869/FasterVLM @ f5d5f12. Mean over heads, of the block the features come from (LLaVA:
-    the last but one). Dropped behind the projector. Image order.
+    the last but one). Dropped after the projector. Image order.
 
     Args:
         features: [N, d].
@@ -410,7 +410,7 @@ def cdpruner(features: Tensor, patch_embeds: Tensor, text_embeds: Tensor, keep: 
     CLIP's text tower, one per 77 words, patch embeddings go through CLIP's projection. Image order.
 
     Args:
-        features: [N, d] behind the projector.
+        features: [N, d] after the projector.
         patch_embeds: [N, e].
         text_embeds: [M, e].
         keep: T.
@@ -505,7 +505,7 @@ def holov(features: Tensor, attention: Tensor, keep: int, windows: int = 16) -> 
     is lost and made up by rows of zeros at the end (kept: -1).
 
     Args:
-        features: [N, d] behind the projector.
+        features: [N, d] after the projector.
         attention: [H, 1 + N, 1 + N] of the block they come from.
         keep: T.
         windows: How many.
@@ -565,10 +565,10 @@ def vscan(
     with the largest CLS attention of the last but one block among the others. Odd: where the
     windows do not divide int(keep / 2), fewer than ``keep`` come out. Every other token joins the
     kept one of largest cosine, on projected features; each group becomes its mean. Image order.
-    The second stage is ``pyramid_drop`` behind layer 15.
+    The second stage is ``pyramid_drop`` after layer 15.
 
     Args:
-        features: [N, d] behind the projector.
+        features: [N, d] after the projector.
         shallow: [H, 1 + N, 1 + N] of block 5.
         deep: [H, 1 + N, 1 + N] of the block the features come from.
         width: Patches in a row.
@@ -597,7 +597,7 @@ def vscan(
 def avg_pool(features: Tensor, width: int, stride: int) -> Reduced:
     """Matryoshka Multimodal Models (M3): mean over windows of the grid, row by row.
 
-    mu-cai/matryoshka-mm @ f6aada8: ``avg_pool2d`` behind the projector, stride
+    mu-cai/matryoshka-mm @ f6aada8: ``avg_pool2d`` after the projector, stride
     ``avg_pool_stride``; rows and columns that do not fill a window are lost.
     """
     height = len(features) // width
@@ -616,7 +616,7 @@ def avg_pool_stride(tokens: int, keep: int) -> int:
 
 
 def bilinear_pool(features: Tensor, width: int, stride: int) -> Reduced:
-    """LLaVA-OneVision: the grid, shrunk by bilinear interpolation behind the projector.
+    """LLaVA-OneVision: the grid, shrunk by bilinear interpolation after the projector.
 
     LLaVA-VL/LLaVA-NeXT (``get_2dPool``): to ceil(h / stride) x ceil(w / stride) cells,
     ``align_corners=False``, without anti-aliasing. In stride 2 that is the mean of 2 x 2; in
@@ -659,7 +659,7 @@ def tome(
     similarity without. Between attention and MLP; later attention adds log(size) to its logits.
 
     Args:
-        hidden: [n, d], behind the attention.
+        hidden: [n, d], after the attention.
         keys: [n, H, D] of that attention.
         merged: r.
         sizes: [n]; ones if None.
@@ -692,7 +692,7 @@ def evit(hidden: Tensor, attention: Tensor, rate: float, fuse: bool = True) -> R
     part of what is returned.
 
     Args:
-        hidden: [1 + n, d], behind the attention.
+        hidden: [1 + n, d], after the attention.
         attention: [H, 1 + n, 1 + n].
         rate: Of tokens kept.
         fuse: Whether the others are fused.

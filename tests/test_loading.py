@@ -266,7 +266,7 @@ def test_other_linear_layers_are_left_alone(name: str, kind: Any) -> None:
         {id(part) for part in module.modules() if isinstance(part, kind)}
         for module in (reduced.graph_module, model.get_decoder(), model)
     )
-    # Blocks of the tower behind the features are not run.
+    # Blocks of the tower after the features are not run.
     assert decoder < graph <= whole
 
 

@@ -249,7 +249,7 @@ class Tower(NamedTuple):
         attention: [H, 1 + N, 1 + N] of that block.
         earlier: [H, 1 + N, 1 + N] of an earlier block.
         keys: [1 + N, H, d / H] of the block before the site.
-        next_queries: [1 + N, d] of the block behind the site, on the same hidden states.
+        next_queries: [1 + N, d] of the block after the site, on the same hidden states.
         next_keys: [1 + N, d].
         text: [T, D] embeddings of the question.
         width: Patches in a row.
@@ -271,10 +271,10 @@ class Prompt(NamedTuple):
 
     Attributes:
         hidden: [L, d] out of the layer before the site.
-        normed: [L, d] the same behind the final norm.
+        normed: [L, d] the same after the final norm.
         attention: [H, L, L] of that layer.
         keys: [G, L, D] of that layer, rotated.
-        next_queries: [H, L, D] of the layer behind the site, on the same hidden states, rotated.
+        next_queries: [H, L, D] of the layer after the site, on the same hidden states, rotated.
         next_keys: [G, L, D].
         embeddings: [L, d] into the first layer.
         frequencies: [D / 2] of the rotary embedding.
@@ -436,7 +436,7 @@ def _tower_features(towers: Sequence[Tower], site: str, earlier: str) -> dict[st
 
 
 def _prompt_features(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """Features of prompts; the texts behind the images are padded to one length."""
+    """Features of prompts; the texts after the images are padded to one length."""
     length = max(len(p.hidden) - p.visual.stop for p in prompts)
 
     def padded(x: Tensor, value: float = 0.0) -> Tensor:
@@ -597,7 +597,7 @@ CASES = IN_TOWER | IN_DECODER
 
 
 def _placed(reduction: Reduction, block: int) -> Reduction:
-    """The same reduction behind another block, observing the one before where it named one."""
+    """The same reduction after another block, observing the one before where it named one."""
 
     def moved(where: str, to: int) -> str:
         stage, _, index = where.partition(".")
@@ -669,16 +669,16 @@ def test_graph_hands_on_the_published_tokens(name: str) -> None:
     tower, decoder = model.model.vision_tower.encoder.layers, model.model.language_model.layers
     samples: list[Any]
     if name in IN_DECODER:
-        block, behind = 2, decoder[3]
+        block, after = 2, decoder[3]
         samples = [_watched_prompt(eager, row, block) for row in rows]
     else:
-        behind = tower[1] if inside else decoder[0]
+        after = tower[1] if inside else decoder[0]
         images = [(row["pixel_values"], row["input_ids"][0]) for row in rows]
         samples = [_watched_tower(eager, *image, block) for image in images]
     reduction = _placed(CASES[name].policy(tiny.VISUAL).reductions[0], block)
     reduced = transform(model, policy=Policy((reduction,)), example_inputs=batch)
     entered: list[Tensor] = []
-    behind.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    after.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     reduced(**batch)
     for row, sample in enumerate(samples):
         expected = CASES[name].oracle(sample, _visual(sample, reduction.site)).tokens
@@ -716,8 +716,8 @@ def test_tower_reduced_twice_is_the_method_twice(name: str) -> None:
     policy = presets.tome(12, 2, 64) if name == "tome" else presets.evit(0.7, (0, 1), 64)
     reduced = transform(model, policy=policy, example_inputs=batch)
     entered: list[Tensor] = []
-    behind = model.model.language_model.layers[0]
-    behind.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    after = model.model.language_model.layers[0]
+    after.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     reduced(**batch)
     vision = eager.model.vision_tower
     for row in range(2):
@@ -733,7 +733,7 @@ def test_tower_reduced_twice_is_the_method_twice(name: str) -> None:
 
 
 def _tower_step(name: str, layer: Any, hidden: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """One block of a CLIP tower with eager attention, and the method behind it."""
+    """One block of a CLIP tower with eager attention, and the method after it."""
     seen: list[Tensor] = []
     handle = layer.self_attn.register_forward_hook(lambda *args: seen.append(args[2][1][0]))
     out = layer(hidden[None], attention_mask=sizes.log()[None, None, None])[0]

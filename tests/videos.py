@@ -25,7 +25,7 @@ def _whole(tokens: int) -> list[int]:
 
 
 def _by_frames(frames: int, token: int = VIDEO) -> list[int]:
-    """Every frame between marks of its own, and behind it the time in text."""
+    """Every frame between marks of its own, and after it the time in text."""
     return [x for i in range(frames) for x in (START, *[token] * _FRAME, END, 10 + i)]
 
 

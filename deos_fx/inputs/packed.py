@@ -121,6 +121,6 @@ def _check_borders(borders: Tensor, visual: Tensor) -> None:
     """Refuse images right before a border [B, N - 1]: their last token is the last of a sample."""
     if bool((borders & visual[:, :-1]).any()):
         raise ValueError(
-            "A sample ends in an image, with another sample behind it in the same row. The last "
+            "A sample ends in an image, with another sample after it in the same row. The last "
             f"token of a row alone is kept whatever is reduced: {_APART}."
         )

@@ -292,7 +292,7 @@ class SiteFeatures(dict[str, Any]):
         # Not whether it has a node: a peek runs the module itself.
         if following not in blocks:
             raise ValueError(
-                f"{self.site} cannot observe 'next': no block comes behind {self._own.site}."
+                f"{self.site} cannot observe 'next': no block comes after {self._own.site}."
             )
         # The peek takes the other arguments of the next block or, if that has no node, those of
         # this block.

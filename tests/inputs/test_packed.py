@@ -228,9 +228,9 @@ def test_a_sample_that_ends_in_an_image_is_refused() -> None:
     samples[0]["input_ids"] = samples[0]["input_ids"][:, : -LENGTHS[0][1]]
     reduced = ReducedModel(shared(_LLAVA), Policy(PRUNED["projector"]))
     row = packed(_LLAVA, samples)
-    with pytest.raises(ValueError, match="A sample ends in an image, with another sample behind"):
+    with pytest.raises(ValueError, match="A sample ends in an image, with another sample after"):
         reduced(**row)
-    with pytest.raises(ValueError, match="A sample ends in an image, with another sample behind"):
+    with pytest.raises(ValueError, match="A sample ends in an image, with another sample after"):
         reduced(**row | {"attention_mask": seen(samples, torch.bool)})
     # The last of a row may.
     samples.reverse()

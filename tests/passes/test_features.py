@@ -352,7 +352,7 @@ def test_nothing_comes_behind_the_last_block() -> None:
     note = note_of_graph(features.graph_module)
     blocks = {block: module for block, module in note.blocks.items() if block.name != "vision_2"}
     annotate_graph(features.graph_module, replace(note, blocks=blocks))
-    with pytest.raises(ValueError, match="no block comes behind vision.1"):
+    with pytest.raises(ValueError, match="no block comes after vision.1"):
         features.at("projector", "keys@next")
 
 

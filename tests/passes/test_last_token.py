@@ -27,7 +27,7 @@ from deos_fx.runtime.reduced_model import ReducedModel
 
 
 def ending(name: str, text: int = 6, images: int = 1, behind: int = 0) -> dict[str, Tensor]:
-    """One prompt of text, images right behind each other, and perhaps text again."""
+    """One prompt of text, images right after each other, and perhaps text again."""
     generator = torch.Generator().manual_seed(3)
     words = torch.randint(1, 100, (text + behind,), generator=generator).tolist()
     block = [token for token in FAMILIES[name].block if token == IMAGE]
@@ -260,7 +260,7 @@ def test_a_search_takes_prompts_of_both_kinds() -> None:
     data = [of_llava(6, batch=2), text]
     problem = SearchProblem.of(shared_llava(), data, Budget(visual_tokens=0.25))
     assert [batch.layout.ends for batch in problem.scoring] == [True, False]
-    # Of the first kind, the last token alone stands behind the image.
+    # Of the first kind, the last token alone stands after the image.
     assert problem.scoring[0].target.positions.sum(dim=1).tolist() == [1, 1]
     policy, expected = Policy(PRUNED["decoder"]), []
     for prompts, behind in zip(data, (1, 2), strict=True):

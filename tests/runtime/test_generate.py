@@ -262,7 +262,7 @@ def test_refused(what: str) -> None:
         generate(reduced_model(), prompts(NAME), **options)
 
 
-def test_the_cache_gives_back_what_came_behind_the_prompt() -> None:
+def test_the_cache_gives_back_what_came_after_the_prompt() -> None:
     batch, reduced = prompts(NAME), reduced_model()
     output = generate(reduced, batch)
     cache, length = output[CACHE], batch["input_ids"].shape[1]
