@@ -27,15 +27,16 @@ def assert_pruning_is_masking(
     Args:
         model: The original model.
         reduced: The same model with a policy that only prunes, at least one token of every prompt.
-        batch: Prompts with images, with an ``attention_mask``.
+        batch: Prompts with images or videos, with an ``attention_mask``.
         roundings: See `closeness.assert_close`.
     """
-    image = facts_of(model).image_token
+    facts = facts_of(model)
+    placeholders = [token for token in (facts.image_token, facts.video_token) if token is not None]
     output = reduced(**batch)
     last, alive = output[CACHE].spaces[-1], alive_of(output[CACHE], batch["input_ids"])
-    text = batch["input_ids"] != image
+    visual = torch.isin(batch["input_ids"], torch.tensor(placeholders))
     for kept in alive.values():
-        assert kept[text].all() and (~kept).any(dim=1).all()
+        assert kept[~visual].all() and (~kept).any(dim=1).all()
     with masked_from(model, alive):
         whole = model(**batch).logits
         tokens, logits = generate(model, batch)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from batches import BATCHES, Image, anyres, batch_of, grid, model_of, plain, rows, video
-from closeness import assert_close, difference
-from families import IMAGE, PAD, START, VIDEO, shared
-from masked import alive_of, generate, masked_from
+from closeness import assert_close
+from families import IMAGE, PAD, START, shared
+from masked import assert_pruning_is_masking, generate
 from test_families import NORM, PRUNED
 
 from deos_fx.models.upstream import CACHE
@@ -60,21 +60,7 @@ def test_pruning_is_masking(kind: str, policy: str) -> None:
     name, prompts = PROMPTS[kind]
     model, batch = shared(name), batch_of(name, prompts())
     reduced = ReducedModel(model, Policy(PRUNED[policy]))
-    output = reduced(**batch)
-    spaces = output[CACHE].spaces
-    alive = alive_of(output[CACHE], batch["input_ids"])
-    visual = torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO]))
-    for kept in alive.values():
-        assert kept[~visual].all() and (~kept).any(dim=1).all()
-    with masked_from(model, alive):
-        whole = model(**batch).logits
-        tokens, logits = generate(model, batch)
-    left = alive[spaces[-1].first_layer]
-    assert_close(output.logits.flatten(0, 1), whole[left])
-    assert difference(model(**batch).logits[left], whole[left]) > 1e-3
-    our_tokens, our_logits = generate(reduced, batch)
-    assert torch.equal(our_tokens, tokens)
-    assert_close(our_logits, logits)
+    assert_pruning_is_masking(model, reduced, batch)
 
 
 def test_each_image_keeps_its_share() -> None:

@@ -10,7 +10,7 @@ import transformers as hf
 from batches import Image, batch_of, grid
 from closeness import assert_close, roundings_of
 from families import CONVOLVING, FAMILIES, IMAGE, PAD, TWINS, VIDEO, shared
-from masked import alive_of, generate, masked_from
+from masked import alive_of, assert_pruning_is_masking, generate, masked_from
 from test_families import PRUNED
 from torch import Tensor
 from videos import VIDEOS
@@ -57,20 +57,7 @@ def without_first(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 def check_pruning_is_masking(model: Any, batch: dict[str, Tensor]) -> None:
     """Compare prefill and new tokens with the original with the dropped tokens masked."""
     ours = ReducedModel(model, Policy(PRUNED["both"]))
-    output = ours(**batch)
-    spaces = output[CACHE].spaces
-    alive = alive_of(output[CACHE], batch["input_ids"])
-    visual = torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO]))
-    for kept in alive.values():
-        assert kept[~visual].all() and (~kept).any(dim=1).all()
-    with masked_from(model, alive):
-        whole = model(**batch).logits
-        tokens, logits = generate(model, batch)
-    roundings = roundings_of(model.config.model_type)
-    assert_close(output.logits.flatten(0, 1), whole[alive[spaces[-1].first_layer]], roundings)
-    our_tokens, our_logits = generate(ours, batch)
-    assert torch.equal(our_tokens, tokens)
-    assert_close(our_logits, logits, roundings)
+    assert_pruning_is_masking(model, ours, batch, roundings_of(model.config.model_type))
 
 
 # *** a video and no image ***
