@@ -58,7 +58,7 @@ def start_reductions(
 
 def _undecided(site: Site, placed: bool) -> Reduction:
     """Make a reduction between all regimes that ranks mostly by attention."""
-    in_decoder = site.name.startswith("decoder")
+    in_decoder = split_site(site.name)[0] == "decoder"
     # The scores that published methods rank by, as far as the site has them.
     attention = ("last_text_attention", "text_attention") if in_decoder else ("cls_attention",)
     by_grid = placed and not in_decoder
