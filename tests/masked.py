@@ -27,7 +27,7 @@ def assert_pruning_is_masking(
     Args:
         model: The original model.
         reduced: The same model with a policy that only prunes, at least one token of every prompt.
-        batch: Prompts with images or videos, with an ``attention_mask``.
+        batch: Prompts with images or videos, with or without padding.
         roundings: See `closeness.assert_close`.
     """
     facts = facts_of(model)
@@ -40,8 +40,9 @@ def assert_pruning_is_masking(
     with masked_from(model, alive):
         whole = model(**batch).logits
         tokens, logits = generate(model, batch)
-    left = alive[last.first_layer] & batch["attention_mask"].bool()
-    real = batch["attention_mask"].gather(1, last.origin).bool()
+    # Without a mask nothing is padding.
+    attended = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    left, real = alive[last.first_layer] & attended, attended.gather(1, last.origin)
     assert_close(output.logits[real], whole[left], roundings)
     # The mask matters, so the comparison says something.
     assert difference(model(**batch).logits[left], whole[left]) > 1e-3
