@@ -118,8 +118,7 @@ def _batch(processor: Any, records: Sequence[Record]) -> dict[str, Tensor]:
     # 2. Append each to its prompt, with one end of the sequence: the tokenizer's if it writes one.
     eos = "" if end else tokenizer.eos_token or ""
     texts = [
-        f"{prompt} {record.answer}{eos}"
-        for prompt, record in zip(prompts, records, strict=True)
+        f"{prompt} {record.answer}{eos}" for prompt, record in zip(prompts, records, strict=True)
     ]
     inputs = dict(processor(images=images, text=texts, **options))
     # 3. Label them. Rows are padded on the left, so every answer is at the end of its row.

@@ -13,7 +13,7 @@ After lowering, also:
 
 Each of the other stages has one more rule:
 
-6. a relaxed graph drops no token: nothing in it opens a new token space;
+6. in a relaxed graph, modules choose the tokens that stay, and no static selector does;
 7. in a graph that is exported, features fill their placeholders by an index and not by a mask, on
    whose ONNX form runtimes differ;
 8. a decode graph reduces nothing, and no layer reads a mask that was made for a later one.
@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from deos_fx import operator, tokens
 from deos_fx.errors import VerificationError
 from deos_fx.operator import SCORES, SELECTORS
+from deos_fx.operator.learned import LEARNED
 from deos_fx.passes.notes import note_of
 
 __all__ = ["Stage", "verify"]
@@ -67,7 +68,8 @@ def verify(graph_module: fx.GraphModule, stage: Stage) -> fx.GraphModule:
     _check_layers(graph, stage)
     if stage == "relaxed":
         # Rule 6.
-        cuts = [node.name for node in graph.nodes if node.target is tokens.kept_in_prompt]
+        selectors = {selector.function for selector in SELECTORS.values()}
+        cuts = [node.name for node in graph.nodes if node.target in selectors]
         _require(not cuts, stage, f"{', '.join(cuts)} drops tokens")
     if stage in ("lowered", "decode", "exported"):
         allowed = _static_operators()
@@ -119,7 +121,7 @@ def _check_layers(graph: fx.Graph, stage: Stage) -> None:
 
 
 # The functions on tokens that only a relaxed graph may call.
-_RELAXED = {"gate_bias", "patch_gate_bias", "relaxed_grid_positions", "relaxed_positions"}
+_RELAXED = {"gate_bias", "patch_gate_bias", "are_open", "relaxed_positions"}
 
 
 def _static_operators() -> set[Any]:
@@ -131,6 +133,7 @@ def _static_operators() -> set[Any]:
         *(getattr(tokens, name) for name in tokens.__all__ if name not in _RELAXED),
         *(function for name in operator.__all__ if callable(function := getattr(operator, name))),
         *(score.function for score in SCORES.values()),
+        *(part.function for part in LEARNED.values()),
         *(selector.function for selector in SELECTORS.values()),
     }
 

@@ -91,9 +91,7 @@ def test_keeping_all_tokens_changes_nothing(name: str, site: str) -> None:
 def test_pruning_is_masking(name: str, policy: str) -> None:
     # Without padding most masks are None; with it they are not.
     batch = prompts(name, 1 if policy == "both" else 2)
-    assert_pruning_is_masking(
-        shared(name), reduce(name, PRUNED[policy]), batch, roundings_of(name)
-    )
+    assert_pruning_is_masking(shared(name), reduce(name, PRUNED[policy]), batch, roundings_of(name))
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in CONVOLVING])

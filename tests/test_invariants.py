@@ -259,9 +259,7 @@ def test_decoding_after_pruning_is_masking(
     logits = torch.stack(output.logits, dim=1)
     if beams > 1:
         # Which beam of which prompt each returned token was chosen from.
-        logits = torch.stack(
-            [logits[output.beam_indices[:, t], t] for t in range(new)], dim=1
-        )
+        logits = torch.stack([logits[output.beam_indices[:, t], t] for t in range(new)], dim=1)
     assert_close(logits, expected)
 
 
@@ -463,9 +461,7 @@ def test_a_conversation_continues_from_the_cache(
     for turn in (later[:, :4], later[:, 4:5], later[:, 5:]):
         if mask is not None:
             mask = torch.cat([mask, torch.ones_like(turn)], dim=1)
-        output = reduced(
-            input_ids=turn, attention_mask=mask, **{CACHE: output[CACHE]}
-        )
+        output = reduced(input_ids=turn, attention_mask=mask, **{CACHE: output[CACHE]})
         found.append(output.logits)
     for row, expected in enumerate(each_row(eager, prompt, reduced.policy, later)):
         assert_close(torch.cat(found, dim=1)[row], expected.logits[-6:])
@@ -479,9 +475,7 @@ def test_generate_continues_a_conversation(model: LlavaForConditionalGeneration)
     again = reduced.generate(**batch, max_new_tokens=3, **new)
     assert torch.equal(first.sequences, again.sequences)
     ids = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], dim=1)
-    second = reduced.generate(
-        input_ids=ids, **{CACHE: first[CACHE]}, max_new_tokens=3, **new
-    )
+    second = reduced.generate(input_ids=ids, **{CACHE: first[CACHE]}, max_new_tokens=3, **new)
     expected = each_row(
         shared_llava(attn="eager"),
         batch,
@@ -620,9 +614,7 @@ def test_attention_can_be_switched_after_capture() -> None:
     model = tiny_llava()
     batch = inputs(model, 2)
     merge = {"gain": 1.0, "mass_bias": 1.0}
-    reduced = reduce(
-        model, Reduction("vision.0", 40, **merge), Reduction("decoder.1", 16, **merge)
-    )
+    reduced = reduce(model, Reduction("vision.0", 40, **merge), Reduction("decoder.1", 16, **merge))
     first = reduced(**batch)
     model.set_attn_implementation("eager")
     second = reduced(**batch)

@@ -171,9 +171,7 @@ def test_it_has_the_costs_sites_and_default_policy_of_the_model(kind: str) -> No
     ours, theirs = (ReducedModel(one, policy).cost(**batch) for one in (model, plain))
     assert ours == theirs
     assert deos_fx.transform(model).policy == deos_fx.transform(plain).policy
-    ours, theirs = (
-        capture_call(one, call_of(one, batch).inputs).sites for one in (model, plain)
-    )
+    ours, theirs = (capture_call(one, call_of(one, batch).inputs).sites for one in (model, plain))
     assert ours == theirs
 
 

@@ -129,7 +129,10 @@ def relaxed_flops(reduction: Reduction, before: Amount, after: Amount, sizes: Si
         after: Visual tokens that come out.
         sizes: Sizes at the site.
     """
+    learned = reduction.learned
+    directions = learned["metric"].shape[1] if "metric" in learned else 0
     widths = {"feature": sizes.width, "key": sizes.key, "joint_key": sizes.joint_key, "grid": 0}
+    widths |= {"centred": sizes.width, "learned": directions}
     compared = sum(widths[kind] for kind in reduction.similarity)
     moved = after * (before - after)
     total: Amount = 0
@@ -142,7 +145,25 @@ def relaxed_flops(reduction: Reduction, before: Amount, after: Amount, sizes: Si
         total += 2 * compared * moved
     if reduction.transfers:
         total += 2 * sizes.width * moved
-    return total
+    return total + _score_flops(reduction, before, sizes, directions)
+
+
+def _score_flops(reduction: Reduction, before: Amount, sizes: SiteSizes, directions: int) -> Amount:
+    """Compute the FLOPs of scores and directions that look at each token on its own."""
+    # Products of each token with so many vectors of its width.
+    vectors = directions if reduction.selector == "greedy" or reduction.gain else 0
+    total: Amount = 0
+    vectors += len({"text_relevance", "text_irrelevance"} & reduction.scores.keys())
+    for name in reduction.learned.scores:
+        part = reduction.learned[name]
+        if name == "text":
+            rank = part.shape[1]
+            vectors += rank
+            # The words along the directions, and their sum with every token.
+            total += 2 * rank * (sizes.text * sizes.width + before)
+        elif name != "place":
+            vectors += part.shape[1] if part.dim() == 2 else 1
+    return total + 2 * sizes.width * vectors * before
 
 
 # *** what it observes ***

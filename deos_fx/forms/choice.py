@@ -11,8 +11,9 @@ import torch
 from torch import fx
 
 from deos_fx.forms.needs import feature_name
-from deos_fx.operator import assign, gather, grid, select, transfer
+from deos_fx.operator import assign, gather, grid, learned, select, transfer
 from deos_fx.operator.assign import SIMILARITIES
+from deos_fx.operator.learned import LEARNED
 from deos_fx.operator.scores import SCORES, combine, standardize
 from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.reduction import Reduction
@@ -88,6 +89,7 @@ class Choice:
         self.score: Value | None = None
         self.anchors: Value | None = None
         """The first tier's picks, before the last token of a prompt takes a place."""
+        self._compared: dict[str, Any] | None = None
         self.rest: Value | None = None
         """The token [B, 1] whose place the residual one takes."""
 
@@ -121,7 +123,18 @@ class Choice:
 
     def compared(self) -> dict[str, Any]:
         """Return the features that the similarity compares, by kind."""
-        return {kind: self.feature(SIMILARITIES[kind]) for kind in self.reduction.similarity}
+        if self._compared is None:
+            self._compared = {kind: self._made(kind) for kind in self.reduction.similarity}
+        return self._compared
+
+    def _made(self, kind: str) -> Any:
+        """Return what a kind of similarity compares: a feature, or what is computed of it."""
+        feature = self.feature(SIMILARITIES[kind])
+        if kind == "centred":
+            return self.call(assign.centred, feature)
+        if kind == "learned":
+            return self.call(learned.projected, feature, self.reduction.learned["metric"])
+        return feature
 
     def kept(self) -> Value:
         """Choose the tokens.
@@ -275,15 +288,19 @@ class Choice:
         # The score of the first tier serves this one, too, unless this one needs it standardized
         # and the first does not.
         serves = not tier.mixes or self.reduction.uses_score_values
-        if raw is None or score is None or not serves or _scoring(tier) != _scoring(self.first):
+        if score is None or not serves or _scoring(tier) != _scoring(self.first):
             raw, score = self._scored(tier)
         # A single score that is only ranked need not be standardized.
-        if len(tier.scores) == 1 and not tier.mixes:
+        if (
+            raw is not None
+            and len(tier.scores) == 1
+            and not (tier.mixes or self._adds_learned(tier))
+        ):
             score = raw
         return score if flags is None else self.call(select.favour, score, flags)
 
-    def _scored(self, tier: Tier) -> tuple[Value, Value]:
-        """Return the first score as it is, and the mixture of all scores.
+    def _scored(self, tier: Tier) -> tuple[Value | None, Value]:
+        """Return the first score as it is (None if all are learned), and the mixture of all.
 
         A single score is standardized only if its values matter and not just their order.
         """
@@ -292,19 +309,43 @@ class Choice:
             score = SCORES[name]
             inputs = (self.feature(need, tier) for need in score.needs)
             parts.append(self.call(score.function, *inputs))
+        if self._adds_learned(tier):
+            # Case: there may be no other scores.
+            mixed = self._mixed(parts, tier) if parts else None
+            return parts[0] if parts else None, self._with_learned(mixed)
         raw = parts[0]
         values_matter = tier is self.first and self.reduction.uses_score_values
         if len(parts) == 1 and not values_matter and not tier.mixes:
             return raw, raw
+        return raw, self._mixed(parts, tier)
+
+    def _mixed(self, parts: list[Value], tier: Tier) -> Value:
+        """Return the mixture of the standardized scores of a tier."""
         parts = [self.call(standardize, part) for part in parts]
         if len(parts) == 1:
-            return raw, parts[0]
-        return raw, self.call(combine, parts, list(tier.scores.values()))
+            return parts[0]
+        return self.call(combine, parts, list(tier.scores.values()))
+
+    def _adds_learned(self, tier: Tier) -> bool:
+        """Return whether learned scores are added to those of a tier: to the first one's only."""
+        return tier is self.first and bool(self.reduction.learned.scores)
+
+    def _with_learned(self, score: Value | None) -> Value:
+        """Add the learned scores to a mixture of others, and standardize the sum."""
+        parts = [] if score is None else [score]
+        for name in self.reduction.learned.scores:
+            part = LEARNED[name]
+            inputs = (self.feature(need) for need in part.needs)
+            parts.append(self.call(part.function, *inputs, self.reduction.learned[name]))
+        total = parts[0]
+        for value in parts[1:]:
+            total = self.call(torch.add, total, value)
+        return self.call(standardize, total)
 
     def weight(self) -> Value | None:
         """Return u of the transfer [B, V], or None if it is 1."""
         if self.reduction.weighting == "score":
-            return self.call(transfer.importance, self.score)
+            return self.call(transfer.importance, self.score, self.reduction.sharpness)
         return self.raw if self.reduction.weighting == "raw" else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from deos_fx.operator.assign import SIMILARITIES
+from deos_fx.operator.learned import LEARNED
 from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.reduction import Reduction
@@ -30,6 +31,8 @@ def required_features(reduction: Reduction) -> frozenset[str]:
         # The first tier's score is also used after the choice: for weights, and to reweight.
         if selector.ranks or (i == 0 and reduction.uses_scores):
             names += [name for score in tier.scores for name in SCORES[score].features]
+        if i == 0:
+            names += [name for part in reduction.learned.scores for name in LEARNED[part].needs]
         needs.update(feature_name(name, tier.observe) for name in names)
         # A similarity is observed where the reduction says, whichever tier needs it.
         if selector.compares or (i == 0 and _compares(reduction)):

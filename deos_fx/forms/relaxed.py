@@ -1,14 +1,15 @@
-"""The relaxed form of a reduction: it is differentiable, and no token really leaves.
+"""The relaxed form of a reduction: it is differentiable.
 
-A dropped token keeps its place with a gate near 0. Later attention gets the logarithm of the gate
-as a bias; hidden states are never multiplied by gates, because a norm would undo that. With
-saturated parameters, the result on the kept tokens is that of the static form.
+Tokens that would be dropped may keep their places, all of them or the next ones of the ranking,
+with gates near 0. Later attention gets the logarithm of a gate as a bias; hidden states are never
+multiplied by gates, because a norm would undo that. With saturated parameters, the result on the
+kept tokens is that of the static form.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,8 +20,11 @@ from torch.nn import functional as F
 from deos_fx.forms.needs import feature_name
 from deos_fx.forms.soft_top_k import SATURATED, soft_top_k
 from deos_fx.operator import assign, grid, sequential, transfer
+from deos_fx.operator.gather import take
+from deos_fx.operator.learned import LEARNED, projected
 from deos_fx.operator.scores import LOG_FLOOR, SCORES, combine, standardize
 from deos_fx.operator.select import SELECTORS
+from deos_fx.policy.learned import Learned
 from deos_fx.policy.reduction import Reduction
 
 __all__ = ["RelaxedOutput", "RelaxedReduction", "has_relaxed_form"]
@@ -29,6 +33,8 @@ HARD = 1e-3
 """Below this temperature, tokens are assigned to the nearest token only."""
 SOFT = 1e3
 """From this temperature on, tokens are assigned to all tokens equally."""
+STEEP = math.log(1e3)
+"""The largest logarithm of a sharpness."""
 AHEAD = 10.0
 """A lead, in deviations of the score, that is certain to open a gate first."""
 NEGLIGIBLE = 0.005
@@ -36,16 +42,18 @@ NEGLIGIBLE = 0.005
 
 
 class RelaxedOutput(NamedTuple):
-    """Result of a relaxed reduction.
+    """Result of a relaxed reduction, for the C tokens that it leaves.
 
     Attributes:
-        tokens: [B, V, d], every token in its place.
-        alive: Gates [B, V], at most the incoming ones; later attention gets the bias log(alive).
-        mass: [B, V]; masses of tokens with a closed gate have no meaning.
+        tokens: [B, C, d].
+        kept: Indices [B, C] into the incoming tokens, ascending.
+        alive: Gates [B, C], at most the incoming ones; later attention gets the bias log(alive).
+        mass: [B, C]; masses of tokens with a closed gate have no meaning.
         score: Standardized [B, V]; zeros if no scores are used.
     """
 
     tokens: Tensor
+    kept: Tensor
     alive: Tensor
     mass: Tensor
     score: Tensor
@@ -62,7 +70,8 @@ class RelaxedReduction(nn.Module):
        (1 - a (1 - r)) times the incoming ones, so an inactive site (a = 0) is the identity;
     2. ``scores`` and ``similarity`` weights (softmax);
     3. ``diversity`` and ``mass_bias`` (softplus), ``gain`` (sigmoid), ``log_temperature`` and
-       ``reweight`` (as they are).
+       ``log_sharpness`` (exponential) and ``reweight`` (as it is);
+    4. the tensors of ``learned``, which are as they are in a policy.
 
     A dropped token moves the part of it that its gate loses, alive - alive'. This part is assigned
     to the other tokens by softmax_i(a_ij / tau + (1 + 1 / tau) log alive'_i). With gates that are
@@ -72,6 +81,10 @@ class RelaxedReduction(nn.Module):
     Attributes:
         gate_temperature: Width of the gates' transition, in standard deviations of the score; the
             search lowers it.
+        runners_up: How many tokens stay in the sequence besides the K that the policy would keep,
+            the next ones of the ranking, so that their gates have gradients. None if all stay.
+        gates: ``soft``; ``hard`` for gates of 0 and 1 with the gradient of the soft ones; or
+            ``gumbel``, the same with Gumbel noise of the gates' width on the ranking.
     """
 
     def __init__(
@@ -81,6 +94,8 @@ class RelaxedReduction(nn.Module):
         activation: float,
         retention: float,
         gate_temperature: float = 0.5,
+        runners_up: int | None = None,
+        gates: str = "soft",
     ) -> None:
         super().__init__()
         if not has_relaxed_form(start):
@@ -90,6 +105,8 @@ class RelaxedReduction(nn.Module):
             )
         self.start = start
         self.gate_temperature = gate_temperature
+        self.runners_up = runners_up
+        self.gates = gates
         self.activation = _parameter(_logit(activation))
         self.retention = _parameter(_logit(retention))
         self.scores = _parameter([math.log(weight) for weight in start.scores.values()])
@@ -99,8 +116,12 @@ class RelaxedReduction(nn.Module):
         # A temperature of 0 or infinity becomes one that is surely hard or soft.
         temperature = min(max(start.temperature, HARD / 10), SOFT * 10)
         self.log_temperature = _parameter(math.log(temperature))
+        self.log_sharpness = _parameter(math.log(max(start.sharpness, HARD)))
         self.reweight = _parameter(start.reweight)
         self.mass_bias = _parameter(_softplus_inverse(start.mass_bias))
+        self.learned = nn.ParameterDict(
+            {name: nn.Parameter(value.clone()) for name, value in start.learned.items()}
+        )
 
     @classmethod
     def from_reduction(cls, reduction: Reduction, fraction: float) -> RelaxedReduction:
@@ -117,7 +138,13 @@ class RelaxedReduction(nn.Module):
         scores = dict(zip(self.start.scores, self.scores.softmax(0).tolist(), strict=True))
         kinds = dict(zip(self.start.similarity, self.similarity.softmax(0).tolist(), strict=True))
         temperature = self.log_temperature.exp().item()
+        # A learned similarity goes with its directions.
         scores, kinds = _main(scores), _main(kinds)
+        learned = {
+            name: value.detach()
+            for name, value in self.learned.items()
+            if LEARNED[name].scores or "learned" in kinds
+        }
         diversity = _rounded(F.softplus(self.diversity).item())
         greedy = self.start.selector == "greedy" and diversity > 0
         # Greedy without diversity is top_k, which is cheaper.
@@ -126,6 +153,7 @@ class RelaxedReduction(nn.Module):
         # Options of a selector or score that has dropped out go with it.
         known = {*SELECTORS[selector].options}.union(*(SCORES[name].options for name in scores))
         gain = _rounded(self.gain.sigmoid().item())
+        by_score = self.start.weighting == "score"
         return replace(
             self.start,
             site=site,
@@ -137,8 +165,10 @@ class RelaxedReduction(nn.Module):
             diversity=diversity if greedy else 0.0,
             gain=gain,
             temperature=_snapped(temperature) if gain else 0.0,
+            sharpness=_rounded(self.log_sharpness.exp().item()) if by_score else 1.0,
             reweight=_rounded(self.reweight.item()) if scores else 0.0,
             mass_bias=_rounded(F.softplus(self.mass_bias).item()),
+            learned=Learned(learned),
         )
 
     def keep_fraction(self, before: Tensor | float = 1.0) -> Tensor:
@@ -175,45 +205,57 @@ class RelaxedReduction(nn.Module):
             for name, value in self.start.selection[0].options.items()
         }
         features = {**options, **features, "tokens": tokens}
-        # 1. The ranking, and gates that sum to the expected count.
+        # 1. The ranking, gates that sum to the expected count, and the tokens that stay.
         score = self._score(features, alive)
         count = self.keep_fraction(alive.sum(dim=-1))
         ranking = self._ranking(score, count, alive, features)
         if last_of:
             ranking = _last_first(ranking, last_of, by_grid=self.start.selector == "grid")
-        gates = soft_top_k(ranking, count, self.gate_temperature, alive)
+        gates = self._gates(ranking, count, alive)
+        stay = self._stay(ranking, count, alive)
+        own_gates, own_mass = take(gates, stay), take(mass, stay)
         # Open and closed are relative to the fullest gate of a row, so that there is always a
         # target.
-        closed = gates < 0.5 * gates.amax(dim=-1, keepdim=True)
+        closed = own_gates < 0.5 * own_gates.amax(dim=-1, keepdim=True)
         # 2. What each token gives up, and to whom.
-        slot = self._slot(ranking, closed)
-        assignment = self._assignment(gates, closed, slot, features)
+        slot = self._slot(take(ranking, stay), closed)
+        assignment = self._assignment(own_gates, closed, slot, stay, alive, features)
         # The mass that each token (column) gives up to each receiver (row).
         moved = (mass * (alive - gates)).unsqueeze(1) * assignment
-        content, own = moved, torch.ones_like(mass)
+        content, own = moved, torch.ones_like(own_mass)
         if self.start.weighting == "score":
-            weight = transfer.importance(score)
-            content, own = moved * weight.unsqueeze(1), 1 + self._fused(slot) * (weight - 1)
-        # 3. The merge of ``transfer.merge``, for all tokens in place.
-        share = (mass / (mass * own + content.sum(dim=-1))) ** self.start.exponent
-        received = (content * (share / mass).unsqueeze(-1)).to(tokens.dtype) @ tokens
-        reduced = tokens * (own * share).unsqueeze(-1).to(tokens.dtype) + received
+            weight = transfer.importance(score, self.log_sharpness.clamp_max(STEEP).exp())
+            content = moved * weight.unsqueeze(1)
+            own = 1 + self._fused(slot) * (take(weight, stay) - 1)
+        # 3. The merge of ``transfer.merge``.
+        share = (own_mass / (own_mass * own + content.sum(dim=-1))) ** self.start.exponent
+        received = (content * (share / own_mass).unsqueeze(-1)).to(tokens.dtype) @ tokens
+        reduced = take(tokens, stay) * (own * share).unsqueeze(-1).to(tokens.dtype) + received
         # 4. Reweighting, as far as the site is active.
-        factor = 1 + self.activation.sigmoid() * self.reweight * score
+        factor = 1 + self.activation.sigmoid() * self.reweight * take(score, stay)
         reduced = reduced * factor.unsqueeze(-1).to(tokens.dtype)
-        return RelaxedOutput(reduced, gates, mass + moved.sum(dim=-1), score)
+        return RelaxedOutput(reduced, stay, own_gates, own_mass + moved.sum(dim=-1), score)
 
     def _score(self, features: Mapping[str, Tensor], alive: Tensor) -> Tensor:
         """Return the mixture of standardized scores [B, V]; dropped tokens do not count."""
-        if not self.start.scores:
-            return torch.zeros_like(alive)
-        parts = []
-        for name in self.start.scores:
-            score = SCORES[name]
-            inputs = [features[feature_name(need, self.start.observe)] for need in score.needs]
-            part = score.function(*inputs, alive) if score.compares else score.function(*inputs)
-            parts.append(standardize(part.expand_as(alive), alive))
-        return combine(parts, self.scores.softmax(0))
+        learned = self.start.learned.scores
+        total = torch.zeros_like(alive)
+        if self.start.scores:
+            parts = []
+            for name in self.start.scores:
+                score = SCORES[name]
+                inputs = self._inputs(score.needs, features)
+                part = score.function(*inputs, alive) if score.compares else score.function(*inputs)
+                parts.append(standardize(part.expand_as(alive), alive))
+            total = combine(parts, self.scores.softmax(0))
+        for name in learned:
+            row = LEARNED[name]
+            total = total + row.function(*self._inputs(row.needs, features), self.learned[name])
+        return standardize(total, alive) if learned else total
+
+    def _inputs(self, needs: Iterable[str], features: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return features as the site observes them."""
+        return [features[feature_name(need, self.start.observe)] for need in needs]
 
     def _ranking(
         self, score: Tensor, count: Tensor, alive: Tensor, features: Mapping[str, Tensor]
@@ -221,31 +263,65 @@ class RelaxedReduction(nn.Module):
         """Return the score [B, V] whose largest entries the selector keeps."""
         if self.start.selector == "top_k":
             return score
-        # One step more than tokens stay, so that the gates next to the threshold are ranked as
-        # well.
-        steps = min(math.ceil(count.max().item()) + 1, score.shape[-1])
+        # One step more than tokens stay open, so that the gates next to the threshold are ranked as
+        # well, or as many steps as there are runners-up.
+        more = max(self.runners_up or 0, 1)
+        steps = min(math.ceil(count.max().item()) + more, score.shape[-1])
         if self.start.selector == "grid":
             return _grid_ranking(features["grid"], round(count.mean().item()), alive)
+        similarity = self._similarity(features, alive)
         if self.start.selector == "max_min":
-            ranking = sequential.max_min_ranking(self._similarity(features), steps, alive)
+            ranking = sequential.max_min_ranking(similarity, steps, alive)
             return standardize(ranking, alive)
         # Case: greedy. A closed gate is about -30, so dropped tokens are not picked.
         diversity = F.softplus(self.diversity)
         penalty = sequential.greedy_penalty(
-            score + alive.clamp_min(LOG_FLOOR).log(), self._similarity(features), steps, diversity
+            score + alive.clamp_min(LOG_FLOOR).log(), similarity, steps, diversity
         )
         return score - diversity * penalty
 
-    def _similarity(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Return the mixture of similarities of all pairs, [B or 1, V, V]."""
+    def _gates(self, ranking: Tensor, count: Tensor, alive: Tensor) -> Tensor:
+        """Return the gates [B, V] of the ranking."""
+        if self.gates == "gumbel":
+            # Case: Gumbel noise, so that each step tries another choice.
+            noise = -torch.rand_like(ranking).clamp_min(LOG_FLOOR).log()
+            ranking = ranking - self.gate_temperature * noise.clamp_min(LOG_FLOOR).log()
+        gates = soft_top_k(ranking, count, self.gate_temperature, alive)
+        if self.gates == "soft":
+            return gates
+        # Case: the choice of the static form, with the gradient of the soft gates.
+        number = max(1, round(count.mean().item()))
+        best = ranking.masked_fill(alive < 0.5, -math.inf).topk(number, dim=-1).indices
+        return torch.zeros_like(gates).scatter(1, best, 1.0) + gates - gates.detach()
+
+    def _stay(self, ranking: Tensor, count: Tensor, alive: Tensor) -> Tensor:
+        """Return the indices [B, C] of the tokens that stay, ascending."""
+        present = ranking.shape[-1]
+        if self.runners_up is None:
+            return torch.arange(present, device=ranking.device).expand_as(ranking)
+        number = min(present, math.ceil(count.max().item() - 1e-3) + self.runners_up)
+        left = ranking.detach() + alive.detach().clamp_min(LOG_FLOOR).log()
+        return left.topk(number, dim=-1).indices.sort(dim=-1).values
+
+    def _similarity(
+        self, features: Mapping[str, Tensor], alive: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """Return the mixture of similarities of tokens (all, or some rows) with all, [B, R, V]."""
         weights = dict(zip(self.start.similarity, self.similarity.softmax(0), strict=True))
-        names = {kind: assign.SIMILARITIES[kind] for kind in weights}
-        observe = self.start.observe
-        compared = {kind: features[feature_name(name, observe)] for kind, name in names.items()}
-        return assign.similarity(compared, weights)
+        compared = {}
+        for kind in weights:
+            (feature,) = self._inputs([assign.SIMILARITIES[kind]], features)
+            if kind == "centred":
+                feature = assign.centred(feature, alive)
+            elif kind == "learned":
+                feature = projected(feature, self.learned["metric"])
+            elif kind == "grid" and rows is not None and feature.dim() == 2:
+                feature = feature.expand(len(rows), -1, -1)
+            compared[kind] = feature
+        return assign.similarity(compared, weights, rows)
 
     def _slot(self, ranking: Tensor, closed: Tensor) -> Tensor:
-        """Return flags [B, V] of the residual token, the last one that the selector takes."""
+        """Return flags [B, C] of the residual token, the last one that the selector takes."""
         if not self.start.residual:
             return torch.zeros_like(ranking)
         last = ranking.masked_fill(closed, math.inf).argmin(dim=-1)
@@ -259,17 +335,32 @@ class RelaxedReduction(nn.Module):
         return slot * self.activation.sigmoid() * (self.gain.sigmoid() < 1)
 
     def _assignment(
-        self, gates: Tensor, closed: Tensor, slot: Tensor, features: Mapping[str, Tensor]
+        self,
+        gates: Tensor,
+        closed: Tensor,
+        slot: Tensor,
+        stay: Tensor,
+        alive: Tensor,
+        features: Mapping[str, Tensor],
     ) -> Tensor:
-        """Return g P plus the part of the residual token, [B, V, V]."""
+        """Return g P plus the part of the residual token, [B, C, V]."""
         gain = self.gain.sigmoid()
-        return gain * self._targets(gates, closed, features) + (1 - gain) * slot.unsqueeze(-1)
+        targets = self._targets(gates, closed, stay, alive, features)
+        return gain * targets + (1 - gain) * slot.unsqueeze(-1)
 
-    def _targets(self, gates: Tensor, closed: Tensor, features: Mapping[str, Tensor]) -> Tensor:
-        """Return P [B, V, V]: how much of each token (column) goes to each other one (row)."""
-        similarity = self._similarity(features).expand(gates.shape[0], -1, -1)
-        itself = torch.eye(gates.shape[-1], dtype=torch.bool, device=gates.device)
+    def _targets(
+        self,
+        gates: Tensor,
+        closed: Tensor,
+        stay: Tensor,
+        alive: Tensor,
+        features: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Return P [B, C, V]: how much of each token (column) goes to each that stays (row)."""
+        present = features["tokens"].shape[1]
+        itself = stay.unsqueeze(-1) == torch.arange(present, device=stay.device)
         temperature = self.log_temperature.clamp(math.log(HARD / 10), math.log(SOFT * 10)).exp()
+        similarity = self._similarity(features, alive, stay)
         sharpness = 1 / temperature
         if temperature >= SOFT:
             # Case: soft. Similarity has no effect on the value, only on the gradient.

@@ -19,6 +19,7 @@ from deos_fx.operator.scores import full_precision
 __all__ = [
     "SIMILARITIES",
     "between_halves",
+    "centred",
     "k_nearest",
     "nearest",
     "similarity",
@@ -32,8 +33,14 @@ SIMILARITIES: Mapping[str, str] = {
     "key": "keys",
     "joint_key": "joint_keys",
     "grid": "grid",
+    "centred": "tokens",
+    "learned": "tokens",
 }
-"""Kind of similarity -> the feature that it is computed from."""
+"""Kind of similarity -> the feature that it is computed from.
+
+The last two compare features of the tokens that are computed first: see ``centred`` and
+``learned.projected``.
+"""
 
 _Which = Tensor | slice | None
 """A choice of tokens: indices [B or 1, R], a slice, or None for all."""
@@ -48,8 +55,9 @@ def similarity(
     """Mix similarities of feature, key and grid position, each in [-1, 1].
 
     a_ij = sum_f w_f cos(f_i, f_j) + w_grid / (1 + |p_i - p_j|), where f is the hidden state, the
-    mean of the keys over heads, or the keys of all heads together; the grid part is -1 between
-    tokens of different images.
+    mean of the keys over heads, the keys of all heads together, the hidden state without the mean
+    over the tokens, or along learned directions; the grid part is -1 between tokens of different
+    images.
 
     Args:
         features: Values by name of the kind: [B, V, d], and for ``grid`` image, row and column,
@@ -70,6 +78,20 @@ def similarity(
         total = part if total is None else total + part
     assert total is not None, "no similarity to compute"
     return total
+
+
+def centred(tokens: Tensor, alive: Tensor | None = None) -> Tensor:
+    """Return tokens [B, V, d] without their mean, which all of them share (Cen-Prune).
+
+    Args:
+        tokens: [B, V, d].
+        alive: Gates [B, V] by which the mean is weighted; ones if None.
+    """
+    values = full_precision(tokens)
+    if alive is None:
+        return values - values.mean(dim=1, keepdim=True)
+    share = alive / alive.sum(dim=-1, keepdim=True)
+    return values - share.to(values).unsqueeze(1) @ values
 
 
 def between_halves(

@@ -27,7 +27,6 @@ __all__ = [
     "key_l1_norm",
     "key_norm",
     "last_text_attention",
-    "linear_probe",
     "mutual_attention",
     "novelty",
     "random",
@@ -121,12 +120,6 @@ def text_relevance(tokens: Tensor, text_tokens: Tensor, text_mask: Tensor) -> Te
 def text_irrelevance(tokens: Tensor, text_tokens: Tensor, text_mask: Tensor) -> Tensor:
     """Return minus ``text_relevance``: CDPruner's code negates it, for the cosines of CLIP."""
     return -text_relevance(tokens, text_tokens, text_mask)
-
-
-def linear_probe(tokens: Tensor, probe: Tensor) -> Tensor:
-    """Return the inner product [B, V] of the hidden states [B, V, d] with a direction [d]."""
-    values = full_precision(tokens)
-    return values @ probe.to(values)
 
 
 def random(grid: Tensor, seed: Tensor) -> Tensor:
@@ -269,7 +262,6 @@ SCORES: Mapping[str, Score] = {
     "text_irrelevance": Score(
         text_irrelevance, ("tokens", "text_tokens", "text_mask"), searched=False
     ),
-    "linear_probe": Score(linear_probe, ("tokens", "probe"), options={"probe": ()}, searched=False),
     "random": Score(random, ("grid", "seed"), options={"seed": 0}, searched=False),
     "grid_coverage": Score(grid_coverage, ("grid",)),
 }

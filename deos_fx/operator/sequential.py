@@ -59,11 +59,20 @@ def greedy_penalty(
 
     It is max_{i in S} a_ij at that time, or after the last step for tokens that are not picked
     within ``count`` steps. Since the penalty only grows, ``score - diversity * penalty`` falls in
-    the order of the picks, and its largest K are the K tokens that ``greedy`` takes. No gradient
-    flows through the penalty.
+    the order of the picks, and its largest K are the K tokens that ``greedy`` takes.
+
+    The picks have no gradient. Given them, the penalty is the similarity to one of them, and has
+    its gradient.
     """
     with torch.no_grad():
-        return _pick(score, similarity, None, count, diversity, 1)[1]
+        picks, closest = _pick(score, similarity, None, count, diversity, 1)
+        # The pick that the penalty of each token is the similarity to.
+        near = take(similarity.expand(len(picks), -1, -1), picks)
+        which = (near - closest.unsqueeze(1)).abs().argmin(dim=1, keepdim=True)
+        exact = near.gather(1, which) == closest.unsqueeze(1)
+    value = take(similarity.expand(len(picks), -1, -1), picks).gather(1, which)
+    # Before the first pick the penalty is a constant, which is like no token.
+    return torch.where(exact, value, closest.unsqueeze(1)).squeeze(1)
 
 
 def max_min(similarity: Tensor, taken: Tensor | None, count: int, at_once: int = 1) -> Tensor:

@@ -24,13 +24,19 @@ __all__ = [
 ]
 
 
-def importance(score: Tensor) -> Tensor:
-    """Return weights u [B, V] in (0, 1) from standardized scores: u = sigmoid(s).
+def importance(score: Tensor, sharpness: float | Tensor = 1.0) -> Tensor:
+    """Return weights u [B, V] in (0, 1) from standardized scores: u = sigmoid(kappa s).
 
     A z-score is negative for most dropped tokens, so its positive part would leave nothing to
     transfer; the logistic curve keeps the order and gives an average token half the weight.
+
+    Args:
+        score: s, [B, V].
+        sharpness: kappa; the larger, the less a token below the average gives.
     """
-    return score.sigmoid()
+    # Case: 1, which needs no multiplication.
+    plain = isinstance(sharpness, float) and sharpness == 1
+    return (score if plain else sharpness * score).sigmoid()
 
 
 def merge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -9,7 +10,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from deos_fx.files import write_text
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deos_fx.files import write_file, write_text
 from deos_fx.policy.reduction import Reduction, Regime
 from deos_fx.policy.site import site_order, split_site
 from deos_fx.policy.tier import check_fields
@@ -132,22 +137,46 @@ class Policy:
             self.counts(model.visual_tokens)
 
     def to_json(self) -> str:
-        """Return the policy as indented JSON, without fields that have their default value."""
+        """Return the policy as indented JSON, without fields that have their default value.
+
+        Of learned parts, it has shapes, dtypes and a hash of all values.
+        """
         # The first two entries identify the file, so that a reader can refuse others with a reason.
         data: dict[str, Any] = {"deos_fx": "policy", "version": VERSION}
         if self.name:
             data["name"] = self.name
         if self.model is not None:
             data["model"] = asdict(self.model)
+        if self.tensors:
+            data["learned"] = self._digest()
         data["reductions"] = [reduction.to_dict() for reduction in self.reductions]
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all learned parts, each under its site, a slash and its name."""
+        return {
+            f"{reduction.site}/{name}": value
+            for reduction in self.reductions
+            for name, value in reduction.learned.items()
+        }
+
+    def _digest(self) -> str:
+        """Return a hash of the learned parts of all reductions."""
+        parts = "".join(reduction.learned.digest for reduction in self.reductions)
+        return hashlib.sha256(parts.encode()).hexdigest()
+
     @classmethod
-    def from_json(cls, text: str) -> Policy:
+    def from_json(cls, text: str, tensors: Mapping[str, Tensor] | None = None) -> Policy:
         """Read a policy from the JSON that ``to_json`` wrote.
 
+        Args:
+            text: The JSON.
+            tensors: Its learned parts, as ``tensors`` returns them; needed only if it has some.
+
         Raises:
-            ValueError: If the text is not a policy, or is one of another version.
+            ValueError: If the text is not a policy, is one of another version, or has other
+                learned parts.
         """
         try:
             data = json.loads(text)
@@ -158,20 +187,30 @@ class Policy:
         version = data.pop("version", None)
         if version != VERSION:
             raise ValueError(f"policy version {version!r}; this release reads version {VERSION}")
-        check_fields(data, {"name", "model", "reductions"}, {"reductions"}, "a policy")
+        known = {"name", "model", "reductions", "learned"}
+        check_fields(data, known, {"reductions"}, "a policy")
         # In a file, a wrong type is a wrong value like any other.
         try:
-            return cls._from_dict(data)
+            policy = cls._from_dict(data, tensors or {})
         except TypeError as error:
             raise ValueError(str(error)) from error
+        if policy.tensors and data.get("learned") != policy._digest():
+            raise ValueError(
+                "the learned parts are not those that the policy was written with (their hash "
+                "differs); restore the .safetensors file that belongs to it"
+            )
+        return policy
 
     @classmethod
-    def _from_dict(cls, data: Mapping[str, Any]) -> Policy:
+    def _from_dict(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Policy:
         reductions, name, model = data["reductions"], data.get("name", ""), data.get("model")
         if not isinstance(reductions, list) or not isinstance(name, str):
             raise ValueError("reductions must be a list and name a text")
         return cls(
-            tuple(Reduction.from_dict(_as_object(values)) for values in reductions),
+            tuple(
+                Reduction.from_dict(_as_object(values), _of_site(tensors, values.get("site")))
+                for values in reductions
+            ),
             name=name,
             model=None if model is None else _read_signature(_as_object(model)),
         )
@@ -179,20 +218,30 @@ class Policy:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy to a file, completely or not at all.
 
+        Learned parts are written to a second file of the same name that ends in ``.safetensors``.
+
         Raises:
             OSError: If the folder does not exist or cannot be written.
         """
+        if self.tensors:
+            # The JSON is written last: it has the hash of the tensors, so it never names others.
+            write_file(_beside(path), lambda part: save_file(self.tensors, part))
         write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:
-        """Read a policy from a file.
+        """Read a policy from a file, and its learned parts from the file beside it.
 
         Raises:
-            ValueError: If the file does not hold a policy; the message names the file.
+            ValueError: If the file does not hold a policy, or the learned parts are missing or
+                others; the message names the file.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            tensors = _beside(path)
+            return cls.from_json(text, load_file(tensors) if tensors.exists() else None)
+        except SafetensorError as error:
+            raise ValueError(f"{tensors} is damaged: {error}; restore it") from error
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} is not a policy file: {error}") from error
 
@@ -203,6 +252,17 @@ class Policy:
         if self.is_empty:
             return f"{title}: no reduction"
         return "\n  ".join([f"{title}:", *map(str, self.reductions)])
+
+
+def _beside(path: str | os.PathLike[str]) -> Path:
+    """Return the file for the learned parts of a policy."""
+    return Path(path).with_suffix(".safetensors")
+
+
+def _of_site(tensors: Mapping[str, Tensor], site: object) -> dict[str, Tensor]:
+    """Return the learned parts of one site by name."""
+    split = ((*name.rpartition("/")[::2], value) for name, value in tensors.items())
+    return {name: value for where, name, value in split if where == site}
 
 
 def _as_object(values: object) -> dict[str, Any]:

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS
+from deos_fx.policy.learned import Learned, learned_in_words
 from deos_fx.policy.site import split_site
 from deos_fx.policy.tier import (
     Tier,
@@ -69,11 +72,12 @@ class Reduction:
             the grid.
         temperature: tau of the assignment: 0 assigns to the nearest kept token, infinity to all
             kept tokens equally.
-        similarity: Weight by kind, of ``feature``, ``key``, ``joint_key`` and ``grid``, normalised
-            to sum 1.
+        similarity: Weight by kind, of ``feature``, ``centred``, ``key``, ``joint_key``, ``grid``
+            and ``learned``, normalised to sum 1.
         neighbours: Tokens that each kept one takes with ``k_nearest``.
         weighting: u of the transfer: ``one``, ``score`` for the logistic of the standardized score,
             ``raw`` for the score as it is, without the masses.
+        sharpness: kappa; with the weighting ``score``, the steepness of the logistic.
         exponent: n of the transfer: 1 is a weighted mean, 0 a sum.
         average: Whether the tokens that a kept one receives are averaged before they are added.
         reweight: rho; kept tokens are scaled by 1 + rho * score.
@@ -105,6 +109,7 @@ class Reduction:
     similarity: Mapping[str, float] = field(default_factory=lambda: {"feature": 1.0})
     neighbours: int = 0
     weighting: str = "one"
+    sharpness: float = 1.0
     exponent: float = 1.0
     average: bool = False
     reweight: float = 0.0
@@ -112,6 +117,7 @@ class Reduction:
     keep_class: bool = False
     mass_bias: float = 0.0
     position: str = "keep"
+    learned: Learned = field(default_factory=lambda: Learned({}))
 
     def __post_init__(self) -> None:
         # 1. What every other check refers to.
@@ -125,9 +131,11 @@ class Reduction:
         check_choice(f"{self.site}: position", self.position, POSITIONS)
         # 2. Fields that are completed. Scores come before options, since scores have options too.
         default = "last_text_attention" if stage == "decoder" else "cls_attention"
+        learned = Learned(self.learned, f"{self.site}: learned")
+        object.__setattr__(self, "learned", learned)
         scores = normal_weights(f"{self.site}: scores", self.scores, SCORES)
         # Scores without effect stay empty, so that equal methods are equal policies.
-        used = {default: 1.0} if self.uses_scores else {}
+        used = {default: 1.0} if self.uses_scores and not learned.scores else {}
         # The dataclass is frozen, so the completed values are set in this way.
         object.__setattr__(self, "scores", scores or used)
         similarity = normal_weights(f"{self.site}: similarity", self.similarity, SIMILARITIES)
@@ -141,7 +149,7 @@ class Reduction:
         self._check_together()
 
     def _check_numbers(self) -> None:
-        limits = {"gain": (0, 1), "exponent": (0, 4), "mass_bias": (0, 4)}
+        limits = {"gain": (0, 1), "exponent": (0, 4), "mass_bias": (0, 4), "sharpness": (0, 1e3)}
         for name, (low, high) in (limits | {"reweight": (-1e3, 1e3)}).items():
             check_number(f"{self.site}: {name}", getattr(self, name), low, high)
         # Infinity is a temperature, but no other number.
@@ -192,7 +200,30 @@ class Reduction:
             raise ValueError(f"{site}: residual needs a selector that ranks, not {self.selector!r}")
         if self.residual and self.average:
             raise ValueError(f"{site}: average and residual exclude each other; choose one")
+        if self.sharpness != 1 and self.weighting != "score":
+            raise ValueError(
+                f"{site}: sharpness {self.sharpness} has no effect with the weighting "
+                f"{self.weighting!r}; choose 'score' or leave it at 1"
+            )
+        self._check_learned()
         self._check_tiers()
+
+    def _check_learned(self) -> None:
+        """Check that every learned part has an effect, and that none is missing."""
+        names = self.learned.keys()
+        if ("metric" in names) != ("learned" in self.similarity):
+            raise ValueError(
+                f"{self.site}: the similarity 'learned' and the learned part 'metric' need each "
+                f"other; give both or none"
+            )
+        scores = self.learned.scores
+        if scores and not self.uses_scores:
+            raise ValueError(
+                f"{self.site}: the learned {', '.join(scores)} has no effect, because nothing is "
+                f"ranked or weighted by score; leave it out"
+            )
+        if scores and self.weighting == "raw":
+            raise ValueError(f"{self.site}: a learned score has no raw values; choose 'score'")
 
     def _check_tiers(self) -> None:
         """Check what each tier chooses, and from which tokens."""
@@ -335,21 +366,39 @@ class Reduction:
         return self.keep
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields that differ from their defaults, ready for JSON."""
+        """Return the fields that differ from their defaults, ready for JSON.
+
+        Of learned parts, only shapes and dtypes are among them.
+        """
         given = given_fields(self)
         if self.tiers:
             given["tiers"] = [given_fields(tier) for tier in self.tiers]
         # JSON has no infinity, so `from_dict` reads it as a word.
-        return given | ({"temperature": "inf"} if self.temperature == math.inf else {})
+        given |= {"temperature": "inf"} if self.temperature == math.inf else {}
+        # Tensors are in a file of their own: the policy's.
+        return given | ({"learned": self.learned.summary()} if self.learned else {})
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Reduction:
+    def from_dict(
+        cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+    ) -> Reduction:
         """Read a reduction from the fields that ``to_dict`` returned.
 
+        Args:
+            values: The fields.
+            tensors: Its learned parts by name.
+
         Raises:
-            ValueError: If a field is missing, unknown or out of range.
+            ValueError: If a field is missing, unknown or out of range, or learned parts are not
+                those that the fields name.
         """
         values = dict(values)
+        learned = Learned(tensors or {})
+        if values.pop("learned", {}) != learned.summary():
+            raise ValueError(
+                f"the learned parts of {values.get('site')} are {learned.summary()}, which are not "
+                f"those of the policy; read a policy with Policy.load, beside its .safetensors file"
+            )
         check_fields(values, {item.name for item in fields(cls)}, {"site", "keep"}, "a reduction")
         if values.get("temperature") == "inf":
             values["temperature"] = math.inf
@@ -360,7 +409,7 @@ class Reduction:
         for tier in given:
             check_fields(tier, {item.name for item in fields(Tier)}, {"keep"}, "a tier")
             tiers.append(Tier(**tier))
-        return cls(**values, tiers=tuple(tiers))
+        return cls(**values, tiers=tuple(tiers), learned=learned)
 
     def __repr__(self) -> str:
         given = given_fields(self) | ({"tiers": self.tiers} if self.tiers else {})
@@ -369,6 +418,8 @@ class Reduction:
     def __str__(self) -> str:
         keep = f"{self.keep:.4g}" if isinstance(self.keep, float) else str(self.keep)
         chosen = " then ".join(described(tier) for tier in self.selection)
+        if words := learned_in_words(self.learned):
+            chosen = f"{chosen} + {words}" if self.scores else f"{self.selector} by {words}"
         order = "" if self.order == "position" else f" in the order of the {self.order}"
         treatment = self._treatment()
         return f"{self.site}: keep {keep}, {chosen}{order}, {treatment}, positions {self.position}"
@@ -381,6 +432,7 @@ class Reduction:
             if self.assignment != "window" and self.temperature != math.inf:
                 words[-1] += f" by {mix_in_words(self.similarity)}"
         named = {"diversity": 0, "exponent": 1, "reweight": 0, "mass_bias": 0, "weighting": "one"}
+        named |= {"sharpness": 1}
         for name, default in named.items():
             value = getattr(self, name)
             if value != default:

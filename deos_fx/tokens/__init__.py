@@ -31,13 +31,13 @@ from deos_fx.tokens.index import (
     with_patches,
 )
 from deos_fx.tokens.positions import (
+    are_open,
     are_visual,
     class_token,
     compact_positions,
     grid_positions,
     is_separator,
     last_token,
-    relaxed_grid_positions,
     relaxed_positions,
     shift_of,
     text_tokens,
@@ -56,6 +56,7 @@ from deos_fx.tokens.votes import (
 )
 
 __all__ = [
+    "are_open",
     "are_visual",
     "beside",
     "class_feature",
@@ -82,7 +83,6 @@ __all__ = [
     "put",
     "question_votes",
     "rater_votes",
-    "relaxed_grid_positions",
     "relaxed_positions",
     "shift_of",
     "take",

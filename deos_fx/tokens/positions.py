@@ -9,13 +9,13 @@ from deos_fx.operator.gather import listed
 from deos_fx.tokens.index import take
 
 __all__ = [
+    "are_open",
     "are_visual",
     "class_token",
     "compact_positions",
     "grid_positions",
     "is_separator",
     "last_token",
-    "relaxed_grid_positions",
     "relaxed_positions",
     "shift_of",
     "text_tokens",
@@ -108,7 +108,13 @@ def compact_positions(position_ids: Tensor, origin: Tensor) -> Tensor:
     return take(position_ids, origin) - dropped_before
 
 
-def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) -> Tensor:
+def trailing(
+    origin: Tensor,
+    visual: Tensor,
+    position_ids: Tensor,
+    images: int,
+    is_open: Tensor | None = None,
+) -> Tensor:
     """Flag the dropped visual tokens that no kept token of their image follows.
 
     Args:
@@ -116,18 +122,16 @@ def trailing(origin: Tensor, visual: Tensor, position_ids: Tensor, images: int) 
         visual: [B, V] original prompt positions of all visual tokens, image by image.
         position_ids: [B or 1, N]; only its shape is read.
         images: Images per prompt.
+        is_open: In the relaxed form: flags [B, M] of the tokens that do not count as dropped.
 
     Returns:
         [B, N] int64 over the original prompt, 1 at these tokens.
     """
     visual = visual.to(origin.device)
     batch, length = origin.shape[0], position_ids.shape[1]
-    left = torch.zeros((batch, length), device=origin.device).scatter(1, origin, 1.0)
-    return _trailing(take(left, visual), visual, length, images)
-
-
-def _trailing(left: Tensor, visual: Tensor, length: int, images: int) -> Tensor:
-    """Compute `trailing` from flags [B, V] of the tokens left: those after an image's last one."""
+    ones: Tensor | float = 1.0 if is_open is None else is_open.float()
+    flags = torch.zeros((batch, length), device=origin.device).scatter(1, origin, ones)
+    left = take(flags, visual)
     # Places count from 1, so that 0 says that no token of the image is left.
     per_image = left.unflatten(1, (images, -1))
     place = torch.arange(1, per_image.shape[2] + 1, device=left.device)
@@ -159,41 +163,29 @@ def shift_of(trailing: Tensor) -> Tensor:
     return trailing.sum(dim=1, keepdim=True)
 
 
-def relaxed_grid_positions(
-    position_ids: Tensor, alive: Tensor, visual: Tensor, images: int
-) -> Tensor:
-    """Return `grid_positions` in the relaxed form, where no token leaves.
+def are_open(alive: Tensor, visual: Tensor, hidden: Tensor) -> Tensor:
+    """Return flags [B, M] of text, and of visual tokens whose gates are at least half open.
+
+    Args:
+        alive: Gates [B, K] of the visual tokens. No gradient flows: positions are whole numbers.
+        visual: [B, K] their positions.
+        hidden: [B, M, d]; only its shape is read.
+    """
+    flags = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    return flags.scatter(1, visual, (alive.detach() >= 0.5).to(torch.int64))
+
+
+def relaxed_positions(position_ids: Tensor, origin: Tensor, is_open: Tensor) -> Tensor:
+    """Return `compact_positions` in the relaxed form: tokens that are not open count as dropped.
 
     Args:
         position_ids: [B or 1, N] of the unreduced prompt.
-        alive: Gates [B, V]; below one half counts as dropped. No gradient flows.
-        visual: [B, V] positions of the visual tokens, image by image.
-        images: Images per prompt.
+        origin: [B, M] original prompt positions of the tokens in the sequence.
+        is_open: Flags [B, M].
 
     Returns:
-        [B, N].
+        [B, M].
     """
-    # Positions are whole numbers, so they have no gradient.
-    left = (alive.detach() >= 0.5).float()
-    return position_ids - _trailing(left, visual, position_ids.shape[1], images).cumsum(dim=1)
-
-
-def relaxed_positions(
-    position_ids: Tensor, alive: Tensor, visual: Tensor, hidden: Tensor
-) -> Tensor:
-    """Return `compact_positions` in the relaxed form: lowered by the closed gates before each.
-
-    Args:
-        position_ids: [B or 1, N] of the unreduced prompt.
-        alive: Gates [B, V]; below one half counts as dropped. No gradient flows.
-        visual: [B, V] positions of the visual tokens.
-        hidden: [B, N, d]; only its shape is read.
-
-    Returns:
-        [B, N].
-    """
-    closed = (alive.detach() < 0.5).to(torch.int64)
-    dropped = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    # An exclusive sum: a token's own gate does not move it.
-    dropped = dropped.scatter(1, visual, closed)
-    return position_ids - (dropped.cumsum(dim=1) - dropped)
+    # Open tokens before each: an exclusive sum, since its own gate does not move a token.
+    before = is_open.cumsum(dim=1) - is_open
+    return take(position_ids, origin) - (origin - before)

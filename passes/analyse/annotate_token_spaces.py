@@ -21,7 +21,16 @@ from deos_fx.passes.capture.leaves import MaskBuilder
 from deos_fx.passes.graph import made_of
 from deos_fx.passes.notes import MASK, annotate, note_of
 
-__all__ = ["annotate_token_spaces", "kind_of_mask", "padding_node", "position_tables"]
+PROMPT_MASK = "prompt_mask"
+"""The input that `mark_prompt` adds."""
+
+__all__ = [
+    "PROMPT_MASK",
+    "annotate_token_spaces",
+    "kind_of_mask",
+    "padding_node",
+    "position_tables",
+]
 
 # Kinds of masks, in transformers' words, that say only which tokens are padding: those of layers
 # that keep a running state and do not attend.
@@ -101,7 +110,13 @@ def position_tables(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def padding_node(graph_module: fx.GraphModule) -> fx.Node | None:
-    """Return the input with flags [B, N] of real tokens, or None if the call has none."""
+    """Return the input with flags [B, N] of the tokens that reductions may look at.
+
+    These are the real tokens of the prompt; in a search, those before the answer. None if the call
+    has no such input.
+    """
+    for marked in graph_module.graph.find_nodes(op="placeholder", target=PROMPT_MASK):
+        return marked
     found = graph_module.graph.find_nodes(op="placeholder", target="attention_mask")
     return next((node for node in found if not note_of(node).is_mask), None)
 

@@ -29,7 +29,7 @@ from deos_fx.passes.observe.site_features import TowerFeatures
 from deos_fx.policy.policy import Policy
 from deos_fx.tokens.layout import PromptLayout, grid_after, grid_of_prompt, rule_before_decoder
 
-__all__ = ["lower_reductions"]
+__all__ = ["Lowering", "lower_reductions"]
 
 
 def lower_reductions(
@@ -70,10 +70,10 @@ def lower_reductions(
         )
         for reduction, of_images in zip(policy.reductions, counts, strict=True)
     ]
-    return _Lowering(graph_module, sites, layout, steps).walk()
+    return Lowering(graph_module, sites, layout, steps).walk()
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What is left of a prompt's images: of those of one size, or of all.
 
     Attributes:
@@ -87,7 +87,7 @@ class _Part(NamedTuple):
     mass: fx.Node | None
 
 
-class _Lowering(SiteWalk):
+class Lowering(SiteWalk):
     """Emits static operators, and a shorter token space after each of them.
 
     Args:
@@ -147,12 +147,28 @@ class _Lowering(SiteWalk):
 
     def _bias_tower(self, step: Step, left: fx.Node) -> None:
         """Bias the attention of the later blocks of the tower by the masses of their patches."""
-        beta, key_bias = step.reduction.mass_bias, None
-        if beta and self.mass is not None:
-            key_bias = self.call(tokens.patch_bias, self.mass, self.sites.class_tokens, beta)
+        key_bias = self.tower_bias(step.reduction.mass_bias)
         # Without a bias, too: an earlier site may have set one, and tokens have changed.
         for block in blocks_after(left, "vision"):
             bias_block(self.graph_module, block, key_bias)
+
+    def tower_bias(self, beta: float) -> fx.Node | None:
+        """Emit the bias [I, c + K] on the attention to patches; None if there is none."""
+        if not beta or self.mass is None:
+            return None
+        return self.call(tokens.patch_bias, self.mass, self.sites.class_tokens, beta)
+
+    def prompt_bias(self, beta: float, visual: fx.Node, hidden: fx.Node) -> fx.Node | None:
+        """Emit the bias [B, M] on the attention to the tokens of a prompt; None if there is none.
+
+        Args:
+            beta: How strongly masses bias later attention.
+            visual: Positions [B, K] of the visual tokens.
+            hidden: The prompt [B, M, d]; only its shape is read.
+        """
+        if not beta or self.mass is None:
+            return None
+        return self.call(tokens.mass_bias, self.mass, visual, hidden, beta)
 
     def reread(self, features: TowerFeatures, name: str) -> fx.Node:
         """Read a feature of the latest site in the tower at the tokens that it kept."""
@@ -171,7 +187,7 @@ class _Lowering(SiteWalk):
         rules = step.reduction.position, step.reduction.mass_bias
         self._shorten(groups[0].whole, left, grid, *rules)
 
-    def _part_of(self, step: Step, group: Group) -> _Part:
+    def _part_of(self, step: Step, group: Group) -> Part:
         """Reduce the images of one size."""
         first, last, images = group.images[0], group.images[-1], len(group.images)
         count = step.counts[first]
@@ -190,9 +206,9 @@ class _Lowering(SiteWalk):
         if group.columns is not None:
             # Back from indices into these images' tokens to those into all visual tokens.
             kept = self.call(tokens.take, group.columns[None], kept)
-        return _Part(kept, left, mass)
+        return Part(kept, left, mass)
 
-    def _in_order(self, parts: Sequence[_Part]) -> _Part:
+    def _in_order(self, parts: Sequence[Part]) -> Part:
         """Join what is left of the images of each size, in the order of the prompt."""
         # A prompt has tokens to write, or masses, only if the images of every size have: all use
         # the same reduction.
@@ -205,7 +221,7 @@ class _Lowering(SiteWalk):
         ordered: list[Any] = [
             None if same is None else self.call(tokens.take, same, order) for same in joined
         ]
-        return _Part(*ordered)
+        return Part(*ordered)
 
     def enter_prompt(self, steps: Sequence[Step]) -> None:
         """Shorten the prompts' runs of placeholders to the tokens that are left of each image."""
@@ -235,7 +251,7 @@ class _Lowering(SiteWalk):
             rule = rule_before_decoder(step.reduction for step in steps)
             # Masses that arise in the tower bias the attention of the tower only.
             beta = 0.0 if last.stage == "vision" else last.reduction.mass_bias
-            self._shorten(embeddings, _Part(kept, None, mass), grid, rule, beta)
+            self._shorten(embeddings, Part(kept, None, mass), grid, rule, beta)
 
     # *** in the decoder ***
 
@@ -243,7 +259,7 @@ class _Lowering(SiteWalk):
         """Reduce all visual tokens of a prompt together, after a decoder layer."""
         count = sum(step.counts)
         reduced = self._operate(step, count, place, self.mass, self._last_of(1))
-        left = _Part(reduced.kept, self._written(step, reduced), reduced.mass)
+        left = Part(reduced.kept, self._written(step, reduced), reduced.mass)
         grid = self._cells_of_kept(step, count, self.grid, reduced.kept)
         rules = step.reduction.position, step.reduction.mass_bias
         self._shorten(place.whole, left, grid, *rules)
@@ -289,7 +305,7 @@ class _Lowering(SiteWalk):
     def _shorten(
         self,
         hidden: fx.Node,
-        left: _Part,
+        left: Part,
         grid: fx.Node | torch.Tensor,
         position: str,
         beta: float,
@@ -303,8 +319,11 @@ class _Lowering(SiteWalk):
             position: The rule for positions: ``keep``, ``compact`` or ``grid``.
             beta: How strongly masses bias later attention.
         """
-        self.space.shorten(hidden, *left, position=position, beta=beta)
-        self.visual, self.grid, self.mass = self.space.visual, grid, left.mass
+        self.mass = left.mass
+        bias = partial(self.prompt_bias, beta)
+        parts = (left.kept, left.tokens)
+        self.space.shorten(hidden, *parts, position=position, bias=bias, alive=self.alive)
+        self.visual, self.grid = self.space.visual, grid
 
     def _cells_of_kept(
         self, step: Step, count: int, cells: fx.Node | torch.Tensor, kept: fx.Node

@@ -106,10 +106,10 @@ class TokenSpace:
         hidden: fx.Node,
         kept: fx.Node,
         reduced: fx.Node | None,
-        mass: fx.Node | None,
         *,
         position: str,
-        beta: float,
+        bias: Callable[[fx.Node, fx.Node], fx.Node | None],
+        alive: fx.Node | None = None,
     ) -> None:
         """Shorten the prompt to text and kept tokens, for everything after this point.
 
@@ -117,9 +117,11 @@ class TokenSpace:
             hidden: The prompt [B, N, d] in the current space.
             kept: Indices [B, K] into its visual tokens.
             reduced: The reduced tokens [B, K, d]; None if the kept ones are unchanged.
-            mass: Their masses [B, K]; None if all are 1.
             position: The rule for positions: ``keep``, ``compact`` or ``grid``.
-            beta: How strongly masses bias later attention.
+            bias: Emits the bias of later attention from the visual tokens' positions and the
+                hidden states in the new space; it may return None.
+            alive: Gates [B, K] of the kept tokens in a relaxed graph: closed ones count as dropped
+                in the rules for positions.
         """
         # 1. The hidden states in the new space.
         index = self.call(tokens.kept_in_prompt, self.visual, kept, hidden)
@@ -133,14 +135,15 @@ class TokenSpace:
         self.origin, self._padding = origin, None
         # 3. Position ids and rotary tables.
         trailing = None
+        is_open = None
+        if alive is not None and position != "keep":
+            is_open = self.call(tokens.are_open, alive, self.visual, shortened)
         if position == "grid":
-            where = (origin, self._placeholders, self._ids, self._images)
-            trailing = self.call(tokens.trailing, *where)
-        replaced = self._new_positions(position, origin, trailing)
+            where = (origin, self._placeholders, self._ids, self._images, is_open)
+            trailing = self.call(tokens.trailing, *where[: 4 if is_open is None else 5])
+        replaced = self._new_positions(position, origin, trailing, is_open)
         # 4. The rest of the graph: re-indexed values, positions, and the bias of later attention.
-        key_bias = None
-        if beta and mass is not None:
-            key_bias = self.call(tokens.mass_bias, mass, self.visual, shortened, beta)
+        key_bias = bias(self.visual, shortened)
         open_space(self.emitter.graph, hidden, shortened, index, replaced, self.emitter.suffix)
         # `open_space` has added what it re-indexed, including position ids that are kept.
         for node, here in self._positions.items():
@@ -156,7 +159,11 @@ class TokenSpace:
         self.left.append(left)
 
     def _new_positions(
-        self, position: str, origin: fx.Node, trailing: fx.Node | None
+        self,
+        position: str,
+        origin: fx.Node,
+        trailing: fx.Node | None,
+        is_open: fx.Node | None,
     ) -> dict[fx.Node, fx.Node]:
         """Emit new position ids and the rotary tables made from them, unless positions are kept.
 
@@ -165,6 +172,8 @@ class TokenSpace:
             origin: Original prompt positions [B, M] of the tokens of the new space.
             trailing: Under the rule ``grid``: flags [B, N] of the dropped tokens at the ends of
                 images.
+            is_open: Flags [B, M] of the tokens that are not about to be dropped, in a relaxed
+                graph.
 
         Returns:
             Position ids and tables of the current space -> those of the new space.
@@ -174,7 +183,9 @@ class TokenSpace:
         ids, *tables = self._positions
         # Always from the positions of the original prompt, never from those of the space before:
         # both rules count what has been dropped so far in all.
-        if trailing is None:
+        if trailing is None and is_open is not None:
+            moved = self.call(tokens.relaxed_positions, ids, origin, is_open)
+        elif trailing is None:
             moved = self.call(tokens.compact_positions, ids, origin)
         else:
             moved = self.call(tokens.grid_positions, ids, trailing, origin)

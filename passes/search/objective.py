@@ -19,7 +19,7 @@ from deos_fx.inputs.media import padding_of
 from deos_fx.tokens.index import take
 from deos_fx.tokens.positions import last_token
 
-__all__ = ["AugmentedLagrangian", "Target", "labelled", "self_distilled"]
+__all__ = ["AugmentedLagrangian", "Target", "before_answer", "labelled", "self_distilled"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,17 @@ def labelled(labels: Tensor, visual: Tensor) -> Target:
             "out to search by self-distillation."
         )
     return Target(positions, labels=following[positions])
+
+
+def before_answer(labels: Tensor, padding: Tensor | None) -> Tensor:
+    """Return flags [B, N] of real tokens before the first label: what a reduction may look at.
+
+    Args:
+        labels: [B, N], -100 where nothing is asked.
+        padding: [B, N] with 1 for real tokens, or None.
+    """
+    asked = (labels != -100).long().cumsum(dim=1) == 0
+    return asked.long() if padding is None else asked.long() * padding.long()
 
 
 def self_distilled(inputs: Mapping[str, Any], visual: Tensor, unreduced: Tensor) -> Target:

@@ -14,13 +14,15 @@ from deos_fx.cost.latency import LatencyTable
 from deos_fx.cost.model import CostModel
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.complete import completed
-from deos_fx.inputs.media import placeholders
+from deos_fx.inputs.media import padding_of, placeholders
 from deos_fx.models.facts import ModelFacts, facts_of
+from deos_fx.passes.analyse.annotate_token_spaces import PROMPT_MASK
 from deos_fx.passes.analyse.check_reduction import check_reduction
 from deos_fx.passes.analyse.sites import Site, Sites
 from deos_fx.passes.captures import Captures
 from deos_fx.passes.pipeline import Captured, lower_call, run_graph
-from deos_fx.passes.search.objective import Target, labelled, self_distilled
+from deos_fx.passes.rewrite.mark_prompt import mark_prompt
+from deos_fx.passes.search.objective import Target, before_answer, labelled, self_distilled
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.counts import fit_counts, on_grid, within
 from deos_fx.policy.policy import Policy
@@ -41,15 +43,23 @@ class SearchBatch:
 
     Attributes:
         call: The call of the model, completed, without labels.
-        captured: The captured call that it runs through.
+        captured: The captured call that it runs through; with labels, it takes a ``prompt_mask``.
         layout: The layout of its prompts.
         target: The predictions that its logits are compared with.
+        prompt: The ``prompt_mask`` [B, N]: 1 for real tokens before the answer. None without
+            labels.
     """
 
     call: Call
     captured: Captured
     layout: PromptLayout
     target: Target
+    prompt: Tensor | None = None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Return the inputs of graphs that are made of the captured one."""
+        return self.call.inputs | ({} if self.prompt is None else {PROMPT_MASK: self.prompt})
 
     @property
     def kind(self) -> Hashable:
@@ -125,7 +135,8 @@ class SearchProblem:
         # 3. The captured calls, and a target for every batch.
         captures = Captures(model.eval())
         captured = captures.serving(_without_labels(longest[0]))
-        batches = [_with_target(captures, call) for call in calls]
+        marked: dict[Captured, Captured] = {}
+        batches = [_with_target(captures, call, marked) for call in calls]
         # 4. The problem. The last quarter of the batches is held back. Of fewer than four batches,
         # none is, and candidates are scored on all of them.
         held_back = len(batches) // 4
@@ -322,15 +333,25 @@ def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
         )
 
 
-def _with_target(captures: Captures, batch: Call) -> SearchBatch:
-    """Capture a batch's call and make its target: its labels, or the unreduced predictions."""
+def _with_target(captures: Captures, batch: Call, marked: dict[Captured, Captured]) -> SearchBatch:
+    """Capture a batch's call and make its target: its labels, or the unreduced predictions.
+
+    Args:
+        captures: The model's captures.
+        batch: The call, perhaps with labels.
+        marked: Capture -> the same with the input ``prompt_mask``; it gains those that are new.
+    """
     call, labels = _without_labels(batch), batch.inputs.get("labels")
     # A prediction at a visual token does not count, since the token may be dropped.
     visual = placeholders(call.facts, call.inputs["input_ids"])
     if labels is not None:
         # Case: labels. The model need not run.
         captured = captures.serving(call)
-        return SearchBatch(call, captured, batch.layout, labelled(labels, visual))
+        if captured not in marked:
+            twin = captured.copy()
+            marked[captured] = replace(twin, graph_module=mark_prompt(twin.graph_module))
+        target, prompt = labelled(labels, visual), before_answer(labels, padding_of(call.inputs))
+        return SearchBatch(call, marked[captured], batch.layout, target, prompt)
     # Case: no labels. The captured graph is run, and gives the answers of the unreduced model.
     with torch.no_grad():
         captured, unreduced = captures.serve(call, lambda captured: captured.graph_module)
@@ -359,7 +380,7 @@ def mean_loss(
     for batch in batches:
         if batch.kind not in graphs:
             graphs[batch.kind] = graph_for(batch)
-        output = run_graph(graphs[batch.kind], batch.call.inputs)
+        output = run_graph(graphs[batch.kind], batch.inputs)
         # Only a static graph has spaces. The last one has the tokens that logits are of.
         spaces: Sequence[SpaceFields] | None = output.get("spaces")
         origin = spaces[-1]["origin"] if spaces else None

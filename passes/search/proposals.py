@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from deos_fx import presets
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.operator import SCORES
-from deos_fx.passes.analyse.sites import Sites
+from deos_fx.passes.analyse.sites import Site, Sites
 from deos_fx.passes.search.problem import SearchProblem
-from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
 
-__all__ = ["discretise", "from_presets", "from_steps", "variations"]
+__all__ = ["discretise", "from_presets", "placements", "variations"]
+
+_T = TypeVar("_T")
+
+# Sites that are tried alone, and in pairs with the first of them.
+_DEPTHS, _PAIRS = 4, 2
 
 # *** rounded steps ***
 
 # A site that keeps more than this share of the tokens that reach it is left out of the policy.
 _NEARLY_ALL = 0.97
-
-
-def from_steps(problem: SearchProblem, state: SearchState) -> list[tuple[str, Policy]]:
-    """Round the snapshots, each with all its sites and with only those that drop most.
-
-    Returns:
-        Source and policy of each proposal.
-    """
-    # The last state counts as a snapshot, too, even if the steps were interrupted.
-    if state.step not in state.snapshots:
-        state.take_snapshot()
-    proposals = []
-    reductions = state.by_site()
-    for step, parameters in state.snapshots.items():
-        # `reductions` are the modules whose parameters are loaded.
-        state.reductions.load_state_dict(parameters)
-        # Dormant sites still drop a little, and every site costs time and nodes.
-        for most_sites in (None, 3, 2, 1):
-            rounded = discretise(reductions, problem.visual_tokens, most_sites)
-            fitted = problem.fit(rounded)
-            if fitted is not None:
-                proposals.append((f"step {step}", fitted))
-    return proposals
 
 
 def discretise(
@@ -82,6 +63,48 @@ def discretise(
             count = max(1, round(present * visual_tokens))
             chosen.append(reductions[site].to_reduction(site, count))
     return Policy(tuple(chosen))
+
+
+# *** where to start ***
+
+
+def placements(
+    problem: SearchProblem, sites: Sequence[Site], start: Callable[[Site], Reduction]
+) -> list[Policy]:
+    """Return the places to try, as policies that meet the limits.
+
+    Every site that can meet the limits alone is tried, of many at most `_DEPTHS` spread over the
+    depth, and pairs of the first of them with a later site.
+
+    Args:
+        problem: The problem.
+        sites: The sites, in order of depth.
+        start: Makes what the steps start from at a site.
+    """
+    # Whether a site can meet the limits does not depend on how it chooses.
+    plain = {site.name: Reduction(site.name, 1, scores={"feature_norm": 1.0}) for site in sites}
+    feasible = [site for site in sites if problem.fit(Policy((plain[site.name],))) is not None]
+    alone = _spread(feasible, _DEPTHS)
+    found = [problem.fit(Policy((start(site),))) for site in alone]
+    first = found[0].reductions[0] if found and found[0] is not None else None
+    if first is not None:
+        later = [site for site in sites if site_order(site.name) > site_order(first.site)]
+        # The first site keeps twice as many, so that something is left for the second.
+        twice = min(problem.visual_tokens, 2 * first.count(problem.visual_tokens))
+        for site in _spread(later, _PAIRS):
+            second = replace(start(site), keep=max(1, twice // 4))
+            found.append(problem.fit(Policy((replace(first, keep=twice), second))))
+    # A policy that drops nothing is no place to start from.
+    whole = problem.visual_tokens
+    return [policy for policy in found if policy is not None and policy.counts(whole)[-1] < whole]
+
+
+def _spread(items: Sequence[_T], most: int) -> list[_T]:
+    """Return at most so many items, evenly spread, with the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    step = (len(items) - 1) / max(most - 1, 1)
+    return [items[round(i * step)] for i in range(most)]
 
 
 # *** presets ***
@@ -130,7 +153,14 @@ def _with_own_scores(sites: Sites, policy: Policy) -> Policy:
 # Treatments of dropped tokens: pruning, merging with and without a mass bias, soft merging, and
 # uniform redistribution. A variation makes one of these changes.
 _TREATMENTS: tuple[dict[str, Any], ...] = (
-    {"gain": 0.0, "temperature": 0.0, "mass_bias": 0.0, "residual": False, "weighting": "one"},
+    {
+        "gain": 0.0,
+        "temperature": 0.0,
+        "mass_bias": 0.0,
+        "residual": False,
+        "weighting": "one",
+        "sharpness": 1.0,
+    },
     {"gain": 1.0, "temperature": 0.0, "mass_bias": 1.0},
     {"gain": 1.0, "temperature": 0.0, "mass_bias": 0.0},
     {"gain": 1.0, "temperature": 0.1, "mass_bias": 1.0},
@@ -142,6 +172,10 @@ _SELECTORS: tuple[dict[str, Any], ...] = (
     {"selector": "greedy", "diversity": 2.0},
 )
 _POSITIONS: tuple[dict[str, Any], ...] = ({"position": "keep"}, {"position": "compact"})
+# Factors of a number, and of the weight of one of several scores.
+_FACTORS = {"diversity": (0.7, 1.4), "sharpness": (0.7, 1.4), "temperature": (0.5, 2.0)}
+_SUMMANDS = {"gain": (-0.1, 0.1), "mass_bias": (-0.25, 0.25)}
+_WEIGHTS = (0.5, 2.0)
 # Factors by which the count of one site changes.
 _SHARES = (0.5, 0.75, 1.5, 2.0)
 # Weight of a score that is added to the mix; the others share the rest.
@@ -151,9 +185,9 @@ _NEW_SCORE = 0.3
 def variations(policy: Policy, sites: Sites, visual_tokens: int) -> Iterator[Policy]:
     """Yield policies that differ from a given one in a single respect.
 
-    In this order: the treatment of dropped tokens, the selector, another score in the mix or one
-    less, the share of tokens between two sites, the depth of a site, the rule for positions, one
-    site less.
+    In this order: a number, the treatment of dropped tokens, the selector, another score in the mix
+    or one less, the share of tokens between two sites, the depth of a site, the rule for positions,
+    one site less.
 
     Args:
         policy: The policy to vary.
@@ -165,6 +199,7 @@ def variations(policy: Policy, sites: Sites, visual_tokens: int) -> Iterator[Pol
     """
     reductions = policy.reductions
     for changed in (
+        *_nudged(reductions),
         *_changed(reductions, _TREATMENTS + _SELECTORS),
         *_other_scores(reductions, sites),
         *_other_shares(policy, visual_tokens),
@@ -189,6 +224,26 @@ def _changed(reductions: _Reductions, changes: tuple[dict[str, Any], ...]) -> It
         for change in changes:
             if any(getattr(reduction, name) != value for name, value in change.items()):
                 yield _with(reductions, i, **change)
+
+
+def _nudged(reductions: _Reductions) -> Iterator[_Reductions]:
+    """Change one number of one reduction a little: those that have an effect in it."""
+    for i, reduction in enumerate(reductions):
+        for name, factors in _FACTORS.items():
+            value = getattr(reduction, name)
+            if value == math.inf or name == "sharpness" and reduction.weighting != "score":
+                continue
+            for factor in factors:
+                yield _with(reductions, i, **{name: factor * value})
+        for name, summands in _SUMMANDS.items() if reduction.gain else ():
+            most = 1.0 if name == "gain" else math.inf
+            for summand in summands:
+                value = min(most, max(0.0, getattr(reduction, name) + summand))
+                yield _with(reductions, i, **{name: value})
+        if len(reduction.scores) > 1:
+            for score, weight in reduction.scores.items():
+                for factor in _WEIGHTS:
+                    yield _with(reductions, i, scores={**reduction.scores, score: factor * weight})
 
 
 def _other_scores(reductions: _Reductions, sites: Sites) -> Iterator[_Reductions]:

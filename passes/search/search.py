@@ -1,53 +1,47 @@
 """Search where to reduce, how many tokens to keep and how to treat the rest, by gradient.
 
-The model is frozen. A few dozen numbers per site are trained on the relaxed graph under one-sided
-constraints, starting near the best hand-designed policy that meets them. Snapshots of these steps
-are then rounded to policies that meet every limit exactly. These, the presets and small variations
-of the best are scored in *static* form, the form that is deployed, and the best is returned.
+The model is frozen. At a few places where the limits can be met, the parameters of a reduction are
+trained on its relaxed form: scores, learned directions, and what happens to dropped tokens. A few
+steps show which place is best; there, training goes on. Presets, fitted to the same limits, and
+small changes of the best candidate are tried as well. All candidates are scored in *static* form,
+the form that is deployed, on held-back data, and the best is returned.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-from torch import fx
 from transformers import PreTrainedModel
 
 from deos_fx.cost.latency import milliseconds
-from deos_fx.forms.relaxed import RelaxedReduction
-from deos_fx.passes.lower.insert_relaxed import insert_relaxed
-from deos_fx.passes.pipeline import run_graph
-from deos_fx.passes.rewrite.straight_through import straight_through
+from deos_fx.passes.search.descent import GATE_TEMPERATURES, Descent, relaxed_graph, site_tokens
 from deos_fx.passes.search.objective import AugmentedLagrangian
-from deos_fx.passes.search.problem import SearchBatch, SearchProblem, mean_loss
-from deos_fx.passes.search.proposals import from_presets, from_steps, variations
-from deos_fx.passes.search.space import keep_fractions, relaxed_costs, start_reductions
+from deos_fx.passes.search.problem import SearchProblem, mean_loss
+from deos_fx.passes.search.proposals import discretise, from_presets, placements, variations
+from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
-from deos_fx.passes.verify import verify
 from deos_fx.policy.budget import Budget, check_budget
 from deos_fx.policy.policy import Policy
 from deos_fx.results.search_result import Candidate, SearchResult
 
-__all__ = ["relaxed_graph", "search"]
+__all__ = ["search"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with a stage (``presets``, ``steps``, ...), the number done and the total."""
 
-# Gate temperatures at the first and the last step, in standard deviations of the score. Wider gates
-# let dropped tokens leak into the answer, and the search then learns to rely on the leak.
-_GATE_TEMPERATURES = (0.2, 0.03)
-# Steps between two updates of the multipliers, and between two checkpoints.
-_UPDATE_EVERY = 5
+# Tokens that stay in the sequence beside those that are kept.
+_RUNNERS_UP = 24
+# Steps at each place, if there are several, before the best is chosen.
+_TRIAL = 24
+# Steps by default: so many passes over the data, within limits.
+_EPOCHS, _FEWEST, _MOST = 4, 60, 240
 _CHECKPOINT_EVERY = 10
-# How many sets of parameters are rounded to candidates.
-_SNAPSHOTS = 4
-# Variations of the best preset before the steps, and of the best candidate after them.
-_FIRST_VARIATIONS = 8
+# Small changes of the best candidate, at the end.
 _VARIATIONS = 24
 
 
@@ -57,7 +51,7 @@ def search(
     *,
     budget: Budget,
     sites: Sequence[str] | None = None,
-    steps: int = 40,
+    steps: int | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -70,12 +64,13 @@ def search(
             batch are alike in size. Where the model has more visual tokens for larger images, the
             sizes may differ between batches, and the policy keeps shares of each image. With
             ``labels`` the task is cross-entropy on them, otherwise the distance to the unreduced
-            model's own predictions. From four batches on, a quarter is held back for scoring the
-            rounded candidates.
+            model's own predictions. From four batches on, a quarter is held back for scoring
+            candidates. Reductions see no token from the first label on.
         budget: At least one limit.
         sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the
             projector and all sites in the decoder.
-        steps: Number of gradient steps; each takes one batch.
+        steps: Number of gradient steps at the best place; left out, it follows from the data:
+            four passes, at least 60 and at most 240 steps.
         seed: Seed of the order of the batches.
         checkpoint: Folder to save the state of the steps in. A search that finds a state there
             continues it, bit-identically.
@@ -89,175 +84,156 @@ def search(
             met, or the checkpoint is of another search.
         TypeError: If an argument is of a wrong type.
 
-    Ctrl-C during the steps ends them: their state is rounded, and the best policy so far is
-    returned. Ctrl-C during the final variations ends only these. Elsewhere it aborts the search.
+    Ctrl-C ends the search, at any time, with the best policy so far.
     """
     # Mistakes in the arguments are found before anything expensive.
     check_budget(budget)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
     problem = SearchProblem.of(model, data, budget.require())
     searched = problem.searched_sites(sites)
-    # 1. The best hand-designed policy that meets the limits is the start, if there is one.
-    scoring = _Scoring(problem, progress)
-    # Presets, fitted to the limits, and small changes of the best.
-    scoring.add_all("presets", from_presets(problem))
-    _polish(problem, scoring, "first variations", _FIRST_VARIATIONS)
-    start = scoring.best.policy if scoring.candidates else Policy()
-    # 2. The steps.
-    state = SearchState.start(
-        start_reductions(searched, start, problem.layout),
-        AugmentedLagrangian(problem.limits),
-        {
+    run = _Search(problem, steps or default_steps(problem), seed, checkpoint, progress)
+    try:
+        run.scoring.add_all("presets", _known(problem))
+        run.train(run.places(searched))
+        _polish(problem, run.scoring, "variations", _VARIATIONS)
+    except KeyboardInterrupt:
+        # The user wants a result now.
+        run.interrupted = True
+    run.round_up()
+    return _result(problem, run)
+
+
+def default_steps(problem: SearchProblem) -> int:
+    """Return how many steps the data is good for."""
+    prompts = sum(len(batch.call.inputs["input_ids"]) for batch in problem.training)
+    return min(_MOST, max(_FEWEST, _EPOCHS * prompts // 16))
+
+
+def _known(problem: SearchProblem) -> list[tuple[str, Policy]]:
+    """Return what needs no search: no reduction, if the limits allow that, and the presets."""
+    nothing = [("no reduction", Policy())] if problem.meets(Policy()) else []
+    return nothing + from_presets(problem)
+
+
+@dataclass
+class _Search:
+    """A search under way.
+
+    Attributes:
+        problem: The problem.
+        steps: Number of steps at the best place.
+        seed: Seed of the order of the batches.
+        checkpoint: Folder for the states of the steps.
+        progress: Called as the search advances.
+        descents: The descents so far, the last one the present one.
+        interrupted: Whether it was cut short.
+    """
+
+    problem: SearchProblem
+    steps: int
+    seed: int
+    checkpoint: str | os.PathLike[str] | None
+    progress: Progress | None
+    descents: list[Descent] = field(default_factory=list)
+    interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        self.scoring = _Scoring(self.problem, self.progress)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Return the steps of the longest descent."""
+        longest = max(self.descents, key=lambda descent: descent.state.step, default=None)
+        return [] if longest is None else longest.state.history
+
+    def places(self, sites: Sequence[Any]) -> list[Policy]:
+        """Return the starts of the steps at every place that is tried."""
+        return placements(
+            self.problem,
+            sites,
+            lambda site: start_reduction(site, site_tokens(self.problem, site)),
+        )
+
+    def train(self, starts: Sequence[Policy]) -> None:
+        """Try every place for a few steps, and train on at the best."""
+        if not starts:
+            return
+        if len(starts) > 1:
+            trials = [
+                self.descend(f"place {i + 1} of {len(starts)}", start, _TRIAL)
+                for i, start in enumerate(starts)
+            ]
+            best = min(trials, key=lambda descent: descent.state.best_loss)
+            starts = [self.rounded(best)]
+        self.descend("steps", starts[0], self.steps)
+
+    def descend(self, stage: str, start: Policy, steps: int) -> Descent:
+        """Take gradient steps from a policy, and score what they reach."""
+        settings = {
             "steps": steps,
-            "seed": seed,
-            "limits": problem.limits,
-            "sites": [site.name for site in searched],
-            **problem.fingerprint(),
-        },
-    )
-    # A search that was stopped goes on with its parameters, optimizer, multipliers and history.
-    if checkpoint is not None:
-        state.resume(checkpoint)
-    interrupted = _descend(problem, state, steps, seed, checkpoint, progress)
-    # 3. Their snapshots, rounded, and variations of the best candidate.
-    scoring.add_all("rounded policies", from_steps(problem, state))
-    try:
-        _polish(problem, scoring, "variations", _VARIATIONS)
-    except KeyboardInterrupt:
-        interrupted = True
-    return _result(problem, state, scoring.candidates, interrupted)
-
-
-# *** the steps ***
-
-
-def _descend(
-    problem: SearchProblem,
-    state: SearchState,
-    steps: int,
-    seed: int,
-    checkpoint: str | os.PathLike[str] | None,
-    progress: Progress | None,
-) -> bool:
-    """Take the gradient steps, and return whether they were interrupted."""
-    graphs = {
-        batch.kind: relaxed_graph(state.by_site(), batch)
-        for batch in {batch.kind: batch for batch in problem.training}.values()
-    }
-    try:
-        while state.step < steps:
-            _step(problem, state, graphs, steps, seed)
-            if progress is not None:
-                progress("steps", state.step, steps)
-            if checkpoint is not None and state.step % _CHECKPOINT_EVERY == 0:
-                state.save(checkpoint)
-    except KeyboardInterrupt:
-        # The user wants a result now: whatever the steps have reached is rounded.
-        return True
-    finally:
-        # Also after an interruption, so that a search can go on from where it was stopped.
-        if checkpoint is not None:
-            state.save(checkpoint)
-    return False
-
-
-def relaxed_graph(reductions: Mapping[str, RelaxedReduction], batch: SearchBatch) -> fx.GraphModule:
-    """Make the relaxed graph of a kind of batch; gradients pass its quantised layers.
-
-    Args:
-        reductions: Site name -> relaxed reduction.
-        batch: A batch of the kind that the graph is for.
-
-    Returns:
-        The graph.
-    """
-    # A copy: the captured graph is used again, for other policies.
-    captured = batch.captured.copy()
-    assert captured.sites is not None
-    graph_module = straight_through(captured.graph_module)
-    graph_module = insert_relaxed(graph_module, captured.sites, reductions, batch.layout)
-    return verify(graph_module, "relaxed")
-
-
-def _step(
-    problem: SearchProblem,
-    state: SearchState,
-    graphs: Mapping[Hashable, fx.GraphModule],
-    steps: int,
-    seed: int,
-) -> None:
-    """Take one step on the task loss of a batch and the penalty.
-
-    Gradients are computed for the parameters of the reductions alone.
-    """
-    temperature = _gate_temperature(state.step, steps)
-    reductions = state.by_site()
-    for reduction in reductions.values():
-        reduction.gate_temperature = temperature
-    # 1. The task loss, through the relaxed graph.
-    batch = problem.training[_batch_index(state.step, len(problem.training), seed)]
-    task = batch.target.loss(run_graph(graphs[batch.kind], batch.call.inputs)["logits"])
-    # 2. The costs, from expected counts alone: no graph is run for them.
-    costs = relaxed_costs(reductions, problem.cost, problem.latency)
-    loss = task + state.lagrangian.penalty(costs)
-    # 3. Gradients and a step of the optimizer.
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    # Not backward(): the model's own parameters must not collect gradients. Some parameters may
-    # have none, such as the diversity of a selector that ranks alone.
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
-    state.optimizer.step()
-    # 4. Multipliers and history. A step is counted when its record is in the history.
-    if (state.step + 1) % _UPDATE_EVERY == 0:
-        state.lagrangian.update(costs)
-    state.history.append(
-        {
-            "step": state.step + 1,
-            "task": task.item(),
-            "gate_temperature": temperature,
-            **{name: cost.item() for name, cost in costs.items()},
-            **{f"multiplier_{k}": value for k, value in state.lagrangian.multipliers.items()},
-            "keep": keep_fractions(reductions),
+            "seed": self.seed,
+            "limits": self.problem.limits,
+            "start": [str(reduction) for reduction in start.reductions],
+            **self.problem.fingerprint(),
         }
-    )
-    if state.step in _snapshot_steps(steps):
-        state.take_snapshot()
+        reductions = relaxed(start, self.problem.visual_tokens, runners_up=_RUNNERS_UP)
+        state = SearchState.start(reductions, AugmentedLagrangian(self.problem.limits), settings)
+        descent = Descent(self.problem, state, steps, self.seed)
+        self.descents.append(descent)
+        folder = None if self.checkpoint is None else Path(self.checkpoint) / stage
+        # Steps that were stopped go on with their parameters, optimizer, multipliers and history.
+        if folder is not None:
+            state.resume(folder)
 
+        def after_step(done: int) -> None:
+            if folder is not None and done % _CHECKPOINT_EVERY == 0:
+                state.save(folder)
+            if self.progress is not None:
+                self.progress(stage, done, steps)
 
-def _gate_temperature(step: int, steps: int) -> float:
-    """Return the gate temperature of a step: a cosine from soft to sharp gates."""
-    soft, sharp = _GATE_TEMPERATURES
-    return sharp + (soft - sharp) * (1 + math.cos(math.pi * step / steps)) / 2
+        try:
+            descent.run(after_step)
+        finally:
+            # Also after an interruption, so that a search can go on from where it was stopped.
+            if folder is not None:
+                state.save(folder)
+        self.score(descent)
+        return descent
 
+    def rounded(self, descent: Descent) -> Policy:
+        """Return the best policy that a descent has reached, fitted to the limits."""
+        descent.state.take_best()
+        policy = discretise(descent.reductions, self.problem.visual_tokens)
+        return self.problem.fit(policy) or policy
 
-def _batch_index(step: int, batches: int, seed: int) -> int:
-    """Return the batch of a step; every epoch has a random order.
+    def score(self, descent: Descent) -> None:
+        """Add what a descent has reached to the candidates."""
+        policy = self.rounded(descent)
+        if self.problem.meets(policy) and not self.scoring.has(policy):
+            names = " and ".join(reduction.site for reduction in policy.reductions)
+            self.scoring.add(f"gradient at {names}", policy)
 
-    The order depends on seed and step alone, so a resumed search takes the same batches.
-    """
-    epoch, i = divmod(step, batches)
-    generator = torch.Generator().manual_seed(seed + epoch)
-    return int(torch.randperm(batches, generator=generator)[i])
-
-
-def _snapshot_steps(steps: int) -> set[int]:
-    """Return the steps after which parameters are rounded to candidates: all in the second half."""
-    return {steps - round(i * steps / (2 * _SNAPSHOTS)) for i in range(_SNAPSHOTS)}
+    def round_up(self) -> None:
+        """Score what an interruption has left."""
+        for descent in self.descents if self.interrupted else ():
+            self.score(descent)
+        if not self.scoring.candidates:
+            # Case: interrupted before anything was scored.
+            for source, policy in _known(self.problem)[:1]:
+                self.scoring.add(source, policy)
 
 
 # *** the choice ***
 
 
-def _result(
-    problem: SearchProblem, state: SearchState, candidates: list[Candidate], interrupted: bool
-) -> SearchResult:
+def _result(problem: SearchProblem, run: _Search) -> SearchResult:
     """Make the result: the best candidate, how it was found and its losses.
 
     Raises:
         ValueError: If no candidate meets the limits.
     """
+    candidates = run.scoring.candidates
     if not candidates:
         raise ValueError(
             f"No policy meets the limits {problem.limits}: even one visual token at every site is "
@@ -270,13 +246,13 @@ def _result(
     policy = replace(best.policy, name="searched", model=problem.cost.signature)
     return SearchResult(
         policy=policy,
-        history=state.history,
+        history=run.history,
         candidates=[replace(best, policy=policy), *candidates[1:]],
         limits=problem.limits,
         unreduced=problem.cost.predict(Policy()),
         unreduced_loss=problem.static_loss(Policy()),
         relaxed_loss=_relaxed_loss(problem, policy),
-        interrupted=interrupted,
+        interrupted=run.interrupted,
     )
 
 
@@ -372,15 +348,6 @@ class _Scoring:
 
 def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
     """Return the task loss of a policy in its relaxed form, at the last gate temperature."""
-    # A relaxed reduction takes the share of the tokens that reach it.
-    present = problem.visual_tokens
-    # The same numbers as the policy, in the form that the steps were trained in.
-    reductions = {}
-    for reduction, count in zip(
-        policy.reductions, policy.counts(problem.visual_tokens), strict=True
-    ):
-        relaxed = RelaxedReduction.from_reduction(reduction, count / present)
-        relaxed.gate_temperature = _GATE_TEMPERATURES[1]
-        reductions[reduction.site] = relaxed
-        present = count
+    settings = {"runners_up": _RUNNERS_UP, "gate_temperature": GATE_TEMPERATURES[1]}
+    reductions = relaxed(policy, problem.visual_tokens, **settings)
     return mean_loss(lambda batch: relaxed_graph(reductions, batch), problem.scoring)

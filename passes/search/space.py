@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,86 +13,98 @@ from deos_fx.cost.model import CostModel
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.analyse.sites import Site
 from deos_fx.policy.counts import along
+from deos_fx.policy.learned import Learned
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import first_layer, split_site
-from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["keep_fractions", "relaxed_costs", "start_reductions"]
+__all__ = ["keep_fractions", "relaxed", "relaxed_costs", "start_reduction"]
 
-# Activation, at the start, of the sites of the policy that the search starts from, and of others.
-_ACTIVE, _DORMANT = 0.95, 0.1
+# A trained share of kept tokens starts inside its range, where it has a gradient.
+_MOST = 0.99
 
 
-def start_reductions(
-    sites: Sequence[Site], policy: Policy, layout: PromptLayout
-) -> dict[str, RelaxedReduction]:
-    """Make one relaxed reduction for each site, near that of a policy where it has one.
+# Directions that a learned similarity compares, and its share beside the similarity of the whole
+# hidden states.
+_DIRECTIONS, _LEARNED_SHARE = 32, 0.5
+# How a site chooses before the first step, and what it does with the rest. Numbers that published
+# methods leave out were found by trying a few on the reference model; the steps change all of them.
+_START: dict[str, Any] = {
+    "selector": "greedy",
+    "diversity": 4.0,
+    "gain": 0.88,
+    "temperature": 0.05,
+    "weighting": "score",
+    "sharpness": 3.0,
+    "mass_bias": 0.9,
+}
+# Weights of the scores at the start, as far as a site has them.
+_SCORES = {
+    "cls_attention": 2.0,
+    "last_text_attention": 1.0,
+    "text_attention": 1.0,
+    "text_relevance": 1.0,
+}
+# Scores of sites that have none of these.
+_OTHERWISE = {"novelty": 1.0}
 
-    The search starts at the best hand-designed policy. Its sites are active, with its counts and
-    its treatment; all others are nearly dormant, halfway between the regimes. Gates, gains and
-    weights have no gradient at the ends of their ranges, so all of them start a little inside.
+
+def start_reduction(site: Site, tokens: Tensor) -> Reduction:
+    """Make the reduction that the steps start from at a site: every regime is within reach.
+
+    It ranks by attention and by likeness to the question, keeps tokens that differ, and merges most
+    of the others into them. Its learned parts have no effect yet: the probe is 0, and the learned
+    similarity compares the principal directions of the tokens.
 
     Args:
-        sites: The sites to search.
-        policy: The policy to start from; the empty policy starts with every site half active.
-        layout: The prompts.
+        site: The site.
+        tokens: Some hidden states there, [B, V, d].
+
+    Returns:
+        The reduction, with any count.
+    """
+    flat = tokens.detach().flatten(0, 1).float()
+    rank = min(_DIRECTIONS, *flat.shape)
+    # Rows of V^T, the strongest first.
+    directions = torch.linalg.svd(flat, full_matrices=False)[2][:rank].mT
+    scores = {name: weight for name, weight in _SCORES.items() if name in site.scores}
+    return Reduction(
+        site.name,
+        0.5,
+        scores=scores or _OTHERWISE,
+        similarity={"feature": 1 - _LEARNED_SHARE, "learned": _LEARNED_SHARE},
+        learned=Learned({"probe": torch.zeros(flat.shape[1]), "metric": directions}),
+        **_START,
+    )
+
+
+def relaxed(policy: Policy, visual_tokens: int, **settings: Any) -> dict[str, RelaxedReduction]:
+    """Make the relaxed form of a policy, whose parameters can be trained.
+
+    The count of a single site is given by the limits; of several sites, each count is trained.
+
+    Args:
+        policy: The policy.
+        visual_tokens: Visual tokens of one image.
+        **settings: See `RelaxedReduction`.
 
     Returns:
         Site name -> relaxed reduction, in order of depth.
     """
-    known = {reduction.site: reduction for reduction in policy.reductions}
-    present = visual_tokens = layout.tokens_per_image
+    present = visual_tokens
     reductions = {}
-    for site in sites:
-        start = _undecided(site, layout.placed)
-        activation, retention = (0.5 if policy.is_empty else _DORMANT), 0.5
-        if site.name in known:
-            # Retention is relative to the tokens that reach the site.
-            count = known[site.name].count(visual_tokens)
-            activation, retention = _ACTIVE, min(0.99, count / present)
-            start, present = _inside(known[site.name], start), count
-        reductions[site.name] = RelaxedReduction(start, activation=activation, retention=retention)
+    for reduction, count in zip(policy.reductions, policy.counts(visual_tokens), strict=True):
+        # Retention is relative to the tokens that reach the site.
+        single = len(policy.reductions) == 1
+        retention = count / present if single else min(_MOST, max(1 - _MOST, count / present))
+        each = RelaxedReduction(reduction, activation=1.0, retention=retention, **settings)
+        each.activation.requires_grad_(False)
+        each.retention.requires_grad_(not single)
+        # Scaling tokens up is what soft gates are most easily misled to.
+        each.reweight.requires_grad_(reduction.reweight != 0)
+        reductions[reduction.site] = each
+        present = count
     return reductions
-
-
-def _undecided(site: Site, placed: bool) -> Reduction:
-    """Make a reduction between all regimes that ranks mostly by attention."""
-    in_decoder = split_site(site.name)[0] == "decoder"
-    # The scores that published methods rank by, as far as the site has them.
-    attention = ("last_text_attention", "text_attention") if in_decoder else ("cls_attention",)
-    by_grid = placed and not in_decoder
-    weights = dict.fromkeys(attention, 3.0) | {"feature_norm": 1.0, "novelty": 1.0}
-    return Reduction(
-        site.name,
-        0.5,
-        scores={name: weight for name, weight in weights.items() if name in site.scores},
-        gain=0.5,
-        temperature=0.1,
-        mass_bias=0.25,
-        similarity={"feature": 0.5, "grid": 0.5} if by_grid else {"feature": 1.0},
-    )
-
-
-def _inside(policy: Reduction, undecided: Reduction) -> Reduction:
-    """Move the parameters of a policy's reduction off the ends of their ranges."""
-    # Scores of the undecided reduction join with little weight, so that the gradient can raise
-    # them.
-    scores = _mixed(policy.scores, undecided.scores) if policy.uses_scores else {}
-    return replace(
-        policy,
-        scores=scores,
-        similarity=_mixed(policy.similarity, undecided.similarity),
-        gain=min(0.9, max(0.1, policy.gain)),
-        temperature=min(1.0, max(0.05, policy.temperature)),
-        mass_bias=max(0.05, policy.mass_bias),
-    )
-
-
-def _mixed(mostly: Mapping[str, float], little: Mapping[str, float]) -> dict[str, float]:
-    """Mix weights by name, 9 to 1."""
-    names = (*mostly, *(name for name in little if name not in mostly))
-    return {name: 0.9 * mostly.get(name, 0.0) + 0.1 * little.get(name, 0.0) for name in names}
 
 
 def keep_fractions(reductions: Mapping[str, RelaxedReduction]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,10 +21,9 @@ from deos_fx.passes.search.objective import AugmentedLagrangian
 
 __all__ = ["SearchState"]
 
-_LEARNING_RATE = 0.1
-# Adam's epsilon. It is large, so that a parameter with a negligible gradient stays where it is. The
-# default would move it as fast as any other, and dormant sites would drift into the policy.
-_EPSILON = 0.1
+# Learning rates: of scalars; of directions of width d, so that a step moves a score by as much at
+# every width; and of the directions that a similarity compares, which start at their full length.
+_SCALARS, _DIRECTIONS, _METRIC = 0.05, 0.1, 0.005
 
 
 @dataclass
@@ -32,19 +32,23 @@ class SearchState:
 
     Attributes:
         reductions: Site, with an underscore for the dot -> relaxed reduction.
-        optimizer: Adam over all their parameters.
+        optimizer: AdamW over the parameters that are trained.
         lagrangian: The constraints and their multipliers.
         settings: Settings that must equal those of a checkpoint for it to be continued.
         history: One dict for each step taken.
-        snapshots: Step -> parameters after it, to be rounded later.
+        best: The parameters with the lowest static loss so far, by name.
+        best_loss: That loss.
+        best_step: The number of steps after which it was measured.
     """
 
     reductions: nn.ModuleDict
-    optimizer: torch.optim.Adam
+    optimizer: torch.optim.AdamW
     lagrangian: AugmentedLagrangian
     settings: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
-    snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_loss: float = math.inf
+    best_step: int = 0
 
     @classmethod
     def start(
@@ -65,7 +69,12 @@ class SearchState:
         """
         # Module names cannot hold dots.
         modules = nn.ModuleDict({_key(site): module for site, module in reductions.items()})
-        optimizer = torch.optim.Adam(modules.parameters(), lr=_LEARNING_RATE, eps=_EPSILON)
+        groups = [
+            {"params": [parameter], "full_rate": _rate(name, parameter)}
+            for name, parameter in modules.named_parameters()
+            if parameter.requires_grad
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=_SCALARS, weight_decay=0.0)
         return cls(modules, optimizer, lagrangian, settings)
 
     @property
@@ -73,16 +82,35 @@ class SearchState:
         """Return the number of steps taken."""
         return len(self.history)
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that are trained."""
+        return [parameter for parameter in self.reductions.parameters() if parameter.requires_grad]
+
+    @property
+    def directions(self) -> list[nn.Parameter]:
+        """Return the learned parts among them."""
+        named = self.reductions.named_parameters()
+        return [parameter for name, parameter in named if ".learned." in name]
+
     def by_site(self) -> dict[str, RelaxedReduction]:
         """Return site -> relaxed reduction."""
         modules = cast("Mapping[str, RelaxedReduction]", self.reductions)
         return {_site(key): module for key, module in modules.items()}
 
-    def take_snapshot(self) -> None:
-        """Store a copy of the present parameters under the present step."""
-        self.snapshots[self.step] = {
+    def consider(self, loss: float) -> None:
+        """Keep a copy of the present parameters if their static loss is the lowest so far."""
+        if not loss < self.best_loss and self.best:
+            return
+        self.best_loss, self.best_step = loss, self.step
+        self.best = {
             name: value.detach().clone() for name, value in self.reductions.state_dict().items()
         }
+
+    def take_best(self) -> None:
+        """Load the parameters with the lowest static loss."""
+        if self.best:
+            self.reductions.load_state_dict(self.best)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the state to a folder; each file is written under a temporary name and renamed.
@@ -92,11 +120,9 @@ class SearchState:
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        # Prefixes: ``now/`` for the present parameters, the step for a snapshot, ``adam/`` for
-        # moments.
+        # Prefixes: ``now/`` and ``best/`` for parameters, ``adam/`` for moments.
         tensors = {f"now/{name}": value for name, value in self.reductions.state_dict().items()}
-        for step, parameters in self.snapshots.items():
-            tensors |= {f"{step}/{name}": value for name, value in parameters.items()}
+        tensors |= {f"best/{name}": value for name, value in self.best.items()}
         moments = optimizer_tensors(self.optimizer)
         tensors |= {f"adam/{name}": value for name, value in moments.items()}
         # The file of tensors is named by step, so a kill between the two files leaves the earlier
@@ -105,11 +131,13 @@ class SearchState:
         write_file(path / name, lambda part: save_file(tensors, part))
         record = {
             "deos_fx": "search",
-            "version": 1,
+            "version": 2,
             "tensors": name,
             # What a search must have in common with this one to continue it.
             "settings": self.settings,
             "multipliers": self.lagrangian.multipliers,
+            "best_loss": self.best_loss if self.best else None,
+            "best_step": self.best_step,
             "history": self.history,
         }
         write_text(path / "search.json", json.dumps(record, indent=1))
@@ -146,9 +174,19 @@ class SearchState:
         self.reductions.load_state_dict(parts.pop("now"))
         # Before the first step, Adam has no moments.
         load_optimizer(self.optimizer, parts.pop("adam", {}))
-        self.snapshots = {int(step): parameters for step, parameters in parts.items()}
+        self.best = parts.pop("best", {})
+        if self.best:
+            self.best_loss, self.best_step = record["best_loss"], record["best_step"]
         self.history = record["history"]
         self.lagrangian.multipliers = record["multipliers"]
+
+
+def _rate(name: str, parameter: Tensor) -> float:
+    """Return the full learning rate of a parameter."""
+    *_, kind, part = ("", *name.split("."))
+    if kind != "learned":
+        return _SCALARS
+    return _METRIC if part == "metric" else _DIRECTIONS / math.sqrt(parameter.shape[0])
 
 
 def _key(site: str) -> str:
@@ -173,6 +211,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not the state of a search: {error}") from error
     if not isinstance(record, dict) or record.get("deos_fx") != "search":
         raise ValueError(f"{path} is not the state of a search; give another checkpoint folder.")
-    if record.get("version") != 1:
-        raise ValueError(f"{path} has version {record.get('version')!r}; this release reads 1.")
+    if record.get("version") != 2:
+        raise ValueError(f"{path} has version {record.get('version')!r}; this release reads 2.")
     return record

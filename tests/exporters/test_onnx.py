@@ -89,9 +89,7 @@ CASES = {
         2,
     ),
     "VisPruner, DART": (
-        _joined(
-            presets.vispruner(32, 0.5, 1), (presets.dart(), {"site": "decoder.0", "keep": 12})
-        ),
+        _joined(presets.vispruner(32, 0.5, 1), (presets.dart(), {"site": "decoder.0", "keep": 12})),
         1,
     ),
     "greedy, reweight": (
@@ -171,9 +169,7 @@ def test_onnx_runtime_equals_pytorch(folder, name, batch, text, layout, padding)
     real = slice(-5, None)  # The ends of the prompts: no padding, no visual tokens.
     assert_onnx_close(runtime(**inputs).logits[:, real], reduced(**inputs).logits[:, real])
     options = {"max_new_tokens": STEPS, "do_sample": False}
-    assert torch.equal(
-        runtime.generate(**inputs, **options), reduced.generate(**inputs, **options)
-    )
+    assert torch.equal(runtime.generate(**inputs, **options), reduced.generate(**inputs, **options))
 
 
 @every_case

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from site_inputs import PROBE, TOKENS
+from site_inputs import TOKENS
 from torch import Tensor
 
 from deos_fx.forms.static import StaticOutput, static_reduce
@@ -41,7 +41,7 @@ BEHAVIOURS: dict[str, dict[str, Any]] = {
         "diversity": 1.0,
         "similarity": {"key": 1},
     },
-    "every score": {"scores": {name: 1 for name in SCORES}, "options": PROBE},
+    "every score": {"scores": {name: 1 for name in SCORES}},
     "everything": {
         "selector": "greedy",
         "diversity": 0.3,

@@ -160,9 +160,7 @@ def test_whatever_selects(name: str, images: int) -> None:
     with_text = {**prompts, "input_ids": prompts["input_ids"].roll(-1, dims=1)}
     reduced = ReducedModel(shared_llava(), Policy(POLICIES[name]))
     output, others = reduced(**prompts), reduced(**with_text)
-    for space, other in zip(
-        output[CACHE].spaces, others[CACHE].spaces, strict=True
-    ):
+    for space, other in zip(output[CACHE].spaces, others[CACHE].spaces, strict=True):
         assert space.origin.shape == other.origin.shape
         assert (space.origin[:, -1] == 5 + 64 * images).all()
         assert (space.origin.diff() > 0).all()

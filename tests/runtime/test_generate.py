@@ -362,9 +362,7 @@ def test_two_conversations_at_once() -> None:
             generate(reduced, {**long, "image_grid_thw": torch.tensor([[1, 16, 8]] * 2)})
         mask = short["attention_mask"]
         conversation = next_turn(name, short, output.sequences, words, mask)
-        turn = generate(
-            reduced, conversation, **{CACHE: output[CACHE]}, output_logits=True
-        )
+        turn = generate(reduced, conversation, **{CACHE: output[CACHE]}, output_logits=True)
         if expected is None:
             expected = logits_of(turn)
     assert torch.equal(logits_of(turn), expected)

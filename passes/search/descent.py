@@ -1,0 +1,266 @@
+"""Gradient steps on the parameters of relaxed reductions, and the best of what they reach.
+
+The model is frozen. What comes before the first reduction depends on no parameter, so it is
+computed once for every batch. A step then runs a short sequence: text, the tokens that stay, and
+the runners-up, whose gates tell the gradient what would change if one of them stayed instead.
+Parameters are judged by their *static* loss on held-back batches, the loss of what is deployed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.passes.analyse.sites import Site
+from deos_fx.passes.lower.insert_relaxed import insert_relaxed
+from deos_fx.passes.pipeline import run_graph
+from deos_fx.passes.rewrite.split_prefix import split_prefix
+from deos_fx.passes.rewrite.straight_through import straight_through
+from deos_fx.passes.search.problem import SearchBatch, SearchProblem
+from deos_fx.passes.search.space import keep_fractions, relaxed_costs
+from deos_fx.passes.search.state import SearchState
+from deos_fx.passes.verify import verify
+from deos_fx.policy.reduction import Reduction
+
+__all__ = ["GATE_TEMPERATURES", "Descent", "relaxed_graph", "site_tokens"]
+
+GATE_TEMPERATURES = (0.5, 0.3)
+"""Gate temperatures at the first and the last step, in standard deviations of the score."""
+# Learning rates fall to this share by a cosine, after a warm-up of at most so many steps.
+_FLOOR, _WARM_UP = 0.05, 20
+# Steps between two updates of the multipliers.
+_UPDATE_EVERY = 5
+# Prompts of a step: smaller batches are averaged, because the loss of a few prompts is noise.
+_PROMPTS = 16
+# How often the static loss is measured: about so many times.
+_SNAPSHOTS = 8
+# Gradients of directions are clipped to this norm.
+_CLIP = 1.0
+# Bytes of what is computed once; beyond that it is computed at every step.
+_CACHED = 4 << 30
+
+
+def relaxed_graph(reductions: Mapping[str, RelaxedReduction], batch: SearchBatch) -> fx.GraphModule:
+    """Make the relaxed graph of a kind of batch; gradients pass its quantised layers.
+
+    Args:
+        reductions: Site name -> relaxed reduction.
+        batch: A batch of the kind that the graph is for.
+
+    Returns:
+        The graph.
+    """
+    # A copy: the captured graph is used again, for other policies.
+    captured = batch.captured.copy()
+    assert captured.sites is not None
+    graph_module = straight_through(captured.graph_module)
+    graph_module = insert_relaxed(graph_module, captured.sites, reductions, batch.layout)
+    return verify(graph_module, "relaxed")
+
+
+def site_tokens(problem: SearchProblem, site: Site) -> Tensor:
+    """Return the hidden states [B, V, d] of a batch's visual tokens at a site."""
+    plain = Reduction(site.name, 1.0, scores={"feature_norm": 1.0})
+    reductions = {site.name: RelaxedReduction.from_reduction(plain, 1.0)}
+    batch = problem.training[0]
+    seen: list[Tensor] = []
+    module = reductions[site.name]
+    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        with torch.no_grad():
+            run_graph(relaxed_graph(reductions, batch), batch.inputs)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+class Prefixes:
+    """What comes before the first reduction, computed once for every batch.
+
+    Args:
+        reductions: Site name -> relaxed reduction.
+    """
+
+    def __init__(self, reductions: Mapping[str, RelaxedReduction]) -> None:
+        self.reductions = reductions
+        self._graphs: dict[Hashable, tuple[fx.GraphModule, fx.GraphModule]] = {}
+        self._known: dict[int, dict[str, Any]] = {}
+        self._bytes = 0
+
+    def run(self, batch: SearchBatch) -> dict[str, Any]:
+        """Run the relaxed graph on a batch, and return the fields of its output."""
+        if batch.kind not in self._graphs:
+            self._graphs[batch.kind] = split_prefix(relaxed_graph(self.reductions, batch))
+        front, rest = self._graphs[batch.kind]
+        values = self._known.get(id(batch))
+        if values is None:
+            with torch.no_grad():
+                values = run_graph(front, batch.inputs)
+            leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(values)]
+            self._bytes += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+            if self._bytes <= _CACHED:
+                self._known[id(batch)] = values
+        return run_graph(rest, batch.inputs | values)
+
+
+@dataclass
+class Descent:
+    """The gradient steps of one search.
+
+    Attributes:
+        problem: The problem.
+        state: Everything that changes from step to step.
+        steps: Number of steps in all.
+        seed: Seed of the order of the batches.
+    """
+
+    problem: SearchProblem
+    state: SearchState
+    steps: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.reductions = self.state.by_site()
+        self.prefixes = Prefixes(self.reductions)
+
+    def run(self, after_step: Callable[[int], None]) -> None:
+        """Take the steps that are left.
+
+        Args:
+            after_step: Called with the number of steps taken.
+        """
+        if self.state.step == 0 and not self.state.best:
+            # The start is judged as well: a search never returns what is worse.
+            self.judge()
+        while self.state.step < self.steps:
+            self.step()
+            if self.state.step in self._snapshots():
+                self.judge()
+            after_step(self.state.step)
+
+    def step(self) -> None:
+        """Take one step on the task loss of some batches and the penalty."""
+        progress = self.state.step / self.steps
+        temperature = _between(*GATE_TEMPERATURES, progress)
+        for reduction in self.reductions.values():
+            reduction.gate_temperature = temperature
+        self._set_rates(progress)
+        # 1. The task loss, and the costs from expected counts: no graph is run for these.
+        batches = self._batches()
+        parameters = self.state.parameters
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        task = 0.0
+        for batch in batches:
+            loss = batch.target.loss(*_predictions(self.prefixes.run(batch))) / len(batches)
+            task += loss.item()
+            _add_gradients(sums, loss, parameters)
+        costs = relaxed_costs(self.reductions, self.problem.cost, self.problem.latency)
+        _add_gradients(sums, self.state.lagrangian.penalty(costs), parameters)
+        # 2. The step; a batch whose loss is not finite moves nothing.
+        finite = all(gradient.isfinite().all() for gradient in sums)
+        if finite:
+            for parameter, gradient in zip(parameters, sums, strict=True):
+                parameter.grad = gradient
+            torch.nn.utils.clip_grad_norm_(self.state.directions, _CLIP)
+            self.state.optimizer.step()
+        # 3. Multipliers and history. A step is counted when its record is in the history.
+        if (self.state.step + 1) % _UPDATE_EVERY == 0:
+            self.state.lagrangian.update(costs)
+        multipliers = self.state.lagrangian.multipliers
+        self.state.history.append(
+            {
+                "step": self.state.step + 1,
+                "task": task,
+                "finite": finite,
+                "gate_temperature": temperature,
+                **{name: cost.item() for name, cost in costs.items()},
+                **{f"multiplier_{name}": value for name, value in multipliers.items()},
+                "keep": keep_fractions(self.reductions),
+            }
+        )
+
+    def judge(self) -> float:
+        """Measure the static loss on the held-back batches, and keep the parameters if it is best.
+
+        Returns:
+            The loss.
+        """
+        with _as_static(self.reductions), torch.no_grad():
+            losses = [
+                float(batch.target.loss(*_predictions(self.prefixes.run(batch))))
+                for batch in self.problem.scoring
+            ]
+        loss = sum(losses) / len(losses)
+        self.state.consider(loss)
+        if self.state.history:
+            self.state.history[-1]["static"] = loss
+        return loss
+
+    def _batches(self) -> list[SearchBatch]:
+        """Return the batches of the next step; every epoch has a random order.
+
+        The order depends on seed and step alone, so a resumed search takes the same batches.
+        """
+        training = self.problem.training
+        prompts = len(training[0].call.inputs["input_ids"])
+        at_once = min(len(training), math.ceil(_PROMPTS / prompts))
+        chosen = []
+        for place in range(self.state.step * at_once, (self.state.step + 1) * at_once):
+            epoch, i = divmod(place, len(training))
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            chosen.append(training[int(torch.randperm(len(training), generator=generator)[i])])
+        return chosen
+
+    def _set_rates(self, progress: float) -> None:
+        """Set the learning rates of the next step: a warm-up, then a cosine."""
+        warm_up = min(1.0, (self.state.step + 1) / max(1, min(_WARM_UP, self.steps // 5)))
+        share = warm_up * _between(1.0, _FLOOR, progress)
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = share * group["full_rate"]
+
+    def _snapshots(self) -> set[int]:
+        """Return the steps after which the static loss is measured."""
+        return {round((i + 1) * self.steps / _SNAPSHOTS) for i in range(_SNAPSHOTS)}
+
+
+def _predictions(fields: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Return logits, and the original prompt positions that they are of."""
+    spaces = fields.get("spaces")
+    return fields["logits"], spaces[-1]["origin"] if spaces else None
+
+
+def _add_gradients(sums: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Add the gradients of a loss; parameters that it does not depend on have none."""
+    if not loss.requires_grad:
+        return
+    # Not backward(): the model's own parameters must not collect gradients.
+    for total, gradient in zip(
+        sums, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+    ):
+        if gradient is not None:
+            total += gradient
+
+
+def _between(first: float, last: float, progress: float) -> float:
+    """Return a value on a cosine from the first to the last."""
+    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@contextmanager
+def _as_static(reductions: Mapping[str, RelaxedReduction]) -> Iterator[None]:
+    """Let reductions choose as their static form does: whole counts, and no runners-up."""
+    before = {site: (each.runners_up, each.gates) for site, each in reductions.items()}
+    try:
+        for each in reductions.values():
+            each.runners_up, each.gates = 0, "hard"
+        yield
+    finally:
+        for site, each in reductions.items():
+            each.runners_up, each.gates = before[site]
