@@ -169,7 +169,7 @@ def policy_of(
     # Case: a preset.
     signature = facts_of(model).signature
     tokens = _tokens(DEFAULT_LIMIT if budget is None else budget, signature)
-    return presets.fit(preset, tokens, signature.decoder_layers, signature.visual_tokens)
+    return presets.fit(preset, tokens, model)
 
 
 def _tokens(limit: int | float, signature: ModelSignature) -> float:

@@ -110,8 +110,9 @@ def stages(console: Console) -> Iterator[Stages]:
 
 
 def results_table(result: DemoResult) -> Table:
-    """Make the comparison of the demo: one column for each method, to fit 80 characters."""
+    """Make the comparison of the demo: one row for each method, to fit 80 characters."""
     methods = result.ranked()
+    kinds = [kind for kind in methods[0].accuracy if kind != "overall"]
     table = Table(
         title=f"Right answers in % of {result.questions} test questions; "
         f"budget {result.limit:.4g} visual tokens, mean over the decoder layers",
@@ -120,19 +121,16 @@ def results_table(result: DemoResult) -> Table:
         collapse_padding=True,
     )
     table.add_column("")
+    for title in ("overall", *(kind.replace("_", " ") for kind in kinds), "tokens"):
+        # A column is as wide as its longest word, and titles are broken between words.
+        table.add_column(title, justify="right", width=max(5, *map(len, title.split())))
     for method in methods:
-        style = "bold" if method.is_searched else None
-        name = method.name.replace("_", " ")
-        # A column is as wide as its longest word, and names are broken between words.
-        width = max(5, *map(len, name.split()))
-        table.add_column(name, justify="right", style=style, width=width)
-    kinds = [kind for kind in methods[0].accuracy if kind != "overall"]
-    for kind in ("overall", *kinds):
-        shares = [f"{100 * m.accuracy[kind]:.1f}" if m.accuracy else "-" for m in methods]
-        table.add_row(kind.replace("_", " "), *shares, end_section=kind == kinds[-1])
-    for name in methods[0].cost.cells:
-        cells = [method.cost.cells[name] if method.accuracy else "-" for method in methods]
-        table.add_row(name.removeprefix("visual "), *cells)
+        # Case: not measured; the reason is printed below the table.
+        cells = ["-"] * (len(kinds) + 2)
+        if method.accuracy:
+            cells = [f"{100 * method.accuracy[kind]:.1f}" for kind in ("overall", *kinds)]
+            cells.append(f"{method.cost.visual_tokens:.4g}")
+        table.add_row(method.name, *cells, style="bold" if method.is_searched else None)
     return table
 
 

@@ -60,6 +60,9 @@ _STYLE: Any = {
 }
 
 
+# Inches that a line of text takes.
+_LINE = 0.25
+
 # *** the charts ***
 
 
@@ -77,16 +80,20 @@ def accuracy_chart(
     Returns:
         An SVG element.
     """
-    figure, axes = _figure(8.6, 4.3)
+    shown = sorted((m for m in methods if m.accuracy), key=lambda m: -m.accuracy["overall"])
+    # Inches: every label needs a line of its own.
+    height = max(4.3, 0.8 + _LINE * len(shown))
+    figure, axes = _figure(8.6, height)
     axes.axvspan(0, limit, color=_paint("accent"), alpha=0.09, lw=0)
     axes.axvline(limit, color=_paint("accent"), lw=1.2, ls=(0, (4, 3)))
-    shown = sorted((m for m in methods if m.accuracy), key=lambda m: -m.accuracy["overall"])
     # The axis starts a little below the worst method: differences at the top are what matters.
     low = shown[-1].accuracy["overall"]
     axes.set(xlim=(0, visual_tokens * 1.06), ylim=(max(0.0, low - 0.08) * 100, 102))
     # Methods with few tokens lie close together: their labels are spread and tied by lines.
     cluster = [method for method in shown if method.cost.visual_tokens < 0.6 * visual_tokens]
-    heights = _spread([100 * m.accuracy["overall"] for m in cluster], *axes.get_ylim(), 0.075)
+    heights = _spread(
+        [100 * m.accuracy["overall"] for m in cluster], *axes.get_ylim(), _LINE / (height - 0.7)
+    )
     for method in shown:
         _draw_point(axes, method)
     for method, height in zip(cluster, heights, strict=True):

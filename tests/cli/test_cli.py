@@ -127,7 +127,7 @@ def test_inspect_says_what_it_needs(tmp_path):
 def test_transform_with_a_preset_fits_it_to_the_budget(model_dir, tmp_path):
     run("transform", model_dir, tmp_path / "out", "--preset", "fastv", "--budget", "0.5")
     reduced = ReducedModel.from_pretrained(tmp_path / "out")
-    assert reduced.policy == presets.fit("fastv", 32, 6, 64)
+    assert reduced.policy == presets.fit("fastv", 32, tiny_llava())
 
 
 def test_transform_with_a_policy_file_gives_the_same_model(model_dir, tmp_path):
@@ -167,7 +167,7 @@ def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
 
     def find(model, data, *, budget, progress, **options):
         costs = CostModel.of_images(model, images=1, text_tokens=8)
-        policy = presets.fit("merge", budget.visual_tokens, 10, 144)
+        policy = presets.fit("merge", budget.visual_tokens, model)
         progress("steps", 1, 1)
         seen.update(options, budget=budget, shapes=[batch["labels"].shape[0] for batch in data])
         found = Candidate(policy, "preset merge", 0.5, costs.predict(policy))
