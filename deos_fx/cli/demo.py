@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -26,7 +24,14 @@ from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.reference import Example
 from deos_fx.results.explanation import TokenStep, token_steps
-from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
+from deos_fx.results.methods import (
+    SEARCHED,
+    UNREDUCED,
+    Method,
+    OnnxCheck,
+    Picture,
+    versions,
+)
 from deos_fx.results.report import (
     DemoResult,
     demo_report,
@@ -293,10 +298,7 @@ def _settings(seed: int, batches: int) -> dict[str, str]:
         "seed": str(seed),
         "search": f"{batches} batches of {BATCH} questions, a quarter on validation scenes",
         "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
+        **versions(),
     }
 
 

@@ -13,7 +13,7 @@ from deos_fx.presets.fit import fit_to_shape
 from deos_fx.presets.rules import RULES, Option
 from deos_fx.presets.shape import Shape
 
-__all__ = ["Tuned", "tune"]
+__all__ = ["Tuned", "require_optuna", "tune"]
 
 # Settings that cannot be fitted or give a policy that is known already cost no evaluation. A preset
 # with few settings is done when so many attempts in a row have brought nothing new.
@@ -116,18 +116,22 @@ def _suggest(trial: Any, key: str, option: Option) -> float:
 
 def _study(seed: int) -> Any:
     """Make a study in memory."""
-    optuna = _optuna()
+    optuna = require_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
 
 
 def _pruned() -> Any:
     # Optuna takes a pruned trial for a bad one, and would propose a failed one again.
-    return _optuna().trial.TrialState.PRUNED
+    return require_optuna().trial.TrialState.PRUNED
 
 
-def _optuna() -> Any:
-    # Loaded here: only tuning needs it.
+def require_optuna() -> Any:
+    """Return the module Optuna, which only tuning needs.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
     try:
         import optuna
     except ImportError as error:
