@@ -20,11 +20,13 @@ if _typing.TYPE_CHECKING:
     from deos_fx.policy.budget import Budget as Budget
     from deos_fx.policy.policy import Policy as Policy
     from deos_fx.policy.reduction import Reduction as Reduction
+    from deos_fx.results.comparison import Comparison as Comparison
     from deos_fx.results.search_result import SearchResult as SearchResult
     from deos_fx.runtime.reduced_model import ReducedModel as ReducedModel
 
 __all__ = [
     "Budget",
+    "Comparison",
     "OnnxModel",
     "Policy",
     "ReducedModel",
@@ -42,6 +44,7 @@ __all__ = [
 # the command line shows its help at once.
 _PLACES = {
     "Budget": "policy.budget",
+    "Comparison": "results.comparison",
     "OnnxModel": "exporters.onnx_model",
     "Policy": "policy.policy",
     "ReducedModel": "runtime.reduced_model",

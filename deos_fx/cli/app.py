@@ -338,9 +338,9 @@ def compare(
     from deos_fx.files import fresh_folder
     from deos_fx.policy.budget import Budget
 
-    # Mistakes in the data show before the model is loaded.
+    # Mistakes in the files show before the model is loaded.
+    console, policies = Console(), named_policies(policy or [])
     records, tuning = read_records(test), None if tune is None else read_records(tune)
-    console = Console()
     with fresh_folder(output) as folder, stages(console) as stage:
         with stage("load"):
             model, processor = load_model(model_dir), AutoProcessor.from_pretrained(model_dir)
@@ -350,7 +350,7 @@ def compare(
                 processor,
                 records,
                 budget=Budget(visual_tokens=budget),
-                policies=named_policies(policy or []),
+                policies=policies,
                 tuning=tuning,
                 presets=preset,
                 evaluations=evaluations,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -62,7 +63,8 @@ def fit(
     none. A preset inside the decoder stays at its published depth as long as it can keep a 32nd of
     the tokens there; otherwise its first site moves to an earlier layer, down to ``decoder.0``.
     Stages keep their proportions, and pools take windows at most 1.5 times as long as wide.
-    `merge` and `redistribute` rank by novelty where there is no CLS token.
+    `merge` and `redistribute` rank by novelty where there is no CLS token. Where a position has
+    several coordinates (mRoPE), tokens keep theirs, as the ports of these methods do.
 
     Args:
         name: Name of a preset.
@@ -108,7 +110,7 @@ def fit_to_shape(
         # The last place is taken whatever it keeps, since there is no better one.
         last = not rule.moves or setting[rule.moves] == 1 or rule.moves in values
         if policy is not None and (last or _left(policy, shape) >= FEWEST * shape.visual_tokens):
-            return policy, setting
+            return _with_positions(policy, shape), setting
     raise ValueError(
         f"{name} cannot meet a mean of {budget_tokens:g} visual tokens over {shape.decoder_layers} "
         f"decoder layers: even with the fewest tokens that it can keep, too many of the "
@@ -185,6 +187,18 @@ def _largest(rule: Rule, shape: Shape, budget: float, setting: Mapping[str, Any]
     for step in best.reductions:
         step.tier_counts(step.count(shape.visual_tokens))
     return best
+
+
+def _with_positions(policy: Policy, shape: Shape) -> Policy:
+    """Let tokens keep their positions where these cannot be renumbered."""
+    if not shape.coordinates:
+        return policy
+    # Tokens out of the order of the image have no positions to keep; lowering says so.
+    steps = [
+        replace(step, position="keep") if step.order == "position" else step
+        for step in policy.reductions
+    ]
+    return replace(policy, reductions=tuple(steps))
 
 
 def _left(policy: Policy, shape: Shape) -> int:

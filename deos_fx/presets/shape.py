@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.cost.measure import measure_encoder
 from deos_fx.models.facts import ModelFacts, facts_of
+from deos_fx.models.families import COORDINATES
 from deos_fx.operator import grid_layout
 from deos_fx.policy.counts import ASPECT
 
@@ -27,6 +28,7 @@ class Shape:
         used_blocks: Blocks of the tower up to the last that the language model depends on; 0 if
             a visual token is not made of one patch each, so that the tower has no sites.
         class_token: Whether a CLS token attends to exactly the patches that become visual tokens.
+        coordinates: Whether a position has several coordinates, so that it cannot be renumbered.
     """
 
     decoder_layers: int
@@ -35,6 +37,7 @@ class Shape:
     vision_blocks: int = 0
     used_blocks: int = 0
     class_token: bool = False
+    coordinates: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel, visual_tokens: int | None = None) -> Shape:
@@ -67,6 +70,7 @@ class Shape:
             vision_blocks=facts.signature.vision_layers,
             used_blocks=used,
             class_token=bool(used and in_front),
+            coordinates=hasattr(model.base_model, COORDINATES),
         )
 
     def layers_before(self, share: float) -> int:

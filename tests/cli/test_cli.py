@@ -17,7 +17,7 @@ from deos_fx.cli.app import app
 from deos_fx.cost.model import CostModel
 from deos_fx.results.search_result import Candidate
 
-COMMANDS = ("demo", "search", "transform", "export", "inspect")
+COMMANDS = ("demo", "search", "transform", "export", "inspect", "compare")
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +184,47 @@ def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
     assert (seen["steps"], seen["seed"], seen["shapes"]) == (3, 0, [2, 1])
     assert Policy.load(out / "policy.json") == presets.merge(keep=18)
     assert sorted(path.name for path in out.iterdir()) == ["policy.json", "report.html"]
+
+
+# *** compare ***
+
+
+def test_compare_writes_files_and_a_table(questions, tmp_path):
+    for name, policy in (("a", Policy()), ("b", presets.merge(keep=9))):
+        (tmp_path / name).mkdir()
+        policy.save(tmp_path / name / "policy.json")
+    files = [tmp_path / name / "policy.json" for name in ("a", "b")]
+    options = [text for file in files for text in ("--policy", file)]
+    out = tmp_path / "out"
+    text = run(
+        "compare",
+        reference.WEIGHTS,
+        *("--test", questions, *options, "--preset", "merge", "--budget", "9", "--output", out),
+    )
+    found = json.loads((out / "comparison.json").read_text())
+    of = {method["method"]: method for method in found["methods"]}
+    # Files of one name are told apart by their folders.
+    names = [str(file) for file in files]
+    assert list(of)[0] == "no reduction" and {*names, "merge", "no image"} <= set(of)
+    assert of[names[0]]["accuracy"] == of["no reduction"]["accuracy"]
+    assert of[names[1]]["minus_unreduced"] == of["merge"]["minus_unreduced"]
+    assert (found["questions"], found["limit_visual_tokens"]) == (3, 9.0)
+    assert (out / "comparison.html").exists() and "no reduction" in text
+    assert "smaller image: every image of a llava model becomes 144" in text.replace("\n", " ")
+
+
+def test_compare_refuses_the_same_questions_for_tuning(questions, tmp_path):
+    pytest.importorskip("optuna")
+    options = ("--test", questions, "--tune", questions, "--output", tmp_path / "out")
+    text = run("compare", reference.WEIGHTS, *options, code=1)
+    assert "Question 1 of the test data is question 1 of the tuning data" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_refuses_a_file_given_twice(questions, tmp_path):
+    Policy().save(tmp_path / "policy.json")
+    twice = ("--policy", tmp_path / "policy.json") * 2
+    assert "given twice" in fails("compare", reference.WEIGHTS, "--test", questions, *twice)
 
 
 # *** bad input ***
