@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from deos_fx.policy.counts import tokens_per_layer
 from deos_fx.policy.policy import Policy
 from deos_fx.presets.catalogue import CATALOGUE
 from deos_fx.presets.rules import RULES, Option, Rule
 from deos_fx.presets.shape import Shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["fit", "fit_to_shape", "mean_visual_tokens", "options"]
 

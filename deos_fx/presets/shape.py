@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
-
-from deos_fx.cost.measure import measure_encoder
-from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.models.families import COORDINATES
 from deos_fx.operator import grid_layout
 from deos_fx.policy.counts import ASPECT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from deos_fx.models.facts import ModelFacts
 
 __all__ = ["Shape"]
 
@@ -51,6 +53,9 @@ class Shape:
             TypeError: If it is not such a model.
             ValueError: If it reads no images, or the number of tokens is neither given nor fixed.
         """
+        # Loaded here: a list of the presets needs no code of models.
+        from deos_fx.models.facts import facts_of
+
         facts = facts_of(model)
         count = visual_tokens or math.prod(facts.grid)
         if not count:
@@ -102,6 +107,8 @@ class Shape:
 
 def _used_blocks(facts: ModelFacts, tokens: int) -> int:
     """Count the vision blocks up to the last that is used, if it has this number of tokens."""
+    from deos_fx.cost.measure import measure_encoder
+
     try:
         encoder = measure_encoder(facts)
     except ValueError:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from deos_fx.policy.policy import Policy
 from deos_fx.presets.fit import fit_to_shape
 from deos_fx.presets.rules import RULES, Option
 from deos_fx.presets.shape import Shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Tuned", "require_optuna", "tune"]
 
