@@ -214,6 +214,12 @@ def policy_of(
         return None
     # Case: a preset.
     signature = facts_of(model).signature
+    if not signature.visual_tokens:
+        raise ValueError(
+            f"--preset is fitted to a number of visual tokens, and how many an image of a "
+            f"{signature.model_type} model has depends on its size; give --policy, with fractions "
+            "to keep, or search for one"
+        )
     tokens = _tokens(DEFAULT_LIMIT if budget is None else budget, signature)
     return presets.fit(preset, tokens, model)
 

@@ -324,6 +324,8 @@ def to_svg(figure: Figure, name: str, title: str) -> str:
         text = text.replace(paint(name_of_paint), f"var(--{name_of_paint})")
     # In the shorthand `font: <weight> <size> <families>`, the families become the page's.
     text = re.sub(r"(font: [^;\"']*?[\d.]+px) [^;\"]*", r"\1 var(--font)", text)
+    # Newer versions of matplotlib write them on their own.
+    text = re.sub(r"(font-family:) [^;\"]*", r"\1 var(--font)", text)
     # Identifiers must be unique on a page that holds several drawings.
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     described = f'<svg role="img" aria-label="{title}" '

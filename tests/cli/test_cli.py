@@ -119,6 +119,12 @@ def test_other_families_are_inspected(name, tmp_path):
     assert "decoder.0 ... decoder.3" in text and "projector" in text and "available" in text
 
 
+def test_a_preset_is_not_fitted_to_images_of_any_size(tmp_path):
+    FAMILIES["qwen2_5_vl"].config().save_pretrained(tmp_path)
+    message = fails("inspect", tmp_path, "--preset", "merge", "--budget", "0.25")
+    assert "--preset is fitted to a number of visual tokens" in message
+
+
 def test_inspect_says_what_it_needs(tmp_path):
     FAMILIES["fuyu"].config().save_pretrained(tmp_path)
     assert "Save its processor in the model's folder" in fails("inspect", tmp_path)
