@@ -257,8 +257,9 @@ def _last(shape: Shape) -> int:
 
 
 def _visionzip(shape: Shape, size: float, values: Values) -> Policy:
-    count = _floor(size, shape.visual_tokens, least=2)
-    contextual = min(count - 1, max(1, round(values["contextual"] * count)))
+    # CLS and another token are dominant, and one is a target.
+    count = _floor(size, shape.visual_tokens, least=3)
+    contextual = min(count - 2, max(1, round(values["contextual"] * count)))
     return tower.visionzip(count - contextual, contextual, _last(shape))
 
 

@@ -229,6 +229,17 @@ def test_the_ends_of_every_option_can_be_fitted(name: str) -> None:
             assert mean(policy, SMALL) <= 100
 
 
+@pytest.mark.parametrize("name", ["visionzip", "vispruner", "prumerge_plus", "vscan", "hiprune"])
+@pytest.mark.parametrize("end", ["low", "high"])
+@pytest.mark.parametrize("budget", [3, 20])
+def test_no_tier_is_left_without_a_token(name: str, end: str, budget: float) -> None:
+    model = shared_llava()
+    values = {key: getattr(option, end) for key, option in presets.options(name, model).items()}
+    policy = presets.fit(name, budget, model, **values)
+    with torch.no_grad():
+        assert ReducedModel(model, policy)(**inputs(model)).logits.isfinite().all()
+
+
 def test_options_of_a_model() -> None:
     (layer,) = presets.options("fastv", shared_llava()).values()
     assert (layer.published, layer.low, layer.high) == (1, 1, 5)
