@@ -16,7 +16,7 @@ from deos_fx.comparison.answers import (
     exact_match,
     longest_answer,
 )
-from deos_fx.comparison.bench import Bench, Draft, Tuner
+from deos_fx.comparison.bench import RESIZED, TEXT_ONLY, Bench, Draft, Tuner
 from deos_fx.data import Record
 from deos_fx.models.facts import facts_of
 from deos_fx.policy.budget import Budget, check_budget
@@ -24,7 +24,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.presets.rules import RULES
 from deos_fx.presets.tune import require_optuna
 from deos_fx.results.comparison import Comparison
-from deos_fx.results.methods import versions
+from deos_fx.results.methods import UNREDUCED, versions
 from deos_fx.results.search_result import SearchResult
 
 __all__ = ["compare"]
@@ -91,16 +91,17 @@ def compare(
     # Mistakes in the arguments are found before anything expensive.
     check_budget(budget)
     names = [*RULES] if presets is None else [*presets]
-    _check(budget, test, tuning, names, seeds, metric)
+    if evaluations is None:
+        evaluations = max(map(_evaluations_of, (policies or {}).values()), default=EVALUATIONS)
+    _check_numbers(budget, seeds, evaluations)
+    _check_questions(test, tuning, metric)
+    _check_names(names, policies or {})
     given = {name: _read(value) for name, value in (policies or {}).items()}
-    signature = facts_of(model).signature
     for policy in given.values():
-        policy.check(signature)
+        policy.check(facts_of(model).signature)
     if tuning is not None:
         require_optuna()
         check_apart(tuning, test)
-    if evaluations is None:
-        evaluations = max(map(_evaluations_of, (policies or {}).values()), default=EVALUATIONS)
     tokens = max_new_tokens or _answer_tokens(processor, test)
     bench = Bench(model.eval(), processor, test, budget, metric, batch_size, tokens)
     tuner = None if tuning is None else Tuner(bench, tuning, evaluations)
@@ -116,42 +117,55 @@ def compare(
         drafts.append(row())
         if progress is not None:
             progress("methods", i + 1, len(rows))
-    settings = {
-        "presets": "published settings"
-        if tuner is None
-        else f"tuned on {len(tuner.records)} questions in at most {evaluations} evaluations",
-        "seeds": str(seeds),
-        "device": str(model.device),
-        "threads": str(torch.get_num_threads()),
-        **versions(),
-    }
     return Comparison(
         rows=bench.timed(drafts),
         kinds=[record.kind for record in test],
         limit=bench.limit,
         tokens_per_image=bench.costs.tokens_per_image,
-        settings=settings,
+        settings=_settings(model, tuner, seeds),
     )
+
+
+def _settings(model: PreTrainedModel, tuner: Tuner | None, seeds: int) -> dict[str, str]:
+    presets = "published settings"
+    if tuner is not None:
+        questions, most = len(tuner.records), tuner.evaluations
+        presets = f"tuned on {questions} questions in at most {most} evaluations"
+    return {
+        "presets": presets,
+        "seeds": str(seeds),
+        "device": str(model.device),
+        "threads": str(torch.get_num_threads()),
+        **versions(),
+    }
 
 
 # *** the arguments ***
 
 
-def _check(
-    budget: Budget,
-    test: Sequence[Record],
-    tuning: Sequence[Record] | None,
-    names: Sequence[str],
-    seeds: int,
-    metric: Metric,
-) -> None:
+def _check_numbers(budget: Budget, seeds: int, evaluations: int) -> None:
     if budget.visual_tokens is None or replace(budget, visual_tokens=None) != Budget():
         raise ValueError(f"{budget}: presets are fitted to visual_tokens; limit these and no other")
-    if seeds < 1:
-        raise ValueError(f"seeds is {seeds}; give at least 1")
-    unknown = sorted(set(names) - set(RULES))
+    for name, value in (("seeds", seeds), ("evaluations", evaluations)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; give at least 1")
+
+
+def _check_names(presets: Sequence[str], policies: Mapping[str, Given]) -> None:
+    unknown = sorted(set(presets) - set(RULES))
     if unknown:
         raise ValueError(f"no preset {unknown[0]!r}; choose from {', '.join(RULES)}")
+    taken = sorted({UNREDUCED, RESIZED, TEXT_ONLY, *presets}.intersection(policies))
+    if taken:
+        raise ValueError(
+            f"a policy is called {taken[0]!r}, as another row is; give it another name, or leave "
+            "out that preset"
+        )
+
+
+def _check_questions(
+    test: Sequence[Record], tuning: Sequence[Record] | None, metric: Metric
+) -> None:
     needed = {"test data": test} if metric is exact_match else {}
     if tuning is not None:
         needed["tuning data"] = tuning

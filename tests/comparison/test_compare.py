@@ -290,6 +290,8 @@ def test_files_are_compared_by_their_pixels(tmp_path: Any, asked: Any) -> None:
         ({"budget": Budget(visual_tokens=200)}, "the model has only 144"),
         ({"presets": ["best"]}, "no preset 'best'; choose from fastv"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"evaluations": 0}, "evaluations is 0"),
+        ({"policies": {"merge": Policy()}}, "a policy is called 'merge', as another row is"),
         ({"tuning": []}, "0 of 0 questions of the tuning data have no answer"),
         ({"policies": {"deep": Policy((Reduction("decoder.20", 8),))}}, "decoder.20"),
     ],
