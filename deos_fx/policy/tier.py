@@ -188,7 +188,8 @@ def other_options(site: str, selector: str, scores: Iterable[str], given: object
         _check_option(f"{site}: option {name}", name, value, known[name])
     # JSON has no tuples, and a policy read from a file has to equal the one that was written.
     options = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in given.items()
     }
     # A default of None, or of no numbers, says that a value has to be given.
     for name, default in known.items():

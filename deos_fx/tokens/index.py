@@ -222,3 +222,5 @@ def put(hidden: Tensor, visual: Tensor, tokens: Tensor) -> Tensor:
     # scatter takes an index for every element; the expanded one occupies no memory.
     index = visual.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.scatter(1, index, tokens.to(hidden))
+
+
