@@ -160,7 +160,7 @@ class _Search:
         return {site.name: start_reduction(site, tokens[site.name]) for site in sites}
 
     def train(self, starts: Sequence[Policy]) -> None:
-        """Try every place for a few steps, the best for some more, and train on at the very best."""
+        """Try every place for a few steps, the best for some more, and train on at the winner."""
         for kind, steps in (("place", _TRIAL), ("finalist", self.steps // 3)):
             if len(starts) > 1:
                 stages = [f"{kind} {i + 1} of {len(starts)}" for i in range(len(starts))]
