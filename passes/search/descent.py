@@ -76,6 +76,7 @@ def site_tokens(problem: SearchProblem, site: Site) -> Tensor:
     try:
         with torch.no_grad():
             run_graph(relaxed_graph(reductions, batch), batch.inputs)
+        problem.effort.forwards += 1
     finally:
         handle.remove()
     return seen[0]
@@ -158,9 +159,10 @@ class Descent:
         sums = [torch.zeros_like(parameter) for parameter in parameters]
         task = 0.0
         for batch in batches:
-            loss = batch.target.loss(*_predictions(self.prefixes.run(batch))) / len(batches)
+            loss = self._loss(batch) / len(batches)
             task += loss.item()
             _add_gradients(sums, loss, parameters)
+            self.problem.effort.backwards += 1
         costs = relaxed_costs(self.reductions, self.problem.cost, self.problem.latency)
         _add_gradients(sums, self.state.lagrangian.penalty(costs), parameters)
         # 2. The step; a batch whose loss is not finite moves nothing.
@@ -193,15 +195,21 @@ class Descent:
             The loss.
         """
         with _as_static(self.reductions), torch.no_grad():
-            losses = [
-                float(batch.target.loss(*_predictions(self.prefixes.run(batch))))
-                for batch in self.problem.scoring
-            ]
+            losses = [self._loss(batch).item() for batch in self.problem.scoring]
         loss = sum(losses) / len(losses)
         self.state.consider(loss)
         if self.state.history:
             self.state.history[-1]["static"] = loss
         return loss
+
+    def _loss(self, batch: SearchBatch) -> Tensor:
+        """Return the task loss of a batch at the present parameters."""
+        fields = self.prefixes.run(batch)
+        self.problem.effort.forwards += 1
+        spaces = fields.get("spaces")
+        # Original prompt positions that the logits are of, if tokens have left the sequence.
+        origin = spaces[-1]["origin"] if spaces else None
+        return batch.target.loss(fields["logits"], origin)
 
     def _batches(self) -> list[SearchBatch]:
         """Return the batches of the next step; every epoch has a random order.
@@ -228,12 +236,6 @@ class Descent:
     def _snapshots(self) -> set[int]:
         """Return the steps after which the static loss is measured."""
         return {round((i + 1) * self.steps / _SNAPSHOTS) for i in range(_SNAPSHOTS)}
-
-
-def _predictions(fields: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Return logits, and the original prompt positions that they are of."""
-    spaces = fields.get("spaces")
-    return fields["logits"], spaces[-1]["origin"] if spaces else None
 
 
 def _add_gradients(sums: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> None:

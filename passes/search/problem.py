@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,13 @@ from deos_fx.passes.analyse.sites import Site, Sites
 from deos_fx.passes.captures import Captures
 from deos_fx.passes.pipeline import Captured, lower_call, run_graph
 from deos_fx.passes.rewrite.mark_prompt import mark_prompt
-from deos_fx.passes.search.objective import Target, before_answer, labelled, self_distilled
+from deos_fx.passes.search.objective import (
+    Effort,
+    Target,
+    before_answer,
+    labelled,
+    self_distilled,
+)
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.counts import fit_counts, on_grid, within
 from deos_fx.policy.policy import Policy
@@ -85,6 +91,7 @@ class SearchProblem:
         limits: Name -> absolute limit.
         training: Batches for gradient steps.
         scoring: Batches for scoring candidates.
+        effort: What all searches on this problem have cost so far.
     """
 
     model: PreTrainedModel
@@ -97,6 +104,7 @@ class SearchProblem:
     limits: dict[str, float]
     training: list[SearchBatch]
     scoring: list[SearchBatch]
+    effort: Effort = field(default_factory=Effort, compare=False)
 
     @classmethod
     def of(
@@ -287,7 +295,9 @@ class SearchProblem:
     def static_loss(self, policy: Policy) -> float:
         """Return the task loss of a policy's static graph, mean over the scoring batches."""
         return mean_loss(
-            lambda batch: lower_call(batch.captured.copy(), policy, batch.layout), self.scoring
+            lambda batch: lower_call(batch.captured.copy(), policy, batch.layout),
+            self.scoring,
+            self.effort,
         )
 
 
@@ -366,13 +376,16 @@ def _without_labels(call: Call) -> Call:
 
 @torch.no_grad()
 def mean_loss(
-    graph_for: Callable[[SearchBatch], fx.GraphModule], batches: Sequence[SearchBatch]
+    graph_for: Callable[[SearchBatch], fx.GraphModule],
+    batches: Sequence[SearchBatch],
+    effort: Effort,
 ) -> float:
     """Return the mean task loss over batches.
 
     Args:
         graph_for: Makes the relaxed or static graph for a kind of batch, from a batch of it.
         batches: The batches.
+        effort: Counts the passes.
     """
     # Kind of batch -> its graph.
     graphs: dict[Hashable, fx.GraphModule] = {}
@@ -381,6 +394,7 @@ def mean_loss(
         if batch.kind not in graphs:
             graphs[batch.kind] = graph_for(batch)
         output = run_graph(graphs[batch.kind], batch.inputs)
+        effort.forwards += 1
         # Only a static graph has spaces. The last one has the tokens that logits are of.
         spaces: Sequence[SpaceFields] | None = output.get("spaces")
         origin = spaces[-1]["origin"] if spaces else None
