@@ -11,7 +11,6 @@ from deos_fx.operator import SCORES, similarity
 
 SIDE, WIDTH, TEXT = 6, 8, 7
 TOKENS = SIDE**2
-PROBE = {"probe": (0.5, -1.0, 2.0, 0.25, -0.75, 1.0, 0.0, 3.0)}
 
 quick = settings(deadline=None, max_examples=10)
 seeds = st.integers(0, 2**31)
@@ -48,7 +47,10 @@ def inputs(
     features |= {"text_tokens": normal(rows, TEXT, WIDTH), "text_mask": mask, "grid": grid()}
     features |= {"normed_tokens": normal(rows, TOKENS, 12), "normed_text": normal(rows, TEXT, 12)}
     features |= {"text_score": normal(rows, TEXT), "keys@next": normal(rows, TOKENS, 5)}
-    features |= {"class_token": normal(rows, 1, WIDTH)}
+    features |= {
+        "class_token": normal(rows, 1, WIDTH),
+        "sides": torch.tensor([[SIDE, SIDE]] * rows),
+    }
     return normal(rows, TOKENS, WIDTH), normal(rows, TOKENS).exp(), features
 
 

@@ -11,7 +11,7 @@ in full, whatever a kernel skips.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -233,13 +233,34 @@ class CostModel:
         Raises:
             ValueError: If the policy does not fit the model.
         """
-        counts = self.counts(policy)
+        amounts = self.amounts(policy, ("visual_tokens", "flops", "kv_cache"))
         return Cost(
-            visual_tokens_per_layer=tuple(counts),
-            visual_tokens=sum(counts) / len(counts),
-            flops=round(float(self.flops(counts, self.overhead(policy), self.patches(policy)))),
-            kv_bytes=round(float(self.kv_bytes(counts))),
+            visual_tokens_per_layer=tuple(self.counts(policy)),
+            visual_tokens=amounts["visual_tokens"],
+            flops=round(amounts["flops"]),
+            kv_bytes=round(amounts["kv_cache"]),
         )
+
+    def amounts(self, policy: Policy, names: Iterable[str]) -> dict[str, float]:
+        """Compute some amounts of `predict`, under the names of a budget's limits.
+
+        To count the FLOPs of a reduction takes far longer than everything else, and a search that
+        does not limit FLOPs need not count them.
+
+        Args:
+            policy: A policy for this model.
+            names: The amounts; names of other limits are left out.
+
+        Raises:
+            ValueError: If the policy does not fit the model.
+        """
+        counts = self.counts(policy)
+        made: dict[str, Callable[[], Amount]] = {
+            "visual_tokens": lambda: sum(counts) / len(counts),
+            "flops": lambda: self.flops(counts, self.overhead(policy), self.patches(policy)),
+            "kv_cache": lambda: self.kv_bytes(counts),
+        }
+        return {name: float(made[name]()) for name in names if name in made}
 
     def counts(self, policy: Policy) -> list[int]:
         """Count the visual tokens of one prompt that each decoder layer processes.

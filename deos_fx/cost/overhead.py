@@ -101,6 +101,7 @@ class _Features(dict[str, Tensor]):
             "normed_tokens": (tokens, sizes.width),
             "class_token": (1, sizes.width),
             "grid": (tokens, 3),
+            "sides": (2,),
             "keys": (tokens, sizes.key),
             "joint_keys": (tokens, sizes.joint_key),
             "text_tokens": (sizes.text, sizes.width),

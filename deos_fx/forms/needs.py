@@ -14,7 +14,16 @@ __all__ = ["feature_name", "required_features"]
 
 # Features of the tokens at the site, which are the same whichever block is observed.
 _OF_THE_SITE = frozenset(
-    {"tokens", "grid", "class_token", "text_tokens", "text_mask", "normed_tokens", "normed_text"}
+    {
+        "tokens",
+        "grid",
+        "sides",
+        "class_token",
+        "text_tokens",
+        "text_mask",
+        "normed_tokens",
+        "normed_text",
+    }
 )
 
 

@@ -211,6 +211,10 @@ class RelaxedReduction(nn.Module):
         ranking = self._ranking(score, count, alive, features)
         if last_of:
             ranking = _last_first(ranking, last_of, by_grid=self.start.selector == "grid")
+        if self.gates == "gumbel":
+            # Noise, so that each step tries another choice.
+            noise = -torch.rand_like(ranking).clamp_min(LOG_FLOOR).log()
+            ranking = ranking - self.gate_temperature * noise.clamp_min(LOG_FLOOR).log()
         gates = self._gates(ranking, count, alive)
         stay = self._stay(ranking, count, alive)
         own_gates, own_mass = take(gates, stay), take(mass, stay)
@@ -282,10 +286,6 @@ class RelaxedReduction(nn.Module):
 
     def _gates(self, ranking: Tensor, count: Tensor, alive: Tensor) -> Tensor:
         """Return the gates [B, V] of the ranking."""
-        if self.gates == "gumbel":
-            # Case: Gumbel noise, so that each step tries another choice.
-            noise = -torch.rand_like(ranking).clamp_min(LOG_FLOOR).log()
-            ranking = ranking - self.gate_temperature * noise.clamp_min(LOG_FLOOR).log()
         gates = soft_top_k(ranking, count, self.gate_temperature, alive)
         if self.gates == "soft":
             return gates

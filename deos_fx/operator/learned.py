@@ -67,7 +67,7 @@ def text_probe(tokens: Tensor, text_tokens: Tensor, text_mask: Tensor, text: Ten
     return ((image @ of_image) @ asked.mT).squeeze(-1)
 
 
-def place_preference(grid: Tensor, place: Tensor) -> Tensor:
+def place_preference(grid: Tensor, sides: Tensor, place: Tensor) -> Tensor:
     """Return a smooth preference by place in the image, [B or 1, V], that fits every grid.
 
     It is a cosine series over the relative place: sum_mn c_mn cos(pi m y) cos(pi n x), with
@@ -75,15 +75,15 @@ def place_preference(grid: Tensor, place: Tensor) -> Tensor:
 
     Args:
         grid: Image, row and column of every token, [V, 3] or [B, V, 3].
+        sides: Rows and columns of a whole image, [1, 2].
         place: c, [M, N].
     """
     every = grid if grid.dim() == 3 else grid.unsqueeze(0)
     waves = []
-    for axis, number in zip((1, 2), place.shape, strict=True):
-        at = every[..., axis].float()
+    for axis, number in enumerate(place.shape):
         # The centre of a cell, as a share of the side.
-        share = (at + 0.5) / (at.amax(dim=-1, keepdim=True) + 1)
-        order = torch.arange(number, device=at.device)
+        share = (every[..., axis + 1].float() + 0.5) / sides[0, axis].to(every.device)
+        order = torch.arange(number, device=every.device)
         waves.append((math.pi * share.unsqueeze(-1) * order).cos())
     rows, columns = waves
     return ((rows @ place.to(rows)) * columns).sum(dim=-1)
@@ -120,6 +120,6 @@ LEARNED: Mapping[str, LearnedPart] = {
     "text": LearnedPart(
         text_probe, ("tokens", "text_tokens", "text_mask"), 2, "the words of the prompt"
     ),
-    "place": LearnedPart(place_preference, ("grid",), 2, "the place in the image"),
+    "place": LearnedPart(place_preference, ("grid", "sides"), 2, "the place in the image"),
     "metric": LearnedPart(projected, ("tokens",), 2, "directions to compare", scores=False),
 }

@@ -204,7 +204,7 @@ def standardize(score: Tensor, alive: Tensor | None = None) -> Tensor:
     variance = (share * centred.square()).sum(dim=-1, keepdim=True)
     # About the rounding error of float32, relative to the values.
     rounding = 1e-6 * (share * score.abs()).sum(dim=-1, keepdim=True)
-    return centred * torch.rsqrt(variance + rounding.square() + 1e-30)
+    return centred * torch.rsqrt(variance + rounding.square() + 1e-20)
 
 
 def combine(scores: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:

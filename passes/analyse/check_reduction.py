@@ -60,6 +60,11 @@ def check_reduction(
             f"{name}: rows and columns of the visual tokens are not known for images of these "
             "sizes. Use scores, similarities and a selector that do not need the grid."
         )
+    if "sides" in needs and layout.grids:
+        raise ValueError(
+            f"{name}: a learned preference by place needs images of one size, and these have "
+            f"{', '.join(map(str, layout.sizes))} tokens. Leave 'place' out."
+        )
     nodes = {node.name: node for node in graph_module.graph.nodes}
     # 5. A row is one prompt.
     if layout.packed:

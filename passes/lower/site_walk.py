@@ -318,7 +318,7 @@ class SiteWalk(ABC):
         block = self.nodes[self.sites.tower_block if at_projector else step.site.node]
         needs = step.needs
         # Features that are not observed in the block of this site.
-        makers: dict[str, Callable[[], Any]] = {"grid": lambda: cells}
+        makers: dict[str, Callable[[], Any]] = {"grid": lambda: cells, "sides": self._sides}
         in_tower = self._in_tower
         if at_projector and in_tower is not None and in_tower.block is block:
             # Case: the second of the two. Its observations are those of the first.
@@ -359,8 +359,12 @@ class SiteWalk(ABC):
             text=self._text,
             alive=self.alive,
             reduced=self._done,
-            makers={"grid": lambda: grid},
+            makers={"grid": lambda: grid, "sides": self._sides},
         )
+
+    def _sides(self) -> torch.Tensor:
+        """Return rows and columns of an image, all of one size."""
+        return torch.tensor([self.layout.grid])
 
 
 def _replace(value: fx.Node, by: fx.Node, users: Sequence[fx.Node]) -> fx.Node:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.analyse.sites import Site
@@ -65,21 +66,31 @@ def relaxed_graph(reductions: Mapping[str, RelaxedReduction], batch: SearchBatch
     return verify(graph_module, "relaxed")
 
 
-def site_tokens(problem: SearchProblem, site: Site) -> Tensor:
-    """Return the hidden states [B, V, d] of a batch's visual tokens at a site."""
-    plain = Reduction(site.name, 1.0, scores={"feature_norm": 1.0})
-    reductions = {site.name: RelaxedReduction.from_reduction(plain, 1.0)}
+def site_tokens(problem: SearchProblem, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Return the hidden states [B, V, d] of a batch's visual tokens at sites, by name."""
+    seen: dict[str, Tensor] = {}
+
+    def remember(name: str, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(
+            lambda _, given: seen.update({name: given[0].detach()})
+        )
+
+    # Reductions that are not active leave all tokens as they are.
+    plain: dict[str, Any] = {"keep": 1.0, "scores": {"feature_norm": 1.0}}
+    reductions = {
+        site.name: RelaxedReduction(Reduction(site.name, **plain), activation=0.0, retention=0.5)
+        for site in sites
+    }
+    handles = [remember(name, module) for name, module in reductions.items()]
     batch = problem.training[0]
-    seen: list[Tensor] = []
-    module = reductions[site.name]
-    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     try:
         with torch.no_grad():
             run_graph(relaxed_graph(reductions, batch), batch.inputs)
         problem.effort.forwards += 1
     finally:
-        handle.remove()
-    return seen[0]
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 class Prefixes:

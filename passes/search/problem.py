@@ -236,7 +236,7 @@ class SearchProblem:
         return torch.no_grad()(lambda: run_graph(graph, call.inputs))
 
     def amounts(self, policy: Policy) -> dict[str, float]:
-        """Return the cost of a policy, under the names of the budget's limits.
+        """Return the limited costs of a policy, under the names of the limits.
 
         Where images are of several sizes, each amount is that of the layout that uses the largest
         share of its own limit, scaled to ``limits``.
@@ -247,17 +247,13 @@ class SearchProblem:
         Returns:
             Name -> amount.
         """
-        # Exact costs of the longest prompts.
-        cost = self.cost.predict(policy)
-        amounts: dict[str, float] = dict(cost.amounts)
+        # Exact costs of the longest prompts, as far as they are limited.
+        amounts = self.cost.amounts(policy, self.limits)
         for other, own in self.others:
-            for name, amount in other.predict(policy).amounts.items():
-                # Costs without a limit are not scaled.
-                if name in own:
-                    share = amount / own[name]
-                    amounts[name] = max(amounts[name], share * self.limits[name])
+            for name, amount in other.amounts(policy, own).items():
+                amounts[name] = max(amounts[name], amount / own[name] * self.limits[name])
         if self.latency is not None:
-            amounts["latency_ms"] = self.latency.predict(cost.visual_tokens_per_layer).item()
+            amounts["latency_ms"] = self.latency.predict(self.cost.counts(policy)).item()
         return amounts
 
     def fit(self, policy: Policy) -> Policy | None:

@@ -69,7 +69,9 @@ def discretise(
 
 
 def placements(
-    problem: SearchProblem, sites: Sequence[Site], start: Callable[[Site], Reduction]
+    problem: SearchProblem,
+    sites: Sequence[Site],
+    starts: Callable[[Sequence[Site]], Mapping[str, Reduction]],
 ) -> list[Policy]:
     """Return the places to try, as policies that meet the limits.
 
@@ -79,21 +81,25 @@ def placements(
     Args:
         problem: The problem.
         sites: The sites, in order of depth.
-        start: Makes what the steps start from at a site.
+        starts: Makes what the steps start from at some sites, by name.
     """
     # Whether a site can meet the limits does not depend on how it chooses.
     plain = {site.name: Reduction(site.name, 1, scores={"feature_norm": 1.0}) for site in sites}
     feasible = [site for site in sites if problem.fit(Policy((plain[site.name],))) is not None]
     alone = _spread(feasible, _DEPTHS)
-    found = [problem.fit(Policy((start(site),))) for site in alone]
-    first = found[0].reductions[0] if found and found[0] is not None else None
-    if first is not None:
-        later = [site for site in sites if site_order(site.name) > site_order(first.site)]
+    if not alone:
+        return []
+    after = site_order(alone[0].name)
+    later = _spread([site for site in sites if site_order(site.name) > after], _PAIRS)
+    start = starts(list({site.name: site for site in (*alone, *later)}.values()))
+    found = [problem.fit(Policy((start[site.name],))) for site in alone]
+    for site in later:
+        assert found[0] is not None, "a site that is feasible can be fitted"
+        (first,) = found[0].reductions
         # The first site keeps twice as many, so that something is left for the second.
         twice = min(problem.visual_tokens, 2 * first.count(problem.visual_tokens))
-        for site in _spread(later, _PAIRS):
-            second = replace(start(site), keep=max(1, twice // 4))
-            found.append(problem.fit(Policy((replace(first, keep=twice), second))))
+        second = replace(start[site.name], keep=max(1, twice // 4))
+        found.append(problem.fit(Policy((replace(first, keep=twice), second))))
     # A policy that drops nothing is no place to start from.
     whole = problem.visual_tokens
     return [policy for policy in found if policy is not None and policy.counts(whole)[-1] < whole]
@@ -207,6 +213,9 @@ def variations(policy: Policy, sites: Sites, visual_tokens: int) -> Iterator[Pol
         *_changed(reductions, _POSITIONS),
         *_fewer(reductions),
     ):
+        if changed == reductions:
+            # Case: a number is at the end of its range already.
+            continue
         try:
             yield replace(policy, reductions=changed)
         except ValueError:

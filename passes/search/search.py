@@ -28,6 +28,7 @@ from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.budget import Budget, check_budget
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import Candidate, SearchResult
 
 __all__ = ["STAGES", "SearchRun", "default_steps", "search"]
@@ -139,9 +140,8 @@ class SearchRun:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Return the steps of the longest descent."""
-        longest = max(self.descents, key=lambda descent: descent.state.step, default=None)
-        return [] if longest is None else longest.state.history
+        """Return the steps at the best place; of an interrupted search, those at the last place."""
+        return self.descents[-1].state.history if self.descents else []
 
     def advance(
         self, sites: Sequence[Site], stages: Sequence[str] = STAGES, most: int = _VARIATIONS
@@ -167,11 +167,12 @@ class SearchRun:
 
     def places(self, sites: Sequence[Site]) -> list[Policy]:
         """Return the starts of the steps at every place that is tried."""
-        return placements(
-            self.problem,
-            sites,
-            lambda site: start_reduction(site, site_tokens(self.problem, site)),
-        )
+        return placements(self.problem, sites, self._starts)
+
+    def _starts(self, sites: Sequence[Site]) -> dict[str, Reduction]:
+        """Return what the steps start from at some sites, by name."""
+        tokens = site_tokens(self.problem, sites)
+        return {site.name: start_reduction(site, tokens[site.name]) for site in sites}
 
     def train(self, starts: Sequence[Policy]) -> None:
         """Try every place for a few steps, and train on at the best."""
@@ -179,7 +180,7 @@ class SearchRun:
             return
         if len(starts) > 1:
             trials = [
-                self.descend(f"place {i + 1} of {len(starts)}", start, _TRIAL)
+                self.descend(f"place {i + 1} of {len(starts)}", start, min(_TRIAL, self.steps))
                 for i, start in enumerate(starts)
             ]
             best = min(trials, key=lambda descent: descent.state.best_loss)

@@ -6,13 +6,29 @@ import math
 from typing import Any
 
 import pytest
-from site_inputs import TOKENS
+import torch
+from site_inputs import TOKENS, WIDTH
 from torch import Tensor
 
 from deos_fx.forms.static import StaticOutput, static_reduce
 from deos_fx.operator import SCORES
+from deos_fx.policy.learned import Learned
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.tier import Tier
+
+
+def learned(*names: str) -> Learned:
+    """Learned parts of the right shapes for the random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "probe": (WIDTH,),
+        "quadratic": (WIDTH, 4),
+        "text": (2 * WIDTH, 3),
+        "place": (3, 2),
+        "metric": (WIDTH, 3),
+    }
+    return Learned({name: torch.randn(*shapes[name], generator=generator) for name in names})
+
 
 # One of every regime and selector, and mixtures of them.
 BEHAVIOURS: dict[str, dict[str, Any]] = {
@@ -42,6 +58,19 @@ BEHAVIOURS: dict[str, dict[str, Any]] = {
         "similarity": {"key": 1},
     },
     "every score": {"scores": {name: 1 for name in SCORES}},
+    "learned": {
+        "scores": {"novelty": 1, "text_relevance": 2},
+        "selector": "greedy",
+        "diversity": 1.0,
+        "gain": 0.8,
+        "temperature": 0.05,
+        "similarity": {"learned": 2, "feature": 1},
+        "weighting": "score",
+        "sharpness": 3.0,
+        "learned": learned("probe", "quadratic", "text", "place", "metric"),
+    },
+    "learned alone": {"learned": learned("probe")},
+    "centred": {"gain": 1, "similarity": {"centred": 1}},
     "everything": {
         "selector": "greedy",
         "diversity": 0.3,

@@ -43,9 +43,46 @@ def test_saturated_relaxed_is_static(behaviour: str, seed: int, count: int) -> N
     torch.testing.assert_close(gather(relaxed.mass, static.kept), static.mass, atol=1e-3, rtol=1e-5)
 
 
+@relaxed_behaviours
+@pytest.mark.parametrize("runners_up", [0, 5])
+@pytest.mark.parametrize("gates", ["soft", "hard"])
+def test_runners_up_stay_and_all_others_leave(behaviour: str, runners_up: int, gates: str) -> None:
+    tokens, mass, features = inputs(5, dtype=torch.float64)
+    count, alive = 9, torch.ones_like(mass)
+    reduction = reduction_of(behaviour, count)
+    static = static_reduce(reduction, count, tokens, mass, features)
+    site = _saturated(reduction, count / TOKENS)
+    site.runners_up, site.gates = runners_up, gates
+    relaxed = site(tokens, alive, mass, features)
+    assert relaxed.tokens.shape == (3, count + runners_up, tokens.shape[-1])
+    assert (relaxed.kept.diff(dim=1) > 0).all()
+    # What the static form keeps is among them, and the rest has closed gates.
+    place = (relaxed.kept.unsqueeze(1) == static.kept.expand(3, -1).unsqueeze(-1)).float()
+    assert place.sum(-1).eq(1).all()
+    index = place.argmax(-1)
+    torch.testing.assert_close(gather(relaxed.tokens, index), static.tokens, atol=1e-4, rtol=1e-5)
+    assert_close(relaxed.alive.sum(-1).float(), torch.full((3,), float(count)))
+
+
+@pytest.mark.parametrize("gates", ["hard", "gumbel"])
+def test_hard_gates_are_a_choice_with_the_gradient_of_soft_ones(gates: str) -> None:
+    tokens, mass, features = inputs(0)
+    site = RelaxedReduction(
+        reduction_of("learned", 9), activation=1.0, retention=0.25, runners_up=6, gates=gates
+    )
+    torch.manual_seed(0)
+    relaxed = site(tokens, torch.ones_like(mass), mass, features)
+    assert relaxed.alive.sum(-1).tolist() == [9, 9, 9]
+    assert set(relaxed.alive.detach().round(decimals=6).unique().tolist()) == {0.0, 1.0}
+    (relaxed.alive.square() * relaxed.mass.detach()).sum().backward()
+    for name, value in site.learned.items():
+        if name != "metric":
+            assert value.grad is not None and value.grad.abs().max() > 0, name
+
+
 def _left(name: str, values: Tensor, kept: Tensor) -> Tensor:
     """The feature of the tokens that are kept."""
-    if name in ("text_tokens", "text_mask", "text_score", "normed_text", "class_token"):
+    if name in ("sides", "text_tokens", "text_mask", "text_score", "normed_text", "class_token"):
         return values
     return gather(values.expand(len(kept), -1, -1) if name == "grid" else values, kept)
 
@@ -180,7 +217,7 @@ def test_relaxed_gradients_are_those_of_finite_differences() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_relaxed_in_half_precision(dtype: torch.dtype) -> None:
     tokens, mass, features = inputs(0)
-    features = {k: v if k == "grid" else v.to(dtype) for k, v in features.items()}
+    features = {k: v if k in ("grid", "sides") else v.to(dtype) for k, v in features.items()}
     site = RelaxedReduction(reduction_of("everything", 9), activation=0.9, retention=0.3)
     relaxed = site(tokens.to(dtype), torch.ones_like(mass), mass, features)
     assert relaxed.tokens.dtype == dtype

@@ -13,14 +13,12 @@ from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.proposals import discretise, variations
-from deos_fx.passes.search.space import keep_fractions, start_reductions
+from deos_fx.passes.search.space import keep_fractions, relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
-from deos_fx.tokens.layout import PromptLayout
 
 TOKENS = 64
-LAYOUT = PromptLayout(9, 1, (8, 8))
 IN_DECODER = ("last_text_attention", "text_attention", "feature_norm", "novelty", "key_norm")
 SITES = Sites(
     (
@@ -37,7 +35,7 @@ SITES = Sites(
 POLICY = Policy((Reduction("projector", 32), Reduction("decoder.2", 8, gain=1.0)), name="start")
 
 
-def relaxed(**retention: float) -> dict[str, RelaxedReduction]:
+def saturated(**retention: float) -> dict[str, RelaxedReduction]:
     """Sites that are surely active, with what they keep of the tokens that reach them."""
     found = {}
     for name, kept in retention.items():
@@ -46,28 +44,37 @@ def relaxed(**retention: float) -> dict[str, RelaxedReduction]:
     return found
 
 
-def test_a_search_starts_at_the_counts_of_its_policy() -> None:
-    reductions = start_reductions(SITES.available(), POLICY, LAYOUT)
-    assert list(reductions) == ["projector", "decoder.0", "decoder.2"]
-    active = {name: site.activation.sigmoid().item() for name, site in reductions.items()}
-    assert active["decoder.0"] < 0.2 < 0.9 < min(active["projector"], active["decoder.2"])
-    fractions = keep_fractions(reductions)
-    # Sites are nearly, not wholly on or off.
-    assert abs(fractions["projector"] - 32 / TOKENS) < 0.05
-    assert abs(fractions["decoder.2"] - 8 / TOKENS) < 0.05
-    for site in reductions.values():
-        assert 0 < site.start.gain < 1 and site.start.mass_bias > 0
+def test_a_start_has_scores_of_its_site_and_directions_of_its_tokens() -> None:
+    tokens = torch.randn(2, TOKENS, 40, generator=torch.Generator().manual_seed(0))
+    for site in SITES.available():
+        start = start_reduction(site, tokens)
+        assert start.site == site.name and set(start.scores) <= set(site.scores)
+        assert torch.equal(start.learned["probe"], torch.zeros(40))
+        metric = start.learned["metric"]
+        torch.testing.assert_close(metric.mT @ metric, torch.eye(32), atol=1e-5, rtol=0)
+        # They are the directions along which the tokens are largest.
+        flat = tokens.flatten(0, 1)
+        largest = torch.linalg.eigvalsh(flat.mT @ flat)[-32:].sum()
+        torch.testing.assert_close((flat @ metric).square().sum(), largest)
 
 
-def test_without_a_policy_every_site_is_half_active() -> None:
-    reductions = start_reductions(SITES.available(), Policy(), LAYOUT)
-    assert all(abs(site.activation.item()) < 1e-5 for site in reductions.values())
-    for name, site in reductions.items():
-        assert set(site.start.scores) <= set(SITES[name].scores)
+def test_a_site_without_attention_starts_from_novelty() -> None:
+    site = Site("projector", "projector", "", ("feature_norm", "novelty"))
+    assert start_reduction(site, torch.randn(1, 9, 4)).scores == {"novelty": 1.0}
+
+
+def test_the_count_of_one_site_is_given_and_those_of_several_are_trained() -> None:
+    alone = relaxed(Policy(POLICY.reductions[:1]), TOKENS)["projector"]
+    assert alone.keep_fraction().item() == pytest.approx(0.5)
+    assert not alone.retention.requires_grad and not alone.activation.requires_grad
+    both = relaxed(POLICY, TOKENS, runners_up=3)
+    assert keep_fractions(both) == pytest.approx({"projector": 0.5, "decoder.2": 8 / TOKENS})
+    for site in both.values():
+        assert site.retention.requires_grad and site.runners_up == 3
 
 
 def test_rounding_leaves_out_sites_that_keep_nearly_everything() -> None:
-    reductions = relaxed(projector=0.5, decoder_0=0.99, decoder_2=0.25)
+    reductions = saturated(projector=0.5, decoder_0=0.99, decoder_2=0.25)
     found = discretise(reductions, TOKENS)
     assert {step.site: step.keep for step in found.reductions} == {"projector": 32, "decoder.2": 8}
     # The site that drops the largest share; counts are of all tokens that are left there.
@@ -81,7 +88,7 @@ def differences(one: Reduction, other: Reduction) -> set[str]:
 
 
 def test_a_variation_changes_one_thing() -> None:
-    together = [{"gain", "temperature", "mass_bias", "residual", "weighting"}]
+    together = [{"gain", "temperature", "mass_bias", "residual", "weighting", "sharpness"}]
     together += [{"selector", "diversity"}, {"scores"}, {"keep"}, {"site"}, {"position"}]
     seen = [found.reductions for found in variations(POLICY, SITES, TOKENS)]
     assert len(seen) > 20
@@ -119,7 +126,7 @@ def test_depths_move_to_neighbours_that_can_be_reduced() -> None:
 
 def state(**settings: Any) -> SearchState:
     torch.manual_seed(0)
-    reductions = relaxed(projector=0.5, decoder_2=0.25)
+    reductions = saturated(projector=0.5, decoder_2=0.25)
     return SearchState.start(reductions, AugmentedLagrangian({"flops": 2.0}), settings)
 
 
@@ -131,7 +138,7 @@ def steps(of: SearchState, number: int) -> None:
         of.optimizer.step()
         of.lagrangian.update({"flops": torch.tensor(3.0)})
         of.history.append({"loss": loss.item()})
-        of.take_snapshot()
+        of.consider(abs(of.step - 3))
 
 
 def test_a_state_continues_from_its_folder_to_the_last_bit(tmp_path: Path) -> None:
@@ -146,8 +153,8 @@ def test_a_state_continues_from_its_folder_to_the_last_bit(tmp_path: Path) -> No
     assert second.history == whole.history
     assert second.lagrangian.multipliers == whole.lagrangian.multipliers
     assert list(second.by_site()) == ["projector", "decoder.2"]
-    for step, parameters in whole.snapshots.items():
-        assert all(torch.equal(second.snapshots[step][n], v) for n, v in parameters.items())
+    assert (second.best_loss, second.best_step) == (whole.best_loss, whole.best_step)
+    assert all(torch.equal(second.best[name], value) for name, value in whole.best.items())
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deos_fx.operator import SCORES, SELECTORS, SIMILARITIES
+from deos_fx.operator.learned import LEARNED
+from deos_fx.policy.learned import Learned
 from deos_fx.policy.policy import ModelSignature, Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.tier import Tier
@@ -35,11 +38,9 @@ def tiers(draw: st.DrawFn, selectors: Sequence[str] = PICKING, most_scores: int 
     selector = draw(st.sampled_from(selectors))
     scores = draw(st.dictionaries(st.sampled_from(sorted(SCORES)), weights, max_size=most_scores))
     known = set(SELECTORS[selector].options).union(*(SCORES[name].options for name in scores))
-    options: dict[str, Any] = {name: draw(st.integers(1, 9)) for name in known - {"probe", "first"}}
+    options: dict[str, Any] = {name: draw(st.integers(1, 9)) for name in known - {"first"}}
     if "first" in known:
         options["first"] = draw(st.integers(0, 1))
-    if "probe" in known:
-        options["probe"] = tuple(draw(st.lists(st.floats(-9, 9), min_size=1, max_size=4)))
     return Tier(
         keep=draw(st.one_of(st.integers(1, 9), st.floats(0.001, 0.3))),
         selector=selector,
@@ -70,9 +71,17 @@ def reductions(
     if position == "compact" and not site.startswith("decoder"):
         mixed = [] if first.selector == "bipartite" else ["tier"]
         order = draw(st.sampled_from(["position", "selection", *mixed]))
+    similarity = draw(st.dictionaries(st.sampled_from(sorted(SIMILARITIES)), weights))
+    names = ["probe", "place", "text"] if row.ranks and weighting != "raw" else []
+    parts = draw(st.lists(st.sampled_from(names), unique=True)) if names else []
+    parts += ["metric"] if "learned" in similarity else []
+    shapes = {name: (5, 3)[: part.axes] for name, part in LEARNED.items()}
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     return Reduction(
         site,
         draw(st.one_of(st.integers(1, 144), st.floats(0.001, 1))),
+        learned=Learned({name: torch.randn(shapes[name], generator=generator) for name in parts}),
+        sharpness=draw(st.floats(0, 9)) if weighting == "score" else 1.0,
         scores=first.scores,
         selector=first.selector,
         diversity=first.diversity,
@@ -85,7 +94,7 @@ def reductions(
         assignment="k_nearest" if neighbours else draw(st.sampled_from(windows)),
         neighbours=neighbours,
         temperature=draw(st.one_of(st.floats(0, 100), st.just(math.inf))),
-        similarity=draw(st.dictionaries(st.sampled_from(sorted(SIMILARITIES)), weights)),
+        similarity=similarity,
         weighting=weighting,
         exponent=draw(st.floats(0, 2)),
         average=not residual and draw(st.booleans()),
@@ -109,16 +118,17 @@ def policies(draw: st.DrawFn) -> Policy:
 @given(policies())
 def test_json_round_trip(policy: Policy) -> None:
     text = policy.to_json()
-    assert Policy.from_json(text) == policy
-    assert Policy.from_json(text).to_json() == text
+    read = Policy.from_json(text, policy.tensors)
+    assert read == policy
+    assert read.to_json() == text
 
 
 @settings(deadline=None, max_examples=50)
 @given(reductions())
 def test_reductions_survive_json_and_repr(reduction: Reduction) -> None:
     text = json.dumps(reduction.to_dict())
-    assert Reduction.from_dict(json.loads(text)) == reduction
-    if reduction.temperature != math.inf:
+    assert Reduction.from_dict(json.loads(text), reduction.learned) == reduction
+    if reduction.temperature != math.inf and not reduction.learned:
         assert eval(repr(reduction)) == reduction
     assert str(reduction)
 
@@ -126,7 +136,7 @@ def test_reductions_survive_json_and_repr(reduction: Reduction) -> None:
 @settings(deadline=None, max_examples=50)
 @given(reductions())
 def test_weights_are_on_the_simplex(reduction: Reduction) -> None:
-    if reduction.uses_scores:
+    if reduction.uses_scores and (reduction.scores or not reduction.learned.scores):
         assert sum(reduction.scores.values()) == pytest.approx(1)
     assert sum(reduction.similarity.values()) == pytest.approx(1)
 
@@ -299,10 +309,6 @@ def test_counts_may_not_grow_with_depth() -> None:
         ({"mass_bias": "1"}, "mass_bias is '1'"),
         ({"options": {"at_once": 2}}, "no option 'at_once' of top_k .* choose from nothing"),
         ({"selector": "windows"}, "windows needs the option 'windows'"),
-        ({"scores": {"linear_probe": 1}}, "needs the option 'probe'"),
-        ({"scores": {"linear_probe": 1}, "options": {"probe": []}}, "needs the option 'probe'"),
-        ({"scores": {"linear_probe": 1}, "options": {"probe": 2.0}}, "give a list of numbers"),
-        ({"scores": {"linear_probe": 1}, "options": {"probe": ["a"]}}, "option probe is 'a'"),
         ({"selector": "greedy", "options": {"at_once": 0}}, r"at_once is 0; .* in \[1, "),
         ({"selector": "greedy", "options": {"at_once": 1.5}}, "1.5; give a whole number"),
         ({"selector": "windows", "options": {"windows": [4]}}, r"option windows is \[4\]"),

@@ -57,12 +57,13 @@ def test_on_the_grid_only_what_follows_an_image_moves() -> None:
 def test_relaxed_positions_are_those_of_the_tokens_that_are_left() -> None:
     _, visual = prompt()
     kept = choice()
-    hidden = torch.empty(B, N, 1)
-    origin = tokens.kept_in_prompt(visual, kept, hidden)
+    whole = torch.empty(B, N, 1)
+    origin = tokens.kept_in_prompt(visual, kept, whole)
+    # Runners-up: all tokens are in the sequence, those that are not kept with closed gates.
     alive = torch.zeros(B, V).scatter(1, kept, 1.0) * 0.4 + 0.3
-    relaxed = tokens.relaxed_positions(POSITIONS, alive, visual, hidden)
+    every = torch.arange(N).expand(B, -1)
+    is_open = tokens.are_open(alive, visual, whole)
+    relaxed = tokens.relaxed_positions(POSITIONS, every, is_open)
     assert torch.equal(relaxed.gather(1, origin), tokens.compact_positions(POSITIONS, origin))
-    relaxed = tokens.relaxed_grid_positions(POSITIONS, alive, visual, 2)
     trailing = tokens.trailing(origin, visual, POSITIONS, 2)
-    static = tokens.grid_positions(POSITIONS, trailing, origin)
-    assert torch.equal(relaxed.gather(1, origin), static)
+    assert torch.equal(tokens.trailing(every, visual, POSITIONS, 2, is_open), trailing)

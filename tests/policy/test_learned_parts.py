@@ -1,0 +1,99 @@
+"""Policies with learned parts: two files that belong together, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deos_fx.policy.learned import Learned
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+
+
+def policy(scale: float = 1.0) -> Policy:
+    learned = Learned({"probe": scale * torch.arange(6.0), "metric": torch.eye(6)[:, :2]})
+    similarity = {"feature": 0.5, "learned": 0.5}
+    one = Reduction("projector", 8, learned=learned, similarity=similarity, gain=1.0)
+    return Policy((one, Reduction("decoder.1", 4)), name="learned")
+
+
+def test_a_policy_with_learned_parts_is_two_files(tmp_path: Path) -> None:
+    policy().save(tmp_path / "policy.json")
+    assert {path.name for path in tmp_path.iterdir()} == {"policy.json", "policy.safetensors"}
+    assert Policy.load(tmp_path / "policy.json") == policy()
+    assert Policy.load(tmp_path / "policy.json") != policy(2.0)
+    data = json.loads((tmp_path / "policy.json").read_text())
+    assert data["reductions"][0]["learned"] == {
+        "probe": {"shape": [6], "dtype": "float32"},
+        "metric": {"shape": [6, 2], "dtype": "float32"},
+    }
+    assert len(data["learned"]) == 64
+
+
+def test_a_policy_without_them_is_a_single_file(tmp_path: Path) -> None:
+    Policy((Reduction("decoder.1", 4),)).save(tmp_path / "policy.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
+    assert "learned" not in (tmp_path / "policy.json").read_text()
+
+
+def test_missing_damaged_and_other_parts_are_refused(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "policy.json", tmp_path / "policy.safetensors"
+    policy().save(path)
+    values = load_file(tensors)
+    save_file({**values, "projector/probe": values["projector/probe"] + 1}, tensors)
+    with pytest.raises(ValueError, match="policy.json .* hash differs"):
+        Policy.load(path)
+    save_file({"projector/probe": values["projector/probe"]}, tensors)
+    with pytest.raises(ValueError, match="policy.json .* are not those of the policy"):
+        Policy.load(path)
+    tensors.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="policy.safetensors is damaged"):
+        Policy.load(path)
+    tensors.unlink()
+    with pytest.raises(ValueError, match="read a policy with Policy.load"):
+        Policy.load(path)
+
+
+def test_a_policy_keeps_its_own_copy() -> None:
+    probe = torch.zeros(3)
+    reduction = Reduction("projector", 8, learned=Learned({"probe": probe}))
+    probe += 1
+    assert torch.equal(reduction.learned["probe"], torch.zeros(3))
+
+
+def test_words_say_what_it_looks_at() -> None:
+    words = str(policy().reductions[0])
+    assert "learned probe of a direction of the tokens" in words
+    assert "0.5 feature + 0.5 learned" in words
+    text = Reduction("projector", 8, learned=Learned({"text": torch.zeros(6, 2)}))
+    assert "top_k by learned text of the words of the prompt (rank 2)" in str(text)
+    assert not text.scores
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"learned": {"charm": torch.zeros(3)}}, "no part 'charm'; choose from probe"),
+        ({"learned": {"probe": torch.zeros(3, 2)}}, "give a tensor with 1 axes"),
+        ({"learned": {"probe": torch.tensor([1.0, torch.nan])}}, "not finite"),
+        ({"similarity": {"learned": 1.0}}, "learned part 'metric' need each"),
+        (
+            {"learned": {"metric": torch.eye(3)}},
+            "learned part 'metric' need each",
+        ),
+        ({"learned": {"probe": torch.zeros(3)}, "selector": "grid"}, "probe has no effect"),
+        ({"sharpness": 2.0}, "sharpness 2.0 has no effect with the weighting 'one'"),
+    ],
+)
+def test_what_has_no_effect_is_refused(fields: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Reduction("projector", 8, **fields)  # type: ignore[arg-type]
+
+
+def test_a_part_is_a_tensor() -> None:
+    with pytest.raises(TypeError, match="probe is a list; give a tensor"):
+        Learned({"probe": [1.0]})  # type: ignore[dict-item]
