@@ -22,7 +22,7 @@ from deos_fx.cost.latency import milliseconds
 from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search.descent import GATE_TEMPERATURES, Descent, relaxed_graph, site_tokens
 from deos_fx.passes.search.objective import AugmentedLagrangian
-from deos_fx.passes.search.problem import SearchProblem, mean_loss
+from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.proposals import discretise, from_presets, placements, variations
 from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
@@ -369,6 +369,4 @@ def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
     """Return the task loss of a policy in its relaxed form, at the last gate temperature."""
     settings = {"runners_up": _RUNNERS_UP, "gate_temperature": GATE_TEMPERATURES[1]}
     reductions = relaxed(policy, problem.visual_tokens, **settings)
-    return mean_loss(
-        lambda batch: relaxed_graph(reductions, batch), problem.scoring, problem.effort
-    )
+    return problem.mean_loss(lambda batch: relaxed_graph(reductions, batch))
