@@ -1,4 +1,4 @@
-"""Split a relaxed graph where its first reduction begins: what comes before is computed once."""
+"""Split a graph where its first reduction begins: what comes before is computed once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import fx
 
 from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.finish import finish
-from deos_fx.passes.graph import made_of
+from deos_fx.passes.graph import made_of, reached
 from deos_fx.passes.lower.insert_relaxed import RelaxedSite
 from deos_fx.passes.notes import note_of
 
@@ -17,29 +17,21 @@ __all__ = ["split_prefix"]
 
 
 def split_prefix(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Cut a relaxed graph in two: what no parameter of a reduction changes, and the rest.
+    """Cut a relaxed or lowered graph in two: what no reduction changes, and the rest.
 
     The first part holds the modules of the model before the first reduction, and what these read.
     Cheap values that the second part reads (masks, positions) are computed again in it, so that
     only hidden states and observations have to be stored between the two.
 
     Args:
-        graph_module: A relaxed graph. Not changed.
+        graph_module: A relaxed or lowered graph. Not changed.
 
     Returns:
         The first part, which returns a dict of the values that the second takes as inputs in
         addition to its own, and the second part.
     """
     graph = graph_module.graph
-    trained = {
-        node
-        for node in graph.find_nodes(op="call_module")
-        if isinstance(graph_module.get_submodule(str(node.target)), RelaxedSite)
-    }
-    changing: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node in trained or not changing.isdisjoint(node.all_input_nodes):
-            changing.add(node)
+    changing = reached(node for node in graph.nodes if _reduces(graph_module, node))
     # What is worth storing: what modules return. A mask is cheap, and large.
     stored: set[fx.Node] = set()
     first: set[fx.Node] = set()
@@ -62,6 +54,16 @@ def split_prefix(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, fx.Graph
             second.add(node)
             stack.extend(node.all_input_nodes)
     return _part(graph_module, first, set(), between), _part(graph_module, second, between, set())
+
+
+def _reduces(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether a node is part of a reduction: its module, or one of its operators."""
+    if node.op == "call_module":
+        # Case: a relaxed graph.
+        return isinstance(graph_module.get_submodule(str(node.target)), RelaxedSite)
+    # Case: a lowered graph.
+    room = getattr(node.target, "__module__", None) or ""
+    return room.startswith("deos_fx.operator")
 
 
 def _part(

@@ -22,7 +22,7 @@ from deos_fx.cost.latency import milliseconds
 from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search.descent import GATE_TEMPERATURES, Descent, relaxed_graph, site_tokens
 from deos_fx.passes.search.objective import AugmentedLagrangian
-from deos_fx.passes.search.problem import SearchProblem, mean_loss
+from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.proposals import discretise, from_presets, placements, variations
 from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
@@ -31,7 +31,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import Candidate, SearchResult
 
-__all__ = ["search"]
+__all__ = ["STAGES", "SearchRun", "default_steps", "search"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with a stage (``presets``, ``steps``, ...), the number done and the total."""
@@ -47,6 +47,8 @@ _EPOCHS, _FEWEST, _MOST = 8, 60, 240
 _CHECKPOINT_EVERY = 10
 # Small changes of the best candidate, at the end.
 _VARIATIONS = 24
+STAGES = ("presets", "steps", "variations")
+"""What a search does, in this order."""
 
 
 def search(
@@ -96,15 +98,8 @@ def search(
         raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
     problem = SearchProblem.of(model, data, budget.require())
     searched = problem.searched_sites(sites)
-    run = _Search(problem, steps or default_steps(problem), seed, checkpoint, progress)
-    try:
-        run.scoring.add_all("presets", _known(problem))
-        run.train(run.places(searched))
-        _polish(problem, run.scoring, "variations", _VARIATIONS)
-    except KeyboardInterrupt:
-        # The user wants a result now.
-        run.interrupted = True
-    run.round_up()
+    run = SearchRun(problem, steps or default_steps(problem), seed, checkpoint, progress)
+    run.advance(searched)
     return _result(problem, run)
 
 
@@ -121,7 +116,7 @@ def _known(problem: SearchProblem) -> list[tuple[str, Policy]]:
 
 
 @dataclass
-class _Search:
+class SearchRun:
     """A search under way.
 
     Attributes:
@@ -149,6 +144,28 @@ class _Search:
     def history(self) -> list[dict[str, Any]]:
         """Return the steps at the best place; of an interrupted search, those at the last place."""
         return self.descents[-1].state.history if self.descents else []
+
+    def advance(
+        self, sites: Sequence[Site], stages: Sequence[str] = STAGES, most: int = _VARIATIONS
+    ) -> None:
+        """Go through the stages of the search, until the end or an interruption.
+
+        Args:
+            sites: The sites to search.
+            stages: Those of `STAGES` that are not left out.
+            most: Largest number of variations.
+        """
+        try:
+            if "presets" in stages:
+                self.scoring.add_all("presets", _known(self.problem))
+            if "steps" in stages:
+                self.train(self.places(sites))
+            if "variations" in stages:
+                _polish(self.problem, self.scoring, "variations", most)
+        except KeyboardInterrupt:
+            # The user wants a result now.
+            self.interrupted = True
+        self.round_up()
 
     def places(self, sites: Sequence[Site]) -> list[Policy]:
         """Return the starts of the steps at every place that is tried."""
@@ -237,7 +254,7 @@ def _charged(descent: Descent) -> float:
     return descent.state.best_loss * (1 + _CHARGE * (len(descent.reductions) - 1))
 
 
-def _result(problem: SearchProblem, run: _Search) -> SearchResult:
+def _result(problem: SearchProblem, run: SearchRun) -> SearchResult:
     """Make the result: the best candidate, how it was found and its losses.
 
     Raises:
@@ -360,4 +377,4 @@ def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
     """Return the task loss of a policy in its relaxed form, at the last gate temperature."""
     settings = {"runners_up": _RUNNERS_UP, "gate_temperature": GATE_TEMPERATURES[1]}
     reductions = relaxed(policy, problem.visual_tokens, **settings)
-    return mean_loss(lambda batch: relaxed_graph(reductions, batch), problem.scoring)
+    return problem.mean_loss(lambda batch: relaxed_graph(reductions, batch))
