@@ -132,6 +132,36 @@ def test_determinantal_beyond_the_rank_and_without_relevance() -> None:
 
 
 @quick
+@given(st.data(), seeds, st.sampled_from([0.0, 0.5, 2.0]))
+def test_coverage_gains_most_at_every_step(data: st.DataObject, seed: int, power: float) -> None:
+    tokens, _, features = inputs(seed, dtype=torch.float64)
+    score, similarity = features["attention_cls"], cosine(tokens)
+    taken, _, count = _split(data, seed)
+    count = min(count, 6)
+    kept = operator.coverage(score, similarity, taken, count, power)
+    low, high = score.amin(-1, keepdim=True), score.amax(-1, keepdim=True)
+    relevance = ((score - low + 1e-6) / (high - low)) ** power
+    for row in range(3):
+        free = _free(taken, row)
+        chosen = [j for j in range(TOKENS) if j not in free]
+
+        def covered(by: list[int], row: int = row) -> float:
+            best = similarity[row][by].amax(0) if by else torch.zeros(TOKENS)
+            return float(best.clamp_min(0).sum())
+
+        for picked in kept[row].tolist():
+            before = covered(chosen)
+            gains = {
+                j: float(relevance[row, j]) * (covered([*chosen, j]) - before)
+                for j in free
+                if j not in chosen
+            }
+            # Two tokens that cover each other gain the same.
+            assert gains[picked] == pytest.approx(max(gains.values()), abs=1e-9)
+            chosen.append(picked)
+
+
+@quick
 @given(st.data(), seeds, st.integers(1, 9))
 def test_distinct_drops_near_duplicates_in_rounds(
     data: st.DataObject, seed: int, per_round: int
