@@ -1,4 +1,7 @@
-"""The searches that are compared. Each gets a problem, a seed and a number of evaluations."""
+"""The searches that are compared.
+
+Each gets a problem of its own, whose counter is at 0, a seed and a number of evaluations.
+"""
 
 from __future__ import annotations
 
@@ -69,14 +72,14 @@ def _staged(
 
 def _advanced(run: SearchRun, stages: tuple[str, ...], evaluations: int | None) -> Found:
     """Go through stages of a search; variations take what is left of the evaluations."""
-    problem, start = run.problem, run.problem.effort.evaluations
+    problem = run.problem
     sites = problem.searched_sites(None)
     if evaluations is None:
         # Case: as many variations as a search tries by default.
         run.advance(sites, stages)
     else:
         run.advance(sites, stages[:-1] if "variations" in stages else stages)
-        left = evaluations - (problem.effort.evaluations - start)
+        left = evaluations - problem.effort.evaluations
         if "variations" in stages:
             run.advance(sites, stages[-1:], max(0, left // len(problem.scoring)))
     best = run.scoring.best
@@ -139,10 +142,9 @@ def _best(
     problem: SearchProblem, scored: Iterator[tuple[Policy, float]], evaluations: int
 ) -> Found:
     """Take policies until the evaluations are used up, and return the best."""
-    start = problem.effort.evaluations
     best: Found | None = None
     for policy, loss in scored:
-        spent = problem.effort.evaluations - start
+        spent = problem.effort.evaluations
         if best is None or loss < best.loss:
             trace = [] if best is None else best.trace
             best = Found(policy, loss, [*trace, (spent, loss)])
