@@ -38,10 +38,12 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 # Tokens that stay in the sequence beside those that are kept.
 _RUNNERS_UP = 24
-# Steps at each place, if there are several, before the best is chosen.
-_TRIAL = 24
+# Steps at each place, if there are several; the best so many go on for a third of all steps.
+_TRIAL, _FINALISTS = 24, 2
+# What a site has to earn: the loss of a place counts so much more for each site after the first.
+_CHARGE = 0.05
 # Steps by default: so many passes over the data, within limits.
-_EPOCHS, _FEWEST, _MOST = 4, 60, 240
+_EPOCHS, _FEWEST, _MOST = 8, 60, 240
 _CHECKPOINT_EVERY = 10
 # Small changes of the best candidate, at the end.
 _VARIATIONS = 24
@@ -74,7 +76,7 @@ def search(
         sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the
             projector and all sites in the decoder.
         steps: Number of gradient steps at the best place; left out, it follows from the data:
-            four passes, at least 60 and at most 240 steps.
+            eight passes, at least 60 and at most 240 steps.
         seed: Seed of the order of the batches.
         checkpoint: Folder to save the state of the steps in. A search that finds a state there
             continues it, bit-identically.
@@ -175,17 +177,18 @@ class SearchRun:
         return {site.name: start_reduction(site, tokens[site.name]) for site in sites}
 
     def train(self, starts: Sequence[Policy]) -> None:
-        """Try every place for a few steps, and train on at the best."""
-        if not starts:
-            return
-        if len(starts) > 1:
-            trials = [
-                self.descend(f"place {i + 1} of {len(starts)}", start, min(_TRIAL, self.steps))
-                for i, start in enumerate(starts)
-            ]
-            best = min(trials, key=lambda descent: descent.state.best_loss)
-            starts = [self.rounded(best)]
-        self.descend("steps", starts[0], self.steps)
+        """Try every place for a few steps, the best for some more, and train on at the winner."""
+        for kind, steps in (("place", _TRIAL), ("finalist", self.steps // 3)):
+            if len(starts) > 1:
+                stages = [f"{kind} {i + 1} of {len(starts)}" for i in range(len(starts))]
+                tried = [
+                    self.descend(stage, start, max(1, min(steps, self.steps)))
+                    for stage, start in zip(stages, starts, strict=True)
+                ]
+                tried = sorted(tried, key=_charged)[: _FINALISTS if kind == "place" else 1]
+                starts = [self.rounded(descent) for descent in tried]
+        for start in starts:
+            self.descend("steps", start, self.steps)
 
     def descend(self, stage: str, start: Policy, steps: int) -> Descent:
         """Take gradient steps from a policy, and score what they reach."""
@@ -244,6 +247,11 @@ class SearchRun:
 
 
 # *** the choice ***
+
+
+def _charged(descent: Descent) -> float:
+    """Return the loss that a descent has reached, with a charge for every site but the first."""
+    return descent.state.best_loss * (1 + _CHARGE * (len(descent.reductions) - 1))
 
 
 def _result(problem: SearchProblem, run: SearchRun) -> SearchResult:
