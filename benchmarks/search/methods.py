@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.search.depthwise import depthwise
 from benchmarks.search.space import MERGE, START, HandSpace
+from deos_fx import presets
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.search import SearchRun, default_steps
 from deos_fx.policy.policy import Policy
@@ -138,6 +139,38 @@ def _depthwise(problem: SearchProblem, seed: int, evaluations: int | None) -> Fo
     return _best(problem, depthwise(problem, sites, evaluations), evaluations)
 
 
+def _preset(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
+    """Tune the options of every published method, each with an equal part of the evaluations."""
+    assert evaluations is not None
+    tokens = problem.limits["visual_tokens"] / problem.layout.images
+
+    def evaluate(policy: Policy) -> float:
+        if not problem.runs(policy):
+            raise ValueError("the model cannot run it")
+        return problem.static_loss(policy)
+
+    each = max(1, evaluations // len(problem.scoring) // len(presets.names()))
+    best: Found | None = None
+    for name in presets.names():
+        try:
+            tuned = presets.tune(
+                name,
+                tokens,
+                problem.model,
+                evaluate,
+                each,
+                seed=seed,
+                visual_tokens=problem.visual_tokens,
+            )
+        except ValueError:
+            # Case: the method does not fit this model, or cannot meet the budget.
+            continue
+        if best is None or tuned.loss < best.loss:
+            best = Found(tuned.policy, tuned.loss)
+    assert best is not None
+    return best
+
+
 def _best(
     problem: SearchProblem, scored: Iterator[tuple[Policy, float]], evaluations: int
 ) -> Found:
@@ -157,6 +190,7 @@ def _best(
 
 METHODS: Mapping[str, Callable[[SearchProblem, int, int | None], Found]] = {
     "gradient": _gradient,
+    "preset": _preset,
     "polish": _polish,
     "both": _both,
     "tpe": _sampled("TPESampler"),
