@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from deos_fx.cost.latency import milliseconds
 from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search.descent import GATE_TEMPERATURES, Descent, relaxed_graph, site_tokens
+from deos_fx.passes.search.looks import looks_of
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.proposals import discretise, from_presets, placements, variations
@@ -280,6 +281,7 @@ def _result(problem: SearchProblem, run: SearchRun) -> SearchResult:
         unreduced_loss=problem.static_loss(Policy()),
         relaxed_loss=_relaxed_loss(problem, policy),
         interrupted=run.interrupted,
+        looks=looks_of(problem, policy),
     )
 
 
