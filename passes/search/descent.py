@@ -175,13 +175,18 @@ class Descent:
         Returns:
             The loss.
         """
-        with _as_static(self.reductions), torch.no_grad():
-            losses = [self._loss(batch).item() for batch in self.problem.scoring]
-        loss = sum(losses) / len(losses)
+        with _as_static(self.reductions):
+            loss = self.held_back()
         self.state.consider(loss)
         if self.state.history:
             self.state.history[-1]["static"] = loss
         return loss
+
+    @torch.no_grad()
+    def held_back(self) -> float:
+        """Return the loss on the held-back batches, with gates as they are."""
+        losses = [self._loss(batch).item() for batch in self.problem.scoring]
+        return sum(losses) / len(losses)
 
     def _loss(self, batch: SearchBatch) -> Tensor:
         """Return the task loss of a batch at the present parameters."""
