@@ -14,7 +14,7 @@ from . import accuracy, make_examples
 from .lessons import garment_task
 from .photographs import read_wardrobe
 
-STEPS = {"tower": 6000, "language": 2800, "join": 2400}
+STEPS = {"tower": 4200, "language": 2400, "join": 2200}
 
 
 def main() -> None:
