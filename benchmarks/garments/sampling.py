@@ -161,7 +161,7 @@ def _places(count: int, rng: np.random.Generator, clustered: bool) -> list[tuple
             size = int(rng.integers(low, high + 1))
             # Case: near the center of a cluster.
             if clustered and attempt < 30:
-                x, y = hubs[rng.integers(len(hubs))] + rng.normal(0, 22, 2) - size / 2
+                x, y = hubs[rng.integers(len(hubs))] + rng.normal(0, 18, 2) - size / 2
             # Case: anywhere.
             else:
                 x, y = rng.uniform(0, IMAGE_SIZE - size, 2)
@@ -224,7 +224,7 @@ def _room(
     for pick in rng.integers(0, len(rows), 8):
         center = np.array([columns[pick], rows[pick]]) + 0.5
         snapped = (center // PATCH_SIZE + 0.5) * PATCH_SIZE
-        corner = np.round(snapped + difficulty * (center - snapped) - size / 2).astype(int)
+        corner = np.floor(snapped + difficulty * (center - snapped) - size / 2).astype(int)
         x, y = (int(end) for end in np.clip(corner, 0, IMAGE_SIZE - size))
         share = np.count_nonzero(mine[y : y + size, x : x + size]) / size**2
         if share > best:

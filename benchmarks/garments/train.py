@@ -14,7 +14,7 @@ from . import accuracy, make_examples
 from .lessons import garment_task
 from .photographs import read_wardrobe
 
-STEPS = {"tower": 4200, "language": 2400, "join": 2200}
+STEPS = {"tower": 4000, "language": 2200, "join": 1600}
 
 
 def main() -> None:
