@@ -18,7 +18,7 @@ from .scenes import COLORS, DIGITS, KINDS, Item, Scene, SceneBatch, Tag
 __all__ = ["make_examples", "make_scenes", "sample_crowds", "sample_scenes"]
 
 # Sides of photographs in pixels, ends inclusive.
-_SCALES = ((20, 24), (28, 34), (40, 46))
+_SCALES = ((22, 26), (28, 34), (40, 46))
 # Smallest garment that can have a tag.
 _TAGGED = 28
 # Largest share of the smaller of two photographs that the other may hide.
@@ -26,7 +26,7 @@ _OVERLAP = 0.35
 # Smallest distance of the centers of two photographs, in pixels.
 _APART = 15
 # Smallest share of a silhouette that has to be seen.
-_SEEN = 0.6
+_SEEN = 0.7
 
 
 def make_scenes(
@@ -83,7 +83,7 @@ def make_examples(
 def sample_scenes(
     count: int, split: Split, rng: np.random.Generator, *, wardrobe: Wardrobe
 ) -> SceneBatch:
-    """Sample scenes of three to seven garments.
+    """Sample scenes of three to six garments.
 
     Args:
         count: Number of scenes.
@@ -122,7 +122,7 @@ def _scene(
     wardrobe: Wardrobe,
     split: Split,
     rng: np.random.Generator,
-    objects: tuple[int, int] = (3, 7),
+    objects: tuple[int, int] = (3, 6),
     clustered: bool = True,
     tags: tuple[int, int] = (1, 3),
     difficulty: float = 1.0,
@@ -138,8 +138,11 @@ def _scene(
             photograph = int(rng.integers(len(pool)))
             items.append(Item(GARMENTS[garment], COLORS[color], photograph, (x, y), size))
         scene = Scene(tuple(items), wardrobe, split, int(rng.integers(2**31)))
+        # Before tags, because they take longer, and after, because a tag may hide a garment.
         if len(items) >= objects[0] and _all_seen(scene):
-            return _tagged(scene, int(rng.integers(tags[0], tags[1] + 1)), rng, difficulty)
+            scene = _tagged(scene, int(rng.integers(tags[0], tags[1] + 1)), rng, difficulty)
+            if _all_seen(scene):
+                return scene
 
 
 def _all_seen(scene: Scene) -> bool:

@@ -1,7 +1,7 @@
 """Scenes of garments, and questions about them.
 
-A scene is a 144 x 144 image with three to seven garments: photographs of Fashion-MNIST, each tinted
-in one of five colors, 20 to 46 pixels large, in clusters at any place, partly in front of each
+A scene is a 144 x 144 image with three to six garments: photographs of Fashion-MNIST, each tinted
+in one of five colors, 22 to 46 pixels large, in clusters at any place, partly in front of each
 other. Some have a price tag, 12 to 15 pixels large, with a digit scanned from handwriting. Behind
 them are gray blocks and gray fragments of other photographs.
 """

@@ -88,16 +88,19 @@ def language_lesson(
 
 
 def join_lesson(
-    student: Student, rng: np.random.Generator, size: int, progress: float
+    student: Student, rng: np.random.Generator, size: int, progress: float, least: float = 0.05
 ) -> tuple[Tensor, Metrics]:
-    """Compute one step of the stage ``join``: questions about pictures."""
+    """Compute one step of the stage ``join``: questions about pictures.
+
+    The weight of the descriptions fades to the share ``least`` of what it is at first.
+    """
     batch = student.task.sample(size, "train", rng)
     pack = Pack.of(batch, rng, student.task.layout).to(student.device)
     tokens, present = student.look(batch)
     loss, metrics = _answer_loss(student, student.answer(tokens, pack), pack)
     described, more = _description_loss(student, batch, tokens, present)
     # Descriptions matter less and less, but never nothing: the tower must not forget them.
-    weight = 0.3 * max(0.05, 1 - progress / 0.7)
+    weight = 0.3 * max(least, 1 - progress / 0.7)
     return loss + weight * described, metrics | more
 
 
