@@ -105,7 +105,7 @@ def _answer(scene: Scene, text: str) -> str:
             me = the(name)
             shared = [int((masks[me] & mask).sum()) for mask in masks]
             (other,) = [i for i, pixels in enumerate(shared) if pixels and i != me]
-            assert shared[other] >= 12
+            assert shared[other] >= 24
             return scene.items[other].garment
         case ["how", "many", "items"]:
             return NUMBERS[len(scene.items)]
@@ -128,7 +128,7 @@ def test_answers_follow_from_what_is_drawn(data, split):
         for question in scene.questions:
             assert question.answer == _answer(scene, question.text), question
             asked.add(question.kind)
-    assert asked == set(garments.KINDS)
+    assert asked == {*garments.KINDS, "touch"} == set(SLOTS)
 
 
 def test_pixels_show_what_the_record_says(data):
@@ -139,6 +139,7 @@ def test_pixels_show_what_the_record_says(data):
         tints = np.array(list(TINTS.values()), float)
         tints /= np.linalg.norm(tints, axis=1, keepdims=True)
         for item, seen in zip(scene.items, _seen(scene), strict=True):
+            assert np.count_nonzero(seen) >= 40
             if item.tag:
                 (x, y), size = item.tag.corner, item.tag.size
                 tag = pixels[y : y + size, x : x + size]
@@ -147,7 +148,6 @@ def test_pixels_show_what_the_record_says(data):
                 seen[y : y + size, x : x + size] = False
             colors = (pixels[seen] @ tints.T).argmax(1)
             right.append((colors == COLORS.index(item.color)).mean())
-            assert np.count_nonzero(seen) > 20
     # Some pixels are the translucent edge of another item.
     assert np.mean(right) > 0.97 and min(right) > 0.5
 
@@ -231,7 +231,7 @@ def test_splits_share_no_photograph_and_no_scan(data):
 
 
 def test_examples_balance_the_kinds(data):
-    examples = garments.make_examples(50, "validation", data=data)
+    examples = garments.make_examples(45, "validation", data=data)
     assert Counter(e.question.kind for e in examples) == dict.fromkeys(garments.KINDS, 5)
     assert all(e.question in e.scene.questions for e in examples)
 
@@ -340,7 +340,7 @@ def test_trained_model_answers_stand_in_scenes(data, loaded):
     examples = garments.make_examples(120, "test", seed=5, data=data)
     wanted = {
         **dict.fromkeys(("color", "most"), COLORS),
-        **dict.fromkeys(("owner", "tinted", "touch"), GARMENTS),
+        **dict.fromkeys(("owner", "tinted"), GARMENTS),
         **dict.fromkeys(("count", "count_garment", "count_color"), NUMBERS),
         "where": PLACES,
         "tag": tuple(map(str, DIGITS)),

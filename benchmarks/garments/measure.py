@@ -69,9 +69,9 @@ def main(
     """Measure accuracy by kind of question, unreduced and with published methods."""
     console = Console()
     found = measure(data, questions, seed, keep, console)
-    table = Table("method", "overall", *KINDS)
-    for name, right in found["accuracy"].items():
-        table.add_row(name, *(f"{right[kind]:.3f}" for kind in ("overall", *KINDS)))
+    table = Table("kind", *found["accuracy"])
+    for kind in ("overall", *KINDS):
+        table.add_row(kind, *(f"{right[kind]:.3f}" for right in found["accuracy"].values()))
     console.print(table)
     console.print(f"{found['touched']:.1%} of the visual tokens touch a garment or a tag")
     if output is not None:

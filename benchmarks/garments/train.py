@@ -20,7 +20,7 @@ _TOWER, _LANGUAGE, _JOIN = STAGES
 GARMENT_STAGES = (
     replace(_TOWER, steps=4000),
     replace(_LANGUAGE, steps=2200),
-    replace(_JOIN, steps=1500, rate=4e-4, lesson=partial(join_lesson, least=1.0)),
+    replace(_JOIN, steps=1700, rate=4e-4, lesson=partial(join_lesson, least=1.0)),
 )
 
 
