@@ -118,7 +118,9 @@ def measure(name: str) -> dict[str, Any]:
     steps = tuple(Reduction(site, keep, **merge) for site, keep in sites.items())
     half = {"activation": 0.5, "retention": 0.5}
     relaxed = {step.site: RelaxedReduction(step, **half) for step in steps}
-    call = timed("inputs", lambda: completed(Call.of(facts_of(model), example_inputs(model))))
+    call = timed(
+        "inputs", lambda: completed(Call.of(facts_of(model), example_inputs(model)))
+    )
     layout = timed("layout", lambda: call.layout)
     captured = timed("capture and analyse", lambda: capture_call(model, call.inputs))
     twin = captured.copy()
