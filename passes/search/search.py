@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -24,7 +24,13 @@ from deos_fx.passes.search.descent import GATE_TEMPERATURES, Descent, relaxed_gr
 from deos_fx.passes.search.looks import looks_of
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.problem import SearchProblem
-from deos_fx.passes.search.proposals import discretise, from_presets, placements, variations
+from deos_fx.passes.search.proposals import (
+    discretise,
+    from_presets,
+    placements,
+    widened,
+)
+from deos_fx.passes.search.scoring import Progress, Scoring, polish
 from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.budget import Budget, check_budget
@@ -34,13 +40,12 @@ from deos_fx.results.search_result import Candidate, SearchResult
 
 __all__ = ["STAGES", "SearchRun", "default_steps", "search"]
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with a stage (``presets``, ``steps``, ...), the number done and the total."""
-
 # Tokens that stay in the sequence beside those that are kept.
 _RUNNERS_UP = 24
 # Steps at each place, if there are several; the best so many go on for a third of all steps.
 _TRIAL, _FINALISTS = 24, 2
+# How many times as many tokens as the limits allow steps may begin with.
+_WIDEST = 8
 # What a site has to earn: the loss of a place counts so much more for each site after the first.
 _CHARGE = 0.05
 # Steps by default: so many passes over the data, within limits.
@@ -127,6 +132,7 @@ class SearchRun:
         checkpoint: Folder for the states of the steps.
         progress: Called as the search advances.
         descents: The descents so far, the last one the present one.
+        winner: Those at the best place, after all places were compared.
         interrupted: Whether it was cut short.
     """
 
@@ -136,15 +142,19 @@ class SearchRun:
     checkpoint: str | os.PathLike[str] | None
     progress: Progress | None
     descents: list[Descent] = field(default_factory=list)
+    winner: list[Descent] = field(default_factory=list)
     interrupted: bool = False
 
     def __post_init__(self) -> None:
-        self.scoring = _Scoring(self.problem, self.progress)
+        self.scoring = Scoring(self.problem, self.progress)
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """Return the steps at the best place; of an interrupted search, those at the last place."""
-        return self.descents[-1].state.history if self.descents else []
+        entries = [entry for descent in self.winner for entry in descent.state.history]
+        if not entries and self.descents:
+            entries = self.descents[-1].state.history
+        return [{**entry, "step": i} for i, entry in enumerate(entries, start=1)]
 
     def advance(
         self, sites: Sequence[Site], stages: Sequence[str] = STAGES, most: int = _VARIATIONS
@@ -162,7 +172,7 @@ class SearchRun:
             if "steps" in stages:
                 self.train(self.places(sites))
             if "variations" in stages:
-                _polish(self.problem, self.scoring, "variations", most)
+                polish(self.problem, self.scoring, "variations", most)
         except KeyboardInterrupt:
             # The user wants a result now.
             self.interrupted = True
@@ -179,30 +189,65 @@ class SearchRun:
 
     def train(self, starts: Sequence[Policy]) -> None:
         """Try every place for a few steps, the best for some more, and train on at the winner."""
+        if not starts:
+            return
+        factors = self._factors(starts[0])
         for kind, steps in (("place", _TRIAL), ("finalist", self.steps // 3)):
             if len(starts) > 1:
                 stages = [f"{kind} {i + 1} of {len(starts)}" for i in range(len(starts))]
                 tried = [
-                    self.descend(stage, start, max(1, min(steps, self.steps)))
+                    self.descend(stage, start, max(1, min(steps, self.steps)), factors[0])
                     for stage, start in zip(stages, starts, strict=True)
                 ]
                 tried = sorted(tried, key=_charged)[: _FINALISTS if kind == "place" else 1]
                 starts = [self.rounded(descent) for descent in tried]
-        for start in starts:
-            self.descend("steps", start, self.steps)
+        (start,) = starts
+        # The last factor gets what is left of the steps.
+        share = self.steps // len(factors)
+        for factor in factors:
+            stage = "steps" if factor == 1 else f"steps at {factor} times the tokens"
+            steps = share if factor > 1 else self.steps - share * (len(factors) - 1)
+            self.winner.append(self.descend(stage, start, steps, factor))
+            start = self.rounded(self.winner[-1])
 
-    def descend(self, stage: str, start: Policy, steps: int) -> Descent:
-        """Take gradient steps from a policy, and score what they reach."""
+    def _factors(self, start: Policy) -> list[int]:
+        """Return by how much counts are larger than the limits allow, in turn; the last is 1.
+
+        With too few tokens, every choice of them answers equally badly, and no gradient says which
+        would be better. So steps begin with so many tokens that a policy loses at most half of what
+        there is to lose, with a single token.
+        """
+        single = replace(start.reductions[0], keep=1)
+        nothing, all_of_it = (self.problem.static_loss(p) for p in (Policy(), Policy((single,))))
+        factors = [1]
+        while factors[0] < _WIDEST:
+            _, wide = widened(self.problem, start, factors[0])
+            if self.problem.static_loss(wide) <= (nothing + all_of_it) / 2:
+                break
+            factors.insert(0, 2 * factors[0])
+        # There must be steps for each.
+        return factors[-max(1, min(len(factors), self.steps)) :]
+
+    def descend(self, stage: str, start: Policy, steps: int, factor: int = 1) -> Descent:
+        """Take gradient steps from a policy, and score what they reach.
+
+        Args:
+            stage: What to call it.
+            start: The policy.
+            steps: Number of steps.
+            factor: By how much its counts are multiplied first, and the limits raised.
+        """
+        problem, start = widened(self.problem, start, factor)
         settings = {
             "steps": steps,
             "seed": self.seed,
-            "limits": self.problem.limits,
+            "limits": problem.limits,
             "start": [str(reduction) for reduction in start.reductions],
-            **self.problem.fingerprint(),
+            **problem.fingerprint(),
         }
-        reductions = relaxed(start, self.problem.visual_tokens, runners_up=_RUNNERS_UP)
-        state = SearchState.start(reductions, AugmentedLagrangian(self.problem.limits), settings)
-        descent = Descent(self.problem, state, steps, self.seed)
+        reductions = relaxed(start, problem.visual_tokens, runners_up=_RUNNERS_UP)
+        state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), settings)
+        descent = Descent(problem, state, steps, self.seed)
         self.descents.append(descent)
         folder = None if self.checkpoint is None else Path(self.checkpoint) / stage
         # Steps that were stopped go on with their parameters, optimizer, multipliers and history.
@@ -304,81 +349,6 @@ def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candid
             "Raise latency_ms."
         )
     return candidates
-
-
-def _polish(problem: SearchProblem, scoring: _Scoring, stage: str, most: int) -> None:
-    """Try single changes of the best candidates, `most` in all.
-
-    A change that helps is varied next. Where none does, it is the turn of the next best candidate.
-    """
-    # Attempts that are left, and places of the candidates whose changes have all been tried.
-    left = most
-    tried: set[int] = set()
-    while left:
-        open_places = [i for i in range(len(scoring.candidates)) if i not in tried]
-        if not open_places:
-            return
-        place = min(open_places, key=lambda i: scoring.candidates[i].loss)
-        start = scoring.candidates[place]
-        # However often a candidate was refined, its source names where it came from.
-        origin = start.source.removeprefix("refined ")
-        for policy in variations(start.policy, problem.sites, problem.visual_tokens):
-            # A variation usually breaks a limit. Its counts are fitted to the limits again.
-            fitted = problem.fit(policy) if problem.runs(policy) else None
-            if fitted is None or scoring.has(fitted):
-                continue
-            # Only policies that are scored count.
-            if not left:
-                return
-            left -= 1
-            loss = scoring.add(f"refined {origin}", fitted)
-            scoring.show(stage, most - left, most)
-            if loss < start.loss:
-                break
-        else:
-            tried.add(place)
-
-
-class _Scoring:
-    """Scores policies in static form and collects them as candidates.
-
-    Args:
-        problem: The problem.
-        progress: Called as proposals are scored.
-    """
-
-    def __init__(self, problem: SearchProblem, progress: Progress | None) -> None:
-        self.problem = problem
-        self.progress = progress
-        self.candidates: list[Candidate] = []
-
-    @property
-    def best(self) -> Candidate:
-        """Return the candidate with the lowest loss; there must be one."""
-        return min(self.candidates, key=lambda candidate: candidate.loss)
-
-    def has(self, policy: Policy) -> bool:
-        """Return whether a policy with the same reductions is a candidate already."""
-        return any(known.policy.reductions == policy.reductions for known in self.candidates)
-
-    def add(self, source: str, policy: Policy) -> float:
-        """Score a policy, add it to the candidates and return its loss."""
-        loss = self.problem.static_loss(policy)
-        cost = self.problem.cost.predict(policy)
-        self.candidates.append(Candidate(policy, source, loss, cost))
-        return loss
-
-    def add_all(self, stage: str, proposals: Sequence[tuple[str, Policy]]) -> None:
-        """Add all proposals that are not candidates yet."""
-        for done, (source, policy) in enumerate(proposals, start=1):
-            if not self.has(policy):
-                self.add(source, policy)
-            self.show(stage, done, len(proposals))
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        """Report progress."""
-        if self.progress is not None:
-            self.progress(stage, done, total)
 
 
 def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
