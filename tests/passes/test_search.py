@@ -314,7 +314,7 @@ def test_tight_limits_are_approached_from_looser_ones(
         patched.setattr(run, "steps", 2)
         assert run._factors(start) == [2, 1]
     wide, policy = widened(problem, start, 4)
-    assert policy.counts(64) == (16,) and wide.limits == {"visual_tokens": 16.0}
+    assert policy.counts(64) == [16] and wide.limits == {"visual_tokens": 16.0}
     assert wide.meets(policy) and not problem.meets(policy)
     monkeypatch.setattr(run, "_factors", lambda start: [4, 1])
     run.train([start])
