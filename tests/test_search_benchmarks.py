@@ -12,7 +12,7 @@ from tiny import VOCABULARY, inputs, tiny_llava
 from benchmarks.search import ablations, cases, charts, compare, methods
 from benchmarks.search.depthwise import _cheapest
 from benchmarks.search.task import Task
-from deos_fx.passes.search import search as search_module
+from deos_fx.passes.search import run as run_module
 from deos_fx.policy.policy import Policy
 
 QUICK = compare.Settings(budgets=(0.25,), seeds=(0,), questions=6, tests=2)
@@ -44,9 +44,10 @@ def task() -> TinyTask:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_module, "_TRIAL", 1)
-    monkeypatch.setattr(search_module, "_VARIATIONS", 2)
-    for module in (search_module, methods):
+    monkeypatch.setattr(run_module, "_TRIAL", 1)
+    monkeypatch.setattr(run_module, "_FINALISTS", 1)
+    monkeypatch.setattr(run_module, "_VARIATIONS", 2)
+    for module in (methods, cases):
         monkeypatch.setattr(module, "default_steps", lambda problem: 2)
 
 
@@ -85,7 +86,7 @@ def test_gradient_comes_first(task):
 
 def test_an_evaluation_is_a_pass_and_a_backward_counts_two(task, quick):
     problem = task.problem(16, 6, 0)
-    run = search_module.SearchRun(problem, 3, 0, None, None)
+    run = run_module.SearchRun(problem, 3, 0, None, None)
     starts = run.places(problem.searched_sites(None))
     before = problem.effort.evaluations
     run.descend("steps", starts[0], 3)

@@ -10,7 +10,8 @@ from benchmarks.search.descents import PARTS, Reached, descend, places, with_par
 from benchmarks.search.task import Task
 from deos_fx.passes.search.descent import Descent
 from deos_fx.passes.search.problem import SearchProblem
-from deos_fx.passes.search.search import SearchRun, default_steps
+from deos_fx.passes.search.run import SearchRun
+from deos_fx.passes.search.search import default_steps
 from deos_fx.policy.budget import Budget
 
 __all__ = ["CASES", "Case", "Cases", "Row", "Settings"]

@@ -13,7 +13,8 @@ from deos_fx.passes.search.descent import Descent
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.proposals import discretise
-from deos_fx.passes.search.search import SearchRun, default_steps
+from deos_fx.passes.search.run import SearchRun
+from deos_fx.passes.search.search import default_steps
 from deos_fx.passes.search.space import relaxed
 from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.learned import Learned

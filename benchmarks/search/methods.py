@@ -12,7 +12,8 @@ from benchmarks.search.depthwise import depthwise
 from benchmarks.search.space import MERGE, START, HandSpace
 from deos_fx import presets
 from deos_fx.passes.search.problem import SearchProblem
-from deos_fx.passes.search.search import SearchRun, default_steps
+from deos_fx.passes.search.run import SearchRun
+from deos_fx.passes.search.search import default_steps
 from deos_fx.policy.policy import Policy
 
 __all__ = ["LONG", "METHODS", "Found"]

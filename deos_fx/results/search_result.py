@@ -206,7 +206,8 @@ def search_section(result: SearchResult) -> Section:
         "runs, and the best is returned. Its loss is "
         f"{result.best.loss:.4g} static and {result.relaxed_loss:.4g} relaxed, a gap of "
         f"{result.gap:+.2g}; without reduction it is {result.unreduced_loss:.4g}.",
-        charts.history_chart(result.history, limit),
+        # Where no reduction is right, no step was taken.
+        *([charts.history_chart(result.history, limit)] if result.history else []),
         table(
             ["candidate", "task loss", *result.unreduced.cells, "reductions"],
             [_candidate_row(candidate) for candidate in _telling_candidates(result.candidates)],

@@ -48,16 +48,20 @@ class Target:
             0-dim float32.
         """
         # In a reduced graph, the same predictions are at other places.
-        positions = self.positions if origin is None else take(self.positions, origin)
+        device = logits.device
+        # A target waits where the data is.
+        positions = self.positions.to(device)
+        if origin is not None:
+            positions = take(positions, origin.to(device))
         predicted = logits[positions].float()
         if self.labels is not None:
             # Case: labels.
-            return F.cross_entropy(predicted, self.labels)
+            return F.cross_entropy(predicted, self.labels.to(device))
         # Case: the answers of the unreduced model.
         assert self.logits is not None
         return F.kl_div(
             predicted.log_softmax(-1),
-            self.logits.float().log_softmax(-1),
+            self.logits.to(device).float().log_softmax(-1),
             log_target=True,
             reduction="batchmean",
         )

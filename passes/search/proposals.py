@@ -16,7 +16,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
 
-__all__ = ["discretise", "from_presets", "placements", "variations", "widened"]
+__all__ = ["PRESETS", "discretise", "from_presets", "placements", "variations", "widened"]
 
 _T = TypeVar("_T")
 
@@ -141,8 +141,8 @@ def _spread(items: Sequence[_T], most: int) -> list[_T]:
 
 # *** presets ***
 
-# The presets that a search tries: of every regime one, and the stages of the decoder.
-_PRESETS = ("fastv", "pyramid_drop", "merge", "avg_pool", "redistribute")
+PRESETS = ("fastv", "pyramid_drop", "merge", "avg_pool", "redistribute")
+"""The presets that a search tries: of every regime one, and the stages of the decoder."""
 
 
 def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
@@ -155,7 +155,7 @@ def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
     # Presets are fitted to a number of tokens of an image, or to all if there is no such limit.
     share = problem.limits.get("visual_tokens", math.inf) / problem.layout.images
     tokens = min(share, problem.visual_tokens)
-    for name in _PRESETS:
+    for name in PRESETS:
         try:
             policy = presets.fit(name, tokens, problem.model, problem.visual_tokens)
         except ValueError:

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from deos_fx import transform
 from deos_fx.passes.pipeline import lower_call, run_graph
-from deos_fx.passes.search import search as search_module
+from deos_fx.passes.search import run as run_module
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.proposals import widened
 from deos_fx.passes.search.search import search
@@ -58,8 +58,8 @@ def interrupt_at(step: int) -> Callable[[str, int, int], None]:
 
 @pytest.fixture
 def few_variations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_module, "_TRIAL", 1)
-    monkeypatch.setattr(search_module, "_VARIATIONS", 1)
+    monkeypatch.setattr(run_module, "_TRIAL", 1)
+    monkeypatch.setattr(run_module, "_VARIATIONS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,7 @@ def test_tight_limits_are_approached_from_looser_ones(
     def static_loss(_: SearchProblem, policy: Policy) -> float:
         return losses[policy.counts(64)[-1]] if policy.reductions else 1.0
 
-    run = search_module.SearchRun(problem, 10, 0, None, None)
+    run = run_module.SearchRun(problem, 10, 0, None, None)
     with monkeypatch.context() as patched:
         patched.setattr(SearchProblem, "static_loss", static_loss)
         # Half way is 6: four times as many tokens are enough.
