@@ -16,7 +16,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
 
-__all__ = ["PRESETS", "discretise", "from_presets", "placements", "variations"]
+__all__ = ["PRESETS", "discretise", "from_presets", "placements", "variations", "widened"]
 
 _T = TypeVar("_T")
 
@@ -103,6 +103,32 @@ def placements(
     # A policy that drops nothing is no place to start from.
     whole = problem.visual_tokens
     return [policy for policy in found if policy is not None and policy.counts(whole)[-1] < whole]
+
+
+def widened(problem: SearchProblem, policy: Policy, factor: int) -> tuple[SearchProblem, Policy]:
+    """Multiply the counts of a policy, and raise the limits to what it costs then.
+
+    Args:
+        problem: The problem.
+        policy: A policy that meets its limits.
+        factor: A factor; with 1, nothing changes.
+
+    Returns:
+        The problem with other limits, and the policy.
+    """
+    if factor == 1:
+        return problem, policy
+    whole = problem.visual_tokens
+    counts = [min(whole, factor * count) for count in policy.counts(whole)]
+    wide = Policy(
+        tuple(
+            replace(reduction, keep=count)
+            for reduction, count in zip(policy.reductions, counts, strict=True)
+        )
+    )
+    wide = problem.cost.for_any_size(wide)
+    others = [(cost, dict(cost.amounts(wide, own))) for cost, own in problem.others]
+    return replace(problem, limits=problem.amounts(wide), others=others), wide
 
 
 def _spread(items: Sequence[_T], most: int) -> list[_T]:

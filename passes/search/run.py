@@ -2,16 +2,17 @@
 
 The model is frozen. At a few places where the limits can be met, the parameters of a reduction are
 trained on its relaxed form: scores, learned directions, and what happens to dropped tokens. A few
-steps show which place is best; there, training goes on. Presets, fitted to the same limits, and
-small changes of the best candidate are tried as well. All candidates are scored in *static* form,
-the form that is deployed, on held-back data, and the best is returned.
+steps show which place is best; there, training goes on. Limits under which next to nothing can be
+answered are approached from looser ones. Presets, fitted to the same limits, and small changes of
+the best candidate are tried as well. All candidates are scored in *static* form, the form that is
+deployed, on held-back data, and the best is returned.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from deos_fx.passes.search.proposals import (
     from_presets,
     placements,
     variations,
+    widened,
 )
 from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
@@ -40,6 +42,8 @@ __all__ = ["STAGES", "SearchRun"]
 
 # Steps at each place, if there are several; the best so many go on for a third of all steps.
 _TRIAL, _FINALISTS = 24, 2
+# How many times as many tokens as the limits allow steps may begin with.
+_WIDEST = 8
 # What a site has to earn: the loss of a place counts so much more for each site after the first.
 _CHARGE = 0.05
 _CHECKPOINT_EVERY = 10
@@ -68,6 +72,7 @@ class SearchRun:
         checkpoint: Folder for the states of the steps.
         progress: Called as the search advances.
         descents: The descents so far, the last one the present one.
+        winner: Those at the best place, after all places were compared.
         interrupted: Whether it was cut short.
         reached: Where looser budgets have ended, at each place; starts of the steps.
         further: How many tighter budgets come after this one.
@@ -80,6 +85,7 @@ class SearchRun:
     checkpoint: str | os.PathLike[str] | None
     progress: Progress | None
     descents: list[Descent] = field(default_factory=list)
+    winner: list[Descent] = field(default_factory=list)
     interrupted: bool = False
     reached: Sequence[Policy] = ()
     further: int = 0
@@ -96,7 +102,10 @@ class SearchRun:
     @property
     def history(self) -> list[dict[str, Any]]:
         """Return the steps at the best place; of an interrupted search, those at the last place."""
-        return self.descents[-1].state.history if self.descents else []
+        entries = [entry for descent in self.winner for entry in descent.state.history]
+        if not entries and self.descents:
+            entries = self.descents[-1].state.history
+        return [{**entry, "step": i} for i, entry in enumerate(entries, start=1)]
 
     def advance(
         self, sites: Sequence[Site], stages: Sequence[str] = STAGES, most: int | None = None
@@ -163,31 +172,64 @@ class SearchRun:
 
     def train(self, starts: Sequence[Policy]) -> None:
         """Try every place for a few steps, the best for some more, and train on at the winner."""
+        if not starts:
+            return
         self.left = self._planned(len(starts))
+        factors = self._factors(starts[0])
         for kind, steps in (("place", _TRIAL), ("finalist", self.steps // 3)):
             if len(starts) > 1:
                 stages = [f"{kind} {i + 1} of {len(starts)}" for i in range(len(starts))]
                 tried = [
-                    self.descend(stage, start, max(1, min(steps, self.steps)))
+                    self.descend(stage, start, max(1, min(steps, self.steps)), factors[0])
                     for stage, start in zip(stages, starts, strict=True)
                 ]
                 tried = sorted(tried, key=_descended)[: _FINALISTS if kind == "place" else 1]
                 starts = [self.rounded(descent) for descent in tried]
-        for start in starts:
-            self.descend("steps", start, self.steps)
+        (start,) = starts
+        share = self.steps // len(factors)
+        for factor in factors:
+            # The limits themselves come last, and get what is left of the steps.
+            stage = "steps" if factor == 1 else f"steps at {factor} times the tokens"
+            steps = share if factor > 1 else self.steps - share * (len(factors) - 1)
+            self.winner.append(self.descend(stage, start, steps, factor))
+            start = self.rounded(self.winner[-1])
 
-    def descend(self, stage: str, start: Policy, steps: int) -> Descent:
-        """Take gradient steps from a policy, and score what they reach."""
+    def _factors(self, start: Policy) -> list[int]:
+        """Return by how much counts are larger than the limits allow, in turn; the last is 1.
+
+        With too few tokens, every choice of them answers equally badly, and no gradient says which
+        would be better. So steps begin with so many tokens that a policy loses at most half of what
+        there is to lose, with a single token.
+        """
+        loss = self.problem.static_loss
+        single = Policy((replace(start.reductions[0], keep=1),))
+        half = (loss(Policy()) + loss(single)) / 2
+        factors = [1]
+        while factors[0] < _WIDEST and loss(widened(self.problem, start, factors[0])[1]) > half:
+            factors.insert(0, 2 * factors[0])
+        # There must be steps for each.
+        return factors[-max(1, min(len(factors), self.steps)) :]
+
+    def descend(self, stage: str, start: Policy, steps: int, factor: int = 1) -> Descent:
+        """Take gradient steps from a policy, and score what they reach.
+
+        Args:
+            stage: What to call it.
+            start: The policy.
+            steps: Number of steps.
+            factor: By how much its counts are multiplied first, and the limits raised.
+        """
+        problem, start = widened(self.problem, start, factor)
         settings = {
             "steps": steps,
             "seed": self.seed,
-            "limits": self.problem.limits,
+            "limits": problem.limits,
             "start": [str(reduction) for reduction in start.reductions],
-            **self.problem.fingerprint(),
+            **problem.fingerprint(),
         }
-        reductions = relaxed(start, self.problem.visual_tokens, runners_up=RUNNERS_UP)
-        state = SearchState.start(reductions, AugmentedLagrangian(self.problem.limits), settings)
-        descent = Descent(self.problem, state, steps, self.seed)
+        reductions = relaxed(start, problem.visual_tokens, runners_up=RUNNERS_UP)
+        state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), settings)
+        descent = Descent(problem, state, steps, self.seed)
         self.descents.append(descent)
         folder = None if self.checkpoint is None else Path(self.checkpoint) / stage
         # Steps that were stopped go on with their parameters, optimizer, multipliers and history.
