@@ -68,7 +68,8 @@ class RelaxedReduction(nn.Module):
 
     1. ``activation`` a and ``retention`` r (through a sigmoid): the gates of a row sum to
        (1 - a (1 - r)) times the incoming ones, so an inactive site (a = 0) is the identity;
-    2. ``scores`` and ``similarity`` weights (softmax);
+    2. ``scores`` and ``similarity`` weights (softmax); beside learned scores, the mix of the others
+       may also grow or fade as a whole, which in a policy is the length of the learned ones;
     3. ``diversity`` and ``mass_bias`` (softplus), ``gain`` (sigmoid), ``log_temperature`` and
        ``log_sharpness`` (exponential) and ``reweight`` (as it is);
     4. the tensors of ``learned``, which are as they are in a policy.
@@ -140,8 +141,10 @@ class RelaxedReduction(nn.Module):
         temperature = self.log_temperature.exp().item()
         # A learned similarity goes with its directions.
         scores, kinds = _main(scores), _main(kinds)
+        # The weights of a policy sum to 1, so learned scores take over the scale of the mix.
+        mix = _rounded(self.scores.exp().sum().item()) if self.start.scores else 1.0
         learned = {
-            name: value.detach()
+            name: value.detach() / mix ** (1 / LEARNED[name].degree)
             for name, value in self.learned.items()
             if LEARNED[name].scores or "learned" in kinds
         }
@@ -251,7 +254,7 @@ class RelaxedReduction(nn.Module):
                 inputs = self._inputs(score.needs, features)
                 part = score.function(*inputs, alive) if score.compares else score.function(*inputs)
                 parts.append(standardize(part.expand_as(alive), alive))
-            total = combine(parts, self.scores.softmax(0))
+            total = combine(parts, self.scores.exp() if learned else self.scores.softmax(0))
         for name in learned:
             row = LEARNED[name]
             total = total + row.function(*self._inputs(row.needs, features), self.learned[name])

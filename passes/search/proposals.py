@@ -16,7 +16,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
 
-__all__ = ["discretise", "from_presets", "placements", "variations"]
+__all__ = ["discretise", "from_presets", "in_regimes", "placements", "variations"]
 
 _T = TypeVar("_T")
 
@@ -111,6 +111,57 @@ def _spread(items: Sequence[_T], most: int) -> list[_T]:
         return list(items)
     step = (len(items) - 1) / max(most - 1, 1)
     return [items[round(i * step)] for i in range(most)]
+
+
+# *** regimes ***
+
+_BEST_FIRST: dict[str, Any] = {"selector": "top_k", "diversity": 0.0}
+_REGIMES: tuple[dict[str, Any], ...] = (
+    # prune
+    {
+        "gain": 0.0,
+        "temperature": 0.0,
+        "mass_bias": 0.0,
+        "residual": False,
+        "weighting": "one",
+        "sharpness": 1.0,
+    },
+    # merge
+    {"gain": 1.0, "temperature": 0.0, "mass_bias": 1.0, "weighting": "one", "sharpness": 1.0},
+    # reweight
+    {"gain": 1.0, "weighting": "score"},
+)
+_POOL: dict[str, Any] = {
+    **_REGIMES[1],
+    "selector": "grid",
+    "diversity": 0.0,
+    "scores": {},
+    "similarity": {"grid": 1.0},
+    "learned": {},
+}
+
+
+def in_regimes(policy: Policy) -> Iterator[Policy]:
+    """Yield policies with one reduction in a regime as it is defined: the ends of what steps reach.
+
+    Steps mix the regimes, and get slower towards the ends; no step leads to another selector.
+
+    Args:
+        policy: The policy.
+
+    Yields:
+        Policies whose counts may miss the limits.
+    """
+    for i, reduction in enumerate(policy.reductions):
+        chosen = [{}, _BEST_FIRST] if reduction.selector == "greedy" else [{}]
+        for change in [one | other for one in _REGIMES for other in chosen] + [_POOL]:
+            try:
+                changed = replace(policy, reductions=_with(policy.reductions, i, **change))
+            except ValueError:
+                # Case: a grid after another selector.
+                continue
+            if changed != policy:
+                yield changed
 
 
 # *** presets ***

@@ -23,7 +23,13 @@ from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search.descent import GATE_TEMPERATURES, Descent, relaxed_graph, site_tokens
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.problem import SearchProblem, mean_loss
-from deos_fx.passes.search.proposals import discretise, from_presets, placements, variations
+from deos_fx.passes.search.proposals import (
+    discretise,
+    from_presets,
+    in_regimes,
+    placements,
+    variations,
+)
 from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.budget import Budget, check_budget
@@ -168,7 +174,26 @@ class _Search:
             ]
             best = min(trials, key=lambda descent: descent.state.best_loss)
             starts = [self.rounded(best)]
-        self.descend("steps", starts[0], self.steps)
+        reached = self.rounded(self.descend("steps", starts[0], self.steps))
+        settled = self.settled(reached)
+        if settled != reached:
+            # Case: in another regime there is more to gain.
+            self.settled(self.rounded(self.descend("regime", settled, max(1, self.steps // 2))))
+
+    def settled(self, policy: Policy) -> Policy:
+        """Return a policy or the same in a regime as it is defined, whichever is best."""
+        names = " and ".join(reduction.site for reduction in policy.reductions)
+        found = [policy]
+        for other in in_regimes(policy):
+            fitted = self.problem.fit(other) if self.problem.runs(other) else None
+            if fitted is not None:
+                found.append(fitted)
+        losses = []
+        for each in found:
+            if not self.scoring.has(each):
+                self.scoring.add(f"gradient at {names}", each)
+            losses.append(self.scoring.loss(each))
+        return found[losses.index(min(losses))]
 
     def descend(self, stage: str, start: Policy, steps: int) -> Descent:
         """Take gradient steps from a policy, and score what they reach."""
@@ -327,6 +352,11 @@ class _Scoring:
     def has(self, policy: Policy) -> bool:
         """Return whether a policy with the same reductions is a candidate already."""
         return any(known.policy.reductions == policy.reductions for known in self.candidates)
+
+    def loss(self, policy: Policy) -> float:
+        """Return the loss of a candidate with the same reductions."""
+        same = (each for each in self.candidates if each.policy.reductions == policy.reductions)
+        return next(same).loss
 
     def add(self, source: str, policy: Policy) -> float:
         """Score a policy, add it to the candidates and return its loss."""
