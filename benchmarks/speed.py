@@ -214,7 +214,7 @@ def measure(
             model = _build_model(settings.shape, device, DTYPES[settings.dtype])
             inputs = _build_inputs(model, settings.batch, settings.text)
             costs = CostModel.of_call(Call.of(facts_of(model), {**inputs, "logits_to_keep": 1}))
-            policy = settings.policy or _fitted_preset(settings, costs)
+            policy = settings.policy or _fitted_preset(settings, model, costs)
             reduced = {EMPTY: ReducedModel(model, Policy()), REDUCED: ReducedModel(model, policy)}
         measured = {name: value for name, value in asdict(settings).items() if name != "policy"}
         measured |= {"warm_up": WARM_UP}
@@ -252,15 +252,9 @@ def _run_onnx(
             return _take_turns(sessions, on_cpu, settings, advance)
 
 
-def _fitted_preset(settings: Settings, costs: CostModel) -> Policy:
+def _fitted_preset(settings: Settings, model: PreTrainedModel, costs: CostModel) -> Policy:
     limits = Budget(visual_tokens=settings.budget).limits(costs.predict(Policy()))
-    signature = costs.signature
-    return presets.fit(
-        settings.preset,
-        limits["visual_tokens"],
-        signature.decoder_layers,
-        signature.visual_tokens,
-    )
+    return presets.fit(settings.preset, limits["visual_tokens"], model)
 
 
 def _vision(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
@@ -398,7 +392,7 @@ def main(
         Path | None, typer.Option(metavar="FILE", help="A policy file, instead of a preset.")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help=f"Fitted to the budget: {', '.join(presets.fitted())}.")
+        str, typer.Option(help=f"Fitted to the budget: {', '.join(presets.names())}.")
     ] = Settings.preset,
     budget: Annotated[
         float, typer.Option(help="Fraction of the visual tokens that may stay.")

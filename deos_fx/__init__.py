@@ -1,8 +1,8 @@
 """A compiler for the visual tokens of Hugging Face vision-language models.
 
 `transform` reduces the visual tokens of a model, `search` finds where to reduce, how many tokens to
-keep and how to treat the rest, and `export_onnx` writes the result for ONNX Runtime. Public names
-are imported at their first use.
+keep and how to treat the rest, `compare` measures the result against tuned presets, and
+`export_onnx` writes it for ONNX Runtime. Public names are imported at their first use.
 """
 
 import importlib as _importlib
@@ -13,23 +13,27 @@ from deos_fx.version import __version__ as __version__
 if _typing.TYPE_CHECKING:
     from deos_fx import presets as presets
     from deos_fx.api import transform as transform
+    from deos_fx.comparison.compare import compare as compare
     from deos_fx.exporters.onnx import export_onnx as export_onnx
     from deos_fx.exporters.onnx_model import OnnxModel as OnnxModel
     from deos_fx.passes.search.search import search as search
     from deos_fx.policy.budget import Budget as Budget
     from deos_fx.policy.policy import Policy as Policy
     from deos_fx.policy.reduction import Reduction as Reduction
+    from deos_fx.results.comparison import Comparison as Comparison
     from deos_fx.results.search_result import SearchResult as SearchResult
     from deos_fx.runtime.reduced_model import ReducedModel as ReducedModel
 
 __all__ = [
     "Budget",
+    "Comparison",
     "OnnxModel",
     "Policy",
     "ReducedModel",
     "Reduction",
     "SearchResult",
     "__version__",
+    "compare",
     "export_onnx",
     "presets",
     "search",
@@ -40,11 +44,13 @@ __all__ = [
 # the command line shows its help at once.
 _PLACES = {
     "Budget": "policy.budget",
+    "Comparison": "results.comparison",
     "OnnxModel": "exporters.onnx_model",
     "Policy": "policy.policy",
     "ReducedModel": "runtime.reduced_model",
     "Reduction": "policy.reduction",
     "SearchResult": "results.search_result",
+    "compare": "comparison.compare",
     "export_onnx": "exporters.onnx",
     "search": "passes.search.search",
     "transform": "api",

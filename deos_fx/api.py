@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,13 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from deos_fx import presets
-from deos_fx.cost.measure import measure_encoder
 from deos_fx.cost.model import CostModel
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.policy.budget import Budget, check_budget
 from deos_fx.policy.counts import fit_counts
 from deos_fx.policy.policy import Policy
+from deos_fx.presets.shape import Shape
 from deos_fx.runtime.reduced_model import ReducedModel
 
 __all__ = ["transform"]
@@ -157,10 +156,7 @@ def _ranking(facts: ModelFacts) -> str:
     videos = "video" in facts.model.input_modalities
     if videos or facts.sizes_vary or not facts.has_class_token:
         return "novelty"
-    # A tower may have more tokens than come out of it: then CLS ranks patches, not visual tokens.
-    encoder = measure_encoder(facts)
-    patches = encoder.tokens[encoder.used - 1] - 1
-    return "cls_attention" if patches == math.prod(facts.grid) else "novelty"
+    return "cls_attention" if Shape.of(facts.model).class_token else "novelty"
 
 
 def _cost_model(facts: ModelFacts, budget: Budget, call: Call | None) -> CostModel:

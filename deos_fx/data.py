@@ -15,28 +15,36 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.image_utils import load_image
 
-__all__ = ["Record", "answer_labels", "batches", "read_records"]
+__all__ = ["Record", "answer_labels", "batches", "open_image", "read_records"]
 
 # The label that the losses of transformers leave out.
 _IGNORE = -100
 # Entry of a line -> its type.
-_FIELDS = {"image": str, "prompt": str, "answer": str}
+_FIELDS = {"image": str, "prompt": str, "answer": str, "kind": str}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the file: a prompt about an image, and its answer, if given."""
+    """A prompt about an image, as a line of the file says it.
 
-    image: Path
+    Attributes:
+        image: The image, or its path.
+        prompt: The text.
+        answer: The answer, if given.
+        kind: The kind of question, if given, by which comparisons count right answers.
+    """
+
+    image: Path | Image.Image
     prompt: str
     answer: str | None = None
+    kind: str = ""
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """Read a JSONL file.
 
     Each line is an object with ``image`` (a path, relative to the file's folder), ``prompt`` and
-    optionally ``answer``.
+    optionally ``answer`` and ``kind``.
 
     Args:
         path: The file.
@@ -72,23 +80,28 @@ def _read_record(line: str, folder: Path, where: str) -> Record:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(values, dict) or not {"image", "prompt"} <= set(values) <= set(_FIELDS):
-        raise ValueError(f"{where}: give an object with image, prompt and, if you have it, answer")
+        raise ValueError(
+            f"{where}: give an object with image, prompt and, if you have them, answer and kind"
+        )
     for name, kind in _FIELDS.items():
         if name in values and not isinstance(values[name], kind):
             raise ValueError(f"{where}: {name} is {values[name]!r}; give a text")
     image = folder / values["image"]
     if not image.is_file():
         raise ValueError(f"{where}: there is no image {image}")
-    return Record(image, values["prompt"], values.get("answer"))
+    return Record(image, values["prompt"], values.get("answer"), values.get("kind", ""))
 
 
-def batches(processor: Any, records: Sequence[Record], size: int) -> Iterator[dict[str, Tensor]]:
+def batches(
+    processor: Any, records: Sequence[Record], size: int, *, images: bool = True
+) -> Iterator[dict[str, Tensor]]:
     """Turn records into model inputs, through the processor's chat template if it has one.
 
     Args:
         processor: A transformers processor of a vision-language model.
         records: The questions, in order; all with an answer or all without.
         size: Records in a batch; the last batch may be smaller.
+        images: Whether the images go in; without them, prompts are text alone.
 
     Yields:
         The processor's output, padded on the left; with answers also ``labels`` ``[B, S]``: the
@@ -100,13 +113,13 @@ def batches(processor: Any, records: Sequence[Record], size: int) -> Iterator[di
     """
     processor.tokenizer.padding_side = "left"
     for start in range(0, len(records), size):
-        yield _batch(processor, records[start : start + size])
+        yield _batch(processor, records[start : start + size], images)
 
 
-def _batch(processor: Any, records: Sequence[Record]) -> dict[str, Tensor]:
+def _batch(processor: Any, records: Sequence[Record], with_images: bool) -> dict[str, Tensor]:
     tokenizer = processor.tokenizer
-    images = [_open(record.image) for record in records]
-    prompts = [_prompt(processor, record.prompt) for record in records]
+    images = [open_image(record.image) for record in records] if with_images else None
+    prompts = [_prompt(processor, record.prompt, with_images) for record in records]
     # 1. Prompts without the special tokens that would end them: the answer goes on from there.
     special, end = _special_tokens(tokenizer, prompts)
     prompts = [prompt.removesuffix(end) for prompt in prompts]
@@ -138,8 +151,17 @@ def answer_labels(ids: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(answered, ids, _IGNORE)
 
 
-def _open(path: Path) -> Image.Image:
-    """Load the pixels as transformers' `load_image` does: upright, three channels of 8 bits."""
+def open_image(path: Path | Image.Image) -> Image.Image:
+    """Load the pixels as transformers' `load_image` does: upright, three channels of 8 bits.
+
+    Args:
+        path: The file, or an image that is loaded already.
+
+    Raises:
+        ValueError: If it cannot be read, or the range of its values is not known.
+    """
+    if isinstance(path, Image.Image):
+        return load_image(path)
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I;16"):
@@ -156,12 +178,14 @@ def _open(path: Path) -> Image.Image:
         raise ValueError(f"{path} is not an image that can be read: {error}") from error
 
 
-def _prompt(processor: Any, prompt: str) -> str:
-    """Write a prompt as the model expects it, with a placeholder for the image."""
+def _prompt(processor: Any, prompt: str, with_image: bool) -> str:
+    """Write a prompt as the model expects it, with a placeholder for the image if it has one."""
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        content = [{"type": "image"}] * with_image + [{"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    if not with_image:
+        return prompt.replace(f"{processor.image_token} ", "").replace(processor.image_token, "")
     if processor.image_token in prompt:
         return prompt
     # Case: no chat template and no placeholder yet. It goes before the text, but after a first

@@ -1,6 +1,7 @@
 """Data of the command line: what transformers makes of the same prompts and images."""
 
 import json
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -209,6 +210,39 @@ def test_bad_line_is_named(questions, line, words):
     questions.write_text(questions.read_text().splitlines()[0] + "\n" + line)
     with pytest.raises(ValueError, match=words):
         read_records(questions)
+
+
+def test_kinds_are_read(questions):
+    written = questions.read_text().splitlines()
+    lines = [json.loads(line) | {"kind": f"kind {i}"} for i, line in enumerate(written)]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    assert [record.kind for record in read_records(questions)] == ["kind 0", "kind 1", "kind 2"]
+
+
+def test_images_that_are_loaded_already(questions):
+    _, processor = reference.load()
+    records = read_records(questions)
+    loaded = [replace(record, image=Image.open(record.image)) for record in records]
+    for ours, theirs in zip(*(batches(processor, x, 2) for x in (loaded, records)), strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        (None, "{}"),
+        (None, "<image> {}"),
+        (None, "{} <image>"),
+        # A template writes a placeholder for each image.
+        ("{{ messages[0]['content'][-1]['text'] }}", "{}"),
+    ],
+)
+def test_prompts_without_images_are_text_alone(scene, template, prompt):
+    processor = build("<bos> $A", template)
+    records = [Record(scene, prompt.format(QUESTION))]
+    (batch,) = batches(processor, records, 1, images=False)
+    assert "pixel_values" not in batch
+    assert read(processor, batch["input_ids"][0]) == f"<bos> {QUESTION}"
 
 
 def test_empty_data_and_unreadable_image(questions):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("onnx", "onnxruntime", "onnxscript", "matplotlib", "sklearn", "typer")
+HEAVY = ("onnx", "onnxruntime", "onnxscript", "matplotlib", "optuna", "sklearn", "typer")
 
 PROBE = """
 import sys

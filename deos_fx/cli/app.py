@@ -15,16 +15,23 @@ from typer.core import TyperGroup
 
 from deos_fx.cli.loading import (
     DEFAULT_LIMIT,
+    Evaluations,
     Model,
     OtherLimit,
     Output,
+    OutputOption,
     PolicyFile,
+    PolicyFiles,
     Preset,
+    Presets,
+    TestFile,
     TokenLimit,
+    TuneFile,
     copy_processor,
     load_model,
     load_reduced,
     meta_model,
+    named_policies,
     policy_of,
     processor_of,
 )
@@ -94,9 +101,7 @@ def _main(
 
 @app.command()
 def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")
-    ] = Path("deos-fx-demo"),
+    output: OutputOption = Path("deos-fx-demo"),
     budget: TokenLimit = "12.5%",
     seed: Annotated[int, typer.Option(help="Seed of the search and its scenes.")] = 0,
 ) -> None:
@@ -229,9 +234,7 @@ def search(
             help="JSONL; each line has image (a path), prompt and, if you have it, answer.",
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")
-    ] = Path("deos-fx-search"),
+    output: OutputOption = Path("deos-fx-search"),
     budget: TokenLimit = None,
     flops: OtherLimit = None,
     kv_cache: OtherLimit = None,
@@ -298,6 +301,71 @@ def search(
         result.report(folder / "report.html")
     console.print(result.policy, highlight=False, markup=False)
     console.print(f"Wrote policy.json and report.html to {output}", highlight=False)
+
+
+@app.command()
+def compare(
+    model_dir: Model,
+    test: TestFile,
+    tune: TuneFile = None,
+    output: OutputOption = Path("deos-fx-compare"),
+    budget: TokenLimit = "12.5%",
+    policy: PolicyFiles = None,
+    preset: Presets = None,
+    evaluations: Evaluations = 40,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of what is random.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 16,
+) -> None:
+    """Compare policies with presets at the same budget, and with the unreduced model.
+
+    Presets, random and uniform pruning among them, are fitted to the budget and,
+    with --tune, tuned (pip install 'deos-fx\\[compare]'). Also resizes the image to as
+    few tokens where the model allows it, and leaves it out. Answers count as right if
+    they are exactly the given ones. Writes comparison.html, .csv, .json and plots.
+
+    [bold]Examples[/]
+
+      deos-fx compare my-llava --test test.jsonl --policy found/policy.json
+
+      deos-fx compare my-llava --test test.jsonl --tune questions.jsonl --evaluations 100
+
+    A line of test.jsonl:
+
+      {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat", "kind": "what"}
+    """
+    from transformers import AutoProcessor
+
+    from deos_fx.cli.terminal import comparison_table, stages
+    from deos_fx.comparison.compare import compare as run_comparison
+    from deos_fx.data import read_records
+    from deos_fx.files import fresh_folder
+    from deos_fx.policy.budget import Budget
+
+    # Mistakes in the files show before the model is loaded.
+    console, policies = Console(), named_policies(policy or [])
+    records, tuning = read_records(test), None if tune is None else read_records(tune)
+    with fresh_folder(output) as folder, stages(console) as stage:
+        with stage("load"):
+            model, processor = load_model(model_dir), AutoProcessor.from_pretrained(model_dir)
+        with stage.phased("compare") as progress:
+            result = run_comparison(
+                model,
+                processor,
+                records,
+                budget=Budget(visual_tokens=budget),
+                policies=policies,
+                tuning=tuning,
+                presets=preset,
+                evaluations=evaluations,
+                seeds=seeds,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        result.save(folder)
+    console.print(comparison_table(result))
+    for row in result.left_out:
+        console.print(f"{row.name}: {row.reason}", highlight=False, markup=False)
+    console.print(f"Wrote {output / 'comparison.html'}", highlight=False)
 
 
 @app.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -26,7 +24,14 @@ from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.reference import Example
 from deos_fx.results.explanation import TokenStep, token_steps
-from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
+from deos_fx.results.methods import (
+    SEARCHED,
+    UNREDUCED,
+    Method,
+    OnnxCheck,
+    Picture,
+    versions,
+)
 from deos_fx.results.report import (
     DemoResult,
     demo_report,
@@ -41,6 +46,8 @@ TRAINING, VALIDATION, TEST = 384, 128, 480
 BATCH = 16
 COMPARED = 96
 """Number of test questions that ONNX Runtime answers too; all kinds in turn."""
+SHOWN_ANSWERS = 6
+"""Methods whose answers stand below an example, the most accurate ones."""
 
 
 def run_demo(
@@ -87,7 +94,7 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
     reduced = ReducedModel(model, found.policy)
     # 3. Compare with the unreduced model, and with presets at the same cost.
     methods = [_Tested(UNREDUCED, Policy(), model), _Tested(SEARCHED, found.policy, reduced)]
-    methods += [_preset(name, model, limit) for name in presets.fitted()]
+    methods += [_preset(name, model, limit) for name in presets.names()]
     measured = []
     for method in methods:
         with stage(f"test {method.name}") as advance:
@@ -182,9 +189,8 @@ class _Tested:
 def _preset(name: str, model: LlavaForConditionalGeneration, limit: float) -> _Tested:
     """Return a preset fitted to the budget, or the reason why it cannot meet the budget."""
     # A method that cannot meet the budget gets a row with the reason, not an error.
-    signature = facts_of(model).signature
     try:
-        policy = presets.fit(name, limit, signature.decoder_layers, signature.visual_tokens)
+        policy = presets.fit(name, limit, model)
     except ValueError as error:
         return _Tested(name, Policy(), None, str(error))
     return _Tested(name, policy, ReducedModel(model, policy))
@@ -254,7 +260,8 @@ def _pictures(
     methods: Sequence[Method],
 ) -> list[Picture]:
     """Return the examples, the first test questions, with everything that the report draws."""
-    shown = [method for method in methods if method.accuracy]
+    best = sorted(methods, key=lambda method: -method.accuracy.get("overall", 0.0))[:SHOWN_ANSWERS]
+    shown = [method for method in methods if method.accuracy and method in best]
     steps = _steps(reduced, processor, examples)
     return [
         Picture(
@@ -291,10 +298,7 @@ def _settings(seed: int, batches: int) -> dict[str, str]:
         "seed": str(seed),
         "search": f"{batches} batches of {BATCH} questions, a quarter on validation scenes",
         "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
+        **versions(),
     }
 
 

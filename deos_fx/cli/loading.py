@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,16 +22,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_LIMIT",
+    "Evaluations",
     "Model",
     "OtherLimit",
     "Output",
+    "OutputOption",
     "PolicyFile",
+    "PolicyFiles",
     "Preset",
+    "Presets",
+    "TestFile",
     "TokenLimit",
+    "TuneFile",
     "copy_processor",
     "load_model",
     "load_reduced",
     "meta_model",
+    "named_policies",
     "policy_of",
     "processor_of",
 ]
@@ -61,6 +69,11 @@ Model = Annotated[
 Output = Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write.")]
 
 
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")
+]
+
+
 PolicyFile = Annotated[
     Path | None, typer.Option("--policy", metavar="FILE", help="A policy file, policy.json.")
 ]
@@ -69,6 +82,39 @@ PolicyFile = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="A published method, fitted to the budget."),
+]
+
+
+PolicyFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--policy", metavar="FILE", help="A policy file; may be given several times."),
+]
+
+
+Presets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--preset", metavar="NAME", help="A preset; may be given several times. Default: all."
+    ),
+]
+
+
+TestFile = Annotated[
+    Path,
+    typer.Option(
+        metavar="FILE", help="JSONL; each line has image, prompt, answer and, if you have it, kind."
+    ),
+]
+
+
+TuneFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="JSONL to tune presets on; give what was searched with."),
+]
+
+
+Evaluations = Annotated[
+    int, typer.Option(min=1, help="Settings tried to tune a preset; as many as the search took.")
 ]
 
 
@@ -168,8 +214,26 @@ def policy_of(
         return None
     # Case: a preset.
     signature = facts_of(model).signature
+    if not signature.visual_tokens:
+        raise ValueError(
+            f"--preset is fitted to a number of visual tokens, and how many an image of a "
+            f"{signature.model_type} model has depends on its size; give --policy, with fractions "
+            "to keep, or search for one"
+        )
     tokens = _tokens(DEFAULT_LIMIT if budget is None else budget, signature)
-    return presets.fit(preset, tokens, signature.decoder_layers, signature.visual_tokens)
+    return presets.fit(preset, tokens, model)
+
+
+def named_policies(paths: Sequence[Path]) -> dict[str, Path]:
+    """Name policy files: by their names, or where these are alike, by their folders.
+
+    Raises:
+        ValueError: If two files are the same.
+    """
+    for names in ([path.stem for path in paths], [str(path) for path in paths]):
+        if len({*names}) == len(names):
+            return dict(zip(names, paths, strict=True))
+    raise ValueError("a policy file is given twice; give each once")
 
 
 def _tokens(limit: int | float, signature: ModelSignature) -> float:

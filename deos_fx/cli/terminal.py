@@ -22,9 +22,18 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from deos_fx.presets import Method
+    from deos_fx.results.comparison import Comparison
     from deos_fx.results.report import DemoResult
 
-__all__ = ["Advance", "Stages", "presets_table", "results_table", "stages", "times_table"]
+__all__ = [
+    "Advance",
+    "Stages",
+    "comparison_table",
+    "presets_table",
+    "results_table",
+    "stages",
+    "times_table",
+]
 
 Advance: TypeAlias = Callable[[int, int], None]
 """Called with the finished and the total amount of a stage."""
@@ -110,8 +119,9 @@ def stages(console: Console) -> Iterator[Stages]:
 
 
 def results_table(result: DemoResult) -> Table:
-    """Make the comparison of the demo: one column for each method, to fit 80 characters."""
+    """Make the comparison of the demo: one row for each method, to fit 80 characters."""
     methods = result.ranked()
+    kinds = [kind for kind in methods[0].accuracy if kind != "overall"]
     table = Table(
         title=f"Right answers in % of {result.questions} test questions; "
         f"budget {result.limit:.4g} visual tokens, mean over the decoder layers",
@@ -119,20 +129,44 @@ def results_table(result: DemoResult) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
+    for title in ("all", *(kind.replace("_", " ") for kind in kinds)):
+        # A column is as wide as its longest word, and titles are broken between words.
+        table.add_column(title, justify="right", width=max(5, *map(len, title.split())))
     for method in methods:
-        style = "bold" if method.is_searched else None
-        name = method.name.replace("_", " ")
-        # A column is as wide as its longest word, and names are broken between words.
-        width = max(5, *map(len, name.split()))
-        table.add_column(name, justify="right", style=style, width=width)
-    kinds = [kind for kind in methods[0].accuracy if kind != "overall"]
-    for kind in ("overall", *kinds):
-        shares = [f"{100 * m.accuracy[kind]:.1f}" if m.accuracy else "-" for m in methods]
-        table.add_row(kind.replace("_", " "), *shares, end_section=kind == kinds[-1])
-    for name in methods[0].cost.cells:
-        cells = [method.cost.cells[name] if method.accuracy else "-" for method in methods]
-        table.add_row(name.removeprefix("visual "), *cells)
+        # Case: not measured; the reason is printed below the table.
+        cells = ["-"] * (len(kinds) + 1)
+        if method.accuracy:
+            cells = [f"{100 * method.accuracy[kind]:.1f}" for kind in ("overall", *kinds)]
+        table.add_row(method.name, *cells, style="bold" if method.is_searched else None)
+    return table
+
+
+def comparison_table(result: Comparison) -> Table:
+    """Make the table of a comparison: one row for each method, to fit 80 characters."""
+    table = Table(
+        title=f"Right answers of {result.questions} questions, with 95 % intervals in points; "
+        f"budget {result.limit:.4g} visual tokens, mean over the decoder layers",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("", no_wrap=True)
+    for title in ("right, %", "minus unreduced", "tokens", "GFLOPs", "KiB", "ms"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in result.measured:
+        ahead = result.against(row, result.unreduced)
+        low, mean, high = (100 * share for share in (ahead.low, ahead.mean, ahead.high))
+        table.add_row(
+            row.name,
+            f"{100 * result.accuracy(row).mean:.1f}",
+            "" if row is result.unreduced else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})",
+            f"{row.visual_tokens:.4g}",
+            f"{row.flops / 1e9:.3g}",
+            f"{row.kv_bytes / 1024:.0f}",
+            f"{row.milliseconds:.3g}",
+            style="bold" if row.group == "policy" else None,
+        )
     return table
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LatencyTable", "milliseconds"]
+__all__ = ["LatencyTable", "in_turns", "milliseconds"]
 
 _WARM_UP = 2
 _REPEATS = 7
@@ -26,16 +26,30 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     Returns:
         Milliseconds.
     """
-    times = []
+    return in_turns([call], device)[0]
+
+
+def in_turns(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Measure calls that are to be compared: they take turns, so that all see the same machine.
+
+    Args:
+        calls: The calls to time.
+        device: Where they run; a GPU is synchronised before and after each.
+
+    Returns:
+        Milliseconds of each: the median of its wall-clock times, after warming up.
+    """
+    times: list[list[float]] = [[] for _ in calls]
     for i in range(_WARM_UP + _REPEATS):
-        # A GPU works on after a call returns, so wait for it on both ends.
-        _synchronise(device)
-        start = time.perf_counter()
-        call()
-        _synchronise(device)
-        if i >= _WARM_UP:
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+        for call, own in zip(calls, times, strict=True):
+            # A GPU works on after a call returns, so wait for it on both ends.
+            _synchronise(device)
+            start = time.perf_counter()
+            call()
+            _synchronise(device)
+            if i >= _WARM_UP:
+                own.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(own) for own in times]
 
 
 def _synchronise(device: torch.device) -> None:

@@ -189,7 +189,6 @@ class CostModel:
         )
         around = self._parts.measured.around * lengths[0]
         # The head runs over what is left at the end.
-        # The head runs over what is left at the end.
         head = self._parts.measured.head * (self.logits_to_keep or lengths[-1])
         encoding = self._encoding(self.patches(Policy()) if patches is None else patches)
         return encoding + self.batch * (layers + around + head) + overhead
@@ -261,6 +260,13 @@ class CostModel:
             "kv_cache": lambda: self.kv_bytes(counts),
         }
         return {name: float(made[name]()) for name in names if name in made}
+
+    def without_images(self) -> Cost:
+        """Compute the cost of the same prompts as text alone."""
+        none = [0] * self.signature.decoder_layers
+        encoding = self._encoding(self.patches(Policy()))
+        flops = round(float(self.flops(none) - encoding))
+        return Cost(tuple(none), 0.0, flops, round(float(self.kv_bytes(none))))
 
     def counts(self, policy: Policy) -> list[int]:
         """Count the visual tokens of one prompt that each decoder layer processes.

@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 __all__ = [
+    "COORDINATES",
     "ENCODERS",
     "FORMER_IMAGES",
     "IMAGE_TOKENS",
@@ -41,6 +42,9 @@ SHORTCUTS = {"_maybe_slice_kv_shared_inputs": 4}
 
 While capturing they are replaced by the identity. gemma4, gemma4_unified."""
 
+
+COORDINATES = "get_rope_index"
+"""Method of a model's core that gives each token a position of several coordinates (mRoPE)."""
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 """The inputs that images and videos come in."""

@@ -12,6 +12,7 @@ from types import FunctionType
 from deos_fx.operator.assign import (
     SIMILARITIES,
     between_halves,
+    centred,
     k_nearest,
     nearest,
     similarity,
@@ -56,6 +57,7 @@ __all__ = [
     "Selector",
     "between_halves",
     "bipartite",
+    "centred",
     "chosen",
     "columns",
     "combine",

@@ -1,4 +1,4 @@
-"""Published methods as policies, and some of them fitted to a budget.
+"""Published methods as policies, fitted to a model and a budget, with their options tuned.
 
 Every preset is a plain policy of the one operator; lowering and export know nothing of presets.
 `list` gives the source of each. Methods that are not presets, and why:
@@ -16,7 +16,7 @@ import builtins
 
 from deos_fx.presets.catalogue import CATALOGUE, Method
 from deos_fx.presets.decoder import dart, fastv, fitprune, pyramid_drop, sparsevlm_plus
-from deos_fx.presets.fit import FITTED, fit, mean_visual_tokens
+from deos_fx.presets.fit import fit, mean_visual_tokens, options
 from deos_fx.presets.projector import (
     avg_pool,
     bilinear_pool,
@@ -29,6 +29,7 @@ from deos_fx.presets.projector import (
     uniform,
     vscan,
 )
+from deos_fx.presets.rules import Option
 from deos_fx.presets.tower import (
     evit,
     fastervlm,
@@ -39,10 +40,13 @@ from deos_fx.presets.tower import (
     visionzip,
     vispruner,
 )
+from deos_fx.presets.tune import Tuned, tune
 
 __all__ = [
     "CATALOGUE",
     "Method",
+    "Option",
+    "Tuned",
     "avg_pool",
     "bilinear_pool",
     "cdpruner",
@@ -53,13 +57,13 @@ __all__ = [
     "fastv",
     "fit",
     "fitprune",
-    "fitted",
     "hiprune",
     "holov",
     "list",
     "mean_visual_tokens",
     "merge",
     "names",
+    "options",
     "prumerge",
     "prumerge_plus",
     "pyramid_drop",
@@ -67,6 +71,7 @@ __all__ = [
     "redistribute",
     "sparsevlm_plus",
     "tome",
+    "tune",
     "uniform",
     "visionzip",
     "vispruner",
@@ -82,8 +87,3 @@ def list() -> builtins.list[Method]:
 def names() -> builtins.list[str]:
     """List the names of all presets."""
     return sorted(CATALOGUE)
-
-
-def fitted() -> builtins.list[str]:
-    """List the names of the presets that `fit` can fit to a budget."""
-    return [*FITTED]

@@ -10,7 +10,6 @@ from deos_fx.presets.catalogue import method
 
 __all__ = ["dart", "fastv", "fitprune", "pyramid_drop", "sparsevlm_plus"]
 
-FASTV_LAYER = 2
 PYRAMID_KEEP = (0.5, 0.25, 0.125)
 SPARSE_LAYERS = (2, 6, 15)
 SPARSE_KEEP = (300, 200, 118)
@@ -26,7 +25,7 @@ FITPRUNE_DROPS = (
     "Chen et al., An Image is Worth 1/2 Tokens After Layer 2 (ECCV 2024); pkunlp-icler/FastV",
     licence="none",
 )
-def fastv(layer: int = FASTV_LAYER, keep: int | float = 0.5) -> Policy:
+def fastv(layer: int = 2, keep: int | float = 0.5) -> Policy:
     """Prune once, early in the decoder, by the attention of the last text token.
 
     Source: the official code pkunlp-icler/FastV. Before layer K (default 2, half of the tokens) the

@@ -1,20 +1,27 @@
-"""Fit presets to a budget: the largest counts it allows, at the published depth if possible."""
+"""Fit presets to a model and a budget: the largest counts it allows, at the published depth."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from deos_fx.operator import grid_layout
-from deos_fx.policy.counts import ASPECT, tokens_per_layer
+from deos_fx.policy.counts import tokens_per_layer
 from deos_fx.policy.policy import Policy
-from deos_fx.presets.decoder import FASTV_LAYER, PYRAMID_KEEP, fastv, pyramid_drop
-from deos_fx.presets.projector import avg_pool, merge, redistribute
+from deos_fx.presets.catalogue import CATALOGUE
+from deos_fx.presets.rules import RULES, Option, Rule
+from deos_fx.presets.shape import Shape
 
-__all__ = ["FITTED", "fit", "mean_visual_tokens"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["fit", "fit_to_shape", "mean_visual_tokens", "options"]
 
 FEWEST = 1 / 32
 """A preset stays at its published layer only if it can keep this share of the tokens there."""
+
+# Halvings of the size of a preset. Far less than a token is left of it then.
+_HALVINGS = 30
 
 
 def mean_visual_tokens(policy: Policy, decoder_layers: int, visual_tokens: int) -> float:
@@ -26,105 +33,175 @@ def mean_visual_tokens(policy: Policy, decoder_layers: int, visual_tokens: int) 
     return sum(tokens_per_layer(policy, (visual_tokens,), decoder_layers)) / decoder_layers
 
 
-def fit(name: str, budget_tokens: float, decoder_layers: int, visual_tokens: int) -> Policy:
-    """Return a preset with the largest counts that a budget allows.
-
-    A preset inside the decoder stays at its published depth as long as it can keep a 32nd of the
-    tokens there; otherwise its first site moves to an earlier layer, down to ``decoder.0``. The
-    stages of ``pyramid_drop`` divide the layers after the first stage evenly and keep the
-    proportions 4 : 2 : 1. ``avg_pool`` takes windows at most 1.5 times as long as wide.
+def options(
+    name: str, model: PreTrainedModel, visual_tokens: int | None = None
+) -> dict[str, Option]:
+    """Return the options of a preset that `fit` takes, with their ranges for a model.
 
     Args:
-        name: One of ``FITTED``, the presets that a budget determines.
-        budget_tokens: Limit on ``mean_visual_tokens``.
-        decoder_layers: Layers of the decoder.
-        visual_tokens: Visual tokens of an image.
+        name: Name of a preset.
+        model: The model.
+        visual_tokens: As in `fit`.
 
     Raises:
-        ValueError: If there is no such preset, or none of its settings meets the budget.
+        ValueError: If there is no such preset, or the number of visual tokens is not known.
     """
-    if name not in FITTED:
-        raise ValueError(f"no preset {name!r}; choose from {', '.join(FITTED)}")
+    return _rule(name).options(Shape.of(model, visual_tokens))
+
+
+def fit(
+    name: str,
+    budget_tokens: float,
+    model: PreTrainedModel,
+    visual_tokens: int | None = None,
+    **values: float,
+) -> Policy:
+    """Return a preset for a model, with the largest counts that a budget allows.
+
+    Every option has its published value, in proportion to the depth of the model, unless another
+    is given. Presets of the vision tower end at the last block whose output the language model
+    uses; those of PruMerge need a block after that, and end at the last but one where there is
+    none. A preset inside the decoder stays at its published depth as long as it can keep a 32nd of
+    the tokens there; otherwise its first site moves to an earlier layer, down to ``decoder.0``.
+    Stages keep their proportions, and pools take windows at most 1.5 times as long as wide.
+    `merge` and `redistribute` rank by novelty where there is no CLS token. Where a position has
+    several coordinates (mRoPE), tokens keep theirs, as the ports of these methods do.
+
+    Args:
+        name: Name of a preset.
+        budget_tokens: Limit on ``mean_visual_tokens``.
+        model: The model.
+        visual_tokens: Visual tokens of an image; needed only where its size decides how many.
+        **values: Options of the preset, see `options`.
+
+    Raises:
+        TypeError: If ``model`` is not a transformers model.
+        ValueError: If there is no such preset or option, the model lacks something that the preset
+            needs, or none of its settings meets the budget.
+    """
+    return fit_to_shape(name, budget_tokens, Shape.of(model, visual_tokens), values)[0]
+
+
+def fit_to_shape(
+    name: str, budget_tokens: float, shape: Shape, values: Mapping[str, float]
+) -> tuple[Policy, dict[str, Any]]:
+    """Fit a preset as `fit` does.
+
+    Args:
+        name: Name of a preset.
+        budget_tokens: Limit on ``mean_visual_tokens``.
+        shape: The sizes of the model.
+        values: Options of the preset.
+
+    Returns:
+        The policy, and the value of every option.
+
+    Raises:
+        ValueError: As for `fit`.
+    """
+    rule = _rule(name)
     if not budget_tokens >= 1:
         raise ValueError(f"a budget of {budget_tokens:g} visual tokens; give at least 1")
-    budget = min(budget_tokens, visual_tokens)
-    for policy in FITTED[name](budget, decoder_layers, visual_tokens):
-        if mean_visual_tokens(policy, decoder_layers, visual_tokens) <= budget + 1e-9:
-            return policy
+    _check_needs(name, rule, shape)
+    ranges = rule.options(shape)
+    _check_values(name, values, ranges)
+    chosen = {key: option.published for key, option in ranges.items()} | dict(values)
+    for setting in _settings(rule, chosen, moving=rule.moves not in values):
+        policy = _largest(rule, shape, budget_tokens, setting)
+        # The last place is taken whatever it keeps, since there is no better one.
+        last = not rule.moves or setting[rule.moves] == 1 or rule.moves in values
+        if policy is not None and (last or _left(policy, shape) >= FEWEST * shape.visual_tokens):
+            return _with_positions(policy, shape), setting
     raise ValueError(
-        f"{name} cannot meet a mean of {budget_tokens:g} visual tokens over {decoder_layers} "
-        f"decoder layers: even at its earliest site the layers before it process too many of the "
-        f"{visual_tokens}; raise the budget or choose a preset at the projector"
+        f"{name} cannot meet a mean of {budget_tokens:g} visual tokens over {shape.decoder_layers} "
+        f"decoder layers: even with the fewest tokens that it can keep, too many of the "
+        f"{shape.visual_tokens} are processed; raise the budget or choose another preset"
     )
 
 
-def _fit_fastv(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
-    # The mean over L layers of l times all tokens and L - l times the count, solved for the count.
-    for layer in range(min(FASTV_LAYER, layers - 1), 0, -1):
-        count = _floor((budget * layers - layer * tokens) / (layers - layer))
-        if count >= (FEWEST * tokens if layer > 1 else 1):
-            yield fastv(layer, count)
+def _rule(name: str) -> Rule:
+    if name not in RULES:
+        raise ValueError(f"no preset {name!r}; choose from {', '.join(RULES)}")
+    return RULES[name]
 
 
-def _fit_pyramid_drop(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
-    # From the published depth, a quarter of the layers, to the first layer. At the first layer any
-    # count is accepted, since there is no better depth to try.
-    for first in range(max(round(layers / 4), 1), 0, -1):
-        stages = sorted({round(first + s * (layers - first) / 3) for s in range(3)})
-        counts = _largest_pyramid(budget, layers, tokens, [n for n in stages if n < layers])
-        if counts and (first == 1 or counts[-1] >= FEWEST * tokens):
-            yield pyramid_drop([n for n in stages if n < layers], counts)
+def _check_needs(name: str, rule: Rule, shape: Shape) -> None:
+    if rule.in_tower and not shape.used_blocks:
+        raise ValueError(
+            f"{name} works in the vision tower, and this model's has no sites: a visual token is "
+            "not made of one patch each, or the encoder reads the sizes of images"
+        )
+    needs = CATALOGUE[name].needs
+    if "CLS" in needs and not shape.class_token:
+        raise ValueError(
+            f"{name} needs {needs}, whose attention ranks the visual tokens, and this model has "
+            "none; choose a preset that ranks by something else"
+        )
 
 
-def _largest_pyramid(budget: float, layers: int, tokens: int, stages: list[int]) -> list[int]:
-    """Return counts in the published proportions, as large as the budget allows; empty if none."""
-    # Costs grow with the largest count, so the first that is too much ends the search.
-    best: list[int] = []
-    for largest in range(1, round(tokens / PYRAMID_KEEP[-1]) + 1):
-        scaled = (largest * ratio / PYRAMID_KEEP[0] for ratio in PYRAMID_KEEP)
-        counts = [min(max(round(n), 1), tokens) for n in scaled][: len(stages)]
-        policy = pyramid_drop(stages, counts)
-        if mean_visual_tokens(policy, layers, tokens) > budget + 1e-9:
-            break
-        best = counts
+def _check_values(name: str, values: Mapping[str, float], ranges: Mapping[str, Option]) -> None:
+    for key, value in values.items():
+        if key not in ranges:
+            known = ", ".join(ranges) or "none"
+            raise ValueError(f"{name} has no option {key!r} to fit with; it has {known}")
+        option = ranges[key]
+        whole = isinstance(option.published, int)
+        kinds = (int,) if whole else (int, float)
+        fine = isinstance(value, kinds) and not isinstance(value, bool)
+        if not fine or not option.low <= value <= option.high:
+            kind = "a whole number" if whole else "a number"
+            raise ValueError(
+                f"{name}: {key} is {value!r}; give {kind} from {option.low} to {option.high}"
+            )
+
+
+def _settings(rule: Rule, chosen: dict[str, Any], moving: bool) -> Iterable[dict[str, Any]]:
+    """Yield the options with the first site at its place, and then at every earlier layer."""
+    if not rule.moves or not moving:
+        yield chosen
+        return
+    for layer in range(chosen[rule.moves], 0, -1):
+        yield chosen | {rule.moves: layer}
+
+
+def _largest(rule: Rule, shape: Shape, budget: float, setting: Mapping[str, Any]) -> Policy | None:
+    """Return the policy of the largest size within the budget; None if there is none."""
+
+    def sized(size: float) -> Policy | None:
+        policy = rule.build(shape, size, setting)
+        mean = mean_visual_tokens(policy, shape.decoder_layers, shape.visual_tokens)
+        return policy if mean <= budget + 1e-9 else None
+
+    # Counts grow with the size, so bisection finds the largest.
+    best, high = sized(0.0), sized(1.0)
+    if best is None or high is not None:
+        return high
+    low, above = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + above) / 2
+        policy = sized(middle)
+        if policy is None:
+            above = middle
+        else:
+            low, best = middle, policy
+    # The tiers of a reduction have to share its count; the message of a policy says what is wrong.
+    for step in best.reductions:
+        step.tier_counts(step.count(shape.visual_tokens))
     return best
 
 
-def _fit_count(preset: Callable[[str, int], Policy]) -> _Fit:
-    def fitted(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
-        yield preset("projector", _floor(budget))
-
-    return fitted
-
-
-def _fit_avg_pool(budget: float, layers: int, tokens: int) -> Iterable[Policy]:
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise ValueError(
-            f"avg_pool is fitted to square grids and {tokens} is not a square; call avg_pool with "
-            "a count that splits the grid into windows"
-        )
-    # The largest count that splits the grid into nearly square windows; only 1 always does.
-    for count in range(_floor(budget), 0, -1):
-        try:
-            grid_layout(side, side, count, aspect=ASPECT)
-        except ValueError:
-            continue
-        yield avg_pool("projector", count)
+def _with_positions(policy: Policy, shape: Shape) -> Policy:
+    """Let tokens keep their positions where these cannot be renumbered."""
+    if not shape.coordinates:
+        return policy
+    # Tokens out of the order of the image have no positions to keep; lowering says so.
+    steps = [
+        replace(step, position="keep") if step.order == "position" else step
+        for step in policy.reductions
+    ]
+    return replace(policy, reductions=tuple(steps))
 
 
-def _floor(value: float) -> int:
-    """Round down, forgiving the rounding error of a fraction times a count."""
-    return math.floor(value + 1e-9)
-
-
-_Fit = Callable[[float, int, int], Iterable[Policy]]
-"""Settings of a preset, best first, for a budget, decoder layers and visual tokens."""
-
-FITTED: Mapping[str, _Fit] = {
-    "fastv": _fit_fastv,
-    "pyramid_drop": _fit_pyramid_drop,
-    "merge": _fit_count(merge),
-    "avg_pool": _fit_avg_pool,
-    "redistribute": _fit_count(redistribute),
-}
+def _left(policy: Policy, shape: Shape) -> int:
+    """Return the tokens of an image after the last reduction."""
+    return policy.counts(shape.visual_tokens)[-1] if policy.reductions else shape.visual_tokens

@@ -145,7 +145,7 @@ def vscan(
     "first stage of VScan (2025) with the masses of Token Merging (ICLR 2023)",
     licence="see vscan and tome",
 )
-def merge(site: str = "projector", keep: int | float = 0.5) -> Policy:
+def merge(site: str = "projector", keep: int | float = 0.5, mass_bias: float = 1.0) -> Policy:
     """Merge every dropped token into the kept token it resembles most.
 
     Sources: the first stage of VScan (Tencent/SelfEvolvingAgent: keep by CLS attention, average
@@ -159,8 +159,9 @@ def merge(site: str = "projector", keep: int | float = 0.5) -> Policy:
     Args:
         site: The site of the merging.
         keep: Tokens or fraction kept per image.
+        mass_bias: Factor of the bias log(mass); 0 is without it.
     """
-    return Policy((Reduction(site, keep, gain=1.0, mass_bias=1.0),), name="merge")
+    return Policy((Reduction(site, keep, gain=1.0, mass_bias=mass_bias),), name="merge")
 
 
 @method(
@@ -214,7 +215,12 @@ def bilinear_pool(site: str = "projector", keep: int | float = 0.25) -> Policy:
     "the regime of Differentiable Efficient Operator Search (arXiv 2606.05232)",
     licence="no code is public",
 )
-def redistribute(site: str = "projector", keep: int | float = 0.5) -> Policy:
+def redistribute(
+    site: str = "projector",
+    keep: int | float = 0.5,
+    temperature: float = 0.1,
+    mass_bias: float = 1.0,
+) -> Policy:
     """Spread every dropped token over all kept ones by similarity: soft reweighting.
 
     This is the regime that "Differentiable Efficient Operator Search" (arXiv 2606.05232) calls
@@ -226,8 +232,10 @@ def redistribute(site: str = "projector", keep: int | float = 0.5) -> Policy:
     Args:
         site: The site of the reduction.
         keep: Tokens or fraction kept per image.
+        temperature: Divides the cosines: the smaller, the more goes to the nearest token.
+        mass_bias: Factor of the bias log(mass); 0 is without it.
     """
-    reduction = Reduction(site, keep, gain=1.0, temperature=0.1, mass_bias=1.0)
+    reduction = Reduction(site, keep, gain=1.0, temperature=temperature, mass_bias=mass_bias)
     return Policy((reduction,), name="redistribute")
 
 

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 LAST_BLOCK = 22
+NEIGHBOURS = 32
 _CLS = "a CLS token in the tower"
 
 
@@ -64,7 +65,9 @@ def visionzip(dominant: int = 54, contextual: int = 10, block: int = LAST_BLOCK)
     return Policy((reduction,), name="visionzip")
 
 
-def _prumerge(keep: int | float, block: int, tiers: tuple[Tier, ...], name: str) -> Policy:
+def _prumerge(
+    keep: int | float, block: int, neighbours: int, tiers: tuple[Tier, ...], name: str
+) -> Policy:
     reduction = Reduction(
         f"vision.{block}",
         keep,
@@ -74,7 +77,7 @@ def _prumerge(keep: int | float, block: int, tiers: tuple[Tier, ...], name: str)
         order="selection",
         gain=1.0,
         assignment="k_nearest",
-        neighbours=32,
+        neighbours=neighbours,
         similarity={"joint_key": 1.0},
         weighting="raw",
         exponent=0.0,
@@ -89,7 +92,9 @@ def _prumerge(keep: int | float, block: int, tiers: tuple[Tier, ...], name: str)
     licence="Apache-2.0",
     needs=_CLS,
 )
-def prumerge(keep: int | float = 73, block: int = LAST_BLOCK) -> Policy:
+def prumerge(
+    keep: int | float = 73, block: int = LAST_BLOCK, neighbours: int = NEIGHBOURS
+) -> Policy:
     """Keep the tokens CLS attends to, and add to each its neighbours, weighted by attention.
 
     Source: the official code (token_prune_merge_advanced). Attention is that of the block *after*
@@ -105,8 +110,9 @@ def prumerge(keep: int | float = 73, block: int = LAST_BLOCK) -> Policy:
     Args:
         keep: Tokens or fraction that come out per image, the extra one included.
         block: Last block of the tower that is used.
+        neighbours: Tokens that are added to each kept one.
     """
-    return _prumerge(keep, block, (), "prumerge")
+    return _prumerge(keep, block, neighbours, (), "prumerge")
 
 
 @method(
@@ -115,7 +121,11 @@ def prumerge(keep: int | float = 73, block: int = LAST_BLOCK) -> Policy:
     needs=_CLS,
 )
 def prumerge_plus(
-    selected: int = 36, spatial: int = 108, visual_tokens: int = 576, block: int = LAST_BLOCK
+    selected: int = 36,
+    spatial: int = 108,
+    visual_tokens: int = 576,
+    block: int = LAST_BLOCK,
+    neighbours: int = NEIGHBOURS,
 ) -> Policy:
     """Extend PruMerge by additional tokens at equal steps over the image.
 
@@ -131,10 +141,11 @@ def prumerge_plus(
         spatial: Tokens at equal steps.
         visual_tokens: Tokens of an image before the reduction.
         block: Last block of the tower that is used.
+        neighbours: Tokens that are added to each kept one.
     """
     step = max(1, visual_tokens // selected // 3)
     spread = Tier(keep=spatial, selector="lattice", options={"step": step})
-    return _prumerge(selected + spatial + 1, block, (spread,), "prumerge_plus")
+    return _prumerge(selected + spatial + 1, block, neighbours, (spread,), "prumerge_plus")
 
 
 @method(

@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
     from deos_fx.results.methods import Method
 
-__all__ = ["PAINTS", "accuracy_chart", "history_chart", "policy_chart"]
+__all__ = [
+    "LINE",
+    "PAINTS",
+    "accuracy_chart",
+    "annotate",
+    "history_chart",
+    "new_figure",
+    "paint",
+    "policy_chart",
+    "to_svg",
+]
 
 PAINTS = (
     "ink",
@@ -37,7 +47,8 @@ PAINTS = (
 """CSS variables that the page defines; each stands for a placeholder colour while drawing."""
 
 
-def _paint(name: str) -> str:
+def paint(name: str) -> str:
+    """Return the placeholder colour of a CSS variable."""
     # Near black, which no chart uses otherwise; the last byte is the number of the variable.
     return f"#0a0b{PAINTS.index(name):02x}"
 
@@ -45,20 +56,23 @@ def _paint(name: str) -> str:
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 11,
-    "axes.edgecolor": _paint("line"),
-    "axes.labelcolor": _paint("soft"),
+    "axes.edgecolor": paint("line"),
+    "axes.labelcolor": paint("soft"),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _paint("line"),
+    "grid.color": paint("line"),
     "grid.linewidth": 0.6,
-    "xtick.color": _paint("line"),
-    "ytick.color": _paint("line"),
-    "xtick.labelcolor": _paint("soft"),
-    "ytick.labelcolor": _paint("soft"),
+    "xtick.color": paint("line"),
+    "ytick.color": paint("line"),
+    "xtick.labelcolor": paint("soft"),
+    "ytick.labelcolor": paint("soft"),
 }
 
+
+LINE = 0.25
+"""Inches that a line of text takes."""
 
 # *** the charts ***
 
@@ -77,16 +91,20 @@ def accuracy_chart(
     Returns:
         An SVG element.
     """
-    figure, axes = _figure(8.6, 4.3)
-    axes.axvspan(0, limit, color=_paint("accent"), alpha=0.09, lw=0)
-    axes.axvline(limit, color=_paint("accent"), lw=1.2, ls=(0, (4, 3)))
     shown = sorted((m for m in methods if m.accuracy), key=lambda m: -m.accuracy["overall"])
+    # Inches: every label needs a line of its own.
+    height = max(4.3, 0.8 + LINE * len(shown))
+    figure, axes = new_figure(8.6, height)
+    axes.axvspan(0, limit, color=paint("accent"), alpha=0.09, lw=0)
+    axes.axvline(limit, color=paint("accent"), lw=1.2, ls=(0, (4, 3)))
     # The axis starts a little below the worst method: differences at the top are what matters.
     low = shown[-1].accuracy["overall"]
     axes.set(xlim=(0, visual_tokens * 1.06), ylim=(max(0.0, low - 0.08) * 100, 102))
     # Methods with few tokens lie close together: their labels are spread and tied by lines.
     cluster = [method for method in shown if method.cost.visual_tokens < 0.6 * visual_tokens]
-    heights = _spread([100 * m.accuracy["overall"] for m in cluster], *axes.get_ylim(), 0.075)
+    heights = _spread(
+        [100 * m.accuracy["overall"] for m in cluster], *axes.get_ylim(), LINE / (height - 0.7)
+    )
     for method in shown:
         _draw_point(axes, method)
     for method, height in zip(cluster, heights, strict=True):
@@ -95,12 +113,12 @@ def accuracy_chart(
     for method in shown:
         if method not in cluster:
             point = (method.cost.visual_tokens, 100 * method.accuracy["overall"])
-            _annotate(axes, _named(method, questions), point, (-10, 0), ha="right", va="center")
+            annotate(axes, _named(method, questions), point, (-10, 0), ha="right", va="center")
     bottom = axes.get_ylim()[0]
-    _annotate(axes, f"budget {limit:.4g}", (limit, bottom), (5, 6), color=_paint("accent"))
+    annotate(axes, f"budget {limit:.4g}", (limit, bottom), (5, 6), color=paint("accent"))
     axes.set_xlabel("visual tokens a decoder layer processes (mean over layers)")
     axes.set_ylabel("right answers, %")
-    return _svg(figure, "accuracy", "Accuracy of every method against its visual tokens")
+    return to_svg(figure, "accuracy", "Accuracy of every method against its visual tokens")
 
 
 def policy_chart(policy: Policy, counts: Sequence[int], whole: float) -> str:
@@ -115,11 +133,11 @@ def policy_chart(policy: Policy, counts: Sequence[int], whole: float) -> str:
         An SVG element.
     """
     layers = len(counts)
-    figure, axes = _figure(8.6, 3.5)
-    axes.bar(range(layers), [whole] * layers, 0.7, fill=False, ec=_paint("line"), lw=0.8, ls=":")
-    axes.bar(range(layers), counts, 0.7, color=_paint("accent"), alpha=0.55)
+    figure, axes = new_figure(8.6, 3.5)
+    axes.bar(range(layers), [whole] * layers, 0.7, fill=False, ec=paint("line"), lw=0.8, ls=":")
+    axes.bar(range(layers), counts, 0.7, color=paint("accent"), alpha=0.55)
     for layer, count in enumerate(counts):
-        _annotate(axes, f"{count}", (layer, count), (0, 3), ha="center")
+        annotate(axes, f"{count}", (layer, count), (0, 3), ha="center")
     # A reduction before the decoder is read off its first layer.
     before = whole
     for reduction in policy.reductions:
@@ -131,7 +149,7 @@ def policy_chart(policy: Policy, counts: Sequence[int], whole: float) -> str:
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("visual tokens")
-    return _svg(figure, "policy", "Visual tokens along the decoder layers under the policy")
+    return to_svg(figure, "policy", "Visual tokens along the decoder layers under the policy")
 
 
 def history_chart(history: Sequence[Mapping[str, Any]], limit: float | None) -> str:
@@ -149,19 +167,19 @@ def history_chart(history: Sequence[Mapping[str, Any]], limit: float | None) -> 
     figure, (task, used) = _figures(8.6, 4.6, 2)
     steps = [entry["step"] for entry in history]
     losses = [entry["task"] for entry in history]
-    task.plot(steps, losses, color=_paint("soft"), lw=0.8, alpha=0.6)
-    task.plot(steps, _smooth(losses), color=_paint("accent"), lw=2)
+    task.plot(steps, losses, color=paint("soft"), lw=0.8, alpha=0.6)
+    task.plot(steps, _smooth(losses), color=paint("accent"), lw=2)
     task.set_ylabel("task loss")
-    used.plot(steps, [entry["visual_tokens"] for entry in history], color=_paint("accent"), lw=2)
+    used.plot(steps, [entry["visual_tokens"] for entry in history], color=paint("accent"), lw=2)
     if limit is not None:
-        used.axhline(limit, color=_paint("prune"), lw=1.2, ls=(0, (4, 3)))
+        used.axhline(limit, color=paint("prune"), lw=1.2, ls=(0, (4, 3)))
         label = f"limit {limit:.4g}"
-        _annotate(used, label, (steps[-1], limit), (0, 5), ha="right", color=_paint("prune"))
+        annotate(used, label, (steps[-1], limit), (0, 5), ha="right", color=paint("prune"))
     used.set_ylim(bottom=0)
     used.xaxis.set_major_locator(MaxNLocator(integer=True))
     used.set_ylabel("visual tokens, mean")
     used.set_xlabel("step of the search")
-    return _svg(figure, "history", "Task loss and visual tokens over the steps of the search")
+    return to_svg(figure, "history", "Task loss and visual tokens over the steps of the search")
 
 
 # *** parts of them ***
@@ -170,7 +188,7 @@ def history_chart(history: Sequence[Mapping[str, Any]], limit: float | None) -> 
 def _draw_point(axes: Axes, method: Method) -> None:
     x, y = method.cost.visual_tokens, 100 * method.accuracy["overall"]
     size, marker = (190, "*") if method.is_searched else (52, "o")
-    style: dict[str, Any] = {"color": _paint(method.paint), "ec": _paint("paper"), "lw": 0.8}
+    style: dict[str, Any] = {"color": paint(method.paint), "ec": paint("paper"), "lw": 0.8}
     axes.scatter(x, y, s=size, marker=marker, zorder=3, **style)
 
 
@@ -181,11 +199,11 @@ def _label_point(axes: Axes, method: Method, text: str, height: float, x: float)
         (method.cost.visual_tokens, 100 * method.accuracy["overall"]),
         (x, height),
         va="center",
-        color=_paint("ink"),
+        color=paint("ink"),
         weight="bold" if method.is_searched else "normal",
         arrowprops={
             "arrowstyle": "-",
-            "color": _paint("soft"),
+            "color": paint("soft"),
             "lw": 0.6,
             "relpos": (0, 0.5),
             "shrinkB": 6,
@@ -206,11 +224,11 @@ def _draw_site(
     # Between two bars; left of the first one for everything before the decoder.
     stage, layer = split_site(site)
     x = layer + 0.5 if stage == "decoder" else -0.5
-    color = _paint(regime)
+    color = paint(regime)
     axes.plot([x, x], [0, whole * 1.08], color=color, lw=1.6)
     axes.scatter([x], [whole * 1.08], marker="v", s=46, color=color, zorder=3)
     before, after = counts
-    _annotate(
+    annotate(
         axes,
         f"{regime}\n{before:.4g}→{after:.4g}",
         (x, whole * 1.08),
@@ -223,10 +241,11 @@ def _draw_site(
     )
 
 
-def _annotate(
+def annotate(
     axes: Axes, text: str, point: tuple[float, float], offset: tuple[int, int], **style: Any
 ) -> None:
-    style = {"color": _paint("ink")} | style
+    """Write a text at an offset in points from a point."""
+    style = {"color": paint("ink")} | style
     axes.annotate(text, point, offset, textcoords="offset points", **style)
 
 
@@ -241,14 +260,17 @@ def _wilson(fraction: float, count: int) -> tuple[float, float]:
 
 def _spread(values: Sequence[float], low: float, high: float, gap: float) -> list[float]:
     """Return heights near descending `values`, at least the share `gap` of the range apart."""
-    # 1. From the top, push each one down to keep the distance. 2. If the last fell below the range,
-    # lift all of them.
     step = gap * (high - low)
     heights: list[float] = []
+    # 1. From the top, push each one down to keep the distance.
     for value in values:
         heights.append(min(value, heights[-1] - step) if heights else min(value, high - step))
-    lift = max(0.0, low + step - heights[-1]) if heights else 0.0
-    return [height + lift for height in heights]
+    # 2. From the bottom, lift those that fell below the range, and what is in their way.
+    lowest = low + step
+    for i in reversed(range(len(heights))):
+        heights[i] = max(heights[i], lowest)
+        lowest = heights[i] + step
+    return heights
 
 
 def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
@@ -264,7 +286,8 @@ def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
 # *** from matplotlib to the page ***
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return an empty figure in the style of the page; sizes are in inches."""
     figure, axes = _figures(width, height, 1)
     return figure, axes[0]
 
@@ -281,7 +304,14 @@ def _figures(width: float, height: float, rows: int) -> tuple[Figure, list[Axes]
     return figure, list(axes)
 
 
-def _svg(figure: Figure, name: str, title: str) -> str:
+def to_svg(figure: Figure, name: str, title: str) -> str:
+    """Return the SVG element of a figure.
+
+    Args:
+        figure: The figure.
+        name: A word that is unique on the page, for identifiers.
+        title: A description for those who cannot see it.
+    """
     import matplotlib
 
     file = io.StringIO()
@@ -290,10 +320,12 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     # Keep the element alone: without the XML header, a page can hold it.
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    for paint in PAINTS:
-        text = text.replace(_paint(paint), f"var(--{paint})")
+    for name_of_paint in PAINTS:
+        text = text.replace(paint(name_of_paint), f"var(--{name_of_paint})")
     # In the shorthand `font: <weight> <size> <families>`, the families become the page's.
     text = re.sub(r"(font: [^;\"']*?[\d.]+px) [^;\"]*", r"\1 var(--font)", text)
+    # Newer versions of matplotlib write them on their own.
+    text = re.sub(r"(font-family:) [^;\"]*", r"\1 var(--font)", text)
     # Identifiers must be unique on a page that holds several drawings.
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     described = f'<svg role="img" aria-label="{title}" '

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+import transformers
 from PIL import Image
 
 from deos_fx.cost.amounts import Cost
 from deos_fx.policy.policy import Policy
 from deos_fx.results.explanation import TokenStep
 
-__all__ = ["SEARCHED", "UNREDUCED", "Method", "OnnxCheck", "Picture"]
+__all__ = ["SEARCHED", "UNREDUCED", "Method", "OnnxCheck", "Picture", "versions"]
 
 SEARCHED = "searched"
 
 UNREDUCED = "no reduction"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions and the machine that measurements were made with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+    }
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["Section", "build_page", "details", "table", "tiles"]
+__all__ = ["Section", "build_page", "details", "standalone", "table", "tiles"]
 
 
 class Section:
@@ -43,7 +43,7 @@ def build_page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><main>"
+        f"<style>{_ROOT}{_STYLE}</style></head><body><main>"
         f'<header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{figures}</header>'
         f"{''.join(section.html() for section in sections)}"
         f"<footer>Made by <code>{escape(command)}</code></footer></main></body></html>\n"
@@ -88,16 +88,42 @@ def details(summary: str, text: str) -> str:
     return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
 
 
-# Colours of the regimes: Okabe and Ito's set, which the colour-blind can tell apart, darkened or
-# lightened where the page's background requires it.
+_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+
+# Name -> colour on a light and on a dark page. Those of the regimes are Okabe and Ito's set, which
+# the colour-blind can tell apart, darkened or lightened where the background requires it.
+_COLORS = {
+    "paper": ("#ffffff", "#14171b"),
+    "raised": ("#f6f7f9", "#1d2127"),
+    "ink": ("#1b1f24", "#e8ebef"),
+    "soft": ("#59636e", "#a2acb8"),
+    "line": ("#d5dae0", "#353c45"),
+    "accent": ("#0065a8", "#62b5ee"),
+    "prune": ("#c04a00", "#f0883f"),
+    "merge": ("#0072b2", "#56b4e9"),
+    "pool": ("#00805e", "#35c79b"),
+    "reweight": ("#a8488c", "#dd93c2"),
+    "mixed": ("#8f6400", "#e6ac2d"),
+}
+
+
+def _variables(shade: int) -> str:
+    return " ".join(f"--{name}: {colors[shade]};" for name, colors in _COLORS.items())
+
+
+def standalone(drawing: str) -> str:
+    """Return a drawing of a page as a file of its own, with the colours of a light page."""
+    for name, (light, _) in _COLORS.items():
+        drawing = drawing.replace(f"var(--{name})", light)
+    drawing = drawing.replace("var(--font)", _FONT.replace('"', "'"))
+    return drawing + "\n"
+
+
+_ROOT = f""":root {{ color-scheme: light dark; --font: {_FONT}; {_variables(0)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_variables(1)} }} }}
+"""
+
 _STYLE = """
-:root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto,
-  "Helvetica Neue", Arial, sans-serif; --paper: #ffffff; --raised: #f6f7f9; --ink: #1b1f24;
-  --soft: #59636e; --line: #d5dae0; --accent: #0065a8; --prune: #c04a00; --merge: #0072b2;
-  --pool: #00805e; --reweight: #a8488c; --mixed: #8f6400; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --raised: #1d2127;
-  --ink: #e8ebef; --soft: #a2acb8; --line: #353c45; --accent: #62b5ee; --prune: #f0883f;
-  --merge: #56b4e9; --pool: #35c79b; --reweight: #dd93c2; --mixed: #e6ac2d; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 var(--font); }

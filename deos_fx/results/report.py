@@ -139,7 +139,8 @@ def _comparison(result: DemoResult) -> Section:
     return Section(
         "Accuracy at the same cost",
         "Every method may use the shaded part: presets are fitted to the budget with as many "
-        f"tokens as it allows. In brackets, the 95 % interval that {result.questions} questions "
+        "tokens as it allows, at their published settings (deos-fx compare tunes them). In "
+        f"brackets, the 95 % interval that {result.questions} questions "
         "give; digits and photographs of the test scenes were seen neither in training nor in the "
         "search.",
         chart,

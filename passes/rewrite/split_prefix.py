@@ -1,4 +1,4 @@
-"""Split a relaxed graph where its first reduction begins: what comes before is computed once."""
+"""Split a graph where its first reduction begins: what comes before is computed once."""
 
 from __future__ import annotations
 
@@ -9,66 +9,87 @@ from torch import fx
 
 from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.finish import finish
-from deos_fx.passes.graph import made_of
+from deos_fx.passes.graph import made_of, reached
 from deos_fx.passes.lower.insert_relaxed import RelaxedSite
+from deos_fx.passes.notes import note_of
 
 __all__ = ["split_prefix"]
 
 
 def split_prefix(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Cut a relaxed graph in two: what no parameter of a reduction changes, and the rest.
+    """Cut a relaxed or lowered graph in two: what no reduction changes, and the rest.
 
     The first part holds the modules of the model before the first reduction, and what these read.
-    Cheap operators between the parts (masks, positions) are in the second, so that only hidden
-    states and observations have to be stored between the two.
+    Cheap values that the second part reads (masks, positions) are computed again in it, so that
+    only hidden states and observations have to be stored between the two.
 
     Args:
-        graph_module: A relaxed graph. Not changed.
+        graph_module: A relaxed or lowered graph. Not changed.
 
     Returns:
         The first part, which returns a dict of the values that the second takes as inputs in
         addition to its own, and the second part.
     """
     graph = graph_module.graph
-    trained = {
-        node
-        for node in graph.find_nodes(op="call_module")
-        if isinstance(graph_module.get_submodule(str(node.target)), RelaxedSite)
-    }
-    changing: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node in trained or not changing.isdisjoint(node.all_input_nodes):
-            changing.add(node)
+    changing = reached(node for node in graph.nodes if _reduces(graph_module, node))
+    # What is worth storing: what modules return. A mask is cheap, and large.
+    stored: set[fx.Node] = set()
     first: set[fx.Node] = set()
     for node in graph.nodes:
-        # Guards are checked once; parts of what a module returns stay with the module.
-        costly = node.op == "call_module" or node.target is check_guard
-        part = node.target is operator.getitem and node.all_input_nodes[0] in first
+        costly = node.op == "call_module" and not note_of(node).is_mask
+        part = node.target is operator.getitem and node.all_input_nodes[0] in stored
         if node not in changing and (costly or part):
-            first |= {node, *made_of(node)}
-    inputs = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
-    read = {source for node in graph.nodes if node not in first for source in node.all_input_nodes}
-    between = [node for node in graph.nodes if node in (first & read) - inputs]
-
-    front, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in graph.nodes:
-        if node in first or node.op == "placeholder":
-            copies[node] = front.node_copy(node, copies.__getitem__)
-    front.output({node.name: copies[node] for node in between})
-
-    rest, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            copies[node] = rest.node_copy(node)
-    for node in between:
-        copies[node] = rest.placeholder(node.name)
-    for node in graph.nodes:
-        if node.op != "placeholder" and (node not in first or node.op == "get_attr"):
-            copies[node] = rest.node_copy(node, copies.__getitem__)
-    return tuple(_made(graph_module, part) for part in (front, rest))  # type: ignore[return-value]
+            stored.add(node)
+        # Guards are checked once.
+        if node not in changing and (costly or part or node.target is check_guard):
+            first |= made_of(node)
+    # The second part, from back to front, down to what is stored.
+    second, between = set[fx.Node](), set[fx.Node]()
+    stack = [node for node in graph.nodes if node not in first]
+    while stack:
+        node = stack.pop()
+        if node in stored:
+            between.add(node)
+        elif node not in second:
+            second.add(node)
+            stack.extend(node.all_input_nodes)
+    return _part(graph_module, first, set(), between), _part(graph_module, second, between, set())
 
 
-def _made(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """Make a graph module that shares the modules of another."""
+def _reduces(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether a node is part of a reduction: its module, or one of its operators."""
+    if node.op == "call_module":
+        # Case: a relaxed graph.
+        return isinstance(graph_module.get_submodule(str(node.target)), RelaxedSite)
+    # Case: a lowered graph.
+    room = getattr(node.target, "__module__", None) or ""
+    return room.startswith("deos_fx.operator")
+
+
+def _part(
+    graph_module: fx.GraphModule, nodes: set[fx.Node], given: set[fx.Node], asked: set[fx.Node]
+) -> fx.GraphModule:
+    """Make a graph module of some nodes, which shares the modules of the whole.
+
+    Args:
+        graph_module: The whole.
+        nodes: The nodes; the inputs of the whole are added to them.
+        given: Nodes whose values become further inputs, under their names.
+        asked: Nodes whose values it returns, under their names; if empty, the output of the whole.
+    """
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        copies[node] = graph.node_copy(node)
+    for node in graph_module.graph.nodes:
+        if node in given:
+            copies[node] = graph.placeholder(node.name)
+    for node in graph_module.graph.nodes:
+        if node in nodes and node not in copies and node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    if asked:
+        graph.output({node.name: copies[node] for node in asked})
+    else:
+        graph.node_copy(graph_module.graph.output_node(), copies.__getitem__)
     made: Any = fx.GraphModule(graph_module, graph, graph_module._get_name())
     return finish(made)

@@ -24,6 +24,7 @@ from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import run_graph
 from deos_fx.passes.rewrite.split_prefix import split_prefix
 from deos_fx.passes.rewrite.straight_through import straight_through
+from deos_fx.passes.search.fronts import Parts
 from deos_fx.passes.search.problem import SearchBatch, SearchProblem
 from deos_fx.passes.search.space import keep_fractions, relaxed_costs
 from deos_fx.passes.search.state import SearchState
@@ -44,8 +45,6 @@ _PROMPTS = 16
 _SNAPSHOTS = 8
 # Gradients of directions are clipped to this norm.
 _CLIP = 1.0
-# Bytes of what is computed once; beyond that it is computed at every step.
-_CACHED = 4 << 30
 
 
 def relaxed_graph(reductions: Mapping[str, RelaxedReduction], batch: SearchBatch) -> fx.GraphModule:
@@ -86,39 +85,11 @@ def site_tokens(problem: SearchProblem, sites: Sequence[Site]) -> dict[str, Tens
     try:
         with torch.no_grad():
             run_graph(relaxed_graph(reductions, batch), batch.inputs)
+        problem.effort.forwards += 1
     finally:
         for handle in handles:
             handle.remove()
     return seen
-
-
-class Prefixes:
-    """What comes before the first reduction, computed once for every batch.
-
-    Args:
-        reductions: Site name -> relaxed reduction.
-    """
-
-    def __init__(self, reductions: Mapping[str, RelaxedReduction]) -> None:
-        self.reductions = reductions
-        self._graphs: dict[Hashable, tuple[fx.GraphModule, fx.GraphModule]] = {}
-        self._known: dict[int, dict[str, Any]] = {}
-        self._bytes = 0
-
-    def run(self, batch: SearchBatch) -> dict[str, Any]:
-        """Run the relaxed graph on a batch, and return the fields of its output."""
-        if batch.kind not in self._graphs:
-            self._graphs[batch.kind] = split_prefix(relaxed_graph(self.reductions, batch))
-        front, rest = self._graphs[batch.kind]
-        values = self._known.get(id(batch))
-        if values is None:
-            with torch.no_grad():
-                values = run_graph(front, batch.inputs)
-            leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(values)]
-            self._bytes += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
-            if self._bytes <= _CACHED:
-                self._known[id(batch)] = values
-        return run_graph(rest, batch.inputs | values)
 
 
 @dataclass
@@ -139,7 +110,7 @@ class Descent:
 
     def __post_init__(self) -> None:
         self.reductions = self.state.by_site()
-        self.prefixes = Prefixes(self.reductions)
+        self._parts: dict[Hashable, Parts] = {}
 
     def run(self, after_step: Callable[[int], None]) -> None:
         """Take the steps that are left.
@@ -169,9 +140,10 @@ class Descent:
         sums = [torch.zeros_like(parameter) for parameter in parameters]
         task = 0.0
         for batch in batches:
-            loss = batch.target.loss(*_predictions(self.prefixes.run(batch))) / len(batches)
+            loss = self._loss(batch) / len(batches)
             task += loss.item()
             _add_gradients(sums, loss, parameters)
+            self.problem.effort.backwards += 1
         costs = relaxed_costs(self.reductions, self.problem.cost, self.problem.latency)
         _add_gradients(sums, self.state.lagrangian.penalty(costs), parameters)
         # 2. The step; a batch whose loss is not finite moves nothing.
@@ -204,15 +176,18 @@ class Descent:
             The loss.
         """
         with _as_static(self.reductions), torch.no_grad():
-            losses = [
-                float(batch.target.loss(*_predictions(self.prefixes.run(batch))))
-                for batch in self.problem.scoring
-            ]
+            losses = [self._loss(batch).item() for batch in self.problem.scoring]
         loss = sum(losses) / len(losses)
         self.state.consider(loss)
         if self.state.history:
             self.state.history[-1]["static"] = loss
         return loss
+
+    def _loss(self, batch: SearchBatch) -> Tensor:
+        """Return the task loss of a batch at the present parameters."""
+        if batch.kind not in self._parts:
+            self._parts[batch.kind] = split_prefix(relaxed_graph(self.reductions, batch))
+        return self.problem.loss(self._parts[batch.kind], batch)
 
     def _batches(self) -> list[SearchBatch]:
         """Return the batches of the next step; every epoch has a random order.
@@ -239,12 +214,6 @@ class Descent:
     def _snapshots(self) -> set[int]:
         """Return the steps after which the static loss is measured."""
         return {round((i + 1) * self.steps / _SNAPSHOTS) for i in range(_SNAPSHOTS)}
-
-
-def _predictions(fields: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Return logits, and the original prompt positions that they are of."""
-    spaces = fields.get("spaces")
-    return fields["logits"], spaces[-1]["origin"] if spaces else None
 
 
 def _add_gradients(sums: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> None:

@@ -19,7 +19,7 @@ from deos_fx.inputs.media import padding_of
 from deos_fx.tokens.index import take
 from deos_fx.tokens.positions import last_token
 
-__all__ = ["AugmentedLagrangian", "Target", "before_answer", "labelled", "self_distilled"]
+__all__ = ["AugmentedLagrangian", "Effort", "Target", "before_answer", "labelled", "self_distilled"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,24 @@ class Target:
             log_target=True,
             reduction="batchmean",
         )
+
+
+@dataclass
+class Effort:
+    """How often the model was run on a batch to measure its loss.
+
+    Attributes:
+        forwards: Forward passes, reduced or not.
+        backwards: Backward passes.
+    """
+
+    forwards: int = 0
+    backwards: int = 0
+
+    @property
+    def evaluations(self) -> int:
+        """Return the passes in units of a forward pass: a backward pass counts two."""
+        return self.forwards + 2 * self.backwards
 
 
 def labelled(labels: Tensor, visual: Tensor) -> Target:

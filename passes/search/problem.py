@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,15 @@ from deos_fx.passes.analyse.sites import Site, Sites
 from deos_fx.passes.captures import Captures
 from deos_fx.passes.pipeline import Captured, lower_call, run_graph
 from deos_fx.passes.rewrite.mark_prompt import mark_prompt
-from deos_fx.passes.search.objective import Target, before_answer, labelled, self_distilled
+from deos_fx.passes.rewrite.split_prefix import split_prefix
+from deos_fx.passes.search.fronts import Fronts, Parts
+from deos_fx.passes.search.objective import (
+    Effort,
+    Target,
+    before_answer,
+    labelled,
+    self_distilled,
+)
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.counts import fit_counts, on_grid, within
 from deos_fx.policy.policy import Policy
@@ -31,7 +39,7 @@ from deos_fx.policy.site import site_order, split_site
 from deos_fx.tokens.cache import SpaceFields
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["SearchBatch", "SearchProblem", "mean_loss"]
+__all__ = ["SearchBatch", "SearchProblem"]
 
 # Shares of an image's tokens at which latency is measured.
 _LATENCY_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -85,6 +93,8 @@ class SearchProblem:
         limits: Name -> absolute limit.
         training: Batches for gradient steps.
         scoring: Batches for scoring candidates.
+        effort: What all searches on this problem have cost so far.
+        fronts: What precedes the first reduction of graphs, once for every batch.
     """
 
     model: PreTrainedModel
@@ -97,6 +107,8 @@ class SearchProblem:
     limits: dict[str, float]
     training: list[SearchBatch]
     scoring: list[SearchBatch]
+    effort: Effort = field(default_factory=Effort, compare=False)
+    fronts: Fronts = field(default_factory=Fronts, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -280,11 +292,37 @@ class SearchProblem:
         """Return whether a policy meets every limit as it is."""
         return within(self.amounts(policy), self.limits)
 
+    def loss(self, parts: Parts, batch: SearchBatch) -> Tensor:
+        """Return the task loss of a relaxed or static graph on one batch, 0-dim.
+
+        Args:
+            parts: The graph, split before its first reduction.
+            batch: The batch.
+        """
+        fields = self.fronts.run(parts, batch, batch.inputs)
+        self.effort.forwards += 1
+        # Only a static graph has spaces. The last one has the tokens that logits are of.
+        spaces: Sequence[SpaceFields] | None = fields.get("spaces")
+        return batch.target.loss(fields["logits"], spaces[-1]["origin"] if spaces else None)
+
+    @torch.no_grad()
+    def mean_loss(self, graph_for: Callable[[SearchBatch], fx.GraphModule]) -> float:
+        """Return the mean task loss over the scoring batches.
+
+        Args:
+            graph_for: Makes the relaxed or static graph for a kind of batch, from a batch of it.
+        """
+        parts: dict[Hashable, Parts] = {}
+        losses = []
+        for batch in self.scoring:
+            if batch.kind not in parts:
+                parts[batch.kind] = split_prefix(graph_for(batch))
+            losses.append(float(self.loss(parts[batch.kind], batch)))
+        return sum(losses) / len(losses)
+
     def static_loss(self, policy: Policy) -> float:
         """Return the task loss of a policy's static graph, mean over the scoring batches."""
-        return mean_loss(
-            lambda batch: lower_call(batch.captured.copy(), policy, batch.layout), self.scoring
-        )
+        return self.mean_loss(lambda batch: lower_call(batch.captured.copy(), policy, batch.layout))
 
 
 def _checked(facts: ModelFacts, batch: Mapping[str, Any]) -> Call:
@@ -358,27 +396,3 @@ def _with_target(captures: Captures, batch: Call, marked: dict[Captured, Capture
 def _without_labels(call: Call) -> Call:
     """Return the call without labels: the loss is computed outside the graph."""
     return replace(call, inputs={name: x for name, x in call.inputs.items() if name != "labels"})
-
-
-@torch.no_grad()
-def mean_loss(
-    graph_for: Callable[[SearchBatch], fx.GraphModule], batches: Sequence[SearchBatch]
-) -> float:
-    """Return the mean task loss over batches.
-
-    Args:
-        graph_for: Makes the relaxed or static graph for a kind of batch, from a batch of it.
-        batches: The batches.
-    """
-    # Kind of batch -> its graph.
-    graphs: dict[Hashable, fx.GraphModule] = {}
-    losses = []
-    for batch in batches:
-        if batch.kind not in graphs:
-            graphs[batch.kind] = graph_for(batch)
-        output = run_graph(graphs[batch.kind], batch.inputs)
-        # Only a static graph has spaces. The last one has the tokens that logits are of.
-        spaces: Sequence[SpaceFields] | None = output.get("spaces")
-        origin = spaces[-1]["origin"] if spaces else None
-        losses.append(float(batch.target.loss(output["logits"], origin)))
-    return sum(losses) / len(losses)

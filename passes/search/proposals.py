@@ -166,6 +166,9 @@ def in_regimes(policy: Policy) -> Iterator[Policy]:
 
 # *** presets ***
 
+# The presets that a search tries: of every regime one, and the stages of the decoder.
+_PRESETS = ("fastv", "pyramid_drop", "merge", "avg_pool", "redistribute")
+
 
 def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
     """Fit the presets to the same limits, so that the search returns nothing worse than them.
@@ -174,13 +177,12 @@ def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
         Source and policy of each proposal.
     """
     proposals = []
-    signature = problem.cost.signature
     # Presets are fitted to a number of tokens of an image, or to all if there is no such limit.
     share = problem.limits.get("visual_tokens", math.inf) / problem.layout.images
     tokens = min(share, problem.visual_tokens)
-    for name in presets.fitted():
+    for name in _PRESETS:
         try:
-            policy = presets.fit(name, tokens, signature.decoder_layers, problem.visual_tokens)
+            policy = presets.fit(name, tokens, problem.model, problem.visual_tokens)
         except ValueError:
             # Case: the preset cannot meet the budget, or does not fit this number of tokens.
             continue

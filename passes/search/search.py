@@ -22,7 +22,7 @@ from deos_fx.cost.latency import milliseconds
 from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search.descent import GATE_TEMPERATURES, Descent, relaxed_graph, site_tokens
 from deos_fx.passes.search.objective import AugmentedLagrangian
-from deos_fx.passes.search.problem import SearchProblem, mean_loss
+from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.proposals import (
     discretise,
     from_presets,
@@ -37,20 +37,24 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import Candidate, SearchResult
 
-__all__ = ["search"]
+__all__ = ["STAGES", "SearchRun", "default_steps", "search"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with a stage (``presets``, ``steps``, ...), the number done and the total."""
 
 # Tokens that stay in the sequence beside those that are kept.
 _RUNNERS_UP = 24
-# Steps at each place, if there are several, before the best is chosen.
-_TRIAL = 24
+# Steps at each place, if there are several; the best so many go on for a third of all steps.
+_TRIAL, _FINALISTS = 24, 2
+# What a site has to earn: the loss of a place counts so much more for each site after the first.
+_CHARGE = 0.05
 # Steps by default: so many passes over the data, within limits.
-_EPOCHS, _FEWEST, _MOST = 4, 60, 240
+_EPOCHS, _FEWEST, _MOST = 8, 60, 240
 _CHECKPOINT_EVERY = 10
 # Small changes of the best candidate, at the end.
 _VARIATIONS = 24
+STAGES = ("presets", "steps", "variations")
+"""What a search does, in this order."""
 
 
 def search(
@@ -78,7 +82,7 @@ def search(
         sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the
             projector and all sites in the decoder.
         steps: Number of gradient steps at the best place; left out, it follows from the data:
-            four passes, at least 60 and at most 240 steps.
+            eight passes, at least 60 and at most 240 steps.
         seed: Seed of the order of the batches.
         checkpoint: Folder to save the state of the steps in. A search that finds a state there
             continues it, bit-identically.
@@ -100,15 +104,8 @@ def search(
         raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
     problem = SearchProblem.of(model, data, budget.require())
     searched = problem.searched_sites(sites)
-    run = _Search(problem, steps or default_steps(problem), seed, checkpoint, progress)
-    try:
-        run.scoring.add_all("presets", _known(problem))
-        run.train(run.places(searched))
-        _polish(problem, run.scoring, "variations", _VARIATIONS)
-    except KeyboardInterrupt:
-        # The user wants a result now.
-        run.interrupted = True
-    run.round_up()
+    run = SearchRun(problem, steps or default_steps(problem), seed, checkpoint, progress)
+    run.advance(searched)
     return _result(problem, run)
 
 
@@ -125,7 +122,7 @@ def _known(problem: SearchProblem) -> list[tuple[str, Policy]]:
 
 
 @dataclass
-class _Search:
+class SearchRun:
     """A search under way.
 
     Attributes:
@@ -152,7 +149,31 @@ class _Search:
     @property
     def history(self) -> list[dict[str, Any]]:
         """Return the steps at the best place; of an interrupted search, those at the last place."""
-        return self.descents[-1].state.history if self.descents else []
+        # The last of those that were to take the most steps.
+        longest = max(reversed(self.descents), key=lambda descent: descent.steps, default=None)
+        return longest.state.history if longest else []
+
+    def advance(
+        self, sites: Sequence[Site], stages: Sequence[str] = STAGES, most: int = _VARIATIONS
+    ) -> None:
+        """Go through the stages of the search, until the end or an interruption.
+
+        Args:
+            sites: The sites to search.
+            stages: Those of `STAGES` that are not left out.
+            most: Largest number of variations.
+        """
+        try:
+            if "presets" in stages:
+                self.scoring.add_all("presets", _known(self.problem))
+            if "steps" in stages:
+                self.train(self.places(sites))
+            if "variations" in stages:
+                _polish(self.problem, self.scoring, "variations", most)
+        except KeyboardInterrupt:
+            # The user wants a result now.
+            self.interrupted = True
+        self.round_up()
 
     def places(self, sites: Sequence[Site]) -> list[Policy]:
         """Return the starts of the steps at every place that is tried."""
@@ -164,21 +185,22 @@ class _Search:
         return {site.name: start_reduction(site, tokens[site.name]) for site in sites}
 
     def train(self, starts: Sequence[Policy]) -> None:
-        """Try every place for a few steps, and train on at the best."""
-        if not starts:
-            return
-        if len(starts) > 1:
-            trials = [
-                self.descend(f"place {i + 1} of {len(starts)}", start, min(_TRIAL, self.steps))
-                for i, start in enumerate(starts)
-            ]
-            best = min(trials, key=lambda descent: descent.state.best_loss)
-            starts = [self.rounded(best)]
-        reached = self.rounded(self.descend("steps", starts[0], self.steps))
-        settled = self.settled(reached)
-        if settled != reached:
-            # Case: in another regime there is more to gain.
-            self.settled(self.rounded(self.descend("regime", settled, max(1, self.steps // 2))))
+        """Try every place for a few steps, the best for some more, and train on at the winner."""
+        for kind, steps in (("place", _TRIAL), ("finalist", self.steps // 3)):
+            if len(starts) > 1:
+                stages = [f"{kind} {i + 1} of {len(starts)}" for i in range(len(starts))]
+                tried = [
+                    self.descend(stage, start, max(1, min(steps, self.steps)))
+                    for stage, start in zip(stages, starts, strict=True)
+                ]
+                tried = sorted(tried, key=_charged)[: _FINALISTS if kind == "place" else 1]
+                starts = [self.rounded(descent) for descent in tried]
+        for start in starts:
+            reached = self.rounded(self.descend("steps", start, self.steps))
+            settled = self.settled(reached)
+            if settled != reached:
+                # Case: in another regime there is more to gain.
+                self.settled(self.rounded(self.descend("regime", settled, max(1, self.steps // 2))))
 
     def settled(self, policy: Policy) -> Policy:
         """Return a policy or the same in a regime as it is defined, whichever is best."""
@@ -254,7 +276,12 @@ class _Search:
 # *** the choice ***
 
 
-def _result(problem: SearchProblem, run: _Search) -> SearchResult:
+def _charged(descent: Descent) -> float:
+    """Return the loss that a descent has reached, with a charge for every site but the first."""
+    return descent.state.best_loss * (1 + _CHARGE * (len(descent.reductions) - 1))
+
+
+def _result(problem: SearchProblem, run: SearchRun) -> SearchResult:
     """Make the result: the best candidate, how it was found and its losses.
 
     Raises:
@@ -382,4 +409,4 @@ def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
     """Return the task loss of a policy in its relaxed form, at the last gate temperature."""
     settings = {"runners_up": _RUNNERS_UP, "gate_temperature": GATE_TEMPERATURES[1]}
     reductions = relaxed(policy, problem.visual_tokens, **settings)
-    return mean_loss(lambda batch: relaxed_graph(reductions, batch), problem.scoring)
+    return problem.mean_loss(lambda batch: relaxed_graph(reductions, batch))

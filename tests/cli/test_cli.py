@@ -17,7 +17,7 @@ from deos_fx.cli.app import app
 from deos_fx.cost.model import CostModel
 from deos_fx.results.search_result import Candidate
 
-COMMANDS = ("demo", "search", "transform", "export", "inspect")
+COMMANDS = ("demo", "search", "transform", "export", "inspect", "compare")
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,12 @@ def test_other_families_are_inspected(name, tmp_path):
     assert "decoder.0 ... decoder.3" in text and "projector" in text and "available" in text
 
 
+def test_a_preset_is_not_fitted_to_images_of_any_size(tmp_path):
+    FAMILIES["qwen2_5_vl"].config().save_pretrained(tmp_path)
+    message = fails("inspect", tmp_path, "--preset", "merge", "--budget", "0.25")
+    assert "--preset is fitted to a number of visual tokens" in message
+
+
 def test_inspect_says_what_it_needs(tmp_path):
     FAMILIES["fuyu"].config().save_pretrained(tmp_path)
     assert "Save its processor in the model's folder" in fails("inspect", tmp_path)
@@ -127,7 +133,7 @@ def test_inspect_says_what_it_needs(tmp_path):
 def test_transform_with_a_preset_fits_it_to_the_budget(model_dir, tmp_path):
     run("transform", model_dir, tmp_path / "out", "--preset", "fastv", "--budget", "0.5")
     reduced = ReducedModel.from_pretrained(tmp_path / "out")
-    assert reduced.policy == presets.fit("fastv", 32, 6, 64)
+    assert reduced.policy == presets.fit("fastv", 32, tiny_llava())
 
 
 def test_transform_with_a_policy_file_gives_the_same_model(model_dir, tmp_path):
@@ -167,7 +173,7 @@ def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
 
     def find(model, data, *, budget, progress, **options):
         costs = CostModel.of_images(model, images=1, text_tokens=8)
-        policy = presets.fit("merge", budget.visual_tokens, 10, 144)
+        policy = presets.fit("merge", budget.visual_tokens, model)
         progress("steps", 1, 1)
         seen.update(options, budget=budget, shapes=[batch["labels"].shape[0] for batch in data])
         found = Candidate(policy, "preset merge", 0.5, costs.predict(policy))
@@ -184,6 +190,47 @@ def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
     assert (seen["steps"], seen["seed"], seen["shapes"]) == (3, 0, [2, 1])
     assert Policy.load(out / "policy.json") == presets.merge(keep=18)
     assert sorted(path.name for path in out.iterdir()) == ["policy.json", "report.html"]
+
+
+# *** compare ***
+
+
+def test_compare_writes_files_and_a_table(questions, tmp_path):
+    for name, policy in (("a", Policy()), ("b", presets.merge(keep=9))):
+        (tmp_path / name).mkdir()
+        policy.save(tmp_path / name / "policy.json")
+    files = [tmp_path / name / "policy.json" for name in ("a", "b")]
+    options = [text for file in files for text in ("--policy", file)]
+    out = tmp_path / "out"
+    text = run(
+        "compare",
+        reference.WEIGHTS,
+        *("--test", questions, *options, "--preset", "merge", "--budget", "9", "--output", out),
+    )
+    found = json.loads((out / "comparison.json").read_text())
+    of = {method["method"]: method for method in found["methods"]}
+    # Files of one name are told apart by their folders.
+    names = [str(file) for file in files]
+    assert list(of)[0] == "no reduction" and {*names, "merge", "no image"} <= set(of)
+    assert of[names[0]]["accuracy"] == of["no reduction"]["accuracy"]
+    assert of[names[1]]["minus_unreduced"] == of["merge"]["minus_unreduced"]
+    assert (found["questions"], found["limit_visual_tokens"]) == (3, 9.0)
+    assert (out / "comparison.html").exists() and "no reduction" in text
+    assert "smaller image: every image of a llava model becomes 144" in text.replace("\n", " ")
+
+
+def test_compare_refuses_the_same_questions_for_tuning(questions, tmp_path):
+    pytest.importorskip("optuna")
+    options = ("--test", questions, "--tune", questions, "--output", tmp_path / "out")
+    text = run("compare", reference.WEIGHTS, *options, code=1)
+    assert "Question 1 of the test data is question 1 of the tuning data" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_refuses_a_file_given_twice(questions, tmp_path):
+    Policy().save(tmp_path / "policy.json")
+    twice = ("--policy", tmp_path / "policy.json") * 2
+    assert "given twice" in fails("compare", reference.WEIGHTS, "--test", questions, *twice)
 
 
 # *** bad input ***

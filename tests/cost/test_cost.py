@@ -292,3 +292,16 @@ def test_report_is_readable():
     text = str(CostReport(cost.predict(Policy()), after))
     assert "25.0%" in text
     assert "16 16 16 16 16 16" in text
+
+
+def test_the_cost_of_text_alone():
+    # Torch's counter does not know the kernel that runs causal attention without a mask.
+    model = shared_llava(attn="eager")
+    batch = inputs(model, batch=2, padding=None)
+    ids = batch["input_ids"]
+    text = ids[ids != IMAGE].view(len(ids), -1)
+    flops, cache = counted(ReducedModel(model, Policy()), input_ids=text)
+    cost = CostModel.of_images(model, 1, text.shape[1], batch=2).without_images()
+    assert cost.flops == flops
+    assert cost.kv_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert set(cost.visual_tokens_per_layer) == {0} and cost.visual_tokens == 0

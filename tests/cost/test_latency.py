@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from deos_fx.cost.latency import LatencyTable
+from deos_fx.cost.latency import LatencyTable, in_turns
 from deos_fx.cost.parts import BlockCost, at_most, heads_of
 
 
@@ -26,6 +26,14 @@ def test_every_count_is_measured_once_and_in_order() -> None:
     )
     assert run.counts == (1, 8)
     assert called == sorted(called) and set(called) == {1, 8}
+
+
+def test_calls_take_turns() -> None:
+    called: list[str] = []
+    calls = [lambda name=name: called.append(name) for name in "ab"]
+    times = in_turns(calls, torch.device("cpu"))
+    assert len(times) == 2 and min(times) >= 0
+    assert called == ["a", "b"] * (len(called) // 2) and len(called) > 2
 
 
 def test_a_block_is_linear_and_quadratic_in_its_tokens() -> None:

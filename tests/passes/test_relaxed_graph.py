@@ -16,6 +16,7 @@ from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.models.families import FORMER_IMAGES
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import capture_call, lower_call
+from deos_fx.policy.learned import Learned
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.tokens.index import take
@@ -47,6 +48,7 @@ def assert_relaxed_is_static(
     policy: Policy,
     batch: dict[str, Any] | None = None,
     roundings: float = ROUNDINGS,
+    runners_up: int | None = None,
 ) -> None:
     """With saturated gates, a policy's relaxed graph gives the logits of its static graph."""
     batch = batch or inputs(model, batch=2)
@@ -58,18 +60,23 @@ def assert_relaxed_is_static(
     reductions = {}
     present = layout.tokens_per_image
     for reduction, count in zip(policy.reductions, policy.counts(present), strict=True):
-        reductions[reduction.site] = RelaxedReduction.from_reduction(reduction, count / present)
-        present = count
+        relaxed_one = RelaxedReduction.from_reduction(reduction, count / present)
+        relaxed_one.runners_up = runners_up
+        reductions[reduction.site], present = relaxed_one, count
     assert captured.sites is not None
     graph = insert_relaxed(relaxed.graph_module, captured.sites, reductions, layout)
     static = lower_call(captured.copy(), policy, layout)
     names = [node.target for node in static.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
         expected = static(**{name: given[name] for name in names})
-        logits = graph(**{name: given[name] for name in names})["logits"]
+        found = graph(**{name: given[name] for name in names})
     origin = expected["spaces"][-1]["origin"]
     real = take(given["attention_mask"], origin).bool()
-    assert_close(take(logits, origin)[real], expected["logits"][real], roundings)
+    # The tokens of the static graph among those that are left in the relaxed one.
+    place = (origin.unsqueeze(-1) == found["spaces"][-1]["origin"].unsqueeze(1)).long()
+    assert place.sum(-1).eq(1).all()
+    logits = take(found["logits"], place.argmax(-1))
+    assert_close(logits[real], expected["logits"][real], roundings)
 
 
 @pytest.mark.parametrize("site", ["vision.0", "vision.1", "projector", "decoder.0", "decoder.2"])
@@ -79,6 +86,60 @@ def test_saturated_relaxed_graph_equals_static(
 ) -> None:
     policy = Policy((Reduction(site, 16, **REGIMES[regime]),))
     assert_relaxed_is_static(model, policy)
+
+
+def learned_at(site: str, count: int, width: int) -> Reduction:
+    """A reduction with every learned part, for tokens and words of a width."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {
+        "probe": (width,),
+        "quadratic": (width, 4),
+        "text": (2 * width, 3),
+        "place": (2, 3),
+        "metric": (width, 5),
+    }
+    # In the tower, the words of the prompt have another width than the tokens.
+    if site.startswith("vision"):
+        shapes["text"] = (width + 64, 3)
+    parts = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return Reduction(
+        site,
+        count,
+        scores={"feature_norm": 1.0, "text_relevance": 1.0} if width == 64 else {"key_norm": 1.0},
+        selector="greedy",
+        diversity=1.0,
+        gain=0.8,
+        temperature=0.1,
+        similarity={"feature": 1.0, "centred": 1.0, "learned": 1.0},
+        weighting="score",
+        sharpness=2.0,
+        mass_bias=0.5,
+        learned=Learned(parts),
+    )
+
+
+@pytest.mark.parametrize("site", ["vision.1", "projector", "decoder.0", "decoder.2"])
+@pytest.mark.parametrize("runners_up", [None, 0, 7])
+def test_learned_parts(
+    model: LlavaForConditionalGeneration, site: str, runners_up: int | None
+) -> None:
+    width = 48 if site.startswith("vision") else 64
+    assert_relaxed_is_static(model, Policy((learned_at(site, 16, width),)), runners_up=runners_up)
+
+
+@pytest.mark.parametrize("runners_up", [0, 5])
+@pytest.mark.parametrize("position", ["keep", "compact", "grid"])
+def test_runners_up_change_nothing_while_their_gates_are_closed(
+    model: LlavaForConditionalGeneration, position: str, runners_up: int
+) -> None:
+    policy = Policy(
+        (
+            Reduction("projector", 32, gain=1.0, mass_bias=1.0, position=position),
+            Reduction("decoder.1", 16, gain=0.5, temperature=0.2, mass_bias=0.5, position=position),
+            Reduction("decoder.2", 8, position=position),
+        )
+    )
+    assert_relaxed_is_static(model, policy, runners_up=runners_up)
 
 
 def test_several_sites_with_different_regimes(model: LlavaForConditionalGeneration) -> None:

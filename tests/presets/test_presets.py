@@ -1,14 +1,10 @@
-"""Presets: what they are, and how they are fitted to a budget."""
+"""Presets: what they are, as published."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 from closeness import assert_close
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,7 +25,6 @@ def test_names_match_the_policies() -> None:
         name: name for name in presets.names()
     }
     assert [method.name for method in presets.list()] == presets.names() == sorted(PUBLISHED)
-    assert set(presets.fitted()) <= set(PUBLISHED)
 
 
 @pytest.mark.parametrize("method", presets.list(), ids=presets.names())
@@ -122,72 +117,3 @@ def test_mean_visual_tokens() -> None:
         (Reduction("vision.1", 80), Reduction("projector", 40), Reduction("decoder.0", 10))
     )
     assert mean(both, 4, 144) == (40 + 3 * 10) / 4
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.sampled_from(presets.fitted()),
-    st.floats(0.02, 1),
-    st.integers(2, 40),
-    st.integers(3, 24),
-)
-def test_fit_meets_the_budget_or_says_why(
-    name: str, fraction: float, layers: int, side: int
-) -> None:
-    tokens = side * side
-    budget = max(fraction * tokens, 1)
-    try:
-        policy = presets.fit(name, budget, layers, tokens)
-    except ValueError as error:
-        assert "cannot meet a mean of" in str(error)
-        earliest = (tokens + layers - 1) / layers
-        assert name in ("fastv", "pyramid_drop") and budget < earliest
-        return
-    assert policy.name == name
-    assert presets.mean_visual_tokens(policy, layers, tokens) <= budget + 1e-9
-    assert policy.counts(tokens)[-1] >= 1
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.sampled_from(["fastv", "merge", "redistribute"]), st.floats(0.13, 0.9))
-def test_fit_uses_the_whole_budget(name: str, fraction: float) -> None:
-    policy = presets.fit(name, fraction * 144, 10, 144)
-    (reduction,) = policy.reductions
-    larger = Policy((Reduction(reduction.site, int(reduction.keep) + 1),))
-    assert presets.mean_visual_tokens(larger, 10, 144) > fraction * 144
-
-
-@pytest.mark.parametrize("name", presets.fitted())
-def test_fit_with_everything_allowed_keeps_everything(name: str) -> None:
-    assert set(presets.fit(name, 576, 32, 576).counts(576)) == {576}
-
-
-def test_fit_at_published_depth_where_possible() -> None:
-    sites = [r.site for r in presets.fit("pyramid_drop", 270, 32, 576).reductions]
-    assert sites == ["decoder.7", "decoder.15", "decoder.23"]
-    assert presets.fit("pyramid_drop", 270, 32, 576).counts(576) == [288, 144, 72]
-    assert presets.fit("fastv", 288, 32, 576).reductions[0].site == "decoder.1"
-
-
-def test_fit_moves_to_earlier_layers_for_small_budgets() -> None:
-    fastv = presets.fit("fastv", 18, 10, 144)
-    assert (fastv.reductions[0].site, fastv.reductions[0].keep) == ("decoder.0", 4)
-    drop = presets.fit("pyramid_drop", 18, 10, 144)
-    assert [r.site for r in drop.reductions] == ["decoder.0", "decoder.3", "decoder.6"]
-    assert drop.counts(144) == [6, 3, 2]
-
-
-def test_fit_of_pooling_takes_squarish_windows() -> None:
-    assert presets.fit("avg_pool", 18, 10, 144).counts(144) == [16]
-    assert presets.fit("avg_pool", 72, 10, 144).counts(144) == [72]
-    with pytest.raises(ValueError, match="145 is not a square"):
-        presets.fit("avg_pool", 18, 10, 145)
-
-
-def test_fit_refuses() -> None:
-    with pytest.raises(ValueError, match="no preset 'best'; choose from fastv, pyramid_drop"):
-        presets.fit("best", 18, 10, 144)
-    with pytest.raises(ValueError, match="at least 1"):
-        presets.fit("merge", 0.125, 10, 144)
-    with pytest.raises(ValueError, match="at least 1"):
-        presets.fit("merge", math.nan, 10, 144)

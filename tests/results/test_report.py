@@ -15,7 +15,7 @@ from deos_fx.policy.policy import (
     Policy,
 )
 from deos_fx.policy.reduction import Reduction
-from deos_fx.results.charts import PAINTS
+from deos_fx.results.charts import PAINTS, accuracy_chart
 from deos_fx.results.explanation import Move, SiteExplanation, TokenStep, token_steps
 from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
 from deos_fx.results.report import (
@@ -145,6 +145,22 @@ def test_words_from_outside_are_escaped(demo, tmp_path):
 def test_methods_are_ranked_by_accuracy(demo):
     assert [method.name for method in demo.ranked()] == [UNREDUCED, SEARCHED, "merge", "fastv"]
     assert demo.best_preset().name == "merge"
+
+
+def test_labels_of_many_methods_do_not_overlap():
+    # Two far ahead of twenty-two that lie close together.
+    shares = [0.94, 0.85, *(0.6 - 0.01 * i for i in range(22))]
+    methods = [
+        Method(f"way-{i}", presets.merge(keep=8), cost_of(presets.merge(keep=8)), {"overall": x})
+        for i, x in enumerate(shares)
+    ]
+    svg = accuracy_chart(methods, 8.0, 64, 400)
+    height = float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', svg)[1])
+    places = [float(re.search(rf'y="([\d.]+)"[^>]*>way-{i} ', svg)[1]) for i in range(len(methods))]
+    assert all(below - above > 11 for above, below in zip(places, places[1:], strict=False))
+    assert 0 < places[0] and places[-1] < height
+    # The best keep their place beside their points.
+    assert places[0] < height * 0.15
 
 
 def test_report_without_measured_presets(demo, tmp_path):

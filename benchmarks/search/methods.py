@@ -1,0 +1,167 @@
+"""The searches that are compared. Each gets a problem, a seed and a number of evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from benchmarks.search.depthwise import depthwise
+from benchmarks.search.space import MERGE, START, HandSpace
+from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.passes.search.search import SearchRun, default_steps
+from deos_fx.policy.policy import Policy
+
+__all__ = ["LONG", "METHODS", "Found"]
+
+LONG = 10
+"""How many times as many evaluations the long run of an optimiser gets."""
+# Trials in a row that are no policy, or one that is known, after which an optimiser has run dry.
+_PATIENCE = 200
+
+
+@dataclass
+class Found:
+    """What a search has found.
+
+    Attributes:
+        policy: The policy with the lowest loss on held-back data.
+        loss: That loss.
+        trace: Evaluations so far and the lowest loss so far, at every improvement that is known.
+    """
+
+    policy: Policy
+    loss: float
+    trace: list[tuple[int, float]] = field(default_factory=list)
+
+
+def _gradient(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
+    """Places, trials and steps alone; others get as many evaluations as this takes."""
+    return _staged(problem, seed, ("steps",), 0)
+
+
+def _both(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
+    """Run `deos_fx.search` as it is: presets, gradient, variations of the best."""
+    return _staged(problem, seed, ("presets", "steps", "variations"), None)
+
+
+def _polish(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
+    """Presets, and variations of the best for as long as evaluations are left."""
+    assert evaluations is not None
+    return _staged(problem, seed, ("presets", "variations"), evaluations)
+
+
+def _polish_start(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
+    """Presets, the starts of the gradient's steps as they are, and variations of the best."""
+    assert evaluations is not None
+    run = SearchRun(problem, default_steps(problem), seed, None, None)
+    starts = run.places(problem.searched_sites(None))
+    run.scoring.add_all("starts", [("start", policy) for policy in starts])
+    return _advanced(run, ("presets", "variations"), evaluations)
+
+
+def _staged(
+    problem: SearchProblem, seed: int, stages: tuple[str, ...], evaluations: int | None
+) -> Found:
+    return _advanced(
+        SearchRun(problem, default_steps(problem), seed, None, None), stages, evaluations
+    )
+
+
+def _advanced(run: SearchRun, stages: tuple[str, ...], evaluations: int | None) -> Found:
+    """Go through stages of a search; variations take what is left of the evaluations."""
+    problem, start = run.problem, run.problem.effort.evaluations
+    sites = problem.searched_sites(None)
+    if evaluations is None:
+        # Case: as many variations as a search tries by default.
+        run.advance(sites, stages)
+    else:
+        run.advance(sites, stages[:-1] if "variations" in stages else stages)
+        left = evaluations - (problem.effort.evaluations - start)
+        if "variations" in stages:
+            run.advance(sites, stages[-1:], max(0, left // len(problem.scoring)))
+    best = run.scoring.best
+    return Found(best.policy, best.loss)
+
+
+def _sampled(sampler: str, times: int = 1) -> Callable[[SearchProblem, int, int | None], Found]:
+    """Make the search with one of Optuna's samplers over the settings that a hand can turn."""
+
+    def find(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
+        assert evaluations is not None
+        return _best(problem, _trials(problem, sampler, seed), times * evaluations)
+
+    return find
+
+
+def _trials(problem: SearchProblem, sampler: str, seed: int) -> Iterator[tuple[Policy, float]]:
+    """Yield the policies that a sampler proposes, with their losses."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=getattr(optuna.samplers, sampler)(seed=seed))
+    space = HandSpace(problem, problem.searched_sites(None))
+    # What the gradient starts from and the best preset: all searches know the same.
+    for values in (START, MERGE):
+        study.enqueue_trial(space.start(values))
+    known: dict[str, float] = {}
+    idle = 0
+    while idle < _PATIENCE:
+        trial = study.ask()
+        try:
+            policy = space.suggest(trial)
+        except ValueError:
+            # Case: settings that exclude each other.
+            policy = None
+        if policy is None:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            idle += 1
+            continue
+        text = policy.to_json()
+        if text in known:
+            # Case: the same policy again costs no evaluation.
+            study.tell(trial, known[text])
+            idle += 1
+            continue
+        known[text] = problem.static_loss(policy)
+        study.tell(trial, known[text])
+        idle = 0
+        yield policy, known[text]
+
+
+def _depthwise(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
+    """DOP's search."""
+    assert evaluations is not None
+    sites = problem.searched_sites(None)
+    return _best(problem, depthwise(problem, sites, evaluations), evaluations)
+
+
+def _best(
+    problem: SearchProblem, scored: Iterator[tuple[Policy, float]], evaluations: int
+) -> Found:
+    """Take policies until the evaluations are used up, and return the best."""
+    start = problem.effort.evaluations
+    best: Found | None = None
+    for policy, loss in scored:
+        spent = problem.effort.evaluations - start
+        if best is None or loss < best.loss:
+            trace = [] if best is None else best.trace
+            best = Found(policy, loss, [*trace, (spent, loss)])
+        # The next one must fit, too.
+        if spent + len(problem.scoring) > evaluations:
+            break
+    assert best is not None
+    return best
+
+
+METHODS: Mapping[str, Callable[[SearchProblem, int, int | None], Found]] = {
+    "gradient": _gradient,
+    "polish": _polish,
+    "both": _both,
+    "tpe": _sampled("TPESampler"),
+    "random": _sampled("RandomSampler"),
+    "evolution": _sampled("NSGAIISampler"),
+    "dop": _depthwise,
+    "polish-start": _polish_start,
+    f"tpe-x{LONG}": _sampled("TPESampler", LONG),
+}
+"""Name -> search. All but ``gradient`` and ``both`` get the evaluations that ``gradient`` used."""

@@ -1,0 +1,140 @@
+"""Let a model answer questions, score the answers, and compute the loss of the right ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from deos_fx.data import Record, batches, open_image
+
+__all__ = [
+    "Metric",
+    "answer_loss",
+    "check_apart",
+    "exact_match",
+    "generated",
+    "inputs_for",
+    "longest_answer",
+]
+
+Metric: TypeAlias = Callable[[str, Record], float]
+"""Scores an answer to a question from 0 to 1."""
+
+
+def exact_match(answer: str, record: Record) -> float:
+    """Return 1 if the answer is the right one, to the letter, without spaces around it."""
+    assert record.answer is not None
+    return float(answer.strip() == record.answer.strip())
+
+
+def inputs_for(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Move inputs to the model's device, and pixels to its precision."""
+    moved = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            value = value.to(model.device)
+            value = value.to(model.dtype) if value.is_floating_point() else value
+        moved[name] = value
+    return moved
+
+
+def longest_answer(processor: Any, records: Iterable[Record]) -> int:
+    """Return the tokens of the longest answer."""
+    texts = [record.answer or "" for record in records]
+    return max(len(ids) for ids in processor.tokenizer(texts).input_ids)
+
+
+def generated(
+    generate: Callable[..., Tensor],
+    model: PreTrainedModel,
+    processor: Any,
+    records: Sequence[Record],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    images: bool = True,
+) -> list[str]:
+    """Let a model answer, greedily.
+
+    Args:
+        generate: `generate` of the model or of a reduced model.
+        model: The unmodified model.
+        processor: Its processor.
+        records: The questions.
+        batch_size: Questions answered at once.
+        max_new_tokens: Tokens of an answer.
+        images: Whether the model sees the images.
+
+    Returns:
+        The answers, without spaces around them.
+    """
+    asked = [replace(record, answer=None) for record in records]
+    answers: list[str] = []
+    for batch in batches(processor, asked, batch_size, images=images):
+        inputs = inputs_for(model, batch)
+        ids = generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        # Ids begin with the prompt; only what follows is the answer.
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        texts = processor.batch_decode(new, skip_special_tokens=True)
+        answers += [text.strip() for text in texts]
+    return answers
+
+
+def answer_loss(
+    run: Callable[..., Any], model: PreTrainedModel, data: Iterable[Mapping[str, Any]]
+) -> float:
+    """Return the mean cross-entropy of the tokens of the right answers.
+
+    Answers are at the end of the rows, where no token is dropped, so that logits and labels are
+    told apart from the end.
+
+    Args:
+        run: A reduced model.
+        model: The unmodified model.
+        data: Batches with ``labels``, padded on the left.
+    """
+    total, tokens = 0.0, 0
+    for batch in data:
+        inputs = inputs_for(model, batch)
+        labels = inputs.pop("labels")
+        answered = labels >= 0
+        # Labels of a row are at its end; the longest answer decides how much is looked at.
+        length = int(answered.sum(dim=1).max())
+        with torch.no_grad():
+            logits = run(**inputs, use_cache=False).logits
+        predicted = logits[:, -length - 1 : -1].float()
+        total += F.cross_entropy(
+            predicted.flatten(0, 1), labels[:, -length:].flatten(), reduction="sum"
+        ).item()
+        tokens += int(answered.sum())
+    return total / tokens
+
+
+def check_apart(tuning: Sequence[Record], test: Sequence[Record]) -> None:
+    """Check that no example is in both sets: the same pixels with the same prompt.
+
+    Raises:
+        ValueError: If one is; the message names the first.
+    """
+    seen = {_digest(record): i for i, record in enumerate(tuning)}
+    for i, record in enumerate(test):
+        known = seen.get(_digest(record))
+        if known is not None:
+            raise ValueError(
+                f"Question {i + 1} of the test data is question {known + 1} of the tuning data: "
+                f"{record.prompt!r} about the same image. Take it out of one of them, since a "
+                "method tuned on the test looks better than it is."
+            )
+
+
+def _digest(record: Record) -> tuple[str, str]:
+    image = open_image(record.image)
+    pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    return pixels, record.prompt

@@ -1,0 +1,270 @@
+"""Run methods on the test questions: the model itself, policies, presets, and less of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from deos_fx.comparison.answers import Metric, answer_loss, generated, inputs_for
+from deos_fx.comparison.shrink import shrunk
+from deos_fx.cost.amounts import Cost
+from deos_fx.cost.latency import in_turns
+from deos_fx.cost.model import CostModel
+from deos_fx.data import Record, batches
+from deos_fx.inputs.call import Call
+from deos_fx.inputs.complete import completed
+from deos_fx.models.facts import ModelFacts, facts_of
+from deos_fx.policy.budget import Budget
+from deos_fx.policy.policy import Policy
+from deos_fx.presets.fit import fit, options
+from deos_fx.presets.tune import Tuned, tune
+from deos_fx.results.compared import Row, Run
+from deos_fx.results.methods import UNREDUCED
+from deos_fx.runtime.reduced_model import ReducedModel
+
+__all__ = ["RESIZED", "TEXT_ONLY", "Bench", "Draft", "Tuner"]
+
+RESIZED = "smaller image"
+
+TEXT_ONLY = "no image"
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """What was found out about one way to run the model; `prefill` is timed at the end."""
+
+    answers: list[str]
+    scores: list[float]
+    cost: Cost
+    prefill: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A run of a method, before it is timed."""
+
+    tested: _Tested
+    policy: Policy | None = None
+    seed: int = 0
+    values: Mapping[str, float] | None = None
+    evaluations: int = 0
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A row, before it is timed."""
+
+    name: str
+    group: str
+    attempts: Sequence[_Attempt]
+    reason: str = ""
+
+
+class Bench:
+    """Runs methods on the test questions; equal policies are run once."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        test: Sequence[Record],
+        budget: Budget,
+        metric: Metric,
+        batch_size: int,
+        max_new_tokens: int,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.test = test
+        self.metric = metric
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self.facts: ModelFacts = facts_of(model)
+        self.costs = self._costs(test)
+        whole = self.costs.predict(Policy())
+        self.limit = budget.limits(whole)["visual_tokens"]
+        self.share = self.limit / whole.visual_tokens
+        self._known: dict[str, _Tested] = {}
+
+    # *** the rows ***
+
+    def unreduced(self) -> Draft:
+        """Test the model as it is; its graph without reductions is timed, as those of others."""
+        reduced = ReducedModel(self.model, Policy())
+        cost = self.costs.predict(Policy())
+        tested = self._tested(self._generate, self.test, cost, reduced)
+        return Draft(UNREDUCED, "unreduced", [_Attempt(tested)])
+
+    def given(self, name: str, policy: Policy) -> Draft:
+        """Test a policy of the user."""
+        return Draft(name, "policy", [_Attempt(self._policy(policy), policy)])
+
+    def preset(self, name: str, tuner: Tuner | None, seeds: int) -> Draft:
+        """Test a preset, fitted and perhaps tuned; with a reason if the model cannot run it."""
+        try:
+            attempts = [
+                self._attempt(name, tuner, seed) for seed in self._seeds(name, tuner, seeds)
+            ]
+        except ValueError as error:
+            return Draft(name, "preset", [], str(error))
+        return Draft(name, "preset", attempts)
+
+    def resized(self) -> Draft:
+        """Test images that are resized to as few visual tokens."""
+        try:
+            records = shrunk(self.facts, self.processor, self.test, self.share)
+        except ValueError as error:
+            return Draft(RESIZED, "input", [], str(error))
+        cost = self._costs(records).predict(Policy())
+        reduced = ReducedModel(self.model, Policy())
+        tested = self._tested(self._generate, records, cost, reduced)
+        return Draft(RESIZED, "input", [_Attempt(tested)])
+
+    def text_only(self) -> Draft:
+        """Test prompts without their images: what the words alone give away."""
+        cost = self.costs.without_images()
+        tested = self._tested(self._generate, self.test, cost, self.model, images=False)
+        return Draft(TEXT_ONLY, "input", [_Attempt(tested)])
+
+    def timed(self, drafts: Sequence[Draft]) -> list[Row]:
+        """Measure a prefill of every method, all of them by turns, and finish the rows."""
+        every = [attempt.tested for draft in drafts for attempt in draft.attempts]
+        once = list({id(tested): tested for tested in every}.values())
+        times = in_turns([tested.prefill for tested in once], self.model.device)
+        of = {id(tested): time for tested, time in zip(once, times, strict=True)}
+        return [
+            Row(
+                draft.name,
+                draft.group,
+                [_run(attempt, of[id(attempt.tested)]) for attempt in draft.attempts],
+                draft.reason,
+            )
+            for draft in drafts
+        ]
+
+    # *** their parts ***
+
+    def _generate(self, **inputs: Any) -> Any:
+        model: Any = self.model
+        return model.generate(**inputs)
+
+    def per_image(self, policy: Policy) -> Policy:
+        """Return a policy that was fitted to one image, for images of any size."""
+        return self.costs.for_any_size(policy)
+
+    @property
+    def fitting(self) -> dict[str, Any]:
+        """Return the arguments that presets are fitted with."""
+        images = self.costs.images
+        tokens = self.costs.tokens_per_image if self.facts.sizes_vary else None
+        return {
+            "budget_tokens": self.limit / images,
+            "model": self.model,
+            "visual_tokens": tokens,
+        }
+
+    def _seeds(self, name: str, tuner: Tuner | None, seeds: int) -> Sequence[int]:
+        """Return the seeds of a preset: one alone, where nothing is random."""
+        tokens = self.fitting["visual_tokens"]
+        own = options(name, self.model, tokens)
+        tuned = tuner is not None and any(option.tuned for option in own.values())
+        return range(seeds) if tuned or "seed" in own else (0,)
+
+    def _attempt(self, name: str, tuner: Tuner | None, seed: int) -> _Attempt:
+        values: Mapping[str, float] = {}
+        evaluations = 0
+        if "seed" in options(name, self.model, self.fitting["visual_tokens"]):
+            values = {"seed": seed}
+            policy = fit(name, **self.fitting, seed=seed)
+        elif tuner is None:
+            policy = fit(name, **self.fitting)
+        else:
+            tuned = tuner.tune(name, seed)
+            policy, values, evaluations = tuned.policy, tuned.values, tuned.evaluations
+        policy = self.per_image(policy)
+        return _Attempt(self._policy(policy), policy, seed, values, evaluations)
+
+    def _policy(self, policy: Policy) -> _Tested:
+        key = replace(policy, name="").to_json()
+        if key not in self._known:
+            reduced = ReducedModel(self.model, policy)
+            cost = self.costs.predict(policy)
+            self._known[key] = self._tested(reduced.generate, self.test, cost, reduced)
+        return self._known[key]
+
+    def _tested(
+        self,
+        generate: Callable[..., Any],
+        records: Sequence[Record],
+        cost: Cost,
+        run: Callable[..., Any],
+        images: bool = True,
+    ) -> _Tested:
+        answers = generated(
+            generate,
+            self.model,
+            self.processor,
+            records,
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+            images=images,
+        )
+        scores = [self.metric(*pair) for pair in zip(answers, self.test, strict=True)]
+        inputs = self._first(records, images)
+
+        def prefill() -> None:
+            with torch.no_grad():
+                run(**inputs)
+
+        return _Tested(answers, scores, cost, prefill)
+
+    def _first(self, records: Sequence[Record], images: bool = True) -> dict[str, Any]:
+        """Return the inputs of the first prompt."""
+        asked = replace(records[0], answer=None)
+        (inputs,) = batches(self.processor, [asked], 1, images=images)
+        return inputs_for(self.model, inputs)
+
+    def _costs(self, records: Sequence[Record]) -> CostModel:
+        return CostModel.of_call(completed(Call.of(self.facts, self._first(records))))
+
+
+class Tuner:
+    """Tunes presets on questions with answers."""
+
+    def __init__(self, bench: Bench, records: Sequence[Record], evaluations: int) -> None:
+        self.bench = bench
+        self.records = records
+        self.evaluations = evaluations
+        self._batches = list(batches(bench.processor, records, bench.batch_size))
+
+    def tune(self, name: str, seed: int) -> Tuned:
+        """Find the best setting of a preset."""
+        return tune(
+            name,
+            evaluate=self._loss,
+            evaluations=self.evaluations,
+            seed=seed,
+            **self.bench.fitting,
+        )
+
+    def _loss(self, policy: Policy) -> float:
+        reduced = ReducedModel(self.bench.model, self.bench.per_image(policy))
+        return answer_loss(reduced, self.bench.model, self._batches)
+
+
+def _run(attempt: _Attempt, milliseconds: float) -> Run:
+    tested = attempt.tested
+    return Run(
+        answers=tested.answers,
+        scores=tested.scores,
+        cost=tested.cost,
+        milliseconds=milliseconds,
+        policy=attempt.policy,
+        seed=attempt.seed,
+        values=attempt.values or {},
+        evaluations=attempt.evaluations,
+    )

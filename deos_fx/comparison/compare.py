@@ -1,0 +1,198 @@
+"""Compare policies with tuned presets and with other ways to spend less, on the same questions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from transformers import PreTrainedModel
+
+from deos_fx.comparison.answers import (
+    Metric,
+    check_apart,
+    exact_match,
+    longest_answer,
+)
+from deos_fx.comparison.bench import RESIZED, TEXT_ONLY, Bench, Draft, Tuner
+from deos_fx.data import Record
+from deos_fx.models.facts import facts_of
+from deos_fx.policy.budget import Budget, check_budget
+from deos_fx.policy.policy import Policy
+from deos_fx.presets.rules import RULES
+from deos_fx.presets.tune import require_optuna
+from deos_fx.results.comparison import Comparison
+from deos_fx.results.methods import UNREDUCED, versions
+from deos_fx.results.search_result import SearchResult
+
+__all__ = ["compare"]
+
+EVALUATIONS = 40
+"""Losses that tuning a preset may take, if no search says how many it took."""
+
+# Tokens of an answer where none is known.
+_NEW_TOKENS = 32
+
+Given: TypeAlias = Policy | SearchResult | str | os.PathLike[str]
+"""A policy, the result of a search, or a policy file."""
+
+
+def compare(
+    model: PreTrainedModel,
+    processor: Any,
+    test: Sequence[Record],
+    *,
+    budget: Budget,
+    policies: Mapping[str, Given] | None = None,
+    tuning: Sequence[Record] | None = None,
+    presets: Sequence[str] | None = None,
+    evaluations: int | None = None,
+    seeds: int = 3,
+    metric: Metric = exact_match,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Comparison:
+    """Compare policies with presets at the same budget, and with the unreduced model.
+
+    The rows are the unreduced model, the policies, the presets (``random`` and ``uniform`` among
+    them), images that are resized to as few tokens, and prompts without an image. What cannot be
+    run gets the reason instead of figures. Costs and times are those of the first test prompt.
+
+    With tuning data, the options of every preset are tuned by the loss of the right answers, with
+    as many evaluations as the largest search among the policies took: its candidates, and three for
+    each gradient step, as a backward pass counts two. Give the data that was searched with.
+
+    Args:
+        model: A transformers vision-language model.
+        processor: Its processor.
+        test: The questions, with answers; see `deos_fx.data.read_records`.
+        budget: Limit on visual tokens, to which presets are fitted. Policies are taken as they are.
+        policies: Policies by name.
+        tuning: Questions with answers to tune presets on; without them presets have their published
+            settings.
+        presets: Names of the presets; all if left out.
+        evaluations: Losses that the tuning of a preset may take; by default as many as a search
+            took, or 40.
+        seeds: Number of runs of what is random: the preset ``random``, and tuning.
+        metric: Scores an answer from 0 to 1; by default, whether it is exactly the right one.
+        batch_size: Questions answered at once.
+        max_new_tokens: Tokens of an answer; by default two more than the longest right one.
+        progress: Called with a stage, the number of methods done and their total.
+
+    Raises:
+        ImportError: If presets are to be tuned and Optuna is not installed.
+        TypeError: If an argument is of a wrong type.
+        ValueError: If the budget limits anything but visual tokens, a preset does not exist, a
+            policy does not fit the model, answers are missing, or an example is in both sets.
+    """
+    # Mistakes in the arguments are found before anything expensive.
+    check_budget(budget)
+    names = [*RULES] if presets is None else [*presets]
+    if evaluations is None:
+        evaluations = max(map(_evaluations_of, (policies or {}).values()), default=EVALUATIONS)
+    _check_numbers(budget, seeds, evaluations)
+    _check_questions(test, tuning, metric)
+    _check_names(names, policies or {})
+    given = {name: _read(value) for name, value in (policies or {}).items()}
+    for policy in given.values():
+        policy.check(facts_of(model).signature)
+    if tuning is not None:
+        require_optuna()
+        check_apart(tuning, test)
+    tokens = max_new_tokens or _answer_tokens(processor, test)
+    bench = Bench(model.eval(), processor, test, budget, metric, batch_size, tokens)
+    tuner = None if tuning is None else Tuner(bench, tuning, evaluations)
+    rows: list[Callable[[], Draft]] = [
+        bench.unreduced,
+        *(lambda name=name: bench.given(name, given[name]) for name in given),
+        *(lambda name=name: bench.preset(name, tuner, seeds) for name in names),
+        bench.resized,
+        bench.text_only,
+    ]
+    drafts = []
+    for i, row in enumerate(rows):
+        drafts.append(row())
+        if progress is not None:
+            progress("methods", i + 1, len(rows))
+    return Comparison(
+        rows=bench.timed(drafts),
+        kinds=[record.kind for record in test],
+        limit=bench.limit,
+        tokens_per_image=bench.costs.tokens_per_image,
+        settings=_settings(model, tuner, seeds),
+    )
+
+
+def _settings(model: PreTrainedModel, tuner: Tuner | None, seeds: int) -> dict[str, str]:
+    presets = "published settings"
+    if tuner is not None:
+        questions, most = len(tuner.records), tuner.evaluations
+        presets = f"tuned on {questions} questions in at most {most} evaluations"
+    return {
+        "presets": presets,
+        "seeds": str(seeds),
+        "device": str(model.device),
+        "threads": str(torch.get_num_threads()),
+        **versions(),
+    }
+
+
+# *** the arguments ***
+
+
+def _check_numbers(budget: Budget, seeds: int, evaluations: int) -> None:
+    if budget.visual_tokens is None or replace(budget, visual_tokens=None) != Budget():
+        raise ValueError(f"{budget}: presets are fitted to visual_tokens; limit these and no other")
+    for name, value in (("seeds", seeds), ("evaluations", evaluations)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; give at least 1")
+
+
+def _check_names(presets: Sequence[str], policies: Mapping[str, Given]) -> None:
+    unknown = sorted(set(presets) - set(RULES))
+    if unknown:
+        raise ValueError(f"no preset {unknown[0]!r}; choose from {', '.join(RULES)}")
+    taken = sorted({UNREDUCED, RESIZED, TEXT_ONLY, *presets}.intersection(policies))
+    if taken:
+        raise ValueError(
+            f"a policy is called {taken[0]!r}, as another row is; give it another name, or leave "
+            "out that preset"
+        )
+
+
+def _check_questions(
+    test: Sequence[Record], tuning: Sequence[Record] | None, metric: Metric
+) -> None:
+    needed = {"test data": test} if metric is exact_match else {}
+    if tuning is not None:
+        needed["tuning data"] = tuning
+    if not test:
+        raise ValueError("the test data is empty; give at least one question")
+    for name, records in needed.items():
+        missing = sum(record.answer is None for record in records)
+        if missing or not records:
+            raise ValueError(
+                f"{missing} of {len(records)} questions of the {name} have no answer; give all of "
+                "them one"
+            )
+
+
+def _read(given: Given) -> Policy:
+    if isinstance(given, Policy):
+        return given
+    return given.policy if isinstance(given, SearchResult) else Policy.load(given)
+
+
+def _evaluations_of(given: Given) -> int:
+    """Return how many losses a search took; that of a gradient step counts three."""
+    if not isinstance(given, SearchResult):
+        return EVALUATIONS
+    return len(given.candidates) + 3 * len(given.history)
+
+
+def _answer_tokens(processor: Any, test: Sequence[Record]) -> int:
+    # A wrong answer that is longer than any right one need not be generated to its end.
+    return longest_answer(processor, test) + 2 if test[0].answer is not None else _NEW_TOKENS

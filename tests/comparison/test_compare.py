@@ -1,0 +1,331 @@
+"""Comparisons: every method is asked the same, and its figures are those found without them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_close
+from processors import noise, small_qwen
+
+from deos_fx import Budget, Comparison, Policy, ReducedModel, Reduction, compare, presets, reference
+from deos_fx.comparison.answers import answer_loss, check_apart
+from deos_fx.comparison.shrink import shrunk
+from deos_fx.cost.model import CostModel
+from deos_fx.data import Record
+from deos_fx.models.facts import facts_of
+from deos_fx.results.search_result import Candidate, SearchResult
+
+TOKENS = Budget(visual_tokens=0.125)
+needs_optuna = pytest.mark.skipif(
+    importlib.util.find_spec("optuna") is None, reason="the extra [compare] is not installed"
+)
+
+
+def records(examples: Any) -> list[Record]:
+    return [
+        Record(
+            example.scene.image,
+            example.question.text,
+            example.question.answer,
+            example.question.kind,
+        )
+        for example in examples
+    ]
+
+
+@pytest.fixture(scope="module", name="loaded")
+def _loaded() -> Any:
+    return reference.load()
+
+
+@pytest.fixture(scope="module", name="asked")
+def _asked() -> Any:
+    return reference.make_examples(12, "test")
+
+
+@pytest.fixture(scope="module", name="result")
+def _result(loaded: Any, asked: Any) -> Comparison:
+    return compare(
+        *loaded,
+        records(asked),
+        budget=TOKENS,
+        policies={"mine": presets.merge(keep=18)},
+        presets=["merge", "random", "uniform"],
+        seeds=2,
+        batch_size=5,
+    )
+
+
+# *** what is measured ***
+
+
+def test_the_rows(result: Comparison) -> None:
+    names = [row.name for row in result.rows]
+    assert names == [
+        "no reduction",
+        "mine",
+        "merge",
+        "random",
+        "uniform",
+        "smaller image",
+        "no image",
+    ]
+    assert (result.limit, result.questions, result.tokens_per_image) == (18, 12, 144)
+    smaller = result.row("smaller image")
+    assert not smaller.runs and "becomes 144 visual tokens, whatever its size" in smaller.reason
+
+
+def test_right_answers_are_those_of_the_reference(
+    result: Comparison, loaded: Any, asked: Any
+) -> None:
+    model, processor = loaded
+    ways = {"no reduction": model, "mine": ReducedModel(model, presets.merge(keep=18))}
+    for name, way in ways.items():
+        expected = reference.accuracy(way.generate, processor, asked)
+        row = result.row(name)
+        assert result.accuracy(row).mean == expected.pop("overall")
+        assert {kind: result.accuracy(row, kind).mean for kind in result.kind_names} == expected
+
+
+def test_costs_are_those_of_the_first_prompt(result: Comparison, loaded: Any, asked: Any) -> None:
+    model, processor = loaded
+    inputs = next(reference.batches(processor, asked[:1], 1, answers=False))
+    for name in ("merge", "uniform"):
+        (run,) = result.row(name).runs
+        assert run.cost == ReducedModel(model, run.policy).cost(**inputs).after
+    assert all(run.milliseconds > 0 for row in result.rows for run in row.runs)
+
+
+def test_equal_policies_answer_alike(result: Comparison) -> None:
+    (mine,), (merge,) = result.row("mine").runs, result.row("merge").runs
+    assert mine.policy == merge.policy and mine.answers == merge.answers
+    assert mine.milliseconds == merge.milliseconds
+
+
+def test_random_has_a_run_for_each_seed(result: Comparison) -> None:
+    first, second = result.row("random").runs
+    assert [run.policy for run in (first, second)] == [
+        presets.random(keep=18, seed=seed) for seed in (0, 1)
+    ]
+    assert first.answers != second.answers
+    assert len(result.row("uniform").runs) == 1
+
+
+def test_no_image_is_text_alone(result: Comparison, loaded: Any, asked: Any) -> None:
+    model, processor = loaded
+    (run,) = result.row("no image").runs
+    assert run.cost.visual_tokens == 0 and set(run.cost.visual_tokens_per_layer) == {0}
+    for example, answer in list(zip(asked, run.answers, strict=True))[:4]:
+        inputs = processor.tokenizer(example.question.text, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer == text.strip()
+
+
+def test_a_metric_of_ones_own(loaded: Any, asked: Any) -> None:
+    def share(answer: str, record: Record) -> float:
+        return 0.25 if record.kind == "at" else 0.0
+
+    found = compare(*loaded, records(asked[:3]), budget=TOKENS, presets=[], metric=share)
+    expected = [share("", record) for record in records(asked[:3])]
+    assert list(found.unreduced.runs[0].scores) == expected
+    assert found.best is None
+
+
+def test_progress_counts_the_methods(loaded: Any, asked: Any) -> None:
+    seen: list[tuple[str, int, int]] = []
+    given = {"none": Policy()}
+    compare(
+        *loaded,
+        records(asked[:2]),
+        budget=TOKENS,
+        policies=given,
+        presets=[],
+        progress=lambda *args: seen.append(args),
+    )
+    assert seen == [("methods", i, 4) for i in range(1, 5)]
+
+
+# *** tuning ***
+
+
+@needs_optuna
+def test_presets_are_tuned_on_other_questions(loaded: Any, asked: Any) -> None:
+    tuning = records(reference.make_examples(16, "validation"))
+    found = compare(
+        *loaded,
+        records(asked),
+        budget=TOKENS,
+        tuning=tuning,
+        presets=["redistribute", "uniform"],
+        evaluations=5,
+        seeds=2,
+    )
+    tuned = found.row("redistribute").runs
+    assert [run.seed for run in tuned] == [0, 1]
+    assert all(run.evaluations == 5 for run in tuned)
+    losses = []
+    for policy in (presets.fit("redistribute", 18, loaded[0]), *(run.policy for run in tuned)):
+        reduced = ReducedModel(loaded[0], policy)
+        batch = next(reference.batches(loaded[1], reference.make_examples(16, "validation"), 16))
+        losses.append(answer_loss(reduced, loaded[0], [batch]))
+    assert max(losses[1:]) <= losses[0]
+    for run in tuned:
+        assert run.policy == presets.fit("redistribute", 18, loaded[0], **run.values)
+    (uniform,) = found.row("uniform").runs
+    assert uniform.evaluations == 1
+
+
+@needs_optuna
+def test_as_many_evaluations_as_the_search_took(
+    loaded: Any, asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(
+        "deos_fx.comparison.bench.tune",
+        lambda *args, evaluations, **options: given.append(evaluations) or pytest.fail("tuned"),
+    )
+    policy = presets.merge(keep=18)
+    cost = CostModel.of_images(loaded[0], images=1, text_tokens=4).predict(policy)
+    candidates = [Candidate(policy, "preset merge", 0.5, cost)] * 7
+    searched = SearchResult(policy, [{}] * 5, candidates, {}, cost, 0.1, 0.5)
+    with pytest.raises(pytest.fail.Exception):
+        compare(
+            *loaded,
+            records(asked[:1]),
+            budget=TOKENS,
+            policies={"found": searched},
+            tuning=records(reference.make_examples(1, "validation")),
+            presets=["fastv"],
+        )
+    assert given == [7 + 3 * 5]
+
+
+def test_tuning_without_optuna(loaded: Any, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    tuning = records(reference.make_examples(2, "validation"))
+    with pytest.raises(ImportError, match="Optuna is not installed"):
+        compare(*loaded, records(asked), budget=TOKENS, tuning=tuning)
+
+
+def test_the_loss_is_that_of_the_model(loaded: Any) -> None:
+    model, processor = loaded
+    (batch,) = reference.batches(processor, reference.make_examples(8, "validation"), 8)
+    with torch.no_grad():
+        expected = model(**batch).loss
+    found = answer_loss(ReducedModel(model, Policy()), model, [batch])
+    assert_close(torch.tensor(found), expected)
+
+
+# *** images of any size ***
+
+
+def test_images_are_resized_where_the_model_allows_it() -> None:
+    model, processor = small_qwen()
+    asked = [
+        Record(noise(64, 48), "what is at the top left", "7"),
+        Record(noise(80, 80, 1), "how many digits", "two"),
+    ]
+    # Cells of 8 pixels: 48 and 100 visual tokens.
+    smaller = shrunk(facts_of(model), processor, asked, 0.25)
+    counts = []
+    for record in smaller:
+        inputs = processor(images=[record.image], text=["<image>"], return_tensors="pt")
+        counts.append(int((inputs["input_ids"] == model.config.image_token_id).sum()))
+    assert counts == [12, 25]
+    found = compare(
+        model,
+        processor,
+        asked,
+        budget=Budget(visual_tokens=0.25),
+        presets=["merge", "divprune", "visionzip", "avg_pool"],
+        max_new_tokens=2,
+    )
+    assert found.row("smaller image").visual_tokens == 12
+    # Shares of each image, with the positions it had.
+    (run,) = found.row("divprune").runs
+    assert [(r.keep, r.position) for r in run.policy.reductions] == [(0.25, "keep")]
+    assert "works in the vision tower" in found.row("visionzip").reason
+    assert "not a square" in found.row("avg_pool").reason
+
+
+def test_a_processor_that_enlarges_small_images() -> None:
+    model, processor = small_qwen(min_pixels=64 * 48)
+    with pytest.raises(ValueError, match="more than 12 visual tokens of an image of any size"):
+        shrunk(facts_of(model), processor, [Record(noise(64, 48), "what is", "7")], 0.25)
+
+
+# *** what is refused ***
+
+
+def test_the_same_example_in_both(loaded: Any, asked: Any) -> None:
+    tuning = records(reference.make_examples(4, "validation"))
+    # The same pixels in another object.
+    again = replace(records(asked)[2], image=asked[2].scene.image.copy())
+    with pytest.raises(ValueError, match="Question 3 of the test data is question 5 of the tuning"):
+        check_apart([*tuning, again], records(asked))
+    check_apart([*tuning, replace(again, prompt="how many digits")], records(asked))
+
+
+def test_files_are_compared_by_their_pixels(tmp_path: Any, asked: Any) -> None:
+    image = asked[0].scene.image
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "b.bmp")
+    one, other = (Record(tmp_path / name, "what is") for name in ("a.png", "b.bmp"))
+    with pytest.raises(ValueError, match="about the same image"):
+        check_apart([one], [other])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budget": Budget(flops=0.5)}, "presets are fitted to visual_tokens"),
+        ({"budget": Budget(visual_tokens=18, flops=0.5)}, "limit these and no other"),
+        ({"budget": Budget(visual_tokens=200)}, "the model has only 144"),
+        ({"presets": ["best"]}, "no preset 'best'; choose from fastv"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"evaluations": 0}, "evaluations is 0"),
+        ({"policies": {"merge": Policy()}}, "a policy is called 'merge', as another row is"),
+        ({"tuning": []}, "0 of 0 questions of the tuning data have no answer"),
+        ({"policies": {"deep": Policy((Reduction("decoder.20", 8),))}}, "decoder.20"),
+    ],
+)
+def test_wrong_arguments(loaded: Any, asked: Any, options: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        compare(*loaded, records(asked[:1]), **({"budget": TOKENS} | options))
+
+
+def test_missing_answers(loaded: Any, asked: Any) -> None:
+    bare = [replace(record, answer=None) for record in records(asked)]
+    with pytest.raises(ValueError, match="12 of 12 questions of the test data have no answer"):
+        compare(*loaded, bare, budget=TOKENS)
+    with pytest.raises(ValueError, match="the test data is empty"):
+        compare(*loaded, [], budget=TOKENS)
+    with pytest.raises(TypeError, match="budget is a float"):
+        compare(*loaded, bare, budget=0.125)
+
+
+# *** files ***
+
+
+def test_everything_is_written(result: Comparison, tmp_path: Any) -> None:
+    (tmp_path / "mine.txt").write_text("")
+    result.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "accuracy.svg",
+        "comparison.csv",
+        "comparison.html",
+        "comparison.json",
+        "cost.svg",
+        "mine.txt",
+    ]
+    saved = json.loads((tmp_path / "comparison.json").read_text())
+    merge = next(method for method in saved["methods"] if method["method"] == "merge")
+    assert merge["runs"][0]["answers"] == list(result.row("merge").runs[0].answers)
+    assert Policy.from_json(json.dumps(merge["runs"][0]["policy"])) == presets.merge(keep=18)
