@@ -33,7 +33,7 @@ from deos_fx.policy.reduction import Reduction
 
 __all__ = ["GATE_TEMPERATURES", "Descent", "relaxed_graph", "site_tokens"]
 
-GATE_TEMPERATURES = (0.5, 0.3)
+GATE_TEMPERATURES = (0.5, 0.05)
 """Gate temperatures at the first and the last step, in standard deviations of the score."""
 # Learning rates fall to this share by a cosine, after a warm-up of at most so many steps.
 _FLOOR, _WARM_UP = 0.05, 20

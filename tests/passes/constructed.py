@@ -61,7 +61,7 @@ class Layer:
 
     Attributes:
         moves: [d, d]: what of the mean over earlier tokens is added to a token.
-        looks_at: Direction [d] of tokens to look at alone.
+        looks_at: A direction [d]: the longer a token is along it, the more others look at it.
         thresholds: Units of its MLP.
     """
 
@@ -152,7 +152,7 @@ def transparent_llava(
         rms_norm_eps=_LINEAR,
         hidden_act="relu",
         # The slowest pair of a head does not turn.
-        rope_theta=1e12,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e12},
         bos_token_id=START,
         eos_token_id=None,
         pad_token_id=PAD,
@@ -201,7 +201,7 @@ def _set_layer(module: Any, layer: Layer, common: Tensor) -> None:
     if layer.looks_at is not None:
         # The last dimension of a head does not turn. The square root is what scores are divided by.
         attention.q_proj.weight.data[-1] = common
-        attention.k_proj.weight.data[-1] = 20 * math.sqrt(len(common)) * layer.looks_at
+        attention.k_proj.weight.data[-1] = math.sqrt(len(common)) * layer.looks_at
     for i, unit in enumerate(layer.thresholds):
         mlp.gate_proj.weight.data[i] = unit.reads - unit.above * common
         mlp.up_proj.weight.data[i] = common
@@ -348,16 +348,34 @@ def merging(side: int = 8, width: int = 48, layers: int = 3, seed: int = 0) -> C
 def pooling(side: int = 8, width: int = 48, layers: int = 3, seed: int = 0) -> Constructed:
     """Make a problem in which only means over neighbours are right.
 
-    The image has 2 x 2 regions. Each is one of two signs along two directions, and the answer is
-    whether the signs are mostly equal: a mean over the image says nothing. The noise of a token is
-    stronger than both, so likeness says nothing; that of neighbours cancels.
+    The image has 2 x 2 regions, each with one of two signs along two directions. The answer is
+    whether these are equal in most regions, so a mean over the image says little. The noise of a
+    token is stronger than that, and in the same two directions, so likeness says nothing. Over a
+    region it cancels.
     """
     random = _Random(width, seed)
     pair, said = random.directions(1, 2), random.directions(3, 2)
     rows, half = random.rows, side // 2
-    signs = 2.0 * random.below(2, rows, 2, 2, 2) - 1
-    answers = (signs.prod(dim=-1).sum(dim=(1, 2)) > 0).long()
-    raise NotImplementedError
+    answers = random.below(2, rows)
+    # One region of four may be an exception.
+    equal = 2.0 * answers - 1
+    exception = torch.nn.functional.one_hot(random.below(8, rows), 8)[:, :4]
+    first = 2.0 * random.below(2, rows, 4) - 1
+    second = first * equal.unsqueeze(1) * (1 - 2 * exception)
+    signs = torch.stack([first, second], dim=-1).view(rows, 2, 1, 2, 1, 2)
+    noise = 3 * torch.randn(rows, 2, half, 2, half, 2, generator=random.generator)
+    noise = noise - noise.mean(dim=(2, 4), keepdim=True)
+    content = (signs + noise).reshape(rows, side * side, 2) @ pair
+    a, b = pair
+    units = [Threshold(x, 0.5, said[1]) for x in (a + b, -a - b)]
+    units += [Threshold(x, 0.5, said[0]) for x in (a - b, b - a)]
+    stack = [Layer()] * (layers - 2) + [Layer(thresholds=units), Layer(moves=said.mT @ said)]
+    return Constructed(
+        transparent_llava(side, width, stack, random.common, 10 * said),
+        sites=("projector",),
+        budget=Budget(visual_tokens=4),
+        **_prompts(side, random.tokens(content), answers),
+    )
 
 
 def weighting(side: int = 8, width: int = 48, layers: int = 2, seed: int = 0) -> Constructed:
@@ -380,4 +398,75 @@ def weighting(side: int = 8, width: int = 48, layers: int = 2, seed: int = 0) ->
         budget=Budget(visual_tokens=1),
         directions={"mark": marks[0] - marks[1]},
         **_prompts(side, random.tokens(said + doubt + marks[(~right).long()]), answers),
+    )
+
+
+# How much a layer looks at what it looks for.
+_LOOK = 8.0
+
+
+def reading(
+    side: int = 4, width: int = 48, layers: int = 6, layer: int = 1, seed: int = 0
+) -> Constructed:
+    """Make a problem in which the text has to be read before tokens can be dropped.
+
+    Every token has a mark of its own, and a class. The question, before the image, names a mark. In
+    one layer, all tokens read it, and the one that has this mark is matched. Later, the last word
+    looks at what is matched. The budget leaves no room for a reduction after a later layer.
+    """
+    visual = side * side
+    return _asking(side, width, layers, layer, marked=visual, late=1, seed=seed)
+
+
+def sharing(
+    side: int = 6, width: int = 48, layers: int = 6, layer: int = 1, seed: int = 0
+) -> Constructed:
+    """Make a problem in which two reductions must share a budget.
+
+    It is that of `reading`, but only a few tokens have marks: the others can be dropped at once.
+    All that have marks are needed until the question is read, and only one is needed after it.
+    """
+    return _asking(side, width, layers, layer, marked=8, late=1, seed=seed)
+
+
+def _asking(
+    side: int, width: int, layers: int, layer: int, *, marked: int, late: int, seed: int
+) -> Constructed:
+    """Make a problem with a question before the image.
+
+    Args:
+        side: Visual tokens along a side.
+        width: Width of the tokens.
+        layers: Decoder layers.
+        layer: The one in which the question is read.
+        marked: Tokens that have marks.
+        late: Tokens that the budget leaves after this layer, if it leaves those before it.
+        seed: The seed.
+    """
+    random = _Random(width, seed)
+    question, match, plain = random.directions(1, 3)
+    marks, asks = random.directions(4, marked), random.directions(4 + marked, marked)
+    classes = random.directions(4 + 2 * marked, 12)
+    rows, visual = random.rows, side * side
+    # 1. The tokens: where each mark is, or none, and the class of each.
+    places = torch.rand(rows, visual, generator=random.generator).argsort(dim=1)
+    kinds = torch.cat([marks, plain.expand(visual - marked, -1)])
+    said = random.below(len(classes), rows, visual)
+    asked = random.below(marked, rows)
+    where = (places == asked.unsqueeze(1)).long().argmax(dim=1)
+    answers = said[torch.arange(rows), where]
+    # 2. The model.
+    stack = [Layer()] * layers
+    units = [Threshold(mark, 1.5, 2 * match) for mark in marks]
+    stack[layer] = Layer(marks.mT @ asks, 20 * question, units)
+    stack[-1] = Layer(classes.mT @ classes, _LOOK * match)
+    early = marked * (layer + 1) + late * (layers - layer - 1)
+    return Constructed(
+        transparent_llava(side, width, stack, random.common, 8 * classes, asks + question),
+        # A little more, so that rounding does not decide.
+        budget=Budget(visual_tokens=(early + 0.01) / (layers * visual)),
+        directions={"match": match, "plain": plain},
+        **_prompts(
+            side, random.tokens(kinds[places] + classes[said]), answers, before=asked.unsqueeze(1)
+        ),
     )
