@@ -189,6 +189,26 @@ class Descent:
             self._parts[batch.kind] = split_prefix(relaxed_graph(self.reductions, batch))
         return self.problem.loss(self._parts[batch.kind], batch)
 
+    @contextmanager
+    def _within_limits(self) -> Iterator[None]:
+        """Let the sites keep as many tokens as the limits allow, in the shares of their steps."""
+        whole = self.problem.visual_tokens
+        policy = self.problem.fit(discretise(self.reductions, whole))
+        before = {site: each.retention.item() for site, each in self.reductions.items()}
+        if policy is not None:
+            kept = dict(zip(policy.sites, policy.counts(whole), strict=True))
+            present = whole
+            for site, each in self.reductions.items():
+                # A site that drops nearly nothing is left out.
+                count = kept.get(site, present)
+                each.retention.data.fill_(_logit(count / present))
+                present = count
+        try:
+            yield
+        finally:
+            for site, each in self.reductions.items():
+                each.retention.data.fill_(before[site])
+
     def _batches(self) -> list[SearchBatch]:
         """Return the batches of the next step; every epoch has a random order.
 

@@ -16,12 +16,12 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
 
-__all__ = ["discretise", "from_presets", "in_regimes", "placements", "variations"]
+__all__ = ["discretise", "from_presets", "in_regimes", "placed", "placements", "variations"]
 
 _T = TypeVar("_T")
 
 # Sites that are tried alone, and in pairs with the first of them.
-_DEPTHS, _PAIRS = 4, 2
+_DEPTHS, _PAIRS = 4, 3
 
 # *** rounded steps ***
 
@@ -92,17 +92,31 @@ def placements(
     after = site_order(alone[0].name)
     later = _spread([site for site in sites if site_order(site.name) > after], _PAIRS)
     start = starts(list({site.name: site for site in (*alone, *later)}.values()))
-    found = [problem.fit(Policy((start[site.name],))) for site in alone]
-    for site in later:
-        assert found[0] is not None, "a site that is feasible can be fitted"
-        (first,) = found[0].reductions
-        # The first site keeps twice as many, so that something is left for the second.
-        twice = min(problem.visual_tokens, 2 * first.count(problem.visual_tokens))
-        second = replace(start[site.name], keep=max(1, twice // 4))
-        found.append(problem.fit(Policy((replace(first, keep=twice), second))))
-    # A policy that drops nothing is no place to start from.
+    places = [[start[site.name]] for site in alone]
+    places += [[start[alone[0].name], start[site.name]] for site in later]
+    return [policy for place in places if (policy := placed(problem, place)) is not None]
+
+
+def placed(problem: SearchProblem, place: Sequence[Reduction]) -> Policy | None:
+    """Return a policy that starts at one or two sites and meets the limits; None if none does.
+
+    Args:
+        problem: The problem.
+        place: What the steps start from at each site.
+    """
     whole = problem.visual_tokens
-    return [policy for policy in found if policy is not None and policy.counts(whole)[-1] < whole]
+    found = problem.fit(Policy(tuple(replace(each, keep=1) for each in place[:1])))
+    if len(place) > 1 and found is not None:
+        (first,) = found.reductions
+        # The first site keeps twice as many, so that something is left for the second.
+        twice = min(whole, 2 * first.count(whole))
+        second = replace(place[1], keep=max(1, twice // 4))
+        found = problem.fit(Policy((replace(first, keep=twice), second)))
+    if found is None:
+        return None
+    # A site that drops nothing is no place to start from.
+    counts = [whole, *found.counts(whole)]
+    return found if all(x > y for x, y in zip(counts, counts[1:], strict=False)) else None
 
 
 def _spread(items: Sequence[_T], most: int) -> list[_T]:

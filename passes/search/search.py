@@ -27,6 +27,7 @@ from deos_fx.passes.search.proposals import (
     discretise,
     from_presets,
     in_regimes,
+    placed,
     placements,
     variations,
 )
@@ -35,6 +36,7 @@ from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.budget import Budget, check_budget
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import site_order
 from deos_fx.results.search_result import Candidate, SearchResult
 
 __all__ = ["STAGES", "SearchRun", "default_steps", "search"]
@@ -167,7 +169,7 @@ class SearchRun:
             if "presets" in stages:
                 self.scoring.add_all("presets", _known(self.problem))
             if "steps" in stages:
-                self.train(self.places(sites))
+                self.train(self.places(sites), sites)
             if "variations" in stages:
                 _polish(self.problem, self.scoring, "variations", most)
         except KeyboardInterrupt:
@@ -184,23 +186,71 @@ class SearchRun:
         tokens = site_tokens(self.problem, sites)
         return {site.name: start_reduction(site, tokens[site.name]) for site in sites}
 
-    def train(self, starts: Sequence[Policy]) -> None:
-        """Try every place for a few steps, the best for some more, and train on at the winner."""
-        for kind, steps in (("place", _TRIAL), ("finalist", self.steps // 3)):
-            if len(starts) > 1:
-                stages = [f"{kind} {i + 1} of {len(starts)}" for i in range(len(starts))]
-                tried = [
-                    self.descend(stage, start, max(1, min(steps, self.steps)))
-                    for stage, start in zip(stages, starts, strict=True)
-                ]
-                tried = sorted(tried, key=_charged)[: _FINALISTS if kind == "place" else 1]
-                starts = [self.rounded(descent) for descent in tried]
+    def train(self, starts: Sequence[Policy], sites: Sequence[Site] = ()) -> None:
+        """Try every place for a few steps, the best for some more, and train on at the winner.
+
+        Args:
+            starts: What the steps start from at each place.
+            sites: Sites to which the last site of the best place may move.
+        """
+        if len(starts) > 1:
+            names = [f"place {i + 1} of {len(starts)}" for i in range(len(starts))]
+            tried = [self.attempt(*each) for each in zip(names, starts, strict=True)]
+            tried = sorted([*tried, *self.moved(min(tried, key=_charged), sites)], key=_charged)
+            starts = [self.rounded(descent) for descent in tried[:_FINALISTS]]
+        if len(starts) > 1:
+            names = [f"finalist {i + 1} of {len(starts)}" for i in range(len(starts))]
+            more = max(1, self.steps // 3)
+            tried = [self.descend(*each, more) for each in zip(names, starts, strict=True)]
+            starts = [self.rounded(min(tried, key=_charged))]
         for start in starts:
             reached = self.rounded(self.descend("steps", start, self.steps))
             settled = self.settled(reached)
             if settled != reached:
                 # Case: in another regime there is more to gain.
                 self.settled(self.rounded(self.descend("regime", settled, max(1, self.steps // 2))))
+
+    def attempt(self, stage: str, start: Policy) -> Descent:
+        """Take the few steps that show how good a place is."""
+        return self.descend(stage, start, min(_TRIAL, self.steps))
+
+    def moved(self, best: Descent, sites: Sequence[Site]) -> list[Descent]:
+        """Move the last site of a place, by ever shorter distances, while that is better.
+
+        Args:
+            best: The best place so far.
+            sites: The sites, in order of depth.
+
+        Returns:
+            The places that were tried.
+        """
+        order = [site.name for site in sites]
+        seen = [list(descent.reductions) for descent in self.descents]
+        found: list[Descent] = []
+        distance = len(order) // 4
+        while distance:
+            *before, last = best.reductions
+            depths = (order.index(last) + shift for shift in (-distance, distance))
+            nearer = [[*before, order[i]] for i in depths if 0 <= i < len(order)]
+            new = []
+            for names in nearer:
+                start = self._start(names) if names not in seen else None
+                seen.append(names)
+                if start is not None:
+                    new.append(self.attempt(f"place {' and '.join(names)}", start))
+            found += new
+            better = min([best, *new], key=_charged)
+            # As far again in the direction that helps, or half as far.
+            distance = distance // 2 if better is best else distance
+            best = better
+        return found
+
+    def _start(self, names: Sequence[str]) -> Policy | None:
+        """Return the start at a place, if there can be one."""
+        if site_order(names[0]) >= site_order(names[-1]) and len(names) > 1:
+            return None
+        starts = self._starts([self.problem.sites[name] for name in names])
+        return placed(self.problem, [starts[name] for name in names])
 
     def settled(self, policy: Policy) -> Policy:
         """Return a policy or the same in a regime as it is defined, whichever is best."""
