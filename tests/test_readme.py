@@ -16,7 +16,7 @@ def test_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The default length of a search is a matter of minutes; its result is tested elsewhere.
     monkeypatch.setattr(deos_fx, "search", functools.partial(deos_fx.search, steps=2))
-    monkeypatch.setattr(search_module, "_FIRST_VARIATIONS", 1)
+    monkeypatch.setattr(search_module, "_TRIAL", 1)
     monkeypatch.setattr(search_module, "_VARIATIONS", 1)
     names = {}
     for block in blocks:

@@ -241,10 +241,7 @@ def search(
     latency_ms: Annotated[
         float | None, typer.Option(help="Milliseconds of the prefill, measured on this machine.")
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Gradient steps; left out, it follows from the data."),
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Gradient steps.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Order of the batches.")] = 0,
     checkpoint: Annotated[

@@ -74,7 +74,7 @@ class CostModel:
         self.batch = batch
         self.logits_to_keep = logits_to_keep
         self._parts = Parts(facts, call)
-        # The prompts whose images the call has, whatever batch is asked about later.
+        # The prompts whose images the call has.
         self._encoded_prompts = batch
         self._counted: dict[tuple[str, int, int, bool], int] = {}
 
@@ -99,8 +99,8 @@ class CostModel:
         facts = facts_of(model)
         if facts.sizes_vary:
             raise ValueError(
-                f"How many visual tokens an image of a {facts.signature.model_type} model has "
-                "depends on its size: give inputs of a call."
+                f"The visual tokens of an image of a {facts.signature.model_type} model depend on "
+                "its size: give inputs of a call."
             )
         layout = PromptLayout(facts.image_token, images, facts.grid)
         return cls(facts, layout, text_tokens, batch, **options)
@@ -129,7 +129,6 @@ class CostModel:
 
     def of_one_prompt(self) -> CostModel:
         """Return the same cost model for a batch of one."""
-        # A shallow copy shares the measurements.
         alone = copy.copy(self)
         alone.batch = 1
         return alone
@@ -182,11 +181,11 @@ class CostModel:
             patches: Patches of one image that each used block of the vision tower processes, then
                 those of the projector, see `patches`; by default all of them.
         """
-        # What is around the layers runs over the prompt as it enters the decoder.
         lengths = [self.text_tokens + count for count in counts]
         layers = sum(
             block.flops(length) for block, length in zip(self._parts.decoder, lengths, strict=True)
         )
+        # What is around the layers runs over the prompt as it enters the decoder.
         around = self._parts.measured.around * lengths[0]
         # The head runs over what is left at the end.
         head = self._parts.measured.head * (self.logits_to_keep or lengths[-1])
@@ -286,11 +285,7 @@ class CostModel:
         return self._parts.tower_blocks
 
     def patches(self, policy: Policy) -> list[int]:
-        """Count the patches of one image in each used vision block, and then in the projector.
-
-        Args:
-            policy: A policy for this model.
-        """
+        """Count the patches of one image in each used vision block, and then in the projector."""
         # A tower that is one node has no blocks to count in, and no reductions inside.
         tokens = 0 if self._parts.opaque else self.tokens_per_image
         kept = (
@@ -301,11 +296,7 @@ class CostModel:
         return along(tokens, kept, self.tower_blocks + 1)
 
     def overhead(self, policy: Policy) -> int:
-        """Compute the FLOPs of all the reductions of a policy, for the whole batch.
-
-        Args:
-            policy: A policy for this model.
-        """
+        """Compute the FLOPs of all the reductions of a policy, for the whole batch."""
         total = 0
         # Groups of tokens that are reduced together: at first, images of one size are one kind of
         # group, with a row for each image.
@@ -400,11 +391,11 @@ class CostModel:
         """Count a reduction's own FLOPs, once for each pair of counts: a search asks repeatedly."""
         # The count in the policy is not read, so policies that differ in it share an entry.
         key = (repr(replace(reduction, keep=1.0)), before, after, grid is None)
-        if key not in self._counted:
-            try:
-                flops = operator_flops(reduction, before, after, sizes, grid)
-            except ValueError:
-                # A search also asks for counts that the grid cannot be divided into.
-                flops = int(relaxed_flops(reduction, before, after, sizes))
-            self._counted[key] = flops
-        return self._counted[key]
+        if (known := self._counted.get(key)) is not None:
+            return known
+        try:
+            flops = operator_flops(reduction, before, after, sizes, grid)
+        except ValueError:
+            # A search also asks for counts that the grid cannot be divided into.
+            flops = int(relaxed_flops(reduction, before, after, sizes))
+        return self._counted.setdefault(key, flops)

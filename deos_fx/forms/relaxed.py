@@ -18,8 +18,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deos_fx.forms.needs import feature_name
-from deos_fx.forms.soft_top_k import SATURATED, soft_top_k
-from deos_fx.operator import assign, grid, sequential, transfer
+from deos_fx.forms.parameters import (
+    HARD,
+    SOFT,
+    STEEP,
+    logit,
+    main_parts,
+    parameter,
+    rounded,
+    snapped,
+    softplus_inverse,
+)
+from deos_fx.forms.rankings import grid_ranking, last_first
+from deos_fx.forms.soft_top_k import soft_top_k
+from deos_fx.operator import assign, sequential, transfer
 from deos_fx.operator.gather import take
 from deos_fx.operator.learned import LEARNED, projected
 from deos_fx.operator.scores import LOG_FLOOR, SCORES, combine, standardize
@@ -28,17 +40,6 @@ from deos_fx.policy.learned import Learned
 from deos_fx.policy.reduction import Reduction
 
 __all__ = ["RelaxedOutput", "RelaxedReduction", "has_relaxed_form"]
-
-HARD = 1e-3
-"""Below this temperature, tokens are assigned to the nearest token only."""
-SOFT = 1e3
-"""From this temperature on, tokens are assigned to all tokens equally."""
-STEEP = math.log(1e3)
-"""The largest logarithm of a sharpness."""
-AHEAD = 10.0
-"""A lead, in deviations of the score, that is certain to open a gate first."""
-NEGLIGIBLE = 0.005
-"""Parameters closer than this to a value that removes their operator are set to that value."""
 
 
 class RelaxedOutput(NamedTuple):
@@ -108,18 +109,18 @@ class RelaxedReduction(nn.Module):
         self.gate_temperature = gate_temperature
         self.runners_up = runners_up
         self.gates = gates
-        self.activation = _parameter(_logit(activation))
-        self.retention = _parameter(_logit(retention))
-        self.scores = _parameter([math.log(weight) for weight in start.scores.values()])
-        self.similarity = _parameter([math.log(weight) for weight in start.similarity.values()])
-        self.diversity = _parameter(_softplus_inverse(start.diversity))
-        self.gain = _parameter(_logit(start.gain))
+        self.activation = parameter(logit(activation))
+        self.retention = parameter(logit(retention))
+        self.scores = parameter([math.log(weight) for weight in start.scores.values()])
+        self.similarity = parameter([math.log(weight) for weight in start.similarity.values()])
+        self.diversity = parameter(softplus_inverse(start.diversity))
+        self.gain = parameter(logit(start.gain))
         # A temperature of 0 or infinity becomes one that is surely hard or soft.
         temperature = min(max(start.temperature, HARD / 10), SOFT * 10)
-        self.log_temperature = _parameter(math.log(temperature))
-        self.log_sharpness = _parameter(math.log(max(start.sharpness, HARD)))
-        self.reweight = _parameter(start.reweight)
-        self.mass_bias = _parameter(_softplus_inverse(start.mass_bias))
+        self.log_temperature = parameter(math.log(temperature))
+        self.log_sharpness = parameter(math.log(max(start.sharpness, HARD)))
+        self.reweight = parameter(start.reweight)
+        self.mass_bias = parameter(softplus_inverse(start.mass_bias))
         self.learned = nn.ParameterDict(
             {name: nn.Parameter(value.clone()) for name, value in start.learned.items()}
         )
@@ -140,22 +141,23 @@ class RelaxedReduction(nn.Module):
         kinds = dict(zip(self.start.similarity, self.similarity.softmax(0).tolist(), strict=True))
         temperature = self.log_temperature.exp().item()
         # A learned similarity goes with its directions.
-        scores, kinds = _main(scores), _main(kinds)
+        scores, kinds = main_parts(scores), main_parts(kinds)
         # The weights of a policy sum to 1, so learned scores take over the scale of the mix.
-        mix = _rounded(self.scores.exp().sum().item()) if self.start.scores else 1.0
+        scale = self.scores.exp().sum().item() if self.start.scores else 1.0
+        scale = rounded(scale) or scale
         learned = {
-            name: value.detach() / mix ** (1 / LEARNED[name].degree)
+            name: value.detach() / scale ** (1 / LEARNED[name].degree)
             for name, value in self.learned.items()
             if LEARNED[name].scores or "learned" in kinds
         }
-        diversity = _rounded(F.softplus(self.diversity).item())
+        diversity = rounded(F.softplus(self.diversity).item())
         greedy = self.start.selector == "greedy" and diversity > 0
         # Greedy without diversity is top_k, which is cheaper.
         plain = self.start.selector == "greedy" and not greedy
         selector = "top_k" if plain else self.start.selector
         # Options of a selector or score that has dropped out go with it.
         known = {*SELECTORS[selector].options}.union(*(SCORES[name].options for name in scores))
-        gain = _rounded(self.gain.sigmoid().item())
+        gain = rounded(self.gain.sigmoid().item())
         by_score = self.start.weighting == "score"
         return replace(
             self.start,
@@ -167,10 +169,10 @@ class RelaxedReduction(nn.Module):
             options={name: value for name, value in self.start.options.items() if name in known},
             diversity=diversity if greedy else 0.0,
             gain=gain,
-            temperature=_snapped(temperature) if gain else 0.0,
-            sharpness=_rounded(self.log_sharpness.exp().item()) if by_score else 1.0,
-            reweight=_rounded(self.reweight.item()) if scores else 0.0,
-            mass_bias=_rounded(F.softplus(self.mass_bias).item()),
+            temperature=snapped(temperature) if gain else 0.0,
+            sharpness=rounded(self.log_sharpness.exp().item()) if by_score else 1.0,
+            reweight=rounded(self.reweight.item()) if scores else 0.0,
+            mass_bias=rounded(F.softplus(self.mass_bias).item()),
             learned=Learned(learned),
         )
 
@@ -213,7 +215,7 @@ class RelaxedReduction(nn.Module):
         count = self.keep_fraction(alive.sum(dim=-1))
         ranking = self._ranking(score, count, alive, features)
         if last_of:
-            ranking = _last_first(ranking, last_of, by_grid=self.start.selector == "grid")
+            ranking = last_first(ranking, last_of, by_grid=self.start.selector == "grid")
         if self.gates == "gumbel":
             # Noise, so that each step tries another choice.
             noise = -torch.rand_like(ranking).clamp_min(LOG_FLOOR).log()
@@ -275,7 +277,7 @@ class RelaxedReduction(nn.Module):
         more = max(self.runners_up or 0, 1)
         steps = min(math.ceil(count.max().item()) + more, score.shape[-1])
         if self.start.selector == "grid":
-            return _grid_ranking(features["grid"], round(count.mean().item()), alive)
+            return grid_ranking(features["grid"], round(count.mean().item()), alive)
         similarity = self._similarity(features, alive)
         if self.start.selector == "max_min":
             ranking = sequential.max_min_ranking(similarity, steps, alive)
@@ -394,64 +396,3 @@ def has_relaxed_form(reduction: Reduction) -> bool:
     by_likeness = reduction.assignment == "similar" and reduction.receivers == "all"
     plain = not reduction.average and reduction.weighting != "raw"
     return reduction.selector in _RELAXED and one_by_one and in_order and by_likeness and plain
-
-
-def _grid_ranking(places: Tensor, count: int, alive: Tensor) -> Tensor:
-    """Rank the tokens by the grid's preference among those that are left in every row."""
-    left = (alive.amin(dim=0) > 0.5).nonzero().squeeze(-1)
-    ranking = torch.full_like(alive, -1.0)
-    ranking[:, left] = grid.grid_preference(places[left], count).to(alive.dtype)
-    return ranking
-
-
-def _last_first(ranking: Tensor, images: int, *, by_grid: bool) -> Tensor:
-    """Return the ranking [R, V] with the last token of a prompt's last image before all others.
-
-    All anchors of a grid rank alike, so the last of them makes way for it.
-    """
-    place = torch.arange(ranking.shape[-1], device=ranking.device)
-    row = torch.arange(ranking.shape[0], device=ranking.device).unsqueeze(-1)
-    ending = row % images == images - 1
-    if by_grid:
-        last_anchor = torch.where(ranking >= 1, place, -1).amax(dim=-1, keepdim=True)
-        ranking = torch.where(ending & (place == last_anchor), ranking.detach().amin(), ranking)
-    first = ranking.detach().amax(dim=-1, keepdim=True) + AHEAD
-    return torch.where(ending & (place == place[-1]), first, ranking)
-
-
-def _parameter(value: float | list[float]) -> nn.Parameter:
-    """Make a parameter in float32, whatever the default dtype is."""
-    return nn.Parameter(torch.tensor(value, dtype=torch.float32))
-
-
-def _logit(value: float) -> float:
-    """Invert the sigmoid; 0 and 1 become saturated logits."""
-    if value <= 0 or value >= 1:
-        return SATURATED if value >= 1 else -SATURATED
-    return math.log(value / (1 - value))
-
-
-def _softplus_inverse(value: float) -> float:
-    """Invert the softplus; 0 becomes a saturated value."""
-    return value + math.log(-math.expm1(-value)) if value > 0 else -SATURATED
-
-
-def _rounded(value: float) -> float:
-    """Round to four decimals, and to exactly 0 or 1 where the difference is negligible."""
-    for special in (0.0, 1.0):
-        if abs(value - special) < NEGLIGIBLE:
-            return special
-    return round(value, 4)
-
-
-def _snapped(temperature: float) -> float:
-    """Round a temperature to four digits, or to 0 or infinity beyond `HARD` and `SOFT`."""
-    if temperature < HARD:
-        return 0.0
-    return math.inf if temperature >= SOFT else float(f"{temperature:.4g}")
-
-
-def _main(weights: Mapping[str, float]) -> dict[str, float]:
-    """Round weights, and leave out negligible ones; a single weight becomes 1."""
-    kept = {name: round(weight, 4) for name, weight in weights.items() if weight >= NEGLIGIBLE}
-    return kept if len(weights) != 1 else dict.fromkeys(weights, 1.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deos_fx.operator.learned import LEARNED
 
-__all__ = ["Learned", "learned_in_words"]
+__all__ = ["Learned"]
 
 
 class Learned(Mapping[str, Tensor]):
@@ -83,18 +83,6 @@ class Learned(Mapping[str, Tensor]):
             name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
             for name, value in self.items()
         }
-
-
-def learned_in_words(learned: Mapping[str, Tensor]) -> str:
-    """Describe the learned scores: what each looks at, and how many directions it has."""
-    words = []
-    for name, value in learned.items():
-        part = LEARNED[name]
-        if part.scores:
-            ranks = {"quadratic": value.shape[-1] // 2, "text": value.shape[-1]}
-            rank = f" (rank {ranks[name]})" if name in ranks else ""
-            words.append(f"learned {name} of {part.words}{rank}")
-    return " + ".join(words)
 
 
 def _checked(what: str, name: str, value: object) -> Tensor:

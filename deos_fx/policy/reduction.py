@@ -12,7 +12,8 @@ from torch import Tensor
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS
-from deos_fx.policy.learned import Learned, learned_in_words
+from deos_fx.policy.checks import check_together
+from deos_fx.policy.learned import Learned
 from deos_fx.policy.site import split_site
 from deos_fx.policy.tier import (
     Tier,
@@ -24,13 +25,12 @@ from deos_fx.policy.tier import (
     check_number,
     check_observe,
     checked_tier,
-    described,
     given_fields,
     known_options,
-    mix_in_words,
     normal_weights,
     other_options,
 )
+from deos_fx.policy.words import in_words
 
 __all__ = ["Reduction", "Regime"]
 
@@ -146,7 +146,7 @@ class Reduction:
         object.__setattr__(self, "tiers", tiers)
         # 3. Numbers, and settings that exclude each other.
         self._check_numbers()
-        self._check_together()
+        check_together(self)
 
     def _check_numbers(self) -> None:
         limits = {"gain": (0, 1), "exponent": (0, 4), "mass_bias": (0, 4), "sharpness": (0, 1e3)}
@@ -163,89 +163,6 @@ class Reduction:
             )
         check_diversity(self.site, self.selector, self.diversity)
         check_observe(self.site, self.observe)
-
-    def _check_together(self) -> None:
-        """Refuse combinations of settings that contradict each other."""
-        site, stage = self.site, split_site(self.site)[0]
-        # Where the output goes.
-        if self.order != "position" and (stage == "decoder" or self.position != "compact"):
-            raise ValueError(
-                f"{site}: order {self.order!r} needs a site before the decoder and the position "
-                f"'compact', because tokens out of the image's order have no positions to keep"
-            )
-        if self.keep_class and (stage != "vision" or self.order == "position"):
-            raise ValueError(
-                f"{site}: keep_class works in the vision tower with the order 'tier' or 'selection'"
-            )
-        # What takes in what.
-        if (self.assignment == "k_nearest") != (self.neighbours > 0) or self.neighbours < 0:
-            raise ValueError(
-                f"{site}: assignment {self.assignment!r} with {self.neighbours} neighbours; give "
-                f"'k_nearest' and a number of neighbours together"
-            )
-        if self.assignment == "window" and self.selector != "grid":
-            raise ValueError(f"{site}: the assignment 'window' needs the selector 'grid'")
-        # A raw score is used as it is; a mix is always of standardized ones.
-        if self.weighting == "raw" and len(self.scores) != 1:
-            raise ValueError(f"{site}: weighting 'raw' needs exactly one score, not {self.scores}")
-        # What is chosen.
-        if self.selector == "bipartite" and self.order == "tier":
-            raise ValueError(
-                f"{site}: the halves of 'bipartite' are one tier, and the order 'tier' would mix "
-                f"them; choose 'selection' or 'position'"
-            )
-        # The residual token is the best one that is not chosen: that takes a ranking.
-        first = SELECTORS[self.selector]
-        if self.residual and (not first.ranks or first.flags):
-            raise ValueError(f"{site}: residual needs a selector that ranks, not {self.selector!r}")
-        if self.residual and self.average:
-            raise ValueError(f"{site}: average and residual exclude each other; choose one")
-        if self.sharpness != 1 and self.weighting != "score":
-            raise ValueError(
-                f"{site}: sharpness {self.sharpness} has no effect with the weighting "
-                f"{self.weighting!r}; choose 'score' or leave it at 1"
-            )
-        self._check_learned()
-        self._check_tiers()
-
-    def _check_learned(self) -> None:
-        """Check that every learned part has an effect, and that none is missing."""
-        names = self.learned.keys()
-        if ("metric" in names) != ("learned" in self.similarity):
-            raise ValueError(
-                f"{self.site}: the similarity 'learned' and the learned part 'metric' need each "
-                f"other; give both or none"
-            )
-        scores = self.learned.scores
-        if scores and not self.uses_scores:
-            raise ValueError(
-                f"{self.site}: the learned {', '.join(scores)} has no effect, because nothing is "
-                f"ranked or weighted by score; leave it out"
-            )
-        if scores and self.weighting == "raw":
-            raise ValueError(f"{self.site}: a learned score has no raw values; choose 'score'")
-
-    def _check_tiers(self) -> None:
-        """Check what each tier chooses, and from which tokens."""
-        # A selector that flags picks nothing itself: it says which tokens the next tier prefers.
-        last = self.selection[-1].selector
-        if SELECTORS[last].flags:
-            raise ValueError(
-                f"{self.site}: {last!r} only says what a later tier prefers; add Tier(keep=1.0)"
-            )
-        for tier in self.tiers:
-            # A further tier leaves out what earlier ones took, so its selector must ask for that.
-            selector = SELECTORS[tier.selector]
-            if not selector.flags and "taken" not in selector.needs:
-                raise ValueError(
-                    f"{self.site}: {tier.selector!r} chooses among all tokens of a site, so it "
-                    f"works in the first tier only"
-                )
-            if (tier.keep == 0) != selector.flags:
-                raise ValueError(
-                    f"{self.site}: a tier of {tier.selector!r} keeps {tier.keep!r}; give "
-                    + ("0, it chooses none itself" if selector.flags else "it some tokens")
-                )
 
     @property
     def selection(self) -> tuple[Tier, ...]:
@@ -416,37 +333,4 @@ class Reduction:
         return f"Reduction({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def __str__(self) -> str:
-        keep = f"{self.keep:.4g}" if isinstance(self.keep, float) else str(self.keep)
-        chosen = " then ".join(described(tier) for tier in self.selection)
-        if words := learned_in_words(self.learned):
-            chosen = f"{chosen} + {words}" if self.scores else f"{self.selector} by {words}"
-        order = "" if self.order == "position" else f" in the order of the {self.order}"
-        treatment = self._treatment()
-        return f"{self.site}: keep {keep}, {chosen}{order}, {treatment}, positions {self.position}"
-
-    def _treatment(self) -> str:
-        # The regime, and in brackets every setting that differs from its default.
-        words = [f"{self.regime}"]
-        if self.gain > 0:
-            words.append(f"gain {self.gain:.3g}, {self._assigned()}")
-            if self.assignment != "window" and self.temperature != math.inf:
-                words[-1] += f" by {mix_in_words(self.similarity)}"
-        named = {"diversity": 0, "exponent": 1, "reweight": 0, "mass_bias": 0, "weighting": "one"}
-        named |= {"sharpness": 1}
-        for name, default in named.items():
-            value = getattr(self, name)
-            if value != default:
-                words.append(f"{name} {value if isinstance(value, str) else format(value, '.3g')}")
-        flags = ("average", "residual", "keep_class")
-        words += [name.replace("_", " ") for name in flags if getattr(self, name)]
-        if self.receivers == "last":
-            words.append("into the last tier")
-        return words[0] + (f" ({', '.join(words[1:])})" if words[1:] else "")
-
-    def _assigned(self) -> str:
-        if self.assignment == "k_nearest":
-            return f"{self.neighbours} nearest"
-        if self.assignment == "window":
-            return "bilinear"
-        how = {0: "nearest", math.inf: "uniform"}.get(self.temperature)
-        return how or f"temperature {self.temperature:.3g}"
+        return in_words(self)

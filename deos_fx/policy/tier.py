@@ -22,10 +22,8 @@ __all__ = [
     "check_number",
     "check_observe",
     "checked_tier",
-    "described",
     "given_fields",
     "known_options",
-    "mix_in_words",
     "normal_weights",
     "other_options",
 ]
@@ -238,7 +236,7 @@ def check_diversity(site: str, selector: str, diversity: float) -> None:
         )
 
 
-# *** a tier or a reduction in words ***
+# *** fields that are shown ***
 
 
 def given_fields(item: Any) -> dict[str, Any]:
@@ -263,21 +261,3 @@ def given_fields(item: Any) -> dict[str, Any]:
 
 def _default(item: Field[Any]) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
-
-
-def described(tier: Tier) -> str:
-    """Describe a tier in words: its selector, its scores, and where they are observed."""
-    selector = SELECTORS[tier.selector]
-    words = tier.selector
-    if selector.ranks:
-        words += f" by {mix_in_words(tier.scores)}"
-    if tier.observe:
-        words += f" of {'the next block' if tier.observe == 'next' else tier.observe}"
-    return words
-
-
-def mix_in_words(weights: Mapping[str, float]) -> str:
-    """Describe weights by name, such as those of scores."""
-    if len(weights) == 1:
-        return next(iter(weights))
-    return " + ".join(f"{weight:.3g} {name}" for name, weight in weights.items())

@@ -88,7 +88,9 @@ def _part(
         if node in nodes and node not in copies and node.op != "output":
             copies[node] = graph.node_copy(node, copies.__getitem__)
     if asked:
-        graph.output({node.name: copies[node] for node in asked})
+        # In the order of the graph, so that equal parts have equal code.
+        ordered = [node for node in graph_module.graph.nodes if node in asked]
+        graph.output({node.name: copies[node] for node in ordered})
     else:
         graph.node_copy(graph_module.graph.output_node(), copies.__getitem__)
     made: Any = fx.GraphModule(graph_module, graph, graph_module._get_name())

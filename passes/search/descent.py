@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
+from deos_fx.forms.parameters import logit
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
@@ -26,6 +27,7 @@ from deos_fx.passes.rewrite.split_prefix import split_prefix
 from deos_fx.passes.rewrite.straight_through import straight_through
 from deos_fx.passes.search.fronts import Parts
 from deos_fx.passes.search.problem import SearchBatch, SearchProblem
+from deos_fx.passes.search.proposals import discretise
 from deos_fx.passes.search.space import keep_fractions, relaxed_costs
 from deos_fx.passes.search.state import SearchState
 from deos_fx.passes.verify import verify
@@ -196,12 +198,13 @@ class Descent:
         policy = self.problem.fit(discretise(self.reductions, whole))
         before = {site: each.retention.item() for site, each in self.reductions.items()}
         if policy is not None:
-            kept = dict(zip(policy.sites, policy.counts(whole), strict=True))
+            sites = [reduction.site for reduction in policy.reductions]
+            kept = dict(zip(sites, policy.counts(whole), strict=True))
             present = whole
             for site, each in self.reductions.items():
                 # A site that drops nearly nothing is left out.
                 count = kept.get(site, present)
-                each.retention.data.fill_(_logit(count / present))
+                each.retention.data.fill_(logit(count / present))
                 present = count
         try:
             yield
