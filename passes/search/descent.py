@@ -35,8 +35,11 @@ from deos_fx.policy.reduction import Reduction
 
 __all__ = ["GATE_TEMPERATURES", "Descent", "relaxed_graph", "site_tokens"]
 
-GATE_TEMPERATURES = (0.5, 0.05)
+GATE_TEMPERATURES = (0.5, 0.3)
 """Gate temperatures at the first and the last step, in standard deviations of the score."""
+# Where the static loss is more than so many times that of the steps, gates leak: their temperature
+# falls to this share.
+_LEAK, _CLOSING = 1.5, 0.5
 # Learning rates fall to this share by a cosine, after a warm-up of at most so many steps.
 _FLOOR, _WARM_UP = 0.05, 20
 # Steps between two updates of the multipliers.
@@ -132,7 +135,7 @@ class Descent:
     def step(self) -> None:
         """Take one step on the task loss of some batches and the penalty."""
         progress = self.state.step / self.steps
-        temperature = _between(*GATE_TEMPERATURES, progress)
+        temperature = self._gate_temperature(progress)
         for reduction in self.reductions.values():
             reduction.gate_temperature = temperature
         self._set_rates(progress)
@@ -177,10 +180,11 @@ class Descent:
         Returns:
             The loss.
         """
-        with _as_static(self.reductions), torch.no_grad():
+        with _as_static(self.reductions), self._within_limits(), torch.no_grad():
             losses = [self._loss(batch).item() for batch in self.problem.scoring]
-        loss = sum(losses) / len(losses)
-        self.state.consider(loss)
+            loss = sum(losses) / len(losses)
+            # The parameters are kept with the counts that the loss was measured at.
+            self.state.consider(loss)
         if self.state.history:
             self.state.history[-1]["static"] = loss
         return loss
@@ -190,6 +194,19 @@ class Descent:
         if batch.kind not in self._parts:
             self._parts[batch.kind] = split_prefix(relaxed_graph(self.reductions, batch))
         return self.problem.loss(self._parts[batch.kind], batch)
+
+    def _gate_temperature(self, progress: float) -> float:
+        """Return the temperature of the gates at the next step.
+
+        It follows from the history, so a resumed search has the same.
+        """
+        temperature, since = _between(*GATE_TEMPERATURES, progress), list[float]()
+        for record in self.state.history:
+            since.append(record["task"])
+            if "static" in record:
+                leaks = record["static"] > _LEAK * sum(since) / len(since)
+                temperature, since = temperature * (_CLOSING if leaks else 1.0), []
+        return temperature
 
     @contextmanager
     def _within_limits(self) -> Iterator[None]:

@@ -110,7 +110,7 @@ def placed(problem: SearchProblem, place: Sequence[Reduction]) -> Policy | None:
         (first,) = found.reductions
         # The first site keeps twice as many, so that something is left for the second.
         twice = min(whole, 2 * first.count(whole))
-        second = replace(place[1], keep=max(1, twice // 4))
+        second = replace(place[1], keep=math.ceil(twice / 4))
         found = problem.fit(Policy((replace(first, keep=twice), second)))
     if found is None:
         return None

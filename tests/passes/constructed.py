@@ -419,14 +419,14 @@ def reading(
 
 
 def sharing(
-    side: int = 6, width: int = 48, layers: int = 6, layer: int = 1, seed: int = 0
+    side: int = 6, width: int = 48, layers: int = 4, layer: int = 0, seed: int = 0
 ) -> Constructed:
     """Make a problem in which two reductions must share a budget.
 
     It is that of `reading`, but only a few tokens have marks: the others can be dropped at once.
     All that have marks are needed until the question is read, and only one is needed after it.
     """
-    return _asking(side, width, layers, layer, marked=8, late=1, seed=seed)
+    return _asking(side, width, layers, layer, marked=8, late=2, seed=seed)
 
 
 def _asking(
