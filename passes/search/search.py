@@ -46,8 +46,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 # Tokens that stay in the sequence beside those that are kept.
 _RUNNERS_UP = 24
-# Steps at each place, if there are several; the best so many go on for a third of all steps.
-_TRIAL, _FINALISTS = 24, 2
+# Steps at each place, if there are several; the best go on for a third of all steps.
+_TRIAL = 24
 # What a site has to earn: the loss of a place counts so much more for each site after the first.
 _CHARGE = 0.05
 # Steps by default: so many passes over the data, within limits.
@@ -196,8 +196,11 @@ class SearchRun:
         if len(starts) > 1:
             names = [f"place {i + 1} of {len(starts)}" for i in range(len(starts))]
             tried = [self.attempt(*each) for each in zip(names, starts, strict=True)]
-            tried = sorted([*tried, *self.moved(min(tried, key=_charged), sites)], key=_charged)
-            starts = [self.rounded(descent) for descent in tried[:_FINALISTS]]
+            tried += self.moved(min(tried, key=_charged), sites)
+            # The best single site and the best pair: a site alone has fewer chances, and is
+            # simpler.
+            best = {len(each.reductions): each for each in sorted(tried, key=_charged)[::-1]}
+            starts = [self.rounded(descent) for descent in best.values()]
         if len(starts) > 1:
             names = [f"finalist {i + 1} of {len(starts)}" for i in range(len(starts))]
             more = max(1, self.steps // 3)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -406,7 +406,7 @@ _LOOK = 8.0
 
 
 def reading(
-    side: int = 4, width: int = 48, layers: int = 6, layer: int = 1, seed: int = 0
+    side: int = 4, width: int = 48, layers: int = 5, layer: int = 1, seed: int = 0
 ) -> Constructed:
     """Make a problem in which the text has to be read before tokens can be dropped.
 
@@ -415,7 +415,20 @@ def reading(
     looks at what is matched. The budget leaves no room for a reduction after a later layer.
     """
     visual = side * side
-    return _asking(side, width, layers, layer, marked=visual, late=1, seed=seed)
+    return _asking(side, width, layers, layer, marked=visual, late=2, seed=seed)
+
+
+def needing(side: int = 4, width: int = 48, layers: int = 3, seed: int = 0) -> Constructed:
+    """Make a problem in which every token is needed, and the budget is that of the whole model.
+
+    It is that of `reading`, but only the sites before the layer that reads are searched. A reduction
+    costs operations of its own, so one that meets the budget has to drop something.
+    """
+    visual = side * side
+    read = layers - 2
+    problem = _asking(side, width, layers, read, marked=visual, late=visual, seed=seed)
+    sites = ("projector", *(f"decoder.{i}" for i in range(read)))
+    return replace(problem, sites=sites, budget=Budget(flops=1.0))
 
 
 def sharing(
@@ -464,7 +477,7 @@ def _asking(
     return Constructed(
         transparent_llava(side, width, stack, random.common, 8 * classes, asks + question),
         # A little more, so that rounding does not decide.
-        budget=Budget(visual_tokens=(early + 0.01) / (layers * visual)),
+        budget=Budget(visual_tokens=min(1.0, (early + 0.01) / (layers * visual))),
         directions={"match": match, "plain": plain},
         **_prompts(
             side, random.tokens(kinds[places] + classes[said]), answers, before=asked.unsqueeze(1)
