@@ -22,8 +22,8 @@ from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import capture_call, run_graph
 from deos_fx.passes.rewrite.straight_through import StraightThrough
+from deos_fx.passes.search.descent import relaxed_graph
 from deos_fx.passes.search.problem import SearchProblem
-from deos_fx.passes.search.search import relaxed_graph
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import deos_fx
-from deos_fx.passes.search import search as search_module
+from deos_fx.passes.search import run as run_module
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -16,8 +16,7 @@ def test_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The default length of a search is a matter of minutes; its result is tested elsewhere.
     monkeypatch.setattr(deos_fx, "search", functools.partial(deos_fx.search, steps=2))
-    monkeypatch.setattr(search_module, "_TRIAL", 1)
-    monkeypatch.setattr(search_module, "_VARIATIONS", 1)
+    monkeypatch.setattr(run_module, "_VARIATIONS", 1)
     names = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)

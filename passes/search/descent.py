@@ -9,6 +9,8 @@ Parameters are judged by their *static* loss on held-back batches, the loss of w
 from __future__ import annotations
 
 import math
+import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +27,10 @@ from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import run_graph
 from deos_fx.passes.rewrite.split_prefix import split_prefix
 from deos_fx.passes.rewrite.straight_through import straight_through
+from deos_fx.passes.search import processes
+from deos_fx.passes.search.batches import SearchBatch
 from deos_fx.passes.search.fronts import Parts
-from deos_fx.passes.search.problem import SearchBatch, SearchProblem
+from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.proposals import discretise
 from deos_fx.passes.search.space import keep_fractions, relaxed_costs
 from deos_fx.passes.search.state import SearchState
@@ -50,6 +54,8 @@ _PROMPTS = 16
 _SNAPSHOTS = 8
 # Gradients of directions are clipped to this norm.
 _CLIP = 1.0
+# Steps in a row without a finite gradient, after which no more are taken.
+_PATIENCE = 10
 
 
 def relaxed_graph(reductions: Mapping[str, RelaxedReduction], batch: SearchBatch) -> fx.GraphModule:
@@ -116,6 +122,8 @@ class Descent:
     def __post_init__(self) -> None:
         self.reductions = self.state.by_site()
         self._parts: dict[Hashable, Parts] = {}
+        # Seconds of the latest step.
+        self.seconds = 0.0
 
     def run(self, after_step: Callable[[int], None]) -> None:
         """Take the steps that are left.
@@ -126,11 +134,31 @@ class Descent:
         if self.state.step == 0 and not self.state.best:
             # The start is judged as well: a search never returns what is worse.
             self.judge()
-        while self.state.step < self.steps:
+        while self.state.step < self.steps and not self._is_stuck():
+            before = time.perf_counter()
             self.step()
+            self.seconds = time.perf_counter() - before
             if self.state.step in self._snapshots():
                 self.judge()
             after_step(self.state.step)
+        if self._is_stuck() and processes.is_main():
+            numbers = sorted({i for record in self._latest() for i in record["not_finite"]})
+            warnings.warn(
+                f"The steps at {' and '.join(self.reductions)} end after {self.state.step} of "
+                f"{self.steps}: {_PATIENCE} in a row had gradients that are NaN or infinite, in "
+                f"the batches {numbers} of data (from 0). Leave these out, or load the model in "
+                "float32 or bfloat16.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _is_stuck(self) -> bool:
+        """Return whether the latest steps have moved nothing."""
+        latest = self._latest()
+        return len(latest) == _PATIENCE and not any(record["finite"] for record in latest)
+
+    def _latest(self) -> list[dict[str, Any]]:
+        return self.state.history[-_PATIENCE:]
 
     def step(self) -> None:
         """Take one step on the task loss of some batches and the penalty."""
@@ -139,20 +167,26 @@ class Descent:
         for reduction in self.reductions.values():
             reduction.gate_temperature = temperature
         self._set_rates(progress)
-        # 1. The task loss, and the costs from expected counts: no graph is run for these.
+        # 1. The task loss and its gradients, a row for each batch; the costs from expected counts:
+        # no graph is run for these.
         batches = self._batches()
         parameters = self.state.parameters
-        sums = [torch.zeros_like(parameter) for parameter in parameters]
-        task = 0.0
-        for batch in batches:
-            loss = self._loss(batch) / len(batches)
-            task += loss.item()
-            _add_gradients(sums, loss, parameters)
-            self.problem.effort.backwards += 1
+        rows = torch.zeros(len(batches), 1 + sum(each.numel() for each in parameters))
+        for i, batch in processes.shared_out(batches):
+            rows[i] = self._loss_and_gradients(batch)
+        rows = processes.joined(rows)
+        mean = rows.mean(dim=0)
+        sums = [
+            part.view_as(parameter).to(parameter)
+            for part, parameter in zip(
+                mean[1:].split([each.numel() for each in parameters]), parameters, strict=True
+            )
+        ]
         costs = relaxed_costs(self.reductions, self.problem.cost, self.problem.latency)
         _add_gradients(sums, self.state.lagrangian.penalty(costs), parameters)
         # 2. The step; a batch whose loss is not finite moves nothing.
-        finite = all(gradient.isfinite().all() for gradient in sums)
+        fine = rows.isfinite().all(dim=1).tolist()
+        finite = all(fine) and all(gradient.isfinite().all() for gradient in sums)
         if finite:
             for parameter, gradient in zip(parameters, sums, strict=True):
                 parameter.grad = gradient
@@ -165,8 +199,11 @@ class Descent:
         self.state.history.append(
             {
                 "step": self.state.step + 1,
-                "task": task,
+                "task": mean[0].item(),
                 "finite": finite,
+                "not_finite": [
+                    batch.number for batch, good in zip(batches, fine, strict=True) if not good
+                ],
                 "gate_temperature": temperature,
                 **{name: cost.item() for name, cost in costs.items()},
                 **{f"multiplier_{name}": value for name, value in multipliers.items()},
@@ -180,37 +217,17 @@ class Descent:
         Returns:
             The loss.
         """
-        with _as_static(self.reductions), self._within_limits(), torch.no_grad():
-            losses = [self._loss(batch).item() for batch in self.problem.scoring]
-            loss = sum(losses) / len(losses)
+        with _as_static(self.reductions), self._within_limits():
+            loss = self.held_back()
             # The parameters are kept with the counts that the loss was measured at.
             self.state.consider(loss)
         if self.state.history:
             self.state.history[-1]["static"] = loss
         return loss
 
-    def _loss(self, batch: SearchBatch) -> Tensor:
-        """Return the task loss of a batch at the present parameters."""
-        if batch.kind not in self._parts:
-            self._parts[batch.kind] = split_prefix(relaxed_graph(self.reductions, batch))
-        return self.problem.loss(self._parts[batch.kind], batch)
-
-    def _gate_temperature(self, progress: float) -> float:
-        """Return the temperature of the gates at the next step.
-
-        It follows from the history, so a resumed search has the same.
-        """
-        temperature, since = _between(*GATE_TEMPERATURES, progress), list[float]()
-        for record in self.state.history:
-            since.append(record["task"])
-            if "static" in record:
-                leaks = record["static"] > _LEAK * sum(since) / len(since)
-                temperature, since = temperature * (_CLOSING if leaks else 1.0), []
-        return temperature
-
     @contextmanager
     def _within_limits(self) -> Iterator[None]:
-        """Let the sites keep as many tokens as the limits allow, in the shares of their steps."""
+        """Let sites keep as many tokens as the limits allow, in the ratio of their steps."""
         whole = self.problem.visual_tokens
         policy = self.problem.fit(discretise(self.reductions, whole))
         before = {site: each.retention.item() for site, each in self.reductions.items()}
@@ -228,6 +245,38 @@ class Descent:
         finally:
             for site, each in self.reductions.items():
                 each.retention.data.fill_(before[site])
+
+    def _gate_temperature(self, progress: float) -> float:
+        """Return the temperature of the gates at the next step.
+
+        It follows from the history, so a resumed search has the same.
+        """
+        temperature, since = _between(*GATE_TEMPERATURES, progress), list[float]()
+        for record in self.state.history:
+            since.append(record["task"])
+            if "static" in record:
+                leaks = record["static"] > _LEAK * sum(since) / len(since)
+                temperature, since = temperature * (_CLOSING if leaks else 1.0), []
+        return temperature
+
+    def held_back(self) -> float:
+        """Return the loss on the held-back batches, with gates as they are."""
+        return self.problem.scored(self._loss)
+
+    def _loss(self, batch: SearchBatch) -> Tensor:
+        """Return the task loss of a batch at the present parameters."""
+        if batch.kind not in self._parts:
+            self._parts[batch.kind] = split_prefix(relaxed_graph(self.reductions, batch))
+        return self.problem.loss(self._parts[batch.kind], batch)
+
+    def _loss_and_gradients(self, batch: SearchBatch) -> Tensor:
+        """Return the task loss of a batch and its gradients in one row."""
+        gradients = [torch.zeros_like(parameter) for parameter in self.state.parameters]
+        loss = self._loss(batch)
+        _add_gradients(gradients, loss, self.state.parameters)
+        self.problem.effort.backwards += 1
+        values = [loss.detach(), *gradients]
+        return torch.cat([value.flatten().float().cpu() for value in values])
 
     def _batches(self) -> list[SearchBatch]:
         """Return the batches of the next step; every epoch has a random order.

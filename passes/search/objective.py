@@ -7,6 +7,7 @@ graphs of any token count are scored on the same predictions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,16 +48,20 @@ class Target:
             0-dim float32.
         """
         # In a reduced graph, the same predictions are at other places.
-        positions = self.positions if origin is None else take(self.positions, origin)
+        device = logits.device
+        # A target waits where the data is.
+        positions = self.positions.to(device)
+        if origin is not None:
+            positions = take(positions, origin.to(device))
         predicted = logits[positions].float()
         if self.labels is not None:
             # Case: labels.
-            return F.cross_entropy(predicted, self.labels)
+            return F.cross_entropy(predicted, self.labels.to(device))
         # Case: the answers of the unreduced model.
         assert self.logits is not None
         return F.kl_div(
             predicted.log_softmax(-1),
-            self.logits.float().log_softmax(-1),
+            self.logits.to(device).float().log_softmax(-1),
             log_target=True,
             reduction="batchmean",
         )
@@ -149,11 +154,15 @@ class AugmentedLagrangian:
     Args:
         limits: Name -> absolute limit.
         stiffness: rho.
+        two_sided: Whether to ask for C = limit instead, without the two max; for comparison.
     """
 
-    def __init__(self, limits: Mapping[str, float], stiffness: float = 4.0) -> None:
+    def __init__(
+        self, limits: Mapping[str, float], stiffness: float = 4.0, *, two_sided: bool = False
+    ) -> None:
         self.limits = dict(limits)
         self.stiffness = stiffness
+        self.least = -math.inf if two_sided else 0.0
         self.multipliers = dict.fromkeys(limits, 0.0)
 
     def penalty(self, costs: Mapping[str, Tensor]) -> Tensor:
@@ -162,7 +171,8 @@ class AugmentedLagrangian:
         total = torch.zeros(())
         for name, multiplier in self.multipliers.items():
             # max(0, lambda + rho g)
-            push = (multiplier + self.stiffness * self._violation(costs, name)).clamp_min(0)
+            push = multiplier + self.stiffness * self._violation(costs, name)
+            push = push.clamp_min(self.least)
             total = total + (push.square() - multiplier**2) / (2 * self.stiffness)
         return total
 
@@ -171,7 +181,7 @@ class AugmentedLagrangian:
         for name, multiplier in self.multipliers.items():
             # lambda <- max(0, lambda + rho g)
             violation = self._violation(costs, name).item()
-            self.multipliers[name] = max(0.0, multiplier + self.stiffness * violation)
+            self.multipliers[name] = max(self.least, multiplier + self.stiffness * violation)
 
     def _violation(self, costs: Mapping[str, Tensor], name: str) -> Tensor:
         """Return g = C / limit - 1; it is negative under the limit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,25 +13,24 @@ from transformers import PreTrainedModel
 
 from deos_fx.cost.latency import LatencyTable
 from deos_fx.cost.model import CostModel
-from deos_fx.inputs.call import Call
-from deos_fx.inputs.complete import completed
-from deos_fx.inputs.media import padding_of, placeholders
-from deos_fx.models.facts import ModelFacts, facts_of
-from deos_fx.passes.analyse.annotate_token_spaces import PROMPT_MASK
+from deos_fx.models.facts import facts_of
 from deos_fx.passes.analyse.check_reduction import check_reduction
 from deos_fx.passes.analyse.sites import Site, Sites
 from deos_fx.passes.captures import Captures
 from deos_fx.passes.pipeline import Captured, lower_call, run_graph
-from deos_fx.passes.rewrite.mark_prompt import mark_prompt
 from deos_fx.passes.rewrite.split_prefix import split_prefix
-from deos_fx.passes.search.fronts import Fronts, Parts
-from deos_fx.passes.search.objective import (
-    Effort,
-    Target,
-    before_answer,
-    labelled,
-    self_distilled,
+from deos_fx.passes.search import processes
+from deos_fx.passes.search.batches import (
+    SearchBatch,
+    check_whole,
+    checked_calls,
+    moved,
+    with_targets,
+    without_labels,
 )
+from deos_fx.passes.search.fronts import Fronts, Parts
+from deos_fx.passes.search.objective import Effort
+from deos_fx.passes.search.processes import Progress
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.counts import fit_counts, on_grid, within
 from deos_fx.policy.policy import Policy
@@ -39,40 +39,10 @@ from deos_fx.policy.site import site_order, split_site
 from deos_fx.tokens.cache import SpaceFields
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["SearchBatch", "SearchProblem"]
+__all__ = ["SearchProblem"]
 
 # Shares of an image's tokens at which latency is measured.
 _LATENCY_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
-
-
-@dataclass(frozen=True)
-class SearchBatch:
-    """One batch: explicit model inputs, whose prompts are alike, and the target for its logits.
-
-    Attributes:
-        call: The call of the model, completed, without labels.
-        captured: The captured call that it runs through; with labels, it takes a ``prompt_mask``.
-        layout: The layout of its prompts.
-        target: The predictions that its logits are compared with.
-        prompt: The ``prompt_mask`` [B, N]: 1 for real tokens before the answer. None without
-            labels.
-    """
-
-    call: Call
-    captured: Captured
-    layout: PromptLayout
-    target: Target
-    prompt: Tensor | None = None
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """Return the inputs of graphs that are made of the captured one."""
-        return self.call.inputs | ({} if self.prompt is None else {PROMPT_MASK: self.prompt})
-
-    @property
-    def kind(self) -> Hashable:
-        """Return the key of the graph that it runs through: batches of one kind share it."""
-        return id(self.captured), self.layout
 
 
 @dataclass(frozen=True)
@@ -93,7 +63,8 @@ class SearchProblem:
         limits: Name -> absolute limit.
         training: Batches for gradient steps.
         scoring: Batches for scoring candidates.
-        effort: What all searches on this problem have cost so far.
+        interrupted: Whether capturing was cut short; the batches are those that were ready.
+        effort: What all searches on this problem have cost so far, in this process.
         fronts: What precedes the first reduction of graphs, once for every batch.
     """
 
@@ -107,12 +78,17 @@ class SearchProblem:
     limits: dict[str, float]
     training: list[SearchBatch]
     scoring: list[SearchBatch]
+    interrupted: bool = False
     effort: Effort = field(default_factory=Effort, compare=False)
     fronts: Fronts = field(default_factory=Fronts, compare=False, repr=False)
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, data: Iterable[Mapping[str, Any]], budget: Budget
+        cls,
+        model: PreTrainedModel,
+        data: Iterable[Mapping[str, Any]],
+        budget: Budget,
+        progress: Progress | None = None,
     ) -> SearchProblem:
         """Check the data, capture the model and set up the problem.
 
@@ -120,6 +96,7 @@ class SearchProblem:
             model: The unmodified model.
             data: Batches of model inputs, perhaps with labels.
             budget: The budget.
+            progress: Called with the stage ``capture`` after each batch.
 
         Returns:
             The problem. From four batches on, a quarter is held back for scoring.
@@ -130,12 +107,10 @@ class SearchProblem:
                 transformers'.
         """
         # 1. The data: every batch is completed, and all of them fit one policy.
+        check_whole(model)
         facts = facts_of(model)
-        calls = [_checked(facts, batch) for batch in data]
-        if not calls:
-            raise ValueError("data is empty: give at least one dict of model inputs.")
-        _check_alike(facts, calls)
-        # 2. Costs and limits, for every layout. The longest prompts come first: their layout is the
+        calls = checked_calls(facts, data)
+        # 2. Costs, for every layout. The longest prompts come first: their layout is the
         # problem's own.
         longest = sorted(calls, key=lambda call: call.inputs["input_ids"].shape[1])[::-1]
         costs: dict[PromptLayout, CostModel] = {}
@@ -146,9 +121,9 @@ class SearchProblem:
         cost, *others = costs.values()
         # 3. The captured calls, and a target for every batch.
         captures = Captures(model.eval())
-        captured = captures.serving(_without_labels(longest[0]))
-        marked: dict[Captured, Captured] = {}
-        batches = [_with_target(captures, call, marked) for call in calls]
+        first = without_labels(longest[0])
+        captured = captures.serving(replace(first, inputs=moved(first.inputs, model.device)))
+        batches, interrupted = with_targets(captures, calls, progress)
         # 4. The problem. The last quarter of the batches is held back. Of fewer than four batches,
         # none is, and candidates are scored on all of them.
         held_back = len(batches) // 4
@@ -158,14 +133,33 @@ class SearchProblem:
             captured=captured,
             layout=cost.layout,
             cost=cost,
-            others=[(other, budget.limits(other.predict(Policy()))) for other in others],
+            others=[(other, {}) for other in others],
             latency=None,
-            limits=budget.limits(cost.predict(Policy())),
+            limits={},
             training=batches[: len(batches) - held_back],
             scoring=batches[len(batches) - held_back :] or batches,
+            interrupted=interrupted,
+        )
+        return problem.under(budget)
+
+    def under(self, budget: Budget) -> SearchProblem:
+        """Return the same problem under another budget; captures, batches and effort are shared.
+
+        Args:
+            budget: The budget.
+
+        Raises:
+            ValueError: If it allows more visual tokens than the model has.
+        """
+        whole = Policy()
+        problem = replace(
+            self,
+            others=[(other, budget.limits(other.predict(whole))) for other, _ in self.others],
+            limits=budget.limits(self.cost.predict(whole)),
         )
         # Measuring runs the model many times, so it is done only if a limit asks for it.
-        return problem if budget.latency_ms is None else problem.with_latency()
+        measured = budget.latency_ms is None or self.latency is not None
+        return problem if measured else problem.with_latency()
 
     @property
     def visual_tokens(self) -> int:
@@ -216,7 +210,8 @@ class SearchProblem:
         table = LatencyTable.measure(counts, self._timed_prefill, self.model.device)
         # It was measured for counts of one image, and is looked up with counts of a prompt.
         scaled = tuple(self.layout.images * count for count in table.counts)
-        return replace(self, latency=replace(table, counts=scaled))
+        times = tuple(processes.of_main(table.times))
+        return replace(self, latency=LatencyTable(scaled, times))
 
     def _timed_prefill(self, count: int) -> Callable[[], object]:
         """Prepare a prefill that keeps `count` tokens of each image at the projector."""
@@ -235,6 +230,7 @@ class SearchProblem:
         # Latency depends on the length of a prompt, and a limit must hold for all.
         longest = max(self.scoring, key=lambda batch: batch.call.inputs["input_ids"].shape[1])
         call = longest.call.first_prompt()
+        call = replace(call, inputs=moved(call.inputs, self.model.device))
         captured = self.captures.serving(call)
         graph = lower_call(captured.copy(), policy, longest.layout)
         return torch.no_grad()(lambda: run_graph(graph, call.inputs))
@@ -305,94 +301,36 @@ class SearchProblem:
         spaces: Sequence[SpaceFields] | None = fields.get("spaces")
         return batch.target.loss(fields["logits"], spaces[-1]["origin"] if spaces else None)
 
-    @torch.no_grad()
     def mean_loss(self, graph_for: Callable[[SearchBatch], fx.GraphModule]) -> float:
-        """Return the mean task loss over the scoring batches.
+        """Return the mean task loss over the scoring batches; infinite if it is not a number.
 
         Args:
             graph_for: Makes the relaxed or static graph for a kind of batch, from a batch of it.
         """
         parts: dict[Hashable, Parts] = {}
-        losses = []
-        for batch in self.scoring:
+
+        def loss(batch: SearchBatch) -> Tensor:
             if batch.kind not in parts:
                 parts[batch.kind] = split_prefix(graph_for(batch))
-            losses.append(float(self.loss(parts[batch.kind], batch)))
-        return sum(losses) / len(losses)
+            return self.loss(parts[batch.kind], batch)
+
+        return self.scored(loss)
+
+    @torch.no_grad()
+    def scored(self, loss: Callable[[SearchBatch], Tensor]) -> float:
+        """Return the mean of a loss over the scoring batches, which all processes share out.
+
+        A loss that is not a number is infinite, so that it is never the best.
+
+        Args:
+            loss: Returns the loss of a batch, 0-dim.
+        """
+        losses = torch.zeros(len(self.scoring), dtype=torch.float64)
+        for i, batch in processes.shared_out(self.scoring):
+            losses[i] = loss(batch).item()
+        mean = sum(processes.joined(losses).tolist()) / len(losses)
+        return mean if math.isfinite(mean) else math.inf
 
     def static_loss(self, policy: Policy) -> float:
         """Return the task loss of a policy's static graph, mean over the scoring batches."""
         return self.mean_loss(lambda batch: lower_call(batch.captured.copy(), policy, batch.layout))
-
-
-def _checked(facts: ModelFacts, batch: Mapping[str, Any]) -> Call:
-    """Check a batch, move it to the model's device and complete its inputs."""
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"data holds a {type(batch).__name__}; give dicts of model inputs, as a processor "
-            "returns them."
-        )
-    device = facts.model.device
-    moved = {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
-    # A search never decodes, and a cache would only take memory.
-    return completed(Call.of(facts, moved | {"use_cache": False}))
-
-
-def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
-    """Check that one policy can fit all batches."""
-    # 1. Images of one size, unless the model takes many.
-    layouts = [call.layout for call in calls]
-    images = [call.inputs["pixel_values"] for call in calls if "pixel_values" in call.inputs]
-    sizes = sorted({tuple(pixels.shape[1:]) for pixels in images})
-    if len(sizes) > 1 and not facts.sizes_vary:
-        raise ValueError(
-            f"The images of data vary in size: {', '.join(map(str, sizes))} (channels, height, "
-            "width). Resize them to one size, as the model's processor does."
-        )
-    # 2. Equally many images in every prompt.
-    counts = sorted({layout.images for layout in layouts})
-    if len(counts) > 1:
-        raise ValueError(
-            f"The prompts of data have {counts} images; search with equally many in every prompt."
-        )
-    # 3. Labels for all batches or for none.
-    answered = sum("labels" in call.inputs for call in calls)
-    if answered not in (0, len(calls)):
-        raise ValueError(
-            f"{answered} of the {len(calls)} batches of data have labels: give them with all "
-            "batches, or with none."
-        )
-
-
-def _with_target(captures: Captures, batch: Call, marked: dict[Captured, Captured]) -> SearchBatch:
-    """Capture a batch's call and make its target: its labels, or the unreduced predictions.
-
-    Args:
-        captures: The model's captures.
-        batch: The call, perhaps with labels.
-        marked: Capture -> the same with the input ``prompt_mask``; it gains those that are new.
-    """
-    call, labels = _without_labels(batch), batch.inputs.get("labels")
-    # A prediction at a visual token does not count, since the token may be dropped.
-    visual = placeholders(call.facts, call.inputs["input_ids"])
-    if labels is not None:
-        # Case: labels. The model need not run.
-        captured = captures.serving(call)
-        if captured not in marked:
-            twin = captured.copy()
-            marked[captured] = replace(twin, graph_module=mark_prompt(twin.graph_module))
-        target, prompt = labelled(labels, visual), before_answer(labels, padding_of(call.inputs))
-        return SearchBatch(call, marked[captured], batch.layout, target, prompt)
-    # Case: no labels. The captured graph is run, and gives the answers of the unreduced model.
-    with torch.no_grad():
-        captured, unreduced = captures.serve(call, lambda captured: captured.graph_module)
-    target = self_distilled(call.inputs, visual, unreduced["logits"])
-    return SearchBatch(call, captured, batch.layout, target)
-
-
-def _without_labels(call: Call) -> Call:
-    """Return the call without labels: the loss is computed outside the graph."""
-    return replace(call, inputs={name: x for name, x in call.inputs.items() if name != "labels"})

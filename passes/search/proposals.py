@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from deos_fx import presets
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.operator import SCORES
-from deos_fx.passes.analyse.sites import Site, Sites
+from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.passes.search.regimes import PRUNE
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
 
-__all__ = ["discretise", "from_presets", "in_regimes", "placed", "placements", "variations"]
-
-_T = TypeVar("_T")
-
-# Sites that are tried alone, and in pairs with the first of them.
-_DEPTHS, _PAIRS = 4, 3
+__all__ = ["PRESETS", "discretise", "from_presets", "variations"]
 
 # *** rounded steps ***
 
@@ -65,123 +61,10 @@ def discretise(
     return Policy(tuple(chosen))
 
 
-# *** where to start ***
-
-
-def placements(
-    problem: SearchProblem,
-    sites: Sequence[Site],
-    starts: Callable[[Sequence[Site]], Mapping[str, Reduction]],
-) -> list[Policy]:
-    """Return the places to try, as policies that meet the limits.
-
-    Every site that can meet the limits alone is tried, of many at most `_DEPTHS` spread over the
-    depth, and pairs of the first of them with a later site.
-
-    Args:
-        problem: The problem.
-        sites: The sites, in order of depth.
-        starts: Makes what the steps start from at some sites, by name.
-    """
-    # Whether a site can meet the limits does not depend on how it chooses.
-    plain = {site.name: Reduction(site.name, 1, scores={"feature_norm": 1.0}) for site in sites}
-    feasible = [site for site in sites if problem.fit(Policy((plain[site.name],))) is not None]
-    alone = _spread(feasible, _DEPTHS)
-    if not alone:
-        return []
-    after = site_order(alone[0].name)
-    later = _spread([site for site in sites if site_order(site.name) > after], _PAIRS)
-    start = starts(list({site.name: site for site in (*alone, *later)}.values()))
-    places = [[start[site.name]] for site in alone]
-    places += [[start[alone[0].name], start[site.name]] for site in later]
-    return [policy for place in places if (policy := placed(problem, place)) is not None]
-
-
-def placed(problem: SearchProblem, place: Sequence[Reduction]) -> Policy | None:
-    """Return a policy that starts at one or two sites and meets the limits; None if none does.
-
-    Args:
-        problem: The problem.
-        place: What the steps start from at each site.
-    """
-    whole = problem.visual_tokens
-    found = problem.fit(Policy(tuple(replace(each, keep=1) for each in place[:1])))
-    if len(place) > 1 and found is not None:
-        (first,) = found.reductions
-        # The first site keeps twice as many, so that something is left for the second.
-        twice = min(whole, 2 * first.count(whole))
-        second = replace(place[1], keep=math.ceil(twice / 4))
-        found = problem.fit(Policy((replace(first, keep=twice), second)))
-    if found is None:
-        return None
-    # A site that drops nothing is no place to start from.
-    counts = [whole, *found.counts(whole)]
-    return found if all(x > y for x, y in zip(counts, counts[1:], strict=False)) else None
-
-
-def _spread(items: Sequence[_T], most: int) -> list[_T]:
-    """Return at most so many items, evenly spread, with the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    step = (len(items) - 1) / max(most - 1, 1)
-    return [items[round(i * step)] for i in range(most)]
-
-
-# *** regimes ***
-
-_BEST_FIRST: dict[str, Any] = {"selector": "top_k", "diversity": 0.0}
-_REGIMES: tuple[dict[str, Any], ...] = (
-    # prune
-    {
-        "gain": 0.0,
-        "temperature": 0.0,
-        "mass_bias": 0.0,
-        "residual": False,
-        "weighting": "one",
-        "sharpness": 1.0,
-    },
-    # merge
-    {"gain": 1.0, "temperature": 0.0, "mass_bias": 1.0, "weighting": "one", "sharpness": 1.0},
-    # reweight
-    {"gain": 1.0, "weighting": "score"},
-)
-_POOL: dict[str, Any] = {
-    **_REGIMES[1],
-    "selector": "grid",
-    "diversity": 0.0,
-    "scores": {},
-    "similarity": {"grid": 1.0},
-    "learned": {},
-}
-
-
-def in_regimes(policy: Policy) -> Iterator[Policy]:
-    """Yield policies with one reduction in a regime as it is defined: the ends of what steps reach.
-
-    Steps mix the regimes, and get slower towards the ends; no step leads to another selector.
-
-    Args:
-        policy: The policy.
-
-    Yields:
-        Policies whose counts may miss the limits.
-    """
-    for i, reduction in enumerate(policy.reductions):
-        chosen = [{}, _BEST_FIRST] if reduction.selector == "greedy" else [{}]
-        for change in [one | other for one in _REGIMES for other in chosen] + [_POOL]:
-            try:
-                changed = replace(policy, reductions=_with(policy.reductions, i, **change))
-            except ValueError:
-                # Case: a grid after another selector.
-                continue
-            if changed != policy:
-                yield changed
-
-
 # *** presets ***
 
-# The presets that a search tries: of every regime one, and the stages of the decoder.
-_PRESETS = ("fastv", "pyramid_drop", "merge", "avg_pool", "redistribute")
+PRESETS = ("fastv", "pyramid_drop", "merge", "avg_pool", "redistribute")
+"""The presets that a search tries: of every regime one, and the stages of the decoder."""
 
 
 def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
@@ -194,7 +77,7 @@ def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
     # Presets are fitted to a number of tokens of an image, or to all if there is no such limit.
     share = problem.limits.get("visual_tokens", math.inf) / problem.layout.images
     tokens = min(share, problem.visual_tokens)
-    for name in _PRESETS:
+    for name in PRESETS:
         try:
             policy = presets.fit(name, tokens, problem.model, problem.visual_tokens)
         except ValueError:
@@ -226,14 +109,7 @@ def _with_own_scores(sites: Sites, policy: Policy) -> Policy:
 # Treatments of dropped tokens: pruning, merging with and without a mass bias, soft merging, and
 # uniform redistribution. A variation makes one of these changes.
 _TREATMENTS: tuple[dict[str, Any], ...] = (
-    {
-        "gain": 0.0,
-        "temperature": 0.0,
-        "mass_bias": 0.0,
-        "residual": False,
-        "weighting": "one",
-        "sharpness": 1.0,
-    },
+    PRUNE,
     {"gain": 1.0, "temperature": 0.0, "mass_bias": 1.0},
     {"gain": 1.0, "temperature": 0.0, "mass_bias": 0.0},
     {"gain": 1.0, "temperature": 0.1, "mass_bias": 1.0},

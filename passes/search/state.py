@@ -100,12 +100,11 @@ class SearchState:
 
     def consider(self, loss: float) -> None:
         """Keep a copy of the present parameters if their static loss is the lowest so far."""
-        if not loss < self.best_loss and self.best:
-            return
-        self.best_loss, self.best_step = loss, self.step
-        self.best = {
-            name: value.detach().clone() for name, value in self.reductions.state_dict().items()
-        }
+        # The first are kept even if their loss is infinite.
+        if loss < self.best_loss or not self.best:
+            values = self.reductions.state_dict()
+            best = {name: value.detach().clone() for name, value in values.items()}
+            self.best, self.best_loss, self.best_step = best, loss, self.step
 
     def take_best(self) -> None:
         """Load the parameters with the lowest static loss."""
@@ -136,13 +135,14 @@ class SearchState:
             # What a search must have in common with this one to continue it.
             "settings": self.settings,
             "multipliers": self.lagrangian.multipliers,
-            "best_loss": self.best_loss if self.best else None,
+            "best_loss": self.best_loss if self.best_loss < math.inf else None,
             "best_step": self.best_step,
             "history": self.history,
         }
         write_text(path / "search.json", json.dumps(record, indent=1))
-        # Only now is no record left that names the earlier files.
-        for old in path.glob("step-*.safetensors"):
+        # Only now is no record left that names the earlier files, or those that a kill left
+        # half-written.
+        for old in (*path.glob("step-*.safetensors"), *path.glob("*.part")):
             if old.name != name:
                 old.unlink()
 
@@ -176,7 +176,9 @@ class SearchState:
         load_optimizer(self.optimizer, parts.pop("adam", {}))
         self.best = parts.pop("best", {})
         if self.best:
-            self.best_loss, self.best_step = record["best_loss"], record["best_step"]
+            # JSON has no infinity.
+            loss = record["best_loss"]
+            self.best_loss, self.best_step = math.inf if loss is None else loss, record["best_step"]
         self.history = record["history"]
         self.lagrangian.multipliers = record["multipliers"]
 

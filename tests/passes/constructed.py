@@ -174,7 +174,10 @@ def transparent_llava(
     # 2. A patch is a token.
     tower = model.model.vision_tower.embeddings
     tower.patch_embedding.weight.data.copy_(_pixels(width, patch))
-    for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+    for linear in (
+        model.model.multi_modal_projector.linear_1,
+        model.model.multi_modal_projector.linear_2,
+    ):
         linear.weight.data.copy_(torch.eye(width))
     # 3. The decoder.
     for module, layer in zip(model.model.language_model.layers, layers, strict=True):
@@ -238,9 +241,7 @@ def batches_of(
     labels[:, -1] = ids[:, -1]
     whole = {"input_ids": ids, "labels": labels, "pixel_values": images_of(tokens, side)}
     splits = {name: value.split(size) for name, value in whole.items()}
-    return [
-        dict(zip(splits, part, strict=True)) for part in zip(*splits.values(), strict=True)
-    ]
+    return [dict(zip(splits, part, strict=True)) for part in zip(*splits.values(), strict=True)]
 
 
 # *** problems ***
@@ -421,8 +422,8 @@ def reading(
 def needing(side: int = 4, width: int = 48, layers: int = 3, seed: int = 0) -> Constructed:
     """Make a problem in which every token is needed, and the budget is that of the whole model.
 
-    It is that of `reading`, but only the sites before the layer that reads are searched. A reduction
-    costs operations of its own, so one that meets the budget has to drop something.
+    It is that of `reading`, but only the sites before the layer that reads are searched. A
+    reduction costs operations of its own, so one that meets the budget has to drop something.
     """
     visual = side * side
     read = layers - 2

@@ -11,9 +11,10 @@ import torch
 from constructed import Constructed
 from torch import Tensor
 
-from deos_fx.passes.search import search as search_module
+from deos_fx.passes.search import run as run_module
 from deos_fx.passes.search.problem import SearchProblem
-from deos_fx.passes.search.search import SearchRun, search
+from deos_fx.passes.search.run import SearchRun
+from deos_fx.passes.search.search import search
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 
@@ -62,7 +63,7 @@ HOW: dict[str, dict[str, Any]] = {
     ],
 )
 def test_only_one_regime_is_right(make: Callable[..., Constructed], regime: str) -> None:
-    """With the right direction given, every regime but one fails: the problems are what they say."""
+    """With the right direction given, every regime but one fails."""
     problem = make(seed=1)
     count = problem.budget.visual_tokens
     assert isinstance(count, int)
@@ -133,11 +134,12 @@ def test_weights_where_one_token_must_be_a_mean_of_the_marked(seed: int) -> None
 
 
 def test_reduces_nothing_where_everything_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_module, "from_presets", lambda problem: [])
-    monkeypatch.setattr(search_module, "_VARIATIONS", 0)
+    monkeypatch.setattr(run_module, "from_presets", lambda problem: [])
+    monkeypatch.setattr(run_module, "_VARIATIONS", 0)
     problem = constructed.needing()
     assert problem.accuracy(Policy()) > 0.95
-    result = search(problem.model, problem.data, budget=problem.budget, steps=40, sites=problem.sites)
+    settings = {"budget": problem.budget, "sites": problem.sites}
+    result = search(problem.model, problem.data, steps=40, **settings)
     assert len(result.candidates) > 1, "reductions were tried"
     assert result.policy.is_empty, "each token that is dropped is asked for in some prompt"
 

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from deos_fx import transform
 from deos_fx.passes.pipeline import lower_call, run_graph
-from deos_fx.passes.search import search as search_module
+from deos_fx.passes.search import run as run_module
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.search import search
 from deos_fx.policy.budget import Budget
@@ -57,8 +57,8 @@ def interrupt_at(step: int) -> Callable[[str, int, int], None]:
 
 @pytest.fixture
 def few_variations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_module, "_TRIAL", 1)
-    monkeypatch.setattr(search_module, "_VARIATIONS", 1)
+    monkeypatch.setattr(run_module, "_TRIAL", 1)
+    monkeypatch.setattr(run_module, "_VARIATIONS", 1)
 
 
 @pytest.fixture(scope="module")

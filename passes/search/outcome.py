@@ -1,0 +1,118 @@
+"""The outcome of a search: the best of its candidates, how it was found and its losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from deos_fx.cost.latency import milliseconds
+from deos_fx.passes.search import processes
+from deos_fx.passes.search.descent import GATE_TEMPERATURES, relaxed_graph
+from deos_fx.passes.search.looks import looks_of
+from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.passes.search.space import relaxed
+from deos_fx.policy.policy import Policy
+from deos_fx.results.search_result import Candidate, SearchResult
+
+__all__ = ["RUNNERS_UP", "check_unreduced", "result_of"]
+
+RUNNERS_UP = 24
+"""Tokens that stay in the sequence beside those that are kept, during the steps."""
+
+
+def check_unreduced(problem: SearchProblem) -> float:
+    """Return the loss of the unreduced model on the scoring batches.
+
+    Raises:
+        ValueError: If it is NaN or infinite: then no policy can be told from another.
+    """
+    loss = problem.static_loss(Policy())
+    if loss == math.inf:
+        numbers = [batch.number for batch in problem.scoring]
+        raise ValueError(
+            "The loss of the unreduced model is NaN or infinite on the data that policies are "
+            f"scored on, the batches {numbers[0]} to {numbers[-1]} of data (from 0). Leave out "
+            "what is damaged there, or load the model in float32 or bfloat16."
+        )
+    return loss
+
+
+def result_of(
+    problem: SearchProblem,
+    candidates: Sequence[Candidate],
+    history: list[dict[str, Any]],
+    unreduced_loss: float,
+    interrupted: bool,
+) -> SearchResult:
+    """Make the result of a search.
+
+    Args:
+        problem: The problem.
+        candidates: The candidates; of equal losses, the earlier one wins.
+        history: One record for each step.
+        unreduced_loss: The loss of the unreduced model.
+        interrupted: Whether the search was cut short.
+
+    Returns:
+        The result.
+
+    Raises:
+        ValueError: If no candidate meets the limits, or none has a loss.
+    """
+    if not candidates:
+        raise ValueError(
+            f"No policy meets the limits {problem.limits}: even one visual token at every site is "
+            "too much. Raise the budget."
+        )
+    # Sorting is stable.
+    candidates = _in_time(problem, sorted(candidates, key=lambda candidate: candidate.loss))
+    best = candidates[0]
+    if best.loss == math.inf:
+        raise ValueError(
+            f"The losses of all {len(candidates)} policies that were tried are NaN or infinite. "
+            "Load the model in float32 or bfloat16, or raise the budget."
+        )
+    # The signature of the model lets the policy be refused by other models.
+    policy = replace(best.policy, name="searched", model=problem.cost.signature)
+    return SearchResult(
+        policy=policy,
+        history=history,
+        candidates=[replace(best, policy=policy), *candidates[1:]],
+        limits=problem.limits,
+        unreduced=problem.cost.predict(Policy()),
+        unreduced_loss=unreduced_loss,
+        relaxed_loss=_relaxed_loss(problem, policy),
+        interrupted=interrupted,
+        looks=looks_of(problem, policy),
+    )
+
+
+def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candidate]:
+    """Drop the best candidates until the measured latency of the first meets the limit.
+
+    Raises:
+        ValueError: If no candidate meets it.
+    """
+    limit = problem.limits.get("latency_ms", math.inf)
+    while limit < math.inf and candidates:
+        # Measuring takes long, so candidates are measured only until one is fast enough.
+        own = milliseconds(problem.prefill(candidates[0].policy), problem.model.device)
+        (time,) = processes.of_main([own])
+        if time <= limit:
+            break
+        candidates = candidates[1:]
+    if not candidates:
+        raise ValueError(
+            f"No policy was measured within {limit:g} ms per prefill on {problem.model.device}. "
+            "Raise latency_ms."
+        )
+    return candidates
+
+
+def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
+    """Return the task loss of a policy in its relaxed form, at the last gate temperature."""
+    settings = {"runners_up": RUNNERS_UP, "gate_temperature": GATE_TEMPERATURES[1]}
+    reductions = relaxed(policy, problem.visual_tokens, **settings)
+    return problem.mean_loss(lambda batch: relaxed_graph(reductions, batch))
