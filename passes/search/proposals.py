@@ -21,7 +21,7 @@ __all__ = ["PRESETS", "discretise", "from_presets", "placements", "variations", 
 _T = TypeVar("_T")
 
 # Sites that are tried alone, and in pairs with the first of them.
-_DEPTHS, _PAIRS = 4, 2
+_DEPTHS, _PAIRS = 4, 3
 
 # *** rounded steps ***
 
