@@ -18,7 +18,7 @@ from deos_fx.passes.search.search import search
 from deos_fx.policy.budget import Budget
 from deos_fx.results.search_result import SearchResult
 
-SHORT = {"_TRIAL": 12, "_VARIATIONS": 2}
+SHORT = {"_TRIAL": 3, "_VARIATIONS": 1, "_CHECKPOINT_EVERY": 2}
 """Settings of `deos_fx.passes.search.run` that make a search short."""
 
 
@@ -40,10 +40,9 @@ def labelled(model: Any, number: int = 4, prompts: int = 2) -> list[dict[str, An
 def short_search(**settings: Any) -> SearchResult:
     """Search two places for some steps, and go on at the better one."""
     model = small_model()
-    settings = {"steps": 14, "sites": ["projector", "decoder.0"], **settings}
-    # Few prompts in a batch, so that a step takes four.
-    data = labelled(model, number=8, prompts=4)
-    return search(model, data, budget=Budget(flops=0.6), **settings)
+    settings = {"steps": 5, "sites": ["projector", "decoder.0"], **settings}
+    # Few prompts in a batch, so that a step takes three.
+    return search(model, labelled(model), budget=Budget(flops=0.6), **settings)
 
 
 def summary(result: SearchResult) -> str:
@@ -65,22 +64,28 @@ def killed_search(checkpoint: Path, stage: str, step: int) -> None:
     short_search(checkpoint=checkpoint, progress=progress)
 
 
-def shared_search(rank: int, folder: Path, interrupted: bool) -> None:
-    """Search as one of two processes, and write down what was found."""
+def shared_search(rank: int, folder: Path) -> None:
+    """Search twice as one of two processes, and write down what was found.
+
+    The second time it is interrupted, by a signal that only the main process gets.
+    """
     _make_short()
     settings = {"rank": rank, "world_size": 2}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", **settings)
     seen: list[str] = []
 
-    def progress(now: str, done: int, total: int) -> None:
-        seen.append(now)
-        # Only this process gets the signal, and both have to stop.
-        if interrupted and (now, done) == ("steps", 3):
+    def interrupt(now: str, done: int, total: int) -> None:
+        if (now, done) == ("steps", 2):
             raise KeyboardInterrupt
 
-    found = short_search(progress=progress, checkpoint=folder / "checkpoint")
-    (folder / f"found-{rank}.json").write_text(summary(found))
-    (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
+    found = {
+        "whole": short_search(
+            progress=lambda now, *_: seen.append(now), checkpoint=folder / "checkpoint"
+        ),
+        "cut": short_search(progress=interrupt),
+    }
+    results = {name: summary(result) for name, result in found.items()}
+    (folder / f"{rank}.json").write_text(json.dumps(results | {"seen": seen}))
     dist.destroy_process_group()
 
 

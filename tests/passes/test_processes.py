@@ -34,60 +34,44 @@ def whole() -> Iterator[str]:
     torch.set_num_threads(threads)
 
 
-def shared(folder: Path, *, interrupted: bool) -> list[list[object]]:
-    """Let two processes search; return what each of them has found."""
-    started = [
-        searches.start(searches.shared_search, rank, folder, interrupted) for rank in range(2)
-    ]
+def test_two_processes_find_what_one_finds(whole: str, tmp_path: Path) -> None:
+    started = [searches.start(searches.shared_search, rank, tmp_path) for rank in range(2)]
     for process in started:
         process.join()
     assert [process.exitcode for process in started] == [0, 0]
-    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
-
-
-def test_two_processes_find_what_one_finds(whole: str, tmp_path: Path) -> None:
-    first, second = shared(tmp_path, interrupted=False)
-    assert first == second == json.loads(whole)
+    main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert main["whole"] == other["whole"] == whole
     # Only the main process reports, and it writes the only checkpoint.
-    assert "steps" in json.loads((tmp_path / "seen-0.json").read_text())
-    assert json.loads((tmp_path / "seen-1.json").read_text()) == []
+    assert "steps" in main["seen"] and other["seen"] == []
     assert (tmp_path / "checkpoint" / "steps" / "search.json").exists()
+    # A signal in one of them ends both, at the next place where they meet.
+    assert main["cut"] == other["cut"]
+    history, expected = (json.loads(text)[3] for text in (main["cut"], whole))
+    assert 2 <= len(history) < len(expected)
+    # The static loss of the last step may not have been measured.
+    tasks = [step["task"] for step in history]
+    assert tasks == [step["task"] for step in expected[: len(tasks)]]
 
 
-def test_two_processes_are_interrupted_together(whole: str, tmp_path: Path) -> None:
-    first, second = shared(tmp_path, interrupted=True)
-    assert first == second
-    history, expected = first[3], json.loads(whole)[3]
-    assert isinstance(history, list) and 3 <= len(history) < len(expected)
-    # The static loss of a step may not have been measured.
-    steps = [{name: x for name, x in step.items() if name != "static"} for step in history]
-    assert all(step.items() <= full.items() for step, full in zip(steps, expected, strict=False))
-
-
-# In the second of two places, and after the first state of the final steps was written.
-@pytest.mark.parametrize(("stage", "step"), [("place 2 of 2", 5), ("steps", 12)])
+# In the second of two places, and in the final steps; states are written after every second step.
+@pytest.mark.parametrize(("stage", "step", "left"), [("place 2 of 2", 3, 0), ("steps", 3, 3)])
 def test_a_killed_search_goes_on_where_it_was(
-    whole: str, tmp_path: Path, stage: str, step: int
+    whole: str, tmp_path: Path, stage: str, step: int, left: int
 ) -> None:
     process = searches.start(searches.killed_search, tmp_path, stage, step)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     # A kill in the middle of writing leaves a part of a file.
-    (tmp_path / "place 1 of 2" / "step-12.safetensorsabc.part").touch()
+    (tmp_path / "steps").mkdir(exist_ok=True)
+    (tmp_path / "steps" / "step-2.safetensorsabc.part").touch()
     stages: list[str] = []
     found = short_search(checkpoint=tmp_path, progress=lambda now, *_: stages.append(now))
     assert summary(found) == whole
-    # What was finished is not run again, and the last steps begin where the last state is.
+    # What was finished is not run again.
     assert "place 1 of 2" not in stages
-    assert stages.count(stage) == (12 if stage == "place 2 of 2" else 14 - 10)
-
-
-def test_states_leave_no_parts_of_files(whole: str, tmp_path: Path) -> None:
-    folder = tmp_path / "steps"
-    folder.mkdir()
-    (folder / "step-3.safetensorsabc.part").touch()
-    short_search(checkpoint=tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["search.json", "step-14.safetensors"]
+    assert stages.count(stage) == left
+    files = sorted(path.name for path in (tmp_path / "steps").iterdir())
+    assert files == ["search.json", "step-5.safetensors"]
 
 
 @pytest.fixture
