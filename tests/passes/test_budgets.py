@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import searches
 from searches import labelled, small_model
 
 from deos_fx.passes.search import run as run_module
