@@ -1,4 +1,7 @@
-"""The searches that are compared. Each gets a problem, a seed and a number of evaluations."""
+"""The searches that are compared.
+
+Each gets a problem of its own, whose counter is at 0, a seed and a number of evaluations.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.search.depthwise import depthwise
 from benchmarks.search.space import MERGE, START, HandSpace
+from deos_fx import presets
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.run import SearchRun
 from deos_fx.passes.search.search import default_steps
@@ -70,14 +74,14 @@ def _staged(
 
 def _advanced(run: SearchRun, stages: tuple[str, ...], evaluations: int | None) -> Found:
     """Go through stages of a search; variations take what is left of the evaluations."""
-    problem, start = run.problem, run.problem.effort.evaluations
+    problem = run.problem
     sites = problem.searched_sites(None)
     if evaluations is None:
         # Case: as many variations as a search tries by default.
         run.advance(sites, stages)
     else:
         run.advance(sites, stages[:-1] if "variations" in stages else stages)
-        left = evaluations - (problem.effort.evaluations - start)
+        left = evaluations - problem.effort.evaluations
         if "variations" in stages:
             run.advance(sites, stages[-1:], max(0, left // len(problem.scoring)))
     best = run.scoring.best
@@ -136,14 +140,45 @@ def _depthwise(problem: SearchProblem, seed: int, evaluations: int | None) -> Fo
     return _best(problem, depthwise(problem, sites, evaluations), evaluations)
 
 
+def _preset(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
+    """Tune the options of every published method, each with an equal part of the evaluations."""
+    assert evaluations is not None
+    tokens = problem.limits["visual_tokens"] / problem.layout.images
+
+    def evaluate(policy: Policy) -> float:
+        if not problem.runs(policy):
+            raise ValueError("the model cannot run it")
+        return problem.static_loss(policy)
+
+    each = max(1, evaluations // len(problem.scoring) // len(presets.names()))
+    best: Found | None = None
+    for name in presets.names():
+        try:
+            tuned = presets.tune(
+                name,
+                tokens,
+                problem.model,
+                evaluate,
+                each,
+                seed=seed,
+                visual_tokens=problem.visual_tokens,
+            )
+        except ValueError:
+            # Case: the method does not fit this model, or cannot meet the budget.
+            continue
+        if best is None or tuned.loss < best.loss:
+            best = Found(tuned.policy, tuned.loss)
+    assert best is not None
+    return best
+
+
 def _best(
     problem: SearchProblem, scored: Iterator[tuple[Policy, float]], evaluations: int
 ) -> Found:
     """Take policies until the evaluations are used up, and return the best."""
-    start = problem.effort.evaluations
     best: Found | None = None
     for policy, loss in scored:
-        spent = problem.effort.evaluations - start
+        spent = problem.effort.evaluations
         if best is None or loss < best.loss:
             trace = [] if best is None else best.trace
             best = Found(policy, loss, [*trace, (spent, loss)])
@@ -156,6 +191,7 @@ def _best(
 
 METHODS: Mapping[str, Callable[[SearchProblem, int, int | None], Found]] = {
     "gradient": _gradient,
+    "preset": _preset,
     "polish": _polish,
     "both": _both,
     "tpe": _sampled("TPESampler"),

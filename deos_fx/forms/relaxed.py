@@ -9,7 +9,7 @@ kept tokens is that of the static form.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -243,20 +243,29 @@ class RelaxedReduction(nn.Module):
 
     def _score(self, features: Mapping[str, Tensor], alive: Tensor) -> Tensor:
         """Return the mixture of standardized scores [B, V]; dropped tokens do not count."""
-        learned = self.start.learned.scores
         total = torch.zeros_like(alive)
         if self.start.scores:
-            parts = []
-            for name in self.start.scores:
-                score = SCORES[name]
-                inputs = self._inputs(score.needs, features)
-                part = score.function(*inputs, alive) if score.compares else score.function(*inputs)
-                parts.append(standardize(part.expand_as(alive), alive))
+            named = self.named_scores(features, alive)
+            parts = [standardize(part.expand_as(alive), alive) for _, part in named]
             total = combine(parts, self.scores.softmax(0))
-        for name in learned:
+        for _, part in self.learned_scores(features):
+            total = total + part
+        return standardize(total, alive) if self.start.learned.scores else total
+
+    def named_scores(
+        self, features: Mapping[str, Tensor], alive: Tensor | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and value [B or 1, V] of every score that is not learned."""
+        for name in self.start.scores:
+            score = SCORES[name]
+            inputs = self._inputs(score.needs, features)
+            yield name, score.function(*inputs, *([alive] if score.compares else []))
+
+    def learned_scores(self, features: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and value [B or 1, V] of every score that is learned."""
+        for name in self.start.learned.scores:
             row = LEARNED[name]
-            total = total + row.function(*self._inputs(row.needs, features), self.learned[name])
-        return standardize(total, alive) if learned else total
+            yield name, row.function(*self._inputs(row.needs, features), self.learned[name])
 
     def _inputs(self, needs: Iterable[str], features: Mapping[str, Tensor]) -> list[Tensor]:
         """Return features as the site observes them."""

@@ -36,7 +36,7 @@ from deos_fx.operator.select import (
     top_k,
     windows,
 )
-from deos_fx.operator.sequential import determinantal, distinct, greedy, max_min, probe
+from deos_fx.operator.sequential import coverage, determinantal, distinct, greedy, max_min, probe
 from deos_fx.operator.transfer import (
     importance,
     merge,
@@ -61,6 +61,7 @@ __all__ = [
     "chosen",
     "columns",
     "combine",
+    "coverage",
     "determinantal",
     "distinct",
     "favour",

@@ -338,6 +338,7 @@ SELECTORS: Mapping[str, Selector] = {
     ),
     "max_min": Selector(sequential.max_min, ("similarity", "taken"), {"at_once": 1}, relaxed=True),
     "determinantal": Selector(sequential.determinantal, ("score", "similarity", "taken")),
+    "coverage": Selector(sequential.coverage, ("score", "similarity", "taken"), {"power": 1.0}),
     "distinct": Selector(
         sequential.distinct, ("score", "similarity", "taken", "already"), {"per_round": 8}
     ),

@@ -116,6 +116,5 @@ def accuracy(
             question = example.question
             right.setdefault(question.kind, []).append(text.strip() == question.answer)
     total = sum(map(sum, right.values())) / max(1, len(examples))
-    return {kind: sum(right[kind]) / len(right[kind]) for kind in KINDS if kind in right} | {
-        "overall": total
-    }
+    kinds = [kind for kind in dict.fromkeys((*KINDS, *right)) if kind in right]
+    return {kind: sum(right[kind]) / len(right[kind]) for kind in kinds} | {"overall": total}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,40 +17,96 @@ from deos_fx.reference.scenes import (
     COLORS,
     COLUMNS,
     GRID,
-    KINDS,
     ROWS,
     Question,
     SceneBatch,
 )
 
-__all__ = ["IGNORE", "PRESENCE", "Described", "Pack", "PackLayout", "presence"]
+__all__ = [
+    "IGNORE",
+    "LAYOUT",
+    "PRESENCE",
+    "SLOTS",
+    "Asked",
+    "Described",
+    "Description",
+    "Pack",
+    "PackLayout",
+    "Pictures",
+    "Slots",
+    "presence",
+]
 
 IGNORE = -100
 PRESENCE = 10 + len(COLORS) + len(BACKDROPS)
 
-# Questions of a pack: more of the kinds that look something up, which are slow to learn. All
-# questions of a kind have the same number of words, so all packs have the same layout.
-_SLOTS = {
-    "at": 2,
-    "color": 2,
-    "where": 2,
-    "left_of": 3,
-    "count": 1,
-    "count_color": 2,
-    "scene": 1,
-    "most": 1,
+
+class Asked(Protocol):
+    """A scene, as far as a pack needs it."""
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """Return every question with a well-defined answer."""
+        ...
+
+
+class Pictures(Protocol):
+    """A batch of scenes of any task."""
+
+    def __len__(self) -> int: ...
+
+    def render(self) -> np.ndarray:
+        """Draw the scenes, uint8 ``[B, IMAGE_SIZE, IMAGE_SIZE, 3]``."""
+        ...
+
+    def scenes(self) -> Sequence[Asked]:
+        """Return the scenes with their questions."""
+        ...
+
+
+class Description(Protocol):
+    """What every patch of a batch shows, as :class:`Described` says it for the reference task."""
+
+    @property
+    def filled(self) -> Tensor:
+        """Flag the patches that an object is on, bool ``[B, VISUAL_TOKENS]``."""
+        ...
+
+    def to(self, device: torch.device) -> Description: ...
+
+    def embed(self, words: Tensor) -> Tensor:
+        """Sum the vectors of the words that describe each patch."""
+        ...
+
+    def loss(self, tokens: Tensor, words: Tensor) -> Tensor:
+        """Measure the distance of visual tokens from their descriptions."""
+        ...
+
+    def accuracy(self, tokens: Tensor, words: Tensor) -> dict[str, float]:
+        """Compute fractions of tokens that resemble the right words most."""
+        ...
+
+
+class Slots(NamedTuple):
+    """The questions of one kind in a pack: how many, and the words of each and of its answer."""
+
+    number: int
+    question: int
+    answer: int
+
+
+# More of the kinds that look something up, which are slow to learn. All questions of a kind have
+# the same number of words, so all packs have the same layout.
+SLOTS = {
+    "at": Slots(2, 5, 1),
+    "color": Slots(2, 5, 1),
+    "where": Slots(2, 4, 2),
+    "left_of": Slots(3, 6, 1),
+    "count": Slots(1, 3, 1),
+    "count_color": Slots(2, 4, 1),
+    "scene": Slots(1, 3, 1),
+    "most": Slots(1, 3, 1),
 }
-_QUESTION_WORDS = {
-    "at": 5,
-    "color": 5,
-    "where": 4,
-    "left_of": 6,
-    "count": 3,
-    "count_color": 4,
-    "scene": 3,
-    "most": 3,
-}
-_ANSWER_WORDS = {kind: 2 if kind == "where" else 1 for kind in KINDS}
 # Similarities of unit vectors span too small a range to be logits.
 _TEMPERATURE = 0.125
 
@@ -96,6 +153,11 @@ class Described:
     def to(self, device: torch.device) -> Described:
         """Return the same description on a device."""
         return Described(*(each.to(device) for each in (self.digit, self.color, self.backdrop)))
+
+    @property
+    def filled(self) -> Tensor:
+        """Flag the patches that a digit is on, bool ``[B, VISUAL_TOKENS]``."""
+        return self.digit != IGNORE
 
     def embed(self, words: Tensor) -> Tensor:
         """Sum the vectors of the words that describe each patch.
@@ -167,43 +229,30 @@ def presence(batch: SceneBatch) -> Tensor:
     return torch.from_numpy(there)
 
 
-@dataclass(frozen=True, eq=False)
-class Pack:
-    """Questions about each picture of a batch, side by side.
-
-    Attributes:
-        words: Questions with their answers, ``[B, T]``.
-        targets: The next word where it belongs to an answer or ends it, else ``IGNORE``,
-            ``[B, T]``.
-    """
-
-    words: Tensor
-    targets: Tensor
-
-    @classmethod
-    def of(cls, batch: SceneBatch, rng: np.random.Generator) -> Pack:
-        """Pick questions for the slots; a slot whose kind cannot be asked stays empty."""
-        rows = [_fill(scene.questions, rng) for scene in batch.scenes()]
-        return cls(*torch.tensor(rows).unbind(1))
-
-    def to(self, device: torch.device) -> Pack:
-        """Return the same pack on a device."""
-        return Pack(self.words.to(device), self.targets.to(device))
-
-
 class PackLayout:
     """Positions and attention of a pack; the same for every pack.
 
+    Args:
+        slots: Kind of question -> its slots.
+        vocabulary: Word -> token id.
+
     Attributes:
-        kind: Index into ``KINDS`` of every question, ``[Q]``.
+        slots: As given.
+        vocabulary: As given.
+        kind: Index into the kinds of ``slots`` of every question, ``[Q]``.
         slot: Number of the question that a word belongs to, ``[T]``.
         position: Place of a word in its question, ``[T]``.
     """
 
-    def __init__(self) -> None:
-        order = [kind for kind in KINDS for _ in range(_SLOTS[kind])]
-        lengths = torch.tensor([_QUESTION_WORDS[kind] + _ANSWER_WORDS[kind] for kind in order])
-        self.kind = torch.tensor([KINDS.index(kind) for kind in order])
+    def __init__(
+        self, slots: Mapping[str, Slots] = SLOTS, vocabulary: Mapping[str, int] = VOCABULARY
+    ) -> None:
+        self.slots, self.vocabulary = slots, vocabulary
+        order = [
+            (kind, each) for kind, each in enumerate(slots.values()) for _ in range(each.number)
+        ]
+        lengths = torch.tensor([each.question + each.answer for _, each in order])
+        self.kind = torch.tensor([kind for kind, _ in order])
         self.slot = torch.arange(len(order)).repeat_interleave(lengths)
         self.position = torch.cat([torch.arange(length) for length in lengths])
 
@@ -241,30 +290,58 @@ class PackLayout:
         failed = empty.index_add(1, self.slot, wrong) > 0
         posed = empty.index_add(1, self.slot, asked.float()) > 0
         right = {}
-        for index, kind in enumerate(KINDS):
+        for index, kind in enumerate(self.slots):
             these = posed & (self.kind == index)
             if these.any():
                 right[kind] = 1 - failed[these].float().mean().item()
         return right
 
+    def fill(
+        self, questions: Sequence[Question], rng: np.random.Generator
+    ) -> tuple[list[int], list[int]]:
+        """Return words and targets of one picture's pack; what cannot be asked stays empty."""
+        words: list[int] = []
+        targets: list[int] = []
+        for kind, slots in self.slots.items():
+            length = slots.question + slots.answer
+            choices = [question for question in questions if question.kind == kind]
+            # Case: no such question about this scene. The slots get padding without targets.
+            if not choices:
+                words += [self.vocabulary["<pad>"]] * length * slots.number
+                targets += [IGNORE] * length * slots.number
+                continue
+            # With fewer questions than slots, some are repeated.
+            for pick in rng.permutation(max(slots.number, len(choices)))[: slots.number]:
+                question = choices[pick % len(choices)]
+                answer = [self.vocabulary[word] for word in question.answer.split()]
+                words += [self.vocabulary[word] for word in question.text.split()] + answer
+                # Targets are one ahead: the question's last word predicts the first of the answer.
+                targets += [IGNORE] * (slots.question - 1) + answer + [self.vocabulary["<eos>"]]
+        return words, targets
 
-def _fill(questions: Sequence[Question], rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Return words and targets of one picture's pack."""
-    words: list[int] = []
-    targets: list[int] = []
-    for kind, slots in _SLOTS.items():
-        length = _QUESTION_WORDS[kind] + _ANSWER_WORDS[kind]
-        choices = [question for question in questions if question.kind == kind]
-        # Case: no such question about this scene. The slots get padding without targets.
-        if not choices:
-            words += [VOCABULARY["<pad>"]] * length * slots
-            targets += [IGNORE] * length * slots
-            continue
-        # With fewer questions than slots, some are repeated.
-        for pick in rng.permutation(max(slots, len(choices)))[:slots]:
-            question = choices[pick % len(choices)]
-            answer = [VOCABULARY[word] for word in question.answer.split()]
-            words += [VOCABULARY[word] for word in question.text.split()] + answer
-            # Targets are one ahead: the question's last word predicts the first of the answer.
-            targets += [IGNORE] * (_QUESTION_WORDS[kind] - 1) + answer + [VOCABULARY["<eos>"]]
-    return words, targets
+
+LAYOUT = PackLayout()
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """Questions about each picture of a batch, side by side.
+
+    Attributes:
+        words: Questions with their answers, ``[B, T]``.
+        targets: The next word where it belongs to an answer or ends it, else ``IGNORE``,
+            ``[B, T]``.
+    """
+
+    words: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, batch: Pictures, rng: np.random.Generator, layout: PackLayout = LAYOUT) -> Pack:
+        """Pick questions for the slots; a slot whose kind cannot be asked stays empty."""
+        rows = [layout.fill(scene.questions, rng) for scene in batch.scenes()]
+        return cls(*torch.tensor(rows).unbind(1))
+
+    def to(self, device: torch.device) -> Pack:
+        """Return the same pack on a device."""
+        return Pack(self.words.to(device), self.targets.to(device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -29,6 +30,7 @@ from deos_fx.reference.scenes import (
 )
 
 __all__ = [
+    "SPECIAL",
     "VISUAL_TOKENS",
     "VOCABULARY",
     "build_config",
@@ -43,13 +45,13 @@ HEADS = 4
 VISION_LAYERS = 4
 DECODER_LAYERS = 10
 
-_SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
 _FUNCTION_WORDS = "what is at color the where of how many digits behind most common".split()
 VOCABULARY = {
     word: index
     for index, word in enumerate(
         (
-            *_SPECIAL,
+            *SPECIAL,
             *map(str, range(10)),
             *COLORS,
             *ROWS,
@@ -62,10 +64,13 @@ VOCABULARY = {
 }
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(vocabulary: Mapping[str, int] = VOCABULARY) -> LlavaProcessor:
     """Build the processor: words separated by spaces, images of the size of a scene.
 
     The image processor is the one backed by Pillow, so that torchvision is not needed.
+
+    Args:
+        vocabulary: Word -> token id; the special tokens are called as those of ``VOCABULARY``.
     """
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_processor = CLIPImageProcessorPil(
@@ -73,18 +78,18 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=_build_tokenizer(),
+        tokenizer=_build_tokenizer(vocabulary),
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
 
 
-def _build_tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<pad>"))
+def _build_tokenizer(vocabulary: Mapping[str, int]) -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", VOCABULARY["<bos>"])]
+        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
@@ -98,9 +103,9 @@ def _build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_config() -> LlavaConfig:
+def build_config(vocabulary: Mapping[str, int] = VOCABULARY) -> LlavaConfig:
     """Build the configuration: 144 visual tokens, ten decoder layers."""
-    begin, end, pad = (VOCABULARY[word] for word in ("<bos>", "<eos>", "<pad>"))
+    begin, end, pad = (vocabulary[word] for word in ("<bos>", "<eos>", "<pad>"))
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
@@ -112,7 +117,7 @@ def build_config() -> LlavaConfig:
         hidden_act="gelu",
     )
     text = LlamaConfig(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(vocabulary),
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         num_hidden_layers=DECODER_LAYERS,
@@ -127,7 +132,7 @@ def build_config() -> LlavaConfig:
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=VOCABULARY["<image>"],
+        image_token_index=vocabulary["<image>"],
         image_seq_length=VISUAL_TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -136,7 +141,9 @@ def build_config() -> LlavaConfig:
 
 
 @torch.no_grad()
-def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
+def build_model(
+    seed: int = 0, vocabulary: Mapping[str, int] = VOCABULARY
+) -> LlavaForConditionalGeneration:
     """Build the untrained model.
 
     Some weights are not initialised as in transformers, because a small model learns faster this
@@ -147,12 +154,13 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
 
     Args:
         seed: Seed of the weights.
+        vocabulary: Word -> token id.
 
     Returns:
         The model, in training mode.
     """
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(build_config())
+    model = LlavaForConditionalGeneration(build_config(vocabulary))
     # Words at right angles can be read off a sum of them.
     nn.init.orthogonal_(word_embedding(model).weight)
     embeddings = model.model.vision_tower.embeddings

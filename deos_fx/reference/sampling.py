@@ -21,7 +21,7 @@ from deos_fx.reference.scenes import (
     scans,
 )
 
-__all__ = ["make_examples", "make_scenes", "sample_mosaics", "sample_scenes"]
+__all__ = ["make_examples", "make_scenes", "pools", "sample_mosaics", "sample_scenes"]
 
 # Scenes are sampled in blocks of this size, so that the first scenes of a longer list are the
 # scenes of a shorter one.
@@ -151,10 +151,10 @@ def _compose(
     center: np.ndarray,
 ) -> SceneBatch:
     """Sample everything that does not depend on the layout, and make the batch."""
-    pools = _pools(split)
-    sizes = np.array([len(pool) for pool in pools])
+    scans_of = pools(split)
+    sizes = np.array([len(pool) for pool in scans_of])
     picks = rng.integers(0, sizes[digit])
-    scan = np.array([pools[d][pick] for d, pick in zip(digit, picks, strict=True)])
+    scan = np.array([scans_of[d][pick] for d, pick in zip(digit, picks, strict=True)])
     shift = 1 + 2 * difficulty
     # Training distorts its scans more than the other splits, since there are only 1,397 of them.
     bend = difficulty * (1.5 if split == "train" else 1.0)
@@ -176,7 +176,7 @@ def _compose(
 
 
 @cache
-def _pools(split: Split) -> list[np.ndarray]:
+def pools(split: Split) -> list[np.ndarray]:
     """Return the scans of the split that show each digit."""
     start, end = _SPLIT_ENDS[split]
     labels = scans()[1][start:end]

@@ -35,103 +35,37 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import LlavaProcessor
 
 from deos_fx import reference
 from deos_fx.checkpoint import load_optimizer, optimizer_tensors
-from deos_fx.reference.lessons import IGNORE, PRESENCE, Described, Pack, PackLayout, presence
-from deos_fx.reference.model import (
-    VISUAL_TOKENS,
-    VOCABULARY,
-    WIDTH,
-    build_model,
-    build_processor,
-    word_embedding,
-)
-from deos_fx.reference.sampling import sample_mosaics, sample_scenes
-from deos_fx.reference.scenes import SceneBatch
+from deos_fx.reference.lessons import IGNORE, Pack, Pictures
+from deos_fx.reference.model import WIDTH, build_processor
+from deos_fx.reference.student import REFERENCE, Student, Task
 
-__all__ = ["STAGES", "Stage", "Student", "main", "train"]
+__all__ = [
+    "STAGES",
+    "Stage",
+    "Student",
+    "join_lesson",
+    "language_lesson",
+    "main",
+    "options",
+    "run",
+    "tower_lesson",
+    "train",
+]
 
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 
-_LAYOUT = PackLayout()
-# Visual tokens of a scene that the language stage shows: those with digits first, then others.
-_SHOWN = 36
-
-
-class Student(nn.Module):
-    """The model in training, with the layer that reads its CLS token."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        self.model = build_model(seed)
-        self.presence = nn.Linear(WIDTH, PRESENCE)
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the weights."""
-        return self.presence.weight.device
-
-    @property
-    def words(self) -> Tensor:
-        """Return the word vectors, without gradient, ``[vocabulary, width]``."""
-        return word_embedding(self.model).weight.detach()
-
-    def look(self, batch: SceneBatch) -> tuple[Tensor, Tensor]:
-        """Run the tower and the projector on pictures.
-
-        Args:
-            batch: The pictures.
-
-        Returns:
-            Visual tokens ``[B, VISUAL_TOKENS, width]``, and logits ``[B, PRESENCE]`` that the CLS
-            token gives for what is present.
-        """
-        pixels = torch.from_numpy(batch.render()).to(self.device).permute(0, 3, 1, 2)
-        seen = self.model.model.vision_tower(pixels / 127.5 - 1)
-        tokens = self.model.model.multi_modal_projector(seen.last_hidden_state[:, 1:])
-        return tokens, self.presence(seen.pooler_output)
-
-    def answer(self, tokens: Tensor, pack: Pack, patches: Tensor | None = None) -> Tensor:
-        """Answer packs of questions.
-
-        Args:
-            tokens: Visual tokens, ``[B, V, width]``.
-            pack: The questions, on the device of the model.
-            patches: The patch that each token comes from, ``[B, V]``; by default all patches.
-
-        Returns:
-            Logits for every word that has a target, ``[A, vocabulary]``.
-        """
-        batch, visual = tokens.shape[:2]
-        if patches is None:
-            patches = torch.arange(VISUAL_TOKENS, device=tokens.device).expand(batch, -1)
-        embed = word_embedding(self.model)
-        begin = embed.weight[VOCABULARY["<bos>"]].expand(batch, 1, -1)
-        # Positions are those of a whole prompt, even if only some patches are shown, and every
-        # question of a pack starts right after the image.
-        after = (1 + VISUAL_TOKENS + _LAYOUT.position).to(tokens.device).expand(batch, -1)
-        hidden = self.model.model.language_model(
-            inputs_embeds=torch.cat([begin, tokens, embed(pack.words)], 1),
-            position_ids=torch.cat([torch.zeros_like(after[:, :1]), 1 + patches, after], 1),
-            attention_mask=_LAYOUT.mask(visual).to(tokens.device).expand(batch, -1, -1, -1),
-            use_cache=False,
-        ).last_hidden_state
-        return self.model.lm_head(hidden[:, 1 + visual :][pack.targets != IGNORE])
-
 
 def tower_lesson(
     student: Student, rng: np.random.Generator, size: int, progress: float
 ) -> tuple[Tensor, Metrics]:
-    """Compute one step of the stage ``tower``: easy pictures full of digits first, scenes later."""
-    # Easy for the first tenth of the stage, then harder during the next quarter.
-    difficulty = min(1.0, max(0.0, (progress - 0.1) / 0.25))
-    if progress > 0.3 and rng.random() < 0.5:
-        batch = sample_scenes(size, "train", rng, (3, 9), difficulty)
-    else:
-        batch = sample_mosaics(size, "train", rng, difficulty)
+    """Compute one step of the stage ``tower``: pictures full of objects."""
+    batch = student.task.crowd(size, rng, progress)
     tokens, present = student.look(batch)
     return _description_loss(student, batch, tokens, present)
 
@@ -140,42 +74,46 @@ def language_lesson(
     student: Student, rng: np.random.Generator, size: int, progress: float
 ) -> tuple[Tensor, Metrics]:
     """Compute one step of the stage ``language``: questions about slightly noisy descriptions."""
-    batch = sample_scenes(size, "train", rng)
-    described, pack = Described.of(batch), Pack.of(batch, rng).to(student.device)
-    # Patches with digits have priorities above 1, the others below: so digits come first.
-    priority = torch.from_numpy(rng.random(described.digit.shape)) + (described.digit != IGNORE)
-    patches = priority.topk(_SHOWN, 1).indices.sort(1).values.to(student.device)
+    task = student.task
+    batch = task.sample(size, "train", rng)
+    described, pack = task.describe(batch), Pack.of(batch, rng, task.layout).to(student.device)
+    # Patches with objects have priorities above 1, the others below: so objects come first.
+    priority = torch.from_numpy(rng.random(described.filled.shape)) + described.filled
+    patches = priority.topk(task.shown, 1).indices.sort(1).values.to(student.device)
     tokens = described.to(student.device).embed(student.words)
     tokens = tokens.gather(1, patches[..., None].expand(-1, -1, WIDTH))
     noise = rng.normal(size=tokens.shape) * rng.uniform(0, 0.06, (size, 1, 1))
     tokens = tokens + torch.from_numpy(noise).to(tokens)
-    return _answer_loss(student.answer(tokens, pack, patches), pack)
+    return _answer_loss(student, student.answer(tokens, pack, patches), pack)
 
 
 def join_lesson(
-    student: Student, rng: np.random.Generator, size: int, progress: float
+    student: Student, rng: np.random.Generator, size: int, progress: float, least: float = 0.05
 ) -> tuple[Tensor, Metrics]:
-    """Compute one step of the stage ``join``: questions about pictures."""
-    batch = sample_scenes(size, "train", rng)
-    pack = Pack.of(batch, rng).to(student.device)
+    """Compute one step of the stage ``join``: questions about pictures.
+
+    The weight of the descriptions fades to the share ``least`` of what it is at first.
+    """
+    batch = student.task.sample(size, "train", rng)
+    pack = Pack.of(batch, rng, student.task.layout).to(student.device)
     tokens, present = student.look(batch)
-    loss, metrics = _answer_loss(student.answer(tokens, pack), pack)
+    loss, metrics = _answer_loss(student, student.answer(tokens, pack), pack)
     described, more = _description_loss(student, batch, tokens, present)
     # Descriptions matter less and less, but never nothing: the tower must not forget them.
-    weight = 0.3 * max(0.05, 1 - progress / 0.7)
+    weight = 0.3 * max(least, 1 - progress / 0.7)
     return loss + weight * described, metrics | more
 
 
-def _answer_loss(logits: Tensor, pack: Pack) -> tuple[Tensor, Metrics]:
+def _answer_loss(student: Student, logits: Tensor, pack: Pack) -> tuple[Tensor, Metrics]:
     loss = F.cross_entropy(logits.float(), pack.targets[pack.targets != IGNORE])
-    return loss, {"answers": loss.item()} | _LAYOUT.accuracy(logits, pack)
+    return loss, {"answers": loss.item()} | student.task.layout.accuracy(logits, pack)
 
 
 def _description_loss(
-    student: Student, batch: SceneBatch, tokens: Tensor, present: Tensor
+    student: Student, batch: Pictures, tokens: Tensor, present: Tensor
 ) -> tuple[Tensor, Metrics]:
-    described = Described.of(batch).to(student.device)
-    truth = presence(batch).to(student.device)
+    described = student.task.describe(batch).to(student.device)
+    truth = student.task.present(batch).to(student.device)
     tokens, words = tokens.float(), student.words
     loss = described.loss(tokens, words)
     spotted = F.binary_cross_entropy_with_logits(present.float(), truth)
@@ -230,6 +168,7 @@ def train(
     stages: tuple[Stage, ...] = STAGES,
     seed: int = 0,
     every: int = 100,
+    task: Task = REFERENCE,
 ) -> Student:
     """Run the stages in order, continuing from the checkpoint in ``output`` if there is one.
 
@@ -238,12 +177,13 @@ def train(
         stages: The stages to run.
         seed: Seed of weights and data.
         every: Steps between reports and checkpoints.
+        task: What to learn from.
 
     Returns:
         The trained student.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = Student(seed).to(device).train()
+    student = Student(seed, task).to(device).train()
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = output / "checkpoint.safetensors"
     reached, steps, moments = _resume(checkpoint, student)
@@ -324,11 +264,12 @@ def _thinned(student: Student, stride: int) -> Iterator[None]:
 def _validate(student: Student, size: int) -> str:
     # The same scenes each time, so that reports can be compared.
     rng = np.random.default_rng(0)
-    batch = sample_scenes(size, "validation", rng)
-    pack = Pack.of(batch, rng).to(student.device)
+    task = student.task
+    batch = task.sample(size, "validation", rng)
+    pack = Pack.of(batch, rng, task.layout).to(student.device)
     tokens, _ = student.look(batch)
-    right = Described.of(batch).to(student.device).accuracy(tokens, student.words)
-    right |= _LAYOUT.accuracy(student.answer(tokens, pack), pack)
+    right = task.describe(batch).to(student.device).accuracy(tokens, student.words)
+    right |= task.layout.accuracy(student.answer(tokens, pack), pack)
     return " ".join(f"{name} {value:.3f}" for name, value in right.items())
 
 
@@ -365,29 +306,45 @@ def _resume(path: Path, student: Student) -> tuple[int, int, dict[str, Tensor]]:
     return int(place["stage"]), int(place["step"]), parts["optimizer"]
 
 
-def main() -> None:
-    """Train the model, save it and report its accuracy on held-out scenes."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+def options(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options that every training has."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument(
         "--hurry", type=float, default=1.0, help="fraction of the steps to take, for a quick look"
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def run(
+    arguments: argparse.Namespace, stages: tuple[Stage, ...] = STAGES, task: Task = REFERENCE
+) -> tuple[Any, LlavaProcessor]:
+    """Train as the options say and save the model.
+
+    Returns:
+        The model, on the CPU, and its processor.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     stages = tuple(
-        replace(stage, steps=max(1, round(stage.steps * arguments.hurry))) for stage in STAGES
+        replace(stage, steps=max(1, round(stage.steps * arguments.hurry))) for stage in stages
     )
-    student = train(arguments.output, stages, arguments.seed)
+    student = train(arguments.output, stages, arguments.seed, task=task)
     # By the annotations of transformers, ``generate`` is not a method of its own models.
     model: Any = student.model.cpu()
-    processor = build_processor()
+    processor = build_processor(task.layout.vocabulary)
     model.generation_config.update(max_new_tokens=4, do_sample=False)
     model.save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
+    return model, processor
+
+
+def main() -> None:
+    """Train the model, save it and report its accuracy on held-out scenes."""
+    model, processor = run(options(main.__doc__).parse_args())
     examples = reference.make_examples(800, "test")
     for kind, right in reference.accuracy(model.generate, processor, examples).items():
         log.info("%-12s %.3f", kind, right)

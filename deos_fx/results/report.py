@@ -92,7 +92,7 @@ def demo_report(result: DemoResult, path: str | os.PathLike[str]) -> None:
     sections = [
         _comparison(result),
         _kinds(result),
-        policy_section(searched.policy, searched.cost, whole.cost),
+        policy_section(searched.policy, searched.cost, whole.cost, result.search.looks),
         _spending(result),
         _pictures(result),
         search_section(result.search),

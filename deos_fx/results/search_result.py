@@ -19,6 +19,7 @@ from deos_fx.results.page import Section, build_page, details, table, tiles
 __all__ = [
     "SHOWN_CANDIDATES",
     "Candidate",
+    "Look",
     "SearchResult",
     "command",
     "cost_cells",
@@ -51,6 +52,27 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Look:
+    """What a learned score looks at, measured on held-back data.
+
+    Attributes:
+        site: The site.
+        part: Name of the learned part.
+        share: Its share of the spread of everything that is added up to the score.
+        like: Name of a score -> correlation with it, the strongest first.
+    """
+
+    site: str
+    part: str
+    share: float
+    like: dict[str, float]
+
+    def __str__(self) -> str:
+        like = ", ".join(f"{value:+.2f} {name}" for name, value in self.like.items())
+        return f"{self.site}: {self.part} makes {percentage(self.share)} of the score, like {like}"
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """The outcome of a search.
 
@@ -65,6 +87,7 @@ class SearchResult:
         relaxed_loss: Task loss of the returned policy in its relaxed form, at the last gate
             temperature.
         interrupted: Whether the steps were cut short (Ctrl-C).
+        looks: What the learned scores of the policy look at.
     """
 
     policy: Policy
@@ -75,6 +98,7 @@ class SearchResult:
     unreduced_loss: float
     relaxed_loss: float
     interrupted: bool = False
+    looks: list[Look] = field(default_factory=list)
 
     @property
     def best(self) -> Candidate:
@@ -112,7 +136,7 @@ def search_report(result: SearchResult, path: str | os.PathLike[str]) -> None:
         OSError: If the file cannot be written.
     """
     sections = [
-        policy_section(result.policy, result.best.cost, result.unreduced),
+        policy_section(result.policy, result.best.cost, result.unreduced, result.looks),
         search_section(result),
     ]
     lead = "Found by gradient for a fixed model, rounded to whole tokens, and within every limit."
@@ -140,8 +164,8 @@ def cost_cells(cost: Cost) -> list[str]:
     return [f"<td>{text}</td>" for text in cost.cells.values()]
 
 
-def policy_section(policy: Policy, cost: Cost, whole: Cost) -> Section:
-    """Draw a policy along the layers."""
+def policy_section(policy: Policy, cost: Cost, whole: Cost, looks: Sequence[Look] = ()) -> Section:
+    """Draw a policy along the layers, and say what its learned scores look at."""
     lines = "\n".join(str(reduction) for reduction in policy.reductions)
     return Section(
         "The policy along the layers",
@@ -150,7 +174,23 @@ def policy_section(policy: Policy, cost: Cost, whole: Cost) -> Section:
         "features (projector), elsewhere between two decoder layers.",
         charts.policy_chart(policy, cost.visual_tokens_per_layer, whole.visual_tokens),
         f"<pre>{escape(lines)}</pre>",
+        *([_looks_table(looks)] if looks else []),
         details("policy.json", policy.to_json()),
+    )
+
+
+def _looks_table(looks: Sequence[Look]) -> str:
+    """Show the share of every learned score, and the named scores that it resembles."""
+    rows = []
+    for look in looks:
+        like = ", ".join(f"{value:+.2f} {name}" for name, value in look.like.items())
+        cells = (look.site, look.part, percentage(look.share), like)
+        rows.append([f"<td>{escape(cell)}</td>" for cell in cells])
+    return table(
+        ["site", "learned score", "share of the score", "correlations"],
+        rows,
+        "What the learned scores look at: their share of the spread of the whole score, and the "
+        "scores by name that they resemble most, on held-back data.",
     )
 
 

@@ -213,11 +213,15 @@ class Descent:
             The loss.
         """
         with _as_static(self.reductions):
-            loss = self.problem.scored(self._loss)
+            loss = self.held_back()
         self.state.consider(loss)
         if self.state.history:
             self.state.history[-1]["static"] = loss
         return loss
+
+    def held_back(self) -> float:
+        """Return the loss on the held-back batches, with gates as they are."""
+        return self.problem.scored(self._loss)
 
     def _loss(self, batch: SearchBatch) -> Tensor:
         """Return the task loss of a batch at the present parameters."""

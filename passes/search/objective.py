@@ -7,6 +7,7 @@ graphs of any token count are scored on the same predictions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -153,11 +154,15 @@ class AugmentedLagrangian:
     Args:
         limits: Name -> absolute limit.
         stiffness: rho.
+        two_sided: Whether to ask for C = limit instead, without the two max; for comparison.
     """
 
-    def __init__(self, limits: Mapping[str, float], stiffness: float = 4.0) -> None:
+    def __init__(
+        self, limits: Mapping[str, float], stiffness: float = 4.0, *, two_sided: bool = False
+    ) -> None:
         self.limits = dict(limits)
         self.stiffness = stiffness
+        self.least = -math.inf if two_sided else 0.0
         self.multipliers = dict.fromkeys(limits, 0.0)
 
     def penalty(self, costs: Mapping[str, Tensor]) -> Tensor:
@@ -166,7 +171,8 @@ class AugmentedLagrangian:
         total = torch.zeros(())
         for name, multiplier in self.multipliers.items():
             # max(0, lambda + rho g)
-            push = (multiplier + self.stiffness * self._violation(costs, name)).clamp_min(0)
+            push = multiplier + self.stiffness * self._violation(costs, name)
+            push = push.clamp_min(self.least)
             total = total + (push.square() - multiplier**2) / (2 * self.stiffness)
         return total
 
@@ -175,7 +181,7 @@ class AugmentedLagrangian:
         for name, multiplier in self.multipliers.items():
             # lambda <- max(0, lambda + rho g)
             violation = self._violation(costs, name).item()
-            self.multipliers[name] = max(0.0, multiplier + self.stiffness * violation)
+            self.multipliers[name] = max(self.least, multiplier + self.stiffness * violation)
 
     def _violation(self, costs: Mapping[str, Tensor], name: str) -> Tensor:
         """Return g = C / limit - 1; it is negative under the limit."""

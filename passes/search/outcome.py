@@ -10,6 +10,7 @@ from typing import Any
 from deos_fx.cost.latency import milliseconds
 from deos_fx.passes.search import processes
 from deos_fx.passes.search.descent import GATE_TEMPERATURES, relaxed_graph
+from deos_fx.passes.search.looks import looks_of
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.space import relaxed
 from deos_fx.policy.policy import Policy
@@ -101,6 +102,7 @@ def result_of(
         unreduced_loss=unreduced_loss,
         relaxed_loss=_relaxed_loss(problem, policy),
         interrupted=interrupted,
+        looks=looks_of(problem, policy),
     )
 
 

@@ -270,16 +270,22 @@ def _descended(descent: Descent) -> float:
 
 
 def _polish(problem: SearchProblem, scoring: _Scoring, stage: str, most: int) -> None:
-    """Try single changes of the best candidate while they help, at most `most` in all."""
-    # Attempts that are left.
+    """Try single changes of the best candidates, `most` in all.
+
+    A change that helps is varied next. Where none does, it is the turn of the next best candidate.
+    """
+    # Attempts that are left, and places of the candidates whose changes have all been tried.
     left = most
-    improved = bool(scoring.candidates)
-    while improved and left:
-        improved = False
-        best = scoring.best
+    tried: set[int] = set()
+    while left:
+        open_places = [i for i in range(len(scoring.candidates)) if i not in tried]
+        if not open_places:
+            return
+        place = min(open_places, key=lambda i: scoring.candidates[i].loss)
+        start = scoring.candidates[place]
         # However often a candidate was refined, its source names where it came from.
-        origin = best.source.removeprefix("refined ")
-        for policy in variations(best.policy, problem.sites, problem.visual_tokens):
+        origin = start.source.removeprefix("refined ")
+        for policy in variations(start.policy, problem.sites, problem.visual_tokens):
             # A variation usually breaks a limit. Its counts are fitted to the limits again.
             fitted = problem.fit(policy) if problem.runs(policy) else None
             if fitted is None or scoring.has(fitted):
@@ -290,10 +296,10 @@ def _polish(problem: SearchProblem, scoring: _Scoring, stage: str, most: int) ->
             left -= 1
             loss = scoring.add(f"refined {origin}", fitted)
             scoring.show(stage, most - left, most)
-            if loss < best.loss:
-                # Start again, with variations of the new best candidate.
-                improved = True
+            if loss < start.loss:
                 break
+        else:
+            tried.add(place)
 
 
 class _Scoring:

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from closeness import assert_onnx_close
+from learned import learned_at
 
 from deos_fx import presets
 from deos_fx.exporters import session
@@ -70,6 +71,7 @@ CASES = {
         ),
         2,
     ),
+    "learned parts": (Policy((learned_at("projector", 20), learned_at("decoder.0", 9))), 1),
     "ToMe, VisionZip, DivPrune, SparseVLM+": (
         _joined(
             presets.tome(12, 1, 64),

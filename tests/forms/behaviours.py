@@ -94,6 +94,7 @@ STATIC: dict[str, dict[str, Any]] = {
         "scores": {"text_relevance": 1},
         "similarity": {"feature": 1, "grid": 1},
     },
+    "coverage": {"selector": "coverage", "gain": 1},
     "distinct": {"tiers": (Tier(keep=0.5, selector="distinct", options={"per_round": 7}),)},
     "probe": {
         "selector": "probe",

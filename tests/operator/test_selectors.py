@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,6 +130,36 @@ def test_determinantal_beyond_the_rank_and_without_relevance() -> None:
     for score in (torch.rand(2, TOKENS), torch.full((2, TOKENS), 0.1)):
         kept = operator.determinantal(score, similarity, None, TOKENS)
         assert torch.equal(kept.sort(-1).values, torch.arange(TOKENS).expand(2, -1))
+
+
+@quick
+@given(st.data(), seeds, st.sampled_from([0.0, 0.5, 2.0]))
+def test_coverage_gains_most_at_every_step(data: st.DataObject, seed: int, power: float) -> None:
+    tokens, _, features = inputs(seed, dtype=torch.float64)
+    score, similarity = features["attention_cls"], cosine(tokens)
+    taken, _, count = _split(data, seed)
+    count = min(count, 6)
+    kept = operator.coverage(score, similarity, taken, count, power)
+    low, high = score.amin(-1, keepdim=True), score.amax(-1, keepdim=True)
+    relevance = ((score - low + 1e-6) / (high - low)) ** power
+    for row in range(3):
+        free = _free(taken, row)
+        chosen = [j for j in range(TOKENS) if j not in free]
+
+        def covered(by: list[int], row: int = row) -> float:
+            best = similarity[row][by].amax(0) if by else torch.zeros(TOKENS)
+            return float(best.clamp_min(0).sum())
+
+        for picked in kept[row].tolist():
+            before = covered(chosen)
+            gains = {
+                j: float(relevance[row, j]) * (covered([*chosen, j]) - before)
+                for j in free
+                if j not in chosen
+            }
+            # Two tokens that cover each other gain the same.
+            assert gains[picked] == pytest.approx(max(gains.values()), abs=1e-9)
+            chosen.append(picked)
 
 
 @quick

@@ -9,6 +9,7 @@ import pytest
 import torch
 from closeness import ROUNDINGS, assert_close, roundings_of
 from families import FAMILIES, prompts, shared
+from learned import learned_at
 from tiny import call_of, inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
@@ -16,7 +17,6 @@ from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.models.families import FORMER_IMAGES
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import capture_call, lower_call
-from deos_fx.policy.learned import Learned
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.tokens.index import take
@@ -88,43 +88,12 @@ def test_saturated_relaxed_graph_equals_static(
     assert_relaxed_is_static(model, policy)
 
 
-def learned_at(site: str, count: int, width: int) -> Reduction:
-    """A reduction with every learned part, for tokens and words of a width."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = {
-        "probe": (width,),
-        "quadratic": (width, 4),
-        "text": (2 * width, 3),
-        "place": (2, 3),
-        "metric": (width, 5),
-    }
-    # In the tower, the words of the prompt have another width than the tokens.
-    if site.startswith("vision"):
-        shapes["text"] = (width + 64, 3)
-    parts = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return Reduction(
-        site,
-        count,
-        scores={"feature_norm": 1.0, "text_relevance": 1.0} if width == 64 else {"key_norm": 1.0},
-        selector="greedy",
-        diversity=1.0,
-        gain=0.8,
-        temperature=0.1,
-        similarity={"feature": 1.0, "centred": 1.0, "learned": 1.0},
-        weighting="score",
-        sharpness=2.0,
-        mass_bias=0.5,
-        learned=Learned(parts),
-    )
-
-
 @pytest.mark.parametrize("site", ["vision.1", "projector", "decoder.0", "decoder.2"])
 @pytest.mark.parametrize("runners_up", [None, 0, 7])
 def test_learned_parts(
     model: LlavaForConditionalGeneration, site: str, runners_up: int | None
 ) -> None:
-    width = 48 if site.startswith("vision") else 64
-    assert_relaxed_is_static(model, Policy((learned_at(site, 16, width),)), runners_up=runners_up)
+    assert_relaxed_is_static(model, Policy((learned_at(site, 16),)), runners_up=runners_up)
 
 
 @pytest.mark.parametrize("runners_up", [0, 5])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import prompts, shared
+from learned import learned_at
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -141,6 +142,17 @@ def test_loaded_as_saved(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, ReducedModel(model, POLICY)(**batch).logits)
         assert torch.equal(again.model(**batch).logits, model(**batch).logits)
+
+
+def test_learned_parts_are_saved_with_the_model(tmp_path: Path) -> None:
+    model = tiny_llava(layers=3)
+    policy = Policy((learned_at("projector", 20), learned_at("decoder.1", 9)))
+    ReducedModel(model, policy).save_pretrained(tmp_path)
+    again = ReducedModel.from_pretrained(tmp_path)
+    assert again.policy == policy
+    batch = inputs(model, 2)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, ReducedModel(model, policy)(**batch).logits)
 
 
 def test_saved_after_a_change_as_it_is_then(tmp_path: Path) -> None:
