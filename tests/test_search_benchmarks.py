@@ -13,7 +13,6 @@ from benchmarks.search import ablations, cases, charts, compare, methods
 from benchmarks.search.depthwise import _cheapest
 from benchmarks.search.task import Task
 from deos_fx.passes.search import run as run_module
-from deos_fx.passes.search import search as search_module
 from deos_fx.policy.policy import Policy
 
 QUICK = compare.Settings(budgets=(0.25,), seeds=(0,), questions=6, tests=2)
@@ -46,8 +45,9 @@ def task() -> TinyTask:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "_TRIAL", 1)
+    monkeypatch.setattr(run_module, "_FINALISTS", 1)
     monkeypatch.setattr(run_module, "_VARIATIONS", 2)
-    for module in (search_module, methods):
+    for module in (methods, cases):
         monkeypatch.setattr(module, "default_steps", lambda problem: 2)
 
 

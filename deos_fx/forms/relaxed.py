@@ -69,7 +69,8 @@ class RelaxedReduction(nn.Module):
 
     1. ``activation`` a and ``retention`` r (through a sigmoid): the gates of a row sum to
        (1 - a (1 - r)) times the incoming ones, so an inactive site (a = 0) is the identity;
-    2. ``scores`` and ``similarity`` weights (softmax);
+    2. ``scores`` and ``similarity`` weights (softmax); beside learned scores, the mix of the others
+       may also grow or fade as a whole, which in a policy is the length of the learned ones;
     3. ``diversity`` and ``mass_bias`` (softplus), ``gain`` (sigmoid), ``log_temperature`` and
        ``log_sharpness`` (exponential) and ``reweight`` (as it is);
     4. the tensors of ``learned``, which are as they are in a policy.
@@ -141,8 +142,11 @@ class RelaxedReduction(nn.Module):
         temperature = self.log_temperature.exp().item()
         # A learned similarity goes with its directions.
         scores, kinds = main_parts(scores), main_parts(kinds)
+        # The weights of a policy sum to 1, so learned scores take over the scale of the mix.
+        scale = self.scores.exp().sum().item() if self.start.scores else 1.0
+        scale = rounded(scale) or scale
         learned = {
-            name: value.detach()
+            name: value.detach() / scale ** (1 / LEARNED[name].degree)
             for name, value in self.learned.items()
             if LEARNED[name].scores or "learned" in kinds
         }
@@ -247,7 +251,8 @@ class RelaxedReduction(nn.Module):
         if self.start.scores:
             named = self.named_scores(features, alive)
             parts = [standardize(part.expand_as(alive), alive) for _, part in named]
-            total = combine(parts, self.scores.softmax(0))
+            fades = bool(self.start.learned.scores)
+            total = combine(parts, self.scores.exp() if fades else self.scores.softmax(0))
         for _, part in self.learned_scores(features):
             total = total + part
         return standardize(total, alive) if self.start.learned.scores else total

@@ -104,6 +104,7 @@ class LearnedPart:
         needs: Names of features.
         axes: Number of axes of the tensor.
         words: What it looks at, for people.
+        degree: How its values grow with the tensor: by this power of a common factor.
         scores: Whether it is a score; otherwise it is the similarity ``learned``.
     """
 
@@ -111,14 +112,15 @@ class LearnedPart:
     needs: tuple[str, ...]
     axes: int
     words: str
+    degree: int = 1
     scores: bool = True
 
 
 LEARNED: Mapping[str, LearnedPart] = {
     "probe": LearnedPart(linear_probe, ("tokens",), 1, "a direction of the tokens"),
-    "quadratic": LearnedPart(quadratic_probe, ("tokens",), 2, "squares along directions"),
+    "quadratic": LearnedPart(quadratic_probe, ("tokens",), 2, "squares along directions", 2),
     "text": LearnedPart(
-        text_probe, ("tokens", "text_tokens", "text_mask"), 2, "the words of the prompt"
+        text_probe, ("tokens", "text_tokens", "text_mask"), 2, "the words of the prompt", 2
     ),
     "place": LearnedPart(place_preference, ("grid", "sides"), 2, "the place in the image"),
     "metric": LearnedPart(projected, ("tokens",), 2, "directions to compare", scores=False),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
+from deos_fx.forms.parameters import logit
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
@@ -30,6 +31,7 @@ from deos_fx.passes.search import processes
 from deos_fx.passes.search.batches import SearchBatch
 from deos_fx.passes.search.fronts import Parts
 from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.passes.search.proposals import discretise
 from deos_fx.passes.search.space import keep_fractions, relaxed_costs
 from deos_fx.passes.search.state import SearchState
 from deos_fx.passes.verify import verify
@@ -39,6 +41,9 @@ __all__ = ["GATE_TEMPERATURES", "Descent", "relaxed_graph", "site_tokens"]
 
 GATE_TEMPERATURES = (0.5, 0.3)
 """Gate temperatures at the first and the last step, in standard deviations of the score."""
+# Where the static loss is more than so many times that of the steps, gates leak: their temperature
+# falls to this share.
+_LEAK, _CLOSING = 1.5, 0.5
 # Learning rates fall to this share by a cosine, after a warm-up of at most so many steps.
 _FLOOR, _WARM_UP = 0.05, 20
 # Steps between two updates of the multipliers.
@@ -158,7 +163,7 @@ class Descent:
     def step(self) -> None:
         """Take one step on the task loss of some batches and the penalty."""
         progress = self.state.step / self.steps
-        temperature = _between(*GATE_TEMPERATURES, progress)
+        temperature = self._gate_temperature(progress)
         for reduction in self.reductions.values():
             reduction.gate_temperature = temperature
         self._set_rates(progress)
@@ -212,12 +217,47 @@ class Descent:
         Returns:
             The loss.
         """
-        with _as_static(self.reductions):
+        with _as_static(self.reductions), self._within_limits():
             loss = self.held_back()
-        self.state.consider(loss)
+            # The parameters are kept with the counts that the loss was measured at.
+            self.state.consider(loss)
         if self.state.history:
             self.state.history[-1]["static"] = loss
         return loss
+
+    @contextmanager
+    def _within_limits(self) -> Iterator[None]:
+        """Let sites keep as many tokens as the limits allow, in the ratio of their steps."""
+        whole = self.problem.visual_tokens
+        policy = self.problem.fit(discretise(self.reductions, whole))
+        before = {site: each.retention.item() for site, each in self.reductions.items()}
+        if policy is not None:
+            sites = [reduction.site for reduction in policy.reductions]
+            kept = dict(zip(sites, policy.counts(whole), strict=True))
+            present = whole
+            for site, each in self.reductions.items():
+                # A site that drops nearly nothing is left out.
+                count = kept.get(site, present)
+                each.retention.data.fill_(logit(count / present))
+                present = count
+        try:
+            yield
+        finally:
+            for site, each in self.reductions.items():
+                each.retention.data.fill_(before[site])
+
+    def _gate_temperature(self, progress: float) -> float:
+        """Return the temperature of the gates at the next step.
+
+        It follows from the history, so a resumed search has the same.
+        """
+        temperature, since = _between(*GATE_TEMPERATURES, progress), list[float]()
+        for record in self.state.history:
+            since.append(record["task"])
+            if "static" in record:
+                leaks = record["static"] > _LEAK * sum(since) / len(since)
+                temperature, since = temperature * (_CLOSING if leaks else 1.0), []
+        return temperature
 
     def held_back(self) -> float:
         """Return the loss on the held-back batches, with gates as they are."""

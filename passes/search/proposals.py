@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from deos_fx import presets
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.operator import SCORES
-from deos_fx.passes.analyse.sites import Site, Sites
+from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.passes.search.regimes import PRUNE
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
 
-__all__ = ["PRESETS", "discretise", "from_presets", "placements", "variations"]
-
-_T = TypeVar("_T")
-
-# Sites that are tried alone, and in pairs with the first of them.
-_DEPTHS, _PAIRS = 4, 2
+__all__ = ["PRESETS", "discretise", "from_presets", "variations"]
 
 # *** rounded steps ***
 
@@ -63,54 +59,6 @@ def discretise(
             count = max(1, round(present * visual_tokens))
             chosen.append(reductions[site].to_reduction(site, count))
     return Policy(tuple(chosen))
-
-
-# *** where to start ***
-
-
-def placements(
-    problem: SearchProblem,
-    sites: Sequence[Site],
-    starts: Callable[[Sequence[Site]], Mapping[str, Reduction]],
-) -> list[Policy]:
-    """Return the places to try, as policies that meet the limits.
-
-    Every site that can meet the limits alone is tried, of many at most `_DEPTHS` spread over the
-    depth, and pairs of the first of them with a later site.
-
-    Args:
-        problem: The problem.
-        sites: The sites, in order of depth.
-        starts: Makes what the steps start from at some sites, by name.
-    """
-    # Whether a site can meet the limits does not depend on how it chooses.
-    plain = {site.name: Reduction(site.name, 1, scores={"feature_norm": 1.0}) for site in sites}
-    feasible = [site for site in sites if problem.fit(Policy((plain[site.name],))) is not None]
-    alone = _spread(feasible, _DEPTHS)
-    if not alone:
-        return []
-    after = site_order(alone[0].name)
-    later = _spread([site for site in sites if site_order(site.name) > after], _PAIRS)
-    start = starts(list({site.name: site for site in (*alone, *later)}.values()))
-    found = [problem.fit(Policy((start[site.name],))) for site in alone]
-    for site in later:
-        assert found[0] is not None, "a site that is feasible can be fitted"
-        (first,) = found[0].reductions
-        # The first site keeps twice as many, so that something is left for the second.
-        twice = min(problem.visual_tokens, 2 * first.count(problem.visual_tokens))
-        second = replace(start[site.name], keep=max(1, twice // 4))
-        found.append(problem.fit(Policy((replace(first, keep=twice), second))))
-    # A policy that drops nothing is no place to start from.
-    whole = problem.visual_tokens
-    return [policy for policy in found if policy is not None and policy.counts(whole)[-1] < whole]
-
-
-def _spread(items: Sequence[_T], most: int) -> list[_T]:
-    """Return at most so many items, evenly spread, with the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    step = (len(items) - 1) / max(most - 1, 1)
-    return [items[round(i * step)] for i in range(most)]
 
 
 # *** presets ***
@@ -161,14 +109,7 @@ def _with_own_scores(sites: Sites, policy: Policy) -> Policy:
 # Treatments of dropped tokens: pruning, merging with and without a mass bias, soft merging, and
 # uniform redistribution. A variation makes one of these changes.
 _TREATMENTS: tuple[dict[str, Any], ...] = (
-    {
-        "gain": 0.0,
-        "temperature": 0.0,
-        "mass_bias": 0.0,
-        "residual": False,
-        "weighting": "one",
-        "sharpness": 1.0,
-    },
+    PRUNE,
     {"gain": 1.0, "temperature": 0.0, "mass_bias": 1.0},
     {"gain": 1.0, "temperature": 0.0, "mass_bias": 0.0},
     {"gain": 1.0, "temperature": 0.1, "mass_bias": 1.0},

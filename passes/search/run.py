@@ -2,16 +2,17 @@
 
 The model is frozen. At a few places where the limits can be met, the parameters of a reduction are
 trained on its relaxed form: scores, learned directions, and what happens to dropped tokens. A few
-steps show which place is best; there, training goes on. Presets, fitted to the same limits, and
-small changes of the best candidate are tried as well. All candidates are scored in *static* form,
-the form that is deployed, on held-back data, and the best is returned.
+steps show which place is best; there, training goes on. Limits under which next to nothing can be
+answered are approached from looser ones. Presets, fitted to the same limits, and small changes of
+the best candidate are tried as well. All candidates are scored in *static* form, the form that is
+deployed, on held-back data, and the best is returned.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,25 @@ from deos_fx.passes.search.descent import Descent, site_tokens
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.outcome import RUNNERS_UP, check_unreduced, result_of
+from deos_fx.passes.search.places import nearby, placed, placements, widened
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
-from deos_fx.passes.search.proposals import (
-    PRESETS,
-    discretise,
-    from_presets,
-    placements,
-    variations,
-)
+from deos_fx.passes.search.proposals import PRESETS, discretise, from_presets
+from deos_fx.passes.search.regimes import in_regimes
+from deos_fx.passes.search.scoring import Scoring, polish
 from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
-from deos_fx.results.search_result import Candidate, SearchResult
+from deos_fx.results.search_result import SearchResult
 
 __all__ = ["STAGES", "SearchRun"]
 
-# Steps at each place, if there are several; the best so many go on for a third of all steps.
+# Steps at each place, if there are several; the best single site and the best pair go on for a
+# third of all steps.
 _TRIAL, _FINALISTS = 24, 2
+# How many times as many tokens as the limits allow steps may begin with.
+_WIDEST = 8
 # What a site has to earn: the loss of a place counts so much more for each site after the first.
 _CHARGE = 0.05
 _CHECKPOINT_EVERY = 10
@@ -68,6 +69,7 @@ class SearchRun:
         checkpoint: Folder for the states of the steps.
         progress: Called as the search advances.
         descents: The descents so far, the last one the present one.
+        winner: Those at the best place, after all places were compared.
         interrupted: Whether it was cut short.
         reached: Where looser budgets have ended, at each place; starts of the steps.
         further: How many tighter budgets come after this one.
@@ -80,6 +82,7 @@ class SearchRun:
     checkpoint: str | os.PathLike[str] | None
     progress: Progress | None
     descents: list[Descent] = field(default_factory=list)
+    winner: list[Descent] = field(default_factory=list)
     interrupted: bool = False
     reached: Sequence[Policy] = ()
     further: int = 0
@@ -87,7 +90,7 @@ class SearchRun:
 
     def __post_init__(self) -> None:
         self.estimated = self.estimate or Estimate(self.progress)
-        self.scoring = _Scoring(self.problem, self.estimated, self.progress)
+        self.scoring = Scoring(self.problem, self.estimated, self.progress)
         self.unreduced_loss: float | None = None
         # Steps and static losses of the search, for the estimate.
         self.left = (0, 0)
@@ -96,7 +99,10 @@ class SearchRun:
     @property
     def history(self) -> list[dict[str, Any]]:
         """Return the steps at the best place; of an interrupted search, those at the last place."""
-        return self.descents[-1].state.history if self.descents else []
+        entries = [entry for descent in self.winner for entry in descent.state.history]
+        if not entries and self.descents:
+            entries = self.descents[-1].state.history
+        return [{**entry, "step": i} for i, entry in enumerate(entries, start=1)]
 
     def advance(
         self, sites: Sequence[Site], stages: Sequence[str] = STAGES, most: int | None = None
@@ -121,9 +127,9 @@ class SearchRun:
                 if starts:
                     # What comes from a looser budget is half done.
                     self.steps, most = max(1, self.steps // 2), most // 2
-                self.train(starts or self.places(sites))
+                self.train(starts or self.places(sites), sites)
             if "variations" in stages:
-                _polish(self.problem, self.scoring, "variations", most)
+                polish(self.problem, self.scoring, "variations", most)
         except KeyboardInterrupt:
             # The user wants a result now.
             self.interrupted = True
@@ -161,33 +167,122 @@ class SearchRun:
         tokens = site_tokens(self.problem, sites)
         return {site.name: start_reduction(site, tokens[site.name]) for site in sites}
 
-    def train(self, starts: Sequence[Policy]) -> None:
-        """Try every place for a few steps, the best for some more, and train on at the winner."""
-        self.left = self._planned(len(starts))
-        for kind, steps in (("place", _TRIAL), ("finalist", self.steps // 3)):
-            if len(starts) > 1:
-                stages = [f"{kind} {i + 1} of {len(starts)}" for i in range(len(starts))]
-                tried = [
-                    self.descend(stage, start, max(1, min(steps, self.steps)))
-                    for stage, start in zip(stages, starts, strict=True)
-                ]
-                tried = sorted(tried, key=_descended)[: _FINALISTS if kind == "place" else 1]
-                starts = [self.rounded(descent) for descent in tried]
-        for start in starts:
-            self.descend("steps", start, self.steps)
+    def train(self, starts: Sequence[Policy], sites: Sequence[Site]) -> None:
+        """Try every place for a few steps, the best for some more, and train on at the winner.
 
-    def descend(self, stage: str, start: Policy, steps: int) -> Descent:
-        """Take gradient steps from a policy, and score what they reach."""
+        Args:
+            starts: What the steps start from, at each place.
+            sites: Sites to which the last site of the best place may move.
+        """
+        if not starts:
+            return
+        self.left = self._planned(len(starts))
+        factors = self._factors(starts[0])
+        if len(starts) > 1:
+            tried = self._each("place", starts, _TRIAL, factors[0])
+            tried += self.moved(min(tried, key=_descended), sites, factors[0])
+            # The best single site and the best pair. A pair learns faster, but costs more.
+            best = {len(each.reductions): each for each in sorted(tried, key=_descended)[::-1]}
+            starts = [self.rounded(descent) for descent in best.values()]
+        if len(starts) > 1:
+            tried = self._each("finalist", starts, self.steps // 3, factors[0])
+            starts = [self.rounded(min(tried, key=_descended))]
+        (start,) = starts
+        share = self.steps // len(factors)
+        for factor in factors:
+            # The limits themselves come last, and get what is left of the steps.
+            stage = "steps" if factor == 1 else f"steps at {factor} times the tokens"
+            steps = share if factor > 1 else self.steps - share * (len(factors) - 1)
+            self.winner.append(self.descend(stage, start, steps, factor))
+            start = self.rounded(self.winner[-1])
+        settled = self.settled(start)
+        if settled != start:
+            # Case: in another regime there is more to gain.
+            self.settled(self.rounded(self.descend("regime", settled, max(1, self.steps // 2))))
+
+    def _each(self, kind: str, starts: Sequence[Policy], steps: int, factor: int) -> list[Descent]:
+        """Take so many steps from each start, at most as many as the search takes."""
+        few = max(1, min(steps, self.steps))
+        return [
+            self.descend(f"{kind} {i + 1} of {len(starts)}", start, few, factor)
+            for i, start in enumerate(starts)
+        ]
+
+    def moved(self, best: Descent, sites: Sequence[Site], factor: int) -> list[Descent]:
+        """Move the last site of a place, by ever shorter distances, and return what was tried.
+
+        Args:
+            best: The best place so far.
+            sites: The sites, in order of depth.
+            factor: As for `descend`.
+        """
+        seen = [list(descent.reductions) for descent in self.descents]
+        found: list[Descent] = []
+        distance = len(sites) // 4
+        while distance:
+            near = nearby(list(best.reductions), sites, distance)
+            new = [names for names in near if names not in seen]
+            seen += new
+            starts = [start for names in new if (start := self._start(names)) is not None]
+            near_to = f"place {distance} from {' and '.join(best.reductions)},"
+            found += self._each(near_to, starts, _TRIAL, factor)
+            better = min([best, *found], key=_descended)
+            # As far again in the direction that helps, or half as far.
+            distance = distance // 2 if better is best else distance
+            best = better
+        return found
+
+    def _start(self, names: Sequence[str]) -> Policy | None:
+        """Return the start of the steps at a place, if there can be one."""
+        starts = self._starts([self.problem.sites[name] for name in names])
+        return placed(self.problem, [starts[name] for name in names])
+
+    def settled(self, policy: Policy) -> Policy:
+        """Return a policy, or the same in a regime as it is defined, whichever is best."""
+        names = " and ".join(reduction.site for reduction in policy.reductions)
+        fitted = [self.problem.fit(each) for each in in_regimes(policy) if self.problem.runs(each)]
+        found = [policy, *(each for each in fitted if each is not None)]
+        for each in found:
+            if not self.scoring.has(each):
+                self.scoring.add(f"gradient at {names}", each)
+        return min(found, key=self.scoring.loss)
+
+    def _factors(self, start: Policy) -> list[int]:
+        """Return by how much counts are larger than the limits allow, in turn; the last is 1.
+
+        With too few tokens, every choice of them answers equally badly, and no gradient says which
+        would be better. So steps begin with so many tokens that a policy loses at most half of what
+        there is to lose, with a single token.
+        """
+        loss = self.problem.static_loss
+        single = Policy((replace(start.reductions[0], keep=1),))
+        half = (loss(Policy()) + loss(single)) / 2
+        factors = [1]
+        while factors[0] < _WIDEST and loss(widened(self.problem, start, factors[0])[1]) > half:
+            factors.insert(0, 2 * factors[0])
+        # There must be steps for each.
+        return factors[-max(1, min(len(factors), self.steps)) :]
+
+    def descend(self, stage: str, start: Policy, steps: int, factor: int = 1) -> Descent:
+        """Take gradient steps from a policy, and score what they reach.
+
+        Args:
+            stage: What to call it.
+            start: The policy.
+            steps: Number of steps.
+            factor: By how much its counts are multiplied first, and the limits raised.
+        """
+        problem, start = widened(self.problem, start, factor)
         settings = {
             "steps": steps,
             "seed": self.seed,
-            "limits": self.problem.limits,
+            "limits": problem.limits,
             "start": [str(reduction) for reduction in start.reductions],
-            **self.problem.fingerprint(),
+            **problem.fingerprint(),
         }
-        reductions = relaxed(start, self.problem.visual_tokens, runners_up=RUNNERS_UP)
-        state = SearchState.start(reductions, AugmentedLagrangian(self.problem.limits), settings)
-        descent = Descent(self.problem, state, steps, self.seed)
+        reductions = relaxed(start, problem.visual_tokens, runners_up=RUNNERS_UP)
+        state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), settings)
+        descent = Descent(problem, state, steps, self.seed)
         self.descents.append(descent)
         folder = None if self.checkpoint is None else Path(self.checkpoint) / stage
         # Steps that were stopped go on with their parameters, optimizer, multipliers and history.
@@ -251,8 +346,9 @@ class SearchRun:
         steps, losses = self.further * steps, self.further * losses
         if places > 1:
             finalists = min(places, _FINALISTS)
-            steps += places * min(_TRIAL, self.steps) + finalists * (self.steps // 3)
-            losses += (places + finalists) * _JUDGED
+            # Two more places are tried near the best.
+            steps += (places + 2) * min(_TRIAL, self.steps) + finalists * (self.steps // 3)
+            losses += (places + 2 + finalists) * _JUDGED
         return steps + self.steps, losses + _JUDGED + _VARIATIONS
 
 
@@ -267,82 +363,3 @@ def _charged(loss: float, sites: int) -> float:
 def _descended(descent: Descent) -> float:
     """Return the loss that a descent has reached, with the charge for its sites."""
     return _charged(descent.state.best_loss, len(descent.reductions))
-
-
-def _polish(problem: SearchProblem, scoring: _Scoring, stage: str, most: int) -> None:
-    """Try single changes of the best candidates, `most` in all.
-
-    A change that helps is varied next. Where none does, it is the turn of the next best candidate.
-    """
-    # Attempts that are left, and places of the candidates whose changes have all been tried.
-    left = most
-    tried: set[int] = set()
-    while left:
-        open_places = [i for i in range(len(scoring.candidates)) if i not in tried]
-        if not open_places:
-            return
-        place = min(open_places, key=lambda i: scoring.candidates[i].loss)
-        start = scoring.candidates[place]
-        # However often a candidate was refined, its source names where it came from.
-        origin = start.source.removeprefix("refined ")
-        for policy in variations(start.policy, problem.sites, problem.visual_tokens):
-            # A variation usually breaks a limit. Its counts are fitted to the limits again.
-            fitted = problem.fit(policy) if problem.runs(policy) else None
-            if fitted is None or scoring.has(fitted):
-                continue
-            # Only policies that are scored count.
-            if not left:
-                return
-            left -= 1
-            loss = scoring.add(f"refined {origin}", fitted)
-            scoring.show(stage, most - left, most)
-            if loss < start.loss:
-                break
-        else:
-            tried.add(place)
-
-
-class _Scoring:
-    """Scores policies in static form and collects them as candidates.
-
-    Args:
-        problem: The problem.
-        estimate: Measures how long that takes.
-        progress: Called as proposals are scored.
-    """
-
-    def __init__(
-        self, problem: SearchProblem, estimate: Estimate, progress: Progress | None
-    ) -> None:
-        self.problem = problem
-        self.estimate = estimate
-        self.progress = progress
-        self.candidates: list[Candidate] = []
-
-    @property
-    def best(self) -> Candidate:
-        """Return the candidate with the lowest loss; there must be one."""
-        return min(self.candidates, key=lambda candidate: candidate.loss)
-
-    def has(self, policy: Policy) -> bool:
-        """Return whether a policy with the same reductions is a candidate already."""
-        return any(known.policy.reductions == policy.reductions for known in self.candidates)
-
-    def add(self, source: str, policy: Policy) -> float:
-        """Score a policy, add it to the candidates and return its loss."""
-        loss = self.estimate.of_loss(lambda: self.problem.static_loss(policy))
-        cost = self.problem.cost.predict(policy)
-        self.candidates.append(Candidate(policy, source, loss, cost))
-        return loss
-
-    def add_all(self, stage: str, proposals: Sequence[tuple[str, Policy]]) -> None:
-        """Add all proposals that are not candidates yet."""
-        for done, (source, policy) in enumerate(proposals, start=1):
-            if not self.has(policy):
-                self.add(source, policy)
-            self.show(stage, done, len(proposals))
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        """Report progress."""
-        if self.progress is not None:
-            self.progress(stage, done, total)
