@@ -21,6 +21,7 @@ if _typing.TYPE_CHECKING:
     from deos_fx.policy.policy import Policy as Policy
     from deos_fx.policy.reduction import Reduction as Reduction
     from deos_fx.results.comparison import Comparison as Comparison
+    from deos_fx.results.search_front import SearchFront as SearchFront
     from deos_fx.results.search_result import SearchResult as SearchResult
     from deos_fx.runtime.reduced_model import ReducedModel as ReducedModel
 
@@ -31,6 +32,7 @@ __all__ = [
     "Policy",
     "ReducedModel",
     "Reduction",
+    "SearchFront",
     "SearchResult",
     "__version__",
     "compare",
@@ -49,6 +51,7 @@ _PLACES = {
     "Policy": "policy.policy",
     "ReducedModel": "runtime.reduced_model",
     "Reduction": "policy.reduction",
+    "SearchFront": "results.search_front",
     "SearchResult": "results.search_result",
     "compare": "comparison.compare",
     "export_onnx": "exporters.onnx",

@@ -16,6 +16,7 @@ PROMISED = {
     "OnnxModel",
     "Policy",
     "ReducedModel",
+    "SearchFront",
     "SearchResult",
     "export_onnx",
     "presets",
@@ -70,7 +71,8 @@ def test_transform_signature():
 def test_search_signature():
     parameters = inspect.signature(deos_fx.search).parameters
     assert list(parameters)[:3] == ["model", "data", "budget"]
-    assert parameters["budget"].kind is KEYWORD_ONLY
+    for name in ("budget", "budgets"):
+        assert parameters[name].kind is KEYWORD_ONLY
     for member in ("policy", "history", "report"):
         fields = {field.name for field in dataclasses.fields(deos_fx.SearchResult)}
         assert member in fields or hasattr(deos_fx.SearchResult, member)

@@ -14,7 +14,6 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from deos_fx.cli.loading import (
-    DEFAULT_LIMIT,
     Evaluations,
     Model,
     OtherLimit,
@@ -26,6 +25,7 @@ from deos_fx.cli.loading import (
     Presets,
     TestFile,
     TokenLimit,
+    TokenLimits,
     TuneFile,
     copy_processor,
     load_model,
@@ -235,7 +235,7 @@ def search(
         ),
     ],
     output: OutputOption = Path("deos-fx-search"),
-    budget: TokenLimit = None,
+    budget: TokenLimits = None,
     flops: OtherLimit = None,
     kv_cache: OtherLimit = None,
     latency_ms: Annotated[
@@ -254,7 +254,9 @@ def search(
     With answers the search minimises their loss; without, it stays close to
     the answers of the unreduced model. Ctrl-C ends it early with the best policy
     so far. Writes policy.json and report.html. Without any limit the budget
-    is 12.5 % of the visual tokens.
+    is 12.5 % of the visual tokens. Several budgets are searched in one go, and
+    policy-0.25.json, ... are written. Several processes share the work if
+    accelerate launches them.
 
     [bold]Examples[/]
 
@@ -262,42 +264,40 @@ def search(
 
       deos-fx search my-llava --data questions.jsonl --flops 0.5 --output found
 
+      deos-fx search my-llava --data questions.jsonl --budget 25% --budget 12.5%
+
+      accelerate launch -m deos_fx search my-llava --data questions.jsonl
+
     A line of questions.jsonl:
 
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat"}
     """
     from transformers import AutoProcessor
 
-    from deos_fx.cli.terminal import stages
+    from deos_fx.cli.searching import limits_of, placed, search_processes, write_found
+    from deos_fx.cli.terminal import announced, stages
     from deos_fx.data import batches, read_records
-    from deos_fx.files import fresh_folder
     from deos_fx.passes.search.search import search as run_search
-    from deos_fx.policy.budget import Budget
 
     # Mistakes in the limits and in the data show before the model is loaded.
-    limits = Budget(visual_tokens=budget, flops=flops, kv_cache=kv_cache, latency_ms=latency_ms)
-    if limits.is_empty:
-        limits = Budget(visual_tokens=DEFAULT_LIMIT)
+    limits = limits_of(budget, flops, kv_cache, latency_ms)
     records = read_records(data)
-    console = Console()
-    with fresh_folder(output) as folder, stages(console) as stage:
+    with search_processes(output) as (folder, device, console), stages(console) as stage:
         with stage("load"):
-            model = load_model(model_dir)
+            model = placed(load_model(model_dir), device)
             inputs = list(batches(AutoProcessor.from_pretrained(model_dir), records, batch_size))
         with stage.phased("search") as progress:
             result = run_search(
                 model,
                 inputs,
-                budget=limits,
+                **limits,
                 steps=steps,
                 seed=seed,
                 checkpoint=checkpoint,
-                progress=progress,
+                progress=announced(progress, console),
             )
-        result.policy.save(folder / "policy.json")
-        result.report(folder / "report.html")
-    console.print(result.policy, highlight=False, markup=False)
-    console.print(f"Wrote policy.json and report.html to {output}", highlight=False)
+        names = [] if folder is None else write_found(result, folder, console)
+    console.print(f"Wrote {', '.join(names)} and report.html to {output}", highlight=False)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from deos_fx import OnnxModel, export_onnx, presets, reference, search
-from deos_fx.cli.terminal import Advance, Stages, results_table, stages, times_table
+from deos_fx.cli.terminal import Advance, Stages, announced, results_table, stages, times_table
 from deos_fx.cost.model import CostModel
 from deos_fx.files import fresh_folder, write_text
 from deos_fx.models.facts import facts_of
@@ -90,7 +90,8 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
         limit = budget.limits(costs.predict(Policy()))["visual_tokens"]
     # 2. Search.
     with stage.phased("search") as progress:
-        found = search(model, data, budget=budget, seed=seed, progress=progress)
+        shown = announced(progress, stage.progress.console)
+        found = search(model, data, budget=budget, seed=seed, progress=shown)
     reduced = ReducedModel(model, found.policy)
     # 3. Compare with the unreduced model, and with presets at the same cost.
     methods = [_Tested(UNREDUCED, Policy(), model), _Tested(SEARCHED, found.policy, reduced)]

@@ -33,6 +33,7 @@ __all__ = [
     "Presets",
     "TestFile",
     "TokenLimit",
+    "TokenLimits",
     "TuneFile",
     "copy_processor",
     "load_model",
@@ -125,6 +126,18 @@ TokenLimit = Annotated[
         parser=_limit,
         metavar="LIMIT",
         help="Visual tokens that may stay, mean over the decoder layers: 0.125, 12.5% or 18.",
+    ),
+]
+
+
+TokenLimits = Annotated[
+    list[Any] | None,
+    typer.Option(
+        "--budget",
+        parser=_limit,
+        metavar="LIMIT",
+        help="Visual tokens that may stay, mean over the decoder layers: 0.125, 12.5% or 18. Given "
+        "several times: a policy for each, in one go.",
     ),
 ]
 

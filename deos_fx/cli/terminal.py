@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Advance",
     "Stages",
+    "announced",
     "comparison_table",
     "presets_table",
     "results_table",
@@ -116,6 +117,27 @@ def stages(console: Console) -> Iterator[Stages]:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Stages(progress)
+
+
+def announced(
+    progress: Callable[[str, int, int], None], console: Console
+) -> Callable[[str, int, int], None]:
+    """Return a progress that says in words how long a search will take.
+
+    Args:
+        progress: Called with every other stage.
+        console: Where it is said.
+    """
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage != "estimate":
+            progress(stage, done, total)
+            return
+        left = max(1, total - done)
+        words = f"{left} seconds" if left < 90 else f"{round(left / 60)} minutes"
+        console.print(f"The search will take about {words} more; Ctrl-C ends it early.")
+
+    return report
 
 
 def results_table(result: DemoResult) -> Table:

@@ -14,9 +14,10 @@ from deos_fx.passes.search.looks import looks_of
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.space import relaxed
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import Candidate, SearchResult
 
-__all__ = ["RUNNERS_UP", "check_unreduced", "result_of"]
+__all__ = ["RUNNERS_UP", "check_can_be_met", "check_unreduced", "result_of"]
 
 RUNNERS_UP = 24
 """Tokens that stay in the sequence beside those that are kept, during the steps."""
@@ -37,6 +38,25 @@ def check_unreduced(problem: SearchProblem) -> float:
             "what is damaged there, or load the model in float32 or bfloat16."
         )
     return loss
+
+
+def check_can_be_met(problem: SearchProblem) -> None:
+    """Refuse limits that even one visual token at the best of all sites breaks.
+
+    Raises:
+        ValueError: If they are refused.
+    """
+    names = [site.name for site in problem.sites.available()]
+    fewest = [Policy((Reduction(name, 1, scores={"feature_norm": 1.0}),)) for name in names]
+    if not any(problem.meets(policy) for policy in (Policy(), *fewest)):
+        raise _cannot_be_met(problem)
+
+
+def _cannot_be_met(problem: SearchProblem) -> ValueError:
+    return ValueError(
+        f"No policy meets the limits {problem.limits}: even one visual token at every site is "
+        "too much. Raise the budget."
+    )
 
 
 def result_of(
@@ -62,10 +82,7 @@ def result_of(
         ValueError: If no candidate meets the limits, or none has a loss.
     """
     if not candidates:
-        raise ValueError(
-            f"No policy meets the limits {problem.limits}: even one visual token at every site is "
-            "too much. Raise the budget."
-        )
+        raise _cannot_be_met(problem)
     # Sorting is stable.
     candidates = _in_time(problem, sorted(candidates, key=lambda candidate: candidate.loss))
     best = candidates[0]

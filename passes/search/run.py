@@ -144,7 +144,7 @@ class SearchRun:
         found = [policy for policy in fitted if policy is not None and policy.reductions]
         for policy in found:
             if not self.scoring.has(policy):
-                self.scoring.add("a looser budget", policy)
+                self.scoring.add("carried from a looser budget", policy)
         losses = [
             _charged(each.loss, len(policy.reductions))
             for policy in found

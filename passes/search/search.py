@@ -13,6 +13,7 @@ from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search import processes
 from deos_fx.passes.search.budgets import check_budgets, in_words, loosest_first, pooled
 from deos_fx.passes.search.estimate import Estimate
+from deos_fx.passes.search.outcome import check_can_be_met
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.run import SearchRun
@@ -144,6 +145,9 @@ def _front(
     runs: dict[Budget, SearchRun] = {}
     estimate = Estimate(progress)
     budgets = loosest_first(problem, budgets)
+    for budget in budgets:
+        # Before anything expensive: the tightest comes last.
+        check_can_be_met(problem.under(budget))
     for i, budget in enumerate(budgets):
         folder = None if checkpoint is None else Path(checkpoint) / in_words(budget)
         own = None if progress is None else _labelled(progress, in_words(budget))

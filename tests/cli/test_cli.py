@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from deos_fx import Budget, Policy, ReducedModel, Reduction, SearchResult, presets, reference
 from deos_fx.cli.app import app
 from deos_fx.cost.model import CostModel
+from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import Candidate
 
 COMMANDS = ("demo", "search", "transform", "export", "inspect", "compare")
@@ -190,6 +191,50 @@ def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
     assert (seen["steps"], seen["seed"], seen["shapes"]) == (3, 0, [2, 1])
     assert Policy.load(out / "policy.json") == presets.merge(keep=18)
     assert sorted(path.name for path in out.iterdir()) == ["policy.json", "report.html"]
+
+
+def test_search_takes_several_budgets_and_says_how_long_it_will_take(
+    questions, tmp_path, monkeypatch
+):
+    seen = {}
+
+    def find(model, data, *, budgets, progress, **options):
+        costs = CostModel.of_images(model, images=1, text_tokens=8)
+        for stage, done, total in (("capture", 1, 1), ("estimate", 60, 240), ("steps", 1, 1)):
+            progress(stage, done, total)
+        seen.update(options, budgets=budgets)
+        whole, results = costs.predict(Policy()), {}
+        for budget, keep in zip(budgets, (36, 18), strict=True):
+            policy = presets.merge(keep=keep)
+            found = Candidate(policy, "preset merge", 0.5, costs.predict(policy))
+            limits = {"visual_tokens": 18.0}
+            results[budget] = SearchResult(policy, [], [found], limits, whole, 0.4, 0.5)
+        return SearchFront(results)
+
+    monkeypatch.setattr("deos_fx.passes.search.search.search", find)
+    out = tmp_path / "found"
+    options = ("--budget", "25%", "--budget", "18", "--kv-cache", "0.5", "--output", out)
+    text = run("search", reference.WEIGHTS, "--data", questions, *options)
+    assert "about 3 minutes more" in text and "policy-0.25.json, policy-18.json" in text
+    assert seen["budgets"] == [Budget(visual_tokens=x, kv_cache=0.5) for x in (0.25, 18)]
+    names = ["policy-0.25.json", "policy-18.json", "report.html"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert Policy.load(out / "policy-18.json") == presets.merge(keep=18)
+
+
+@pytest.mark.slow
+def test_accelerate_launches_processes_that_share_a_search(questions, tmp_path):
+    """In pieces of one question, of which the two processes take one each."""
+    search = ["-m", "deos_fx", "search", str(reference.WEIGHTS), "--data", str(questions)]
+    search += ["--batch-size", "1", "--steps", "1"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    for name, command in {"one": search, "two": launch + search}.items():
+        out = ["--output", str(tmp_path / name)]
+        subprocess.run([sys.executable, *command, *out], check=True, capture_output=True)
+        assert (tmp_path / name / "report.html").exists()
+    one, two = (Policy.load(tmp_path / name / "policy.json") for name in ("one", "two"))
+    assert one == two
 
 
 # *** compare ***

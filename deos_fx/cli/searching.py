@@ -1,0 +1,107 @@
+"""What the command ``search`` needs besides the search: its limits, its processes and its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from deos_fx.cli.loading import DEFAULT_LIMIT
+
+if TYPE_CHECKING:
+    import torch
+
+    from deos_fx.results.search_front import SearchFront
+    from deos_fx.results.search_result import SearchResult
+
+__all__ = ["limits_of", "placed", "search_processes", "write_found"]
+
+
+def limits_of(tokens: Sequence[int | float] | None, *others: Any) -> dict[str, Any]:
+    """Return the budget of a search, or the budgets, as its argument.
+
+    Args:
+        tokens: Limits on visual tokens; of several, each makes a budget.
+        *others: Limits on FLOPs, the KV cache and milliseconds, for every budget.
+
+    Returns:
+        ``budget`` or ``budgets``.
+    """
+    from deos_fx.policy.budget import Budget
+
+    names = ("flops", "kv_cache", "latency_ms")
+    shared = dict(zip(names, others, strict=True))
+    if not tokens:
+        # Case: no limit on visual tokens; without any limit, the default one.
+        alone = Budget(**shared)
+        return {"budget": Budget(visual_tokens=DEFAULT_LIMIT) if alone.is_empty else alone}
+    budgets = [Budget(visual_tokens=limit, **shared) for limit in tokens]
+    return {"budget": budgets[0]} if len(budgets) == 1 else {"budgets": budgets}
+
+
+@contextmanager
+def search_processes(output: Path) -> Iterator[tuple[Path | None, torch.device | None, Console]]:
+    """Join the processes of ``accelerate launch``, if it has started this one.
+
+    Args:
+        output: The folder of the results.
+
+    Yields:
+        A folder for the results in the main process, None in others; the device of this process,
+        if it is one of several; and a console, which is silent in others than the main one.
+    """
+    from deos_fx.files import fresh_folder
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        with fresh_folder(output) as folder:
+            yield folder, None, Console()
+        return
+    # Case: one of several processes.
+    from accelerate import PartialState
+
+    state = PartialState()
+    try:
+        if state.is_main_process:
+            with fresh_folder(output) as folder:
+                yield folder, state.device, Console()
+        else:
+            yield None, state.device, Console(quiet=True)
+    finally:
+        state.destroy_process_group()
+
+
+def placed(model: Any, device: torch.device | None) -> Any:
+    """Put a model on the device of a process; where there is none, it stays where it is."""
+    return model if device is None else model.to(device)
+
+
+def write_found(result: SearchResult | SearchFront, folder: Path, console: Console) -> list[str]:
+    """Write the policies and the page of a search.
+
+    A policy for one budget is ``policy.json``. Of several, each has the limit on visual tokens in
+    its name, as ``policy-0.25.json`` or ``policy-18.json``.
+
+    Args:
+        result: What was found.
+        folder: The folder to write to.
+        console: Where the policies are shown.
+
+    Returns:
+        The names of the policies' files.
+    """
+    from deos_fx.results.search_front import SearchFront
+
+    if isinstance(result, SearchFront):
+        results = result.results.items()
+        policies = {f"policy-{budget.visual_tokens}.json": one.policy for budget, one in results}
+    else:
+        policies = {"policy.json": result.policy}
+    for name, policy in policies.items():
+        policy.save(folder / name)
+        console.print(policy, highlight=False, markup=False)
+    result.report(folder / "report.html")
+    return list(policies)

@@ -1,0 +1,114 @@
+"""Searches that several processes share, that are killed and go on, and models that are sharded."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import searches
+import torch
+from searches import labelled, short_search, small_model, summary
+from torch import distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from deos_fx.passes.search import processes
+from deos_fx.passes.search import run as run_module
+from deos_fx.passes.search.batches import SearchBatch
+from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.passes.search.search import search
+from deos_fx.policy.budget import Budget
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[str]:
+    """What one process finds when nothing disturbs it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in searches.SHORT.items():
+            patch.setattr(run_module, name, value)
+        yield summary(short_search())
+    torch.set_num_threads(threads)
+
+
+def test_two_processes_find_what_one_finds(whole: str, tmp_path: Path) -> None:
+    started = [searches.start(searches.shared_search, rank, tmp_path) for rank in range(2)]
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0]
+    main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert main["whole"] == other["whole"] == whole
+    # Only the main process reports, and it writes the only checkpoint.
+    assert "steps" in main["seen"] and other["seen"] == []
+    assert (tmp_path / "checkpoint" / "steps" / "search.json").exists()
+    # A signal in one of them ends both, at the next place where they meet.
+    assert main["cut"] == other["cut"]
+    history, expected = (json.loads(text)[3] for text in (main["cut"], whole))
+    assert 2 <= len(history) < len(expected)
+    # The static loss of the last step may not have been measured.
+    tasks = [step["task"] for step in history]
+    assert tasks == [step["task"] for step in expected[: len(tasks)]]
+
+
+# In the second of two places, and in the final steps; states are written after every second step.
+@pytest.mark.parametrize(("stage", "step", "left"), [("place 2 of 2", 3, 0), ("steps", 3, 3)])
+def test_a_killed_search_goes_on_where_it_was(
+    whole: str, tmp_path: Path, stage: str, step: int, left: int
+) -> None:
+    process = searches.start(searches.killed_search, tmp_path, stage, step)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    # A kill in the middle of writing leaves a part of a file.
+    (tmp_path / "steps").mkdir(exist_ok=True)
+    (tmp_path / "steps" / "step-2.safetensorsabc.part").touch()
+    stages: list[str] = []
+    found = short_search(checkpoint=tmp_path, progress=lambda now, *_: stages.append(now))
+    assert summary(found) == whole
+    # What was finished is not run again.
+    assert "place 1 of 2" not in stages
+    assert stages.count(stage) == left
+    files = sorted(path.name for path in (tmp_path / "steps").iterdir())
+    assert files == ["search.json", "step-5.safetensors"]
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
+@pytest.mark.parametrize("wrap", [FullyShardedDataParallel, fully_shard])
+def test_sharded_models_are_refused(wrap: object) -> None:
+    assert callable(wrap)
+    options = {"device_id": torch.device("cpu")} if wrap is FullyShardedDataParallel else {}
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    options = options or {"mesh": mesh}
+    data = labelled(small_model())
+    with pytest.raises(ValueError, match=r'sharded by FSDP.*device_map="auto"'):
+        search(wrap(small_model(), **options), data, budget=Budget(flops=0.5))
+
+
+def test_one_process_shares_with_nobody() -> None:
+    rows = torch.arange(3.0)
+    assert processes.joined(rows) is rows
+    assert list(processes.shared_out("ab")) == [(0, "a"), (1, "b")]
+    assert processes.of_main([0.1]) == [0.1]
+    processes.check_equal("steps", 3)
+
+
+def test_batches_are_moved_when_they_are_used() -> None:
+    """A device without numbers stands for one with little memory."""
+    model = small_model()
+    problem = SearchProblem.of(model, iter(labelled(model)), Budget(flops=0.5))
+    batch = problem.training[0]
+    assert isinstance(batch, SearchBatch)
+    ids = batch.call.inputs["input_ids"]
+    model.to("meta")
+    assert all(x.device.type == "meta" for x in batch.inputs.values() if torch.is_tensor(x))
+    assert ids.device.type == batch.target.positions.device.type == "cpu"
