@@ -239,15 +239,16 @@ class CostModel:
             kv_bytes=round(amounts["kv_cache"]),
         )
 
-    def amounts(self, policy: Policy, names: Iterable[str]) -> dict[str, float]:
+    def amounts(
+        self, policy: Policy, names: Iterable[str], *, counted: bool = True
+    ) -> dict[str, float]:
         """Compute some amounts of `predict`, under the names of a budget's limits.
-
-        To count the FLOPs of a reduction takes far longer than everything else, and a search that
-        does not limit FLOPs need not count them.
 
         Args:
             policy: A policy for this model.
             names: The amounts; names of other limits are left out.
+            counted: Whether the FLOPs of the reductions are counted, which takes far longer than
+                everything else, or computed by the formula of a search (see `relaxed_flops`).
 
         Raises:
             ValueError: If the policy does not fit the model.
@@ -255,7 +256,9 @@ class CostModel:
         counts = self.counts(policy)
         made: dict[str, Callable[[], Amount]] = {
             "visual_tokens": lambda: sum(counts) / len(counts),
-            "flops": lambda: self.flops(counts, self.overhead(policy), self.patches(policy)),
+            "flops": lambda: self.flops(
+                counts, self.overhead(policy, counted), self.patches(policy)
+            ),
             "kv_cache": lambda: self.kv_bytes(counts),
         }
         return {name: float(made[name]()) for name in names if name in made}
@@ -295,7 +298,7 @@ class CostModel:
         )
         return along(tokens, kept, self.tower_blocks + 1)
 
-    def overhead(self, policy: Policy) -> int:
+    def overhead(self, policy: Policy, counted: bool = True) -> int:
         """Compute the FLOPs of all the reductions of a policy, for the whole batch."""
         total = 0
         # Groups of tokens that are reduced together: at first, images of one size are one kind of
@@ -324,7 +327,9 @@ class CostModel:
                 attended = inside[self.tower_blocks - 1] if stage == "projector" else before
                 total += group.rows * int(
                     site.observed_flops(seen, attended, before, self.text_tokens)
-                    + self._operator_flops(reduction, before, after, site.sizes, group.grid)
+                    + self._operator_flops(
+                        reduction, before, after, site.sizes, group.grid, counted
+                    )
                 )
                 group.grid = known_grid_after(reduction, after, group.grid)
                 group.present = after
@@ -386,9 +391,17 @@ class CostModel:
         )
 
     def _operator_flops(
-        self, reduction: Reduction, before: int, after: int, sizes: SiteSizes, grid: Tensor | None
+        self,
+        reduction: Reduction,
+        before: int,
+        after: int,
+        sizes: SiteSizes,
+        grid: Tensor | None,
+        counted: bool,
     ) -> int:
         """Count a reduction's own FLOPs, once for each pair of counts: a search asks repeatedly."""
+        if not counted:
+            return int(relaxed_flops(reduction, before, after, sizes))
         # The count in the policy is not read, so policies that differ in it share an entry.
         key = (repr(replace(reduction, keep=1.0)), before, after, grid is None)
         if (known := self._counted.get(key)) is not None:

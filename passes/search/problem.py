@@ -235,7 +235,7 @@ class SearchProblem:
         graph = lower_call(captured.copy(), policy, longest.layout)
         return torch.no_grad()(lambda: run_graph(graph, call.inputs))
 
-    def amounts(self, policy: Policy) -> dict[str, float]:
+    def amounts(self, policy: Policy, *, counted: bool = True) -> dict[str, float]:
         """Return the limited costs of a policy, under the names of the limits.
 
         Where images are of several sizes, each amount is that of the layout that uses the largest
@@ -243,14 +243,15 @@ class SearchProblem:
 
         Args:
             policy: The policy.
+            counted: As for `CostModel.amounts`.
 
         Returns:
             Name -> amount.
         """
-        # Exact costs of the longest prompts, as far as they are limited.
-        amounts = self.cost.amounts(policy, self.limits)
+        # Costs of the longest prompts, as far as they are limited.
+        amounts = self.cost.amounts(policy, self.limits, counted=counted)
         for other, own in self.others:
-            for name, amount in other.amounts(policy, own).items():
+            for name, amount in other.amounts(policy, own, counted=counted).items():
                 amounts[name] = max(amounts[name], amount / own[name] * self.limits[name])
         if self.latency is not None:
             amounts["latency_ms"] = self.latency.predict(self.cost.counts(policy)).item()
@@ -258,14 +259,23 @@ class SearchProblem:
 
     def fit(self, policy: Policy) -> Policy | None:
         """Return the policy with the largest counts that meet every limit; None if none do."""
+        # By a formula first, which is right for nearly all policies; what is counted decides.
+        for counted in (False, True):
+            fitted = self._fitted(policy, counted)
+            if fitted is not None and (counted or self.meets(fitted)):
+                return fitted
+        # Case: even the smallest counts break a limit.
+        return None
+
+    def _fitted(self, policy: Policy, counted: bool) -> Policy | None:
+        """Return the policy with the largest counts that meet the limits, by what is counted."""
         fitted = fit_counts(
             policy,
             self.visual_tokens,
-            lambda candidate: self.amounts(self.cost.for_any_size(candidate)),
+            lambda candidate: self.amounts(self.cost.for_any_size(candidate), counted=counted),
             self.limits,
         )
         if fitted is None:
-            # Case: even the smallest counts break a limit.
             return None
         return self.cost.for_any_size(on_grid(fitted, *self.layout.grid))
 

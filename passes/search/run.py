@@ -177,17 +177,17 @@ class SearchRun:
         if not starts:
             return
         self.left = self._planned(len(starts))
-        factors = self._factors(starts[0])
         if len(starts) > 1:
-            tried = self._each("place", starts, _TRIAL, factors[0])
-            tried += self.moved(min(tried, key=_descended), sites, factors[0])
+            tried = self._each("place", starts, _TRIAL)
+            tried += self.moved(min(tried, key=_descended), sites)
             # The best single site and the best pair. A pair learns faster, but costs more.
             best = {len(each.reductions): each for each in sorted(tried, key=_descended)[::-1]}
             starts = [self.rounded(descent) for descent in best.values()]
         if len(starts) > 1:
-            tried = self._each("finalist", starts, self.steps // 3, factors[0])
+            tried = self._each("finalist", starts, self.steps // 3)
             starts = [self.rounded(min(tried, key=_descended))]
         (start,) = starts
+        factors = self._factors(start)
         share = self.steps // len(factors)
         for factor in factors:
             # The limits themselves come last, and get what is left of the steps.
@@ -200,21 +200,20 @@ class SearchRun:
             # Case: in another regime there is more to gain.
             self.settled(self.rounded(self.descend("regime", settled, max(1, self.steps // 2))))
 
-    def _each(self, kind: str, starts: Sequence[Policy], steps: int, factor: int) -> list[Descent]:
+    def _each(self, kind: str, starts: Sequence[Policy], steps: int) -> list[Descent]:
         """Take so many steps from each start, at most as many as the search takes."""
         few = max(1, min(steps, self.steps))
         return [
-            self.descend(f"{kind} {i + 1} of {len(starts)}", start, few, factor)
+            self.descend(f"{kind} {i + 1} of {len(starts)}", start, few)
             for i, start in enumerate(starts)
         ]
 
-    def moved(self, best: Descent, sites: Sequence[Site], factor: int) -> list[Descent]:
+    def moved(self, best: Descent, sites: Sequence[Site]) -> list[Descent]:
         """Move the last site of a place, by ever shorter distances, and return what was tried.
 
         Args:
             best: The best place so far.
             sites: The sites, in order of depth.
-            factor: As for `descend`.
         """
         seen = [list(descent.reductions) for descent in self.descents]
         found: list[Descent] = []
@@ -225,7 +224,7 @@ class SearchRun:
             seen += new
             starts = [start for names in new if (start := self._start(names)) is not None]
             near_to = f"place {distance} from {' and '.join(best.reductions)},"
-            found += self._each(near_to, starts, _TRIAL, factor)
+            found += self._each(near_to, starts, _TRIAL)
             better = min([best, *found], key=_descended)
             # As far again in the direction that helps, or half as far.
             distance = distance // 2 if better is best else distance
@@ -252,13 +251,17 @@ class SearchRun:
 
         With too few tokens, every choice of them answers equally badly, and no gradient says which
         would be better. So steps begin with so many tokens that a policy loses at most half of what
-        there is to lose, with a single token.
+        there is to lose, with a single token. Two sites share their tokens from the first step on.
         """
+        if len(start.reductions) > 1:
+            return [1]
         loss = self.problem.static_loss
         single = Policy((replace(start.reductions[0], keep=1),))
         half = (loss(Policy()) + loss(single)) / 2
         factors = [1]
-        while factors[0] < _WIDEST and loss(widened(self.problem, start, factors[0])[1]) > half:
+        whole, count = self.problem.visual_tokens, start.counts(self.problem.visual_tokens)[0]
+        widest = min(_WIDEST, whole // (4 * count))
+        while factors[0] < widest and loss(widened(self.problem, start, factors[0])[1]) > half:
             factors.insert(0, 2 * factors[0])
         # There must be steps for each.
         return factors[-max(1, min(len(factors), self.steps)) :]

@@ -317,7 +317,7 @@ def test_tight_limits_are_approached_from_looser_ones(
     assert policy.counts(64) == [16] and wide.limits == {"visual_tokens": 16.0}
     assert wide.meets(policy) and not problem.meets(policy)
     monkeypatch.setattr(run, "_factors", lambda start: [4, 1])
-    run.train([start])
+    run.train([start], [])
     assert [descent.problem.limits["visual_tokens"] for descent in run.descents] == [16, 4]
     assert [descent.steps for descent in run.descents] == [5, 5]
     assert [entry["step"] for entry in run.history] == list(range(1, 11))
