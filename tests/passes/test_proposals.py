@@ -12,7 +12,9 @@ import torch
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.search.objective import AugmentedLagrangian
+from deos_fx.passes.search.places import nearby
 from deos_fx.passes.search.proposals import discretise, variations
+from deos_fx.passes.search.regimes import in_regimes
 from deos_fx.passes.search.space import keep_fractions, relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.policy import Policy
@@ -119,6 +121,24 @@ def test_depths_move_to_neighbours_that_can_be_reduced() -> None:
     moved = {found.reductions[0].site for found in variations(at, SITES, TOKENS)}
     # The layer before it cannot, and the layer after it does not exist.
     assert moved == {"decoder.2"}
+
+
+# *** places and regimes ***
+
+
+def test_places_nearby_keep_the_order_of_their_sites() -> None:
+    sites = SITES.sites
+    assert nearby(["projector"], sites, 1) == [["decoder.0"]]
+    assert nearby(["projector", "decoder.0"], sites, 1) == [["projector", "decoder.1"]]
+    assert nearby(["projector", "decoder.2"], sites, 2) == [["projector", "decoder.0"]]
+
+
+def test_regimes_are_tried_one_reduction_at_a_time() -> None:
+    found = list(in_regimes(POLICY))
+    regimes = [[step.regime for step in each.reductions] for each in found]
+    # As it was: prune, then merge.
+    assert {first for first, second in regimes if second == "merge"} >= {"merge", "pool"}
+    assert {second for first, second in regimes if first == "prune"} >= {"prune", "reweight"}
 
 
 # *** the state of the steps ***

@@ -17,8 +17,8 @@ from transformers import LlavaForConditionalGeneration
 from deos_fx import transform
 from deos_fx.passes.pipeline import lower_call, run_graph
 from deos_fx.passes.search import run as run_module
+from deos_fx.passes.search.places import widened
 from deos_fx.passes.search.problem import SearchProblem
-from deos_fx.passes.search.proposals import widened
 from deos_fx.passes.search.search import search
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
