@@ -19,6 +19,7 @@ from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.outcome import result_of
 from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.passes.search.scoring import Scoring
 from deos_fx.passes.search.search import search
 from deos_fx.passes.search.space import relaxed
 from deos_fx.passes.search.state import SearchState
@@ -99,6 +100,15 @@ def test_a_policy_without_a_loss_is_not_returned(model: Any) -> None:
         result_of(problem, [infinite], [], 0.0, False)
     found = result_of(problem, [infinite, Candidate(policy, "steps", 9.0, cost)], [], 0.0, False)
     assert found.best.source == "steps"
+
+
+def test_a_policy_is_scored_once(model: Any) -> None:
+    problem = SearchProblem.of(model, labelled(model), SMALL)
+    scoring = Scoring(problem, Estimate(None), None)
+    policy = Policy((Reduction("projector", 8, scores={"feature_norm": 1.0}),))
+    scoring.add_all("presets", [("first", policy), ("second", policy)])
+    assert [each.source for each in scoring.candidates] == ["first"]
+    assert scoring.loss(policy) == scoring.best.loss == problem.static_loss(policy)
 
 
 # *** little data, few tokens, much budget ***
