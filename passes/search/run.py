@@ -259,9 +259,12 @@ class SearchRun:
         single = Policy((replace(start.reductions[0], keep=1),))
         half = (loss(Policy()) + loss(single)) / 2
         factors = [1]
-        whole, count = self.problem.visual_tokens, start.counts(self.problem.visual_tokens)[0]
-        widest = min(_WIDEST, whole // (4 * count))
-        while factors[0] < widest and loss(widened(self.problem, start, factors[0])[1]) > half:
+        most = self.problem.visual_tokens / start.counts(self.problem.visual_tokens)[-1]
+        # With twice the tokens, something must still be dropped.
+        while (
+            2 * factors[0] < min(most, 2 * _WIDEST)
+            and loss(widened(self.problem, start, factors[0])[1]) > half
+        ):
             factors.insert(0, 2 * factors[0])
         # There must be steps for each.
         return factors[-max(1, min(len(factors), self.steps)) :]
@@ -308,7 +311,12 @@ class SearchRun:
     def rounded(self, descent: Descent) -> Policy:
         """Return the best policy that a descent has reached, fitted to the limits."""
         descent.state.take_best()
-        policy = discretise(descent.reductions, self.problem.visual_tokens)
+        whole = self.problem.visual_tokens
+        policy = discretise(descent.reductions, whole)
+        if not policy.reductions:
+            # Case: under wider limits every site kept nearly all. The limits say how many may stay.
+            reductions = descent.reductions.items()
+            policy = Policy(tuple(each.to_reduction(site, whole) for site, each in reductions))
         return self.problem.fit(policy) or policy
 
     def score(self, descent: Descent) -> None:

@@ -18,7 +18,7 @@ from deos_fx.passes.search.search import search
 from deos_fx.policy.budget import Budget
 from deos_fx.results.search_result import SearchResult
 
-SHORT = {"_TRIAL": 3, "_VARIATIONS": 1, "_CHECKPOINT_EVERY": 2}
+SHORT = {"_TRIAL": 3, "_VARIATIONS": 1, "_CHECKPOINT_EVERY": 2, "_WIDEST": 1}
 """Settings of `deos_fx.passes.search.run` that make a search short."""
 
 

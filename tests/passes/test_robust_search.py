@@ -19,6 +19,7 @@ from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.outcome import result_of
 from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.passes.search.scoring import Scoring
 from deos_fx.passes.search.search import search
 from deos_fx.passes.search.space import relaxed
 from deos_fx.passes.search.state import SearchState
@@ -52,11 +53,12 @@ def damaged(model: Any, *numbers: int) -> list[dict[str, Any]]:
 
 
 def test_steps_that_nothing_comes_of_end_with_a_warning(model: Any) -> None:
-    message = r"steps at projector end after 10 of 30.*the batches \[1\] of data"
+    message = r"steps at projector end after 10 of .*the batches \[1\] of data"
     with pytest.warns(RuntimeWarning, match=message):
-        found = search(model, damaged(model, 1), budget=SMALL, steps=30, sites=["projector"])
-    assert [step["finite"] for step in found.history] == [False] * 10
-    assert [step["not_finite"] for step in found.history] == [[1]] * 10
+        found = search(model, damaged(model, 1), budget=SMALL, steps=120, sites=["projector"])
+    # A search may go through several rounds of steps, and each of them ends early.
+    assert len(found.history) % 10 == 0 and len(found.history) < 60
+    assert all(not step["finite"] and step["not_finite"] == [1] for step in found.history)
     assert math.isfinite(found.best.loss)
 
 
@@ -98,6 +100,15 @@ def test_a_policy_without_a_loss_is_not_returned(model: Any) -> None:
         result_of(problem, [infinite], [], 0.0, False)
     found = result_of(problem, [infinite, Candidate(policy, "steps", 9.0, cost)], [], 0.0, False)
     assert found.best.source == "steps"
+
+
+def test_a_policy_is_scored_once(model: Any) -> None:
+    problem = SearchProblem.of(model, labelled(model), SMALL)
+    scoring = Scoring(problem, Estimate(None), None)
+    policy = Policy((Reduction("projector", 8, scores={"feature_norm": 1.0}),))
+    scoring.add_all("presets", [("first", policy), ("second", policy)])
+    assert [each.source for each in scoring.candidates] == ["first"]
+    assert scoring.loss(policy) == scoring.best.loss == problem.static_loss(policy)
 
 
 # *** little data, few tokens, much budget ***
@@ -143,7 +154,7 @@ STAGES = (
     ("place 1 of 2", 1),
     ("place 2 of 2", 3),
     ("finalist 1 of 2", 1),
-    ("steps", 2),
+    ("steps", 1),
     ("variations", 1),
 )
 
@@ -221,4 +232,5 @@ def test_the_time_is_estimated_once_from_the_first_step(model: Any) -> None:
     sites = ["projector"]
     show = lambda now, *_: seen.append(now)  # noqa: E731
     search(model, labelled(model), budget=SMALL, steps=2, sites=sites, progress=show)
-    assert seen.count("estimate") == 1 and seen.index("estimate") == seen.index("steps") - 1
+    assert seen.count("estimate") == 1
+    assert seen[seen.index("estimate") + 1].startswith("steps")
