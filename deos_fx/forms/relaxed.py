@@ -252,7 +252,8 @@ class RelaxedReduction(nn.Module):
             named = self.named_scores(features, alive)
             parts = [standardize(part.expand_as(alive), alive) for _, part in named]
             fades = bool(self.start.learned.scores)
-            total = combine(parts, self.scores.exp() if fades else self.scores.softmax(0))
+            sizes = self.scores.clamp_max(STEEP).exp() if fades else self.scores.softmax(0)
+            total = combine(parts, sizes)
         for _, part in self.learned_scores(features):
             total = total + part
         return standardize(total, alive) if self.start.learned.scores else total

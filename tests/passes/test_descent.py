@@ -59,7 +59,9 @@ def test_what_is_judged_is_the_loss_of_what_is_deployed(
     descent.run(lambda step: None)
     policy = discretise(descent.reductions, problem.visual_tokens)
     assert [reduction.site for reduction in policy.reductions] == names
-    assert descent.judge() == pytest.approx(problem.static_loss(policy), rel=1e-3)
+    # Judged with as many tokens as the limits allow; those of decoder.0 alone cannot meet them.
+    fitted = problem.fit(policy) or policy
+    assert descent.judge() == pytest.approx(problem.static_loss(fitted), rel=1e-3)
     # The start was judged too, so the best is no worse than that.
     losses = [record["static"] for record in descent.state.history if "static" in record]
     assert descent.state.best_loss <= min(losses)
