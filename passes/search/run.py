@@ -38,7 +38,7 @@ __all__ = ["STAGES", "SearchRun"]
 
 # Steps at each place, if there are several; the best single site and the best pair go on for a
 # third of all steps.
-_TRIAL, _FINALISTS = 24, 2
+_TRIAL, _PAIRS = 24, 2
 # How many times as many tokens as the limits allow steps may begin with.
 _WIDEST = 8
 # What a site has to earn: the loss of a place counts so much more for each site after the first.
@@ -179,10 +179,8 @@ class SearchRun:
         self.left = self._planned(len(starts))
         if len(starts) > 1:
             tried = self._each("place", starts, _TRIAL)
-            tried += self.moved(min(tried, key=_descended), sites)
-            # The best single site and the best pair. A pair learns faster, but costs more.
-            best = {len(each.reductions): each for each in sorted(tried, key=_descended)[::-1]}
-            starts = [self.rounded(descent) for descent in best.values()]
+            moved = self.moved(min(tried, key=_descended), sites)
+            starts = [self.rounded(descent) for descent in _finalists(tried, moved)]
         if len(starts) > 1:
             tried = self._each("finalist", starts, self.steps // 3)
             starts = [self.rounded(min(tried, key=_descended))]
@@ -356,7 +354,7 @@ class SearchRun:
         steps, losses = self.steps // 2, _JUDGED + _VARIATIONS // 2 + len(PRESETS)
         steps, losses = self.further * steps, self.further * losses
         if places > 1:
-            finalists = min(places, _FINALISTS)
+            finalists = min(places, 1 + _PAIRS)
             # Two more places are tried near the best.
             steps += (places + 2) * min(_TRIAL, self.steps) + finalists * (self.steps // 3)
             losses += (places + 2 + finalists) * _JUDGED
@@ -369,6 +367,21 @@ class SearchRun:
 def _charged(loss: float, sites: int) -> float:
     """Return a loss with a charge for every site but the first."""
     return loss * (1 + _CHARGE * (sites - 1))
+
+
+def _finalists(tried: Sequence[Descent], moved: Sequence[Descent]) -> list[Descent]:
+    """Return the best places after the trials: a single site, and pairs.
+
+    Args:
+        tried: The places that were tried.
+        moved: Those near the best of them, which takes part as the best of its neighbourhood.
+    """
+    best = min(tried, key=_descended)
+    near = min([best, *moved], key=_descended)
+    ranked = sorted([near if each is best else each for each in tried], key=_descended)
+    # A pair learns faster than a single site, but costs more. So no comparison between them yet.
+    single = [each for each in ranked if len(each.reductions) == 1][:1]
+    return single + [each for each in ranked if len(each.reductions) > 1][:_PAIRS]
 
 
 def _descended(descent: Descent) -> float:
