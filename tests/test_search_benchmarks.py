@@ -45,7 +45,7 @@ def task() -> TinyTask:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "_TRIAL", 1)
-    monkeypatch.setattr(run_module, "_FINALISTS", 1)
+    monkeypatch.setattr(run_module, "_PAIRS", 0)
     monkeypatch.setattr(run_module, "_VARIATIONS", 2)
     for module in (methods, cases):
         monkeypatch.setattr(module, "default_steps", lambda problem: 2)

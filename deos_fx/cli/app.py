@@ -296,7 +296,7 @@ def search(
                 checkpoint=checkpoint,
                 progress=announced(progress, console),
             )
-        names = [] if folder is None else write_found(result, folder, console)
+        names = [] if folder is None else write_found(result, folder, console, len(inputs))
     console.print(f"Wrote {', '.join(names)} and report.html to {output}", highlight=False)
 
 

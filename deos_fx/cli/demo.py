@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaProcessor
 
-from deos_fx import OnnxModel, export_onnx, presets, reference, search
+from deos_fx import OnnxModel, export_onnx, reference, search
+from deos_fx.cli.demo_methods import BATCH, PresetTest, Tester, prompts, search_data, tested_presets
 from deos_fx.cli.terminal import Advance, Stages, announced, results_table, stages, times_table
-from deos_fx.cost.model import CostModel
 from deos_fx.files import fresh_folder, write_text
 from deos_fx.models.facts import facts_of
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
+from deos_fx.presets import names as preset_names
 from deos_fx.reference import Example
 from deos_fx.results.explanation import TokenStep, token_steps
 from deos_fx.results.methods import (
@@ -41,9 +41,6 @@ from deos_fx.runtime.reduced_model import ReducedModel
 
 __all__ = ["run_demo"]
 
-# Questions in each part of the data.
-TRAINING, VALIDATION, TEST = 384, 128, 480
-BATCH = 16
 COMPARED = 96
 """Number of test questions that ONNX Runtime answers too; all kinds in turn."""
 SHOWN_ANSWERS = 6
@@ -84,27 +81,33 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
     # 1. The model, and what to search and test with.
     with stage("load the reference model"):
         model, processor = reference.load()
-        data = _search_data(processor, seed)
-        tests = reference.make_examples(TEST, "test")
-        costs = CostModel.of_images(model, images=1, text_tokens=_text_tokens(processor, tests))
-        limit = budget.limits(costs.predict(Policy()))["visual_tokens"]
-    # 2. Search.
-    with stage.phased("search") as progress:
-        shown = announced(progress, stage.progress.console)
-        found = search(model, data, budget=budget, seed=seed, progress=shown)
-    reduced = ReducedModel(model, found.policy)
-    # 3. Compare with the unreduced model, and with presets at the same cost.
-    methods = [_Tested(UNREDUCED, Policy(), model), _Tested(SEARCHED, found.policy, reduced)]
-    methods += [_preset(name, model, limit) for name in presets.names()]
-    measured = []
-    for method in methods:
-        with stage(f"test {method.name}") as advance:
-            measured.append(method.measure(processor, tests, costs, advance))
-    # 4. Export, and compare ONNX Runtime with PyTorch.
-    with stage("export to ONNX"):
-        export_onnx(reduced, folder / "onnx", example_inputs=_prompts(processor, tests[:2]))
-    with stage("run in ONNX Runtime") as advance:
-        onnx = _check_onnx(folder / "onnx", reduced, processor, tests[:COMPARED], advance)
+        data = search_data(processor, seed)
+        tester = Tester(model, processor)
+        # A budget that makes no sense is refused here.
+        limit = tester.limit(budget)
+    # 2. Presets at the same cost run beside everything else.
+    with tested_presets(budget, seed) as others:
+        # 3. Search, and compare with the unreduced model.
+        with stage.phased("search") as progress:
+            shown = announced(progress, stage.progress.console)
+            found = search(model, data, budget=budget, seed=seed, progress=shown)
+        reduced = ReducedModel(model, found.policy)
+        measured = []
+        for name, policy, runs in (
+            (UNREDUCED, Policy(), model),
+            (SEARCHED, found.policy, reduced),
+        ):
+            with stage(f"test {name}") as advance:
+                measured.append(tester.test(name, policy, runs, advance))
+        # 4. Export, and compare ONNX Runtime with PyTorch.
+        tests = tester.questions
+        with stage("export to ONNX"):
+            export_onnx(reduced, folder / "onnx", example_inputs=prompts(processor, tests[:2]))
+        with stage("run in ONNX Runtime") as advance:
+            onnx = _check_onnx(folder / "onnx", reduced, processor, tests[:COMPARED], advance)
+        with stage("wait for the presets") as advance:
+            presets = _collected(others, advance)
+    measured += [each.method for each in presets]
     # 5. Look at the first question of every kind.
     with stage("draw examples"):
         pictures = _pictures(reduced, processor, tests[: len(reference.KINDS)], measured)
@@ -112,6 +115,7 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
         limit=limit,
         search=found,
         methods=measured,
+        tuning=sum(each.evaluations for each in presets),
         questions=len(tests),
         grid=facts_of(model).grid,
         pictures=pictures,
@@ -119,6 +123,16 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
         seconds=stage.seconds,
         settings=_settings(seed, len(data)),
     )
+
+
+def _collected(others: Iterator[PresetTest], advance: Advance) -> list[PresetTest]:
+    """Wait for all presets."""
+    total = len(preset_names())
+    found = []
+    for each in others:
+        found.append(each)
+        advance(len(found), total)
+    return found
 
 
 @contextmanager
@@ -135,91 +149,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-# *** data ***
-
-
-def _search_data(processor: LlavaProcessor, seed: int) -> list[dict[str, Tensor]]:
-    """Make labelled batches; the search scores its candidates on the last quarter of them."""
-    training = reference.make_examples(TRAINING, "train", seed)
-    validation = reference.make_examples(VALIDATION, "validation", seed)
-    return list(reference.batches(processor, training + validation, BATCH))
-
-
-def _prompts(processor: LlavaProcessor, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Make one batch of prompts without answers."""
-    return next(reference.batches(processor, examples, len(examples), answers=False))
-
-
-def _text_tokens(processor: LlavaProcessor, examples: Sequence[Example]) -> int:
-    """Count the text tokens of the longest prompt, to which a batch is padded."""
-    # All prompts have equally many visual tokens, so those of the first serve for all.
-    ids = _prompts(processor, examples)["input_ids"]
-    return ids.shape[1] - int((ids[0] == processor.image_token_id).sum())
-
-
-# *** comparing ***
-
-
-@dataclass(frozen=True)
-class _Tested:
-    """A method to measure; without a model, `reason` says why it cannot be measured."""
-
-    name: str
-    policy: Policy
-    model: Any
-    reason: str = ""
-
-    def measure(
-        self,
-        processor: LlavaProcessor,
-        examples: Sequence[Example],
-        costs: CostModel,
-        advance: Advance,
-    ) -> Method:
-        """Answer the questions and count the right answers."""
-        cost = costs.predict(self.policy)
-        if self.model is None:
-            return Method(self.name, self.policy, cost, {}, reason=self.reason)
-        recorder = _Recorder(self.model.generate, processor, len(examples), advance)
-        accuracy = reference.accuracy(recorder, processor, examples)
-        return Method(self.name, self.policy, cost, accuracy, answers=recorder.answers)
-
-
-def _preset(name: str, model: LlavaForConditionalGeneration, limit: float) -> _Tested:
-    """Return a preset fitted to the budget, or the reason why it cannot meet the budget."""
-    # A method that cannot meet the budget gets a row with the reason, not an error.
-    try:
-        policy = presets.fit(name, limit, model)
-    except ValueError as error:
-        return _Tested(name, Policy(), None, str(error))
-    return _Tested(name, policy, ReducedModel(model, policy))
-
-
-class _Recorder:
-    """A generate function that records its answers and reports its progress.
-
-    `reference.accuracy` only counts right answers; the report shows them as well.
-    """
-
-    def __init__(
-        self, generate: Callable[..., Any], processor: LlavaProcessor, total: int, advance: Advance
-    ) -> None:
-        self.generate = generate
-        self.processor = processor
-        self.total = total
-        self.advance = advance
-        self.answers: list[str] = []
-
-    def __call__(self, **inputs: Tensor) -> Tensor:
-        # Ids begin with the prompt; only what follows is the answer.
-        ids = self.generate(**inputs)
-        new = ids[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        self.answers += [text.strip() for text in texts]
-        self.advance(len(self.answers), self.total)
-        return ids
 
 
 # *** ONNX ***
@@ -280,7 +209,7 @@ def _pictures(
 def _steps(
     reduced: ReducedModel, processor: LlavaProcessor, examples: Sequence[Example]
 ) -> list[list[TokenStep]]:
-    inputs = _prompts(processor, examples)
+    inputs = prompts(processor, examples)
     explanations = reduced.explain(**inputs)
     regimes = [reduction.regime for reduction in reduced.policy.reductions]
     patches = reduced.signature.visual_tokens
@@ -320,6 +249,7 @@ def _figures(result: DemoResult) -> dict[str, Any]:
             for method in result.methods
         ],
         "search": _search_figures(result.search),
+        "presets": {"tuned": result.tuning > 0, "evaluations": result.tuning},
         "onnx": asdict(result.onnx),
         "seconds": dict(result.seconds),
         "settings": dict(result.settings),
@@ -332,6 +262,7 @@ def _search_figures(found: SearchResult) -> Mapping[str, Any]:
         "relaxed_loss": found.relaxed_loss,
         "unreduced_loss": found.unreduced_loss,
         "source": found.best.source,
+        "evaluations": found.evaluations,
         "candidates": len(found.candidates),
         "history": found.history,
     }
@@ -342,7 +273,13 @@ def _print(result: DemoResult, output: str | os.PathLike[str], console: Console)
     for method in result.methods:
         if method.reason:
             console.print(f"{method.name}: {method.reason}", highlight=False)
+    console.print(f"Presets: {result.presets_in_words}.", highlight=False)
     console.print(result.search.policy, highlight=False, markup=False)
+    console.print(
+        f"The policy comes from: {result.search.best.source}, in {result.search.evaluations:,} "
+        "evaluations (forward passes of a batch; a backward pass counts two).",
+        highlight=False,
+    )
     onnx = result.onnx
     console.print(f"ONNX Runtime gave the same tokens for {onnx.equal} of {onnx.compared} prompts.")
     console.print(times_table(result.seconds))

@@ -115,7 +115,10 @@ TuneFile = Annotated[
 
 
 Evaluations = Annotated[
-    int, typer.Option(min=1, help="Settings tried to tune a preset; as many as the search took.")
+    int,
+    typer.Option(
+        min=1, help="Settings tried to tune a preset; deos-fx search says how many are fair."
+    ),
 ]
 
 

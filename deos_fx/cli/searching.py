@@ -79,7 +79,9 @@ def placed(model: Any, device: torch.device | None) -> Any:
     return model if device is None else model.to(device)
 
 
-def write_found(result: SearchResult | SearchFront, folder: Path, console: Console) -> list[str]:
+def write_found(
+    result: SearchResult | SearchFront, folder: Path, console: Console, batches: int
+) -> list[str]:
     """Write the policies and the page of a search.
 
     A policy for one budget is ``policy.json``. Of several, each has the limit on visual tokens in
@@ -89,6 +91,7 @@ def write_found(result: SearchResult | SearchFront, folder: Path, console: Conso
         result: What was found.
         folder: The folder to write to.
         console: Where the policies are shown.
+        batches: Number of batches of the data.
 
     Returns:
         The names of the policies' files.
@@ -97,11 +100,20 @@ def write_found(result: SearchResult | SearchFront, folder: Path, console: Conso
 
     if isinstance(result, SearchFront):
         results = result.results.items()
-        policies = {f"policy-{budget.visual_tokens}.json": one.policy for budget, one in results}
+        found = {f"policy-{budget.visual_tokens}.json": one for budget, one in results}
     else:
-        policies = {"policy.json": result.policy}
-    for name, policy in policies.items():
-        policy.save(folder / name)
-        console.print(policy, highlight=False, markup=False)
+        found = {"policy.json": result}
+    for name, one in found.items():
+        one.policy.save(folder / name)
+        console.print(one.policy, highlight=False, markup=False)
+        console.print(f"It comes from: {one.best.source}.", highlight=False, markup=False)
+    evaluations = sum(one.evaluations for one in found.values())
+    # Presets are tuned by their loss on all of the data.
+    losses = max(1, evaluations // batches)
+    console.print(
+        f"The search took {evaluations:,} forward passes of a batch; a backward pass counts two. "
+        f"deos-fx compare --evaluations {losses} lets presets be tuned with as many.",
+        highlight=False,
+    )
     result.report(folder / "report.html")
-    return list(policies)
+    return list(found)

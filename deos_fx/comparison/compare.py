@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -62,8 +63,8 @@ def compare(
     run gets the reason instead of figures. Costs and times are those of the first test prompt.
 
     With tuning data, the options of every preset are tuned by the loss of the right answers, with
-    as many evaluations as the largest search among the policies took: its candidates, and three for
-    each gradient step, as a backward pass counts two. Give the data that was searched with.
+    as many evaluations as the largest search among the policies took. Give the data that was
+    searched with.
 
     Args:
         model: A transformers vision-language model.
@@ -92,7 +93,7 @@ def compare(
     check_budget(budget)
     names = [*RULES] if presets is None else [*presets]
     if evaluations is None:
-        evaluations = max(map(_evaluations_of, (policies or {}).values()), default=EVALUATIONS)
+        evaluations = _as_many_losses((policies or {}).values(), len(tuning or ()), batch_size)
     _check_numbers(budget, seeds, evaluations)
     _check_questions(test, tuning, metric)
     _check_names(names, policies or {})
@@ -186,11 +187,12 @@ def _read(given: Given) -> Policy:
     return given.policy if isinstance(given, SearchResult) else Policy.load(given)
 
 
-def _evaluations_of(given: Given) -> int:
-    """Return how many losses a search took; that of a gradient step counts three."""
-    if not isinstance(given, SearchResult):
+def _as_many_losses(policies: Iterable[Given], questions: int, batch_size: int) -> int:
+    """Return how many losses of all questions take as long as the longest search."""
+    searches = [given.evaluations for given in policies if isinstance(given, SearchResult)]
+    if not searches or not questions:
         return EVALUATIONS
-    return len(given.candidates) + 3 * len(given.history)
+    return max(1, max(searches) // math.ceil(questions / batch_size))
 
 
 def _answer_tokens(processor: Any, test: Sequence[Record]) -> int:

@@ -39,6 +39,8 @@ class DemoResult:
         limit: Visual tokens that the budget allows, mean over the decoder layers.
         search: The result of the search.
         methods: The methods compared: no reduction, searched, and every preset.
+        tuning: Forward passes of a batch that tuning the presets took; 0 if they have their
+            published settings.
         questions: Number of questions behind each accuracy.
         grid: Rows and columns of the visual tokens of an image.
         pictures: Examples.
@@ -50,6 +52,7 @@ class DemoResult:
     limit: float
     search: SearchResult
     methods: Sequence[Method]
+    tuning: int
     questions: int
     grid: tuple[int, int]
     pictures: Sequence[Picture]
@@ -67,6 +70,16 @@ class DemoResult:
         place = {UNREDUCED: -2.0}
         return sorted(
             self.methods, key=lambda m: place.get(m.name, -m.accuracy.get("overall", -1.0))
+        )
+
+    @property
+    def presets_in_words(self) -> str:
+        """Return how the presets were set."""
+        if not self.tuning:
+            return "published settings (pip install 'deos-fx[compare]' to have them tuned)"
+        return (
+            f"each with the best of its own options on the data of the search, found in "
+            f"{self.tuning:,} evaluations by all of them"
         )
 
     def best_preset(self) -> Method | None:
@@ -139,7 +152,8 @@ def _comparison(result: DemoResult) -> Section:
     return Section(
         "Accuracy at the same cost",
         "Every method may use the shaded part: presets are fitted to the budget with as many "
-        "tokens as it allows, at their published settings (deos-fx compare tunes them). In "
+        f"tokens as it allows, {result.presets_in_words}; the search took "
+        f"{result.search.evaluations:,}. In "
         f"brackets, the 95 % interval that {result.questions} questions "
         "give; digits and photographs of the test scenes were seen neither in training nor in the "
         "search.",

@@ -40,7 +40,8 @@ class Candidate:
 
     Attributes:
         policy: The policy.
-        source: Its origin: ``step <n>``, ``preset <name>`` or ``refined ...``.
+        source: Its origin: ``gradient at <sites>``, ``preset <name>``, ``refined <origin>``,
+            ``carried from a looser budget`` or ``no reduction``.
         loss: Task loss of its static graph on the scoring batches.
         cost: Its exact cost.
     """
@@ -88,6 +89,7 @@ class SearchResult:
             temperature.
         interrupted: Whether the steps were cut short (Ctrl-C).
         looks: What the learned scores of the policy look at.
+        evaluations: Forward passes of a batch that the search took; a backward pass counts two.
     """
 
     policy: Policy
@@ -99,6 +101,7 @@ class SearchResult:
     relaxed_loss: float
     interrupted: bool = False
     looks: list[Look] = field(default_factory=list)
+    evaluations: int = 0
 
     @property
     def best(self) -> Candidate:
@@ -199,11 +202,12 @@ def search_section(result: SearchResult) -> Section:
     limit = result.limits.get("visual_tokens")
     return Section(
         "The search",
-        "Above, the task loss of each step (thin) and its running mean; below, the visual tokens "
-        "of the relaxed model, which a growing multiplier holds under the limit. The steps start "
-        "near the best preset. Policies along the way are rounded to whole tokens; these, the "
-        "presets and small changes of the best are measured in the static form, the form that "
-        "runs, and the best is returned. Its loss is "
+        "Above, the task loss of each step at the best place (thin) and its running mean; below, "
+        "the visual tokens of the relaxed model, which a growing multiplier holds under the limit. "
+        "What the steps reach, presets and small changes of the best are measured in the static "
+        "form, the form that runs, and the best is returned: it comes from "
+        f"“{result.best.source}”. All that took {result.evaluations:,} forward passes of a batch, "
+        "of which a backward pass counts two. The loss of the policy is "
         f"{result.best.loss:.4g} static and {result.relaxed_loss:.4g} relaxed, a gap of "
         f"{result.gap:+.2g}; without reduction it is {result.unreduced_loss:.4g}.",
         # Where no reduction is right, no step was taken.

@@ -172,6 +172,8 @@ class Descent:
         batches = self._batches()
         parameters = self.state.parameters
         rows = torch.zeros(len(batches), 1 + sum(each.numel() for each in parameters))
+        self.problem.effort.forwards += len(batches)
+        self.problem.effort.backwards += len(batches)
         for i, batch in processes.shared_out(batches):
             rows[i] = self._loss_and_gradients(batch)
         rows = processes.joined(rows)
@@ -274,7 +276,6 @@ class Descent:
         gradients = [torch.zeros_like(parameter) for parameter in self.state.parameters]
         loss = self._loss(batch)
         _add_gradients(gradients, loss, self.state.parameters)
-        self.problem.effort.backwards += 1
         values = [loss.detach(), *gradients]
         return torch.cat([value.flatten().float().cpu() for value in values])
 

@@ -69,7 +69,7 @@ class Target:
 
 @dataclass
 class Effort:
-    """How often the model was run on a batch to measure its loss.
+    """How often the model was run on a batch to measure its loss, by all processes together.
 
     Attributes:
         forwards: Forward passes, reduced or not.

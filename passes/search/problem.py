@@ -306,7 +306,6 @@ class SearchProblem:
             batch: The batch.
         """
         fields = self.fronts.run(parts, batch, batch.inputs)
-        self.effort.forwards += 1
         # Only a static graph has spaces. The last one has the tokens that logits are of.
         spaces: Sequence[SpaceFields] | None = fields.get("spaces")
         return batch.target.loss(fields["logits"], spaces[-1]["origin"] if spaces else None)
@@ -336,6 +335,7 @@ class SearchProblem:
             loss: Returns the loss of a batch, 0-dim.
         """
         losses = torch.zeros(len(self.scoring), dtype=torch.float64)
+        self.effort.forwards += len(self.scoring)
         for i, batch in processes.shared_out(self.scoring):
             losses[i] = loss(batch).item()
         mean = sum(processes.joined(losses).tolist()) / len(losses)

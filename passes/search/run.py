@@ -46,6 +46,8 @@ _CHARGE = 0.05
 _CHECKPOINT_EVERY = 10
 # How often a descent measures the static loss.
 _JUDGED = 9
+# How many regimes as they are defined one site can be in.
+_REGIMES = 7
 # Small changes of the best candidate, at the end.
 _VARIATIONS = 24
 STAGES = ("presets", "steps", "variations")
@@ -92,6 +94,8 @@ class SearchRun:
         self.estimated = self.estimate or Estimate(self.progress)
         self.scoring = Scoring(self.problem, self.estimated, self.progress)
         self.unreduced_loss: float | None = None
+        # Under several budgets, others have run the model before.
+        self.before = self.problem.effort.evaluations
         # Steps and static losses of the search, for the estimate.
         self.left = (0, 0)
         self.interrupted |= self.problem.interrupted
@@ -103,6 +107,11 @@ class SearchRun:
         if not entries and self.descents:
             entries = self.descents[-1].state.history
         return [{**entry, "step": i} for i, entry in enumerate(entries, start=1)]
+
+    @property
+    def spent(self) -> int:
+        """Return the evaluations so far."""
+        return self.problem.effort.evaluations - self.before
 
     def advance(
         self, sites: Sequence[Site], stages: Sequence[str] = STAGES, most: int | None = None
@@ -176,7 +185,7 @@ class SearchRun:
         """
         if not starts:
             return
-        self.left = self._planned(len(starts))
+        self.left = self._planned(len(starts), len(sites))
         if len(starts) > 1:
             tried = self._each("place", starts, _TRIAL)
             moved = self.moved(min(tried, key=_descended), sites)
@@ -345,20 +354,31 @@ class SearchRun:
     def _result(self) -> SearchResult:
         if self.unreduced_loss is None:
             self.unreduced_loss = check_unreduced(self.problem)
-        candidates, interrupted = self.scoring.candidates, self.interrupted
-        return result_of(self.problem, candidates, self.history, self.unreduced_loss, interrupted)
+        found = result_of(
+            self.problem,
+            self.scoring.candidates,
+            self.history,
+            self.unreduced_loss,
+            self.interrupted,
+        )
+        return replace(found, evaluations=self.spent)
 
-    def _planned(self, places: int) -> tuple[int, int]:
-        """Return how many steps and static losses the search takes, from the first step on."""
+    def _planned(self, places: int, sites: int) -> tuple[int, int]:
+        """Return how many steps and static losses the search takes, from the first step on.
+
+        If places near the best are no better, and another regime is worth steps.
+        """
         # Under a tighter budget, and under this one.
         steps, losses = self.steps // 2, _JUDGED + _VARIATIONS // 2 + len(PRESETS)
         steps, losses = self.further * steps, self.further * losses
         if places > 1:
             finalists = min(places, 1 + _PAIRS)
-            # Two more places are tried near the best.
-            steps += (places + 2) * min(_TRIAL, self.steps) + finalists * (self.steps // 3)
-            losses += (places + 2 + finalists) * _JUDGED
-        return steps + self.steps, losses + _JUDGED + _VARIATIONS
+            # On both sides of the best place, at distances that halve.
+            tried = places + 2 * (sites // 4).bit_length()
+            steps += tried * min(_TRIAL, self.steps) + finalists * (self.steps // 3)
+            losses += (tried + finalists) * _JUDGED
+        steps += self.steps + self.steps // 2
+        return steps, losses + 2 * _JUDGED + _REGIMES + _VARIATIONS
 
 
 # *** the choice ***

@@ -193,18 +193,20 @@ def test_as_many_evaluations_as_the_search_took(
     )
     policy = presets.merge(keep=18)
     cost = CostModel.of_images(loaded[0], images=1, text_tokens=4).predict(policy)
-    candidates = [Candidate(policy, "preset merge", 0.5, cost)] * 7
-    searched = SearchResult(policy, [{}] * 5, candidates, {}, cost, 0.1, 0.5)
+    candidates = [Candidate(policy, "preset merge", 0.5, cost)]
+    searched = SearchResult(policy, [], candidates, {}, cost, 0.1, 0.5, evaluations=61)
     with pytest.raises(pytest.fail.Exception):
         compare(
             *loaded,
             records(asked[:1]),
             budget=TOKENS,
             policies={"found": searched},
-            tuning=records(reference.make_examples(1, "validation")),
+            tuning=records(reference.make_examples(5, "validation")),
+            batch_size=2,
             presets=["fastv"],
         )
-    assert given == [7 + 3 * 5]
+    # A loss is that of three batches.
+    assert given == [61 // 3]
 
 
 def test_tuning_without_optuna(loaded: Any, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def demo(found):
             method(SEARCHED, found.policy, 0.8),
             Method("fastv", Policy(), cost_of(Policy()), {}, reason="fastv cannot meet it"),
         ],
+        tuning=0,
         questions=40,
         grid=(8, 8),
         pictures=[Picture(image, "at", "what is at <top>", "7", answers, [step])],
