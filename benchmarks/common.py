@@ -16,11 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
-from deos_fx import __version__
+from deos_fx import __version__, reference
+from deos_fx.models.facts import facts_of
 
-__all__ = ["DTYPES", "SHAPES", "Device", "Dtype", "conditions", "device_of", "now"]
+__all__ = [
+    "DTYPES",
+    "SHAPES",
+    "Device",
+    "Dtype",
+    "build_inputs",
+    "build_model",
+    "conditions",
+    "device_of",
+    "now",
+]
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -92,10 +110,45 @@ def _tiny() -> LlavaConfig:
 
 SHAPES: Mapping[str, Callable[[], LlavaConfig]] = {
     "llava-tiny": _tiny,
+    "llava-1.5-eighth": lambda: _llava_1_5(2048, 5504, 16, 16),
     "llava-1.5-7b": lambda: _llava_1_5(4096, 11008, 32, 32),
     "llava-1.5-13b": lambda: _llava_1_5(5120, 13824, 40, 40),
 }
 """Configs of the shapes that get random weights; ``reference`` brings its trained ones."""
+
+
+def build_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a model: `reference` with its trained weights, others with random ones.
+
+    Raises:
+        ValueError: If there is no such shape.
+    """
+    if shape == "reference":
+        trained: Any = reference.load()[0]
+        return trained.to(device, dtype).requires_grad_(False)
+    if shape not in SHAPES:
+        raise ValueError(f"no shape {shape!r}; choose from reference, {', '.join(SHAPES)}")
+    torch.manual_seed(0)
+    with device:
+        model = LlavaForConditionalGeneration._from_config(SHAPES[shape](), dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def build_inputs(model: PreTrainedModel, batch: int, text: int) -> dict[str, Tensor]:
+    """Prompts of one image and random words: ``input_ids`` and ``pixel_values``, no padding."""
+    config, generator = model.config, torch.Generator().manual_seed(1)
+    vision, words = config.vision_config, config.get_text_config().vocab_size
+    ids = torch.randint(words - 1, (batch, text), generator=generator)
+    # The image token itself must not be among the words.
+    ids += ids >= config.image_token_id
+    image = torch.full((batch, facts_of(model).signature.visual_tokens), config.image_token_id)
+    pixels = torch.randn(
+        batch, vision.num_channels, vision.image_size, vision.image_size, generator=generator
+    )
+    return {
+        "input_ids": torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1).to(model.device),
+        "pixel_values": pixels.to(model.device, model.dtype),
+    }
 
 
 # *** the machine ***

@@ -19,11 +19,21 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import DTYPES, SHAPES, Device, Dtype, conditions, device_of, now
+from common import (
+    DTYPES,
+    SHAPES,
+    Device,
+    Dtype,
+    build_inputs,
+    build_model,
+    conditions,
+    device_of,
+    now,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from deos_fx import (
@@ -33,7 +43,6 @@ from deos_fx import (
     ReducedModel,
     export_onnx,
     presets,
-    reference,
 )
 from deos_fx.cli.terminal import Advance, Stages, stages
 from deos_fx.cost.latency import milliseconds
@@ -48,38 +57,6 @@ __all__ = ["Settings", "measure"]
 WARM_UP = 2
 ORIGINAL, EMPTY, REDUCED = "original", "empty", "reduced"
 RUNTIMES = {"pytorch": "PyTorch", "onnxruntime": "ONNX RT"}
-
-
-# *** the model ***
-
-
-def _build_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    if shape == "reference":
-        trained: Any = reference.load()[0]
-        return trained.to(device, dtype).requires_grad_(False)
-    if shape not in SHAPES:
-        raise ValueError(f"no shape {shape!r}; choose from reference, {', '.join(SHAPES)}")
-    torch.manual_seed(0)
-    with device:
-        model = LlavaForConditionalGeneration._from_config(SHAPES[shape](), dtype=dtype)
-    return model.eval().requires_grad_(False)
-
-
-def _build_inputs(model: PreTrainedModel, batch: int, text: int) -> dict[str, Tensor]:
-    """Prompts of one image and random words: ``input_ids`` and ``pixel_values``, no padding."""
-    config, generator = model.config, torch.Generator().manual_seed(1)
-    vision, words = config.vision_config, config.get_text_config().vocab_size
-    ids = torch.randint(words - 1, (batch, text), generator=generator)
-    # The image token itself must not be among the words.
-    ids += ids >= config.image_token_id
-    image = torch.full((batch, facts_of(model).signature.visual_tokens), config.image_token_id)
-    pixels = torch.randn(
-        batch, vision.num_channels, vision.image_size, vision.image_size, generator=generator
-    )
-    return {
-        "input_ids": torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1).to(model.device),
-        "pixel_values": pixels.to(model.device, model.dtype),
-    }
 
 
 # *** measuring ***
@@ -211,8 +188,8 @@ def measure(
     device = device_of(settings.device)
     with stages(console) as stage:
         with stage("build the model"):
-            model = _build_model(settings.shape, device, DTYPES[settings.dtype])
-            inputs = _build_inputs(model, settings.batch, settings.text)
+            model = build_model(settings.shape, device, DTYPES[settings.dtype])
+            inputs = build_inputs(model, settings.batch, settings.text)
             costs = CostModel.of_call(Call.of(facts_of(model), {**inputs, "logits_to_keep": 1}))
             policy = settings.policy or _fitted_preset(settings, model, costs)
             reduced = {EMPTY: ReducedModel(model, Policy()), REDUCED: ReducedModel(model, policy)}

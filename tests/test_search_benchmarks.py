@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, inputs, tiny_llava
 
-from benchmarks.search import ablations, cases, charts, compare, methods
+from benchmarks.search import ablations, cases, charts, compare, front, methods, step
 from benchmarks.search.depthwise import _cheapest
 from benchmarks.search.task import Task
 from deos_fx.passes.search import run as run_module
@@ -113,6 +113,32 @@ def test_ablations(task, quick, monkeypatch, name):
     assert ablations.ablate(name, task, few, list(rows), lambda rows: None) == rows
     assert ablations.table(rows).count("\n") == len(rows) + 1
     assert re.search("<svg", ablations.PLOTS[name](rows))
+
+
+def test_a_front_is_compared_with_separate_searches(task, quick):
+    settings = front.Settings(budgets=(32, 16), questions=6, tests=2, steps=2)
+    rows = front.measure(task, settings)
+    assert [(row["way"], row["tokens"]) for row in rows] == [
+        (way, tokens) for way in ("together", "one by one") for tokens in (32, 16)
+    ]
+    assert all(row["evaluations"] > 0 and row["right"] == 50 for row in rows)
+    together = sum(row["evaluations"] for row in rows[:2])
+    # The second line is that of the searches together.
+    assert front.table(rows).splitlines()[2].endswith(f"| {together:,} |")
+
+
+def test_a_step_is_measured_beside_passes_of_the_model():
+    rows = step.measure(step.Settings("llava-tiny", text=8, budget=0.5, repeats=1))
+    names = [row["name"] for row in rows]
+    assert names[:3] == ["forward", "backward", "step at projector"] and len(names) == 5
+    assert rows[0]["forwards"] == rows[1]["backwards"] == 1
+    assert all(row["seconds"] > 0 for row in rows)
+    assert all(row["first_forwards"] > 0 for row in rows[2:])
+
+
+def test_a_step_of_an_unknown_shape():
+    with pytest.raises(ValueError, match="llava-1.5-eighth"):
+        step.measure(step.Settings("llava-2"))
 
 
 def test_no_such_ablation(task):

@@ -34,6 +34,11 @@ class Fronts:
         self._known: OrderedDict[Hashable, tuple[object, object, dict[str, Any]]] = OrderedDict()
         self._bytes = 0
 
+    def clear(self) -> None:
+        """Forget all values."""
+        self._known.clear()
+        self._bytes = 0
+
     def run(self, parts: Parts, batch: object, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run both parts of a graph, the first only if no graph that begins alike was run.
 

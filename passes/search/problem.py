@@ -170,13 +170,9 @@ class SearchProblem:
         """Describe the problem, so that a checkpoint of another one is recognised."""
         return {
             "model": str(self.cost.signature),
-            "batches": [list(ids.shape) for ids in self._training_ids()],
-            "tokens": [int(ids.sum()) for ids in self._training_ids()],
+            "batches": [list(batch.call.inputs["input_ids"].shape) for batch in self.training],
+            "sums": [_sums(batch.call.inputs) for batch in self.training],
         }
-
-    def _training_ids(self) -> Iterator[Tensor]:
-        """Yield the token ids of the training batches."""
-        return (batch.call.inputs["input_ids"] for batch in self.training)
 
     @property
     def sites(self) -> Sites:
@@ -344,3 +340,10 @@ class SearchProblem:
     def static_loss(self, policy: Policy) -> float:
         """Return the task loss of a policy's static graph, mean over the scoring batches."""
         return self.mean_loss(lambda batch: lower_call(batch.captured.copy(), policy, batch.layout))
+
+
+def _sums(inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sum of every tensor among inputs, images included, by name."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    # As text, in which NaN equals itself.
+    return {name: repr(value.double().sum().item()) for name, value in sorted(tensors.items())}

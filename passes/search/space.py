@@ -66,7 +66,7 @@ def start_reduction(site: Site, tokens: Tensor) -> Reduction:
     flat = tokens.detach().flatten(0, 1).float()
     rank = min(_DIRECTIONS, *flat.shape)
     # Rows of V^T, the strongest first.
-    directions = torch.linalg.svd(flat, full_matrices=False)[2][:rank].mT
+    directions = torch.linalg.svd(flat, full_matrices=False)[2][:rank].mT.cpu()
     scores = {name: weight for name, weight in _SCORES.items() if name in site.scores}
     return Reduction(
         site.name,
