@@ -147,7 +147,7 @@ def _places(problem: SearchProblem) -> list[tuple[str, SearchProblem, Policy]]:
     """Return the projector alone, the projector with a decoder site, and an early decoder site."""
     sites = {site.name: site for site in problem.searched_sites(None)}
     names = [name for name in sites if name.startswith("decoder.")]
-    early, middle = names[1], names[len(names) // 2]
+    early, middle = names[0], names[len(names) // 2]
     found = []
     for place in (["projector"], ["projector", middle], [early]):
         tokens = site_tokens(problem, [sites[name] for name in place])
