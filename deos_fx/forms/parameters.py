@@ -6,18 +6,25 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deos_fx.forms.soft_top_k import SATURATED
+from deos_fx.policy.reduction import RANGES
 
 __all__ = [
     "HARD",
     "SOFT",
     "STEEP",
+    "diversity_of",
+    "in_range",
     "logit",
     "main_parts",
+    "mass_bias_of",
     "parameter",
     "rounded",
+    "sharpness_of",
+    "sizes_of",
     "snapped",
     "softplus_inverse",
 ]
@@ -47,6 +54,38 @@ def logit(value: float) -> float:
 def softplus_inverse(value: float) -> float:
     """Invert the softplus; 0 becomes a saturated value."""
     return value + math.log(-math.expm1(-value)) if value > 0 else -SATURATED
+
+
+# *** numbers that a policy may hold, from parameters without bounds ***
+
+
+def in_range(name: str, value: Tensor) -> Tensor:
+    """Return a value within the range of a number of a reduction, as 0-dim tensor."""
+    return value.clamp(*RANGES[name])
+
+
+def mass_bias_of(parameter: Tensor) -> Tensor:
+    """Return the mass bias of a parameter."""
+    return in_range("mass_bias", F.softplus(parameter))
+
+
+def diversity_of(parameter: Tensor) -> Tensor:
+    """Return the diversity of a parameter."""
+    return in_range("diversity", F.softplus(parameter))
+
+
+def sharpness_of(parameter: Tensor) -> Tensor:
+    """Return the sharpness, of which a parameter is the logarithm."""
+    # Clamped twice: the exponential of a large number is infinite, and has no gradient.
+    return in_range("sharpness", parameter.clamp_max(STEEP).exp())
+
+
+def sizes_of(parameters: Tensor) -> Tensor:
+    """Return the weights of scores that may grow or fade beside learned ones, [scores]."""
+    return parameters.clamp(-STEEP, STEEP).exp()
+
+
+# *** the numbers of a policy ***
 
 
 def rounded(value: float) -> float:

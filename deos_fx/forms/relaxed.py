@@ -21,11 +21,15 @@ from deos_fx.forms.needs import feature_name
 from deos_fx.forms.parameters import (
     HARD,
     SOFT,
-    STEEP,
+    diversity_of,
+    in_range,
     logit,
     main_parts,
+    mass_bias_of,
     parameter,
     rounded,
+    sharpness_of,
+    sizes_of,
     snapped,
     softplus_inverse,
 )
@@ -143,14 +147,14 @@ class RelaxedReduction(nn.Module):
         # A learned similarity goes with its directions.
         scores, kinds = main_parts(scores), main_parts(kinds)
         # The weights of a policy sum to 1, so learned scores take over the scale of the mix.
-        scale = self.scores.exp().sum().item() if self.start.scores else 1.0
+        scale = sizes_of(self.scores).sum().item() if self.start.scores else 1.0
         scale = rounded(scale) or scale
         learned = {
             name: value.detach() / scale ** (1 / LEARNED[name].degree)
             for name, value in self.learned.items()
             if LEARNED[name].scores or "learned" in kinds
         }
-        diversity = rounded(F.softplus(self.diversity).item())
+        diversity = rounded(diversity_of(self.diversity).item())
         greedy = self.start.selector == "greedy" and diversity > 0
         # Greedy without diversity is top_k, which is cheaper.
         plain = self.start.selector == "greedy" and not greedy
@@ -170,9 +174,9 @@ class RelaxedReduction(nn.Module):
             diversity=diversity if greedy else 0.0,
             gain=gain,
             temperature=snapped(temperature) if gain else 0.0,
-            sharpness=rounded(self.log_sharpness.exp().item()) if by_score else 1.0,
-            reweight=rounded(self.reweight.item()) if scores else 0.0,
-            mass_bias=rounded(F.softplus(self.mass_bias).item()),
+            sharpness=rounded(sharpness_of(self.log_sharpness).item()) if by_score else 1.0,
+            reweight=rounded(in_range("reweight", self.reweight).item()) if scores else 0.0,
+            mass_bias=rounded(mass_bias_of(self.mass_bias).item()),
             learned=Learned(learned),
         )
 
@@ -186,7 +190,7 @@ class RelaxedReduction(nn.Module):
         The last active site decides: beta' = (1 - a) beta + a beta_site.
         """
         activation = self.activation.sigmoid()
-        return (1 - activation) * before + activation * F.softplus(self.mass_bias)
+        return (1 - activation) * before + activation * mass_bias_of(self.mass_bias)
 
     def forward(
         self,
@@ -233,7 +237,7 @@ class RelaxedReduction(nn.Module):
         moved = (mass * (alive - gates)).unsqueeze(1) * assignment
         content, own = moved, torch.ones_like(own_mass)
         if self.start.weighting == "score":
-            weight = transfer.importance(score, self.log_sharpness.clamp_max(STEEP).exp())
+            weight = transfer.importance(score, sharpness_of(self.log_sharpness))
             content = moved * weight.unsqueeze(1)
             own = 1 + self._fused(slot) * (take(weight, stay) - 1)
         # 3. The merge of ``transfer.merge``.
@@ -241,7 +245,9 @@ class RelaxedReduction(nn.Module):
         received = (content * (share / own_mass).unsqueeze(-1)).to(tokens.dtype) @ tokens
         reduced = take(tokens, stay) * (own * share).unsqueeze(-1).to(tokens.dtype) + received
         # 4. Reweighting, as far as the site is active.
-        factor = 1 + self.activation.sigmoid() * self.reweight * take(score, stay)
+        factor = 1 + self.activation.sigmoid() * in_range("reweight", self.reweight) * take(
+            score, stay
+        )
         reduced = reduced * factor.unsqueeze(-1).to(tokens.dtype)
         return RelaxedOutput(reduced, stay, own_gates, own_mass + moved.sum(dim=-1), score)
 
@@ -252,7 +258,7 @@ class RelaxedReduction(nn.Module):
             named = self.named_scores(features, alive)
             parts = [standardize(part.expand_as(alive), alive) for _, part in named]
             fades = bool(self.start.learned.scores)
-            sizes = self.scores.clamp_max(STEEP).exp() if fades else self.scores.softmax(0)
+            sizes = sizes_of(self.scores) if fades else self.scores.softmax(0)
             total = combine(parts, sizes)
         for _, part in self.learned_scores(features):
             total = total + part
@@ -294,7 +300,7 @@ class RelaxedReduction(nn.Module):
             ranking = sequential.max_min_ranking(similarity, steps, alive)
             return standardize(ranking, alive)
         # Case: greedy. A closed gate is about -30, so dropped tokens are not picked.
-        diversity = F.softplus(self.diversity)
+        diversity = diversity_of(self.diversity)
         penalty = sequential.greedy_penalty(
             score + alive.clamp_min(LOG_FLOOR).log(), similarity, steps, diversity
         )

@@ -32,8 +32,17 @@ from deos_fx.policy.tier import (
 )
 from deos_fx.policy.words import in_words
 
-__all__ = ["Reduction", "Regime"]
+__all__ = ["RANGES", "Reduction", "Regime"]
 
+RANGES: Mapping[str, tuple[float, float]] = {
+    "gain": (0, 1),
+    "exponent": (0, 4),
+    "mass_bias": (0, 4),
+    "sharpness": (0, 1e3),
+    "reweight": (-1e3, 1e3),
+    "diversity": (0, 1e3),
+}
+"""Name of a number -> its smallest and its largest value."""
 ASSIGNMENTS = ("similar", "k_nearest", "window")
 ORDERS = ("position", "tier", "selection")
 POSITIONS = ("keep", "compact", "grid")
@@ -149,8 +158,7 @@ class Reduction:
         check_together(self)
 
     def _check_numbers(self) -> None:
-        limits = {"gain": (0, 1), "exponent": (0, 4), "mass_bias": (0, 4), "sharpness": (0, 1e3)}
-        for name, (low, high) in (limits | {"reweight": (-1e3, 1e3)}).items():
+        for name, (low, high) in RANGES.items():
             check_number(f"{self.site}: {name}", getattr(self, name), low, high)
         # Infinity is a temperature, but no other number.
         if self.temperature != math.inf:

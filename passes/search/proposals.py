@@ -14,7 +14,7 @@ from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.regimes import PRUNE
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.reduction import RANGES, Reduction
 from deos_fx.policy.site import site_order, split_site
 
 __all__ = ["PRESETS", "discretise", "from_presets", "variations"]
@@ -186,16 +186,21 @@ def _nudged(reductions: _Reductions) -> Iterator[_Reductions]:
             if value == math.inf or name == "sharpness" and reduction.weighting != "score":
                 continue
             for factor in factors:
-                yield _with(reductions, i, **{name: factor * value})
+                yield _with(reductions, i, **{name: _in_range(name, factor * value)})
         for name, summands in _SUMMANDS.items() if reduction.gain else ():
-            most = 1.0 if name == "gain" else math.inf
             for summand in summands:
-                value = min(most, max(0.0, getattr(reduction, name) + summand))
+                value = _in_range(name, getattr(reduction, name) + summand)
                 yield _with(reductions, i, **{name: value})
         if len(reduction.scores) > 1:
             for score, weight in reduction.scores.items():
                 for factor in _WEIGHTS:
                     yield _with(reductions, i, scores={**reduction.scores, score: factor * weight})
+
+
+def _in_range(name: str, value: float) -> float:
+    """Return the number nearest to a value that a policy may hold."""
+    least, most = RANGES.get(name, (0.0, math.inf))
+    return min(most, max(least, value))
 
 
 def _other_scores(reductions: _Reductions, sites: Sites) -> Iterator[_Reductions]:

@@ -16,7 +16,7 @@ from deos_fx import operator
 from deos_fx.forms.relaxed import RelaxedReduction, has_relaxed_form
 from deos_fx.forms.static import static_reduce
 from deos_fx.operator import SELECTORS
-from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.reduction import RANGES, Reduction
 
 
 def _saturated(reduction: Reduction, fraction: float) -> RelaxedReduction:
@@ -175,6 +175,20 @@ def test_gradients_are_finite_at_extreme_parameters(behaviour: str, extreme: flo
             assert all(grad is not None and grad.isfinite().all() for grad in grads)
             with torch.no_grad():
                 moved.copy_(before)
+
+
+@relaxed_behaviours
+@pytest.mark.parametrize("extreme", [-1e4, -30.0, 30.0, 1e4])
+def test_extreme_parameters_make_a_policy(behaviour: str, extreme: float) -> None:
+    site = RelaxedReduction(reduction_of(behaviour, 9), activation=0.9, retention=0.25)
+    for moved in [*site.parameters()]:
+        before = moved.detach().clone()
+        with torch.no_grad():
+            moved.fill_(extreme)
+        found = site.to_reduction("projector", 9)
+        assert all(low <= getattr(found, name) <= high for name, (low, high) in RANGES.items())
+        with torch.no_grad():
+            moved.copy_(before)
 
 
 def test_every_learned_parameter_has_a_gradient() -> None:

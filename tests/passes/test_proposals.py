@@ -116,6 +116,15 @@ def test_a_variation_changes_one_thing() -> None:
         assert kind in kinds
 
 
+def test_numbers_stay_in_their_ranges() -> None:
+    ends = {"gain": 1.0, "mass_bias": 4.0, "weighting": "score", "sharpness": 1e3}
+    at = Policy((Reduction("projector", 8, selector="greedy", diversity=1e3, **ends),))
+    seen = [found.reductions[0] for found in variations(at, SITES, TOKENS)]
+    for name in ("mass_bias", "sharpness", "diversity"):
+        largest = max(getattr(found, name) for found in seen)
+        assert largest == getattr(at.reductions[0], name)
+
+
 def test_depths_move_to_neighbours_that_can_be_reduced() -> None:
     at = Policy((Reduction("decoder.2", 8),))
     moved = {found.reductions[0].site for found in variations(at, SITES, TOKENS)}
