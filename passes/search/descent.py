@@ -152,6 +152,14 @@ class Descent:
                 stacklevel=2,
             )
 
+    def recount(self) -> None:
+        """Count what was done before a search was ended and continued."""
+        effort, steps = self.problem.effort, self.state.step * self._at_once
+        # The start is judged, too.
+        judged = sum("static" in record for record in self.state.history) + bool(self.state.best)
+        effort.forwards += steps + judged * len(self.problem.scoring)
+        effort.backwards += steps
+
     def _is_stuck(self) -> bool:
         """Return whether the latest steps have moved nothing."""
         latest = self._latest()
@@ -284,15 +292,20 @@ class Descent:
 
         The order depends on seed and step alone, so a resumed search takes the same batches.
         """
-        training = self.problem.training
-        prompts = len(training[0].call.inputs["input_ids"])
-        at_once = min(len(training), math.ceil(_PROMPTS / prompts))
+        training, at_once = self.problem.training, self._at_once
         chosen = []
         for place in range(self.state.step * at_once, (self.state.step + 1) * at_once):
             epoch, i = divmod(place, len(training))
             generator = torch.Generator().manual_seed(self.seed + epoch)
             chosen.append(training[int(torch.randperm(len(training), generator=generator)[i])])
         return chosen
+
+    @property
+    def _at_once(self) -> int:
+        """Return the number of batches of a step."""
+        training = self.problem.training
+        prompts = len(training[0].call.inputs["input_ids"])
+        return min(len(training), math.ceil(_PROMPTS / prompts))
 
     def _set_rates(self, progress: float) -> None:
         """Set the learning rates of the next step: a warm-up, then a cosine."""

@@ -48,6 +48,8 @@ _CHECKPOINT_EVERY = 10
 _JUDGED = 9
 # How many regimes as they are defined one site can be in.
 _REGIMES = 7
+# Of those that look better, so many are looked at twice.
+_CHECKED = 3
 # Small changes of the best candidate, at the end.
 _VARIATIONS = 24
 STAGES = ("presets", "steps", "variations")
@@ -244,14 +246,25 @@ class SearchRun:
         return placed(self.problem, [starts[name] for name in names])
 
     def settled(self, policy: Policy) -> Policy:
-        """Return a policy, or the same in a regime as it is defined, whichever is best."""
-        names = " and ".join(reduction.site for reduction in policy.reductions)
-        fitted = [self.problem.fit(each) for each in in_regimes(policy) if self.problem.runs(each)]
-        found = [policy, *(each for each in fitted if each is not None)]
-        for each in found:
-            if not self.scoring.has(each):
-                self.scoring.add(f"gradient at {names}", each)
-        return min(found, key=self.scoring.loss)
+        """Return a policy, or the same in a regime as it is defined, if that is better.
+
+        Of so many regimes, one looks better by chance, so it has to be better on the data of the
+        steps as well.
+        """
+        problem, source = self.problem, f"gradient at {_names(policy)}"
+        if not self.scoring.has(policy):
+            self.scoring.add(source, policy)
+        fitted = [problem.fit(each) for each in in_regimes(policy) if problem.runs(each)]
+        losses = [(problem.static_loss(each), each) for each in fitted if each is not None]
+        better = [each for each in losses if each[0] < self.scoring.loss(policy)]
+        trained = replace(problem, scoring=problem.training)
+        most = trained.static_loss(policy) if better else 0.0
+        for _, each in sorted(better, key=lambda pair: pair[0])[:_CHECKED]:
+            if trained.static_loss(each) < most:
+                if not self.scoring.has(each):
+                    self.scoring.add(source, each)
+                return each
+        return policy
 
     def _factors(self, start: Policy) -> list[int]:
         """Return by how much counts are larger than the limits allow, in turn; the last is 1.
@@ -301,6 +314,7 @@ class SearchRun:
         # Steps that were stopped go on with their parameters, optimizer, multipliers and history.
         if folder is not None:
             state.resume(folder)
+            descent.recount()
             processes.check_equal(f"steps in the checkpoint {folder}", state.step)
 
         def after_step(done: int) -> None:
@@ -330,8 +344,7 @@ class SearchRun:
         """Add what a descent has reached to the candidates."""
         policy = self.rounded(descent)
         if self.problem.meets(policy) and not self.scoring.has(policy):
-            names = " and ".join(reduction.site for reduction in policy.reductions)
-            self.scoring.add(f"gradient at {names}", policy)
+            self.scoring.add(f"gradient at {_names(policy)}", policy)
 
     def round_up(self, sites: Sequence[Site]) -> None:
         """Score what an interruption has left."""
@@ -379,6 +392,10 @@ class SearchRun:
             losses += (tried + finalists) * _JUDGED
         steps += self.steps + self.steps // 2
         return steps, losses + 2 * _JUDGED + _REGIMES + _VARIATIONS
+
+
+def _names(policy: Policy) -> str:
+    return " and ".join(reduction.site for reduction in policy.reductions)
 
 
 # *** the choice ***
