@@ -13,12 +13,14 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order
 
-__all__ = ["nearby", "placed", "placements", "widened"]
+__all__ = ["factors", "nearby", "placed", "placements", "widened"]
 
 _T = TypeVar("_T")
 
 # Sites that are tried alone, and in pairs with the first of them.
 _DEPTHS, _PAIRS = 4, 3
+# How many times as many tokens as the limits allow steps may begin with.
+_WIDEST = 8
 
 
 def placements(
@@ -96,6 +98,35 @@ def widened(problem: SearchProblem, policy: Policy, factor: int) -> tuple[Search
     wide = problem.cost.for_any_size(wide)
     others = [(cost, dict(cost.amounts(wide, own))) for cost, own in problem.others]
     return replace(problem, limits=problem.amounts(wide), others=others), wide
+
+
+def factors(problem: SearchProblem, start: Policy, steps: int) -> list[int]:
+    """Return by how much counts are larger than the limits allow, in turn; the last is 1.
+
+    With too few tokens, every choice of them answers equally badly, and no gradient says which
+    would be better. So steps begin with so many tokens that a policy loses at most half of what
+    there is to lose, with a single token. Two sites share their tokens from the first step on.
+
+    Args:
+        problem: The problem.
+        start: What the steps start from, at one or two sites.
+        steps: Number of steps, of which each factor needs one.
+    """
+    if len(start.reductions) > 1:
+        return [1]
+    loss = problem.static_loss
+    single = Policy((replace(start.reductions[0], keep=1),))
+    half = (loss(Policy()) + loss(single)) / 2
+    found = [1]
+    most = problem.visual_tokens / start.counts(problem.visual_tokens)[-1]
+    # With twice the tokens, something must still be dropped.
+    while (
+        2 * found[0] < min(most, 2 * _WIDEST)
+        and loss(widened(problem, start, found[0])[1]) > half
+    ):
+        found.insert(0, 2 * found[0])
+    # There must be steps for each.
+    return found[-max(1, min(len(found), steps)) :]
 
 
 def _spread(items: Sequence[_T], most: int) -> list[_T]:

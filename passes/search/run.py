@@ -18,11 +18,12 @@ from typing import Any
 
 from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search import processes
+from deos_fx.passes.search.choice import charged, descended, finalists
 from deos_fx.passes.search.descent import Descent, site_tokens
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.outcome import RUNNERS_UP, check_unreduced, result_of
-from deos_fx.passes.search.places import nearby, placed, placements, widened
+from deos_fx.passes.search.places import factors, nearby, placed, placements, widened
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.proposals import PRESETS, discretise, from_presets
@@ -39,10 +40,6 @@ __all__ = ["STAGES", "SearchRun"]
 # Steps at each place, if there are several; the best single site and the best pair go on for a
 # third of all steps.
 _TRIAL, _PAIRS = 24, 2
-# How many times as many tokens as the limits allow steps may begin with.
-_WIDEST = 8
-# What a site has to earn: the loss of a place counts so much more for each site after the first.
-_CHARGE = 0.05
 _CHECKPOINT_EVERY = 10
 # How often a descent measures the static loss.
 _JUDGED = 9
@@ -157,7 +154,7 @@ class SearchRun:
             if not self.scoring.has(policy):
                 self.scoring.add("carried from a looser budget", policy)
         losses = [
-            _charged(each.loss, len(policy.reductions))
+            charged(each.loss, len(policy.reductions))
             for policy in found
             for each in self.scoring.candidates
             if each.policy.reductions == policy.reductions
@@ -190,18 +187,18 @@ class SearchRun:
         self.left = self._planned(len(starts), len(sites))
         if len(starts) > 1:
             tried = self._each("place", starts, _TRIAL)
-            moved = self.moved(min(tried, key=_descended), sites)
-            starts = [self.rounded(descent) for descent in _finalists(tried, moved)]
+            moved = self.moved(min(tried, key=descended), sites)
+            starts = [self.rounded(descent) for descent in finalists(tried, moved, _PAIRS)]
         if len(starts) > 1:
             tried = self._each("finalist", starts, self.steps // 3)
-            starts = [self.rounded(min(tried, key=_descended))]
+            starts = [self.rounded(min(tried, key=descended))]
         (start,) = starts
-        factors = self._factors(start)
-        share = self.steps // len(factors)
-        for factor in factors:
+        looser = factors(self.problem, start, self.steps)
+        share = self.steps // len(looser)
+        for factor in looser:
             # The limits themselves come last, and get what is left of the steps.
             stage = "steps" if factor == 1 else f"steps at {factor} times the tokens"
-            steps = share if factor > 1 else self.steps - share * (len(factors) - 1)
+            steps = share if factor > 1 else self.steps - share * (len(looser) - 1)
             self.winner.append(self.descend(stage, start, steps, factor))
             start = self.rounded(self.winner[-1])
         settled = self.settled(start)
@@ -234,7 +231,7 @@ class SearchRun:
             starts = [start for names in new if (start := self._start(names)) is not None]
             near_to = f"place {distance} from {' and '.join(best.reductions)},"
             found += self._each(near_to, starts, _TRIAL)
-            better = min([best, *found], key=_descended)
+            better = min([best, *found], key=descended)
             # As far again in the direction that helps, or half as far.
             distance = distance // 2 if better is best else distance
             best = better
@@ -265,29 +262,6 @@ class SearchRun:
                     self.scoring.add(source, each)
                 return each
         return policy
-
-    def _factors(self, start: Policy) -> list[int]:
-        """Return by how much counts are larger than the limits allow, in turn; the last is 1.
-
-        With too few tokens, every choice of them answers equally badly, and no gradient says which
-        would be better. So steps begin with so many tokens that a policy loses at most half of what
-        there is to lose, with a single token. Two sites share their tokens from the first step on.
-        """
-        if len(start.reductions) > 1:
-            return [1]
-        loss = self.problem.static_loss
-        single = Policy((replace(start.reductions[0], keep=1),))
-        half = (loss(Policy()) + loss(single)) / 2
-        factors = [1]
-        most = self.problem.visual_tokens / start.counts(self.problem.visual_tokens)[-1]
-        # With twice the tokens, something must still be dropped.
-        while (
-            2 * factors[0] < min(most, 2 * _WIDEST)
-            and loss(widened(self.problem, start, factors[0])[1]) > half
-        ):
-            factors.insert(0, 2 * factors[0])
-        # There must be steps for each.
-        return factors[-max(1, min(len(factors), self.steps)) :]
 
     def descend(self, stage: str, start: Policy, steps: int, factor: int = 1) -> Descent:
         """Take gradient steps from a policy, and score what they reach.
@@ -396,31 +370,3 @@ class SearchRun:
 
 def _names(policy: Policy) -> str:
     return " and ".join(reduction.site for reduction in policy.reductions)
-
-
-# *** the choice ***
-
-
-def _charged(loss: float, sites: int) -> float:
-    """Return a loss with a charge for every site but the first."""
-    return loss * (1 + _CHARGE * (sites - 1))
-
-
-def _finalists(tried: Sequence[Descent], moved: Sequence[Descent]) -> list[Descent]:
-    """Return the best places after the trials: a single site, and pairs.
-
-    Args:
-        tried: The places that were tried.
-        moved: Those near the best of them, which takes part as the best of its neighbourhood.
-    """
-    best = min(tried, key=_descended)
-    near = min([best, *moved], key=_descended)
-    ranked = sorted([near if each is best else each for each in tried], key=_descended)
-    # A pair learns faster than a single site, but costs more. So no comparison between them yet.
-    single = [each for each in ranked if len(each.reductions) == 1][:1]
-    return single + [each for each in ranked if len(each.reductions) > 1][:_PAIRS]
-
-
-def _descended(descent: Descent) -> float:
-    """Return the loss that a descent has reached, with the charge for its sites."""
-    return _charged(descent.state.best_loss, len(descent.reductions))

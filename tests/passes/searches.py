@@ -18,7 +18,13 @@ from deos_fx.passes.search.search import search
 from deos_fx.policy.budget import Budget
 from deos_fx.results.search_result import SearchResult
 
-SHORT = {"_TRIAL": 3, "_VARIATIONS": 1, "_CHECKPOINT_EVERY": 2, "_WIDEST": 1}
+
+def _at_once(*_: Any) -> list[int]:
+    """Begin with as many tokens as the limits allow."""
+    return [1]
+
+
+SHORT = {"_TRIAL": 3, "_VARIATIONS": 1, "_CHECKPOINT_EVERY": 2, "factors": _at_once}
 """Settings of `deos_fx.passes.search.run` that make a search short."""
 
 

@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from deos_fx import transform
 from deos_fx.passes.pipeline import lower_call, run_graph
 from deos_fx.passes.search import run as run_module
-from deos_fx.passes.search.places import widened
+from deos_fx.passes.search.places import factors, widened
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.search import search
 from deos_fx.policy.budget import Budget
@@ -301,22 +301,21 @@ def test_tight_limits_are_approached_from_looser_ones(
     def static_loss(_: SearchProblem, policy: Policy) -> float:
         return losses[policy.counts(64)[-1]] if policy.reductions else 1.0
 
-    run = run_module.SearchRun(problem, 10, 0, None, None)
     with monkeypatch.context() as patched:
         patched.setattr(SearchProblem, "static_loss", static_loss)
         # Half way is 6: four times as many tokens are enough.
-        assert run._factors(start) == [4, 2, 1]
+        assert factors(problem, start, 10) == [4, 2, 1]
         losses[4] = 6.0
-        assert run._factors(start) == [1]
+        assert factors(problem, start, 10) == [1]
         losses[4], losses[32] = 9.0, 9.0
         losses.update({8: 9.0, 16: 9.0})
-        assert run._factors(start) == [8, 4, 2, 1]
-        patched.setattr(run, "steps", 2)
-        assert run._factors(start) == [2, 1]
+        assert factors(problem, start, 10) == [8, 4, 2, 1]
+        assert factors(problem, start, 2) == [2, 1]
     wide, policy = widened(problem, start, 4)
     assert policy.counts(64) == [16] and wide.limits == {"visual_tokens": 16.0}
     assert wide.meets(policy) and not problem.meets(policy)
-    monkeypatch.setattr(run, "_factors", lambda start: [4, 1])
+    monkeypatch.setattr(run_module, "factors", lambda *_: [4, 1])
+    run = run_module.SearchRun(problem, 10, 0, None, None)
     run.train([start], [])
     assert [descent.problem.limits["visual_tokens"] for descent in run.descents] == [16, 4]
     assert [descent.steps for descent in run.descents] == [5, 5]
