@@ -44,6 +44,9 @@ GATE_TEMPERATURES = (0.5, 0.3)
 # Where the static loss is more than so many times that of the steps, gates leak: their temperature
 # falls to this share.
 _LEAK, _CLOSING = 1.5, 0.5
+# Where it is below this share of theirs, tokens that are half there answer far worse than the choice
+# alone, and steps would only make up for that. From then on, gates are hard, with a soft gradient.
+_BLUR = 0.5
 # Learning rates fall to this share by a cosine, after a warm-up of at most so many steps.
 _FLOOR, _WARM_UP = 0.05, 20
 # Steps between two updates of the multipliers.
@@ -171,9 +174,11 @@ class Descent:
     def step(self) -> None:
         """Take one step on the task loss of some batches and the penalty."""
         progress = self.state.step / self.steps
-        temperature = self._gate_temperature(progress)
+        temperature, blurred = self._gates(progress)
         for reduction in self.reductions.values():
             reduction.gate_temperature = temperature
+            if blurred:
+                reduction.gates = "hard"
         self._set_rates(progress)
         # 1. The task loss and its gradients, a row for each batch; the costs from expected counts:
         # no graph is run for these.
@@ -256,18 +261,20 @@ class Descent:
             for site, each in self.reductions.items():
                 each.retention.data.fill_(before[site])
 
-    def _gate_temperature(self, progress: float) -> float:
-        """Return the temperature of the gates at the next step.
+    def _gates(self, progress: float) -> tuple[float, bool]:
+        """Return the temperature of the gates at the next step, and whether they blur too much.
 
-        It follows from the history, so a resumed search has the same.
+        Both follow from the history, so a resumed search has the same.
         """
-        temperature, since = _between(*GATE_TEMPERATURES, progress), list[float]()
+        temperature, since, blurred = _between(*GATE_TEMPERATURES, progress), list[float](), False
         for record in self.state.history:
             since.append(record["task"])
             if "static" in record:
-                leaks = record["static"] > _LEAK * sum(since) / len(since)
+                mean = sum(since) / len(since)
+                leaks = record["static"] > _LEAK * mean
+                blurred = blurred or record["static"] < _BLUR * mean
                 temperature, since = temperature * (_CLOSING if leaks else 1.0), []
-        return temperature
+        return temperature, blurred
 
     def held_back(self) -> float:
         """Return the loss on the held-back batches, with gates as they are."""
