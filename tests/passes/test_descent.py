@@ -126,3 +126,27 @@ def test_values_that_were_not_used_for_long_make_room(monkeypatch: pytest.Monkey
     policy = Policy((Reduction("projector", 8),))
     assert problem.static_loss(policy) == problem.static_loss(policy)
     assert isinstance(problem.fronts, Fronts) and len(problem.fronts._known) == 1
+
+
+@pytest.mark.parametrize(
+    ("static", "gates", "share"), [(0.4, "hard", 1.0), (0.6, "soft", 1.0), (2.0, "soft", 0.5)]
+)
+def test_gates_close_where_they_leak_and_harden_where_they_blur(
+    problem: SearchProblem, static: float, gates: str, share: float
+) -> None:
+    """Against the loss of the steps before, which is 1."""
+    descent = descent_of(problem, ["projector"], steps=100)
+    descent.step()
+    temperature = descent.reductions["projector"].gate_temperature
+    descent.state.history[-1].update(task=1.0, static=static)
+    descent.step()
+    (reduction,) = descent.reductions.values()
+    assert reduction.gates == gates
+    assert reduction.gate_temperature == pytest.approx(share * temperature, rel=0.01)
+    # A search that goes on from a checkpoint has the same.
+    resumed = descent_of(problem, ["projector"], steps=100)
+    resumed.state.history = [*descent.state.history]
+    resumed.step()
+    descent.step()
+    (other,) = resumed.reductions.values()
+    assert (other.gates, other.gate_temperature) == (reduction.gates, reduction.gate_temperature)
