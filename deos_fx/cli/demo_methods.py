@@ -147,6 +147,9 @@ def tested_presets(budget: Budget, seed: int) -> Iterator[Iterator[PresetTest]]:
     # Not a fork: torch's threads do not survive one.
     with multiprocessing.get_context("spawn").Pool(1, initializer=_begin) as pool:
         yield pool.imap(functools.partial(_tested, budget, seed), presets.names())
+        # The process ends on its own and cleans up; only after a failure it is killed.
+        pool.close()
+        pool.join()
 
 
 def _begin() -> None:
