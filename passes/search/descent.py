@@ -44,8 +44,9 @@ GATE_TEMPERATURES = (0.5, 0.3)
 # Where the static loss is more than so many times that of the steps, gates leak: their temperature
 # falls to this share.
 _LEAK, _CLOSING = 1.5, 0.5
-# Where it is below this share of theirs, tokens that are half there answer far worse than the choice
-# alone, and steps would only make up for that. From then on, gates are hard, with a soft gradient.
+# Where it is below this share of theirs, tokens that are half there answer far worse than the
+# choice alone, and steps would only make up for that. From then on, gates are hard, with a soft
+# gradient.
 _BLUR = 0.5
 # Learning rates fall to this share by a cosine, after a warm-up of at most so many steps.
 _FLOOR, _WARM_UP = 0.05, 20

@@ -121,8 +121,7 @@ def factors(problem: SearchProblem, start: Policy, steps: int) -> list[int]:
     most = problem.visual_tokens / start.counts(problem.visual_tokens)[-1]
     # With twice the tokens, something must still be dropped.
     while (
-        2 * found[0] < min(most, 2 * _WIDEST)
-        and loss(widened(problem, start, found[0])[1]) > half
+        2 * found[0] < min(most, 2 * _WIDEST) and loss(widened(problem, start, found[0])[1]) > half
     ):
         found.insert(0, 2 * found[0])
     # There must be steps for each.
