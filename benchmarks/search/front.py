@@ -1,6 +1,8 @@
 """Search several budgets together and one by one: what each costs, and how good it is.
 
-python -m benchmarks.search.front --output benchmarks/results/front-cpu.json
+    python -m benchmarks.search.front --output benchmarks/results/front-cpu.json
+
+What the budgets of a front share counts for the first of them.
 """
 
 from __future__ import annotations
@@ -52,8 +54,7 @@ def measure(task: Task, settings: Settings) -> list[Row]:
     """Search together, then one by one.
 
     Returns:
-        A row for each budget and way: evaluations, loss and right answers in per cent; in a front,
-        what budgets share counts for the first of them.
+        A row for each budget and way: evaluations, loss and right answers in per cent.
     """
     budgets = [Budget(visual_tokens=tokens) for tokens in settings.budgets]
     data = task.data(settings.questions, settings.seed)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.search.step --output benchmarks/results/step-cpu.json
     python -m benchmarks.search.step --shape llava-1.5-7b --device cuda --dtype bf16 \
-        --batch 8 --output benchmarks/results/step-gpu.json
+        --batch 8 --output benchmarks/results/step-cuda.json
 
 A step trains the relaxed reductions of one place on one batch; the model is frozen. Times are
 medians of runs that take turns. The memory of a call is its peak above what was held before it.
@@ -98,9 +98,10 @@ def measure(settings: Settings) -> list[Row]:
     labels = inputs["input_ids"].clone()
     labels[:, : -settings.text // 4] = -100
     data = inputs | {"labels": labels}
-    places = _places(SearchProblem.of(model, [data], Budget(visual_tokens=settings.budget)))
-    firsts = {name: _seconds(_step(problem, place), device) for name, problem, place in places}
-    steps = {name: _repeated(problem, place) for name, problem, place in places}
+    problem = SearchProblem.of(model, [data], Budget(visual_tokens=settings.budget))
+    places = _places(problem)
+    firsts = {name: _seconds(_first(problem, place), device) for name, place in places.items()}
+    steps = {name: _repeated(problem, place) for name, place in places.items()}
     calls = {
         FORWARD: lambda: _forward(model, inputs),
         BACKWARD: lambda: _backward(model, data),
@@ -143,22 +144,22 @@ def _backward(model: Any, data: Mapping[str, Tensor]) -> None:
         model.activation_checkpointing_disable()
 
 
-def _places(problem: SearchProblem) -> list[tuple[str, SearchProblem, Policy]]:
+def _places(problem: SearchProblem) -> dict[str, Policy]:
     """Return the projector alone, the projector with a decoder site, and an early decoder site."""
     sites = {site.name: site for site in problem.searched_sites(None)}
     names = [name for name in sites if name.startswith("decoder.")]
     early, middle = names[0], names[len(names) // 2]
-    found = []
+    found = {}
     for place in (["projector"], ["projector", middle], [early]):
         tokens = site_tokens(problem, [sites[name] for name in place])
         starts = [start_reduction(sites[name], tokens[name]) for name in place]
         policy = placed(problem, starts)
         if policy is not None:
-            found.append((f"step at {' and '.join(place)}", problem, policy))
+            found[f"step at {' and '.join(place)}"] = policy
     return found
 
 
-def _step(problem: SearchProblem, policy: Policy) -> Call:
+def _first(problem: SearchProblem, policy: Policy) -> Call:
     """Return a first step: nothing of its batch is computed yet."""
     problem.fronts.clear()
     return _repeated(problem, policy)
