@@ -11,7 +11,7 @@ deployed, on held-back data, and the best is returned.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,7 @@ class SearchRun:
             new = [names for names in near if names not in seen]
             seen += new
             starts = [start for names in new if (start := self._start(names)) is not None]
-            near_to = f"place {distance} from {_names(best.reductions)},"
+            near_to = f"place {distance} from {' and '.join(best.reductions)},"
             found += self._each(near_to, starts, _TRIAL)
             better = min([best, *found], key=descended)
             # As far again in the direction that helps, or half as far.
@@ -248,10 +248,7 @@ class SearchRun:
         Of so many regimes, one looks better by chance, so it has to be better on the data of the
         steps as well.
         """
-        problem, source = (
-            self.problem,
-            f"gradient at {_names(each.site for each in policy.reductions)}",
-        )
+        problem, source = self.problem, _source(policy)
         if not self.scoring.has(policy):
             self.scoring.add(source, policy)
         fitted = [problem.fit(each) for each in in_regimes(policy) if problem.runs(each)]
@@ -321,9 +318,7 @@ class SearchRun:
         """Add what a descent has reached to the candidates."""
         policy = self.rounded(descent)
         if self.problem.meets(policy) and not self.scoring.has(policy):
-            self.scoring.add(
-                f"gradient at {_names(each.site for each in policy.reductions)}", policy
-            )
+            self.scoring.add(_source(policy), policy)
 
     def round_up(self, sites: Sequence[Site]) -> None:
         """Score what an interruption has left."""
@@ -373,5 +368,6 @@ class SearchRun:
         return steps, losses + 2 * _JUDGED + _REGIMES + _VARIATIONS
 
 
-def _names(sites: Iterable[str]) -> str:
-    return " and ".join(sites)
+def _source(policy: Policy) -> str:
+    """Return the origin of a policy that steps have reached."""
+    return f"gradient at {' and '.join(reduction.site for reduction in policy.reductions)}"
