@@ -77,13 +77,13 @@ def _advanced(run: SearchRun, stages: tuple[str, ...], evaluations: int | None) 
     problem = run.problem
     sites = problem.searched_sites(None)
     if evaluations is None:
-        # Case: as many variations as a search tries by default.
+        # Case: as many evaluations of variations as in a search.
         run.advance(sites, stages)
     else:
         run.advance(sites, stages[:-1] if "variations" in stages else stages)
         left = evaluations - problem.effort.evaluations
         if "variations" in stages:
-            run.advance(sites, stages[-1:], max(0, left // len(problem.scoring)))
+            run.advance(sites, stages[-1:], left)
     best = run.scoring.best
     return Found(best.policy, best.loss)
 

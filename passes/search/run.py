@@ -47,8 +47,9 @@ _JUDGED = 9
 _REGIMES = 7
 # Of those that look better, so many are looked at twice.
 _CHECKED = 3
-# Small changes of the best candidate, at the end.
-_VARIATIONS = 24
+# Small changes of the best candidate, at the end: evaluations in units of a held-back loss. Those
+# that look better are looked at again, on the data of the steps.
+_VARIATIONS = 40
 STAGES = ("presets", "steps", "variations")
 """What a search does, in this order."""
 
@@ -120,9 +121,9 @@ class SearchRun:
         Args:
             sites: The sites to search.
             stages: Those of `STAGES` that are not left out.
-            most: Largest number of variations; left out, as many as a search tries by default.
+            most: Largest number of evaluations of variations; left out, those of a search.
         """
-        most = _VARIATIONS if most is None else most
+        most = _VARIATIONS * len(self.problem.scoring) if most is None else most
         try:
             if self.interrupted:
                 # Case: while capturing, or under a looser budget.
@@ -243,23 +244,17 @@ class SearchRun:
         return placed(self.problem, [starts[name] for name in names])
 
     def settled(self, policy: Policy) -> Policy:
-        """Return a policy, or the same in a regime as it is defined, if that is better.
-
-        Of so many regimes, one looks better by chance, so it has to be better on the data of the
-        steps as well.
-        """
-        problem, source = self.problem, _source(policy)
-        if not self.scoring.has(policy):
-            self.scoring.add(source, policy)
+        """Return a policy, or the same in a regime as it is defined, if that is better."""
+        problem, scoring, source = self.problem, self.scoring, _source(policy)
+        if not scoring.has(policy):
+            scoring.add(source, policy)
         fitted = [problem.fit(each) for each in in_regimes(policy) if problem.runs(each)]
-        losses = [(problem.static_loss(each), each) for each in fitted if each is not None]
-        better = [each for each in losses if each[0] < self.scoring.loss(policy)]
-        trained = replace(problem, scoring=problem.training)
-        most = trained.static_loss(policy) if better else 0.0
-        for _, each in sorted(better, key=lambda pair: pair[0])[:_CHECKED]:
-            if trained.static_loss(each) < most:
-                if not self.scoring.has(each):
-                    self.scoring.add(source, each)
+        losses = [(scoring.measure(each), each) for each in fitted if each is not None]
+        better = [pair for pair in losses if pair[0] < scoring.loss(policy)]
+        for loss, each in sorted(better, key=lambda pair: pair[0])[:_CHECKED]:
+            if scoring.confirms(each, policy):
+                if not scoring.has(each):
+                    scoring.add(source, each, loss)
                 return each
         return policy
 

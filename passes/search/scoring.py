@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.problem import SearchProblem
@@ -30,6 +31,9 @@ class Scoring:
         self.estimate = estimate
         self.progress = progress
         self.candidates: list[Candidate] = []
+        # Policies that were better on held-back data alone, and losses on the data of the steps.
+        self.rejected: list[Policy] = []
+        self._trained: list[tuple[Policy, float]] = []
 
     @property
     def best(self) -> Candidate:
@@ -40,16 +44,44 @@ class Scoring:
         """Return whether a policy with the same reductions is a candidate already."""
         return any(known.policy.reductions == policy.reductions for known in self.candidates)
 
+    def has_rejected(self, policy: Policy) -> bool:
+        """Return whether a policy with the same reductions was not confirmed."""
+        return any(known.reductions == policy.reductions for known in self.rejected)
+
     def loss(self, policy: Policy) -> float:
         """Return the loss of a candidate with the same reductions."""
         same = (each for each in self.candidates if each.policy.reductions == policy.reductions)
         return next(same).loss
 
-    def add(self, source: str, policy: Policy) -> float:
-        """Score a policy, add it to the candidates and return its loss."""
-        loss = self.estimate.of_loss(lambda: self.problem.static_loss(policy))
+    def measure(self, policy: Policy) -> float:
+        """Return the loss of a policy on held-back data."""
+        return self.estimate.of_loss(lambda: self.problem.static_loss(policy))
+
+    def add(self, source: str, policy: Policy, loss: float | None = None) -> float:
+        """Add a policy to the candidates and return its loss, which is measured if not given."""
+        if loss is None:
+            loss = self.measure(policy)
         cost = self.problem.cost.predict(policy)
         self.candidates.append(Candidate(policy, source, loss, cost))
+        return loss
+
+    def confirms(self, policy: Policy, than: Policy) -> bool:
+        """Return whether a policy is better than another on the data of the steps as well.
+
+        Of many changes, one looks better on little held-back data by chance.
+        """
+        better = self._on_training_data(policy) < self._on_training_data(than)
+        if not better:
+            self.rejected.append(policy)
+        return better
+
+    def _on_training_data(self, policy: Policy) -> float:
+        """Return the loss of a policy on the data of the steps."""
+        for known, loss in self._trained:
+            if known.reductions == policy.reductions:
+                return loss
+        loss = replace(self.problem, scoring=self.problem.training).static_loss(policy)
+        self._trained.append((policy, loss))
         return loss
 
     def add_all(self, stage: str, proposals: Sequence[tuple[str, Policy]]) -> None:
@@ -65,33 +97,47 @@ class Scoring:
             self.progress(stage, done, total)
 
 
-def polish(problem: SearchProblem, scoring: Scoring, stage: str, most: int) -> None:
-    """Try single changes of the best candidates, `most` in all.
+def polish(problem: SearchProblem, scoring: Scoring, stage: str, evaluations: int) -> None:
+    """Try single changes of the best candidates, as long as evaluations are left.
 
     A change that helps is varied next. Where none does, it is the turn of the next best candidate.
+
+    Args:
+        problem: The problem.
+        scoring: Holds the candidates, and takes the new ones.
+        stage: What to call it when progress is reported.
+        evaluations: Forward passes of a batch that may be spent.
     """
-    # Attempts that are left, and places of the candidates whose changes have all been tried.
-    left = most
+    end = problem.effort.evaluations + evaluations
+    # A comparison on the data of the steps, of two policies.
+    confirmation = 2 * len(problem.training)
+    # Places of the candidates whose changes have all been tried.
     tried: set[int] = set()
-    while left:
+    while True:
         open_places = [i for i in range(len(scoring.candidates)) if i not in tried]
         if not open_places:
             return
         place = min(open_places, key=lambda i: scoring.candidates[i].loss)
         start = scoring.candidates[place]
         # However often a candidate was refined, its source names where it came from.
-        origin = start.source.removeprefix("refined ")
+        source = f"refined {start.source.removeprefix('refined ')}"
         for policy in variations(start.policy, problem.sites, problem.visual_tokens):
             # A variation usually breaks a limit. Its counts are fitted to the limits again.
             fitted = problem.fit(policy) if problem.runs(policy) else None
-            if fitted is None or scoring.has(fitted):
+            if fitted is None or scoring.has(fitted) or scoring.has_rejected(fitted):
                 continue
-            # Only policies that are scored count.
-            if not left:
+            left = end - problem.effort.evaluations - len(problem.scoring)
+            if left < 0:
                 return
-            left -= 1
-            loss = scoring.add(f"refined {origin}", fitted)
-            scoring.show(stage, most - left, most)
+            loss = scoring.measure(fitted)
+            if loss < start.loss:
+                # Case: better, perhaps by chance.
+                if left < confirmation:
+                    return
+                if not scoring.confirms(fitted, start.policy):
+                    continue
+            scoring.add(source, fitted, loss)
+            scoring.show(stage, evaluations - left, evaluations)
             if loss < start.loss:
                 break
         else:
