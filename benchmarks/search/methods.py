@@ -144,12 +144,6 @@ def _preset(problem: SearchProblem, seed: int, evaluations: int | None) -> Found
     """Tune the options of every published method, each with an equal part of the evaluations."""
     assert evaluations is not None
     tokens = problem.limits["visual_tokens"] / problem.layout.images
-
-    def evaluate(policy: Policy) -> float:
-        if not problem.runs(policy):
-            raise ValueError("the model cannot run it")
-        return problem.static_loss(policy)
-
     each = max(1, evaluations // len(problem.scoring) // len(presets.names()))
     best: Found | None = None
     for name in presets.names():
@@ -158,7 +152,7 @@ def _preset(problem: SearchProblem, seed: int, evaluations: int | None) -> Found
                 name,
                 tokens,
                 problem.model,
-                evaluate,
+                problem.checked_loss,
                 each,
                 seed=seed,
                 visual_tokens=problem.visual_tokens,

@@ -180,12 +180,7 @@ class _Bench:
         problem = self.problem
         if problem is None:
             return Tuned(presets.fit(name, self.limit, self.model), {}, 0.0, ())
-
-        def loss(policy: Policy) -> float:
-            if not problem.runs(policy):
-                raise ValueError("the model cannot run it")
-            return problem.static_loss(policy)
-
+        loss = problem.checked_loss
         return presets.tune(name, self.limit, self.model, loss, LOSSES, seed=seed)
 
 

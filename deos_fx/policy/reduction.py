@@ -16,6 +16,7 @@ from deos_fx.policy.checks import check_together
 from deos_fx.policy.learned import Learned
 from deos_fx.policy.site import split_site
 from deos_fx.policy.tier import (
+    DIVERSITY,
     Tier,
     check_choice,
     check_diversity,
@@ -40,7 +41,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "mass_bias": (0, 4),
     "sharpness": (0, 1e3),
     "reweight": (-1e3, 1e3),
-    "diversity": (0, 1e3),
+    "diversity": DIVERSITY,
 }
 """Name of a number -> its smallest and its largest value."""
 ASSIGNMENTS = ("similar", "k_nearest", "window")

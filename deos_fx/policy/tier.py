@@ -15,6 +15,7 @@ __all__ = [
     "Options",
     "Tier",
     "check_choice",
+    "DIVERSITY",
     "check_diversity",
     "check_fields",
     "check_flag",
@@ -30,6 +31,8 @@ __all__ = [
 
 Options: TypeAlias = dict[str, float | tuple[float, ...]]
 """Parameters of a selector and of scores, by name."""
+DIVERSITY = (0, 1e3)
+"""The smallest and the largest diversity."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -90,6 +93,7 @@ def checked_tier(site: str, tier: object, score: str) -> Tier:
     scores = normal_weights(f"{site}: scores", tier.scores, SCORES)
     if not scores and SELECTORS[tier.selector].ranks:
         scores = {score: 1.0}
+    check_number(f"{site}: diversity", tier.diversity, *DIVERSITY)
     check_diversity(site, tier.selector, tier.diversity)
     check_observe(site, tier.observe)
     options = other_options(site, tier.selector, scores, tier.options)
@@ -226,8 +230,7 @@ def known_options(selector: str, scores: Iterable[str]) -> dict[str, Any]:
 
 
 def check_diversity(site: str, selector: str, diversity: float) -> None:
-    """Check that a diversity is a number, and that the selector uses it."""
-    check_number(f"{site}: diversity", diversity, 0, 1e3)
+    """Check that the selector uses a diversity."""
     # Refused rather than ignored: a policy should say what it does.
     if diversity > 0 and selector != "greedy":
         raise ValueError(

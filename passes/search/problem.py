@@ -277,18 +277,35 @@ class SearchProblem:
 
     def runs(self, policy: Policy) -> bool:
         """Return whether the model can be reduced by a policy, for any images that it takes."""
-        by_grid = any(step.selector == "grid" for step in policy.reductions)
-        if by_grid and self.cost.sizes_vary:
-            # Anchors on the grid of one image do not fit the grid of another.
-            return False
-        graph_module = self.captured.graph_module
         try:
-            for step in policy.reductions:
-                check_reduction(graph_module, self.sites, step, self.layout)
+            self.check(policy)
         except ValueError:
-            # The checks of a policy say why in a message; a search only wants to know whether.
+            # A search only wants to know whether.
             return False
         return True
+
+    def check(self, policy: Policy) -> None:
+        """Check that the model can be reduced by a policy, for any images that it takes.
+
+        Args:
+            policy: The policy.
+
+        Raises:
+            ValueError: If it cannot, with the reason.
+        """
+        by_grid = [step.site for step in policy.reductions if step.selector == "grid"]
+        if by_grid and self.cost.sizes_vary:
+            raise ValueError(
+                f"{by_grid[0]}: selector 'grid' pools on the grid of one image, which does not fit "
+                "images of other sizes; choose another selector"
+            )
+        for step in policy.reductions:
+            check_reduction(self.captured.graph_module, self.sites, step, self.layout)
+
+    def checked_loss(self, policy: Policy) -> float:
+        """Return the static loss of a policy, once it was checked; see `check`."""
+        self.check(policy)
+        return self.static_loss(policy)
 
     def meets(self, policy: Policy) -> bool:
         """Return whether a policy meets every limit as it is."""
