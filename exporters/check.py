@@ -8,47 +8,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deos_fx.exporters.graphs.example import BATCH, Example, word_of
+from deos_fx.exporters.graphs.example import Example, word_of
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.runtime.reduced_model import ReducedModel
 
 __all__ = ["check_export"]
 
-# A right export differs by 1e-6 of the largest logit in float32 and by 1e-3 in float16, a wrong one
-# by far more than these limits.
-_ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2}
-# Tokens that are decoded after each prefill, one by one.
-_STEPS = 3
+# A right export differs by 1e-6 of the largest logit in float32, by 1e-3 in float16 and by 1e-2 in
+# bfloat16, a wrong one by far more than these limits.
+_ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+# New tokens of each call after a prefill: several take another graph than one.
+_STEPS = (2, 1, 1)
 # Different words in the text of the second batch.
 _WORDS = 32
 # How many more text tokens the second batch has than the first.
 _MORE = 3
+# What the pixels of each of its rows are multiplied by: images of which other tokens are kept.
+_BRIGHTNESS = (1.0, -1.0, 0.5)
 
 
 def check_export(
-    reduced: ReducedModel, example: Example, runtime: str, load: Callable[[], Any]
+    reduced: ReducedModel,
+    example: Example,
+    runtime: str,
+    device: torch.device,
+    load: Callable[[], Any],
 ) -> None:
     """Refuse an export whose logits are not those of the reduced model.
 
     Logits are compared at every position that is left of the prompts and over a few decode steps,
-    for the batch that was traced and for another one: a single prompt, with more text and other
-    words. The export runs in its own precision, on the CPU. There runtimes have no bfloat16, so an
-    export in bfloat16 is not compared.
+    for the batch that was traced and for another one, with other words, images and padding. The
+    export runs in its own precision. On the CPU runtimes have no bfloat16, so there an export in
+    bfloat16 is not compared.
 
     Args:
         reduced: The reduced model.
         example: What its graphs were traced with.
         runtime: The name of what runs the export, for messages.
-        load: Loads the export to the CPU, as something that is called like the reduced model and
-            returns logits and a cache with its `spaces`.
+        device: The device that it runs on.
+        load: Loads the export to this device, as something that is called like the reduced model,
+            on CPU tensors, and returns logits and a cache with its `spaces`.
 
     Raises:
         ValueError: If the runtime fails or gives other logits.
     """
-    rounding = _ROUNDING.get(reduced.model.dtype)
-    if rounding is None:
+    dtype = reduced.model.dtype
+    if dtype not in _ROUNDING or dtype == torch.bfloat16 and device.type == "cpu":
         return
+    rounding = _ROUNDING[dtype]
     # The runtime counts positions itself.
     traced = {name: value for name, value in example.inputs.items() if name != "position_ids"}
     batches = [traced, _another(reduced, example, traced)]
@@ -69,9 +77,9 @@ def check_export(
             "model in PyTorch."
         ) from error
     for batch, found, expected in zip(batches, answers, right, strict=True):
-        if reduced.model.dtype == torch.float16 and not found.kept_like(expected):
-            # Case: other tokens were kept. In float16, nearly equal scores may fall either way, and
-            # then the logits differ rightly.
+        if dtype != torch.float32 and not found.kept_like(expected):
+            # Case: other tokens were kept. In half precision, nearly equal scores may fall either
+            # way, and then the logits differ rightly.
             continue
         worst = found.difference(expected)
         # Not ``worst >= rounding``, which is false for NaN.
@@ -117,17 +125,27 @@ class _Answers:
 def _answers(
     model: Callable[..., Any], batch: Mapping[str, Tensor], tokens: Tensor | None = None
 ) -> _Answers:
-    """Run a prefill, then a decode step for each token; if None are given, for the likeliest."""
-    output = model(**batch)
+    """Run a prefill, then go on with some tokens; if None are given, with the likeliest."""
+    # As many logits as there are tokens: all, in the graph that was captured for the last one.
+    output = model(**batch, logits_to_keep=batch["input_ids"].shape[1])
     cache, mask = output[CACHE], batch["attention_mask"]
     origins = [space.origin.cpu() for space in cache.spaces]
-    logits, chosen = [output.logits.float().cpu()], []
-    for step in range(_STEPS):
-        likely = logits[-1][:, -1:].argmax(dim=-1)
-        token = likely if tokens is None else tokens[:, step : step + 1]
-        chosen.append(token)
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        output = model(input_ids=token.to(mask.device), attention_mask=mask, **{CACHE: cache})
+    # What a model says at padding is nobody's business.
+    real = mask.cpu().gather(1, origins[-1]) if origins else mask.cpu()
+    logits = [output.logits.float().cpu() * real[..., None]]
+    chosen: list[Tensor] = []
+    for width in _STEPS:
+        done = sum(given.shape[1] for given in chosen)
+        likely = logits[-1][:, -1:].argmax(dim=-1).expand(-1, width)
+        new = likely if tokens is None else tokens[:, done : done + width]
+        chosen.append(new)
+        mask = torch.nn.functional.pad(mask, (0, width), value=1)
+        output = model(
+            input_ids=new.to(mask.device),
+            attention_mask=mask,
+            logits_to_keep=width,
+            **{CACHE: cache},
+        )
         logits.append(output.logits.float().cpu())
     return _Answers(logits, torch.cat(chosen, dim=1), origins)
 
@@ -135,22 +153,28 @@ def _answers(
 def _another(
     reduced: ReducedModel, example: Example, traced: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return one prompt with the same images, more text and other words.
+    """Return three prompts with other words: one with more text, the others padded to its length.
 
-    An export that has baked in the batch, the text or its length gives other logits for it.
+    An export that has baked in the batch, the text or its length gives other logits for them, and
+    so does one that takes the images, the padding or the positions of one row for those of all.
     """
+    facts, ends = facts_of(reduced.model), example.layout.ends
 
     def longer(value: Tensor) -> Tensor:
         # A prompt that ends in an image has to go on ending in one: its text gets longer in front.
-        row, ends = value[:1], example.layout.ends
-        more = (row[:, :1] if ends else row[:, -1:]).expand(-1, _MORE)
-        return torch.cat([more, row] if ends else [row, more], dim=1)
+        # Padding always stands in front.
+        row = value[:1]
+        front, behind = row[:, :1].expand(-1, _MORE), row[:, -1:].expand(-1, _MORE)
+        text = torch.cat([front, row] if ends else [row, behind], dim=1)
+        return torch.cat([text, *[torch.cat([front, row], dim=1)] * (len(_BRIGHTNESS) - 1)])
 
-    batch = {
-        name: value[: len(value) // BATCH] if name in example.images else longer(value)
-        for name, value in traced.items()
-    }
-    facts, ids = facts_of(reduced.model), batch["input_ids"]
+    batch = {name: longer(value) for name, value in traced.items() if name not in example.images}
+    batch["attention_mask"][1:, :_MORE] = 0
+    for name, value in example.images.items():
+        # Sizes are those of the traced images.
+        factors = _BRIGHTNESS if name == "pixel_values" else [1] * len(_BRIGHTNESS)
+        batch[name] = torch.cat([factor * value for factor in factors])
+    ids = batch["input_ids"]
     # Small ids are words in any vocabulary. Ids that the prompt already has may have a purpose (an
     # image, the end of a row), so they are not used.
     words = torch.arange(ids.shape[1], device=ids.device) % _WORDS + 3

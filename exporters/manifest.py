@@ -26,7 +26,7 @@ __all__ = [
 # *** the manifest ***
 
 # What a manifest says of itself, and its name.
-FORMAT, VERSION, MANIFEST = "onnx", 3, "deos_fx.json"
+FORMAT, VERSION, MANIFEST = "onnx", 4, "deos_fx.json"
 
 # The weights of all graphs; the values of images that the image encoder was exported for.
 WEIGHTS, IMAGES = "weights.data", "images.safetensors"

@@ -1,29 +1,33 @@
-"""Export a reduced model to ONNX: a prefill and a decode graph with the reductions inside.
+"""Export a reduced model to ONNX: graphs of prefill and decode with the reductions inside.
 
-The exporter is transformers' own (`transformers.exporters`). This file adds two graphs whose layers
-hold different numbers of keys, everything a runtime has to know to continue after the prefill,
-explicit dynamic axes, and one file of weights for all graphs.
+The exporter and the fusions into ONNX Runtime's own operators are transformers'
+(`transformers.exporters`). This file adds graphs whose layers hold different numbers of keys,
+everything a runtime has to know to continue after the prefill, explicit dynamic axes, and one file
+of weights for all graphs.
 
 Prefill. B prompts of N tokens, I images each; M_k tokens are left in token space k (from 1):
 
     input_ids, attention_mask, position_ids [B, N] (or [3, B, N], where the model counts images by
     time, row and column), other inputs with a number per token such as token_type_ids [B, N],
-    pixel_values [B * I, C, H, W]
-    -> logits [B, M, vocabulary] at every position that is left, next_position [B, 1],
+    pixel_values [B * I, C, H, W], logits_to_keep [L] (places among those that are left, of which
+    logits are wanted; negative ones count from the end)
+    -> logits [B, L, vocabulary], next_position [B, 1],
        present.<layer>.key / .value [B, heads, M_k, D] and, for each space k,
        origin_k [B, M_k] (which prompt positions are left), attention_mask_k [B, M_k],
        if masses bias attention key_bias_k [B, M_k]
        and under the position rule grid shift_k [B, 1] (how far later tokens move up)
 
-Decode. One new token; P_k keys are in the layers of space k:
+Extend. t new tokens, at least one; P_k keys are in the layers of space k (no keys at all for a text
+without images). The decode graph is the same for t = 1, which ONNX Runtime runs faster:
 
-    input_ids [B, 1], past_key_values.<layer>.key / .value [B, heads, P_k, D],
-    position_ids [B, 1] (of the unreduced text; ``position_ids_k`` where tokens have moved: minus
+    input_ids [B, t], past_key_values.<layer>.key / .value [B, heads, P_k, D],
+    position_ids [B, t] (of the unreduced text; ``position_ids_k`` where tokens have moved: minus
     the number of dropped tokens under the rule compact, minus shift_k under grid),
-    attention_mask [B, P_0 + 1], attention_mask_k [B, P_k + 1], key_bias_k [B, P_k + 1]
-    -> logits [B, 1, vocabulary], present.<layer>.key / .value [B, heads, P_k + 1, D]
+    attention_mask [B, P_0 + t], attention_mask_k [B, P_k + t], key_bias_k [B, P_k + t],
+    logits_to_keep [L] (places among the new tokens)
+    -> logits [B, L, vocabulary], present.<layer>.key / .value [B, heads, P_k + t, D]
 
-    and, where a layer sees a window, key_positions_k [B, P_k + 1] (the prompt positions origin_k,
+    and, where a layer sees a window, key_positions_k [B, P_k + t] (the prompt positions origin_k,
     then those of new tokens): every layer of a space holds all keys, also one with a window.
 
 Image encoder. An encoder that reads the sizes of images is a graph of its own, for the images of
@@ -43,22 +47,26 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from deos_fx.exporters.check import check_export
-from deos_fx.exporters.graphs.decode import decode_graph
+from deos_fx.exporters.fuse import DEVICES, fuse, of_one_token
+from deos_fx.exporters.graphs.decode import NEW, decode_graph
 from deos_fx.exporters.graphs.example import Example, example_of
 from deos_fx.exporters.graphs.prefill import least_text, prefill_graph
 from deos_fx.exporters.manifest import FORMAT, IMAGES, MANIFEST, PACKAGES, VERSION, write_weights
 from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.exporters.session import cuda_devices
 from deos_fx.files import fresh_folder
 from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.counts import tokens_per_layer
@@ -71,6 +79,9 @@ if TYPE_CHECKING:
 
 __all__ = ["export_onnx"]
 
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with a stage, how much of it is done, and how much there is."""
+
 # Attention implementations with an ONNX form.
 ATTENTION = ("sdpa", "eager")
 
@@ -82,14 +93,19 @@ def export_onnx(
     reduced: ReducedModel,
     dir: str | os.PathLike[str],
     example_inputs: Mapping[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
 ) -> Path:
     """Write a reduced model as ONNX graphs that `deos_fx.OnnxModel` (or any runtime) can run.
 
     Batch size and text length are dynamic; the number of images in a prompt, their sizes and
-    whether the prompt ends in one are not. The folder gets ``prefill.onnx``, ``decode.onnx``,
-    ``weights.data`` (the weights of all graphs), ``policy.json``, ``deos_fx.json`` (the calls that
-    the graphs accept), and the model's own ``config.json`` and ``generation_config.json``; if the
-    image encoder reads the sizes of images, also ``image_encoder.onnx`` and ``images.safetensors``.
+    whether the prompt ends in one are not. The folder gets ``prefill.onnx``, ``decode.onnx`` (for
+    one new token), ``extend.onnx`` (for any number), ``weights.data`` (the weights of all graphs),
+    ``policy.json``, ``deos_fx.json`` (the calls that the graphs accept), and the model's own
+    ``config.json`` and ``generation_config.json``; if the image encoder reads the sizes of images,
+    also ``image_encoder.onnx`` and ``images.safetensors``.
     The folder is written whole or not at all.
 
     Where visual tokens have exactly equal scores, ONNX Runtime may keep others than PyTorch: both
@@ -106,6 +122,13 @@ def export_onnx(
             whether a prompt ends in one, and the inputs of a call. Left out, a prompt has one image
             and text after it; models that take images of many sizes or kinds of tokens need an
             example.
+        device: ``cpu`` or ``cuda``: where ONNX Runtime is to be fast. Attention, norms and rotary
+            embeddings become operators that suit this device; on the other one they are slow, and
+            a few do not run. Left out, it is CUDA if the model is there or in half precision.
+        verify: Whether to compare the logits with those of the reduced model before the folder
+            appears, in ONNX Runtime on the device; without a GPU, graphs for CUDA are compared
+            on the CPU before they are fused.
+        progress: Called with a stage, how much of it is done, and how much there is.
 
     Returns:
         The folder.
@@ -113,8 +136,9 @@ def export_onnx(
     Raises:
         TypeError: If `reduced` is not a `ReducedModel`.
         ValueError: If the example has no image, or prompts that cannot share a graph, the model
-            needs an example, its attention implementation cannot be exported, or the logits of
-            ONNX Runtime and PyTorch differ (compared for models in float32 and float16).
+            needs an example, its attention implementation cannot be exported, the device is
+            neither, or the logits of ONNX Runtime and PyTorch differ (compared for models in
+            float32 and float16).
         OSError: If the folder cannot be written; this is checked before the work starts.
     """
     if not isinstance(reduced, ReducedModel):
@@ -124,16 +148,38 @@ def export_onnx(
         )
     # Cheap checks first.
     _check_attention(reduced.model)
+    device = _device(reduced.model, device)
+    tell = progress or (lambda stage, done, total: None)
     least = least_text(reduced.policy)
     with torch.no_grad():
         example = example_of(reduced.model, example_inputs, least + _TEXT_TOKENS)
     # The folder appears under its name only after the check.
     with fresh_folder(dir) as folder:
-        _write(reduced, example, least, folder)
-        check_export(
-            reduced, example, "ONNX Runtime", lambda: OnnxModel.from_pretrained(folder, "cpu")
-        )
+        export = _Export.of(reduced, example, least, device, tell)
+        if verify and not export.runs_here:
+            # Case: operators for CUDA, and no GPU. The graphs in standard operators, of which these
+            # are made, run on the CPU.
+            with tempfile.TemporaryDirectory(dir=folder) as plain:
+                export.write(Path(plain), "cpu")
+                export.check(Path(plain), "cpu")
+                export.fuse()
+                export.write(folder, device)
+        else:
+            export.fuse()
+            export.write(folder, device)
+            if verify:
+                export.check(folder, device)
     return Path(dir)
+
+
+def _device(model: PreTrainedModel, device: str | None) -> str:
+    """Return the device that an export is for."""
+    if device is None:
+        half = model.dtype in (torch.float16, torch.bfloat16)
+        return "cuda" if half or model.device.type == "cuda" else "cpu"
+    if device not in DEVICES:
+        raise ValueError(f"device is {device!r}; give {' or '.join(map(repr, DEVICES))}")
+    return device
 
 
 def _check_attention(model: PreTrainedModel) -> None:
@@ -148,70 +194,127 @@ def _check_attention(model: PreTrainedModel) -> None:
             )
 
 
-def _write(reduced: ReducedModel, example: Example, least: int, folder: Path) -> None:
-    """Export every graph and write all files of the folder."""
-    import onnx_ir
+@dataclass(frozen=True)
+class _Export:
+    """The graphs of an export, and what else its folder gets.
 
-    model = reduced.model
-    with torch.no_grad():
-        decode = decode_graph(reduced, example)
+    Attributes:
+        reduced: The reduced model.
+        example: What the graphs were traced with.
+        device: Where they are to be fast.
+        programs: Name -> graph.
+        constants: What ``images.safetensors`` gets; empty if there is no such file.
+        tell: Called with the progress.
+    """
+
+    reduced: ReducedModel
+    example: Example
+    device: str
+    programs: dict[str, onnx_ir.Model]
+    constants: dict[str, Tensor]
+    tell: Progress
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, reduced: ReducedModel, example: Example, least: int, device: str, tell: Progress
+    ) -> _Export:
+        """Lower and trace every graph."""
+        tell("trace", 0, 1)
+        extend = decode_graph(reduced, example)
         prefill = prefill_graph(reduced, example, least)
-        graphs = {"prefill": prefill.graph, "decode": decode}
+        graphs = {"prefill": prefill.graph, "extend": extend}
         if prefill.encoder is not None:
             graphs["image_encoder"] = prefill.encoder
         # Each is exported on its own; equal weights are found afterwards.
-        programs = {name: graph.export() for name, graph in graphs.items()}
-    # Weights before graphs, which refer to the file.
-    write_weights(list(programs.values()), folder)
-    for name, program in programs.items():
-        onnx_ir.save(program, folder / f"{name}.onnx")
-    if prefill.encoder is not None:
-        save_file(prefill.constants, folder / IMAGES)
-    reduced.policy.save(folder / "policy.json")
-    # A loaded folder finds the model's class in ``architectures``.
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    manifest = _manifest(reduced, example, list(programs), programs["prefill"])
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        programs = {}
+        for done, (name, graph) in enumerate(graphs.items(), start=1):
+            programs[name] = graph.export()
+            tell("trace", done, len(graphs))
+        programs["decode"] = of_one_token(programs["extend"], NEW)
+        return cls(reduced, example, device, programs, prefill.constants, tell)
 
+    @property
+    def runs_here(self) -> bool:
+        """Return whether operators for the device run on this machine."""
+        return self.device == "cpu" or cuda_devices() > 0
 
-def _manifest(
-    reduced: ReducedModel, example: Example, graphs: list[str], program: onnx_ir.Model
-) -> dict[str, Any]:
-    """Return what a runtime has to know of the graphs, and the versions that made them."""
-    layout, pixels = example.layout, example.images["pixel_values"]
-    positions = example.inputs["position_ids"]
-    # A reduction after the last layer leaves a space without layers.
-    layers = reduced.signature.decoder_layers + 1
-    # How many visual tokens each layer gets: a runtime subtracts what was dropped from positions.
-    left = tokens_per_layer(reduced.policy, layout.sizes, layers)
-    return {
-        "deos_fx": FORMAT,
-        "version": VERSION,
-        "packages": {"deos_fx": __version__, **{name: version(name) for name in PACKAGES}},
-        "opset": program.opset_imports[""],
-        "model": asdict(reduced.signature),
-        "dtype": str(pixels.dtype).removeprefix("torch."),
-        "graphs": graphs,
-        # What a call may have, though a graph may not read all of it.
-        "inputs": list(example.given),
-        "image_token": layout.image_token,
-        "images": layout.images,
-        "image_tokens": example.placeholders,
-        "ends_in_image": _ends(reduced, layout),
-        "pixels": list(pixels.shape),
-        # Of a position: time, row and column; 0 where a position is one number.
-        "coordinates": len(positions) if positions.ndim == 3 else 0,
-        "spaces": [
-            {
-                **asdict(space),
-                "dropped": sum(layout.sizes) - left[space.first_layer],
-            }
-            for space in decode_spaces(reduced.policy)
-        ],
-    }
+    def fuse(self) -> None:
+        """Fuse the graphs for the device."""
+        self.tell("fuse", 0, 1)
+        fuse(self.programs, self.device)
+        self.tell("fuse", 1, 1)
+
+    def check(self, folder: Path, device: str) -> None:
+        """Compare what was written with the reduced model, on a device."""
+        self.tell("check", 0, 1)
+        check_export(
+            self.reduced,
+            self.example,
+            "ONNX Runtime",
+            torch.device(device),
+            lambda: OnnxModel.from_pretrained(folder, device),
+        )
+        self.tell("check", 1, 1)
+
+    def write(self, folder: Path, device: str) -> None:
+        """Write all files, for a device."""
+        import onnx_ir
+
+        reduced, model = self.reduced, self.reduced.model
+        self.tell("write", 0, 1)
+        # Weights before graphs, which refer to the file.
+        write_weights(list(self.programs.values()), folder)
+        for name, program in self.programs.items():
+            onnx_ir.save(program, folder / f"{name}.onnx")
+        if self.constants:
+            save_file(self.constants, folder / IMAGES)
+        reduced.policy.save(folder / "policy.json")
+        # A loaded folder finds the model's class in ``architectures``.
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        text = json.dumps(self._manifest(device), indent=2) + "\n"
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
+        self.tell("write", 1, 1)
+
+    def _manifest(self, device: str) -> dict[str, Any]:
+        """Return what a runtime has to know of the graphs, and the versions that made them."""
+        reduced, example = self.reduced, self.example
+        layout, pixels = example.layout, example.images["pixel_values"]
+        positions = example.inputs["position_ids"]
+        # A reduction after the last layer leaves a space without layers.
+        layers = reduced.signature.decoder_layers + 1
+        # How many visual tokens each layer gets: a runtime subtracts what was dropped from
+        # positions.
+        left = tokens_per_layer(reduced.policy, layout.sizes, layers)
+        return {
+            "deos_fx": FORMAT,
+            "version": VERSION,
+            "packages": {"deos_fx": __version__, **{name: version(name) for name in PACKAGES}},
+            "opset": self.programs["prefill"].opset_imports[""],
+            "model": asdict(reduced.signature),
+            "device": device,
+            "dtype": str(pixels.dtype).removeprefix("torch."),
+            "graphs": list(self.programs),
+            # What a call may have, though a graph may not read all of it.
+            "inputs": list(example.given),
+            "image_token": layout.image_token,
+            "images": layout.images,
+            "image_tokens": example.placeholders,
+            "ends_in_image": _ends(reduced, layout),
+            "pixels": list(pixels.shape),
+            # Of a position: time, row and column; 0 where a position is one number.
+            "coordinates": len(positions) if positions.ndim == 3 else 0,
+            "spaces": [
+                {
+                    **asdict(space),
+                    "dropped": sum(layout.sizes) - left[space.first_layer],
+                }
+                for space in decode_spaces(reduced.policy)
+            ],
+        }
 
 
 def _ends(reduced: ReducedModel, layout: PromptLayout) -> bool | None:

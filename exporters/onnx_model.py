@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+import threading
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from deos_fx.inputs.packed import packed_by
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower.lower_decode import DecodeSpace
+from deos_fx.passes.rewrite.select_logits import LOGITS
 from deos_fx.runtime.generation import generation_host
 from deos_fx.tokens.cache import TokenSpace
 from deos_fx.tokens.positions import last_token
@@ -49,6 +53,7 @@ class OnnxModel:
         constants: Mapping[str, Tensor],
         skeleton: PreTrainedModel,
         sessions: Mapping[str, Session],
+        extend: Callable[[], Session],
     ) -> None:
         self.config = skeleton.config
         self.generation_config = skeleton.generation_config
@@ -60,8 +65,12 @@ class OnnxModel:
         self._spaces = [
             DecodeSpace(**{name: space[name] for name in names}) for space in manifest["spaces"]
         ]
+        # Of a whole prompt, in the last space.
+        self._dropped = manifest["spaces"][-1]["dropped"] if manifest["spaces"] else 0
         self._prefill, self._decode = sessions["prefill"], sessions["decode"]
         self._encoder = sessions.get("image_encoder")
+        # Opened when it is first needed, once for all threads.
+        self._extend, self._lock = functools.cache(extend), threading.Lock()
         # The model without weights, for `generate` and for facts of its class.
         self._skeleton = skeleton
         self._facts = facts_of(skeleton)
@@ -89,10 +98,24 @@ class OnnxModel:
         folder = Path(dir)
         manifest = read_manifest(folder)
         skeleton = _skeleton(folder)
-        sessions = {name: open(folder / f"{name}.onnx", device) for name in manifest["graphs"]}
+        names = [name for name in manifest["graphs"] if name != "extend"]
+        sessions = {name: open(folder / f"{name}.onnx", device) for name in names}
+        used = sessions["prefill"].device
+        if used.type != manifest["device"]:
+            warnings.warn(
+                f"{folder} was exported for {manifest['device']}, and on {used.type} its operators "
+                f"are slow. Export it with device={used.type!r}.",
+                stacklevel=2,
+            )
         # Only an encoder for fixed sizes has such values.
         constants = load_file(folder / IMAGES) if "image_encoder" in sessions else {}
-        return cls(manifest, constants, skeleton, sessions)
+        return cls(
+            manifest,
+            constants,
+            skeleton,
+            sessions,
+            lambda: open(folder / "extend.onnx", used),
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         """Run the prefill graph or, given the cache of an earlier call, the decode graph.
@@ -146,17 +169,15 @@ class OnnxModel:
             )
         # Positions and masks become explicit, as for a reduced model in PyTorch.
         call = completed(call)
-        if cache.get_seq_length() == 0:
+        if cache.get_seq_length() == 0 and call.images:
             logits = self._run_prefill(call, cache)
         else:
             logits = self._run_decode(call.inputs, cache)
-        # logits_to_keep = 0 keeps all: [:, -0:] is the whole axis.
-        kept = logits[:, -call.inputs.get("logits_to_keep", 0) :]
-        fields: dict[str, Any] = {"logits": kept.float(), CACHE: cache}
+        fields: dict[str, Any] = {"logits": logits.float(), CACHE: cache}
         return CausalLMOutputWithPast(**fields)
 
     def _run_prefill(self, call: Call, cache: SessionCache) -> Tensor:
-        """Run the prefill graph, fill the cache and return the logits [B, M, vocabulary]."""
+        """Run the prefill graph, fill the cache and return the logits [B, L, vocabulary]."""
         inputs, ids = call.inputs, call.inputs["input_ids"]
         self._check_prompts(inputs)
         values = {
@@ -165,6 +186,7 @@ class OnnxModel:
             "attention_mask": inputs.get("attention_mask", torch.ones_like(ids)),
             "position_ids": self._positions(ids, inputs["position_ids"]),
             "pixel_values": inputs["pixel_values"].to(self._dtype),
+            LOGITS: _places(inputs, ids.shape[1] - self._dropped),
         }
         if self._encoder is not None:
             # The prefill graph takes features in place of the pixels.
@@ -185,30 +207,55 @@ class OnnxModel:
         return as_tensor(outputs["logits"])
 
     def _run_decode(self, inputs: dict[str, Any], cache: SessionCache) -> Tensor:
-        """Run the decode graph once for each new token, and return the logits of all of them."""
+        """Run a text of its own or new tokens, and return the logits [B, L, vocabulary]."""
         ids = inputs["input_ids"]
+        session = self._decode
+        if not cache.states:
+            # Case: a text without images.
+            self._begin_text(ids, cache)
+        if not cache.get_seq_length() or ids.shape[1] > 1:
+            # Case: more than the decode graph takes.
+            with self._lock:
+                session = self._extend()
+        seen = cache.get_seq_length() + ids.shape[1]
         positions = self._positions(ids, inputs["position_ids"])
         mask = inputs.get("attention_mask")
         if mask is None:
             # Case: no mask. All tokens seen so far are real.
-            mask = ids.new_ones(len(ids), cache.get_seq_length() + ids.shape[1])
-        logits = []
-        # The graph takes one token: a prompt of a later turn is read token by token.
-        for step in range(ids.shape[1]):
-            now = slice(step, step + 1)
-            # Masks cover all tokens seen so far, this one included.
-            seen = cache.get_seq_length() + 1
-            values = {
-                "input_ids": ids[:, now],
-                "attention_mask": mask[:, :seen],
-                "position_ids": positions[..., now],
-            }
+            mask = ids.new_ones(len(ids), seen)
+        values = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            LOGITS: _places(inputs, ids.shape[1]),
             # Masks, positions and biases of every space.
-            values |= cache.decode_inputs(values["attention_mask"], values["position_ids"])
-            outputs = self._decode(values | cache.states)
-            cache.take_states(outputs, seen)
-            logits.append(as_tensor(outputs["logits"]))
-        return torch.cat(logits, dim=1)
+            **cache.decode_inputs(mask, positions),
+        }
+        outputs = session(values | cache.states)
+        cache.take_states(outputs, seen)
+        return as_tensor(outputs["logits"])
+
+    def _begin_text(self, ids: Tensor, cache: SessionCache) -> None:
+        """Fill a cache with no keys, as after a prompt of no tokens.
+
+        Raises:
+            ValueError: If the text has image placeholders.
+        """
+        if bool((ids == self._manifest["image_token"]).any()):
+            self._refuse_half_a_prompt()
+        rows = len(ids)
+        cache.begin(self._decode.empty_states(rows))
+        none = torch.zeros(rows, 0, dtype=torch.int64)
+        spaces = [
+            TokenSpace(
+                space.first_layer,
+                none,
+                none.to(self._dtype) if space.biased else None,
+                torch.zeros(rows, 1, dtype=torch.int64) if space.position == "grid" else None,
+            )
+            for space in self._spaces
+        ]
+        cache.record(0, spaces, {})
 
     def _positions(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Return the positions in the shape of the graphs: [B, t], or [coordinates, B, t]."""
@@ -250,11 +297,7 @@ class OnnxModel:
         # Numbers of image tokens, without duplicates.
         counts = sorted({*(ids == manifest["image_token"]).sum(dim=1).tolist()})
         if "pixel_values" not in inputs or counts[-1] == 0:
-            raise ValueError(
-                "The prompt has no image, but this model was exported for prompts with "
-                f"{manifest['images']}: pass pixel_values, and input_ids with image placeholders "
-                f"(token id {manifest['image_token']})."
-            )
+            self._refuse_half_a_prompt()
         # In this order, so that the first message names the most basic difference.
         again = "Export it again with example_inputs like these."
         if counts != [manifest["image_tokens"]]:
@@ -281,6 +324,15 @@ class OnnxModel:
                     f"{name} is {_shown(inputs[name])}, but this model was exported for images "
                     f"with {_shown(self._constants[name])} in every prompt. {again}"
                 )
+
+    def _refuse_half_a_prompt(self) -> None:
+        """Refuse placeholders without pixels, and pixels without placeholders."""
+        manifest = self._manifest
+        raise ValueError(
+            "The prompt has no image, or no place for it, but this model was exported for prompts "
+            f"with {manifest['images']}: pass pixel_values, and input_ids with image placeholders "
+            f"(token id {manifest['image_token']}); or neither, for a text without images."
+        )
 
     def _check_ends(self, inputs: Mapping[str, Any], again: str) -> None:
         """Refuse prompts that end in an image if the graphs were exported for text at the end.
@@ -315,6 +367,12 @@ class OnnxModel:
     def _new_cache(self) -> SessionCache:
         """Make an empty cache, with the layers of this model."""
         return SessionCache(self.config.get_text_config())
+
+
+def _places(inputs: Mapping[str, Any], left: int) -> Tensor:
+    """Return the places whose logits a call asks for, counted from the end: the last, or all."""
+    # 0 asks for all.
+    return torch.arange(-min(inputs.get(LOGITS) or left, left), 0)
 
 
 def _check_mask(inputs: Mapping[str, Any], visual: Tensor) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from deos_fx.tokens.cache import ReducedCache
 
-__all__ = ["HOST", "Session", "SessionCache", "as_tensor", "open", "ort_value"]
+__all__ = ["HOST", "Session", "SessionCache", "as_tensor", "cuda_devices", "open", "ort_value"]
 
 HOST = torch.device("cpu")
 """Where inputs come from and results go to."""
@@ -48,6 +48,22 @@ class Session:
         self.device = device
         self.inputs = {spec.name: _DTYPES[spec.type] for spec in session.get_inputs()}
         self.outputs = [spec.name for spec in session.get_outputs()]
+
+    def empty_states(self, rows: int) -> dict[str, Any]:
+        """Return keys and values of no tokens, for a graph that continues a text.
+
+        Args:
+            rows: Rows of the batch.
+
+        Returns:
+            ``past_key_values.<layer>.key`` and ``.value`` -> OrtValue on the CPU.
+        """
+        shapes = {spec.name: spec.shape for spec in self.session.get_inputs()}
+        return {
+            name: ort_value(torch.zeros(rows, shape[1], 0, shape[3], dtype=self.inputs[name]))
+            for name, shape in shapes.items()
+            if name.startswith("past_key_values.")
+        }
 
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Run the graph.
@@ -111,12 +127,15 @@ def open(path: Path, device: str | torch.device | None) -> Session:
     wanted = None if device is None else _device(device)
     cuda = wanted or torch.device("cuda", 0)
     # How many CUDA devices there are; False if this ONNX Runtime is not built for CUDA.
-    found = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _cuda_devices()
+    found = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and cuda_devices()
     # The CPU stays in the list for operators that CUDA lacks.
     providers: list[Any] = ["CPUExecutionProvider"]
     if cuda.type == "cuda" and (cuda.index or 0) < found:
         onnxruntime.preload_dlls()
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": cuda.index or 0}))
+        # torch, too, multiplies in less than float32 only if it is told to.
+        tf32 = int(torch.backends.cuda.matmul.allow_tf32)
+        settings = {"device_id": cuda.index or 0, "use_tf32": tf32}
+        providers.insert(0, ("CUDAExecutionProvider", settings))
     # 2. Open the graph, with as many threads as torch has.
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -152,7 +171,7 @@ def _device(device: str | torch.device) -> torch.device:
     return parsed
 
 
-def _cuda_devices() -> int:
+def cuda_devices() -> int:
     """Count the CUDA devices of this machine.
 
     The driver is asked, because torch may be built without CUDA. Opening a session to see whether
@@ -183,6 +202,10 @@ class SessionCache(ReducedCache):
         self.states: dict[str, Any] = {}
         # Not that of the states: layers may hold fewer tokens than were seen.
         self._length = 0
+
+    def begin(self, states: Mapping[str, Any]) -> None:
+        """Take the states of a text of which nothing has been seen yet."""
+        self.states = dict(states)
 
     @property
     def rows(self) -> int:

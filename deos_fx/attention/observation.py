@@ -123,7 +123,9 @@ class AttentionView:
         index = positions[:, None, :, None].expand(-1, heads, -1, dim)
         # Query heads that share a key head stand side by side: [B, H_kv, (H / H_kv) R, D].
         chosen = torch.gather(self.query, 2, index).reshape(batch, groups, -1, dim)
-        logits = (chosen @ self.key.transpose(2, 3)).float() * self.scale
+        # Keys times queries, not the other way round: ONNX Runtime fuses the block's attention only
+        # if nothing else reads the transposed keys.
+        logits = (self.key @ chosen.transpose(2, 3)).transpose(2, 3).float() * self.scale
         return self._masked(logits.reshape(batch, heads, rows, length), positions).softmax(dim=-1)
 
     def gravity(self, positions: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Build the decode graph: one new token per row, with the cache as inputs and outputs."""
+"""Build the decode graph: new tokens of every row, with the cache as inputs and outputs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,31 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from deos_fx.exporters.graphs.example import BATCH, Example, words
-from deos_fx.exporters.graphs.exportable import Exportable, filled, inputs_of, states_of
+from deos_fx.exporters.graphs.exportable import (
+    Exportable,
+    filled,
+    inputs_of,
+    last_logits,
+    places,
+    states_of,
+)
 from deos_fx.inputs.call import Call, batch_axis
 from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
 from deos_fx.passes.pipeline import copy_of
+from deos_fx.passes.rewrite.select_logits import LOGITS, select_logits
+from deos_fx.passes.verify import verify
 from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.tokens.cache import ReducedCache
 
-__all__ = ["decode_graph"]
+__all__ = ["NEW", "decode_graph"]
+
+NEW = "new"
+"""The name of the axis of new tokens."""
+# New tokens of the traced call.
+_NEW = 4
 
 
 def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
@@ -40,7 +54,7 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
     model, spaces = reduced.model, decode_spaces(reduced.policy)
     facts = facts_of(model)
     # A prefill fills the cache: its layers have as many keys as the policy leaves them.
-    cache = reduced(**example.inputs, use_cache=True)[CACHE]
+    cache = reduced(**example.inputs, use_cache=True, **last_logits(facts))[CACHE]
     # A convolution, for instance, has no keys.
     if not all(isinstance(getattr(held, "keys", None), Tensor) for held in cache.layers):
         raise ValueError(
@@ -49,18 +63,21 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
         )
     # [B, heads, tokens, D] of each layer.
     shapes = [state["key"].shape for state in states_of(cache).values()]
-    # Position ids are [B, 1], or [coordinates, B, 1].
+    # Position ids are [B, t], or [coordinates, B, t].
     coordinates = example.inputs["position_ids"].shape[:-2]
-    positions = words(facts, 1).fill_(cache.get_seq_length()).expand(*coordinates, BATCH, 1)
-    mask = words(facts, cache.get_seq_length() + 1).fill_(1)
+    seen = cache.get_seq_length()
+    positions = torch.arange(seen, seen + _NEW, device=model.device)
+    positions = positions.expand(*coordinates, BATCH, _NEW).clone()
+    mask = words(facts, seen + _NEW).fill_(1)
     inputs = {
-        "input_ids": words(facts, 1),
+        "input_ids": words(facts, _NEW),
         "attention_mask": mask,
         "position_ids": positions,
         CACHE: cache,
+        **last_logits(facts),
     }
     call = completed(Call.of(facts, inputs)).having(**cache.decode_inputs(mask, positions))
-    lowered = copy_of(reduced.graphs.step(call))
+    lowered = verify(select_logits(copy_of(reduced.graphs.step(call))), "exported")
     return _decode_exportable(_Decode(lowered, reduced), facts, shapes, spaces, positions)
 
 
@@ -95,10 +112,13 @@ def _decode_exportable(
 
     All layers of a space have equally many keys, so a space has one dynamic axis.
     """
-    model, batch = facts.model, Dim("batch")
-    # Every space has another length, since torch.export would take equal lengths for one axis.
-    lengths = [2 * k + 3 for k in range(len(spaces) + 1)]
+    model, batch, new = facts.model, Dim("batch"), Dim(NEW)
+    # Every axis has another length, since torch.export would take equal lengths for one axis.
+    lengths = [4 * _NEW * (k + 1) for k in range(len(spaces) + 1)]
     pasts = [Dim("past" if k == 0 else f"past_{k}") for k in range(len(spaces) + 1)]
+    # Past and new ones together. torch.export takes every axis for 2 or longer while it traces; an
+    # exported graph has no such limit.
+    seen = [Dim("seen" if k == 0 else f"seen_{k}", min=4) for k in range(len(spaces) + 1)]
     inputs: dict[str, Any] = {"past_key_values": {}}
     dynamic: dict[str, Any] = {"past_key_values": {}}
     for layer, (_, heads, _, dim) in enumerate(shapes):
@@ -111,14 +131,17 @@ def _decode_exportable(
     for name in module.used:
         kind, k = _kind_and_space(name)
         if kind in ("attention_mask", "key_bias", "key_positions"):
-            # Case: one value for every key of the space, and one for the new token.
-            value = words(facts, lengths[k] + 1).fill_(1)
+            # Case: one value for every key of the space, and for every new token.
+            value = words(facts, lengths[k] + _NEW).fill_(1)
             inputs[name] = value.to(model.dtype) if kind == "key_bias" else value
-            dynamic[name] = {0: batch, 1: pasts[k] + 1}
+            dynamic[name] = {0: batch, 1: seen[k]}
+        elif name == LOGITS:
+            inputs[name], dynamic[name] = places(model.device)
         else:
-            # Case: ids or position ids of the new token alone.
-            inputs[name] = positions.clone() if kind == "position_ids" else words(facts, 1)
-            dynamic[name] = {batch_axis(kind, inputs[name]): batch}
+            # Case: ids or position ids of the new tokens alone.
+            inputs[name] = positions.clone() if kind == "position_ids" else words(facts, _NEW)
+            first = batch_axis(kind, inputs[name])
+            dynamic[name] = {first: batch, first + 1: new}
     return Exportable(module, inputs, dynamic)
 
 

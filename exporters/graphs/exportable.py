@@ -11,16 +11,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.export import Dim
 
+from deos_fx.models.facts import ModelFacts
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import has_codes
+from deos_fx.passes.rewrite.select_logits import LOGITS
 from deos_fx.tokens.cache import ReducedCache
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["Exportable", "filled", "inputs_of", "states_of"]
+__all__ = ["Exportable", "filled", "inputs_of", "last_logits", "places", "states_of"]
+
+# Places whose logits are traced; no other axis has this length.
+_PLACES = 3
 
 
 # *** exporting ***
@@ -166,6 +173,19 @@ def _leaves(shapes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, axes
         else:
             yield from _leaves(axes, f"{prefix}{name}.")
+
+
+# *** places of logits ***
+
+
+def last_logits(facts: ModelFacts) -> dict[str, int]:
+    """Return the argument that asks a model for the last logits alone, if it has that argument."""
+    return {LOGITS: 1} if LOGITS in facts.arguments.parameters else {}
+
+
+def places(device: torch.device) -> tuple[Tensor, dict[int, Any]]:
+    """Return an example of the places [L] whose logits an exported graph computes, and its axes."""
+    return torch.arange(-_PLACES, 0, device=device), {0: Dim("logits")}
 
 
 # *** caches as named tensors ***

@@ -11,7 +11,13 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from deos_fx.exporters.graphs.example import BATCH, Example
-from deos_fx.exporters.graphs.exportable import Exportable, inputs_of, states_of
+from deos_fx.exporters.graphs.exportable import (
+    Exportable,
+    inputs_of,
+    last_logits,
+    places,
+    states_of,
+)
 from deos_fx.exporters.graphs.image_encoder import encoder_graph
 from deos_fx.inputs.call import Call, batch_axis
 from deos_fx.inputs.complete import completed
@@ -20,6 +26,7 @@ from deos_fx.models.upstream import CACHE
 from deos_fx.passes.finish import finish
 from deos_fx.passes.pipeline import copy_of
 from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
+from deos_fx.passes.rewrite.select_logits import LOGITS, select_logits
 from deos_fx.passes.rewrite.split_encoder import split_encoder
 from deos_fx.passes.verify import verify
 from deos_fx.policy.policy import Policy
@@ -59,7 +66,9 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
     Returns:
         The prefill graph, and the image encoder's if it is a graph of its own.
     """
-    call = completed(Call.of(facts_of(reduced.model), example.inputs | {"use_cache": True}))
+    facts = facts_of(reduced.model)
+    given = {**example.inputs, "use_cache": True, **last_logits(facts)}
+    call = completed(Call.of(facts, given))
     # A copy: the reduced model goes on using its own graph.
     lowered = copy_of(reduced.graphs.prefill(call, example.layout))
     _keep_outputs(lowered, ("logits", "spaces"))
@@ -74,14 +83,18 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
             values[f"image_features_{i}"] = features
         encoder, constants = encoder_graph(encode, example.images)
     # Features enter the prompt by an index, which has an ONNX form that runtimes agree on.
-    lowered = verify(replace_placeholder_merge(lowered), "exported")
+    lowered = verify(select_logits(replace_placeholder_merge(lowered)), "exported")
     module = _Prefill(lowered, reduced)
     # The placeholders are part of the prompt, so it is at least this long.
     batch, sequence = Dim("batch"), Dim("sequence", min=example.placeholders + least)
     # `_Prefill` itself reads the mask and the positions, whatever the lowered graph reads.
     names = dict.fromkeys(["input_ids", "attention_mask", "position_ids", *module.used])
-    taken, shapes = {name: values[name] for name in names}, {}
-    for name, value in taken.items():
+    taken, shapes = dict[str, Tensor](), dict[str, dict[int, Any]]()
+    for name in names:
+        if name == LOGITS:
+            taken[name], shapes[name] = places(reduced.model.device)
+            continue
+        taken[name] = value = values[name]
         first = batch_axis(name, value)
         if name == "position_ids" or value.shape == values["input_ids"].shape:
             # Case: one value for every token, or one for each coordinate of its position.

@@ -12,7 +12,7 @@ from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.notes import annotate, note_of
 from deos_fx.tokens.index import take, take_each, take_in_each, take_mask
 
-__all__ = ["open_space"]
+__all__ = ["open_space", "reindexed"]
 
 # Attributes of a tensor that say nothing about its tokens' contents.
 _METADATA = ("shape", "dtype", "device")
@@ -71,7 +71,7 @@ def open_space(
                 if value not in replaced:
                     # The value may be made after the cut, though not from it.
                     with graph.inserting_before(max(value, index).next):
-                        replaced[value] = _reindexed(graph, value, index, space)
+                        replaced[value] = reindexed(graph, value, index, space)
                 node.replace_input_with(value, replaced[value])
         if note_of(node).is_mask and "position_ids" in node.kwargs:
             # transformers takes gaps in position ids for borders of packed sequences.
@@ -140,8 +140,18 @@ def _is_metadata(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in _METADATA
 
 
-def _reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> fx.Node:
-    """Emit a value in the new space, annotated like the old one and named after both."""
+def reindexed(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str) -> fx.Node:
+    """Emit a value in the new space, annotated like the old one and named after both.
+
+    Args:
+        graph: An annotated graph. Changed in place.
+        value: A value with a prompt axis.
+        index: [B, M] positions of the kept tokens in the old space.
+        space: Name of the new space.
+
+    Returns:
+        The value, with the kept tokens along its prompt axis.
+    """
     note = note_of(value)
     if note.axes == 0:
         # Case: batch and prompt are one axis.
@@ -172,7 +182,7 @@ def _flattened_again(graph: fx.Graph, value: fx.Node, index: fx.Node, space: str
     Its inputs, in which the two axes are still apart, are re-indexed instead.
     """
     apart = {
-        source: _reindexed(graph, source, index, space)
+        source: reindexed(graph, source, index, space)
         for source in value.all_input_nodes
         if note_of(source).has_prompt_axis
     }

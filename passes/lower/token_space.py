@@ -13,7 +13,7 @@ from deos_fx.passes.analyse.annotate_token_spaces import padding_node, position_
 from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.graph import blocks_after
 from deos_fx.passes.lower.emitter import Emitter
-from deos_fx.passes.lower.open_space import open_space
+from deos_fx.passes.lower.open_space import open_space, reindexed
 from deos_fx.passes.notes import annotate, note_of
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.tokens.layout import PromptLayout
@@ -141,7 +141,7 @@ class TokenSpace:
         if position == "grid":
             where = (origin, self._placeholders, self._ids, self._images, is_open)
             trailing = self.call(tokens.trailing, *where[: 4 if is_open is None else 5])
-        replaced = self._new_positions(position, origin, trailing, is_open)
+        replaced = self._new_positions(position, index, origin, trailing, is_open)
         # 4. The rest of the graph: re-indexed values, positions, and the bias of later attention.
         key_bias = bias(self.visual, shortened)
         open_space(self.emitter.graph, hidden, shortened, index, replaced, self.emitter.suffix)
@@ -161,15 +161,20 @@ class TokenSpace:
     def _new_positions(
         self,
         position: str,
+        index: fx.Node,
         origin: fx.Node,
         trailing: fx.Node | None,
         is_open: fx.Node | None,
     ) -> dict[fx.Node, fx.Node]:
-        """Emit new position ids and the rotary tables made from them, unless positions are kept.
+        """Emit position ids of the new space and the rotary tables made from them.
+
+        A table is made again also where positions are kept: it is as cheap as taking its rows, and
+        runtimes fuse rotary embeddings only whose table is made from position ids.
 
         Args:
             position: The rule for positions.
-            origin: Original prompt positions [B, M] of the tokens of the new space.
+            index: Positions [B, M] of the kept tokens in the space before.
+            origin: Their original prompt positions [B, M].
             trailing: Under the rule ``grid``: flags [B, N] of the dropped tokens at the ends of
                 images.
             is_open: Flags [B, M] of the tokens that are not about to be dropped, in a relaxed
@@ -178,12 +183,16 @@ class TokenSpace:
         Returns:
             Position ids and tables of the current space -> those of the new space.
         """
-        if position == "keep":
-            return {}
         ids, *tables = self._positions
+        # A later table is given the new ids by `open_space`.
+        tables = [table for table in tables if table < origin]
+        if position == "keep" and not tables:
+            return {}
         # Always from the positions of the original prompt, never from those of the space before:
         # both rules count what has been dropped so far in all.
-        if trailing is None and is_open is not None:
+        if position == "keep":
+            moved = reindexed(self.emitter.graph, self._positions[ids], index, self.emitter.suffix)
+        elif trailing is None and is_open is not None:
             moved = self.call(tokens.relaxed_positions, ids, origin, is_open)
         elif trailing is None:
             moved = self.call(tokens.compact_positions, ids, origin)
@@ -192,10 +201,7 @@ class TokenSpace:
         annotate(moved, axes=note_of(ids).axes)
         replaced = {self._positions[ids]: moved}
         for table in tables:
-            # Only a table that was made before this point has to be made again. A later one is
-            # given the moved ids by `open_space`.
-            if table < origin:
-                replaced[self._positions[table]] = self.emitter.graph.node_copy(
-                    table, lambda node: moved if node in self._all_ids else node
-                )
+            replaced[self._positions[table]] = self.emitter.graph.node_copy(
+                table, lambda node: moved if node in self._all_ids else node
+            )
         return replaced

@@ -223,7 +223,11 @@ def test_an_export_that_says_otherwise_is_refused(folder, monkeypatch, name, pla
 
     def check() -> None:
         check_export(
-            reduced, example, "ONNX Runtime", lambda: OnnxModel.from_pretrained(exported, "cpu")
+            reduced,
+            example,
+            "ONNX Runtime",
+            torch.device("cpu"),
+            lambda: OnnxModel.from_pretrained(exported, "cpu"),
         )
 
     check()
@@ -262,19 +266,106 @@ def test_logits_to_keep(folder):
         runtime(**inputs, logits_to_keep=torch.tensor([0, 2]))
 
 
+def test_a_text_without_images_and_turns_of_a_chat(folder):
+    """Each turn in one call, batches padded on the left, against the reduced model."""
+    for name in QUICK:
+        reduced, runtime, images = _both(folder, name)
+        prompts = tiny.inputs(reduced.model, 2, images, text=3, padding="left")
+        text = {name: prompts[name][:, -6:] for name in ("input_ids", "attention_mask")}
+        for first in (prompts, text):
+            answers = []
+            for model in (runtime, reduced):
+                output, mask = model(**first), first["attention_mask"]
+                logits = [output.logits[:, -3:]]
+                # A turn of several tokens, an answer of two, and another turn.
+                for words in ([[3, 4, 5], [6, 7, 8]], [[9], [3]], [[4], [5]], [[3, 5], [4, 6]]):
+                    new = torch.tensor(words)
+                    mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+                    given = {CACHE: output[CACHE], "attention_mask": mask, "input_ids": new}
+                    output = model(**given)
+                    assert output.logits.shape[:2] == new.shape
+                    logits.append(output.logits)
+                answers.append(torch.cat(logits, dim=1))
+            assert_onnx_close(*answers)
+
+
 # *** the graphs ***
 
 
 @every_case
 def test_graphs_have_no_data_dependent_shapes(folder, name):
-    for graph in ("prefill", "decode"):
+    for graph in ("prefill", "decode", "extend"):
         nodes = _graph(folder(name), graph).node
         kinds = {node.op_type for node in nodes}
         assert not kinds & {"NonZero", "Loop", "Scan", "If", "ScatterND", "Unique", "Compress"}
         scatters = [node for node in nodes if node.op_type == "ScatterElements"]
         reductions = [a for node in scatters for a in node.attribute if a.name == "reduction"]
         assert {attribute.s for attribute in reductions} <= {b"none"}
-        assert not any(node.domain for node in nodes)
+        assert {node.domain for node in nodes} <= {"", "com.microsoft"}
+
+
+# Operators that are fused from many, by what they compute.
+FUSED = {
+    "attention": {"Attention", "MultiHeadAttention", "GroupQueryAttention"},
+    "rotary": {"RotaryEmbedding"},
+    "norm": {
+        "LayerNormalization",
+        "SkipLayerNormalization",
+        "SimplifiedLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    },
+}
+
+
+def _fused(target, graph):
+    kinds = [node.op_type for node in _graph(target, graph).node]
+    return {what: sum(kind in names for kind in kinds) for what, names in FUSED.items()}
+
+
+def test_as_much_is_fused_with_reductions_as_without(folder, tmp_path):
+    model = tiny.shared_llava(LAYERS)
+    target = export_onnx(ReducedModel(model, Policy()), tmp_path / "out", verify=False)
+    # A norm before and after each attention and at the end, in the decoder; as many in the tower,
+    # whose last block nothing reads. Queries and keys are rotated.
+    blocks = model.config.vision_config.num_hidden_layers - 1
+    prefill = _fused(target, "prefill")
+    assert prefill == {
+        "attention": LAYERS + blocks,
+        "rotary": 2 * LAYERS,
+        "norm": 2 * LAYERS + 1 + 2 * blocks + 1,
+    }
+    decode = _fused(target, "decode")
+    assert decode == {"attention": LAYERS, "rotary": 0, "norm": 2 * LAYERS + 1}
+    for name in QUICK:
+        assert _fused(folder(name), "prefill") == prefill, name
+        # Its attention rotates.
+        assert _fused(folder(name), "decode") == decode, name
+
+
+def test_an_export_for_a_gpu(tmp_path, monkeypatch):
+    """Without one, what is compared are the graphs before they are fused."""
+    monkeypatch.setattr("deos_fx.exporters.onnx.cuda_devices", lambda: 0)
+    checked, stages = [], []
+    monkeypatch.setattr(
+        "deos_fx.exporters.onnx.check_export",
+        lambda reduced, example, runtime, device, load: checked.append((device.type, load())),
+    )
+    reduced = ReducedModel(tiny.shared_llava(LAYERS), CASES["prune, two images"][0])
+    target = export_onnx(
+        reduced,
+        tmp_path / "out",
+        device="cuda",
+        progress=lambda stage, done, total: stages.append(stage) if done == total else None,
+    )
+    assert [device for device, _ in checked] == ["cpu"]
+    assert not any(path.is_dir() for path in target.iterdir())
+    assert stages == ["trace", "trace", "write", "check", "fuse", "write"]
+    # Several new tokens are attended to by one operator, too.
+    assert _fused(target, "extend")["attention"] == LAYERS
+    with pytest.warns(UserWarning, match="exported for cuda"):
+        runtime = OnnxModel.from_pretrained(target, "cpu")
+    inputs = tiny.inputs(reduced.model, 2)
+    assert_onnx_close(runtime(**inputs).logits[:, -5:], reduced(**inputs).logits[:, -5:])
 
 
 def test_pruning_needs_no_assignment(folder):
@@ -286,28 +377,38 @@ def test_pruning_needs_no_assignment(folder):
     assert counts[0] == min(counts)
 
 
+def _axes(values):
+    return {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in values
+    }
+
+
 def test_names_and_axes(folder):
     prefill = _graph(folder("pool, merge with mass, compact"), "prefill")
-    decode = _graph(folder("pool, merge with mass, compact"), "decode")
-    axes = {
-        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        for value in (*prefill.input, *decode.input)
-        if not value.name.startswith("past") or "key" in value.name
-    }
-    shared = {"input_ids": ["batch", 1], "position_ids": ["batch", 1]}
+    extend = _graph(folder("pool, merge with mass, compact"), "extend")
+    axes = _axes(prefill.input) | _axes(extend.input)
     assert [value.name for value in prefill.input] == [
         "input_ids",
         "attention_mask",
         "position_ids",
         "pixel_values",
+        "logits_to_keep",
     ]
+    assert axes["logits_to_keep"] == ["logits"]
     assert axes["pixel_values"] == ["batch", 3, 64, 64]
-    assert axes["attention_mask"] == ["batch", "sequence"]
-    assert axes["attention_mask_1"] == ["batch", "past_1 + 1"]
-    assert axes["key_bias_2"] == ["batch", "past_2 + 1"]
+    assert _axes(prefill.input)["attention_mask"] == ["batch", "sequence"]
+    assert axes["attention_mask_1"] == ["batch", "seen_1"]
+    assert axes["key_bias_2"] == ["batch", "seen_2"]
     assert axes["past_key_values.0.key"] == ["batch", 2, "past_1", 16]
     assert axes["past_key_values.1.key"] == ["batch", 2, "past_2", 16]
-    assert {name: axes[name] for name in shared} == shared
+    assert axes["input_ids"] == axes["position_ids"] == ["batch", "new"]
+    one = _axes(_graph(folder("pool, merge with mass, compact"), "decode").input)
+    assert one == _axes(extend.input) | {
+        "input_ids": ["batch", 1],
+        "position_ids": ["batch", 1],
+        "position_ids_2": ["batch", 1],
+    }
     outputs = {value.name for value in prefill.output}
     assert {"logits", "next_position", "origin_1", "attention_mask_2", "key_bias_2"} <= outputs
     assert {f"present.{i}.{part}" for i in range(LAYERS) for part in ("key", "value")} <= outputs
@@ -319,7 +420,8 @@ def test_what_a_foreign_runtime_needs(folder):
     inputs = tiny.inputs(reduced.model, 2, images)
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    values = runtime._prefill(inputs | {"position_ids": positions})
+    last = torch.tensor([-1])
+    values = runtime._prefill(inputs | {"position_ids": positions, "logits_to_keep": last})
     origin, kept_mask, following = (
         torch.from_dlpack(values[name])
         for name in ("origin_1", "attention_mask_1", "next_position")
@@ -336,6 +438,7 @@ def test_folder(folder):
     assert {path.name for path in target.iterdir()} == {
         "prefill.onnx",
         "decode.onnx",
+        "extend.onnx",
         "weights.data",
         "policy.json",
         "deos_fx.json",
@@ -345,9 +448,9 @@ def test_folder(folder):
     policy, images = CASES["prune, two images"]
     assert Policy.load(target / "policy.json") == policy
     manifest = json.loads((target / "deos_fx.json").read_text())
-    assert (manifest["deos_fx"], manifest["version"]) == ("onnx", 3)
+    assert (manifest["deos_fx"], manifest["version"]) == ("onnx", 4)
     assert (manifest["images"], manifest["image_token"]) == (images, tiny.IMAGE)
-    assert manifest["dtype"] == "float32"
+    assert (manifest["dtype"], manifest["device"]) == ("float32", "cpu")
     assert manifest["spaces"] == [
         {"first_layer": 1, "position": "keep", "biased": False, "dropped": 2 * (64 - 16)}
     ]
@@ -360,7 +463,7 @@ def test_both_graphs_share_one_file_of_weights(folder):
     weights = sum(parameter.nbytes for parameter in model.parameters())
     # The last vision block and post_layernorm are not used. Pages and constants come on top.
     assert (target / "weights.data").stat().st_size < 1.3 * weights
-    for graph in ("prefill", "decode"):
+    for graph in ("prefill", "decode", "extend"):
         assert (target / f"{graph}.onnx").stat().st_size < 0.5 * weights
 
 
@@ -381,6 +484,8 @@ def test_export_refuses_what_it_cannot_export(tmp_path):
         export_onnx(model, tmp_path / "out")
     with pytest.raises(ValueError, match="no image"):
         export_onnx(reduced, tmp_path / "out", {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="device is 'tpu'; give 'cpu' or 'cuda'"):
+        export_onnx(reduced, tmp_path / "out", device="tpu")
     flex = tiny.tiny_llava(1)
     flex.config.get_text_config()._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
@@ -400,6 +505,8 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
         (args[1] / "half").write_text("half")
         raise RuntimeError("disk full")
 
+    monkeypatch.setattr("deos_fx.exporters.onnx.fuse", lambda *args: None)
+    monkeypatch.setattr("deos_fx.exporters.onnx.of_one_token", lambda *args: None)
     monkeypatch.setattr("deos_fx.exporters.graphs.exportable.Exportable.export", lambda self: None)
     monkeypatch.setattr("deos_fx.exporters.onnx.write_weights", fail)
     with pytest.raises(RuntimeError, match="disk full"):
@@ -414,9 +521,11 @@ def test_prompts_that_do_not_fit_the_graphs(folder):
         runtime(**tiny.inputs(model, 2, 1))
     with pytest.raises(ValueError, match="64. image tokens"):
         runtime.generate(**tiny.inputs(model, 2, 1), max_new_tokens=2)
-    with pytest.raises(ValueError, match="no image"):
-        runtime(input_ids=torch.ones(1, 4, dtype=torch.int64))
     inputs = tiny.inputs(model, 1, 2)
+    with pytest.raises(ValueError, match="no image"):
+        runtime(input_ids=inputs["input_ids"])
+    with pytest.raises(ValueError, match="no image"):
+        runtime(**inputs | {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
     with pytest.raises(ValueError, match="shape"):
         runtime(**inputs | {"pixel_values": inputs["pixel_values"][..., :32]})
     with pytest.raises(ValueError, match="use_cache"):
@@ -428,7 +537,7 @@ def test_prompts_that_do_not_fit_the_graphs(folder):
 
 def test_devices(folder, monkeypatch):
     target = folder("prune, two images")
-    monkeypatch.setattr(session, "_cuda_devices", lambda: 0)
+    monkeypatch.setattr(session, "cuda_devices", lambda: 0)
     assert OnnxModel.from_pretrained(target).device == torch.device("cpu")
     with pytest.raises(RuntimeError, match="0 CUDA devices.*Leave device out"):
         OnnxModel.from_pretrained(target, device="cuda")
@@ -465,9 +574,11 @@ def test_half_precision(tmp_path, monkeypatch):
     )
     reduced = ReducedModel(model, Policy((Reduction("projector", 16, gain=1, mass_bias=1),)))
     export_onnx(reduced, tmp_path)
-    # A prefill and a decode step, which the check of the export shares.
+    # A prefill and new tokens, which the check of the export shares.
     assert len(captured) == 2
-    runtime = OnnxModel.from_pretrained(tmp_path, "cpu")
+    # Half precision is for a GPU.
+    with pytest.warns(UserWarning, match=r"exported for cuda.*device='cpu'"):
+        runtime = OnnxModel.from_pretrained(tmp_path, "cpu")
     inputs = tiny.inputs(model, 3)
     expected = reduced(**inputs).logits.float()[:, -1]
     got = runtime(**inputs).logits[:, -1]
