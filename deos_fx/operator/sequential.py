@@ -1,11 +1,15 @@
 """Selectors that pick tokens step by step, each step depending on the picks before it.
 
-A step is a few batched tensor operations, and the number of steps is a constant, so the loop is
-unrolled in a graph. ``at_once`` > 1 makes several picks by the same gains: an approximation with
-fewer steps (the benchmarks measure how often it picks other tokens).
+A step is a few batched tensor operations, and the number of steps is a constant. An exported graph
+has one loop in place of hundreds of steps. ``at_once`` > 1 makes several picks by the same gains:
+an approximation with fewer steps (the benchmarks measure how often it picks other tokens).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +28,9 @@ __all__ = [
     "max_min_ranking",
     "probe",
 ]
+
+# A new state, and the picks of a step.
+_Step: TypeAlias = tuple[tuple[Tensor, ...], Tensor]
 
 
 def greedy(
@@ -145,19 +152,24 @@ def _pick(
         # Tokens that are taken count like picks.
         resembles = torch.where(taken.unsqueeze(-1) > 0, similarity.to(score.dtype), -1.0)
         closest = torch.maximum(closest, resembles.amax(dim=1))
-    picks: list[Tensor] = []
-    while (left := count - sum(pick.shape[-1] for pick in picks)) > 0:
+
+    def step(score: Tensor, number: int, free: Tensor, closest: Tensor) -> _Step:
         gain = torch.where(free > 0, score - diversity * closest, torch.finfo(score.dtype).min)
-        # The first pick is always a single one: until then, no penalty tells tokens apart.
-        alone = at_once == 1 or not picks
-        pick = gain.argmax(-1, keepdim=True) if alone else gain.topk(min(at_once, left)).indices
-        picks.append(pick)
+        pick = gain.argmax(-1, keepdim=True) if number == 1 else gain.topk(number).indices
         free = free - F.one_hot(pick, score.shape[-1]).to(free.dtype).sum(dim=1)
         # A token keeps the penalty that it had when it was picked.
         near = take(similarity, pick).amax(dim=1).to(closest.dtype)
-        closest = torch.where(free > 0, torch.maximum(closest, near), closest)
-        score = score if then is None else then
-    return torch.cat(picks, dim=-1), closest
+        return (free, torch.where(free > 0, torch.maximum(closest, near), closest)), pick
+
+    later = score if then is None else then
+    # The first pick is always a single one: until then, no penalty tells tokens apart.
+    times, rest = divmod(count - 1, at_once)
+    state: tuple[Tensor, ...] = (free, closest)
+    picks: list[Tensor] = []
+    for values, number, steps in ((score, 1, 1), (later, at_once, times), (later, rest, rest > 0)):
+        state, found = _repeated(partial(step, values, number), state, int(steps))
+        picks += found
+    return torch.cat(picks, dim=-1), state[1]
 
 
 def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count: int) -> Tensor:
@@ -179,22 +191,23 @@ def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count
     score, kernel = same_rows(full_precision(score), full_precision(similarity))
     relevance = _relevance(score)
     free = torch.ones_like(score) if taken is None else 1 - taken
-    picks = []
+
     # Conditioning commutes with scaling by relevance, so the kernel stays a; relevance enters only
     # in the gain.
-    for _ in range(count):
+    def step(free: Tensor, kernel: Tensor) -> _Step:
         # What is left of the variance of each token, given the picks so far.
         variance = kernel.diagonal(dim1=-2, dim2=-1)
         gain = torch.where(free > 0, relevance.square() * variance, -torch.inf)
         pick = gain.argmax(dim=-1, keepdim=True)
-        picks.append(pick)
         free = free - F.one_hot(pick.squeeze(-1), score.shape[-1]).to(free.dtype)
         # If the picks already span all tokens, the remaining variance is rounding error: no update.
         remains = take(variance, pick)
         scale = torch.where(remains > 1e-5, remains.clamp_min(1e-5).rsqrt(), 0.0)
         # L_:j / sqrt(L_jj), [B, 1, V]
         spread = take(kernel, pick) * scale.unsqueeze(-1)
-        kernel = kernel - spread.mT * spread
+        return (free, kernel - spread.mT * spread), pick
+
+    _, picks = _repeated(step, (free, kernel), count)
     return torch.cat(picks, dim=-1)
 
 
@@ -229,15 +242,44 @@ def coverage(
     if taken is not None:
         resembles = torch.where(taken.unsqueeze(-1) > 0, similarity, 0.0)
         covered = torch.maximum(covered, resembles.amax(dim=1))
-    picks = []
-    for _ in range(count):
+
+    def step(free: Tensor, covered: Tensor) -> _Step:
         more = (similarity - covered.unsqueeze(1)).clamp_min(0).sum(dim=-1)
         gain = torch.where(free > 0, weight * more, -1.0)
         pick = gain.argmax(dim=-1, keepdim=True)
-        picks.append(pick)
         free = free - F.one_hot(pick.squeeze(-1), score.shape[-1]).to(free.dtype)
-        covered = torch.maximum(covered, take(similarity, pick).squeeze(1))
+        return (free, torch.maximum(covered, take(similarity, pick).squeeze(1))), pick
+
+    _, picks = _repeated(step, (free, covered), count)
     return torch.cat(picks, dim=-1)
+
+
+def _repeated(
+    step: Callable[..., _Step], state: tuple[Tensor, ...], times: int
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Take a step again and again.
+
+    Args:
+        step: Returns a new state and picks [B, k], from the parts of a state.
+        state: The state before the first step.
+        times: How many steps to take.
+
+    Returns:
+        The state after the last step, and picks [B, k'] in order.
+    """
+    if times > 1 and torch.compiler.is_exporting():
+        # Case: an export. torch's scan becomes one node with the step as a graph of its own.
+        from torch._higher_order_ops import scan
+
+        places = torch.arange(times, device=state[0].device)
+        state, picks = scan(lambda held, _: step(*held), state, places)
+        # [times, B, k] -> [B, times k]
+        return state, [picks.movedim(0, 1).flatten(1)]
+    found = []
+    for _ in range(times):
+        state, pick = step(*state)
+        found.append(pick)
+    return state, found
 
 
 def _relevance(score: Tensor) -> Tensor:
