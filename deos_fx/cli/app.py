@@ -372,6 +372,15 @@ def export(
     policy: PolicyFile = None,
     preset: Preset = None,
     budget: TokenLimit = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where ONNX Runtime is to be fast: cpu or cuda. Default: cuda for half precision."
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Whether to compare ONNX Runtime's logits with PyTorch's.")
+    ] = True,
 ) -> None:
     """Export a reduced model to ONNX: prefill and decode graphs that include the reductions.
 
@@ -394,7 +403,7 @@ def export(
     with fresh_folder(out_dir) as folder, stages(console) as stage:
         with stage("load the model"):
             reduced = load_reduced(model_dir, policy, preset, budget)
-        with stage("export"):
-            export_onnx(reduced, folder)
+        with stage.phased("export") as advance:
+            export_onnx(reduced, folder, device=device, verify=verify, progress=advance)
         copy_processor(model_dir, folder)
     console.print(f"Wrote {out_dir}", highlight=False)

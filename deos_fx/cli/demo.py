@@ -101,8 +101,9 @@ def _measure(folder: Path, budget: Budget, seed: int, stage: Stages) -> DemoResu
                 measured.append(tester.test(name, policy, runs, advance))
         # 4. Export, and compare ONNX Runtime with PyTorch.
         tests = tester.questions
-        with stage("export to ONNX"):
-            export_onnx(reduced, folder / "onnx", example_inputs=prompts(processor, tests[:2]))
+        with stage.phased("export to ONNX") as progress:
+            example = prompts(processor, tests[:2])
+            export_onnx(reduced, folder / "onnx", example, progress=progress)
         with stage("run in ONNX Runtime") as advance:
             onnx = _check_onnx(folder / "onnx", reduced, processor, tests[:COMPARED], advance)
         with stage("wait for the presets") as advance:

@@ -154,17 +154,22 @@ def test_transform_at_a_budget_alone(model_dir, tmp_path):
 
 
 def test_export_takes_the_policy_of_a_reduced_model(model_dir, tmp_path, monkeypatch):
-    exported = []
+    exported, given = [], []
 
-    def note(reduced, folder):
+    def note(reduced, folder, *, device, verify, progress):
         exported.append(reduced.policy)
+        given.append((device, verify))
+        progress("trace", 1, 1)
         (folder / "prefill.onnx").write_text("")
 
     monkeypatch.setattr("deos_fx.exporters.onnx.export_onnx", note)
     run("transform", model_dir, tmp_path / "reduced", "--preset", "merge", "--budget", "9")
     run("export", tmp_path / "reduced", tmp_path / "onnx")
     run("export", model_dir, tmp_path / "onnx", "--preset", "avg_pool", "--budget", "16")
-    assert exported == [presets.merge(keep=9), presets.avg_pool(keep=16)]
+    options = ("--device", "cuda", "--no-verify")
+    run("export", tmp_path / "reduced", tmp_path / "gpu", *options)
+    assert exported == [presets.merge(keep=9), presets.avg_pool(keep=16), presets.merge(keep=9)]
+    assert given == [(None, True), (None, True), ("cuda", False)]
     assert (tmp_path / "onnx" / "prefill.onnx").exists()
 
 
