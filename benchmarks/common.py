@@ -134,16 +134,20 @@ def build_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrai
     return model.eval().requires_grad_(False)
 
 
-def build_inputs(model: PreTrainedModel, batch: int, text: int) -> dict[str, Tensor]:
-    """Prompts of one image and random words: ``input_ids`` and ``pixel_values``, no padding."""
+def build_inputs(
+    model: PreTrainedModel, batch: int, text: int, images: int = 1
+) -> dict[str, Tensor]:
+    """Prompts of images and random words: ``input_ids`` and ``pixel_values``, no padding."""
     config, generator = model.config, torch.Generator().manual_seed(1)
     vision, words = config.vision_config, config.get_text_config().vocab_size
     ids = torch.randint(words - 1, (batch, text), generator=generator)
     # The image token itself must not be among the words.
     ids += ids >= config.image_token_id
-    image = torch.full((batch, facts_of(model).signature.visual_tokens), config.image_token_id)
+    visual = images * facts_of(model).signature.visual_tokens
+    image = torch.full((batch, visual), config.image_token_id)
     pixels = torch.randn(
-        batch, vision.num_channels, vision.image_size, vision.image_size, generator=generator
+        (batch * images, vision.num_channels, vision.image_size, vision.image_size),
+        generator=generator,
     )
     return {
         "input_ids": torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1).to(model.device),

@@ -1,6 +1,7 @@
 """The benchmark commands run and write what they promise; how fast anything is, is not tested."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
-from benchmarks import calls, capture, operators, speed
+from benchmarks import calls, capture, gpu, operators, speed
+from deos_fx.policy.policy import Policy
 
 QUICK = {"shape": "llava-tiny", "text": 4, "new_tokens": 2, "repeats": 2}
 TINY = {"shape": "llava-tiny", "text": 4, "keep": 8, "rounds": 1, "calls": 1, "scenes": 4}
@@ -131,3 +133,64 @@ def test_shapes_are_those_of_the_published_models():
             model = AutoModelForImageTextToText.from_config(capture.MODELS[name]())
         found = sum(weight.numel() for weight in model.parameters())
         assert found / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+SMALL = gpu.Settings(
+    shape="llava-tiny", device="cpu", dtype="fp32", images=(1, 2), text=8, new_tokens=2, repeats=1
+)
+
+
+def test_gpu_measures_all_parts(monkeypatch):
+    """Exporting takes long and has tests of its own."""
+    monkeypatch.setattr(
+        gpu, "export_onnx", lambda reduced, target, *_, **__: exported.append(reduced)
+    )
+    monkeypatch.setattr(gpu.OnnxModel, "from_pretrained", lambda *_: exported[-1])
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    exported: list[Any] = []
+    saved: list[int] = []
+    found = gpu.measure(
+        SMALL, Console(quiet=True), lambda results: saved.append(len(results["parts"]))
+    )
+    assert saved == list(range(1, 7)) and not found["left_out"]
+    assert not any("fails" in part for part in found["parts"].values()), found["parts"]
+    for images in ("1 image", "2 images"):
+        variants = found["parts"][f"pytorch, {images}"]["variants"]
+        for name in ("projector", "fastv"):
+            figure = variants[name]
+            assert figure["kv_bytes"] == figure["predicted_kv_bytes"]
+            assert figure["promised_speed_up"] > 1 and figure["over_ideal"] > 0
+        assert variants["original"]["speed_up"] == 1
+        assert set(found["parts"][f"onnxruntime, {images}"]["variants"]) == {
+            "empty",
+            "projector",
+            "fastv",
+        }
+    # Fewer layers are exported.
+    assert exported[0].model.config.get_text_config().num_hidden_layers == SMALL.onnx_layers
+    assert gpu.table(found).row_count > 20
+
+
+def test_a_gpu_without_time_says_what_it_left_out():
+    found = gpu.measure(replace(SMALL, seconds=-1.0), Console(quiet=True), lambda results: None)
+    assert not found["parts"] and len(found["left_out"]) == 6
+
+
+def test_runs_to_compare_with_compute_what_they_say():
+    """A run by layers is the model; the published FastV keeps what the preset keeps."""
+    model = gpu.build_model("llava-tiny", torch.device("cpu"), torch.float32)
+    for images in (1, 2):
+        bench = gpu._Bench.of(SMALL, model, images)
+        variants = bench.variants()
+        whole = bench.lengths(Policy())
+        assert whole == [64 * images + SMALL.text] * 4
+        expected = gpu._prefill(model, bench.inputs).logits[:, -1]
+        logits, cache = gpu.short_run(model, whole, **bench.inputs)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        fastv = gpu._prefill(variants["fastv"], bench.inputs)
+        logits, cache = variants["as published: fastv"](**bench.inputs)
+        torch.testing.assert_close(logits, fastv.logits[:, -1], atol=1e-4, rtol=0)
+        lengths = [layer.keys.shape[2] for layer in cache.layers]
+        assert lengths == bench.lengths(bench.policies["fastv"])
+        _, cache = variants["ideal short run of fastv"](**bench.inputs)
+        assert [layer.keys.shape[2] for layer in cache.layers] == lengths
