@@ -7,6 +7,7 @@ qwen2_5_vl an encoder of its own graph that reads sizes, and positions with thre
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from typing import Any
@@ -175,3 +176,18 @@ def test_what_an_encoder_reads_of_pixels_is_given_back() -> None:
     assert [read.tolist() for read in reads] == [[True, True], 2]
     pixels[1] = 0
     assert [read.tolist() for read in graph(pixels)[1]] == [[True, False], 1]
+
+
+@pytest.mark.slow
+def test_deepstack_planes_reach_the_decoder_with_their_tokens() -> None:
+    """A public runtime drops them without a word (onnxruntime-genai, pull request 2513)."""
+    assert check_onnx("qwen3_vl", steps=3) == "yes"
+    # And they matter: a model without them says something else, by far more than rounding.
+    model, inputs = copy.deepcopy(shared("qwen3_vl")), prompts("qwen3_vl", 2)
+    policy = reduced("qwen3_vl").policy
+    with torch.no_grad():
+        whole = ReducedModel(model, policy)(**inputs).logits
+        for parameter in model.model.visual.deepstack_merger_list.parameters():
+            parameter.zero_()
+        without = ReducedModel(model, policy)(**inputs).logits
+    assert (whole - without).abs().max() > 1e-2 * whole.abs().max()
