@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +38,9 @@ def check_export(
     """Refuse an export whose logits are not those of the reduced model.
 
     Logits are compared at every position that is left of the prompts and over a few decode steps,
-    for the batch that was traced and for another one, with other words, images and padding. The
-    export runs in its own precision. On the CPU runtimes have no bfloat16, so there an export in
-    bfloat16 is not compared.
+    for the batch that was traced and for another one, with other words, images and padding; the
+    reduced model gets each prompt alone. The export runs in its own precision. On the CPU runtimes
+    have no bfloat16, so there an export in bfloat16 is not compared.
 
     Args:
         reduced: The reduced model.
@@ -62,7 +62,7 @@ def check_export(
     batches = [traced, _another(reduced, example, traced)]
     # The runtime decodes the tokens that PyTorch chose: where two are nearly equally likely, its
     # own choice could differ.
-    right = [_answers(reduced, batch) for batch in batches]
+    right = [_joined([_answers(reduced, row) for row in _rows(batch)]) for batch in batches]
     try:
         exported = load()
         answers = [
@@ -121,6 +121,24 @@ class _Answers:
         return (worst / torch.stack([b.abs().max() for b in other.logits]).max()).item()
 
 
+def _rows(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Split a batch into its prompts. Alone, none can have anything of another."""
+    rows = len(batch["input_ids"])
+    parts = {name: value.chunk(rows) for name, value in batch.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(rows)]
+
+
+def _joined(parts: Sequence[_Answers]) -> _Answers:
+    """Put the answers to single prompts together."""
+    logits = zip(*(part.logits for part in parts), strict=True)
+    origins = zip(*(part.origins for part in parts), strict=True)
+    return _Answers(
+        [torch.cat(rows) for rows in logits],
+        torch.cat([part.tokens for part in parts]),
+        [torch.cat(rows) for rows in origins],
+    )
+
+
 @torch.no_grad()
 def _answers(
     model: Callable[..., Any], batch: Mapping[str, Tensor], tokens: Tensor | None = None
@@ -160,20 +178,24 @@ def _another(
     """
     facts, ends = facts_of(reduced.model), example.layout.ends
 
-    def longer(value: Tensor) -> Tensor:
+    def longer(name: str, value: Tensor) -> Tensor:
+        row = value[:1]
+        # Words, which are of kind 0 where tokens have kinds, and real.
+        word = {"input_ids": word_of(facts), "attention_mask": 1}.get(name, 0)
+        more = torch.full_like(row[:, :1], word).expand(-1, _MORE)
         # A prompt that ends in an image has to go on ending in one: its text gets longer in front.
         # Padding always stands in front.
-        row = value[:1]
-        front, behind = row[:, :1].expand(-1, _MORE), row[:, -1:].expand(-1, _MORE)
-        text = torch.cat([front, row] if ends else [row, behind], dim=1)
-        return torch.cat([text, *[torch.cat([front, row], dim=1)] * (len(_BRIGHTNESS) - 1)])
+        text = torch.cat([more, row] if ends else [row, more], dim=1)
+        return torch.cat([text, *[torch.cat([more, row], dim=1)] * (len(_BRIGHTNESS) - 1)])
 
-    batch = {name: longer(value) for name, value in traced.items() if name not in example.images}
+    batch = {
+        name: longer(name, value) for name, value in traced.items() if name not in example.images
+    }
     batch["attention_mask"][1:, :_MORE] = 0
     for name, value in example.images.items():
         # Sizes are those of the traced images.
-        factors = _BRIGHTNESS if name == "pixel_values" else [1] * len(_BRIGHTNESS)
-        batch[name] = torch.cat([factor * value for factor in factors])
+        pixels = name == "pixel_values"
+        batch[name] = torch.cat([value * x if pixels else value for x in _BRIGHTNESS])
     ids = batch["input_ids"]
     # Small ids are words in any vocabulary. Ids that the prompt already has may have a purpose (an
     # image, the end of a row), so they are not used.

@@ -267,7 +267,7 @@ class _Export:
         write_weights(list(self.programs.values()), folder)
         for name, program in self.programs.items():
             onnx_ir.save(program, folder / f"{name}.onnx")
-        if self.constants:
+        if "image_encoder" in self.programs:
             save_file(self.constants, folder / IMAGES)
         reduced.policy.save(folder / "policy.json")
         # A loaded folder finds the model's class in ``architectures``.
