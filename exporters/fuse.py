@@ -30,6 +30,21 @@ def fuse(programs: Mapping[str, onnx_ir.Model], device: str) -> None:
         # but images may see themselves in both directions, and after a reduction every row has its
         # own positions. What it makes for CUDA is right, and as fast on the CPU.
         fuse_for_onnxruntime(program, "cuda" if name == "prefill" else device)
+        _register_constants(program.graph)
+
+
+def _register_constants(graph: onnx_ir.Graph) -> None:
+    """Register constants that nodes read though the graph does not have them.
+
+    onnxscript's fusions (0.7) leave such ones where attention shares a shape, as in Idefics2.
+    """
+    for node in graph.all_nodes():
+        for i, value in enumerate(node.inputs):
+            if value is None or value.const_value is None or value.producer() is not None:
+                continue
+            known = graph.initializers.setdefault(str(value.name), value)
+            if known is not value:
+                node.replace_input_with(i, known)
 
 
 def of_one_token(program: onnx_ir.Model, axis: str) -> onnx_ir.Model:

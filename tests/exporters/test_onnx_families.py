@@ -179,6 +179,11 @@ def test_what_an_encoder_reads_of_pixels_is_given_back() -> None:
 
 
 @pytest.mark.slow
+def test_constants_that_fusions_forget_are_registered() -> None:
+    assert check_onnx("idefics2", steps=3) == "yes"
+
+
+@pytest.mark.slow
 def test_deepstack_planes_reach_the_decoder_with_their_tokens() -> None:
     """A public runtime drops them without a word (onnxruntime-genai, pull request 2513)."""
     assert check_onnx("qwen3_vl", steps=3) == "yes"
