@@ -16,8 +16,10 @@ if _typing.TYPE_CHECKING:
     from deos_fx.comparison.compare import compare as compare
     from deos_fx.exporters.onnx import export_onnx as export_onnx
     from deos_fx.exporters.onnx_model import OnnxModel as OnnxModel
+    from deos_fx.exporters.profile import profile as profile
     from deos_fx.passes.search.search import search as search
     from deos_fx.policy.budget import Budget as Budget
+    from deos_fx.policy.latency import LatencyTable as LatencyTable
     from deos_fx.policy.policy import Policy as Policy
     from deos_fx.policy.reduction import Reduction as Reduction
     from deos_fx.results.comparison import Comparison as Comparison
@@ -28,6 +30,7 @@ if _typing.TYPE_CHECKING:
 __all__ = [
     "Budget",
     "Comparison",
+    "LatencyTable",
     "OnnxModel",
     "Policy",
     "ReducedModel",
@@ -38,6 +41,7 @@ __all__ = [
     "compare",
     "export_onnx",
     "presets",
+    "profile",
     "search",
     "transform",
 ]
@@ -47,6 +51,7 @@ __all__ = [
 _PLACES = {
     "Budget": "policy.budget",
     "Comparison": "results.comparison",
+    "LatencyTable": "policy.latency",
     "OnnxModel": "exporters.onnx_model",
     "Policy": "policy.policy",
     "ReducedModel": "runtime.reduced_model",
@@ -55,6 +60,7 @@ _PLACES = {
     "SearchResult": "results.search_result",
     "compare": "comparison.compare",
     "export_onnx": "exporters.onnx",
+    "profile": "exporters.profile",
     "search": "passes.search.search",
     "transform": "api",
 }

@@ -50,7 +50,7 @@ def transform(
         budget: Limits on the cost.
         data: Model input dicts (batches) to search with, with or without ``labels``.
         example_inputs: Inputs of one call. The model is captured with them at once instead of at
-            the first call, and limits on ``flops`` and ``kv_cache`` refer to prompts of their
+            the first call, and limits other than ``visual_tokens`` refer to prompts of their
             length.
 
     Returns:
@@ -97,10 +97,10 @@ def _check_arguments(policy: object, budget: object, data: object) -> None:
 
 def _default_policy(facts: ModelFacts, budget: Budget, call: Call | None) -> Policy:
     """Return merging before the decoder, with the largest count that meets the budget."""
-    if budget.require().latency_ms is not None:
+    if budget.require().latency_ms is not None and budget.latency_table is None:
         raise ValueError(
             f"budget latency_ms={budget.latency_ms}: latency is measured by the search. Give data "
-            "to search with, or limit something else."
+            "to search with, a latency_table of deos_fx.profile, or limit something else."
         )
     ranking = _ranking(facts)
     if call is None and facts.sizes_vary:
@@ -113,12 +113,12 @@ def _default_policy(facts: ModelFacts, budget: Budget, call: Call | None) -> Pol
     policy = fit_counts(
         _merge(ranking, 0.5),
         costs.tokens_per_image,
-        lambda candidate: costs.predict(costs.for_any_size(candidate)).amounts,
+        lambda candidate: costs.amounts(costs.for_any_size(candidate), limits),
         limits,
     )
     if policy is None:
         # Case: even one token per image exceeds a limit; the message says by how much.
-        fewest = costs.predict(_merge(ranking, 1)).amounts
+        fewest = costs.amounts(_merge(ranking, 1), limits)
         missed = [f"{name}={limit:g} ({fewest[name]:g})" for name, limit in limits.items()]
         raise ValueError(
             f"The budget cannot be met: {', '.join(missed)}; in brackets what the model needs with "
@@ -129,7 +129,7 @@ def _default_policy(facts: ModelFacts, budget: Budget, call: Call | None) -> Pol
 
 def _share(facts: ModelFacts, budget: Budget) -> float:
     """Return the share of every image that a budget allows to keep, whatever the image's size."""
-    others = {name for name in ("flops", "kv_cache") if getattr(budget, name) is not None}
+    others = (budget.flops, budget.kv_cache, budget.latency_ms) != (None, None, None)
     if others or not isinstance(budget.visual_tokens, float):
         raise ValueError(
             f"How many visual tokens an image of a {facts.signature.model_type} model has depends "
@@ -161,10 +161,12 @@ def _ranking(facts: ModelFacts) -> str:
 
 def _cost_model(facts: ModelFacts, budget: Budget, call: Call | None) -> CostModel:
     if call is not None:
-        return CostModel.of_call(call)
-    if budget.flops is not None or budget.kv_cache is not None:
+        costs = CostModel.of_call(call)
+        table = budget.latency_table
+        return costs if table is None else costs.with_latency(table)
+    if (budget.flops, budget.kv_cache, budget.latency_ms) != (None, None, None):
         raise ValueError(
-            "The FLOPs and the KV cache of a prompt depend on its length: give example_inputs (or "
+            "FLOPs, KV cache and latency of a prompt depend on its length: give example_inputs (or "
             "data to search with), or limit visual_tokens only."
         )
     # Case: only visual tokens are limited, and their number does not depend on the text.

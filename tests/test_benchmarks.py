@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
-from benchmarks import calls, capture, gpu, operators, speed
+from benchmarks import calls, capture, gpu, latency, operators, speed
 from deos_fx.policy.policy import Policy
 
 QUICK = {"shape": "llava-tiny", "text": 4, "new_tokens": 2, "repeats": 2}
@@ -194,3 +194,14 @@ def test_runs_to_compare_with_compute_what_they_say():
         assert lengths == bench.lengths(bench.policies["fastv"])
         _, cache = variants["ideal short run of fastv"](**bench.inputs)
         assert [layer.keys.shape[2] for layer in cache.layers] == lengths
+
+
+def test_latency_of_random_policies_is_predicted_and_measured():
+    saved: list[dict] = []
+    settings = latency.Settings(shape="llava-tiny", runtimes=["torch"], text=4, policies=3)
+    found = latency.measure(settings, saved.append)
+    rows = found["runtimes"]["torch"]["policies"]
+    assert len({row["policy"] for row in rows}) == 3
+    assert all(row["predicted_ms"] > 0 and row["measured_ms"] > 0 for row in rows)
+    assert found["runtimes"]["torch"]["median_error"] >= 0 and saved == [found]
+    assert latency.table(found).row_count == 4

@@ -80,7 +80,7 @@ def test_search_signature():
 
 def test_budget_and_policy_signatures():
     budget = inspect.signature(deos_fx.Budget).parameters
-    assert list(budget) == ["visual_tokens", "flops", "kv_cache", "latency_ms"]
+    assert list(budget) == ["visual_tokens", "flops", "kv_cache", "latency_ms", "latency_table"]
     assert all(parameter.default is None for parameter in budget.values())
     for member in ("to_json", "from_json", "save", "load"):
         assert callable(getattr(deos_fx.Policy, member))

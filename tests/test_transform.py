@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from families import prompts, shared
-from tiny import IMAGE, VISUAL, inputs, shared_llava
+from tiny import IMAGE, VISUAL, abacus, inputs, shared_llava
 from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import deos_fx
@@ -165,8 +165,10 @@ def test_budget_that_cannot_be_met():
         deos_fx.transform(model, budget=Budget(flops=10), example_inputs=inputs(model))
 
 
-@pytest.mark.parametrize("budget", [Budget(flops=0.5), Budget(kv_cache=0.5)])
-def test_budget_that_needs_a_prompt(budget):
+@pytest.mark.parametrize("limit", ["flops", "kv_cache", "latency_ms"])
+def test_budget_that_needs_a_prompt(limit):
+    table = {"latency_table": abacus(shared_llava())} if limit == "latency_ms" else {}
+    budget = Budget(**{limit: 0.5}, **table)
     with pytest.raises(ValueError, match="depend on its length: give example_inputs"):
         deos_fx.transform(shared_llava(), budget=budget)
 
@@ -174,6 +176,16 @@ def test_budget_that_needs_a_prompt(budget):
 def test_latency_without_data():
     with pytest.raises(ValueError, match="latency is measured by the search. Give data"):
         deos_fx.transform(shared_llava(), budget=Budget(latency_ms=5))
+
+
+def test_latency_by_a_table():
+    model = shared_llava()
+    given, layers = inputs(model), model.config.text_config.num_hidden_layers
+    budget = Budget(latency_ms=25.0 * layers, latency_table=abacus(model))
+    reduced = deos_fx.transform(model, budget=budget, example_inputs=given)
+    words = given["input_ids"].shape[1] - VISUAL
+    # One reduction at the projector: all layers have the same length. Its own FLOPs count too.
+    assert 1 <= reduced.policy.reductions[0].keep <= 25 - words
 
 
 @pytest.mark.parametrize("policy", ["policy.json", "fastv", presets.fastv])

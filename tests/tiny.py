@@ -16,12 +16,14 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     SiglipVisionConfig,
 )
 
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import facts_of
+from deos_fx.policy.latency import LatencyTable
 
 PAD, IMAGE, VOCABULARY = 0, 120, 128
 VISUAL = 64
@@ -101,6 +103,19 @@ def shared_llava(
 ) -> LlavaForConditionalGeneration:
     """One model for all tests that leave it as it is."""
     return tiny_llava(layers, attn=attn, tower=tower, blocks=blocks)
+
+
+def abacus(model: PreTrainedModel) -> LatencyTable:
+    """A machine on which every token takes a millisecond in every decoder layer."""
+    signature = facts_of(model).signature
+    return LatencyTable(
+        model=signature,
+        machine="abacus",
+        lengths=(1, 1000),
+        layers=((1.0, 1000.0),) * signature.decoder_layers,
+        encoder=0.0,
+        encoder_flops=1,
+    )
 
 
 def inputs(

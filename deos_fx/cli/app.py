@@ -225,6 +225,48 @@ def transform(
 
 
 @app.command()
+def profile(
+    model_dir: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="JSON to write.")
+    ] = Path("latency.json"),
+    runtime: Annotated[str, typer.Option(help="torch or onnxruntime.")] = "torch",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. Default: the CPU for torch, else CUDA if any.")
+    ] = None,
+) -> None:
+    """Measure what each decoder layer takes at each number of tokens, on this machine.
+
+    The table limits a search by the latency of this machine and runtime, also on
+    another machine: with --latency-table. For onnxruntime the model is exported to a
+    temporary folder first.
+
+    [bold]Examples[/]
+
+      deos-fx profile my-llava --runtime onnxruntime --device cuda
+
+      deos-fx search my-llava --data questions.jsonl --latency-ms 20 --latency-table latency.json
+    """
+    from deos_fx.cli.terminal import profile_table, stages
+    from deos_fx.exporters.profile import profile as measure
+    from deos_fx.inputs.example import example_inputs
+
+    console = Console()
+    with stages(console) as stage:
+        with stage("load"):
+            model = load_model(model_dir)
+            inputs = example_inputs(model, processor_of(model_dir))
+        with stage("measure"):
+            if runtime == "torch" and device is not None:
+                # PyTorch runs where the model is; the device of ONNX Runtime is another matter.
+                model, device = model.to(device), None
+            table = measure(model, inputs, runtime=runtime, device=device)
+    table.save(output)
+    console.print(profile_table(table))
+    console.print(f"Wrote {output}", highlight=False)
+
+
+@app.command()
 def search(
     model_dir: Model,
     data: Annotated[
@@ -240,6 +282,10 @@ def search(
     kv_cache: OtherLimit = None,
     latency_ms: Annotated[
         float | None, typer.Option(help="Milliseconds of the prefill, measured on this machine.")
+    ] = None,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measured elsewhere, by deos-fx profile."),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Gradient steps.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a batch.")] = 8,
@@ -280,7 +326,7 @@ def search(
     from deos_fx.passes.search.search import search as run_search
 
     # Mistakes in the limits and in the data show before the model is loaded.
-    limits = limits_of(budget, flops, kv_cache, latency_ms)
+    limits = limits_of(budget, flops, kv_cache, latency_ms, table=latency_table)
     records = read_records(data)
     with search_processes(output) as (folder, device, console), stages(console) as stage:
         with stage("load"):

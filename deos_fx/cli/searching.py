@@ -21,20 +21,26 @@ if TYPE_CHECKING:
 __all__ = ["limits_of", "placed", "search_processes", "write_found"]
 
 
-def limits_of(tokens: Sequence[int | float] | None, *others: Any) -> dict[str, Any]:
+def limits_of(
+    tokens: Sequence[int | float] | None, *others: Any, table: Path | None = None
+) -> dict[str, Any]:
     """Return the budget of a search, or the budgets, as its argument.
 
     Args:
         tokens: Limits on visual tokens; of several, each makes a budget.
         *others: Limits on FLOPs, the KV cache and milliseconds, for every budget.
+        table: File with the latency table that milliseconds refer to, if there is one.
 
     Returns:
         ``budget`` or ``budgets``.
     """
     from deos_fx.policy.budget import Budget
+    from deos_fx.policy.latency import LatencyTable
 
     names = ("flops", "kv_cache", "latency_ms")
     shared = dict(zip(names, others, strict=True))
+    if table is not None:
+        shared["latency_table"] = LatencyTable.load(table)
     if not tokens:
         # Case: no limit on visual tokens; without any limit, the default one.
         alone = Budget(**shared)

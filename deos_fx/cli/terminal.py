@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from deos_fx.policy.latency import LatencyTable
     from deos_fx.presets import Method
     from deos_fx.results.comparison import Comparison
     from deos_fx.results.report import DemoResult
@@ -31,6 +32,7 @@ __all__ = [
     "announced",
     "comparison_table",
     "presets_table",
+    "profile_table",
     "results_table",
     "stages",
     "times_table",
@@ -200,6 +202,17 @@ def times_table(seconds: Mapping[str, float]) -> Table:
     for stage, value in seconds.items():
         table.add_row(stage, f"{value:.1f}")
     table.add_row("total", f"{sum(seconds.values()):.1f}", style="bold")
+    return table
+
+
+def profile_table(latency: LatencyTable) -> Table:
+    """Make a table of measured times: a row for each length of the prompt."""
+    table = Table(title=f"Milliseconds of {latency.machine}", box=box.SIMPLE_HEAD)
+    for title in ("tokens in every layer", "images", "decoder", "prefill"):
+        table.add_column(title, justify="right")
+    for length, times in zip(latency.lengths, zip(*latency.layers, strict=True), strict=True):
+        figures = latency.encoder, sum(times), latency.encoder + sum(times)
+        table.add_row(str(length), *(f"{figure:.3g}" for figure in figures))
     return table
 
 

@@ -1,16 +1,20 @@
-"""Measure latency: a table of prefill times by token count, on the machine that searches."""
+"""Measure latency: the clock, and a table of what every decoder layer takes."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-__all__ = ["LatencyTable", "in_turns", "milliseconds"]
+from deos_fx.policy.latency import LatencyTable
+
+if TYPE_CHECKING:
+    from deos_fx.cost.model import CostModel
+
+__all__ = ["in_turns", "latency_table", "milliseconds"]
 
 _WARM_UP = 2
 _REPEATS = 7
@@ -57,47 +61,30 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@dataclass(frozen=True)
-class LatencyTable:
-    """Prefill times of one prompt with the same number of visual tokens in *all* decoder layers.
+def latency_table(
+    cost: CostModel, machine: str, prefills: Mapping[int, float], encoder: float
+) -> LatencyTable:
+    """Make a table from the times of whole prefills, in which all layers have the same length.
 
-    A policy's time is predicted as a mean over the decoder layers: each contributes the time at its
-    own count, interpolated linearly between measured counts. This only guides the search: the
-    policy that it returns was timed itself.
+    What is not encoding is shared out among the decoder layers by their FLOPs.
 
-    Attributes:
-        counts: Visual tokens, ascending.
-        times: Milliseconds at each count.
+    Args:
+        cost: Costs of one of the prompts; only the text may differ.
+        machine: What it ran on.
+        prefills: Length of the prompt in every decoder layer -> milliseconds of its prefill.
+        encoder: Milliseconds of encoding the images.
     """
-
-    counts: tuple[int, ...]
-    times: tuple[float, ...]
-
-    @classmethod
-    def measure(
-        cls, counts: Sequence[int], run: Callable[[int], Callable[[], object]], device: torch.device
-    ) -> LatencyTable:
-        """Time a prefill at each count.
-
-        Args:
-            counts: Visual tokens to measure at.
-            run: Returns a prefill with the given number of visual tokens in every decoder layer.
-            device: Where it runs.
-        """
-        ordered = sorted(set(counts))
-        return cls(tuple(ordered), tuple(milliseconds(run(count), device) for count in ordered))
-
-    def predict(self, counts: Sequence[float | Tensor]) -> Tensor:
-        """Predict milliseconds, 0-dim; differentiable in the counts.
-
-        Args:
-            counts: Visual tokens that each decoder layer processes.
-        """
-        x = torch.stack([torch.as_tensor(count, dtype=torch.float32) for count in counts])
-        at, times = torch.tensor(self.counts).float(), torch.tensor(self.times)
-        # The two measured counts around x; beyond the ends, the line of the outermost pair goes on.
-        # The gradient comes from the slope alone.
-        right = torch.searchsorted(at, x.detach()).clamp(1, len(at) - 1)
-        left = right - 1
-        slope = (times[right] - times[left]) / (at[right] - at[left])
-        return (times[left] + slope * (x - at[left])).mean()
+    lengths = sorted(prefills)
+    shares = {length: cost.shares(length) for length in lengths}
+    layers = tuple(
+        tuple(max(0.0, prefills[length] - encoder) * shares[length][i] for length in lengths)
+        for i in range(cost.signature.decoder_layers)
+    )
+    return LatencyTable(
+        model=cost.signature,
+        machine=machine,
+        lengths=tuple(lengths),
+        layers=layers,
+        encoder=encoder,
+        encoder_flops=cost.encoding_flops(),
+    )

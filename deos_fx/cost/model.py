@@ -34,6 +34,7 @@ from deos_fx.cost.parts import Parts, at_most
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.policy.counts import along, as_shares, tokens_per_layer
+from deos_fx.policy.latency import LatencyTable
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
@@ -73,6 +74,7 @@ class CostModel:
         self.text_tokens = text_tokens
         self.batch = batch
         self.logits_to_keep = logits_to_keep
+        self.latency: LatencyTable | None = None
         self._parts = Parts(facts, call)
         # The prompts whose images the call has.
         self._encoded_prompts = batch
@@ -132,6 +134,24 @@ class CostModel:
         alone = copy.copy(self)
         alone.batch = 1
         return alone
+
+    def with_latency(self, table: LatencyTable) -> CostModel:
+        """Return the same cost model with measured times, by which `latency_ms` predicts.
+
+        Args:
+            table: The times.
+
+        Raises:
+            ValueError: If they are those of another model.
+        """
+        if table.model != self.signature:
+            raise ValueError(
+                f"the latency table is that of {table.model}, and this model is {self.signature}; "
+                "measure this model with deos_fx.profile"
+            )
+        timed = copy.copy(self)
+        timed.latency = table
+        return timed
 
     @property
     def images(self) -> int:
@@ -205,6 +225,40 @@ class CostModel:
             total = total + layer.cached * held + layer.state
         return self.batch * total
 
+    def latency_ms(
+        self,
+        counts: Sequence[Amount] | Tensor,
+        overhead: Amount = 0,
+        patches: Sequence[Amount] | None = None,
+    ) -> Amount:
+        """Predict the milliseconds of the prefill of one prompt, from a table of measured times.
+
+        A decoder layer takes the time at its own length. Encoding takes time in proportion to its
+        FLOPs, and so do the reductions, at the rate of the decoder.
+
+        Args:
+            counts: As in `mean_tokens`.
+            overhead: As in `flops`.
+            patches: As in `flops`.
+        """
+        assert self.latency is not None, "with_latency comes first"
+        table, longest = self.latency, self.latency.lengths[-1]
+        decoder = table.decoder([self.text_tokens + count for count in counts])
+        encoding = self._encoding(self.patches(Policy()) if patches is None else patches)
+        encoder = table.encoder * encoding / max(table.encoder_flops, 1) / self.batch
+        full = sum(row[-1] for row in table.layers)
+        rate = full / float(sum(block.flops(longest) for block in self._parts.decoder))
+        return decoder + encoder + rate * overhead / self.batch
+
+    def encoding_flops(self) -> int:
+        """Count the FLOPs of encoding all images of the batch."""
+        return round(float(self._encoding(self.patches(Policy()))))
+
+    def shares(self, length: int) -> list[float]:
+        """Return the share of each decoder layer in the FLOPs of all of them, at some length."""
+        flops = [float(block.flops(length)) for block in self._parts.decoder]
+        return [own / sum(flops) for own in flops]
+
     def reduction_flops(self, reduction: Reduction, before: Amount, after: Amount) -> Amount:
         """Compute the FLOPs of a reduction's own scores, similarities and merging, for the batch.
 
@@ -254,20 +308,22 @@ class CostModel:
             ValueError: If the policy does not fit the model.
         """
         counts = self.counts(policy)
+
+        def whole(cost: Callable[..., Amount]) -> Amount:
+            return cost(counts, self.overhead(policy, counted), self.patches(policy))
+
         made: dict[str, Callable[[], Amount]] = {
             "visual_tokens": lambda: sum(counts) / len(counts),
-            "flops": lambda: self.flops(
-                counts, self.overhead(policy, counted), self.patches(policy)
-            ),
+            "flops": lambda: whole(self.flops),
             "kv_cache": lambda: self.kv_bytes(counts),
+            "latency_ms": lambda: whole(self.latency_ms),
         }
         return {name: float(made[name]()) for name in names if name in made}
 
     def without_images(self) -> Cost:
         """Compute the cost of the same prompts as text alone."""
         none = [0] * self.signature.decoder_layers
-        encoding = self._encoding(self.patches(Policy()))
-        flops = round(float(self.flops(none) - encoding))
+        flops = round(float(self.flops(none))) - self.encoding_flops()
         return Cost(tuple(none), 0.0, flops, round(float(self.kv_bytes(none))))
 
     def counts(self, policy: Policy) -> list[int]:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
+from deos_fx.policy.latency import LatencyTable
+
 __all__ = ["Budget", "check_budget"]
+
+
+# The limits, by the names of their fields.
+_LIMITS = ("visual_tokens", "flops", "kv_cache", "latency_ms")
 
 
 class _Cost(Protocol):
@@ -30,27 +36,41 @@ class Budget:
         visual_tokens: Mean over the decoder layers of the visual tokens a layer processes.
         flops: Floating-point operations of the prefill.
         kv_cache: Bytes of the key-value cache after the prefill.
-        latency_ms: Milliseconds of the prefill on the target, always absolute.
+        latency_ms: Milliseconds of the prefill of one prompt, always absolute.
+        latency_table: What `deos_fx.profile` has measured on the machine that `latency_ms` is
+            meant for. Without one, a search measures on the machine that it runs on.
 
     Raises:
-        ValueError: On construction, if a limit is not a positive number of the kinds above.
+        ValueError: On construction, if a limit is not a positive number of the kinds above, or
+            there is a table and no limit.
+        TypeError: On construction, if the table is something else.
     """
 
     visual_tokens: int | float | None = None
     flops: int | float | None = None
     kv_cache: int | float | None = None
     latency_ms: int | float | None = None
+    latency_table: LatencyTable | None = None
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
+        for name in _LIMITS:
+            value = getattr(self, name)
             if value is not None:
-                _check_limit(item.name, value)
+                _check_limit(name, value)
+        if self.latency_table is None:
+            return
+        if not isinstance(self.latency_table, LatencyTable):
+            raise TypeError(
+                f"latency_table is a {type(self.latency_table).__name__}; give what "
+                "deos_fx.profile returns, or LatencyTable.load(path)"
+            )
+        if self.latency_ms is None:
+            raise ValueError("a latency_table limits nothing; give latency_ms as well")
 
     @property
     def is_empty(self) -> bool:
         """Return whether there is no limit at all."""
-        return all(getattr(self, item.name) is None for item in fields(self))
+        return all(getattr(self, name) is None for name in _LIMITS)
 
     def require(self) -> Budget:
         """Return the budget itself.
@@ -59,8 +79,7 @@ class Budget:
             ValueError: If it has no limit.
         """
         if self.is_empty:
-            names = ", ".join(item.name for item in fields(self))
-            raise ValueError(f"the budget has no limit; give at least one of {names}")
+            raise ValueError(f"the budget has no limit; give at least one of {', '.join(_LIMITS)}")
         return self
 
     def limits(self, unreduced: _Cost) -> dict[str, float]:

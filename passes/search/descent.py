@@ -198,7 +198,7 @@ class Descent:
                 mean[1:].split([each.numel() for each in parameters]), parameters, strict=True
             )
         ]
-        costs = relaxed_costs(self.reductions, self.problem.cost, self.problem.latency)
+        costs = relaxed_costs(self.reductions, self.problem.cost)
         _add_gradients(sums, self.state.lagrangian.penalty(costs), parameters)
         # 2. The step; a batch whose loss is not finite moves nothing.
         fine = rows.isfinite().all(dim=1).tolist()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
-from deos_fx.cost.latency import LatencyTable
+from deos_fx.cost.latency import in_turns, latency_table
 from deos_fx.cost.model import CostModel
+from deos_fx.inputs.call import Call
 from deos_fx.models.facts import facts_of
 from deos_fx.passes.analyse.check_reduction import check_reduction
 from deos_fx.passes.analyse.sites import Site, Sites
@@ -33,6 +34,7 @@ from deos_fx.passes.search.objective import Effort
 from deos_fx.passes.search.processes import Progress
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.counts import fit_counts, on_grid, within
+from deos_fx.policy.latency import LatencyTable
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
@@ -57,13 +59,13 @@ class SearchProblem:
         captures: Its captured calls.
         captured: The captured call of the longest prompts.
         layout: The layout of these prompts.
-        cost: Cost model of one of these prompts.
+        cost: Cost model of one of these prompts; it knows times if there is a limit on latency.
         others: Cost model of one prompt of every other layout, and its limits.
-        latency: Measured times; None without a limit on latency.
         limits: Name -> absolute limit.
         training: Batches for gradient steps.
         scoring: Batches for scoring candidates.
         interrupted: Whether capturing was cut short; the batches are those that were ready.
+        timed_here: Whether a limit on latency is one of this machine.
         effort: What all searches on this problem have cost so far, in this process.
         fronts: What precedes the first reduction of graphs, once for every batch.
     """
@@ -74,11 +76,11 @@ class SearchProblem:
     layout: PromptLayout
     cost: CostModel
     others: list[tuple[CostModel, dict[str, float]]]
-    latency: LatencyTable | None
     limits: dict[str, float]
     training: list[SearchBatch]
     scoring: list[SearchBatch]
     interrupted: bool = False
+    timed_here: bool = False
     effort: Effort = field(default_factory=Effort, compare=False)
     fronts: Fronts = field(default_factory=Fronts, compare=False, repr=False)
 
@@ -134,7 +136,6 @@ class SearchProblem:
             layout=cost.layout,
             cost=cost,
             others=[(other, {}) for other in others],
-            latency=None,
             limits={},
             training=batches[: len(batches) - held_back],
             scoring=batches[len(batches) - held_back :] or batches,
@@ -157,9 +158,16 @@ class SearchProblem:
             others=[(other, budget.limits(other.predict(whole))) for other, _ in self.others],
             limits=budget.limits(self.cost.predict(whole)),
         )
-        # Measuring runs the model many times, so it is done only if a limit asks for it.
-        measured = budget.latency_ms is None or self.latency is not None
-        return problem if measured else problem.with_latency()
+        if budget.latency_ms is None:
+            return problem
+        # Measuring runs the model many times, so it is done once, and only if a limit asks for it.
+        table = budget.latency_table or self.cost.latency or self._measured()
+        return replace(
+            problem,
+            cost=self.cost.with_latency(table),
+            others=[(other.with_latency(table), limits) for other, limits in problem.others],
+            timed_here=budget.latency_table is None,
+        )
 
     @property
     def visual_tokens(self) -> int:
@@ -200,19 +208,24 @@ class SearchProblem:
         usable = self.sites.available()
         return tuple(site for site in usable if split_site(site.name)[0] != "vision")
 
-    def with_latency(self) -> SearchProblem:
-        """Return the problem with a latency table, measured by pruning at the projector."""
-        counts = [max(1, round(self.visual_tokens * share)) for share in _LATENCY_SHARES]
-        table = LatencyTable.measure(counts, self._timed_prefill, self.model.device)
-        # It was measured for counts of one image, and is looked up with counts of a prompt.
-        scaled = tuple(self.layout.images * count for count in table.counts)
-        times = tuple(processes.of_main(table.times))
-        return replace(self, latency=LatencyTable(scaled, times))
+    def _measured(self) -> LatencyTable:
+        """Measure this machine, by pruning at the projector."""
+        counts = sorted({max(1, round(self.visual_tokens * share)) for share in _LATENCY_SHARES})
+        prune = Reduction("projector", 1, scores={"feature_norm": 1.0})
+        policies = [Policy((replace(prune, keep=count),)) for count in counts]
+        calls = [self.prefill(policy) for policy in policies]
+        times = in_turns([*calls, self._encoding()], self.model.device)
+        # All processes plan with the times of one.
+        *prefills, encoder = processes.of_main(times)
+        lengths = [self.cost.text_tokens + self.cost.counts(policy)[0] for policy in policies]
+        table = dict(zip(lengths, prefills, strict=True))
+        return latency_table(self.cost, str(self.model.device), table, encoder)
 
-    def _timed_prefill(self, count: int) -> Callable[[], object]:
-        """Prepare a prefill that keeps `count` tokens of each image at the projector."""
-        prune = Reduction("projector", count, scores={"feature_norm": 1.0})
-        return self.prefill(Policy((prune,)))
+    def _encoding(self) -> Callable[[], object]:
+        """Prepare the encoding of the images of one of the longest prompts, to be timed."""
+        encodings = self._longest()[0].encodings
+        core = self.model.base_model
+        return torch.no_grad()(lambda: [getattr(core, name)(**given) for name, given in encodings])
 
     def prefill(self, policy: Policy) -> Callable[[], object]:
         """Prepare the static prefill of one of the longest prompts, to be timed.
@@ -223,13 +236,17 @@ class SearchProblem:
         Returns:
             A function that runs the prefill.
         """
+        call, layout = self._longest()
+        captured = self.captures.serving(call)
+        graph = lower_call(captured.copy(), policy, layout)
+        return torch.no_grad()(lambda: run_graph(graph, call.inputs))
+
+    def _longest(self) -> tuple[Call, PromptLayout]:
+        """Return the call of one of the longest prompts, and its layout."""
         # Latency depends on the length of a prompt, and a limit must hold for all.
         longest = max(self.scoring, key=lambda batch: batch.call.inputs["input_ids"].shape[1])
         call = longest.call.first_prompt()
-        call = replace(call, inputs=moved(call.inputs, self.model.device))
-        captured = self.captures.serving(call)
-        graph = lower_call(captured.copy(), policy, longest.layout)
-        return torch.no_grad()(lambda: run_graph(graph, call.inputs))
+        return replace(call, inputs=moved(call.inputs, self.model.device)), longest.layout
 
     def amounts(self, policy: Policy, *, counted: bool = True) -> dict[str, float]:
         """Return the limited costs of a policy, under the names of the limits.
@@ -249,8 +266,6 @@ class SearchProblem:
         for other, own in self.others:
             for name, amount in other.amounts(policy, own, counted=counted).items():
                 amounts[name] = max(amounts[name], amount / own[name] * self.limits[name])
-        if self.latency is not None:
-            amounts["latency_ms"] = self.latency.predict(self.cost.counts(policy)).item()
         return amounts
 
     def fit(self, policy: Policy) -> Policy | None:

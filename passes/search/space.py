@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deos_fx.cost.latency import LatencyTable
 from deos_fx.cost.model import CostModel
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.analyse.sites import Site
@@ -117,15 +116,12 @@ def keep_fractions(reductions: Mapping[str, RelaxedReduction]) -> dict[str, floa
     return fractions
 
 
-def relaxed_costs(
-    reductions: Mapping[str, RelaxedReduction], cost: CostModel, latency: LatencyTable | None
-) -> dict[str, Tensor]:
+def relaxed_costs(reductions: Mapping[str, RelaxedReduction], cost: CostModel) -> dict[str, Tensor]:
     """Compute differentiable costs of one prompt from the expected counts of every layer.
 
     Args:
         reductions: Site -> relaxed reduction, in order of depth.
-        cost: The model's costs.
-        latency: Measured times, if there is a limit on latency.
+        cost: The model's costs, with measured times if there is a limit on latency.
 
     Returns:
         0-dim costs under the names of the budget's limits.
@@ -159,6 +155,6 @@ def relaxed_costs(
         "kv_cache": cost.kv_bytes(counts),
     }
     # Only if there is a limit on it.
-    if latency is not None:
-        costs["latency_ms"] = latency.predict(counts)
+    if cost.latency is not None:
+        costs["latency_ms"] = cost.latency_ms(counts, overhead, patches)
     return {name: torch.as_tensor(amount) for name, amount in costs.items()}

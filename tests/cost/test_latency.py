@@ -2,30 +2,89 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
-from deos_fx.cost.latency import LatencyTable, in_turns
+from deos_fx.cost.latency import in_turns, latency_table
+from deos_fx.cost.model import CostModel
 from deos_fx.cost.parts import BlockCost, at_most, heads_of
+from deos_fx.policy.latency import LatencyTable
+from deos_fx.policy.policy import ModelSignature, Policy
+from deos_fx.policy.reduction import Reduction
+from tests.tiny import shared_llava
+
+MODEL = ModelSignature(model_type="m", vision_layers=1, decoder_layers=2, visual_tokens=9)
+TABLE = LatencyTable(
+    model=MODEL,
+    machine="abacus",
+    lengths=(1, 8, 64),
+    layers=((2.0, 3.0, 11.0), (1.0, 1.5, 9.0)),
+    encoder=5.0,
+    encoder_flops=100,
+)
 
 
-def test_times_are_linear_between_measured_counts() -> None:
-    table = LatencyTable((1, 8, 64), (2.0, 3.0, 11.0))
-    counts = [1, 5, 8, 30, 64]
-    expected = np.interp(counts, table.counts, table.times).mean()
-    assert abs(table.predict(counts).item() - expected) < 1e-5
-    kept = torch.tensor(30.0, requires_grad=True)
-    (slope,) = torch.autograd.grad(table.predict([kept, 64]), kept)
-    assert abs(slope.item() - 8 / 56 / 2) < 1e-6
-
-
-def test_every_count_is_measured_once_and_in_order() -> None:
-    called = []
-    run = LatencyTable.measure(
-        [8, 1, 8], lambda count: lambda: called.append(count), torch.device("cpu")
+def test_times_are_linear_between_measured_lengths() -> None:
+    lengths = [5, 30]
+    expected = sum(
+        np.interp(length, TABLE.lengths, times)
+        for length, times in zip(lengths, TABLE.layers, strict=True)
     )
-    assert run.counts == (1, 8)
-    assert called == sorted(called) and set(called) == {1, 8}
+    assert abs(TABLE.decoder(lengths).item() - expected) < 1e-5
+    # Beyond the ends, the outermost lines go on.
+    assert abs(TABLE.decoder([120, 64]).item() - (11 + 8 + 9)) < 1e-5
+    kept = torch.tensor(30.0, requires_grad=True)
+    (slope,) = torch.autograd.grad(TABLE.decoder([kept, 64]), kept)
+    assert abs(slope.item() - 8 / 56) < 1e-6
+
+
+def test_a_table_is_saved_as_json(tmp_path: Path) -> None:
+    TABLE.save(tmp_path / "latency.json")
+    assert LatencyTable.load(tmp_path / "latency.json") == TABLE
+    (tmp_path / "latency.json").write_text(TABLE.to_json().replace("abacus", "\\u12"))
+    with pytest.raises(ValueError, match="latency.json is not a latency table: not JSON"):
+        LatencyTable.load(tmp_path / "latency.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": (8, 1, 64)}, "ascending"),
+        ({"lengths": (1,)}, "at least two"),
+        ({"layers": ((1.0, 2.0, 3.0),)}, "each of the 2 decoder layers"),
+        ({"layers": ((1.0, 2.0), (1.0, 2.0))}, "each of the 2 decoder layers"),
+        ({"encoder": math.nan}, "not a time"),
+        ({"encoder": -1.0}, "not a time"),
+    ],
+)
+def test_wrong_tables_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TABLE, **changes)
+
+
+def test_a_prediction_adds_up_what_was_measured() -> None:
+    """All layers at a measured length, all patches, no reduction: the measured prefill itself."""
+    cost = CostModel.of_images(shared_llava(), images=1, text_tokens=4)
+    visual, layers = cost.tokens_per_image, cost.signature.decoder_layers
+    prefills = {4 + visual // 4: 30.0, 4 + visual: 90.0}
+    table = latency_table(cost, "abacus", prefills, encoder=10.0)
+    timed = cost.with_latency(table)
+    assert math.isclose(timed.amounts(Policy(), ["latency_ms"])["latency_ms"], 90.0, rel_tol=1e-5)
+    # A quarter of the tokens from the first layer on, and the whole tower.
+    policy = Policy((Reduction("projector", 0.25, scores={"grid_coverage": 1.0}),))
+    assert math.isclose(timed.amounts(policy, ["latency_ms"])["latency_ms"], 30.0, rel_tol=1e-5)
+    # The first layer stays as it is; all layers are alike.
+    later = Policy((Reduction("decoder.0", 0.25, scores={"grid_coverage": 1.0}),))
+    expected = 30.0 + 60.0 / layers
+    assert math.isclose(timed.amounts(later, ["latency_ms"])["latency_ms"], expected, rel_tol=1e-5)
+    with pytest.raises(ValueError, match="that of m .*, and this model is llava"):
+        cost.with_latency(TABLE)
 
 
 def test_calls_take_turns() -> None:

@@ -11,11 +11,14 @@ import pytest
 import torch
 from closeness import assert_close
 from families import prompts, shared
-from tiny import IMAGE, inputs, tiny_llava
+from tiny import IMAGE, VISUAL, abacus, inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from deos_fx import transform
+from deos_fx.cost.model import CostModel
 from deos_fx.passes.pipeline import lower_call, run_graph
+from deos_fx.passes.search import outcome as outcome_module
+from deos_fx.passes.search import problem as problem_module
 from deos_fx.passes.search import run as run_module
 from deos_fx.passes.search.places import factors, widened
 from deos_fx.passes.search.problem import SearchProblem
@@ -152,6 +155,26 @@ def test_latency_limit_is_measured(model: LlavaForConditionalGeneration) -> None
     assert found.history[0]["latency_ms"] > 0
     with pytest.raises(ValueError, match=r"No policy .* limits"):
         search(model, data, budget=Budget(latency_ms=1e-6), steps=1)
+
+
+@pytest.mark.usefixtures("few_variations")
+def test_latency_of_another_machine_is_predicted(
+    model: LlavaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("this machine is measured")
+
+    for module in (problem_module, outcome_module):
+        for clock in {"in_turns", "milliseconds"} & {*vars(module)}:
+            monkeypatch.setattr(module, clock, refuse)
+    data = batches(model, labels=True)[:1]
+    limit = 30.0 * model.config.text_config.num_hidden_layers
+    budget = Budget(latency_ms=limit, latency_table=abacus(model))
+    found = search(model, data, budget=budget, steps=1)
+    text = data[0]["input_ids"].shape[1] - VISUAL
+    kept = CostModel.of_images(model, images=1, text_tokens=text).counts(found.policy)
+    assert sum(text + count for count in kept) <= limit
+    assert max(entry["latency_ms"] for entry in found.history) > 0
 
 
 def test_bad_data_is_refused(model: LlavaForConditionalGeneration) -> None:

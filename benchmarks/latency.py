@@ -1,0 +1,226 @@
+"""How well the latency of a policy is predicted from a profile of its model.
+
+    OMP_NUM_THREADS=1 python benchmarks/latency.py --output benchmarks/results/latency-cpu.json
+    python benchmarks/latency.py --device cuda --shape llava-1.5-7b --output latency.json
+
+Policies are drawn at random: one or two sites anywhere, any numbers of tokens, pruned or merged.
+benchmarks/README.md says what the figures mean.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import DTYPES, SHAPES, Device, Dtype, build_inputs, build_model, conditions, device_of
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from deos_fx import OnnxModel, Policy, ReducedModel, Reduction, export_onnx, profile
+from deos_fx.cost.latency import in_turns
+from deos_fx.cost.model import CostModel
+from deos_fx.exporters.profile import RUNTIMES
+from deos_fx.files import write_text
+from deos_fx.inputs.call import Call
+from deos_fx.inputs.complete import completed
+from deos_fx.models.facts import facts_of
+from deos_fx.passes.captures import Captures
+from deos_fx.policy.site import split_site
+
+__all__ = ["Settings", "draw", "measure"]
+
+# Of the visual tokens that come to a site, the smallest and the largest share that it keeps.
+_KEEP = (0.05, 0.9)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        shape: A name in `SHAPES`.
+        runtimes: ``torch``, ``onnxruntime`` or both.
+        device: ``cpu`` or ``cuda``.
+        dtype: ``fp32``, ``fp16`` or ``bf16``.
+        text: Text tokens of a prompt.
+        policies: Policies to draw.
+        seed: Seed of the draw.
+    """
+
+    shape: str = "llava-1.5-small"
+    runtimes: Sequence[str] = RUNTIMES
+    device: str = "cpu"
+    dtype: str = "fp32"
+    text: int = 64
+    policies: int = 20
+    seed: int = 0
+
+
+def draw(model: PreTrainedModel, sites: Sequence[str], count: int, seed: int) -> list[Policy]:
+    """Draw policies at random.
+
+    Args:
+        model: The model.
+        sites: Names of its sites, in order of depth.
+        count: How many.
+        seed: Seed of the draw.
+    """
+    rng, visual = random.Random(seed), facts_of(model).signature.visual_tokens
+    policies = []
+    for _ in range(count):
+        left, steps = visual, []
+        for site in sorted(rng.sample(sites, rng.choice([1, 2])), key=sites.index):
+            left = max(1, round(left * rng.uniform(*_KEEP)))
+            attention = (
+                "last_text_attention" if split_site(site)[0] == "decoder" else "cls_attention"
+            )
+            score = rng.choice([attention, "feature_norm"])
+            merging = {"gain": 1.0} if rng.random() < 0.5 else {}
+            steps.append(Reduction(site, left, scores={score: 1.0}, **merging))
+        policies.append(Policy(tuple(steps)))
+    return policies
+
+
+def measure(settings: Settings, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Profile the model, predict, and measure.
+
+    Args:
+        settings: The settings.
+        save: Called with what is known so far.
+
+    Returns:
+        The figures of each runtime.
+
+    Raises:
+        ValueError: If the shape does not exist, or the device is not there.
+    """
+    device = device_of(settings.device)
+    model = build_model(settings.shape, device, DTYPES[settings.dtype])
+    inputs = build_inputs(model, 1, settings.text)
+    call = Call.of(facts_of(model), inputs)
+    sites = Captures(model).serving(completed(call)).sites
+    assert sites is not None
+    names = [site.name for site in sites.available()]
+    policies = draw(model, names, settings.policies, settings.seed)
+    found = conditions("latency", asdict(settings), device) | {"runtimes": {}}
+    for runtime in settings.runtimes:
+        with torch.no_grad():
+            own = settings.device if runtime == "onnxruntime" else None
+            table = profile(model, inputs, runtime=runtime, device=own)
+            cost = CostModel.of_call(call).with_latency(table)
+            times = _TIMED[runtime](model, policies, inputs, settings.device)
+        rows = [
+            {
+                "policy": "; ".join(map(str, policy.reductions)),
+                "predicted_ms": cost.amounts(policy, ["latency_ms"])["latency_ms"],
+                "measured_ms": time,
+            }
+            for policy, time in zip(policies, times, strict=True)
+        ]
+        errors = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows]
+        found["runtimes"][runtime] = {
+            "median_error": statistics.median(errors),
+            "largest_error": max(errors),
+            "table": asdict(table),
+            "policies": rows,
+        }
+        save(found)
+    return found
+
+
+def _in_torch(
+    model: PreTrainedModel, policies: Sequence[Policy], inputs: dict[str, Tensor], device: str
+) -> list[float]:
+    """Return the milliseconds of each policy in PyTorch."""
+    calls = [
+        partial(ReducedModel(model, policy), **inputs, logits_to_keep=1) for policy in policies
+    ]
+    return in_turns(calls, model.device)
+
+
+def _in_onnxruntime(
+    model: PreTrainedModel, policies: Sequence[Policy], inputs: dict[str, Tensor], device: str
+) -> list[float]:
+    """Return the milliseconds of each policy in ONNX Runtime; one is in memory at a time."""
+    given = {name: value.cpu() for name, value in inputs.items()}
+    times = []
+    for policy in policies:
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(ReducedModel(model, policy), folder, inputs, device=device, verify=False)
+            run = OnnxModel.from_pretrained(folder, device)
+            times += in_turns([partial(run, **given, logits_to_keep=1)], torch.device("cpu"))
+    return times
+
+
+_TIMED = {"torch": _in_torch, "onnxruntime": _in_onnxruntime}
+
+
+# *** the command ***
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Return the predictions beside what was measured."""
+    shown = Table("runtime", "policy", "predicted ms", "measured ms", "error")
+    for runtime, found in results["runtimes"].items():
+        for row in found["policies"]:
+            predicted, measured = row["predicted_ms"], row["measured_ms"]
+            error = f"{predicted / measured - 1:+.1%}"
+            short = "; ".join(part.partition(",")[0] for part in row["policy"].split("; "))
+            shown.add_row(runtime, short, f"{predicted:.2f}", f"{measured:.2f}", error)
+        error = f"{found['median_error']:.1%}, at most {found['largest_error']:.1%}"
+        shown.add_row(runtime, "median of the absolute errors", "", "", error, end_section=True)
+    return shown
+
+
+def main(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="JSON to write.")],
+    shape: Annotated[str, typer.Option(help=f"reference, {', '.join(SHAPES)}")] = Settings.shape,
+    runtimes: Annotated[
+        str, typer.Option(help="torch, onnxruntime, or both with a comma between.")
+    ] = ",".join(RUNTIMES),
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Default: fp16 on a GPU, fp32 on the CPU.")
+    ] = None,
+    text: Annotated[int, typer.Option(min=2, help="Text tokens of a prompt.")] = Settings.text,
+    policies: Annotated[int, typer.Option(min=1, help="Policies to draw.")] = Settings.policies,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = Settings.seed,
+) -> None:
+    """Compare the predicted latency of random policies with the measured one."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    console = Console()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    settings = Settings(
+        shape=shape,
+        runtimes=runtimes.split(","),
+        device=device.value,
+        dtype=dtype.value if dtype else ("fp16" if device is Device.cuda else "fp32"),
+        text=text,
+        policies=policies,
+        seed=seed,
+    )
+    try:
+        results = measure(
+            settings, lambda found: write_text(output, json.dumps(found, indent=1) + "\n")
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(table(results))
+    console.print(f"Wrote {output}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
