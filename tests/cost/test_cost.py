@@ -280,7 +280,7 @@ def test_relaxed_costs_are_those_of_the_policy(stage):
     cost = CostModel.of_images(shared_llava(), images=2, text_tokens=10)
     policy = Policy((Reduction(site, 16, scores={"feature_norm": 1}, gain=1.0),))
     relaxed = {site: RelaxedReduction.from_reduction(policy.reductions[0], 16 / VISUAL)}
-    predicted = relaxed_costs(relaxed, cost, None)
+    predicted = relaxed_costs(relaxed, cost)
     exact = cost.predict(policy)
     assert predicted["flops"].item() == pytest.approx(exact.flops, rel=1e-4)
     assert predicted["visual_tokens"].item() == pytest.approx(exact.visual_tokens)

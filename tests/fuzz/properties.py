@@ -1,0 +1,98 @@
+"""What must hold for every case, by oracles that are not the code under test."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from closeness import assert_close, roundings_of
+from drawing import Case
+from families import alone
+from masked import assert_pruning_is_masking
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from deos_fx.models.upstream import CACHE
+from deos_fx.policy.policy import Policy
+from deos_fx.runtime.reduced_model import ReducedModel
+
+__all__ = ["PROPERTIES"]
+
+NEW = 3
+"""Tokens that are decoded."""
+
+
+def pruning_is_masking(case: Case, reduced: ReducedModel) -> None:
+    """The original model with the dropped keys masked computes the same."""
+    if case.prunes:
+        assert_pruning_is_masking(case.model, reduced, case.batch, _roundings(case))
+
+
+def rows_are_independent(case: Case, reduced: ReducedModel) -> None:
+    """Every prompt of a batch gives what it gives alone, without padding."""
+    together = reduced(**case.batch).logits
+    for row in range(case.rows):
+        own = reduced(**alone(case.family, case.batch, row)).logits
+        # Padding is on the left.
+        assert_close(together[row : row + 1, -own.shape[1] :], own, _roundings(case))
+
+
+def steps_are_one_call(case: Case, reduced: ReducedModel) -> None:
+    """New tokens in one call give what they give one by one."""
+    words = torch.randint(1, 100, (case.rows, NEW), generator=torch.Generator().manual_seed(1))
+    at_once = _continued(reduced, case.batch, [words])
+    by_steps = _continued(reduced, case.batch, list(words.split(1, dim=1)))
+    assert_close(at_once, by_steps, _roundings(case))
+
+
+def costs_are_measured(case: Case, reduced: ReducedModel) -> None:
+    """Predicted bytes are those of the cache, predicted FLOPs those of torch's counter."""
+    predicted = reduced.cost(**case.batch).after
+    # The counter knows no fused attention on a CPU.
+    with FlopCounterMode(display=False) as counter:
+        layers = reduced(**case.batch)[CACHE].layers
+    held = [x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor)]
+    assert predicted.kv_bytes == sum(x.nbytes for x in held if x.is_floating_point())
+    if case.eager:
+        counted = counter.get_total_flops()
+        assert abs(predicted.flops - counted) <= 0.01 * counted, (predicted.flops, counted)
+
+
+def files_keep_everything(case: Case, reduced: ReducedModel) -> None:
+    """A policy and a model come back from files as they were."""
+    assert Policy.from_json(case.policy.to_json()) == case.policy
+    # Weights on a disk take longer than everything else. They come back with the implementations of
+    # attention and experts that are the default.
+    if case.number % 10 or case.eager:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        reduced.save_pretrained(folder)
+        loaded = ReducedModel.from_pretrained(folder)
+    assert torch.equal(loaded(**case.batch).logits, reduced(**case.batch).logits)
+
+
+PROPERTIES: tuple[Callable[[Case, ReducedModel], None], ...] = (
+    pruning_is_masking,
+    rows_are_independent,
+    steps_are_one_call,
+    costs_are_measured,
+    files_keep_everything,
+)
+
+
+def _continued(reduced: ReducedModel, batch: dict[str, Tensor], parts: list[Tensor]) -> Tensor:
+    """Logits [B, NEW, vocabulary] of new tokens after a prompt, given part by part."""
+    cache: Any = reduced(**batch)[CACHE]
+    mask, logits = batch["attention_mask"], []
+    for part in parts:
+        mask = torch.cat([mask, torch.ones_like(part)], dim=1)
+        output = reduced(input_ids=part, attention_mask=mask, **{CACHE: cache})
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def _roundings(case: Case) -> float:
+    # Merging and reweighting carry rounding on, by far less than a wrong token would.
+    return roundings_of(case.family) * (1 if case.prunes else 8)
