@@ -7,13 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from closeness import assert_close, roundings_of
+from closeness import assert_close, assert_onnx_close, roundings_of
 from drawing import Case
-from families import alone
+from families import alone, prompts
 from masked import assert_pruning_is_masking
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from deos_fx.exporters.onnx import export_onnx
+from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.models.upstream import CACHE
 from deos_fx.policy.policy import Policy
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -73,16 +75,34 @@ def files_keep_everything(case: Case, reduced: ReducedModel) -> None:
     assert torch.equal(loaded(**case.batch).logits, reduced(**case.batch).logits)
 
 
+def onnxruntime_agrees(case: Case, reduced: ReducedModel) -> None:
+    """ONNX Runtime gives what PyTorch gives, or the export is refused."""
+    # An export takes as long as a hundred cases.
+    if case.number % 500 != 499:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            export_onnx(reduced, folder, prompts(case.family, 1), device="cpu", verify=False)
+        except ValueError:
+            # Case: the families that transformers' exporters cannot export, for example.
+            return
+        exported = OnnxModel.from_pretrained(folder, "cpu")
+        words = torch.randint(1, 100, (case.rows, NEW), generator=torch.Generator().manual_seed(1))
+        found = _continued(exported, case.batch, [words[:, :1], words[:, 1:]])
+    assert_onnx_close(found, _continued(reduced, case.batch, [words]))
+
+
 PROPERTIES: tuple[Callable[[Case, ReducedModel], None], ...] = (
     pruning_is_masking,
     rows_are_independent,
     steps_are_one_call,
     costs_are_measured,
     files_keep_everything,
+    onnxruntime_agrees,
 )
 
 
-def _continued(reduced: ReducedModel, batch: dict[str, Tensor], parts: list[Tensor]) -> Tensor:
+def _continued(reduced: Any, batch: dict[str, Tensor], parts: list[Tensor]) -> Tensor:
     """Logits [B, NEW, vocabulary] of new tokens after a prompt, given part by part."""
     cache: Any = reduced(**batch)[CACHE]
     mask, logits = batch["attention_mask"], []
