@@ -25,7 +25,7 @@ __all__ = [
     "files_in",
     "is_recorded",
     "problems",
-    "read_record",
+    "record_of",
     "verify",
     "write_record",
 ]
@@ -54,7 +54,7 @@ def write_record(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def add_to_record(folder: Path) -> None:
     """Add the files that a folder got after its record was written; see `write_record`."""
-    _write(folder, read_record(folder))
+    _write(folder, record_of(folder))
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def _described(path: Path) -> dict[str, Any]:
 # *** reading ***
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def record_of(folder: Path) -> dict[str, Any]:
     """Read the record of a folder.
 
     Raises:
@@ -118,7 +118,7 @@ def verify(folder: Path, record: Mapping[str, Any]) -> None:
 
     Args:
         folder: The folder.
-        record: Its record, as `read_record` returns it.
+        record: Its record, as `record_of` returns it.
 
     Raises:
         ValueError: If a file is missing or is another one.
@@ -145,7 +145,7 @@ def problems(folder: Path, record: Mapping[str, Any], most: int | None = None) -
 
     Args:
         folder: The folder.
-        record: Its record, as `read_record` returns it, with hashes.
+        record: Its record, as `record_of` returns it, with hashes.
         most: How many bytes to read for hashes, from the smallest file on; None for all.
 
     Returns:
@@ -199,7 +199,7 @@ def check_unchanged(folder: Path, record: Mapping[str, Any]) -> None:
         ValueError: If the record is another one now.
     """
     try:
-        same = read_record(folder) == record
+        same = record_of(folder) == record
     except (OSError, ValueError):
         # Case: somebody is just writing.
         same = False

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deos_fx.contents import RECORD, read_record, verify
+from deos_fx.contents import RECORD, record_of, verify
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
 from deos_fx.policy.policy import Policy
 
@@ -78,7 +78,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} has no {RECORD}: it is not a folder that deos_fx.export_onnx wrote"
         )
-    manifest = read_record(folder)
+    manifest = record_of(folder)
     if manifest.get("deos_fx") != FORMAT:
         raise ValueError(f'{path} does not say "deos_fx": "{FORMAT}"; export the model again')
     if manifest.get("version") != VERSION:

@@ -16,7 +16,7 @@ from deos_fx.contents import (
     add_to_record,
     check_unchanged,
     problems,
-    read_record,
+    record_of,
     verify,
     write_record,
 )
@@ -43,13 +43,13 @@ def test_a_record_has_size_and_hash_of_every_file(folder: Path) -> None:
 
 def test_files_can_be_added(folder: Path) -> None:
     (folder / "more").write_text("more")
-    verify(folder, read_record(folder))
-    assert "more" not in problems(folder, read_record(folder))
+    verify(folder, record_of(folder))
+    assert "more" not in problems(folder, record_of(folder))
     add_to_record(folder)
-    assert problems(folder, read_record(folder))["more"] == ""
+    assert problems(folder, record_of(folder))["more"] == ""
     (folder / "more").write_text("less")
     with pytest.raises(ValueError, match="damaged: more is not the file that was written"):
-        verify(folder, read_record(folder))
+        verify(folder, record_of(folder))
 
 
 def test_hashes_are_read_from_the_smallest_file_on(
@@ -57,7 +57,7 @@ def test_hashes_are_read_from_the_smallest_file_on(
 ) -> None:
     for name in ("small", "large", "in/small"):
         (folder / name).write_text("x" * (folder / name).stat().st_size)
-    record = read_record(folder)
+    record = record_of(folder)
     for most, wrong in ((1, set()), (6, {"small", "in/small"}), (None, {*record["files"]})):
         found = problems(folder, record, most)
         assert {name for name, problem in found.items() if problem} == wrong
@@ -80,11 +80,11 @@ def test_hashes_are_read_from_the_smallest_file_on(
     ],
 )
 def test_a_record_that_was_changed_is_damaged(folder: Path, change: Any) -> None:
-    record = read_record(folder)
+    record = record_of(folder)
     change(record)
     (folder / RECORD).write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"deos_fx\.json is damaged: its entries"):
-        read_record(folder)
+        record_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,11 @@ def test_records_that_nobody_writes_are_refused(folder: Path, files: Any) -> Non
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     (folder / RECORD).write_text(json.dumps(record | {"sha256": digest}))
     with pytest.raises(ValueError, match=r"deos_fx\.json is damaged: its entries"):
-        read_record(folder)
+        record_of(folder)
 
 
 def test_what_changes_while_it_is_read_is_refused(folder: Path) -> None:
-    record = read_record(folder)
+    record = record_of(folder)
     check_unchanged(folder, record)
     for text in (json.dumps(record | {"deos_fx": "incomplete"}), json.dumps({}), "{", None):
         (folder / RECORD).unlink()

@@ -13,7 +13,7 @@ import torch
 from kills import contents, kills
 from safetensors.torch import load_file
 
-from deos_fx.contents import RECORD, files_in, read_record, verify, write_record
+from deos_fx.contents import RECORD, files_in, record_of, verify, write_record
 from deos_fx.files import (
     check_folder,
     disk_errors,
@@ -38,7 +38,7 @@ def write_whole(target: Path, text: str, names: tuple[str, ...] = ("a", "b", "c"
 
 
 def read_whole(target: Path) -> dict[str, bytes]:
-    verify(target, read_record(target))
+    verify(target, record_of(target))
     return {name: data for name, data in contents(target).items() if name != "mine"}
 
 

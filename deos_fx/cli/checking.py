@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deos_fx.contents import RECORD, files_in, is_recorded, problems, read_record
+from deos_fx.contents import RECORD, files_in, is_recorded, problems, record_of
 from deos_fx.scratch import sweep
 
 __all__ = ["check_contents", "remove_leftovers"]
@@ -33,7 +33,7 @@ def check_contents(folder: Path, console: Console) -> bool:
             f"{folder} has no {RECORD}; give a folder that deos-fx transform or export, or their "
             "functions in Python, have written"
         )
-    record = read_record(folder)
+    record = record_of(folder)
     if not is_recorded(record):
         raise ValueError(
             f"{folder} cannot be checked: an earlier version has written it, without the hashes of "

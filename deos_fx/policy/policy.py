@@ -172,7 +172,7 @@ class Policy:
 
         Args:
             text: The JSON.
-            tensors: Its learned parts, as ``tensors`` returns them; read only if it has some.
+            tensors: Its learned parts, as ``tensors`` returns them; needed only if it has some.
 
         Raises:
             ValueError: If the text is not a policy, is one of another version, or has other
@@ -191,8 +191,7 @@ class Policy:
         check_fields(data, known, {"reductions"}, "a policy")
         # In a file, a wrong type is a wrong value like any other.
         try:
-            # A file of learned parts may be left from an earlier policy of the same name.
-            policy = cls._from_dict(data, tensors if tensors and "learned" in data else {})
+            policy = cls._from_dict(data, tensors or {})
         except TypeError as error:
             raise ValueError(str(error)) from error
         if policy.tensors and data.get("learned") != policy._digest():

@@ -20,7 +20,7 @@ from deos_fx.contents import (
     RECORD,
     check_unchanged,
     is_recorded,
-    read_record,
+    record_of,
     verify,
     write_record,
 )
@@ -247,7 +247,7 @@ def read_checked(folder: Path) -> dict[str, Any]:
             "ReducedModel.save_pretrained has written; for any other model load it with "
             "transformers and call deos_fx.transform."
         )
-    record = read_record(folder)
+    record = record_of(folder)
     kind, version = record.get("deos_fx"), record.get("version")
     if kind != "reduced_model" or version != VERSION:
         raise ValueError(

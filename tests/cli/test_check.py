@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from deos_fx import Policy, ReducedModel, reference
 from deos_fx.cli.app import app
-from deos_fx.contents import RECORD, read_record
+from deos_fx.contents import RECORD, record_of
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_other_commands_refuse_damaged_folders(folder: Path, tmp_path: Path) -> 
 def test_transform_records_the_processor_as_well(tmp_path: Path) -> None:
     run("transform", reference.WEIGHTS, tmp_path / "out", "--preset", "merge")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {*read_record(tmp_path / "out")["files"]} == names - {RECORD}
+    assert {*record_of(tmp_path / "out")["files"]} == names - {RECORD}
     assert "tokenizer.json" in names
     run("check", tmp_path / "out")
 

@@ -19,7 +19,7 @@ from kills import contents, damaged, kills
 from learned import learned_at
 from tiny import shared_llava, tiny_llava
 
-from deos_fx.contents import RECORD, read_record, write_record
+from deos_fx.contents import RECORD, record_of, write_record
 from deos_fx.exporters import onnx as onnx_module
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
@@ -123,7 +123,7 @@ def test_every_damage_is_noticed(target: Path) -> None:
 
 def recorded_anew(folder: Path) -> None:
     """Let the manifest say that the files are right as they are."""
-    record = read_record(folder)
+    record = record_of(folder)
     write_record(folder, {name: record[name] for name in record.keys() - {"files", "sha256"}})
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from deos_fx import transform
-from deos_fx.contents import read_record, write_record
+from deos_fx.contents import record_of, write_record
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -174,7 +174,7 @@ def test_saved_after_a_change_as_it_is_then(tmp_path: Path) -> None:
 
 def recorded_anew(folder: Path) -> None:
     """Let the record say that the files are right as they are."""
-    record = read_record(folder)
+    record = record_of(folder)
     write_record(folder, {name: record[name] for name in record.keys() - {"files", "sha256"}})
 
 
