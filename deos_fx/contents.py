@@ -26,6 +26,7 @@ __all__ = [
     "is_recorded",
     "problems",
     "record_of",
+    "stamp",
     "verify",
     "write_record",
 ]
@@ -188,22 +189,27 @@ def _problem(path: Path, entry: Mapping[str, Any], hashed: bool) -> str:
     return ""
 
 
-def check_unchanged(folder: Path, record: Mapping[str, Any]) -> None:
+def stamp(folder: Path) -> tuple[int, ...]:
+    """Return what tells whether a folder has been written anew; take it before anything is read."""
+    try:
+        found = (folder / RECORD).stat()
+    except FileNotFoundError:
+        return ()
+    # Not what the record says: the same model may have been written again, with others between.
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def check_unchanged(folder: Path, before: tuple[int, ...]) -> None:
     """Refuse what was read from a folder if somebody has begun to write it meanwhile.
 
     Args:
         folder: The folder.
-        record: Its record, as it was before anything was read.
+        before: Its `stamp` before anything was read.
 
     Raises:
-        ValueError: If the record is another one now.
+        ValueError: If it has another one now.
     """
-    try:
-        same = record_of(folder) == record
-    except (OSError, ValueError):
-        # Case: somebody is just writing.
-        same = False
-    if not same:
+    if stamp(folder) != before:
         raise ValueError(f"{folder} was written anew after its loading began. Load it again.")
 
 

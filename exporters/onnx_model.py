@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from deos_fx.contents import check_unchanged
+from deos_fx.contents import check_unchanged, stamp
 from deos_fx.exporters.manifest import IMAGES, check_policy, read_manifest, spaces_of
 from deos_fx.exporters.session import HOST, Session, SessionCache, as_tensor, open
 from deos_fx.inputs.call import Call, normal_inputs
@@ -96,6 +96,7 @@ class OnnxModel:
                 files.
         """
         folder = Path(dir)
+        before = stamp(folder)
         manifest = read_manifest(folder)
         check_policy(folder, manifest)
         skeleton = _skeleton(folder)
@@ -110,11 +111,11 @@ class OnnxModel:
             )
         # Only an encoder for fixed sizes has such values.
         constants = load_file(folder / IMAGES) if "image_encoder" in sessions else {}
-        check_unchanged(folder, manifest)
+        check_unchanged(folder, before)
 
         def extend() -> Session:
             session = open(folder / "extend.onnx", used)
-            check_unchanged(folder, manifest)
+            check_unchanged(folder, before)
             return session
 
         return cls(manifest, constants, skeleton, sessions, extend)

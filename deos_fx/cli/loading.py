@@ -161,12 +161,12 @@ def load_model(model_dir: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForImageTextToText
 
-    from deos_fx.runtime.saved import read_checked
+    from deos_fx.runtime.saved import check_folder
 
     # Called for their checks: the messages come before a long download or load.
     _config(model_dir)
     if _is_ours(model_dir):
-        read_checked(Path(model_dir))
+        check_folder(Path(model_dir))
     return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto").eval()
 
 

@@ -21,6 +21,7 @@ from deos_fx.contents import (
     check_unchanged,
     is_recorded,
     record_of,
+    stamp,
     verify,
     write_record,
 )
@@ -29,7 +30,7 @@ from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
 from deos_fx.version import __version__
 
-__all__ = ["folder_for", "load", "read_checked", "save"]
+__all__ = ["check_folder", "folder_for", "load", "save"]
 
 VERSION = 1
 
@@ -123,10 +124,11 @@ def load(dir: str | os.PathLike[str], **options: Any) -> tuple[PreTrainedModel, 
         UserWarning: If an earlier version has saved it, without the hashes of its files.
     """
     folder = Path(dir)
-    record = read_checked(folder)
+    before = stamp(folder)
+    check_folder(folder)
     policy = Policy.load(folder / _POLICY)
     model, found = _read(AutoModelForImageTextToText, folder, **options)
-    check_unchanged(folder, record)
+    check_unchanged(folder, before)
     wrong = _differences(found)
     if wrong:
         raise ValueError(
@@ -234,8 +236,8 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 
 
-def read_checked(folder: Path) -> dict[str, Any]:
-    """Read the record of a saved model and compare the files in the folder with it.
+def check_folder(folder: Path) -> None:
+    """Compare the files in the folder of a saved model with its record.
 
     Raises:
         ValueError: If there is no reduced model in the folder, or it is incomplete or damaged.
@@ -262,4 +264,3 @@ def read_checked(folder: Path) -> dict[str, Any]:
                     f"{folder} has a file {entry.name} that was not saved with the model, and "
                     "transformers would read it. Move it away, or save the model again."
                 )
-    return record
