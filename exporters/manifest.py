@@ -3,40 +3,62 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from deos_fx.contents import RECORD, record_of, verify
+from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
+from deos_fx.policy.policy import Policy
 
 if TYPE_CHECKING:
     import onnx_ir
 
 __all__ = [
+    "FILES",
     "FORMAT",
     "IMAGES",
-    "MANIFEST",
     "PACKAGES",
+    "POLICY",
     "VERSION",
     "WEIGHTS",
+    "check_policy",
     "read_manifest",
+    "spaces_of",
     "write_weights",
 ]
 
 
 # *** the manifest ***
 
-# What a manifest says of itself, and its name.
-FORMAT, VERSION, MANIFEST = "onnx", 4, "deos_fx.json"
+# What a manifest says of itself.
+FORMAT, VERSION = "onnx", 4
 
 # The weights of all graphs; the values of images that the image encoder was exported for.
-WEIGHTS, IMAGES = "weights.data", "images.safetensors"
+WEIGHTS, IMAGES, POLICY = "weights.data", "images.safetensors", "policy.json"
+
+# The files of an export; not every export has all of them.
+FILES = (
+    RECORD,
+    POLICY,
+    "policy.safetensors",
+    "config.json",
+    "generation_config.json",
+    "prefill.onnx",
+    "decode.onnx",
+    "extend.onnx",
+    "image_encoder.onnx",
+    WEIGHTS,
+    IMAGES,
+)
 
 # Packages whose versions the manifest records.
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest of an export.
+    """Read the manifest of an export, and compare the files in the folder with it.
 
     Args:
         folder: The folder of the export.
@@ -46,25 +68,53 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the folder has no manifest.
-        ValueError: If it is damaged or of another version.
+        ValueError: If the manifest is of another version, or the folder incomplete or damaged.
+
+    Warns:
+        UserWarning: If an earlier version has written it, without the hashes of its files.
     """
-    path = folder / MANIFEST
+    path = folder / RECORD
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {MANIFEST}: it is not a folder that deos_fx.export_onnx wrote"
+            f"{folder} has no {RECORD}: it is not a folder that deos_fx.export_onnx wrote"
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); export the model again") from error
-    if not isinstance(manifest, dict) or manifest.get("deos_fx") != FORMAT:
+    manifest = record_of(folder)
+    if manifest.get("deos_fx") != FORMAT:
         raise ValueError(f'{path} does not say "deos_fx": "{FORMAT}"; export the model again')
     if manifest.get("version") != VERSION:
         raise ValueError(
             f"{path} has version {manifest.get('version')!r} and this release reads version "
             f"{VERSION}. Export the model again, or use the release that wrote it."
         )
+    verify(folder, manifest)
     return manifest
+
+
+def spaces_of(manifest: Mapping[str, Any]) -> list[DecodeSpace]:
+    """Return the token spaces of the graphs, in order of depth."""
+    names = [field.name for field in fields(DecodeSpace)]
+    return [DecodeSpace(**{name: space[name] for name in names}) for space in manifest["spaces"]]
+
+
+def check_policy(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare the policy in an export with its manifest.
+
+    Args:
+        folder: The folder of the export.
+        manifest: Its manifest.
+
+    Raises:
+        ValueError: If the policy is missing or damaged, or leaves other token spaces than the
+            graphs have.
+    """
+    if not (folder / POLICY).is_file():
+        raise ValueError(f"{folder} has no {POLICY}; export the model again")
+    spaces, exported = decode_spaces(Policy.load(folder / POLICY)), spaces_of(manifest)
+    if exported != list(spaces):
+        raise ValueError(
+            f"{folder / POLICY} is not the policy of these graphs: it leaves {spaces}, and they "
+            f"have {exported}; export the model again"
+        )
 
 
 # *** the weights ***

@@ -45,7 +45,6 @@ A graph has only the inputs that it reads.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -55,19 +54,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deos_fx.contents import write_record
 from deos_fx.exporters.check import check_export
 from deos_fx.exporters.fuse import DEVICES, fuse, of_one_token
 from deos_fx.exporters.graphs.decode import NEW, decode_graph
 from deos_fx.exporters.graphs.example import Example, example_of
 from deos_fx.exporters.graphs.prefill import least_text, prefill_graph
-from deos_fx.exporters.manifest import FORMAT, IMAGES, MANIFEST, PACKAGES, VERSION, write_weights
+from deos_fx.exporters.manifest import (
+    FILES,
+    FORMAT,
+    IMAGES,
+    PACKAGES,
+    POLICY,
+    VERSION,
+    write_weights,
+)
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.exporters.session import cuda_devices
-from deos_fx.files import fresh_folder
+from deos_fx.files import fresh_folder, write_tensors
 from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.counts import tokens_per_layer
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -106,7 +113,7 @@ def export_onnx(
     ``policy.json``, ``deos_fx.json`` (the calls that the graphs accept), and the model's own
     ``config.json`` and ``generation_config.json``; if the image encoder reads the sizes of images,
     also ``image_encoder.onnx`` and ``images.safetensors``.
-    The folder is written whole or not at all.
+    The folder is written whole or not at all; ``deos_fx.json`` has the hashes of all files.
 
     Where visual tokens have exactly equal scores, ONNX Runtime may keep others than PyTorch: both
     leave the order of equal scores open. That happens where the tokens themselves are equal
@@ -154,12 +161,12 @@ def export_onnx(
     with torch.no_grad():
         example = example_of(reduced.model, example_inputs, least + _TEXT_TOKENS)
     # The folder appears under its name only after the check.
-    with fresh_folder(dir) as folder:
+    with fresh_folder(dir, FILES, whole=True) as folder:
         export = _Export.of(reduced, example, least, device, tell)
         if verify and not export.runs_here:
             # Case: operators for CUDA, and no GPU. The graphs in standard operators, of which these
-            # are made, run on the CPU.
-            with tempfile.TemporaryDirectory(dir=folder) as plain:
+            # are made, run on the CPU. They are beside the folder, which is recorded as a whole.
+            with tempfile.TemporaryDirectory(dir=folder.parent) as plain:
                 export.write(Path(plain), "cpu")
                 export.check(Path(plain), "cpu")
                 export.fuse()
@@ -268,15 +275,14 @@ class _Export:
         for name, program in self.programs.items():
             onnx_ir.save(program, folder / f"{name}.onnx")
         if "image_encoder" in self.programs:
-            save_file(self.constants, folder / IMAGES)
-        reduced.policy.save(folder / "policy.json")
+            write_tensors(folder / IMAGES, self.constants)
+        reduced.policy.save(folder / POLICY)
         # A loaded folder finds the model's class in ``architectures``.
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
-        text = json.dumps(self._manifest(device), indent=2) + "\n"
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
+        write_record(folder, self._manifest(device))
         self.tell("write", 1, 1)
 
     def _manifest(self, device: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from deos_fx.exporters.manifest import IMAGES, read_manifest
+from deos_fx.contents import check_unchanged, stamp
+from deos_fx.exporters.manifest import IMAGES, check_policy, read_manifest, spaces_of
 from deos_fx.exporters.session import HOST, Session, SessionCache, as_tensor, open
 from deos_fx.inputs.call import Call, normal_inputs
 from deos_fx.inputs.complete import completed
 from deos_fx.inputs.packed import packed_by
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
-from deos_fx.passes.lower.lower_decode import DecodeSpace
 from deos_fx.passes.rewrite.select_logits import LOGITS
 from deos_fx.runtime.generation import generation_host
 from deos_fx.tokens.cache import TokenSpace
@@ -61,10 +60,7 @@ class OnnxModel:
         self._manifest = manifest
         self._constants = constants
         self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
-        names = [field.name for field in fields(DecodeSpace)]
-        self._spaces = [
-            DecodeSpace(**{name: space[name] for name in names}) for space in manifest["spaces"]
-        ]
+        self._spaces = spaces_of(manifest)
         # Of a whole prompt, in the last space.
         self._dropped = manifest["spaces"][-1]["dropped"] if manifest["spaces"] else 0
         self._prefill, self._decode = sessions["prefill"], sessions["decode"]
@@ -91,12 +87,18 @@ class OnnxModel:
 
         Raises:
             FileNotFoundError: If the folder holds no export.
-            ValueError: If it was written by a newer release or is damaged, or the device is none
-                of the above.
+            ValueError: If it was written by a newer release, is incomplete or damaged, or the
+                device is none of the above.
             RuntimeError: If CUDA is asked for and cannot be used.
+
+        Warns:
+            UserWarning: If an earlier version has written the folder, without the hashes of its
+                files.
         """
         folder = Path(dir)
+        before = stamp(folder)
         manifest = read_manifest(folder)
+        check_policy(folder, manifest)
         skeleton = _skeleton(folder)
         names = [name for name in manifest["graphs"] if name != "extend"]
         sessions = {name: open(folder / f"{name}.onnx", device) for name in names}
@@ -109,13 +111,14 @@ class OnnxModel:
             )
         # Only an encoder for fixed sizes has such values.
         constants = load_file(folder / IMAGES) if "image_encoder" in sessions else {}
-        return cls(
-            manifest,
-            constants,
-            skeleton,
-            sessions,
-            lambda: open(folder / "extend.onnx", used),
-        )
+        check_unchanged(folder, before)
+
+        def extend() -> Session:
+            session = open(folder / "extend.onnx", used)
+            check_unchanged(folder, before)
+            return session
+
+        return cls(manifest, constants, skeleton, sessions, extend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         """Run the prefill graph or, given the cache of an earlier call, the decode graph.

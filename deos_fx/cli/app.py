@@ -215,9 +215,9 @@ def transform(
 
       deos-fx transform my-llava reduced --preset fastv --budget 0.25
     """
-    from deos_fx.files import fresh_folder
+    from deos_fx.runtime.saved import folder_for
 
-    with fresh_folder(out_dir) as folder:
+    with folder_for(out_dir) as folder:
         reduced = load_reduced(model_dir, policy, preset, budget)
         reduced.save_pretrained(folder)
         copy_processor(model_dir, folder)
@@ -387,7 +387,7 @@ def compare(
     # Mistakes in the files show before the model is loaded.
     console, policies = Console(), named_policies(policy or [])
     records, tuning = read_records(test), None if tune is None else read_records(tune)
-    with fresh_folder(output) as folder, stages(console) as stage:
+    with fresh_folder(output, ("comparison.*",)) as folder, stages(console) as stage:
         with stage("load"):
             model, processor = load_model(model_dir), AutoProcessor.from_pretrained(model_dir)
         with stage.phased("compare") as progress:
@@ -443,13 +443,49 @@ def export(
     """
     from deos_fx import export_onnx
     from deos_fx.cli.terminal import stages
+    from deos_fx.exporters.manifest import FILES
     from deos_fx.files import fresh_folder
 
     console = Console()
-    with fresh_folder(out_dir) as folder, stages(console) as stage:
+    with fresh_folder(out_dir, FILES, whole=True) as folder, stages(console) as stage:
         with stage("load the model"):
             reduced = load_reduced(model_dir, policy, preset, budget)
         with stage.phased("export") as advance:
             export_onnx(reduced, folder, device=device, verify=verify, progress=advance)
         copy_processor(model_dir, folder)
     console.print(f"Wrote {out_dir}", highlight=False)
+
+
+@app.command()
+def check(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder that transform or export wrote.")
+    ],
+    clean: Annotated[
+        bool,
+        typer.Option("--clean", help="Remove what killed commands have left in it and beside it."),
+    ] = False,
+) -> None:
+    """Compare every file of a reduced model or an export with its size and hash.
+
+    Reads all files, which loading does only up to 1 GB. The exit code is 1 if
+    a file is missing or another one. With --clean, also removes the hidden folders
+    (.deos-fx-...) that killed commands have left in the folder and beside it.
+
+    [bold]Examples[/]
+
+      deos-fx check reduced
+
+      deos-fx check onnx --clean
+    """
+    from deos_fx.cli.checking import check_contents, remove_leftovers
+    from deos_fx.contents import RECORD
+
+    console = Console(soft_wrap=True)
+    if clean:
+        remove_leftovers(folder, console)
+        if not (folder / RECORD).exists():
+            # Case: a folder that others were to be written in. There is nothing else to check.
+            return
+    if not check_contents(folder, console):
+        raise typer.Exit(1)

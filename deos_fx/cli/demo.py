@@ -46,6 +46,8 @@ COMPARED = 96
 SHOWN_ANSWERS = 6
 """Methods whose answers stand below an example, the most accurate ones."""
 
+_FILES = ("policy.json", "policy.safetensors", "results.json", "report.html")
+
 
 def run_demo(
     output: str | os.PathLike[str], budget: int | float, seed: int, console: Console
@@ -67,7 +69,7 @@ def run_demo(
     """
     # A mistake in the budget shows before anything runs; a failure leaves no half-written folder.
     limits = Budget(visual_tokens=budget)
-    with fresh_folder(output) as folder:
+    with fresh_folder(output, _FILES) as folder:
         with _one_thread(), stages(console) as stage:
             result = _measure(folder, limits, seed, stage)
         result.search.policy.save(folder / "policy.json")

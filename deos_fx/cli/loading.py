@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deos_fx.contents import RECORD, add_to_record
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -154,12 +156,17 @@ def load_model(model_dir: str) -> PreTrainedModel:
     """Load a vision-language model.
 
     Raises:
-        ValueError: If there is no such folder, or it holds a model that reads no images.
+        ValueError: If there is no such folder, it holds a model that reads no images, or it holds a
+            reduced model that is incomplete or damaged.
     """
     from transformers import AutoModelForImageTextToText
 
-    # Called for its checks: their messages come before a long download or load.
+    from deos_fx.runtime.saved import check_folder
+
+    # Called for their checks: the messages come before a long download or load.
     _config(model_dir)
+    if _is_ours(model_dir):
+        check_folder(Path(model_dir))
     return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto").eval()
 
 
@@ -197,13 +204,18 @@ def load_reduced(
     from deos_fx import Budget, ReducedModel, transform
 
     # Case: a folder that `save_pretrained` of a reduced model wrote, and no other options.
-    if path is preset is budget is None and os.path.isfile(os.path.join(model_dir, "deos_fx.json")):
+    if path is preset is budget is None and _is_ours(model_dir):
         return ReducedModel.from_pretrained(model_dir)
     model = load_model(model_dir)
     # Case: a budget alone, to which the default policy is fitted.
     if path is None and preset is None and budget is not None:
         return transform(model, budget=Budget(visual_tokens=budget))
     return transform(model, policy=policy_of(model, path, preset, budget))
+
+
+def _is_ours(model_dir: str) -> bool:
+    """Return whether a folder has the record of a reduced model, or of an export."""
+    return (Path(model_dir) / RECORD).is_file()
 
 
 def policy_of(
@@ -264,10 +276,11 @@ def _tokens(limit: int | float, signature: ModelSignature) -> float:
 
 
 def copy_processor(model_dir: str, folder: Path) -> None:
-    """Save the model's processor into a folder, if there is one."""
+    """Save the model's processor, if there is one, into the folder of a reduced model or export."""
     processor = processor_of(model_dir)
     if processor is not None:
         processor.save_pretrained(folder)
+        add_to_record(folder)
 
 
 def processor_of(model_dir: str) -> Any:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["limits_of", "placed", "search_processes", "write_found"]
 
+# What the command writes: policies with their learned parts, and a page.
+_FILES = ("policy*.json", "policy*.safetensors", "report.html")
+
 
 def limits_of(
     tokens: Sequence[int | float] | None, *others: Any, table: Path | None = None
@@ -63,7 +66,7 @@ def search_processes(output: Path) -> Iterator[tuple[Path | None, torch.device |
     from deos_fx.files import fresh_folder
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        with fresh_folder(output) as folder:
+        with fresh_folder(output, _FILES) as folder:
             yield folder, None, Console()
         return
     # Case: one of several processes.
@@ -72,7 +75,7 @@ def search_processes(output: Path) -> Iterator[tuple[Path | None, torch.device |
     state = PartialState()
     try:
         if state.is_main_process:
-            with fresh_folder(output) as folder:
+            with fresh_folder(output, _FILES) as folder:
                 yield folder, state.device, Console()
         else:
             yield None, state.device, Console(quiet=True)

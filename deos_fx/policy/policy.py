@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from deos_fx.files import write_file, write_text
+from deos_fx.files import write_tensors, write_text
 from deos_fx.policy.reduction import Reduction, Regime
 from deos_fx.policy.site import site_order, split_site
 from deos_fx.policy.tier import check_fields
@@ -197,7 +197,8 @@ class Policy:
         if policy.tensors and data.get("learned") != policy._digest():
             raise ValueError(
                 "the learned parts are not those that the policy was written with (their hash "
-                "differs); restore the .safetensors file that belongs to it"
+                "differs); restore the .safetensors file that belongs to it, or save the policy "
+                "again"
             )
         return policy
 
@@ -225,7 +226,7 @@ class Policy:
         """
         if self.tensors:
             # The JSON is written last: it has the hash of the tensors, so it never names others.
-            write_file(_beside(path), lambda part: save_file(self.tensors, part))
+            write_tensors(_beside(path), self.tensors)
         write_text(path, self.to_json())
 
     @classmethod

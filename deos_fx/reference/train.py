@@ -39,6 +39,7 @@ from transformers import LlavaProcessor
 
 from deos_fx import reference
 from deos_fx.checkpoint import load_optimizer, optimizer_tensors
+from deos_fx.files import write_file
 from deos_fx.reference.lessons import IGNORE, Pack, Pictures
 from deos_fx.reference.model import WIDTH, build_processor
 from deos_fx.reference.student import REFERENCE, Student, Task
@@ -276,15 +277,14 @@ def _validate(student: Student, size: int) -> str:
 def _save(
     path: Path, student: Student, optimizer: torch.optim.Optimizer, stage: int, step: int
 ) -> None:
-    """Write a checkpoint and put it in place in one step, so that there is always a whole one."""
+    """Write a checkpoint; a kill leaves the earlier one."""
     tensors = {f"student/{name}": value for name, value in student.state_dict().items()}
     moments = optimizer_tensors(optimizer)
     tensors |= {f"optimizer/{name}": value for name, value in moments.items()}
-    partial = path.with_suffix(".partial")
     # Copies, because a safetensors file cannot hold tensors that share memory.
     copies = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-    save_file(copies, partial, {"stage": str(stage), "step": str(step)})
-    partial.replace(path)
+    place = {"stage": str(stage), "step": str(step)}
+    write_file(path, lambda part: save_file(copies, part, place))
 
 
 def _resume(path: Path, student: Student) -> tuple[int, int, dict[str, Tensor]]:

@@ -203,7 +203,8 @@ class ReducedModel(nn.Module):
         """Write the model, as transformers does, and the policy; whole or not at all.
 
         Args:
-            dir: A folder, made if it does not exist; other files in it stay.
+            dir: A folder, made if it does not exist; other files in it stay, except weights of an
+                earlier model that transformers would read.
 
         Raises:
             OSError: If the folder cannot be written.
@@ -221,7 +222,7 @@ class ReducedModel(nn.Module):
                 ``device_map``.
 
         Raises:
-            ValueError: If there is no reduced model in the folder, or it cannot be read.
+            ValueError: If there is no reduced model in the folder, or it is incomplete or damaged.
         """
         return cls(*saved.load(dir, **options))
 

@@ -6,9 +6,9 @@ What would come back as another model is refused when it is saved, not when it i
 from __future__ import annotations
 
 import copy
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,40 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from deos_fx.files import fresh_folder
+from deos_fx.contents import (
+    RECORD,
+    check_unchanged,
+    is_recorded,
+    record_of,
+    stamp,
+    verify,
+    write_record,
+)
+from deos_fx.files import disk_errors, fresh_folder, matching
 from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
 from deos_fx.version import __version__
 
-__all__ = ["load", "save"]
+__all__ = ["check_folder", "folder_for", "load", "save"]
 
 VERSION = 1
 
-_NOTE = "deos_fx.json"
 _POLICY = "policy.json"
+_ADAPTERS = "adapter_config.json"
+
+# Patterns of the files that a saved model consists of. An earlier one's are removed, since
+# transformers would prefer its single file to new weights in several files.
+_NUMBER = "[0-9]" * 5
+_FILES = (
+    RECORD,
+    _POLICY,
+    "policy.safetensors",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    f"model-{_NUMBER}-of-{_NUMBER}.safetensors",
+)
 
 
 def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) -> None:
@@ -40,7 +63,8 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
     Raises:
         OSError: If the folder cannot be written.
         ValueError: If loading would give another model: it has adapters or other parts that its
-            config does not describe, or weights of a kind that the config does not name.
+            config does not describe, or weights of a kind that the config does not name; or there
+            are adapters in the folder.
     """
     # Before anything is written: could config and weights restore this model?
     _check_described(model)
@@ -51,16 +75,35 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
         "packages": {"deos_fx": __version__} | versions,
     }
     # If a check of what was written fails, nothing of it reaches the target.
-    with fresh_folder(dir) as folder:
-        model.save_pretrained(folder)
+    with folder_for(dir) as folder:
+        with disk_errors(dir):
+            model.save_pretrained(folder)
         _check_written(model, folder)
         policy.save(folder / _POLICY)
-        (folder / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-        written = {entry.name for entry in folder.iterdir()}
-    # transformers would prefer an earlier model's single file to new weights in several files.
-    for weights in Path(dir).glob("*.safetensors*"):
-        if weights.name not in written:
-            weights.unlink()
+        write_record(folder, note)
+
+
+@contextmanager
+def folder_for(dir: str | os.PathLike[str]) -> Iterator[Path]:
+    """Provide a temporary folder to save a model in; see `deos_fx.files.fresh_folder`.
+
+    Args:
+        dir: Where it is moved to.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        OSError: If the folder cannot be written.
+        ValueError: If it holds adapters.
+    """
+    if (Path(dir) / _ADAPTERS).exists():
+        raise ValueError(
+            f"{os.fspath(dir)} has an {_ADAPTERS}: transformers would load these adapters with "
+            "whatever model is saved there. Give another folder, or move the adapters away."
+        )
+    with fresh_folder(dir, _FILES, whole=True) as folder:
+        yield folder
 
 
 def load(dir: str | os.PathLike[str], **options: Any) -> tuple[PreTrainedModel, Policy]:
@@ -74,13 +117,18 @@ def load(dir: str | os.PathLike[str], **options: Any) -> tuple[PreTrainedModel, 
         The model and its policy.
 
     Raises:
-        ValueError: If there is no reduced model in the folder, it cannot be read, or its weights
-            are not those of the model that its config describes.
+        ValueError: If there is no reduced model in the folder, it is incomplete or damaged, or its
+            weights are not those of the model that its config describes.
+
+    Warns:
+        UserWarning: If an earlier version has saved it, without the hashes of its files.
     """
     folder = Path(dir)
-    _check_note(folder)
+    before = stamp(folder)
+    check_folder(folder)
     policy = Policy.load(folder / _POLICY)
     model, found = _read(AutoModelForImageTextToText, folder, **options)
+    check_unchanged(folder, before)
     wrong = _differences(found)
     if wrong:
         raise ValueError(
@@ -188,21 +236,31 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 
 
-def _check_note(folder: Path) -> None:
-    if not (folder / _NOTE).is_file():
-        missing = f"it has no {_NOTE}" if folder.is_dir() else "there is no such folder"
+def check_folder(folder: Path) -> None:
+    """Compare the files in the folder of a saved model with its record.
+
+    Raises:
+        ValueError: If there is no reduced model in the folder, or it is incomplete or damaged.
+    """
+    if not (folder / RECORD).is_file():
+        missing = f"it has no {RECORD}" if folder.is_dir() else "there is no such folder"
         raise ValueError(
             f"{folder} is not a saved reduced model: {missing}. Give a folder that "
             "ReducedModel.save_pretrained has written; for any other model load it with "
             "transformers and call deos_fx.transform."
         )
-    try:
-        note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
-        kind, version = note["deos_fx"], note["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / _NOTE} is damaged ({error}); save the model again.") from error
+    record = record_of(folder)
+    kind, version = record.get("deos_fx"), record.get("version")
     if kind != "reduced_model" or version != VERSION:
         raise ValueError(
             f"{folder} holds a {kind} of version {version}; this release reads reduced_model of "
             f"version {VERSION}."
         )
+    verify(folder, record)
+    if is_recorded(record):
+        for entry in matching(folder, (*_FILES, _ADAPTERS)):
+            if entry.name not in (RECORD, *record["files"]):
+                raise ValueError(
+                    f"{folder} has a file {entry.name} that was not saved with the model, and "
+                    "transformers would read it. Move it away, or save the model again."
+                )

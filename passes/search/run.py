@@ -10,14 +10,13 @@ deployed, on held-back data, and the best is returned.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search import processes
+from deos_fx.passes.search.checkpoints import Checkpoints
 from deos_fx.passes.search.choice import charged, descended, finalists
 from deos_fx.passes.search.descent import Descent, site_tokens
 from deos_fx.passes.search.estimate import Estimate
@@ -68,7 +67,7 @@ class SearchRun:
         problem: The problem.
         steps: Number of steps at the best place.
         seed: Seed of the order of the batches.
-        checkpoint: Folder for the states of the steps.
+        checkpoint: Where the states of the steps are saved.
         progress: Called as the search advances.
         descents: The descents so far, the last one the present one.
         winner: Those at the best place, after all places were compared.
@@ -81,7 +80,7 @@ class SearchRun:
     problem: SearchProblem
     steps: int
     seed: int
-    checkpoint: str | os.PathLike[str] | None
+    checkpoint: Checkpoints | None
     progress: Progress | None
     descents: list[Descent] = field(default_factory=list)
     winner: list[Descent] = field(default_factory=list)
@@ -279,18 +278,18 @@ class SearchRun:
         state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), settings)
         descent = Descent(problem, state, steps, self.seed)
         self.descents.append(descent)
-        folder = None if self.checkpoint is None else Path(self.checkpoint) / stage
+        saved = None if self.checkpoint is None else self.checkpoint.within(stage)
         # Steps that were stopped go on with their parameters, optimizer, multipliers and history.
-        if folder is not None:
-            state.resume(folder)
+        if saved is not None:
+            state.resume(saved.folder)
             descent.recount()
-            processes.check_equal(f"steps in the checkpoint {folder}", state.step)
+            processes.check_equal(f"steps in the checkpoint {saved.folder}", state.step)
 
         def after_step(done: int) -> None:
             # Only whole steps are saved: what ends a search may come in the middle of one.
             whole = done % _CHECKPOINT_EVERY == 0 or done == steps
-            if folder is not None and whole and processes.is_main():
-                state.save(folder)
+            if saved is not None and whole and processes.is_main():
+                saved.save(state)
             self.estimated.tell(descent.seconds, *self.left)
             self.scoring.show(stage, done, steps)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, overload
 
 from transformers import PreTrainedModel
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search import processes
 from deos_fx.passes.search.budgets import check_budgets, in_words, loosest_first, pooled
+from deos_fx.passes.search.checkpoints import Checkpoints
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.outcome import check_can_be_met
 from deos_fx.passes.search.problem import SearchProblem
@@ -96,7 +96,8 @@ def search(
             one has found take half as many.
         seed: Seed of the order of the batches.
         checkpoint: Folder to save the state of the steps in, every ten steps and where they end. A
-            search that finds a state there continues it, bit-identically, however it was ended.
+            search that finds a state there continues it, bit-identically, however it was ended. If
+            the disk fills up meanwhile, the search warns and goes on.
         progress: Called as the search advances, with a stage, the number done and the total. When
             the first step is done, the stage is ``estimate``: then these are the seconds that the
             search has taken so far, and those that it will take in all.
@@ -108,6 +109,7 @@ def search(
         ValueError: If the data is empty or uneven, a site cannot be reduced, the budget cannot be
             met, the losses are NaN, the model is sharded, or the checkpoint is of another search.
         TypeError: If an argument is of a wrong type.
+        OSError: If the checkpoint folder cannot be written; this is checked before the work starts.
 
     Ctrl-C ends the search, at any time after the first batch is captured, with the best policy so
     far. Ten steps in a row whose gradients are not finite end the steps with a warning.
@@ -122,12 +124,13 @@ def search(
         raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
     progress = processes.on_main(progress)
     with processes.agreeing():
+        saved = None if checkpoint is None else Checkpoints.at(checkpoint)
         problem = SearchProblem.of(model, data, wanted[0], progress)
         searched = problem.searched_sites(sites)
         steps = steps or default_steps(problem)
         if budgets is not None:
-            return _front(problem, wanted, searched, steps, seed, checkpoint, progress)
-        run = SearchRun(problem, steps, seed, checkpoint, progress)
+            return _front(problem, wanted, searched, steps, seed, saved, progress)
+        run = SearchRun(problem, steps, seed, saved, progress)
         run.advance(searched)
         return run.result()
 
@@ -138,7 +141,7 @@ def _front(
     sites: Sequence[Site],
     steps: int,
     seed: int,
-    checkpoint: str | os.PathLike[str] | None,
+    checkpoint: Checkpoints | None,
     progress: Progress | None,
 ) -> SearchFront:
     """Search under each budget from the loosest on; each starts from what the looser ones found."""
@@ -149,13 +152,13 @@ def _front(
         # Before anything expensive: the tightest comes last.
         check_can_be_met(problem.under(budget))
     for i, budget in enumerate(budgets):
-        folder = None if checkpoint is None else Path(checkpoint) / in_words(budget)
+        saved = None if checkpoint is None else checkpoint.within(in_words(budget))
         own = None if progress is None else _labelled(progress, in_words(budget))
         run = SearchRun(
             problem.under(budget),
             steps,
             seed,
-            folder,
+            saved,
             own,
             reached=[policy for each in runs.values() for policy in each.at_places()],
             interrupted=any(each.interrupted for each in runs.values()),

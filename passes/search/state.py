@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deos_fx.checkpoint import load_optimizer, optimizer_tensors
-from deos_fx.files import write_file, write_text
+from deos_fx.contents import file_hash
+from deos_fx.files import write_tensors, write_text
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.search.objective import AugmentedLagrangian
 
@@ -127,11 +128,12 @@ class SearchState:
         # The file of tensors is named by step, so a kill between the two files leaves the earlier
         # pair.
         name = f"step-{self.step}.safetensors"
-        write_file(path / name, lambda part: save_file(tensors, part))
+        write_tensors(path / name, tensors)
         record = {
             "deos_fx": "search",
             "version": 2,
             "tensors": name,
+            "sha256": file_hash(path / name),
             # What a search must have in common with this one to continue it.
             "settings": self.settings,
             "multipliers": self.lagrangian.multipliers,
@@ -140,9 +142,8 @@ class SearchState:
             "history": self.history,
         }
         write_text(path / "search.json", json.dumps(record, indent=1))
-        # Only now is no record left that names the earlier files, or those that a kill left
-        # half-written.
-        for old in (*path.glob("step-*.safetensors"), *path.glob("*.part")):
+        # Only now is no record left that names the earlier file.
+        for old in path.glob("step-[0-9]*.safetensors"):
             if old.name != name:
                 old.unlink()
 
@@ -165,7 +166,14 @@ class SearchState:
                 f"{os.fspath(folder)} holds another search (other model, data, budget, steps or "
                 "seed). Give another checkpoint folder, or delete this one."
             )
-        tensors = load_file(path.parent / record["tensors"])
+        file = path.parent / record["tensors"]
+        # Earlier versions wrote no hash.
+        if record.get("sha256", "") not in ("", file_hash(file)):
+            raise ValueError(
+                f"{file} is damaged: it is not the file that was written. Delete the folder "
+                f"{os.fspath(folder)} and search again."
+            )
+        tensors = load_file(file)
         # Split the names at their prefixes again.
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():

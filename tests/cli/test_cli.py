@@ -18,7 +18,16 @@ from deos_fx.cost.model import CostModel
 from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import Candidate
 
-COMMANDS = ("demo", "search", "transform", "export", "inspect", "compare", "profile")
+COMMANDS = (
+    "demo",
+    "search",
+    "transform",
+    "export",
+    "inspect",
+    "compare",
+    "check",
+    "profile",
+)
 
 
 @pytest.fixture(scope="module")

@@ -187,6 +187,18 @@ def test_a_state_continues_from_its_folder_to_the_last_bit(tmp_path: Path) -> No
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_damaged_states_are_refused_and_files_of_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "mine.part").write_text("mine")
+    state(seed=1).save(tmp_path)
+    assert (tmp_path / "mine.part").exists()
+    tensors = tmp_path / "step-0.safetensors"
+    data = tensors.read_bytes()
+    for place in (0, len(data) // 2, len(data) - 1):
+        tensors.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(ValueError, match=r"step-0\.safetensors is damaged"):
+            state(seed=1).resume(tmp_path)
+
+
 def test_states_of_another_search_are_refused(tmp_path: Path) -> None:
     state(seed=1).resume(tmp_path / "nothing here is a start")
     state(seed=1).save(tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kills import kills
 from safetensors.torch import load_file, save_file
 
 from deos_fx.policy.learned import Learned
@@ -56,6 +57,22 @@ def test_missing_damaged_and_other_parts_are_refused(tmp_path: Path) -> None:
     tensors.unlink()
     with pytest.raises(ValueError, match="read a policy with Policy.load"):
         Policy.load(path)
+
+
+def test_a_kill_leaves_a_policy_or_parts_that_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    old, new, seen = policy(), policy(2.0), set()
+    old.save(path)
+    for _ in kills(lambda: new.save(path)):
+        try:
+            found = Policy.load(path)
+            seen.add("old" if found == old else "new" if found == new else "a mixture")
+        except ValueError as error:
+            assert "learned parts" in str(error)
+            seen.add("refused")
+        old.save(path)
+        assert len(list(tmp_path.iterdir())) == 2
+    assert seen == {"old", "refused", "new"}
 
 
 def test_a_policy_keeps_its_own_copy() -> None:

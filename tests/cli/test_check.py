@@ -1,0 +1,115 @@
+"""The command ``check``, and folders that other commands find incomplete or damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import tiny_llava
+from typer.testing import CliRunner
+
+from deos_fx import Policy, ReducedModel, reference
+from deos_fx.cli.app import app
+from deos_fx.contents import RECORD, record_of
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("check") / "saved"
+    ReducedModel(tiny_llava(1), Policy()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    (tmp_path / "reduced").mkdir()
+    for path in saved.iterdir():
+        (tmp_path / "reduced" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "reduced"
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def test_a_whole_folder(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    lines = {line.split()[0]: line for line in run("check", folder).splitlines()}
+    for name in ("config.json", "generation_config.json", "model.safetensors", "policy.json"):
+        assert lines[name].split()[-1] == "ok"
+    assert lines["notes.txt"].strip().endswith("not of this model")
+    assert f"{(folder / 'model.safetensors').stat().st_size:,}" in lines["model.safetensors"]
+
+
+def test_damage_is_found_however_large_the_files_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deos_fx.contents.HASHED_BYTES", 0)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (folder / "generation_config.json").unlink()
+    text = run("check", folder, code=1)
+    assert "is not the file that was written" in text and "is missing" in text
+    assert text.split().count("ok") == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (None, "has no deos_fx.json; give a folder that"),
+        ("{", "deos_fx.json is damaged"),
+        ('{"deos_fx": "incomplete"}', "is incomplete: what replaced its files was stopped"),
+        ('{"deos_fx": "reduced_model", "version": 1}', "cannot be checked: an earlier version"),
+    ],
+)
+def test_folders_that_cannot_be_checked(record: str | None, message: str, folder: Path) -> None:
+    (folder / RECORD).unlink()
+    if record is not None:
+        (folder / RECORD).write_text(record)
+    assert message in run("check", folder, code=1)
+
+
+def test_clean_removes_what_killed_commands_have_left(folder: Path) -> None:
+    for place in (folder, folder.parent):
+        (place / ".deos-fx-12345678" / "new").mkdir(parents=True)
+    assert "Removed" not in run("check", folder)
+    assert run("check", folder, "--clean").count("Removed") == 2
+    assert not [*folder.parent.rglob(".*")]
+    (folder.parent / ".deos-fx-12345678").mkdir()
+    assert "Removed" in run("check", "--clean", folder.parent)
+    assert "there is no folder" in run("check", "--clean", folder / "none", code=1)
+
+
+def test_other_commands_refuse_damaged_folders(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    for options in ((), ("--preset", "merge")):
+        text = run("transform", folder, tmp_path / "out", *options, code=1)
+        assert "config.json has" in text and "is damaged" in text
+    (folder / RECORD).write_text(json.dumps({"deos_fx": "incomplete"}))
+    text = run("transform", folder, tmp_path / "out", "--preset", "merge", code=1)
+    assert "is incomplete" in text and not (tmp_path / "out").exists()
+
+
+def test_transform_records_the_processor_as_well(tmp_path: Path) -> None:
+    run("transform", reference.WEIGHTS, tmp_path / "out", "--preset", "merge")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {*record_of(tmp_path / "out")["files"]} == names - {RECORD}
+    assert "tokenizer.json" in names
+    run("check", tmp_path / "out")
+
+
+def test_names_that_are_taken_are_found_before_the_work(
+    folder: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deos_fx.cli.app.load_model", lambda _: pytest.fail("worked before"))
+    monkeypatch.setattr("deos_fx.cli.app.load_reduced", lambda *_: pytest.fail("worked before"))
+    (tmp_path / "out" / "policy.json").mkdir(parents=True)
+    for arguments in (
+        ("transform", folder, tmp_path / "out"),
+        ("export", folder, tmp_path / "out"),
+        ("search", folder, "--data", questions, "--output", tmp_path / "out"),
+    ):
+        assert "policy.json: it is a folder" in run(*arguments, code=1)

@@ -1,0 +1,164 @@
+"""Folders of exports: whole at every instant, and refused when they are damaged.
+
+What is written are graphs of one addition: the files count here, not what is in them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import pytest
+import torch
+from kills import contents, damaged, kills
+from learned import learned_at
+from tiny import shared_llava, tiny_llava
+
+from deos_fx.contents import RECORD, record_of, write_record
+from deos_fx.exporters import onnx as onnx_module
+from deos_fx.exporters.onnx import export_onnx
+from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.exporters.session import open
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
+
+POLICIES = {
+    "old": Policy((learned_at("projector", 20),)),
+    "new": Policy((Reduction("projector", 8),)),
+}
+
+
+def program(value: float) -> onnx_ir.Model:
+    """A graph that adds weights, which are large enough for a file of their own."""
+    weights = onnx_ir.Value(
+        name="weights", const_value=onnx_ir.tensor(np.full(300, value, np.float32))
+    )
+    x = onnx_ir.Value(
+        name="x", type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT), shape=onnx_ir.Shape([300])
+    )
+    add = onnx_ir.node("Add", [x, weights])
+    add.outputs[0].name, add.outputs[0].type, add.outputs[0].shape = "y", x.type, x.shape
+    graph = onnx_ir.Graph(
+        [x], add.outputs, nodes=[add], initializers=[weights], opset_imports={"": 18}
+    )
+    return onnx_ir.Model(graph, ir_version=10)
+
+
+def write(target: Path, name: str) -> None:
+    """Export a model, with stand-ins for its graphs."""
+    value = {"old": 1.0, "new": 2.0}[name]
+
+    def of(reduced: Any, example: Any, least: int, device: str, tell: Any) -> Any:
+        programs = {graph: program(value) for graph in ("prefill", "extend", "decode")}
+        constants: Mapping[str, Any] = {}
+        if name == "old":
+            programs["image_encoder"] = program(value)
+            constants = {"image_sizes": torch.ones(1, 2, dtype=torch.int64)}
+        return onnx_module._Export(reduced, example, device, programs, dict(constants), tell)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_module._Export, "of", of)
+        patch.setattr(onnx_module, "fuse", lambda programs, device: None)
+        reduced = ReducedModel(shared_llava(2), POLICIES[name])
+        export_onnx(reduced, target, device="cpu", verify=False)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    for name in POLICIES:
+        write(folder / name, name)
+    return {name: folder / name for name in POLICIES}
+
+
+@pytest.fixture
+def target(exports: dict[str, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(exports["old"], tmp_path / "target")
+
+
+def test_the_stand_in_is_loaded_with_its_weights(exports: dict[str, Path]) -> None:
+    for name, value in (("old", 1.0), ("new", 2.0)):
+        assert OnnxModel.from_pretrained(exports[name], "cpu").config.model_type == "llava"
+        session = open(exports[name] / "decode.onnx", "cpu")
+        assert session({"x": torch.zeros(300)})["y"].numpy().tolist() == [value] * 300
+
+
+def test_a_kill_never_leaves_a_mixture(exports: dict[str, Path], target: Path) -> None:
+    states = {name: contents(folder) for name, folder in exports.items()}
+    seen = set()
+    for _ in kills(lambda: write(target, "new")):
+        try:
+            OnnxModel.from_pretrained(target, "cpu")
+            found = contents(target)
+            seen |= {name for name, state in states.items() if found == state} or {"a mixture"}
+        except ValueError as error:
+            assert "is incomplete" in str(error) and "export the model again" in str(error)
+            seen.add("incomplete")
+        # As before, with what the kill has left.
+        shutil.rmtree(target)
+        shutil.copytree(exports["old"], target)
+    assert seen == {"old", "incomplete", "new"}
+    (target / "mine.onnx").write_text("mine")
+    write(target, "new")
+    assert contents(target) == states["new"] | {"mine.onnx": b"mine"}
+    assert not list(target.parent.rglob(".*"))
+
+
+def test_every_damage_is_noticed(target: Path) -> None:
+    count = 0
+    for case in damaged(target):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"damaged|has no deos_fx\.json"):
+            OnnxModel.from_pretrained(target, "cpu")
+            pytest.fail(case)
+        count += 1
+    assert count == 13 * len(contents(target)) == 13 * 11
+    OnnxModel.from_pretrained(target, "cpu")
+
+
+def recorded_anew(folder: Path) -> None:
+    """Let the manifest say that the files are right as they are."""
+    record = record_of(folder)
+    write_record(folder, {name: record[name] for name in record.keys() - {"files", "sha256"}})
+
+
+def test_the_policy_is_that_of_the_graphs(target: Path) -> None:
+    Policy((Reduction("decoder.0", 20),)).save(target / "policy.json")
+    recorded_anew(target)
+    with pytest.raises(ValueError, match=r"policy\.json is not the policy of these graphs"):
+        OnnxModel.from_pretrained(target, "cpu")
+    (target / "policy.json").unlink()
+    recorded_anew(target)
+    with pytest.raises(ValueError, match=r"has no policy\.json; export the model again"):
+        OnnxModel.from_pretrained(target, "cpu")
+
+
+def test_folders_of_earlier_versions_are_loaded_with_a_warning(target: Path) -> None:
+    record = json.loads((target / RECORD).read_text())
+    del record["files"], record["sha256"]
+    (target / RECORD).write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="cannot be checked for damage") as caught:
+        OnnxModel.from_pretrained(target, "cpu")
+    assert len(caught) == 1
+
+
+def test_a_graph_that_is_opened_late_is_that_of_the_others(target: Path) -> None:
+    model = OnnxModel.from_pretrained(target, "cpu")
+    write(target, "new")
+    with pytest.raises(ValueError, match="written anew after its loading began"):
+        model._extend()
+
+
+def test_folders_in_the_place_of_files_are_refused_before_the_work(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (target / "policy.json").unlink()
+    (target / "policy.json").mkdir()
+    monkeypatch.setattr(onnx_module, "decode_graph", None)
+    with pytest.raises(IsADirectoryError, match=r"policy\.json: it is a folder. Move it away"):
+        export_onnx(ReducedModel(tiny_llava(1), Policy()), target, device="cpu")
