@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,11 @@ from deos_fx.cost.model import CostModel
 from deos_fx.exporters.graphs.example import word_of
 from deos_fx.exporters.onnx import DEVICES, export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.exporters.session import HOST
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.example import example_inputs as prompt_with_image
 from deos_fx.models.facts import facts_of
+from deos_fx.passes.search.batches import moved
 from deos_fx.policy.latency import LatencyTable
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
@@ -74,14 +77,19 @@ def profile(
     reduced = ReducedModel(model, fewest)
     if runtime == "torch":
         name = f"torch {torch.__version__} on {_name(model.device)}"
-        return _table(cost, reduced, call, f"{name}, {model.dtype}")
+        return _table(cost, reduced, _on_device(call, model.device), f"{name}, {model.dtype}")
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(reduced, folder, call.inputs, device=device, verify=False)
         exported = OnnxModel.from_pretrained(folder, device)
         name = f"onnxruntime {onnxruntime.__version__} on {_name(exported.device)}"
-        return _table(cost, exported, call, f"{name}, {model.dtype}")
+        return _table(cost, exported, _on_device(call, HOST), f"{name}, {model.dtype}")
+
+
+def _on_device(call: Call, device: torch.device) -> Call:
+    """Return a call whose tensors are on a device."""
+    return replace(call, inputs=moved(call.inputs, device))
 
 
 def _table(cost: CostModel, run: Callable[..., object], call: Call, machine: str) -> LatencyTable:
@@ -99,7 +107,7 @@ def _table(cost: CostModel, run: Callable[..., object], call: Call, machine: str
     wanted = {shortest, *(round(longest * share) for share in _SHARES)}
     lengths = sorted(length for length in wanted if length >= shortest)
     prompts = [_longer(call, length - shortest) for length in lengths]
-    word = torch.full((1, shortest), word_of(call.facts), device=call.model.device)
+    word = call.inputs["input_ids"].new_full((1, shortest), word_of(call.facts))
     prompts.append({"input_ids": word, "attention_mask": torch.ones_like(word)})
     # As in generation: the logits of the last position are enough.
     calls = [torch.no_grad()(partial(run, **prompt, logits_to_keep=1)) for prompt in prompts]

@@ -247,6 +247,9 @@ def profile(
 
       deos-fx search my-llava --data questions.jsonl --latency-ms 20 --latency-table latency.json
     """
+    import torch
+
+    from deos_fx.cli.searching import placed
     from deos_fx.cli.terminal import profile_table, stages
     from deos_fx.exporters.profile import profile as measure
     from deos_fx.inputs.example import example_inputs
@@ -259,7 +262,7 @@ def profile(
         with stage("measure"):
             if runtime == "torch" and device is not None:
                 # PyTorch runs where the model is; the device of ONNX Runtime is another matter.
-                model, device = model.to(device), None
+                model, device = placed(model, torch.device(device)), None
             table = measure(model, inputs, runtime=runtime, device=device)
     table.save(output)
     console.print(profile_table(table))
