@@ -6,6 +6,7 @@ from typing import Any
 
 from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.site import split_site
+from deos_fx.policy.tier import MOST_TOKENS
 
 _Reduction = Any
 """A `Reduction`, whose file imports this one."""
@@ -28,10 +29,10 @@ def check_together(reduction: _Reduction) -> None:
         )
     # What takes in what.
     neighbours, by_nearest = reduction.neighbours, reduction.assignment == "k_nearest"
-    if by_nearest != (neighbours > 0) or neighbours < 0:
+    if by_nearest != (neighbours > 0) or not 0 <= neighbours <= MOST_TOKENS:
         raise ValueError(
             f"{site}: assignment {reduction.assignment!r} with {neighbours} neighbours; give "
-            f"'k_nearest' and a number of neighbours together"
+            f"'k_nearest' and a number of neighbours together, at most {MOST_TOKENS}"
         )
     if reduction.assignment == "window" and reduction.selector != "grid":
         raise ValueError(f"{site}: the assignment 'window' needs the selector 'grid'")

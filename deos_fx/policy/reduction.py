@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,7 +20,6 @@ from deos_fx.policy.tier import (
     Tier,
     check_choice,
     check_diversity,
-    check_fields,
     check_flag,
     check_keep,
     check_number,
@@ -33,7 +32,7 @@ from deos_fx.policy.tier import (
 )
 from deos_fx.policy.words import in_words
 
-__all__ = ["RANGES", "Reduction", "Regime"]
+__all__ = ["HIGHEST_TEMPERATURE", "RANGES", "Reduction", "Regime"]
 
 RANGES: Mapping[str, tuple[float, float]] = {
     "gain": (0, 1),
@@ -44,6 +43,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "diversity": DIVERSITY,
 }
 """Name of a number -> its smallest and its largest value."""
+HIGHEST_TEMPERATURE = 1e9
+"""The largest temperature besides infinity."""
 ASSIGNMENTS = ("similar", "k_nearest", "window")
 ORDERS = ("position", "tier", "selection")
 POSITIONS = ("keep", "compact", "grid")
@@ -161,9 +162,9 @@ class Reduction:
     def _check_numbers(self) -> None:
         for name, (low, high) in RANGES.items():
             check_number(f"{self.site}: {name}", getattr(self, name), low, high)
-        # Infinity is a temperature, but no other number.
+        # Infinity is a temperature as well.
         if self.temperature != math.inf:
-            check_number(f"{self.site}: temperature", self.temperature, 0, math.inf)
+            check_number(f"{self.site}: temperature", self.temperature, 0, HIGHEST_TEMPERATURE)
         for name in ("residual", "keep_class", "average"):
             check_flag(f"{self.site}: {name}", getattr(self, name))
         if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int):
@@ -308,15 +309,15 @@ class Reduction:
     def from_dict(
         cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
     ) -> Reduction:
-        """Read a reduction from the fields that ``to_dict`` returned.
+        """Make a reduction of the fields that ``to_dict`` returned, once a schema has checked them.
 
         Args:
             values: The fields.
             tensors: Its learned parts by name.
 
         Raises:
-            ValueError: If a field is missing, unknown or out of range, or learned parts are not
-                those that the fields name.
+            ValueError: If fields contradict each other, or learned parts are not those that the
+                fields name.
         """
         values = dict(values)
         learned = Learned(tensors or {})
@@ -325,16 +326,9 @@ class Reduction:
                 f"the learned parts of {values.get('site')} are {learned.summary()}, which are not "
                 f"those of the policy; read a policy with Policy.load, beside its .safetensors file"
             )
-        check_fields(values, {item.name for item in fields(cls)}, {"site", "keep"}, "a reduction")
         if values.get("temperature") == "inf":
             values["temperature"] = math.inf
-        tiers = []
-        given = values.pop("tiers", ())
-        if not isinstance(given, list | tuple) or not all(isinstance(x, Mapping) for x in given):
-            raise ValueError(f"tiers is {given!r}; give a list of objects with named fields")
-        for tier in given:
-            check_fields(tier, {item.name for item in fields(Tier)}, {"keep"}, "a tier")
-            tiers.append(Tier(**tier))
+        tiers = (Tier(**tier) for tier in values.pop("tiers", ()))
         return cls(**values, tiers=tuple(tiers), learned=learned)
 
     def __repr__(self) -> str:

@@ -444,25 +444,31 @@ def test_saving_into_a_missing_folder(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("\x00\x01", "not JSON"),
-        ("[]", "not a policy"),
-        ('{"reductions": []}', "not a policy"),
+        ("[]", 'it does not say "deos_fx": "policy"'),
+        ('{"reductions": []}', 'it does not say "deos_fx"'),
         ('{"deos_fx": "policy", "reductions": []}', "version None"),
-        ('{"deos_fx": "policy", "version": 2, "reductions": []}', "version 2; .* reads version 1"),
+        ('{"deos_fx": "policy", "version": 2, "reductions": []}', "version 2, .* reads version 1"),
         ('{"deos_fx": "policy", "version": 1}', "lacks the field 'reductions'"),
-        ('{"deos_fx": "policy", "version": 1, "reductions": {}}', "must be a list"),
-        ('{"deos_fx": "policy", "version": 1, "reductions": [1]}', "an object with named fields"),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": {}}',
+            "reductions is {}; it should be a valid list",
+        ),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [1]}',
+            r"reductions\[0\] is 1; it should be a valid dictionary",
+        ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [], "budget": 1}',
-            "no field 'budget'; the fields are",
+            "it has no field 'budget'; the fields are deos_fx, version, name",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector"}]}',
-            "a reduction lacks the field 'keep'",
+            r"reductions\[0\] lacks the field 'keep'",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
             ' "speed": 9}]}',
-            "no field 'speed'",
+            r"reductions\[0\] has no field 'speed'; the fields are site, keep, scores",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
@@ -477,12 +483,12 @@ def test_saving_into_a_missing_folder(tmp_path: Path) -> None:
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
             ' "tiers": 1}]}',
-            "tiers is 1; give a list",
+            "tiers is 1; it should be a valid list",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 2,'
             ' "tiers": [{"selector": "top_k"}]}]}',
-            "a tier lacks the field 'keep'",
+            r"tiers\[0\] lacks the field 'keep'",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector",'
@@ -491,7 +497,7 @@ def test_saving_into_a_missing_folder(tmp_path: Path) -> None:
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": ["a"], "keep": 1}]}',
-            "no site",
+            "site is .*; it should be a valid string",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [], "model": {"model_type": "a"}}',
