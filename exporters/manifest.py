@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from deos_fx.reading import read_record
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -46,25 +47,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the folder has no manifest.
-        ValueError: If it is damaged or of another version.
+        ValueError: If it does not fit its schema.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no {MANIFEST}: it is not a folder that deos_fx.export_onnx wrote"
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); export the model again") from error
-    if not isinstance(manifest, dict) or manifest.get("deos_fx") != FORMAT:
-        raise ValueError(f'{path} does not say "deos_fx": "{FORMAT}"; export the model again')
-    if manifest.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has version {manifest.get('version')!r} and this release reads version "
-            f"{VERSION}. Export the model again, or use the release that wrote it."
-        )
-    return manifest
+    from deos_fx.exporters.schema import ManifestFile
+
+    cure = "Export the model again, or use the release that wrote it."
+    return read_record(path, ManifestFile, "the manifest of an export", cure).model_dump()
 
 
 # *** the weights ***

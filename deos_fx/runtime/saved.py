@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from deos_fx.files import fresh_folder
 from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
+from deos_fx.reading import blaming, read_record
 from deos_fx.version import __version__
 
 __all__ = ["load", "save"]
@@ -80,7 +81,8 @@ def load(dir: str | os.PathLike[str], **options: Any) -> tuple[PreTrainedModel, 
     folder = Path(dir)
     _check_note(folder)
     policy = Policy.load(folder / _POLICY)
-    model, found = _read(AutoModelForImageTextToText, folder, **options)
+    with blaming(folder):
+        model, found = _read(AutoModelForImageTextToText, folder, **options)
     wrong = _differences(found)
     if wrong:
         raise ValueError(
@@ -94,6 +96,8 @@ def _read(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dic
     """Load a model, and transformers' report of missing, unexpected and mismatched weights."""
     # transformers only warns of weights that do not fit, so ask for its report and judge by that.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    # A pickle of weights is none of the files that `save` writes.
+    options["use_safetensors"] = True
     model, found = kind.from_pretrained(folder, **options)
     found["mismatched_keys"] = [name for name, *_ in found["mismatched_keys"]]
     return model, found
@@ -196,13 +200,6 @@ def _check_note(folder: Path) -> None:
             "ReducedModel.save_pretrained has written; for any other model load it with "
             "transformers and call deos_fx.transform."
         )
-    try:
-        note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
-        kind, version = note["deos_fx"], note["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / _NOTE} is damaged ({error}); save the model again.") from error
-    if kind != "reduced_model" or version != VERSION:
-        raise ValueError(
-            f"{folder} holds a {kind} of version {version}; this release reads reduced_model of "
-            f"version {VERSION}."
-        )
+    from deos_fx.runtime.schema import NoteFile
+
+    read_record(folder / _NOTE, NoteFile, "the note of a reduced model", "Save the model again.")

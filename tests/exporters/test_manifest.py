@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -18,27 +19,69 @@ from deos_fx.exporters.manifest import (
     write_weights,
 )
 
+SPACE = {"first_layer": 2, "position": "keep", "biased": False, "dropped": 48}
+WHOLE: dict[str, Any] = {
+    "deos_fx": FORMAT,
+    "version": VERSION,
+    "packages": {"torch": "2.13.0"},
+    "opset": 18,
+    "model": {"model_type": "a", "vision_layers": 2, "decoder_layers": 4, "visual_tokens": 64},
+    "device": "cpu",
+    "dtype": "float32",
+    "graphs": ["prefill", "extend", "decode"],
+    "inputs": ["input_ids", "pixel_values"],
+    "image_token": 3,
+    "images": 1,
+    "image_tokens": 64,
+    "ends_in_image": False,
+    "pixels": [1, 3, 32, 32],
+    "coordinates": 0,
+    "spaces": [SPACE],
+}
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "is damaged .*export the model again"),
-        ("[]", 'does not say "deos_fx": "onnx"'),
-        (json.dumps({"deos_fx": FORMAT, "version": VERSION + 1}), f"reads version {VERSION}"),
-    ],
-)
-def test_manifests_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_manifest(tmp_path)
 
-
-def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
+def test_a_whole_manifest_is_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="not a folder that deos_fx.export_onnx wrote"):
         read_manifest(tmp_path)
-    manifest = {"deos_fx": FORMAT, "version": VERSION, "graphs": {}}
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
-    assert read_manifest(tmp_path) == manifest
+    (tmp_path / MANIFEST).write_text(json.dumps(WHOLE))
+    assert read_manifest(tmp_path) == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"deos_fx": "policy"}, 'does not say "deos_fx": "onnx"'),
+        ({"version": VERSION + 1}, f"reads version {VERSION}. Export the model again"),
+        ({"version": float(VERSION)}, "version 4.0"),
+        ({"graphs": []}, "graphs is "),
+        ({"graphs": ["prefill", "decode", "decode"]}, "should name each of .* once"),
+        (
+            {"graphs": ["prefill", "decode", "../elsewhere"]},
+            "elsewhere'; it should be 'prefill'",
+        ),
+        ({"dtype": "load"}, "dtype is 'load'; it should be 'float64', 'float32'"),
+        ({"coordinates": 10**9}, "coordinates is 1000000000; it should be less than or equal to 8"),
+        ({"coordinates": True}, "coordinates is True"),
+        ({"image_token": -1}, "image_token is -1"),
+        ({"image_tokens": 64.0}, "image_tokens is 64.0; it should be a valid integer"),
+        ({"pixels": [1, 3, 32, 10**40]}, r"pixels\[3\] is 1000"),
+        ({"model": {"model_type": "a"}}, "model lacks the field 'vision_layers'"),
+        ({"imagetoken": 3}, "it has no field 'imagetoken'; the fields are deos_fx, version"),
+        ({"spaces": [SPACE | {"first": 1}]}, r"spaces\[0\] has no field 'first'; .* first_layer"),
+        ({"spaces": [SPACE | {"position": "last"}]}, "position is 'last'"),
+        ({"spaces": [SPACE | {"dropped": 64}]}, "there are 4 layers and 64 image tokens"),
+        ({"spaces": [SPACE | {"first_layer": 5}]}, "there are 4 layers"),
+        ({"spaces": [SPACE, SPACE | {"dropped": 3}]}, "with ever fewer tokens"),
+    ],
+)
+def test_changed_manifests_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps(WHOLE | changes))
+    with pytest.raises(
+        ValueError, match=f"{MANIFEST} is not the manifest of an export: .*{message}"
+    ):
+        read_manifest(tmp_path)
 
 
 def program(**weights: np.ndarray) -> onnx_ir.Model:
