@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.site import split_site
 from deos_fx.policy.tier import MOST_TOKENS
@@ -39,6 +40,13 @@ def check_together(reduction: _Reduction) -> None:
     # A raw score is used as it is; a mix is always of standardized ones.
     if reduction.weighting == "raw" and len(reduction.scores) != 1:
         raise ValueError(f"{site}: weighting 'raw' needs exactly one score, not {reduction.scores}")
+    # The weights of a mean have a positive sum.
+    signed = [name for name in reduction.scores if SCORES[name].signed]
+    if reduction.weighting == "raw" and signed and (reduction.exponent or reduction.average):
+        raise ValueError(
+            f"{site}: weighting 'raw' with the score {signed[0]!r}, which may be negative, makes "
+            "only sums and no means; choose exponent=0 without average, or the weighting 'score'"
+        )
     # What is chosen.
     if reduction.selector == "bipartite" and reduction.order == "tier":
         raise ValueError(

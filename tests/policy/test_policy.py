@@ -60,6 +60,8 @@ def reductions(
     first = draw(tiers(selectors, most_scores=1 if weighting == "raw" else 3))
     if weighting == "raw" and not first.scores:
         first = replace(first, scores={"novelty": 1.0})
+    # Negative weights make sums alone.
+    sums = weighting == "raw" and any(SCORES[name].signed for name in first.scores)
     row = SELECTORS[first.selector]
     later = draw(st.lists(tiers([x for x in selectors if x in PICKING]), max_size=2))
     if row.flags:
@@ -96,8 +98,8 @@ def reductions(
         temperature=draw(st.one_of(st.floats(0, 100), st.just(math.inf))),
         similarity=similarity,
         weighting=weighting,
-        exponent=draw(st.floats(0, 2)),
-        average=not residual and draw(st.booleans()),
+        exponent=0.0 if sums else draw(st.floats(0, 2)),
+        average=not residual and not sums and draw(st.booleans()),
         reweight=draw(st.floats(-1, 1)),
         residual=residual,
         keep_class=order != "position" and site.startswith("vision") and draw(st.booleans()),
@@ -325,6 +327,23 @@ def test_counts_may_not_grow_with_depth() -> None:
         ({"assignment": "far"}, "assignment is 'far'; choose from similar, k_nearest, window"),
         ({"receivers": "none"}, "receivers is 'none'; choose from all, last"),
         ({"weighting": "raw", "scores": {"novelty": 1, "key_norm": 1}}, "needs exactly one score"),
+        ({"weighting": "raw", "scores": {"novelty": 1}}, "'novelty', which may be negative"),
+        (
+            {"weighting": "raw", "scores": {"novelty": 1}, "exponent": 0, "average": True},
+            "only sums and no means",
+        ),
+        ({"keep": 10**40}, "keep is 1000.*; give at most 10000000 tokens"),
+        ({"neighbours": 10**40, "assignment": "k_nearest"}, "together, at most 10000000"),
+        ({"scores": {"novelty": 10**400}}, "weight of novelty is 1000"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"gain": True}, "gain is True"),
+        ({"temperature": True}, "temperature is True"),
+        ({"scores": {"novelty": True}}, "weight of novelty is True"),
+        ({"site": "decoder.01"}, "no site 'decoder.01'"),
+        ({"site": "decoder.٣"}, "no site"),
+        ({"site": "decoder.1\n"}, "no site"),
+        ({"site": "decoder." + "9" * 5000}, "no site"),
+        ({"observe": "vision.01"}, "no site 'vision.01'"),
         ({"residual": True, "selector": "max_min"}, "residual needs a selector that ranks"),
         ({"residual": True, "selector": "bipartite"}, "residual needs a selector that ranks"),
         (
