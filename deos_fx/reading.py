@@ -13,6 +13,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import torch
@@ -86,7 +87,7 @@ def read_json(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> Any:
         OSError: If the file cannot be read.
         ValueError: If it is larger than `limit` bytes or something else; without its name.
     """
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         # One byte more tells a file that is too long, also where the system knows no size.
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -101,7 +102,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         OSError: If the file cannot be read.
         ValueError: If it is damaged or larger than `TENSOR_BYTES`.
     """
-    size = os.path.getsize(path)
+    size = Path(path).stat().st_size
     if size > TENSOR_BYTES:
         raise ValueError(
             f"{os.fspath(path)} has {size} bytes; a file of tensors has at most {TENSOR_BYTES}"
@@ -202,11 +203,11 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_depth(data: object) -> None:
-    level, depth = [data], 0
-    while level := [child for value in level for child in _children(value)]:
-        depth += 1
-        if depth > JSON_DEPTH:
-            raise RecursionError
+    level = [data]
+    for _ in range(JSON_DEPTH):
+        level = [child for value in level for child in _children(value)]
+    if any(isinstance(value, dict | list) for value in level):
+        raise RecursionError
 
 
 def _children(value: object) -> Sequence[object]:
@@ -222,7 +223,8 @@ def _faults(schema: type[BaseModel], data: object, errors: Sequence[Any]) -> Ite
     """Describe what a schema has found, in the words of the file and one fault for each place."""
     # A value that may be of two kinds has an error for each of them.
     places: dict[str, tuple[object, list[str]]] = {}
-    for error in errors:
+    # A name that is unknown tells more than one that is missing, if it is misspelt.
+    for error in sorted(errors, key=lambda error: error["type"] != "extra_forbidden"):
         place, value = _place(data, error["loc"])
         if error["type"] == "missing":
             yield f"{place or 'it'} lacks the field {error['loc'][-1]!r}"

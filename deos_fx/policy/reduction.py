@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -153,6 +153,8 @@ class Reduction:
         object.__setattr__(self, "similarity", similarity or {"feature": 1.0})
         options = other_options(self.site, self.selector, self.scores, self.options)
         object.__setattr__(self, "options", options)
+        if not isinstance(self.tiers, Iterable):
+            raise TypeError(f"{self.site}: tiers is {self.tiers!r}; give a tuple of tiers")
         tiers = tuple(checked_tier(self.site, tier, default) for tier in self.tiers)
         object.__setattr__(self, "tiers", tiers)
         # 3. Numbers, and settings that exclude each other.

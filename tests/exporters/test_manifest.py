@@ -9,35 +9,15 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import pytest
+from misuse import SPACE, WHOLE
 
 from deos_fx.exporters.manifest import (
-    FORMAT,
     MANIFEST,
     VERSION,
     WEIGHTS,
     read_manifest,
     write_weights,
 )
-
-SPACE = {"first_layer": 2, "position": "keep", "biased": False, "dropped": 48}
-WHOLE: dict[str, Any] = {
-    "deos_fx": FORMAT,
-    "version": VERSION,
-    "packages": {"torch": "2.13.0"},
-    "opset": 18,
-    "model": {"model_type": "a", "vision_layers": 2, "decoder_layers": 4, "visual_tokens": 64},
-    "device": "cpu",
-    "dtype": "float32",
-    "graphs": ["prefill", "extend", "decode"],
-    "inputs": ["input_ids", "pixel_values"],
-    "image_token": 3,
-    "images": 1,
-    "image_tokens": 64,
-    "ends_in_image": False,
-    "pixels": [1, 3, 32, 32],
-    "coordinates": 0,
-    "spaces": [SPACE],
-}
 
 
 def test_a_whole_manifest_is_read(tmp_path: Path) -> None:
@@ -50,31 +30,15 @@ def test_a_whole_manifest_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"deos_fx": "policy"}, 'does not say "deos_fx": "onnx"'),
-        ({"version": VERSION + 1}, f"reads version {VERSION}. Export the model again"),
         ({"version": float(VERSION)}, "version 4.0"),
-        ({"graphs": []}, "graphs is "),
-        ({"graphs": ["prefill", "decode", "decode"]}, "should name each of .* once"),
-        (
-            {"graphs": ["prefill", "decode", "../elsewhere"]},
-            "elsewhere'; it should be 'prefill'",
-        ),
-        ({"dtype": "load"}, "dtype is 'load'; it should be 'float64', 'float32'"),
-        ({"coordinates": 10**9}, "coordinates is 1000000000; it should be less than or equal to 8"),
-        ({"coordinates": True}, "coordinates is True"),
-        ({"image_token": -1}, "image_token is -1"),
-        ({"image_tokens": 64.0}, "image_tokens is 64.0; it should be a valid integer"),
         ({"pixels": [1, 3, 32, 10**40]}, r"pixels\[3\] is 1000"),
         ({"model": {"model_type": "a"}}, "model lacks the field 'vision_layers'"),
-        ({"imagetoken": 3}, "it has no field 'imagetoken'; the fields are deos_fx, version"),
-        ({"spaces": [SPACE | {"first": 1}]}, r"spaces\[0\] has no field 'first'; .* first_layer"),
         ({"spaces": [SPACE | {"position": "last"}]}, "position is 'last'"),
         ({"spaces": [SPACE | {"dropped": 64}]}, "there are 4 layers and 64 image tokens"),
-        ({"spaces": [SPACE | {"first_layer": 5}]}, "there are 4 layers"),
         ({"spaces": [SPACE, SPACE | {"dropped": 3}]}, "with ever fewer tokens"),
     ],
 )
-def test_changed_manifests_are_refused(
+def test_manifests_that_do_not_fit_are_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps(WHOLE | changes))

@@ -9,44 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from misuse import saved_search, search_state
 from safetensors.torch import load_file, save_file
 
-from deos_fx.forms.relaxed import RelaxedReduction
-from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.schema import SearchFile, StepEntry
-from deos_fx.passes.search.state import SearchState
-from deos_fx.policy.reduction import Reduction
 
 COSTS = ("visual_tokens", "flops", "kv_cache", "latency_ms")
 
 
-def state() -> SearchState:
-    start = Reduction("projector", 0.5, scores={"feature_norm": 1.0})
-    reductions = {"projector": RelaxedReduction(start, activation=1.0, retention=0.5)}
-    return SearchState.start(reductions, AugmentedLagrangian({"flops": 2.0}), {"steps": 9})
-
-
-def step(of: SearchState) -> None:
-    for parameter in of.parameters:
-        parameter.grad = torch.ones_like(parameter)
-    of.optimizer.step()
-    entry = {"step": of.step + 1, "task": float("nan"), "finite": True, "not_finite": [3]}
-    entry |= {"gate_temperature": 0.5, "flops": 3.0, "multiplier_flops": 0.0}
-    of.history.append(entry | {"keep": {"projector": 0.5}})
-    of.consider(1.0)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    saved = state()
-    for _ in range(3):
-        step(saved)
-    saved.save(tmp_path)
+    saved_search(tmp_path)
     return tmp_path
 
 
 def test_every_record_of_a_step_is_read_back(folder: Path) -> None:
-    again = state()
+    again = search_state()
     again.resume(folder)
     assert again.step == 3
     record = json.loads((folder / "search.json").read_text())
@@ -103,7 +81,7 @@ def test_changed_records_are_refused(folder: Path, name: str) -> None:
     if "renamed" in name:
         (folder / "step-3.safetensors").rename(folder / record["tensors"])
     with pytest.raises(ValueError, match=rf"search\.json .*{message}"):
-        state().resume(folder)
+        search_state().resume(folder)
 
 
 TENSORS: dict[str, tuple[Callable[[Any], object], str]] = {
@@ -131,7 +109,7 @@ def test_changed_tensors_are_refused(folder: Path, name: str) -> None:
     tensors = {name: value.clone() for name, value in load_file(path).items()}
     change(tensors)
     save_file(tensors, path)
-    untouched = state()
+    untouched = search_state()
     before = {name: value.clone() for name, value in untouched.reductions.state_dict().items()}
     with pytest.raises(ValueError, match=f"search.json does not go with its tensors: .*{message}"):
         untouched.resume(folder)
@@ -143,7 +121,7 @@ def test_damaged_tensors_are_named(folder: Path) -> None:
     path = folder / "step-3.safetensors"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"step-3\.safetensors is damaged"):
-        state().resume(folder)
+        search_state().resume(folder)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"step-3\.safetensors"):
-        state().resume(folder)
+        search_state().resume(folder)
