@@ -131,7 +131,7 @@ class Reduction:
     learned: Learned = field(default_factory=lambda: Learned({}))
 
     def __post_init__(self) -> None:
-        # 1. What every other check refers to.
+        # 1. What every other check refers to, and numbers.
         stage, _ = split_site(self.site)
         check_keep(self.site, self.keep)
         check_choice(f"{self.site}: selector", self.selector, SELECTORS)
@@ -140,6 +140,7 @@ class Reduction:
         check_choice(f"{self.site}: receivers", self.receivers, RECEIVERS)
         check_choice(f"{self.site}: weighting", self.weighting, WEIGHTINGS)
         check_choice(f"{self.site}: position", self.position, POSITIONS)
+        self._check_numbers()
         # 2. Fields that are completed. Scores come before options, since scores have options too.
         default = "last_text_attention" if stage == "decoder" else "cls_attention"
         learned = Learned(self.learned, f"{self.site}: learned")
@@ -157,15 +158,14 @@ class Reduction:
             raise TypeError(f"{self.site}: tiers is {self.tiers!r}; give a tuple of tiers")
         tiers = tuple(checked_tier(self.site, tier, default) for tier in self.tiers)
         object.__setattr__(self, "tiers", tiers)
-        # 3. Numbers, and settings that exclude each other.
-        self._check_numbers()
+        # 3. Settings that exclude each other.
         check_together(self)
 
     def _check_numbers(self) -> None:
         for name, (low, high) in RANGES.items():
             check_number(f"{self.site}: {name}", getattr(self, name), low, high)
         # Infinity is a temperature as well.
-        if self.temperature != math.inf:
+        if not (isinstance(self.temperature, float) and self.temperature == math.inf):
             check_number(f"{self.site}: temperature", self.temperature, 0, HIGHEST_TEMPERATURE)
         for name in ("residual", "keep_class", "average"):
             check_flag(f"{self.site}: {name}", getattr(self, name))

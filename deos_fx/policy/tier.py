@@ -135,7 +135,7 @@ def check_text(what: str, value: object) -> None:
 
 def check_choice(what: str, value: object, choices: Collection[str]) -> None:
     """Check that a value is one of the choices."""
-    if value not in tuple(choices):
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{what} is {value!r}; choose from {', '.join(choices)}")
 
 
