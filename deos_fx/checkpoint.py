@@ -24,7 +24,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 
     Args:
         optimizer: An Adam over the same parameters; its settings stay as they are.
-        tensors: The named tensors; none, if it has taken no step.
+        tensors: The named tensors; none of parameters that have not had a gradient yet.
 
     Raises:
         ValueError: If they are not those of such an optimizer.
@@ -32,9 +32,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     # `load_state_dict` takes tensors of any names and shapes, and fails at the next step.
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     like: dict[str, Tensor] = {}
-    for i, parameter in enumerate(parameters if tensors else ()):
-        like |= {f"{i}/exp_avg": parameter, f"{i}/exp_avg_sq": parameter}
-        like[f"{i}/step"] = torch.zeros((), dtype=torch.float32)
+    named = {name.partition("/")[0] for name in tensors}
+    for i, parameter in enumerate(parameters):
+        if str(i) in named:
+            like |= {f"{i}/exp_avg": parameter, f"{i}/exp_avg_sq": parameter}
+            like[f"{i}/step"] = torch.zeros((), dtype=torch.float32)
     check_tensors("the state of the optimizer", tensors, like)
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():

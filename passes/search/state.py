@@ -198,11 +198,12 @@ class SearchState:
             if head not in parts:
                 raise ValueError(f"there is a tensor {name!r}")
             parts[head][rest] = value
-        # Adam has counted the steps that moved something; before the first one, it has no moments.
+        # Adam has counted the steps that moved something, for every parameter.
         moved = sum(entry.finite for entry in record.history)
-        counts = {float(x) for name, x in parts["adam"].items() if name.endswith("/step")}
-        if counts != ({float(moved)} if moved else set()):
-            raise ValueError(f"its history has {moved} steps, and its optimizer {sorted(counts)}")
+        steps = [x for name, x in parts["adam"].items() if name.endswith("/step")]
+        counts = [count for x in steps for count in x.flatten().tolist()]
+        if counts != [moved] * (len(self.parameters) if moved else 0):
+            raise ValueError(f"its history has {moved} steps, and its optimizer {counts}")
         like = self.reductions.state_dict()
         check_tensors("the present state", parts["now"], like)
         check_tensors("the best state", parts["best"], like if parts["best"] else {})

@@ -98,6 +98,11 @@ TENSORS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda t: t.update({"adam/0/exp_avg": t["adam/0/exp_avg"].double()}),
         "float64",
     ),
+    "moments of some parameters": (
+        lambda t: [t.pop(name) for name in [*t] if name.startswith("adam/0/")],
+        "3 steps, and its optimizer",
+    ),
+    "several counts": (lambda t: t.update({"adam/0/step": torch.ones(2)}), "and its optimizer"),
     "an unknown prefix": (lambda t: t.update({"later/x": torch.zeros(1)}), "tensor 'later/x'"),
 }
 
