@@ -15,6 +15,8 @@ from itertools import accumulate
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from deos_fx.reading import read_json
+
 __all__ = [
     "HASHED_BYTES",
     "INCOMPLETE",
@@ -91,7 +93,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). {_CURE}") from error
     if not isinstance(record, dict):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deos_fx.contents import RECORD, record_of, verify
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
 from deos_fx.policy.policy import Policy
+from deos_fx.reading import as_record
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -68,7 +69,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the folder has no manifest.
-        ValueError: If the manifest is of another version, or the folder incomplete or damaged.
+        ValueError: If it does not fit its schema, or the folder is incomplete or damaged.
 
     Warns:
         UserWarning: If an earlier version has written it, without the hashes of its files.
@@ -78,16 +79,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} has no {RECORD}: it is not a folder that deos_fx.export_onnx wrote"
         )
-    manifest = record_of(folder)
-    if manifest.get("deos_fx") != FORMAT:
-        raise ValueError(f'{path} does not say "deos_fx": "{FORMAT}"; export the model again')
-    if manifest.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has version {manifest.get('version')!r} and this release reads version "
-            f"{VERSION}. Export the model again, or use the release that wrote it."
-        )
-    verify(folder, manifest)
-    return manifest
+    from deos_fx.exporters.schema import ManifestFile
+
+    record = record_of(folder)
+    cure = "Export the model again, or use the release that wrote it."
+    manifest = as_record(path, record, ManifestFile, "the manifest of an export", cure)
+    verify(folder, record)
+    return manifest.model_dump()
 
 
 def spaces_of(manifest: Mapping[str, Any]) -> list[DecodeSpace]:

@@ -6,18 +6,17 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from deos_fx.contents import check_unchanged, stamp
+from deos_fx.contents import RECORD, check_unchanged, stamp
 from deos_fx.exporters.manifest import IMAGES, check_policy, read_manifest, spaces_of
 from deos_fx.exporters.session import HOST, Session, SessionCache, as_tensor, open
 from deos_fx.inputs.call import Call, normal_inputs
@@ -26,11 +25,15 @@ from deos_fx.inputs.packed import packed_by
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.rewrite.select_logits import LOGITS
+from deos_fx.reading import blaming, read_tensors
 from deos_fx.runtime.generation import generation_host
 from deos_fx.tokens.cache import TokenSpace
 from deos_fx.tokens.positions import last_token
 
 __all__ = ["OnnxModel"]
+
+# What the prefill graph gives of each token space.
+_OF_SPACES = ("origin_", "key_bias_", "shift_")
 
 
 class OnnxModel:
@@ -110,7 +113,8 @@ class OnnxModel:
                 stacklevel=2,
             )
         # Only an encoder for fixed sizes has such values.
-        constants = load_file(folder / IMAGES) if "image_encoder" in sessions else {}
+        constants = read_tensors(folder / IMAGES) if "image_encoder" in sessions else {}
+        _check_spaces(folder, manifest["spaces"], sessions)
         check_unchanged(folder, before)
 
         def extend() -> Session:
@@ -402,9 +406,34 @@ def _shown(tensor: Tensor) -> str:
 
 def _skeleton(folder: Path) -> PreTrainedModel:
     """Make the model without weights: `generate` needs only its class and configs."""
-    # Tensors on the meta device take no memory.
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        skeleton = getattr(transformers, config.architectures[0])._from_config(config)
+    with blaming(folder):
+        config = AutoConfig.from_pretrained(folder)
+        (name,) = config.architectures
+        kind = getattr(transformers, name)
+        if not issubclass(kind, PreTrainedModel):
+            raise TypeError(f"{name} is no class of a model")
+        # Tensors on the meta device take no memory.
+        with torch.device("meta"):
+            skeleton = kind._from_config(config)
     skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     return skeleton.eval()
+
+
+def _check_spaces(
+    folder: Path, spaces: Sequence[Mapping[str, Any]], sessions: Mapping[str, Session]
+) -> None:
+    """Refuse a manifest whose token spaces are not those of the graphs."""
+    expected, moved = set(), set()
+    for k, space in enumerate(spaces, start=1):
+        expected |= {f"origin_{k}"}
+        expected |= {f"key_bias_{k}"} if space["biased"] else set()
+        expected |= {f"shift_{k}"} if space["position"] == "grid" else set()
+        moved |= {f"position_ids_{k}"} if space["position"] != "keep" else set()
+    found = {name for name in sessions["prefill"].outputs if name.startswith(_OF_SPACES)}
+    needed = {name for name in sessions["decode"].inputs if name.startswith("position_ids_")}
+    if found != expected or not needed <= moved:
+        named, has = (", ".join(sorted(x)) or "none" for x in (expected | moved, found | needed))
+        raise ValueError(
+            f"{folder / RECORD} names spaces with {named}, but the graphs have {has}: they come "
+            "from two exports. Export the model again."
+        )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from deos_fx.checkpoint import load_optimizer, optimizer_tensors
@@ -30,3 +33,33 @@ def test_adam_continues() -> None:
     for _ in range(2):
         step(steady[0], again)
     assert torch.equal(whole[0].weight, steady[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"0/exp_avg": torch.zeros(3)}, r"'0/exp_avg' of shape \(3,\)"),
+        ({"1/exp_avg": torch.full((2,), torch.nan)}, "not finite in '1/exp_avg'"),
+        ({"2/exp_avg": torch.zeros(3)}, "has '2/exp_avg'"),
+        ({"1/exp_avg": None}, "lacks '1/exp_avg'"),
+    ],
+)
+def test_states_of_other_optimizers_are_refused(change: dict[str, Any], message: str) -> None:
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    tensors = optimizer_tensors(optimizer) | change
+    given = {name: value for name, value in tensors.items() if value is not None}
+    with pytest.raises(ValueError, match=f"the state of the optimizer .*{message}"):
+        load_optimizer(torch.optim.Adam(layer.parameters()), given)
+
+
+def test_a_parameter_may_have_had_no_gradient_yet() -> None:
+    used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([unused, used])
+    used.sum().backward()
+    optimizer.step()
+    again = torch.optim.Adam([unused, used])
+    load_optimizer(again, optimizer_tensors(optimizer))
+    assert optimizer_tensors(again).keys() == {"1/step", "1/exp_avg", "1/exp_avg_sq"}

@@ -5,7 +5,16 @@ import sys
 
 import pytest
 
-HEAVY = ("onnx", "onnxruntime", "onnxscript", "matplotlib", "optuna", "sklearn", "typer")
+HEAVY = (
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "matplotlib",
+    "optuna",
+    "pydantic",
+    "sklearn",
+    "typer",
+)
 
 PROBE = """
 import sys

@@ -156,18 +156,20 @@ def load_model(model_dir: str) -> PreTrainedModel:
     """Load a vision-language model.
 
     Raises:
-        ValueError: If there is no such folder, it holds a model that reads no images, or it holds a
-            reduced model that is incomplete or damaged.
+        ValueError: If there is no such folder, it is incomplete or damaged, or it holds a model
+            that reads no images.
     """
     from transformers import AutoModelForImageTextToText
 
+    from deos_fx.reading import blaming
     from deos_fx.runtime.saved import check_folder
 
     # Called for their checks: the messages come before a long download or load.
     _config(model_dir)
     if _is_ours(model_dir):
         check_folder(Path(model_dir))
-    return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto").eval()
+    with blaming(model_dir):
+        return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto").eval()
 
 
 def meta_model(model_dir: str) -> PreTrainedModel:
@@ -184,11 +186,14 @@ def _config(model_dir: str) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+    from deos_fx.reading import blaming
+
     # transformers would look for anything else on the hub and fail with a message about tokens.
     if not os.path.isdir(model_dir) and not _HUB_ID.fullmatch(model_dir):
         raise ValueError(f"there is no folder {model_dir}")
     # By the type of the config: no weights are read to refuse a model of text alone.
-    config = AutoConfig.from_pretrained(model_dir)
+    with blaming(model_dir):
+        config = AutoConfig.from_pretrained(model_dir)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(
             f"{model_dir} holds a {config.model_type} model, which reads no images; give a "

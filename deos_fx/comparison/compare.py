@@ -22,6 +22,7 @@ from deos_fx.data import Record
 from deos_fx.models.facts import facts_of
 from deos_fx.policy.budget import Budget, check_budget
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.tier import check_count
 from deos_fx.presets.rules import RULES
 from deos_fx.presets.tune import require_optuna
 from deos_fx.results.comparison import Comparison
@@ -147,9 +148,8 @@ def _settings(model: PreTrainedModel, tuner: Tuner | None, seeds: int) -> dict[s
 def _check_numbers(budget: Budget, seeds: int, evaluations: int) -> None:
     if budget.visual_tokens is None or replace(budget, visual_tokens=None) != Budget():
         raise ValueError(f"{budget}: presets are fitted to visual_tokens; limit these and no other")
-    for name, value in (("seeds", seeds), ("evaluations", evaluations)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; give at least 1")
+    check_count("seeds", seeds, 1)
+    check_count("evaluations", evaluations, 1)
 
 
 def _check_names(presets: Sequence[str], policies: Mapping[str, Given]) -> None:

@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from deos_fx.cost.twin import WholeNumbers, count_flops, twin_of
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import features_of
+from deos_fx.models.families import PER_LAYER, features_of
 from deos_fx.models.upstream import CACHE
 
 __all__ = ["DecoderCost", "EncoderCost", "LayerCost", "measure_decoder", "measure_encoder"]
@@ -33,8 +33,10 @@ T = TypeVar("T")
 
 _KNOWN: weakref.WeakKeyDictionary[ModelFacts, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
-# The decoder is measured at two lengths: two equations determine a linear and a quadratic part.
-_SHORT, _LONG = 2, 4
+# The decoder is measured at three lengths: so many equations determine a constant part (that of a
+# convolution over more places than tokens), a linear and a quadratic one. They are longer than the
+# kernels of convolutions, which do less for shorter prompts, and shorter than windows.
+_SHORT, _LONG, _ = _LENGTHS = 8, 10, 12
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class LayerCost:
     """The cost of a decoder layer for one prompt.
 
     Attributes:
+        constant: FLOPs that do not depend on the length.
         linear: FLOPs for each token.
         quadratic: FLOPs for each pair of tokens.
         cached: Bytes of its cache for each token held.
@@ -51,6 +54,7 @@ class LayerCost:
         dim: Size of such a head.
     """
 
+    constant: int
     linear: int
     quadratic: int
     cached: int
@@ -147,18 +151,21 @@ def _once(facts: ModelFacts, what: str, measure: Callable[[], T]) -> T:
 def _decoder(facts: ModelFacts) -> DecoderCost:
     twin = twin_of(facts.model)
     paths = facts.blocks.decoder
-    short, long = (_run_decoder(twin, paths, length) for length in (_SHORT, _LONG))
+    short, long, _ = runs = [_run_decoder(twin, paths, length) for length in _LENGTHS]
     layers = []
     for i in range(len(paths)):
-        # FLOPs of n tokens: f(n) = a n^2 + b n, so f(n) / n = a n + b, and a is the slope of that.
-        quadratic, rest = divmod(_per(long.flops[i], _LONG) - _per(short.flops[i], _SHORT), 2)
-        assert not rest, "the FLOPs of a layer are a n^2 + b n"
+        # FLOPs of n tokens: f(n) = a n^2 + b n + c. The lengths are two apart, so the second
+        # difference is 8 a.
+        first, second, third = (run.flops[i] for run in runs)
+        quadratic = _whole(third - 2 * second + first, 8)
+        linear = _whole(second - first, _LONG - _SHORT) - quadratic * (_LONG + _SHORT)
         # Bytes of n tokens: c n + s. The sizes below are those of the cache, the same in both runs.
         held = short.held[i], long.held[i]
         cached = (held[1].bytes - held[0].bytes) // (_LONG - _SHORT)
         layers.append(
             LayerCost(
-                linear=_per(short.flops[i], _SHORT) - quadratic * _SHORT,
+                constant=first - linear * _SHORT - quadratic * _SHORT**2,
+                linear=linear,
                 quadratic=quadratic,
                 cached=cached,
                 state=held[0].bytes - _SHORT * cached,
@@ -167,12 +174,12 @@ def _decoder(facts: ModelFacts) -> DecoderCost:
                 dim=held[0].dim,
             )
         )
-    return DecoderCost(tuple(layers), _per(short.around, _SHORT), _per(short.head, _SHORT))
+    return DecoderCost(tuple(layers), _whole(short.around, _SHORT), _whole(short.head, _SHORT))
 
 
-def _per(flops: int, tokens: int) -> int:
-    assert flops % tokens == 0
-    return flops // tokens
+def _whole(flops: int, parts: int) -> int:
+    assert flops % parts == 0, "the FLOPs of a layer are a n^2 + b n + c"
+    return flops // parts
 
 
 @dataclass(frozen=True)
@@ -197,13 +204,16 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     config = twin.config.get_text_config()
     # Embeddings go in, so that token ids with a meaning (images) cannot matter.
     hidden = torch.empty(1, length, config.hidden_size, dtype=twin.dtype, device="meta")
-    cache = DynamicCache(config=config)
+    given: dict[str, Any] = {"inputs_embeds": hidden, CACHE: DynamicCache(config=config)}
+    name, size = PER_LAYER[0], getattr(config, PER_LAYER[1], None)
+    if size:
+        given[name] = hidden.new_empty(1, length, config.num_hidden_layers, size)
     with _counting() as counter, torch.no_grad():
         flops = _watch(counter, [twin.get_submodule(path) for path in paths])
-        twin.get_decoder()(inputs_embeds=hidden, use_cache=True, **{CACHE: cache})
+        twin.get_decoder()(use_cache=True, **given)
     with _counting() as of_head, torch.no_grad():
         twin.get_output_embeddings()(hidden)
-    held = [_held(layer) for layer in cache.layers]
+    held = [_held(layer) for layer in given[CACHE].layers]
     # The last layers may share the keys of earlier ones and hold none.
     nothing = _Held(0, None, held[-1].key_heads, held[-1].dim)
     held += [nothing] * (len(paths) - len(held))

@@ -27,6 +27,7 @@ class BlockCost:
         key_heads: Key and value heads.
         dim: Size of a head.
         width: Size of a hidden state.
+        constant: FLOPs that do not depend on the number of tokens.
     """
 
     linear: float
@@ -35,10 +36,11 @@ class BlockCost:
     key_heads: int
     dim: int
     width: int
+    constant: int = 0
 
     def flops(self, tokens: Amount) -> Amount:
         """Compute the FLOPs of the block: linear layers, query-key and attention-value products."""
-        return tokens * self.linear + self.quadratic * tokens * tokens
+        return self.constant + tokens * self.linear + self.quadratic * tokens * tokens
 
     def row_flops(self, queries: Amount, tokens: Amount) -> Amount:
         """Compute the FLOPs of the attention logits of a few queries that a score observes."""
@@ -111,6 +113,7 @@ class Parts:
                 key_heads=layer.key_heads,
                 dim=layer.dim,
                 width=self.width,
+                constant=layer.constant,
             )
             for path, layer in zip(self._facts.blocks.decoder, self.measured.layers, strict=True)
         ]

@@ -34,6 +34,7 @@ class StaticOutput(NamedTuple):
         sources: Indices [B, S] of the tokens that are taken in; None if they can be any tokens.
         score: [B or 1, V] of the first tier, standardized where its values matter; None if scores
             are not used.
+        weight: u of the transfer [B or 1, V]; None if it is 1.
     """
 
     tokens: Any
@@ -43,6 +44,7 @@ class StaticOutput(NamedTuple):
     receivers: Any
     sources: Any
     score: Any
+    weight: Any
 
 
 def static_reduce(
@@ -78,6 +80,7 @@ def static_reduce(
     choice = Choice(reduction, count, tokens, features, call, last_of)
     kept = choice.kept()
     moved = assignment_of(choice, kept)
+    weight = None
     # 2. The kept tokens, with what moves to them.
     if moved.assignment is None:
         # Case: pruning.
@@ -112,5 +115,12 @@ def static_reduce(
         kept = call(torch.nn.functional.pad, kept, (1, 0), "constant", -1)
         mass = None if mass is None else call(torch.nn.functional.pad, mass, (1, 0), "constant", 1)
     return StaticOutput(
-        reduced, kept, mass, moved.assignment, moved.receivers, moved.sources, choice.score
+        tokens=reduced,
+        kept=kept,
+        mass=mass,
+        assignment=moved.assignment,
+        receivers=moved.receivers,
+        sources=moved.sources,
+        score=choice.score,
+        weight=weight,
     )

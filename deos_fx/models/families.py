@@ -17,6 +17,7 @@ __all__ = [
     "FORMER_IMAGES",
     "IMAGE_TOKENS",
     "PATCH_NUMBERS",
+    "PER_LAYER",
     "PIXELS",
     "SHORTCUTS",
     "VIDEO_TOKENS",
@@ -42,6 +43,12 @@ SHORTCUTS = {"_maybe_slice_kv_shared_inputs": 4}
 
 While capturing they are replaced by the identity. gemma4, gemma4_unified."""
 
+
+PER_LAYER = ("per_layer_inputs", "hidden_size_per_layer_input")
+"""Argument of a decoder with embeddings for every layer [B, N, layers, d], and d in its config.
+
+gemma4, gemma3n.
+"""
 
 COORDINATES = "get_rope_index"
 """Method of a model's core that gives each token a position of several coordinates (mRoPE)."""

@@ -227,6 +227,7 @@ class Score:
             numbers must be given.
         searched: Whether a search tries it among its variations; false if it is costly to observe
             or needs an option that must be given.
+        signed: Whether it may be negative; it is then no weight of a mean.
     """
 
     function: Callable[..., Tensor]
@@ -234,6 +235,7 @@ class Score:
     compares: bool = False
     options: Mapping[str, float | tuple[float, ...] | None] = field(default_factory=dict)
     searched: bool = True
+    signed: bool = False
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -256,12 +258,14 @@ SCORES: Mapping[str, Score] = {
     ),
     "feature_norm": Score(feature_norm, ("tokens",)),
     "key_norm": Score(key_norm, ("keys",)),
-    "novelty": Score(novelty, ("tokens",), compares=True),
+    "novelty": Score(novelty, ("tokens",), compares=True, signed=True),
     "key_l1_norm": Score(key_l1_norm, ("joint_keys",), searched=False),
-    "text_relevance": Score(text_relevance, ("tokens", "text_tokens", "text_mask"), searched=False),
+    "text_relevance": Score(
+        text_relevance, ("tokens", "text_tokens", "text_mask"), searched=False, signed=True
+    ),
     "text_irrelevance": Score(
-        text_irrelevance, ("tokens", "text_tokens", "text_mask"), searched=False
+        text_irrelevance, ("tokens", "text_tokens", "text_mask"), searched=False, signed=True
     ),
     "random": Score(random, ("grid", "seed"), options={"seed": 0}, searched=False),
-    "grid_coverage": Score(grid_coverage, ("grid",)),
+    "grid_coverage": Score(grid_coverage, ("grid",), signed=True),
 }

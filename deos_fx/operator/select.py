@@ -210,6 +210,9 @@ def bipartite(between: Tensor, count: int, first: int) -> Tensor:
             f"the selector 'bipartite' keeps {count} of {size + other} tokens, but at most one "
             f"half can be merged into the other: keep at least {other}, and reduce at several sites"
         )
+    if not other:
+        # Case: a single token, which has no other to be merged into.
+        return torch.zeros(rows, count, dtype=torch.int64, device=between.device)
     nearest = full_precision(between).amax(dim=-1)
     alone = nearest.topk(count - other, dim=-1, largest=False).indices
     # Token i of A is at place 2 i + first of the list.
@@ -220,8 +223,9 @@ def bipartite(between: Tensor, count: int, first: int) -> Tensor:
 
 def second_half(kept: Tensor, tokens: Tensor, first: int) -> Tensor:
     """Return the tokens of half B, [B, |B|], from the indices ``bipartite`` kept of [B, V, d]."""
-    # With first = 0, A has the tokens at even places and gets the odd one out.
-    size = (tokens.shape[1] + first) // 2
+    # With first = 0, A has the tokens at even places and gets the odd one out. A single token is
+    # its own receiver.
+    size = max(1, (tokens.shape[1] + first) // 2)
     return kept[:, kept.shape[1] - size :]
 
 

@@ -29,6 +29,8 @@ __all__ = [
     "probe",
 ]
 
+# Below this share of its variance, a token is spanned by the picks of `determinantal`.
+_SPANNED = 1e-5
 # A new state, and the picks of a step.
 _Step: TypeAlias = tuple[tuple[Tensor, ...], Tensor]
 
@@ -177,7 +179,9 @@ def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count
 
     This is fast greedy MAP (2018). The kernel is L_ij = r_i a_ij r_j with the relevance
     r = (s - min + 1e-6) / (max - min). Each step takes the token with the largest remaining
-    variance L_jj and conditions the kernel on it: L <- L - L_:j L_j: / L_jj.
+    variance L_jj and conditions the kernel on it: L <- L - L_:j L_j: / L_jj. Where the picks span
+    all other tokens, as happens when more are kept than the similarity has dimensions, relevance
+    alone decides.
 
     Args:
         score: [B, V], the relevance before scaling.
@@ -197,12 +201,14 @@ def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count
     def step(free: Tensor, kernel: Tensor) -> _Step:
         # What is left of the variance of each token, given the picks so far.
         variance = kernel.diagonal(dim1=-2, dim2=-1)
-        gain = torch.where(free > 0, relevance.square() * variance, -torch.inf)
+        # The variance of a token that the picks span is rounding error. It comes after all others.
+        gain = torch.where(variance > _SPANNED, relevance.square() * variance, relevance - 2)
+        gain = torch.where(free > 0, gain, -torch.inf)
         pick = gain.argmax(dim=-1, keepdim=True)
         free = free - F.one_hot(pick.squeeze(-1), score.shape[-1]).to(free.dtype)
-        # If the picks already span all tokens, the remaining variance is rounding error: no update.
+        # For the same reason, such a pick changes nothing.
         remains = take(variance, pick)
-        scale = torch.where(remains > 1e-5, remains.clamp_min(1e-5).rsqrt(), 0.0)
+        scale = torch.where(remains > _SPANNED, remains.clamp_min(_SPANNED).rsqrt(), 0.0)
         # L_:j / sqrt(L_jj), [B, 1, V]
         spread = take(kernel, pick) * scale.unsqueeze(-1)
         return (free, kernel - spread.mT * spread), pick
@@ -355,7 +361,7 @@ def probe(
         taken: Flags [B, V] of tokens that are chosen already, or None.
         count: K, at least ``image_pivots``.
         image_pivots: Number of pivots among the visual tokens.
-        text_pivots: Number of pivots among the text tokens.
+        text_pivots: Number of pivots among the text tokens; fewer if there is less text.
 
     Returns:
         Indices [B, K]: the visual pivots in the order of the image, then the picks of each pivot.
@@ -365,7 +371,8 @@ def probe(
     # The pivots, in the order of the image and of the text.
     ranked = torch.where(free > 0, score, torch.finfo(score.dtype).min)
     first = ranked.topk(min(image_pivots, count), dim=-1).indices.sort(dim=-1).values
-    in_text = text_score.topk(text_pivots, dim=-1).indices.sort(dim=-1).values
+    of_text = min(text_pivots, text_score.shape[-1])
+    in_text = text_score.topk(of_text, dim=-1).indices.sort(dim=-1).values
     vectors = torch.cat([take(tokens, first), take(text, in_text)], dim=1)
     pivots, unit = (F.normalize(full_precision(x), dim=-1) for x in (vectors, tokens))
     cosine = pivots @ unit.mT

@@ -10,6 +10,9 @@ from deos_fx.policy.latency import LatencyTable
 
 __all__ = ["Budget", "check_budget"]
 
+# More FLOPs or bytes than any machine has. Larger ints have no floating-point form.
+_HIGHEST = 1e30
+
 
 # The limits, by the names of their fields.
 _LIMITS = ("visual_tokens", "flops", "kv_cache", "latency_ms")
@@ -134,9 +137,11 @@ def check_budget(budget: object) -> None:
 def _check_limit(name: str, value: object) -> None:
     kinds = "milliseconds" if name == "latency_ms" else "an int, or a fraction in (0, 1]"
     # Python counts True among the integers. The comparison also refuses NaN.
-    fine = not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
+    fine = not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < _HIGHEST
     if not fine:
-        raise ValueError(f"budget {name}={value!r}; a limit is a positive number: {kinds}")
+        raise ValueError(
+            f"budget {name}={value!r}; a limit is a positive number below {_HIGHEST:g}: {kinds}"
+        )
     # Case: a number of tokens, FLOPs or bytes written as a float. Latency is never a fraction.
     if name != "latency_ms" and isinstance(value, float) and value > 1:
         raise ValueError(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.site import split_site
+from deos_fx.policy.tier import MOST_TOKENS
 
 _Reduction = Any
 """A `Reduction`, whose file imports this one."""
@@ -28,16 +30,23 @@ def check_together(reduction: _Reduction) -> None:
         )
     # What takes in what.
     neighbours, by_nearest = reduction.neighbours, reduction.assignment == "k_nearest"
-    if by_nearest != (neighbours > 0) or neighbours < 0:
+    if by_nearest != (neighbours > 0) or not 0 <= neighbours <= MOST_TOKENS:
         raise ValueError(
             f"{site}: assignment {reduction.assignment!r} with {neighbours} neighbours; give "
-            f"'k_nearest' and a number of neighbours together"
+            f"'k_nearest' and a number of neighbours together, at most {MOST_TOKENS}"
         )
     if reduction.assignment == "window" and reduction.selector != "grid":
         raise ValueError(f"{site}: the assignment 'window' needs the selector 'grid'")
     # A raw score is used as it is; a mix is always of standardized ones.
     if reduction.weighting == "raw" and len(reduction.scores) != 1:
         raise ValueError(f"{site}: weighting 'raw' needs exactly one score, not {reduction.scores}")
+    # The weights of a mean have a positive sum.
+    signed = [name for name in reduction.scores if SCORES[name].signed]
+    if reduction.weighting == "raw" and signed and (reduction.exponent or reduction.average):
+        raise ValueError(
+            f"{site}: weighting 'raw' with the score {signed[0]!r}, which may be negative, makes "
+            "only sums and no means; choose exponent=0 without average, or the weighting 'score'"
+        )
     # What is chosen.
     if reduction.selector == "bipartite" and reduction.order == "tier":
         raise ValueError(

@@ -6,16 +6,14 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from deos_fx.files import write_text
 from deos_fx.policy.policy import ModelSignature
-from deos_fx.policy.tier import check_fields
+from deos_fx.reading import read_record
 
 __all__ = ["LatencyTable"]
 
@@ -80,61 +78,37 @@ class LatencyTable:
         slope = (high - low) / (at[right] - at[left])
         return (low + slope * (x - at[left])).sum()
 
-    def to_json(self) -> str:
-        """Return the table as JSON."""
-        head = {"deos_fx": "latency", "version": VERSION}
-        return json.dumps(head | asdict(self), indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> LatencyTable:
-        """Read a table from the JSON that ``to_json`` wrote.
-
-        Raises:
-            ValueError: If the text is not a table, or is one of another version.
-        """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON: {error}") from error
-        if not isinstance(data, dict) or data.pop("deos_fx", None) != "latency":
-            raise ValueError('not a latency table: the entry "deos_fx": "latency" is missing')
-        version = data.pop("version", None)
-        if version != VERSION:
-            raise ValueError(f"version {version!r}; this release reads version {VERSION}")
-        names = {item.name for item in fields(cls)}
-        check_fields(data, names, names, "a latency table")
-        try:
-            return cls._from_dict(data)
-        except TypeError as error:
-            raise ValueError(f"a value has the wrong type: {error}") from error
-
-    @classmethod
-    def _from_dict(cls, data: dict[str, Any]) -> LatencyTable:
-        return cls(
-            model=ModelSignature(**data["model"]),
-            machine=str(data["machine"]),
-            lengths=tuple(int(length) for length in data["lengths"]),
-            layers=tuple(tuple(float(time) for time in row) for row in data["layers"]),
-            encoder=float(data["encoder"]),
-            encoder_flops=int(data["encoder_flops"]),
-        )
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to a JSON file, completely or not at all.
 
         Raises:
             OSError: If the folder does not exist or cannot be written.
         """
-        write_text(path, self.to_json())
+        data = {"deos_fx": "latency", "version": VERSION} | asdict(self)
+        write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
         """Read a table from a file.
 
         Raises:
-            ValueError: If the file does not hold one; the message names it.
+            OSError: If the file cannot be read.
+            ValueError: If it does not hold one; the message names it.
         """
+        from deos_fx.policy.schema import LatencyFile
+
+        cure = "Measure again with deos_fx.profile."
+        table = read_record(path, LatencyFile, "a latency table", cure)
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls(
+                model=ModelSignature(**table.model.model_dump()),
+                machine=table.machine,
+                lengths=tuple(table.lengths),
+                layers=tuple(map(tuple, table.layers)),
+                encoder=table.encoder,
+                encoder_flops=table.encoder_flops,
+            )
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} is not a latency table: {error}") from error
+            raise ValueError(
+                f"{os.fspath(path)} is not a latency table: {error}. {cure}"
+            ) from error

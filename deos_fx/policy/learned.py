@@ -87,8 +87,9 @@ class Learned(Mapping[str, Tensor]):
 
 def _checked(what: str, name: str, value: object) -> Tensor:
     """Check a tensor, and return a copy."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{what}: {name} is a {type(value).__name__}; give a tensor")
+    if not isinstance(value, Tensor) or value.is_complex():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{what}: {name} is a {kind}; give a tensor of real numbers")
     copy = value.detach().to("cpu", torch.float32, copy=True).contiguous()
     if copy.dim() != LEARNED[name].axes or not copy.numel():
         raise ValueError(

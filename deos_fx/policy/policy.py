@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from deos_fx.files import write_tensors, write_text
 from deos_fx.policy.reduction import Reduction, Regime
 from deos_fx.policy.site import site_order, split_site
-from deos_fx.policy.tier import check_fields
+from deos_fx.policy.tier import check_count, check_text
+from deos_fx.reading import parse_json, read_json, read_tensors, validated
 
 __all__ = ["ModelSignature", "Policy"]
 
@@ -33,12 +32,21 @@ class ModelSignature:
         vision_layers: Number of blocks in its vision tower.
         decoder_layers: Number of layers in its decoder.
         visual_tokens: Number of visual tokens of an image; 0 if it depends on the image's size.
+
+    Raises:
+        ValueError: On construction, if a number is none, or negative.
+        TypeError: If `model_type` is not a text.
     """
 
     model_type: str
     vision_layers: int
     decoder_layers: int
     visual_tokens: int
+
+    def __post_init__(self) -> None:
+        check_text("model: model_type", self.model_type)
+        for name in ("vision_layers", "decoder_layers", "visual_tokens"):
+            check_count(f"model: {name}", getattr(self, name))
 
     def __str__(self) -> str:
         count = self.visual_tokens or "any number of"
@@ -56,6 +64,10 @@ class Policy:
         reductions: At most one per site; sorted by depth on construction.
         name: A name for people, which says where the policy comes from.
         model: The model it was searched for; None for a policy that fits any.
+
+    Raises:
+        ValueError: On construction, if reductions do not go together, or the name is too long.
+        TypeError: If a field is something else.
     """
 
     reductions: tuple[Reduction, ...] = ()
@@ -63,8 +75,16 @@ class Policy:
     model: ModelSignature | None = None
 
     def __post_init__(self) -> None:
+        check_text("the name of a policy", self.name)
+        if not isinstance(self.model, ModelSignature | None):
+            raise TypeError(f"model is {self.model!r}; give a ModelSignature or None")
+        if not isinstance(self.reductions, Iterable) or isinstance(self.reductions, str):
+            raise TypeError(f"reductions is {self.reductions!r}; give a tuple of Reductions")
+        for reduction in (given := tuple(self.reductions)):
+            if not isinstance(reduction, Reduction):
+                raise TypeError(f"reductions has {reduction!r}; give Reduction(site, keep)")
         # Sorted, so that the order in which reductions are written makes no other policy.
-        ordered = tuple(sorted(self.reductions, key=lambda reduction: site_order(reduction.site)))
+        ordered = tuple(sorted(given, key=lambda reduction: site_order(reduction.site)))
         for earlier, later in zip(ordered, ordered[1:], strict=False):
             if earlier.site == later.site:
                 raise ValueError(f"two reductions at {later.site}; a site takes one")
@@ -178,22 +198,30 @@ class Policy:
             ValueError: If the text is not a policy, is one of another version, or has other
                 learned parts.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON: {error}") from error
-        if not isinstance(data, dict) or data.pop("deos_fx", None) != "policy":
-            raise ValueError('not a policy: the entry "deos_fx": "policy" is missing')
-        version = data.pop("version", None)
-        if version != VERSION:
-            raise ValueError(f"policy version {version!r}; this release reads version {VERSION}")
-        known = {"name", "model", "reductions", "learned"}
-        check_fields(data, known, {"reductions"}, "a policy")
+        return cls._of_data(parse_json(text), tensors or {})
+
+    @classmethod
+    def _of_data(cls, data: Any, tensors: Mapping[str, Tensor]) -> Policy:
+        from deos_fx.policy.schema import PolicyFile
+
+        validated(PolicyFile, data)
+        # Values are taken as they were written, since the schema makes floats of whole numbers.
+        reductions, model = data["reductions"], data.get("model")
         # In a file, a wrong type is a wrong value like any other.
         try:
-            policy = cls._from_dict(data, tensors or {})
+            policy = cls(
+                tuple(
+                    Reduction.from_dict(values, _of_site(tensors, values["site"]))
+                    for values in reductions
+                ),
+                name=data.get("name", ""),
+                model=None if model is None else ModelSignature(**model),
+            )
         except TypeError as error:
             raise ValueError(str(error)) from error
+        unknown = sorted(tensors.keys() - policy.tensors.keys())
+        if unknown:
+            raise ValueError(f"there are learned parts that it does not name: {unknown[0]!r}")
         if policy.tensors and data.get("learned") != policy._digest():
             raise ValueError(
                 "the learned parts are not those that the policy was written with (their hash "
@@ -201,20 +229,6 @@ class Policy:
                 "again"
             )
         return policy
-
-    @classmethod
-    def _from_dict(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Policy:
-        reductions, name, model = data["reductions"], data.get("name", ""), data.get("model")
-        if not isinstance(reductions, list) or not isinstance(name, str):
-            raise ValueError("reductions must be a list and name a text")
-        return cls(
-            tuple(
-                Reduction.from_dict(_as_object(values), _of_site(tensors, values.get("site")))
-                for values in reductions
-            ),
-            name=name,
-            model=None if model is None else _read_signature(_as_object(model)),
-        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy to a file, completely or not at all.
@@ -238,11 +252,10 @@ class Policy:
                 others; the message names the file.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            tensors = _beside(path)
-            return cls.from_json(text, load_file(tensors) if tensors.exists() else None)
-        except SafetensorError as error:
-            raise ValueError(f"{tensors} is damaged: {error}; restore it") from error
+            data = read_json(path)
+            # A policy without learned parts is a single file, whatever lies beside it.
+            learned = isinstance(data, dict) and "learned" in data and _beside(path).exists()
+            return cls._of_data(data, read_tensors(_beside(path)) if learned else {})
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} is not a policy file: {error}") from error
 
@@ -264,19 +277,3 @@ def _of_site(tensors: Mapping[str, Tensor], site: object) -> dict[str, Tensor]:
     """Return the learned parts of one site by name."""
     split = ((*name.rpartition("/")[::2], value) for name, value in tensors.items())
     return {name: value for where, name, value in split if where == site}
-
-
-def _as_object(values: object) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise ValueError(f"expected an object with named fields, not {values!r}")
-    return values
-
-
-def _read_signature(values: dict[str, Any]) -> ModelSignature:
-    names = {item.name for item in fields(ModelSignature)}
-    check_fields(values, names, names, "model")
-    for name, value in values.items():
-        kind = str if name == "model_type" else int
-        if not isinstance(value, kind):
-            raise ValueError(f"model: {name} is {value!r}; give {kind.__name__}")
-    return ModelSignature(**values)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,7 +20,6 @@ from deos_fx.policy.tier import (
     Tier,
     check_choice,
     check_diversity,
-    check_fields,
     check_flag,
     check_keep,
     check_number,
@@ -33,7 +32,7 @@ from deos_fx.policy.tier import (
 )
 from deos_fx.policy.words import in_words
 
-__all__ = ["RANGES", "Reduction", "Regime"]
+__all__ = ["HIGHEST_TEMPERATURE", "RANGES", "Reduction", "Regime"]
 
 RANGES: Mapping[str, tuple[float, float]] = {
     "gain": (0, 1),
@@ -44,6 +43,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "diversity": DIVERSITY,
 }
 """Name of a number -> its smallest and its largest value."""
+HIGHEST_TEMPERATURE = 1e9
+"""The largest temperature besides infinity."""
 ASSIGNMENTS = ("similar", "k_nearest", "window")
 ORDERS = ("position", "tier", "selection")
 POSITIONS = ("keep", "compact", "grid")
@@ -130,7 +131,7 @@ class Reduction:
     learned: Learned = field(default_factory=lambda: Learned({}))
 
     def __post_init__(self) -> None:
-        # 1. What every other check refers to.
+        # 1. What every other check refers to, and numbers.
         stage, _ = split_site(self.site)
         check_keep(self.site, self.keep)
         check_choice(f"{self.site}: selector", self.selector, SELECTORS)
@@ -139,6 +140,7 @@ class Reduction:
         check_choice(f"{self.site}: receivers", self.receivers, RECEIVERS)
         check_choice(f"{self.site}: weighting", self.weighting, WEIGHTINGS)
         check_choice(f"{self.site}: position", self.position, POSITIONS)
+        self._check_numbers()
         # 2. Fields that are completed. Scores come before options, since scores have options too.
         default = "last_text_attention" if stage == "decoder" else "cls_attention"
         learned = Learned(self.learned, f"{self.site}: learned")
@@ -152,18 +154,19 @@ class Reduction:
         object.__setattr__(self, "similarity", similarity or {"feature": 1.0})
         options = other_options(self.site, self.selector, self.scores, self.options)
         object.__setattr__(self, "options", options)
+        if not isinstance(self.tiers, Iterable):
+            raise TypeError(f"{self.site}: tiers is {self.tiers!r}; give a tuple of tiers")
         tiers = tuple(checked_tier(self.site, tier, default) for tier in self.tiers)
         object.__setattr__(self, "tiers", tiers)
-        # 3. Numbers, and settings that exclude each other.
-        self._check_numbers()
+        # 3. Settings that exclude each other.
         check_together(self)
 
     def _check_numbers(self) -> None:
         for name, (low, high) in RANGES.items():
             check_number(f"{self.site}: {name}", getattr(self, name), low, high)
-        # Infinity is a temperature, but no other number.
-        if self.temperature != math.inf:
-            check_number(f"{self.site}: temperature", self.temperature, 0, math.inf)
+        # Infinity is a temperature as well.
+        if not (isinstance(self.temperature, float) and self.temperature == math.inf):
+            check_number(f"{self.site}: temperature", self.temperature, 0, HIGHEST_TEMPERATURE)
         for name in ("residual", "keep_class", "average"):
             check_flag(f"{self.site}: {name}", getattr(self, name))
         if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int):
@@ -308,15 +311,15 @@ class Reduction:
     def from_dict(
         cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
     ) -> Reduction:
-        """Read a reduction from the fields that ``to_dict`` returned.
+        """Make a reduction of the fields that ``to_dict`` returned, once a schema has checked them.
 
         Args:
             values: The fields.
             tensors: Its learned parts by name.
 
         Raises:
-            ValueError: If a field is missing, unknown or out of range, or learned parts are not
-                those that the fields name.
+            ValueError: If fields contradict each other, or learned parts are not those that the
+                fields name.
         """
         values = dict(values)
         learned = Learned(tensors or {})
@@ -325,16 +328,9 @@ class Reduction:
                 f"the learned parts of {values.get('site')} are {learned.summary()}, which are not "
                 f"those of the policy; read a policy with Policy.load, beside its .safetensors file"
             )
-        check_fields(values, {item.name for item in fields(cls)}, {"site", "keep"}, "a reduction")
         if values.get("temperature") == "inf":
             values["temperature"] = math.inf
-        tiers = []
-        given = values.pop("tiers", ())
-        if not isinstance(given, list | tuple) or not all(isinstance(x, Mapping) for x in given):
-            raise ValueError(f"tiers is {given!r}; give a list of objects with named fields")
-        for tier in given:
-            check_fields(tier, {item.name for item in fields(Tier)}, {"keep"}, "a tier")
-            tiers.append(Tier(**tier))
+        tiers = (Tier(**tier) for tier in values.pop("tiers", ()))
         return cls(**values, tiers=tuple(tiers), learned=learned)
 
     def __repr__(self) -> str:

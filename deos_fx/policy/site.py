@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["first_layer", "site_order", "split_site"]
+__all__ = ["SITE", "first_layer", "site_order", "split_site"]
+
+# Digits of other scripts and leading zeros would be further names of the same site.
+_LAYER = "(?:0|[1-9][0-9]{0,5})"
+SITE = rf"^(?:projector|(?:vision|decoder)\.{_LAYER})$"
+"""The pattern of a site's name."""
 
 
 def split_site(site: str) -> tuple[str, int]:
-    """Split the name of a site into its stage and its layer (0 for ``projector``)."""
+    """Split the name of a site into its stage and its layer (0 for ``projector``).
+
+    Raises:
+        ValueError: If it is no such name.
+    """
     if site == "projector":
         return site, 0
-    match = re.fullmatch(r"(vision|decoder)\.(\d+)", site) if isinstance(site, str) else None
+    pattern = rf"(vision|decoder)\.({_LAYER})"
+    match = re.fullmatch(pattern, site) if isinstance(site, str) else None
     if match is None:
         raise ValueError(
             f"no site {site!r}; a site is 'projector', 'decoder.<i>' (after decoder layer i) or "

@@ -10,18 +10,22 @@ from typing import Any, TypeAlias, cast
 from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS, WHOLE_NUMBERS
 from deos_fx.policy.site import split_site
+from deos_fx.reading import TEXT_LENGTH
 
 __all__ = [
     "Options",
     "Tier",
     "check_choice",
     "DIVERSITY",
+    "HIGHEST_WEIGHT",
+    "MOST_TOKENS",
     "check_diversity",
-    "check_fields",
+    "check_count",
     "check_flag",
     "check_keep",
     "check_number",
     "check_observe",
+    "check_text",
     "checked_tier",
     "given_fields",
     "known_options",
@@ -33,6 +37,10 @@ Options: TypeAlias = dict[str, float | tuple[float, ...]]
 """Parameters of a selector and of scores, by name."""
 DIVERSITY = (0, 1e3)
 """The smallest and the largest diversity."""
+MOST_TOKENS = 10**7
+"""The largest number of tokens that a reduction may be asked to keep."""
+HIGHEST_WEIGHT = 1e9
+"""The largest weight of a score or a similarity, before they are normalised."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -104,28 +112,30 @@ def checked_tier(site: str, tier: object, score: str) -> Tier:
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
-    """Check that a value is a number within limits, and not infinite."""
+    """Check that a value is a number within limits."""
     # Python counts True among the integers. `not low <= value` also refuses NaN.
     number = not isinstance(value, bool) and isinstance(value, int | float)
-    if not number or not low <= cast(float, value) <= high or value == math.inf:
+    if not number or not low <= cast(float, value) <= high:
         raise ValueError(f"{name} is {value!r}; give a number in [{low:g}, {high:g}]")
 
 
-def check_fields(values: Mapping[str, Any], known: set[str], needed: set[str], what: str) -> None:
-    """Check the names of fields that were read from a file.
+def check_count(name: str, value: object, low: int = 0, high: int = 2**31 - 1) -> None:
+    """Check that a value is a whole number within limits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; give a whole number in [{low}, {high}]")
 
-    Raises:
-        ValueError: If a field is missing or unknown.
-    """
-    for missing in sorted(needed - set(values)):
-        raise ValueError(f"{what} lacks the field {missing!r}")
-    for unknown in sorted(set(values) - known):
-        raise ValueError(f"{what} has no field {unknown!r}; the fields are {sorted(known)}")
+
+def check_text(what: str, value: object) -> None:
+    """Check that a value is a text that is not too long for a file."""
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is {value!r}; give a text")
+    if len(value) > TEXT_LENGTH:
+        raise ValueError(f"{what} has {len(value)} characters; give at most {TEXT_LENGTH}")
 
 
 def check_choice(what: str, value: object, choices: Collection[str]) -> None:
     """Check that a value is one of the choices."""
-    if value not in tuple(choices):
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{what} is {value!r}; choose from {', '.join(choices)}")
 
 
@@ -146,6 +156,8 @@ def check_keep(what: str, keep: object, *, none: bool = False) -> None:
             f"{what}: keep is {keep!r}; a float is a fraction in (0, 1], for a number of tokens "
             f"give an int"
         )
+    if cast(float, keep) > MOST_TOKENS:
+        raise ValueError(f"{what}: keep is {keep!r}; give at most {MOST_TOKENS} tokens")
 
 
 def normal_weights(what: str, weights: object, known: Mapping[str, object]) -> dict[str, float]:
@@ -164,16 +176,17 @@ def normal_weights(what: str, weights: object, known: Mapping[str, object]) -> d
             raise ValueError(
                 f"{what.partition(':')[0]}: no {name} {key!r}; choose from {', '.join(known)}"
             )
-        check_number(f"{what} weight of {key}", weight, 0, math.inf)
+        check_number(f"{what} weight of {key}", weight, 0, HIGHEST_WEIGHT)
     total = sum(weights.values())
-    if weights and not 0 < total < math.inf:
+    if weights and not total:
         raise ValueError(
             f"{what.partition(':')[0]}: the weights of {what.rpartition(' ')[2]} sum to {total}; "
             f"give a positive"
         )
     # Weights that already sum to 1 are left alone, so that a policy read from a file is unchanged.
     scale = 1.0 if abs(total - 1) < 1e-9 else total
-    return {key: weight / scale for key, weight in weights.items() if weight > 0}
+    normal = {key: weight / scale for key, weight in weights.items()}
+    return {key: weight for key, weight in normal.items() if weight > 0}
 
 
 def other_options(site: str, selector: str, scores: Iterable[str], given: object) -> Options:

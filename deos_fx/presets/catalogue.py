@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.tier import check_number
 
 __all__ = ["CATALOGUE", "Method", "method"]
 
@@ -38,7 +41,7 @@ CATALOGUE: dict[str, Method] = {}
 
 
 def method(source: str, *, licence: str, needs: str = "") -> Callable[[_Function], _Function]:
-    """Make a decorator that enters a preset into the catalogue.
+    """Make a decorator that enters a preset into the catalogue, and checks that numbers are given.
 
     Args:
         source: Paper and official code.
@@ -50,7 +53,23 @@ def method(source: str, *, licence: str, needs: str = "") -> Callable[[_Function
         # The docstring's first line is the title, so that the two cannot differ.
         name = function.__name__
         title = (function.__doc__ or "").partition("\n")[0]
-        CATALOGUE[name] = Method(name, function, title, source, licence, needs)
-        return function
+        checked = _with_numbers(function)
+        CATALOGUE[name] = Method(name, checked, title, source, licence, needs)
+        return checked
 
     return enter
+
+
+def _with_numbers(function: _Function) -> _Function:
+    """Refuse anything but numbers where the default of an argument is one."""
+    signature = inspect.signature(function)
+    defaults = {name: each.default for name, each in signature.parameters.items()}
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Policy:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if type(defaults[name]) in (int, float):
+                check_number(f"{function.__name__}: {name}", value, -1e9, 1e9)
+        return function(*args, **kwargs)
+
+    return cast(_Function, checked)

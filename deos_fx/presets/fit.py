@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deos_fx.policy.counts import tokens_per_layer
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.tier import MOST_TOKENS, check_number
 from deos_fx.presets.catalogue import CATALOGUE
 from deos_fx.presets.rules import RULES, Option, Rule
 from deos_fx.presets.shape import Shape
@@ -100,8 +101,7 @@ def fit_to_shape(
         ValueError: As for `fit`.
     """
     rule = _rule(name)
-    if not budget_tokens >= 1:
-        raise ValueError(f"a budget of {budget_tokens:g} visual tokens; give at least 1")
+    check_number("budget_tokens", budget_tokens, 1, MOST_TOKENS)
     _check_needs(name, rule, shape)
     ranges = rule.options(shape)
     _check_values(name, values, ranges)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from deos_fx.models.families import COORDINATES
 from deos_fx.operator import grid_layout
 from deos_fx.policy.counts import ASPECT
+from deos_fx.policy.tier import MOST_TOKENS, check_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +58,8 @@ class Shape:
         from deos_fx.models.facts import facts_of
 
         facts = facts_of(model)
+        if visual_tokens is not None:
+            check_count("visual_tokens", visual_tokens, 1, MOST_TOKENS)
         count = visual_tokens or math.prod(facts.grid)
         if not count:
             raise ValueError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.tier import check_count
 from deos_fx.presets.fit import fit_to_shape
 from deos_fx.presets.rules import RULES, Option
 from deos_fx.presets.shape import Shape
@@ -73,8 +74,7 @@ def tune(
         ValueError: If the preset cannot be fitted or run with its published setting, or
             ``evaluations`` is below 1.
     """
-    if evaluations < 1:
-        raise ValueError(f"evaluations is {evaluations}; give at least 1")
+    check_count("evaluations", evaluations, 1)
     shape = Shape.of(model, visual_tokens)
     # 1. The published setting. Whatever is wrong with it is wrong with the preset.
     policy, published = fit_to_shape(name, budget_tokens, shape, {})

@@ -40,6 +40,7 @@ from transformers import LlavaProcessor
 from deos_fx import reference
 from deos_fx.checkpoint import load_optimizer, optimizer_tensors
 from deos_fx.files import write_file
+from deos_fx.reading import blaming
 from deos_fx.reference.lessons import IGNORE, Pack, Pictures
 from deos_fx.reference.model import WIDTH, build_processor
 from deos_fx.reference.student import REFERENCE, Student, Task
@@ -293,9 +294,17 @@ def _resume(path: Path, student: Student) -> tuple[int, int, dict[str, Tensor]]:
     Returns:
         The stage that it was written in, the steps done in that stage, and the optimizer's tensors,
         empty if there is no checkpoint.
+
+    Raises:
+        ValueError: If it is damaged, or of another model.
     """
     if not path.exists():
         return 0, 0, {}
+    with blaming(path):
+        return _read(path, student)
+
+
+def _read(path: Path, student: Student) -> tuple[int, int, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {"student": {}, "optimizer": {}}
     with safe_open(path, framework="pt") as file:
         place = file.metadata()

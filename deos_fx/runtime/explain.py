@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deos_fx.operator.transfer import importance
 from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
@@ -181,11 +180,7 @@ def _destinations(
         index = sources.expand(len(tokens), -1).unsqueeze(1).expand(-1, moved.shape[1], -1)
         moved = places.scatter(2, index, moved)
     # Scores may weight the content, but not the mass.
-    destination = moved
-    if reduction.weighting != "one":
-        score = seen["score"]
-        weight = importance(score) if reduction.weighting == "score" else score
-        destination = moved * weight.unsqueeze(1)
+    destination = moved * seen["weight"].unsqueeze(1) if "weight" in seen else moved
     return {"destination": destination, "moved": moved}
 
 

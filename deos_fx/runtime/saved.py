@@ -28,6 +28,7 @@ from deos_fx.contents import (
 from deos_fx.files import disk_errors, fresh_folder, matching
 from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
+from deos_fx.reading import as_record, blaming
 from deos_fx.version import __version__
 
 __all__ = ["check_folder", "folder_for", "load", "save"]
@@ -127,7 +128,8 @@ def load(dir: str | os.PathLike[str], **options: Any) -> tuple[PreTrainedModel, 
     before = stamp(folder)
     check_folder(folder)
     policy = Policy.load(folder / _POLICY)
-    model, found = _read(AutoModelForImageTextToText, folder, **options)
+    with blaming(folder):
+        model, found = _read(AutoModelForImageTextToText, folder, **options)
     check_unchanged(folder, before)
     wrong = _differences(found)
     if wrong:
@@ -142,6 +144,8 @@ def _read(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dic
     """Load a model, and transformers' report of missing, unexpected and mismatched weights."""
     # transformers only warns of weights that do not fit, so ask for its report and judge by that.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    # A pickle of weights is none of the files that `save` writes.
+    options["use_safetensors"] = True
     model, found = kind.from_pretrained(folder, **options)
     found["mismatched_keys"] = [name for name, *_ in found["mismatched_keys"]]
     return model, found
@@ -249,13 +253,12 @@ def check_folder(folder: Path) -> None:
             "ReducedModel.save_pretrained has written; for any other model load it with "
             "transformers and call deos_fx.transform."
         )
+    from deos_fx.runtime.schema import NoteFile
+
     record = record_of(folder)
-    kind, version = record.get("deos_fx"), record.get("version")
-    if kind != "reduced_model" or version != VERSION:
-        raise ValueError(
-            f"{folder} holds a {kind} of version {version}; this release reads reduced_model of "
-            f"version {VERSION}."
-        )
+    as_record(
+        folder / RECORD, record, NoteFile, "the note of a reduced model", "Save the model again."
+    )
     verify(folder, record)
     if is_recorded(record):
         for entry in matching(folder, (*_FILES, _ADAPTERS)):

@@ -8,6 +8,7 @@ from torch import fx
 
 from deos_fx.attention.observation import OBSERVED
 from deos_fx.forms.needs import required_features
+from deos_fx.operator.select import SELECTORS
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.graph import blocks_of
 from deos_fx.passes.notes import annotate, note_of
@@ -47,6 +48,13 @@ def check_reduction(
         raise ValueError(
             f"{name} has no {', '.join(hidden_from)}: its tokens are not those of a block of the "
             "vision tower. Use scores and similarities of the features themselves."
+        )
+    deeper = [tier.selector for tier in reduction.selection if _is_of_decoder_alone(tier.selector)]
+    if before_decoder and deeper:
+        raise ValueError(
+            f"{name}: the selector {deeper[0]!r} compares visual tokens with the text as the "
+            "decoder sees both, so it works at decoder.<i> only. Choose such a site, or another "
+            "selector."
         )
     # 3. Features that are already at their placeholders cannot change their order.
     if before_decoder and sites.encoder is Encoder.OPAQUE and reduction.order != "position":
@@ -90,6 +98,11 @@ def check_reduction(
             "model's have several coordinates: use position='keep'."
         )
     return site
+
+
+def _is_of_decoder_alone(selector: str) -> bool:
+    """Return whether a selector reads hidden states after the final norm of the decoder."""
+    return any(name.startswith("normed_") for name in SELECTORS[selector].features)
 
 
 def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> None:

@@ -238,7 +238,7 @@ class _Insertion(Lowering):
         parts = {i: self.call(operator.getitem, node, i) for i in (0, 2, 3, 4, 1)}
         reduced, kept, self.alive, left, self.beta = (parts[i] for i in range(5))
         self.of_images = step.stage != "decoder"
-        return StaticOutput(reduced, kept, left, None, kept, None, None)
+        return StaticOutput(reduced, kept, left, None, kept, None, None, None)
 
     def _written(self, step: Step, reduced: StaticOutput) -> fx.Node:
         """Return the tokens: all have to be written into the prompt."""

@@ -281,7 +281,7 @@ class Lowering(SiteWalk):
         reduced = static_reduce(step.reduction, count, *given, call, last_of)
         roles = ["kept", "mass", "score", "assignment"]
         if reduced.assignment is not None:
-            roles += ["receivers", "sources"]
+            roles += ["receivers", "sources", "weight"]
         for role in roles:
             self.emitter.explain(role, getattr(reduced, role))
         return reduced

@@ -18,6 +18,7 @@ from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.run import SearchRun
 from deos_fx.policy.budget import Budget, check_budget
+from deos_fx.policy.tier import check_count
 from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import SearchResult
 
@@ -120,8 +121,11 @@ def search(
     if budgets is None:
         check_budget(budget)
     wanted = [budget.require()] if budget is not None else check_budgets(budgets)
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
+    if steps is not None:
+        check_count("steps", steps, 1)
+    check_count("seed", seed, -(2**31))
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data is a {type(data).__name__}; give dicts of model inputs (batches).")
     progress = processes.on_main(progress)
     with processes.agreeing():
         saved = None if checkpoint is None else Checkpoints.at(checkpoint)

@@ -8,20 +8,25 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deos_fx.checkpoint import load_optimizer, optimizer_tensors
+from deos_fx.checkpoint import check_tensors, load_optimizer, optimizer_tensors
 from deos_fx.contents import file_hash
 from deos_fx.files import write_tensors, write_text
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.search.objective import AugmentedLagrangian
+from deos_fx.reading import read_record, read_tensors
+
+if TYPE_CHECKING:
+    from deos_fx.passes.search.schema import SearchFile
 
 __all__ = ["SearchState"]
 
+# The record of a state, and its largest size: a step takes less than a kilobyte.
+_RECORD, _RECORD_BYTES = "search.json", 2**28
 # Learning rates: of scalars; of directions of width d, so that a step moves a score by as much at
 # every width; and of the directions that a similarity compares, which start at their full length.
 _SCALARS, _DIRECTIONS, _METRIC = 0.05, 0.1, 0.005
@@ -141,7 +146,7 @@ class SearchState:
             "best_step": self.best_step,
             "history": self.history,
         }
-        write_text(path / "search.json", json.dumps(record, indent=1))
+        write_text(path / _RECORD, json.dumps(record, indent=1))
         # Only now is no record left that names the earlier file.
         for old in path.glob("step-[0-9]*.safetensors"):
             if old.name != name:
@@ -154,41 +159,67 @@ class SearchState:
             folder: As given to `save`.
 
         Raises:
-            ValueError: If it is not the state of this search.
+            OSError: If the file of its tensors is missing.
+            ValueError: If it is not the state of this search, or damaged.
         """
-        path = Path(folder) / "search.json"
+        from deos_fx.passes.search.schema import SearchFile
+
+        path = Path(folder) / _RECORD
         if not path.exists():
             return
-        record = _read(path)
+        cure = "Give another checkpoint folder, or delete this one"
+        record = read_record(path, SearchFile, "the state of a search", f"{cure}.", _RECORD_BYTES)
         # Through JSON, because that turns tuples into lists.
-        if record["settings"] != json.loads(json.dumps(self.settings)):
+        if record.settings != json.loads(json.dumps(self.settings)):
             raise ValueError(
                 f"{os.fspath(folder)} holds another search (other model, data, budget, steps or "
-                "seed). Give another checkpoint folder, or delete this one."
+                f"seed). {cure}."
             )
-        file = path.parent / record["tensors"]
+        file = path.parent / record.tensors
         # Earlier versions wrote no hash.
-        if record.get("sha256", "") not in ("", file_hash(file)):
-            raise ValueError(
-                f"{file} is damaged: it is not the file that was written. Delete the folder "
-                f"{os.fspath(folder)} and search again."
-            )
-        tensors = load_file(file)
+        if record.sha256 not in (None, file_hash(file)):
+            raise ValueError(f"{file} is damaged: it is not the file that was written. {cure}.")
+        tensors = read_tensors(file)
+        try:
+            self._take(record, tensors)
+        except ValueError as error:
+            raise ValueError(f"{path} does not go with its tensors: {error}. {cure}.") from error
+
+    def _take(self, record: SearchFile, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what was saved.
+
+        Raises:
+            ValueError: If it does not fit this state, or its parts do not fit each other.
+        """
+        if record.multipliers.keys() != self.lagrangian.multipliers.keys():
+            raise ValueError(f"its multipliers are those of {', '.join(record.multipliers)}")
+        if min(record.multipliers.values(), default=0) < self.lagrangian.least:
+            raise ValueError(f"a multiplier is negative: {record.multipliers}")
         # Split the names at their prefixes again.
-        parts: dict[str, dict[str, Tensor]] = {}
+        parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "adam": {}}
         for name, value in tensors.items():
             head, _, rest = name.partition("/")
-            parts.setdefault(head, {})[rest] = value
-        self.reductions.load_state_dict(parts.pop("now"))
-        # Before the first step, Adam has no moments.
-        load_optimizer(self.optimizer, parts.pop("adam", {}))
-        self.best = parts.pop("best", {})
+            if head not in parts:
+                raise ValueError(f"there is a tensor {name!r}")
+            parts[head][rest] = value
+        # Adam has counted the steps that moved something, for every parameter.
+        moved = sum(entry.finite for entry in record.history)
+        steps = [x for name, x in parts["adam"].items() if name.endswith("/step")]
+        counts = [count for x in steps for count in x.flatten().tolist()]
+        if counts != [moved] * (len(self.parameters) if moved else 0):
+            raise ValueError(f"its history has {moved} steps, and its optimizer {counts}")
+        like = self.reductions.state_dict()
+        check_tensors("the present state", parts["now"], like)
+        check_tensors("the best state", parts["best"], like if parts["best"] else {})
+        load_optimizer(self.optimizer, parts["adam"])
+        self.reductions.load_state_dict(parts["now"])
+        self.best = parts["best"]
         if self.best:
             # JSON has no infinity.
-            loss = record["best_loss"]
-            self.best_loss, self.best_step = math.inf if loss is None else loss, record["best_step"]
-        self.history = record["history"]
-        self.lagrangian.multipliers = record["multipliers"]
+            loss = record.best_loss
+            self.best_loss, self.best_step = math.inf if loss is None else loss, record.best_step
+        self.history = [entry.model_dump(exclude_unset=True) for entry in record.history]
+        self.lagrangian.multipliers = dict(record.multipliers)
 
 
 def _rate(name: str, parameter: Tensor) -> float:
@@ -207,20 +238,3 @@ def _key(site: str) -> str:
 def _site(key: str) -> str:
     """Return the site of a module with this name."""
     return key.replace("_", ".")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read and check the record of a state.
-
-    Raises:
-        ValueError: If it is damaged, something else or of another version.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not the state of a search: {error}") from error
-    if not isinstance(record, dict) or record.get("deos_fx") != "search":
-        raise ValueError(f"{path} is not the state of a search; give another checkpoint folder.")
-    if record.get("version") != 2:
-        raise ValueError(f"{path} has version {record.get('version')!r}; this release reads 2.")
-    return record

@@ -200,6 +200,21 @@ def test_families(eager):
     assert cost.kv_bytes == sum(states.nbytes for states in held)
 
 
+@pytest.mark.parametrize("eager", ["gemma4", "lfm2_vl"], indirect=True)
+@pytest.mark.parametrize("text", [0, 300])
+def test_embeddings_for_every_layer_and_short_convolutions(eager, text):
+    name, model = eager
+    batch = prompts(name)
+    ids = torch.nn.functional.pad(batch["input_ids"], (0, text), value=5)
+    batch |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in batch:
+        batch["mm_token_type_ids"] = (ids == IMAGE).long()
+    policy = Policy((Reduction("decoder.1", 0.4, scores={"feature_norm": 1}),))
+    cost = ReducedModel(model, policy).cost(**batch)
+    assert cost.after.flops == counted(ReducedModel(model, policy), **batch)[0]
+    assert cost.before.flops == counted(ReducedModel(model, Policy()), **batch)[0]
+
+
 @pytest.mark.parametrize("eager", ["qwen2_5_vl"], indirect=True)
 def test_images_of_several_sizes_in_a_prompt(eager):
     name, model = eager

@@ -34,8 +34,13 @@ POLICIES = {
 }
 
 
-def program(value: float) -> onnx_ir.Model:
-    """A graph that adds weights, which are large enough for a file of their own."""
+def program(value: float, *spaces: str) -> onnx_ir.Model:
+    """A graph that adds weights, which are large enough for a file of their own.
+
+    Args:
+        value: The weights.
+        *spaces: Names of further outputs.
+    """
     weights = onnx_ir.Value(
         name="weights", const_value=onnx_ir.tensor(np.full(300, value, np.float32))
     )
@@ -43,10 +48,11 @@ def program(value: float) -> onnx_ir.Model:
         name="x", type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT), shape=onnx_ir.Shape([300])
     )
     add = onnx_ir.node("Add", [x, weights])
-    add.outputs[0].name, add.outputs[0].type, add.outputs[0].shape = "y", x.type, x.shape
-    graph = onnx_ir.Graph(
-        [x], add.outputs, nodes=[add], initializers=[weights], opset_imports={"": 18}
-    )
+    nodes = [add, *(onnx_ir.node("Identity", [x]) for _ in spaces)]
+    outputs = [node.outputs[0] for node in nodes]
+    for name, output in zip(("y", *spaces), outputs, strict=True):
+        output.name, output.type, output.shape = name, x.type, x.shape
+    graph = onnx_ir.Graph([x], outputs, nodes=nodes, initializers=[weights], opset_imports={"": 18})
     return onnx_ir.Model(graph, ir_version=10)
 
 
@@ -55,7 +61,10 @@ def write(target: Path, name: str) -> None:
     value = {"old": 1.0, "new": 2.0}[name]
 
     def of(reduced: Any, example: Any, least: int, device: str, tell: Any) -> Any:
-        programs = {graph: program(value) for graph in ("prefill", "extend", "decode")}
+        programs = {graph: program(value) for graph in ("extend", "decode")}
+        # What tells the token spaces of the policies.
+        spaces = {"old": ("origin_1", "key_bias_1"), "new": ("origin_1",)}[name]
+        programs = {"prefill": program(value, *spaces), **programs}
         constants: Mapping[str, Any] = {}
         if name == "old":
             programs["image_encoder"] = program(value)

@@ -561,10 +561,11 @@ def test_folders_that_are_no_export(folder, tmp_path):
     data = json.loads(manifest.read_text())
     del data["files"], data["sha256"]
     for text, message in (
-        ("{", "damaged"),
-        ("[]", "no object"),
-        ("{}", "does not say"),
+        ("{", "not JSON"),
+        ("[]", "does not say"),
         (json.dumps(data | {"version": 99}), "version 99"),
+        (json.dumps(data | {"spaces": []}), "spaces with none, but the graphs have origin_1"),
+        (json.dumps(data | {"graphs": []}), "graphs is "),
     ):
         manifest.write_text(text)
         with pytest.raises(ValueError, match=message):

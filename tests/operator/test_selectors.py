@@ -132,6 +132,19 @@ def test_determinantal_beyond_the_rank_and_without_relevance() -> None:
         assert torch.equal(kept.sort(-1).values, torch.arange(TOKENS).expand(2, -1))
 
 
+def test_beyond_the_rank_relevance_decides_and_rounding_does_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors, score = torch.randn(2, TOKENS, 4, generator=generator), torch.rand(2, TOKENS)
+    kept = operator.determinantal(score, cosine(vectors), None, 20)
+    # The same cosines up to rounding, as a batch and a row alone have them.
+    turned = vectors @ torch.linalg.qr(torch.randn(4, 4, generator=generator)).Q
+    assert torch.equal(kept, operator.determinantal(score, cosine(turned), None, 20))
+    for row in range(2):
+        first, later = kept[row, :4].tolist(), kept[row, 4:].tolist()
+        others = [j for j in range(TOKENS) if j not in first]
+        assert later == falling(score[row], others)[:16]
+
+
 @quick
 @given(st.data(), seeds, st.sampled_from([0.0, 0.5, 2.0]))
 def test_coverage_gains_most_at_every_step(data: st.DataObject, seed: int, power: float) -> None:
@@ -202,6 +215,10 @@ def test_probe_takes_the_least_similar_to_each_pivot(
             like = F.cosine_similarity(tokens[row], pivot, -1)
             chosen += falling(-like, free)[: share + (i < more)]
         assert kept[row].tolist() == chosen
+    # There are no more pivots than text.
+    more = operator.probe(score, tokens, text_score, text, taken, count, image_pivots, TEXT + 3)
+    most = operator.probe(score, tokens, text_score, text, taken, count, image_pivots, TEXT)
+    assert torch.equal(more, most)
 
 
 @quick
@@ -306,6 +323,14 @@ def test_bipartite_merges_half_of_the_tokens(
         merged = sorted(half_a, key=lambda i: -like[i])[: length - count]
         assert kept[row].tolist() == [i for i in half_a if i not in merged] + list(half_b)
     assert operator.second_half(kept, tokens, first)[0].tolist() == list(half_b)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_single_token_has_no_half_to_be_merged_into(first: int) -> None:
+    tokens = torch.randn(2, 1, WIDTH)
+    between = operator.between_halves({"feature": tokens}, {"feature": 1.0}, first)
+    kept = operator.bipartite(between, 1, first)
+    assert kept.tolist() == operator.second_half(kept, tokens, first).tolist() == [[0], [0]]
 
 
 @quick

@@ -166,7 +166,18 @@ def steps(of: SearchState, number: int) -> None:
         loss.backward()
         of.optimizer.step()
         of.lagrangian.update({"flops": torch.tensor(3.0)})
-        of.history.append({"loss": loss.item()})
+        of.history.append(
+            {
+                "step": of.step + 1,
+                "task": loss.item(),
+                "finite": True,
+                "not_finite": [],
+                "gate_temperature": 0.5,
+                "flops": 3.0,
+                "multiplier_flops": of.lagrangian.multipliers["flops"],
+                "keep": {"projector": 0.5},
+            }
+        )
         of.consider(abs(of.step - 3))
 
 

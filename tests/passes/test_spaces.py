@@ -174,6 +174,10 @@ def test_visual_tokens_stand_at_the_placeholders() -> None:
             Reduction("decoder.0", 2, scores={"feature_norm": 1.0}, position="compact"),
             "this model's have several coordinates",
         ),
+        (
+            Reduction("projector", 2, selector="probe", scores={"feature_norm": 1.0}),
+            "projector: the selector 'probe' .* works at decoder.<i> only",
+        ),
     ],
 )
 def test_reductions_that_do_not_fit(reduction: Reduction, message: str) -> None:

@@ -114,3 +114,5 @@ def test_what_has_no_effect_is_refused(fields: dict[str, object], reason: str) -
 def test_a_part_is_a_tensor() -> None:
     with pytest.raises(TypeError, match="probe is a list; give a tensor"):
         Learned({"probe": [1.0]})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="probe is a torch.complex64; give a tensor of real"):
+        Learned({"probe": torch.ones(3, dtype=torch.complex64)})

@@ -60,6 +60,8 @@ def reductions(
     first = draw(tiers(selectors, most_scores=1 if weighting == "raw" else 3))
     if weighting == "raw" and not first.scores:
         first = replace(first, scores={"novelty": 1.0})
+    # Negative weights make sums alone.
+    sums = weighting == "raw" and any(SCORES[name].signed for name in first.scores)
     row = SELECTORS[first.selector]
     later = draw(st.lists(tiers([x for x in selectors if x in PICKING]), max_size=2))
     if row.flags:
@@ -96,8 +98,8 @@ def reductions(
         temperature=draw(st.one_of(st.floats(0, 100), st.just(math.inf))),
         similarity=similarity,
         weighting=weighting,
-        exponent=draw(st.floats(0, 2)),
-        average=not residual and draw(st.booleans()),
+        exponent=0.0 if sums else draw(st.floats(0, 2)),
+        average=not residual and not sums and draw(st.booleans()),
         reweight=draw(st.floats(-1, 1)),
         residual=residual,
         keep_class=order != "position" and site.startswith("vision") and draw(st.booleans()),
@@ -325,6 +327,26 @@ def test_counts_may_not_grow_with_depth() -> None:
         ({"assignment": "far"}, "assignment is 'far'; choose from similar, k_nearest, window"),
         ({"receivers": "none"}, "receivers is 'none'; choose from all, last"),
         ({"weighting": "raw", "scores": {"novelty": 1, "key_norm": 1}}, "needs exactly one score"),
+        ({"weighting": "raw", "scores": {"novelty": 1}}, "'novelty', which may be negative"),
+        (
+            {"weighting": "raw", "scores": {"novelty": 1}, "exponent": 0, "average": True},
+            "only sums and no means",
+        ),
+        ({"keep": 10**40}, "keep is 1000.*; give at most 10000000 tokens"),
+        ({"neighbours": 10**40, "assignment": "k_nearest"}, "together, at most 10000000"),
+        ({"scores": {"novelty": 10**400}}, "weight of novelty is 1000"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"gain": True}, "gain is True"),
+        ({"gain": len, "weighting": "raw", "scores": {"random": 1}}, "gain is <built-in"),
+        ({"temperature": torch.ones(2)}, "temperature is tensor"),
+        ({"order": torch.ones(2)}, "order is tensor"),
+        ({"temperature": True}, "temperature is True"),
+        ({"scores": {"novelty": True}}, "weight of novelty is True"),
+        ({"site": "decoder.01"}, "no site 'decoder.01'"),
+        ({"site": "decoder.٣"}, "no site"),
+        ({"site": "decoder.1\n"}, "no site"),
+        ({"site": "decoder." + "9" * 5000}, "no site"),
+        ({"observe": "vision.01"}, "no site 'vision.01'"),
         ({"residual": True, "selector": "max_min"}, "residual needs a selector that ranks"),
         ({"residual": True, "selector": "bipartite"}, "residual needs a selector that ranks"),
         (
@@ -444,25 +466,31 @@ def test_saving_into_a_missing_folder(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("\x00\x01", "not JSON"),
-        ("[]", "not a policy"),
-        ('{"reductions": []}', "not a policy"),
+        ("[]", 'it does not say "deos_fx": "policy"'),
+        ('{"reductions": []}', 'it does not say "deos_fx"'),
         ('{"deos_fx": "policy", "reductions": []}', "version None"),
-        ('{"deos_fx": "policy", "version": 2, "reductions": []}', "version 2; .* reads version 1"),
+        ('{"deos_fx": "policy", "version": 2, "reductions": []}', "version 2, .* reads version 1"),
         ('{"deos_fx": "policy", "version": 1}', "lacks the field 'reductions'"),
-        ('{"deos_fx": "policy", "version": 1, "reductions": {}}', "must be a list"),
-        ('{"deos_fx": "policy", "version": 1, "reductions": [1]}', "an object with named fields"),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": {}}',
+            "reductions is {}; it should be a valid list",
+        ),
+        (
+            '{"deos_fx": "policy", "version": 1, "reductions": [1]}',
+            r"reductions\[0\] is 1; it should be a valid dictionary",
+        ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [], "budget": 1}',
-            "no field 'budget'; the fields are",
+            "it has no field 'budget'; the fields are deos_fx, version, name",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector"}]}',
-            "a reduction lacks the field 'keep'",
+            r"reductions\[0\] lacks the field 'keep'",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
             ' "speed": 9}]}',
-            "no field 'speed'",
+            r"reductions\[0\] has no field 'speed'; the fields are site, keep, scores",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
@@ -477,12 +505,12 @@ def test_saving_into_a_missing_folder(tmp_path: Path) -> None:
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
             ' "tiers": 1}]}',
-            "tiers is 1; give a list",
+            "tiers is 1; it should be a valid list",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 2,'
             ' "tiers": [{"selector": "top_k"}]}]}',
-            "a tier lacks the field 'keep'",
+            r"tiers\[0\] lacks the field 'keep'",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector",'
@@ -491,7 +519,7 @@ def test_saving_into_a_missing_folder(tmp_path: Path) -> None:
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": ["a"], "keep": 1}]}',
-            "no site",
+            "site is .*; it should be a valid string",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [], "model": {"model_type": "a"}}',

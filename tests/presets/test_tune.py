@@ -78,7 +78,7 @@ def test_one_evaluation(name: str, evaluations: int) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="evaluations is 0; give at least 1"):
+    with pytest.raises(ValueError, match="evaluations is 0; give a whole number"):
         presets.tune("fastv", 16, shared_llava(), lambda p: 1.0, 0)
     with pytest.raises(ValueError, match="cannot meet"):
         presets.tune("fastv", 2, shared_llava(), lambda p: 1.0, 9)

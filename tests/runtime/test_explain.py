@@ -103,6 +103,30 @@ def test_weights_leave_a_share_behind():
     assert not sent[~gone].any()
 
 
+@pytest.mark.parametrize("selector", ["top_k", "greedy"])
+def test_raw_weights_are_those_of_the_graph(selector):
+    """A reweight, or a greedy choice, reads standardized scores; a raw weight stays as it is."""
+    model = shared_llava()
+    raw = {"scores": {"random": 1.0}, "gain": 1.0, "weighting": "raw", "exponent": 0.0}
+    reduction = Reduction("projector", 8, selector=selector, reweight=1e-7, **raw)
+    (site,) = ReducedModel(model, Policy((reduction,))).explain(**inputs(model))
+    plain = Reduction("projector", VISUAL, scores={"random": 1.0})
+    (every,) = ReducedModel(model, Policy((plain,))).explain(**inputs(model))
+    sent = site.destination[0].sum(dim=0)
+    gone = torch.isin(site.positions_in[0], site.dropped[0])
+    assert_close(sent[gone], every.scores[0][gone])
+    assert (site.scores[0] < 0).any()
+
+
+def test_steep_weights_are_those_of_the_graph():
+    model = shared_llava()
+    steep = {"weighting": "score", "sharpness": 5.0}
+    reduction = Reduction("projector", 8, gain=1.0, **steep)
+    (site,) = ReducedModel(model, Policy((reduction,))).explain(**inputs(model))
+    gone = torch.isin(site.positions_in[0], site.dropped[0])
+    assert_close(site.destination[0].sum(dim=0)[gone], torch.sigmoid(5 * site.scores[0][gone]))
+
+
 def test_explanation_of_an_unreduced_model_is_empty():
     model = shared_llava(2)
     assert ReducedModel(model, Policy()).explain(**inputs(model)) == []

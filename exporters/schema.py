@@ -1,0 +1,73 @@
+"""The schema of the manifest of an export."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from deos_fx.policy.schema import ModelEntry
+from deos_fx.schema import Count, Recorded, Strict, Text
+
+__all__ = ["ManifestFile"]
+
+Graph = Literal["prefill", "decode", "extend", "image_encoder"]
+"""The name of a graph, which is a file in the same folder: ``<name>.onnx``."""
+# Those that every export has.
+_ALWAYS = ["prefill", "decode", "extend"]
+
+
+class SpaceEntry(Strict):
+    """The decoder layers after one reduction."""
+
+    first_layer: Count
+    position: Literal["keep", "compact", "grid"]
+    biased: bool
+    """Whether its keys carry a mass bias."""
+    dropped: Count
+    """Visual tokens of a prompt that its layers do not get."""
+
+
+class ManifestFile(Recorded):
+    """What a runtime has to know of the graphs of an export, and the versions that made them."""
+
+    deos_fx: Literal["onnx"]
+    version: Literal[4]
+    packages: dict[Text, Text]
+    opset: Count
+    model: ModelEntry
+    device: Literal["cpu", "cuda"]
+    """Where its operators are fast."""
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    graphs: Annotated[list[Graph], Field(min_length=3, max_length=4)]
+    inputs: Annotated[list[Text], Field(min_length=1, max_length=100)]
+    """What a call may have, though a graph may not read all of it."""
+    image_token: Count
+    images: Annotated[int, Field(ge=1, le=10**6)]
+    """Of a prompt."""
+    image_tokens: Annotated[int, Field(ge=1, le=10**9)]
+    """Placeholders of a prompt."""
+    ends_in_image: bool | None
+    """None where the graphs take both kinds of prompts."""
+    pixels: Annotated[list[Count], Field(min_length=1, max_length=8)]
+    """The shape of a prompt's pixels."""
+    coordinates: Annotated[int, Field(ge=0, le=8)]
+    """Of a position: time, row and column; 0 where a position is one number."""
+    spaces: Annotated[list[SpaceEntry], Field(max_length=1000)]
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ManifestFile:
+        if {*_ALWAYS} - {*self.graphs} or len({*self.graphs}) < len(self.graphs):
+            raise ValueError(f"graphs is {self.graphs}; it should name each of {_ALWAYS} once")
+        for one, other in pairwise(self.spaces):
+            if other.first_layer < one.first_layer or other.dropped < one.dropped:
+                raise ValueError("spaces should begin at ever later layers, with ever fewer tokens")
+        for space in self.spaces:
+            if space.dropped >= self.image_tokens or space.first_layer > self.model.decoder_layers:
+                raise ValueError(
+                    f"spaces has a space from layer {space.first_layer} on without {space.dropped} "
+                    f"tokens, but there are {self.model.decoder_layers} layers and "
+                    f"{self.image_tokens} image tokens"
+                )
+        return self

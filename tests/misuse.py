@@ -1,0 +1,611 @@
+"""A table of misuse: what was given, and what is said. It is a page of the documentation as well.
+
+.venv/bin/python tests/misuse.py docs/misuse.md
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tiny
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import deos_fx
+from deos_fx.cli.app import app
+from deos_fx.contents import RECORD
+from deos_fx.exporters.manifest import FORMAT, VERSION, read_manifest
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.passes.search.objective import AugmentedLagrangian
+from deos_fx.passes.search.state import SearchState
+from deos_fx.policy.learned import Learned
+from deos_fx.policy.policy import ModelSignature, Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.tier import Tier
+
+SPACE = {"first_layer": 2, "position": "keep", "biased": False, "dropped": 48}
+WHOLE: dict[str, Any] = {
+    "deos_fx": FORMAT,
+    "version": VERSION,
+    "packages": {"torch": "2.13.0"},
+    "opset": 18,
+    "model": {"model_type": "a", "vision_layers": 2, "decoder_layers": 4, "visual_tokens": 64},
+    "device": "cpu",
+    "dtype": "float32",
+    "graphs": ["prefill", "extend", "decode"],
+    "inputs": ["input_ids", "pixel_values"],
+    "image_token": 3,
+    "images": 1,
+    "image_tokens": 64,
+    "ends_in_image": False,
+    "pixels": [1, 3, 32, 32],
+    "coordinates": 0,
+    "spaces": [SPACE],
+}
+"""A manifest that is read."""
+
+
+class World:
+    """What the rows of the table refer to.
+
+    Args:
+        folder: An empty folder, the current one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def names(self) -> dict[str, Any]:
+        model = tiny.tiny_llava(2)
+        one = Policy((Reduction("projector", 8, scores={"novelty": 1.0}),))
+        public = {name: getattr(deos_fx, name) for name in deos_fx.__all__}
+        ours = {"Tier": Tier, "ModelSignature": ModelSignature, "Learned": Learned}
+        return {
+            **public,
+            **ours,
+            "torch": torch,
+            "nan": math.nan,
+            "model": model,
+            "inputs": tiny.inputs(model),
+            "reduced": deos_fx.transform(model, policy=one),
+        }
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    @cached_property
+    def model_folders(self) -> None:
+        """Folders of models that commands are given: whole, damaged and hostile ones."""
+        config = json.dumps(self.names["model"].config.to_dict())
+        for name in ("my-llava", "damaged", "pickled"):
+            self.write(f"{name}/config.json", config)
+        self.write("damaged/model.safetensors", b"no tensors")
+        self.write("pickled/pytorch_model.bin", b"no pickle")
+        self.write("deep/config.json", "[" * 100_000)
+        self.write("listed/config.json", "[1, 2]")
+        self.write("bad.json", '{"deos_fx": "policy", "version": 1, "reductions": [{"site": 3}]}')
+        self.write("lines.jsonl", "{}\n")
+
+
+# *** how a row is tried ***
+
+
+def evaluate(given: str, world: World) -> object:
+    return eval(given, world.names)
+
+
+def read_policy(given: str, world: World) -> object:
+    return Policy.load(world.write("policy.json", eval(given)))
+
+
+def read_reduction(given: str, world: World) -> object:
+    text = f'{{"deos_fx": "policy", "version": 1, "reductions": [{given}]}}'
+    return Policy.load(world.write("policy.json", text))
+
+
+def learned_policy(path: Path) -> Policy:
+    """Save a policy with a learned part."""
+    policy = Policy((Reduction("projector", 8, learned=Learned({"probe": torch.arange(4.0)})),))
+    policy.save(path)
+    return policy
+
+
+def read_learned(given: str, world: World) -> object:
+    """Load a policy whose learned parts are other ones: bytes, or tensors by name."""
+    path = world.folder / "policy.json"
+    learned_policy(path)
+    parts = eval(given, {"torch": torch})
+    beside = path.with_suffix(".safetensors")
+    if isinstance(parts, bytes):
+        beside.write_bytes(parts)
+    elif parts is None:
+        beside.unlink()
+    else:
+        save_file(parts, beside)
+    return Policy.load(path)
+
+
+def read_export(given: str, world: World) -> object:
+    world.write(RECORD, json.dumps(WHOLE | json.loads(f"{{{given}}}")))
+    return read_manifest(world.folder)
+
+
+def search_state() -> SearchState:
+    """Make the state of a search at one site before its first step."""
+    start = Reduction("projector", 0.5, scores={"feature_norm": 1.0})
+    reductions = {"projector": RelaxedReduction(start, activation=1.0, retention=0.5)}
+    return SearchState.start(reductions, AugmentedLagrangian({"flops": 2.0}), {"steps": 9})
+
+
+def saved_search(folder: Path, steps: int = 3) -> None:
+    """Take some steps, and save the state."""
+    state = search_state()
+    for i in range(steps):
+        for parameter in state.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        state.optimizer.step()
+        entry = {"step": i + 1, "task": math.nan, "finite": True, "not_finite": [3]}
+        entry |= {"gate_temperature": 0.5, "flops": 3.0, "multiplier_flops": 0.0}
+        state.history.append(entry | {"keep": {"projector": 0.5}})
+        state.consider(1.0)
+    state.save(folder)
+
+
+def read_search(given: str, world: World) -> object:
+    folder = world.folder / "checkpoint"
+    saved_search(folder)
+    path = folder / "search.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | json.loads(f"{{{given}}}")))
+    return search_state().resume(folder)
+
+
+class Failed(Exception):
+    """A command ended with exit code 1 and a line."""
+
+
+def run_command(given: str, world: World) -> object:
+    world.model_folders  # noqa: B018 - makes the folders
+    result = CliRunner().invoke(app, shlex.split(given)[1:])
+    line, hint = result.output.strip().splitlines()
+    assert (result.exit_code, hint[:16]) == (1, "deos-fx --debug ")
+    raise Failed(line.removeprefix("Error: "))
+
+
+# *** the table ***
+
+
+class Misuse(NamedTuple):
+    """A row.
+
+    Attributes:
+        given: What was given.
+        says: What is said, or the part of it that matters.
+        error: The class of the exception.
+    """
+
+    given: str
+    says: str
+    error: type[Exception] = ValueError
+
+
+class Section(NamedTuple):
+    """Rows that are tried in the same way."""
+
+    title: str
+    words: str
+    attempt: Callable[[str, World], object]
+    rows: tuple[Misuse, ...]
+
+
+SECTIONS = (
+    Section(
+        "Policies in Python",
+        "Reductions, policies and signatures check what they are given when they are made.",
+        evaluate,
+        (
+            Misuse('Reduction("encoder.1", 18)', "no site 'encoder.1'; a site is 'projector'"),
+            Misuse('Reduction("decoder.01", 18)', "no site 'decoder.01'"),
+            Misuse('Reduction("decoder.٣", 18)', "no site 'decoder.٣'"),
+            Misuse('Reduction("vision.-1", 18)', "no site 'vision.-1'"),
+            Misuse('Reduction("projector", 0)', "keep is 0; give a count >= 1 or a fraction"),
+            Misuse('Reduction("projector", True)', "keep is True; give a count >= 1"),
+            Misuse('Reduction("projector", 1.5)', "a float is a fraction in (0, 1]"),
+            Misuse('Reduction("projector", nan)', "keep is nan; give a count >= 1"),
+            Misuse('Reduction("projector", 10**40)', "give at most 10000000 tokens"),
+            Misuse('Reduction("projector", "half")', "keep is 'half'; give a count >= 1"),
+            Misuse(
+                'Reduction("projector", 18, scores={"beauty": 1})',
+                "no scores 'beauty'; choose from last_text_attention",
+            ),
+            Misuse(
+                'Reduction("projector", 18, scores={"novelty": -1})',
+                "scores weight of novelty is -1; give a number in [0, 1e+09]",
+            ),
+            Misuse('Reduction("projector", 18, scores={"novelty": True})', "novelty is True"),
+            Misuse(
+                'Reduction("projector", 18, scores=["novelty"])',
+                "scores is ['novelty']; give a weight for each name",
+                TypeError,
+            ),
+            Misuse('Reduction("projector", 18, selector="best")', "selector is 'best'; choose"),
+            Misuse('Reduction("projector", 18, gain=1.5)', "gain is 1.5; give a number in [0, 1]"),
+            Misuse('Reduction("projector", 18, gain=True)', "gain is True; give a number"),
+            Misuse(
+                'Reduction("projector", 18, temperature=10**400)', "give a number in [0, 1e+09]"
+            ),
+            Misuse(
+                'Reduction("projector", 18, residual=1)',
+                "residual is 1; give True or False",
+                TypeError,
+            ),
+            Misuse('Reduction("projector", 18, tiers=3)', "tiers is 3; give a tuple", TypeError),
+            Misuse(
+                'Reduction("projector", 18, selector="windows")',
+                "windows needs the option 'windows'; give a value",
+            ),
+            Misuse(
+                'Reduction("projector", 18, options={"seed": 1})',
+                "no option 'seed' of top_k and its scores",
+            ),
+            Misuse(
+                'Reduction("projector", 18, weighting="raw", scores={"novelty": 1})',
+                "'novelty', which may be negative, makes only sums and no means",
+            ),
+            Misuse(
+                'Reduction("projector", 18, learned={"probe": torch.tensor([1.0, nan])})',
+                "probe holds numbers that are not finite; train it again",
+            ),
+            Misuse(
+                'Policy((Reduction("projector", 18), Reduction("projector", 9)))',
+                "two reductions at projector; a site takes one",
+            ),
+            Misuse('Policy(("projector",))', "give Reduction(site, keep)", TypeError),
+            Misuse('Policy(Reduction("projector", 18))', "give a tuple of Reductions", TypeError),
+            Misuse("Policy(name=3)", "the name of a policy is 3; give a text", TypeError),
+            Misuse('Policy(name="x" * 1001)', "has 1001 characters; give at most 1000"),
+            Misuse('Policy(model="llava")', "give a ModelSignature or None", TypeError),
+            Misuse(
+                'ModelSignature(model_type="a", vision_layers=2, decoder_layers=2, '
+                "visual_tokens=-1)",
+                "visual_tokens is -1; give a whole number",
+            ),
+            Misuse(
+                'Policy((Reduction("projector", 200),)).counts(144)',
+                "an image of this model has only 144; keep at most 144, or give a fraction",
+            ),
+            Misuse("presets.merge(keep=True)", "merge: keep is True; give a number"),
+            Misuse('presets.fastv(layer="2")', "fastv: layer is '2'; give a number"),
+            Misuse("presets.fastv(layer=-1)", "ranks by the layer before, so give at least 1"),
+        ),
+    ),
+    Section(
+        "Budgets and calls",
+        "`model` is a LLaVA, `reduced` what `transform` made of it, `inputs` a prompt with an "
+        "image.",
+        evaluate,
+        (
+            Misuse("Budget(visual_tokens=True)", "a limit is a positive number"),
+            Misuse("Budget(visual_tokens=12.5)", "for an absolute limit give the int 12"),
+            Misuse('Budget(visual_tokens="12.5%")', "visual_tokens='12.5%'; a limit is a positive"),
+            Misuse("Budget(visual_tokens=-1)", "visual_tokens=-1; a limit is a positive number"),
+            Misuse("Budget(flops=10**400)", "a limit is a positive number below 1e+30"),
+            Misuse("Budget(kv_cache=nan)", "kv_cache=nan; a limit is a positive number"),
+            Misuse("Budget().require()", "the budget has no limit; give at least one of"),
+            Misuse(
+                'transform("my-llava")',
+                "model is a str; give a transformers vision-language model",
+                TypeError,
+            ),
+            Misuse(
+                'transform(model, policy="policy.json")',
+                "policy is a str; give a Policy: Policy.load(path)",
+                TypeError,
+            ),
+            Misuse(
+                'transform(model, policy=Policy((Reduction("decoder.99", 18),)))(**inputs)',
+                "llava has 2 decoder layers; the last site is decoder.1",
+            ),
+            Misuse(
+                'transform(model, policy=Policy((Reduction("projector", 8, selector="probe"),)))'
+                "(**inputs)",
+                "works at decoder.<i> only. Choose such a site, or another selector",
+            ),
+            Misuse(
+                "transform(model, policy=Policy(), budget=Budget(flops=0.5))",
+                "Both a policy and a budget are given",
+            ),
+            Misuse("transform(model, budget=0.5)", "give for example Budget(", TypeError),
+            Misuse(
+                "transform(model, budget=Budget(visual_tokens=1000))",
+                "the model has only 64; give at most that, or a fraction",
+            ),
+            Misuse(
+                'reduced(input_ids=inputs["input_ids"])',
+                "there are no images: pass pixel_values",
+            ),
+            Misuse(
+                "reduced(**inputs, output_attentions=True)", "output_attentions is not supported"
+            ),
+            Misuse(
+                'reduced(**inputs, past_key_values="cache")',
+                "Pass None, or the cache an earlier call returned",
+            ),
+            Misuse(
+                'reduced.generate(**inputs, cache_implementation="static", max_new_tokens=1)',
+                "Leave cache_implementation out",
+            ),
+            Misuse("search(model, [], budget=Budget(flops=0.5))", "data is empty: give at least"),
+            Misuse(
+                "search(model, 3, budget=Budget(flops=0.5))",
+                "data is a int; give dicts of model inputs",
+                TypeError,
+            ),
+            Misuse("search(model, [inputs])", "Give either budget, or budgets", TypeError),
+            Misuse(
+                "search(model, [inputs], budget=Budget(flops=0.5), steps=True)",
+                "steps is True; give a whole number",
+            ),
+            Misuse(
+                'search(model, [inputs], budget=Budget(flops=0.5), seed="x")',
+                "seed is 'x'; give a whole number",
+            ),
+            Misuse(
+                'search(model, [inputs], budget=Budget(flops=0.5), sites=["decoder.99"])',
+                "No site 'decoder.99' in this model. It has vision.0",
+            ),
+            Misuse('presets.fit("best", 18, model)', "no preset 'best'; choose from fastv"),
+            Misuse('presets.fit("merge", True, model)', "budget_tokens is True; give a number"),
+            Misuse(
+                'presets.fit("merge", 18, model, visual_tokens=-1)',
+                "visual_tokens is -1; give a whole number",
+            ),
+            Misuse('export_onnx(model, "onnx")', "give what deos_fx.transform(model)", TypeError),
+            Misuse('export_onnx(reduced, "onnx", device="tpu")', "give 'cpu' or 'cuda'"),
+            Misuse(
+                'ReducedModel.from_pretrained("nowhere")',
+                "nowhere is not a saved reduced model: there is no such folder",
+            ),
+            Misuse(
+                'OnnxModel.from_pretrained("nowhere")',
+                "it is not a folder that deos_fx.export_onnx wrote",
+                FileNotFoundError,
+            ),
+            Misuse('Policy.load("nowhere.json")', "nowhere.json", FileNotFoundError),
+        ),
+    ),
+    Section(
+        "A policy file",
+        "What `Policy.load` says of a file with this content. Every message begins with the name "
+        "of the file; the schema is [policy.json](schemas/policy.json).",
+        read_policy,
+        (
+            Misuse("'{'", "policy.json is not a policy file: not JSON: Expecting property name"),
+            Misuse("b'\\xff\\xfe'", "'utf-8' codec can't decode byte 0xff in position 0"),
+            Misuse("'[' * 100_000", "lists and objects are nested more than 32 deep"),
+            Misuse("'[' * 40 + ']' * 40", "lists and objects are nested more than 32 deep"),
+            Misuse("' ' * 2_000_000", "it has more than 1048576 bytes"),
+            Misuse("'[]'", 'it does not say "deos_fx": "policy"'),
+            Misuse(
+                """'{"deos_fx": "policy", "version": 2}'""",
+                "it has version 2, and this release reads version 1",
+            ),
+            Misuse("""'{"deos_fx": "policy", "version": true}'""", "it has version True"),
+            Misuse("""'{"deos_fx": "policy", "version": 1}'""", "it lacks the field 'reductions'"),
+            Misuse(
+                """'{"deos_fx": "policy", "version": 1, "version": 1, "reductions": []}'""",
+                "the name 'version' is given twice",
+            ),
+            Misuse(
+                """'{"deos_fx": "policy", "version": 1, "reductions": [], "budget": 18}'""",
+                "it has no field 'budget'; the fields are deos_fx, version, name, model",
+            ),
+            Misuse(
+                """'{"deos_fx": "policy", "version": 1, "reductions": {}}'""",
+                "reductions is {}; it should be a valid list",
+            ),
+            Misuse(
+                """'{"deos_fx": "policy", "version": 1, "reductions": [], "learned": "x"}'""",
+                "learned is 'x'; it should match pattern",
+            ),
+            Misuse(
+                """'{"deos_fx": "policy", "version": 1, "reductions": [], "model": {}}'""",
+                "model lacks the field 'model_type'",
+            ),
+        ),
+    ),
+    Section(
+        "A reduction in a policy file",
+        "The same, for an entry of `reductions`.",
+        read_reduction,
+        (
+            Misuse('"projector"', "reductions[0] is 'projector'; it should be a valid dictionary"),
+            Misuse('{"site": "projector"}', "reductions[0] lacks the field 'keep'"),
+            Misuse('{"site": "decoder.01", "keep": 18}', "reductions[0].site is 'decoder.01'; it"),
+            Misuse('{"site": "decoder.٣", "keep": 18}', "site is 'decoder.٣'; it should match"),
+            Misuse(
+                '{"site": "projector", "keep": true}',
+                "reductions[0].keep is True; it should be a valid integer, or be a valid number",
+            ),
+            Misuse('{"site": "projector", "keep": 1e9}', "keep is 1000000000.0; it should be"),
+            Misuse(
+                '{"site": "projector", "keep": 18, "gian": 1}',
+                "reductions[0] has no field 'gian'; the fields are site, keep, scores",
+            ),
+            Misuse(
+                '{"site": "projector", "keep": 18, "gain": NaN}',
+                "reductions[0].gain is nan; it should be a finite number",
+            ),
+            Misuse(
+                '{"site": "projector", "keep": 18, "gain": "1"}',
+                "reductions[0].gain is '1'; it should be a valid number",
+            ),
+            Misuse(
+                '{"site": "projector", "keep": 18, "residual": 1}',
+                "reductions[0].residual is 1; it should be a valid boolean",
+            ),
+            Misuse(
+                '{"site": "projector", "keep": 18, "scores": {"novelty": -1}}',
+                "scores.novelty is -1; it should be greater than or equal to 0",
+            ),
+            Misuse(
+                '{"site": "projector", "keep": 18, "temperature": "hot"}',
+                "temperature is 'hot'; it should be a valid number, or be 'inf'",
+            ),
+            Misuse(
+                '{"site": "projector", "keep": 18, "tiers": [{"selector": "top_k"}]}',
+                "reductions[0].tiers[0] lacks the field 'keep'",
+            ),
+            Misuse(
+                '{"site": "projector", "keep": 18, "selector": "best"}',
+                "projector: selector is 'best'; choose from top_k",
+            ),
+            Misuse(
+                '{"site": "projector", "keep": 18, '
+                '"learned": {"probe": {"shape": [4], "dtype": "load"}}}',
+                "reductions[0].learned.probe.dtype is 'load'; it should be 'float32'",
+            ),
+        ),
+    ),
+    Section(
+        "The learned parts beside a policy",
+        "A policy with a probe of four numbers, whose `policy.safetensors` holds this.",
+        read_learned,
+        (
+            Misuse("b'no tensors'", "policy.safetensors is damaged"),
+            Misuse("None", "read a policy with Policy.load, beside its .safetensors file"),
+            Misuse(
+                "{'projector/probe': torch.ones(4)}",
+                "not those that the policy was written with (their hash differs)",
+            ),
+            Misuse("{'projector/probe': torch.ones(5)}", "which are not those of the policy"),
+            Misuse(
+                "{'projector/probe': torch.full((4,), torch.nan)}", "numbers that are not finite"
+            ),
+            Misuse(
+                "{'projector/probe': torch.arange(4.0), 'more': torch.ones(1)}",
+                "there are learned parts that it does not name: 'more'",
+            ),
+        ),
+    ),
+    Section(
+        "The manifest of an export",
+        "What `OnnxModel.from_pretrained` says of a `deos_fx.json` with this entry in place of "
+        "the right one; the schema is [onnx.json](schemas/onnx.json).",
+        read_export,
+        (
+            Misuse('"deos_fx": "policy"', 'it does not say "deos_fx": "onnx"'),
+            Misuse('"version": 99', f"reads version {VERSION}. Export the model again"),
+            Misuse('"graphs": []', "graphs is []; it should have at least 3 items"),
+            Misuse('"graphs": ["prefill", "decode", "decode"]', "should name each of"),
+            Misuse(
+                '"graphs": ["prefill", "decode", "../elsewhere"]',
+                "graphs[2] is '../elsewhere'; it should be 'prefill', 'decode', 'extend'",
+            ),
+            Misuse('"graph": ["prefill"]', "it has no field 'graph'; the fields are"),
+            Misuse('"dtype": "load"', "dtype is 'load'; it should be 'float64', 'float32'"),
+            Misuse(
+                '"coordinates": 1000000000',
+                "coordinates is 1000000000; it should be less than or equal to 8",
+            ),
+            Misuse('"coordinates": true', "coordinates is True; it should be a valid integer"),
+            Misuse('"image_token": -1', "image_token is -1; it should be greater than or equal"),
+            Misuse('"image_tokens": 64.0', "image_tokens is 64.0; it should be a valid integer"),
+            Misuse('"pixels": [1, 3, "32", 32]', "pixels[2] is '32'; it should be a valid integer"),
+            Misuse(
+                '"spaces": [{"first": 2}]', "spaces[0] has no field 'first'; the fields are first_l"
+            ),
+            Misuse(
+                '"spaces": [{"first_layer": 9, "position": "keep", "biased": false, "dropped": 4}]',
+                "there are 4 layers and 64 image tokens",
+            ),
+        ),
+    ),
+    Section(
+        "The state of a search",
+        "What `search(checkpoint=...)` says of a `search.json` of three steps with this entry in "
+        "place of the right one; the schema is [search.json](schemas/search.json).",
+        read_search,
+        (
+            Misuse('"tensors": "../step-3.safetensors"', "tensors is '../step-3.safetensors'; it"),
+            Misuse('"history": []', "its history has 0 steps, but its tensors are step-3"),
+            Misuse('"history": [{"step": 1}]', "history[0] lacks the field 'task'"),
+            Misuse('"multipliers": {"flops": NaN}', "multipliers.flops is nan; it should be a fi"),
+            Misuse('"multipliers": {"flops": -1.0}', "a multiplier is negative"),
+            Misuse('"best_step": true', "best_step is True; it should be a valid integer"),
+            Misuse('"best_step": 4', "its best loss is that of step 4"),
+            Misuse('"settings": {"steps": 10}', "holds another search"),
+        ),
+    ),
+    Section(
+        "The command line",
+        "Every command prints one line and ends with exit code 1. `my-llava` is whole, the other "
+        "folders hold what their names say.",
+        run_command,
+        tuple(
+            Misuse(given, says, Failed)
+            for given, says in (
+                ("deos-fx presets best", "no preset 'best'; choose from"),
+                ("deos-fx inspect nowhere", "there is no folder nowhere"),
+                ("deos-fx inspect deep", "deep cannot be loaded (RecursionError"),
+                ("deos-fx inspect listed", "listed"),
+                (
+                    "deos-fx inspect my-llava --policy bad.json",
+                    "bad.json is not a policy file: reductions[0] lacks the field 'keep'",
+                ),
+                ("deos-fx inspect my-llava --policy nowhere.json", "nowhere.json"),
+                (
+                    "deos-fx inspect my-llava --policy bad.json --preset merge",
+                    "--policy says where to keep how much; give it without the others",
+                ),
+                ("deos-fx inspect my-llava --budget 18", "give --preset as well"),
+                ("deos-fx inspect my-llava --preset merge --budget 1000", "has only 64"),
+                ("deos-fx transform damaged out", "damaged cannot be loaded (SafetensorError"),
+                ("deos-fx transform pickled out", "pickled cannot be loaded (UnpicklingError"),
+                ("deos-fx search my-llava --data nowhere.jsonl", "nowhere.jsonl"),
+            )
+        ),
+    ),
+)
+
+
+def rows() -> list[tuple[Section, Misuse]]:
+    """Return every row with its section."""
+    return [(section, row) for section in SECTIONS for row in section.rows]
+
+
+def page() -> str:
+    """Write the table as a page of the documentation."""
+    lines = [
+        "# What is said of misuse",
+        "",
+        "Mistakes in arguments, and files that are damaged or not ours, are refused with a message "
+        "that says what was given, what was expected and what to do. This page is written by "
+        "`tests/misuse.py`, whose rows a test tries.",
+        "",
+    ]
+    for section in SECTIONS:
+        lines += [f"## {section.title}", "", section.words, ""]
+        lines += ["| given | raised | says |", "| --- | --- | --- |"]
+        for row in section.rows:
+            raised = "exit code 1" if row.error is Failed else f"`{row.error.__name__}`"
+            given, says = (text.replace("|", "\\|") for text in (row.given, row.says))
+            lines.append(f"| `{given}` | {raised} | {says} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

@@ -1,0 +1,132 @@
+"""The folder of a search's steps: whatever was changed in it, a search does not go on from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from misuse import saved_search, search_state
+from safetensors.torch import load_file, save_file
+
+from deos_fx.passes.search.schema import SearchFile, StepEntry
+
+COSTS = ("visual_tokens", "flops", "kv_cache", "latency_ms")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    saved_search(tmp_path)
+    return tmp_path
+
+
+def test_every_record_of_a_step_is_read_back(folder: Path) -> None:
+    again = search_state()
+    again.resume(folder)
+    assert again.step == 3
+    record = json.loads((folder / "search.json").read_text())
+    # In the order in which it was written, so that a search that goes on reports the same.
+    assert json.dumps(again.history) == json.dumps(record["history"])
+
+
+def test_the_schema_knows_every_cost() -> None:
+    assert {name for name in COSTS} | {f"multiplier_{name}" for name in COSTS} < {
+        *StepEntry.model_fields
+    }
+    assert "tensors" in SearchFile.model_fields
+
+
+def last(record: Any) -> Any:
+    return record["history"][-1]
+
+
+RECORDS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "a shortened history": (lambda r: r["history"].pop(), "history has 2 steps, but its tensors"),
+    "a history with a gap": (lambda r: r["history"].pop(0), "not those from 1 to 2"),
+    "a shorter history, renamed": (
+        lambda r: (r["history"].pop(), r.update(tensors="step-2.safetensors")),
+        "2 steps, and its optimizer",
+    ),
+    "a step that counts as none": (lambda r: last(r).update(finite=False), "2 steps, and its opt"),
+    "a multiplier of NaN": (
+        lambda r: r["multipliers"].update(flops=float("nan")),
+        "multipliers.flops is nan; it should be a finite number",
+    ),
+    "a negative multiplier": (lambda r: r["multipliers"].update(flops=-1.0), "is negative"),
+    "another multiplier": (lambda r: r.update(multipliers={"speed": 0.0}), "those of speed"),
+    "a folder above": (lambda r: r.update(tensors="../step-3.safetensors"), "match pattern"),
+    "an absolute path": (lambda r: r.update(tensors="/etc/passwd"), "match pattern"),
+    "a flag as a number": (lambda r: r.update(best_step=True), "best_step is True"),
+    "a best step to come": (lambda r: r.update(best_step=4), "that of step 4"),
+    "a misspelt field": (lambda r: last(r).update(taks=1.0), "has no field 'taks'"),
+    "a field less": (lambda r: last(r).pop("keep"), r"history\[2\] lacks the field 'keep'"),
+    "a text as a loss": (lambda r: last(r).update(task="low"), "task is 'low'"),
+    "no history": (lambda r: r.update(history={}), "should be a valid list"),
+    "another version": (lambda r: r.update(version=1), "version 1, and this release reads"),
+    "a flag as a version": (lambda r: r.update(version=True), "version True"),
+    "something else": (lambda r: r.update(deos_fx="onnx"), 'does not say "deos_fx": "search"'),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_changed_records_are_refused(folder: Path, name: str) -> None:
+    change, message = RECORDS[name]
+    path = folder / "search.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    if "renamed" in name:
+        (folder / "step-3.safetensors").rename(folder / record["tensors"])
+    with pytest.raises(ValueError, match=rf"search\.json .*{message}"):
+        search_state().resume(folder)
+
+
+TENSORS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "NaN": (lambda t: next(iter(t.values())).fill_(torch.nan), "not finite"),
+    "one less": (lambda t: t.pop(min(name for name in t if name[0] == "n")), "lacks"),
+    "one more": (lambda t: t.update({"now/extra": torch.zeros(1)}), "has 'extra'"),
+    "another shape": (lambda t: t.update({"adam/0/exp_avg": torch.zeros(7)}), "of shape \\(7,\\)"),
+    "another moment": (lambda t: t.update({"adam/0/more": torch.zeros(1)}), "has '0/more'"),
+    "no moments": (
+        lambda t: [t.pop(name) for name in [*t] if name.startswith("adam/")],
+        r"3 steps, and its optimizer \[\]",
+    ),
+    "a number of another type": (
+        lambda t: t.update({"adam/0/exp_avg": t["adam/0/exp_avg"].double()}),
+        "float64",
+    ),
+    "moments of some parameters": (
+        lambda t: [t.pop(name) for name in [*t] if name.startswith("adam/0/")],
+        "3 steps, and its optimizer",
+    ),
+    "several counts": (lambda t: t.update({"adam/0/step": torch.ones(2)}), "and its optimizer"),
+    "an unknown prefix": (lambda t: t.update({"later/x": torch.zeros(1)}), "tensor 'later/x'"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_changed_tensors_are_refused(folder: Path, name: str) -> None:
+    change, message = TENSORS[name]
+    path = folder / "step-3.safetensors"
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path)
+    untouched = search_state()
+    before = {name: value.clone() for name, value in untouched.reductions.state_dict().items()}
+    with pytest.raises(ValueError, match=f"search.json does not go with its tensors: .*{message}"):
+        untouched.resume(folder)
+    after = untouched.reductions.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_damaged_tensors_are_named(folder: Path) -> None:
+    path = folder / "step-3.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"step-3\.safetensors is damaged"):
+        search_state().resume(folder)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"step-3\.safetensors"):
+        search_state().resume(folder)
