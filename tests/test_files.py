@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -134,16 +135,55 @@ def test_a_folder_in_a_folder_says_of_itself_that_it_is_incomplete(tmp_path: Pat
     assert names == ["in", *sorted(f"in/{name}" for name in ("a", "b", "c", RECORD)), "page"]
 
 
+@pytest.mark.parametrize("error", [OSError("in use"), KeyboardInterrupt()])
+def test_a_failure_between_two_files_leaves_the_old_state(
+    error: BaseException, tmp_path: Path
+) -> None:
+    for name in ("in/a", "in/gone", "user"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("user")
+    write_whole(tmp_path, "old", ("a", "b", "many-1"))
+    before, replace, failed = contents(tmp_path), os.replace, True
+    failing = 0
+    while failed:
+        left, failed = failing, False
+
+        def replace_or_fail(source: Path, place: Path) -> None:
+            nonlocal left, failed
+            left -= 1
+            if left == -1:
+                failed = True
+                raise error
+            replace(source, place)
+
+        with pytest.MonkeyPatch.context() as patch, suppress(type(error)):
+            patch.setattr(os, "replace", replace_or_fail)
+            with fresh_folder(tmp_path, FILES, whole=True) as folder:
+                (folder / "in").mkdir()
+                for name in ("a", "c", "in/a", "in/new"):
+                    (folder / name).write_text("new")
+                write_record(folder, {})
+        assert (contents(tmp_path) == before) == failed
+        assert not [*tmp_path.rglob(".*")]
+        failing += 1
+    assert failing > 8
+    verify(tmp_path, record_of(tmp_path))
+    found = {name: data for name, data in contents(tmp_path).items() if name != RECORD}
+    assert found == dict.fromkeys(("a", "c", "in/a", "in/new"), b"new") | dict.fromkeys(
+        ("in/gone", "user"), b"user"
+    )
+
+
 def test_a_real_kill_leaves_a_hidden_folder_that_the_next_write_removes(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from deos_fx.files import fresh_folder\n"
+        "import os, sys; from deos_fx.files import fresh_folder\n"
         "with fresh_folder(sys.argv[1]) as folder:\n"
-        "    (folder / 'half').write_text('half'); os.abort()"
+        "    (folder / 'half').write_text('half'); os._exit(9)"
     )
     # The first is killed before its target exists, the second when it does.
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")])
-        assert done.returncode != 0
+        assert done.returncode == 9
         assert len([*tmp_path.rglob("half")]) == 1
         (tmp_path / "out").mkdir(exist_ok=True)
     with fresh_folder(tmp_path / "out"):

@@ -50,7 +50,7 @@ def check_contents(folder: Path, console: Console) -> bool:
     for name in files_in(folder):
         if name not in found:
             size = (folder / name).stat().st_size
-            table.add_row(Text(name), f"{size:,}", Text("not of this model", "dim"))
+            table.add_row(Text(name), f"{size:,}", Text("not in the record", "dim"))
     console.print(table)
     return not any(found.values())
 

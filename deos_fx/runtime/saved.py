@@ -25,9 +25,10 @@ from deos_fx.contents import (
     verify,
     write_record,
 )
-from deos_fx.files import disk_errors, fresh_folder, matching
+from deos_fx.files import disk_errors, fresh_folder
 from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
+from deos_fx.publish import matching
 from deos_fx.reading import as_record, blaming
 from deos_fx.version import __version__
 

@@ -40,7 +40,7 @@ def test_a_whole_folder(folder: Path) -> None:
     lines = {line.split()[0]: line for line in run("check", folder).splitlines()}
     for name in ("config.json", "generation_config.json", "model.safetensors", "policy.json"):
         assert lines[name].split()[-1] == "ok"
-    assert lines["notes.txt"].strip().endswith("not of this model")
+    assert lines["notes.txt"].strip().endswith("not in the record")
     assert f"{(folder / 'model.safetensors').stat().st_size:,}" in lines["model.safetensors"]
 
 

@@ -61,9 +61,8 @@ def test_a_killed_search_goes_on_where_it_was(
     process = searches.start(searches.killed_search, tmp_path, stage, step)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    # A kill in the middle of writing leaves a part of a file.
-    (tmp_path / "steps").mkdir(exist_ok=True)
-    (tmp_path / "steps" / "step-2.safetensorsabc.part").touch()
+    # A kill in the middle of writing leaves a hidden folder.
+    (tmp_path / "steps" / ".deos-fx-12345678").mkdir(parents=True)
     stages: list[str] = []
     found = short_search(checkpoint=tmp_path, progress=lambda now, *_: stages.append(now))
     assert summary(found) == whole
