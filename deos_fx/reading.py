@@ -250,7 +250,7 @@ def _faults(schema: type[BaseModel], data: object, errors: Sequence[Any]) -> Ite
             given = reprlib.repr(error["loc"][-1])
             yield f"{parent or 'it'} has no field {given}; the fields are {known}"
         elif error["type"] == "value_error":
-            yield f"{place or 'it'}: {error['ctx']['error']}"
+            yield f"{place}: {error['ctx']['error']}".removeprefix(": ")
         else:
             expected = re.sub("^[A-Z][a-z]+ should ", "", error["msg"])
             places.setdefault(place, (value, []))[1].append(expected)

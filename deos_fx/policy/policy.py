@@ -34,7 +34,7 @@ class ModelSignature:
         visual_tokens: Number of visual tokens of an image; 0 if it depends on the image's size.
 
     Raises:
-        ValueError: On construction, if a number is none, or negative.
+        ValueError: On construction, if a number is negative, or something else.
         TypeError: If `model_type` is not a text.
     """
 
@@ -80,7 +80,8 @@ class Policy:
             raise TypeError(f"model is {self.model!r}; give a ModelSignature or None")
         if not isinstance(self.reductions, Iterable) or isinstance(self.reductions, str):
             raise TypeError(f"reductions is {self.reductions!r}; give a tuple of Reductions")
-        for reduction in (given := tuple(self.reductions)):
+        given = tuple(self.reductions)
+        for reduction in given:
             if not isinstance(reduction, Reduction):
                 raise TypeError(f"reductions has {reduction!r}; give Reduction(site, keep)")
         # Sorted, so that the order in which reductions are written makes no other policy.

@@ -33,7 +33,7 @@ def _range(name: str) -> Any:
 
 
 def _one_of(names: Any) -> Any:
-    """Publish the choices of a name, which a reduction checks."""
+    """Publish the choices of a name, which a reduction checks in its own words."""
     return Field(json_schema_extra={"enum": list(names)})
 
 
@@ -68,7 +68,7 @@ class LearnedEntry(Strict):
 class ReductionEntry(Strict):
     """A reduction; the fields are those of `deos_fx.Reduction`."""
 
-    site: Annotated[str, Field(pattern=SITE)]
+    site: Annotated[Text, Field(json_schema_extra={"pattern": SITE})]
     keep: Keep
     scores: Weights = {}
     selector: Text = "top_k"

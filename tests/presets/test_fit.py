@@ -289,7 +289,6 @@ def test_fit_refuses() -> None:
     model = shared_llava()
     with pytest.raises(ValueError, match="no preset 'best'; choose from fastv, pyramid_drop"):
         presets.fit("best", 18, model)
-    with pytest.raises(ValueError, match="at least 1"):
-        presets.fit("merge", 0.125, model)
-    with pytest.raises(ValueError, match="at least 1"):
-        presets.fit("merge", math.nan, model)
+    for budget in (0.125, math.nan, True, "18"):
+        with pytest.raises(ValueError, match=f"budget_tokens is {budget!r}; give a number in"):
+            presets.fit("merge", budget, model)  # type: ignore[arg-type]
