@@ -24,10 +24,18 @@ from transformers import DynamicCache
 
 from deos_fx.cost.twin import WholeNumbers, count_flops, twin_of
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import features_of
+from deos_fx.models.families import PER_LAYER, features_of
 from deos_fx.models.upstream import CACHE
 
-__all__ = ["DecoderCost", "EncoderCost", "LayerCost", "measure_decoder", "measure_encoder"]
+__all__ = [
+    "DecoderCost",
+    "EncoderCost",
+    "LayerCost",
+    "counting",
+    "measure_decoder",
+    "measure_encoder",
+    "once",
+]
 
 T = TypeVar("T")
 
@@ -106,7 +114,7 @@ def measure_decoder(facts: ModelFacts) -> DecoderCost:
     Args:
         facts: The facts of the model.
     """
-    return _once(facts, "decoder", lambda: _decoder(facts))
+    return once(facts, "decoder", lambda: _decoder(facts))
 
 
 def measure_encoder(
@@ -128,10 +136,17 @@ def measure_encoder(
     if inputs is not None:
         return _encoder(facts, inputs, encode)
     given = {"pixel_values": facts.image()}
-    return _once(facts, "encoder", lambda: _encoder(facts, given, encode))
+    return once(facts, "encoder", lambda: _encoder(facts, given, encode))
 
 
-def _once(facts: ModelFacts, what: str, measure: Callable[[], T]) -> T:
+def once(facts: ModelFacts, what: str, measure: Callable[[], T]) -> T:
+    """Return what was measured of a model before, or measure it now.
+
+    Args:
+        facts: The facts of the model.
+        what: Name of what is measured.
+        measure: Measures it.
+    """
     known = _KNOWN.setdefault(facts, {})
     # The key changes if the model is converted or quantised.
     weights = sum(weight.numel() for weight in facts.model.parameters())
@@ -198,10 +213,14 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     # Embeddings go in, so that token ids with a meaning (images) cannot matter.
     hidden = torch.empty(1, length, config.hidden_size, dtype=twin.dtype, device="meta")
     cache = DynamicCache(config=config)
-    with _counting() as counter, torch.no_grad():
+    given = {"inputs_embeds": hidden, CACHE: cache}
+    if width := getattr(config, "hidden_size_per_layer_input", 0):
+        # Case: a decoder that would look up further inputs by token ids, which is no product.
+        given[PER_LAYER] = hidden.new_empty(1, length, len(paths), width)
+    with counting() as counter, torch.no_grad():
         flops = _watch(counter, [twin.get_submodule(path) for path in paths])
-        twin.get_decoder()(inputs_embeds=hidden, use_cache=True, **{CACHE: cache})
-    with _counting() as of_head, torch.no_grad():
+        twin.get_decoder()(use_cache=True, **given)
+    with counting() as of_head, torch.no_grad():
         twin.get_output_embeddings()(hidden)
     held = [_held(layer) for layer in cache.layers]
     # The last layers may share the keys of earlier ones and hold none.
@@ -250,7 +269,7 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
         name: x.cpu() if isinstance(x, Tensor) and not x.is_meta else x
         for name, x in inputs.items()
     }
-    with _counting() as counter, torch.enable_grad():
+    with counting() as counter, torch.enable_grad():
         counts = _watch(counter, units)
         products = _watch(counter, blocks, _PRODUCTS)
         try:
@@ -332,12 +351,13 @@ def _watch(
     return flops
 
 
-# The setting of torch that `_counting` patches is global to the process.
+# The setting of torch that `counting` patches is global to the process.
 _COUNTING = threading.RLock()
 
 
 @contextmanager
-def _counting() -> Iterator[FlopCounterMode]:
+def counting() -> Iterator[FlopCounterMode]:
+    """Run code of a twin, and count its FLOPs."""
     # On meta, assume that a mask selects every element: the largest possible result.
     whole = cast(Any, fx_config).patch(meta_nonzero_assume_all_nonzero=True)
     with _COUNTING, whole, WholeNumbers(), count_flops() as counter:

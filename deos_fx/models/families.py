@@ -17,6 +17,7 @@ __all__ = [
     "FORMER_IMAGES",
     "IMAGE_TOKENS",
     "PATCH_NUMBERS",
+    "PER_LAYER",
     "PIXELS",
     "SHORTCUTS",
     "VIDEO_TOKENS",
@@ -42,6 +43,11 @@ SHORTCUTS = {"_maybe_slice_kv_shared_inputs": 4}
 
 While capturing they are replaced by the identity. gemma4, gemma4_unified."""
 
+
+PER_LAYER = "per_layer_inputs"
+"""Input of a decoder that it would look up by token ids otherwise, [B, N, layers, d]: gemma4.
+
+Its width is the entry `hidden_size_per_layer_input` of the config of the text."""
 
 COORDINATES = "get_rope_index"
 """Method of a model's core that gives each token a position of several coordinates (mRoPE)."""
