@@ -17,6 +17,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 from deos_fx.presets import decoder, projector, tower
+from deos_fx.presets.needs import ATTENTION, BLOCKS, PLACES, TOWER, WINDOWS, Need
 from deos_fx.presets.shape import Shape
 
 __all__ = ["RULES", "Option", "Rule"]
@@ -45,44 +46,6 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a method needs of a model.
-
-    Attributes:
-        met: Whether a model has it.
-        lacking: Says what a model lacks that does not have it.
-    """
-
-    met: Callable[[Shape], bool]
-    lacking: str
-
-
-TOWER = Need(
-    lambda shape: shape.used_blocks > 0,
-    "it reads the attention of the vision tower, and in this model a visual token is not one patch "
-    "of the tower, or the encoder reads the sizes of images",
-)
-BLOCKS = Need(
-    lambda shape: shape.tower_sites > 0,
-    "it reduces after blocks of the vision tower, and this model's features are read from its first "
-    "block as well",
-)
-ATTENTION = Need(
-    lambda shape: any(i not in shape.silent for i in range(shape.decoder_sites)),
-    "it reads the attention of decoder layers, and no layer with a site has any",
-)
-PLACES = Need(
-    lambda shape: shape.placed,
-    "it needs rows and columns of the visual tokens, which are not known for this model's images",
-)
-WINDOWS = Need(
-    lambda shape: 1 not in shape.grid or shape.visual_tokens == 1,
-    "it needs a grid of visual tokens, and these are no square, or their rows and columns are not "
-    "known",
-)
-
-
-@dataclass(frozen=True)
 class Rule:
     """How a preset is fitted.
 
@@ -92,8 +55,7 @@ class Rule:
         options: Returns the options for a model.
         moves: The option that says where the first reduction is, if the budget may ask for an
             earlier place.
-        needs: What it needs of a model: `TOWER`, `BLOCKS`, `ATTENTION`,
-            `PLACES` or `WINDOWS`.
+        needs: What it needs of a model.
         nearest: Presets that come nearest to it, for models that lack what it needs.
     """
 

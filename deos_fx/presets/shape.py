@@ -119,7 +119,7 @@ class Shape:
         """Return the number of layers before the nearest site whose layer attends.
 
         Args:
-            before: The number of layers that is wanted; of two that are as near, the lower is taken.
+            before: The number of layers that is wanted; of two as near, the lower is taken.
             following: Whether the layer after the site is to attend, and not the one before it.
 
         Raises:

@@ -77,8 +77,8 @@ def check_reduction(
     # 6. The layer attends. With a mask of padding alone, it is a convolution or keeps a state.
     if hidden_from and isinstance(mask, fx.Node) and note_of(mask).padding:
         raise ValueError(
-            f"{seen.name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use scores and "
-            "similarities of the hidden states themselves, or another site."
+            f"{seen.name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use scores "
+            "and similarities of the hidden states themselves, or another site."
         )
     # 7. The rule for positions fits the images, and the positions of this model.
     if reduction.position == "grid" and layout.grids:
