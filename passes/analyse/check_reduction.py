@@ -77,8 +77,8 @@ def check_reduction(
     # 6. The layer attends. With a mask of padding alone, it is a convolution or keeps a state.
     if hidden_from and isinstance(mask, fx.Node) and note_of(mask).padding:
         raise ValueError(
-            f"{seen.name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use scores "
-            "and similarities of the hidden states themselves, or another site."
+            f"{seen.name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use "
+            "scores and similarities of the hidden states themselves, or another site."
         )
     # 7. The rule for positions fits the images, and the positions of this model.
     if reduction.position == "grid" and layout.grids:
@@ -98,12 +98,9 @@ def check_reduction(
 
 def _observed(reduction: Reduction) -> str:
     """Return the site after the decoder layer whose attention a reduction reads."""
-    layer = split_site(reduction.site)[1]
-    return (
-        f"decoder.{layer + 1}"
-        if reduction.observe == "next"
-        else reduction.observe or reduction.site
-    )
+    if reduction.observe == "next":
+        return f"decoder.{split_site(reduction.site)[1] + 1}"
+    return reduction.observe or reduction.site
 
 
 def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> None:
