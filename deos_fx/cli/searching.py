@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from deos_fx.cli.loading import DEFAULT_LIMIT
+from deos_fx.cli.limits import DEFAULT_LIMIT
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +44,14 @@ def limits_of(tokens: Sequence[int | float] | None, *others: Any) -> dict[str, A
 
 
 @contextmanager
-def search_processes(output: Path) -> Iterator[tuple[Path | None, torch.device | None, Console]]:
+def search_processes(
+    output: Path, console: Console
+) -> Iterator[tuple[Path | None, torch.device | None, Console]]:
     """Join the processes of ``accelerate launch``, if it has started this one.
 
     Args:
         output: The folder of the results.
+        console: Where the main process reports.
 
     Yields:
         A folder for the results in the main process, None in others; the device of this process,
@@ -58,7 +61,7 @@ def search_processes(output: Path) -> Iterator[tuple[Path | None, torch.device |
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         with fresh_folder(output) as folder:
-            yield folder, None, Console()
+            yield folder, None, console
         return
     # Case: one of several processes.
     from accelerate import PartialState
@@ -67,7 +70,7 @@ def search_processes(output: Path) -> Iterator[tuple[Path | None, torch.device |
     try:
         if state.is_main_process:
             with fresh_folder(output) as folder:
-                yield folder, state.device, Console()
+                yield folder, state.device, console
         else:
             yield None, state.device, Console(quiet=True)
     finally:
