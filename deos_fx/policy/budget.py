@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+from deos_fx.policy.shares import told_apart
+
 __all__ = ["Budget", "check_budget"]
 
 
@@ -46,6 +48,15 @@ class Budget:
             value = getattr(self, item.name)
             if value is not None:
                 _check_limit(item.name, value)
+
+    def __eq__(self, other: object) -> bool:
+        # A share and a number are two amounts, though 1.0 == 1.
+        if not isinstance(other, Budget):
+            return NotImplemented
+        return told_apart(self) == told_apart(other)
+
+    def __hash__(self) -> int:
+        return hash(told_apart(self))
 
     @property
     def is_empty(self) -> bool:

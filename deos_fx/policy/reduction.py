@@ -14,6 +14,7 @@ from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.checks import check_together
 from deos_fx.policy.learned import Learned
+from deos_fx.policy.shares import read_keep, told_apart, write_keep
 from deos_fx.policy.site import split_site
 from deos_fx.policy.tier import (
     DIVERSITY,
@@ -296,9 +297,9 @@ class Reduction:
 
         Of learned parts, only shapes and dtypes are among them.
         """
-        given = given_fields(self)
+        given = write_keep(given_fields(self))
         if self.tiers:
-            given["tiers"] = [given_fields(tier) for tier in self.tiers]
+            given["tiers"] = [write_keep(given_fields(tier)) for tier in self.tiers]
         # JSON has no infinity, so `from_dict` reads it as a word.
         given |= {"temperature": "inf"} if self.temperature == math.inf else {}
         # Tensors are in a file of their own: the policy's.
@@ -318,7 +319,7 @@ class Reduction:
             ValueError: If a field is missing, unknown or out of range, or learned parts are not
                 those that the fields name.
         """
-        values = dict(values)
+        values = read_keep(values, "a reduction")
         learned = Learned(tensors or {})
         if values.pop("learned", {}) != learned.summary():
             raise ValueError(
@@ -332,10 +333,20 @@ class Reduction:
         given = values.pop("tiers", ())
         if not isinstance(given, list | tuple) or not all(isinstance(x, Mapping) for x in given):
             raise ValueError(f"tiers is {given!r}; give a list of objects with named fields")
-        for tier in given:
+        for tier in (read_keep(one, "a tier") for one in given):
             check_fields(tier, {item.name for item in fields(Tier)}, {"keep"}, "a tier")
             tiers.append(Tier(**tier))
         return cls(**values, tiers=tuple(tiers), learned=learned)
+
+    def __eq__(self, other: object) -> bool:
+        # A share and a number are two amounts, though 1.0 == 1.
+        if not isinstance(other, Reduction):
+            return NotImplemented
+        return told_apart(self) == told_apart(other)
+
+    def __hash__(self) -> int:
+        # Its other fields may be dicts, which have no hash.
+        return hash((self.site, isinstance(self.keep, float), self.keep, self.tiers))
 
     def __repr__(self) -> str:
         given = given_fields(self) | ({"tiers": self.tiers} if self.tiers else {})
