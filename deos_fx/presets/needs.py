@@ -34,7 +34,7 @@ BLOCKS = Need(
     "first of them as well",
 )
 ATTENTION = Need(
-    lambda shape: any(i not in shape.silent for i in range(shape.decoder_sites)),
+    lambda shape: any(i not in shape.without_attention for i in range(shape.decoder_sites)),
     "it reads the attention of decoder layers, and no layer with a site has any",
 )
 PLACES = Need(

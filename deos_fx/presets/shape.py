@@ -32,7 +32,8 @@ class Shape:
         visual_tokens: Visual tokens of an image.
         grid: Rows and columns of these tokens; one row if they form no square.
         placed: Whether rows and columns are known, where the size of an image decides them.
-        silent: Decoder layers that attend to nothing: convolutions, and layers that keep a state.
+        without_attention: Decoder layers that do not attend: convolutions, and layers that keep a
+            state.
         shared_from: The first decoder layer whose keys a layer after the next attends to, too: it
         shared_from: The first decoder layer whose keys later layers attend to as well; it and those
             after it have no sites. None where every layer has keys of its own.
@@ -49,7 +50,7 @@ class Shape:
     visual_tokens: int
     grid: tuple[int, int]
     placed: bool = True
-    silent: frozenset[int] = frozenset()
+    without_attention: frozenset[int] = frozenset()
     shared_from: int | None = None
     vision_blocks: int = 0
     used_blocks: int = 0
@@ -92,11 +93,7 @@ class Shape:
             visual_tokens=count,
             grid=grid,
             placed=not facts.sizes_vary or 1 not in grid or count == 1,
-            silent=frozenset(
-                i
-                for i, layer in enumerate(layers)
-                if not layer.key_heads and not _borrows_keys(layer)
-            ),
+            without_attention=frozenset(i for i, layer in enumerate(layers) if not _attends(layer)),
             shared_from=_shared_from(layers),
             vision_blocks=facts.signature.vision_layers,
             used_blocks=used,
@@ -128,7 +125,7 @@ class Shape:
         fine = [
             count
             for count in range(1, self.decoder_sites + 1)
-            if (count if following else count - 1) not in self.silent
+            if (count if following else count - 1) not in self.without_attention
         ]
         if not fine:
             raise ValueError("no layer of the decoder with a site attends to the visual tokens")
@@ -177,9 +174,14 @@ def _shared_from(layers: Sequence[LayerCost]) -> int | None:
     return min({layer.window: i for i, layer in enumerate(layers[:first]) if layer.cached}.values())
 
 
+def _attends(layer: LayerCost) -> bool:
+    """Return whether the cost of a layer grows with pairs of tokens."""
+    return layer.quadratic > 0
+
+
 def _borrows_keys(layer: LayerCost) -> bool:
-    """Return whether a layer attends, and holds neither keys nor a state."""
-    return layer.quadratic > 0 and not layer.cached and not layer.state
+    """Return whether a layer attends, and holds no keys of its own."""
+    return _attends(layer) and not layer.cached
 
 
 def _tower(facts: ModelFacts, tokens: int) -> tuple[int, int]:

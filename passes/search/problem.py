@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.cost.latency import LatencyTable
 from deos_fx.cost.model import CostModel
+from deos_fx.inputs.call import Call
 from deos_fx.models.facts import facts_of
 from deos_fx.passes.analyse.check_reduction import check_reduction
 from deos_fx.passes.analyse.sites import Site, Sites
@@ -33,7 +34,7 @@ from deos_fx.passes.search.objective import Effort
 from deos_fx.passes.search.processes import Progress
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.counts import fit_counts, on_grid, within
-from deos_fx.policy.policy import Policy
+from deos_fx.policy.policy import ModelSignature, Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
 from deos_fx.tokens.cache import SpaceFields
@@ -89,6 +90,7 @@ class SearchProblem:
         data: Iterable[Mapping[str, Any]],
         budget: Budget,
         progress: Progress | None = None,
+        recognise: Callable[[dict[str, Any]], None] | None = None,
     ) -> SearchProblem:
         """Check the data, capture the model and set up the problem.
 
@@ -97,6 +99,7 @@ class SearchProblem:
             data: Batches of model inputs, perhaps with labels.
             budget: The budget.
             progress: Called with the stage ``capture`` after each batch.
+            recognise: Called with the fingerprint of the problem, before anything is captured.
 
         Returns:
             The problem. From four batches on, a quarter is held back for scoring.
@@ -110,6 +113,9 @@ class SearchProblem:
         check_whole(model)
         facts = facts_of(model)
         calls = checked_calls(facts, data)
+        if recognise is not None:
+            training = calls[: len(calls) - len(calls) // 4]
+            recognise(_fingerprint(facts.signature, training))
         # 2. Costs, for every layout. The longest prompts come first: their layout is the
         # problem's own.
         longest = sorted(calls, key=lambda call: call.inputs["input_ids"].shape[1])[::-1]
@@ -168,11 +174,7 @@ class SearchProblem:
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the problem, so that a checkpoint of another one is recognised."""
-        return {
-            "model": str(self.cost.signature),
-            "batches": [list(batch.call.inputs["input_ids"].shape) for batch in self.training],
-            "sums": [_sums(batch.call.inputs) for batch in self.training],
-        }
+        return _fingerprint(self.cost.signature, [batch.call for batch in self.training])
 
     @property
     def sites(self) -> Sites:
@@ -357,6 +359,14 @@ class SearchProblem:
     def static_loss(self, policy: Policy) -> float:
         """Return the task loss of a policy's static graph, mean over the scoring batches."""
         return self.mean_loss(lambda batch: lower_call(batch.captured.copy(), policy, batch.layout))
+
+
+def _fingerprint(signature: ModelSignature, training: Sequence[Call]) -> dict[str, Any]:
+    return {
+        "model": str(signature),
+        "batches": [list(call.inputs["input_ids"].shape) for call in training],
+        "sums": [_sums(call.inputs) for call in training],
+    }
 
 
 def _sums(inputs: Mapping[str, Any]) -> dict[str, str]:

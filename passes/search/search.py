@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,11 +14,13 @@ from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search import processes
 from deos_fx.passes.search.budgets import check_budgets, in_words, loosest_first, pooled
 from deos_fx.passes.search.estimate import Estimate
+from deos_fx.passes.search.foreign import check_checkpoint
 from deos_fx.passes.search.outcome import check_can_be_met
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.run import SearchRun
 from deos_fx.policy.budget import Budget, check_budget
+from deos_fx.progress import shows_progress
 from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import SearchResult
 
@@ -55,6 +58,7 @@ def search(
 ) -> SearchFront: ...
 
 
+@shows_progress
 def search(
     model: PreTrainedModel,
     data: Iterable[Mapping[str, Any]],
@@ -99,7 +103,8 @@ def search(
             search that finds a state there continues it, bit-identically, however it was ended.
         progress: Called as the search advances, with a stage, the number done and the total. When
             the first step is done, the stage is ``estimate``: then these are the seconds that the
-            search has taken so far, and those that it will take in all.
+            search has taken so far, and those that it will take in all. By default, there are bars
+            on a terminal, and lines of the logger ``deos_fx`` elsewhere.
 
     Returns:
         The result; its policy meets every limit exactly. With `budgets`, a front of such results.
@@ -122,7 +127,8 @@ def search(
         raise ValueError(f"steps is {steps!r}; give the number of gradient steps, at least 1.")
     progress = processes.on_main(progress)
     with processes.agreeing():
-        problem = SearchProblem.of(model, data, wanted[0], progress)
+        known = None if checkpoint is None else partial(check_checkpoint, checkpoint, seed)
+        problem = SearchProblem.of(model, data, wanted[0], progress, known)
         searched = problem.searched_sites(sites)
         steps = steps or default_steps(problem)
         if budgets is not None:
