@@ -109,7 +109,9 @@ def write_found(
     for name, one in found.items():
         one.policy.save(folder / name)
         console.print(one.policy, highlight=False, markup=False)
-        console.print(f"It comes from: {one.best.source}.", highlight=False, markup=False)
+        console.print(one.basis, highlight=False, markup=False)
+        for doubt in one.doubts:
+            console.print(f"Warning: {doubt}", style="yellow", highlight=False, markup=False)
     evaluations = sum(one.evaluations for one in found.values())
     # Presets are tuned by their loss on all of the data.
     losses = max(1, evaluations // batches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,8 +115,8 @@ class SearchProblem:
         facts = facts_of(model)
         calls = checked_calls(facts, data)
         if recognise is not None:
-            training = calls[: len(calls) - len(calls) // 4]
-            recognise(_fingerprint(facts.signature, training))
+            training = map(without_labels, calls[: len(calls) - len(calls) // 4])
+            recognise(_fingerprint(facts.signature, [*training]))
         # 2. Costs, for every layout. The longest prompts come first: their layout is the
         # problem's own.
         longest = sorted(calls, key=lambda call: call.inputs["input_ids"].shape[1])[::-1]
@@ -331,6 +332,12 @@ class SearchProblem:
         Args:
             graph_for: Makes the relaxed or static graph for a kind of batch, from a batch of it.
         """
+        return self.scored(self._loss_of(graph_for))
+
+    def _loss_of(
+        self, graph_for: Callable[[SearchBatch], fx.GraphModule]
+    ) -> Callable[[SearchBatch], Tensor]:
+        """Return the loss of a graph that is made once for each kind of batch."""
         parts: dict[Hashable, Parts] = {}
 
         def loss(batch: SearchBatch) -> Tensor:
@@ -338,9 +345,8 @@ class SearchProblem:
                 parts[batch.kind] = split_prefix(graph_for(batch))
             return self.loss(parts[batch.kind], batch)
 
-        return self.scored(loss)
+        return loss
 
-    @torch.no_grad()
     def scored(self, loss: Callable[[SearchBatch], Tensor]) -> float:
         """Return the mean of a loss over the scoring batches, which all processes share out.
 
@@ -349,16 +355,30 @@ class SearchProblem:
         Args:
             loss: Returns the loss of a batch, 0-dim.
         """
+        losses = self._each(loss)
+        mean = sum(losses) / len(losses)
+        return mean if math.isfinite(mean) else math.inf
+
+    @torch.no_grad()
+    def _each(self, loss: Callable[[SearchBatch], Tensor]) -> list[float]:
+        """Return a loss on each scoring batch; all processes share these out."""
         losses = torch.zeros(len(self.scoring), dtype=torch.float64)
         self.effort.forwards += len(self.scoring)
         for i, batch in processes.shared_out(self.scoring):
             losses[i] = loss(batch).item()
-        mean = sum(processes.joined(losses).tolist()) / len(losses)
-        return mean if math.isfinite(mean) else math.inf
+        return processes.joined(losses).tolist()
+
+    def static_losses(self, policy: Policy) -> list[float]:
+        """Return the task loss of a policy's static graph on each scoring batch."""
+        return self._each(self._loss_of(partial(_lowered, policy)))
 
     def static_loss(self, policy: Policy) -> float:
         """Return the task loss of a policy's static graph, mean over the scoring batches."""
-        return self.mean_loss(lambda batch: lower_call(batch.captured.copy(), policy, batch.layout))
+        return self.mean_loss(partial(_lowered, policy))
+
+
+def _lowered(policy: Policy, batch: SearchBatch) -> fx.GraphModule:
+    return lower_call(batch.captured.copy(), policy, batch.layout)
 
 
 def _fingerprint(signature: ModelSignature, training: Sequence[Call]) -> dict[str, Any]:
