@@ -15,8 +15,6 @@ from itertools import accumulate
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from deos_fx.reading import read_json
-
 __all__ = [
     "HASHED_BYTES",
     "INCOMPLETE",
@@ -91,6 +89,9 @@ def record_of(folder: Path) -> dict[str, Any]:
         FileNotFoundError: If it has none.
         ValueError: If the record is damaged, or says that the folder is incomplete.
     """
+    # Loaded here: the help of the command line needs no torch.
+    from deos_fx.reading import read_json
+
     path = folder / RECORD
     try:
         record = read_json(path)

@@ -77,6 +77,7 @@ from deos_fx.exporters.session import cuda_devices
 from deos_fx.files import fresh_folder, write_tensors
 from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.counts import tokens_per_layer
+from deos_fx.progress import shows_progress
 from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.tokens.layout import PromptLayout
 from deos_fx.version import __version__
@@ -96,6 +97,7 @@ ATTENTION = ("sdpa", "eager")
 _TEXT_TOKENS = 8
 
 
+@shows_progress
 def export_onnx(
     reduced: ReducedModel,
     dir: str | os.PathLike[str],
@@ -135,7 +137,8 @@ def export_onnx(
         verify: Whether to compare the logits with those of the reduced model before the folder
             appears, in ONNX Runtime on the device; without a GPU, graphs for CUDA are compared
             on the CPU before they are fused.
-        progress: Called with a stage, how much of it is done, and how much there is.
+        progress: Called with a stage, how much of it is done, and how much there is; by default, a
+            bar on a terminal, and the logger ``deos_fx`` elsewhere.
 
     Returns:
         The folder.

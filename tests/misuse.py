@@ -610,7 +610,8 @@ SECTIONS = (
             ),
             Misuse(
                 '{"site": "projector"}',
-                "policy.json is not a policy file: reductions[0] lacks the field 'keep'",
+                "policy.json is not a policy file: reductions[0]: it lacks the field "
+                "'keep', or 'share'",
             ),
             Misuse(
                 '{"site": "decoder.01", "keep": 18}',
@@ -636,7 +637,7 @@ SECTIONS = (
             Misuse(
                 '{"site": "projector", "keep": 18, "gian": 1}',
                 "policy.json is not a policy file: reductions[0] has no field "
-                "'gian'; the fields are site, keep, scores, selector, diversity, "
+                "'gian'; the fields are site, keep, share, scores, selector, diversity, "
                 "options, observe, tiers, order, receivers, gain, assignment ...",
             ),
             Misuse(
@@ -666,7 +667,8 @@ SECTIONS = (
             ),
             Misuse(
                 '{"site": "projector", "keep": 18, "tiers": [{"selector": "top_k"}]}',
-                "policy.json is not a policy file: reductions[0].tiers[0] lacks the field 'keep'",
+                "policy.json is not a policy file: reductions[0].tiers[0]: it lacks "
+                "the field 'keep', or 'share'",
             ),
             Misuse(
                 '{"site": "projector", "keep": 18, "selector": "best"}',
@@ -882,8 +884,8 @@ SECTIONS = (
                 ("deos-fx inspect listed", "listed"),
                 (
                     "deos-fx inspect my-llava --policy bad.json",
-                    "bad.json is not a policy file: reductions[0] lacks the field "
-                    "'keep'; reductions[0].site is 3; it should be a valid string",
+                    "bad.json is not a policy file: reductions[0].site is 3; it should be "
+                    "a valid string",
                 ),
                 (
                     "deos-fx inspect my-llava --policy nowhere.json",
@@ -892,10 +894,6 @@ SECTIONS = (
                 (
                     "deos-fx inspect my-llava --policy bad.json --preset merge",
                     "--policy says where to keep how much; give it without the others",
-                ),
-                (
-                    "deos-fx inspect my-llava --budget 18",
-                    "--budget needs a method to fit to it; give --preset as well",
                 ),
                 (
                     "deos-fx inspect my-llava --preset merge --budget 1000",

@@ -5,7 +5,10 @@ Every command imports what it needs when it runs, so that ``--help`` does not wa
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +17,11 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from deos_fx.cli.loading import (
+    AsJson,
+    Device,
+    Dtype,
     Evaluations,
+    Force,
     Model,
     OtherLimit,
     Output,
@@ -35,6 +42,8 @@ from deos_fx.cli.loading import (
     policy_of,
     processor_of,
 )
+from deos_fx.cli.outputs import check_target
+from deos_fx.version import __version__
 
 __all__ = ["app"]
 
@@ -51,7 +60,7 @@ class _Commands(TyperGroup):
                 raise
             _fail(error)
         except KeyboardInterrupt:
-            Console(stderr=True).print("Interrupted.")
+            Console(stderr=True).print("Interrupted; no results were written.")
             raise typer.Exit(130) from None
 
 
@@ -70,13 +79,34 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+_QUIET: ContextVar[bool] = ContextVar("deos_fx_quiet", default=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"deos-fx {__version__}")
+        raise typer.Exit
+
+
+def _console() -> Console:
+    """Return where a command reports what it does; nowhere with --quiet."""
+    return Console(quiet=_QUIET.get())
 
 
 @app.callback()
 def _main(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print errors, and what was asked for, alone.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
 ) -> None:
     """A compiler for the visual tokens of Hugging Face vision-language models.
 
@@ -85,14 +115,14 @@ def _main(
     import logging
     import signal
 
-    from transformers.utils import logging as transformers_logging
-
+    _QUIET.set(quiet)
     # By default, termination from outside skips all cleaning up. As SystemExit it passes through
     # the contexts that remove temporary folders.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    # The commands have a progress display of their own.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    # The commands have a progress display of their own. transformers reads these variables when it
+    # is imported, for which a command's help need not wait.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
@@ -104,6 +134,7 @@ def demo(
     output: OutputOption = Path("deos-fx-demo"),
     budget: TokenLimit = "12.5%",
     seed: Annotated[int, typer.Option(help="Seed of the search and its scenes.")] = 0,
+    force: Force = False,
 ) -> None:
     """Search, compare, export and run a small trained model, and write a report.
 
@@ -116,9 +147,10 @@ def demo(
 
       deos-fx demo --output my-demo --budget 0.25
     """
+    check_target(output, force)
     from deos_fx.cli.demo import run_demo
 
-    run_demo(output, budget, seed, Console())
+    run_demo(output, budget, seed, _console())
 
 
 @app.command("presets")
@@ -126,6 +158,7 @@ def show_presets(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Write this preset's policy as JSON.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List the published methods, or write the policy of one.
 
@@ -142,6 +175,11 @@ def show_presets(
     from deos_fx.cli.terminal import presets_table
 
     # Case: no name, so list all.
+    if name is None and as_json:
+        keys = ("name", "title", "source", "licence", "needs")
+        listed = [{key: getattr(method, key) for key in keys} for method in presets.list()]
+        typer.echo(json.dumps(listed, indent=2))
+        return
     if name is None:
         Console().print(presets_table(presets.list()))
         return
@@ -161,11 +199,14 @@ def inspect(
     svg: Annotated[
         Path | None, typer.Option("--svg", metavar="FILE", help="Draw it as well, in this file.")
     ] = None,
+    as_json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Show a model's blocks, its token spaces and its sites; with a policy, the tokens it leaves.
 
     Only the config is read, so a folder with config.json alone is enough, and
-    a large model takes no more time and memory than a small one.
+    a large model takes no more time and memory than a small one. A folder that
+    transform wrote is shown with its policy.
 
     [bold]Examples[/]
 
@@ -175,23 +216,32 @@ def inspect(
 
       deos-fx inspect my-llava --policy policy.json --svg my-llava.svg
     """
-    from deos_fx.cli.outline import outline, print_cost, print_outline
+    if svg is not None:
+        check_target(svg, force)
+    from deos_fx.cli.outline import costs_of, outline, print_cost, print_outline
     from deos_fx.cli.outline_drawing import outline_chart
+    from deos_fx.cli.outline_json import outline_json
     from deos_fx.files import write_text
     from deos_fx.inputs.example import example_inputs
 
     # Nothing here needs weights, so the model stays on the meta device.
     console = Console()
     model = meta_model(model_dir)
-    chosen = policy_of(model, policy, preset, budget)
     inputs = example_inputs(model, processor_of(model_dir))
+    chosen = policy_of(model, model_dir, policy, preset, budget)
     found = outline(model, inputs, chosen)
-    print_outline(found, console)
-    if chosen is not None:
-        print_cost(model, inputs, chosen, console)
+    costs = None if chosen is None else costs_of(model, inputs, chosen)
+    if as_json:
+        typer.echo(json.dumps(outline_json(found, costs), indent=2))
+    else:
+        print_outline(found, console)
+        if costs is not None:
+            print_cost(found.policy, costs, console)
     if svg is not None:
         write_text(svg, outline_chart(found))
-        console.print(f"Wrote {svg}", highlight=False)
+        # With --json, the output holds nothing else.
+        if not as_json:
+            _console().print(f"Wrote {svg}", highlight=False)
 
 
 @app.command()
@@ -201,11 +251,15 @@ def transform(
     policy: PolicyFile = None,
     preset: Preset = None,
     budget: TokenLimit = None,
+    dtype: Dtype = None,
+    force: Force = False,
 ) -> None:
     """Apply a policy to a model and save both.
 
     Without --policy and --preset this applies the default policy, at the
-    budget or the default one. ReducedModel.from_pretrained loads the result.
+    budget or the default one. A policy that the model cannot run is refused before
+    anything is loaded or written. ReducedModel.from_pretrained loads the result;
+    transformers itself would load the unreduced model from it.
 
     [bold]Examples[/]
 
@@ -215,13 +269,16 @@ def transform(
 
       deos-fx transform my-llava reduced --preset fastv --budget 0.25
     """
+    check_target(out_dir, force, model_dir)
     from deos_fx.runtime.saved import folder_for
 
     with folder_for(out_dir) as folder:
-        reduced = load_reduced(model_dir, policy, preset, budget)
+        how = {} if dtype is None else {"dtype": dtype}
+        reduced = load_reduced(model_dir, policy, preset, budget, **how)
         reduced.save_pretrained(folder)
         copy_processor(model_dir, folder)
-    Console().print(f"Wrote {out_dir}", highlight=False)
+    _console().print(reduced.policy, highlight=False, markup=False, soft_wrap=True)
+    _console().print(f"Wrote {out_dir}", highlight=False)
 
 
 @app.command()
@@ -293,6 +350,17 @@ def search(
     steps: Annotated[int | None, typer.Option(min=1, help="Gradient steps.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Order of the batches.")] = 0,
+    sites: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SITE",
+            help="A site to consider, as inspect names it; may be given several times. "
+            "Default: the projector and the decoder.",
+        ),
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    force: Force = False,
     checkpoint: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Save the search here, and continue the one found here."),
@@ -321,6 +389,7 @@ def search(
 
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat"}
     """
+    check_target(output, force, model_dir)
     from transformers import AutoProcessor
 
     from deos_fx.cli.searching import limits_of, placed, search_processes, write_found
@@ -331,9 +400,9 @@ def search(
     # Mistakes in the limits and in the data show before the model is loaded.
     limits = limits_of(budget, flops, kv_cache, latency_ms, table=latency_table)
     records = read_records(data)
-    with search_processes(output) as (folder, device, console), stages(console) as stage:
+    with search_processes(output, _console()) as (folder, own, console), stages(console) as stage:
         with stage("load"):
-            model = placed(load_model(model_dir), device)
+            model = placed(load_model(model_dir, dtype=dtype, device=device), own)
             inputs = list(batches(AutoProcessor.from_pretrained(model_dir), records, batch_size))
         with stage.phased("search") as progress:
             result = run_search(
@@ -342,6 +411,7 @@ def search(
                 **limits,
                 steps=steps,
                 seed=seed,
+                sites=sites,
                 checkpoint=checkpoint,
                 progress=announced(progress, console),
             )
@@ -361,6 +431,9 @@ def compare(
     evaluations: Evaluations = 40,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of what is random.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 16,
+    dtype: Dtype = None,
+    device: Device = None,
+    force: Force = False,
 ) -> None:
     """Compare policies with presets at the same budget, and with the unreduced model.
 
@@ -379,6 +452,7 @@ def compare(
 
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat", "kind": "what"}
     """
+    check_target(output, force, model_dir)
     from transformers import AutoProcessor
 
     from deos_fx.cli.terminal import comparison_table, stages
@@ -388,11 +462,12 @@ def compare(
     from deos_fx.policy.budget import Budget
 
     # Mistakes in the files show before the model is loaded.
-    console, policies = Console(), named_policies(policy or [])
+    console, policies = _console(), named_policies(policy or [])
     records, tuning = read_records(test), None if tune is None else read_records(tune)
     with fresh_folder(output, ("comparison.*",)) as folder, stages(console) as stage:
         with stage("load"):
-            model, processor = load_model(model_dir), AutoProcessor.from_pretrained(model_dir)
+            processor = AutoProcessor.from_pretrained(model_dir)
+            model = load_model(model_dir, dtype=dtype, device=device)
         with stage.phased("compare") as progress:
             result = run_comparison(
                 model,
@@ -430,6 +505,8 @@ def export(
     verify: Annotated[
         bool, typer.Option(help="Whether to compare ONNX Runtime's logits with PyTorch's.")
     ] = True,
+    dtype: Dtype = None,
+    force: Force = False,
 ) -> None:
     """Export a reduced model to ONNX: prefill and decode graphs that include the reductions.
 
@@ -444,15 +521,17 @@ def export(
 
       deos-fx export reduced onnx
     """
+    check_target(out_dir, force, model_dir)
     from deos_fx import export_onnx
     from deos_fx.cli.terminal import stages
     from deos_fx.exporters.manifest import FILES
     from deos_fx.files import fresh_folder
 
-    console = Console()
+    console = _console()
+    how = {} if dtype is None else {"dtype": dtype}
     with fresh_folder(out_dir, FILES, whole=True) as folder, stages(console) as stage:
         with stage("load the model"):
-            reduced = load_reduced(model_dir, policy, preset, budget)
+            reduced = load_reduced(model_dir, policy, preset, budget, **how)
         with stage.phased("export") as advance:
             export_onnx(reduced, folder, device=device, verify=verify, progress=advance)
         copy_processor(model_dir, folder)

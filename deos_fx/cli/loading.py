@@ -14,17 +14,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deos_fx.cli.limits import read_limit
+from deos_fx.cli.policies import check_runs, chosen_policy, own_policy
 from deos_fx.contents import RECORD, add_to_record
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from deos_fx.policy.policy import ModelSignature, Policy
+    from deos_fx.policy.policy import Policy
     from deos_fx.runtime.reduced_model import ReducedModel
 
 __all__ = [
-    "DEFAULT_LIMIT",
+    "AsJson",
+    "Device",
+    "Dtype",
     "Evaluations",
+    "Force",
     "Model",
     "OtherLimit",
     "Output",
@@ -38,6 +44,7 @@ __all__ = [
     "TokenLimits",
     "TuneFile",
     "copy_processor",
+    "example_of",
     "load_model",
     "load_reduced",
     "meta_model",
@@ -46,22 +53,8 @@ __all__ = [
     "processor_of",
 ]
 
-DEFAULT_LIMIT = 0.125
-"""The limit on visual tokens if a command is given none."""
-
 # ``owner/name``; a path with one slash has the same form and counts as a folder if it is one.
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-
-
-def _limit(text: str) -> int | float:
-    """Parse a limit: ``12.5%`` or ``0.125`` is a fraction, ``18`` an absolute number."""
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        # Digits alone make an absolute number: "1" is one token, and "1.0" is all of them.
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}; give for example 0.125, 12.5% or 18") from None
 
 
 Model = Annotated[
@@ -75,6 +68,24 @@ Output = Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")
 ]
+
+
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there already.")]
+
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; by default as saved."),
+]
+
+
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ... or auto for all there are."),
+]
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 PolicyFile = Annotated[
@@ -128,7 +139,7 @@ TokenLimit = Annotated[
     Any,
     typer.Option(
         "--budget",
-        parser=_limit,
+        parser=read_limit,
         metavar="LIMIT",
         help="Visual tokens that may stay, mean over the decoder layers: 0.125, 12.5% or 18.",
     ),
@@ -139,7 +150,7 @@ TokenLimits = Annotated[
     list[Any] | None,
     typer.Option(
         "--budget",
-        parser=_limit,
+        parser=read_limit,
         metavar="LIMIT",
         help="Visual tokens that may stay, mean over the decoder layers: 0.125, 12.5% or 18. Given "
         "several times: a policy for each, in one go.",
@@ -148,12 +159,19 @@ TokenLimits = Annotated[
 
 
 OtherLimit = Annotated[
-    Any, typer.Option(parser=_limit, metavar="LIMIT", help="Fraction, or absolute number.")
+    Any, typer.Option(parser=read_limit, metavar="LIMIT", help="Fraction, or absolute number.")
 ]
 
 
-def load_model(model_dir: str) -> PreTrainedModel:
+def load_model(
+    model_dir: str, *, dtype: str | None = None, device: str | None = None
+) -> PreTrainedModel:
     """Load a vision-language model.
+
+    Args:
+        model_dir: The folder, or a hub id.
+        dtype: Precision of the weights; by default the one they were saved in.
+        device: A device, or ``auto`` for all that there are.
 
     Raises:
         ValueError: If there is no such folder, it is incomplete or damaged, or it holds a model
@@ -168,8 +186,10 @@ def load_model(model_dir: str) -> PreTrainedModel:
     _config(model_dir)
     if _is_ours(model_dir):
         check_folder(Path(model_dir))
+    where = {} if device is None else {"device_map": device}
+    how = {"dtype": dtype or "auto", **where}
     with blaming(model_dir):
-        return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto").eval()
+        return AutoModelForImageTextToText.from_pretrained(model_dir, **how).eval()
 
 
 def meta_model(model_dir: str) -> PreTrainedModel:
@@ -177,7 +197,12 @@ def meta_model(model_dir: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from deos_fx.models.facts import configs_of
+
     config = _config(model_dir)
+    # The kernel that experts use by default has no form without values but in bfloat16.
+    for inner in configs_of(config):
+        inner._experts_implementation_internal = "batched_mm"
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=config.dtype).eval()
 
@@ -203,19 +228,33 @@ def _config(model_dir: str) -> Any:
 
 
 def load_reduced(
-    model_dir: str, path: Path | None, preset: str | None, budget: int | float | None
+    model_dir: str, path: Path | None, preset: str | None, budget: int | float | None, **how: Any
 ) -> ReducedModel:
-    """Load a model with the chosen policy; a folder of a reduced model has a policy of its own."""
-    from deos_fx import Budget, ReducedModel, transform
+    """Load a model with the chosen policy; a folder of a reduced model has a policy of its own.
 
-    # Case: a folder that `save_pretrained` of a reduced model wrote, and no other options.
-    if path is preset is budget is None and _is_ours(model_dir):
+    Args:
+        model_dir: The folder, or a hub id.
+        path: A policy file.
+        preset: Name of a preset.
+        budget: Limit on visual tokens.
+        **how: Options of `load_model`.
+
+    Raises:
+        ValueError: If the model cannot run the policy; its weights are not loaded then.
+    """
+    from deos_fx.api import transform
+    from deos_fx.runtime.reduced_model import ReducedModel
+
+    own = path is preset is budget is None and own_policy(model_dir) is not None
+    model = meta_model(model_dir)
+    policy = policy_of(model, model_dir, path, preset, budget)
+    if policy is None:
+        # Case: nothing is chosen. The default policy runs on every model.
+        policy = transform(model).policy
+    # Case: a folder that `save_pretrained` of a reduced model wrote is read with all its checks.
+    if own and not how:
         return ReducedModel.from_pretrained(model_dir)
-    model = load_model(model_dir)
-    # Case: a budget alone, to which the default policy is fitted.
-    if path is None and preset is None and budget is not None:
-        return transform(model, budget=Budget(visual_tokens=budget))
-    return transform(model, policy=policy_of(model, path, preset, budget))
+    return transform(load_model(model_dir, **how), policy=policy)
 
 
 def _is_ours(model_dir: str) -> bool:
@@ -224,37 +263,40 @@ def _is_ours(model_dir: str) -> bool:
 
 
 def policy_of(
-    model: PreTrainedModel, path: Path | None, preset: str | None, budget: int | float | None
+    model: PreTrainedModel,
+    model_dir: str,
+    path: Path | None,
+    preset: str | None,
+    budget: int | float | None,
 ) -> Policy | None:
-    """Return the chosen policy, if there is one; a preset is fitted to the budget.
+    """Return the chosen policy, or that of a folder of a reduced model; None if there is neither.
+
+    Args:
+        model: The model on the meta device.
+        model_dir: Its folder, or a hub id.
+        path: A policy file.
+        preset: Name of a preset.
+        budget: Limit on visual tokens.
 
     Raises:
-        ValueError: If the options do not go together, or the preset cannot meet the budget.
+        ValueError: If the options do not go together, or the model cannot run the policy.
     """
-    from deos_fx import presets
-    from deos_fx.models.facts import facts_of
-    from deos_fx.policy.policy import Policy
+    inputs = example_of(model, model_dir)
+    chosen = chosen_policy(model, inputs, path, preset, budget)
+    own = own_policy(model_dir)
+    if chosen is None and own is not None:
+        check_runs(model, inputs, own)
+    return own if chosen is None else chosen
 
-    # Case: a policy file.
-    if path is not None:
-        if preset is not None or budget is not None:
-            raise ValueError("--policy says where to keep how much; give it without the others")
-        return Policy.load(path)
-    # Case: neither a file nor a method.
-    if preset is None:
-        if budget is not None:
-            raise ValueError("--budget needs a method to fit to it; give --preset as well")
+
+def example_of(model: PreTrainedModel, model_dir: str) -> dict[str, Tensor] | None:
+    """Make a prompt with an image; None if how an image becomes inputs is not known."""
+    from deos_fx.inputs.example import example_inputs
+
+    try:
+        return example_inputs(model, processor_of(model_dir))
+    except ValueError:
         return None
-    # Case: a preset.
-    signature = facts_of(model).signature
-    if not signature.visual_tokens:
-        raise ValueError(
-            f"--preset is fitted to a number of visual tokens, and how many an image of a "
-            f"{signature.model_type} model has depends on its size; give --policy, with fractions "
-            "to keep, or search for one"
-        )
-    tokens = _tokens(DEFAULT_LIMIT if budget is None else budget, signature)
-    return presets.fit(preset, tokens, model)
 
 
 def named_policies(paths: Sequence[Path]) -> dict[str, Path]:
@@ -267,17 +309,6 @@ def named_policies(paths: Sequence[Path]) -> dict[str, Path]:
         if len({*names}) == len(names):
             return dict(zip(names, paths, strict=True))
     raise ValueError("a policy file is given twice; give each once")
-
-
-def _tokens(limit: int | float, signature: ModelSignature) -> float:
-    """Return a limit on visual tokens as an absolute number, with the checks of a budget."""
-    from deos_fx.cost.amounts import Cost
-    from deos_fx.policy.budget import Budget
-
-    whole = signature.visual_tokens
-    # Only the visual tokens are read; FLOPs and bytes are fillers.
-    unreduced = Cost((whole,) * signature.decoder_layers, float(whole), 1, 1)
-    return Budget(visual_tokens=limit).limits(unreduced)["visual_tokens"]
 
 
 def copy_processor(model_dir: str, folder: Path) -> None:

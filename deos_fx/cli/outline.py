@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deos_fx.cost.amounts import CostReport
 from deos_fx.cost.model import CostModel
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.complete import completed
@@ -28,7 +29,15 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 
-__all__ = ["Outline", "Row", "outline", "print_cost", "print_outline", "tokens_of"]
+__all__ = [
+    "Outline",
+    "Row",
+    "costs_of",
+    "outline",
+    "print_cost",
+    "print_outline",
+    "tokens_of",
+]
 
 
 # *** the outline ***
@@ -320,22 +329,30 @@ def _scores(found: Outline) -> Table:
     return table
 
 
-def print_cost(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], policy: Policy, console: Console
-) -> None:
-    """Print the total cost of a policy, next to that of the unreduced model.
+def costs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], policy: Policy) -> CostReport:
+    """Compute the total cost of a policy, next to that of the unreduced model.
 
     Args:
         model: A vision-language model.
         inputs: A prompt with one image.
         policy: A policy for it.
-        console: The console to print on.
 
     Raises:
         ValueError: If the policy does not fit the model.
     """
     costs = CostModel.of_call(Call.of(facts_of(model), inputs))
-    before, after = costs.predict(Policy()), costs.predict(policy)
+    return CostReport(before=costs.predict(Policy()), after=costs.predict(policy))
+
+
+def print_cost(policy: Policy, costs: CostReport, console: Console) -> None:
+    """Print the total cost of a policy, next to that of the unreduced model.
+
+    Args:
+        policy: The policy.
+        costs: Its cost.
+        console: The console to print on.
+    """
+    before, after = costs.before, costs.after
     console.print(policy, highlight=False, markup=False, soft_wrap=True)
     totals = Table("", "before", "after", "ratio", title="Cost of the prefill", box=box.SIMPLE_HEAD)
     names = ("visual tokens, mean", "GFLOPs", "KV cache, KiB")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from deos_fx.cli.loading import DEFAULT_LIMIT
+from deos_fx.cli.limits import DEFAULT_LIMIT
 
 if TYPE_CHECKING:
     import torch
@@ -53,11 +53,14 @@ def limits_of(
 
 
 @contextmanager
-def search_processes(output: Path) -> Iterator[tuple[Path | None, torch.device | None, Console]]:
+def search_processes(
+    output: Path, console: Console
+) -> Iterator[tuple[Path | None, torch.device | None, Console]]:
     """Join the processes of ``accelerate launch``, if it has started this one.
 
     Args:
         output: The folder of the results.
+        console: Where the main process reports.
 
     Yields:
         A folder for the results in the main process, None in others; the device of this process,
@@ -67,7 +70,7 @@ def search_processes(output: Path) -> Iterator[tuple[Path | None, torch.device |
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         with fresh_folder(output, _FILES) as folder:
-            yield folder, None, Console()
+            yield folder, None, console
         return
     # Case: one of several processes.
     from accelerate import PartialState
@@ -76,7 +79,7 @@ def search_processes(output: Path) -> Iterator[tuple[Path | None, torch.device |
     try:
         if state.is_main_process:
             with fresh_folder(output, _FILES) as folder:
-                yield folder, state.device, Console()
+                yield folder, state.device, console
         else:
             yield None, state.device, Console(quiet=True)
     finally:
@@ -115,7 +118,9 @@ def write_found(
     for name, one in found.items():
         one.policy.save(folder / name)
         console.print(one.policy, highlight=False, markup=False)
-        console.print(f"It comes from: {one.best.source}.", highlight=False, markup=False)
+        console.print(one.basis, highlight=False, markup=False)
+        for doubt in one.doubts:
+            console.print(f"Warning: {doubt}", style="yellow", highlight=False, markup=False)
     evaluations = sum(one.evaluations for one in found.values())
     # Presets are tuned by their loss on all of the data.
     losses = max(1, evaluations // batches)

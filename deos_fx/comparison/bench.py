@@ -160,17 +160,16 @@ class Bench:
     def fitting(self) -> dict[str, Any]:
         """Return the arguments that presets are fitted with."""
         images = self.costs.images
-        tokens = self.costs.tokens_per_image if self.facts.sizes_vary else None
+        size = self.costs.layout.grid if self.facts.sizes_vary else None
         return {
             "budget_tokens": self.limit / images,
             "model": self.model,
-            "visual_tokens": tokens,
+            "visual_tokens": size,
         }
 
     def _seeds(self, name: str, tuner: Tuner | None, seeds: int) -> Sequence[int]:
         """Return the seeds of a preset: one alone, where nothing is random."""
-        tokens = self.fitting["visual_tokens"]
-        own = options(name, self.model, tokens)
+        own = options(name, self.model, self.fitting["visual_tokens"])
         tuned = tuner is not None and any(option.tuned for option in own.values())
         return range(seeds) if tuned or "seed" in own else (0,)
 

@@ -25,6 +25,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.tier import check_count
 from deos_fx.presets.rules import RULES
 from deos_fx.presets.tune import require_optuna
+from deos_fx.progress import shows_progress
 from deos_fx.results.comparison import Comparison
 from deos_fx.results.methods import UNREDUCED, versions
 from deos_fx.results.search_result import SearchResult
@@ -41,6 +42,7 @@ Given: TypeAlias = Policy | SearchResult | str | os.PathLike[str]
 """A policy, the result of a search, or a policy file."""
 
 
+@shows_progress
 def compare(
     model: PreTrainedModel,
     processor: Any,
@@ -82,7 +84,8 @@ def compare(
         metric: Scores an answer from 0 to 1; by default, whether it is exactly the right one.
         batch_size: Questions answered at once.
         max_new_tokens: Tokens of an answer; by default two more than the longest right one.
-        progress: Called with a stage, the number of methods done and their total.
+        progress: Called with a stage, the number of methods done and their total; by default, a
+            bar on a terminal, and the logger ``deos_fx`` elsewhere.
 
     Raises:
         ImportError: If presets are to be tuned and Optuna is not installed.

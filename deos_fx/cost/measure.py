@@ -27,7 +27,15 @@ from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import PER_LAYER, features_of
 from deos_fx.models.upstream import CACHE
 
-__all__ = ["DecoderCost", "EncoderCost", "LayerCost", "measure_decoder", "measure_encoder"]
+__all__ = [
+    "DecoderCost",
+    "EncoderCost",
+    "LayerCost",
+    "counting",
+    "measure_decoder",
+    "measure_encoder",
+    "once",
+]
 
 T = TypeVar("T")
 
@@ -110,7 +118,7 @@ def measure_decoder(facts: ModelFacts) -> DecoderCost:
     Args:
         facts: The facts of the model.
     """
-    return _once(facts, "decoder", lambda: _decoder(facts))
+    return once(facts, "decoder", lambda: _decoder(facts))
 
 
 def measure_encoder(
@@ -132,10 +140,17 @@ def measure_encoder(
     if inputs is not None:
         return _encoder(facts, inputs, encode)
     given = {"pixel_values": facts.image()}
-    return _once(facts, "encoder", lambda: _encoder(facts, given, encode))
+    return once(facts, "encoder", lambda: _encoder(facts, given, encode))
 
 
-def _once(facts: ModelFacts, what: str, measure: Callable[[], T]) -> T:
+def once(facts: ModelFacts, what: str, measure: Callable[[], T]) -> T:
+    """Return what was measured of a model before, or measure it now.
+
+    Args:
+        facts: The facts of the model.
+        what: Name of what is measured.
+        measure: Measures it.
+    """
     known = _KNOWN.setdefault(facts, {})
     # The key changes if the model is converted or quantised.
     weights = sum(weight.numel() for weight in facts.model.parameters())
@@ -207,11 +222,12 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     given: dict[str, Any] = {"inputs_embeds": hidden, CACHE: DynamicCache(config=config)}
     name, size = PER_LAYER[0], getattr(config, PER_LAYER[1], None)
     if size:
+        # Case: a decoder that would look up further inputs by token ids, which is no product.
         given[name] = hidden.new_empty(1, length, config.num_hidden_layers, size)
-    with _counting() as counter, torch.no_grad():
+    with counting() as counter, torch.no_grad():
         flops = _watch(counter, [twin.get_submodule(path) for path in paths])
         twin.get_decoder()(use_cache=True, **given)
-    with _counting() as of_head, torch.no_grad():
+    with counting() as of_head, torch.no_grad():
         twin.get_output_embeddings()(hidden)
     held = [_held(layer) for layer in given[CACHE].layers]
     # The last layers may share the keys of earlier ones and hold none.
@@ -260,7 +276,7 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
         name: x.cpu() if isinstance(x, Tensor) and not x.is_meta else x
         for name, x in inputs.items()
     }
-    with _counting() as counter, torch.enable_grad():
+    with counting() as counter, torch.enable_grad():
         counts = _watch(counter, units)
         products = _watch(counter, blocks, _PRODUCTS)
         try:
@@ -342,12 +358,13 @@ def _watch(
     return flops
 
 
-# The setting of torch that `_counting` patches is global to the process.
+# The setting of torch that `counting` patches is global to the process.
 _COUNTING = threading.RLock()
 
 
 @contextmanager
-def _counting() -> Iterator[FlopCounterMode]:
+def counting() -> Iterator[FlopCounterMode]:
+    """Run code of a twin, and count its FLOPs."""
     # On meta, assume that a mask selects every element: the largest possible result.
     whole = cast(Any, fx_config).patch(meta_nonzero_assume_all_nonzero=True)
     with _COUNTING, whole, WholeNumbers(), count_flops() as counter:

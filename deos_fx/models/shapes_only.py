@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from deos_fx.models.families import features_of
 from deos_fx.models.views import AnyLinear, execution_device, linear_sizes, with_layers
 from deos_fx.replaced import replaced
 
@@ -164,7 +165,7 @@ def count_visual_tokens(model: PreTrainedModel, image: Mapping[str, torch.Tensor
     """
     try:
         with on_shapes(model.base_model) as core, torch.no_grad():
-            features = core.get_image_features(**image, return_dict=True).pooler_output
+            features = features_of(core.get_image_features(**image, return_dict=True))
     # How an encoder fails on inputs of another form is up to the code of its family.
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
         return 0

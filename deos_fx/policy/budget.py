@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from deos_fx.policy.latency import LatencyTable
+from deos_fx.policy.shares import told_apart
 
 __all__ = ["Budget", "check_budget"]
 
@@ -69,6 +70,15 @@ class Budget:
             )
         if self.latency_ms is None:
             raise ValueError("a latency_table limits nothing; give latency_ms as well")
+
+    def __eq__(self, other: object) -> bool:
+        # A share and a number are two amounts, though 1.0 == 1.
+        if not isinstance(other, Budget):
+            return NotImplemented
+        return told_apart(self) == told_apart(other)
+
+    def __hash__(self) -> int:
+        return hash(told_apart(self))
 
     @property
     def is_empty(self) -> bool:

@@ -14,6 +14,7 @@ from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS
 from deos_fx.policy.checks import check_together
 from deos_fx.policy.learned import Learned
+from deos_fx.policy.shares import read_keep, told_apart, write_keep
 from deos_fx.policy.site import split_site
 from deos_fx.policy.tier import (
     DIVERSITY,
@@ -299,9 +300,9 @@ class Reduction:
 
         Of learned parts, only shapes and dtypes are among them.
         """
-        given = given_fields(self)
+        given = write_keep(given_fields(self))
         if self.tiers:
-            given["tiers"] = [given_fields(tier) for tier in self.tiers]
+            given["tiers"] = [write_keep(given_fields(tier)) for tier in self.tiers]
         # JSON has no infinity, so `from_dict` reads it as a word.
         given |= {"temperature": "inf"} if self.temperature == math.inf else {}
         # Tensors are in a file of their own: the policy's.
@@ -321,7 +322,7 @@ class Reduction:
             ValueError: If fields contradict each other, or learned parts are not those that the
                 fields name.
         """
-        values = dict(values)
+        values = read_keep(values)
         learned = Learned(tensors or {})
         if values.pop("learned", {}) != learned.summary():
             raise ValueError(
@@ -330,8 +331,18 @@ class Reduction:
             )
         if values.get("temperature") == "inf":
             values["temperature"] = math.inf
-        tiers = (Tier(**tier) for tier in values.pop("tiers", ()))
+        tiers = (Tier(**read_keep(tier)) for tier in values.pop("tiers", ()))
         return cls(**values, tiers=tuple(tiers), learned=learned)
+
+    def __eq__(self, other: object) -> bool:
+        # A share and a number are two amounts, though 1.0 == 1.
+        if not isinstance(other, Reduction):
+            return NotImplemented
+        return told_apart(self) == told_apart(other)
+
+    def __hash__(self) -> int:
+        # Its other fields may be dicts, which have no hash.
+        return hash((self.site, isinstance(self.keep, float), self.keep, self.tiers))
 
     def __repr__(self) -> str:
         given = given_fields(self) | ({"tiers": self.tiers} if self.tiers else {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from deos_fx.policy.reduction import (
     ASSIGNMENTS,
@@ -47,15 +47,31 @@ Options = dict[str, float | list[float]]
 """Value by name."""
 
 
+Share = Annotated[float, Field(gt=0, le=1)] | None
+"""A fraction of the tokens, under the name that is written today."""
+
+
+def _check_amount(entry: Any) -> Any:
+    """Check that an entry says in one way how many tokens stay."""
+    if entry.keep is None and entry.share is None:
+        raise ValueError("it lacks the field 'keep', or 'share'")
+    if entry.keep is not None and entry.share is not None:
+        raise ValueError("it has both 'keep' and 'share'")
+    return entry
+
+
 class TierEntry(Strict):
     """A further step of a selection; the fields are those of `deos_fx.policy.Tier`."""
 
-    keep: Literal[0] | Keep
+    keep: Literal[0] | Keep | None = None
+    share: Share = None
     selector: Text = "top_k"
     scores: Weights = {}
     diversity: Annotated[float, _range("diversity")] = 0.0
     options: Options = {}
     observe: Text = ""
+
+    _amount = model_validator(mode="after")(_check_amount)
 
 
 class LearnedEntry(Strict):
@@ -69,7 +85,8 @@ class ReductionEntry(Strict):
     """A reduction; the fields are those of `deos_fx.Reduction`."""
 
     site: Annotated[Text, Field(json_schema_extra={"pattern": SITE})]
-    keep: Keep
+    keep: Keep | None = None
+    share: Share = None
     scores: Weights = {}
     selector: Text = "top_k"
     diversity: Annotated[float, _range("diversity")] = 0.0
@@ -93,6 +110,8 @@ class ReductionEntry(Strict):
     mass_bias: Annotated[float, _range("mass_bias")] = 0.0
     position: Annotated[Text, _one_of(POSITIONS)] = "keep"
     learned: dict[str, LearnedEntry] = {}
+
+    _amount = model_validator(mode="after")(_check_amount)
 
 
 class ModelEntry(Strict):

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, cast
 
 from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS, WHOLE_NUMBERS
+from deos_fx.policy.shares import told_apart
 from deos_fx.policy.site import split_site
 from deos_fx.reading import TEXT_LENGTH
 
@@ -75,6 +76,16 @@ class Tier:
             return self.keep
         # 0.07 * 100 is a little more than 7 in floats, and must not be rounded up to 8.
         return math.ceil(self.keep * total - 1e-9)
+
+    def __eq__(self, other: object) -> bool:
+        # A share and a number are two amounts, though 1.0 == 1.
+        if not isinstance(other, Tier):
+            return NotImplemented
+        return told_apart(self) == told_apart(other)
+
+    def __hash__(self) -> int:
+        # Its other fields may be dicts, which have no hash.
+        return hash((isinstance(self.keep, float), self.keep, self.selector))
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in given_fields(self).items())

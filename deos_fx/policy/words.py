@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deos_fx.operator.learned import LEARNED
 from deos_fx.operator.select import SELECTORS
+from deos_fx.policy.shares import write_share
 from deos_fx.policy.tier import Tier
 
 _Reduction = Any
@@ -20,7 +21,7 @@ __all__ = ["in_words"]
 
 def in_words(reduction: _Reduction) -> str:
     """Describe a reduction: what it keeps, how it chooses, and what happens to the rest."""
-    keep = f"{reduction.keep:.4g}" if isinstance(reduction.keep, float) else str(reduction.keep)
+    keep = write_share(reduction.keep)
     chosen = " then ".join(_tier(tier) for tier in reduction.selection)
     if words := _learned(reduction.learned):
         # Learned scores are those of the first tier, perhaps its only ones.

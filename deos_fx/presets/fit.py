@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from deos_fx.policy.counts import tokens_per_layer
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.tier import MOST_TOKENS, check_number
-from deos_fx.presets.catalogue import CATALOGUE
 from deos_fx.presets.rules import RULES, Option, Rule
-from deos_fx.presets.shape import Shape
+from deos_fx.presets.shape import ImageSize, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +34,7 @@ def mean_visual_tokens(policy: Policy, decoder_layers: int, visual_tokens: int) 
 
 
 def options(
-    name: str, model: PreTrainedModel, visual_tokens: int | None = None
+    name: str, model: PreTrainedModel, visual_tokens: ImageSize | None = None
 ) -> dict[str, Option]:
     """Return the options of a preset that `fit` takes, with their ranges for a model.
 
@@ -54,31 +53,39 @@ def fit(
     name: str,
     budget_tokens: float,
     model: PreTrainedModel,
-    visual_tokens: int | None = None,
+    visual_tokens: ImageSize | None = None,
     **values: float,
 ) -> Policy:
     """Return a preset for a model, with the largest counts that a budget allows.
 
     Every option has its published value, in proportion to the depth of the model, unless another
-    is given. Presets of the vision tower end at the last block whose output the language model
-    uses; those of PruMerge need a block after that, and end at the last but one where there is
-    none. A preset inside the decoder stays at its published depth as long as it can keep a 32nd of
-    the tokens there; otherwise its first site moves to an earlier layer, down to ``decoder.0``.
-    Stages keep their proportions, and pools take windows at most 1.5 times as long as wide.
-    `merge` and `redistribute` rank by novelty where there is no CLS token. Where a position has
-    several coordinates (mRoPE), tokens keep theirs, as the ports of these methods do.
+    is given.
+
+    1. Presets of the vision tower end at the last block whose output the language model uses; those
+       of PruMerge need a block after that, and end at the last but one where there is none. Where
+       the features are read from several blocks, the last one's reduction moves to the projector.
+    2. Where no CLS token attends to the patches, these presets rank by the attention that a token
+       gets from all patches. `merge` and `redistribute` then rank by novelty.
+    3. A preset inside the decoder stays at its published depth as long as it can keep a 32nd of the
+       tokens there; otherwise its first site moves to an earlier layer, down to ``decoder.0``.
+       Stages keep their proportions, and move to the nearest layers that attend and have a site.
+    4. Pools take windows at most 1.5 times as long as wide.
+    5. Where a position has several coordinates (mRoPE), tokens keep theirs, as the ports of these
+       methods do.
 
     Args:
         name: Name of a preset.
         budget_tokens: Limit on ``mean_visual_tokens``.
         model: The model.
-        visual_tokens: Visual tokens of an image; needed only where its size decides how many.
+        visual_tokens: Visual tokens of an image, or their rows and columns; needed only where the
+            size of an image decides how many there are.
         **values: Options of the preset, see `options`.
 
     Raises:
         TypeError: If ``model`` is not a transformers model.
         ValueError: If there is no such preset or option, the model lacks something that the preset
-            needs, or none of its settings meets the budget.
+            needs (the message names the preset that comes nearest), or none of its settings meets
+            the budget.
     """
     return fit_to_shape(name, budget_tokens, Shape.of(model, visual_tokens), values)[0]
 
@@ -116,6 +123,7 @@ def fit_to_shape(
         f"{name} cannot meet a mean of {budget_tokens:g} visual tokens over {shape.decoder_layers} "
         f"decoder layers: even with the fewest tokens that it can keep, too many of the "
         f"{shape.visual_tokens} are processed; raise the budget or choose another preset"
+        f"{_advice(rule, shape)}"
     )
 
 
@@ -126,17 +134,16 @@ def _rule(name: str) -> Rule:
 
 
 def _check_needs(name: str, rule: Rule, shape: Shape) -> None:
-    if rule.in_tower and not shape.used_blocks:
-        raise ValueError(
-            f"{name} works in the vision tower, and this model's has no sites: a visual token is "
-            "not made of one patch each, or the encoder reads the sizes of images"
-        )
-    needs = CATALOGUE[name].needs
-    if "CLS" in needs and not shape.class_token:
-        raise ValueError(
-            f"{name} needs {needs}, whose attention ranks the visual tokens, and this model has "
-            "none; choose a preset that ranks by something else"
-        )
+    for need in rule.needs:
+        if not need.met(shape):
+            raise ValueError(f"{name} cannot be fitted: {need.lacking}{_advice(rule, shape)}")
+
+
+def _advice(rule: Rule, shape: Shape) -> str:
+    """Name the preset that comes nearest to one that cannot be fitted."""
+    fine = (other for other in rule.nearest if all(n.met(shape) for n in RULES[other].needs))
+    nearest = next(fine, None)
+    return f"; {nearest} comes nearest" if nearest else ""
 
 
 def _check_values(name: str, values: Mapping[str, float], ranges: Mapping[str, Option]) -> None:

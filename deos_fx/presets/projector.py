@@ -23,7 +23,7 @@ __all__ = [
     "vscan",
 ]
 
-_CLS = "a CLS token in the tower"
+_CLS = "a CLS token in the tower (a model without one: its patches)"
 
 
 @method(

@@ -2,7 +2,8 @@
 
 Depths are kept in proportion: layer 2 of 32 becomes layer 1 of 10, and a preset of the vision tower
 ends at the block whose output the language model uses. That is block 22 of the 24 of CLIP ViT-L in
-LLaVA-1.5, and the last one in a model that uses the last.
+LLaVA-1.5, and the last one in a model that uses the last. What a method ranks by is replaced where
+the model lacks it, as long as the method stays itself; otherwise the model is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import split_site
 from deos_fx.presets import decoder, projector, tower
+from deos_fx.presets.needs import ATTENTION, BLOCKS, PLACES, TOWER, WINDOWS, Need
 from deos_fx.presets.shape import Shape
 
 __all__ = ["RULES", "Option", "Rule"]
@@ -51,13 +55,15 @@ class Rule:
         options: Returns the options for a model.
         moves: The option that says where the first reduction is, if the budget may ask for an
             earlier place.
-        in_tower: Whether it reduces inside the vision tower, or observes a given block of it.
+        needs: What it needs of a model.
+        nearest: Presets that come nearest to it, for models that lack what it needs.
     """
 
     build: Callable[[Shape, float, Values], Policy]
     options: Callable[[Shape], dict[str, Option]] = lambda shape: {}
     moves: str = ""
-    in_tower: bool = False
+    needs: tuple[Need, ...] = ()
+    nearest: tuple[str, ...] = ()
 
 
 def _floor(size: float, tokens: int, least: int = 1) -> int:
@@ -83,14 +89,15 @@ _FEW = _layer(2 / 32)
 
 
 def _fastv(shape: Shape, size: float, values: Values) -> Policy:
-    return decoder.fastv(values["layer"], _floor(size, shape.visual_tokens))
+    return decoder.fastv(shape.attending(values["layer"]), _floor(size, shape.visual_tokens))
 
 
 def _dart(shape: Shape, size: float, values: Values) -> Policy:
     count = _floor(size, shape.visual_tokens)
     # No more pivots than places.
     image_pivots = min(values["image_pivots"], count)
-    return decoder.dart(values["layer"], count, image_pivots, values["text_pivots"])
+    layer = shape.attending(values["layer"])
+    return decoder.dart(layer, count, image_pivots, values["text_pivots"])
 
 
 def _dart_options(shape: Shape) -> dict[str, Option]:
@@ -101,7 +108,8 @@ def _dart_options(shape: Shape) -> dict[str, Option]:
 def _pyramid_drop(shape: Shape, size: float, values: Values) -> Policy:
     # The stages divide the layers after the first one evenly.
     layers, first = shape.decoder_layers, values["layer"]
-    before = [round(first + i * (layers - first) / 3) for i in range(3)]
+    places = [round(first + i * (layers - first) / 3) for i in range(3)]
+    before = [_nearest(shape, place, following=True) for place in places]
     return _staged(decoder.pyramid_drop, before, decoder.PYRAMID_KEEP, shape, size, values)
 
 
@@ -109,12 +117,18 @@ def _sparsevlm_plus(shape: Shape, size: float, values: Values) -> Policy:
     # The published stages see 3, 7 and 16 of 32 layers before them; the later ones keep their share
     # of the layers after the first.
     layers, first = shape.decoder_layers, values["layer"]
-    before = [round(first + share * (layers - first)) for share in (0, 4 / 29, 13 / 29)]
+    places = [round(first + share * (layers - first)) for share in (0, 4 / 29, 13 / 29)]
+    before = [_nearest(shape, place) for place in places]
 
     def preset(layers: list[int], counts: list[int]) -> Policy:
         return decoder.sparsevlm_plus([layer - 1 for layer in layers], counts)
 
     return _staged(preset, before, decoder.SPARSE_KEEP, shape, size, values)
+
+
+def _nearest(shape: Shape, before: int, following: bool = False) -> int:
+    """Move a stage to the nearest site that has its scores; one past all sites stays out."""
+    return before if before > shape.decoder_sites else shape.attending(before, following=following)
 
 
 def _staged(
@@ -132,7 +146,8 @@ def _staged(
     # At the full size, the last stage keeps all tokens, too.
     counts = [min(tokens, max(1, round(size * tokens * x / shares[-1]))) for x in shares]
     # Few layers leave no room for all stages: of two at one place, the later one acts.
-    stages = {n: count for n, count in zip(before, counts, strict=True) if n < shape.decoder_layers}
+    last = shape.decoder_sites
+    stages = {n: count for n, count in zip(before, counts, strict=True) if n <= last}
     return preset([*stages], [*stages.values()])
 
 
@@ -154,7 +169,12 @@ def _fitprune(shape: Shape, size: float, values: Values) -> Policy:
     # 2. A power of it: 0 keeps everything, and the larger, the fewer tokens stay.
     power = 1 / max(size, 1e-3) - 1
     counts = [max(1, round(tokens * share((i + 1) / layers) ** power)) for i in range(layers)]
-    drops = [before - after for before, after in zip([tokens, *counts], counts, strict=False)]
+    # 3. Layers without a site, or without attention, leave their drops to the next one that can.
+    able = [i not in shape.without_attention and i < shape.decoder_sites for i in range(layers)]
+    left_before, drops = tokens, []
+    for can, count in zip(able, counts, strict=True):
+        drops.append(left_before - count if can else 0)
+        left_before = count if can else left_before
     return decoder.fitprune(drops, tokens)
 
 
@@ -166,8 +186,9 @@ def _fitprune_options(shape: Shape) -> dict[str, Option]:
 # *** before the decoder ***
 
 
-def _site(values: Values) -> str:
-    return f"decoder.{values['layer'] - 1}" if values["layer"] else "projector"
+def _site(shape: Shape, values: Values) -> str:
+    layer = values["layer"]
+    return f"decoder.{shape.attending(layer) - 1}" if layer else "projector"
 
 
 def _ranked_by(policy: Policy, shape: Shape) -> Policy:
@@ -182,14 +203,14 @@ def _ranked_by(policy: Policy, shape: Shape) -> Policy:
 
 def _merge(shape: Shape, size: float, values: Values) -> Policy:
     count = _floor(size, shape.visual_tokens)
-    policy = projector.merge(_site(values), count, mass_bias=values["mass_bias"])
+    policy = projector.merge(_site(shape, values), count, mass_bias=values["mass_bias"])
     return _ranked_by(policy, shape)
 
 
 def _redistribute(shape: Shape, size: float, values: Values) -> Policy:
     own = {name: values[name] for name in ("temperature", "mass_bias")}
     count = _floor(size, shape.visual_tokens)
-    return _ranked_by(projector.redistribute(_site(values), count, **own), shape)
+    return _ranked_by(projector.redistribute(_site(shape, values), count, **own), shape)
 
 
 def _any_layer(shape: Shape) -> dict[str, Option]:
@@ -204,20 +225,14 @@ def _counted(preset: Callable[..., Policy], *given: str) -> Callable[..., Policy
     """Make the rule of a preset that takes a count, and the options of these names."""
 
     def build(shape: Shape, size: float, values: Values) -> Policy:
-        return preset(
-            keep=_floor(size, shape.visual_tokens), **{name: values[name] for name in given}
-        )
+        own = {name: values[name] for name in given}
+        return _ranked_in_tower(preset(keep=_floor(size, shape.visual_tokens), **own), shape)
 
     return build
 
 
 def _pooled(preset: Callable[..., Policy]) -> Callable[..., Policy]:
     def build(shape: Shape, size: float, values: Values) -> Policy:
-        if 1 in shape.grid and shape.visual_tokens > 1:
-            raise ValueError(
-                f"{shape.visual_tokens} visual tokens are not a square; give the preset itself a "
-                "count that splits the grid into windows"
-            )
         return preset(keep=shape.windows(_floor(size, shape.visual_tokens)))
 
     return build
@@ -233,13 +248,14 @@ def _vscan(shape: Shape, size: float, values: Values) -> Policy:
     final = values["final"]
     # At the full size, the second stage keeps everything, too. Each half of the first has a token.
     keep = _floor(size / final, tokens, least=2)
-    return projector.vscan(
+    policy = projector.vscan(
         keep=keep,
         final=min(keep, _floor(size, tokens)),
-        layer=values["layer"],
+        layer=shape.attending(values["layer"], following=True),
         local_block=values["local_block"],
         windows=shape.windows(16, even=True),
     )
+    return _ranked_in_tower(policy, shape)
 
 
 def _vscan_options(shape: Shape) -> dict[str, Option]:
@@ -256,11 +272,46 @@ def _last(shape: Shape) -> int:
     return shape.used_blocks - 1
 
 
+# Scores that need a CLS token.
+_OF_CLASS = {"cls_attention", "joint_cls_attention"}
+
+
+def _ranked_in_tower(policy: Policy, shape: Shape) -> Policy:
+    """Rank by the attention of all patches where no CLS token attends to them.
+
+    Where the last block has no site, since the features are read from earlier blocks as well, its
+    reduction moves to the projector, which observes the same block.
+    """
+    steps = [step if shape.class_token else _by_patches(step) for step in policy.reductions]
+    return replace(policy, reductions=tuple(_where_a_site_is(step, shape) for step in steps))
+
+
+def _where_a_site_is(step: Reduction, shape: Shape) -> Reduction:
+    stage, block = split_site(step.site)
+    if stage != "vision" or block < shape.tower_sites:
+        return step
+    # There is a copy of the CLS token in the tower alone, and no block after its last one.
+    ends = step.observe == "next" and shape.used_blocks == shape.vision_blocks
+    observe = "" if ends else step.observe
+    return replace(step, site="projector", keep_class=False, observe=observe)
+
+
+def _by_patches(step: Reduction) -> Reduction:
+    """Rank by the attention that a token gets from all patches, and not from a CLS token."""
+
+    def scores(given: Mapping[str, float]) -> dict[str, float]:
+        return {("mutual_attention" if name in _OF_CLASS else name): w for name, w in given.items()}
+
+    tiers = tuple(replace(tier, scores=scores(tier.scores)) for tier in step.tiers)
+    return replace(step, scores=scores(step.scores), tiers=tiers, keep_class=False)
+
+
 def _visionzip(shape: Shape, size: float, values: Values) -> Policy:
-    # CLS and another token are dominant, and one is a target.
+    # CLS, if there is one, and another token are dominant, and one is a target.
     count = _floor(size, shape.visual_tokens, least=3)
     contextual = min(count - 2, max(1, round(values["contextual"] * count)))
-    return tower.visionzip(count - contextual, contextual, _last(shape))
+    policy = tower.visionzip(count - contextual, contextual, _last(shape))
+    return _ranked_in_tower(policy, shape)
 
 
 def _before_next(shape: Shape) -> int:
@@ -275,32 +326,35 @@ def _neighbours(shape: Shape) -> dict[str, Option]:
 
 def _prumerge(shape: Shape, size: float, values: Values) -> Policy:
     count = _floor(size, shape.visual_tokens, least=2)
-    return tower.prumerge(count, _before_next(shape), values["neighbours"])
+    policy = tower.prumerge(count, _before_next(shape), values["neighbours"])
+    return _ranked_in_tower(policy, shape)
 
 
 def _prumerge_plus(shape: Shape, size: float, values: Values) -> Policy:
     # One token is the extra one.
     count = _floor(size, shape.visual_tokens, least=3) - 1
     selected = min(count - 1, max(1, round(values["selected"] * count)))
-    return tower.prumerge_plus(
+    policy = tower.prumerge_plus(
         selected,
         count - selected,
         shape.visual_tokens,
         _before_next(shape),
         values["neighbours"],
     )
+    return _ranked_in_tower(policy, shape)
 
 
 def _vispruner(shape: Shape, size: float, values: Values) -> Policy:
     # Each tier takes one token at least.
     count = _floor(size, shape.visual_tokens, least=2)
     important = min(max(values["important"], 1 / count), 1 - 1 / count)
-    return tower.vispruner(count, important, _last(shape))
+    return _ranked_in_tower(tower.vispruner(count, important, _last(shape)), shape)
 
 
 def _hiprune(shape: Shape, size: float, values: Values) -> Policy:
     count = _floor(size, shape.visual_tokens)
-    return tower.hiprune(count, values["alpha"], values["object_block"], _last(shape))
+    policy = tower.hiprune(count, values["alpha"], values["object_block"], _last(shape))
+    return _ranked_in_tower(policy, shape)
 
 
 def _hiprune_options(shape: Shape) -> dict[str, Option]:
@@ -318,61 +372,81 @@ def _tome(shape: Shape, size: float, values: Values) -> Policy:
 
 
 def _tome_options(shape: Shape) -> dict[str, Option]:
-    return {"blocks": Option(shape.used_blocks, 1, max(1, shape.used_blocks))}
+    return {"blocks": Option(shape.tower_sites, 1, max(1, shape.tower_sites))}
 
 
 def _evit(shape: Shape, size: float, values: Values) -> Policy:
     # Published: stages after 4, 7 and 10 of 12 blocks. All of them move with the first.
     tokens, ends = shape.visual_tokens, [shape.block_at(n / 12) + 1 for n in (4, 7, 10)]
-    ends = sorted({min(shape.used_blocks, end - ends[0] + values["first"]) for end in ends})
+    ends = sorted({min(shape.tower_sites, end - ends[0] + values["first"]) for end in ends})
     # The fused token is one more, so a stage that should keep all keeps all others but one.
     share = max(size, 1e-6) * (1 - 1 / tokens)
-    return tower.evit(share, [end - 1 for end in ends], tokens)
+    return _ranked_in_tower(tower.evit(share, [end - 1 for end in ends], tokens), shape)
 
 
 def _evit_options(shape: Shape) -> dict[str, Option]:
-    first = shape.block_at(4 / 12) + 1
-    return {"first": Option(first, 1, max(1, shape.used_blocks))}
+    most = max(1, shape.tower_sites)
+    return {"first": Option(min(most, shape.block_at(4 / 12) + 1), 1, most)}
 
 
 # *** all of them ***
 
+_PRUNES = ("divprune",)
+_MERGES = ("merge",)
+
 RULES: Mapping[str, Rule] = {
     # In the decoder.
-    "fastv": Rule(_fastv, _FEW, moves="layer"),
-    "pyramid_drop": Rule(_pyramid_drop, _staged_options(8 / 32), moves="layer"),
-    "sparsevlm_plus": Rule(_sparsevlm_plus, _staged_options(3 / 32), moves="layer"),
-    "dart": Rule(_dart, _dart_options, moves="layer"),
-    "fitprune": Rule(_fitprune, _fitprune_options),
+    "fastv": Rule(_fastv, _FEW, moves="layer", needs=(ATTENTION,), nearest=_PRUNES),
+    "pyramid_drop": Rule(
+        _pyramid_drop, _staged_options(8 / 32), moves="layer", needs=(ATTENTION,), nearest=_PRUNES
+    ),
+    "sparsevlm_plus": Rule(
+        _sparsevlm_plus,
+        _staged_options(3 / 32),
+        moves="layer",
+        needs=(ATTENTION,),
+        nearest=_PRUNES,
+    ),
+    "dart": Rule(_dart, _dart_options, moves="layer", needs=(ATTENTION,), nearest=_PRUNES),
+    "fitprune": Rule(_fitprune, _fitprune_options, needs=(ATTENTION,), nearest=_PRUNES),
     # Before it.
     "merge": Rule(_merge, _any_layer),
     "redistribute": Rule(_redistribute, _redistribute_options),
-    "avg_pool": Rule(_pooled(projector.avg_pool)),
-    "bilinear_pool": Rule(_pooled(projector.bilinear_pool)),
+    "avg_pool": Rule(_pooled(projector.avg_pool), needs=(WINDOWS,), nearest=_MERGES),
+    "bilinear_pool": Rule(_pooled(projector.bilinear_pool), needs=(WINDOWS,), nearest=_MERGES),
     "cdpruner": Rule(_counted(projector.cdpruner)),
     "divprune": Rule(_counted(projector.divprune)),
-    "fastervlm": Rule(_counted(tower.fastervlm)),
-    "holov": Rule(_counted(projector.holov, "windows"), _holov_options),
+    "fastervlm": Rule(_counted(tower.fastervlm), needs=(TOWER,), nearest=_PRUNES),
+    "holov": Rule(
+        _counted(projector.holov, "windows"), _holov_options, needs=(TOWER,), nearest=_PRUNES
+    ),
     "random": Rule(
         _counted(projector.random, "seed"),
         lambda shape: {"seed": Option(0, 0, 10**9, tuned=False)},
     ),
-    "uniform": Rule(_counted(projector.uniform)),
-    "vscan": Rule(_vscan, _vscan_options, in_tower=True),
+    "uniform": Rule(_counted(projector.uniform), needs=(PLACES,), nearest=("random",)),
+    "vscan": Rule(_vscan, _vscan_options, needs=(TOWER,), nearest=_MERGES),
     # In the vision tower.
     "visionzip": Rule(
-        _visionzip, lambda shape: {"contextual": Option(10 / 64, 0.0, 1.0)}, in_tower=True
+        _visionzip,
+        lambda shape: {"contextual": Option(10 / 64, 0.0, 1.0)},
+        needs=(TOWER,),
+        nearest=_MERGES,
     ),
     "vispruner": Rule(
-        _vispruner, lambda shape: {"important": Option(0.5, 0.0, 1.0)}, in_tower=True
+        _vispruner,
+        lambda shape: {"important": Option(0.5, 0.0, 1.0)},
+        needs=(TOWER,),
+        nearest=_PRUNES,
     ),
-    "prumerge": Rule(_prumerge, _neighbours, in_tower=True),
+    "prumerge": Rule(_prumerge, _neighbours, needs=(TOWER,), nearest=_MERGES),
     "prumerge_plus": Rule(
         _prumerge_plus,
         lambda shape: {"selected": Option(0.25, 0.0, 1.0)} | _neighbours(shape),
-        in_tower=True,
+        needs=(TOWER,),
+        nearest=_MERGES,
     ),
-    "hiprune": Rule(_hiprune, _hiprune_options, in_tower=True),
-    "tome": Rule(_tome, _tome_options, in_tower=True),
-    "evit": Rule(_evit, _evit_options, in_tower=True),
+    "hiprune": Rule(_hiprune, _hiprune_options, needs=(TOWER,), nearest=_PRUNES),
+    "tome": Rule(_tome, _tome_options, needs=(TOWER, BLOCKS), nearest=_MERGES),
+    "evit": Rule(_evit, _evit_options, needs=(TOWER, BLOCKS), nearest=("visionzip", "merge")),
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from deos_fx.models.families import COORDINATES
 from deos_fx.operator import grid_layout
@@ -14,9 +15,13 @@ from deos_fx.policy.tier import MOST_TOKENS, check_count
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from deos_fx.cost.measure import LayerCost
     from deos_fx.models.facts import ModelFacts
 
-__all__ = ["Shape"]
+__all__ = ["ImageSize", "Shape"]
+
+ImageSize: TypeAlias = int | tuple[int, int]
+"""Visual tokens of an image, or their rows and columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +32,16 @@ class Shape:
         decoder_layers: Layers of the decoder.
         visual_tokens: Visual tokens of an image.
         grid: Rows and columns of these tokens; one row if they form no square.
+        placed: Whether rows and columns are known, where the size of an image decides them.
+        without_attention: Decoder layers that do not attend: convolutions, and layers that keep a
+            state.
+        shared_from: The first decoder layer whose keys later layers attend to as well; it and those
+            after it have no sites. None where every layer has keys of its own.
         vision_blocks: Blocks of the vision tower.
         used_blocks: Blocks of the tower up to the last that the language model depends on; 0 if
             a visual token is not made of one patch each, so that the tower has no sites.
+        tower_sites: Blocks of the tower, from the first on, that have a site: fewer than the used
+            ones where the features are made of several blocks.
         class_token: Whether a CLS token attends to exactly the patches that become visual tokens.
         coordinates: Whether a position has several coordinates, so that it cannot be renumbered.
     """
@@ -37,53 +49,92 @@ class Shape:
     decoder_layers: int
     visual_tokens: int
     grid: tuple[int, int]
+    placed: bool = True
+    without_attention: frozenset[int] = frozenset()
+    shared_from: int | None = None
     vision_blocks: int = 0
     used_blocks: int = 0
+    tower_sites: int = 0
     class_token: bool = False
     coordinates: bool = False
 
     @classmethod
-    def of(cls, model: PreTrainedModel, visual_tokens: int | None = None) -> Shape:
-        """Infer the sizes of a model; nothing is captured or run.
+    def of(cls, model: PreTrainedModel, visual_tokens: ImageSize | None = None) -> Shape:
+        """Infer the sizes of a model; nothing is captured, and it runs on shapes alone.
 
         Args:
             model: A transformers vision-language model, which may lie on the meta device.
-            visual_tokens: Visual tokens of an image, where its size decides how many there are.
+            visual_tokens: Visual tokens of an image, or their rows and columns, where its size
+                decides how many there are. A single row says that their places are not known.
 
         Raises:
             TypeError: If it is not such a model.
             ValueError: If it reads no images, or the number of tokens is neither given nor fixed.
         """
         # Loaded here: a list of the presets needs no code of models.
+        from deos_fx.cost.measure import measure_decoder
         from deos_fx.models.facts import facts_of
 
         facts = facts_of(model)
-        if visual_tokens is not None:
+        if isinstance(visual_tokens, tuple):
+            for side in visual_tokens:
+                check_count("visual_tokens", side, 1, MOST_TOKENS)
+        elif visual_tokens is not None:
             check_count("visual_tokens", visual_tokens, 1, MOST_TOKENS)
-        count = visual_tokens or math.prod(facts.grid)
+        grid = _grid(visual_tokens or facts.grid)
+        count = math.prod(grid)
         if not count:
             raise ValueError(
                 f"How many visual tokens an image of a {facts.signature.model_type} model has "
                 "depends on its size: give visual_tokens, the number of your images."
             )
-        side = math.isqrt(count)
-        used = in_front = 0
+        used = sites = in_front = 0
         if not facts.sizes_vary:
             in_front = int(facts.has_class_token)
-            used = _used_blocks(facts, count + in_front)
+            used, sites = _tower(facts, count + in_front)
+        layers = measure_decoder(facts).layers
         return cls(
             decoder_layers=facts.signature.decoder_layers,
             visual_tokens=count,
-            grid=(side, side) if side * side == count else (1, count),
+            grid=grid,
+            placed=not facts.sizes_vary or 1 not in grid or count == 1,
+            without_attention=frozenset(i for i, layer in enumerate(layers) if not _attends(layer)),
+            shared_from=_shared_from(layers),
             vision_blocks=facts.signature.vision_layers,
             used_blocks=used,
+            tower_sites=sites,
             class_token=bool(used and in_front),
             coordinates=hasattr(model.base_model, COORDINATES),
         )
 
+    @property
+    def decoder_sites(self) -> int:
+        """Return the number of decoder layers, from the first on, that have a site."""
+        # Nothing would be saved after the last layer.
+        return self.decoder_layers - 1 if self.shared_from is None else self.shared_from
+
     def layers_before(self, share: float) -> int:
         """Return the decoder layers before a site at this share of the depth, at least 1."""
         return max(1, round(share * self.decoder_layers))
+
+    def attending(self, before: int, *, following: bool = False) -> int:
+        """Return the number of layers before the nearest site whose layer attends.
+
+        Args:
+            before: The number of layers that is wanted; of two as near, the lower is taken.
+            following: Whether the layer after the site is to attend, and not the one before it.
+
+        Raises:
+            ValueError: If there is no such site.
+        """
+        fine = [
+            count
+            for count in range(1, self.decoder_sites + 1)
+            if (count if following else count - 1) not in self.without_attention
+        ]
+        if not fine:
+            raise ValueError("no layer of the decoder with a site attends to the visual tokens")
+        return min(fine, key=lambda count: (abs(count - before), count))
 
     def block_at(self, share: float) -> int:
         """Return the index of the vision block that ends at this share of the used tower."""
@@ -108,14 +159,54 @@ class Shape:
         return 1
 
 
-def _used_blocks(facts: ModelFacts, tokens: int) -> int:
-    """Count the vision blocks up to the last that is used, if it has this number of tokens."""
+def _grid(size: ImageSize) -> tuple[int, int]:
+    """Return rows and columns: of a number of tokens, those of a square, or else one row."""
+    if not isinstance(size, int):
+        return size
+    side = math.isqrt(size)
+    return (side, side) if side * side == size else (1, size)
+
+
+def _shared_from(layers: Sequence[LayerCost]) -> int | None:
+    """Return the first layer whose keys are read by layers that have none of their own.
+
+    These read the keys of the last layer of their kind before them, sliding or not.
+    """
+    first = next((i for i, layer in enumerate(layers) if _borrows_keys(layer)), None)
+    if first is None:
+        return None
+    # Of each kind the last: later entries replace earlier ones.
+    return min({layer.window: i for i, layer in enumerate(layers[:first]) if layer.cached}.values())
+
+
+def _attends(layer: LayerCost) -> bool:
+    """Return whether the cost of a layer grows with pairs of tokens."""
+    return layer.quadratic > 0
+
+
+def _borrows_keys(layer: LayerCost) -> bool:
+    """Return whether a layer attends, and holds no keys of its own."""
+    return _attends(layer) and not layer.cached
+
+
+def _tower(facts: ModelFacts, tokens: int) -> tuple[int, int]:
+    """Count the vision blocks up to the last that is used, and those of them that have a site.
+
+    Args:
+        facts: The facts of a model whose images have one size.
+        tokens: Patches of an image, and a CLS token if the tower has one.
+    """
     from deos_fx.cost.measure import measure_encoder
+    from deos_fx.cost.tower import blocks_read
 
     try:
         encoder = measure_encoder(facts)
     except ValueError:
         # Case: an encoder that reads values. Nothing is known of its blocks.
-        return 0
+        return 0, 0
     # A tower may have more tokens than come out of it: then its tokens are patches alone.
-    return encoder.used if encoder.used and encoder.tokens[encoder.used - 1] == tokens else 0
+    if not encoder.used or encoder.tokens[encoder.used - 1] != tokens:
+        return 0, 0
+    read = blocks_read(facts)
+    # Features that are also read from an earlier block go around all blocks after that.
+    return (max(read) + 1, min(read) + 1) if read else (0, 0)

@@ -27,7 +27,7 @@ __all__ = [
 
 LAST_BLOCK = 22
 NEIGHBOURS = 32
-_CLS = "a CLS token in the tower"
+_CLS = "a CLS token in the tower (a model without one: its patches)"
 
 
 @method(

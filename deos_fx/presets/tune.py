@@ -10,7 +10,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.tier import check_count
 from deos_fx.presets.fit import fit_to_shape
 from deos_fx.presets.rules import RULES, Option
-from deos_fx.presets.shape import Shape
+from deos_fx.presets.shape import ImageSize, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +53,7 @@ def tune(
     evaluations: int,
     *,
     seed: int = 0,
-    visual_tokens: int | None = None,
+    visual_tokens: ImageSize | None = None,
 ) -> Tuned:
     """Find the setting of a preset's own options with the lowest loss within a budget.
 
@@ -67,7 +67,7 @@ def tune(
         evaluate: Returns the loss of a policy; a ``ValueError`` says that the model cannot run it.
         evaluations: Largest number of losses that are computed.
         seed: Seed of the proposals.
-        visual_tokens: Visual tokens of an image; needed only where its size decides how many.
+        visual_tokens: As in `fit`.
 
     Raises:
         ImportError: If the preset has options and Optuna is not installed.

@@ -56,7 +56,13 @@ class SearchFront:
         Raises:
             OSError: If the file cannot be written.
         """
-        lead = "Found by gradient for a fixed model, each within its budget, and none dominated."
+        sources = ", ".join(dict.fromkeys(one.best.source for one in self.results.values()))
+        lead = (
+            "Searched for a fixed model, each within its budget, and none dominated. They come "
+            f"from: {sources}."
+        )
+        doubts = dict.fromkeys(doubt for one in self.results.values() for doubt in one.doubts)
+        lead = " ".join([lead, *doubts])
         figures = tiles(
             [
                 (f"{result.best.loss:.4g}", "task loss", _named(budget))

@@ -14,6 +14,7 @@ from deos_fx.cost.amounts import Cost
 from deos_fx.files import write_text
 from deos_fx.policy.policy import Policy
 from deos_fx.results import charts
+from deos_fx.results.evidence import Evidence
 from deos_fx.results.page import Section, build_page, details, table, tiles
 
 __all__ = [
@@ -90,6 +91,7 @@ class SearchResult:
         interrupted: Whether the steps were cut short (Ctrl-C).
         looks: What the learned scores of the policy look at.
         evaluations: Forward passes of a batch that the search took; a backward pass counts two.
+        evidence: The data behind the result, and its lead over the best preset.
     """
 
     policy: Policy
@@ -102,6 +104,7 @@ class SearchResult:
     interrupted: bool = False
     looks: list[Look] = field(default_factory=list)
     evaluations: int = 0
+    evidence: Evidence | None = None
 
     @property
     def best(self) -> Candidate:
@@ -112,6 +115,24 @@ class SearchResult:
     def gap(self) -> float:
         """Return the static minus the relaxed task loss of the returned policy."""
         return self.best.loss - self.relaxed_loss
+
+    @property
+    def doubts(self) -> list[str]:
+        """Return what the data is too little for, in words; empty where it is enough."""
+        return [] if self.evidence is None else self.evidence.doubts
+
+    @property
+    def basis(self) -> str:
+        """Say where the policy comes from, on which data, and what it is compared with."""
+        lines = [f"It comes from: {self.best.source}."]
+        losses = [f"policy {self.best.loss:.4g}"]
+        if self.evidence is not None:
+            lines.append(str(self.evidence))
+            if self.evidence.preset:
+                losses.append(f"{self.evidence.preset} {self.evidence.preset_loss:.4g}")
+        losses.append(f"no reduction {self.unreduced_loss:.4g}")
+        lines.append(f"Loss on the scored prompts: {', '.join(losses)}.")
+        return " ".join(lines)
 
     def report(self, path: str | os.PathLike[str]) -> None:
         """Write a self-contained HTML page about the search.
@@ -142,7 +163,10 @@ def search_report(result: SearchResult, path: str | os.PathLike[str]) -> None:
         policy_section(result.policy, result.best.cost, result.unreduced, result.looks),
         search_section(result),
     ]
-    lead = "Found by gradient for a fixed model, rounded to whole tokens, and within every limit."
+    lead = f"Searched for a fixed model, and within every limit. {result.basis}"
+    if result.interrupted:
+        lead += " The search was interrupted."
+    lead = " ".join([lead, *result.doubts])
     figures = tiles(savings(result.best.cost, result.unreduced))
     text = build_page("A searched token-reduction policy", lead, figures, sections, command())
     write_text(path, text)
@@ -203,7 +227,7 @@ def search_section(result: SearchResult) -> Section:
     return Section(
         "The search",
         "Above, the task loss of each step at the best place (thin) and its running mean; below, "
-        "the visual tokens of the relaxed model, which a growing multiplier holds under the limit. "
+        "the visual tokens of the relaxed model, which a growing multiplier pushes to the limit. "
         "What the steps reach, presets and small changes of the best are measured in the static "
         "form, the form that runs, and the best is returned: it comes from "
         f"“{result.best.source}”. All that took {result.evaluations:,} forward passes of a batch, "

@@ -72,8 +72,8 @@ class ReducedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Any, ...]:
         """Run the reduced model.
 
-        torch.compile leaves this call as it is. Compile the parts instead, for example
-        ``for layer in model.get_decoder().layers: layer.compile()``.
+        torch.compile leaves this call as it is. After the first call, compile what has no cache,
+        once for all layers: ``for layer in model.get_decoder().layers: layer.mlp.compile()``.
 
         Args:
             *args: Arguments of the model's own forward.

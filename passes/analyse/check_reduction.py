@@ -37,10 +37,13 @@ def check_reduction(
         ValueError: If the site cannot be used or lacks something that the reduction needs.
     """
     name = reduction.site
-    # 1. The site exists, is available and has the scores.
-    site = sites.usable(name, reduction.scores)
-    needs = required_features(reduction)
+    # 1. The site exists, is available and has the scores. In the decoder these are the scores of
+    # the layer that is observed, and layers differ: some attend to nothing.
+    site = sites.usable(name, ())
     before_decoder = split_site(name)[0] != "decoder"
+    seen = site if before_decoder else sites[_observed(reduction)]
+    sites.check_scores(seen, reduction.scores)
+    needs = required_features(reduction)
     # Features that are observed in a block, whichever block it is (``keys``, ``keys@next``).
     hidden_from = sorted(need for need in needs if need.partition("@")[0] in OBSERVED)
     # 2. What is observed belongs to the tokens that are reduced.
@@ -62,8 +65,9 @@ def check_reduction(
             f"{name}: the features of this model enter the prompt in the order of the image. Use "
             "order='position'."
         )
-    # 4. The tokens have places on a grid.
-    if "grid" in needs and not layout.placed:
+    # 4. The tokens have places on a grid. For a random choice, any places that differ will do.
+    placeless = set(reduction.scores) == {"random"} and reduction.selector == "top_k"
+    if "grid" in needs and not layout.placed and not placeless:
         raise ValueError(
             f"{name}: rows and columns of the visual tokens are not known for images of these "
             "sizes. Use scores, similarities and a selector that do not need the grid."
@@ -77,12 +81,12 @@ def check_reduction(
     # 5. A row is one prompt.
     if layout.packed:
         _check_packed(reduction, needs, layout.packed)
-    mask = None if before_decoder else nodes[site.node].kwargs.get("attention_mask")
+    mask = None if before_decoder else nodes[seen.node].kwargs.get("attention_mask")
     # 6. The layer attends. With a mask of padding alone, it is a convolution or keeps a state.
     if hidden_from and isinstance(mask, fx.Node) and note_of(mask).padding:
         raise ValueError(
-            f"{name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use scores and "
-            "similarities of the hidden states themselves, or another site."
+            f"{seen.name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use "
+            "scores and similarities of the hidden states themselves, or another site."
         )
     # 7. The rule for positions fits the images, and the positions of this model.
     if reduction.position == "grid" and layout.grids:
@@ -103,6 +107,13 @@ def check_reduction(
 def _is_of_decoder_alone(selector: str) -> bool:
     """Return whether a selector reads hidden states after the final norm of the decoder."""
     return any(name.startswith("normed_") for name in SELECTORS[selector].features)
+
+
+def _observed(reduction: Reduction) -> str:
+    """Return the site after the decoder layer whose attention a reduction reads."""
+    if reduction.observe == "next":
+        return f"decoder.{split_site(reduction.site)[1] + 1}"
+    return reduction.observe or reduction.site
 
 
 def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> None:

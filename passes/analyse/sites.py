@@ -97,10 +97,20 @@ class Sites:
         site = self[name]
         if not site.available:
             raise ValueError(f"{name} cannot be reduced: {site.reason}. Use another site.")
+        self.check_scores(site, scores)
+        return site
+
+    @staticmethod
+    def check_scores(site: Site, scores: Iterable[str]) -> None:
+        """Refuse scores that a site lacks.
+
+        Raises:
+            ValueError: If there is such a score; the message names those that there are.
+        """
         for score in scores:
             if score not in site.scores:
-                raise ValueError(f"{name} has no score {score!r}; it has {', '.join(site.scores)}.")
-        return site
+                known = ", ".join(site.scores)
+                raise ValueError(f"{site.name} has no score {score!r}; it has {known}.")
 
     def available(self) -> tuple[Site, ...]:
         """Return the sites that can be used, in order of depth."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from deos_fx.cost.latency import milliseconds
 from deos_fx.passes.search import processes
+from deos_fx.passes.search.batches import SearchBatch
 from deos_fx.passes.search.descent import GATE_TEMPERATURES, relaxed_graph
 from deos_fx.passes.search.looks import looks_of
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.space import relaxed
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
+from deos_fx.results.evidence import Evidence
 from deos_fx.results.search_result import Candidate, SearchResult
 
 __all__ = ["RUNNERS_UP", "check_can_be_met", "check_unreduced", "result_of"]
@@ -103,7 +106,39 @@ def result_of(
         relaxed_loss=_relaxed_loss(problem, policy),
         interrupted=interrupted,
         looks=looks_of(problem, policy),
+        evidence=_evidence(problem, candidates),
     )
+
+
+def _evidence(problem: SearchProblem, candidates: Sequence[Candidate]) -> Evidence:
+    """Say what data a result rests on, and compare it with the best preset, batch by batch."""
+    best, scoring = candidates[0], problem.scoring
+    evidence = Evidence(
+        model=str(problem.cost.signature),
+        trained=_prompts(problem.training),
+        scored=_prompts(scoring),
+        held_back=not any(batch is other for batch in scoring for other in problem.training),
+        answers=scoring[0].target.labels is not None,
+    )
+    preset = next((each for each in candidates if each.source.startswith("preset ")), None)
+    if preset is None or preset is best or preset.loss == math.inf:
+        return evidence
+    pairs = zip(*map(problem.static_losses, (preset.policy, best.policy)), strict=True)
+    leads = [theirs - own for theirs, own in pairs]
+    error = math.inf
+    if len(leads) > 1:
+        error = statistics.stdev(leads) / math.sqrt(len(leads))
+    return replace(
+        evidence,
+        preset=preset.source,
+        preset_loss=preset.loss,
+        lead=statistics.fmean(leads),
+        error=error,
+    )
+
+
+def _prompts(batches: Sequence[SearchBatch]) -> int:
+    return sum(len(batch.call.inputs["input_ids"]) for batch in batches)
 
 
 def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candidate]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from deos_fx.passes.search.processes import Progress
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.counts import fit_counts, on_grid, within
 from deos_fx.policy.latency import LatencyTable
-from deos_fx.policy.policy import Policy
+from deos_fx.policy.policy import ModelSignature, Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order, split_site
 from deos_fx.tokens.cache import SpaceFields
@@ -91,6 +92,7 @@ class SearchProblem:
         data: Iterable[Mapping[str, Any]],
         budget: Budget,
         progress: Progress | None = None,
+        recognise: Callable[[dict[str, Any]], None] | None = None,
     ) -> SearchProblem:
         """Check the data, capture the model and set up the problem.
 
@@ -99,6 +101,7 @@ class SearchProblem:
             data: Batches of model inputs, perhaps with labels.
             budget: The budget.
             progress: Called with the stage ``capture`` after each batch.
+            recognise: Called with the fingerprint of the problem, before anything is captured.
 
         Returns:
             The problem. From four batches on, a quarter is held back for scoring.
@@ -112,6 +115,9 @@ class SearchProblem:
         check_whole(model)
         facts = facts_of(model)
         calls = checked_calls(facts, data)
+        if recognise is not None:
+            training = map(without_labels, calls[: len(calls) - len(calls) // 4])
+            recognise(_fingerprint(facts.signature, [*training]))
         # 2. Costs, for every layout. The longest prompts come first: their layout is the
         # problem's own.
         longest = sorted(calls, key=lambda call: call.inputs["input_ids"].shape[1])[::-1]
@@ -176,11 +182,7 @@ class SearchProblem:
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the problem, so that a checkpoint of another one is recognised."""
-        return {
-            "model": str(self.cost.signature),
-            "batches": [list(batch.call.inputs["input_ids"].shape) for batch in self.training],
-            "sums": [_sums(batch.call.inputs) for batch in self.training],
-        }
+        return _fingerprint(self.cost.signature, [batch.call for batch in self.training])
 
     @property
     def sites(self) -> Sites:
@@ -344,6 +346,12 @@ class SearchProblem:
         Args:
             graph_for: Makes the relaxed or static graph for a kind of batch, from a batch of it.
         """
+        return self.scored(self._loss_of(graph_for))
+
+    def _loss_of(
+        self, graph_for: Callable[[SearchBatch], fx.GraphModule]
+    ) -> Callable[[SearchBatch], Tensor]:
+        """Return the loss of a graph that is made once for each kind of batch."""
         parts: dict[Hashable, Parts] = {}
 
         def loss(batch: SearchBatch) -> Tensor:
@@ -351,9 +359,8 @@ class SearchProblem:
                 parts[batch.kind] = split_prefix(graph_for(batch))
             return self.loss(parts[batch.kind], batch)
 
-        return self.scored(loss)
+        return loss
 
-    @torch.no_grad()
     def scored(self, loss: Callable[[SearchBatch], Tensor]) -> float:
         """Return the mean of a loss over the scoring batches, which all processes share out.
 
@@ -362,16 +369,38 @@ class SearchProblem:
         Args:
             loss: Returns the loss of a batch, 0-dim.
         """
+        losses = self._each(loss)
+        mean = sum(losses) / len(losses)
+        return mean if math.isfinite(mean) else math.inf
+
+    @torch.no_grad()
+    def _each(self, loss: Callable[[SearchBatch], Tensor]) -> list[float]:
+        """Return a loss on each scoring batch; all processes share these out."""
         losses = torch.zeros(len(self.scoring), dtype=torch.float64)
         self.effort.forwards += len(self.scoring)
         for i, batch in processes.shared_out(self.scoring):
             losses[i] = loss(batch).item()
-        mean = sum(processes.joined(losses).tolist()) / len(losses)
-        return mean if math.isfinite(mean) else math.inf
+        return processes.joined(losses).tolist()
+
+    def static_losses(self, policy: Policy) -> list[float]:
+        """Return the task loss of a policy's static graph on each scoring batch."""
+        return self._each(self._loss_of(partial(_lowered, policy)))
 
     def static_loss(self, policy: Policy) -> float:
         """Return the task loss of a policy's static graph, mean over the scoring batches."""
-        return self.mean_loss(lambda batch: lower_call(batch.captured.copy(), policy, batch.layout))
+        return self.mean_loss(partial(_lowered, policy))
+
+
+def _lowered(policy: Policy, batch: SearchBatch) -> fx.GraphModule:
+    return lower_call(batch.captured.copy(), policy, batch.layout)
+
+
+def _fingerprint(signature: ModelSignature, training: Sequence[Call]) -> dict[str, Any]:
+    return {
+        "model": str(signature),
+        "batches": [list(call.inputs["input_ids"].shape) for call in training],
+        "sums": [_sums(call.inputs) for call in training],
+    }
 
 
 def _sums(inputs: Mapping[str, Any]) -> dict[str, str]:

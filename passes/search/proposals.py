@@ -79,7 +79,7 @@ def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
     tokens = min(share, problem.visual_tokens)
     for name in PRESETS:
         try:
-            policy = presets.fit(name, tokens, problem.model, problem.visual_tokens)
+            policy = presets.fit(name, tokens, problem.model, problem.layout.grid)
         except ValueError:
             # Case: the preset cannot meet the budget, or does not fit this number of tokens.
             continue

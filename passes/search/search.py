@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 from transformers import PreTrainedModel
@@ -13,12 +14,14 @@ from deos_fx.passes.search import processes
 from deos_fx.passes.search.budgets import check_budgets, in_words, loosest_first, pooled
 from deos_fx.passes.search.checkpoints import Checkpoints
 from deos_fx.passes.search.estimate import Estimate
+from deos_fx.passes.search.foreign import check_checkpoint
 from deos_fx.passes.search.outcome import check_can_be_met
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.run import SearchRun
 from deos_fx.policy.budget import Budget, check_budget
 from deos_fx.policy.tier import check_count
+from deos_fx.progress import shows_progress
 from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import SearchResult
 
@@ -56,6 +59,7 @@ def search(
 ) -> SearchFront: ...
 
 
+@shows_progress
 def search(
     model: PreTrainedModel,
     data: Iterable[Mapping[str, Any]],
@@ -101,7 +105,8 @@ def search(
             the disk fills up meanwhile, the search warns and goes on.
         progress: Called as the search advances, with a stage, the number done and the total. When
             the first step is done, the stage is ``estimate``: then these are the seconds that the
-            search has taken so far, and those that it will take in all.
+            search has taken so far, and those that it will take in all. By default, there are bars
+            on a terminal, and lines of the logger ``deos_fx`` elsewhere.
 
     Returns:
         The result; its policy meets every limit exactly. With `budgets`, a front of such results.
@@ -129,7 +134,8 @@ def search(
     progress = processes.on_main(progress)
     with processes.agreeing():
         saved = None if checkpoint is None else Checkpoints.at(checkpoint)
-        problem = SearchProblem.of(model, data, wanted[0], progress)
+        known = None if checkpoint is None else partial(check_checkpoint, checkpoint, seed)
+        problem = SearchProblem.of(model, data, wanted[0], progress, known)
         searched = problem.searched_sites(sites)
         steps = steps or default_steps(problem)
         if budgets is not None:

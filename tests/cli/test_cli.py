@@ -1,22 +1,26 @@
 """The command line: what it does with good input, and one clear line for bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from families import FAMILIES
+import typer
+from families import FAMILIES, TWINS
 from tiny import inputs, tiny_llava
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from deos_fx import Budget, Policy, ReducedModel, Reduction, SearchResult, presets, reference
 from deos_fx.cli.app import app
+from deos_fx.cli.limits import read_limit
 from deos_fx.cost.model import CostModel
 from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import Candidate
+from deos_fx.version import __version__
 
 COMMANDS = (
     "demo",
@@ -75,6 +79,22 @@ def test_help_lists_every_command_and_loads_no_model_code():
     assert output.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_loads_no_model_code(command):
+    code = (
+        f"import sys; sys.argv = ['deos-fx', {command!r}, '-h']\n"
+        "from deos_fx.cli.app import app\n"
+        "try: app()\n"
+        "finally: print([m for m in ('torch', 'transformers', 'onnx') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "Usage" in output and output.splitlines()[-1] == "[]"
+
+
+def test_version():
+    assert run("--version").strip() == f"deos-fx {__version__}"
+
+
 def test_python_m_is_the_same():
     command = [sys.executable, "-m", "deos_fx", "--help"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -129,15 +149,105 @@ def test_other_families_are_inspected(name, tmp_path):
     assert "decoder.0 ... decoder.3" in text and "projector" in text and "available" in text
 
 
-def test_a_preset_is_not_fitted_to_images_of_any_size(tmp_path):
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next", "qwen3_vl_moe", "granite4_vision"])
+def test_presets_are_fitted_to_images_of_any_size(name, tmp_path):
+    (FAMILIES | TWINS)[name].config().save_pretrained(tmp_path)
+    text = run("inspect", tmp_path, "--preset", "merge", "--budget", "0.25")
+    assert "keep 0.25" in text and "25.0%" in text
+
+
+def test_a_preset_that_cannot_be_fitted_names_the_nearest(tmp_path):
     FAMILIES["qwen2_5_vl"].config().save_pretrained(tmp_path)
-    message = fails("inspect", tmp_path, "--preset", "merge", "--budget", "0.25")
-    assert "--preset is fitted to a number of visual tokens" in message
+    message = fails("inspect", tmp_path, "--preset", "visionzip")
+    assert "visionzip cannot be fitted: it reads the attention of the vision tower" in message
+    assert message.endswith("; merge comes nearest")
+
+
+def test_a_preset_needs_an_image(tmp_path):
+    FAMILIES["fuyu"].config().save_pretrained(tmp_path)
+    options = ("--preset", "merge", "--budget", "25%")
+    message = fails("transform", tmp_path, tmp_path / "out", *options)
+    assert "save its processor in the model's folder, or give --policy" in message
 
 
 def test_inspect_says_what_it_needs(tmp_path):
     FAMILIES["fuyu"].config().save_pretrained(tmp_path)
     assert "Save its processor in the model's folder" in fails("inspect", tmp_path)
+
+
+def test_inspect_prints_json(model_dir):
+    found = json.loads(run("inspect", model_dir, "--preset", "merge", "--budget", "8", "--json"))
+    assert (found["visual_tokens"], found["grid"]) == (64, [8, 8])
+    projector = next(row for row in found["rows"] if row["blocks"] == "projector")
+    assert (projector["reduction"], projector["left"], projector["available"]) == ("merge", 8, True)
+    assert found["policy"]["reductions"][0]["keep"] == 8
+    assert found["costs"]["after"]["visual_tokens"] == 8.0
+    assert json.loads(run("inspect", model_dir, "--json"))["costs"] is None
+    listed = json.loads(run("presets", "--json"))
+    assert [one["name"] for one in listed] == presets.names()
+
+
+def test_quiet_commands_print_what_was_asked_for_alone(model_dir, tmp_path):
+    assert "Wrote" in run("transform", model_dir, tmp_path / "out")
+    assert "Wrote" not in run("--quiet", "transform", model_dir, tmp_path / "out", "--force")
+    assert "decoder.0" in run("--quiet", "inspect", tmp_path / "out")
+
+
+def test_inspect_shows_the_policy_of_a_reduced_model(model_dir, tmp_path):
+    run("transform", model_dir, tmp_path / "out", "--preset", "fastv", "--budget", "50%")
+    text = run("inspect", tmp_path / "out")
+    assert "fastv" in text and "Cost of the prefill" in text
+
+
+@pytest.mark.parametrize("command", ["transform", "export"])
+def test_no_command_writes_into_the_folder_it_reads(command, model_dir):
+    before = {path: path.stat().st_mtime_ns for path in model_dir.iterdir()}
+    message = fails(command, model_dir, model_dir / ".." / model_dir.name, "--force")
+    assert "is the model's own folder" in message
+    assert {path: path.stat().st_mtime_ns for path in model_dir.iterdir()} == before
+
+
+def test_nothing_is_overwritten_without_force(model_dir, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("mine")
+    svg = tmp_path / "model.svg"
+    svg.write_text("mine")
+    for arguments in (
+        ("transform", model_dir, out),
+        ("search", model_dir, "--data", svg, "--output", out),
+        ("compare", model_dir, "--test", svg, "--output", out),
+        ("demo", "--output", out),
+        ("inspect", model_dir, "--svg", svg),
+    ):
+        assert "add --force to overwrite" in fails(*arguments)
+    assert (out / "config.json").read_text() == svg.read_text() == "mine"
+    run("inspect", model_dir, "--svg", svg, "--force")
+    assert svg.read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("reduction", "words"),
+    [
+        # After the last layer nothing would be saved; the tower's last block is not used.
+        (Reduction("decoder.5", 8), "no decoder layer comes after it"),
+        (Reduction("vision.2", 8), "not used by the language model"),
+        (Reduction("projector", 8, scores={"last_text_attention": 1.0}), "has no score"),
+        (Reduction("projector", 11, selector="grid"), "11 windows do not fit"),
+        (Reduction("decoder.0", 8, observe="decoder.3"), "cannot observe"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "transform", "export"])
+def test_a_policy_that_the_first_call_would_refuse_is_refused_before_anything_else(
+    command, reduction, words, model_dir, tmp_path, monkeypatch
+):
+    Policy((reduction,)).save(tmp_path / "policy.json")
+    loading = "transformers.AutoModelForImageTextToText.from_pretrained"
+    monkeypatch.setattr(loading, lambda *_, **__: pytest.fail("loaded weights before checking"))
+    out = () if command == "inspect" else (tmp_path / "out",)
+    message = fails(command, model_dir, *out, "--policy", tmp_path / "policy.json")
+    assert words in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_transform_with_a_preset_fits_it_to_the_budget(model_dir, tmp_path):
@@ -174,7 +284,9 @@ def test_export_takes_the_policy_of_a_reduced_model(model_dir, tmp_path, monkeyp
     monkeypatch.setattr("deos_fx.exporters.onnx.export_onnx", note)
     run("transform", model_dir, tmp_path / "reduced", "--preset", "merge", "--budget", "9")
     run("export", tmp_path / "reduced", tmp_path / "onnx")
-    run("export", model_dir, tmp_path / "onnx", "--preset", "avg_pool", "--budget", "16")
+    other = ("--preset", "avg_pool", "--budget", "16")
+    assert "add --force" in fails("export", model_dir, tmp_path / "onnx", *other)
+    run("export", model_dir, tmp_path / "onnx", *other, "--force")
     options = ("--device", "cuda", "--no-verify")
     run("export", tmp_path / "reduced", tmp_path / "gpu", *options)
     assert exported == [presets.merge(keep=9), presets.avg_pool(keep=16), presets.merge(keep=9)]
@@ -311,12 +423,34 @@ def test_text_model(tmp_path):
     assert "llama model, which reads no images" in fails("inspect", tmp_path / "text")
 
 
+def test_budget_out_of_range(model_dir):
+    message = fails("inspect", model_dir, "--preset", "merge", "--budget", "200")
+    assert "the model has only 64" in message
+
+
 @pytest.mark.parametrize(
-    ("budget", "words"),
-    [("0", "positive number"), ("200", "the model has only 64"), ("1.5", "fraction in (0, 1]")],
+    ("text", "value"),
+    [("12.5%", 0.125), ("0.125", 0.125), ("1.0", 1.0), ("1", 1), ("18", 18), ("1e12", 10**12)],
 )
-def test_budget_out_of_range(model_dir, budget, words):
-    assert words in fails("inspect", model_dir, "--preset", "merge", "--budget", budget)
+def test_limits_as_a_user_writes_them(text, value):
+    got = read_limit(text)
+    assert (got, type(got)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0", "leaves nothing"),
+        ("-5%", "leaves nothing"),
+        ("nan", "leaves nothing"),
+        ("12.5", "did you mean 12.5%?"),
+        ("120%", "more than there is"),
+        ("few", "'few' is no limit; write a share of all as 12.5% or 0.125"),
+    ],
+)
+def test_wrong_limits_are_explained_in_the_words_of_the_command_line(text, words):
+    with pytest.raises(typer.BadParameter, match=re.escape(words)):
+        read_limit(text)
 
 
 def test_budget_that_is_no_number(model_dir):
@@ -354,7 +488,7 @@ def test_folder_that_cannot_be_written(command, model_dir, tmp_path):
 def test_demo_checks_its_folder_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "load", lambda: pytest.fail("worked before checking"))
     (tmp_path / "file").write_text("")
-    assert "cannot write the folder" in fails("demo", "--output", tmp_path / "file")
+    assert "cannot write the folder" in fails("demo", "--output", tmp_path / "file" / "out")
 
 
 def test_debug_shows_where_an_error_comes_from(tmp_path):

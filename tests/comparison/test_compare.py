@@ -253,8 +253,10 @@ def test_images_are_resized_where_the_model_allows_it() -> None:
     # Shares of each image, with the positions it had.
     (run,) = found.row("divprune").runs
     assert [(r.keep, r.position) for r in run.policy.reductions] == [(0.25, "keep")]
-    assert "works in the vision tower" in found.row("visionzip").reason
-    assert "not a square" in found.row("avg_pool").reason
+    assert "reads the attention of the vision tower" in found.row("visionzip").reason
+    # Images of 6 x 8 and 10 x 10 tokens.
+    (run,) = found.row("avg_pool").runs
+    assert run.policy.reductions[0].keep == 0.25
 
 
 def test_a_processor_that_enlarges_small_images() -> None:

@@ -135,6 +135,17 @@ def test_resumed_search_is_bit_identical(
     assert json.dumps(resumed.history) == json.dumps(whole.history)
     assert resumed.policy == whole.policy
     assert resumed.candidates == whole.candidates
+    # What the result rests on: of the batches a quarter is held back, and presets were tried.
+    evidence = whole.evidence
+    assert evidence is not None and evidence == resumed.evidence
+    prompts = [len(batch["input_ids"]) for batch in data]
+    held_back = len(data) // 4
+    assert evidence.trained == sum(prompts[: len(data) - held_back])
+    assert evidence.held_back == bool(held_back) and evidence.answers
+    assert whole.best.source in whole.basis and str(evidence) in whole.basis
+    if evidence.preset:
+        lead = evidence.preset_loss - whole.best.loss
+        assert evidence.lead == pytest.approx(lead, rel=1e-6)
 
 
 @pytest.mark.usefixtures("few_variations")

@@ -485,12 +485,12 @@ def test_saving_into_a_missing_folder(tmp_path: Path) -> None:
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector"}]}',
-            r"reductions\[0\] lacks the field 'keep'",
+            r"reductions\[0\]: it lacks the field 'keep', or 'share'",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
             ' "speed": 9}]}',
-            r"reductions\[0\] has no field 'speed'; the fields are site, keep, scores",
+            r"reductions\[0\] has no field 'speed'; the fields are site, keep, share, scores",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 1,'
@@ -510,7 +510,7 @@ def test_saving_into_a_missing_folder(tmp_path: Path) -> None:
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector", "keep": 2,'
             ' "tiers": [{"selector": "top_k"}]}]}',
-            r"tiers\[0\] lacks the field 'keep'",
+            r"tiers\[0\]: it lacks the field 'keep', or 'share'",
         ),
         (
             '{"deos_fx": "policy", "version": 1, "reductions": [{"site": "projector",'

@@ -1,0 +1,37 @@
+"""Read limits as a user writes them: 12.5%, 0.125, 18 or 1e12."""
+
+from __future__ import annotations
+
+import typer
+
+__all__ = ["DEFAULT_LIMIT", "read_limit"]
+
+DEFAULT_LIMIT = 0.125
+"""The limit on visual tokens if a command is given none."""
+
+_FORMS = "write a share of all as 12.5% or 0.125, and a number as 18"
+
+
+def read_limit(text: str) -> int | float:
+    """Read a limit: ``12.5%`` or ``0.125`` is a share, ``18`` or ``1e12`` a number.
+
+    Raises:
+        typer.BadParameter: If it is neither.
+    """
+    share = text.endswith("%")
+    # Digits alone make a number: "1" is one token, and "1.0" is all of them.
+    whole = text.lstrip("+-").isdigit()
+    try:
+        value = int(text) if whole else float(text.removesuffix("%"))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no limit; {_FORMS}") from None
+    value = value / 100 if share else value
+    if not value > 0:
+        raise typer.BadParameter(f"{text} leaves nothing; {_FORMS}")
+    if whole or value <= 1:
+        return value
+    if share:
+        raise typer.BadParameter(f"{text} is more than there is; {_FORMS}")
+    if value != value // 1:
+        raise typer.BadParameter(f"{text} is neither; did you mean {text}%? {_FORMS}")
+    return int(value)

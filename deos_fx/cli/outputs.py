@@ -1,0 +1,38 @@
+"""Refuse to write over what is there, unless the user says so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["check_target"]
+
+
+def check_target(target: Path, force: bool, *sources: str | os.PathLike[str]) -> None:
+    """Check that a command may write a file or a folder.
+
+    Args:
+        target: What it would write.
+        force: Whether the user allows files to be overwritten.
+        *sources: Folders that the command reads, which are never written to.
+
+    Raises:
+        ValueError: If the target is one of the sources, or exists already and is not empty, and
+            overwriting is not allowed.
+    """
+    for source in sources:
+        # A hub id is no path, so it resolves to a folder that does not exist.
+        if os.path.exists(source) and target.resolve() == Path(source).resolve():
+            raise ValueError(
+                f"{target} is the model's own folder, whose files would be replaced; give another "
+                "folder to write"
+            )
+    if force:
+        return
+    if target.is_file():
+        raise ValueError(f"{target} exists; add --force to overwrite it, or give another file")
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(
+            f"{target} exists and is not empty; add --force to overwrite files in it, or give "
+            "another folder"
+        )

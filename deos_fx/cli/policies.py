@@ -1,0 +1,115 @@
+"""Choose the policy of a command, and refuse it before anything expensive if it cannot run.
+
+Everything here happens on a model without weights: the call that is captured is the one that would
+be captured first, so what it would refuse is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deos_fx.cli.limits import DEFAULT_LIMIT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from deos_fx.policy.policy import Policy
+
+__all__ = ["check_runs", "chosen_policy", "own_policy"]
+
+
+def own_policy(model_dir: str) -> Policy | None:
+    """Return the policy of a folder that holds a reduced model; None of any other folder.
+
+    Raises:
+        ValueError: If its policy is damaged.
+    """
+    from deos_fx.policy.policy import Policy
+
+    if not (Path(model_dir) / "deos_fx.json").is_file():
+        return None
+    return Policy.load(Path(model_dir) / "policy.json")
+
+
+def chosen_policy(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor] | None,
+    path: Path | None,
+    preset: str | None,
+    budget: int | float | None,
+) -> Policy | None:
+    """Return the policy that the options of a command name, checked; None if they name none.
+
+    Args:
+        model: The model, which may be on the meta device.
+        inputs: A prompt with an image; None if none can be made.
+        path: A policy file.
+        preset: Name of a preset, which is fitted to the budget.
+        budget: Limit on visual tokens; alone, it is that of the default policy.
+
+    Raises:
+        ValueError: If the options do not go together, or the model cannot run the policy.
+    """
+    from deos_fx.api import transform
+    from deos_fx.policy.budget import Budget
+    from deos_fx.policy.policy import Policy
+
+    policy: Policy | None = None
+    if path is not None:
+        if preset is not None or budget is not None:
+            raise ValueError("--policy says where to keep how much; give it without the others")
+        policy = Policy.load(path)
+    elif preset is not None:
+        policy = _fitted(model, inputs, preset, DEFAULT_LIMIT if budget is None else budget)
+    elif budget is not None:
+        limit = Budget(visual_tokens=budget)
+        policy = transform(model, budget=limit, example_inputs=inputs).policy
+    if policy is not None:
+        check_runs(model, inputs, policy)
+    return policy
+
+
+def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None, policy: Policy) -> None:
+    """Refuse a policy that the first call of the reduced model would refuse.
+
+    Args:
+        model: The model, which may be on the meta device.
+        inputs: A prompt with an image; without one, only what the config says is checked.
+        policy: The policy.
+
+    Raises:
+        ValueError: If the model cannot run the policy; the message says why.
+    """
+    from deos_fx.runtime.reduced_model import ReducedModel
+
+    reduced = ReducedModel(model, policy)
+    if inputs is not None:
+        reduced.capture(**inputs)
+
+
+def _fitted(
+    model: PreTrainedModel, inputs: Mapping[str, Any] | None, preset: str, limit: int | float
+) -> Policy:
+    """Fit a preset: in counts where all images have one size, and in shares of each image else."""
+    from deos_fx import presets
+    from deos_fx.cost.model import CostModel
+    from deos_fx.inputs.call import Call
+    from deos_fx.inputs.complete import completed
+    from deos_fx.models.facts import facts_of
+    from deos_fx.policy.budget import Budget
+    from deos_fx.policy.policy import Policy
+
+    facts = facts_of(model)
+    if inputs is None:
+        raise ValueError(
+            f"--preset is fitted to an image, and how one becomes inputs of {facts.name} does not "
+            "follow from its config; save its processor in the model's folder, or give --policy"
+        )
+    costs = CostModel.of_call(completed(Call.of(facts, inputs)))
+    whole = costs.predict(Policy())
+    tokens = Budget(visual_tokens=limit).limits(whole)["visual_tokens"] / costs.images
+    size = costs.layout.grid if facts.sizes_vary else None
+    return costs.for_any_size(presets.fit(preset, tokens, model, size))

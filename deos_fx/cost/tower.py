@@ -1,0 +1,83 @@
+"""Find which blocks of a vision tower its features are read from, and whether patch by patch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from deos_fx.cost.measure import counting, once
+from deos_fx.cost.twin import twin_of
+from deos_fx.models.facts import ModelFacts
+from deos_fx.models.families import features_of
+
+__all__ = ["blocks_read"]
+
+
+def blocks_read(facts: ModelFacts) -> tuple[int, ...]:
+    """Return the vision blocks that the features of an image are read from, without other blocks.
+
+    The tower is run on shapes twice. The second time every block returns one patch less, in a
+    tensor of its own: the features have one token less if each is made of one patch, and a gradient
+    tells which of these tensors they depend on. Mostly that is the last block that is used alone;
+    the features of some models are made of several.
+
+    Args:
+        facts: The facts of a model whose images have one size.
+
+    Returns:
+        Indices of the blocks, in order; none if the features are not made of one patch each, or the
+        encoder reads values that it computes.
+    """
+    return once(facts, "blocks read", lambda: _read(facts))
+
+
+def _read(facts: ModelFacts) -> tuple[int, ...]:
+    twin = twin_of(facts.model)
+    blocks = [twin.get_submodule(path) for path in facts.blocks.vision]
+    made: dict[nn.Module, Any] = {}
+    for block in blocks:
+        block.register_forward_hook(lambda block, _, output: made.update({block: output}))
+    try:
+        whole = _tokens(_encoded(twin, facts))
+        leaves = {block: pytree.tree_map(_one_less, output) for block, output in made.items()}
+        for block, output in leaves.items():
+            block.forward = lambda *_, output=output, **__: output
+        features = _encoded(twin, facts)
+    except (RuntimeError, ValueError, TypeError):
+        # Case: code that reads values, or that arranges the patches in a square.
+        return ()
+    if _tokens(features) != whole - 1:
+        return ()
+    given = [
+        (i, leaf)
+        for i, block in enumerate(blocks)
+        for leaf in pytree.tree_leaves(leaves.get(block))
+        if isinstance(leaf, Tensor) and leaf.requires_grad
+    ]
+    with torch.enable_grad():
+        total = torch.stack([feature.float().sum() for feature in features]).sum()
+        gradients = torch.autograd.grad(total, [leaf for _, leaf in given], allow_unused=True)
+    read = (i for (i, _), gradient in zip(given, gradients, strict=True) if gradient is not None)
+    return tuple(dict.fromkeys(read))
+
+
+def _encoded(twin: Any, facts: ModelFacts) -> list[Tensor]:
+    """Encode an image of the config's size."""
+    with counting(), torch.enable_grad():
+        output = twin.base_model.get_image_features(pixel_values=facts.image(), return_dict=True)
+    return [leaf for leaf in pytree.tree_leaves([features_of(output)]) if leaf is not None]
+
+
+def _tokens(features: list[Tensor]) -> int:
+    return sum(feature.numel() // feature.shape[-1] for feature in features)
+
+
+def _one_less(value: Any) -> Any:
+    """Return a tensor of one patch less than hidden states [I, T, d]; other values as they are."""
+    if not isinstance(value, Tensor) or value.ndim != 3:
+        return value
+    images, tokens, width = value.shape
+    return torch.empty(images, tokens - 1, width, dtype=value.dtype, device="meta").requires_grad_()
