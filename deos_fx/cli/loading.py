@@ -6,6 +6,7 @@ Annotations of options are evaluated at import, so types of torch and transforme
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -186,6 +187,9 @@ def load_model(
     _config(model_dir)
     if _is_ours(model_dir):
         check_folder(Path(model_dir))
+    if own_policy(model_dir) is not None:
+        message = "%s holds a reduced model: the whole one is taken, and its policy is left aside."
+        logging.getLogger("deos_fx").warning(message, model_dir)
     where = {} if device is None else {"device_map": device}
     how = {"dtype": dtype or "auto", **where}
     with blaming(model_dir):
@@ -252,8 +256,8 @@ def load_reduced(
         # Case: nothing is chosen. The default policy runs on every model.
         policy = transform(model).policy
     # Case: a folder that `save_pretrained` of a reduced model wrote is read with all its checks.
-    if own and not how:
-        return ReducedModel.from_pretrained(model_dir)
+    if own:
+        return ReducedModel.from_pretrained(model_dir, **how)
     return transform(load_model(model_dir, **how), policy=policy)
 
 

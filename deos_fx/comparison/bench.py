@@ -90,6 +90,14 @@ class Bench:
         self.share = self.limit / whole.visual_tokens
         self._known: dict[str, _Tested] = {}
 
+    def check_runs(self, policy: Policy) -> None:
+        """Refuse a policy that the model cannot run on the first question.
+
+        Raises:
+            ValueError: If it is refused.
+        """
+        ReducedModel(self.model, policy).capture(**self._first(self.test))
+
     # *** the rows ***
 
     def unreduced(self) -> Draft:

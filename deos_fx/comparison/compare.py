@@ -109,6 +109,9 @@ def compare(
         check_apart(tuning, test)
     tokens = max_new_tokens or _answer_tokens(processor, test)
     bench = Bench(model.eval(), processor, test, budget, metric, batch_size, tokens)
+    # A policy that cannot run is refused before the first question is answered.
+    for policy in given.values():
+        bench.check_runs(policy)
     tuner = None if tuning is None else Tuner(bench, tuning, evaluations)
     rows: list[Callable[[], Draft]] = [
         bench.unreduced,

@@ -193,10 +193,19 @@ def test_quiet_commands_print_what_was_asked_for_alone(model_dir, tmp_path):
     assert "decoder.0" in run("--quiet", "inspect", tmp_path / "out")
 
 
-def test_inspect_shows_the_policy_of_a_reduced_model(model_dir, tmp_path):
-    run("transform", model_dir, tmp_path / "out", "--preset", "fastv", "--budget", "50%")
-    text = run("inspect", tmp_path / "out")
+def test_a_folder_of_a_reduced_model_stands_for_the_reduced_model(model_dir, tmp_path, caplog):
+    out = tmp_path / "out"
+    run("transform", model_dir, out, "--preset", "fastv", "--budget", "50%")
+    text = run("inspect", out)
     assert "fastv" in text and "Cost of the prefill" in text
+    run("transform", out, tmp_path / "half", "--dtype", "bfloat16")
+    again = ReducedModel.from_pretrained(tmp_path / "half")
+    assert (again.policy.name, again.dtype) == ("fastv", torch.bfloat16)
+    assert not caplog.records
+    # Another policy replaces its own, and not without a word.
+    run("transform", out, tmp_path / "other", "--preset", "merge", "--budget", "50%")
+    assert "its policy is left aside" in caplog.text
+    assert ReducedModel.from_pretrained(tmp_path / "other").policy.name == "merge"
 
 
 @pytest.mark.parametrize("command", ["transform", "export"])

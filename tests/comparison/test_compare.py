@@ -14,6 +14,7 @@ from closeness import assert_close
 from processors import noise, small_qwen
 
 from deos_fx import Budget, Comparison, Policy, ReducedModel, Reduction, compare, presets, reference
+from deos_fx.comparison import bench
 from deos_fx.comparison.answers import answer_loss, check_apart
 from deos_fx.comparison.shrink import shrunk
 from deos_fx.cost.model import CostModel
@@ -333,3 +334,17 @@ def test_everything_is_written(result: Comparison, tmp_path: Any) -> None:
     merge = next(method for method in saved["methods"] if method["method"] == "merge")
     assert merge["runs"][0]["answers"] == list(result.row("merge").runs[0].answers)
     assert Policy.from_json(json.dumps(merge["runs"][0]["policy"])) == presets.merge(keep=18)
+
+
+def test_a_policy_that_cannot_run_is_refused_before_any_question(
+    loaded: Any, asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.Bench, "unreduced", lambda _: pytest.fail("asked before checking"))
+    with pytest.raises(ValueError, match="no decoder layer comes after it"):
+        compare(
+            *loaded,
+            records(asked),
+            budget=Budget(visual_tokens=18),
+            policies={"late": Policy((Reduction("decoder.9", 4),))},
+            presets=[],
+        )
