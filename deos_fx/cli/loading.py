@@ -164,9 +164,9 @@ def load_model(model_dir: str) -> PreTrainedModel:
     from deos_fx.runtime.saved import check_folder
 
     # Called for their checks: the messages come before a long download or load.
-    _config(model_dir)
     if _is_ours(model_dir):
         check_folder(Path(model_dir))
+    _config(model_dir)
     return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto").eval()
 
 
