@@ -22,7 +22,7 @@ from deos_fx.exporters.manifest import (
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is damaged .*export the model again"),
+        ("{", "is damaged: .*export the model again"),
         ("[]", "is damaged: it is no object"),
         ("{}", 'does not say "deos_fx": "onnx"'),
         (json.dumps({"deos_fx": FORMAT, "version": VERSION + 1}), f"reads version {VERSION}"),
