@@ -95,12 +95,12 @@ def record_of(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     try:
         record = read_json(path)
+        if not isinstance(record, dict):
+            raise ValueError("it is no object with named entries")
+        if is_recorded(record) and not _is_sound(record):
+            raise ValueError("its entries are not those that were written")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). {_CURE}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is damaged: it is no object with named entries. {_CURE}")
-    if is_recorded(record) and not _is_sound(record):
-        raise ValueError(f"{path} is damaged: its entries are not those that were written. {_CURE}")
+        raise ValueError(f"{path} is damaged: {error}. {_CURE}") from error
     if record.get("deos_fx") == INCOMPLETE:
         raise ValueError(
             f"{folder} is incomplete: what replaced its files was stopped half-way, so some of "

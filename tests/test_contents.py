@@ -111,6 +111,18 @@ def test_records_that_nobody_writes_are_refused(folder: Path, files: Any) -> Non
         record_of(folder)
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "\x00" * 9, "[" * 100_000, '{"files": ' * 980 + "}" * 980]
+)
+def test_a_record_that_is_none_is_damaged(folder: Path, text: str) -> None:
+    (folder / RECORD).write_text(text)
+    with pytest.raises(ValueError, match=r"deos_fx\.json is damaged: "):
+        record_of(folder)
+    (folder / RECORD).write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"deos_fx\.json is damaged: "):
+        record_of(folder)
+
+
 def test_what_is_written_while_it_is_read_is_refused(folder: Path) -> None:
     before, text = stamp(folder), (folder / RECORD).read_text()
     check_unchanged(folder, before)

@@ -184,9 +184,9 @@ def load_model(
     from deos_fx.runtime.saved import check_folder
 
     # Called for their checks: the messages come before a long download or load.
-    _config(model_dir)
     if _is_ours(model_dir):
         check_folder(Path(model_dir))
+    _config(model_dir)
     if own_policy(model_dir) is not None:
         message = "%s holds a reduced model: the whole one is taken, and its policy is left aside."
         logging.getLogger("deos_fx").warning(message, model_dir)
