@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import pytest
-from misuse import SPACE, WHOLE
+from attempts import SPACE, WHOLE
 
 from deos_fx.exporters import session
 from deos_fx.exporters.manifest import (
