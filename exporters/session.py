@@ -147,6 +147,9 @@ def open(path: Path, device: str | torch.device | None) -> Session:
             # Case: an operator that this device lacks in the dtype of the graph.
             hint = ". If the model is in bfloat16, export it in float32 or float16"
         raise ValueError(f"{path} cannot be run here: {error}{hint}") from error
+    unknown = {spec.type for spec in session.get_inputs()} - _DTYPES.keys()
+    if unknown:
+        raise ValueError(f"{path} takes {min(unknown)}, as no export does; export the model again")
     # 3. A session that has fallen back to the CPU does not list CUDA first.
     works = session.get_providers()[0] == "CUDAExecutionProvider"
     if wanted is not None and wanted.type == "cuda" and not works:

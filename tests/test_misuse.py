@@ -8,7 +8,8 @@ from pathlib import Path
 
 import misuse
 import pytest
-from misuse import Misuse, Section, World
+from attempts import World
+from misuse import Misuse, Section
 
 ROOT = Path(__file__).resolve().parents[1]
 

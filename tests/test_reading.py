@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import schemas
 import torch
-from misuse import WHOLE, learned_policy, saved_search, search_state
+from attempts import WHOLE, learned_policy, saved_search, search_state
 from pydantic import BaseModel
 from safetensors.torch import save_file
 

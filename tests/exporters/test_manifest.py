@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import pytest
-from misuse import SPACE, WHOLE
+from attempts import SPACE, WHOLE
 
 from deos_fx.contents import RECORD
+from deos_fx.exporters import session
 from deos_fx.exporters.manifest import (
     VERSION,
     WEIGHTS,
@@ -66,3 +67,15 @@ def test_equal_weights_of_several_graphs_are_written_once(tmp_path: Path) -> Non
     assert not isinstance(small, onnx_ir.ExternalTensor)
     assert (tmp_path / WEIGHTS).stat().st_size == 8192 + other.nbytes
     assert np.array_equal(b.numpy(), large) and np.array_equal(c.numpy(), other)
+
+
+def test_graphs_that_no_export_has(tmp_path: Path) -> None:
+    value = onnx_ir.val("x", onnx_ir.DataType.UINT8, [1])
+    graph = onnx_ir.Graph([value], [value], nodes=[], opset_imports={"": 18}, name="g")
+    path = tmp_path / "prefill.onnx"
+    onnx_ir.save(onnx_ir.Model(graph, ir_version=10), path)
+    with pytest.raises(ValueError, match=r"prefill.onnx takes tensor\(uint8\), as no export does"):
+        session.open(path, "cpu")
+    path.write_bytes(b"no graph")
+    with pytest.raises(ValueError, match="prefill.onnx cannot be run here"):
+        session.open(path, "cpu")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from misuse import saved_search, search_state
+from attempts import saved_search, search_state
 from safetensors.torch import load_file, save_file
 
 from deos_fx.passes.search.schema import SearchFile, StepEntry
