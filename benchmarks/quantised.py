@@ -67,7 +67,7 @@ def measure(questions: int, save: Callable[[dict[str, Any]], None]) -> dict[str,
 
 
 def _noted(model: OnnxModel, pad: int) -> tuple[list[list[int]], Callable[..., Tensor]]:
-    """A list of the rows that a model generates, without padding, and a `generate` that fills it."""
+    """A list of the rows that a model generates, without padding; a `generate` that fills it."""
     rows: list[list[int]] = []
 
     def generate(**inputs: Tensor) -> Tensor:
