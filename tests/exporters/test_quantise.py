@@ -193,6 +193,11 @@ def test_graphs_of_rounded_weights_have_to_agree(
         )
 
 
+def test_rounded_weights_cannot_be_shared_on_the_cpu(folder: Path) -> None:
+    with pytest.raises(ValueError, match="low_memory=True, but .* has int8 weights"):
+        OnnxModel.from_pretrained(folder, "cpu", low_memory=True)
+
+
 def test_other_types_of_weights_are_refused(reduced: ReducedModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights is 'int2'; give 'int8' or 'int4' or None"):
         export_onnx(reduced, tmp_path / "out", weights="int2")
