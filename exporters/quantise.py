@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["WEIGHTS", "quantise"]
+__all__ = ["WEIGHTS", "quantise", "quantiser"]
 
 WEIGHTS = {"int8": 8, "int4": 4}
 """Types of weights that an export can have instead of the model's own -> bits."""
@@ -130,17 +130,26 @@ class _Quantised:
         matrix = np.ascontiguousarray(matrix)
         key = hashlib.sha256(matrix.view(np.uint8).data).digest(), bits
         if key not in self._known:
-            quantiser = _quantiser(bits)
+            # With 4 bits, a range that need not be symmetric makes the error a fifth smaller.
+            nearest = quantiser(bits, symmetric=bits == 8)
             # The quantiser has no bfloat16.
             own = matrix if matrix.dtype in (np.float32, np.float16) else matrix.astype(np.float32)
-            integers, scales, zeros = quantiser.qbits_block_quant(own)
+            integers, scales, zeros = nearest.qbits_block_quant(own)
             parts = [integers, scales.astype(matrix.dtype)]
-            self._known[key] = parts if quantiser.config.is_symmetric else [*parts, zeros]
+            self._known[key] = parts if nearest.config.is_symmetric else [*parts, zeros]
         return self._known[key]
 
 
-def _quantiser(bits: int) -> Any:
-    """Return ONNX Runtime's quantiser to the nearest integer."""
+def quantiser(bits: int, symmetric: bool) -> Any:
+    """Return ONNX Runtime's quantiser to the nearest integer, for blocks of a matrix [K, N].
+
+    Args:
+        bits: Of an integer, 4 or 8.
+        symmetric: Whether zero is the level in the middle.
+
+    Returns:
+        The `DefaultWeightOnlyQuantizer`.
+    """
     # Its module sets up the root logger, unless that has a handler.
     silent = logging.NullHandler()
     logging.root.addHandler(silent)
@@ -151,8 +160,7 @@ def _quantiser(bits: int) -> Any:
         )
     finally:
         logging.root.removeHandler(silent)
-    # With 4 bits, a range that need not be symmetric makes the error a fifth smaller.
-    config = DefaultWeightOnlyQuantConfig(block_size=_BLOCK, bits=bits, is_symmetric=bits == 8)
+    config = DefaultWeightOnlyQuantConfig(block_size=_BLOCK, bits=bits, is_symmetric=symmetric)
     return DefaultWeightOnlyQuantizer(config)
 
 
