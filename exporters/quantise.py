@@ -41,7 +41,8 @@ def quantise(programs: Mapping[str, onnx_ir.Model], weights: str) -> None:
         weights: A key of `WEIGHTS`.
     """
     tables = [node for program in programs.values() for node in _lookups(program)]
-    words = {_constant(node, 0).shape[0] for node in tables}
+    # The largest table is that of the vocabulary.
+    words = max((_constant(node, 0).shape[0] for node in tables), default=0)
     quantised = _Quantised()
     for program in programs.values():
         for node in _lookups(program):
@@ -50,7 +51,7 @@ def quantise(programs: Mapping[str, onnx_ir.Model], weights: str) -> None:
             matrix = _constant(node, 1)
             if node.attributes.get_int("transB", 0):
                 matrix = matrix.T
-            bits = 8 if matrix.shape[1] in words else WEIGHTS[weights]
+            bits = 8 if matrix.shape[1] == words else WEIGHTS[weights]
             _replace(node, "MatMulNBits", quantised.matrix(matrix, bits))
         _drop_unused(program.graph)
         program.graph.opset_imports["com.microsoft"] = 1
