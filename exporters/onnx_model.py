@@ -91,9 +91,9 @@ class OnnxModel:
             device: ``cpu``, ``cuda`` or ``cuda:<i>``. Left out: CUDA if ONNX Runtime can use it
                 here, else the CPU.
             low_memory: Whether all graphs share one copy of the weights. On the CPU that is the
-                file itself, mapped into memory, in which products are slower than in copies that
-                each graph rearranges: by a tenth in a prefill, by a quarter for a new token, and
-                up to three times for new tokens of several rows.
+                file itself, mapped into memory. Products with it are slower than with copies that
+                each graph rearranges: by a tenth in a prefill, by a fifth for a new token, and
+                twice for new tokens of several rows.
 
         Returns:
             The model.

@@ -133,7 +133,7 @@ class _Quantised:
         matrix = np.ascontiguousarray(matrix)
         key = hashlib.sha256(matrix.view(np.uint8).data).digest(), bits
         if key not in self._known:
-            # With 4 bits, a range that need not be symmetric makes the error a fifth smaller.
+            # With 4 bits, a range that need not be symmetric makes the error smaller.
             nearest = quantiser(bits, symmetric=bits == 8)
             # The quantiser has no bfloat16.
             own = matrix if matrix.dtype in (np.float32, np.float16) else matrix.astype(np.float32)
