@@ -50,18 +50,13 @@ Dtype = StrEnum("Dtype", ["fp32", "fp16", "bf16"])
 # *** shapes ***
 
 
-def _llava_1_5(
-    width: int, inner: int, layers: int, heads: int, tower: tuple[int, int, int] = (1024, 24, 16)
-) -> LlavaConfig:
-    """LLaVA-1.5 as liuhaotian's checkpoints have it: CLIP ViT-L/14 at 336 pixels and a Vicuna.
-
-    The tower is given by its width, layers and heads.
-    """
+def _llava_1_5(width: int, inner: int, layers: int, heads: int, blocks: int = 24) -> LlavaConfig:
+    """LLaVA-1.5 as liuhaotian's checkpoints have it: CLIP ViT-L/14 at 336 pixels and a Vicuna."""
     vision = CLIPVisionConfig(
-        hidden_size=tower[0],
-        intermediate_size=4 * tower[0],
-        num_hidden_layers=tower[1],
-        num_attention_heads=tower[2],
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=blocks,
+        num_attention_heads=16,
         image_size=336,
         patch_size=14,
         projection_dim=768,
@@ -116,7 +111,7 @@ def _tiny() -> LlavaConfig:
 SHAPES: Mapping[str, Callable[[], LlavaConfig]] = {
     "llava-tiny": _tiny,
     # The same 576 visual tokens, small enough for one thread of a CPU.
-    "llava-1.5-small": lambda: _llava_1_5(768, 2048, 12, 12, (384, 6, 6)),
+    "llava-1.5-small": lambda: _llava_1_5(1024, 2752, 12, 8, blocks=6),
     "llava-1.5-eighth": lambda: _llava_1_5(2048, 5504, 16, 16),
     "llava-1.5-7b": lambda: _llava_1_5(4096, 11008, 32, 32),
     "llava-1.5-13b": lambda: _llava_1_5(5120, 13824, 40, 40),

@@ -73,6 +73,7 @@ from deos_fx.exporters.manifest import (
     write_weights,
 )
 from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.exporters.quantise import WEIGHTS, quantise
 from deos_fx.exporters.session import cuda_devices
 from deos_fx.files import fresh_folder, write_tensors
 from deos_fx.passes.lower.lower_decode import decode_spaces
@@ -104,6 +105,7 @@ def export_onnx(
     example_inputs: Mapping[str, Any] | None = None,
     *,
     device: str | None = None,
+    weights: str | None = None,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> Path:
@@ -134,9 +136,13 @@ def export_onnx(
         device: ``cpu`` or ``cuda``: where ONNX Runtime is to be fast. Attention, norms and rotary
             embeddings become operators that suit this device; on the other one they are slow, and
             a few do not run. Left out, it is CUDA if the model is there or in half precision.
+        weights: ``int8`` or ``int4``: what matrices of weights are rounded to, by ONNX Runtime's
+            own quantiser (see `deos_fx.exporters.quantise`); activations keep the dtype of the
+            model. Left out, weights stay as they are. Answers change, least with ``int8``.
         verify: Whether to compare the logits with those of the reduced model before the folder
             appears, in ONNX Runtime on the device; without a GPU, graphs for CUDA are compared
-            on the CPU before they are fused.
+            on the CPU before they are fused. With `weights`, the graphs are compared before and
+            after these are rounded, which takes the disk space of both.
         progress: Called with a stage, how much of it is done, and how much there is; by default, a
             bar on a terminal, and the logger ``deos_fx`` elsewhere.
 
@@ -146,9 +152,9 @@ def export_onnx(
     Raises:
         TypeError: If `reduced` is not a `ReducedModel`.
         ValueError: If the example has no image, or prompts that cannot share a graph, the model
-            needs an example, its attention implementation cannot be exported, the device is
-            neither, or the logits of ONNX Runtime and PyTorch differ (compared for models in
-            float32 and float16).
+            needs an example, its attention implementation cannot be exported, the device or
+            the type of weights is none of these, or the logits of ONNX Runtime and PyTorch differ
+            (compared for models in float32 and float16).
         OSError: If the folder cannot be written; this is checked before the work starts.
     """
     if not isinstance(reduced, ReducedModel):
@@ -159,26 +165,34 @@ def export_onnx(
     # Cheap checks first.
     _check_attention(reduced.model)
     device = _device(reduced.model, device)
+    if weights is not None and weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}; give {' or '.join(map(repr, WEIGHTS))} or None")
     tell = progress or (lambda stage, done, total: None)
     least = least_text(reduced.policy)
     with torch.no_grad():
         example = example_of(reduced.model, example_inputs, least + _TEXT_TOKENS)
     # The folder appears under its name only after the check.
-    with fresh_folder(dir, FILES, whole=True) as folder:
+    with (
+        fresh_folder(dir, FILES, whole=True) as folder,
+        # Beside the folder, which is recorded as a whole.
+        tempfile.TemporaryDirectory(dir=folder.parent) as aside,
+    ):
         export = _Export.of(reduced, example, least, device, tell)
         if verify and not export.runs_here:
             # Case: operators for CUDA, and no GPU. The graphs in standard operators, of which these
-            # are made, run on the CPU. They are beside the folder, which is recorded as a whole.
-            with tempfile.TemporaryDirectory(dir=folder.parent) as plain:
-                export.write(Path(plain), "cpu")
-                export.check(Path(plain), "cpu")
-                export.fuse()
-                export.write(folder, device)
-        else:
-            export.fuse()
-            export.write(folder, device)
-            if verify:
-                export.check(folder, device)
+            # are made, run on the CPU.
+            export.write(Path(aside), "cpu")
+            export.check(Path(aside), "cpu")
+        export.fuse()
+        if weights is not None:
+            if verify and export.runs_here:
+                # Rounding would hide what is wrong with the graphs.
+                export.write(Path(aside), device)
+                export.check(Path(aside), device)
+            export.quantise(weights)
+        export.write(folder, device)
+        if verify and export.runs_here:
+            export.check(folder, device)
     return Path(dir)
 
 
@@ -204,7 +218,7 @@ def _check_attention(model: PreTrainedModel) -> None:
             )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Export:
     """The graphs of an export, and what else its folder gets.
 
@@ -215,6 +229,7 @@ class _Export:
         programs: Name -> graph.
         constants: What ``images.safetensors`` gets; empty if there is no such file.
         tell: Called with the progress.
+        weights: What their weights are rounded to; None if they are as in the model.
     """
 
     reduced: ReducedModel
@@ -223,6 +238,7 @@ class _Export:
     programs: dict[str, onnx_ir.Model]
     constants: dict[str, Tensor]
     tell: Progress
+    weights: str | None = None
 
     @classmethod
     @torch.no_grad()
@@ -255,6 +271,13 @@ class _Export:
         fuse(self.programs, self.device)
         self.tell("fuse", 1, 1)
 
+    def quantise(self, weights: str) -> None:
+        """Round the weights."""
+        self.tell("quantise", 0, 1)
+        quantise(self.programs, weights)
+        self.weights = weights
+        self.tell("quantise", 1, 1)
+
     def check(self, folder: Path, device: str) -> None:
         """Compare what was written with the reduced model, on a device."""
         self.tell("check", 0, 1)
@@ -264,6 +287,7 @@ class _Export:
             "ONNX Runtime",
             torch.device(device),
             lambda: OnnxModel.from_pretrained(folder, device),
+            self.weights,
         )
         self.tell("check", 1, 1)
 
@@ -306,6 +330,8 @@ class _Export:
             "model": asdict(reduced.signature),
             "device": device,
             "dtype": str(pixels.dtype).removeprefix("torch."),
+            # What matrices were rounded to; null if nothing was.
+            "weights": self.weights,
             "graphs": list(self.programs),
             # What a call may have, though a graph may not read all of it.
             "inputs": list(example.given),

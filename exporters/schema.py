@@ -40,6 +40,8 @@ class ManifestFile(Recorded):
     device: Literal["cpu", "cuda"]
     """Where its operators are fast."""
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    weights: Literal["int8", "int4"] | None = None
+    """What matrices of weights were rounded to."""
     graphs: Annotated[list[Graph], Field(min_length=3, max_length=4)]
     inputs: Annotated[list[Text], Field(min_length=1, max_length=100)]
     """What a call may have, though a graph may not read all of it."""

@@ -601,7 +601,7 @@ SECTIONS = (
                 '"graph": ["prefill"]',
                 "deos_fx.json is not the manifest of an export: it has no field "
                 "'graph'; the fields are files, sha256, deos_fx, version, packages, "
-                "opset, model, device, dtype, graphs, inputs ...",
+                "opset, model, device, dtype, weights, graphs ...",
             ),
             Misuse(
                 '"dtype": "load"',

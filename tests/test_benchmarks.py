@@ -7,9 +7,21 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
-from benchmarks import calls, capture, gpu, latency, operators, speed
+from benchmarks import (
+    calls,
+    capture,
+    gpu,
+    latency,
+    memory,
+    onnx_kernels,
+    operators,
+    quantised,
+    speed,
+)
+from benchmarks.common import build_inputs, build_model
 from deos_fx.policy.policy import Policy
 
 QUICK = {"shape": "llava-tiny", "text": 4, "new_tokens": 2, "repeats": 2}
@@ -124,6 +136,52 @@ def test_calls_counts_what_is_captured_and_lowered():
     # Of seven options, two are numbers of one input and two of another.
     assert last["captured"] == 5 and 5 <= last["lowered"] <= 20
     assert all(step["megabytes"] > 0 and step["objects"] > 0 for step in found["steps"])
+
+
+def test_onnx_kernels_measures_every_form():
+    found = onnx_kernels.products(64, 32, 1)
+    assert len(found) == 8 and all(min(times.values()) > 0 for times in found.values())
+    assert len(onnx_kernels.masks(64, 2, 16, 1)) == 2
+
+
+class _Exports:
+    """Stands in for ONNX Runtime, whose exports take long and have tests of their own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+        self.made: dict[Any, Any] = {}
+        monkeypatch.setattr(module, "export_onnx", self.export)
+        monkeypatch.setattr(module.OnnxModel, "from_pretrained", self.load)
+
+    def export(self, reduced: Any, folder: Any, *, weights: str | None, verify: bool) -> None:
+        folder.mkdir()
+        (folder / quantised.FILE).write_bytes(bytes(10))
+        self.made[folder] = reduced
+
+    def load(self, folder: Any, device: str, *, low_memory: bool = False) -> Any:
+        return self.made[folder]
+
+
+def test_quantised_compares_all_types_of_weights(monkeypatch):
+    _Exports(monkeypatch, quantised)
+    saved: list[Any] = []
+    found = quantised.measure(8, lambda results: saved.append(json.dumps(results)))
+    assert list(found) == ["empty", "merge"] and len(saved) == 6
+    for variants in found.values():
+        assert list(variants) == ["float32", "int8", "int4"]
+        # The stand-ins are the very same model.
+        assert all(figure["agreement"] == 1 for figure in variants.values())
+        assert variants["int4"]["weights_bytes"] == 10
+
+
+def test_memory_measures_a_load(monkeypatch, tmp_path):
+    model = build_model("llava-tiny", torch.device("cpu"), torch.float32)
+    save_file(build_inputs(model, 1, 4), tmp_path / memory.INPUTS)
+    monkeypatch.setattr(memory.OnnxModel, "from_pretrained", lambda *_, **__: model)
+    found = memory.load(tmp_path / "export", low_memory=True)
+    assert found["peak_bytes"] >= found["loaded_bytes"] >= 0
+    assert {"decode_1_seconds", "decode_4_seconds", "prefill_1_seconds"} <= set(found)
+    medians = memory._medians([found, found], 100)
+    assert medians["peak_of_weights"] == found["peak_bytes"] / 100
 
 
 def test_shapes_are_those_of_the_published_models():

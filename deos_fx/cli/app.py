@@ -502,6 +502,9 @@ def export(
             help="Where ONNX Runtime is to be fast: cpu or cuda. Default: cuda for half precision."
         ),
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Round the weights: int8 or int4. Default: as they are.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option(help="Whether to compare ONNX Runtime's logits with PyTorch's.")
     ] = True,
@@ -533,7 +536,9 @@ def export(
         with stage("load the model"):
             reduced = load_reduced(model_dir, policy, preset, budget, **how)
         with stage.phased("export") as advance:
-            export_onnx(reduced, folder, device=device, verify=verify, progress=advance)
+            export_onnx(
+                reduced, folder, device=device, weights=weights, verify=verify, progress=advance
+            )
         copy_processor(model_dir, folder)
     console.print(f"Wrote {out_dir}", highlight=False)
 

@@ -284,9 +284,9 @@ def test_transform_at_a_budget_alone(model_dir, tmp_path):
 def test_export_takes_the_policy_of_a_reduced_model(model_dir, tmp_path, monkeypatch):
     exported, given = [], []
 
-    def note(reduced, folder, *, device, verify, progress):
+    def note(reduced, folder, *, device, weights, verify, progress):
         exported.append(reduced.policy)
-        given.append((device, verify))
+        given.append((device, weights, verify))
         progress("trace", 1, 1)
         (folder / "prefill.onnx").write_text("")
 
@@ -296,10 +296,10 @@ def test_export_takes_the_policy_of_a_reduced_model(model_dir, tmp_path, monkeyp
     other = ("--preset", "avg_pool", "--budget", "16")
     assert "add --force" in fails("export", model_dir, tmp_path / "onnx", *other)
     run("export", model_dir, tmp_path / "onnx", *other, "--force")
-    options = ("--device", "cuda", "--no-verify")
+    options = ("--device", "cuda", "--weights", "int4", "--no-verify")
     run("export", tmp_path / "reduced", tmp_path / "gpu", *options)
     assert exported == [presets.merge(keep=9), presets.avg_pool(keep=16), presets.merge(keep=9)]
-    assert given == [(None, True), (None, True), ("cuda", False)]
+    assert given == [(None, None, True), (None, None, True), ("cuda", "int4", False)]
     assert (tmp_path / "onnx" / "prefill.onnx").exists()
 
 

@@ -474,6 +474,26 @@ def test_both_graphs_share_one_file_of_weights(folder):
         assert (target / f"{graph}.onnx").stat().st_size < 0.5 * weights
 
 
+def test_graphs_can_share_weights_in_memory(folder):
+    for name in QUICK:
+        reduced, runtime, images = _both(folder, name)
+        small = OnnxModel.from_pretrained(folder(name), "cpu", low_memory=True)
+        inputs = tiny.inputs(reduced.model, 2, images, text=3, padding="left")
+        # A prefill, several new tokens and one: every graph.
+        answers = []
+        for model in (small, runtime):
+            output = model(**inputs)
+            logits = [output.logits[:, -3:]]
+            for new in (torch.tensor([[3, 4], [5, 6]]), torch.tensor([[7], [3]])):
+                output = model(input_ids=new, **{CACHE: output[CACHE]})
+                logits.append(output.logits)
+            answers.append(torch.cat(logits, dim=1))
+        assert_onnx_close(*answers)
+    # The decoder's weights of two graphs are the same values.
+    values = [{*map(id, s._weights.values())} for s in (small._prefill, small._decode)]
+    assert values[1] and values[1] <= values[0]
+
+
 def test_the_folder_can_be_moved(folder, tmp_path):
     moved = shutil.copytree(folder("prune, two images"), tmp_path / "elsewhere")
     inputs = tiny.inputs(tiny.shared_llava(LAYERS), 1, 2)
