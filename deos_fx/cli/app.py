@@ -14,6 +14,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from deos_fx.cli.loading import (
+    DataFile,
     Evaluations,
     Model,
     OtherLimit,
@@ -27,13 +28,14 @@ from deos_fx.cli.loading import (
     TokenLimit,
     TokenLimits,
     TuneFile,
+    Urls,
     copy_processor,
+    example_processor,
     load_model,
     load_reduced,
     meta_model,
     named_policies,
     policy_of,
-    processor_of,
 )
 
 __all__ = ["app"]
@@ -46,7 +48,7 @@ class _Commands(TyperGroup):
         # These types carry a message for the user; any other error is a bug, with its traceback.
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, ImportError) as error:
             if ctx.params["debug"]:
                 raise
             _fail(error)
@@ -184,7 +186,7 @@ def inspect(
     console = Console()
     model = meta_model(model_dir)
     chosen = policy_of(model, policy, preset, budget)
-    inputs = example_inputs(model, processor_of(model_dir))
+    inputs = example_inputs(model, example_processor(model_dir))
     found = outline(model, inputs, chosen)
     print_outline(found, console)
     if chosen is not None:
@@ -227,13 +229,7 @@ def transform(
 @app.command()
 def search(
     model_dir: Model,
-    data: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            help="JSONL; each line has image (a path), prompt and, if you have it, answer.",
-        ),
-    ],
+    data: DataFile,
     output: OutputOption = Path("deos-fx-search"),
     budget: TokenLimits = None,
     flops: OtherLimit = None,
@@ -248,6 +244,7 @@ def search(
         Path | None,
         typer.Option(metavar="DIR", help="Save the search here, and continue the one found here."),
     ] = None,
+    urls: Urls = False,
 ) -> None:
     """Search a policy for a model and a budget, on your own data.
 
@@ -272,20 +269,19 @@ def search(
 
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat"}
     """
-    from transformers import AutoProcessor
-
     from deos_fx.cli.searching import limits_of, placed, search_processes, write_found
     from deos_fx.cli.terminal import announced, stages
     from deos_fx.data import batches, read_records
+    from deos_fx.data.processors import load_processor
     from deos_fx.passes.search.search import search as run_search
 
     # Mistakes in the limits and in the data show before the model is loaded.
     limits = limits_of(budget, flops, kv_cache, latency_ms)
-    records = read_records(data)
+    records = read_records(data, urls=urls)
     with search_processes(output) as (folder, device, console), stages(console) as stage:
         with stage("load"):
             model = placed(load_model(model_dir), device)
-            inputs = list(batches(AutoProcessor.from_pretrained(model_dir), records, batch_size))
+            inputs = list(batches(load_processor(model_dir), records, batch_size))
         with stage.phased("search") as progress:
             result = run_search(
                 model,
@@ -312,6 +308,7 @@ def compare(
     evaluations: Evaluations = 40,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of what is random.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 16,
+    urls: Urls = False,
 ) -> None:
     """Compare policies with presets at the same budget, and with the unreduced model.
 
@@ -330,20 +327,20 @@ def compare(
 
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat", "kind": "what"}
     """
-    from transformers import AutoProcessor
-
     from deos_fx.cli.terminal import comparison_table, stages
     from deos_fx.comparison.compare import compare as run_comparison
     from deos_fx.data import read_records
+    from deos_fx.data.processors import load_processor
     from deos_fx.files import fresh_folder
     from deos_fx.policy.budget import Budget
 
     # Mistakes in the files show before the model is loaded.
     console, policies = Console(), named_policies(policy or [])
-    records, tuning = read_records(test), None if tune is None else read_records(tune)
+    records = read_records(test, urls=urls)
+    tuning = None if tune is None else read_records(tune, urls=urls)
     with fresh_folder(output) as folder, stages(console) as stage:
         with stage("load"):
-            model, processor = load_model(model_dir), AutoProcessor.from_pretrained(model_dir)
+            model, processor = load_model(model_dir), load_processor(model_dir)
         with stage.phased("compare") as progress:
             result = run_comparison(
                 model,

@@ -6,6 +6,7 @@ Annotations of options are evaluated at import, so types of torch and transforme
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_LIMIT",
+    "DataFile",
     "Evaluations",
     "Model",
     "OtherLimit",
@@ -35,7 +37,9 @@ __all__ = [
     "TokenLimit",
     "TokenLimits",
     "TuneFile",
+    "Urls",
     "copy_processor",
+    "example_processor",
     "load_model",
     "load_reduced",
     "meta_model",
@@ -100,17 +104,23 @@ Presets = Annotated[
 ]
 
 
-TestFile = Annotated[
+DataFile = Annotated[
     Path,
     typer.Option(
-        metavar="FILE", help="JSONL; each line has image, prompt, answer and, if you have it, kind."
+        metavar="FILE",
+        help="Questions: JSONL, CSV or a folder of datasets; deos-fx data shows how it is read.",
     ),
+]
+
+
+TestFile = Annotated[
+    Path, typer.Option(metavar="FILE", help="Questions with answers, as deos-fx data shows them.")
 ]
 
 
 TuneFile = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="JSONL to tune presets on; give what was searched with."),
+    typer.Option(metavar="FILE", help="Data to tune presets on; give what was searched with."),
 ]
 
 
@@ -119,6 +129,11 @@ Evaluations = Annotated[
     typer.Option(
         min=1, help="Settings tried to tune a preset; deos-fx search says how many are fair."
     ),
+]
+
+
+Urls = Annotated[
+    bool, typer.Option("--urls", help="Download images where the data has https or http URLs.")
 ]
 
 
@@ -264,18 +279,35 @@ def _tokens(limit: int | float, signature: ModelSignature) -> float:
 
 
 def copy_processor(model_dir: str, folder: Path) -> None:
-    """Save the model's processor into a folder, if there is one."""
-    processor = processor_of(model_dir)
+    """Save the model's processor into a folder, if there is one that can be loaded."""
+    try:
+        processor = processor_of(model_dir)
+    except ImportError as error:
+        # The model is written all the same, since it does not need its processor.
+        logging.getLogger("deos_fx").warning("The processor is not copied: %s", error)
+        return
     if processor is not None:
         processor.save_pretrained(folder)
 
 
 def processor_of(model_dir: str) -> Any:
-    """Load the model's processor; None if there is none."""
-    from transformers import AutoProcessor
+    """Load the model's processor; None if there is none.
+
+    Raises:
+        ImportError: If it needs a package that is not installed.
+    """
+    from deos_fx.data.processors import load_processor
 
     # transformers has no way to ask. A folder with config.json alone is fine for `inspect`.
     try:
-        return AutoProcessor.from_pretrained(model_dir)
+        return load_processor(model_dir)
     except (OSError, ValueError):
+        return None
+
+
+def example_processor(model_dir: str) -> Any:
+    """Load the model's processor for an example of a call; None if that is not possible."""
+    try:
+        return processor_of(model_dir)
+    except ImportError:
         return None
