@@ -79,7 +79,10 @@ def test_lines_of_text(folder: Path, encoding: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_csv(folder: Path, encoding: str) -> None:
-    lines = 'image,images,question,answer,id\na.png,,"what,\nnow?",seven,1\n,"[""a.png"", ""b.png""]",x,8,\n'
+    lines = """image,images,question,answer,id
+a.png,,"what,\nnow?",seven,1
+,"[""a.png"", ""b.png""]",x,8,
+"""
     first, second = read_records(write(folder, lines, "d.CSV", encoding))
     assert first == Record(folder / PNG, "what,\nnow?", "seven")
     assert (first.extra, second.extra) == ({"id": "1"}, {})
