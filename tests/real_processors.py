@@ -10,8 +10,13 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from families import FAMILIES
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+from deos_fx.data.processors import load_processor
 
 _CORPUS = [
     "user assistant model system User: Assistant:",
@@ -186,17 +191,21 @@ def small_tokenizer(special: dict[str, str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=extra, **usual)
 
 
-def write_processor(family: str, folder: Path, template: str | None = None) -> Path:
+def write_processor(
+    family: str, folder: Path, template: str | None = None, image: dict[str, Any] | None = None
+) -> Path:
     """Write the files of a family's processor.
 
     Args:
         family: The family, a key of `REAL`.
         folder: The folder.
         template: A chat template in place of the family's; an empty one leaves it out.
+        image: Further settings of the image processor.
     """
     real = REAL[family]
     small_tokenizer(real.special).save_pretrained(folder)
-    config = {"processor_class": real.name, "image_processor": real.image, **real.settings}
+    config = {"processor_class": real.name, "image_processor": real.image | (image or {})}
+    config |= real.settings
     if real.video:
         # The sizes of frames matter to nothing but a comparison of the files.
         config["video_processor"] = {"video_processor_type": real.video, "merge_size": 2}
@@ -205,3 +214,42 @@ def write_processor(family: str, folder: Path, template: str | None = None) -> P
     if chosen:
         (folder / "chat_template.jinja").write_text(chosen)
     return folder
+
+
+def write_qwen(folder: Path, min_pixels: int = 64) -> tuple[Any, Any]:
+    """Write a small Qwen2.5-VL with random weights, and its processor of images of any size.
+
+    Args:
+        folder: The folder of both.
+        min_pixels: Pixels of the smallest image; a visual token is 8 x 8.
+
+    Returns:
+        The model and the processor.
+    """
+    config = FAMILIES["qwen2_5_vl"].config()
+    vision = config.vision_config
+    image = {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "size": {"shortest_edge": min_pixels, "longest_edge": 10**6},
+    }
+    processor = load_processor(write_processor("qwen2_5_vl", folder, image=image))
+    tokenizer = processor.tokenizer
+    special = REAL["qwen2_5_vl"].special
+    names = {"image": "image", "video": "video", "vision_start": "begin", "vision_end": "end"}
+    for name, key in names.items():
+        setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(special[key]))
+    config.text_config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    return model, processor
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """An image of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())

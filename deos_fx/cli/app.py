@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from deos_fx.cli.data_command import data as data_command
 from deos_fx.cli.loading import (
     DataFile,
     Evaluations,
@@ -99,6 +100,8 @@ def _main(
 
 
 # *** the commands ***
+
+app.command("data")(data_command)
 
 
 @app.command()

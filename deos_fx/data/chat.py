@@ -127,15 +127,15 @@ class ChatFormat:
         )
 
     def _as_text(self, turn: Message) -> str:
-        return "\n".join(part.get("text", self.image_token) for part in turn["content"])
+        return "\n".join(part.get("text", self.image_token).strip() for part in turn["content"])
 
     def joined(self, turns: Sequence[Message]) -> str:
         """Return the conversation without a template: its images and texts, one after the other.
 
         The placeholders of images go after a first special token that the text has already.
         """
-        pieces = [part.get("text", "") for turn in turns for part in turn["content"]]
-        pieces = [piece or self.image_token for piece in pieces]
+        parts = [part for turn in turns for part in turn["content"]]
+        pieces = [part.get("text", self.image_token).strip() for part in parts]
         bos = self.processor.tokenizer.bos_token
         first = next((i for i, piece in enumerate(pieces) if piece != self.image_token), 0)
         if bos and pieces[first].startswith(bos):

@@ -78,12 +78,21 @@ class Record:
 
 
 def parts_of(text: str, image_token: str = IMAGE_MARK) -> list[dict[str, str]]:
-    """Split a text at its marks of images into parts of a message, without outer spaces."""
+    """Split a text at its marks of images into parts of a message.
+
+    Spaces between an image and words on one side only are left out: what stands between an image and
+    the question is the template's.
+    """
     marks = "|".join(re.escape(mark) for mark in {IMAGE_MARK, image_token})
+    pieces = re.split(f"({marks})", text)
+    # Every second piece is a mark; the words are those from the first to the last other one.
+    words = [i for i in range(0, len(pieces), 2) if pieces[i].strip()]
     parts = []
-    for piece in re.split(f"({marks})", text):
-        if piece in (IMAGE_MARK, image_token):
+    for i, piece in enumerate(pieces):
+        if i % 2:
             parts.append({"type": "image"})
-        elif piece.strip():
-            parts.append({"type": "text", "text": piece.strip()})
+        elif i in words:
+            piece = piece.lstrip() if i == words[0] else piece
+            piece = piece.rstrip() if i == words[-1] else piece
+            parts.append({"type": "text", "text": piece})
     return parts

@@ -162,7 +162,7 @@ def _with_places(turns: list[Message], images: int) -> tuple[Message, ...]:
 
 
 def _text(turn: Message) -> str:
-    return " ".join(part["text"] for part in turn["content"] if part["type"] == "text")
+    return " ".join(part["text"].strip() for part in turn["content"] if part["type"] == "text")
 
 
 def _list(value: Any) -> list[Any]:

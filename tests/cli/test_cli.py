@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from families import FAMILIES
+from invoked import fails, run
 from tiny import inputs, tiny_llava
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from deos_fx.cost.model import CostModel
 from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import Candidate
 
-COMMANDS = ("demo", "search", "transform", "export", "inspect", "compare")
+COMMANDS = ("demo", "search", "transform", "export", "inspect", "compare", "data")
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +27,6 @@ def model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny_llava().save_pretrained(folder)
     return folder
-
-
-def run(*arguments, code=0):
-    """What a command prints, after checking its exit code."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
-
-
-def fails(*arguments):
-    """The message of a command that fails: one line, and how to see more."""
-    message, hint = run(*arguments, code=1).strip().splitlines()
-    assert message.startswith("Error: ")
-    assert "--debug" in hint
-    return message
 
 
 # *** help ***

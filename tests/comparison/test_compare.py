@@ -6,18 +6,19 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from closeness import assert_close
-from processors import noise, small_qwen
+from real_processors import noise, write_qwen
 
 from deos_fx import Budget, Comparison, Policy, ReducedModel, Reduction, compare, presets, reference
 from deos_fx.comparison.answers import answer_loss, check_apart
 from deos_fx.comparison.shrink import shrunk
 from deos_fx.cost.model import CostModel
-from deos_fx.data import Record
+from deos_fx.data import Record, batches
 from deos_fx.models.facts import facts_of
 from deos_fx.results.search_result import Candidate, SearchResult
 
@@ -228,8 +229,8 @@ def test_the_loss_is_that_of_the_model(loaded: Any) -> None:
 # *** images of any size ***
 
 
-def test_images_are_resized_where_the_model_allows_it() -> None:
-    model, processor = small_qwen()
+def test_images_are_resized_where_the_model_allows_it(tmp_path: Path) -> None:
+    model, processor = write_qwen(tmp_path)
     asked = [
         Record(noise(64, 48), "what is at the top left", "7"),
         Record(noise(80, 80, 1), "how many digits", "two"),
@@ -238,7 +239,7 @@ def test_images_are_resized_where_the_model_allows_it() -> None:
     smaller = shrunk(facts_of(model), processor, asked, 0.25)
     counts = []
     for record in smaller:
-        inputs = processor(images=[record.image], text=["<image>"], return_tensors="pt")
+        (inputs,) = batches(processor, [record], 1)
         counts.append(int((inputs["input_ids"] == model.config.image_token_id).sum()))
     assert counts == [12, 25]
     found = compare(
@@ -257,8 +258,8 @@ def test_images_are_resized_where_the_model_allows_it() -> None:
     assert "not a square" in found.row("avg_pool").reason
 
 
-def test_a_processor_that_enlarges_small_images() -> None:
-    model, processor = small_qwen(min_pixels=64 * 48)
+def test_a_processor_that_enlarges_small_images(tmp_path: Path) -> None:
+    model, processor = write_qwen(tmp_path, min_pixels=64 * 48)
     with pytest.raises(ValueError, match="more than 12 visual tokens of an image of any size"):
         shrunk(facts_of(model), processor, [Record(noise(64, 48), "what is", "7")], 0.25)
 

@@ -87,9 +87,9 @@ def test_several_images_at_their_places(family: str, processors: dict[str, Any])
     first, second, _ = IMAGES
     record = Record((first, second), "what is <image> and what\nis <image>?", "seven")
     content = [
-        *text("what is"),
+        *text("what is "),
         {"type": "image", "image": first},
-        *text("and what\nis"),
+        *text(" and what\nis "),
         {"type": "image", "image": second},
         *text("?"),
     ]

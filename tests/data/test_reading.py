@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from deos_fx.data import Record, open_image, read_records
+from deos_fx.data.record import parts_of
 
 PNG = "a.png"
 ROW = {"image": PNG, "prompt": "what?", "answer": "seven"}
@@ -65,7 +66,7 @@ def test_several_images(folder: Path) -> None:
     record = read_one(folder, {"images": [PNG, "b.png"], "prompt": "<image> or <image>?"})
     assert record.images == (folder / PNG, folder / "b.png")
     (turn,) = record.messages()
-    assert turn["content"] == [image(), text("or"), image(), text("?")]
+    assert turn["content"] == [image(), text("or "), image(), text("?")]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -315,3 +316,21 @@ def test_a_saved_dataset(form: str, folder: Path, monkeypatch: pytest.MonkeyPatc
     found["all"] = {"train": Dataset([]), "test": Dataset([])}
     with pytest.raises(ValueError, match="has the parts train, test; give one, as .*train"):
         read_records(folder)
+
+
+@pytest.mark.parametrize(
+    ("written", "parts"),
+    [
+        ("<image>\nwhat?", [image(), text("what?")]),
+        (" what? \n<image>", [text("what?"), image()]),
+        ("<image> <image>\n", [image(), image()]),
+        (
+            "is <image> or <image> left? ",
+            [text("is "), image(), text(" or "), image(), text(" left?")],
+        ),
+        ("", []),
+    ],
+)
+def test_marks_of_images(written: str, parts: Any) -> None:
+    assert parts_of(written) == parts
+    assert parts_of(written.replace("<image>", "<|pad|>"), "<|pad|>") == parts
