@@ -77,8 +77,9 @@ def data(
 def _print_row(seen: Preview, console: Console) -> None:
     sizes = ", ".join(f"{width} x {height}" for width, height in seen.sizes)
     images = "1 image" if len(seen.sizes) == 1 else f"{len(seen.sizes)} images"
+    where = escape(seen.record.where)
     console.print(
-        f"[bold]{escape(seen.record.where)}[/]: {images} of {sizes} pixels; {seen.tokens()} tokens, "
+        f"[bold]{where}[/]: {images} of {sizes} pixels; {seen.tokens()} tokens, "
         f"{seen.tokens('image')} of them visual, {seen.tokens('answer')} of the answer",
         highlight=False,
         soft_wrap=True,
@@ -111,8 +112,6 @@ def _totals(seen: Sequence[Preview]) -> Table:
     kinds = [kind for kind in dict.fromkeys(one.record.kind for one in seen) if kind]
     others = dict.fromkeys(name for one in seen for name in one.record.extra)
     lists = {"kinds": kinds, "entries that are not used": [*others]}
-    lines = [
-        f"{name}: {', '.join(map(escape, values))}" for name, values in lists.items() if values
-    ]
-    table.caption, table.caption_justify = "\n".join(lines), "left"
+    lines = [f"{name}: {', '.join(values)}" for name, values in lists.items() if values]
+    table.caption, table.caption_justify = escape("\n".join(lines)), "left"
     return table

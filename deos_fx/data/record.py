@@ -80,8 +80,8 @@ class Record:
 def parts_of(text: str, image_token: str = IMAGE_MARK) -> list[dict[str, str]]:
     """Split a text at its marks of images into parts of a message.
 
-    Spaces between an image and words on one side only are left out: what stands between an image and
-    the question is the template's.
+    Spaces between an image and words on one side only are left out: what stands between an image
+    and the question is the template's.
     """
     marks = "|".join(re.escape(mark) for mark in {IMAGE_MARK, image_token})
     pieces = re.split(f"({marks})", text)
