@@ -14,6 +14,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from deos_fx.cli.data_command import data as data_command
+from deos_fx.cli.eval_command import evaluate as eval_command
 from deos_fx.cli.loading import (
     DataFile,
     Evaluations,
@@ -102,6 +103,7 @@ def _main(
 # *** the commands ***
 
 app.command("data")(data_command)
+app.command("eval")(eval_command)
 
 
 @app.command()

@@ -42,6 +42,7 @@ __all__ = [
     "example_processor",
     "load_model",
     "load_reduced",
+    "load_unreduced",
     "meta_model",
     "named_policies",
     "policy_of",
@@ -92,7 +93,11 @@ Preset = Annotated[
 
 PolicyFiles = Annotated[
     list[Path] | None,
-    typer.Option("--policy", metavar="FILE", help="A policy file; may be given several times."),
+    typer.Option(
+        "--policy",
+        metavar="FILE",
+        help="A policy file, or the folder of a search; may be given several times.",
+    ),
 ]
 
 
@@ -212,13 +217,27 @@ def load_reduced(
     from deos_fx import Budget, ReducedModel, transform
 
     # Case: a folder that `save_pretrained` of a reduced model wrote, and no other options.
-    if path is preset is budget is None and os.path.isfile(os.path.join(model_dir, "deos_fx.json")):
+    if path is preset is budget is None and _is_reduced(model_dir):
         return ReducedModel.from_pretrained(model_dir)
     model = load_model(model_dir)
     # Case: a budget alone, to which the default policy is fitted.
     if path is None and preset is None and budget is not None:
         return transform(model, budget=Budget(visual_tokens=budget))
     return transform(model, policy=policy_of(model, path, preset, budget))
+
+
+def load_unreduced(model_dir: str) -> tuple[PreTrainedModel, dict[str, Policy]]:
+    """Load a model as it is, and the policy of its folder by a name, if there is one."""
+    from deos_fx import ReducedModel
+
+    if not _is_reduced(model_dir):
+        return load_model(model_dir), {}
+    reduced = ReducedModel.from_pretrained(model_dir)
+    return reduced.model, {reduced.policy.name or "its policy": reduced.policy}
+
+
+def _is_reduced(model_dir: str) -> bool:
+    return os.path.isfile(os.path.join(model_dir, "deos_fx.json"))
 
 
 def policy_of(
@@ -258,13 +277,26 @@ def policy_of(
 def named_policies(paths: Sequence[Path]) -> dict[str, Path]:
     """Name policy files: by their names, or where these are alike, by their folders.
 
+    Args:
+        paths: Files, or folders that a search wrote, for all policies in them.
+
     Raises:
-        ValueError: If two files are the same.
+        ValueError: If two files are the same, or a folder has no policy.
     """
+    paths = [file for path in paths for file in _policies_in(path)]
     for names in ([path.stem for path in paths], [str(path) for path in paths]):
         if len({*names}) == len(names):
             return dict(zip(names, paths, strict=True))
     raise ValueError("a policy file is given twice; give each once")
+
+
+def _policies_in(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob("policy*.json"))
+    if not found:
+        raise ValueError(f"there is no policy.json in {path}")
+    return found
 
 
 def _tokens(limit: int | float, signature: ModelSignature) -> float:

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from cli_cases import fails, run
 from families import FAMILIES
-from invoked import fails, run
 from tiny import inputs, tiny_llava
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -19,7 +19,7 @@ from deos_fx.cost.model import CostModel
 from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import Candidate
 
-COMMANDS = ("demo", "search", "transform", "export", "inspect", "compare", "data")
+COMMANDS = ("demo", "search", "transform", "export", "inspect", "compare", "data", "eval")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from invoked import fails, run
+from cli_cases import fails, run
 from real_processors import noise, write_qwen
 
 from deos_fx.data.processors import load_processor
