@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from deos_fx.cli.data_command import data as data_command
 from deos_fx.cli.eval_command import evaluate as eval_command
+from deos_fx.cli.generate_command import generate
 from deos_fx.cli.loading import (
     DataFile,
     Evaluations,
@@ -39,6 +40,7 @@ from deos_fx.cli.loading import (
     named_policies,
     policy_of,
 )
+from deos_fx.cli.show_command import show
 
 __all__ = ["app"]
 
@@ -104,6 +106,8 @@ def _main(
 
 app.command("data")(data_command)
 app.command("eval")(eval_command)
+app.command()(show)
+app.command()(generate)
 
 
 @app.command()

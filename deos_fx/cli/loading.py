@@ -9,15 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
+    from deos_fx.data import Record
     from deos_fx.policy.policy import ModelSignature, Policy
     from deos_fx.runtime.reduced_model import ReducedModel
 
@@ -25,6 +28,7 @@ __all__ = [
     "DEFAULT_LIMIT",
     "DataFile",
     "Evaluations",
+    "Images",
     "Model",
     "OtherLimit",
     "Output",
@@ -33,6 +37,7 @@ __all__ = [
     "PolicyFiles",
     "Preset",
     "Presets",
+    "Prompt",
     "TestFile",
     "TokenLimit",
     "TokenLimits",
@@ -44,9 +49,11 @@ __all__ = [
     "load_reduced",
     "load_unreduced",
     "meta_model",
+    "load_generating",
     "named_policies",
     "policy_of",
     "processor_of",
+    "question_of",
 ]
 
 DEFAULT_LIMIT = 0.125
@@ -133,6 +140,20 @@ Evaluations = Annotated[
     int,
     typer.Option(
         min=1, help="Settings tried to tune a preset; deos-fx search says how many are fair."
+    ),
+]
+
+
+Images = Annotated[
+    list[str],
+    typer.Option("--image", metavar="FILE", help="An image; may be given several times."),
+]
+
+
+Prompt = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT", help="The question; <image> in it says where an image goes. Default: first."
     ),
 ]
 
@@ -238,6 +259,43 @@ def load_unreduced(model_dir: str) -> tuple[PreTrainedModel, dict[str, Policy]]:
 
 def _is_reduced(model_dir: str) -> bool:
     return os.path.isfile(os.path.join(model_dir, "deos_fx.json"))
+
+
+def load_generating(
+    model_dir: str, path: Path | None, preset: str | None, budget: int | float | None
+) -> tuple[Callable[..., Tensor], Any]:
+    """Load what answers: a model with the chosen policy, a reduced model, or an exported one.
+
+    Returns:
+        Its `generate`, and what has the ``device`` and ``dtype`` of its inputs.
+
+    Raises:
+        ValueError: If a policy is chosen for an exported model, which has one already.
+    """
+    import torch
+
+    from deos_fx import OnnxModel
+
+    chosen = not path is preset is budget is None
+    if os.path.isfile(os.path.join(model_dir, "prefill.onnx")):
+        if chosen:
+            raise ValueError(f"{model_dir} is an export, and its policy is part of its graphs")
+        # It takes tensors of the CPU and of any precision.
+        inputs = SimpleNamespace(device="cpu", dtype=torch.float32)
+        return OnnxModel.from_pretrained(model_dir).generate, inputs
+    if chosen or _is_reduced(model_dir):
+        reduced = load_reduced(model_dir, path, preset, budget)
+        return reduced.generate, reduced.model
+    model: Any = load_model(model_dir)
+    return model.generate, model
+
+
+def question_of(images: Sequence[str], prompt: str, urls: bool) -> Record:
+    """Make a record of the options ``--image`` and ``--prompt``."""
+    from deos_fx.data.rows import record_of
+
+    row = {"images": list(images), "prompt": prompt}
+    return record_of(row, Path(), "--image", urls)
 
 
 def policy_of(

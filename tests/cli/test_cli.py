@@ -19,7 +19,18 @@ from deos_fx.cost.model import CostModel
 from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import Candidate
 
-COMMANDS = ("demo", "search", "transform", "export", "inspect", "compare", "data", "eval")
+COMMANDS = (
+    "demo",
+    "search",
+    "transform",
+    "export",
+    "inspect",
+    "compare",
+    "data",
+    "eval",
+    "show",
+    "generate",
+)
 
 
 @pytest.fixture(scope="module")
