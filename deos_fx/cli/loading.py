@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,9 +57,6 @@ __all__ = [
 
 DEFAULT_LIMIT = 0.125
 """The limit on visual tokens if a command is given none."""
-
-# ``owner/name``; a path with one slash has the same form and counts as a folder if it is one.
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def _limit(text: str) -> int | float:
@@ -218,9 +214,9 @@ def _config(model_dir: str) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    # transformers would look for anything else on the hub and fail with a message about tokens.
-    if not os.path.isdir(model_dir) and not _HUB_ID.fullmatch(model_dir):
-        raise ValueError(f"there is no folder {model_dir}")
+    from deos_fx.data.processors import check_place
+
+    check_place(model_dir)
     # By the type of the config: no weights are read to refuse a model of text alone.
     config = AutoConfig.from_pretrained(model_dir)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -399,5 +395,7 @@ def example_processor(model_dir: str) -> Any:
     """Load the model's processor for an example of a call; None if that is not possible."""
     try:
         return processor_of(model_dir)
-    except ImportError:
+    # Case: a processor that cannot be loaded. An example can be made without it, and what is wrong
+    # with it shows in the commands that need it.
+    except Exception:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,7 +15,10 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from deos_fx.replaced import Replacement, replaced
 
-__all__ = ["VIDEO_EXTRA", "load_processor"]
+__all__ = ["VIDEO_EXTRA", "check_place", "load_processor"]
+
+# ``owner/name``; a path with one slash has the same form and counts as a folder if it is one.
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 VIDEO_EXTRA = "pip install 'deos-fx[video]'"
 
@@ -35,8 +39,9 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
         ImportError: If a package is missing that images need, too; where it is torchvision, the
             message names the extra that installs it.
         OSError: If there is no processor.
-        ValueError: If there is none that reads images.
+        ValueError: If there is no such folder, or it has no processor that reads images.
     """
+    check_place(folder)
     try:
         processor = _loaded(folder)
     except (ImportError, ValueError) as error:
@@ -53,6 +58,17 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
             "save the model's own there (processor.save_pretrained)"
         )
     return processor
+
+
+def check_place(folder: str | os.PathLike[str]) -> None:
+    """Check that a folder exists, if its name is not a hub id.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    # transformers would look for anything else on the hub and fail with a message about tokens.
+    if not os.path.isdir(folder) and not _HUB_ID.fullmatch(str(folder)):
+        raise ValueError(f"there is no folder {folder}")
 
 
 def _loaded(folder: str | os.PathLike[str]) -> Any:

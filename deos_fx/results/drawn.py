@@ -24,6 +24,8 @@ _LARGEST = 1024
 _PANEL, _SPACE, _PANELS = 480, 16, 4
 # Painted larger and then reduced, which smooths lines.
 _FINER = 2
+# Pixels of an outline that is painted, at most.
+_THICKEST = 6.0
 # Colours of the page, and how much of the image they hide.
 _DARK, _LIGHT, _YELLOW = (5, 7, 10), (255, 255, 255), (255, 213, 74)
 _GONE, _EARLIER = 0.72, 0.86
@@ -133,7 +135,8 @@ def _caption(step: TokenStep, arrow: str) -> str:
 
 def _painted(image: Image.Image, step: TokenStep, grid: tuple[int, int], side: int) -> Image.Image:
     """Paint what `draw_step` draws; a cell has `side` pixels on each side."""
-    unit = side / CELL
+    # Lines of a coarse grid need not be as thick as its cells are large.
+    unit = min(side / CELL, _THICKEST)
     dimmed = {
         share: Image.blend(image, Image.new("RGB", image.size, _DARK), share)
         for share in (_GONE, _EARLIER)
