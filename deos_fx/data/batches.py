@@ -118,21 +118,15 @@ def _turns(record: Record, image_token: str, with_images: bool) -> list[Message]
 
 def _batch(chat: ChatFormat, records: Sequence[Record], with_images: bool) -> dict[str, Tensor]:
     texts = _Texts(chat, records, with_images)
-    processor = chat.processor
-    images = None
-    if with_images:
-        images = [[open_image(one, record.where) for one in record.images] for record in records]
-    options = texts.special | {"padding": True, "return_tensors": "pt"}
-    if texts.takes_answers and records[0].answer is not None:
-        answers = [record.answer for record in records]
-        prompts = [one.text[: one.start].strip() for one in texts.rendered]
-        return dict(processor(images=images, text=prompts, suffix=answers, **options))
-    inputs = dict(processor(images=images, text=[one.text for one in texts.rendered], **options))
-    # Processors that put answers in write labels even if there are none.
-    inputs.pop("labels", None)
+    inputs = _processed(chat, records, texts, with_images)
     if records[0].answer is None:
+        # Processors that put answers in write labels even if there are none.
+        inputs.pop("labels", None)
         return inputs
-    spans = [_answer_tokens(processor.tokenizer, one, texts.special) for one in texts.rendered]
+    if texts.takes_answers:
+        return inputs
+    tokenizer = chat.processor.tokenizer
+    spans = [_answer_tokens(tokenizer, one, texts.special) for one in texts.rendered]
     for row, record, span in zip(inputs["input_ids"], records, spans, strict=True):
         _check_answer(record, row, *span)
     lengths, after = (
@@ -140,6 +134,37 @@ def _batch(chat: ChatFormat, records: Sequence[Record], with_images: bool) -> di
         for counts in zip(*((len(ids), behind) for ids, behind in spans), strict=True)
     )
     return inputs | {"labels": answer_labels(inputs["input_ids"], lengths, after)}
+
+
+def _processed(
+    chat: ChatFormat, records: Sequence[Record], texts: _Texts, with_images: bool
+) -> dict[str, Tensor]:
+    """Call the processor.
+
+    Raises:
+        ValueError: If it refuses a record, which the message names.
+    """
+    options: dict[str, Any] = texts.special | {"padding": True, "return_tensors": "pt"}
+    options["text"] = [one.text for one in texts.rendered]
+    if texts.takes_answers and records[0].answer is not None:
+        options["text"] = [one.text[: one.start].strip() for one in texts.rendered]
+        options["suffix"] = [record.answer for record in records]
+    if with_images:
+        options["images"] = [
+            [open_image(source, record.where) for source in record.images] for record in records
+        ]
+    try:
+        return dict(chat.processor(**options))
+    except ValueError as error:
+        if len(records) > 1:
+            # Which of them it is shows one by one.
+            for record in records:
+                _batch(chat, [record], with_images)
+        raise ValueError(f"{_where(records[0])}: {error}") from error
+
+
+def _where(record: Record) -> str:
+    return record.where or repr(record.prompt)
 
 
 def answer_labels(ids: Tensor, lengths: Tensor, after: Tensor | int = 0) -> Tensor:
@@ -224,11 +249,10 @@ def _shared(whole: Sequence[int], part: Sequence[int]) -> int:
 
 def _check_answer(record: Record, row: Tensor, ids: Sequence[int], behind: int) -> None:
     """Check that the row ends as the text does, so that the labels are where the answer is."""
-    where = record.where or repr(record.prompt)
     if len(ids) == behind:
-        raise ValueError(f"{where}: the answer {record.answer!r} has no tokens")
+        raise ValueError(f"{_where(record)}: the answer {record.answer!r} has no tokens")
     if row[-len(ids) :].tolist() != list(ids):
         raise ValueError(
-            f"{where}: the processor does not leave the end of the text as it is, so which tokens "
-            "are the answer is not known; give labels of your own to deos_fx.search"
+            f"{_where(record)}: the processor does not leave the end of the text as it is, so which "
+            "tokens are the answer is not known; give labels of your own to deos_fx.search"
         )

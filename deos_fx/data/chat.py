@@ -94,6 +94,20 @@ class ChatFormat:
             return None
         return Rendered(text, len(os.path.commonprefix([text, other])), end)
 
+    def joined(self, turns: Sequence[Message]) -> str:
+        """Return the conversation without a template: its images and texts, one after the other.
+
+        The placeholders of images go after a first special token that the text has already.
+        """
+        parts = [part for turn in turns for part in turn["content"]]
+        pieces = [part.get("text", self.image_token).strip() for part in parts]
+        bos = self.processor.tokenizer.bos_token
+        first = next((i for i, piece in enumerate(pieces) if piece != self.image_token), 0)
+        if bos and pieces[first].startswith(bos):
+            pieces[first] = pieces[first].removeprefix(bos).lstrip()
+            pieces.insert(0, bos)
+        return " ".join(piece for piece in pieces if piece)
+
     def _with_answer(self, turns: Sequence[Message], answer: str) -> str:
         parts = [{"type": "text", "text": answer}]
         return self._render([*turns, {"role": "assistant", "content": parts}], asks=False)
@@ -128,20 +142,6 @@ class ChatFormat:
 
     def _as_text(self, turn: Message) -> str:
         return "\n".join(part.get("text", self.image_token).strip() for part in turn["content"])
-
-    def joined(self, turns: Sequence[Message]) -> str:
-        """Return the conversation without a template: its images and texts, one after the other.
-
-        The placeholders of images go after a first special token that the text has already.
-        """
-        parts = [part for turn in turns for part in turn["content"]]
-        pieces = [part.get("text", self.image_token).strip() for part in parts]
-        bos = self.processor.tokenizer.bos_token
-        first = next((i for i, piece in enumerate(pieces) if piece != self.image_token), 0)
-        if bos and pieces[first].startswith(bos):
-            pieces[first] = pieces[first].removeprefix(bos).lstrip()
-            pieces.insert(0, bos)
-        return " ".join(piece for piece in pieces if piece)
 
 
 @cache

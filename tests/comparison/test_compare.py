@@ -217,9 +217,13 @@ def test_tuning_without_optuna(loaded: Any, asked: Any, monkeypatch: pytest.Monk
         compare(*loaded, records(asked), budget=TOKENS, tuning=tuning)
 
 
-def test_the_loss_is_that_of_the_model(loaded: Any) -> None:
+@pytest.mark.parametrize("behind", [0, 2])
+def test_the_loss_is_that_of_the_model(loaded: Any, behind: int) -> None:
     model, processor = loaded
     (batch,) = reference.batches(processor, reference.make_examples(8, "validation"), 8)
+    # Tokens behind the answers that are not part of them, as a template may write.
+    for name, value in (("input_ids", 5), ("attention_mask", 1), ("labels", -100)):
+        batch[name] = torch.nn.functional.pad(batch[name], (0, behind), value=value)
     with torch.no_grad():
         expected = model(**batch).loss
     found = answer_loss(ReducedModel(model, Policy()), model, [batch])

@@ -263,6 +263,16 @@ def test_the_row_is_named(record: Record, words: str, processors: dict[str, Any]
         list(batches(processors["gemma3"], [record], 1))
 
 
+def test_a_row_that_the_processor_refuses_is_named(processors: dict[str, Any]) -> None:
+    narrow = Image.new("RGB", (1, 3000))
+    records = [
+        Record(image, "what?", where=f"d.jsonl, line {line}")
+        for line, image in enumerate([IMAGES[0], narrow, IMAGES[1]], start=1)
+    ]
+    with pytest.raises(ValueError, match="^d.jsonl, line 2: absolute aspect ratio"):
+        list(batches(processors["qwen2_5_vl"], records, 3))
+
+
 def test_an_answer_without_tokens_is_refused(tmp_path: Path) -> None:
     processor = load_processor(write_processor("llava_onevision", tmp_path, PLAIN))
     with pytest.raises(ValueError, match="^d, line 1: the answer '' has no tokens"):
