@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from deos_fx.data.chat import ChatFormat, Rendered, say_once
@@ -14,6 +15,8 @@ from deos_fx.data.images import open_image
 from deos_fx.data.record import Message, Record
 
 __all__ = ["answer_labels", "batches", "render"]
+
+_T = TypeVar("_T")
 
 # The label that the losses of transformers leave out.
 _IGNORE = -100
@@ -80,8 +83,8 @@ class _Texts:
             )
         # 1. Conversations with answers, as the template writes them.
         if chat.has_template and records[0].answer is not None:
-            pairs = zip(turns, records, strict=True)
-            found = [chat.answered(turn, record.answer or "") for turn, record in pairs]
+            asked = zip(records, turns, strict=True)
+            found = [_written(r, chat.answered, turn, r.answer or "") for r, turn in asked]
             whole = [one for one in found if one is not None]
             if len(whole) == len(records):
                 self.rendered = whole
@@ -93,17 +96,26 @@ class _Texts:
             )
         # 2. Prompts alone, without the special tokens that would end them.
         write = chat.prompt if chat.has_template else chat.joined
-        prompts = [write(turn) for turn in turns]
+        prompts = [_written(r, write, turn) for r, turn in zip(records, turns, strict=True)]
         self.special, end = _special_tokens(tokenizer, prompts)
         prompts = [prompt.removesuffix(end) for prompt in prompts]
         texts = prompts
         if records[0].answer is not None:
             # 3. Answers behind them, with one end of the sequence: the tokenizer's if it has one.
             eos = "" if end else tokenizer.eos_token or ""
-            asked = zip(prompts, records, strict=True)
-            texts = [f"{prompt} {record.answer}{eos}" for prompt, record in asked]
+            answers = [record.answer for record in records]
+            pairs = zip(prompts, answers, strict=True)
+            texts = [f"{prompt} {answer}{eos}" for prompt, answer in pairs]
         both = zip(texts, prompts, strict=True)
         self.rendered = [Rendered(text, len(prompt), len(text)) for text, prompt in both]
+
+
+def _written(record: Record, write: Callable[..., _T], *arguments: Any) -> _T:
+    """Call what writes a record; templates refuse some, such as those with a turn of the system."""
+    try:
+        return write(*arguments)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"{_where(record)}: the chat template refuses it: {error}") from error
 
 
 def _turns(record: Record, image_token: str, with_images: bool) -> list[Message]:
@@ -253,6 +265,6 @@ def _check_answer(record: Record, row: Tensor, ids: Sequence[int], behind: int) 
         raise ValueError(f"{_where(record)}: the answer {record.answer!r} has no tokens")
     if row[-len(ids) :].tolist() != list(ids):
         raise ValueError(
-            f"{_where(record)}: the processor does not leave the end of the text as it is, so which "
-            "tokens are the answer is not known; give labels of your own to deos_fx.search"
+            f"{_where(record)}: the processor does not leave the end of the text as it is, so that "
+            "the tokens of the answer are not known; give labels of your own to deos_fx.search"
         )

@@ -263,6 +263,20 @@ def test_the_row_is_named(record: Record, words: str, processors: dict[str, Any]
         list(batches(processors["gemma3"], [record], 1))
 
 
+@pytest.mark.parametrize("answer", [None, "seven"])
+def test_a_row_that_the_template_refuses_is_named(answer: str | None, tmp_path: Path) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template = strict + REAL["llava_onevision"].template
+    processor = load_processor(write_processor("llava_onevision", tmp_path, template))
+    asks = {"role": "user", "content": [{"type": "image"}, *text("what?")]}
+    records = [
+        Record(IMAGES[0], "what?", answer, chat=chat, where=f"d.jsonl, line {line}")
+        for line, chat in enumerate([[asks], [{"role": "system", "content": text("a")}, asks]])
+    ]
+    with pytest.raises(ValueError, match="^d.jsonl, line 1: the chat template refuses it: no sys"):
+        list(batches(processor, records, 2))
+
+
 def test_a_row_that_the_processor_refuses_is_named(processors: dict[str, Any]) -> None:
     narrow = Image.new("RGB", (1, 3000))
     records = [
