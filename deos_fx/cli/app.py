@@ -104,11 +104,6 @@ def _main(
 
 # *** the commands ***
 
-app.command("data")(data_command)
-app.command("eval")(eval_command)
-app.command()(show)
-app.command()(generate)
-
 
 @app.command()
 def demo(
@@ -413,3 +408,10 @@ def export(
             export_onnx(reduced, folder, device=device, verify=verify, progress=advance)
         copy_processor(model_dir, folder)
     console.print(f"Wrote {out_dir}", highlight=False)
+
+
+# Those that have files of their own.
+app.command("data")(data_command)
+app.command("eval")(eval_command)
+app.command()(show)
+app.command()(generate)

@@ -33,10 +33,11 @@ def data(
 ) -> None:
     """Show what a model will see of your data: text, images, and what it is to answer.
 
-    Every row is read and rendered through the chat template of the model's processor,
-    and every image is opened; a wrong row is named with its line. Needs no weights.
-    Of a row it shows the text with its special tokens, each image as its token and how often
-    that is repeated, and the answer, whose tokens are the labels.
+    Every row is read and rendered through the chat template of the model's
+    processor, and every image is opened; a wrong row is named with its line.
+    Needs no weights. Of a row it shows the text with its special tokens, each
+    image as its token and how often that is repeated, and the answer, whose
+    tokens are the labels.
 
     [bold]Examples[/]
 
@@ -46,12 +47,14 @@ def data(
 
     Rows of questions.jsonl:
 
-      {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat", "kind": "what"}
+      {"image": "a.png", "prompt": "What is this?", "answer": "A cat"}
 
-      {"images": ["a.png", "b.png"], "question": "Is <image> older than <image>?", "answer": "no"}
+      {"images": ["a.png", "b.png"], "prompt": "Is <image> in <image>?"}
 
-      {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"},
-      {"type": "text", "text": "What is this?"}]}, {"role": "assistant", "content": "A cat"}]}
+      {"image": "a.png", "messages": [{"role": "user", "content": "..."}, ...]}
+
+    kind, the kind of a question, may stand in all of them; docs/data.md has
+    more.
     """
     from deos_fx.cli.loading import meta_model
     from deos_fx.cli.terminal import stages

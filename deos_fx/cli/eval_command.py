@@ -35,17 +35,19 @@ def evaluate(
 ) -> None:
     """Measure a policy on your data: answers, agreement, cost, time and memory.
 
-    The unreduced model answers the same questions. Right is an answer that is exactly
-    the given one; without answers in the data, only the agreement with the unreduced
-    model is known. MODEL_DIR may be a folder that transform wrote; its policy is measured
-    then. --policy takes a file, or the folder of a search. Costs, time and memory are
-    those of the prefill of the first question.
+    The unreduced model answers the same questions. Right is an answer that is
+    exactly the given one; without answers in the data, only the agreement with
+    the unreduced model is known. MODEL_DIR may be a folder that transform
+    wrote; its policy is measured then. --policy takes a file, or the folder of
+    a search. Costs, time and memory are those of the first question's prefill.
 
     [bold]Examples[/]
 
       deos-fx eval reduced --data test.jsonl
 
-      deos-fx eval my-llava --data test.jsonl --policy found --preset fastv --budget 12.5%
+      deos-fx eval my-llava --data test.jsonl --policy found
+
+      deos-fx eval my-llava --data test.jsonl --preset fastv --budget 12.5%
     """
     from deos_fx.cli.loading import DEFAULT_LIMIT, load_unreduced, named_policies
     from deos_fx.cli.terminal import evaluation_table, stages

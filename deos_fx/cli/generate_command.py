@@ -23,17 +23,17 @@ def generate(
 ) -> None:
     """Print what a model answers about an image.
 
-    MODEL_DIR is a model, a folder that transform wrote, or one that export wrote, which
-    runs in ONNX Runtime. A model runs unreduced unless --policy, --preset or --budget
-    are given. Answers are the likeliest, token by token.
+    MODEL_DIR is a model, a folder that transform wrote, or one that export
+    wrote, which runs in ONNX Runtime. A model runs unreduced unless --policy,
+    --preset or --budget are given. Of each token the likeliest is taken.
 
     [bold]Examples[/]
 
       deos-fx generate reduced --image cat.jpg --prompt "What is this?"
 
-      deos-fx generate my-llava --image cat.jpg --prompt "What is this?" --policy policy.json
+      deos-fx generate my-llava --image cat.jpg --prompt "What?" --budget 50%
 
-      deos-fx generate onnx --image a.jpg --image b.jpg --prompt "Is <image> older than <image>?"
+      deos-fx generate onnx --image a.jpg --image b.jpg --prompt "Who is older?"
     """
     from deos_fx.cli.loading import load_generating, question_of
     from deos_fx.comparison.answers import generated

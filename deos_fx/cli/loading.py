@@ -149,7 +149,8 @@ Images = Annotated[
 Prompt = Annotated[
     str,
     typer.Option(
-        metavar="TEXT", help="The question; <image> in it says where an image goes. Default: first."
+        metavar="TEXT",
+        help="The question. <image> in it says where an image goes; else it comes first.",
     ),
 ]
 

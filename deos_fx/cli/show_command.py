@@ -25,15 +25,16 @@ def show(
 ) -> None:
     """Draw on an image which patches stay at each site, and where the others go.
 
-    Writes show.html and show.png. MODEL_DIR may be a folder that transform wrote, and its
-    policy is drawn then; without one, --policy and --preset, it is the default policy.
-    Images are drawn as the model is given them: resized, cropped, and tiles apart.
+    Writes show.html and show.png. MODEL_DIR may be a folder that transform
+    wrote, and its policy is drawn then; without one, --policy and --preset, it
+    is the default policy. Images are drawn as the model is given them: resized,
+    cropped, and tiles apart.
 
     [bold]Examples[/]
 
       deos-fx show reduced --image cat.jpg --prompt "What is this?"
 
-      deos-fx show my-llava --image cat.jpg --prompt "What is this?" --preset fastv --budget 25%
+      deos-fx show my-llava --image cat.jpg --prompt "What?" --preset fastv
     """
     from deos_fx.cli.loading import load_reduced, question_of
     from deos_fx.cli.terminal import stages
