@@ -10,8 +10,6 @@ medians of runs that take turns. The memory of a call is its peak above what was
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import statistics
 from collections.abc import Callable, Mapping
@@ -37,6 +35,7 @@ from benchmarks.common import (
     device_of,
     now,
 )
+from deos_fx.cost.memory import peak_bytes
 from deos_fx.files import write_text
 from deos_fx.passes.search.descent import Descent, site_tokens
 from deos_fx.passes.search.objective import AugmentedLagrangian
@@ -108,7 +107,7 @@ def measure(settings: Settings) -> list[Row]:
         **steps,
     }
     seconds = _in_turns(calls, settings.repeats, device)
-    held = {name: _peak(call, device) for name, call in calls.items()}
+    held = {name: peak_bytes(call, device) for name, call in calls.items()}
     return [
         {
             "name": name,
@@ -190,31 +189,6 @@ def _in_turns(calls: Mapping[str, Call], repeats: int, device: torch.device) -> 
             if i:
                 times[name].append(seconds)
     return {name: statistics.median(own) for name, own in times.items()}
-
-
-def _peak(call: Call, device: torch.device) -> int:
-    """Return the bytes that a call holds at most, above what was held before."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    # Case: CPU. Linux forgets the peak of a process if asked to; what glibc holds goes back first.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    """Return a number of bytes from the status of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    line = next(line for line in lines if line.startswith(field))
-    return 1024 * int(line.split()[1])
 
 
 # *** the command ***

@@ -16,8 +16,12 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from deos_fx.cli.data_command import data as data_command
+from deos_fx.cli.eval_command import evaluate as eval_command
+from deos_fx.cli.generate_command import generate
 from deos_fx.cli.loading import (
     AsJson,
+    DataFile,
     Device,
     Dtype,
     Evaluations,
@@ -34,15 +38,17 @@ from deos_fx.cli.loading import (
     TokenLimit,
     TokenLimits,
     TuneFile,
+    Urls,
     copy_processor,
+    example_processor,
     load_model,
     load_reduced,
     meta_model,
     named_policies,
     policy_of,
-    processor_of,
 )
 from deos_fx.cli.outputs import check_target
+from deos_fx.cli.show_command import show
 from deos_fx.version import __version__
 
 __all__ = ["app"]
@@ -55,7 +61,7 @@ class _Commands(TyperGroup):
         # These types carry a message for the user; any other error is a bug, with its traceback.
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, ImportError) as error:
             if ctx.params["debug"]:
                 raise
             _fail(error)
@@ -227,7 +233,7 @@ def inspect(
     # Nothing here needs weights, so the model stays on the meta device.
     console = Console()
     model = meta_model(model_dir)
-    inputs = example_inputs(model, processor_of(model_dir))
+    inputs = example_inputs(model, example_processor(model_dir))
     chosen = policy_of(model, model_dir, policy, preset, budget)
     found = outline(model, inputs, chosen)
     costs = None if chosen is None else costs_of(model, inputs, chosen)
@@ -315,7 +321,7 @@ def profile(
     with stages(console) as stage:
         with stage("load"):
             model = load_model(model_dir)
-            inputs = example_inputs(model, processor_of(model_dir))
+            inputs = example_inputs(model, example_processor(model_dir))
         with stage("measure"):
             if runtime == "torch" and device is not None:
                 # PyTorch runs where the model is; the device of ONNX Runtime is another matter.
@@ -329,13 +335,7 @@ def profile(
 @app.command()
 def search(
     model_dir: Model,
-    data: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            help="JSONL; each line has image (a path), prompt and, if you have it, answer.",
-        ),
-    ],
+    data: DataFile,
     output: OutputOption = Path("deos-fx-search"),
     budget: TokenLimits = None,
     flops: OtherLimit = None,
@@ -365,6 +365,7 @@ def search(
         Path | None,
         typer.Option(metavar="DIR", help="Save the search here, and continue the one found here."),
     ] = None,
+    urls: Urls = False,
 ) -> None:
     """Search a policy for a model and a budget, on your own data.
 
@@ -390,20 +391,19 @@ def search(
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat"}
     """
     check_target(output, force, model_dir)
-    from transformers import AutoProcessor
-
     from deos_fx.cli.searching import limits_of, placed, search_processes, write_found
     from deos_fx.cli.terminal import announced, stages
     from deos_fx.data import batches, read_records
+    from deos_fx.data.processors import load_processor
     from deos_fx.passes.search.search import search as run_search
 
     # Mistakes in the limits and in the data show before the model is loaded.
     limits = limits_of(budget, flops, kv_cache, latency_ms, table=latency_table)
-    records = read_records(data)
+    records = read_records(data, urls=urls)
     with search_processes(output, _console()) as (folder, own, console), stages(console) as stage:
         with stage("load"):
             model = placed(load_model(model_dir, dtype=dtype, device=device), own)
-            inputs = list(batches(AutoProcessor.from_pretrained(model_dir), records, batch_size))
+            inputs = list(batches(load_processor(model_dir), records, batch_size))
         with stage.phased("search") as progress:
             result = run_search(
                 model,
@@ -434,6 +434,7 @@ def compare(
     dtype: Dtype = None,
     device: Device = None,
     force: Force = False,
+    urls: Urls = False,
 ) -> None:
     """Compare policies with presets at the same budget, and with the unreduced model.
 
@@ -453,20 +454,20 @@ def compare(
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat", "kind": "what"}
     """
     check_target(output, force, model_dir)
-    from transformers import AutoProcessor
-
     from deos_fx.cli.terminal import comparison_table, stages
     from deos_fx.comparison.compare import compare as run_comparison
     from deos_fx.data import read_records
+    from deos_fx.data.processors import load_processor
     from deos_fx.files import fresh_folder
     from deos_fx.policy.budget import Budget
 
     # Mistakes in the files show before the model is loaded.
     console, policies = _console(), named_policies(policy or [])
-    records, tuning = read_records(test), None if tune is None else read_records(tune)
+    records = read_records(test, urls=urls)
+    tuning = None if tune is None else read_records(tune, urls=urls)
     with fresh_folder(output, ("comparison.*",)) as folder, stages(console) as stage:
         with stage("load"):
-            processor = AutoProcessor.from_pretrained(model_dir)
+            processor = load_processor(model_dir)
             model = load_model(model_dir, dtype=dtype, device=device)
         with stage.phased("compare") as progress:
             result = run_comparison(
@@ -576,3 +577,10 @@ def check(
             return
     if not check_contents(folder, console):
         raise typer.Exit(1)
+
+
+# Those that have files of their own.
+app.command("data")(data_command)
+app.command("eval")(eval_command)
+app.command()(show)
+app.command()(generate)

@@ -23,7 +23,6 @@ from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.presets import names as preset_names
 from deos_fx.reference import Example
-from deos_fx.results.explanation import TokenStep, token_steps
 from deos_fx.results.methods import (
     SEARCHED,
     UNREDUCED,
@@ -37,6 +36,7 @@ from deos_fx.results.report import (
     demo_report,
 )
 from deos_fx.results.search_result import SearchResult
+from deos_fx.results.token_drawing import TokenStep
 from deos_fx.runtime.reduced_model import ReducedModel
 
 __all__ = ["run_demo"]
@@ -213,14 +213,9 @@ def _steps(
     reduced: ReducedModel, processor: LlavaProcessor, examples: Sequence[Example]
 ) -> list[list[TokenStep]]:
     inputs = prompts(processor, examples)
-    explanations = reduced.explain(**inputs)
-    regimes = [reduction.regime for reduction in reduced.policy.reductions]
-    patches = reduced.signature.visual_tokens
-    # Every prompt has one image, so each row has equally many placeholders.
-    visual = (inputs["input_ids"] == processor.image_token_id).nonzero()[:, 1].view(-1, patches)
-    return [
-        token_steps(explanations, regimes, visual, row, patches) for row in range(len(examples))
-    ]
+    explanation = reduced.explain(**inputs)
+    # Every prompt has one image.
+    return [explanation.steps(row)[0] for row in range(len(examples))]
 
 
 # *** reporting ***

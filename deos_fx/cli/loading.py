@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,15 +23,18 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from deos_fx.data import Record
     from deos_fx.policy.policy import Policy
     from deos_fx.runtime.reduced_model import ReducedModel
 
 __all__ = [
     "AsJson",
+    "DataFile",
     "Device",
     "Dtype",
     "Evaluations",
     "Force",
+    "Images",
     "Model",
     "OtherLimit",
     "Output",
@@ -40,22 +43,25 @@ __all__ = [
     "PolicyFiles",
     "Preset",
     "Presets",
+    "Prompt",
     "TestFile",
     "TokenLimit",
     "TokenLimits",
     "TuneFile",
+    "Urls",
     "copy_processor",
     "example_of",
+    "example_processor",
     "load_model",
     "load_reduced",
+    "load_unreduced",
     "meta_model",
+    "load_generating",
     "named_policies",
     "policy_of",
     "processor_of",
+    "question_of",
 ]
-
-# ``owner/name``; a path with one slash has the same form and counts as a folder if it is one.
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 Model = Annotated[
@@ -102,7 +108,11 @@ Preset = Annotated[
 
 PolicyFiles = Annotated[
     list[Path] | None,
-    typer.Option("--policy", metavar="FILE", help="A policy file; may be given several times."),
+    typer.Option(
+        "--policy",
+        metavar="FILE",
+        help="A policy file, or the folder of a search; may be given several times.",
+    ),
 ]
 
 
@@ -114,17 +124,23 @@ Presets = Annotated[
 ]
 
 
-TestFile = Annotated[
+DataFile = Annotated[
     Path,
     typer.Option(
-        metavar="FILE", help="JSONL; each line has image, prompt, answer and, if you have it, kind."
+        metavar="FILE",
+        help="Questions: JSONL, CSV or a folder of datasets; deos-fx data shows how it is read.",
     ),
+]
+
+
+TestFile = Annotated[
+    Path, typer.Option(metavar="FILE", help="Questions with answers, as deos-fx data shows them.")
 ]
 
 
 TuneFile = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="JSONL to tune presets on; give what was searched with."),
+    typer.Option(metavar="FILE", help="Data to tune presets on; give what was searched with."),
 ]
 
 
@@ -133,6 +149,26 @@ Evaluations = Annotated[
     typer.Option(
         min=1, help="Settings tried to tune a preset; deos-fx search says how many are fair."
     ),
+]
+
+
+Images = Annotated[
+    list[str],
+    typer.Option("--image", metavar="FILE", help="An image; may be given several times."),
+]
+
+
+Prompt = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT",
+        help="The question. <image> in it says where an image goes; else it comes first.",
+    ),
+]
+
+
+Urls = Annotated[
+    bool, typer.Option("--urls", help="Download images where the data has https or http URLs.")
 ]
 
 
@@ -215,11 +251,10 @@ def _config(model_dir: str) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+    from deos_fx.data.processors import check_place
     from deos_fx.reading import blaming
 
-    # transformers would look for anything else on the hub and fail with a message about tokens.
-    if not os.path.isdir(model_dir) and not _HUB_ID.fullmatch(model_dir):
-        raise ValueError(f"there is no folder {model_dir}")
+    check_place(model_dir)
     # By the type of the config: no weights are read to refuse a model of text alone.
     with blaming(model_dir):
         config = AutoConfig.from_pretrained(model_dir)
@@ -261,9 +296,56 @@ def load_reduced(
     return transform(load_model(model_dir, **how), policy=policy)
 
 
+def load_unreduced(model_dir: str) -> tuple[PreTrainedModel, dict[str, Policy]]:
+    """Load a model as it is, and the policy of its folder by a name, if there is one."""
+    from deos_fx.runtime.reduced_model import ReducedModel
+
+    if own_policy(model_dir) is None:
+        return load_model(model_dir), {}
+    reduced = ReducedModel.from_pretrained(model_dir)
+    return reduced.model, {reduced.policy.name or "its policy": reduced.policy}
+
+
 def _is_ours(model_dir: str) -> bool:
     """Return whether a folder has the record of a reduced model, or of an export."""
     return (Path(model_dir) / RECORD).is_file()
+
+
+def load_generating(
+    model_dir: str, path: Path | None, preset: str | None, budget: int | float | None
+) -> tuple[Callable[..., Tensor], Any]:
+    """Load what answers: a model with the chosen policy, a reduced model, or an exported one.
+
+    Returns:
+        Its `generate`, and what has the ``device`` and ``dtype`` of its inputs.
+
+    Raises:
+        ValueError: If a policy is chosen for an exported model, which has one already.
+    """
+    import torch
+
+    from deos_fx import OnnxModel
+
+    chosen = not path is preset is budget is None
+    if os.path.isfile(os.path.join(model_dir, "prefill.onnx")):
+        if chosen:
+            raise ValueError(f"{model_dir} is an export, and its policy is part of its graphs")
+        # It takes tensors of the CPU and of any precision.
+        inputs = SimpleNamespace(device="cpu", dtype=torch.float32)
+        return OnnxModel.from_pretrained(model_dir).generate, inputs
+    if chosen or own_policy(model_dir) is not None:
+        reduced = load_reduced(model_dir, path, preset, budget)
+        return reduced.generate, reduced.model
+    model: Any = load_model(model_dir)
+    return model.generate, model
+
+
+def question_of(images: Sequence[str], prompt: str, urls: bool) -> Record:
+    """Make a record of the options ``--image`` and ``--prompt``."""
+    from deos_fx.data.rows import record_of
+
+    row = {"images": list(images), "prompt": prompt}
+    return record_of(row, Path(), "--image", urls)
 
 
 def policy_of(
@@ -298,7 +380,7 @@ def example_of(model: PreTrainedModel, model_dir: str) -> dict[str, Tensor] | No
     from deos_fx.inputs.example import example_inputs
 
     try:
-        return example_inputs(model, processor_of(model_dir))
+        return example_inputs(model, example_processor(model_dir))
     except ValueError:
         return None
 
@@ -306,29 +388,61 @@ def example_of(model: PreTrainedModel, model_dir: str) -> dict[str, Tensor] | No
 def named_policies(paths: Sequence[Path]) -> dict[str, Path]:
     """Name policy files: by their names, or where these are alike, by their folders.
 
+    Args:
+        paths: Files, or folders that a search wrote, for all policies in them.
+
     Raises:
-        ValueError: If two files are the same.
+        ValueError: If two files are the same, or a folder has no policy.
     """
+    paths = [file for path in paths for file in _policies_in(path)]
     for names in ([path.stem for path in paths], [str(path) for path in paths]):
         if len({*names}) == len(names):
             return dict(zip(names, paths, strict=True))
     raise ValueError("a policy file is given twice; give each once")
 
 
+def _policies_in(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob("policy*.json"))
+    if not found:
+        raise ValueError(f"there is no policy.json in {path}")
+    return found
+
+
 def copy_processor(model_dir: str, folder: Path) -> None:
-    """Save the model's processor, if there is one, into the folder of a reduced model or export."""
-    processor = processor_of(model_dir)
+    """Save the model's processor, if it can be loaded, in a reduced model's folder or an export."""
+    try:
+        processor = processor_of(model_dir)
+    except ImportError as error:
+        # The model is written all the same, since it does not need its processor.
+        logging.getLogger("deos_fx").warning("The processor is not copied: %s", error)
+        return
     if processor is not None:
         processor.save_pretrained(folder)
         add_to_record(folder)
 
 
 def processor_of(model_dir: str) -> Any:
-    """Load the model's processor; None if there is none."""
-    from transformers import AutoProcessor
+    """Load the model's processor; None if there is none.
+
+    Raises:
+        ImportError: If it needs a package that is not installed.
+    """
+    from deos_fx.data.processors import load_processor
 
     # transformers has no way to ask. A folder with config.json alone is fine for `inspect`.
     try:
-        return AutoProcessor.from_pretrained(model_dir)
+        return load_processor(model_dir)
     except (OSError, ValueError):
+        return None
+
+
+def example_processor(model_dir: str) -> Any:
+    """Load the model's processor for an example of a call; None if that is not possible."""
+    try:
+        return processor_of(model_dir)
+    # Case: a processor that cannot be loaded. An example can be made without it, and what is wrong
+    # with it shows in the commands that need it.
+    except Exception:
         return None

@@ -31,6 +31,7 @@ __all__ = [
     "Stages",
     "announced",
     "comparison_table",
+    "evaluation_table",
     "presets_table",
     "profile_table",
     "results_table",
@@ -190,6 +191,39 @@ def comparison_table(result: Comparison) -> Table:
             f"{row.kv_bytes / 1024:.0f}",
             f"{row.milliseconds:.3g}",
             style="bold" if row.group == "policy" else None,
+        )
+    return table
+
+
+def evaluation_table(result: Comparison) -> Table:
+    """Make the table of an evaluation: one row for each policy, to fit 80 characters."""
+    right = ["right, %"] if result.answered else []
+    intervals = " with 95 % intervals" if result.answered else ""
+    table = Table(
+        title=f"Answers to {result.questions} questions{intervals}; the same are those of the "
+        "unreduced model. Costs are of the first prompt's prefill, memory beside the model",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("", overflow="fold")
+    for title in (*right, "same, %", "tokens", "GFLOPs", "KV KiB", "ms", "MiB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in result.measured:
+        cells = []
+        if result.answered:
+            found = result.accuracy(row)
+            cells = [f"{100 * found.mean:.1f} ({100 * found.low:.0f} to {100 * found.high:.0f})"]
+        peak = row.peak_bytes
+        table.add_row(
+            row.name,
+            *cells,
+            f"{100 * result.agreement(row):.1f}",
+            f"{row.visual_tokens:.4g}",
+            f"{row.flops / 1e9:.3g}",
+            f"{row.kv_bytes / 1024:.0f}",
+            f"{row.milliseconds:.3g}",
+            "-" if peak is None else f"{peak / 2**20:.3g}",
         )
     return table
 

@@ -92,8 +92,8 @@ def answer_loss(
 ) -> float:
     """Return the mean cross-entropy of the tokens of the right answers.
 
-    Answers are at the end of the rows, where no token is dropped, so that logits and labels are
-    told apart from the end.
+    No token is dropped from the first label on, so that logits and labels are told apart from the
+    end.
 
     Args:
         run: A reduced model.
@@ -105,8 +105,8 @@ def answer_loss(
         inputs = inputs_for(model, batch)
         labels = inputs.pop("labels")
         answered = labels >= 0
-        # Labels of a row are at its end; the longest answer decides how much is looked at.
-        length = int(answered.sum(dim=1).max())
+        # The first label of any row decides how much is looked at.
+        length = int(answered.any(dim=0).flip(0).nonzero().max()) + 1
         with torch.no_grad():
             logits = run(**inputs, use_cache=False).logits
         predicted = logits[:, -length - 1 : -1].float()
@@ -135,6 +135,8 @@ def check_apart(tuning: Sequence[Record], test: Sequence[Record]) -> None:
 
 
 def _digest(record: Record) -> tuple[str, str]:
-    image = open_image(record.image)
-    pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-    return pixels, record.prompt
+    pixels = hashlib.sha256()
+    for source in record.images:
+        image = open_image(source, record.where)
+        pixels.update(f"{image.size}".encode() + image.tobytes())
+    return pixels.hexdigest(), f"{record.prompt}{record.chat}"

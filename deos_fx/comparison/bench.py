@@ -13,6 +13,7 @@ from deos_fx.comparison.answers import Metric, answer_loss, generated, inputs_fo
 from deos_fx.comparison.shrink import shrunk
 from deos_fx.cost.amounts import Cost
 from deos_fx.cost.latency import in_turns
+from deos_fx.cost.memory import peak_bytes
 from deos_fx.cost.model import CostModel
 from deos_fx.data import Record, batches
 from deos_fx.inputs.call import Call
@@ -73,7 +74,7 @@ class Bench:
         processor: Any,
         test: Sequence[Record],
         budget: Budget,
-        metric: Metric,
+        metric: Metric | None,
         batch_size: int,
         max_new_tokens: int,
     ) -> None:
@@ -139,16 +140,17 @@ class Bench:
         return Draft(TEXT_ONLY, "input", [_Attempt(tested)])
 
     def timed(self, drafts: Sequence[Draft]) -> list[Row]:
-        """Measure a prefill of every method, all of them by turns, and finish the rows."""
+        """Measure a prefill of every method, in time by turns, and finish the rows."""
         every = [attempt.tested for draft in drafts for attempt in draft.attempts]
-        once = list({id(tested): tested for tested in every}.values())
-        times = in_turns([tested.prefill for tested in once], self.model.device)
-        of = {id(tested): time for tested, time in zip(once, times, strict=True)}
+        calls = [tested.prefill for tested in {id(tested): tested for tested in every}.values()]
+        times = in_turns(calls, self.model.device)
+        peaks = [peak_bytes(call, self.model.device) for call in calls]
+        of = dict(zip(calls, zip(times, peaks, strict=True), strict=True))
         return [
             Row(
                 draft.name,
                 draft.group,
-                [_run(attempt, of[id(attempt.tested)]) for attempt in draft.attempts],
+                [_run(attempt, *of[attempt.tested.prefill]) for attempt in draft.attempts],
                 draft.reason,
             )
             for draft in drafts
@@ -220,7 +222,8 @@ class Bench:
             max_new_tokens=self.max_new_tokens,
             images=images,
         )
-        scores = [self.metric(*pair) for pair in zip(answers, self.test, strict=True)]
+        pairs = zip(answers, self.test, strict=True)
+        scores = [] if self.metric is None else [self.metric(*pair) for pair in pairs]
         inputs = self._first(records, images)
 
         def prefill() -> None:
@@ -263,13 +266,14 @@ class Tuner:
         return answer_loss(reduced, self.bench.model, self._batches)
 
 
-def _run(attempt: _Attempt, milliseconds: float) -> Run:
+def _run(attempt: _Attempt, milliseconds: float, peak: int | None) -> Run:
     tested = attempt.tested
     return Run(
         answers=tested.answers,
         scores=tested.scores,
         cost=tested.cost,
         milliseconds=milliseconds,
+        peak_bytes=peak,
         policy=attempt.policy,
         seed=attempt.seed,
         values=attempt.values or {},

@@ -30,7 +30,7 @@ from deos_fx.results.comparison import Comparison
 from deos_fx.results.methods import UNREDUCED, versions
 from deos_fx.results.search_result import SearchResult
 
-__all__ = ["compare"]
+__all__ = ["compare", "evaluate"]
 
 EVALUATIONS = 40
 """Losses that tuning a preset may take, if no search says how many it took."""
@@ -101,9 +101,7 @@ def compare(
     _check_numbers(budget, seeds, evaluations)
     _check_questions(test, tuning, metric)
     _check_names(names, policies or {})
-    given = {name: _read(value) for name, value in (policies or {}).items()}
-    for policy in given.values():
-        policy.check(facts_of(model).signature)
+    given = _given(policies, model)
     if tuning is not None:
         require_optuna()
         check_apart(tuning, test)
@@ -113,24 +111,95 @@ def compare(
     for policy in given.values():
         bench.check_runs(policy)
     tuner = None if tuning is None else Tuner(bench, tuning, evaluations)
+    others = [bench.resized, bench.text_only]
+    rows = _drawn_up(bench, given, names, tuner, seeds, others, progress)
+    return _measured(bench, rows, _settings(model, tuner, seeds))
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: Any,
+    test: Sequence[Record],
+    *,
+    policies: Mapping[str, Given] | None = None,
+    presets: Sequence[str] = (),
+    budget: Budget | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Comparison:
+    """Measure what policies answer and cost on given questions, beside the unreduced model.
+
+    This is `compare` without its other ways to spend less, and without tuning. Questions need no
+    answers: then ``agreement`` with the unreduced model is all that is known of the answers.
+
+    Args:
+        model: A transformers vision-language model.
+        processor: Its processor.
+        test: The questions.
+        policies: Policies by name.
+        presets: Names of presets, with their published settings.
+        budget: Limit on visual tokens, to which presets are fitted.
+        batch_size: Questions answered at once.
+        max_new_tokens: Tokens of an answer; by default two more than the longest right one, or 32.
+        progress: Called with a stage, the number of methods done and their total.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If presets have no budget, the budget limits anything but visual tokens, a
+            preset does not exist, a policy does not fit the model, or only some of the questions
+            have answers.
+    """
+    if budget is None:
+        if presets:
+            raise ValueError(
+                "presets are fitted to a budget; give one, as Budget(visual_tokens=0.25)"
+            )
+        budget = Budget(visual_tokens=1.0)
+    check_budget(budget)
+    _check_numbers(budget, seeds=1, evaluations=1)
+    answered = any(record.answer is not None for record in test)
+    metric = exact_match if answered else None
+    _check_questions(test, None, metric)
+    _check_names(presets, policies or {})
+    given = _given(policies, model)
+    tokens = max_new_tokens or _answer_tokens(processor, test)
+    bench = Bench(model.eval(), processor, test, budget, metric, batch_size, tokens)
+    rows = _drawn_up(bench, given, presets, None, 1, [], progress)
+    return _measured(bench, rows, _settings(model, None, 1))
+
+
+def _drawn_up(
+    bench: Bench,
+    given: Mapping[str, Policy],
+    presets: Sequence[str],
+    tuner: Tuner | None,
+    seeds: int,
+    others: Sequence[Callable[[], Draft]],
+    progress: Callable[[str, int, int], None] | None,
+) -> list[Draft]:
+    """Let the unreduced model and every method answer; times come later."""
     rows: list[Callable[[], Draft]] = [
         bench.unreduced,
         *(lambda name=name: bench.given(name, given[name]) for name in given),
-        *(lambda name=name: bench.preset(name, tuner, seeds) for name in names),
-        bench.resized,
-        bench.text_only,
+        *(lambda name=name: bench.preset(name, tuner, seeds) for name in presets),
+        *others,
     ]
     drafts = []
     for i, row in enumerate(rows):
         drafts.append(row())
         if progress is not None:
             progress("methods", i + 1, len(rows))
+    return drafts
+
+
+def _measured(bench: Bench, drafts: Sequence[Draft], settings: dict[str, str]) -> Comparison:
     return Comparison(
         rows=bench.timed(drafts),
-        kinds=[record.kind for record in test],
+        kinds=[record.kind for record in bench.test],
         limit=bench.limit,
         tokens_per_image=bench.costs.tokens_per_image,
-        settings=_settings(model, tuner, seeds),
+        settings=settings,
     )
 
 
@@ -171,7 +240,7 @@ def _check_names(presets: Sequence[str], policies: Mapping[str, Given]) -> None:
 
 
 def _check_questions(
-    test: Sequence[Record], tuning: Sequence[Record] | None, metric: Metric
+    test: Sequence[Record], tuning: Sequence[Record] | None, metric: Metric | None
 ) -> None:
     needed = {"test data": test} if metric is exact_match else {}
     if tuning is not None:
@@ -185,6 +254,14 @@ def _check_questions(
                 f"{missing} of {len(records)} questions of the {name} have no answer; give all of "
                 "them one"
             )
+
+
+def _given(policies: Mapping[str, Given] | None, model: PreTrainedModel) -> dict[str, Policy]:
+    """Read the policies, and check that the model can run them."""
+    found = {name: _read(value) for name, value in (policies or {}).items()}
+    for policy in found.values():
+        policy.check(facts_of(model).signature)
+    return found
 
 
 def _read(given: Given) -> Policy:

@@ -44,14 +44,13 @@ def shrunk(
 
 
 def _shrunk(facts: ModelFacts, processor: Any, record: Record, share: float) -> Record:
-    image = open_image(record.image)
-    limit = share * _tokens(facts, processor, record, image)
+    images = [open_image(source, record.where) for source in record.images]
+    limit = share * _tokens(facts, processor, record, images)
     # Tokens grow with the side, so bisection finds the largest that is within the limit.
     best, low, high = None, 0.0, 1.0
     for _ in range(_HALVINGS):
         side = (low + high) / 2
-        width, height = (max(1, round(side * length)) for length in image.size)
-        smaller = image.resize((width, height), Image.Resampling.BICUBIC)
+        smaller = [_resized(image, side) for image in images]
         if _tokens(facts, processor, record, smaller) <= limit + 1e-9:
             best, low = smaller, side
         else:
@@ -63,7 +62,14 @@ def _shrunk(facts: ModelFacts, processor: Any, record: Record, share: float) -> 
     return replace(record, image=best)
 
 
-def _tokens(facts: ModelFacts, processor: Any, record: Record, image: Image.Image) -> int:
-    """Count the visual tokens of a record with another image."""
-    (inputs,) = batches(processor, [replace(record, image=image, answer=None)], 1)
+def _resized(image: Image.Image, side: float) -> Image.Image:
+    width, height = (max(1, round(side * length)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _tokens(
+    facts: ModelFacts, processor: Any, record: Record, images: Sequence[Image.Image]
+) -> int:
+    """Count the visual tokens of a record with other images."""
+    (inputs,) = batches(processor, [replace(record, image=images, answer=None)], 1)
     return int((inputs["input_ids"] == facts.image_token).sum())

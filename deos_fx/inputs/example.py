@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deos_fx.data import Record, batches
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.models.shapes_only import count_visual_tokens
 
@@ -54,17 +56,8 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
 
 def _processed(processor: Any) -> dict[str, Tensor]:
     """Return the inputs that a processor makes from an image of 448 x 448 pixels."""
-    from PIL import Image
-
     image = Image.new("RGB", (448, 448), (128, 128, 128))
-    if getattr(processor, "chat_template", None):
-        words = {"type": "text", "text": "What is shown here?"}
-        turn = {"role": "user", "content": [{"type": "image", "image": image}, words]}
-        # Tokenized by the template: a separate tokenizer call would add its special tokens again.
-        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        return dict(processor.apply_chat_template([turn], add_generation_prompt=True, **options))
-    text = f"{getattr(processor, 'image_token', '<image>')} What is shown here?"
-    return dict(processor(images=[image], text=[text], return_tensors="pt"))
+    return next(batches(processor, [Record(image, "What is shown here?")], 1))
 
 
 def _forms(facts: ModelFacts) -> Iterator[dict[str, Tensor]]:

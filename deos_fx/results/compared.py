@@ -34,13 +34,14 @@ class Run:
 
     Attributes:
         answers: Its answers, in the order of the questions.
-        scores: The score of each answer, from 0 to 1.
+        scores: The score of each answer, from 0 to 1; empty if the questions have no answers.
         cost: Cost of the first prompt.
         milliseconds: Measured time of a prefill of that prompt.
         policy: The policy; None where the model is not reduced by one.
         seed: The seed.
         values: Options of a preset.
         evaluations: Losses that were computed to find these.
+        peak_bytes: What the prefill held at most, beside the model; None if it was not measured.
     """
 
     answers: Sequence[str] = field(repr=False)
@@ -51,6 +52,7 @@ class Run:
     seed: int = 0
     values: Mapping[str, float] = field(default_factory=dict)
     evaluations: int = 0
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,12 @@ class Row:
         """Return the measured time of a prefill, mean over runs."""
         return mean([run.milliseconds for run in self.runs])
 
+    @property
+    def peak_bytes(self) -> float | None:
+        """Return the measured memory of a prefill, mean over runs; None if there is none."""
+        found = [run.peak_bytes for run in self.runs if run.peak_bytes is not None]
+        return mean(found) if len(found) == len(self.runs) else None
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -133,15 +141,22 @@ class Compared:
         return len(self.kinds)
 
     @property
+    def answered(self) -> bool:
+        """Return whether the questions have answers, so that these were scored."""
+        return bool(self.unreduced.runs[0].scores)
+
+    @property
     def kind_names(self) -> list[str]:
         """Return the kinds of questions, in the order of their first question."""
         return [kind for kind in dict.fromkeys(self.kinds) if kind]
 
     @cached_property
     def measured(self) -> list[Row]:
-        """Return the methods that were run: unreduced first, then by accuracy."""
+        """Return the methods that were run: unreduced first, then by accuracy, if there is one."""
         unreduced, *others = [row for row in self.rows if row.runs]
-        return [unreduced, *sorted(others, key=lambda row: -float(row.scores.mean()))]
+        if len(unreduced.runs[0].scores):
+            others.sort(key=lambda row: -float(row.scores.mean()))
+        return [unreduced, *others]
 
     @property
     def unreduced(self) -> Row:
@@ -157,6 +172,16 @@ class Compared:
     def row(self, name: str) -> Row:
         """Return the method of a name."""
         return next(row for row in self.rows if row.name == name)
+
+    def agreement(self, row: Row) -> float:
+        """Return the share of questions that a method answers as the unreduced model does."""
+        (whole,) = self.unreduced.runs
+        same = [
+            ours == theirs
+            for run in row.runs
+            for ours, theirs in zip(run.answers, whole.answers, strict=True)
+        ]
+        return mean(same)
 
     def accuracy(self, row: Row, kind: str = "") -> Difference:
         """Return the mean score of a method, on all questions or those of a kind."""

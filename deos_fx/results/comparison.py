@@ -71,18 +71,21 @@ class Comparison(Compared):
         if not row.runs:
             return {"method": row.name, "group": row.group, "runs": 0, "reason": row.reason}
         found: dict[str, Any] = {"method": row.name, "group": row.group, "runs": len(row.runs)}
-        differences = {"accuracy": self.accuracy(row)}
-        differences["minus_unreduced"] = self.against(row, self.unreduced)
-        if self.best is not None:
-            differences["minus_best"] = self.against(row, self.best)
-        for name, value in differences.items():
-            found |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
-        found |= {f"accuracy_{kind}": self.accuracy(row, kind).mean for kind in self.kind_names}
+        if self.answered:
+            differences = {"accuracy": self.accuracy(row)}
+            differences["minus_unreduced"] = self.against(row, self.unreduced)
+            if self.best is not None:
+                differences["minus_best"] = self.against(row, self.best)
+            for name, value in differences.items():
+                found |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
+            found |= {f"accuracy_{kind}": self.accuracy(row, kind).mean for kind in self.kind_names}
         found |= {
+            "agreement": self.agreement(row),
             "visual_tokens": row.visual_tokens,
             "flops": row.flops,
             "kv_bytes": row.kv_bytes,
             "milliseconds": row.milliseconds,
+            "peak_bytes": row.peak_bytes,
             "tokens_kept": "; ".join(
                 kept_at(run.policy, self.tokens_per_image) for run in row.runs
             ),
@@ -102,6 +105,7 @@ def _run(run: Run, visual_tokens: int) -> dict[str, Any]:
         "policy": None if run.policy is None else json.loads(run.policy.to_json()),
         "cost": asdict(run.cost),
         "milliseconds": run.milliseconds,
+        "peak_bytes": run.peak_bytes,
         "answers": list(run.answers),
         "scores": list(run.scores),
     }

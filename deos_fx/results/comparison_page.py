@@ -120,6 +120,7 @@ def _accuracies(result: Compared) -> Section:
     best = result.best
     head = ["method", "right, %", "minus unreduced"]
     head += [f"minus {best.name}"] if best is not None else []
+    head += ["same, %"]
     rows = []
     for row in result.measured:
         cells = [_name(row), f"<td>{_percent(result.accuracy(row))}</td>"]
@@ -127,7 +128,7 @@ def _accuracies(result: Compared) -> Section:
         for other in references:
             text = "" if row is other else _points(result.against(row, other))
             cells.append(f"<td>{text}</td>")
-        rows.append(cells)
+        rows.append([*cells, f"<td>{100 * result.agreement(row):.1f}</td>"])
     rows += [
         [_name(row), f'<td class="words" colspan="{len(head) - 1}">{escape(row.reason)}</td>']
         for row in result.left_out
@@ -137,7 +138,8 @@ def _accuracies(result: Compared) -> Section:
     return Section(
         "Accuracy",
         "Right answers, and how much better or worse a method is than another on the same "
-        "questions, in points; in brackets the 95 % interval of a paired bootstrap. An interval "
+        "questions, in points; in brackets the 95 % interval of a paired bootstrap. The same are "
+        "answers of the unreduced model, right or wrong. An interval "
         "without 0 is a difference that the questions show. The best method was picked on these "
         "questions, which flatters it a little. Black is the model as it is, blue are policies, "
         "green presets, and ochre is less of the image. Short strokes are runs with other seeds.",
@@ -147,7 +149,7 @@ def _accuracies(result: Compared) -> Section:
 
 
 def _costs(result: Compared) -> Section:
-    head = ["method", "visual tokens, mean", "GFLOPs", "KV KiB", "ms of a prefill", "tokens kept"]
+    head = ["method", "visual tokens, mean", "GFLOPs", "KV KiB", "ms of a prefill", "peak MiB"]
     rows = []
     for row in result.measured:
         figures = (
@@ -155,6 +157,7 @@ def _costs(result: Compared) -> Section:
             f"{row.flops / 1e9:.3g}",
             f"{row.kv_bytes / 1024:.0f}",
             f"{row.milliseconds:.2f}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.3g}",
         )
         kept = _each(kept_at(run.policy, result.tokens_per_image) for run in row.runs)
         cells = [f"<td>{text}</td>" for text in figures]
@@ -162,10 +165,11 @@ def _costs(result: Compared) -> Section:
     return Section(
         "Cost",
         "Of one prefill of the first test prompt. Tokens are those that a decoder layer processes, "
-        "the mean over layers; times were measured by turns on this machine. Where runs differ, "
+        "the mean over layers; times were measured by turns on this machine, and memory at its "
+        "peak, beside the model. Where runs differ, "
         "figures are means. Tokens kept are of an image, after each site.",
         comparison_charts(result)["cost"],
-        table(head, rows, kind="listing"),
+        table([*head, "tokens kept"], rows, kind="listing"),
     )
 
 

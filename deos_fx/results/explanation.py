@@ -1,4 +1,4 @@
-"""Record what a reduction did to a batch of prompts, and draw it on an image.
+"""Record what reductions did to a batch of prompts.
 
 `SiteExplanation` counts prompt positions, as the model does; `TokenStep` counts the patches of one
 image, as a drawing does.
@@ -6,15 +6,17 @@ image, as a drawing does.
 
 from __future__ import annotations
 
-import base64
-import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["Move", "SiteExplanation", "TokenStep", "draw_image", "draw_step", "token_steps"]
+from deos_fx.results.drawn import Drawn
+from deos_fx.results.token_drawing import Move, TokenStep
+
+__all__ = ["Explanation", "SiteExplanation", "token_steps"]
 
 SHOWN_SHARE = 0.25
 """A dropped token's move is drawn if at least this share of what leaves it goes there."""
@@ -62,35 +64,72 @@ class SiteExplanation:
         )
 
 
-# *** the effect on one image, counted in patches ***
+class Explanation(list[SiteExplanation]):
+    """The effect of every reduction, from input to output of the model.
 
-
-@dataclass(frozen=True)
-class Move:
-    """The move of a part of a dropped token to a kept one; patches are counted row by row."""
-
-    source: int
-    target: int
-    weight: float
-
-
-@dataclass(frozen=True)
-class TokenStep:
-    """The effect of one reduction on the tokens of one prompt's first image.
-
-    Attributes:
-        site: The site of the reduction.
-        regime: The regime of the reduction.
-        before: Patches whose tokens were there before.
-        kept: Patches whose tokens stayed.
-        moves: Where the content of the others went.
+    Args:
+        sites: The effect of each.
+        regimes: The regime of each.
+        grids: Rows and columns of the visual tokens of every image of a prompt, in which each tile
+            of an image counts as one; empty if it is not known where tokens lie.
     """
 
-    site: str
-    regime: str
-    before: tuple[int, ...]
-    kept: tuple[int, ...]
-    moves: tuple[Move, ...]
+    def __init__(
+        self,
+        sites: Iterable[SiteExplanation],
+        regimes: Sequence[str] = (),
+        grids: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        super().__init__(sites)
+        self.regimes = regimes
+        self.grids = grids
+
+    def steps(self, row: int = 0) -> list[list[TokenStep]]:
+        """Return the effects on each image of a prompt, counted in its patches.
+
+        Args:
+            row: The prompt.
+
+        Raises:
+            ValueError: If it is not known where the tokens lie.
+        """
+        if not self.grids:
+            raise ValueError(
+                "where the visual tokens lie on the image is not known for this model: it puts "
+                "tokens of several resolutions, or not in a grid, behind each other"
+            )
+        if not self:
+            return [[] for _ in self.grids]
+        patches = math.prod(self.grids[0])
+        visual = self[0].positions_in
+        return [
+            token_steps(self, self.regimes, visual, row, patches, image)
+            for image in range(len(self.grids))
+        ]
+
+    def draw(self, images: Sequence[Image.Image], prompt: str = "", row: int = 0) -> Drawn:
+        """Draw the effects on the images of a prompt, to save as a page or as a picture.
+
+        Args:
+            images: The images of the prompt as the model is given them, tiles of an image apart;
+                `deos_fx.data.frames` makes them of a processor's output.
+            prompt: The words of the prompt, for the page.
+            row: The prompt.
+
+        Raises:
+            ValueError: If it is not known where the visual tokens lie on the images, or there are
+                more images or fewer.
+        """
+        steps = self.steps(row)
+        if len(images) != len(steps):
+            raise ValueError(
+                f"the prompt has {len(steps)} images (a tile counts as one), and {len(images)} are "
+                "given"
+            )
+        return Drawn(images, self.grids, steps, prompt)
+
+
+# *** the effect on one image, counted in patches ***
 
 
 def token_steps(
@@ -99,6 +138,7 @@ def token_steps(
     visual: Tensor,
     row: int,
     patches: int,
+    image: int = 0,
 ) -> list[TokenStep]:
     """Turn explanations, which count prompt positions, into steps, which count patches.
 
@@ -108,12 +148,14 @@ def token_steps(
         visual: [B, V] prompt positions of the visual tokens.
         row: The prompt to draw.
         patches: Visual tokens of one image.
+        image: The image of the prompt.
 
     Returns:
         A step for each site, in order.
     """
     # Positions that are not in it, of other images or a copy of CLS (-1), have no patch.
-    patch = {int(position): i for i, position in enumerate(visual[row]) if i < patches}
+    own = visual[row, image * patches : (image + 1) * patches]
+    patch = {int(position): i for i, position in enumerate(own)}
     steps = []
     for explanation, regime in zip(explanations, regimes, strict=True):
         incoming = [patch.get(int(p)) for p in explanation.positions_in[row]]
@@ -136,89 +178,9 @@ def _moves(
     weights: Tensor, kept: Sequence[int | None], incoming: Sequence[int | None]
 ) -> Iterable[Move]:
     """Yield the larger parts of the assignment [K, V_in] as moves between patches of one image."""
-    for j, source in enumerate(incoming):
-        # A soft assignment spreads a token over all others; only its larger parts are drawn.
-        total = float(weights[:, j].sum())
-        for i, target in enumerate(kept):
-            weight = float(weights[i, j])
-            drawn = weight > 0 and weight >= SHOWN_SHARE * total
-            if drawn and source is not None and target is not None and source != target:
-                yield Move(source, target, weight)
-
-
-# *** SVG ***
-
-
-def draw_image(image: Image.Image, name: str) -> str:
-    """Draw the image itself; `draw_step` refers to it by its name.
-
-    Args:
-        image: Any image.
-        name: An identifier, unique on the page.
-
-    Returns:
-        An SVG element.
-    """
-    # PNG keeps small images exact; as base64 they need no other file.
-    width, height = image.size
-    file = io.BytesIO()
-    image.save(file, "png", optimize=True)
-    data = base64.b64encode(file.getvalue()).decode()
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="the image">'
-        f'<image id="{name}" width="{width}" height="{height}" '
-        f'href="data:image/png;base64,{data}"/></svg>'
-    )
-
-
-def draw_step(step: TokenStep, image: Image.Image, name: str, grid: tuple[int, int]) -> str:
-    """Draw the image after a reduction: kept tokens outlined, dropped ones dimmed, moves as lines.
-
-    Args:
-        step: The effect of the reduction.
-        image: The image that `draw_image` drew.
-        name: Its identifier there.
-        grid: Rows and columns of patches.
-
-    Returns:
-        An SVG element.
-    """
-    width, height = image.size
-    cell = (width / grid[1], height / grid[0])
-    kept = set(step.kept)
-    gone = [patch for patch in range(grid[0] * grid[1]) if patch not in kept]
-    # From back to front. The image is in the page once, and all drawings refer to it.
-    parts = [f'<use href="#{name}"/>']
-    # Tokens that earlier reductions dropped are drawn darker than those of this one.
-    earlier = set(gone) - set(step.before)
-    for patch in gone:
-        kind = "earlier" if patch in earlier else "gone"
-        parts.append(f'<rect class="{kind}" {_box(patch, grid, cell, 0.0)}/>')
-    parts += [f'<rect class="kept" {_box(patch, grid, cell, 0.7)}/>' for patch in sorted(kept)]
-    parts += [_line(move, grid, cell) for move in step.moves]
-    label = f"{len(kept)} of {len(step.before)} tokens are left after {step.site}"
-    return (
-        f'<svg viewBox="0 0 {width} {height}" class="tokens {step.regime}" role="img" '
-        f'aria-label="{label}">{"".join(parts)}</svg>'
-    )
-
-
-def _box(patch: int, grid: tuple[int, int], cell: tuple[float, float], inset: float) -> str:
-    row, column = divmod(patch, grid[1])
-    return (
-        f'x="{column * cell[0] + inset:g}" y="{row * cell[1] + inset:g}" '
-        f'width="{cell[0] - 2 * inset:g}" height="{cell[1] - 2 * inset:g}"'
-    )
-
-
-def _line(move: Move, grid: tuple[int, int], cell: tuple[float, float]) -> str:
-    (y1, x1), (y2, x2) = divmod(move.source, grid[1]), divmod(move.target, grid[1])
-    ends = (x1 + 0.5) * cell[0], (y1 + 0.5) * cell[1], (x2 + 0.5) * cell[0], (y2 + 0.5) * cell[1]
-    places = " ".join(
-        f'{key}="{end:g}"' for key, end in zip(("x1", "y1", "x2", "y2"), ends, strict=True)
-    )
-    opacity = f"{min(1.0, 0.25 + 0.75 * move.weight):.2f}"
-    return (
-        f'<line {places} opacity="{opacity}"/>'
-        f'<circle cx="{ends[0]:g}" cy="{ends[1]:g}" r="1.1" opacity="{opacity}"/>'
-    )
+    # A soft assignment spreads a token over all others; only its larger parts are drawn.
+    drawn = (weights > 0) & (weights >= SHOWN_SHARE * weights.sum(dim=0))
+    for j, i in drawn.T.nonzero().tolist():
+        source, target = incoming[j], kept[i]
+        if source is not None and target is not None and source != target:
+            yield Move(source, target, float(weights[i, j]))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from deos_fx.cost.amounts import Cost
 from deos_fx.policy.policy import Policy
-from deos_fx.results.explanation import TokenStep
+from deos_fx.results.token_drawing import TokenStep
 
 __all__ = ["SEARCHED", "UNREDUCED", "Method", "OnnxCheck", "Picture", "versions"]
 

@@ -165,12 +165,14 @@ td.shade { background: color-mix(in srgb, var(--accent) calc(var(--share) * 42%)
 .example p { margin: 2px 0 12px; color: var(--soft); }
 .strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr));
   gap: 14px; }
+.strip.wide { grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); }
 .strip svg { border-radius: 6px; }
 figure { margin: 0; } figcaption { font-size: 13px; color: var(--soft); margin-top: 6px; }
 .answers { display: flex; flex-wrap: wrap; gap: 6px 18px; margin-top: 12px; font-size: 14px; }
 .right::before { content: "\\2713\\00a0"; color: var(--pool); font-weight: 700; }
 .wrong::before { content: "\\2717\\00a0"; color: var(--prune); font-weight: 700; }
 .tokens .gone { fill: #05070a; opacity: 0.72; } .tokens .earlier { fill: #05070a; opacity: 0.86; }
+.tokens rect { shape-rendering: crispEdges; }
 .tokens .kept { fill: none; stroke: #ffffff; stroke-width: 0.9; }
 .tokens line { stroke: #ffd54a; stroke-width: 0.8; stroke-linecap: round; }
 .tokens circle { fill: #ffd54a; }

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from deos_fx.files import write_text
 from deos_fx.results import charts
-from deos_fx.results.explanation import TokenStep, draw_image, draw_step
 from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
 from deos_fx.results.page import Section, build_page, details, table, tiles
 from deos_fx.results.search_result import (
@@ -22,6 +21,7 @@ from deos_fx.results.search_result import (
     savings,
     search_section,
 )
+from deos_fx.results.token_drawing import TokenStep, draw_image, draw_step
 
 if TYPE_CHECKING:
     from deos_fx.results.search_result import SearchResult
@@ -221,7 +221,7 @@ def _pictures(result: DemoResult) -> Section:
         "Kept and merged tokens",
         "The first test question of every kind. A square is a visual token. Outlined ones are "
         "still there after the reduction, dark ones are gone, and a yellow line leads from a "
-        "dropped token to the kept one (the dot) that takes in its content, brighter with more "
+        "dropped token (the dot) to the kept one that takes in its content, brighter with more "
         "of it.",
         f'<div class="{layout}">{"".join(drawn)}</div>',
     )
@@ -230,11 +230,11 @@ def _pictures(result: DemoResult) -> Section:
 def _picture(picture: Picture, index: int, grid: tuple[int, int]) -> str:
     name = f"picture-{index}"
     figures = [
-        f"<figure>{draw_image(picture.image, name)}<figcaption>what the model is given"
+        f"<figure>{draw_image(picture.image, name, grid)}<figcaption>what the model is given"
         "</figcaption></figure>"
     ]
     for step in _telling(picture.steps):
-        drawing = draw_step(step, picture.image, name, grid)
+        drawing = draw_step(step, name, grid)
         caption = f"{step.site}: {step.regime} {len(step.before)} → {len(step.kept)}"
         figures.append(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>")
     answers = "".join(

@@ -13,7 +13,7 @@ from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
-from deos_fx.results.explanation import SiteExplanation
+from deos_fx.results.explanation import Explanation, SiteExplanation
 from deos_fx.tokens.index import kept_of_prompt, take
 from deos_fx.tokens.layout import PromptLayout
 
@@ -22,7 +22,7 @@ __all__ = ["explain"]
 
 def explain(
     graph_module: fx.GraphModule, policy: Policy, layout: PromptLayout, inputs: Mapping[str, Any]
-) -> list[SiteExplanation]:
+) -> Explanation:
     """Run a lowered prefill graph and explain its reductions.
 
     1. Run the graph with an interpreter that keeps what lowering marked.
@@ -43,8 +43,9 @@ def explain(
     names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
         watching.run(*(inputs[name] for name in names))
+    grids = layout.each_grid if layout.placed else ()
     if policy.is_empty:
-        return []
+        return Explanation([], [], grids)
     layout.tokens_per_image  # noqa: B018 - raises for images of several sizes
     # 2. Follow the tokens: `positions` and `mass` are those that come in at the next site.
     positions = watching.seen[""]["visual"]
@@ -68,7 +69,8 @@ def explain(
         explanation = _explain_site(reduction, seen, positions, mass, slots)
         positions, mass = explanation.kept, explanation.mass
         explanations.append(_on_cpu(explanation))
-    return explanations
+    regimes = [reduction.regime for reduction in policy.reductions]
+    return Explanation(explanations, regimes, grids)
 
 
 class _Watching(fx.Interpreter):

@@ -21,7 +21,7 @@ from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.policy import Policy
-from deos_fx.results.explanation import SiteExplanation
+from deos_fx.results.explanation import Explanation
 from deos_fx.runtime import saved
 from deos_fx.runtime.explain import explain
 from deos_fx.runtime.generation import generation_host
@@ -178,14 +178,15 @@ class ReducedModel(nn.Module):
         costs = CostModel.of_call(self._bind(**inputs))
         return CostReport(before=costs.predict(Policy()), after=costs.predict(self.policy))
 
-    def explain(self, **inputs: Any) -> list[SiteExplanation]:
+    def explain(self, **inputs: Any) -> Explanation:
         """Find which tokens each reduction keeps, and where the others go; runs one prefill.
 
         Args:
             **inputs: Arguments of the model's forward: prompts with images. A cache is ignored.
 
         Returns:
-            An explanation of each reduction, from input to output of the model.
+            An explanation of each reduction, from input to output of the model; its `draw` draws
+            them on the images.
 
         Raises:
             ValueError: If the inputs have no image.

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import typer
+from cli_cases import fails, run
 from families import FAMILIES, TWINS
 from tiny import inputs, tiny_llava
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,6 +32,10 @@ COMMANDS = (
     "compare",
     "check",
     "profile",
+    "data",
+    "eval",
+    "show",
+    "generate",
 )
 
 
@@ -39,21 +44,6 @@ def model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny_llava().save_pretrained(folder)
     return folder
-
-
-def run(*arguments, code=0):
-    """What a command prints, after checking its exit code."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
-
-
-def fails(*arguments):
-    """The message of a command that fails: one line, and how to see more."""
-    message, hint = run(*arguments, code=1).strip().splitlines()
-    assert message.startswith("Error: ")
-    assert "--debug" in hint
-    return message
 
 
 # *** help ***

@@ -6,19 +6,20 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from closeness import assert_close
-from processors import noise, small_qwen
+from real_processors import noise, write_qwen
 
 from deos_fx import Budget, Comparison, Policy, ReducedModel, Reduction, compare, presets, reference
 from deos_fx.comparison import bench
 from deos_fx.comparison.answers import answer_loss, check_apart
 from deos_fx.comparison.shrink import shrunk
 from deos_fx.cost.model import CostModel
-from deos_fx.data import Record
+from deos_fx.data import Record, batches
 from deos_fx.models.facts import facts_of
 from deos_fx.results.search_result import Candidate, SearchResult
 
@@ -217,9 +218,13 @@ def test_tuning_without_optuna(loaded: Any, asked: Any, monkeypatch: pytest.Monk
         compare(*loaded, records(asked), budget=TOKENS, tuning=tuning)
 
 
-def test_the_loss_is_that_of_the_model(loaded: Any) -> None:
+@pytest.mark.parametrize("behind", [0, 2])
+def test_the_loss_is_that_of_the_model(loaded: Any, behind: int) -> None:
     model, processor = loaded
     (batch,) = reference.batches(processor, reference.make_examples(8, "validation"), 8)
+    # Tokens behind the answers that are not part of them, as a template may write.
+    for name, value in (("input_ids", 5), ("attention_mask", 1), ("labels", -100)):
+        batch[name] = torch.nn.functional.pad(batch[name], (0, behind), value=value)
     with torch.no_grad():
         expected = model(**batch).loss
     found = answer_loss(ReducedModel(model, Policy()), model, [batch])
@@ -229,8 +234,8 @@ def test_the_loss_is_that_of_the_model(loaded: Any) -> None:
 # *** images of any size ***
 
 
-def test_images_are_resized_where_the_model_allows_it() -> None:
-    model, processor = small_qwen()
+def test_images_are_resized_where_the_model_allows_it(tmp_path: Path) -> None:
+    model, processor = write_qwen(tmp_path)
     asked = [
         Record(noise(64, 48), "what is at the top left", "7"),
         Record(noise(80, 80, 1), "how many digits", "two"),
@@ -239,7 +244,7 @@ def test_images_are_resized_where_the_model_allows_it() -> None:
     smaller = shrunk(facts_of(model), processor, asked, 0.25)
     counts = []
     for record in smaller:
-        inputs = processor(images=[record.image], text=["<image>"], return_tensors="pt")
+        (inputs,) = batches(processor, [record], 1)
         counts.append(int((inputs["input_ids"] == model.config.image_token_id).sum()))
     assert counts == [12, 25]
     found = compare(
@@ -260,8 +265,8 @@ def test_images_are_resized_where_the_model_allows_it() -> None:
     assert run.policy.reductions[0].keep == 0.25
 
 
-def test_a_processor_that_enlarges_small_images() -> None:
-    model, processor = small_qwen(min_pixels=64 * 48)
+def test_a_processor_that_enlarges_small_images(tmp_path: Path) -> None:
+    model, processor = write_qwen(tmp_path, min_pixels=64 * 48)
     with pytest.raises(ValueError, match="more than 12 visual tokens of an image of any size"):
         shrunk(facts_of(model), processor, [Record(noise(64, 48), "what is", "7")], 0.25)
 

@@ -16,13 +16,14 @@ from deos_fx.policy.policy import (
 )
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.charts import PAINTS, accuracy_chart
-from deos_fx.results.explanation import Move, SiteExplanation, TokenStep, token_steps
+from deos_fx.results.explanation import SiteExplanation, token_steps
 from deos_fx.results.methods import SEARCHED, UNREDUCED, Method, OnnxCheck, Picture
 from deos_fx.results.report import (
     DemoResult,
     demo_report,
 )
 from deos_fx.results.search_result import Candidate, SearchResult
+from deos_fx.results.token_drawing import Move, TokenStep
 
 LAYERS, TOKENS = 6, 64
 VOID = {"meta", "br", "rect", "line", "circle", "image", "use", "path", "hr", "link", "img"}

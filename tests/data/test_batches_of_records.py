@@ -4,13 +4,11 @@ import json
 from dataclasses import replace
 from itertools import groupby
 
-import numpy as np
 import pytest
 import torch
 from families import shared
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
-from transformers.image_utils import load_image
 
 from deos_fx import reference
 from deos_fx.data import Record, batches, read_records
@@ -19,7 +17,6 @@ from deos_fx.reference.model import build_processor
 
 QUESTION = "what is at"
 WORDS = "<image> {{ messages[0]['content'][1]['text'] }}"
-ORIENTATION = 0x0112
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +42,6 @@ def build(added, template=None):
 def read(processor, ids):
     """Token ids as text, with one placeholder for the whole image."""
     return " ".join(word for word, _ in groupby(processor.tokenizer.convert_ids_to_tokens(ids)))
-
-
-def pixels(processor, image):
-    (batch,) = batches(processor, [Record(image, QUESTION)], 1)
-    return batch["pixel_values"]
 
 
 # *** special tokens ***
@@ -116,61 +108,6 @@ def test_the_example_of_a_call_has_one_beginning():
     assert ids.count(processor.tokenizer.bos_token_id) == 1
 
 
-# *** images ***
-
-
-@pytest.fixture
-def shades():
-    """Noise, of the size that the processor wants: 8 bits, four channels."""
-    return np.random.default_rng(0).integers(0, 256, (144, 144, 4), dtype=np.uint8)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["jpg", "png"])
-def test_images_are_upright(tmp_path, shades, orientation, kind):
-    exif, path = Image.Exif(), tmp_path / f"a.{kind}"
-    exif[ORIENTATION] = orientation
-    Image.fromarray(shades[:100, :, :3]).save(path, exif=exif)
-    processor = build_processor()
-    expected = processor.image_processor(load_image(str(path)), return_tensors="pt")
-    assert pixels(processor, path).equal(expected["pixel_values"])
-
-
-@pytest.mark.parametrize(
-    ("mode", "kind"),
-    [(mode, "png") for mode in ("1", "L", "LA", "P", "RGBA")]
-    + [("CMYK", "jpg"), ("PA", "tif"), ("CMYK", "tif"), ("YCbCr", "tif"), ("RGBA", "webp")],
-)
-def test_images_of_every_mode_are_those_of_transformers(tmp_path, shades, mode, kind):
-    path = tmp_path / f"a.{kind}"
-    Image.fromarray(shades).convert("RGB").convert(mode).save(path)
-    processor = build_processor()
-    expected = processor.image_processor(load_image(str(path)), return_tensors="pt")
-    assert pixels(processor, path).equal(expected["pixel_values"])
-
-
-@pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("kind", ["png", "tif"])
-def test_16_bits_are_scaled(tmp_path, shades, orientation, kind):
-    # load_image cuts them off at 255. The high bytes are the image of 8 bits.
-    exif, path = Image.Exif(), tmp_path / f"a.{kind}"
-    exif[ORIENTATION] = orientation
-    deep = 256 * shades[..., 0].astype(np.uint16) + shades[..., 1]
-    Image.fromarray(deep).save(path, exif=exif)
-    with Image.open(path) as image:
-        assert image.mode == "I;16"
-    expected = np.rot90(shades[..., 0], -1) if orientation == 6 else shades[..., 0]
-    found = pixels(build_processor(), path)[0].add(1).mul(127.5).round()
-    assert (found.numpy() == expected).all()
-
-
-def test_images_without_a_known_range_are_refused(tmp_path, shades):
-    path = tmp_path / "a.tif"
-    Image.fromarray(shades[..., 0].astype(np.float32)).save(path)
-    with pytest.raises(ValueError, match=r"a\.tif is not an image .* mode F, whose range"):
-        pixels(build_processor(), path)
-
-
 # *** files of questions ***
 
 
@@ -195,30 +132,6 @@ def test_batches_without_answers_are_prompts(questions, examples):
     assert torch.equal(got["input_ids"], expected["input_ids"])
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{", "line 2 is not JSON"),
-        ('{"prompt": "what"}', "line 2: give an object with image"),
-        ('{"image": "0.png", "prompt": 3}', "line 2: prompt is 3"),
-        ('{"image": "none.png", "prompt": "what"}', "there is no image"),
-        ('{"image": "0.png", "prompt": "what"}', "1 of 2 lines have an answer"),
-        ('{"image": "0.png", "prompt": "what", "question": "what"}', "give an object with"),
-    ],
-)
-def test_bad_line_is_named(questions, line, words):
-    questions.write_text(questions.read_text().splitlines()[0] + "\n" + line)
-    with pytest.raises(ValueError, match=words):
-        read_records(questions)
-
-
-def test_kinds_are_read(questions):
-    written = questions.read_text().splitlines()
-    lines = [json.loads(line) | {"kind": f"kind {i}"} for i, line in enumerate(written)]
-    questions.write_text("\n".join(map(json.dumps, lines)))
-    assert [record.kind for record in read_records(questions)] == ["kind 0", "kind 1", "kind 2"]
-
-
 def test_images_that_are_loaded_already(questions):
     _, processor = reference.load()
     records = read_records(questions)
@@ -233,8 +146,11 @@ def test_images_that_are_loaded_already(questions):
         (None, "{}"),
         (None, "<image> {}"),
         (None, "{} <image>"),
-        # A template writes a placeholder for each image.
-        ("{{ messages[0]['content'][-1]['text'] }}", "{}"),
+        (
+            "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}<image> "
+            "{% else %}{{ part['text'] }}{% endif %}{% endfor %}",
+            "{}",
+        ),
     ],
 )
 def test_prompts_without_images_are_text_alone(scene, template, prompt):

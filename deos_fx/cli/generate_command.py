@@ -1,0 +1,49 @@
+"""The command ``deos-fx generate``: what a model, reduced or exported, answers about an image."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from deos_fx.cli.loading import Images, Model, PolicyFile, Preset, Prompt, TokenLimit
+
+__all__ = ["generate"]
+
+
+def generate(
+    model_dir: Model,
+    image: Images,
+    prompt: Prompt,
+    policy: PolicyFile = None,
+    preset: Preset = None,
+    budget: TokenLimit = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 128,
+    urls: Annotated[bool, typer.Option("--urls", help="Download --image if it is a URL.")] = False,
+) -> None:
+    """Print what a model answers about an image.
+
+    MODEL_DIR is a model, a folder that transform wrote, or one that export
+    wrote, which runs in ONNX Runtime. A model runs unreduced unless --policy,
+    --preset or --budget are given. Of each token the likeliest is taken.
+
+    [bold]Examples[/]
+
+      deos-fx generate reduced --image cat.jpg --prompt "What is this?"
+
+      deos-fx generate my-llava --image cat.jpg --prompt "What?" --budget 50%
+
+      deos-fx generate onnx --image a.jpg --image b.jpg --prompt "Who is older?"
+    """
+    from deos_fx.cli.loading import load_generating, question_of
+    from deos_fx.comparison.answers import generated
+    from deos_fx.data.processors import load_processor
+
+    record = question_of(image, prompt, urls)
+    processor = load_processor(model_dir)
+    run, model = load_generating(model_dir, policy, preset, budget)
+    (answer,) = generated(
+        run, model, processor, [record], batch_size=1, max_new_tokens=max_new_tokens
+    )
+    # Plain text: the output is meant for other programs, too.
+    typer.echo(answer)

@@ -1,0 +1,74 @@
+"""The command ``deos-fx show``: which patches of an image a policy keeps, drawn on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from deos_fx.cli.loading import (
+    Force,
+    Images,
+    Model,
+    OutputOption,
+    PolicyFile,
+    Preset,
+    Prompt,
+    TokenLimit,
+)
+from deos_fx.cli.outputs import check_target
+
+__all__ = ["show"]
+
+
+def show(
+    model_dir: Model,
+    image: Images,
+    prompt: Prompt,
+    policy: PolicyFile = None,
+    preset: Preset = None,
+    budget: TokenLimit = None,
+    output: OutputOption = Path("deos-fx-show"),
+    urls: Annotated[bool, typer.Option("--urls", help="Download --image if it is a URL.")] = False,
+    force: Force = False,
+) -> None:
+    """Draw on an image which patches stay at each site, and where the others go.
+
+    Writes show.html and show.png. MODEL_DIR may be a folder that transform
+    wrote, and its policy is drawn then; without one, --policy and --preset, it
+    is the default policy. Images are drawn as the model is given them: resized,
+    cropped, and tiles apart.
+
+    [bold]Examples[/]
+
+      deos-fx show reduced --image cat.jpg --prompt "What is this?"
+
+      deos-fx show my-llava --image cat.jpg --prompt "What?" --preset fastv
+    """
+    check_target(output, force, model_dir)
+    from deos_fx.cli.loading import load_reduced, question_of
+    from deos_fx.cli.terminal import stages
+    from deos_fx.comparison.answers import inputs_for
+    from deos_fx.data import batches, open_image
+    from deos_fx.data.frames import frames
+    from deos_fx.data.processors import load_processor
+    from deos_fx.files import fresh_folder
+
+    console = Console()
+    record = question_of(image, prompt, urls)
+    images = [open_image(source) for source in record.images]
+    with fresh_folder(output) as folder, stages(console) as stage:
+        with stage("load"):
+            processor = load_processor(model_dir)
+            reduced = load_reduced(model_dir, policy, preset, budget)
+        with stage("draw"):
+            (inputs,) = batches(processor, [record], 1)
+            explanation = reduced.explain(**inputs_for(reduced.model, inputs))
+            drawn = explanation.draw(frames(processor, inputs, images), prompt)
+            drawn.save(folder / "show.html")
+            drawn.save(folder / "show.png")
+    for site in explanation:
+        console.print(site, highlight=False, markup=False)
+    console.print(f"Wrote show.html and show.png to {output}", highlight=False)

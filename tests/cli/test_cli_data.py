@@ -1,0 +1,92 @@
+"""A folder with a real processor and a file of questions, from the first look to a policy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_cases import fails, run
+from real_processors import noise, write_qwen
+
+from deos_fx.data.processors import load_processor
+from deos_fx.presets import merge
+
+ROWS: list[dict[str, Any]] = [
+    {"image": "0.png", "prompt": "what is at the top left?", "answer": "[red] one", "id": 1},
+    {
+        "images": ["0.png", "1.png"],
+        "question": "is <image> or <image>?",
+        "answer": "",
+        "kind": "what",
+    },
+]
+
+
+@pytest.fixture(scope="module", name="folder")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Qwen2.5-VL with its processor, and questions."""
+    folder = tmp_path_factory.mktemp("user")
+    write_qwen(folder / "qwen")
+    for i, size in enumerate([(64, 48), (80, 80)]):
+        noise(*size).save(folder / f"{i}.png")
+    (folder / "d.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (folder / "alike.jsonl").write_text(json.dumps(ROWS[0]))
+    return folder
+
+
+# *** data ***
+
+
+def test_data_shows_what_the_model_sees(folder: Path) -> None:
+    output = run("data", folder / "d.jsonl", "--model", folder / "qwen")
+    # Cells of 8 pixels: 48 and 100 visual tokens.
+    first, second = output.split(f"{folder / 'd.jsonl'}, line ")[1:]
+    assert first.startswith("1: 1 image of 64 x 48 pixels; ")
+    assert "48 of them visual" in first
+    assert "<|vision_start|><|image_pad|> x 48<|vision_end|>what is at the top left?" in first
+    assert "assistant\n>>>[red] one<|im_end|><<<" in first
+    assert second.startswith("2: 2 images of 64 x 48, 80 x 80 pixels; ")
+    assert "148 of them visual, 1 of the answer" in second
+    assert "x 48<|vision_end|> or <|vision_start|>" in second and ">>><|im_end|><<<" in second
+    totals = [line.split() for line in second.splitlines()]
+    assert ["visual", "tokens", "48", "98", "148"] in totals
+    assert ["images", "1", "1.5", "2"] in totals
+    assert "kinds: what" in output and "entries that are not used: id" in output
+
+
+def test_data_names_a_row_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes((folder / "0.png").read_bytes()[:100])
+    (tmp_path / "d.jsonl").write_text("\n" + json.dumps(ROWS[0]))
+    message = fails("data", tmp_path / "d.jsonl", "--model", folder / "qwen")
+    assert f"{tmp_path / 'd.jsonl'}, line 2: {tmp_path / '0.png'} is not an image" in message
+
+
+def test_data_says_what_a_folder_lacks(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / "qwen" / name).read_bytes())
+    message = fails("data", folder / "d.jsonl", "--model", tmp_path)
+    assert "image processor" in message
+
+
+# *** the others, on images of any size ***
+
+
+def test_inspect(folder: Path) -> None:
+    assert "decoder.0" in run("inspect", folder / "qwen")
+
+
+def test_transform_copies_the_processor(folder: Path, tmp_path: Path) -> None:
+    merge(keep=0.5).save(tmp_path / "policy.json")
+    run("transform", folder / "qwen", tmp_path / "out", "--policy", tmp_path / "policy.json")
+    copied = load_processor(tmp_path / "out")
+    assert copied.to_dict() == load_processor(folder / "qwen").to_dict()
+
+
+# Slow: searches of other models are tested elsewhere, as is all that is special here.
+@pytest.mark.slow
+def test_search(folder: Path, tmp_path: Path) -> None:
+    options = ("--budget", "50%", "--steps", 1, "--output", tmp_path / "found")
+    run("search", folder / "qwen", "--data", folder / "alike.jsonl", *options)
+    assert (tmp_path / "found" / "policy.json").is_file()
