@@ -33,5 +33,7 @@ def read_limit(text: str) -> int | float:
     if share:
         raise typer.BadParameter(f"{text} is more than there is; {_FORMS}")
     if value != value // 1:
-        raise typer.BadParameter(f"{text} is neither; did you mean {text}%? {_FORMS}")
+        raise typer.BadParameter(
+            f"{text} is neither a share nor a whole number; did you mean {text}%? {_FORMS}"
+        )
     return int(value)

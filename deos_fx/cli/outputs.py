@@ -31,7 +31,8 @@ def check_target(target: Path, force: bool, *sources: str | os.PathLike[str]) ->
         return
     if target.is_file():
         raise ValueError(f"{target} exists; add --force to overwrite it, or give another file")
-    if target.is_dir() and any(target.iterdir()):
+    # Hidden entries are temporary folders: of another process of this search, or of a killed one.
+    if target.is_dir() and any(not entry.name.startswith(".") for entry in target.iterdir()):
         raise ValueError(
             f"{target} exists and is not empty; add --force to overwrite files in it, or give "
             "another folder"

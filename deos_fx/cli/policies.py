@@ -57,18 +57,19 @@ def chosen_policy(
     from deos_fx.policy.budget import Budget
     from deos_fx.policy.policy import Policy
 
-    policy: Policy | None = None
-    if path is not None:
-        if preset is not None or budget is not None:
-            raise ValueError("--policy says where to keep how much; give it without the others")
+    if path is None and preset is None:
+        # Case: nothing is chosen, or a budget alone, to which the default policy is fitted.
+        if budget is None:
+            return None
+        return transform(model, budget=Budget(visual_tokens=budget), example_inputs=inputs).policy
+    if path is None:
+        limit = DEFAULT_LIMIT if budget is None else budget
+        policy = _fitted(model, inputs, str(preset), limit)
+    elif preset is None and budget is None:
         policy = Policy.load(path)
-    elif preset is not None:
-        policy = _fitted(model, inputs, preset, DEFAULT_LIMIT if budget is None else budget)
-    elif budget is not None:
-        limit = Budget(visual_tokens=budget)
-        policy = transform(model, budget=limit, example_inputs=inputs).policy
-    if policy is not None:
-        check_runs(model, inputs, policy)
+    else:
+        raise ValueError("--policy says where to keep how much; give it without the others")
+    check_runs(model, inputs, policy)
     return policy
 
 

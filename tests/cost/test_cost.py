@@ -170,6 +170,7 @@ COUNTED = (
     "gemma3",
     "qwen2_5_vl",
     "qwen3_vl_moe",
+    "gemma4",
     "llava_mixtral",
 )
 
