@@ -91,7 +91,7 @@ class OnnxModel:
                 here, else the CPU.
             low_memory: Whether all graphs share one copy of the weights. On the CPU that is the
                 file itself, mapped into memory. Products with it are slower than with copies that
-                each graph rearranges: by a tenth in a prefill, by a fifth for a new token, and
+                each graph rearranges: by a tenth in a prefill and for a new token, and nearly
                 twice for new tokens of several rows.
 
         Returns:

@@ -355,7 +355,9 @@ def test_an_export_for_a_gpu(tmp_path, monkeypatch):
     checked, stages = [], []
     monkeypatch.setattr(
         "deos_fx.exporters.onnx.check_export",
-        lambda reduced, example, runtime, device, load: checked.append((device.type, load())),
+        lambda reduced, example, runtime, device, load, weights: checked.append(
+            (device.type, load(), weights)
+        ),
     )
     reduced = ReducedModel(tiny.shared_llava(LAYERS), CASES["prune, two images"][0])
     target = export_onnx(
@@ -364,7 +366,7 @@ def test_an_export_for_a_gpu(tmp_path, monkeypatch):
         device="cuda",
         progress=lambda stage, done, total: stages.append(stage) if done == total else None,
     )
-    assert [device for device, _ in checked] == ["cpu"]
+    assert [(device, weights) for device, _, weights in checked] == [("cpu", None)]
     assert not any(path.is_dir() for path in target.iterdir())
     assert stages == ["trace", "write", "check", "fuse", "write"]
     # Several new tokens are attended to by one operator, too.
