@@ -361,6 +361,16 @@ def alone(name: str, batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images, **extra}
 
 
+def continued(name: str, prompt: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """One prompt without padding, with more tokens [1, t] after it."""
+    ids = torch.cat([prompt["input_ids"], tokens], dim=1)
+    return (
+        prompt
+        | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        | _family(name).extra(ids)
+    )
+
+
 import more_families1  # noqa: E402 - they are made of what is above
 import more_families2  # noqa: E402
 
@@ -368,4 +378,4 @@ _MORE = more_families1.MORE | more_families2.MORE
 _LIKE_OTHERS = more_families1.TWINS | more_families2.TWINS
 FAMILIES |= {name: family for name, family in _MORE.items() if name not in _LIKE_OTHERS}
 TWINS = {name: _MORE[name] for name in _LIKE_OTHERS}
-CONVOLVING = more_families1.CONVOLVING
+STATEFUL = more_families1.STATEFUL

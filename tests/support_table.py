@@ -17,7 +17,7 @@ from typing import Any
 import test_families as checks
 import torch
 import transformers as hf
-from families import CONVOLVING, FAMILIES, TWINS, prompts, shared
+from families import FAMILIES, STATEFUL, TWINS, prompts, shared
 from tiny import call_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -93,7 +93,7 @@ def family_row(name: str, *, onnx: bool = False) -> tuple[str, ...]:
     """
     prune: Callable[[], Any] = lambda: checks.test_pruning_is_masking(name, "both")  # noqa: E731
     mark = ""
-    if name in CONVOLVING:
+    if name in STATEFUL:
         mark = " *"
         prune = lambda: checks.test_decoding_is_a_longer_prompt(name, "decoder.1")  # noqa: E731
     return (

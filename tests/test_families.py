@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from closeness import assert_close, difference, roundings_of
-from families import CONVOLVING, FAMILIES, IMAGE, TWINS, alone, prompts, shared
-from masked import STEPS, alive_of, assert_pruning_is_masking, generate, masked_from
+from closeness import assert_close, roundings_of
+from families import FAMILIES, IMAGE, STATEFUL, TWINS, alone, continued, prompts, shared
+from masked import alive_of, assert_pruning_is_masking, generate, masked_from
+from shortened import assert_reduced_is_shortened
 from tiny import call_of
 from torch import Tensor
 
@@ -84,8 +85,8 @@ def test_keeping_all_tokens_changes_nothing(name: str, site: str) -> None:
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
-        *itertools.product([name for name in FAMILIES if name not in CONVOLVING], PRUNED),
-        *itertools.product(sorted(TWINS.keys() - set(CONVOLVING)), ["both"]),
+        *itertools.product([name for name in FAMILIES if name not in STATEFUL], PRUNED),
+        *itertools.product(sorted(TWINS.keys() - set(STATEFUL)), ["both"]),
     ],
 )
 def test_pruning_is_masking(name: str, policy: str) -> None:
@@ -94,11 +95,11 @@ def test_pruning_is_masking(name: str, policy: str) -> None:
     assert_pruning_is_masking(shared(name), reduce(name, PRUNED[policy]), batch, roundings_of(name))
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in CONVOLVING])
+@every_family
 def test_the_smallest_tokens_are_dropped(name: str) -> None:
     model, batch = shared(name), prompts(name, 2)
     alive = alive_of(reduce(name, PRUNED["decoder"])(**batch)[CACHE], batch["input_ids"])
-    with masked_from(model, alive), outputs_of(model.get_decoder().layers[1]) as hidden:
+    with outputs_of(model.get_decoder().layers[1]) as hidden:
         model(**batch)
     norms, text = hidden[0].norm(dim=-1), batch["input_ids"] != IMAGE
     dropped = norms.masked_fill(alive[2], 0.0).amax(dim=1, keepdim=True)
@@ -107,21 +108,19 @@ def test_the_smallest_tokens_are_dropped(name: str) -> None:
     assert small.sum() == len(small) * ENDS.get(name, 0)
 
 
-@pytest.mark.parametrize("site", ["projector", "decoder.1", "decoder.2"])
-@pytest.mark.parametrize("name", CONVOLVING)
-def test_decoding_is_a_longer_prompt(name: str, site: str) -> None:
-    # Layers that do not attend have no keys to hide: a token meets its kept neighbours.
-    batch, reduced = prompts(name, 2), reduce(name, (Reduction(site, 0.25, **NORM),))
-    tokens, logits = generate(reduced, batch)
-    mask = torch.cat([batch["attention_mask"], torch.ones_like(tokens)], dim=1)
-    longer = batch | {
-        "input_ids": torch.cat([batch["input_ids"], tokens], dim=1),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
-    }
-    again = reduced(**longer, use_cache=False).logits[:, -STEPS - 1 : -1]
-    assert_close(again, logits)
-    assert difference(shared(name)(**longer).logits[:, -STEPS - 1 : -1], logits) > 1e-3
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        *itertools.product([name for name in FAMILIES if name in STATEFUL], PRUNED),
+        *itertools.product(sorted(TWINS.keys() & set(STATEFUL)), ["both"]),
+    ],
+)
+def test_dropped_tokens_are_not_in_the_sequence(name: str, policy: str) -> None:
+    # Layers with a state have no keys to hide: they run over what is kept.
+    reduced = reduce(name, PRUNED[policy])
+    prompt = alone(name, prompts(name, 1), 0)
+    longer = continued(name, prompt, generate(reduced, prompt)[0])
+    assert_reduced_is_shortened(shared(name), reduced, prompt, longer, roundings_of(name))
 
 
 # *** 6: a padded batch gives each prompt what it gets alone ***
@@ -206,10 +205,6 @@ def test_other_ways_to_read_images_are_refused() -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    recurrent = hf.Qwen3_5Config(
-        text_config={**size, "layer_types": ["linear_attention", "full_attention"]},
-        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2},
-    )
     chunked = hf.Llama4Config(
         text_config={**size, "intermediate_size_mlp": 64, "num_local_experts": 2},
         vision_config={**size, "image_size": 32, "patch_size": 8},
@@ -222,7 +217,6 @@ def test_other_ways_to_read_images_are_refused() -> None:
     )
     with torch.device("meta"):
         models = {
-            "linear_attention layers": hf.Qwen3_5ForConditionalGeneration(recurrent),
             "chunked_attention": hf.Llama4ForConditionalGeneration(chunked),
             "Q-Former": hf.Blip2ForConditionalGeneration(querying),
         }

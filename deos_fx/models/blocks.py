@@ -21,9 +21,6 @@ _INSTEAD = (
     "example LlavaForConditionalGeneration."
 )
 
-# transformers' names of the kinds of layers that keep a running state instead of keys.
-_RECURRENT = ("linear_attention", "mamba", "recurrent", "hybrid")
-
 
 @dataclass(frozen=True, order=True)
 class Block:
@@ -147,15 +144,7 @@ def _check_reading(model: PreTrainedModel) -> None:
 
 
 def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
-    """Refuse decoders in which dropping a visual token differs from hiding its key."""
-    # Case: a running state, to which a dropped token would have contributed.
-    recurrent = [kind for kind in _kinds(model) if kind in _RECURRENT]
-    if recurrent:
-        raise CaptureError(
-            f"{type(model).__name__} has {' and '.join(sorted(set(recurrent)))} layers, whose "
-            "state runs through every token: dropping some changes what the others mean. Use a "
-            "model whose layers attend or convolve over a few tokens."
-        )
+    """Refuse decoders with layers for which it is not known what dropping a token means."""
     # Case: chunks counted from the start of the text, which dropped tokens would shift.
     if "chunked_attention" in _kinds(model):
         raise CaptureError(
