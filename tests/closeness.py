@@ -19,7 +19,6 @@ ROUNDINGS = 32
 
 # What rounding.py says of the oracle is beside them.
 AMPLIFIED = {
-    "qwen3_5": 256,  # 262
     "granite4_vision": 128,  # 79
     "gemma4": 128,  # 160
     "gemma4_unified": 128,  # 67

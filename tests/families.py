@@ -317,7 +317,10 @@ def shared(name: str, layers: int | None = None) -> Any:
     generator = torch.Generator().manual_seed(1)
     for path, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim == 1:
+        if path.endswith("A_log"):
+            # A state that forgets slowly, so that tokens long ago matter.
+            parameter.data.copy_(noise - 3)
+        elif parameter.ndim == 1:
             parameter.data.add_(0.1 * noise)
         elif parameter.ndim == 2 and "embed" in path:
             # Tied weights that are large let a model repeat its input.

@@ -72,7 +72,8 @@ def _measure_shortened(name: str, policy: str) -> tuple[float, float]:
     prompt = alone(name, prompts(name, 1), 0)
     tokens, ours = generate(reduced, prompt)
     longer = continued(name, prompt, tokens)
-    kept = kept_of(reduced(**prompt)[CACHE], longer["input_ids"].shape[1])
+    held = kept_of(reduced(**prompt)[CACHE], longer["input_ids"].shape[1])
+    kept = {first: left[0] for first, left in held.items()}
     exact, wide = _in_double(model, longer)
     with shortened_from(model, kept), shortened_from(exact, kept):
         theirs = model(**longer, use_cache=False).logits

@@ -39,7 +39,8 @@ def assert_reduced_is_shortened(
     """
     output = reduced(**prompt)
     length = prompt["input_ids"].shape[1]
-    with shortened_from(model, kept_of(output[CACHE], longer["input_ids"].shape[1])):
+    kept = kept_of(output[CACHE], longer["input_ids"].shape[1])
+    with shortened_from(model, {first: left[0] for first, left in kept.items()}):
         whole = model(**longer, use_cache=False).logits
     left = output.logits.shape[1]
     assert left < length
@@ -51,9 +52,9 @@ def assert_reduced_is_shortened(
 
 
 def kept_of(cache: Any, length: int) -> dict[int, Tensor]:
-    """First layer -> positions [M] of what it and those after it hold, up to a later length."""
-    new = torch.arange(cache.prompt_length, length)
-    return {space.first_layer: torch.cat([space.origin[0], new]) for space in cache.spaces}
+    """First layer -> positions [B, M] of what it and those after it hold, up to a later length."""
+    new = torch.arange(cache.prompt_length, length).expand(cache.rows, -1)
+    return {space.first_layer: torch.cat([space.origin, new], dim=1) for space in cache.spaces}
 
 
 @contextlib.contextmanager

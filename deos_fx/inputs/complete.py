@@ -36,8 +36,8 @@ def completed(call: Call) -> Call:
 
     Raises:
         ValueError: If ``input_ids`` is missing, the cache is not a `ReducedCache` or not one of
-            this text, a later turn has new images, or the call asks for an output that a reduced
-            model does not have.
+            this text, a later turn has new images or padding that layers with a state would read,
+            or the call asks for an output that a reduced model does not have.
     """
     model, inputs = call.model, dict(call.inputs)
     if "input_ids" not in inputs:
@@ -64,6 +64,12 @@ def completed(call: Call) -> Call:
                 f"attention_mask is {tuple(mask.shape)} in a call that goes on with a cache, whose "
                 "layers hold different tokens: give flags [B, T] of what is real, of the cache and "
                 "the new tokens."
+            )
+        if mask is not None and cache.has_states and not mask[:, cache.prompt_length :].all():
+            raise ValueError(
+                f"attention_mask has padding after the prompt, and layers of {type(model).__name__}"
+                " keep a state, which forgets where there is padding. Continue the rows one by "
+                "one, or with questions of one length."
             )
     _check_outputs(model, inputs)
     # A graph returns named fields; `ReducedModel.forward` makes a tuple of them if asked to.

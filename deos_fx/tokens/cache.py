@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -87,6 +87,11 @@ class ReducedCache(DynamicCache):
         # A layer has keys only once it was filled, and layers of convolutions never have.
         held = (getattr(layer, "keys", None) for layer in self.layers)
         return next((len(keys) for keys in held if keys is not None), 0)
+
+    @property
+    def has_states(self) -> bool:
+        """Return whether layers keep a state: what they have read cannot be hidden any more."""
+        return any(hasattr(layer, "recurrent_states") for layer in self.layers)
 
     def join(self, parts: Sequence[ReducedCache], rows: Sequence[int]) -> None:
         """Take over the caches of a batch's parts, each padded on the left to the longest.
@@ -192,21 +197,21 @@ class ReducedCache(DynamicCache):
                 inputs[f"key_bias_{k}"] = torch.nn.functional.pad(space.key_bias, (0, new))
         return inputs
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow beam search: select rows of the layers and of the spaces."""
         # `prompt_length` is the same for all rows, and `images` are those of the call: both stay.
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(cast(torch.LongTensor, beam_idx))
         self._rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    # transformers' own two do not know the states of layers.
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the layers and of the spaces."""
-        super().batch_repeat_interleave(repeats)
-        self._rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the layers and of the spaces."""
-        super().batch_select_indices(indices)
-        self._rows(lambda rows: rows[indices.to(rows.device)])
+        self.reorder_cache(torch.arange(self.rows)[indices.cpu()])
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self._change_spaces(change)

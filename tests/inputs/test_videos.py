@@ -24,7 +24,7 @@ GLM = ["glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"]
 """They write videos with the placeholders of images."""
 ONE_KIND = [*GLM, "molmo2"]
 """Their own code refuses images and videos in one call."""
-BOTH = [name for name in VIDEOS if name not in {*TWINS, *ONE_KIND}]
+BOTH = [name for name in VIDEOS if name not in {*TWINS, *ONE_KIND, *STATEFUL}]
 BOTH += ["llava_next_video", "video_llava", "video_llama_3", "gemma4_unified"]
 STACKED = ["llava_next_video", "llava_onevision", "video_llava"]
 """Their videos all have as many frames."""
