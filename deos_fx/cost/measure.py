@@ -7,6 +7,7 @@ sliding caches, heads of different sizes.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
@@ -22,10 +23,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+from deos_fx.cost.growth import Growth
 from deos_fx.cost.twin import WholeNumbers, count_flops, twin_of
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import features_of
 from deos_fx.models.upstream import CACHE
+from deos_fx.tokens.cache import tensors_of
 
 __all__ = ["DecoderCost", "EncoderCost", "LayerCost", "measure_decoder", "measure_encoder"]
 
@@ -33,7 +36,7 @@ T = TypeVar("T")
 
 _KNOWN: weakref.WeakKeyDictionary[ModelFacts, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
-# The decoder is measured at two lengths: two equations determine a linear and a quadratic part.
+# Lengths at which the decoder is measured; layers with a state also need longer ones.
 _SHORT, _LONG = 2, 4
 
 
@@ -42,8 +45,7 @@ class LayerCost:
     """The cost of a decoder layer for one prompt.
 
     Attributes:
-        linear: FLOPs for each token.
-        quadratic: FLOPs for each pair of tokens.
+        growth: Its FLOPs by the number of tokens.
         cached: Bytes of its cache for each token held.
         state: Bytes of its cache that do not depend on the length.
         window: Largest number of tokens that its cache holds; None for all.
@@ -51,8 +53,7 @@ class LayerCost:
         dim: Size of such a head.
     """
 
-    linear: int
-    quadratic: int
+    growth: Growth
     cached: int
     state: int
     window: int | None
@@ -147,21 +148,24 @@ def _once(facts: ModelFacts, what: str, measure: Callable[[], T]) -> T:
 def _decoder(facts: ModelFacts) -> DecoderCost:
     twin = twin_of(facts.model)
     paths = facts.blocks.decoder
-    short, long = (_run_decoder(twin, paths, length) for length in (_SHORT, _LONG))
+    run = functools.cache(partial(_run_decoder, twin, paths))
+    short, long = run(_SHORT), run(_LONG)
     layers = []
     for i in range(len(paths)):
-        # FLOPs of n tokens: f(n) = a n^2 + b n, so f(n) / n = a n + b, and a is the slope of that.
-        quadratic, rest = divmod(_per(long.flops[i], _LONG) - _per(short.flops[i], _SHORT), 2)
-        assert not rest, "the FLOPs of a layer are a n^2 + b n"
+
+        def flops(length: int, layer: int = i) -> int:
+            return run(length).flops[layer]
+
         # Bytes of n tokens: c n + s. The sizes below are those of the cache, the same in both runs.
         held = short.held[i], long.held[i]
         cached = (held[1].bytes - held[0].bytes) // (_LONG - _SHORT)
+        state = held[0].bytes - _SHORT * cached
+        growth = Growth.of_state(flops) if state else Growth.of_attention(flops, _SHORT, _LONG)
         layers.append(
             LayerCost(
-                linear=_per(short.flops[i], _SHORT) - quadratic * _SHORT,
-                quadratic=quadratic,
+                growth=growth,
                 cached=cached,
-                state=held[0].bytes - _SHORT * cached,
+                state=state,
                 window=held[0].window,
                 key_heads=held[0].key_heads,
                 dim=held[0].dim,
@@ -212,8 +216,8 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
 
 
 def _held(layer: Any) -> _Held:
-    # Keys and values, or the states of convolutions. Counters are integers and left out.
-    states = [x for x in vars(layer).values() if isinstance(x, Tensor) and x.is_floating_point()]
+    # Keys and values, and states. Counters are integers and left out.
+    states = [x for x in tensors_of(layer) if x.is_floating_point()]
     keys = getattr(layer, "keys", None)
     heads, dim = (0, 0) if keys is None else (keys.shape[1], keys.shape[3])
     # A window counts the new token too, which the cache need not hold for the next step.

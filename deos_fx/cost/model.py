@@ -183,7 +183,8 @@ class CostModel:
         """
         lengths = [self.text_tokens + count for count in counts]
         layers = sum(
-            block.flops(length) for block, length in zip(self._parts.decoder, lengths, strict=True)
+            block.growth.flops(length)
+            for block, length in zip(self._parts.decoder, lengths, strict=True)
         )
         # What is around the layers runs over the prompt as it enters the decoder.
         around = self._parts.measured.around * lengths[0]
@@ -366,7 +367,7 @@ class CostModel:
         tower: Amount = 0
         for i, count in enumerate(in_blocks):
             tokens = self._parts.tokens_in_block(i)
-            tower = tower + self._parts.vision[i].flops(tokens - whole + count)
+            tower = tower + self._parts.vision[i].growth.flops(tokens - whole + count)
         encoder = self._parts.encoder
         projector = encoder.after * in_projector / whole
         return self.batch * self.images * (encoder.front + tower + projector)

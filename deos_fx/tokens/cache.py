@@ -9,9 +9,10 @@ from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers import DynamicCache, PreTrainedConfig
 
-__all__ = ["ReducedCache", "SpaceFields", "TokenSpace", "in_rows"]
+__all__ = ["ReducedCache", "SpaceFields", "TokenSpace", "in_rows", "tensors_of"]
 
 
 @dataclass
@@ -225,6 +226,11 @@ class ReducedCache(DynamicCache):
                 space.key_bias = change(space.key_bias)
             if space.shift is not None:
                 space.shift = change(space.shift)
+
+
+def tensors_of(layer: Any) -> list[Tensor]:
+    """Return all tensors that the cache of a layer holds: keys and values, states, counters."""
+    return [part for part in pytree.tree_leaves(vars(layer)) if isinstance(part, Tensor)]
 
 
 def in_rows(values: Sequence[Tensor], rows: Sequence[int], axis: int) -> Tensor:
