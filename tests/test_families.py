@@ -186,6 +186,21 @@ def test_sites_that_cannot_be_used_say_why(name: str) -> None:
     assert all(site.reason for site in sites.sites if site.name.startswith("vision"))
 
 
+def test_layers_without_attention_say_so() -> None:
+    inputs = call_of(shared("qwen3_5"), prompts("qwen3_5") | {"use_cache": False}).inputs
+    sites = capture_call(shared("qwen3_5"), inputs).sites
+    assert sites is not None
+    assert [site.name for site in sites.sites if site.lacks] == [f"decoder.{i}" for i in (0, 1, 3)]
+    assert "key_norm" in sites["decoder.2"].scores
+    with pytest.raises(ValueError, match="no score 'key_norm' .its layer does not attend"):
+        reduce("qwen3_5", (Reduction("decoder.1", 0.5, scores={"key_norm": 1.0}),))(
+            **prompts("qwen3_5")
+        )
+    merge = Reduction("decoder.1", 0.5, gain=1.0, similarity={"key": 1.0}, **NORM)
+    with pytest.raises(ValueError, match="no keys: decoder_1 does not attend"):
+        reduce("qwen3_5", (merge,))(**prompts("qwen3_5"))
+
+
 def test_models_without_visual_tokens_are_refused() -> None:
     vision = {"hidden_size": 32, "attention_heads": 2, "image_size": 32, "patch_size": 8}
     crossing = hf.MllamaConfig(

@@ -6,8 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from deos_fx.attention.observation import MADE_OF, OBSERVED
+from deos_fx.forms.needs import required_features
 from deos_fx.policy.counts import tokens_per_layer
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.site import split_site
 from deos_fx.presets.catalogue import CATALOGUE
 from deos_fx.presets.rules import RULES, Option, Rule
 from deos_fx.presets.shape import Shape
@@ -63,9 +67,11 @@ def fit(
     uses; those of PruMerge need a block after that, and end at the last but one where there is
     none. A preset inside the decoder stays at its published depth as long as it can keep a 32nd of
     the tokens there; otherwise its first site moves to an earlier layer, down to ``decoder.0``.
-    Stages keep their proportions, and pools take windows at most 1.5 times as long as wide.
-    `merge` and `redistribute` rank by novelty where there is no CLS token. Where a position has
-    several coordinates (mRoPE), tokens keep theirs, as the ports of these methods do.
+    Where that layer does not attend and the preset ranks by attention or keys, it takes the last
+    layer before it that does, or the first one. Stages keep their proportions, and pools take
+    windows at most 1.5 times as long as wide. `merge` and `redistribute` rank by novelty where
+    there is no CLS token. Where a position has several coordinates (mRoPE), tokens keep theirs, as
+    the ports of these methods do.
 
     Args:
         name: Name of a preset.
@@ -168,7 +174,7 @@ def _largest(rule: Rule, shape: Shape, budget: float, setting: Mapping[str, Any]
     """Return the policy of the largest size within the budget; None if there is none."""
 
     def sized(size: float) -> Policy | None:
-        policy = rule.build(shape, size, setting)
+        policy = _where_layers_attend(rule.build(shape, size, setting), shape)
         mean = mean_visual_tokens(policy, shape.decoder_layers, shape.visual_tokens)
         return policy if mean <= budget + 1e-9 else None
 
@@ -188,6 +194,31 @@ def _largest(rule: Rule, shape: Shape, budget: float, setting: Mapping[str, Any]
     for step in best.reductions:
         step.tier_counts(step.count(shape.visual_tokens))
     return best
+
+
+def _where_layers_attend(policy: Policy, shape: Shape) -> Policy:
+    """Move reductions that observe a layer without attention: earlier, or else to the first place.
+
+    Of two reductions that end at one place, the later one acts.
+    """
+    if not shape.without_attention:
+        return policy
+    attending = sorted(set(range(shape.decoder_layers)) - shape.without_attention)
+    moved: dict[str, Reduction] = {}
+    for step in policy.reductions:
+        stage, layer = split_site(step.site)
+        # How many layers after the site are observed, 0 or 1, for each feature of attention.
+        ahead = {
+            int(place == "next")
+            for name, _, place in (need.partition("@") for need in required_features(step))
+            if name in OBSERVED or name in MADE_OF
+        }
+        if stage == "decoder" and ahead:
+            places = [there - max(ahead) for there in attending if there >= max(ahead)]
+            before = [place for place in places if place <= layer]
+            step = replace(step, site=f"decoder.{before[-1] if before else places[0]}")
+        moved[step.site] = step
+    return replace(policy, reductions=tuple(moved.values()))
 
 
 def _with_positions(policy: Policy, shape: Shape) -> Policy:

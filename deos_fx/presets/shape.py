@@ -31,6 +31,7 @@ class Shape:
             a visual token is not made of one patch each, so that the tower has no sites.
         class_token: Whether a CLS token attends to exactly the patches that become visual tokens.
         coordinates: Whether a position has several coordinates, so that it cannot be renumbered.
+        without_attention: Decoder layers that do not attend.
     """
 
     decoder_layers: int
@@ -40,6 +41,7 @@ class Shape:
     used_blocks: int = 0
     class_token: bool = False
     coordinates: bool = False
+    without_attention: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, model: PreTrainedModel, visual_tokens: int | None = None) -> Shape:
@@ -76,6 +78,7 @@ class Shape:
             used_blocks=used,
             class_token=bool(used and in_front),
             coordinates=hasattr(model.base_model, COORDINATES),
+            without_attention=_without_attention(facts),
         )
 
     def layers_before(self, share: float) -> int:
@@ -103,6 +106,18 @@ class Shape:
                 return count
         # A single window always does.
         return 1
+
+
+def _without_attention(facts: ModelFacts) -> frozenset[int]:
+    """Return the decoder layers whose cost does not grow with pairs of tokens."""
+    from deos_fx.cost.measure import measure_decoder
+    from deos_fx.tokens.cache import ReducedCache
+
+    if not ReducedCache(facts.model.config.get_text_config()).has_states:
+        # Case: all layers attend, which need not be measured.
+        return frozenset()
+    layers = measure_decoder(facts).layers
+    return frozenset(i for i, layer in enumerate(layers) if not layer.growth.quadratic)
 
 
 def _used_blocks(facts: ModelFacts, tokens: int) -> int:

@@ -8,8 +8,9 @@ from torch import fx
 
 from deos_fx.attention.observation import OBSERVED
 from deos_fx.forms.needs import required_features
+from deos_fx.models.blocks import Block
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
-from deos_fx.passes.graph import blocks_of
+from deos_fx.passes.graph import attends, blocks_after, blocks_of
 from deos_fx.passes.notes import annotate, note_of
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
@@ -37,9 +38,11 @@ def check_reduction(
     """
     name = reduction.site
     # 1. The site exists, is available and has the scores.
-    site = sites.usable(name, reduction.scores)
     needs = required_features(reduction)
-    before_decoder = split_site(name)[0] != "decoder"
+    stage, index = split_site(name)
+    before_decoder = stage != "decoder"
+    ahead = reduction.observe == "next" and not before_decoder
+    site = sites.usable(name, reduction.scores, Block(stage, index).next.site if ahead else "")
     # Features that are observed in a block, whichever block it is (``keys``, ``keys@next``).
     hidden_from = sorted(need for need in needs if need.partition("@")[0] in OBSERVED)
     # 2. What is observed belongs to the tokens that are reduced.
@@ -69,13 +72,9 @@ def check_reduction(
     # 5. A row is one prompt.
     if layout.packed:
         _check_packed(reduction, needs, layout.packed)
-    mask = None if before_decoder else nodes[site.node].kwargs.get("attention_mask")
-    # 6. The layer attends. With a mask of padding alone, it is a convolution or keeps a state.
-    if hidden_from and isinstance(mask, fx.Node) and note_of(mask).padding:
-        raise ValueError(
-            f"{name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use scores and "
-            "similarities of the hidden states themselves, or another site."
-        )
+    # 6. The layers that are observed attend.
+    for need in () if before_decoder else hidden_from:
+        _check_attends(nodes[site.node], name, need)
     # 7. The rule for positions fits the images, and the positions of this model.
     if reduction.position == "grid" and layout.grids:
         raise ValueError(
@@ -90,6 +89,24 @@ def check_reduction(
             "model's have several coordinates: use position='keep'."
         )
     return site
+
+
+def _check_attends(layer: fx.Node, site: str, need: str) -> None:
+    """Refuse a feature of attention of a decoder layer that does not attend.
+
+    Args:
+        layer: The layer before the site.
+        site: Name of the site.
+        need: Name of the feature, at the layer or the next one: ``keys``, ``keys@next``.
+    """
+    observed = layer
+    if need.endswith("@next"):
+        observed = blocks_after(layer, "decoder")[0]
+    if not attends(observed):
+        raise ValueError(
+            f"{site} has no {need}: {observed.name} does not attend. Use scores and similarities "
+            "of the hidden states themselves, or another site."
+        )
 
 
 def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> None:

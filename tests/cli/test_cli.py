@@ -120,6 +120,13 @@ def test_other_families_are_inspected(name, tmp_path):
     assert "decoder.0 ... decoder.3" in text and "projector" in text and "available" in text
 
 
+def test_inspect_says_which_layers_do_not_attend(tmp_path):
+    FAMILIES["qwen3_5"].config().save_pretrained(tmp_path)
+    text = run("inspect", tmp_path, "--svg", tmp_path / "model.svg")
+    assert "available (2)" in text and "(2) its layer does not attend" in text
+    assert any("reduction available (its" in note for note in drawn(tmp_path / "model.svg"))
+
+
 def test_a_preset_is_not_fitted_to_images_of_any_size(tmp_path):
     FAMILIES["qwen2_5_vl"].config().save_pretrained(tmp_path)
     message = fails("inspect", tmp_path, "--preset", "merge", "--budget", "0.25")
