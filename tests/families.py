@@ -324,7 +324,9 @@ def shared(name: str, layers: int | None = None) -> Any:
             parameter.data.add_(0.1 * noise)
         elif parameter.ndim == 2 and "embed" in path:
             # Tied weights that are large let a model repeat its input.
-            parameter.data.copy_(noise * (0.1 if config.tie_word_embeddings else 0.5))
+            parameter.data.copy_(
+                noise * (0.1 if getattr(config, "tie_word_embeddings", False) else 0.5)
+            )
         else:
             parameter.data.copy_(noise * parameter[0].numel() ** -0.5)
     model.generation_config.pad_token_id = PAD
@@ -356,7 +358,10 @@ def alone(name: str, batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     ids = batch["input_ids"][row][real][None]
     count = len(batch["input_ids"])
     images = {
-        key: value.unflatten(0, (count, -1))[row]
+        # A strip of images has them side by side.
+        key: value.chunk(count, -1)[row]
+        if len(value) == 1
+        else value.unflatten(0, (count, -1))[row]
         for key, value in batch.items()
         if key in _family(name).pixels(1)
     }
@@ -376,9 +381,11 @@ def continued(name: str, prompt: dict[str, Tensor], tokens: Tensor) -> dict[str,
 
 import more_families1  # noqa: E402 - they are made of what is above
 import more_families2  # noqa: E402
+import more_families3  # noqa: E402
 
-_MORE = more_families1.MORE | more_families2.MORE
+_MORE = more_families1.MORE | more_families2.MORE | more_families3.MORE
 _LIKE_OTHERS = more_families1.TWINS | more_families2.TWINS
 FAMILIES |= {name: family for name, family in _MORE.items() if name not in _LIKE_OTHERS}
 TWINS = {name: _MORE[name] for name in _LIKE_OTHERS}
-STATEFUL = more_families1.STATEFUL
+STATEFUL = more_families1.STATEFUL + more_families3.STATEFUL
+"""Families for which hiding keys is no reference: some layers keep a state instead."""

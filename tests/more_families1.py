@@ -48,15 +48,6 @@ _LATENT = {
     "v_head_dim": 16,
 }
 _INTERLEAVED = {**_MROPE, "mrope_interleaved": True}
-_PARTIAL = {**_INTERLEAVED, "partial_rotary_factor": 1.0}
-_DELTA = {
-    "layer_types": ["linear_attention"] * 2
-    + ["full_attention", "linear_attention", "full_attention"],
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
 _DEEP = {
     **_WIDE,
     "depth": 3,
@@ -329,17 +320,6 @@ MORE: dict[str, Family] = {
         _SHORT,
         _types,
     ),
-    "qwen3_5": Family(
-        lambda: _qwen(
-            hf.Qwen3_5Config,
-            {"head_dim": 16, "rope_parameters": _PARTIAL, **_DELTA},
-            {**_WIDE, "depth": 2, "num_position_embeddings": 64},
-            **_MARKS,
-        ),
-        _patches,
-        _SHORT,
-        _types,
-    ),
     "exaone4_5": Family(
         lambda: hf.Exaone4_5_Config(
             text_config=_text(dict, model_type="exaone4", **_WINDOWS),
@@ -440,5 +420,4 @@ TWINS = frozenset(
     }
 )
 """Families whose structure is that of another one: fewer tests do for them."""
-STATEFUL = ("lfm2_vl", "lfm3_vl", "qwen3_5")
-"""Families for which hiding keys is no reference: some layers keep a state instead."""
+STATEFUL = ("lfm2_vl", "lfm3_vl")

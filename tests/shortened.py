@@ -8,14 +8,15 @@ tokens had in the whole of it, and without a cache.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from closeness import ROUNDINGS, assert_close, difference
-from masked import STEPS, generate
+from masked import STEPS, generate, layers_of
 from torch import Tensor
 
+from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 
 
@@ -23,7 +24,7 @@ def assert_reduced_is_shortened(
     model: Any,
     reduced: Any,
     prompt: dict[str, Tensor],
-    longer: dict[str, Tensor],
+    continued: Callable[[Tensor], dict[str, Tensor]],
     roundings: float = ROUNDINGS,
 ) -> None:
     """Fail unless a model that prunes equals the original one whose layers get what was kept.
@@ -34,10 +35,14 @@ def assert_reduced_is_shortened(
         model: The original model.
         reduced: The same model with a policy that only prunes.
         prompt: One prompt, without padding.
-        longer: Inputs of the same prompt with the tokens that follow it (see `continued`).
+        continued: Makes the inputs of the same prompt with more tokens [1, t] after it.
         roundings: See `closeness.assert_close`.
     """
-    output = reduced(**prompt)
+    output, facts = reduced(**prompt), facts_of(model)
+    # A placeholder among the new tokens would have no image.
+    placeholders = [x for x in (facts.image_token, facts.video_token) if x is not None]
+    tokens, logits = generate(reduced, prompt, suppress_tokens=placeholders)
+    longer = continued(tokens)
     length = prompt["input_ids"].shape[1]
     kept = kept_of(output[CACHE], longer["input_ids"].shape[1])
     with shortened_from(model, {first: left[0] for first, left in kept.items()}):
@@ -45,7 +50,7 @@ def assert_reduced_is_shortened(
     left = output.logits.shape[1]
     assert left < length
     assert_close(output.logits, whole[:, :left], roundings)
-    assert_close(generate(reduced, prompt)[1], whole[:, left - 1 : left - 1 + STEPS], roundings)
+    assert_close(logits, whole[:, left - 1 : left - 1 + STEPS], roundings)
     # What was dropped matters, so the comparison says something.
     at_end = model(**longer, use_cache=False).logits[:, length - 1]
     assert difference(at_end, whole[:, left - 1]) > 1e-3
@@ -66,7 +71,7 @@ def shortened_from(model: Any, kept: Mapping[int, Tensor]) -> Iterator[None]:
         kept: First layer -> positions in the prompt of the tokens that it and those after it get.
     """
     handles = []
-    for i, layer in enumerate(model.get_decoder().layers):
+    for i, layer in enumerate(layers_of(model)):
         begun = [first for first in sorted(kept) if first <= i]
         if begun:
             # The hidden states that a layer gets are those of the last space already, except at

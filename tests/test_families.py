@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import transformers as hf
 from closeness import assert_close, roundings_of
 from families import FAMILIES, IMAGE, STATEFUL, TWINS, alone, continued, prompts, shared
-from masked import alive_of, assert_pruning_is_masking, generate, masked_from
+from masked import alive_of, assert_pruning_is_masking, generate, layers_of, masked_from
 from shortened import assert_reduced_is_shortened
 from tiny import call_of
 from torch import Tensor
@@ -99,7 +100,7 @@ def test_pruning_is_masking(name: str, policy: str) -> None:
 def test_the_smallest_tokens_are_dropped(name: str) -> None:
     model, batch = shared(name), prompts(name, 2)
     alive = alive_of(reduce(name, PRUNED["decoder"])(**batch)[CACHE], batch["input_ids"])
-    with outputs_of(model.get_decoder().layers[1]) as hidden:
+    with outputs_of(layers_of(model)[1]) as hidden:
         model(**batch)
     norms, text = hidden[0].norm(dim=-1), batch["input_ids"] != IMAGE
     dropped = norms.masked_fill(alive[2], 0.0).amax(dim=1, keepdim=True)
@@ -119,7 +120,7 @@ def test_dropped_tokens_are_not_in_the_sequence(name: str, policy: str) -> None:
     # Layers with a state have no keys to hide: they run over what is kept.
     reduced = reduce(name, PRUNED[policy])
     prompt = alone(name, prompts(name, 1), 0)
-    longer = continued(name, prompt, generate(reduced, prompt)[0])
+    longer = functools.partial(continued, name, prompt)
     assert_reduced_is_shortened(shared(name), reduced, prompt, longer, roundings_of(name))
 
 

@@ -1,0 +1,113 @@
+"""More tiny models: decoders most of whose layers keep a state (linear attention, Mamba).
+
+They are merged into `families.FAMILIES`; see there for the inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as hf
+from families import (
+    _MARKS,
+    _MROPE,
+    _SHORT,
+    _TOKENS,
+    _WIDE,
+    Family,
+    _noise,
+    _patches,
+    _qwen,
+    _sizes,
+    _text,
+    _types,
+)
+from torch import Tensor
+
+_ROPE = {**_MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0}
+_KINDS = ["linear_attention"] * 2 + ["full_attention", "linear_attention", "full_attention"]
+_DELTA = {
+    "head_dim": 16,
+    "rope_parameters": _ROPE,
+    "layer_types": _KINDS,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_VISION = {**_WIDE, "depth": 2, "num_position_embeddings": 64}
+
+
+def _strip(batch: int) -> dict[str, Tensor]:
+    # 16 x 32 patches of 4 x 4 pixels, side by side in one strip for all images; 4 x 4 of them make
+    # a visual token.
+    return {
+        "pixel_values": _noise(1, 3, 4, batch * 512 * 4),
+        "target_sizes": torch.tensor([[16, 32]] * batch, dtype=torch.int32),
+    }
+
+
+def _minicpm(config: Any, **more: Any) -> Family:
+    def build() -> Any:
+        text = _text(dict, model_type="qwen3_5_text", **_DELTA)
+        vision = _sizes(image_size=128, patch_size=4, insert_layer_id=0)
+        return config(text_config=text, vision_config=vision, insert_layer_id=0, **_TOKENS, **more)
+
+    return Family(build, _strip, _SHORT)
+
+
+MORE: dict[str, Family] = {
+    "qwen3_5": Family(
+        lambda: _qwen(hf.Qwen3_5Config, _DELTA, _VISION, **_MARKS), _patches, _SHORT, _types
+    ),
+    "qwen3_5_moe": Family(
+        lambda: _qwen(
+            hf.Qwen3_5MoeConfig,
+            {
+                **_DELTA,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 32,
+            },
+            _VISION,
+            **_MARKS,
+        ),
+        _patches,
+        _SHORT,
+        _types,
+    ),
+    "minicpmv4_6": _minicpm(hf.MiniCPMV4_6Config),
+    "minicpm_ocr": _minicpm(hf.MiniCPMOcrConfig, downsample_mode="16x"),
+    "nemotron_h_omni": Family(
+        lambda: hf.NemotronH_Omni_Reasoning_V3_Config(
+            text_config=_text(
+                dict,
+                model_type="nemotron_h",
+                head_dim=16,
+                layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"]
+                + ["full_attention"],
+                mamba_num_heads=4,
+                mamba_head_dim=16,
+                n_groups=2,
+                ssm_state_size=16,
+                chunk_size=16,
+                expand=1,
+            ),
+            vision_config=_sizes(
+                patch_size=4, image_size=32, max_img_size=64, video_temporal_patch_size=2
+            ),
+            vision_hidden_size=32,
+            projector_hidden_size=64,
+            audio_config=None,
+            **_TOKENS,
+        ),
+        lambda batch: {
+            "pixel_values": _noise(batch * 128, 48),
+            "image_grid_hw": torch.tensor([[8, 16]] * batch),
+        },
+        _SHORT,
+    ),
+}
+STATEFUL = (*MORE,)
