@@ -24,6 +24,8 @@ AMPLIFIED = {
     "gemma4_unified": 128,  # 67
     "muse_glimmer": 128,  # 65
     "granite_vision": 64,  # 43
+    "qwen3_5_moe": 64,  # 43
+    "minicpm_ocr": 48,  # 39
     "glm_ocr": 48,  # 18
     "glm4v_moe": 48,  # 17
 }

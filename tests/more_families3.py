@@ -15,6 +15,9 @@ from families import (
     _SHORT,
     _TOKENS,
     _WIDE,
+    BREAK,
+    END,
+    START,
     Family,
     _noise,
     _patches,
@@ -80,6 +83,19 @@ MORE: dict[str, Family] = {
     ),
     "minicpmv4_6": _minicpm(hf.MiniCPMV4_6Config),
     "minicpm_ocr": _minicpm(hf.MiniCPMOcrConfig, downsample_mode="16x"),
+    "minicpmv4_7": Family(
+        _minicpm(
+            hf.MiniCPMV4_7Config,
+            image_start_id=START,
+            image_end_id=END,
+            slice_start_id=BREAK,
+            slice_end_id=BREAK + 1,
+            newline_id=BREAK + 2,
+        ).config,
+        _strip,
+        _SHORT,
+        _types,
+    ),
     "nemotron_h_omni": Family(
         lambda: hf.NemotronH_Omni_Reasoning_V3_Config(
             text_config=_text(

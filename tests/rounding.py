@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import torch
-from families import FAMILIES, STATEFUL, TWINS, alone, continued, prompts, shared
+from families import FAMILIES, IMAGE, STATEFUL, TWINS, VIDEO, alone, continued, prompts, shared
 from masked import STEPS, alive_of, generate, masked_from
 from shortened import kept_of, shortened_from
 from test_families import PRUNED, reduce
@@ -70,7 +70,7 @@ def measure(name: str, policy: str) -> tuple[float, float]:
 def _measure_shortened(name: str, policy: str) -> tuple[float, float]:
     model, reduced = shared(name), reduce(name, PRUNED[policy])
     prompt = alone(name, prompts(name, 1), 0)
-    tokens, ours = generate(reduced, prompt)
+    tokens, ours = generate(reduced, prompt, suppress_tokens=[IMAGE, VIDEO])
     longer = continued(name, prompt, tokens)
     held = kept_of(reduced(**prompt)[CACHE], longer["input_ids"].shape[1])
     kept = {first: left[0] for first, left in held.items()}
