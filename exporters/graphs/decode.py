@@ -55,8 +55,8 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
     facts = facts_of(model)
     # A prefill fills the cache: its layers have as many keys as the policy leaves them.
     cache = reduced(**example.inputs, use_cache=True, **last_logits(facts))[CACHE]
-    # A convolution, for instance, has no keys.
-    if not all(isinstance(getattr(held, "keys", None), Tensor) for held in cache.layers):
+    has_keys = [isinstance(getattr(held, "keys", None), Tensor) for held in cache.layers]
+    if cache.has_states or not all(has_keys):
         raise ValueError(
             f"{type(model).__name__} has layers that keep a state instead of keys and values, "
             "which exported graphs do not hand over. Run the reduced model in PyTorch."
