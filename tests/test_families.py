@@ -231,8 +231,18 @@ def test_other_ways_to_read_images_are_refused() -> None:
         text_config={"model_type": "opt", **size, "ffn_dim": 64, "word_embed_proj_dim": 32},
         image_token_index=IMAGE,
     )
+    choosing = hf.Glm5NextConfig(
+        text_config={**size, "num_key_value_heads": 4, "layer_types": ["indexed_attention"] * 2},
+        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2},
+    )
+    counting = hf.InklingConfig(
+        text_config={**size, "mlp_layer_types": ["dense"] * 2},
+        vision_config={"patch_size": 4, "num_hidden_layers": 2},
+    )
     with torch.device("meta"):
         models = {
+            "has indexed_attention layers": hf.Glm5NextForConditionalGeneration(choosing),
+            "counts positions by what its cache": hf.InklingForConditionalGeneration(counting),
             "chunked_attention": hf.Llama4ForConditionalGeneration(chunked),
             "Q-Former": hf.Blip2ForConditionalGeneration(querying),
         }

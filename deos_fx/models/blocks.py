@@ -16,6 +16,9 @@ __all__ = ["Block", "Blocks", "find_blocks", "image_tower"]
 
 _CACHES = "transformers.cache_utils"
 
+# Methods of a cache that say how many tokens it holds.
+_LENGTHS = {"get_seq_length", "get_mask_sizes", "get_query_offset"}
+
 _INSTEAD = (
     "Use a model whose visual tokens take the places of image placeholders in the prompt, for "
     "example LlavaForConditionalGeneration."
@@ -152,15 +155,40 @@ def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
             "the last border of a chunk, and borders move when tokens are dropped. Use a model "
             "whose layers attend to everything or within a sliding window."
         )
+    # Case: keys that are chosen in groups of neighbours, which change when tokens are dropped.
+    if "indexed_attention" in _kinds(model):
+        raise CaptureError(
+            f"{type(model).__name__} has indexed_attention layers, which choose the keys that a "
+            "token sees by an index of their own: which ones they choose when tokens are dropped "
+            "has not been verified. Use a model whose layers attend to everything or within a "
+            "sliding window."
+        )
+    # Case: positions that layers count themselves.
+    layers = [model.get_submodule(path) for path in blocks.decoder]
+    counting = {
+        type(part).__name__ for layer in layers for part in layer.modules() if _counts(part)
+    }
+    if counting:
+        raise CaptureError(
+            f"{type(model).__name__} counts positions by what its cache holds (in "
+            f"{', '.join(sorted(counting))}), which is less where tokens were dropped. Use a model "
+            "that gives its layers positions."
+        )
     # Case: layers whose cache is a class of the family, with a rule that is not known.
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    own = {type(layer).__name__ for layer in layers if type(layer).__module__ != _CACHES}
+    caches = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    own = {type(cache).__name__ for cache in caches if type(cache).__module__ != _CACHES}
     if own:
         raise CaptureError(
             f"{type(model).__name__} keeps keys by a rule of its own ({', '.join(sorted(own))}), "
             "which is not known to hold when some have been dropped. Use a model with the caches "
             "that transformers' models share."
         )
+
+
+def _counts(part: nn.Module) -> bool:
+    """Return whether the code of a module asks a cache how many tokens it holds."""
+    code = getattr(inspect.unwrap(type(part).forward), "__code__", None)
+    return code is not None and not _LENGTHS.isdisjoint(code.co_names)
 
 
 def _kinds(model: PreTrainedModel) -> list[str]:
