@@ -17,10 +17,13 @@ from families import (
     _WIDE,
     BREAK,
     END,
+    IMAGE,
     START,
     Family,
+    _clip,
     _noise,
     _patches,
+    _plain,
     _qwen,
     _sizes,
     _text,
@@ -58,6 +61,15 @@ def _minicpm(config: Any, **more: Any) -> Family:
         return config(text_config=text, vision_config=vision, insert_layer_id=0, **_TOKENS, **more)
 
     return Family(build, _strip, _SHORT)
+
+
+def _llava(**text: Any) -> Family:
+    def build() -> Any:
+        return hf.LlavaConfig(
+            vision_config=_clip(), text_config=_text(dict, **text), image_token_index=IMAGE
+        )
+
+    return Family(build, _plain(32))
 
 
 MORE: dict[str, Family] = {
@@ -126,4 +138,25 @@ MORE: dict[str, Family] = {
         _SHORT,
     ),
 }
+# Every layer attends and has a state.
+MORE["llava_falcon_h1"] = _llava(
+    model_type="falcon_h1",
+    head_dim=16,
+    mamba_d_ssm=64,
+    mamba_n_heads=4,
+    mamba_d_head=16,
+    mamba_d_state=16,
+    mamba_n_groups=1,
+    mamba_chunk_size=16,
+)
+MORE["llava_jamba"] = _llava(
+    model_type="jamba",
+    attn_layer_period=2,
+    attn_layer_offset=0,
+    num_experts=1,
+    mamba_d_state=8,
+    mamba_dt_rank=4,
+)
+TWINS = frozenset({"minicpm_ocr", "minicpmv4_6", "llava_falcon_h1", "llava_jamba"})
+"""Families whose structure is that of another one: fewer tests do for them."""
 STATEFUL = (*MORE,)

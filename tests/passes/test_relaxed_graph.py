@@ -173,6 +173,12 @@ def test_families(name: str, regime: str) -> None:
     assert_relaxed_is_static(shared(name), policy, prompts(name, 2), roundings_of(name))
 
 
+def test_layers_that_attend_and_keep_a_state_are_refused() -> None:
+    policy = Policy(IN_FAMILIES["prune"])
+    with pytest.raises(ValueError, match="decoder_0 attends and keeps a state as well"):
+        assert_relaxed_is_static(shared("llava_falcon_h1"), policy, prompts("llava_falcon_h1", 2))
+
+
 @pytest.mark.parametrize("name", ["lfm2_vl", "qwen3_5"])
 def test_runners_up_are_not_in_the_sequence_of_a_state(name: str) -> None:
     policy, batch = Policy(IN_FAMILIES["merge"]), prompts(name, 2)
