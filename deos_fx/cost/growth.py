@@ -17,16 +17,18 @@ _WHOLE = 256
 
 @dataclass(frozen=True)
 class Growth:
-    """FLOPs of n tokens: quadratic n^2 + linear n + constant + per_chunk ceil(n / chunk).
+    """FLOPs of n tokens in c = ceil(n / chunk) chunks, as a polynomial of both.
 
-    Linear attention and state spaces run over chunks of so many tokens, of which the last one is
-    padded, and convolutions over a few more tokens than there are.
+    They are quadratic n^2 + linear n + constant + per_chunk c + per_chunks c^2. Linear attention
+    and state spaces run over chunks of so many tokens, of which the last one is padded, and
+    convolutions over a few more tokens than there are.
 
     Attributes:
         linear: FLOPs for each token.
         quadratic: FLOPs for each pair of tokens.
         constant: FLOPs that do not depend on the tokens.
         per_chunk: FLOPs for each chunk that is begun.
+        per_chunks: FLOPs for each pair of chunks.
         chunk: Tokens of a chunk.
     """
 
@@ -34,6 +36,7 @@ class Growth:
     quadratic: float
     constant: float = 0
     per_chunk: float = 0
+    per_chunks: float = 0
     chunk: int = 1
 
     @classmethod
@@ -58,24 +61,31 @@ class Growth:
             flops: Returns the FLOPs of so many tokens.
         """
         n = _WHOLE
-        # Inside a chunk, f(n) = a n^2 + b n + rest.
+        # 1. Inside a chunk, the number of chunks is a constant.
         quadratic = _whole(flops(n) - 2 * flops(n - 1) + flops(n - 2), 2)
         linear = flops(n) - flops(n - 1) - quadratic * (2 * n - 1)
-        # One token more begins another chunk, and n tokens more are n / chunk of them.
-        per_chunk = flops(n + 1) - flops(n) - linear - quadratic * (2 * n + 1)
-        of_chunks = flops(2 * n) - flops(n) - linear * n - quadratic * 3 * n * n
-        chunk = _whole(n * per_chunk, of_chunks) if per_chunk else 1
-        constant = flops(n) - quadratic * n * n - linear * n - of_chunks
-        return cls(linear, quadratic, constant, per_chunk, chunk)
+
+        def of_chunks(tokens: int) -> int:
+            return flops(tokens) - quadratic * tokens * tokens - linear * tokens
+
+        # 2. With c chunks in n tokens, one token more begins another: it adds d + e (2c + 1), and
+        # d + e (4c + 1) after 2n tokens; n tokens more add d c + 3 e c^2.
+        first = of_chunks(n + 1) - of_chunks(n)
+        rise = of_chunks(2 * n + 1) - of_chunks(2 * n) - first
+        more = of_chunks(2 * n) - of_chunks(n)
+        if not first:
+            return cls(linear, quadratic, of_chunks(n))
+        chunks = _whole(2 * more + rise, 2 * first + rise)
+        per_chunks = _whole(rise, 2 * chunks)
+        per_chunk = first - rise - per_chunks
+        constant = of_chunks(n) - per_chunk * chunks - per_chunks * chunks**2
+        return cls(linear, quadratic, constant, per_chunk, per_chunks, _whole(n, chunks))
 
     def flops(self, tokens: Amount) -> Amount:
         """Compute the FLOPs of so many tokens; differentiable, with chunks as if they were even."""
-        return (
-            tokens * self.linear
-            + self.quadratic * tokens * tokens
-            + self.constant
-            + self.per_chunk * self._chunks(tokens)
-        )
+        chunks = self._chunks(tokens)
+        by_tokens = tokens * self.linear + self.quadratic * tokens * tokens
+        return by_tokens + self.constant + (self.per_chunk + self.per_chunks * chunks) * chunks
 
     def _chunks(self, tokens: Amount) -> Amount:
         if not isinstance(tokens, Tensor):

@@ -202,17 +202,19 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     # Embeddings go in, so that token ids with a meaning (images) cannot matter.
     hidden = torch.empty(1, length, config.hidden_size, dtype=twin.dtype, device="meta")
     cache = DynamicCache(config=config)
+    # The decoder of some models has the head inside, and runs it as well.
+    head = twin.get_output_embeddings() or twin.get_decoder().get_output_embeddings()
     with _counting() as counter, torch.no_grad():
-        flops = _watch(counter, [twin.get_submodule(path) for path in paths])
+        watched = _watch(counter, [*(twin.get_submodule(path) for path in paths), head])
         twin.get_decoder()(inputs_embeds=hidden, use_cache=True, **{CACHE: cache})
     with _counting() as of_head, torch.no_grad():
-        twin.get_output_embeddings()(hidden)
+        head(hidden)
     held = [_held(layer) for layer in cache.layers]
     # The last layers may share the keys of earlier ones and hold none.
     nothing = _Held(0, None, held[-1].key_heads, held[-1].dim)
     held += [nothing] * (len(paths) - len(held))
-    around = counter.get_total_flops() - sum(flops)
-    return _Run(flops, around, of_head.get_total_flops(), held)
+    around = counter.get_total_flops() - sum(watched)
+    return _Run(watched[:-1], around, of_head.get_total_flops(), held)
 
 
 def _held(layer: Any) -> _Held:

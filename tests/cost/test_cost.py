@@ -175,6 +175,7 @@ COUNTED = (
     "llava_mixtral",
     "lfm2_vl",
     "qwen3_5",
+    "nemotron_h_omni",
 )
 
 
@@ -209,7 +210,7 @@ def test_families(eager):
     assert cost.kv_bytes == sum(x.nbytes for x in states if x.is_floating_point())
 
 
-@pytest.mark.parametrize("eager", ["lfm2_vl", "qwen3_5"], indirect=True)
+@pytest.mark.parametrize("eager", ["lfm2_vl", "qwen3_5", "llava_falcon_h1"], indirect=True)
 def test_prompts_of_all_lengths(eager):
     _, model = eager
     cost, decoder = measure_decoder(facts_of(model)), model.get_decoder()

@@ -41,9 +41,9 @@ def test_growth_is_found_from_a_few_lengths() -> None:
     attention = Growth(10, 2)
     assert attention.flops(3) == 3 * 10 + 2 * 9
     assert Growth.of_attention(attention.flops, 2, 4) == attention
-    state = Growth(10, 0, constant=7, per_chunk=100, chunk=64)
+    state = Growth(10, 0, constant=7, per_chunk=100, per_chunks=0, chunk=64)
     assert [state.flops(n) for n in (1, 64, 65)] == [117, 747, 857]
-    both = Growth(10, 2, constant=-7)
+    both = Growth(10, 2, constant=-7, per_chunk=100, per_chunks=3, chunk=16)
     assert [Growth.of_state(growth.flops) for growth in (state, both)] == [state, both]
     tokens = torch.tensor(65.0, requires_grad=True)
     flops = state.flops(tokens)
