@@ -6,6 +6,7 @@ the family has separators among them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -310,7 +311,8 @@ def shared(name: str, layers: int | None = None) -> Any:
     if layers is not None:
         text = config.get_text_config()
         text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None) is not None:
+        # Some configs compute them.
+        with contextlib.suppress(AttributeError):
             text.layer_types = text.layer_types[:layers]
     torch.manual_seed(0)
     model = hf.AutoModelForImageTextToText.from_config(config)
