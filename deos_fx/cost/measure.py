@@ -150,28 +150,39 @@ def _decoder(facts: ModelFacts) -> DecoderCost:
     paths = facts.blocks.decoder
     run = functools.cache(partial(_run_decoder, twin, paths))
     short, long = run(_SHORT), run(_LONG)
-    layers = []
-    for i in range(len(paths)):
-
-        def flops(length: int, layer: int = i) -> int:
-            return run(length).flops[layer]
-
+    kinds = [
+        (short.flops[i], long.flops[i], short.held[i], long.held[i]) for i in range(len(paths))
+    ]
+    # Layers of one kind cost the same. For other lengths, one of each kind has to run.
+    first = {kind: kinds.index(kind) for kind in kinds}
+    for i, kind in enumerate(kinds):
+        if first[kind] != i:
+            twin.get_submodule(paths[i]).forward = partial(_pass_on, short.in_tuple[i])
+    known = {}
+    for kind, layer in first.items():
+        *_, at_short, at_long = kind
         # Bytes of n tokens: c n + s. The sizes below are those of the cache, the same in both runs.
-        held = short.held[i], long.held[i]
-        cached = (held[1].bytes - held[0].bytes) // (_LONG - _SHORT)
-        state = held[0].bytes - _SHORT * cached
-        growth = Growth.of_state(flops) if state else Growth.of_attention(flops, _SHORT, _LONG)
-        layers.append(
-            LayerCost(
-                growth=growth,
-                cached=cached,
-                state=state,
-                window=held[0].window,
-                key_heads=held[0].key_heads,
-                dim=held[0].dim,
-            )
+        cached = (at_long.bytes - at_short.bytes) // (_LONG - _SHORT)
+        state = at_short.bytes - _SHORT * cached
+        flops = partial(_flops_of, run, layer)
+        known[kind] = LayerCost(
+            growth=Growth.of_state(flops) if state else Growth.of_attention(flops, _SHORT, _LONG),
+            cached=cached,
+            state=state,
+            window=at_short.window,
+            key_heads=at_short.key_heads,
+            dim=at_short.dim,
         )
-    return DecoderCost(tuple(layers), _per(short.around, _SHORT), _per(short.head, _SHORT))
+    layers = tuple(known[kind] for kind in kinds)
+    return DecoderCost(layers, _per(short.around, _SHORT), _per(short.head, _SHORT))
+
+
+def _pass_on(in_tuple: bool, hidden: Tensor, *_: Any, **__: Any) -> Any:
+    return (hidden,) if in_tuple else hidden
+
+
+def _flops_of(run: Callable[[int], _Run], layer: int, length: int) -> int:
+    return run(length).flops[layer]
 
 
 def _per(flops: int, tokens: int) -> int:
@@ -195,6 +206,8 @@ class _Run:
     around: int
     head: int
     held: list[_Held]
+    # Whether a layer gives its hidden states in a tuple.
+    in_tuple: list[bool]
 
 
 def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
@@ -204,8 +217,11 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     cache = DynamicCache(config=config)
     # The decoder of some models has the head inside, and runs it as well.
     head = twin.get_output_embeddings() or twin.get_decoder().get_output_embeddings()
+    layers, in_tuple = [twin.get_submodule(path) for path in paths], []
+    for layer in layers:
+        layer.register_forward_hook(lambda *call: in_tuple.append(isinstance(call[2], tuple)))
     with _counting() as counter, torch.no_grad():
-        watched = _watch(counter, [*(twin.get_submodule(path) for path in paths), head])
+        watched = _watch(counter, [*layers, head])
         twin.get_decoder()(inputs_embeds=hidden, use_cache=True, **{CACHE: cache})
     with _counting() as of_head, torch.no_grad():
         head(hidden)
@@ -214,7 +230,7 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     nothing = _Held(0, None, held[-1].key_heads, held[-1].dim)
     held += [nothing] * (len(paths) - len(held))
     around = counter.get_total_flops() - sum(watched)
-    return _Run(watched[:-1], around, of_head.get_total_flops(), held)
+    return _Run(watched[:-1], around, of_head.get_total_flops(), held, in_tuple)
 
 
 def _held(layer: Any) -> _Held:
