@@ -157,6 +157,6 @@ MORE["llava_jamba"] = _llava(
     mamba_d_state=8,
     mamba_dt_rank=4,
 )
-TWINS = frozenset({"minicpm_ocr", "minicpmv4_6", "llava_falcon_h1", "llava_jamba"})
+TWINS = frozenset({"qwen3_5_moe", "minicpm_ocr", "minicpmv4_6", "llava_falcon_h1", "llava_jamba"})
 """Families whose structure is that of another one: fewer tests do for them."""
 STATEFUL = (*MORE,)

@@ -63,6 +63,27 @@ def test_states_follow_their_rows(how: dict[str, Any]) -> None:
         assert_close(logits[row], theirs, roundings_of(NAME))
 
 
+def test_padding_is_on_the_left() -> None:
+    batch, reduced = prompts(NAME, 2), reduce(NAME, PRUNED["both"])
+    right = {
+        name: torch.stack(
+            [
+                row.roll(-int((mask == 0).sum()))
+                for row, mask in zip(batch[name], batch["attention_mask"], strict=True)
+            ]
+        )
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+    }
+    with pytest.raises(ValueError, match="padding after real tokens"):
+        reduced(**batch | right)
+    # Without a cache nothing is continued.
+    length = int(batch["attention_mask"][1].sum())
+    ours = reduced(**batch | right, use_cache=False).logits[1]
+    theirs = reduced(**alone(NAME, batch, 1), use_cache=False).logits[0]
+    assert_close(ours[: len(theirs)], theirs, roundings_of(NAME))
+    assert len(theirs) < len(ours) <= length
+
+
 def test_turns_of_a_chat() -> None:
     batch, reduced = prompts(NAME, 2), reduce(NAME, PRUNED["both"])
     first = generate(reduced, batch)
@@ -78,5 +99,5 @@ def test_turns_of_a_chat() -> None:
     # The shorter question of a row would be padded in the middle of its text.
     ids, mask = ids.clone(), mask.clone()
     ids[1, -4:-2], mask[1, -4:-2] = PAD, 0
-    with pytest.raises(ValueError, match="padding after the prompt"):
+    with pytest.raises(ValueError, match="padding after real tokens"):
         generate(reduced, {"input_ids": ids, "attention_mask": mask}, **{CACHE: first[CACHE]})
