@@ -74,6 +74,7 @@ class Growth:
         rise = of_chunks(2 * n + 1) - of_chunks(2 * n) - first
         more = of_chunks(2 * n) - of_chunks(n)
         if not first:
+            assert not rise and not more, "chunks of more tokens than these lengths have"
             return cls(linear, quadratic, of_chunks(n))
         chunks = _whole(2 * more + rise, 2 * first + rise)
         per_chunks = _whole(rise, 2 * chunks)
@@ -96,5 +97,5 @@ class Growth:
 
 def _whole(number: int, divisor: int) -> int:
     quotient, rest = divmod(number, divisor)
-    assert not rest, "the FLOPs of a block are a n^2 + b n + c + d ceil(n / chunk)"
+    assert not rest, "the FLOPs of a block are a polynomial of its tokens and chunks"
     return quotient

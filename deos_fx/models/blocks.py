@@ -155,7 +155,7 @@ def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
             "the last border of a chunk, and borders move when tokens are dropped. Use a model "
             "whose layers attend to everything or within a sliding window."
         )
-    # Case: keys that are chosen in groups of neighbours, which change when tokens are dropped.
+    # Case: keys that a layer chooses by an index, whose cache has keys of its own.
     if "indexed_attention" in _kinds(model):
         raise CaptureError(
             f"{type(model).__name__} has indexed_attention layers, which choose the keys that a "
@@ -164,10 +164,8 @@ def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
             "sliding window."
         )
     # Case: positions that layers count themselves.
-    layers = [model.get_submodule(path) for path in blocks.decoder]
-    counting = {
-        type(part).__name__ for layer in layers for part in layer.modules() if _counts(part)
-    }
+    parts = (part for path in blocks.decoder for part in model.get_submodule(path).modules())
+    counting = {type(part).__name__ for part in parts if _counts(part)}
     if counting:
         raise CaptureError(
             f"{type(model).__name__} counts positions by what its cache holds (in "

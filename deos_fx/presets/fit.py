@@ -201,9 +201,10 @@ def _where_layers_attend(policy: Policy, shape: Shape) -> Policy:
 
     Of two reductions that end at one place, the later one acts.
     """
-    if not shape.without_attention:
-        return policy
     attending = sorted(set(range(shape.decoder_layers)) - shape.without_attention)
+    if len(attending) in (0, shape.decoder_layers):
+        # Case: all layers attend; or none, which lowering refuses with the reason.
+        return policy
     moved: dict[str, Reduction] = {}
     for step in policy.reductions:
         stage, layer = split_site(step.site)
