@@ -108,6 +108,32 @@ MORE: dict[str, Family] = {
         _SHORT,
         _types,
     ),
+    "inkling_mm_model": Family(
+        lambda: hf.InklingConfig(
+            text_config=_text(
+                dict,
+                head_dim=16,
+                swa_num_attention_heads=4,
+                swa_num_key_value_heads=2,
+                swa_head_dim=16,
+                sliding_window_size=24,
+                d_rel=4,
+                rel_extent=32,
+                layer_types=["hybrid_sliding", "hybrid"] * 2 + ["hybrid_sliding"],
+                mlp_layer_types=["dense"] * 5,
+                n_routed_experts=4,
+                moe_intermediate_size=32,
+                n_shared_experts=1,
+                num_experts_per_tok=2,
+                logits_mup_width_multiplier=1.0,
+            ),
+            vision_config={"patch_size": 4, "num_hidden_layers": 2},
+            audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
+            image_token_id=IMAGE,
+        ),
+        lambda batch: {"pixel_values": _noise(batch * 32, 2, 4, 4, 3)},
+        _SHORT,
+    ),
     "nemotron_h_omni": Family(
         lambda: hf.NemotronH_Omni_Reasoning_V3_Config(
             text_config=_text(
@@ -157,6 +183,15 @@ MORE["llava_jamba"] = _llava(
     mamba_d_state=8,
     mamba_dt_rank=4,
 )
-TWINS = frozenset({"qwen3_5_moe", "minicpm_ocr", "minicpmv4_6", "llava_falcon_h1", "llava_jamba"})
+TWINS = frozenset(
+    {
+        "qwen3_5_moe",
+        "minicpm_ocr",
+        "minicpmv4_6",
+        "inkling_mm_model",
+        "llava_falcon_h1",
+        "llava_jamba",
+    }
+)
 """Families whose structure is that of another one: fewer tests do for them."""
 STATEFUL = (*MORE,)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from shortened import assert_reduced_is_shortened
 from tiny import call_of
 from torch import Tensor
 
+import deos_fx
 from deos_fx.errors import CaptureError
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
@@ -38,7 +40,11 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def reduce(name: str, reductions: tuple[Reduction, ...] = ()) -> ReducedModel:
-    return ReducedModel(shared(name), Policy(reductions))
+    model = shared(name)
+    if facts_of(model).counts_positions:
+        # Its layers know no other positions.
+        reductions = tuple(replace(step, position="compact") for step in reductions)
+    return ReducedModel(model, Policy(reductions))
 
 
 @contextlib.contextmanager
@@ -235,14 +241,9 @@ def test_other_ways_to_read_images_are_refused() -> None:
         text_config={**size, "num_key_value_heads": 4, "layer_types": ["indexed_attention"] * 2},
         vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2},
     )
-    counting = hf.InklingConfig(
-        text_config={**size, "mlp_layer_types": ["dense"] * 2},
-        vision_config={"patch_size": 4, "num_hidden_layers": 2},
-    )
     with torch.device("meta"):
         models = {
             "has indexed_attention layers": hf.Glm5NextForConditionalGeneration(choosing),
-            "counts positions by what its cache": hf.InklingForConditionalGeneration(counting),
             "chunked_attention": hf.Llama4ForConditionalGeneration(chunked),
             "Q-Former": hf.Blip2ForConditionalGeneration(querying),
         }
@@ -275,6 +276,14 @@ def test_masks_of_blocks_without_marks_of_images() -> None:
     with masked_from(model, alive):
         whole = model(**batch).logits
     assert_close(output.logits[0], whole[alive[output[CACHE].spaces[-1].first_layer]])
+
+
+def test_layers_that_count_positions_take_no_others() -> None:
+    model, batch = shared("inkling_mm_model"), prompts("inkling_mm_model")
+    with pytest.raises(ValueError, match="count the tokens that they get: use position='compact'"):
+        ReducedModel(model, Policy((Reduction("projector", 0.25, **NORM),)))(**batch)
+    # transform chooses what works.
+    assert deos_fx.transform(model)(**batch).logits.shape[1] < batch["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("position", ["compact", "grid"])

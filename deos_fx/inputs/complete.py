@@ -48,7 +48,7 @@ def completed(call: Call) -> Call:
     # 1. The cache.
     config = model.config.get_text_config()
     cache = inputs.get(CACHE)
-    if cache is None and inputs.setdefault("use_cache", config.use_cache):
+    if cache is None and inputs.setdefault("use_cache", getattr(config, "use_cache", True)):
         cache = inputs[CACHE] = ReducedCache(config)
     if cache is not None and not isinstance(cache, ReducedCache):
         raise ValueError(

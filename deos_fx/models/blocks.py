@@ -12,12 +12,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.errors import CaptureError
 
-__all__ = ["Block", "Blocks", "find_blocks", "image_tower"]
+__all__ = ["Block", "Blocks", "counts_positions", "find_blocks", "image_tower"]
 
 _CACHES = "transformers.cache_utils"
 
-# Methods of a cache that say how many tokens it holds.
-_LENGTHS = {"get_seq_length", "get_mask_sizes", "get_query_offset"}
+# Methods of a cache that say how many tokens a layer holds.
+_HELD = {"get_mask_sizes", "get_query_offset"}
 
 _INSTEAD = (
     "Use a model whose visual tokens take the places of image placeholders in the prompt, for "
@@ -163,15 +163,6 @@ def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
             "has not been verified. Use a model whose layers attend to everything or within a "
             "sliding window."
         )
-    # Case: positions that layers count themselves.
-    parts = (part for path in blocks.decoder for part in model.get_submodule(path).modules())
-    counting = {type(part).__name__ for part in parts if _counts(part)}
-    if counting:
-        raise CaptureError(
-            f"{type(model).__name__} counts positions by what its cache holds (in "
-            f"{', '.join(sorted(counting))}), which is less where tokens were dropped. Use a model "
-            "that gives its layers positions."
-        )
     # Case: layers whose cache is a class of the family, with a rule that is not known.
     caches = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     own = {type(cache).__name__ for cache in caches if type(cache).__module__ != _CACHES}
@@ -183,10 +174,14 @@ def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
         )
 
 
-def _counts(part: nn.Module) -> bool:
-    """Return whether the code of a module asks a cache how many tokens it holds."""
-    code = getattr(inspect.unwrap(type(part).forward), "__code__", None)
-    return code is not None and not _LENGTHS.isdisjoint(code.co_names)
+def counts_positions(layer: nn.Module) -> bool:
+    """Return whether a layer counts positions itself, by the tokens that it is given and holds.
+
+    It is recognised by its code, which asks a cache how many these are.
+    """
+    forwards = (inspect.unwrap(type(part).forward) for part in layer.modules())
+    codes = (getattr(forward, "__code__", None) for forward in forwards)
+    return any(not _HELD.isdisjoint(code.co_names) for code in codes if code is not None)
 
 
 def _kinds(model: PreTrainedModel) -> list[str]:

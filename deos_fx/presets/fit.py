@@ -71,7 +71,7 @@ def fit(
     layer before it that does, or the first one. Stages keep their proportions, and pools take
     windows at most 1.5 times as long as wide. `merge` and `redistribute` rank by novelty where
     there is no CLS token. Where a position has several coordinates (mRoPE), tokens keep theirs, as
-    the ports of these methods do.
+    the ports of these methods do; where layers count positions themselves, all are compact.
 
     Args:
         name: Name of a preset.
@@ -223,7 +223,10 @@ def _where_layers_attend(policy: Policy, shape: Shape) -> Policy:
 
 
 def _with_positions(policy: Policy, shape: Shape) -> Policy:
-    """Let tokens keep their positions where these cannot be renumbered."""
+    """Let tokens keep their positions where these cannot be renumbered, or the other way round."""
+    if shape.counting:
+        steps = [replace(step, position="compact") for step in policy.reductions]
+        return replace(policy, reductions=tuple(steps))
     if not shape.coordinates:
         return policy
     # Tokens out of the order of the image have no positions to keep; lowering says so.

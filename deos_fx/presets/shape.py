@@ -31,6 +31,7 @@ class Shape:
             a visual token is not made of one patch each, so that the tower has no sites.
         class_token: Whether a CLS token attends to exactly the patches that become visual tokens.
         coordinates: Whether a position has several coordinates, so that it cannot be renumbered.
+        counting: Whether layers count positions themselves, by the tokens that they get.
         without_attention: Decoder layers that do not attend.
     """
 
@@ -41,6 +42,7 @@ class Shape:
     used_blocks: int = 0
     class_token: bool = False
     coordinates: bool = False
+    counting: bool = False
     without_attention: frozenset[int] = frozenset()
 
     @classmethod
@@ -78,6 +80,7 @@ class Shape:
             used_blocks=used,
             class_token=bool(used and in_front),
             coordinates=hasattr(model.base_model, COORDINATES),
+            counting=facts.counts_positions,
             without_attention=_without_attention(facts),
         )
 

@@ -120,6 +120,10 @@ class ReducedCache(DynamicCache):
 
         transformers places the queries in a mask by it, so dropped tokens do not count here.
         """
+        held: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if hasattr(held, "get_seq_length"):
+            return held.get_seq_length()
+        # Case: a layer without keys, in whose place the first one that has some counts.
         return super().get_seq_length(layer_idx)
 
     def reset(self) -> None:

@@ -8,10 +8,10 @@ from torch import fx
 
 from deos_fx.attention.observation import OBSERVED
 from deos_fx.forms.needs import required_features
-from deos_fx.models.blocks import Block
+from deos_fx.models.blocks import Block, counts_positions
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.graph import attends, blocks_after, blocks_of
-from deos_fx.passes.notes import annotate, note_of
+from deos_fx.passes.notes import annotate, note_of, note_of_graph
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout
@@ -80,6 +80,12 @@ def check_reduction(
         raise ValueError(
             f"{name}: position 'grid' works for images of one size, and these have "
             f"{', '.join(map(str, layout.sizes))} tokens. Use position='keep'."
+        )
+    layer = note_of_graph(graph_module).blocks.get(Block("decoder", 0))
+    if reduction.position != "compact" and layer is not None and counts_positions(layer):
+        raise ValueError(
+            f"position {reduction.position!r} works where layers are given positions, and those of "
+            "this model count the tokens that they get: use position='compact'."
         )
     # Position ids [B, N] are one number per token; with several coordinates they have a third axis.
     ids = nodes["position_ids"]
