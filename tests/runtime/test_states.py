@@ -42,7 +42,7 @@ def expected(batch: dict[str, Tensor], cache: Any, row: int, sequence: Tensor) -
     }
     with shortened_from(shared(NAME), kept):
         whole = shared(NAME)(**longer, use_cache=False).logits[0]
-    return whole[len(kept[max(kept)]) - (end - padding - length) - 1 : -1]
+    return whole[length - 1 : -1]
 
 
 @pytest.mark.parametrize(
