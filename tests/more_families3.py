@@ -42,6 +42,22 @@ _DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+# Keys, values and both parts of a layer are convolved.
+_CONVOLVED = {
+    "head_dim": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "sliding_window_size": 24,
+    "d_rel": 4,
+    "rel_extent": 32,
+    "layer_types": ["hybrid_sliding", "hybrid"] * 2 + ["hybrid_sliding"],
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+}
+_HEARD = {"n_mel_bins": 4, "mel_vocab_size": 8}
 _VISION = {**_WIDE, "depth": 2, "num_position_embeddings": 64}
 
 
@@ -110,28 +126,29 @@ MORE: dict[str, Family] = {
     ),
     "inkling_mm_model": Family(
         lambda: hf.InklingConfig(
-            text_config=_text(
-                dict,
-                head_dim=16,
-                swa_num_attention_heads=4,
-                swa_num_key_value_heads=2,
-                swa_head_dim=16,
-                sliding_window_size=24,
-                d_rel=4,
-                rel_extent=32,
-                layer_types=["hybrid_sliding", "hybrid"] * 2 + ["hybrid_sliding"],
-                mlp_layer_types=["dense"] * 5,
-                n_routed_experts=4,
-                moe_intermediate_size=32,
-                n_shared_experts=1,
-                num_experts_per_tok=2,
-                logits_mup_width_multiplier=1.0,
-            ),
+            text_config=_text(dict, mlp_layer_types=["dense"] * 5, **_CONVOLVED),
             vision_config={"patch_size": 4, "num_hidden_layers": 2},
-            audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
+            audio_config=_HEARD,
             image_token_id=IMAGE,
         ),
         lambda batch: {"pixel_values": _noise(batch * 32, 2, 4, 4, 3)},
+        _SHORT,
+    ),
+    "inkling2": Family(
+        lambda: hf.Inkling2Config(
+            text_config=_text(
+                dict, unpadded_vocab_size=128, n_layers_per_attn_res_block=2, **_CONVOLVED
+            ),
+            vision_config=_sizes(
+                patch_size=4, posemb_grid_size=8, projection_hidden_dim=32, text_hidden_size=64
+            ),
+            audio_config={**_HEARD, "text_hidden_size": 64},
+            image_token_id=IMAGE,
+        ),
+        lambda batch: {
+            "pixel_values": _noise(batch * 32, 8, 8, 3),
+            "image_grid_thw": torch.tensor([[1, 4, 8]] * batch),
+        },
         _SHORT,
     ),
     "nemotron_h_omni": Family(
@@ -189,6 +206,7 @@ TWINS = frozenset(
         "minicpm_ocr",
         "minicpmv4_6",
         "inkling_mm_model",
+        "inkling2",
         "llava_falcon_h1",
         "llava_jamba",
     }
