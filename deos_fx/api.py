@@ -105,20 +105,20 @@ def _default_policy(facts: ModelFacts, budget: Budget, call: Call | None) -> Pol
     ranking = _ranking(facts)
     if call is None and facts.sizes_vary:
         # Case: no image size is known, so only a share of each image can be promised.
-        return _merge(ranking, _share(facts, budget))
+        return _merge(facts, ranking, _share(facts, budget))
     # Case: image sizes are known. A count may be tried out, and is made a share in the end if other
     # images may have other sizes.
     costs = _cost_model(facts, budget, call)
     limits = budget.limits(costs.predict(Policy()))
     policy = fit_counts(
-        _merge(ranking, 0.5),
+        _merge(facts, ranking, 0.5),
         costs.tokens_per_image,
         lambda candidate: costs.amounts(costs.for_any_size(candidate), limits),
         limits,
     )
     if policy is None:
         # Case: even one token per image exceeds a limit; the message says by how much.
-        fewest = costs.amounts(_merge(ranking, 1), limits)
+        fewest = costs.amounts(_merge(facts, ranking, 1), limits)
         missed = [f"{name}={limit:g} ({fewest[name]:g})" for name, limit in limits.items()]
         raise ValueError(
             f"The budget cannot be met: {', '.join(missed)}; in brackets what the model needs with "
@@ -140,11 +140,13 @@ def _share(facts: ModelFacts, budget: Budget) -> float:
     return budget.visual_tokens
 
 
-def _merge(ranking: str, keep: int | float) -> Policy:
+def _merge(facts: ModelFacts, ranking: str, keep: int | float) -> Policy:
     """Return `presets.merge` with the score `ranking` to rank tokens by."""
     policy = presets.merge(keep=keep)
     (reduction,) = policy.reductions
-    return replace(policy, reductions=(replace(reduction, scores={ranking: 1.0}),))
+    position = "compact" if facts.counts_positions else reduction.position
+    reduction = replace(reduction, scores={ranking: 1.0}, position=position)
+    return replace(policy, reductions=(reduction,))
 
 
 def _ranking(facts: ModelFacts) -> str:

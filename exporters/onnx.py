@@ -80,6 +80,7 @@ from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.counts import tokens_per_layer
 from deos_fx.progress import shows_progress
 from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.tokens.cache import ReducedCache
 from deos_fx.tokens.layout import PromptLayout
 from deos_fx.version import __version__
 
@@ -152,9 +153,10 @@ def export_onnx(
     Raises:
         TypeError: If `reduced` is not a `ReducedModel`.
         ValueError: If the example has no image, or prompts that cannot share a graph, the model
-            needs an example, its attention implementation cannot be exported, the device or
-            the type of weights is none of these, or the logits of ONNX Runtime and PyTorch differ
-            (compared for models in float32 and float16).
+            needs an example, its attention implementation cannot be exported, a layer keeps a
+            state instead of keys and values, the device or the type of weights is none of these,
+            or the logits of ONNX Runtime and PyTorch differ (compared for models in float32 and
+            float16).
         OSError: If the folder cannot be written; this is checked before the work starts.
     """
     if not isinstance(reduced, ReducedModel):
@@ -164,6 +166,7 @@ def export_onnx(
         )
     # Cheap checks first.
     _check_attention(reduced.model)
+    _check_caches(reduced.model)
     device = _device(reduced.model, device)
     if weights is not None and weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r}; give {' or '.join(map(repr, WEIGHTS))} or None")
@@ -204,6 +207,18 @@ def _device(model: PreTrainedModel, device: str | None) -> str:
     if device not in DEVICES:
         raise ValueError(f"device is {device!r}; give {' or '.join(map(repr, DEVICES))}")
     return device
+
+
+def _check_caches(model: PreTrainedModel) -> None:
+    """Refuse layers whose cache is more or less than keys and values."""
+    cache = ReducedCache(model.config.get_text_config())
+    # A layer that holds nothing of its own counts as filled from the start.
+    filled = any(getattr(layer, "is_initialized", False) for layer in cache.layers)
+    if cache.has_states or filled:
+        raise ValueError(
+            f"{type(model).__name__} has layers that keep a state instead of keys and values, "
+            "which exported graphs do not hand over. Run the reduced model in PyTorch."
+        )
 
 
 def _check_attention(model: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ from torch import fx
 
 from deos_fx.passes.notes import note_of
 
-__all__ = ["blocks_after", "blocks_of", "made_of", "reached", "users_after"]
+__all__ = ["attends", "blocks_after", "blocks_of", "made_of", "reached", "users_after"]
 
 
 def blocks_of(graph: fx.Graph, stage: str) -> dict[int, fx.Node]:
@@ -23,6 +23,20 @@ def blocks_of(graph: fx.Graph, stage: str) -> dict[int, fx.Node]:
     """
     noted = ((note_of(node).block, node) for node in graph.nodes)
     return {block.index: node for block, node in noted if block and block.stage == stage}
+
+
+def attends(node: fx.Node) -> bool:
+    """Return whether the block that a node calls attends.
+
+    Decoder layers that attend are given a mask of queries and keys. Those that convolve or keep a
+    state get a mask of padding, and those that look at each token alone get none.
+    """
+    block = note_of(node).block
+    if block is None or block.stage == "vision" or "attention_mask" not in node.kwargs:
+        # Case: a vision block, or a layer that is given its mask in another way.
+        return True
+    mask = node.kwargs["attention_mask"]
+    return isinstance(mask, fx.Node) and not note_of(mask).padding
 
 
 def blocks_after(node: fx.Node, stage: str) -> list[fx.Node]:

@@ -121,7 +121,7 @@ def _check_layers(graph: fx.Graph, stage: Stage) -> None:
 
 
 # The functions on tokens that only a relaxed graph may call.
-_RELAXED = {"gate_bias", "patch_gate_bias", "are_open", "relaxed_positions"}
+_RELAXED = {"gate_bias", "patch_gate_bias", "prompt_gates", "are_open", "relaxed_positions"}
 
 
 def _static_operators() -> set[Any]:

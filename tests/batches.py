@@ -57,6 +57,14 @@ def plain(side: int = 32) -> Image:
     return [IMAGE] * 64, {"pixel_values": noise(1, 3, side, side)}
 
 
+def strip(rows: int, columns: int) -> Image:
+    """As MiniCPM-V takes images: patches of 4 x 4 pixels side by side, merged by fours."""
+    pixels = noise(1, 3, 4, 4 * 16 * rows * columns)
+    table = torch.tensor([[4 * rows, 4 * columns]], dtype=torch.int32)
+    block = [START, *[IMAGE] * (rows * columns), END]
+    return block, {"pixel_values": pixels, "target_sizes": table}
+
+
 def batch_of(name: str, prompts: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
     """Prompts with these images, text around them, padded on the left."""
     generator = torch.Generator().manual_seed(5)
@@ -77,7 +85,11 @@ def batch_of(name: str, prompts: Sequence[Sequence[Image]]) -> dict[str, Tensor]
                 media.setdefault(key, []).append(value)
     family = (FAMILIES | TWINS).get(name)
     extra = family.extra(ids) if family else {}
-    joined = {key: torch.cat(values) for key, values in media.items()}
+    joined = {
+        # A strip has the patches of all images side by side.
+        key: torch.cat(values, dim=-1 if key == "pixel_values" and "target_sizes" in media else 0)
+        for key, values in media.items()
+    }
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), **joined, **extra}
 
 
@@ -99,6 +111,7 @@ BATCHES: dict[str, Callable[[], list[list[Image]]]] = {
     "gemma3": lambda: [[plain(), plain()], [plain()]],
     "internvl": lambda: [[plain()], [plain(), plain()]],
     "qwen2_5_vl": lambda: [[grid(4, 8)], [grid(2, 3), grid(4, 4)], [grid(4, 8)]],
+    "minicpmv4_6": lambda: [[strip(4, 8)], [strip(2, 2), strip(4, 4)], []],
     "qwen3_vl": lambda: [[grid(3, 4)], [], [grid(5, 4), grid(2, 2)]],
     "pixtral": lambda: [[rows(16, 32)], [rows(32, 16), rows(16, 16)]],
     "idefics3": lambda: [[tiles(1)], [tiles(3)]],

@@ -6,6 +6,7 @@ the family has separators among them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -310,18 +311,24 @@ def shared(name: str, layers: int | None = None) -> Any:
     if layers is not None:
         text = config.get_text_config()
         text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None) is not None:
+        # Some configs compute them.
+        with contextlib.suppress(AttributeError):
             text.layer_types = text.layer_types[:layers]
     torch.manual_seed(0)
     model = hf.AutoModelForImageTextToText.from_config(config)
     generator = torch.Generator().manual_seed(1)
     for path, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim == 1:
+        if path.endswith("A_log"):
+            # A state that forgets slowly, so that tokens long ago matter.
+            parameter.data.copy_(noise - 3)
+        elif parameter.ndim == 1:
             parameter.data.add_(0.1 * noise)
         elif parameter.ndim == 2 and "embed" in path:
             # Tied weights that are large let a model repeat its input.
-            parameter.data.copy_(noise * (0.1 if config.tie_word_embeddings else 0.5))
+            parameter.data.copy_(
+                noise * (0.1 if getattr(config, "tie_word_embeddings", False) else 0.5)
+            )
         else:
             parameter.data.copy_(noise * parameter[0].numel() ** -0.5)
     model.generation_config.pad_token_id = PAD
@@ -353,7 +360,10 @@ def alone(name: str, batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     ids = batch["input_ids"][row][real][None]
     count = len(batch["input_ids"])
     images = {
-        key: value.unflatten(0, (count, -1))[row]
+        # A strip of images has them side by side.
+        key: value.chunk(count, -1)[row]
+        if len(value) == 1
+        else value.unflatten(0, (count, -1))[row]
         for key, value in batch.items()
         if key in _family(name).pixels(1)
     }
@@ -361,11 +371,23 @@ def alone(name: str, batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images, **extra}
 
 
+def continued(name: str, prompt: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """One prompt without padding, with more tokens [1, t] after it."""
+    ids = torch.cat([prompt["input_ids"], tokens], dim=1)
+    return (
+        prompt
+        | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        | _family(name).extra(ids)
+    )
+
+
 import more_families1  # noqa: E402 - they are made of what is above
 import more_families2  # noqa: E402
+import more_families3  # noqa: E402
 
-_MORE = more_families1.MORE | more_families2.MORE
-_LIKE_OTHERS = more_families1.TWINS | more_families2.TWINS
+_MORE = more_families1.MORE | more_families2.MORE | more_families3.MORE
+_LIKE_OTHERS = more_families1.TWINS | more_families2.TWINS | more_families3.TWINS
 FAMILIES |= {name: family for name, family in _MORE.items() if name not in _LIKE_OTHERS}
 TWINS = {name: _MORE[name] for name in _LIKE_OTHERS}
-CONVOLVING = more_families1.CONVOLVING
+STATEFUL = more_families1.STATEFUL + more_families3.STATEFUL
+"""Families for which hiding keys is no reference: some layers keep a state instead."""

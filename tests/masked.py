@@ -51,7 +51,12 @@ def assert_pruning_is_masking(
     assert_close(our_logits, logits, roundings)
 
 
-def generate(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def layers_of(model: Any) -> list[Any]:
+    """The decoder layers of a model."""
+    return [model.get_submodule(path) for path in facts_of(model).blocks.decoder]
+
+
+def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
     """Tokens and logits [B, STEPS, vocabulary] of greedy decoding."""
     batch = {name: value.clone() for name, value in batch.items()}
     output = model.generate(
@@ -60,6 +65,7 @@ def generate(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
+        **options,
     )
     return output.sequences[:, -STEPS:], torch.stack(output.logits, dim=1)
 
@@ -79,7 +85,7 @@ def masked_from(model: Any, alive: dict[int, Tensor]) -> Iterator[Any]:
         alive: See `alive_of`; everything after the prompt is seen.
     """
     handles = []
-    for i, layer in enumerate(model.get_decoder().layers):
+    for i, layer in enumerate(layers_of(model)):
         first = max((start for start in alive if start <= i), default=None)
         if first is not None:
             hook = _hide(alive[first], i)

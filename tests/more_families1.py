@@ -420,5 +420,4 @@ TWINS = frozenset(
     }
 )
 """Families whose structure is that of another one: fewer tests do for them."""
-CONVOLVING = ("lfm2_vl", "lfm3_vl")
-"""Families for which hiding keys is no reference: some layers have none."""
+STATEFUL = ("lfm2_vl", "lfm3_vl")

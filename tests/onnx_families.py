@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from closeness import assert_onnx_close
-from families import prompts, shared
+from families import STATEFUL, prompts, shared
 from torch import Tensor
 
 from deos_fx.exporters.onnx import export_onnx
@@ -31,7 +31,9 @@ POLICY = Policy(
 
 def reduced(name: str) -> ReducedModel:
     """The model of a family that is exported."""
-    return ReducedModel(shared(name, LAYERS), POLICY)
+    # Layers with a state may not attend, and so have no score by attention.
+    policy = Policy(POLICY.reductions[:1]) if name in STATEFUL else POLICY
+    return ReducedModel(shared(name, LAYERS), policy)
 
 
 def generate(model: Any, batch: dict[str, Tensor], steps: int) -> tuple[Tensor, Tensor]:

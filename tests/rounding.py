@@ -1,4 +1,4 @@
-"""How far rounding alone takes the oracle: the original model with dropped keys masked, in float32.
+"""How far rounding alone takes the oracles of `masked.py` and `shortened.py` in float32.
 
     python tests/rounding.py [family ...]
 
@@ -13,8 +13,9 @@ import sys
 from typing import Any
 
 import torch
-from families import CONVOLVING, FAMILIES, TWINS, prompts, shared
-from masked import alive_of, generate, masked_from
+from families import FAMILIES, IMAGE, STATEFUL, TWINS, VIDEO, alone, continued, prompts, shared
+from masked import STEPS, alive_of, generate, masked_from
+from shortened import kept_of, shortened_from
 from test_families import PRUNED, reduce
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -49,16 +50,15 @@ def measure(name: str, policy: str) -> tuple[float, float]:
         name: A family.
         policy: A key of `test_families.PRUNED`.
     """
+    if name in STATEFUL:
+        return _measure_shortened(name, policy)
     model, reduced, batch = shared(name), reduce(name, PRUNED[policy]), prompts(name, 2)
     ours = generate(reduced, batch)[1]
     alive = alive_of(reduced(**batch)[CACHE], batch["input_ids"])
     with masked_from(model, alive):
         theirs = generate(model, batch)[1]
         prompt = model(**batch).logits
-    exact = copy.deepcopy(model).double()
-    # Grouped products of experts have no double precision.
-    exact.set_experts_implementation("eager")
-    wide = {key: x.double() if x.is_floating_point() else x for key, x in batch.items()}
+    exact, wide = _in_double(model, batch)
     with masked_from(exact, alive), _InDouble():
         exact_theirs = generate(exact, wide)[1]
         exact_prompt = exact(**wide).logits
@@ -67,12 +67,34 @@ def measure(name: str, policy: str) -> tuple[float, float]:
     return max(roundings_between(*pair) for pair in pairs), roundings_between(ours, theirs)
 
 
+def _measure_shortened(name: str, policy: str) -> tuple[float, float]:
+    model, reduced = shared(name), reduce(name, PRUNED[policy])
+    prompt = alone(name, prompts(name, 1), 0)
+    tokens, ours = generate(reduced, prompt, suppress_tokens=[IMAGE, VIDEO])
+    longer = continued(name, prompt, tokens)
+    held = kept_of(reduced(**prompt)[CACHE], longer["input_ids"].shape[1])
+    kept = {first: left[0] for first, left in held.items()}
+    exact, wide = _in_double(model, longer)
+    with shortened_from(model, kept), shortened_from(exact, kept):
+        theirs = model(**longer, use_cache=False).logits
+        with _InDouble():
+            exact_theirs = exact(**wide, use_cache=False).logits
+    new = theirs[:, -STEPS - 1 : -1]
+    return roundings_between(theirs, exact_theirs), roundings_between(ours, new)
+
+
+def _in_double(model: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    exact = copy.deepcopy(model).double()
+    # Grouped products of experts have no double precision.
+    exact.set_experts_implementation("eager")
+    return exact, {key: x.double() if x.is_floating_point() else x for key, x in batch.items()}
+
+
 def main(names: list[str]) -> None:
     for name in names or [*FAMILIES, *TWINS]:
-        if name not in CONVOLVING:
-            figures = [measure(name, policy) for policy in PRUNED]
-            oracle, ours = map(max, zip(*figures, strict=True))
-            print(f"{name:24} oracle {oracle:6.1f}   ours {ours:6.1f}", flush=True)
+        figures = [measure(name, policy) for policy in PRUNED]
+        oracle, ours = map(max, zip(*figures, strict=True))
+        print(f"{name:24} oracle {oracle:6.1f}   ours {ours:6.1f}", flush=True)
 
 
 if __name__ == "__main__":

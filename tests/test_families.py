@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from closeness import assert_close, difference, roundings_of
-from families import CONVOLVING, FAMILIES, IMAGE, TWINS, alone, prompts, shared
-from masked import STEPS, alive_of, assert_pruning_is_masking, generate, masked_from
+from closeness import assert_close, roundings_of
+from families import FAMILIES, IMAGE, STATEFUL, TWINS, alone, continued, prompts, shared
+from masked import alive_of, assert_pruning_is_masking, generate, layers_of, masked_from
+from shortened import assert_reduced_is_shortened
 from tiny import call_of
 from torch import Tensor
 
+import deos_fx
 from deos_fx.errors import CaptureError
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
@@ -36,7 +40,11 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def reduce(name: str, reductions: tuple[Reduction, ...] = ()) -> ReducedModel:
-    return ReducedModel(shared(name), Policy(reductions))
+    model = shared(name)
+    if facts_of(model).counts_positions:
+        # Its layers know no other positions.
+        reductions = tuple(replace(step, position="compact") for step in reductions)
+    return ReducedModel(model, Policy(reductions))
 
 
 @contextlib.contextmanager
@@ -84,8 +92,8 @@ def test_keeping_all_tokens_changes_nothing(name: str, site: str) -> None:
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
-        *itertools.product([name for name in FAMILIES if name not in CONVOLVING], PRUNED),
-        *itertools.product(sorted(TWINS.keys() - set(CONVOLVING)), ["both"]),
+        *itertools.product([name for name in FAMILIES if name not in STATEFUL], PRUNED),
+        *itertools.product(sorted(TWINS.keys() - set(STATEFUL)), ["both"]),
     ],
 )
 def test_pruning_is_masking(name: str, policy: str) -> None:
@@ -94,11 +102,11 @@ def test_pruning_is_masking(name: str, policy: str) -> None:
     assert_pruning_is_masking(shared(name), reduce(name, PRUNED[policy]), batch, roundings_of(name))
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in CONVOLVING])
+@every_family
 def test_the_smallest_tokens_are_dropped(name: str) -> None:
     model, batch = shared(name), prompts(name, 2)
     alive = alive_of(reduce(name, PRUNED["decoder"])(**batch)[CACHE], batch["input_ids"])
-    with masked_from(model, alive), outputs_of(model.get_decoder().layers[1]) as hidden:
+    with outputs_of(layers_of(model)[1]) as hidden:
         model(**batch)
     norms, text = hidden[0].norm(dim=-1), batch["input_ids"] != IMAGE
     dropped = norms.masked_fill(alive[2], 0.0).amax(dim=1, keepdim=True)
@@ -107,21 +115,19 @@ def test_the_smallest_tokens_are_dropped(name: str) -> None:
     assert small.sum() == len(small) * ENDS.get(name, 0)
 
 
-@pytest.mark.parametrize("site", ["projector", "decoder.1", "decoder.2"])
-@pytest.mark.parametrize("name", CONVOLVING)
-def test_decoding_is_a_longer_prompt(name: str, site: str) -> None:
-    # Layers that do not attend have no keys to hide: a token meets its kept neighbours.
-    batch, reduced = prompts(name, 2), reduce(name, (Reduction(site, 0.25, **NORM),))
-    tokens, logits = generate(reduced, batch)
-    mask = torch.cat([batch["attention_mask"], torch.ones_like(tokens)], dim=1)
-    longer = batch | {
-        "input_ids": torch.cat([batch["input_ids"], tokens], dim=1),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
-    }
-    again = reduced(**longer, use_cache=False).logits[:, -STEPS - 1 : -1]
-    assert_close(again, logits)
-    assert difference(shared(name)(**longer).logits[:, -STEPS - 1 : -1], logits) > 1e-3
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        *itertools.product([name for name in FAMILIES if name in STATEFUL], PRUNED),
+        *itertools.product(sorted(TWINS.keys() & set(STATEFUL)), ["both"]),
+    ],
+)
+def test_dropped_tokens_are_not_in_the_sequence(name: str, policy: str) -> None:
+    # Layers with a state have no keys to hide: they run over what is kept.
+    reduced = reduce(name, PRUNED[policy])
+    prompt = alone(name, prompts(name, 1), 0)
+    longer = functools.partial(continued, name, prompt)
+    assert_reduced_is_shortened(shared(name), reduced, prompt, longer, roundings_of(name))
 
 
 # *** 6: a padded batch gives each prompt what it gets alone ***
@@ -187,6 +193,21 @@ def test_sites_that_cannot_be_used_say_why(name: str) -> None:
     assert all(site.reason for site in sites.sites if site.name.startswith("vision"))
 
 
+def test_layers_without_attention_say_so() -> None:
+    inputs = call_of(shared("qwen3_5"), prompts("qwen3_5") | {"use_cache": False}).inputs
+    sites = capture_call(shared("qwen3_5"), inputs).sites
+    assert sites is not None
+    assert [site.name for site in sites.sites if site.lacks] == [f"decoder.{i}" for i in (0, 1, 3)]
+    assert "key_norm" in sites["decoder.2"].scores
+    with pytest.raises(ValueError, match="no score 'key_norm' .its layer does not attend"):
+        reduce("qwen3_5", (Reduction("decoder.1", 0.5, scores={"key_norm": 1.0}),))(
+            **prompts("qwen3_5")
+        )
+    merge = Reduction("decoder.1", 0.5, gain=1.0, similarity={"key": 1.0}, **NORM)
+    with pytest.raises(ValueError, match="no keys: decoder_1 does not attend"):
+        reduce("qwen3_5", (merge,))(**prompts("qwen3_5"))
+
+
 def test_models_without_visual_tokens_are_refused() -> None:
     vision = {"hidden_size": 32, "attention_heads": 2, "image_size": 32, "patch_size": 8}
     crossing = hf.MllamaConfig(
@@ -206,10 +227,6 @@ def test_other_ways_to_read_images_are_refused() -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    recurrent = hf.Qwen3_5Config(
-        text_config={**size, "layer_types": ["linear_attention", "full_attention"]},
-        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2},
-    )
     chunked = hf.Llama4Config(
         text_config={**size, "intermediate_size_mlp": 64, "num_local_experts": 2},
         vision_config={**size, "image_size": 32, "patch_size": 8},
@@ -220,9 +237,13 @@ def test_other_ways_to_read_images_are_refused() -> None:
         text_config={"model_type": "opt", **size, "ffn_dim": 64, "word_embed_proj_dim": 32},
         image_token_index=IMAGE,
     )
+    choosing = hf.Glm5NextConfig(
+        text_config={**size, "num_key_value_heads": 4, "layer_types": ["indexed_attention"] * 2},
+        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2},
+    )
     with torch.device("meta"):
         models = {
-            "linear_attention layers": hf.Qwen3_5ForConditionalGeneration(recurrent),
+            "has indexed_attention layers": hf.Glm5NextForConditionalGeneration(choosing),
             "chunked_attention": hf.Llama4ForConditionalGeneration(chunked),
             "Q-Former": hf.Blip2ForConditionalGeneration(querying),
         }
@@ -255,6 +276,14 @@ def test_masks_of_blocks_without_marks_of_images() -> None:
     with masked_from(model, alive):
         whole = model(**batch).logits
     assert_close(output.logits[0], whole[alive[output[CACHE].spaces[-1].first_layer]])
+
+
+def test_layers_that_count_positions_take_no_others() -> None:
+    model, batch = shared("inkling_mm_model"), prompts("inkling_mm_model")
+    with pytest.raises(ValueError, match="count the tokens that they get: use position='compact'"):
+        ReducedModel(model, Policy((Reduction("projector", 0.25, **NORM),)))(**batch)
+    # transform chooses what works.
+    assert deos_fx.transform(model)(**batch).logits.shape[1] < batch["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("position", ["compact", "grid"])

@@ -123,6 +123,7 @@ VIDEOS: dict[str, Callable[[int], Video]] = {
     "muse_glimmer": _timed,
     "qwen3_vl": _timed,
     "qwen3_vl_moe": _timed,
+    "qwen3_5": _timed,
     "cosmos3_omni": _timed,
     "cohere_compass": _timed,
     "cosmos3_edge": _patches(_by_frames, 48),

@@ -99,6 +99,7 @@ class AttentionView:
         scale: Factor of the logits.
         causal: Whether a query sees only keys up to its position; a mask of pairs overrides it.
         tables: Rotary cosines and sines [B or 1, N, D], if the block is given any.
+        bias: [B, H, N, N] that the block adds to the logits, if it makes any.
     """
 
     query: Tensor
@@ -107,6 +108,7 @@ class AttentionView:
     scale: float
     causal: bool
     tables: Any = None
+    bias: Tensor | None = None
 
     def joint(self) -> AttentionView:
         """Return a view with all heads as one of full width."""
@@ -126,7 +128,11 @@ class AttentionView:
         # Keys times queries, not the other way round: ONNX Runtime fuses the block's attention only
         # if nothing else reads the transposed keys.
         logits = (self.key @ chosen.transpose(2, 3)).transpose(2, 3).float() * self.scale
-        return self._masked(logits.reshape(batch, heads, rows, length), positions).softmax(dim=-1)
+        logits = logits.reshape(batch, heads, rows, length)
+        if self.bias is not None:
+            across = positions[:, None, :, None].expand(-1, heads, -1, length)
+            logits = logits + torch.gather(self.bias, 2, across).float()
+        return self._masked(logits, positions).softmax(dim=-1)
 
     def gravity(self, positions: Tensor) -> Tensor:
         """Return logits [B, 1, R, N] of all-ones queries and keys, rotated and scaled by D^-1/2.

@@ -176,7 +176,8 @@ def _seam_attention(
         )
     causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    view = AttentionView(query, key, attention_mask, scale, causal, seam.tables)
+    bias = kwargs.get("position_bias")
+    view = AttentionView(query, key, attention_mask, scale, causal, seam.tables, bias)
     # Observations of keys ask for nothing, so there may be fewer queries than observations.
     asked = iter(seam.asked)
     seam.seen += [observe(view, item, asked) for item in seam.observe]

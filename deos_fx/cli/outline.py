@@ -56,6 +56,7 @@ class Row:
         visual: How many of these are visual tokens.
         reason: Why the sites are not available; empty if they are.
         scores: Scores that can be computed there.
+        lacks: Why these are fewer than at other sites of the stage; empty if they are not.
         used: Whether the language model reads the output of the blocks.
         reduction: The reduction of a policy after the last block, if there is one.
         left: Visual tokens that this reduction leaves.
@@ -69,6 +70,7 @@ class Row:
     visual: int
     reason: str
     scores: tuple[str, ...]
+    lacks: str = ""
     used: bool = True
     reduction: Reduction | None = None
     left: int = 0
@@ -193,7 +195,7 @@ def _rows(model: PreTrainedModel, captured: Captured, visual: int, text: int) ->
         if stage == "projector":
             # Case: the projector, which is no block.
             kind = _projector(model, captured, sites)
-            yield Row(stage, 0, 0, kind, visual, visual, site.reason, site.scores)
+            yield Row(stage, 0, 0, kind, visual, visual, site.reason, site.scores, site.lacks)
             continue
         # The tokens of a vision block are known only if the graph shows the inside of the tower.
         tokens, share = (text + visual, visual) if stage == "decoder" else (0, 0)
@@ -203,7 +205,8 @@ def _rows(model: PreTrainedModel, captured: Captured, visual: int, text: int) ->
             share = tokens - sites.class_tokens
         kind = type(modules[Block(stage, number)]).__name__
         used = site.node in nodes or sites.encoder is Encoder.OPAQUE
-        yield Row(stage, number, number, kind, tokens, share, site.reason, site.scores, used)
+        about = site.reason, site.scores, site.lacks
+        yield Row(stage, number, number, kind, tokens, share, *about, used)
 
 
 def _projector(model: PreTrainedModel, captured: Captured, sites: Sites) -> str:
@@ -291,14 +294,17 @@ def print_outline(found: Outline, console: Console) -> None:
     table.add_column("tokens", justify="right")
     table.add_column("visual", justify="right")
     table.add_column("site")
-    reasons = list(dict.fromkeys(row.reason for row in found.rows if row.reason))
+    notes = (row.reason or row.lacks for row in found.rows)
+    reasons = list(dict.fromkeys(note for note in notes if note))
     for row, following in zip(found.rows, (*found.rows[1:], None), strict=True):
         last = following is None or following.stage != row.stage
-        number = f"no ({reasons.index(row.reason) + 1})" if row.reason else "[green]available[/]"
+        site = "no" if row.reason else "[green]available[/]"
+        if note := row.reason or row.lacks:
+            site += f" ({reasons.index(note) + 1})"
         numbers = [str(count) if count else "-" for count in (row.tokens, row.visual)]
         module = f"{row.module} x {row.count}" if row.count > 1 else row.module
         cut = row.reduction
-        table.add_row(row.name, module, *numbers, number, end_section=last and cut is None)
+        table.add_row(row.name, module, *numbers, site, end_section=last and cut is None)
         if cut is not None:
             left = f"[bold]-> {row.left}[/]"
             table.add_row(f"  [cyan]{cut.regime}[/]", "", "", left, "", end_section=last)

@@ -97,10 +97,10 @@ class _Drawing:
 
     def blocks(self, row: Row) -> None:
         """Draw one card for like blocks, with its tokens and its site next to it."""
-        site = textwrap.wrap(
-            f"no reduction here: {row.reason}" if row.reason else "reduction available",
-            _NOTE_CHARACTERS,
-        )
+        note = "reduction available" + f" ({row.lacks})" * bool(row.lacks)
+        if row.reason:
+            note = f"no reduction here: {row.reason}"
+        site = textwrap.wrap(note, _NOTE_CHARACTERS)
         # The card is as high as the notes next to it.
         height = max(58.0, 20 + _LINE * (1 + len(site)))
         middle, left = self.y + height / 2, _FLOW - _CARD / 2

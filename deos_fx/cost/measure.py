@@ -7,6 +7,7 @@ sliding caches, heads of different sizes.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
@@ -22,10 +23,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+from deos_fx.cost.growth import Growth
 from deos_fx.cost.twin import WholeNumbers, count_flops, twin_of
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import PER_LAYER, features_of
 from deos_fx.models.upstream import CACHE
+from deos_fx.tokens.cache import tensors_of
 
 __all__ = [
     "DecoderCost",
@@ -41,10 +44,8 @@ T = TypeVar("T")
 
 _KNOWN: weakref.WeakKeyDictionary[ModelFacts, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
-# The decoder is measured at three lengths: so many equations determine a constant part (that of a
-# convolution over more places than tokens), a linear and a quadratic one. They are longer than the
-# kernels of convolutions, which do less for shorter prompts, and shorter than windows.
-_SHORT, _LONG, _ = _LENGTHS = 8, 10, 12
+# Lengths at which the decoder is measured; layers with a state also need longer ones.
+_SHORT, _LONG = 2, 4
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,7 @@ class LayerCost:
     """The cost of a decoder layer for one prompt.
 
     Attributes:
-        constant: FLOPs that do not depend on the length.
-        linear: FLOPs for each token.
-        quadratic: FLOPs for each pair of tokens.
+        growth: Its FLOPs by the number of tokens.
         cached: Bytes of its cache for each token held.
         state: Bytes of its cache that do not depend on the length.
         window: Largest number of tokens that its cache holds; None for all.
@@ -62,9 +61,7 @@ class LayerCost:
         dim: Size of such a head.
     """
 
-    constant: int
-    linear: int
-    quadratic: int
+    growth: Growth
     cached: int
     state: int
     window: int | None
@@ -166,35 +163,46 @@ def once(facts: ModelFacts, what: str, measure: Callable[[], T]) -> T:
 def _decoder(facts: ModelFacts) -> DecoderCost:
     twin = twin_of(facts.model)
     paths = facts.blocks.decoder
-    short, long, _ = runs = [_run_decoder(twin, paths, length) for length in _LENGTHS]
-    layers = []
-    for i in range(len(paths)):
-        # FLOPs of n tokens: f(n) = a n^2 + b n + c. The lengths are two apart, so the second
-        # difference is 8 a.
-        first, second, third = (run.flops[i] for run in runs)
-        quadratic = _whole(third - 2 * second + first, 8)
-        linear = _whole(second - first, _LONG - _SHORT) - quadratic * (_LONG + _SHORT)
+    run = functools.cache(partial(_run_decoder, twin, paths))
+    short, long = run(_SHORT), run(_LONG)
+    kinds = [
+        (short.flops[i], long.flops[i], short.held[i], long.held[i]) for i in range(len(paths))
+    ]
+    # Layers of one kind cost the same. For other lengths, one of each kind has to run.
+    first = {kind: kinds.index(kind) for kind in kinds}
+    for i, kind in enumerate(kinds):
+        if first[kind] != i:
+            twin.get_submodule(paths[i]).forward = partial(_pass_on, short.in_tuple[i])
+    known = {}
+    for kind, layer in first.items():
+        *_, at_short, at_long = kind
         # Bytes of n tokens: c n + s. The sizes below are those of the cache, the same in both runs.
-        held = short.held[i], long.held[i]
-        cached = (held[1].bytes - held[0].bytes) // (_LONG - _SHORT)
-        layers.append(
-            LayerCost(
-                constant=first - linear * _SHORT - quadratic * _SHORT**2,
-                linear=linear,
-                quadratic=quadratic,
-                cached=cached,
-                state=held[0].bytes - _SHORT * cached,
-                window=held[0].window,
-                key_heads=held[0].key_heads,
-                dim=held[0].dim,
-            )
+        cached = (at_long.bytes - at_short.bytes) // (_LONG - _SHORT)
+        state = at_short.bytes - _SHORT * cached
+        flops = partial(_flops_of, run, layer)
+        known[kind] = LayerCost(
+            growth=Growth.of_state(flops) if state else Growth.of_attention(flops, _SHORT, _LONG),
+            cached=cached,
+            state=state,
+            window=at_short.window,
+            key_heads=at_short.key_heads,
+            dim=at_short.dim,
         )
-    return DecoderCost(tuple(layers), _whole(short.around, _SHORT), _whole(short.head, _SHORT))
+    layers = tuple(known[kind] for kind in kinds)
+    return DecoderCost(layers, _per(short.around, _SHORT), _per(short.head, _SHORT))
 
 
-def _whole(flops: int, parts: int) -> int:
-    assert flops % parts == 0, "the FLOPs of a layer are a n^2 + b n + c"
-    return flops // parts
+def _pass_on(in_tuple: bool, hidden: Tensor, *_: Any, **__: Any) -> Any:
+    return (hidden,) if in_tuple else hidden
+
+
+def _flops_of(run: Callable[[int], _Run], layer: int, length: int) -> int:
+    return run(length).flops[layer]
+
+
+def _per(flops: int, tokens: int) -> int:
+    assert flops % tokens == 0
+    return flops // tokens
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,8 @@ class _Run:
     around: int
     head: int
     held: list[_Held]
+    # Whether a layer gives its hidden states in a tuple.
+    in_tuple: list[bool]
 
 
 def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
@@ -224,22 +234,27 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     if size:
         # Case: a decoder that would look up further inputs by token ids, which is no product.
         given[name] = hidden.new_empty(1, length, config.num_hidden_layers, size)
+    # The decoder of some models has the head inside, and runs it as well.
+    head = twin.get_output_embeddings() or twin.get_decoder().get_output_embeddings()
+    layers, in_tuple = [twin.get_submodule(path) for path in paths], []
+    for layer in layers:
+        layer.register_forward_hook(lambda *call: in_tuple.append(isinstance(call[2], tuple)))
     with counting() as counter, torch.no_grad():
-        flops = _watch(counter, [twin.get_submodule(path) for path in paths])
+        watched = _watch(counter, [*layers, head])
         twin.get_decoder()(use_cache=True, **given)
     with counting() as of_head, torch.no_grad():
-        twin.get_output_embeddings()(hidden)
+        head(hidden)
     held = [_held(layer) for layer in given[CACHE].layers]
     # The last layers may share the keys of earlier ones and hold none.
     nothing = _Held(0, None, held[-1].key_heads, held[-1].dim)
     held += [nothing] * (len(paths) - len(held))
-    around = counter.get_total_flops() - sum(flops)
-    return _Run(flops, around, of_head.get_total_flops(), held)
+    around = counter.get_total_flops() - sum(watched)
+    return _Run(watched[:-1], around, of_head.get_total_flops(), held, in_tuple)
 
 
 def _held(layer: Any) -> _Held:
-    # Keys and values, or the states of convolutions. Counters are integers and left out.
-    states = [x for x in vars(layer).values() if isinstance(x, Tensor) and x.is_floating_point()]
+    # Keys and values, and states. Counters are integers and left out.
+    states = [x for x in tensors_of(layer) if x.is_floating_point()]
     keys = getattr(layer, "keys", None)
     heads, dim = (0, 0) if keys is None else (keys.shape[1], keys.shape[3])
     # A window counts the new token too, which the cache need not hold for the next step.

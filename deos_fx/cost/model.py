@@ -203,7 +203,8 @@ class CostModel:
         """
         lengths = [self.text_tokens + count for count in counts]
         layers = sum(
-            block.flops(length) for block, length in zip(self._parts.decoder, lengths, strict=True)
+            block.growth.flops(length)
+            for block, length in zip(self._parts.decoder, lengths, strict=True)
         )
         # What is around the layers runs over the prompt as it enters the decoder.
         around = self._parts.measured.around * lengths[0]
@@ -247,7 +248,7 @@ class CostModel:
         encoding = self._encoding(self.patches(Policy()) if patches is None else patches)
         encoder = table.encoder * encoding / max(table.encoder_flops, 1) / self.batch
         full = sum(row[-1] for row in table.layers)
-        rate = full / float(sum(block.flops(longest) for block in self._parts.decoder))
+        rate = full / float(sum(block.growth.flops(longest) for block in self._parts.decoder))
         return decoder + encoder + rate * overhead / self.batch
 
     def encoding_flops(self) -> int:
@@ -256,7 +257,7 @@ class CostModel:
 
     def shares(self, length: int) -> list[float]:
         """Return the share of each decoder layer in the FLOPs of all of them, at some length."""
-        flops = [float(block.flops(length)) for block in self._parts.decoder]
+        flops = [float(block.growth.flops(length)) for block in self._parts.decoder]
         return [own / sum(flops) for own in flops]
 
     def reduction_flops(self, reduction: Reduction, before: Amount, after: Amount) -> Amount:
@@ -422,7 +423,7 @@ class CostModel:
         tower: Amount = 0
         for i, count in enumerate(in_blocks):
             tokens = self._parts.tokens_in_block(i)
-            tower = tower + self._parts.vision[i].flops(tokens - whole + count)
+            tower = tower + self._parts.vision[i].growth.flops(tokens - whole + count)
         encoder = self._parts.encoder
         projector = encoder.after * in_projector / whole
         return self.batch * self.images * (encoder.front + tower + projector)

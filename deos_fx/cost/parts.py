@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deos_fx.cost.amounts import Amount
+from deos_fx.cost.growth import Growth
 from deos_fx.cost.measure import DecoderCost, EncoderCost, measure_decoder, measure_encoder
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts
@@ -21,26 +22,19 @@ class BlockCost:
     """The cost of a transformer block, and the sizes of its attention.
 
     Attributes:
-        linear: FLOPs for each token.
-        quadratic: FLOPs for each pair of tokens.
+        growth: Its FLOPs by the number of tokens: linear layers, convolutions, states, query-key
+            and attention-value products.
         heads: Query heads.
         key_heads: Key and value heads.
         dim: Size of a head.
         width: Size of a hidden state.
-        constant: FLOPs that do not depend on the number of tokens.
     """
 
-    linear: float
-    quadratic: float
+    growth: Growth
     heads: int
     key_heads: int
     dim: int
     width: int
-    constant: int = 0
-
-    def flops(self, tokens: Amount) -> Amount:
-        """Compute the FLOPs of the block: linear layers, query-key and attention-value products."""
-        return self.constant + tokens * self.linear + self.quadratic * tokens * tokens
 
     def row_flops(self, queries: Amount, tokens: Amount) -> Amount:
         """Compute the FLOPs of the attention logits of a few queries that a score observes."""
@@ -107,13 +101,11 @@ class Parts:
         """Return the decoder layers."""
         return [
             BlockCost(
-                linear=layer.linear,
-                quadratic=layer.quadratic,
+                growth=layer.growth,
                 heads=heads_of(self._model.get_submodule(path))[0],
                 key_heads=layer.key_heads,
                 dim=layer.dim,
                 width=self.width,
-                constant=layer.constant,
             )
             for path, layer in zip(self._facts.blocks.decoder, self.measured.layers, strict=True)
         ]
@@ -139,8 +131,8 @@ class Parts:
             heads, key_heads, dim, width = heads_of(block)
             # Attention products grow with pairs of tokens, everything else with tokens.
             tokens, products = self.tokens_in_block(i), self.encoder.products[i]
-            linear, quadratic = (self.encoder.blocks[i] - products) / tokens, products / tokens**2
-            blocks.append(BlockCost(linear, quadratic, heads, key_heads, dim, width))
+            growth = Growth((self.encoder.blocks[i] - products) / tokens, products / tokens**2)
+            blocks.append(BlockCost(growth, heads, key_heads, dim, width))
         return blocks
 
     def tokens_in_block(self, i: int) -> int:

@@ -52,7 +52,9 @@ class WholeNumbers(TorchDispatchMode):
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
-            # Case: the result depends on weights.
+            # Case: the result depends on weights. How many rows a mask selects does not.
+            if func is torch.ops.aten.index.Tensor:
+                args = (args[0], _places(args[1]))
             args, kwargs = pytree.tree_map_only(Tensor, without_values, (args, kwargs))
             if func is torch.ops.aten._to_copy.default:
                 kwargs = {**kwargs, "device": torch.device("meta")}
@@ -60,6 +62,15 @@ class WholeNumbers(TorchDispatchMode):
             # Case: no operand depends on weights, so values stay, even if asked for on meta.
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return func(*args, **kwargs)
+
+
+def _places(indices: Any) -> list[Tensor | None]:
+    """Turn masks whose values are known into the places that they select."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        known = index is not None and index.dtype == torch.bool and not index.is_meta
+        found.extend(index.nonzero().unbind(dim=1) if known else [index])
+    return found
 
 
 # Buffers that code fills with values that depend on weights.

@@ -134,12 +134,23 @@ def media_of_rows(call: Call, rows: Sequence[int]) -> dict[str, Any]:
                     f"{name} counts the patches of a whole batch, which cannot be divided. Pass "
                     "prompts with different images one by one."
                 )
-            if len(value):
+            if (strip := _strip(value, table)) is not None:
+                # Case: the patches of all images side by side.
+                taken[name] = torch.cat([strip[i] for _, a, b in spans for i in range(a, b)], -1)
+            elif len(value):
                 units = _units(name, value, spans, total, table, frames, len(prompts))
                 taken[name] = (
                     value[units] if isinstance(value, Tensor) else [value[unit] for unit in units]
                 )
     return taken
+
+
+def _strip(value: Tensor | list[Any], table: Tensor | None) -> Sequence[Tensor] | None:
+    """Divide pixels [1, C, P, P * patches] into those of each image; None if they are no strip."""
+    if table is None or not isinstance(value, Tensor) or value.ndim != 4 or len(value) != 1:
+        return None
+    widths = [value.shape[2] * area for area in table.prod(dim=-1).tolist()]
+    return value.split(widths, dim=-1) if sum(widths) == value.shape[3] else None
 
 
 def _frames(

@@ -36,8 +36,8 @@ def completed(call: Call) -> Call:
 
     Raises:
         ValueError: If ``input_ids`` is missing, the cache is not a `ReducedCache` or not one of
-            this text, a later turn has new images, or the call asks for an output that a reduced
-            model does not have.
+            this text, a later turn has new images, layers with a state would read padding, or the
+            call asks for an output that a reduced model does not have.
     """
     model, inputs = call.model, dict(call.inputs)
     if "input_ids" not in inputs:
@@ -48,7 +48,7 @@ def completed(call: Call) -> Call:
     # 1. The cache.
     config = model.config.get_text_config()
     cache = inputs.get(CACHE)
-    if cache is None and inputs.setdefault("use_cache", config.use_cache):
+    if cache is None and inputs.setdefault("use_cache", getattr(config, "use_cache", True)):
         cache = inputs[CACHE] = ReducedCache(config)
     if cache is not None and not isinstance(cache, ReducedCache):
         raise ValueError(
@@ -65,6 +65,8 @@ def completed(call: Call) -> Call:
                 "layers hold different tokens: give flags [B, T] of what is real, of the cache and "
                 "the new tokens."
             )
+    if cache is not None and cache.has_states:
+        _check_padding(call, inputs.get("attention_mask"))
     _check_outputs(model, inputs)
     # A graph returns named fields; `ReducedModel.forward` makes a tuple of them if asked to.
     inputs["return_dict"] = True
@@ -101,6 +103,17 @@ def _without_images(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> 
 def _same(value: Tensor, known: Tensor | None) -> bool:
     # generate passes the very same tensors at every step; these need no comparison.
     return value is known or known is not None and torch.equal(value, known.to(value.device))
+
+
+def _check_padding(call: Call, mask: Any) -> None:
+    """Refuse padding that layers with a state would read between or after the tokens of a text."""
+    if isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask.int().diff(dim=1) < 0).any()):
+        raise ValueError(
+            f"attention_mask has padding after real tokens, and layers of {call.facts.name} keep a "
+            "state, which forgets where there is padding. Pad prompts on the left, or pass "
+            "use_cache=False if nothing is to follow; continue conversations one by one whose "
+            "questions differ in length."
+        )
 
 
 # Left out in the run for the positions: inputs that only the whole model takes, and the pixels, on

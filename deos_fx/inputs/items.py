@@ -184,7 +184,7 @@ def items_of(
     if getattr(facts.model.base_model, "image_newline", None) is None:
         if table is not None:
             found = _of_table(table.tolist(), placeholders)
-        elif kind is IMAGES and pixels.ndim == 5:
+        elif kind is IMAGES and pixels.ndim == 5 and len(pixels) == len(of_rows):
             found = _of_tiles(pixels, placeholders)
     # Case 3: the encoder.
     found = found or _encoded(facts, inputs, kind)
@@ -324,8 +324,8 @@ def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]
     with torch.no_grad(), encoder as run:
         features = features_of(getattr(run, method)(**given, return_dict=True))
     apart = isinstance(features, (list, tuple))
-    # Case: one tensor for all images together.
-    if not apart and (features is None or features.ndim < 3):
+    # Case: one tensor for all images together, or one for each patch.
+    if not apart and (features is None or features.ndim < 3 or features.shape[1] == 1):
         return []
     counts = [math.prod(part.shape[:-1]) for part in features]
     if newline is None:

@@ -12,17 +12,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.errors import CaptureError
 
-__all__ = ["Block", "Blocks", "find_blocks", "image_tower"]
+__all__ = ["Block", "Blocks", "counts_positions", "find_blocks", "image_tower"]
 
 _CACHES = "transformers.cache_utils"
+
+# Methods of a cache that say how many tokens a layer holds.
+_HELD = {"get_mask_sizes", "get_query_offset"}
 
 _INSTEAD = (
     "Use a model whose visual tokens take the places of image placeholders in the prompt, for "
     "example LlavaForConditionalGeneration."
 )
-
-# transformers' names of the kinds of layers that keep a running state instead of keys.
-_RECURRENT = ("linear_attention", "mamba", "recurrent", "hybrid")
 
 
 @dataclass(frozen=True, order=True)
@@ -147,15 +147,7 @@ def _check_reading(model: PreTrainedModel) -> None:
 
 
 def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
-    """Refuse decoders in which dropping a visual token differs from hiding its key."""
-    # Case: a running state, to which a dropped token would have contributed.
-    recurrent = [kind for kind in _kinds(model) if kind in _RECURRENT]
-    if recurrent:
-        raise CaptureError(
-            f"{type(model).__name__} has {' and '.join(sorted(set(recurrent)))} layers, whose "
-            "state runs through every token: dropping some changes what the others mean. Use a "
-            "model whose layers attend or convolve over a few tokens."
-        )
+    """Refuse decoders with layers for which it is not known what dropping a token means."""
     # Case: chunks counted from the start of the text, which dropped tokens would shift.
     if "chunked_attention" in _kinds(model):
         raise CaptureError(
@@ -163,15 +155,33 @@ def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
             "the last border of a chunk, and borders move when tokens are dropped. Use a model "
             "whose layers attend to everything or within a sliding window."
         )
+    # Case: keys that a layer chooses by an index, whose cache has keys of its own.
+    if "indexed_attention" in _kinds(model):
+        raise CaptureError(
+            f"{type(model).__name__} has indexed_attention layers, which choose the keys that a "
+            "token sees by an index of their own: which ones they choose when tokens are dropped "
+            "has not been verified. Use a model whose layers attend to everything or within a "
+            "sliding window."
+        )
     # Case: layers whose cache is a class of the family, with a rule that is not known.
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    own = {type(layer).__name__ for layer in layers if type(layer).__module__ != _CACHES}
+    caches = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    own = {type(cache).__name__ for cache in caches if type(cache).__module__ != _CACHES}
     if own:
         raise CaptureError(
             f"{type(model).__name__} keeps keys by a rule of its own ({', '.join(sorted(own))}), "
             "which is not known to hold when some have been dropped. Use a model with the caches "
             "that transformers' models share."
         )
+
+
+def counts_positions(layer: nn.Module) -> bool:
+    """Return whether a layer counts positions itself, by the tokens that it is given and holds.
+
+    It is recognised by its code, which asks a cache how many these are.
+    """
+    forwards = (inspect.unwrap(type(part).forward) for part in layer.modules())
+    codes = (getattr(forward, "__code__", None) for forward in forwards)
+    return any(not _HELD.isdisjoint(code.co_names) for code in codes if code is not None)
 
 
 def _kinds(model: PreTrainedModel) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from deos_fx.models.blocks import Blocks, find_blocks, image_tower
+from deos_fx.models.blocks import Blocks, counts_positions, find_blocks, image_tower
 from deos_fx.models.families import ENCODERS, IMAGE_TOKENS, PIXELS, VIDEO_TOKENS
 from deos_fx.models.shapes_only import count_visual_tokens
 from deos_fx.models.upstream import check_upstream
@@ -171,6 +171,11 @@ class ModelFacts:
     def sizes_vary(self) -> bool:
         """Return whether the number of visual tokens of an image depends on its size."""
         return self.grid == (0, 0)
+
+    @cached_property
+    def counts_positions(self) -> bool:
+        """Return whether decoder layers count positions themselves, by the tokens that they get."""
+        return counts_positions(self.model.get_submodule(self.blocks.decoder[0]))
 
     def encodes_as_one(self, inputs: Container[str]) -> bool:
         """Return whether the image encoder of a call stays one node, with its blocks hidden inside.

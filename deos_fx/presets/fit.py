@@ -71,7 +71,7 @@ def fit(
        Stages keep their proportions, and move to the nearest layers that attend and have a site.
     4. Pools take windows at most 1.5 times as long as wide.
     5. Where a position has several coordinates (mRoPE), tokens keep theirs, as the ports of these
-       methods do.
+       methods do; where layers count positions themselves, all are compact.
 
     Args:
         name: Name of a preset.
@@ -198,7 +198,10 @@ def _largest(rule: Rule, shape: Shape, budget: float, setting: Mapping[str, Any]
 
 
 def _with_positions(policy: Policy, shape: Shape) -> Policy:
-    """Let tokens keep their positions where these cannot be renumbered."""
+    """Let tokens keep their positions where these cannot be renumbered, or the other way round."""
+    if shape.counting:
+        steps = [replace(step, position="compact") for step in policy.reductions]
+        return replace(policy, reductions=tuple(steps))
     if not shape.coordinates:
         return policy
     # Tokens out of the order of the image have no positions to keep; lowering says so.

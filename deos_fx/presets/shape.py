@@ -44,6 +44,7 @@ class Shape:
             ones where the features are made of several blocks.
         class_token: Whether a CLS token attends to exactly the patches that become visual tokens.
         coordinates: Whether a position has several coordinates, so that it cannot be renumbered.
+        counting: Whether layers count positions themselves, by the tokens that they get.
     """
 
     decoder_layers: int
@@ -57,6 +58,7 @@ class Shape:
     tower_sites: int = 0
     class_token: bool = False
     coordinates: bool = False
+    counting: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel, visual_tokens: ImageSize | None = None) -> Shape:
@@ -105,6 +107,7 @@ class Shape:
             tower_sites=sites,
             class_token=bool(used and in_front),
             coordinates=hasattr(model.base_model, COORDINATES),
+            counting=facts.counts_positions,
         )
 
     @property
@@ -181,7 +184,7 @@ def _shared_from(layers: Sequence[LayerCost]) -> int | None:
 
 def _attends(layer: LayerCost) -> bool:
     """Return whether the cost of a layer grows with pairs of tokens."""
-    return layer.quadratic > 0
+    return layer.growth.quadratic > 0
 
 
 def _borrows_keys(layer: LayerCost) -> bool:

@@ -10,6 +10,7 @@ from deos_fx.tokens.bias import (
     ones_like_tokens,
     patch_bias,
     patch_gate_bias,
+    prompt_gates,
 )
 from deos_fx.tokens.index import (
     beside,
@@ -80,6 +81,7 @@ __all__ = [
     "ones_like_tokens",
     "patch_bias",
     "patch_gate_bias",
+    "prompt_gates",
     "put",
     "question_votes",
     "rater_votes",

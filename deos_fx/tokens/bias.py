@@ -7,7 +7,14 @@ from torch import Tensor
 
 from deos_fx.operator.scores import LOG_FLOOR
 
-__all__ = ["gate_bias", "mass_bias", "ones_like_tokens", "patch_bias", "patch_gate_bias"]
+__all__ = [
+    "gate_bias",
+    "mass_bias",
+    "ones_like_tokens",
+    "patch_bias",
+    "patch_gate_bias",
+    "prompt_gates",
+]
 
 
 def patch_bias(mass: Tensor, class_tokens: int, beta: float) -> Tensor:
@@ -52,6 +59,18 @@ def gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, visual: Tensor, hidden:
     bias = alive.float().clamp_min(LOG_FLOOR).log() + beta * mass.float().log()
     zeros = torch.zeros(hidden.shape[:2], device=hidden.device)
     return zeros.scatter(1, visual, bias)
+
+
+def prompt_gates(alive: Tensor, visual: Tensor, hidden: Tensor) -> Tensor:
+    """Return the gates [B, N] of all tokens of a prompt, 1 for text.
+
+    Args:
+        alive: Gates [B, V] of the visual tokens.
+        visual: [B, V] their positions.
+        hidden: [B, N, d]; only its shape is read.
+    """
+    ones = torch.ones(hidden.shape[:2], device=hidden.device)
+    return ones.scatter(1, visual, alive.float())
 
 
 def patch_gate_bias(alive: Tensor, mass: Tensor, beta: Tensor, class_tokens: int) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers import DynamicCache, PreTrainedConfig
 
-__all__ = ["ReducedCache", "SpaceFields", "TokenSpace", "in_rows"]
+__all__ = ["ReducedCache", "SpaceFields", "TokenSpace", "in_rows", "tensors_of"]
 
 
 @dataclass
@@ -88,6 +89,11 @@ class ReducedCache(DynamicCache):
         held = (getattr(layer, "keys", None) for layer in self.layers)
         return next((len(keys) for keys in held if keys is not None), 0)
 
+    @property
+    def has_states(self) -> bool:
+        """Return whether layers keep a state: what they have read cannot be hidden any more."""
+        return any(hasattr(layer, "recurrent_states") for layer in self.layers)
+
     def join(self, parts: Sequence[ReducedCache], rows: Sequence[int]) -> None:
         """Take over the caches of a batch's parts, each padded on the left to the longest.
 
@@ -114,6 +120,10 @@ class ReducedCache(DynamicCache):
 
         transformers places the queries in a mask by it, so dropped tokens do not count here.
         """
+        held: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if hasattr(held, "get_seq_length"):
+            return held.get_seq_length()
+        # Case: a layer without keys, in whose place the first one that has some counts.
         return super().get_seq_length(layer_idx)
 
     def reset(self) -> None:
@@ -192,21 +202,21 @@ class ReducedCache(DynamicCache):
                 inputs[f"key_bias_{k}"] = torch.nn.functional.pad(space.key_bias, (0, new))
         return inputs
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow beam search: select rows of the layers and of the spaces."""
         # `prompt_length` is the same for all rows, and `images` are those of the call: both stay.
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(cast(torch.LongTensor, beam_idx))
         self._rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    # transformers' own two do not know the states of layers.
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the layers and of the spaces."""
-        super().batch_repeat_interleave(repeats)
-        self._rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the layers and of the spaces."""
-        super().batch_select_indices(indices)
-        self._rows(lambda rows: rows[indices.to(rows.device)])
+        self.reorder_cache(torch.arange(self.rows)[indices.cpu()])
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self._change_spaces(change)
@@ -220,6 +230,11 @@ class ReducedCache(DynamicCache):
                 space.key_bias = change(space.key_bias)
             if space.shift is not None:
                 space.shift = change(space.shift)
+
+
+def tensors_of(layer: Any) -> list[Tensor]:
+    """Return all tensors that the cache of a layer holds: keys and values, states, counters."""
+    return [part for part in pytree.tree_leaves(vars(layer)) if isinstance(part, Tensor)]
 
 
 def in_rows(values: Sequence[Tensor], rows: Sequence[int], axis: int) -> Tensor:

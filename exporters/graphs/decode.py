@@ -47,20 +47,11 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
 
     Returns:
         The decode graph, with example inputs in which the spaces' caches differ in length.
-
-    Raises:
-        ValueError: If a layer keeps a state instead of keys and values.
     """
     model, spaces = reduced.model, decode_spaces(reduced.policy)
     facts = facts_of(model)
     # A prefill fills the cache: its layers have as many keys as the policy leaves them.
     cache = reduced(**example.inputs, use_cache=True, **last_logits(facts))[CACHE]
-    # A convolution, for instance, has no keys.
-    if not all(isinstance(getattr(held, "keys", None), Tensor) for held in cache.layers):
-        raise ValueError(
-            f"{type(model).__name__} has layers that keep a state instead of keys and values, "
-            "which exported graphs do not hand over. Run the reduced model in PyTorch."
-        )
     # [B, heads, tokens, D] of each layer.
     shapes = [state["key"].shape for state in states_of(cache).values()]
     # Position ids are [B, t], or [coordinates, B, t].

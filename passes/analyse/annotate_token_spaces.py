@@ -20,6 +20,7 @@ from deos_fx.models.shapes_only import ShapesOnly, shaped
 from deos_fx.passes.capture.leaves import MaskBuilder
 from deos_fx.passes.graph import made_of
 from deos_fx.passes.notes import MASK, annotate, note_of
+from deos_fx.tokens.cache import tensors_of
 
 PROMPT_MASK = "prompt_mask"
 """The input that `mark_prompt` adds."""
@@ -247,7 +248,8 @@ def _extended(name: str, value: Any, lengths: set[int], more: int) -> Any:
         return value
     if isinstance(value, Cache):
         # Case: a cache. A run adds to the one that it is given, so it gets a copy, without values.
-        return copy.deepcopy(value, {id(held): _like(held) for held in _tensors_of(value)})
+        held = [tensor for layer in value.layers for tensor in tensors_of(layer)]
+        return copy.deepcopy(value, {id(tensor): _like(tensor) for tensor in held})
     if name == "attention_mask" and value.ndim == 4:
         # Queries and keys.
         return torch.nn.functional.pad(value, (0, more, 0, more))
@@ -259,12 +261,6 @@ def _extended(name: str, value: Any, lengths: set[int], more: int) -> Any:
         return value
     # Case: one with a value for each token.
     return torch.nn.functional.pad(value, (0, more))
-
-
-def _tensors_of(cache: Cache) -> list[torch.Tensor]:
-    """Return all tensors that the layers of a cache hold."""
-    parts = [part for layer in cache.layers for part in vars(layer).values()]
-    return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
 def _changed_axis(short: _Shape, long: _Shape) -> int | None:

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import fx
 
-from deos_fx.attention.observation import OBSERVED
+from deos_fx.attention.observation import MADE_OF, OBSERVED
 from deos_fx.forms.needs import required_features
+from deos_fx.models.blocks import Block, counts_positions
 from deos_fx.operator.select import SELECTORS
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
-from deos_fx.passes.graph import blocks_of
-from deos_fx.passes.notes import annotate, note_of
+from deos_fx.passes.graph import attends, blocks_after, blocks_of
+from deos_fx.passes.notes import annotate, note_of, note_of_graph
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout
@@ -37,15 +38,14 @@ def check_reduction(
         ValueError: If the site cannot be used or lacks something that the reduction needs.
     """
     name = reduction.site
-    # 1. The site exists, is available and has the scores. In the decoder these are the scores of
-    # the layer that is observed, and layers differ: some attend to nothing.
-    site = sites.usable(name, ())
-    before_decoder = split_site(name)[0] != "decoder"
-    seen = site if before_decoder else sites[_observed(reduction)]
-    sites.check_scores(seen, reduction.scores)
+    # 1. The site exists, is available and has the scores.
     needs = required_features(reduction)
+    stage, index = split_site(name)
+    before_decoder = stage != "decoder"
+    ahead = reduction.observe == "next" and not before_decoder
+    site = sites.usable(name, reduction.scores, Block(stage, index).next.site if ahead else "")
     # Features that are observed in a block, whichever block it is (``keys``, ``keys@next``).
-    hidden_from = sorted(need for need in needs if need.partition("@")[0] in OBSERVED)
+    hidden_from = sorted(need for need in needs if need.partition("@")[0] in (*OBSERVED, *MADE_OF))
     # 2. What is observed belongs to the tokens that are reduced.
     if before_decoder and hidden_from and sites.encoder is not Encoder.PATCHWISE:
         raise ValueError(
@@ -81,18 +81,20 @@ def check_reduction(
     # 5. A row is one prompt.
     if layout.packed:
         _check_packed(reduction, needs, layout.packed)
-    mask = None if before_decoder else nodes[seen.node].kwargs.get("attention_mask")
-    # 6. The layer attends. With a mask of padding alone, it is a convolution or keeps a state.
-    if hidden_from and isinstance(mask, fx.Node) and note_of(mask).padding:
-        raise ValueError(
-            f"{seen.name} has no {', '.join(hidden_from)}: its layer attends to nothing. Use "
-            "scores and similarities of the hidden states themselves, or another site."
-        )
+    # 6. The layers that are observed attend.
+    for need in () if before_decoder else hidden_from:
+        _check_attends(nodes[site.node], name, need)
     # 7. The rule for positions fits the images, and the positions of this model.
     if reduction.position == "grid" and layout.grids:
         raise ValueError(
             f"{name}: position 'grid' works for images of one size, and these have "
             f"{', '.join(map(str, layout.sizes))} tokens. Use position='keep'."
+        )
+    layer = note_of_graph(graph_module).blocks.get(Block("decoder", 0))
+    if reduction.position != "compact" and layer is not None and counts_positions(layer):
+        raise ValueError(
+            f"position {reduction.position!r} works where layers are given positions, and those of "
+            "this model count the tokens that they get: use position='compact'."
         )
     # Position ids [B, N] are one number per token; with several coordinates they have a third axis.
     ids = nodes["position_ids"]
@@ -109,11 +111,22 @@ def _is_of_decoder_alone(selector: str) -> bool:
     return any(name.startswith("normed_") for name in SELECTORS[selector].features)
 
 
-def _observed(reduction: Reduction) -> str:
-    """Return the site after the decoder layer whose attention a reduction reads."""
-    if reduction.observe == "next":
-        return f"decoder.{split_site(reduction.site)[1] + 1}"
-    return reduction.observe or reduction.site
+def _check_attends(layer: fx.Node, site: str, need: str) -> None:
+    """Refuse a feature of attention of a decoder layer that does not attend.
+
+    Args:
+        layer: The layer before the site.
+        site: Name of the site.
+        need: Name of the feature, at the layer or the next one: ``keys``, ``keys@next``.
+    """
+    observed = layer
+    if need.endswith("@next"):
+        observed = blocks_after(layer, "decoder")[0]
+    if not attends(observed):
+        raise ValueError(
+            f"{site} has no {need}: {observed.name} does not attend. Use scores and similarities "
+            "of the hidden states themselves, or another site."
+        )
 
 
 def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> None:

@@ -29,7 +29,7 @@ from deos_fx.passes.analyse.flow import (
     find_operands,
 )
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
-from deos_fx.passes.graph import blocks_of, made_of, reached
+from deos_fx.passes.graph import attends, blocks_of, made_of, reached
 from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.passes.rewrite.fold_masked_add import visual_rows
 
@@ -173,12 +173,13 @@ def _decoder_sites(graph: fx.Graph, flow: nx.DiGraph) -> list[Site]:
     reasons = _why_not_in_decoder(graph, layers, flow)
     sites = []
     for i, layer in layers.items():
-        # A convolution attends to nothing, so there is no attention to observe. It is recognised by
-        # its mask, which says only which tokens are padding.
-        mask = layer.kwargs.get("attention_mask")
-        convolves = isinstance(mask, fx.Node) and note_of(mask).padding
-        scores = attending_to_nothing if convolves else attending
-        sites.append(_site_after(Block("decoder", i), reasons[i], scores))
+        block = Block("decoder", i)
+        if attends(layer):
+            sites.append(_site_after(block, reasons[i], attending))
+        else:
+            # Case: a convolution, a layer with a state, or one that looks at each token alone.
+            none = Site(block.site, block.name, reasons[i], attending_to_nothing, _NO_ATTENTION)
+            sites.append(none)
     return sites
 
 
@@ -260,6 +261,7 @@ def _run(graph_module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, A
     )
 
 
+_NO_ATTENTION = "its layer does not attend: no scores by attention or keys"
 _UNUSED = "its output is not used by the language model"
 
 

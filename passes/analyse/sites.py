@@ -35,12 +35,14 @@ class Site:
         node: Name of the graph node whose output is reduced.
         reason: Why the site cannot be used; empty if it can.
         scores: Names of the scores that can be computed there.
+        lacks: Why it lacks scores that other sites of its stage have; empty if it has them all.
     """
 
     name: str
     node: str
     reason: str
     scores: tuple[str, ...]
+    lacks: str = ""
 
     @property
     def available(self) -> bool:
@@ -81,12 +83,13 @@ class Sites:
             f"{', '.join(site.name for site in self.sites if site.available)}."
         )
 
-    def usable(self, name: str, scores: Iterable[str]) -> Site:
+    def usable(self, name: str, scores: Iterable[str], observed: str = "") -> Site:
         """Return a site after checking that it can be reduced and has the scores.
 
         Args:
             name: Name of the site.
             scores: Names of the scores that a reduction uses there.
+            observed: The site after the layer that the scores observe, if that is another one.
 
         Returns:
             The site.
@@ -97,20 +100,14 @@ class Sites:
         site = self[name]
         if not site.available:
             raise ValueError(f"{name} cannot be reduced: {site.reason}. Use another site.")
-        self.check_scores(site, scores)
-        return site
-
-    @staticmethod
-    def check_scores(site: Site, scores: Iterable[str]) -> None:
-        """Refuse scores that a site lacks.
-
-        Raises:
-            ValueError: If there is such a score; the message names those that there are.
-        """
+        seen = self[observed or name]
         for score in scores:
-            if score not in site.scores:
-                known = ", ".join(site.scores)
-                raise ValueError(f"{site.name} has no score {score!r}; it has {known}.")
+            if score not in seen.scores:
+                why = f" ({seen.lacks})" if seen.lacks else ""
+                raise ValueError(
+                    f"{name} has no score {score!r}{why}; it has {', '.join(seen.scores)}."
+                )
+        return site
 
     def available(self) -> tuple[Site, ...]:
         """Return the sites that can be used, in order of depth."""

@@ -137,10 +137,12 @@ def _first_arguments(
 def _length(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Let glue code read the length of a cache, from which it makes masks and positions.
 
+    A block may ask how much its own layer holds, which is right where tokens were dropped, too.
+
     Raises:
-        CaptureError: If a block reads it: a cache from which tokens were dropped would mislead it.
+        CaptureError: If a block reads the length of the text: it would take it for its own.
     """
-    if tracer.block:
+    if tracer.block and original.__name__ == "get_seq_length":
         raise CaptureError(
             f"{tracer.block} counts positions itself, by the length of its cache, which is "
             "shorter where tokens were dropped. Use a model that gives its layers positions."

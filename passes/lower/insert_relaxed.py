@@ -2,8 +2,9 @@
 
 The graph is that of the static form, with two differences. At each site a module stands for the
 operators: it moves content between visual tokens, and lowers the gates of those that would be
-dropped; later attention gets the log-gates as a bias on its keys. And some of these tokens stay in
-the sequence, or all (see `RelaxedReduction.runners_up`).
+dropped; later attention gets the log-gates as a bias on its keys, and layers that convolve or keep
+a state run over the open tokens alone. And some of the others stay in the sequence, or all (see
+`RelaxedReduction.runners_up`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from deos_fx.operator.learned import LEARNED
 from deos_fx.operator.scores import SCORES
 from deos_fx.passes.analyse.check_reduction import check_masks, check_reduction
 from deos_fx.passes.analyse.sites import Sites
+from deos_fx.passes.graph import attends, blocks_after, blocks_of
 from deos_fx.passes.lower.lower_reductions import Lowering, Part
+from deos_fx.passes.lower.open_only import open_only
 from deos_fx.passes.lower.site_walk import Group, Place, Step
 from deos_fx.passes.notes import note_of
 from deos_fx.policy.site import site_order
@@ -109,17 +112,17 @@ def insert_relaxed(
 
 
 def _check_layers(graph_module: fx.GraphModule) -> None:
-    """Refuse layers that ignore gates: only attention takes a bias.
+    """Refuse layers that attend and keep a state at once: a half open token is for one of the two.
 
     Raises:
-        ValueError: If a decoder layer takes a mask of padding alone.
+        ValueError: If a decoder layer takes a mask of queries and keys and one of padding.
     """
-    for node in graph_module.graph.nodes:
-        mask = node.kwargs.get("attention_mask")
-        if isinstance(mask, fx.Node) and note_of(mask).padding:
+    for layer in blocks_of(graph_module.graph, "decoder").values():
+        if attends(layer) and any(note_of(value).padding for value in layer.all_input_nodes):
             raise ValueError(
-                f"{node.name} is a convolution, which sees a token that is half gone as it sees "
-                "any other: reductions of this model cannot be searched by gradient. Give a policy."
+                f"{layer.name} attends and keeps a state as well, which sees a token that is half "
+                "gone as it sees any other: reductions of this model cannot be searched by "
+                "gradient. Give a policy."
             )
 
 
@@ -190,7 +193,8 @@ class _Insertion(Lowering):
         return self.call(tokens.patch_gate_bias, *given)
 
     def prompt_bias(self, beta: float, visual: fx.Node, hidden: fx.Node) -> fx.Node:
-        """Emit the bias [B, M] of gates and masses."""
+        """Emit the bias [B, M] of gates and masses, and the gates themselves."""
+        self.prompt_gates = self.call(tokens.prompt_gates, self.alive, visual, hidden)
         return self.call(tokens.gate_bias, self.alive, self.mass, self._beta(), visual, hidden)
 
     def _beta(self) -> fx.Node:
@@ -210,6 +214,8 @@ class _Insertion(Lowering):
             self.alive = self.call(tokens.masses_of_prompt, self.alive, self.layout.images)
             self.of_images = False
         super()._shorten(hidden, left, grid, position, beta)
+        for layer in blocks_after(self.prompt_gates, "decoder"):
+            open_only(self.graph_module, layer, self.prompt_gates)
 
     def _operate(
         self,

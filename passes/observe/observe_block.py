@@ -14,6 +14,7 @@ from deos_fx.attention.mask import biased_mask, is_causal
 from deos_fx.attention.observation import Observation
 from deos_fx.attention.seam import ObservedBlock, PeekedBlock
 from deos_fx.models.upstream import CACHE
+from deos_fx.passes.graph import attends
 from deos_fx.passes.notes import annotate, note_of
 
 __all__ = ["AskedNodes", "bias_block", "observe_attention", "peek_block"]
@@ -122,10 +123,10 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
             f"{block.name} ({type(module).__name__}) takes no attention_mask, so its attention "
             "cannot be biased. Use mass_bias=0 there."
         )
-    mask = block.args[place] if isinstance(place, int) else block.kwargs.get(place)
-    if isinstance(mask, fx.Node) and note_of(mask).padding:
-        # Case: a convolution or a layer with a state. It does not attend.
+    if not attends(block):
+        # Case: a convolution, for instance. There is no attention to bias.
         return
+    mask = block.args[place] if isinstance(place, int) else block.kwargs.get(place)
     mask = _without_bias(mask)
     if key_bias is not None:
         mask = _with_bias(mask, key_bias, block, is_causal(module))

@@ -51,6 +51,17 @@ def test_a_padding_mask_of_two_axes_is_read_like_one_of_four() -> None:
     assert_close(seen[0], seen[2])
 
 
+def test_a_bias_of_the_block_is_in_what_is_observed() -> None:
+    query, key = torch.randn(2, 2, 4, 12, 8).unbind()
+    bias, causal = torch.randn(2, 4, 12, 12), torch.ones(12, 12, dtype=torch.bool).tril()
+    asked = torch.tensor([[5, 11], [4, 11]])
+    view = AttentionView(query, key, None, 0.3, causal=True, bias=bias)
+    seen = received_attention(view, Observation(), (asked, None, None))
+    logits = (query @ key.mT * 0.3 + bias).masked_fill(~causal, -torch.inf)
+    weights = logits.softmax(dim=-1).mean(dim=1)
+    assert_close(seen, torch.stack([weights[row, asked[row]].mean(dim=0) for row in range(2)]))
+
+
 def test_gravity_needs_rotary_tables() -> None:
     view = AttentionView(*torch.randn(2, 1, 4, 8, 8).unbind(), None, 1.0, causal=False)
     with pytest.raises(ValueError, match="position_embeddings"):

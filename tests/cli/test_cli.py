@@ -146,6 +146,13 @@ def test_presets_are_fitted_to_images_of_any_size(name, tmp_path):
     assert "keep 0.25" in text and "25.0%" in text
 
 
+def test_inspect_says_which_layers_do_not_attend(tmp_path):
+    FAMILIES["qwen3_5"].config().save_pretrained(tmp_path)
+    text = run("inspect", tmp_path, "--svg", tmp_path / "model.svg")
+    assert "available (2)" in text and "(2) its layer does not attend" in text
+    assert any("reduction available (its" in note for note in drawn(tmp_path / "model.svg"))
+
+
 def test_a_preset_that_cannot_be_fitted_names_the_nearest(tmp_path):
     FAMILIES["qwen2_5_vl"].config().save_pretrained(tmp_path)
     message = fails("inspect", tmp_path, "--preset", "visionzip")

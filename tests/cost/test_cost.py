@@ -1,11 +1,13 @@
 """Predicted costs against torch's own FLOP counter and the bytes of a real cache."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from families import IMAGE, prompts, shared
+from families import IMAGE, STATEFUL, prompts, shared
 from tiny import VISUAL, inputs, shared_llava, tiny_llava
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
@@ -172,6 +174,9 @@ COUNTED = (
     "qwen3_vl_moe",
     "gemma4",
     "llava_mixtral",
+    "lfm2_vl",
+    "qwen3_5",
+    "nemotron_h_omni",
 )
 
 
@@ -193,12 +198,29 @@ def eager(request):
 @pytest.mark.parametrize("eager", COUNTED, indirect=True)
 def test_families(eager):
     name, model = eager
-    reduced, batch = ReducedModel(model, ANYWHERE), prompts(name, 2)
+    policy = ANYWHERE
+    if name in STATEFUL:
+        # At the other sites, layers do not attend.
+        policy = Policy((ANYWHERE.reductions[0], replace(ANYWHERE.reductions[1], site="decoder.2")))
+    reduced, batch = ReducedModel(model, policy), prompts(name, 2)
     cost = reduced.cost(**batch).after
     flops, cache = counted(reduced, **batch)
     assert cost.flops == flops
-    held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
-    assert cost.kv_bytes == sum(states.nbytes for states in held)
+    held = [tree_leaves(vars(layer)) for layer in cache.layers]
+    states = [x for parts in held for x in parts if isinstance(x, torch.Tensor)]
+    assert cost.kv_bytes == sum(x.nbytes for x in states if x.is_floating_point())
+
+
+@pytest.mark.parametrize("eager", ["lfm2_vl", "qwen3_5", "llava_falcon_h1"], indirect=True)
+def test_prompts_of_all_lengths(eager):
+    _, model = eager
+    cost, decoder = measure_decoder(facts_of(model)), model.get_decoder()
+    # A convolution is over 3 or 4 tokens, and a chunk has 64.
+    for length in (5, 64, 65, 200):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            decoder(inputs_embeds=torch.zeros(1, length, 64), use_cache=True)
+        layers = sum(layer.growth.flops(length) for layer in cost.layers)
+        assert counter.get_total_flops() == layers + cost.around * length
 
 
 @pytest.mark.parametrize("eager", ["gemma4", "lfm2_vl"], indirect=True)
@@ -252,8 +274,8 @@ def test_experts_count_as_many_as_are_active():
     decoder = measure_decoder(facts_of(model))
     (layer, _), around = decoder.layers, decoder.around
     attention = 64 * (4 + 2 + 2) * 16 + 4 * 16 * 64
-    assert layer.linear == 2 * (attention + 64 * 8 + 2 * 3 * 64 * 48)
-    assert layer.quadratic == 4 * 4 * 16
+    assert layer.growth.linear == 2 * (attention + 64 * 8 + 2 * 3 * 64 * 48)
+    assert layer.growth.quadratic == 4 * 4 * 16
     assert around == 0
 
 

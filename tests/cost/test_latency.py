@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from deos_fx.cost.growth import Growth
 from deos_fx.cost.latency import in_turns, latency_table
 from deos_fx.cost.model import CostModel
 from deos_fx.cost.parts import BlockCost, at_most, heads_of
@@ -97,9 +98,22 @@ def test_calls_take_turns() -> None:
     assert called == ["a", "b"] * (len(called) // 2) and len(called) > 2
 
 
-def test_a_block_is_linear_and_quadratic_in_its_tokens() -> None:
-    block = BlockCost(linear=10.0, quadratic=2.0, heads=4, key_heads=2, dim=8, width=32)
-    assert block.flops(3) == 3 * 10 + 2 * 9
+def test_growth_is_found_from_a_few_lengths() -> None:
+    attention = Growth(10, 2)
+    assert attention.flops(3) == 3 * 10 + 2 * 9
+    assert Growth.of_attention(attention.flops, 2, 4) == attention
+    state = Growth(10, 0, constant=7, per_chunk=100, per_chunks=0, chunk=64)
+    assert [state.flops(n) for n in (1, 64, 65)] == [117, 747, 857]
+    both = Growth(10, 2, constant=-7, per_chunk=100, per_chunks=3, chunk=16)
+    assert [Growth.of_state(growth.flops) for growth in (state, both)] == [state, both]
+    tokens = torch.tensor(65.0, requires_grad=True)
+    flops = state.flops(tokens)
+    (slope,) = torch.autograd.grad(flops, tokens)
+    assert (flops.item(), slope.item()) == (857, 10 + 100 / 64)
+
+
+def test_what_a_score_observes_of_a_block() -> None:
+    block = BlockCost(Growth(10.0, 2.0), heads=4, key_heads=2, dim=8, width=32)
     assert block.row_flops(1, 5) == 2 * 4 * 8 * 5
     assert block.projections == 2 * 32 * (4 + 2 + 2) * 8
     assert heads_of(torch.nn.Linear(2, 2)) == (0, 0, 0, 0)

@@ -136,6 +136,13 @@ def test_examples_with_more_than_text_and_images_are_refused(tmp_path: Any) -> N
         export_onnx(reduced("internvl"), tmp_path / "out", inputs | {"audio": torch.ones(3)})
 
 
+def test_states_are_not_exported(tmp_path: Any) -> None:
+    empty = ReducedModel(shared("qwen3_5", LAYERS), Policy())
+    with pytest.raises(ValueError, match="Qwen3_5For.* keep a state instead of keys and values"):
+        export_onnx(empty, tmp_path / "x", prompts("qwen3_5"))
+    assert not [*tmp_path.iterdir()]
+
+
 def test_what_has_no_onnx_form_is_refused(tmp_path: Any, monkeypatch: Any) -> None:
     def fail(*args: Any) -> Any:
         raise RuntimeError("no such operator\nand 300 lines more")

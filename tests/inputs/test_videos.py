@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from batches import Image, batch_of, grid
 from closeness import assert_close, roundings_of
-from families import CONVOLVING, FAMILIES, IMAGE, PAD, TWINS, VIDEO, shared
+from families import FAMILIES, IMAGE, PAD, STATEFUL, TWINS, VIDEO, shared
 from masked import alive_of, assert_pruning_is_masking, generate, masked_from
 from test_families import PRUNED
 from torch import Tensor
@@ -24,7 +24,7 @@ GLM = ["glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"]
 """They write videos with the placeholders of images."""
 ONE_KIND = [*GLM, "molmo2"]
 """Their own code refuses images and videos in one call."""
-BOTH = [name for name in VIDEOS if name not in {*TWINS, *ONE_KIND}]
+BOTH = [name for name in VIDEOS if name not in {*TWINS, *ONE_KIND, *STATEFUL}]
 BOTH += ["llava_next_video", "video_llava", "video_llama_3", "gemma4_unified"]
 STACKED = ["llava_next_video", "llava_onevision", "video_llava"]
 """Their videos all have as many frames."""
@@ -72,7 +72,7 @@ def test_the_empty_policy_is_bit_identical(name: str) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", [name for name in VIDEOS if name not in CONVOLVING])
+@pytest.mark.parametrize("name", [name for name in VIDEOS if name not in STATEFUL])
 def test_pruning_is_masking_in_prompts_that_begin_with_a_video(name: str) -> None:
     check_pruning_is_masking(shared(name), without_first(batch_of(name, [two_videos(name)]), 3))
 

@@ -167,16 +167,22 @@ IN_FAMILIES = {
 
 # Chameleon's features are rows of a codebook: many tokens of an image are the same.
 @pytest.mark.parametrize("regime", IN_FAMILIES)
-@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"chameleon", "lfm2_vl"}))
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"chameleon"}))
 def test_families(name: str, regime: str) -> None:
     policy = Policy(IN_FAMILIES[regime])
     assert_relaxed_is_static(shared(name), policy, prompts(name, 2), roundings_of(name))
 
 
-def test_convolutions_are_refused() -> None:
+def test_layers_that_attend_and_keep_a_state_are_refused() -> None:
     policy = Policy(IN_FAMILIES["prune"])
-    with pytest.raises(ValueError, match="is a convolution"):
-        assert_relaxed_is_static(shared("lfm2_vl"), policy, prompts("lfm2_vl", 2))
+    with pytest.raises(ValueError, match="decoder_0 attends and keeps a state as well"):
+        assert_relaxed_is_static(shared("llava_falcon_h1"), policy, prompts("llava_falcon_h1", 2))
+
+
+@pytest.mark.parametrize("name", ["lfm2_vl", "qwen3_5"])
+def test_runners_up_are_not_in_the_sequence_of_a_state(name: str) -> None:
+    policy, batch = Policy(IN_FAMILIES["merge"]), prompts(name, 2)
+    assert_relaxed_is_static(shared(name), policy, batch, roundings_of(name), runners_up=3)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "llava_next"])

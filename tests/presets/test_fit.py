@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import shared
+from families import prompts, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import inputs, shared_llava
@@ -143,6 +143,21 @@ def test_what_is_fitted_runs(name: str) -> None:
     with torch.no_grad():
         assert reduced(**batch).logits.isfinite().all()
     assert reduced.cost(**batch).after.visual_tokens <= 24
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramid_drop", "sparsevlm_plus", "dart", "fitprune"])
+def test_what_observes_attention_goes_where_layers_attend(name: str) -> None:
+    # Layers 2 and 4 attend; PyramidDrop observes the layer after its site.
+    model, batch = shared("qwen3_5"), prompts("qwen3_5")
+    policy = presets.fit(name, 24, model, 32)
+    assert sites(policy) == (
+        ["decoder.1", "decoder.3"] if name == "pyramid_drop" else ["decoder.2"]
+    )
+    reduced = ReducedModel(model, policy)
+    assert reduced(**batch).logits.isfinite().all()
+    assert reduced.cost(**batch).after.visual_tokens <= 24
+    with pytest.raises(ValueError, match="cannot meet"):
+        presets.fit(name, 8, model, 32)
 
 
 # *** the budget ***

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3_5TextConfig
 
 from deos_fx.tokens.cache import ReducedCache, TokenSpace, in_rows
 
@@ -56,3 +56,26 @@ def test_joined_rows_are_padded_in_front_and_in_the_order_of_the_batch() -> None
     assert cache.rows == 3
     assert torch.equal(cache.layers[1].keys[1, :, 1:], parts[0].layers[1].keys[0])
     assert not cache.layers[1].keys[1, :, 0].any()
+
+
+def test_rows_of_states_are_repeated_and_selected() -> None:
+    kinds = ["linear_attention", "full_attention"]
+    cache = ReducedCache(Qwen3_5TextConfig(num_hidden_layers=2, layer_types=kinds))
+    assert cache.has_states
+    convolved, recurrent, keys = (
+        torch.randn(2, 6, 4),
+        torch.randn(2, 2, 4, 4),
+        torch.randn(2, 2, 5, 4),
+    )
+    cache.update_conv_state(convolved, 0)
+    cache.update_recurrent_state(recurrent, 0)
+    cache.update(keys, keys, 1)
+    cache.record(9, [TokenSpace(0, torch.arange(10).view(2, 5))], {})
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([True, False, False, True]))
+    cache.batch_select_indices(torch.tensor([1]))
+    linear, full = cache.layers
+    assert torch.equal(linear.conv_states[0], convolved[1:])
+    assert torch.equal(linear.recurrent_states[0], recurrent[1:])
+    assert torch.equal(full.keys, keys[1:])
+    assert cache.spaces[0].origin.tolist() == [[5, 6, 7, 8, 9]]
