@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from families import CONVOLVING, FAMILIES, prompts, shared
+from families import FAMILIES, STATEFUL, prompts, shared
 from torch import Tensor
 
 from deos_fx.inputs.call import Call
@@ -68,7 +68,7 @@ class Case:
     @property
     def prunes(self) -> bool:
         """Whether the decoder misses tokens, all its layers look at keys, and that is all."""
-        return self.family not in CONVOLVING and all(
+        return self.family not in STATEFUL and all(
             step.regime == "prune"
             and not step.mass_bias
             and step.position == "keep"

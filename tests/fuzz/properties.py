@@ -12,6 +12,7 @@ from drawing import Case
 from families import alone, prompts
 from masked import assert_pruning_is_masking
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from deos_fx.exporters.onnx import export_onnx
@@ -57,7 +58,9 @@ def costs_are_measured(case: Case, reduced: ReducedModel) -> None:
     # The counter knows no fused attention on a CPU.
     with FlopCounterMode(display=False) as counter:
         layers = reduced(**case.batch)[CACHE].layers
-    held = [x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor)]
+    held = [
+        x for x in pytree.tree_leaves([vars(layer) for layer in layers]) if isinstance(x, Tensor)
+    ]
     assert predicted.kv_bytes == sum(x.nbytes for x in held if x.is_floating_point())
     if case.eager and case.family not in UNEQUAL_EXPERTS:
         counted = counter.get_total_flops()
