@@ -31,16 +31,19 @@ from deos_fx.models.facts import facts_of
 __all__ = [
     "DTYPES",
     "SHAPES",
+    "WARM_UP",
     "Device",
     "Dtype",
     "build_inputs",
     "build_model",
     "conditions",
     "device_of",
+    "in_turns",
     "now",
 ]
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+WARM_UP = 2
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Device = StrEnum("Device", ["cpu", "cuda"])
@@ -178,6 +181,34 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    advance: Callable[[int, int], Any] = lambda done, total: None,
+) -> dict[str, list[float]]:
+    """Milliseconds of each call in every round: one after the other, back and forth.
+
+    Calls that are to be compared take turns, so that all see the same machine. `WARM_UP` rounds
+    come first and are not counted.
+
+    Args:
+        calls: By name, what to call.
+        rounds: How often each is timed.
+        device: Where they run.
+        advance: Told of progress.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(WARM_UP + rounds):
+        for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
+            start = now(device)
+            calls[name]()
+            if i >= WARM_UP:
+                times[name].append(1e3 * (now(device) - start))
+        advance(i + 1, WARM_UP + rounds)
+    return times
 
 
 def conditions(benchmark: str, settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,18 @@ from typing import Annotated, Any
 import operators
 import torch
 import typer
-from common import DTYPES, SHAPES, Device, Dtype, build_inputs, build_model, conditions, device_of
+from common import (
+    DTYPES,
+    SHAPES,
+    WARM_UP,
+    Device,
+    Dtype,
+    build_inputs,
+    build_model,
+    conditions,
+    device_of,
+    in_turns,
+)
 from common import now as seconds_now
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +54,6 @@ from deos_fx.policy.site import first_layer
 
 __all__ = ["PARTS", "Settings", "measure"]
 
-WARM_UP = 2
 ORIGINAL, EMPTY, PROJECTOR, FASTV = "original", "empty", "projector", "fastv"
 IDEAL, PUBLISHED = "ideal short run of", "as published:"
 
@@ -247,20 +257,6 @@ def _by_layers(
 # *** timing ***
 
 
-def _in_turns(
-    calls: Mapping[str, Runner], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Milliseconds of each call: one after the other, back and forth, after warming up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(WARM_UP + repeats):
-        for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
-            start = seconds_now(device)
-            calls[name]()
-            if i >= WARM_UP:
-                times[name].append(1e3 * (seconds_now(device) - start))
-    return times
-
-
 def _ratio(times: Mapping[str, Sequence[float]], name: str, base: str) -> float:
     """Median of the ratios within a round."""
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
@@ -320,7 +316,7 @@ def _pytorch(bench: _Bench) -> Results:
         with torch.no_grad():
             vision(pixel_values=bench.inputs["pixel_values"])
 
-    times = _in_turns({**calls, "tower": tower}, settings.repeats, device)
+    times = in_turns({**calls, "tower": tower}, settings.repeats, device)
     tower_ms = statistics.median(times.pop("tower"))
     # The decoder alone: a prompt's time without that of the tower.
     alone = {name: [each - tower_ms for each in own] for name, own in times.items()}
@@ -362,7 +358,7 @@ def _compiled(bench: _Bench) -> Results:
         "eager": partial(_prefill, bench.model, bench.inputs),
         "compiled": partial(_prefill, torch.compile(bench.model), bench.inputs),
     }
-    times = _in_turns(calls, bench.settings.repeats, bench.device)
+    times = in_turns(calls, bench.settings.repeats, bench.device)
     figure = {
         "prefill_ms": statistics.median(times["compiled"]),
         "over_eager": _ratio(times, "compiled", "eager"),
@@ -387,7 +383,7 @@ def _onnx(bench: _Bench) -> Results:
                 "pytorch": partial(_prefill, reduced, bench.inputs),
                 "onnxruntime": partial(_prefill, runtime, on_cpu),
             }
-            times = _in_turns(calls, settings.repeats, device)
+            times = in_turns(calls, settings.repeats, device)
             decode = {
                 "pytorch": _generate(reduced, bench.inputs, settings.new_tokens),
                 "onnxruntime": _generate(runtime, on_cpu, settings.new_tokens),

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import DTYPES, SHAPES, Device, Dtype, conditions, device_of, now
+from common import DTYPES, SHAPES, WARM_UP, Device, Dtype, conditions, device_of, in_turns
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -38,7 +38,6 @@ from deos_fx.forms.static import static_reduce
 
 __all__ = ["Settings", "direct_tome", "measure"]
 
-WARM_UP = 2
 PARTS = ("reductions", "tome", "at_once")
 AT_ONCE = (1, 4, 8, 16)
 APPROXIMATED = ("greedy", "max_min")
@@ -132,18 +131,14 @@ def _take_turns(
         settings: Device and rounds.
         advance: Told of progress.
     """
-    device = torch.device(settings.device)
-    times: Times = {name: [] for name in calls}
-    rounds = WARM_UP + settings.rounds
-    for i in range(rounds):
-        for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
-            call, repeats = calls[name]
-            start = now(device)
-            for _ in range(repeats):
-                call()
-            times[name].append(1e3 * (now(device) - start) / repeats)
-        advance(i + 1, rounds)
-    return {name: samples[WARM_UP:] for name, samples in times.items()}
+    often = {name: partial(_often, *call) for name, call in calls.items()}
+    times = in_turns(often, settings.rounds, torch.device(settings.device), advance)
+    return {name: [time / calls[name][1] for time in own] for name, own in times.items()}
+
+
+def _often(call: Call, repeats: int) -> None:
+    for _ in range(repeats):
+        call()
 
 
 def _figure(times: Times, name: str, baseline: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from benchmarks.common import (
     build_model,
     conditions,
     device_of,
+    in_turns,
     now,
 )
 from deos_fx.cost.memory import peak_bytes
@@ -106,7 +107,8 @@ def measure(settings: Settings) -> list[Row]:
         BACKWARD: lambda: _backward(model, data),
         **steps,
     }
-    seconds = _in_turns(calls, settings.repeats, device)
+    times = in_turns(calls, settings.repeats, device)
+    seconds = {name: statistics.median(own) / 1e3 for name, own in times.items()}
     held = {name: peak_bytes(call, device) for name, call in calls.items()}
     return [
         {
@@ -178,17 +180,6 @@ def _seconds(call: Call, device: torch.device) -> float:
     start = now(device)
     call()
     return now(device) - start
-
-
-def _in_turns(calls: Mapping[str, Call], repeats: int, device: torch.device) -> dict[str, float]:
-    """Return the median seconds of each call, after one run to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(1 + repeats):
-        for name, call in calls.items():
-            seconds = _seconds(call, device)
-            if i:
-                times[name].append(seconds)
-    return {name: statistics.median(own) for name, own in times.items()}
 
 
 # *** the command ***
