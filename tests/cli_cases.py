@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from deos_fx.cli.app import app
+
+# In a process of its own, a command says so by a variable before transformers is imported.
+logging.disable_progress_bar()
 
 
 def run(*arguments: Any, code: int = 0) -> str:

@@ -217,11 +217,9 @@ def load_model(
     from transformers import AutoModelForImageTextToText
 
     from deos_fx.reading import blaming
-    from deos_fx.runtime.saved import check_folder
 
     # Called for their checks: the messages come before a long download or load.
-    if _is_ours(model_dir):
-        check_folder(Path(model_dir))
+    _check_saved(model_dir)
     _config(model_dir)
     if own_policy(model_dir) is not None:
         message = "%s holds a reduced model: the whole one is taken, and its policy is left aside."
@@ -284,6 +282,8 @@ def load_reduced(
     from deos_fx.api import transform
     from deos_fx.runtime.reduced_model import ReducedModel
 
+    # What is damaged may be the config, which is read first.
+    _check_saved(model_dir)
     own = path is preset is budget is None and own_policy(model_dir) is not None
     model = meta_model(model_dir)
     policy = policy_of(model, model_dir, path, preset, budget)
@@ -306,9 +306,12 @@ def load_unreduced(model_dir: str) -> tuple[PreTrainedModel, dict[str, Policy]]:
     return reduced.model, {reduced.policy.name or "its policy": reduced.policy}
 
 
-def _is_ours(model_dir: str) -> bool:
-    """Return whether a folder has the record of a reduced model, or of an export."""
-    return (Path(model_dir) / RECORD).is_file()
+def _check_saved(model_dir: str) -> None:
+    """Compare a folder that has a record with it."""
+    from deos_fx.runtime.saved import check_folder
+
+    if (Path(model_dir) / RECORD).is_file():
+        check_folder(Path(model_dir))
 
 
 def load_generating(

@@ -112,4 +112,4 @@ def test_names_that_are_taken_are_found_before_the_work(
         ("export", folder, tmp_path / "out"),
         ("search", folder, "--data", questions, "--output", tmp_path / "out"),
     ):
-        assert "policy.json: it is a folder" in run(*arguments, code=1)
+        assert "policy.json: it is a folder" in run(*arguments, "--force", code=1)

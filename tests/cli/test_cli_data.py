@@ -10,8 +10,8 @@ import pytest
 from cli_cases import fails, run
 from real_processors import noise, write_qwen
 
+from deos_fx import Policy, Reduction
 from deos_fx.data.processors import load_processor
-from deos_fx.presets import merge
 
 ROWS: list[dict[str, Any]] = [
     {"image": "0.png", "prompt": "what is at the top left?", "answer": "[red] one", "id": 1},
@@ -78,7 +78,7 @@ def test_inspect(folder: Path) -> None:
 
 
 def test_transform_copies_the_processor(folder: Path, tmp_path: Path) -> None:
-    merge(keep=0.5).save(tmp_path / "policy.json")
+    Policy((Reduction("projector", 0.5, scores={"novelty": 1.0}),)).save(tmp_path / "policy.json")
     run("transform", folder / "qwen", tmp_path / "out", "--policy", tmp_path / "policy.json")
     copied = load_processor(tmp_path / "out")
     assert copied.to_dict() == load_processor(folder / "qwen").to_dict()

@@ -122,7 +122,7 @@ def test_the_command(questions: Path, tmp_path: Path, loaded: Any) -> None:
     text = run(
         "eval",
         tmp_path / "reduced",
-        *("--data", questions, "--policy", tmp_path / "found", "--json", out),
+        *("--data", questions, "--policy", tmp_path / "found", "--output", out),
     )
     found = json.loads(out.read_text())
     methods = {method["method"]: method["visual_tokens"] for method in found["methods"]}

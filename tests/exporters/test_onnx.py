@@ -19,6 +19,7 @@ from closeness import assert_onnx_close
 from learned import learned_at
 
 from deos_fx import presets
+from deos_fx.contents import write_record
 from deos_fx.exporters import session
 from deos_fx.exporters.check import check_export
 from deos_fx.exporters.graphs.example import example_of
@@ -584,12 +585,17 @@ def test_folders_that_are_no_export(folder, tmp_path):
     del data["files"], data["sha256"]
     for text, message in (
         ("{", "not JSON"),
-        ("[]", "does not say"),
-        (json.dumps(data | {"version": 99}), "version 99"),
-        (json.dumps(data | {"spaces": []}), "spaces with none, but the graphs have origin_1"),
-        (json.dumps(data | {"graphs": []}), "graphs is "),
+        ("[]", "no object"),
     ):
         manifest.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            OnnxModel.from_pretrained(target)
+    for changes, message in (
+        ({"version": 99}, "version 99"),
+        ({"spaces": []}, "is not the policy of these graphs"),
+        ({"graphs": []}, "graphs is "),
+    ):
+        write_record(target, data | changes)
         with pytest.raises(ValueError, match=message):
             OnnxModel.from_pretrained(target)
     (target / "prefill.onnx").write_text("not a graph")
