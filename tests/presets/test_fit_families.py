@@ -27,13 +27,17 @@ PLACES = {"avg_pool", "bilinear_pool", "uniform"}
 # A visual token is a patch of the tower, so its attention can be observed.
 PATCHWISE = {"llava", "vipllava", "paligemma", "llava_dinov2", "paligemma2", "llava_mixtral"} | {
     *("janus", "llava_gemma2", "video_llava", "deepseek_vl", "llava_mistral"),
+    *("llava_falcon_h1", "llava_jamba"),
 }
 UNPLACED = {"llava_next", "llava_onevision", "gemma4", "molmo2", "fuyu", "granite4_vision"} | {
     *("llava_next_video", "chameleon", "deepseek_vl_hybrid", "granite_vision", "gemma4_unified"),
-    "deepseek_ocr2",
+    *("deepseek_ocr2", "inkling_mm_model"),
 }
-# The first layers of the decoder are convolutions: more than half of the tokens reach a layer.
-LATE = {"lfm2_vl": {"dart", "fastv", "fitprune", "sparsevlm_plus"}}
+# The first layers of the decoder do not attend: more than half of the tokens reach one that does.
+LATE = {"lfm2_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni"} | {
+    *("qwen3_5", "qwen3_5_moe"),
+}
+ATTENTION = {"dart", "fastv", "fitprune", "sparsevlm_plus"}
 # Each feature is a patch here only because the images are tiny, and a reduction would be refused.
 EXCEPT = {"ovis2"}
 
@@ -43,7 +47,8 @@ ALL_LOWERED = {"vipllava", "paligemma", "llava_dinov2"}
 
 def expected_refusals(family: str) -> set[str]:
     refused = set() if family in PATCHWISE else set(TOWER)
-    return refused | (PLACES if family in UNPLACED else set()) | LATE.get(family, set())
+    refused |= PLACES if family in UNPLACED else set()
+    return refused | (ATTENTION if family in LATE else set())
 
 
 def fitted(family: str) -> tuple[dict[str, Policy], dict[str, str], Any]:

@@ -257,8 +257,9 @@ def test_loading_a_damaged_reduced_model(tmp_path, reduced):
     with pytest.raises(ValueError, match="policy.json is not a policy file"):
         ReducedModel.from_pretrained(tmp_path)
     for note, message in (
-        ("{", "deos_fx.json is not the note of a reduced model: not JSON"),
-        ("[]", 'does not say "deos_fx": "reduced_model"'),
+        ("{", "deos_fx.json is damaged: not JSON"),
+        ("[]", "deos_fx.json is damaged: it is no object"),
+        ("{}", 'does not say "deos_fx": "reduced_model"'),
         ('{"deos_fx": "reduced_model", "version": 9}', "version 9, and this release reads"),
         ('{"deos_fx": "reduced_model", "version": 1}', "lacks the field 'packages'. Save the"),
     ):
