@@ -371,7 +371,10 @@ def probe(
     # The pivots, in the order of the image and of the text.
     ranked = torch.where(free > 0, score, torch.finfo(score.dtype).min)
     first = ranked.topk(min(image_pivots, count), dim=-1).indices.sort(dim=-1).values
-    of_text = min(text_pivots, text_score.shape[-1])
+    of_text = text_pivots
+    if not torch.compiler.is_exporting():
+        # The length of a text is open in exported graphs, which refuse prompts with less of it.
+        of_text = min(text_pivots, text_score.shape[-1])
     in_text = text_score.topk(of_text, dim=-1).indices.sort(dim=-1).values
     vectors = torch.cat([take(tokens, first), take(text, in_text)], dim=1)
     pivots, unit = (F.normalize(full_precision(x), dim=-1) for x in (vectors, tokens))
