@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
+from packaging.version import Version
 from torch import Tensor
 
 PAD, IMAGE, VIDEO, START, END, BREAK, VOCABULARY = 0, 120, 121, 122, 123, 124, 128
@@ -391,3 +392,6 @@ FAMILIES |= {name: family for name, family in _MORE.items() if name not in _LIKE
 TWINS = {name: _MORE[name] for name in _LIKE_OTHERS}
 STATEFUL = more_families1.STATEFUL + more_families3.STATEFUL
 """Families for which hiding keys is no reference: some layers keep a state instead."""
+# transformers 5.24 gives layers of Inkling 2 a table of all pairs of tokens, which is refused.
+REFUSED = {"inkling2"} if Version(hf.__version__) >= Version("5.24") else set()
+"""Families that a newer transformers than 5.23 has in a form that is refused."""

@@ -298,12 +298,6 @@ SECTIONS = (
                 "model's config asks for it) ...",
             ),
             Misuse(
-                'reduced(**inputs, past_key_values="cache")',
-                "past_key_values is a str: the layers of a reduced model hold "
-                "different numbers of tokens. Pass None, or the cache an earlier "
-                "call returned.",
-            ),
-            Misuse(
                 'reduced.generate(**inputs, cache_implementation="static", max_new_tokens=1)',
                 "cache_implementation='static': the layers of a reduced model hold "
                 "different numbers of tokens, which only its own dynamic cache can "
