@@ -310,23 +310,19 @@ def profile(
 
       deos-fx search my-llava --data questions.jsonl --latency-ms 20 --latency-table latency.json
     """
-    import torch
-
-    from deos_fx.cli.searching import placed
     from deos_fx.cli.terminal import profile_table, stages
     from deos_fx.exporters.profile import profile as measure
     from deos_fx.inputs.example import example_inputs
 
     console = Console()
+    # PyTorch runs where the model is; the device of ONNX Runtime is another matter.
+    of_model, of_runtime = (device, None) if runtime == "torch" else (None, device)
     with stages(console) as stage:
         with stage("load"):
-            model = load_model(model_dir)
+            model = load_model(model_dir, device=of_model)
             inputs = example_inputs(model, example_processor(model_dir))
         with stage("measure"):
-            if runtime == "torch" and device is not None:
-                # PyTorch runs where the model is; the device of ONNX Runtime is another matter.
-                model, device = placed(model, torch.device(device)), None
-            table = measure(model, inputs, runtime=runtime, device=device)
+            table = measure(model, inputs, runtime=runtime, device=of_runtime)
     table.save(output)
     console.print(profile_table(table))
     console.print(f"Wrote {output}", highlight=False)
