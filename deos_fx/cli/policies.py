@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deos_fx.cli.limits import DEFAULT_LIMIT
+from deos_fx.contents import RECORD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,7 @@ def own_policy(model_dir: str) -> Policy | None:
     """
     from deos_fx.policy.policy import Policy
 
-    if not (Path(model_dir) / "deos_fx.json").is_file():
+    if not (Path(model_dir) / RECORD).is_file():
         return None
     return Policy.load(Path(model_dir) / "policy.json")
 

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deos_fx.passes.search.state import RECORD, RECORD_BYTES
+from deos_fx.reading import read_json
+
 __all__ = ["check_checkpoint"]
 
 
@@ -28,9 +31,9 @@ def check_checkpoint(
     """
     # Through JSON, because that turns tuples into lists.
     own = json.loads(json.dumps({**fingerprint, "seed": seed}))
-    for path in sorted(Path(folder).rglob("search.json")):
+    for path in sorted(Path(folder).rglob(RECORD)):
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            settings = read_json(path, RECORD_BYTES)["settings"]
             other = [name for name, value in own.items() if settings[name] != value]
         except (ValueError, KeyError, TypeError):
             # Case: damaged, or something else. Resuming says what is wrong with it.

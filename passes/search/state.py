@@ -23,10 +23,10 @@ from deos_fx.reading import read_record, read_tensors
 if TYPE_CHECKING:
     from deos_fx.passes.search.schema import SearchFile
 
-__all__ = ["SearchState"]
+__all__ = ["RECORD", "RECORD_BYTES", "SearchState"]
 
 # The record of a state, and its largest size: a step takes less than a kilobyte.
-_RECORD, _RECORD_BYTES = "search.json", 2**28
+RECORD, RECORD_BYTES = "search.json", 2**28
 # Learning rates: of scalars; of directions of width d, so that a step moves a score by as much at
 # every width; and of the directions that a similarity compares, which start at their full length.
 _SCALARS, _DIRECTIONS, _METRIC = 0.05, 0.1, 0.005
@@ -146,7 +146,7 @@ class SearchState:
             "best_step": self.best_step,
             "history": self.history,
         }
-        write_text(path / _RECORD, json.dumps(record, indent=1))
+        write_text(path / RECORD, json.dumps(record, indent=1))
         # Only now is no record left that names the earlier file.
         for old in path.glob("step-[0-9]*.safetensors"):
             if old.name != name:
@@ -164,11 +164,11 @@ class SearchState:
         """
         from deos_fx.passes.search.schema import SearchFile
 
-        path = Path(folder) / _RECORD
+        path = Path(folder) / RECORD
         if not path.exists():
             return
         cure = "Give another checkpoint folder, or delete this one"
-        record = read_record(path, SearchFile, "the state of a search", f"{cure}.", _RECORD_BYTES)
+        record = read_record(path, SearchFile, "the state of a search", f"{cure}.", RECORD_BYTES)
         # Through JSON, because that turns tuples into lists.
         if record.settings != json.loads(json.dumps(self.settings)):
             raise ValueError(
