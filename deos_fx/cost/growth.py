@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deos_fx.cost.amounts import Amount
 
-__all__ = ["Growth"]
+__all__ = ["Growth", "whole_part"]
 
 # Every usual size of a chunk divides it.
 _WHOLE = 256
@@ -49,9 +49,9 @@ class Growth:
             long: Another one.
         """
         # f(n) / n = a n + b, so a is the slope of that.
-        rise = _whole(flops(long), long) - _whole(flops(short), short)
-        quadratic = _whole(rise, long - short)
-        return cls(_whole(flops(short), short) - quadratic * short, quadratic)
+        rise = whole_part(flops(long), long) - whole_part(flops(short), short)
+        quadratic = whole_part(rise, long - short)
+        return cls(whole_part(flops(short), short) - quadratic * short, quadratic)
 
     @classmethod
     def of_state(cls, flops: Callable[[int], int]) -> Growth:
@@ -62,7 +62,7 @@ class Growth:
         """
         n = _WHOLE
         # 1. Inside a chunk, the number of chunks is a constant.
-        quadratic = _whole(flops(n) - 2 * flops(n - 1) + flops(n - 2), 2)
+        quadratic = whole_part(flops(n) - 2 * flops(n - 1) + flops(n - 2), 2)
         linear = flops(n) - flops(n - 1) - quadratic * (2 * n - 1)
 
         def of_chunks(tokens: int) -> int:
@@ -76,11 +76,11 @@ class Growth:
         if not first:
             assert not rise and not more, "chunks of more tokens than these lengths have"
             return cls(linear, quadratic, of_chunks(n))
-        chunks = _whole(2 * more + rise, 2 * first + rise)
-        per_chunks = _whole(rise, 2 * chunks)
+        chunks = whole_part(2 * more + rise, 2 * first + rise)
+        per_chunks = whole_part(rise, 2 * chunks)
         per_chunk = first - rise - per_chunks
         constant = of_chunks(n) - per_chunk * chunks - per_chunks * chunks**2
-        return cls(linear, quadratic, constant, per_chunk, per_chunks, _whole(n, chunks))
+        return cls(linear, quadratic, constant, per_chunk, per_chunks, whole_part(n, chunks))
 
     def flops(self, tokens: Amount) -> Amount:
         """Compute the FLOPs of so many tokens; differentiable, with chunks as if they were even."""
@@ -95,7 +95,8 @@ class Growth:
         return even + (even.ceil() - even).detach()
 
 
-def _whole(number: int, divisor: int) -> int:
+def whole_part(number: int, divisor: int) -> int:
+    """Divide FLOPs of a block by something that they are a multiple of."""
     quotient, rest = divmod(number, divisor)
     assert not rest, "the FLOPs of a block are a polynomial of its tokens and chunks"
     return quotient

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from deos_fx.cost.growth import Growth
+from deos_fx.cost.growth import Growth, whole_part
 from deos_fx.cost.twin import WholeNumbers, count_flops, twin_of
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import PER_LAYER, features_of
@@ -189,7 +189,8 @@ def _decoder(facts: ModelFacts) -> DecoderCost:
             dim=at_short.dim,
         )
     layers = tuple(known[kind] for kind in kinds)
-    return DecoderCost(layers, _per(short.around, _SHORT), _per(short.head, _SHORT))
+    around, head = (whole_part(flops, _SHORT) for flops in (short.around, short.head))
+    return DecoderCost(layers, around, head)
 
 
 def _pass_on(in_tuple: bool, hidden: Tensor, *_: Any, **__: Any) -> Any:
@@ -198,11 +199,6 @@ def _pass_on(in_tuple: bool, hidden: Tensor, *_: Any, **__: Any) -> Any:
 
 def _flops_of(run: Callable[[int], _Run], layer: int, length: int) -> int:
     return run(length).flops[layer]
-
-
-def _per(flops: int, tokens: int) -> int:
-    assert flops % tokens == 0
-    return flops // tokens
 
 
 @dataclass(frozen=True)
