@@ -44,6 +44,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from deos_fx import OnnxModel, Policy, ReducedModel, Reduction, export_onnx, presets
+from deos_fx.cost.memory import peak_bytes
 from deos_fx.cost.model import CostModel
 from deos_fx.files import write_text
 from deos_fx.inputs.call import Call
@@ -285,14 +286,7 @@ def _generate(call: Callable[..., Any], inputs: Mapping[str, Tensor], tokens: in
 
 def _peak(call: Runner, device: torch.device) -> int | None:
     """Bytes that a call holds at most on the GPU above what was there before; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return peak_bytes(call, device) if device.type == "cuda" else None
 
 
 def _keys(output: Any) -> int:
