@@ -10,7 +10,6 @@ benchmarks/README.md says what each figure means.
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import tempfile
 import time
@@ -35,18 +34,17 @@ from common import (
     conditions,
     device_of,
     in_turns,
+    measured,
 )
 from common import now as seconds_now
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from deos_fx import OnnxModel, Policy, ReducedModel, Reduction, export_onnx, presets
 from deos_fx.cost.memory import peak_bytes
 from deos_fx.cost.model import CostModel
-from deos_fx.files import write_text
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
@@ -521,9 +519,6 @@ def main(
     ] = Settings.seconds,
 ) -> None:
     """Measure what reductions gain on one GPU."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    console = Console()
     default = "bf16" if device is Device.cuda else "fp32"
     settings = Settings(
         shape=shape,
@@ -537,17 +532,9 @@ def main(
         repeats=repeats,
         seconds=seconds,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-
-    def save(results: Results) -> None:
-        write_text(output, json.dumps(results, indent=1) + "\n")
-
-    try:
-        results = measure(settings, console, save)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    console = Console()
+    results = measured(partial(measure, settings, console), output, console)
     console.print(table(results))
-    console.print(f"Wrote {output}", highlight=False)
 
 
 if __name__ == "__main__":
