@@ -224,7 +224,8 @@ class ReducedModel(nn.Module):
         Raises:
             ValueError: If there is no reduced model in the folder, or it is incomplete or damaged.
         """
-        return cls(*saved.load(dir, **options))
+        found = saved.SavedModel(dir)
+        return cls(found.model(**options), found.policy)
 
     # *** compiling ***
 
