@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx import operator
+from deos_fx.operator.select import WHOLE_NUMBERS
 from deos_fx.operator.sequential import greedy_penalty, max_min_ranking
 
 
@@ -405,3 +407,19 @@ def test_greedy_penalty_ranks_like_greedy(seed: int, count: int, diversity: floa
         kept = operator.greedy(score, similarity, None, diversity, count)
         best = operator.top_k(gain, None, count)
         assert torch.equal(operator.in_order(best), operator.in_order(kept))
+
+
+@pytest.mark.parametrize("name", operator.SELECTORS)
+def test_a_row_names_the_options_of_its_function(name: str) -> None:
+    row = operator.SELECTORS[name]
+    parameters = [*inspect.signature(row.function).parameters]
+    # What it needs, the count, and the options.
+    assert parameters[len(row.needs) + 1 :] == [*row.options]
+
+
+def test_options_that_are_counts_are_whole_numbers() -> None:
+    rows = [*operator.SELECTORS.values(), *operator.SCORES.values()]
+    given = {name: value for row in rows for name, value in row.options.items()}
+    assert WHOLE_NUMBERS.keys() == {x for x, value in given.items() if not isinstance(value, float)}
+    for name, (least, most) in WHOLE_NUMBERS.items():
+        assert given[name] is None or least <= given[name] < most
