@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from deos_fx.contents import (
     RECORD,
@@ -30,6 +30,7 @@ from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
 from deos_fx.publish import matching
 from deos_fx.reading import as_record, blaming
+from deos_fx.runtime.mark import mark, unmarked
 from deos_fx.version import __version__
 
 __all__ = ["check_folder", "folder_for", "load", "save"]
@@ -81,6 +82,7 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
         with disk_errors(dir):
             model.save_pretrained(folder)
         _check_written(model, folder)
+        mark(folder / "config.json")
         policy.save(folder / _POLICY)
         write_record(folder, note)
 
@@ -130,6 +132,7 @@ def load(dir: str | os.PathLike[str], **options: Any) -> tuple[PreTrainedModel, 
     check_folder(folder)
     policy = Policy.load(folder / _POLICY)
     with blaming(folder):
+        options.setdefault("config", unmarked(AutoConfig.from_pretrained(folder)))
         model, found = _read(AutoModelForImageTextToText, folder, **options)
     check_unchanged(folder, before)
     wrong = _differences(found)
