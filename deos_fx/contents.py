@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from itertools import accumulate
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -167,18 +167,15 @@ def problems(folder: Path, record: Mapping[str, Any], most: int | None = None) -
 
 def _is_sound(record: Mapping[str, Any]) -> bool:
     """Return whether the entries of a record are those that were written, and describe files."""
-    files = record.get("files")
-    hashed = record.get("sha256") == _own_hash(record)
-    return hashed and isinstance(files, dict) and all(map(_is_entry, files.items()))
+    from pydantic import ValidationError
 
+    from deos_fx.schema import ENTRIES
 
-def _is_entry(item: tuple[str, Any]) -> bool:
-    """Return whether something describes a file inside of the folder."""
-    name, entry = item
-    # Both kinds of slashes and drives, whatever the system.
-    path = PureWindowsPath(name)
-    inside = not path.anchor and ".." not in path.parts
-    return inside and isinstance(entry, dict) and type(entry.get("bytes")) is int
+    try:
+        ENTRIES.validate_python(record.get("files"))
+    except ValidationError:
+        return False
+    return record.get("sha256") == _own_hash(record)
 
 
 def _problem(path: Path, entry: Mapping[str, Any], hashed: bool) -> str:
@@ -187,7 +184,7 @@ def _problem(path: Path, entry: Mapping[str, Any], hashed: bool) -> str:
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"has {size:,} bytes instead of {entry['bytes']:,}"
-    if hashed and file_hash(path) != entry.get("sha256"):
+    if hashed and file_hash(path) != entry["sha256"]:
         return "is not the file that was written (its SHA-256 differs)"
     return ""
 

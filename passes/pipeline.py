@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import fx
 from transformers import PreTrainedModel
@@ -28,7 +28,7 @@ from deos_fx.tokens.layout import PromptLayout
 
 _T = TypeVar("_T")
 
-__all__ = ["Captured", "capture_call", "copy_of", "lower_call", "run_graph"]
+__all__ = ["Captured", "Runnable", "capture_call", "copy_of", "lower_call", "run_graph"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,15 +137,26 @@ def _run(step: Callable[..., _T], graph_module: fx.GraphModule, *arguments: Any)
         ) from error
 
 
-def run_graph(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> dict[str, Any]:
+class Runnable(Protocol):
+    """A graph module, or what runs one."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        """Return the graph, whose placeholders are the inputs."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run it."""
+
+
+def run_graph(runnable: Runnable, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Call a graph with the inputs that it takes, and leave out all others.
 
     Args:
-        graph_module: The graph.
+        runnable: The graph.
         inputs: At least the graph's inputs, by name.
 
     Returns:
         The fields of its output.
     """
-    names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
-    return graph_module(**{name: inputs[name] for name in names})
+    names = [str(node.target) for node in runnable.graph.find_nodes(op="placeholder")]
+    return runnable(**{name: inputs[name] for name in names})
