@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "file_hash",
     "files_in",
     "is_recorded",
+    "matching",
     "problems",
     "record_of",
     "stamp",
@@ -75,6 +77,12 @@ def files_in(folder: Path) -> list[str]:
     return sorted({*files} - {RECORD})
 
 
+def matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Return the entries of a folder with certain names; none if there is no folder."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return [e for e in entries if any(fnmatchcase(e.name, pattern) for pattern in patterns)]
+
+
 def _described(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
 
@@ -117,15 +125,17 @@ def is_recorded(record: Mapping[str, Any]) -> bool:
     return "files" in record or "sha256" in record
 
 
-def verify(folder: Path, record: Mapping[str, Any]) -> None:
+def verify(folder: Path, record: Mapping[str, Any], read: Sequence[str] = ()) -> None:
     """Refuse a folder whose files are not those of its record.
 
     Args:
         folder: The folder.
         record: Its record, as `record_of` returns it.
+        read: Patterns of the names of files that a reader would take for a part of it.
 
     Raises:
-        ValueError: If a file is missing or is another one.
+        ValueError: If a file is missing or is another one, or one that would be read is not in the
+            record.
 
     Warns:
         UserWarning: If the record has no hashes.
@@ -142,6 +152,12 @@ def verify(folder: Path, record: Mapping[str, Any]) -> None:
     if wrong:
         listed = "; ".join(f"{name} {problem}" for name, problem in wrong.items())
         raise ValueError(f"{folder} is damaged: {listed}. {_CURE}")
+    for entry in matching(folder, read):
+        if entry.name not in (RECORD, *record["files"]):
+            raise ValueError(
+                f"{folder} has a file {entry.name} that was not written with the others and would "
+                "be read with them. Move it away, or write the folder again."
+            )
 
 
 def problems(folder: Path, record: Mapping[str, Any], most: int | None = None) -> dict[str, str]:

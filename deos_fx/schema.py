@@ -12,13 +12,13 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
-from deos_fx.reading import TEXT_LENGTH
+from deos_fx.reading import CONTROLS, TEXT_LENGTH
 
 __all__ = ["ENTRIES", "Count", "Hash", "Recorded", "Strict", "Text"]
 
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 """A whole number of something."""
-Text = Annotated[str, Field(max_length=TEXT_LENGTH)]
+Text = Annotated[str, Field(max_length=TEXT_LENGTH, pattern=f"^[^{CONTROLS}]*$")]
 """A name, or another short text."""
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """A SHA-256."""

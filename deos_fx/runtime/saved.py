@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from deos_fx.contents import (
     RECORD,
     check_unchanged,
-    is_recorded,
     record_of,
     stamp,
     verify,
@@ -28,7 +27,6 @@ from deos_fx.contents import (
 from deos_fx.files import disk_errors, fresh_folder
 from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
-from deos_fx.publish import matching
 from deos_fx.reading import as_record, blaming
 from deos_fx.runtime.mark import mark, unmarked
 from deos_fx.version import __version__
@@ -275,11 +273,4 @@ def _check_folder(folder: Path) -> None:
     as_record(
         folder / RECORD, record, NoteFile, "the note of a reduced model", "Save the model again."
     )
-    verify(folder, record)
-    if is_recorded(record):
-        for entry in matching(folder, (*_FILES, _ADAPTERS)):
-            if entry.name not in (RECORD, *record["files"]):
-                raise ValueError(
-                    f"{folder} has a file {entry.name} that was not saved with the model, and "
-                    "transformers would read it. Move it away, or save the model again."
-                )
+    verify(folder, record, (*_FILES, _ADAPTERS))
