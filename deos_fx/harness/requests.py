@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers import GenerationConfig
 
 from deos_fx.data import Record
@@ -15,6 +17,8 @@ __all__ = ["ended", "generation_options", "record_of_chat", "record_of_text"]
 
 # Settings of tasks without a length of the answer are for models that end by themselves.
 _LONGEST = 1024
+
+_ONLY_IMAGES = "deos_fx answers about images and text alone"
 
 
 def record_of_text(
@@ -101,14 +105,7 @@ def _texts(until: Any) -> tuple[str, ...]:
     return tuple(text for text in given if text)
 
 
-_ONLY_IMAGES = "deos_fx answers about images and text alone"
-
-
 def _image(visual: Any, where: str) -> Any:
-    from pathlib import Path
-
-    from PIL import Image
-
     if isinstance(visual, str):
         visual = Path(visual)
     if isinstance(visual, (Path, Image.Image)):
