@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 from torch import fx
 from transformers import PreTrainedModel
 
+from deos_fx.cost.tower import blocks_read
 from deos_fx.errors import PassError
 from deos_fx.models.facts import facts_of
 from deos_fx.models.families import PIXELS
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
 from deos_fx.passes.analyse.find_sites import find_sites
+from deos_fx.passes.analyse.groups import reasons_in_groups
 from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.capture.capture import capture
 from deos_fx.passes.finish import finish
@@ -66,12 +68,15 @@ def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
-def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
+def capture_call(
+    model: PreTrainedModel, inputs: Mapping[str, Any], in_tower: bool = False
+) -> Captured:
     """Capture -> fold -> fold -> annotate -> verify -> find sites.
 
     Args:
         model: The unmodified model.
         inputs: Arguments of the call to capture; a cache among them is used up.
+        in_tower: Whether the call will be reduced in the vision tower.
 
     Returns:
         The graph and its analysis.
@@ -82,6 +87,9 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     # An opaque encoder is recorded as one node, because it reads sizes into Python.
     facts = facts_of(model)
     blocks, opaque = facts.blocks, facts.encodes_as_one(inputs)
+    if in_tower and not opaque:
+        # Groups of patches are reduced in an encoder that is one node.
+        opaque = not blocks_read(facts)
     graph_module = capture(model, inputs, blocks.by_path(), opaque_encoder=opaque)
     # Folds come first: shapes do not tell how many rows a mask selects.
     graph_module = _run(fold_unstack, graph_module)
@@ -92,7 +100,7 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     # decoding.
     sites = None
     if any(name in inputs for name in PIXELS):
-        sites = _run(find_sites, graph_module)
+        sites = _run(find_sites, graph_module, lambda: reasons_in_groups(facts, inputs))
     return Captured(graph_module, sites)
 
 

@@ -6,7 +6,7 @@ of the data flow). Only at such a value does dropping a token drop it everywhere
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import networkx as nx
@@ -28,6 +28,7 @@ from deos_fx.passes.analyse.flow import (
     find_merge,
     find_operands,
 )
+from deos_fx.passes.analyse.groups import UNUSED
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.graph import attends, blocks_of, made_of, reached
 from deos_fx.passes.notes import note_of, note_of_graph
@@ -49,24 +50,30 @@ _OF_LATER_TEXT = _observed("last", "text", "raters") | {"text_keys"}
 _ANYWHERE = (_observed("", "visual") | {"tokens", "grid"}) - _OF_LATER_TEXT
 # Features at a site whose tokens are not those of any block.
 _OF_FEATURES = frozenset({"tokens", "grid", "text_tokens", "text_mask"})
+# Features at a site whose tokens are groups of patches.
+_OF_GROUPS = frozenset({"tokens", "grid"})
 # Features of a tower with a CLS token.
 _OF_CLASS_TOKEN = _observed("class")
 # Features of the text, at the projector and in the decoder.
 _OF_TEXT = frozenset({"text_tokens", "text_mask"})
 
 
-def find_sites(graph_module: fx.GraphModule) -> Sites:
+def find_sites(graph_module: fx.GraphModule, in_groups: Callable[[], Mapping[int, str]]) -> Sites:
     """List every site of an annotated prefill graph.
 
-    1. If the image encoder is one opaque node, there are no sites in the tower, and the projector
-       is the prompt with the features in place.
-    2. If the features are not made of one patch each, there are no sites in the tower either, and
-       the projector is the features.
+    1. If the image encoder is one opaque node, the projector is the prompt with the features in
+       place.
+    2. If the features are not made of one patch each, the projector is the features.
     3. Otherwise, blocks of the tower that everything passes are sites, too.
+
+    In the first two cases, blocks of the tower are sites where whole groups of patches make a
+    visual token each.
 
     Args:
         graph_module: A captured and annotated graph with the inputs ``input_ids`` and
             ``pixel_values`` or ``pixel_values_videos``.
+        in_groups: Says for each vision block, by its index, why groups of patches cannot be reduced
+            after it; empty if they can.
 
     Returns:
         The sites, each with the reason if it cannot be used.
@@ -91,15 +98,16 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
                 f"{merge.name} is the first value made of images and prompt, and it is no prompt "
                 "with the images in place. Use a model with image placeholders in its prompt."
             )
-        reason = "the image encoder reads the sizes of images, so it is one node of the graph"
+        reasons = in_groups()
         if PIXELS[1] in inputs:
             reason = "the video encoder reads how many frames there are, so it is one node"
+            reasons = dict.fromkeys(reasons, reason)
         # Some models add images to the hidden states between two layers.
         late = merge in reached([blocks_of(graph, "decoder")[0]])
         why_not = "images enter the prompt after the first decoder layer" if late else ""
         projector = Site("projector", merge.name, why_not, _scores_from(_OF_FEATURES))
         return Sites(
-            (*_unavailable(graph_module, reason), projector, *in_decoder),
+            (*_sites_of_groups(graph_module, reasons), projector, *in_decoder),
             merge.name,
             embeddings.name,
             Encoder.OPAQUE,
@@ -118,10 +126,9 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
     if tower_block is None or class_tokens is None:
         # Case 2: no block of the tower is known, or patches are mixed between the tower and the
         # features, so no feature belongs to a single patch.
-        reason = "the visual tokens are not made of one patch each"
         projector = Site("projector", features.name, "", _scores_from(_OF_FEATURES))
         return Sites(
-            (*_unavailable(graph_module, reason), projector, *in_decoder),
+            (*_sites_of_groups(graph_module, in_groups()), projector, *in_decoder),
             features.name,
             embeddings.name,
             Encoder.MIXING,
@@ -136,7 +143,7 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
     vision = [
         _site_after(block, reason, () if reason else in_tower)
         for block in _blocks(graph_module, "vision")
-        for reason in [reasons.get(block.index, _UNUSED)]
+        for reason in [reasons.get(block.index, UNUSED)]
     ]
     # At the projector, keys of the tower's last block are for similarities only, not for scores.
     at_projector = _scores_from((of_image | _OF_TEXT) - {"keys"})
@@ -160,9 +167,14 @@ def _site_after(block: Block, reason: str, scores: tuple[str, ...]) -> Site:
     return Site(block.site, block.name, reason, scores)
 
 
-def _unavailable(graph_module: fx.GraphModule, reason: str) -> list[Site]:
-    """Make the sites of a tower that has none to use."""
-    return [_site_after(block, reason, ()) for block in _blocks(graph_module, "vision")]
+def _sites_of_groups(graph_module: fx.GraphModule, reasons: Mapping[int, str]) -> list[Site]:
+    """Make the sites of a tower of which groups of patches make a visual token each."""
+    scores = _scores_from(_OF_GROUPS)
+    return [
+        _site_after(block, reason, () if reason else scores)
+        for block in _blocks(graph_module, "vision")
+        for reason in [reasons[block.index]]
+    ]
 
 
 def _decoder_sites(graph: fx.Graph, flow: nx.DiGraph) -> list[Site]:
@@ -262,7 +274,6 @@ def _run(graph_module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, A
 
 
 _NO_ATTENTION = "its layer does not attend: no scores by attention or keys"
-_UNUSED = "its output is not used by the language model"
 
 
 def _why_not_in_tower(
@@ -290,7 +301,7 @@ def _why_not_in_tower(
     for i, block in reversed(blocks_of(graph, "vision").items()):
         reasons[i] = ""
         if block not in used:
-            reasons[i] = _UNUSED  # Case 1.
+            reasons[i] = UNUSED  # Case 1.
         elif block not in through:
             # Case 2.
             reasons[i] = (
