@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 from torch import fx
 from transformers import PreTrainedModel
 
-from deos_fx.cost.tower import blocks_read
 from deos_fx.errors import PassError
-from deos_fx.models.facts import facts_of
+from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.models.families import PIXELS
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
 from deos_fx.passes.analyse.find_sites import find_sites
 from deos_fx.passes.analyse.groups import reasons_in_groups
-from deos_fx.passes.analyse.sites import Sites
+from deos_fx.passes.analyse.sites import Encoder, Sites
 from deos_fx.passes.capture.capture import capture
 from deos_fx.passes.finish import finish
 from deos_fx.passes.lower.lower_decode import decode_spaces, lower_decode
@@ -84,12 +84,26 @@ def capture_call(
     Raises:
         CaptureError: If the model cannot be captured.
     """
-    # An opaque encoder is recorded as one node, because it reads sizes into Python.
     facts = facts_of(model)
-    blocks, opaque = facts.blocks, facts.encodes_as_one(inputs)
-    if in_tower and not opaque:
+    # An opaque encoder is recorded as one node, because it reads sizes into Python.
+    captured = _captured(facts, inputs, facts.encodes_as_one(inputs))
+    if in_tower and captured.sites is not None and captured.sites.encoder is Encoder.MIXING:
         # Groups of patches are reduced in an encoder that is one node.
-        opaque = not blocks_read(facts)
+        if inputs.get(CACHE) is not None:
+            inputs[CACHE].reset()
+        captured = _captured(facts, inputs, True)
+    return captured
+
+
+def _captured(facts: ModelFacts, inputs: Mapping[str, Any], opaque: bool) -> Captured:
+    """Run the passes of `capture_call`.
+
+    Args:
+        facts: The facts of the model.
+        inputs: Arguments of the call.
+        opaque: Whether the image encoder is recorded as one node.
+    """
+    model, blocks = facts.model, facts.blocks
     graph_module = capture(model, inputs, blocks.by_path(), opaque_encoder=opaque)
     # Folds come first: shapes do not tell how many rows a mask selects.
     graph_module = _run(fold_unstack, graph_module)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from closeness import roundings_of
-from families import IMAGE, prompts, shared
-from masked import assert_pruning_is_masking
-from masked_tower import tower_masked
+from closeness import assert_close, difference, roundings_of
+from families import FAMILIES, IMAGE, built, prompts, shared
+from masked import alive_of, assert_pruning_is_masking
+from masked_tower import blocks_of, tower_masked
+from tiny import call_of
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from deos_fx.inputs.items import IMAGES, encoding
+from deos_fx.models.facts import facts_of
+from deos_fx.models.families import features_of
+from deos_fx.models.upstream import CACHE
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -48,37 +55,168 @@ def in_one_row(kept: Tensor) -> Tensor:
     return kept.reshape(1, -1)
 
 
+def in_tiles(kept: Tensor, first: int) -> Tensor:
+    """The whole image in 4 x 4 patches, then four tiles of it, whose rows end in a token each."""
+    whole, parts = kept[:, :16], kept[:, 16:].reshape(-1, 8, 9)[:, :, :8]
+    tiles = parts.reshape(-1, 2, 4, 2, 4).permute(0, 1, 3, 2, 4).reshape(-1, 4, 16)
+    rows = torch.cat([whole[:, None], tiles], dim=1).reshape(-1, 16)
+    return torch.cat([torch.ones(len(rows), first).bool(), rows], dim=1)
+
+
+_SQUARES = functools.partial(in_squares, width=8)
+
 TOWERS: dict[str, Callable[[Tensor], Tensor]] = {
     "qwen2_vl": in_runs,
     "qwen2_5_vl": in_windows,
     "qwen3_vl": in_runs,
     "qwen3_5": in_runs,
     "glm4v": in_runs,
-    "internvl": functools.partial(in_squares, width=8, first=1),
-    "idefics3": functools.partial(in_squares, width=8),
-    "smolvlm": functools.partial(in_squares, width=8),
+    "ernie4_5_vl_moe": in_runs,
+    "internvl": functools.partial(_SQUARES, first=1),
+    "aya_vision": _SQUARES,
+    "idefics3": _SQUARES,
+    "smolvlm": _SQUARES,
+    "lfm2_vl": _SQUARES,
+    "gemma4": _SQUARES,
+    "kimi_k25": functools.partial(_SQUARES, rows=1),
+    "mistral3": functools.partial(_SQUARES, rows=1),
+    "gemma3_pooled": _SQUARES,
     "pixtral": in_one_row,
+    "llava_next": functools.partial(in_tiles, first=1),
+    "llava_onevision": functools.partial(in_tiles, first=0),
 }
 
 
+@functools.cache
+def model_of(name: str) -> Any:
+    """A model of `families`, or a gemma3 that pools 2 x 2 patches."""
+    if name != "gemma3_pooled":
+        return shared(name)
+    config = FAMILIES["gemma3"].config()
+    config.vision_config.patch_size = 2
+    return built(config)
+
+
+def batch_of(name: str, count: int) -> dict[str, Tensor]:
+    return prompts(name.removesuffix("_pooled"), count)
+
+
 def reduce(name: str, *reductions: Reduction) -> ReducedModel:
-    return ReducedModel(shared(name), Policy(reductions))
+    if facts_of(model_of(name)).counts_positions:
+        reductions = tuple(replace(step, position="compact") for step in reductions)
+    return ReducedModel(model_of(name), Policy(reductions))
 
 
-def masked(name: str, batch: dict[str, Tensor]) -> Callable[[Tensor], Any]:
-    """The original tower without the keys of patches whose tokens are not alive."""
+def encoder_of(reduced: ReducedModel, batch: dict[str, Tensor]) -> Any:
+    """The encoder in the graph that a reduced model has lowered for a batch, as a function."""
+    call = call_of(reduced.model, batch | {"use_cache": False})
+    graph = reduced.graphs.prefill(call, call.layout)
+    _, given = encoding(call.facts, call.inputs, IMAGES)
+    with torch.no_grad():
+        return graph.get_submodule("image_encoder")(**given)
 
-    def context(alive: Tensor) -> Any:
-        kept = alive[batch["input_ids"] == IMAGE].reshape(len(alive), -1)
-        return tower_masked(shared(name), 0, TOWERS[name](kept))
 
-    return context
+def features_in(output: Any) -> list[Tensor]:
+    """The features [T, d] that enter the prompt, and those of other depths."""
+    levels = [features_of(output), *(output.get("deepstack_features") or ())]
+    leaves = [[x for x in pytree.tree_leaves(level) if x.ndim > 1] for level in levels]
+    return [torch.cat([x.flatten(0, -2) for x in level]) for level in leaves]
+
+
+def encoded(name: str, batch: dict[str, Tensor]) -> list[Tensor]:
+    """The features of the original."""
+    call = call_of(model_of(name), batch | {"use_cache": False})
+    method, given = encoding(call.facts, call.inputs, IMAGES)
+    with torch.no_grad():
+        return features_in(getattr(model_of(name).base_model, method)(**given, return_dict=True))
+
+
+def placeholders_kept(batch: dict[str, Tensor], reduced: ReducedModel) -> Tensor:
+    """Flags of the placeholders of each prompt that reach the decoder."""
+    alive = alive_of(reduced(**batch)[CACHE], batch["input_ids"])[0]
+    return alive[batch["input_ids"] == IMAGE].reshape(len(alive), -1)
 
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_dropped_groups_are_masked_keys(name: str) -> None:
-    batch = prompts(name, 2)
+    batch = batch_of(name, 2)
     reduced = reduce(name, Reduction("vision.0", 0.25, **NORM))
-    assert_pruning_is_masking(
-        shared(name), reduced, batch, roundings_of(name), masked(name, batch)
-    )
+    kept = placeholders_kept(batch, reduced)
+    assert kept.float().mean() < 0.35
+    with tower_masked(model_of(name), 0, TOWERS[name](kept)):
+        expected = encoded(name, batch)
+    found = features_in(encoder_of(reduced, batch))
+    assert len(found) == len(expected)
+    of_kept = kept.flatten()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours[of_kept], theirs[of_kept], roundings_of(name.removesuffix("_pooled")))
+    # The mask matters, so the comparison says something.
+    assert difference(encoded(name, batch)[0][of_kept], expected[0][of_kept]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_the_decoder_gets_what_is_left(name: str) -> None:
+    batch = batch_of(name, 2)
+    reduced = reduce(name, Reduction("vision.0", 0.5, **NORM), Reduction("decoder.1", 0.25, **NORM))
+
+    def tower(alive: Tensor) -> Any:
+        kept = alive[batch["input_ids"] == IMAGE].reshape(len(alive), -1)
+        return tower_masked(model_of(name), 0, TOWERS[name](kept))
+
+    assert_pruning_is_masking(model_of(name), reduced, batch, roundings_of(name), tower)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_keeping_all_groups_changes_nothing(name: str) -> None:
+    batch = batch_of(name, 2)
+    kept_all = reduce(name, Reduction("vision.0", 1.0, gain=1.0, **NORM))
+    real = batch["attention_mask"].bool()
+    assert_close(kept_all(**batch).logits[real], model_of(name)(**batch).logits[real])
+
+
+def test_groups_are_merged_patch_by_patch() -> None:
+    model, batch = model_of("qwen2_vl"), batch_of("qwen2_vl", 1)
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 8, gain=1.0, **NORM))
+    kept = placeholders_kept(batch, reduced)[0]
+
+    def merge(block: Any, args: Any, hidden: Tensor) -> Tensor:
+        groups = hidden.reshape(32, 4, -1).clone()
+        wide = torch.nn.functional.normalize(groups.flatten(1), dim=1)
+        own, left = {i: [groups[i]] for i in range(32) if kept[i]}, range(32)
+        assert groups.flatten(1).norm(dim=1).topk(8).indices.sort().values.tolist() == [*own]
+        for j in (j for j in left if not kept[j]):
+            own[max(own, key=lambda i, j=j: float(wide[i] @ wide[j]))].append(groups[j])
+        for i, members in own.items():
+            groups[i] = torch.stack(members).mean(dim=0)
+        return groups.reshape(hidden.shape)
+
+    handle = blocks_of(model)[0].register_forward_hook(merge)
+    try:
+        with tower_masked(model, 0, in_runs(kept)):
+            (expected,) = encoded("qwen2_vl", batch)
+    finally:
+        handle.remove()
+    (found,) = features_in(encoder_of(reduced, batch))
+    assert_close(found[kept], expected[kept])
+
+
+def test_images_of_several_sizes() -> None:
+    # A prompt of images of 4 x 8 and 2 x 4 tokens, and one of an image of 4 x 4.
+    first, second = [5, *[IMAGE] * 32, 6, *[IMAGE] * 8, 7], [5, *[IMAGE] * 16, 7]
+    ids = torch.tensor([first, [0] * (len(first) - len(second)) + second])
+    sizes = torch.tensor([[1, 8, 16], [1, 4, 8], [1, 8, 8]])
+    pixels = torch.randn(128 + 32 + 64, 96, generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "pixel_values": pixels}
+    batch |= {"image_grid_thw": sizes, "mm_token_type_ids": (ids == IMAGE).int()}
+    alone = {name: value[:1] for name, value in batch.items()}
+    alone |= {"pixel_values": pixels[:160], "image_grid_thw": sizes[:2]}
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 0.25, **NORM))
+
+    def tower(alive: Tensor) -> Any:
+        kept = alive[alone["input_ids"] == IMAGE]
+        assert [int(part.sum()) for part in kept.split([32, 8])] == [8, 2]
+        return tower_masked(model_of("qwen2_vl"), 0, in_runs(kept))
+
+    assert_pruning_is_masking(model_of("qwen2_vl"), reduced, alone, tower=tower)
+    own = reduced(**alone).logits[0]
+    assert_close(reduced(**batch).logits[0, -len(own) :], own)

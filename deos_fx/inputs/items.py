@@ -305,7 +305,9 @@ def _encoded(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> list[I
     core: Any = facts.model.base_model
     method, given = encoding(facts, inputs, kind)
     known = _ENCODED.setdefault(facts, Recent(_SETS_OF_SIZES))
-    return known.find((kind, key_of_sizes(given)), lambda: _run_encoder(core, method, given)) or None
+    return (
+        known.find((kind, key_of_sizes(given)), lambda: _run_encoder(core, method, given)) or None
+    )
 
 
 def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]:

@@ -92,13 +92,14 @@ def find_groups(
         NoGroups: If one of these does not hold.
     """
     # 1.
+    on_meta = execution_device(core) == META
     run = _Run({}, {})
     views = {
-        block: with_forward(block, partial(_record, run, i, block))
+        block: with_forward(block, partial(_record, run, i, shaped(block) if on_meta else None))
         for i, block in enumerate(blocks)
     }
     view: Any = with_parts(core, views)
-    if execution_device(core) == META:
+    if on_meta:
         _make_up(view, core, blocks)
         args, kwargs = pytree.tree_map_only(Tensor, _made_up, (tuple(args), dict(kwargs)))
     with torch.inference_mode(False), torch.enable_grad():
@@ -117,7 +118,7 @@ def find_groups(
     for i, block in _kinds(blocks[:used], run):
         args, kwargs = run.given[i]
         axes = axes_of(args[0], args[1:], kwargs)
-        if execution_device(block) != META:
+        if not on_meta:
             _check_order(block, axes, *run.given[i])
     return PatchGroups(tuple(shape), groups, used)
 
@@ -143,21 +144,34 @@ def _is_table(value: Tensor) -> bool:
 
 
 def _record(
-    run: _Run, i: int, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    run: _Run,
+    i: int,
+    on_shapes: nn.Module | None,
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """Run a block, and put a leaf in the place of the hidden states that it makes."""
+    """Run a block, and put a leaf in the place of the hidden states that it makes.
+
+    Args:
+        run: Gets what the block is given and makes.
+        i: Its index.
+        on_shapes: A view that runs without weights, if it has none.
+        forward: Its own forward.
+        *args: Its arguments.
+        **kwargs: Its keyword arguments.
+    """
     if not args:
         raise NoGroups("its blocks are given hidden states by keyword")
     if i in run.given:
         raise NoGroups("its blocks run more than once for a batch of images")
     run.given[i] = args, kwargs
-    on_meta = execution_device(block) == META
-    with torch.no_grad(), ShapesOnly() if on_meta else nullcontext():
-        output = shaped(block)(*args, **kwargs) if on_meta else forward(*args, **kwargs)
+    with torch.no_grad(), ShapesOnly() if on_shapes else nullcontext():
+        output = (on_shapes or forward)(*args, **kwargs)
     hidden, *others = output if isinstance(output, tuple) else (output,)
     if any(value is not None for value in others):
         raise NoGroups("its blocks hand on more than hidden states")
-    hidden = torch.randn(hidden.shape, dtype=hidden.dtype) if on_meta else hidden.detach()
+    hidden = torch.randn(hidden.shape, dtype=hidden.dtype) if on_shapes else hidden.detach()
     run.made[i] = hidden.requires_grad_()
     # Not the leaf itself, which code must not change in place.
     passed = hidden * 1
@@ -280,7 +294,9 @@ def _groups(tokens: Sequence[Tensor], count: int) -> Tensor:
         raise NoGroups("features of several depths are made of other patches each")
     sizes = torch.bincount(token_of[token_of >= 0], minlength=count)
     # A token of no patch is a learned vector, such as the end of a row.
-    (size, *others) = sizes[sizes > 0].unique().tolist()
+    size, *others = sizes[sizes > 0].unique().tolist() or [0]
+    if not size:
+        raise NoGroups("no patch of its blocks reaches the visual tokens")
     if others:
         raise NoGroups("the visual tokens are not made of equally many patches")
     order = token_of.argsort(stable=True)
@@ -322,7 +338,7 @@ def _check_order(
     index = order.expand(hidden.shape[0] if hidden.ndim == 3 else 1, -1)
     with torch.no_grad():
         plain, ordered = (
-            pytree.tree_leaves(block(*given, **named))[0]
+            pytree.tree_leaves(block.forward(*given, **named))[0]
             for given, named in (
                 (args, kwargs),
                 arguments_at(index, axes, hidden, others, kwargs),

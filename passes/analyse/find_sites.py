@@ -58,7 +58,9 @@ _OF_CLASS_TOKEN = _observed("class")
 _OF_TEXT = frozenset({"text_tokens", "text_mask"})
 
 
-def find_sites(graph_module: fx.GraphModule, in_groups: Callable[[], Mapping[int, str]]) -> Sites:
+def find_sites(
+    graph_module: fx.GraphModule, in_groups: Callable[[], Mapping[int, str]] | None = None
+) -> Sites:
     """List every site of an annotated prefill graph.
 
     1. If the image encoder is one opaque node, the projector is the prompt with the features in
@@ -73,7 +75,7 @@ def find_sites(graph_module: fx.GraphModule, in_groups: Callable[[], Mapping[int
         graph_module: A captured and annotated graph with the inputs ``input_ids`` and
             ``pixel_values`` or ``pixel_values_videos``.
         in_groups: Says for each vision block, by its index, why groups of patches cannot be reduced
-            after it; empty if they can.
+            after it; empty if they can. None if nothing is known of such groups.
 
     Returns:
         The sites, each with the reason if it cannot be used.
@@ -98,16 +100,16 @@ def find_sites(graph_module: fx.GraphModule, in_groups: Callable[[], Mapping[int
                 f"{merge.name} is the first value made of images and prompt, and it is no prompt "
                 "with the images in place. Use a model with image placeholders in its prompt."
             )
-        reasons = in_groups()
+        reason = "the image encoder reads the sizes of images, so it is one node of the graph"
         if PIXELS[1] in inputs:
             reason = "the video encoder reads how many frames there are, so it is one node"
-            reasons = dict.fromkeys(reasons, reason)
+            in_groups = None
         # Some models add images to the hidden states between two layers.
         late = merge in reached([blocks_of(graph, "decoder")[0]])
         why_not = "images enter the prompt after the first decoder layer" if late else ""
         projector = Site("projector", merge.name, why_not, _scores_from(_OF_FEATURES))
         return Sites(
-            (*_sites_of_groups(graph_module, reasons), projector, *in_decoder),
+            (*_sites_of_groups(graph_module, in_groups, reason), projector, *in_decoder),
             merge.name,
             embeddings.name,
             Encoder.OPAQUE,
@@ -126,9 +128,10 @@ def find_sites(graph_module: fx.GraphModule, in_groups: Callable[[], Mapping[int
     if tower_block is None or class_tokens is None:
         # Case 2: no block of the tower is known, or patches are mixed between the tower and the
         # features, so no feature belongs to a single patch.
+        reason = "the visual tokens are not made of one patch each"
         projector = Site("projector", features.name, "", _scores_from(_OF_FEATURES))
         return Sites(
-            (*_sites_of_groups(graph_module, in_groups()), projector, *in_decoder),
+            (*_sites_of_groups(graph_module, in_groups, reason), projector, *in_decoder),
             features.name,
             embeddings.name,
             Encoder.MIXING,
@@ -167,13 +170,23 @@ def _site_after(block: Block, reason: str, scores: tuple[str, ...]) -> Site:
     return Site(block.site, block.name, reason, scores)
 
 
-def _sites_of_groups(graph_module: fx.GraphModule, reasons: Mapping[int, str]) -> list[Site]:
-    """Make the sites of a tower of which groups of patches make a visual token each."""
+def _sites_of_groups(
+    graph_module: fx.GraphModule, in_groups: Callable[[], Mapping[int, str]] | None, unknown: str
+) -> list[Site]:
+    """Make the sites of a tower of which groups of patches make a visual token each.
+
+    Args:
+        graph_module: The annotated graph.
+        in_groups: As in `find_sites`.
+        unknown: The reason where nothing is known of groups.
+    """
+    blocks = _blocks(graph_module, "vision")
+    reasons = in_groups() if in_groups and blocks else {}
     scores = _scores_from(_OF_GROUPS)
     return [
         _site_after(block, reason, () if reason else scores)
-        for block in _blocks(graph_module, "vision")
-        for reason in [reasons[block.index]]
+        for block in blocks
+        for reason in [reasons.get(block.index, unknown)]
     ]
 
 

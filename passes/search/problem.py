@@ -208,8 +208,8 @@ class SearchProblem:
             inside = [site.name for site in chosen if split_site(site.name)[0] == "vision"]
             if inside and self.sites.encoder is not Encoder.PATCHWISE:
                 raise ValueError(
-                    f"{inside[0]} cannot be searched: several patches make a visual token, and such "
-                    "groups have no relaxed form. Search other sites, or give a policy."
+                    f"{inside[0]} cannot be searched: several patches make a visual token, and "
+                    "such groups have no relaxed form. Search other sites, or give a policy."
                 )
             return tuple(sorted(chosen, key=lambda site: site_order(site.name)))
         # Case: all sites after the tower.
