@@ -344,16 +344,19 @@ class CostModel:
         """Count the vision blocks up to the last that is used; 0 if they cannot be told apart."""
         return self._parts.tower_blocks
 
-    def patches(self, policy: Policy) -> list[int]:
-        """Count the patches of one image in each used vision block, and then in the projector."""
-        # A tower that is one node has no blocks to count in, and no reductions inside.
-        tokens = 0 if self._parts.opaque else self.tokens_per_image
+    def patches(self, policy: Policy) -> list[float]:
+        """Count the visual tokens of an image in each used vision block, and then in the projector.
+
+        In the tower, a token may be a group of patches. Images of several sizes count by their
+        mean.
+        """
+        sizes = self.layout.sizes
         kept = (
-            (split_site(reduction.site)[1] + 1, reduction.count(tokens))
-            for reduction in policy.reductions
-            if split_site(reduction.site)[0] == "vision"
+            (split_site(step.site)[1] + 1, _mean([*map(step.count, sizes)]))
+            for step in policy.reductions
+            if split_site(step.site)[0] == "vision"
         )
-        return along(tokens, kept, self.tower_blocks + 1)
+        return along(_mean(sizes), kept, self.tower_blocks + 1)
 
     def overhead(self, policy: Policy, counted: bool = True) -> int:
         """Compute the FLOPs of all the reductions of a policy, for the whole batch."""
@@ -416,15 +419,20 @@ class CostModel:
         """Compute the FLOPs of encoding all images: patch embedding, vision blocks, projector."""
         # Case: the encoder was measured as a whole, for a batch of `_encoded_prompts`.
         if self._parts.opaque:
-            return self._parts.encoding_as_one * self.batch / self._encoded_prompts
+            whole = sum(self.layout.sizes) / self.images
+            shares = [count / whole for count in patches[:-1]]
+            return self._parts.encoding_as_one(shares) * self.batch / self._encoded_prompts
         # Case: block by block. Class tokens are not reduced, so only the visual ones are exchanged.
         *in_blocks, in_projector = patches
-        whole = self.tokens_per_image
+        whole, per_token = self.tokens_per_image, self._parts.patches_per_token
         tower: Amount = 0
         for i, count in enumerate(in_blocks):
-            tokens = self._parts.tokens_in_block(i)
-            tower = tower + self._parts.vision[i].growth.flops(tokens - whole + count)
+            left = self._parts.tokens_in_block(i) - per_token * (whole - count)
+            tower = tower + self._parts.vision[i].growth.flops(left)
         encoder = self._parts.encoder
+        if per_token > 1:
+            # What makes tokens of groups of patches runs over all of them.
+            in_projector = whole
         projector = encoder.after * in_projector / whole
         return self.batch * self.images * (encoder.front + tower + projector)
 
@@ -440,7 +448,7 @@ class CostModel:
             following=blocks[index + 1] if index + 1 < len(blocks) else None,
             others=self.text_tokens if stage == "decoder" else self._parts.class_tokens,
             sizes=SiteSizes(
-                width=block.width if block and stage == "vision" else self._parts.width,
+                width=self._parts.group_width if stage == "vision" else self._parts.width,
                 key=block.dim if block else 0,
                 joint_key=block.key_heads * block.dim if block else 0,
                 text=self.text_tokens,
@@ -469,3 +477,8 @@ class CostModel:
             # A search also asks for counts that the grid cannot be divided into.
             flops = int(relaxed_flops(reduction, before, after, sizes))
         return self._counted.setdefault(key, flops)
+
+
+def _mean(counts: Sequence[int]) -> float:
+    """Return the mean of counts, a whole number if they are all the same."""
+    return counts[0] if len(set(counts)) == 1 else sum(counts) / len(counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -117,8 +118,28 @@ class Parts:
 
     @property
     def tower_blocks(self) -> int:
-        """Count the vision blocks up to the last that is used; 0 if they cannot be told apart."""
-        return 0 if self.opaque else self.encoder.used
+        """Count the vision blocks up to the last that is used; all if they are measured as one."""
+        return self._facts.signature.vision_layers if self.opaque else self.encoder.used
+
+    @cached_property
+    def patches_per_token(self) -> int:
+        """Return how many patches make a visual token."""
+        if not self.opaque:
+            return self.encoder.patches // self._facts.signature.visual_tokens
+        return self.encodings[0].patches // self._visual_tokens
+
+    @cached_property
+    def _visual_tokens(self) -> int:
+        """Count the visual tokens of the call."""
+        # Encodings are those of a call.
+        assert self._call is not None
+        return sum(sum(one.layout.sizes) for one in self._call.prompts if one.layout)
+
+    @property
+    def group_width(self) -> int:
+        """Return the size of the hidden states of the patches of a token, side by side."""
+        encoder = self.encodings[0] if self.opaque else self.encoder
+        return encoder.width * self.patches_per_token
 
     @cached_property
     def vision(self) -> list[BlockCost]:
@@ -140,9 +161,28 @@ class Parts:
         # A block whose hidden states are no sequence counts as if it saw the visual tokens.
         return self.encoder.tokens[i] or self._facts.signature.visual_tokens
 
+    def encoding_as_one(self, shares: Sequence[Amount]) -> Amount:
+        """Compute the FLOPs of encoding all images and videos of the call, whose sizes matter.
+
+        Where patches are dropped, those of every image, and of every window, are taken to be
+        dropped alike.
+
+        Args:
+            shares: Share of the visual tokens that are left in every vision block.
+        """
+        images = self.encodings[0]
+        total: Amount = sum(encoding.total for encoding in self.encodings)
+        for share, flops, products in zip(shares, images.blocks, images.products, strict=False):
+            # Some patches, such as CLS, are part of no token and stay.
+            if isinstance(share, Tensor) or share != 1:
+                grouped = self.patches_per_token * self._visual_tokens / images.patches
+                left = 1 - grouped * (1 - share)
+                total = total - (flops - products) * (1 - left) - products * (1 - left**2)
+        return total
+
     @cached_property
-    def encoding_as_one(self) -> int:
-        """Count the FLOPs of encoding all images and videos of the call, whose sizes matter.
+    def encodings(self) -> list[EncoderCost]:
+        """Measure the encoding of all images and videos of the call, whose sizes matter.
 
         Raises:
             ValueError: If there is no call.
@@ -152,7 +192,6 @@ class Parts:
                 f"What encoding an image of a {self._facts.signature.model_type} model costs "
                 "depends on its size: give inputs of a call."
             )
-        return sum(
-            measure_encoder(self._facts, given, encode).total
-            for encode, given in self._call.encodings
-        )
+        return [
+            measure_encoder(self._facts, given, encode) for encode, given in self._call.encodings
+        ]

@@ -166,8 +166,10 @@ def _record(
     if i in run.given:
         raise NoGroups("its blocks run more than once for a batch of images")
     run.given[i] = args, kwargs
+    # Forwards are called directly: hooks of blocks collect hidden states, and must run once.
+    run_block = on_shapes.forward if on_shapes else forward
     with torch.no_grad(), ShapesOnly() if on_shapes else nullcontext():
-        output = (on_shapes or forward)(*args, **kwargs)
+        output = run_block(*args, **kwargs)
     hidden, *others = output if isinstance(output, tuple) else (output,)
     if any(value is not None for value in others):
         raise NoGroups("its blocks hand on more than hidden states")
