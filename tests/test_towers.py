@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from closeness import assert_close, difference, roundings_of
 from families import FAMILIES, IMAGE, built, prompts, shared
-from masked import alive_of, assert_pruning_is_masking
+from masked import alive_of, assert_pruning_is_masking, generate
 from masked_tower import blocks_of, tower_masked
 from tiny import call_of
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+import deos_fx
 from deos_fx.inputs.items import IMAGES, encoding
 from deos_fx.models.facts import facts_of
 from deos_fx.models.families import features_of
@@ -220,3 +222,72 @@ def test_images_of_several_sizes() -> None:
     assert_pruning_is_masking(model_of("qwen2_vl"), reduced, alone, tower=tower)
     own = reduced(**alone).logits[0]
     assert_close(reduced(**batch).logits[0, -len(own) :], own)
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+def test_what_is_left_is_explained(gain: float) -> None:
+    batch = batch_of("qwen3_vl", 2)
+    steps = Reduction("vision.0", 0.5, gain=gain, **NORM), Reduction("vision.1", 0.25, **NORM)
+    reduced = reduce("qwen3_vl", *steps)
+    found = reduced.explain(**batch)
+    kept = [site.kept for site in found]
+    assert [part.shape for part in kept] == [(2, 16), (2, 8)]
+    for row in range(2):
+        first, second = ({*part[row].tolist()} for part in kept)
+        assert second < first
+    assert_close(found[0].mass.sum(dim=1), torch.full((2,), 32.0 if gain else 16.0))
+    origin = reduced(**batch)[CACHE].spaces[0].origin
+    assert all({*kept[1][row].tolist()} < {*origin[row].tolist()} for row in range(2))
+
+
+def test_several_reductions_in_a_tower_and_the_decoder_are_saved(tmp_path: Path) -> None:
+    batch = batch_of("qwen2_5_vl", 2)
+    merge: dict[str, Any] = {"gain": 1.0, **NORM}
+    steps = Reduction("vision.0", 0.5, **merge), Reduction("decoder.1", 4, **merge)
+    reduced = reduce("qwen2_5_vl", *steps)
+    reduced.save_pretrained(tmp_path)
+    again = ReducedModel.from_pretrained(tmp_path)
+    assert torch.equal(again(**batch).logits, reduced(**batch).logits)
+    assert torch.equal(generate(again, batch)[0], generate(reduced, batch)[0])
+
+
+@pytest.mark.parametrize(
+    ("reductions", "reason"),
+    [
+        ([Reduction("vision.0", 4)], "has no score 'cls_attention'"),
+        ([Reduction("vision.0", 4, mass_bias=1.0, gain=1.0, **NORM)], "Use mass_bias=0"),
+        (
+            [Reduction("vision.0", 4, gain=1.0, similarity={"key": 1}, **NORM)],
+            "vision.0 has no keys",
+        ),
+        ([Reduction("vision.0", 4, **NORM), Reduction("projector", 2, **NORM)], "not supported"),
+    ],
+)
+def test_what_groups_do_not_have_is_refused(reductions: list[Reduction], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        reduce("qwen2_vl", *reductions)(**batch_of("qwen2_vl", 1))
+
+
+def test_groups_are_not_searched() -> None:
+    model, batch = model_of("qwen2_vl"), batch_of("qwen2_vl", 2)
+    budget = deos_fx.Budget(visual_tokens=0.5)
+    with pytest.raises(ValueError, match="vision.0 cannot be searched"):
+        deos_fx.search(model, [batch] * 4, budget=budget, sites=["vision.0"])
+
+
+def test_reductions_of_groups_are_not_exported(tmp_path: Path) -> None:
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
+    with pytest.raises(ValueError, match="in the vision tower"):
+        deos_fx.export_onnx(reduced, tmp_path, example_inputs=batch_of("qwen2_vl", 1))
+
+
+def test_images_of_new_sizes_are_followed_anew() -> None:
+    batch = batch_of("qwen2_vl", 1)
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
+    reduced(**batch)
+    batch["image_grid_thw"] = torch.tensor([[1, 16, 8]])
+
+    def tower(alive: Tensor) -> Any:
+        return tower_masked(model_of("qwen2_vl"), 0, in_runs(alive[batch["input_ids"] == IMAGE]))
+
+    assert_pruning_is_masking(model_of("qwen2_vl"), reduced, batch, tower=tower)
