@@ -21,14 +21,19 @@ def blocks_of(model: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def tower_masked(model: Any, site: int, kept: Tensor) -> Iterator[None]:
+def tower_masked(
+    model: Any, site: int, kept: Tensor, received: list[Tensor] | None = None
+) -> Iterator[None]:
     """The model with keys masked in the blocks after one of them.
 
     Args:
         model: The original model.
         site: Index of the block after which patches are dropped.
         kept: Flags [R, P] of the patches that are seen, in the order of the hidden states.
+        received: Gets the attention [R, n] that patches get in the block of the site from all
+            others, segment by segment.
     """
+    at_site = {*blocks_of(model)[site].modules()}
     later, handles = set(), []
     # Attention of towers with segments is called for one segment after the other.
     seen: dict[Any, int] = {}
@@ -58,6 +63,8 @@ def tower_masked(model: Any, site: int, kept: Tensor) -> Iterator[None]:
             seen[module] = start + key.shape[2]
             hidden = ~kept[:, None, None, start : start + key.shape[2]]
             logits = logits.masked_fill(hidden, -1e9)
+        if received is not None and module in at_site:
+            received.append(logits.softmax(dim=-1).mean(dim=1).sum(dim=1))
         return (logits.softmax(dim=-1) @ value).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(_NAME, attention)

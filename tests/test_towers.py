@@ -176,6 +176,25 @@ def test_keeping_all_groups_changes_nothing(name: str) -> None:
     assert_close(kept_all(**batch).logits[real], model_of(name)(**batch).logits[real])
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "idefics3", "pixtral", "llava_next"])
+def test_groups_are_ranked_by_attention(name: str) -> None:
+    batch = batch_of(name, 1)
+    reduced = reduce(name, Reduction("vision.0", 0.25, scores={"mutual_attention": 1.0}))
+    kept, received = placeholders_kept(batch, reduced)[0], list[Tensor]()
+    patches_of = TOWERS[name]
+    with tower_masked(model_of(name), 0, patches_of(torch.ones(1, len(kept)).bool()), received):
+        encoded(name, batch)
+    scores, nothing = torch.cat(received, dim=1), patches_of(torch.zeros(1, len(kept)).bool())
+    own = {
+        i: float(scores[patches].mean())
+        for i, one in enumerate(torch.eye(len(kept)).bool())
+        # The end of a row has no patches.
+        if (patches := patches_of(one[None]) & ~nothing).any()
+    }
+    best = sorted(own, key=own.__getitem__)[-round(0.25 * len(own)) :]
+    assert {*best} == {i for i in own if kept[i]}
+
+
 def test_groups_are_merged_patch_by_patch() -> None:
     model, batch = model_of("qwen2_vl"), batch_of("qwen2_vl", 1)
     reduced = reduce("qwen2_vl", Reduction("vision.0", 8, gain=1.0, **NORM))
@@ -257,8 +276,8 @@ def test_several_reductions_in_a_tower_and_the_decoder_are_saved(tmp_path: Path)
         ([Reduction("vision.0", 4)], "has no score 'cls_attention'"),
         ([Reduction("vision.0", 4, mass_bias=1.0, gain=1.0, **NORM)], "Use mass_bias=0"),
         (
-            [Reduction("vision.0", 4, gain=1.0, similarity={"key": 1}, **NORM)],
-            "vision.0 has no keys",
+            [Reduction("vision.0", 4, gain=1.0, similarity={"key": 1}, observe="next", **NORM)],
+            "vision.0 has no keys@next",
         ),
         ([Reduction("vision.0", 4, **NORM), Reduction("projector", 2, **NORM)], "not supported"),
     ],
@@ -266,6 +285,12 @@ def test_several_reductions_in_a_tower_and_the_decoder_are_saved(tmp_path: Path)
 def test_what_groups_do_not_have_is_refused(reductions: list[Reduction], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         reduce("qwen2_vl", *reductions)(**batch_of("qwen2_vl", 1))
+
+
+def test_blocks_that_cannot_be_observed_say_so() -> None:
+    merge = Reduction("vision.0", 4, gain=1.0, similarity={"key": 1}, **NORM)
+    with pytest.raises(ValueError, match="hands no further arguments on to its attention"):
+        reduce("internvl", merge)(**batch_of("internvl", 1))
 
 
 def test_groups_are_not_searched() -> None:

@@ -439,6 +439,8 @@ class CostModel:
     def _site(self, reduction: Reduction) -> Site:
         # The projector comes after the last used block of the tower, whose attention it observes.
         stage, layer = split_site(reduction.site)
+        if stage == "vision" and (self._parts.opaque or self._parts.patches_per_token > 1):
+            return self._site_of_groups(layer)
         blocks = self._parts.decoder if stage == "decoder" else self._parts.vision
         index = self.tower_blocks - 1 if stage == "projector" else layer
         block = blocks[index] if blocks else None
@@ -448,11 +450,28 @@ class CostModel:
             following=blocks[index + 1] if index + 1 < len(blocks) else None,
             others=self.text_tokens if stage == "decoder" else self._parts.class_tokens,
             sizes=SiteSizes(
-                width=self._parts.group_width if stage == "vision" else self._parts.width,
+                width=block.width if block and stage == "vision" else self._parts.width,
                 key=block.dim if block else 0,
                 joint_key=block.key_heads * block.dim if block else 0,
                 text=self.text_tokens,
             ),
+        )
+
+    def _site_of_groups(self, layer: int) -> Site:
+        """Return the surroundings of a site at which groups of patches are tokens."""
+        block, per_token = self._parts.block_of_groups(layer), self._parts.patches_per_token
+        return Site(
+            stage="vision",
+            block=block,
+            following=None,
+            others=0 if self._parts.opaque else self._parts.class_tokens,
+            sizes=SiteSizes(
+                width=per_token * block.width,
+                key=per_token * block.dim,
+                joint_key=per_token * block.key_heads * block.dim,
+                text=self.text_tokens,
+            ),
+            per_token=per_token,
         )
 
     def _operator_flops(

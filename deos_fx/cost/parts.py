@@ -25,14 +25,14 @@ class BlockCost:
     Attributes:
         growth: Its FLOPs by the number of tokens: linear layers, convolutions, states, query-key
             and attention-value products.
-        heads: Query heads.
+        heads: Query heads; a part of one where only some pairs of tokens see each other.
         key_heads: Key and value heads.
         dim: Size of a head.
         width: Size of a hidden state.
     """
 
     growth: Growth
-    heads: int
+    heads: float
     key_heads: int
     dim: int
     width: int
@@ -42,7 +42,7 @@ class BlockCost:
         return 2 * self.heads * self.dim * queries * tokens
 
     @property
-    def projections(self) -> int:
+    def projections(self) -> float:
         """Compute the FLOPs of the queries, keys and values of one token."""
         # Two for each multiply-add.
         return 2 * self.width * (self.heads + 2 * self.key_heads) * self.dim
@@ -131,15 +131,33 @@ class Parts:
     @cached_property
     def _visual_tokens(self) -> int:
         """Count the visual tokens of the call."""
-        # Encodings are those of a call.
-        assert self._call is not None
-        return sum(sum(one.layout.sizes) for one in self._call.prompts if one.layout)
+        return sum(self._sizes)
 
     @property
-    def group_width(self) -> int:
-        """Return the size of the hidden states of the patches of a token, side by side."""
+    def _sizes(self) -> list[int]:
+        """Return the visual tokens of every image of the call; one image without a call."""
+        if self._call is None:
+            return [self._facts.signature.visual_tokens]
+        return [size for one in self._call.prompts if one.layout for size in one.layout.sizes]
+
+    def block_of_groups(self, i: int) -> BlockCost:
+        """Return a vision block, whatever the shape of its hidden states.
+
+        Where it attends in windows, or images are cut into tiles, it has heads in proportion to the
+        pairs of patches that see each other.
+        """
         encoder = self.encodings[0] if self.opaque else self.encoder
-        return encoder.width * self.patches_per_token
+        block = self._model.get_submodule(self._facts.blocks.vision[i])
+        configs = (getattr(module, "config", None) for module in block.modules())
+        names = ("num_attention_heads", "num_heads", "attention_heads")
+        found = (getattr(config, name, 0) for config in configs for name in names)
+        heads = next(filter(None, found), 0)
+        dim = encoder.width // heads if heads else 0
+        linear = (encoder.blocks[i] - encoder.products[i]) // max(encoder.patches, 1)
+        # Queries times keys are half of the products.
+        pairs = sum((self.patches_per_token * size) ** 2 for size in self._sizes)
+        seen = encoder.products[i] / max(4 * encoder.width * pairs, 1) if self.opaque else 1
+        return BlockCost(Growth(linear, 0), heads * seen, heads, dim, encoder.width)
 
     @cached_property
     def vision(self) -> list[BlockCost]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from deos_fx.attention.observation import MADE_OF, OBSERVED
 from deos_fx.forms.needs import required_features
 from deos_fx.models.blocks import Block, counts_positions
 from deos_fx.operator.select import SELECTORS
+from deos_fx.passes.analyse.groups import OF_GROUPS, hands_on
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.graph import attends, blocks_after, blocks_of
 from deos_fx.passes.notes import annotate, note_of, note_of_graph
@@ -48,7 +50,7 @@ def check_reduction(
     # Features that are observed in a block, whichever block it is (``keys``, ``keys@next``).
     hidden_from = sorted(need for need in needs if need.partition("@")[0] in (*OBSERVED, *MADE_OF))
     # 2. What is observed belongs to the tokens that are reduced.
-    if before_decoder and hidden_from and sites.encoder is not Encoder.PATCHWISE:
+    if stage == "projector" and hidden_from and sites.encoder is not Encoder.PATCHWISE:
         raise ValueError(
             f"{name} has no {', '.join(hidden_from)}: its tokens are not those of a block of the "
             "vision tower. Use scores and similarities of the features themselves."
@@ -60,7 +62,7 @@ def check_reduction(
             "decoder sees both, so it works at decoder.<i> only. Choose such a site, or another "
             "selector."
         )
-    _check_groups(sites, reduction, needs)
+    _check_groups(note_of_graph(graph_module).blocks, sites, reduction, needs)
     # 3. Features that are already at their placeholders cannot change their order.
     if before_decoder and sites.encoder is Encoder.OPAQUE and reduction.order != "position":
         raise ValueError(
@@ -108,21 +110,34 @@ def check_reduction(
     return site
 
 
-def _check_groups(sites: Sites, reduction: Reduction, needs: frozenset[str]) -> None:
+def _check_groups(
+    blocks: Mapping[Block, nn.Module],
+    sites: Sites,
+    reduction: Reduction,
+    needs: frozenset[str],
+) -> None:
     """Refuse what groups of patches in the vision tower do not have.
 
     Args:
+        blocks: The blocks of the model.
         sites: The sites.
         reduction: The reduction.
         needs: Names of the features that it reads.
     """
     if split_site(reduction.site)[0] != "vision" or sites.encoder is Encoder.PATCHWISE:
         return
-    others = sorted(needs - {"tokens", "grid", "sides"})
+    others = sorted(needs - OF_GROUPS - {"sides"})
     if others:
         raise ValueError(
             f"{reduction.site} has no {', '.join(others)}: several patches make a visual token. "
-            "Use scores and similarities of the patches themselves."
+            "Use scores and similarities of the patches themselves and of this block."
+        )
+    unseen = sorted(needs & OBSERVED.keys())
+    if unseen and not hands_on(blocks[Block("vision", split_site(reduction.site)[1])]):
+        raise ValueError(
+            f"{reduction.site} has no {', '.join(unseen)}: its block hands no further arguments on "
+            "to its attention, which cannot be observed. Use scores and similarities of the "
+            "patches themselves."
         )
     if reduction.mass_bias:
         raise ValueError(

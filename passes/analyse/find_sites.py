@@ -28,7 +28,7 @@ from deos_fx.passes.analyse.flow import (
     find_merge,
     find_operands,
 )
-from deos_fx.passes.analyse.groups import UNUSED
+from deos_fx.passes.analyse.groups import OF_GROUPS, UNUSED, hands_on
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.graph import attends, blocks_of, made_of, reached
 from deos_fx.passes.notes import note_of, note_of_graph
@@ -50,8 +50,6 @@ _OF_LATER_TEXT = _observed("last", "text", "raters") | {"text_keys"}
 _ANYWHERE = (_observed("", "visual") | {"tokens", "grid"}) - _OF_LATER_TEXT
 # Features at a site whose tokens are not those of any block.
 _OF_FEATURES = frozenset({"tokens", "grid", "text_tokens", "text_mask"})
-# Features at a site whose tokens are groups of patches.
-_OF_GROUPS = frozenset({"tokens", "grid"})
 # Features of a tower with a CLS token.
 _OF_CLASS_TOKEN = _observed("class")
 # Features of the text, at the projector and in the decoder.
@@ -182,12 +180,13 @@ def _sites_of_groups(
     """
     blocks = _blocks(graph_module, "vision")
     reasons = in_groups() if in_groups and blocks else {}
-    scores = _scores_from(_OF_GROUPS)
-    return [
-        _site_after(block, reason, () if reason else scores)
-        for block in blocks
-        for reason in [reasons.get(block.index, unknown)]
-    ]
+    modules = note_of_graph(graph_module).blocks
+    sites = []
+    for block in blocks:
+        reason = reasons.get(block.index, unknown)
+        features = OF_GROUPS if hands_on(modules[block]) else OF_GROUPS - OBSERVED.keys()
+        sites.append(_site_after(block, reason, () if reason else _scores_from(features)))
+    return sites
 
 
 def _decoder_sites(graph: fx.Graph, flow: nx.DiGraph) -> list[Site]:

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from deos_fx.attention.observation import OBSERVED
+from deos_fx.attention.seam import ObservedBlock
 from deos_fx.models.groups import PatchGroups, find_groups, key_of_sizes
 from deos_fx.models.views import with_forward, with_parts
 from deos_fx.passes.capture.leaves import ImageEncoder
@@ -61,6 +64,11 @@ class ReducedEncoder(ImageEncoder):
         self._known: Recent[Any, PatchGroups] = Recent(_SIZES)
         # A tuple keeps the whole encoder out of the module tree: the view shares all its weights.
         self._whole = core, encode, tuple(blocks)
+        self._observers = {
+            i: _Observer(blocks[i], names)
+            for i, step in self._steps.items()
+            if (names := sorted(step.needs & OBSERVED.keys()))
+        }
         first = min(self._steps)
         views = {
             block: with_forward(block, partial(self._run_block, i))
@@ -99,13 +107,55 @@ class ReducedEncoder(ImageEncoder):
     ) -> Any:
         """Run a block on what is left, and reduce what it makes."""
         patches = self._patches(_CALL.get(), hidden)
-        output = patches.run(forward, hidden, args, kwargs)
+        observer = self._observers.get(i)
+        run = observer or partial(_unobserved, forward)
+        output, seen = patches.run(run, hidden, args, kwargs)
         step = self._steps.get(i)
         if step is None:
             return output
         made, *others = output if isinstance(output, tuple) else (output,)
-        made = patches.reduce(step, made)
+        names = observer.names if observer else []
+        made = patches.reduce(step, made, dict(zip(names, seen, strict=True)))
         return (made, *others) if isinstance(output, tuple) else made
+
+
+def _unobserved(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+    """Run a block of which nothing is observed."""
+    return forward(*args, **kwargs), []
+
+
+class _Observer:
+    """A block that also reports features of its attention, with all patches as queries.
+
+    Args:
+        block: The block.
+        names: Names of the features.
+    """
+
+    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
+        self.names = names
+        self._wanted = [OBSERVED[name] for name in names]
+        # Without its hooks, which collect hidden states: they run when the encoder calls the block.
+        bare = with_forward(block, lambda forward, *args, **kwargs: forward(*args, **kwargs))
+        bare._forward_hooks.clear()
+        self._block = ObservedBlock(bare, tuple(observation for observation, _ in self._wanted))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """Run the block: its output, and each feature [R, P, k], with k = 1 for attention."""
+        asked: Any = [(None, None, None) for _, queries in self._wanted if queries]
+        output, *seen = self._block(*args, asked=tuple(asked), **kwargs)
+        # Blocks with segments call their attention for one after the other.
+        count = len(self._wanted)
+        return output, [self._joined(seen[i::count]) for i in range(count)]
+
+    @staticmethod
+    def _joined(segments: Sequence[Tensor]) -> Tensor:
+        """Join what was observed in every segment of the rows."""
+        if segments[0].ndim == 3:
+            return torch.cat([*segments], dim=1)
+        # Attention is a mean over the queries of a segment; those of other segments give nothing.
+        total = sum(part.shape[1] for part in segments)
+        return torch.cat([part * (part.shape[1] / total) for part in segments], dim=1)[..., None]
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +46,11 @@ class _Part(NamedTuple):
 
     Attributes:
         rows: Their numbers [r]; None if they are all rows.
-        index: [r, M] places of the patches that are left, ascending.
+        places: [r, M] places of the patches that are left, ascending.
     """
 
     rows: Tensor | None
-    index: Tensor
+    places: Tensor
 
 
 class ReducedPatches:
@@ -98,40 +98,41 @@ class ReducedPatches:
         hidden: Tensor,
         args: Sequence[Any],
         kwargs: dict[str, Any],
-    ) -> Any:
+    ) -> tuple[Any, list[Tensor]]:
         """Run a block on the patches that are left.
 
         Args:
-            block: The block.
+            block: The block, which returns its output and a list of observations [R, P, k].
             hidden: Hidden states of all patches, [R, P, d] or [P, d].
             args: Its other arguments.
             kwargs: Its keyword arguments.
 
         Returns:
-            Its output, in which dropped patches have the hidden states that came in.
+            Its output, in which dropped patches have the hidden states that came in, and the
+            observations, which are zero there.
         """
         if self._parts is None:
             return block(hidden, *args, **kwargs)
         axes = axes_of(hidden, args, kwargs)
         whole = hidden if hidden.ndim == 3 else hidden[None]
+        seen: list[Tensor] = []
         for rows, index in self._parts:
             given, named = arguments_at(index, axes, hidden, args, kwargs, rows)
-            output = block(*given, **named)
+            output, observed = block(*given, **named)
             made = output[0] if isinstance(output, tuple) else output
-            made = made if made.ndim == 3 else made[None]
-            if rows is None:
-                whole = tokens.put(whole, index, made)
-            else:
-                whole = whole.index_copy(0, rows, tokens.put(whole[rows], index, made))
+            whole = _put(whole, rows, index, made if made.ndim == 3 else made[None])
+            seen = seen or [x.new_zeros(*whole.shape[:2], x.shape[-1]) for x in observed]
+            seen = [_put(into, rows, index, x) for into, x in zip(seen, observed, strict=True)]
         left = whole if hidden.ndim == 3 else whole[0]
-        return (left, *output[1:]) if isinstance(output, tuple) else left
+        return (left, *output[1:]) if isinstance(output, tuple) else left, seen
 
-    def reduce(self, step: Any, hidden: Tensor) -> Tensor:
+    def reduce(self, step: Any, hidden: Tensor, observed: Mapping[str, Tensor]) -> Tensor:
         """Reduce the groups of every image.
 
         Args:
             step: The step of a `SiteWalk`.
             hidden: Hidden states of all patches, [R, P, d] or [P, d].
+            observed: Features of all patches [R, P, k] that were observed in the block.
 
         Returns:
             The same, in which the groups that are left have what was merged into them.
@@ -139,7 +140,9 @@ class ReducedPatches:
         groups = self._groups.groups.to(hidden.device)
         flat = hidden.reshape(-1, hidden.shape[-1])
         for alike in self._alike:
-            flat = self._reduce_alike(step, alike, groups, flat)
+            own = groups[alike.tokens.to(groups.device)]
+            features = {name: _of_groups(x.flatten(0, 1)[own]) for name, x in observed.items()}
+            flat = self._reduce_alike(step, alike, groups, flat, features)
         left = flat.new_ones(len(flat), dtype=torch.bool)
         left[groups.flatten()] = False
         for alike in self._alike:
@@ -147,7 +150,14 @@ class ReducedPatches:
         self._parts = _parts(left.reshape(-1, self._groups.shape[-1]))
         return flat.reshape(hidden.shape)
 
-    def _reduce_alike(self, step: Any, alike: _Alike, groups: Tensor, flat: Tensor) -> Tensor:
+    def _reduce_alike(
+        self,
+        step: Any,
+        alike: _Alike,
+        groups: Tensor,
+        flat: Tensor,
+        features: Mapping[str, Tensor],
+    ) -> Tensor:
         """Reduce the images of one size, and return the hidden states [R P, d]."""
         reduction: Reduction = step.reduction
         images, last = len(alike.images), alike.images[-1] == self._layout.images - 1
@@ -159,7 +169,8 @@ class ReducedPatches:
             count,
             own,
             alike.mass,
-            {"grid": cells, "sides": torch.tensor([self._layout.grid], device=flat.device)},
+            {"grid": cells, "sides": torch.tensor([self._layout.grid], device=flat.device)}
+            | dict(features),
             # Only the last image can end the prompt, and has to keep its last token then.
             last_of=images if self._layout.ends and last else 0,
         )
@@ -193,6 +204,22 @@ class ReducedPatches:
     def _of_prompts(self, alike: _Alike, of_images: Any) -> Tensor:
         """Join values [I, K] of images to those of prompts [B, I K]."""
         return tokens.masses_of_prompt(of_images, len(alike.images))
+
+
+def _put(whole: Tensor, rows: Tensor | None, index: Tensor, made: Tensor) -> Tensor:
+    """Write values [r, M, k] of some patches of some rows into those of all, [R, P, k]."""
+    if rows is None:
+        return tokens.put(whole, index, made)
+    return whole.index_copy(0, rows, tokens.put(whole[rows], index, made))
+
+
+def _of_groups(values: Tensor) -> Tensor:
+    """Return features of groups, of those [I, V, s, k] of their patches.
+
+    Attention is a number for each patch, and its mean that of the group: [I, V]. Keys lie side by
+    side, as hidden states do: [I, V, s k].
+    """
+    return values.mean(dim=(2, 3)) if values.shape[-1] == 1 else values.flatten(2)
 
 
 def _parts(left: Tensor) -> list[_Part]:

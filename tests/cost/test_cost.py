@@ -346,10 +346,13 @@ def test_the_cost_of_text_alone():
 
 
 @pytest.mark.parametrize("eager", ["qwen2_vl", "qwen3_vl", "internvl", "idefics3"], indirect=True)
-@pytest.mark.parametrize("gain", [0.0, 1.0])
-def test_groups_of_patches_in_the_tower(eager, gain):
+@pytest.mark.parametrize("attention", [False, True])
+def test_groups_of_patches_in_the_tower(eager, attention):
     name, model = eager
-    step = Reduction("vision.0", 0.25, gain=gain, scores={"feature_norm": 1})
+    merge = {"gain": 1.0, "similarity": {"key": 1}, "scores": {"mutual_attention": 1}}
+    # The blocks of InternVL hand nothing on to their attention.
+    how = merge if attention and name != "internvl" else {"scores": {"feature_norm": 1}}
+    step = Reduction("vision.0", 0.25, **how)
     reduced, batch = ReducedModel(model, Policy((step,))), prompts(name, 2)
     cost = reduced.cost(**batch)
     assert cost.after.flops == counted(reduced, **batch)[0]
