@@ -121,7 +121,7 @@ def encoder_of(reduced: ReducedModel, batch: dict[str, Tensor]) -> Any:
 def features_in(output: Any) -> list[Tensor]:
     """The features [T, d] that enter the prompt, and those of other depths."""
     levels = [features_of(output), *(output.get("deepstack_features") or ())]
-    leaves = [[x for x in pytree.tree_leaves(level) if x.ndim > 1] for level in levels]
+    leaves = [[x for x in pytree.tree_leaves(level) if isinstance(x, Tensor)] for level in levels]
     return [torch.cat([x.flatten(0, -2) for x in level]) for level in leaves]
 
 

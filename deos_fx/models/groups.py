@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -53,12 +53,19 @@ class _Run:
     """What blocks are given and make in one run of the encoder.
 
     Attributes:
-        given: Arguments of every block.
+        on_meta: Whether weights have no values.
+        given: Arguments of every block after the hidden states.
         made: The leaf that stands for the hidden states that every block makes.
+        unlike: Why a block does not continue what the one before it made.
+        outputs: Hidden states that the first block of each class makes of each shape, and the Nones
+            beside them; None if its output is no tuple.
     """
 
-    given: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
-    made: dict[int, Tensor]
+    on_meta: bool
+    given: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    made: dict[int, Tensor] = field(default_factory=dict)
+    unlike: dict[int, str] = field(default_factory=dict)
+    outputs: dict[Hashable, tuple[Tensor, list[None] | None]] = field(default_factory=dict)
 
 
 def find_groups(
@@ -92,17 +99,17 @@ def find_groups(
         NoGroups: If one of these does not hold.
     """
     # 1.
-    on_meta = execution_device(core) == META
-    run = _Run({}, {})
+    run = _Run(execution_device(core) == META)
     views = {
-        block: with_forward(block, partial(_record, run, i, shaped(block) if on_meta else None))
+        block: with_forward(block, partial(_record, run, i, block))
         for i, block in enumerate(blocks)
     }
     view: Any = with_parts(core, views)
-    if on_meta:
+    if run.on_meta:
         _make_up(view, core, blocks)
-        args, kwargs = pytree.tree_map_only(Tensor, _made_up, (tuple(args), dict(kwargs)))
     with torch.inference_mode(False), torch.enable_grad():
+        # Copies, since tensors of inference mode take no part in gradients.
+        args, kwargs = pytree.tree_map_only(Tensor, _made_up, (tuple(args), dict(kwargs)))
         output = encode(view, *args, **kwargs)
         levels = [_joined(level) for level in _levels(output)]
         found = [_tokens_of(level, run.made) for level in levels]
@@ -116,10 +123,10 @@ def find_groups(
     groups = _groups([tokens for level in found for tokens in level.values()], len(levels[0]))
     # 4.
     for i, block in _kinds(blocks[:used], run):
-        args, kwargs = run.given[i]
-        axes = axes_of(args[0], args[1:], kwargs)
-        if not on_meta:
-            _check_order(block, axes, *run.given[i])
+        hidden, (others, named) = run.made[i].detach(), run.given[i]
+        axes = axes_of(hidden, others, named)
+        if not run.on_meta:
+            _check_order(block, axes, hidden, others, named)
     return PatchGroups(tuple(shape), groups, used)
 
 
@@ -146,17 +153,19 @@ def _is_table(value: Tensor) -> bool:
 def _record(
     run: _Run,
     i: int,
-    on_shapes: nn.Module | None,
+    block: nn.Module,
     forward: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run a block, and put a leaf in the place of the hidden states that it makes.
+    """Note what a block is given, and let it make a leaf.
+
+    Only the first block of each kind runs: values do not matter, but the form of the output does.
 
     Args:
         run: Gets what the block is given and makes.
         i: Its index.
-        on_shapes: A view that runs without weights, if it has none.
+        block: The block.
         forward: Its own forward.
         *args: Its arguments.
         **kwargs: Its keyword arguments.
@@ -165,19 +174,40 @@ def _record(
         raise NoGroups("its blocks are given hidden states by keyword")
     if i in run.given:
         raise NoGroups("its blocks run more than once for a batch of images")
-    run.given[i] = args, kwargs
-    # Forwards are called directly: hooks of blocks collect hidden states, and must run once.
-    run_block = on_shapes.forward if on_shapes else forward
-    with torch.no_grad(), ShapesOnly() if on_shapes else nullcontext():
-        output = run_block(*args, **kwargs)
-    hidden, *others = output if isinstance(output, tuple) else (output,)
-    if any(value is not None for value in others):
-        raise NoGroups("its blocks hand on more than hidden states")
-    hidden = torch.randn(hidden.shape, dtype=hidden.dtype) if on_shapes else hidden.detach()
-    run.made[i] = hidden.requires_grad_()
+    given, *others = args
+    run.given[i] = tuple(others), kwargs
+    kind = type(block), given.shape
+    if kind not in run.outputs:
+        run.outputs[kind] = _output(run, block, forward, args, kwargs)
+    hidden, beside = run.outputs[kind]
+    before = run.made.get(i - 1)
+    if hidden.shape != given.shape or hidden.ndim not in (2, 3):
+        run.unlike[i] = "its blocks change how many patches there are"
+    elif i and (before is None or before.shape != given.shape or not given.equal(before)):
+        run.unlike[i] = "hidden states change between its blocks"
+    run.made[i] = hidden.detach().requires_grad_()
     # Not the leaf itself, which code must not change in place.
-    passed = hidden * 1
-    return (passed, *others) if isinstance(output, tuple) else passed
+    passed = run.made[i] * 1
+    return passed if beside is None else (passed, *beside)
+
+
+def _output(
+    run: _Run,
+    block: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, list[None] | None]:
+    """Run a block, and return its hidden states and the Nones beside them, see `_Run`."""
+    # Forwards are called directly: hooks of blocks collect hidden states, and must run once.
+    with torch.no_grad(), ShapesOnly() if run.on_meta else nullcontext():
+        output = (shaped(block).forward if run.on_meta else forward)(*args, **kwargs)
+    if not isinstance(output, tuple):
+        return _made_up(output), None
+    hidden, *beside = output
+    if any(value is not None for value in beside):
+        raise NoGroups("its blocks hand on more than hidden states")
+    return _made_up(hidden), beside
 
 
 def _levels(output: Any) -> Iterator[Any]:
@@ -214,9 +244,9 @@ def _make_up(view: nn.Module, core: Any, blocks: Sequence[nn.Module]) -> None:
 
 
 def _made_up(value: Any) -> Any:
-    """Return a tensor with values for one on meta: noise, or zeros in place of indices."""
+    """Return a copy of a tensor; of one on meta, noise, or zeros in place of indices."""
     if not isinstance(value, Tensor) or not value.is_meta:
-        return value
+        return value.clone() if isinstance(value, Tensor) else value
     if value.is_floating_point():
         return torch.randn(value.shape, dtype=value.dtype)
     return torch.zeros(value.shape, dtype=value.dtype)
@@ -230,11 +260,8 @@ def _check_chain(run: _Run, used: int) -> None:
     for i in range(used):
         if i not in run.made:
             raise NoGroups("not all of its blocks run")
-        hidden = run.given[i][0][0]
-        if run.made[i].shape != hidden.shape or hidden.ndim not in (2, 3):
-            raise NoGroups("its blocks change how many patches there are")
-        if i and (hidden.shape != run.made[i - 1].shape or not hidden.equal(run.made[i - 1])):
-            raise NoGroups("hidden states change between its blocks")
+        if i in run.unlike:
+            raise NoGroups(run.unlike[i])
 
 
 # *** 3: tokens and patches ***
@@ -312,25 +339,24 @@ def _kinds(blocks: Sequence[nn.Module], run: _Run) -> list[tuple[int, nn.Module]
     """Return one block, with its number, of each class and each kind of arguments."""
     first: dict[Any, tuple[int, nn.Module]] = {}
     for i, block in enumerate(blocks):
-        args, kwargs = run.given[i]
         # Blocks with windows and without are given other tensors.
-        given = tuple(id(leaf) for leaf in pytree.tree_leaves((args[1:], kwargs)))
+        given = tuple(id(leaf) for leaf in pytree.tree_leaves(run.given[i]))
         first.setdefault((type(block), given), (i, block))
     return list(first.values())
 
 
 def _check_order(
-    block: nn.Module, axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    block: nn.Module, axes: Any, hidden: Tensor, others: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
     """Check that a block does the same with its tokens in another order.
 
     Args:
         block: The block.
         axes: What `axes_of` found for its arguments.
-        args: Its arguments, the hidden states first.
-        kwargs: Its keyword arguments.
+        hidden: Hidden states.
+        others: Its other arguments.
+        named: Its keyword arguments.
     """
-    hidden, *others = args
     length = hidden.shape[-2]
     # Backwards, inside each segment if the row is divided into segments.
     places = torch.arange(length, device=hidden.device)
@@ -338,13 +364,11 @@ def _check_order(
     for segments in (axis for axis in pytree.tree_leaves(axes) if isinstance(axis, Segments)):
         order = torch.cat([part.flip(0) for part in segments.of(places)])
     index = order.expand(hidden.shape[0] if hidden.ndim == 3 else 1, -1)
+    again, more = arguments_at(index, axes, hidden, others, named)
     with torch.no_grad():
         plain, ordered = (
-            pytree.tree_leaves(block.forward(*given, **named))[0]
-            for given, named in (
-                (args, kwargs),
-                arguments_at(index, axes, hidden, others, kwargs),
-            )
+            pytree.tree_leaves(block.forward(*given, **further))[0]
+            for given, further in (((hidden, *others), named), (again, more))
         )
     plain = plain.index_select(-2, order)
     largest = plain.abs().max()
