@@ -26,6 +26,7 @@ from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import Captured, Runnable, capture_call, run_graph
 from deos_fx.recent import Recent
 from deos_fx.tokens.cache import ReducedCache
+from deos_fx.tokens.turn import TurnCache
 
 __all__ = ["CAPTURES", "Captures"]
 
@@ -157,7 +158,9 @@ def _example(call: Call, step: bool) -> dict[str, Any]:
     """Return inputs of the same structure that the original model can run."""
     inputs = dict(call.inputs)
     if CACHE in inputs:
-        inputs[CACHE] = ReducedCache(call.model.config.get_text_config())
+        # A later turn with images is captured as the prompt that it is, on an empty cache.
+        kind = TurnCache if isinstance(inputs[CACHE], TurnCache) else ReducedCache
+        inputs[CACHE] = kind(call.model.config.get_text_config())
     return _decode_example(inputs, call.inputs[CACHE]) if step else inputs
 
 

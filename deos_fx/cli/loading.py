@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from deos_fx.cli.policies import own_policy, policy_of
+from deos_fx.cli.policies import policy_of
 from deos_fx.contents import RECORD
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from deos_fx.policy.policy import Policy
     from deos_fx.runtime.reduced_model import ReducedModel
+    from deos_fx.runtime.saved import SavedModel
 
 __all__ = ["load_generating", "load_model", "load_reduced", "load_unreduced", "meta_model"]
 
@@ -36,14 +37,21 @@ def load_model(
         ValueError: If there is no such folder, it is incomplete or damaged, or it holds a model
             that reads no images.
     """
+    # Called for their checks: the messages come before a long download or load.
+    saved = _saved(model_dir)
+    _config(model_dir)
+    return _unreduced(model_dir, saved, dtype, device)
+
+
+def _unreduced(
+    model_dir: str, saved: SavedModel | None, dtype: str | None = None, device: str | None = None
+) -> PreTrainedModel:
+    """Load a model that has been checked; see `load_model`."""
     from transformers import AutoModelForImageTextToText
 
     from deos_fx.reading import blaming
 
-    # Called for their checks: the messages come before a long download or load.
-    _check_saved(model_dir)
-    _config(model_dir)
-    if own_policy(model_dir) is not None:
+    if saved is not None:
         message = "%s holds a reduced model: the whole one is taken, and its policy is left aside."
         logging.getLogger("deos_fx").warning(message, model_dir)
     where = {} if device is None else {"device_map": device}
@@ -53,7 +61,11 @@ def load_model(
 
 
 def load_reduced(
-    model_dir: str, path: Path | None, preset: str | None, budget: int | float | None, **how: Any
+    model_dir: str,
+    path: Path | None,
+    preset: str | None,
+    budget: int | float | None,
+    dtype: str | None = None,
 ) -> ReducedModel:
     """Load a model with the chosen policy; a folder of a reduced model has a policy of its own.
 
@@ -62,7 +74,7 @@ def load_reduced(
         path: A policy file.
         preset: Name of a preset.
         budget: Limit on visual tokens.
-        **how: Options of `load_model`.
+        dtype: Precision of the weights; by default the one they were saved in.
 
     Raises:
         ValueError: If the model cannot run the policy; its weights are not loaded then.
@@ -71,27 +83,25 @@ def load_reduced(
     from deos_fx.runtime.reduced_model import ReducedModel
 
     # What is damaged may be the config, which is read first.
-    _check_saved(model_dir)
-    own = path is preset is budget is None and own_policy(model_dir) is not None
+    saved = _saved(model_dir)
+    own = None if saved is None else saved.policy
     model = meta_model(model_dir)
-    policy = policy_of(model, model_dir, path, preset, budget)
+    policy = policy_of(model, model_dir, own, path, preset, budget)
     if policy is None:
         # Case: nothing is chosen. The default policy runs on every model.
         policy = transform(model).policy
     # Case: a folder that `save_pretrained` of a reduced model wrote is read with all its checks.
-    if own:
-        return ReducedModel.from_pretrained(model_dir, **how)
-    return transform(load_model(model_dir, **how), policy=policy)
+    if saved is not None and policy is own:
+        return ReducedModel(saved.model(dtype=dtype or "auto"), policy)
+    return transform(_unreduced(model_dir, saved, dtype), policy=policy)
 
 
 def load_unreduced(model_dir: str) -> tuple[PreTrainedModel, dict[str, Policy]]:
     """Load a model as it is, and the policy of its folder by a name, if there is one."""
-    from deos_fx.runtime.reduced_model import ReducedModel
-
-    if own_policy(model_dir) is None:
+    saved = _saved(model_dir)
+    if saved is None:
         return load_model(model_dir), {}
-    reduced = ReducedModel.from_pretrained(model_dir)
-    return reduced.model, {reduced.policy.name or "its policy": reduced.policy}
+    return saved.model(), {saved.policy.name or "its policy": saved.policy}
 
 
 def load_generating(
@@ -116,7 +126,7 @@ def load_generating(
         # It takes tensors of the CPU and of any precision.
         inputs = SimpleNamespace(device="cpu", dtype=torch.float32)
         return OnnxModel.from_pretrained(model_dir).generate, inputs
-    if chosen or own_policy(model_dir) is not None:
+    if chosen or _is_saved(model_dir):
         reduced = load_reduced(model_dir, path, preset, budget)
         return reduced.generate, reduced.model
     model: Any = load_model(model_dir)
@@ -157,9 +167,16 @@ def _config(model_dir: str) -> Any:
     return config
 
 
-def _check_saved(model_dir: str) -> None:
-    """Compare a folder that has a record with it."""
-    from deos_fx.runtime.saved import check_folder
+def _saved(model_dir: str) -> SavedModel | None:
+    """Check the folder of a reduced model; None for any other model.
 
-    if (Path(model_dir) / RECORD).is_file():
-        check_folder(Path(model_dir))
+    Raises:
+        ValueError: If it is incomplete or damaged.
+    """
+    from deos_fx.runtime.saved import SavedModel
+
+    return SavedModel(model_dir) if _is_saved(model_dir) else None
+
+
+def _is_saved(model_dir: str) -> bool:
+    return (Path(model_dir) / RECORD).is_file()

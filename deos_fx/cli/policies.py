@@ -78,6 +78,7 @@ def chosen_policy(
 def policy_of(
     model: PreTrainedModel,
     model_dir: str,
+    own: Policy | None,
     path: Path | None,
     preset: str | None,
     budget: int | float | None,
@@ -87,6 +88,7 @@ def policy_of(
     Args:
         model: The model on the meta device.
         model_dir: Its folder, or a hub id.
+        own: The policy of the folder, if it is that of a reduced model.
         path: A policy file.
         preset: Name of a preset.
         budget: Limit on visual tokens.
@@ -96,7 +98,6 @@ def policy_of(
     """
     inputs = example_of(model, model_dir)
     chosen = chosen_policy(model, inputs, path, preset, budget)
-    own = own_policy(model_dir)
     if chosen is None and own is not None:
         check_runs(model, inputs, own)
     return own if chosen is None else chosen

@@ -100,7 +100,7 @@ class SearchProblem:
             model: The unmodified model.
             data: Batches of model inputs, perhaps with labels.
             budget: The budget.
-            progress: Called with the stage ``capture`` after each batch.
+            progress: Called with the stages ``answers`` and ``capture`` after each batch.
             recognise: Called with the fingerprint of the problem, before anything is captured.
 
         Returns:
@@ -114,7 +114,8 @@ class SearchProblem:
         # 1. The data: every batch is completed, and all of them fit one policy.
         check_whole(model)
         facts = facts_of(model)
-        calls = checked_calls(facts, data)
+        model.eval()
+        calls, labels = checked_calls(facts, data, progress)
         if recognise is not None:
             training = map(without_labels, calls[: len(calls) - len(calls) // 4])
             recognise(_fingerprint(facts.signature, [*training]))
@@ -128,10 +129,10 @@ class SearchProblem:
         # dict keeps the order, so the first is that of the longest prompts.
         cost, *others = costs.values()
         # 3. The captured calls, and a target for every batch.
-        captures = Captures(model.eval())
+        captures = Captures(model)
         first = without_labels(longest[0])
         captured = captures.serving(replace(first, inputs=moved(first.inputs, model.device)))
-        batches, interrupted = with_targets(captures, calls, progress)
+        batches, interrupted = with_targets(captures, calls, labels, progress)
         # 4. The problem. The last quarter of the batches is held back. Of fewer than four batches,
         # none is, and candidates are scored on all of them.
         held_back = len(batches) // 4

@@ -56,10 +56,9 @@ def export(
     from deos_fx.files import fresh_folder
 
     console = report_console()
-    how = {} if dtype is None else {"dtype": dtype}
     with fresh_folder(out_dir, FILES, whole=True) as folder, stages(console) as stage:
         with stage("load the model"):
-            reduced = load_reduced(model_dir, policy, preset, budget, **how)
+            reduced = load_reduced(model_dir, policy, preset, budget, dtype)
         with stage.phased("export") as advance:
             export_onnx(
                 reduced, folder, device=device, weights=weights, verify=verify, progress=advance

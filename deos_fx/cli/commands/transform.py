@@ -39,8 +39,7 @@ def transform(
     from deos_fx.runtime.saved import folder_for
 
     with folder_for(out_dir) as folder:
-        how = {} if dtype is None else {"dtype": dtype}
-        reduced = load_reduced(model_dir, policy, preset, budget, **how)
+        reduced = load_reduced(model_dir, policy, preset, budget, dtype)
         reduced.save_pretrained(folder)
         copy_processor(model_dir, folder)
     report_console().print(reduced.policy, highlight=False, markup=False, soft_wrap=True)
