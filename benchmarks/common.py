@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
+from rich.console import Console
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -24,8 +27,10 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from deos_fx import __version__, reference
+from deos_fx.files import write_text
 from deos_fx.models.facts import facts_of
 
 __all__ = [
@@ -39,6 +44,7 @@ __all__ = [
     "conditions",
     "device_of",
     "in_turns",
+    "measured",
     "now",
 ]
 
@@ -158,6 +164,35 @@ def build_inputs(
         "input_ids": torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1).to(model.device),
         "pixel_values": pixels.to(model.device, model.dtype),
     }
+
+
+# *** a command ***
+
+
+def measured(
+    measure: Callable[[Callable[[Mapping[str, Any]], None]], dict[str, Any]],
+    output: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Run what a benchmark measures, and write the results as JSON as often as it has some.
+
+    Args:
+        measure: Takes a function that writes the results so far.
+        output: The file.
+        console: Where the file is named at the end.
+
+    Raises:
+        typer.BadParameter: If a setting is not possible here, or the file cannot be written.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        results = measure(lambda found: write_text(output, json.dumps(found, indent=1) + "\n"))
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(f"Wrote {output}", highlight=False)
+    return results
 
 
 # *** the machine ***

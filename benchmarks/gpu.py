@@ -10,7 +10,6 @@ benchmarks/README.md says what each figure means.
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import tempfile
 import time
@@ -35,18 +34,17 @@ from common import (
     conditions,
     device_of,
     in_turns,
+    measured,
 )
 from common import now as seconds_now
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from deos_fx import OnnxModel, Policy, ReducedModel, Reduction, export_onnx, presets
 from deos_fx.cost.memory import peak_bytes
 from deos_fx.cost.model import CostModel
-from deos_fx.files import write_text
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
@@ -347,17 +345,36 @@ def _pytorch(bench: _Bench) -> Results:
 
 
 def _compiled(bench: _Bench) -> Results:
-    """The original prefill under torch.compile, beside running it as it is."""
-    calls = {
-        "eager": partial(_prefill, bench.model, bench.inputs),
-        "compiled": partial(_prefill, torch.compile(bench.model), bench.inputs),
-    }
-    times = in_turns(calls, bench.settings.repeats, bench.device)
-    figure = {
-        "prefill_ms": statistics.median(times["compiled"]),
-        "over_eager": _ratio(times, "compiled", "eager"),
-    }
-    return {"variants": {ORIGINAL: figure}}
+    """The original and reduced models under torch.compile, beside running them as they are."""
+    found: Results = {"variants": {}}
+    for name, policy in {ORIGINAL: None, **bench.policies}.items():
+        eager: Any = bench.model
+        if policy is None:
+            compiled: Any = torch.compile(bench.model)
+        else:
+            eager, compiled = (ReducedModel(bench.model, policy) for _ in range(2))
+            compiled.compile()
+        calls = {
+            "eager": partial(_prefill, eager, bench.inputs),
+            "compiled": partial(_prefill, compiled, bench.inputs),
+        }
+        start = time.perf_counter()
+        calls["compiled"]()
+        first = time.perf_counter() - start
+        times = in_turns(calls, bench.settings.repeats, bench.device)
+        new = bench.settings.new_tokens
+        # Twice: the first one compiles.
+        decode = [
+            [_generate(call, bench.inputs, new) for call in (eager, compiled)] for _ in range(2)
+        ][-1]
+        found["variants"][name] = {
+            "first_call_s": first,
+            "prefill_ms": statistics.median(times["compiled"]),
+            "over_eager": _ratio(times, "compiled", "eager"),
+            "decode_ms": decode[1],
+            "decode_over_eager": decode[1] / decode[0],
+        }
+    return found
 
 
 def _onnx(bench: _Bench) -> Results:
@@ -521,9 +538,6 @@ def main(
     ] = Settings.seconds,
 ) -> None:
     """Measure what reductions gain on one GPU."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    console = Console()
     default = "bf16" if device is Device.cuda else "fp32"
     settings = Settings(
         shape=shape,
@@ -537,17 +551,9 @@ def main(
         repeats=repeats,
         seconds=seconds,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-
-    def save(results: Results) -> None:
-        write_text(output, json.dumps(results, indent=1) + "\n")
-
-    try:
-        results = measure(settings, console, save)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    console = Console()
+    results = measured(partial(measure, settings, console), output, console)
     console.print(table(results))
-    console.print(f"Wrote {output}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ benchmarks/README.md says what the figures mean.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import tempfile
@@ -21,18 +20,26 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import DTYPES, SHAPES, Device, Dtype, build_inputs, build_model, conditions, device_of
+from common import (
+    DTYPES,
+    SHAPES,
+    Device,
+    Dtype,
+    build_inputs,
+    build_model,
+    conditions,
+    device_of,
+    measured,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from deos_fx import OnnxModel, Policy, ReducedModel, Reduction, export_onnx, profile
 from deos_fx.cost.latency import in_turns
 from deos_fx.cost.model import CostModel
 from deos_fx.exporters.profile import RUNTIMES
-from deos_fx.files import write_text
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import facts_of
@@ -199,10 +206,6 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = Settings.seed,
 ) -> None:
     """Compare the predicted latency of random policies with the measured one."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    console = Console()
-    output.parent.mkdir(parents=True, exist_ok=True)
     settings = Settings(
         shape=shape,
         runtimes=runtimes.split(","),
@@ -212,14 +215,9 @@ def main(
         policies=policies,
         seed=seed,
     )
-    try:
-        results = measure(
-            settings, lambda found: write_text(output, json.dumps(found, indent=1) + "\n")
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    console = Console()
+    results = measured(partial(measure, settings), output, console)
     console.print(table(results))
-    console.print(f"Wrote {output}", highlight=False)
 
 
 if __name__ == "__main__":

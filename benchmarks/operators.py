@@ -9,7 +9,6 @@ run, so that whatever else slows the machine slows all of it, and ratios stay fa
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
@@ -20,19 +19,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import DTYPES, SHAPES, WARM_UP, Device, Dtype, conditions, device_of, in_turns
+from common import DTYPES, SHAPES, WARM_UP, Device, Dtype, conditions, device_of, in_turns, measured
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-from transformers.utils import logging as transformers_logging
 
 from deos_fx import Reduction, presets, reference, tokens
 from deos_fx.attention.observation import OBSERVED, AttentionView, Observation, received_attention
 from deos_fx.cli.terminal import Advance, stages
-from deos_fx.files import write_text
 from deos_fx.forms.needs import required_features
 from deos_fx.forms.static import static_reduce
 
@@ -531,33 +528,22 @@ def main(
     ] = Settings.only,
 ) -> None:
     """Measure what the operator costs."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    settings = Settings(
+        shape=shape,
+        device=device,
+        dtype=dtype or ("fp16" if device is Device.cuda else "fp32"),
+        batch=batch,
+        text=text,
+        keep=keep,
+        merged=merged,
+        rounds=rounds,
+        calls=calls,
+        scenes=scenes,
+        only=only,
+    )
     console = Console()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        settings = Settings(
-            shape=shape,
-            device=device,
-            dtype=dtype or ("fp16" if device is Device.cuda else "fp32"),
-            batch=batch,
-            text=text,
-            keep=keep,
-            merged=merged,
-            rounds=rounds,
-            calls=calls,
-            scenes=scenes,
-            only=only,
-        )
-        results = measure(
-            settings,
-            console,
-            lambda found: write_text(output, json.dumps(found, indent=2) + "\n"),
-        )
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+    results = measured(partial(measure, settings, console), output, console)
     _print(results, console)
-    console.print(f"Wrote {output}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,13 +29,13 @@ from common import (
     build_model,
     conditions,
     device_of,
+    measured,
     now,
 )
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from deos_fx import (
     Budget,
@@ -47,7 +48,6 @@ from deos_fx import (
 from deos_fx.cli.terminal import Advance, Stages, stages
 from deos_fx.cost.latency import milliseconds
 from deos_fx.cost.model import CostModel
-from deos_fx.files import write_text
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
@@ -389,33 +389,22 @@ def main(
     ] = Settings.repeats,
 ) -> None:
     """Measure what reductions save: time, memory and operations."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    settings = Settings(
+        shape=shape,
+        policy=Policy.load(policy) if policy else None,
+        preset=preset,
+        budget=budget,
+        device=device,
+        batch=batch,
+        text=text,
+        new_tokens=new_tokens,
+        dtype=dtype or ("fp16" if device is Device.cuda else "fp32"),
+        onnx=onnx,
+        repeats=repeats,
+    )
     console = Console()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        settings = Settings(
-            shape=shape,
-            policy=Policy.load(policy) if policy else None,
-            preset=preset,
-            budget=budget,
-            device=device,
-            batch=batch,
-            text=text,
-            new_tokens=new_tokens,
-            dtype=dtype or ("fp16" if device is Device.cuda else "fp32"),
-            onnx=onnx,
-            repeats=repeats,
-        )
-        results = measure(
-            settings,
-            console,
-            lambda found: write_text(output, json.dumps(found, indent=2) + "\n"),
-        )
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+    results = measured(partial(measure, settings, console), output, console)
     _print(results, console)
-    console.print(f"Wrote {output}", highlight=False)
 
 
 if __name__ == "__main__":

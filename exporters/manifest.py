@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     record = record_of(folder)
     cure = "Export the model again, or use the release that wrote it."
     manifest = as_record(path, record, ManifestFile, "the manifest of an export", cure)
-    verify(folder, record)
+    verify(folder, record, FILES)
     return manifest.model_dump()
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from deos_fx.errors import GuardError
@@ -23,9 +23,10 @@ from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.shapes_only import without_missing_weights
 from deos_fx.models.upstream import CACHE
-from deos_fx.passes.pipeline import Captured, capture_call, run_graph
+from deos_fx.passes.pipeline import Captured, Runnable, capture_call, run_graph
 from deos_fx.recent import Recent
 from deos_fx.tokens.cache import ReducedCache
+from deos_fx.tokens.turn import TurnCache
 
 __all__ = ["CAPTURES", "Captures"]
 
@@ -77,7 +78,7 @@ class Captures:
         self._captures: Recent[_Capture, None] = Recent(CAPTURES)
 
     def serve(
-        self, call: Call, graph_of: Callable[[Captured], fx.GraphModule], *, step: bool = False
+        self, call: Call, graph_of: Callable[[Captured], Runnable], *, step: bool = False
     ) -> tuple[Captured, dict[str, Any]]:
         """Find the capture that serves a call, and run the call in a graph made from it.
 
@@ -97,9 +98,9 @@ class Captures:
         tried: list[_Capture] = []
         while True:
             capture, new = self._next(call, step, tried)
-            graph_module = graph_of(capture.captured)
+            runnable = graph_of(capture.captured)
             try:
-                fields = run_graph(graph_module, call.inputs)
+                fields = run_graph(runnable, call.inputs)
             except GuardError:
                 # Case: these inputs take another branch through the model's code than was captured.
                 if new or step and cache.get_seq_length() != seen:
@@ -157,7 +158,9 @@ def _example(call: Call, step: bool) -> dict[str, Any]:
     """Return inputs of the same structure that the original model can run."""
     inputs = dict(call.inputs)
     if CACHE in inputs:
-        inputs[CACHE] = ReducedCache(call.model.config.get_text_config())
+        # A later turn with images is captured as the prompt that it is, on an empty cache.
+        kind = TurnCache if isinstance(inputs[CACHE], TurnCache) else ReducedCache
+        inputs[CACHE] = kind(call.model.config.get_text_config())
     return _decode_example(inputs, call.inputs[CACHE]) if step else inputs
 
 

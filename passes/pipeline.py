@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import fx
 from transformers import PreTrainedModel
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from deos_fx.errors import PassError
 from deos_fx.models.facts import facts_of
 from deos_fx.models.families import PIXELS
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
 from deos_fx.passes.analyse.find_sites import find_sites
 from deos_fx.passes.analyse.sites import Sites
@@ -20,15 +21,17 @@ from deos_fx.passes.capture.capture import capture
 from deos_fx.passes.finish import finish
 from deos_fx.passes.lower.lower_decode import decode_spaces, lower_decode
 from deos_fx.passes.lower.lower_reductions import lower_reductions
+from deos_fx.passes.rewrite.continue_text import continue_text
 from deos_fx.passes.rewrite.fold_masked_add import fold_masked_add
 from deos_fx.passes.rewrite.fold_unstack import fold_unstack
 from deos_fx.passes.verify import verify
 from deos_fx.policy.policy import Policy
 from deos_fx.tokens.layout import PromptLayout
+from deos_fx.tokens.turn import TurnCache
 
 _T = TypeVar("_T")
 
-__all__ = ["Captured", "capture_call", "copy_of", "lower_call", "run_graph"]
+__all__ = ["Captured", "Runnable", "capture_call", "copy_of", "lower_call", "run_graph"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,7 @@ def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
-    """Capture -> fold -> fold -> annotate -> verify -> find sites.
+    """Capture -> fold -> fold -> annotate -> (continue a text) -> verify -> find sites.
 
     Args:
         model: The unmodified model.
@@ -87,6 +90,8 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     graph_module = _run(fold_unstack, graph_module)
     graph_module = _run(fold_masked_add, graph_module)
     graph_module = _run(annotate_token_spaces, graph_module, inputs)
+    if isinstance(inputs.get(CACHE), TurnCache):
+        graph_module = _run(continue_text, graph_module)
     graph_module = verify(graph_module, "captured")
     # Only a prefill with images has sites; other calls are captured for their guards and for
     # decoding.
@@ -137,15 +142,26 @@ def _run(step: Callable[..., _T], graph_module: fx.GraphModule, *arguments: Any)
         ) from error
 
 
-def run_graph(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> dict[str, Any]:
+class Runnable(Protocol):
+    """A graph module, or what runs one."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        """Return the graph, whose placeholders are the inputs."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run it."""
+
+
+def run_graph(runnable: Runnable, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Call a graph with the inputs that it takes, and leave out all others.
 
     Args:
-        graph_module: The graph.
+        runnable: The graph.
         inputs: At least the graph's inputs, by name.
 
     Returns:
         The fields of its output.
     """
-    names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
-    return graph_module(**{name: inputs[name] for name in names})
+    names = [str(node.target) for node in runnable.graph.find_nodes(op="placeholder")]
+    return runnable(**{name: inputs[name] for name in names})

@@ -204,7 +204,7 @@ def test_gpu_measures_all_parts(monkeypatch):
         gpu, "export_onnx", lambda reduced, target, *_, **__: exported.append(reduced)
     )
     monkeypatch.setattr(gpu.OnnxModel, "from_pretrained", lambda *_: exported[-1])
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     exported: list[Any] = []
     saved: list[int] = []
     found = gpu.measure(

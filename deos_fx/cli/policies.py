@@ -6,11 +6,12 @@ be captured first, so what it would refuse is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deos_fx.cli.limits import DEFAULT_LIMIT
+from deos_fx.cli.processors import example_of
 from deos_fx.contents import RECORD
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from deos_fx.policy.policy import Policy
 
-__all__ = ["check_runs", "chosen_policy", "own_policy"]
+__all__ = ["check_runs", "chosen_policy", "named_policies", "own_policy", "policy_of"]
 
 
 def own_policy(model_dir: str) -> Policy | None:
@@ -74,6 +75,34 @@ def chosen_policy(
     return policy
 
 
+def policy_of(
+    model: PreTrainedModel,
+    model_dir: str,
+    own: Policy | None,
+    path: Path | None,
+    preset: str | None,
+    budget: int | float | None,
+) -> Policy | None:
+    """Return the chosen policy, or that of a folder of a reduced model; None if there is neither.
+
+    Args:
+        model: The model on the meta device.
+        model_dir: Its folder, or a hub id.
+        own: The policy of the folder, if it is that of a reduced model.
+        path: A policy file.
+        preset: Name of a preset.
+        budget: Limit on visual tokens.
+
+    Raises:
+        ValueError: If the options do not go together, or the model cannot run the policy.
+    """
+    inputs = example_of(model, model_dir)
+    chosen = chosen_policy(model, inputs, path, preset, budget)
+    if chosen is None and own is not None:
+        check_runs(model, inputs, own)
+    return own if chosen is None else chosen
+
+
 def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None, policy: Policy) -> None:
     """Refuse a policy that the first call of the reduced model would refuse.
 
@@ -115,3 +144,28 @@ def _fitted(
     tokens = Budget(visual_tokens=limit).limits(whole)["visual_tokens"] / costs.images
     size = costs.layout.grid if facts.sizes_vary else None
     return costs.for_any_size(presets.fit(preset, tokens, model, size))
+
+
+def named_policies(paths: Sequence[Path]) -> dict[str, Path]:
+    """Name policy files: by their names, or where these are alike, by their folders.
+
+    Args:
+        paths: Files, or folders that a search wrote, for all policies in them.
+
+    Raises:
+        ValueError: If two files are the same, or a folder has no policy.
+    """
+    paths = [file for path in paths for file in _policies_in(path)]
+    for names in ([path.stem for path in paths], [str(path) for path in paths]):
+        if len({*names}) == len(names):
+            return dict(zip(names, paths, strict=True))
+    raise ValueError("a policy file is given twice; give each once")
+
+
+def _policies_in(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob("policy*.json"))
+    if not found:
+        raise ValueError(f"there is no policy.json in {path}")
+    return found

@@ -104,8 +104,8 @@ def test_transform_records_the_processor_as_well(tmp_path: Path) -> None:
 def test_names_that_are_taken_are_found_before_the_work(
     folder: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deos_fx.cli.app.load_model", lambda _: pytest.fail("worked before"))
-    monkeypatch.setattr("deos_fx.cli.app.load_reduced", lambda *_: pytest.fail("worked before"))
+    monkeypatch.setattr("deos_fx.cli.loading.load_model", lambda _: pytest.fail("worked before"))
+    monkeypatch.setattr("deos_fx.cli.loading.load_reduced", lambda *_: pytest.fail("worked before"))
     (tmp_path / "out" / "policy.json").mkdir(parents=True)
     for arguments in (
         ("transform", folder, tmp_path / "out"),

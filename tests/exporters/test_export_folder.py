@@ -130,6 +130,13 @@ def test_every_damage_is_noticed(target: Path) -> None:
     OnnxModel.from_pretrained(target, "cpu")
 
 
+def test_what_would_be_read_besides_is_refused(exports: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exports["new"], tmp_path / "new"))
+    shutil.copy(exports["old"] / "policy.safetensors", folder)
+    with pytest.raises(ValueError, match="policy.safetensors that was not written with the others"):
+        OnnxModel.from_pretrained(folder, "cpu")
+
+
 def recorded_anew(folder: Path) -> None:
     """Let the manifest say that the files are right as they are."""
     record = record_of(folder)

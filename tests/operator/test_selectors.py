@@ -203,11 +203,15 @@ def test_probe_takes_the_least_similar_to_each_pivot(
     score, text_score = features["attention_cls"], features["text_score"]
     tokens, text = features["normed_tokens"], features["normed_text"]
     taken, _, count = _split(data, seed)
+    # Rows have unequal numbers of words, as padded prompts do.
+    words = [data.draw(st.integers(0, TEXT)) for _ in range(3)]
+    said = torch.arange(TEXT) < torch.tensor(words)[:, None]
+    text_score = torch.where(said, text_score, torch.finfo(text_score.dtype).min)
     kept = operator.probe(score, tokens, text_score, text, taken, count, image_pivots, text_pivots)
     for row in range(3):
         free = _free(taken, row)
         chosen = sorted(falling(score[row], free)[: min(image_pivots, count)])
-        best = sorted(range(TEXT), key=lambda t: -float(text_score[row, t]))[:text_pivots]
+        best = falling(text_score[row], [*range(words[row])])[:text_pivots]
         probes = [*tokens[row, chosen], *text[row, sorted(best)]]
         share, more = divmod(count - len(chosen), len(probes))
         for i, pivot in enumerate(probes):

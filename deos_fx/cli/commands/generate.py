@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deos_fx.cli.loading import Images, Model, PolicyFile, Preset, Prompt, TokenLimit
+from deos_fx.cli.options import Images, Model, PolicyFile, Preset, Prompt, TokenLimit
 
 __all__ = ["generate"]
 
@@ -35,7 +35,8 @@ def generate(
 
       deos-fx generate onnx --image a.jpg --image b.jpg --prompt "Who is older?"
     """
-    from deos_fx.cli.loading import load_generating, question_of
+    from deos_fx.cli.loading import load_generating
+    from deos_fx.cli.questions import question_of
     from deos_fx.comparison.answers import generated
     from deos_fx.data.processors import load_processor
 

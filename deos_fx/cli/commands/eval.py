@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deos_fx.cli.loading import DataFile, Force, Model, PolicyFiles, TokenLimit, Urls
+from deos_fx.cli.options import DataFile, Force, Model, PolicyFiles, TokenLimit, Urls
 from deos_fx.cli.outputs import check_target
 
 __all__ = ["evaluate"]
@@ -56,7 +56,8 @@ def evaluate(
     if output is not None:
         check_target(output, force)
     from deos_fx.cli.limits import DEFAULT_LIMIT
-    from deos_fx.cli.loading import load_unreduced, named_policies
+    from deos_fx.cli.loading import load_unreduced
+    from deos_fx.cli.policies import named_policies
     from deos_fx.cli.terminal import evaluation_table, stages
     from deos_fx.comparison.compare import Given
     from deos_fx.comparison.compare import evaluate as run_evaluation

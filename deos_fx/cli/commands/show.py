@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deos_fx.cli.loading import (
+from deos_fx.cli.options import (
     Force,
     Images,
     Model,
@@ -48,7 +48,8 @@ def show(
       deos-fx show my-llava --image cat.jpg --prompt "What?" --preset fastv
     """
     check_target(output, force, model_dir)
-    from deos_fx.cli.loading import load_reduced, question_of
+    from deos_fx.cli.loading import load_reduced
+    from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
     from deos_fx.comparison.answers import inputs_for
     from deos_fx.data import batches, open_image

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from deos_fx.cli.loading import Urls
+from deos_fx.cli.options import Urls
 
 if TYPE_CHECKING:
     from deos_fx.data.preview import Preview

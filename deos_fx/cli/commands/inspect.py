@@ -1,0 +1,72 @@
+"""The command ``deos-fx inspect``: the blocks and sites of a model, with a policy's tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from deos_fx.cli.console import report_console
+from deos_fx.cli.options import AsJson, Force, Model, PolicyFile, Preset, TokenLimit
+from deos_fx.cli.outputs import check_target
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    model_dir: Model,
+    policy: PolicyFile = None,
+    preset: Preset = None,
+    budget: TokenLimit = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Draw it as well, in this file.")
+    ] = None,
+    as_json: AsJson = False,
+    force: Force = False,
+) -> None:
+    """Show a model's blocks, its token spaces and its sites; with a policy, the tokens it leaves.
+
+    Only the config is read, so a folder with config.json alone is enough, and
+    a large model takes no more time and memory than a small one. A folder that
+    transform wrote is shown with its policy.
+
+    [bold]Examples[/]
+
+      deos-fx inspect my-llava
+
+      deos-fx inspect my-llava --preset merge --budget 12.5%
+
+      deos-fx inspect my-llava --policy policy.json --svg my-llava.svg
+    """
+    if svg is not None:
+        check_target(svg, force)
+    from deos_fx.cli.loading import meta_model
+    from deos_fx.cli.outline import costs_of, outline, print_cost, print_outline
+    from deos_fx.cli.outline_drawing import outline_chart
+    from deos_fx.cli.outline_json import outline_json
+    from deos_fx.cli.policies import own_policy, policy_of
+    from deos_fx.cli.processors import example_processor
+    from deos_fx.files import write_text
+    from deos_fx.inputs.example import example_inputs
+
+    # Nothing here needs weights, so the model stays on the meta device.
+    console = Console()
+    model = meta_model(model_dir)
+    inputs = example_inputs(model, example_processor(model_dir))
+    chosen = policy_of(model, model_dir, own_policy(model_dir), policy, preset, budget)
+    found = outline(model, inputs, chosen)
+    costs = None if chosen is None else costs_of(model, inputs, chosen)
+    if as_json:
+        typer.echo(json.dumps(outline_json(found, costs), indent=2))
+    else:
+        print_outline(found, console)
+        if costs is not None:
+            print_cost(found.policy, costs, console)
+    if svg is not None:
+        write_text(svg, outline_chart(found))
+        # With --json, the output holds nothing else.
+        if not as_json:
+            report_console().print(f"Wrote {svg}", highlight=False)

@@ -1,0 +1,114 @@
+"""The command ``deos-fx search``: a policy for a model and a budget, found on your own data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deos_fx.cli.console import report_console
+from deos_fx.cli.options import (
+    DataFile,
+    Device,
+    Dtype,
+    Force,
+    Model,
+    OtherLimit,
+    OutputOption,
+    TokenLimits,
+    Urls,
+)
+from deos_fx.cli.outputs import check_target
+
+__all__ = ["search"]
+
+
+def search(
+    model_dir: Model,
+    data: DataFile,
+    output: OutputOption = Path("deos-fx-search"),
+    budget: TokenLimits = None,
+    flops: OtherLimit = None,
+    kv_cache: OtherLimit = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds of the prefill, measured on this machine.")
+    ] = None,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measured elsewhere, by deos-fx profile."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Gradient steps.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a batch.")] = 8,
+    seed: Annotated[int, typer.Option(help="Order of the batches.")] = 0,
+    sites: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SITE",
+            help="A site to consider, as inspect names it; may be given several times. "
+            "Default: the projector and the decoder.",
+        ),
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    force: Force = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Save the search here, and continue the one found here."),
+    ] = None,
+    urls: Urls = False,
+) -> None:
+    """Search a policy for a model and a budget, on your own data.
+
+    With answers the search minimises their loss; without, it stays close to
+    the answers of the unreduced model. Ctrl-C ends it early with the best policy
+    so far. Writes policy.json and report.html. Without any limit the budget
+    is 12.5 % of the visual tokens. Several budgets are searched in one go, and
+    policy-0.25.json, ... are written. Several processes share the work if
+    accelerate launches them.
+
+    [bold]Examples[/]
+
+      deos-fx search my-llava --data questions.jsonl --budget 12.5%
+
+      deos-fx search my-llava --data questions.jsonl --flops 0.5 --output found
+
+      deos-fx search my-llava --data questions.jsonl --budget 25% --budget 12.5%
+
+      accelerate launch -m deos_fx search my-llava --data questions.jsonl
+
+    A line of questions.jsonl:
+
+      {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat"}
+    """
+    check_target(output, force, model_dir)
+    from deos_fx.cli.loading import load_model
+    from deos_fx.cli.searching import limits_of, placed, search_processes, write_found
+    from deos_fx.cli.terminal import announced, stages
+    from deos_fx.data import batches, read_records
+    from deos_fx.data.processors import load_processor
+    from deos_fx.passes.search.search import search as run_search
+
+    # Mistakes in the limits and in the data show before the model is loaded.
+    limits = limits_of(budget, flops, kv_cache, latency_ms, table=latency_table)
+    records = read_records(data, urls=urls)
+    with (
+        search_processes(output, report_console()) as (folder, own, console),
+        stages(console) as stage,
+    ):
+        with stage("load"):
+            model = placed(load_model(model_dir, dtype=dtype, device=device), own)
+            inputs = list(batches(load_processor(model_dir), records, batch_size))
+        with stage.phased("search") as progress:
+            result = run_search(
+                model,
+                inputs,
+                **limits,
+                steps=steps,
+                seed=seed,
+                sites=sites,
+                checkpoint=checkpoint,
+                progress=announced(progress, console),
+            )
+        names = [] if folder is None else write_found(result, folder, console, len(inputs))
+    console.print(f"Wrote {', '.join(names)} and report.html to {output}", highlight=False)
