@@ -14,7 +14,7 @@ from deos_fx.files import write_text
 from deos_fx.policy.policy import ModelSignature
 from deos_fx.reading import read_record
 
-__all__ = ["LONGEST", "LatencyTable"]
+__all__ = ["LatencyTable"]
 
 VERSION = 1
 

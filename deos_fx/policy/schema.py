@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from deos_fx.policy.latency import LONGEST
 from deos_fx.policy.reduction import (
     ASSIGNMENTS,
     HIGHEST_TEMPERATURE,
@@ -137,7 +136,7 @@ class PolicyFile(Strict):
     reductions: Annotated[list[ReductionEntry], Field(max_length=1000)]
 
 
-Milliseconds = Annotated[float, Field(ge=0, le=LONGEST)]
+Milliseconds = Annotated[float, Field(ge=0)]
 
 
 class LatencyFile(Strict):
