@@ -114,6 +114,22 @@ def test_a_policy_that_is_not_there_is_named(folder: Path) -> None:
         assert "there is no policy found; give a policy file, or the folder" in message
 
 
+def test_export_takes_images_as_the_processor_makes_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def export(reduced: Any, folder: Path, **options: Any) -> None:
+        seen.update(options)
+
+    monkeypatch.setattr("deos_fx.export_onnx", export, raising=False)
+    for place in ("loading.load_reduced", "processors.copy_processor"):
+        monkeypatch.setattr(f"deos_fx.cli.{place}", lambda *_, **options: None)
+    images = ("--image", folder / "0.png", "--image", folder / "1.png")
+    run("export", folder / "qwen", tmp_path / "onnx", *images)
+    assert seen["example_inputs"]["image_grid_thw"].prod(dim=1).tolist() == [4 * 48, 4 * 100]
+
+
 # *** example ***
 
 
