@@ -153,7 +153,7 @@ def named_policies(paths: Sequence[Path]) -> dict[str, Path]:
         paths: Files, or folders that a search wrote, for all policies in them.
 
     Raises:
-        ValueError: If two files are the same, or a folder has no policy.
+        ValueError: If two files are the same, one does not exist, or a folder has no policy.
     """
     paths = [file for path in paths for file in _policies_in(path)]
     for names in ([path.stem for path in paths], [str(path) for path in paths]):
@@ -163,6 +163,10 @@ def named_policies(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _policies_in(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ValueError(
+            f"there is no policy {path}; give a policy file, or the folder of a search"
+        )
     if not path.is_dir():
         return [path]
     found = sorted(path.glob("policy*.json"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,14 @@ from deos_fx.cli.limits import DEFAULT_LIMIT
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PreTrainedModel
 
+    from deos_fx.data import Record
     from deos_fx.results.search_front import SearchFront
     from deos_fx.results.search_result import SearchResult
 
-__all__ = ["limits_of", "placed", "search_processes", "timed", "write_found"]
+__all__ = ["like_batches", "limits_of", "placed", "search_processes", "timed", "write_found"]
 
 # What the command writes: policies with their learned parts, and a page.
 _FILES = ("policy*.json", "policy*.safetensors", "report.html")
@@ -52,6 +54,34 @@ def limits_of(
         return {"budget": Budget(visual_tokens=DEFAULT_LIMIT) if alone.is_empty else alone}
     budgets = [Budget(visual_tokens=limit, **shared) for limit in tokens]
     return {"budget": budgets[0]} if len(budgets) == 1 else {"budgets": budgets}
+
+
+def like_batches(
+    model: PreTrainedModel, processor: Any, records: Sequence[Record], size: int
+) -> list[dict[str, Tensor]]:
+    """Turn records into batches of prompts whose images are alike, as a search needs them.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        records: The questions.
+        size: Prompts of a batch; of each kind of images, the last batch may be smaller.
+
+    Returns:
+        The batches; kinds come in the order of their first records.
+    """
+    from deos_fx.data import batches
+    from deos_fx.inputs.call import Call
+    from deos_fx.models.facts import facts_of
+
+    facts = facts_of(model)
+    alike: dict[Hashable, list[Record]] = {}
+    for record in records:
+        # What an image becomes, the processor alone knows.
+        (inputs,) = batches(processor, [replace(record, answer=None)], 1)
+        (prompt,) = Call.of(facts, inputs).prompts
+        alike.setdefault(prompt.alike, []).append(record)
+    return [batch for group in alike.values() for batch in batches(processor, group, size)]
 
 
 @contextmanager

@@ -49,6 +49,8 @@ class SimpleModel(lmms):
     """
 
     is_simple = True
+    # Where the arguments of a request have the settings of `generate`.
+    _settings = 1
 
     def __init__(
         self,
@@ -79,13 +81,10 @@ class SimpleModel(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the answers, each up to the first text that ends it."""
-        asked = [self._asked(request) for request in requests]
-        # Alike are questions with the same settings, all with images or all without.
-        keys = [(json.dumps(settings), bool(record.images)) for record, settings in asked]
-        answers = [""] * len(asked)
-        for places in self._batches(keys):
-            records = [asked[place][0] for place in places]
-            options, until = generation_options(asked[places[0]][1])
+        settings = [json.dumps(request.args[self._settings]) for request in requests]
+        answers = [""] * len(requests)
+        for places, records in self._batches(requests, settings, self._asked):
+            options, until = generation_options(json.loads(settings[places[0]]))
             found = generated(
                 self.model.generate,
                 self._place,
@@ -105,13 +104,11 @@ class SimpleModel(lmms):
         Despite the name, tasks of lmms-eval take the least of these numbers as the best, as its
         own models return losses. The tokens are those of the answer and of the mark that ends it.
         """
-        asked = [self._continued(request) for request in requests]
-        found: list[Any] = [None] * len(asked)
-        for places in self._batches([bool(record.images) for record in asked]):
-            records = [asked[place] for place in places]
-            (batch,) = batches(
-                self.processor, records, len(records), images=bool(records[0].images)
-            )
+        found: list[Any] = [None] * len(requests)
+        alike = [""] * len(requests)
+        for places, records in self._batches(requests, alike, self._continued):
+            with_images = bool(records[0].images)
+            (batch,) = batches(self.processor, records, len(records), images=with_images)
             logits, labels = answer_logits(self.model, self._place, batch)
             counts = (labels >= 0).sum(dim=1)
             losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(dim=1)
@@ -129,11 +126,11 @@ class SimpleModel(lmms):
         """
         raise NotImplementedError("deos_fx answers in one round; choose tasks of one round")
 
-    def _asked(self, request: Instance) -> tuple[Record, dict[str, Any]]:
-        """Return a question and the settings of its answer."""
-        context, settings, doc_to_visual, doc_id, task, split = request.args
+    def _asked(self, request: Instance) -> Record:
+        """Return the question of a request."""
+        context, _, doc_to_visual, doc_id, task, split = request.args
         visuals = doc_to_visual(self.task_dict[task][split][doc_id])
-        return record_of_text(context, visuals, f"{task} {doc_id}"), settings
+        return record_of_text(context, visuals, f"{task} {doc_id}")
 
     def _continued(self, request: Instance) -> Record:
         """Return a question with the continuation that is asked about."""
@@ -146,26 +143,42 @@ class SimpleModel(lmms):
         answer = target(doc) if callable(target) else target
         return record_of_text(context, doc_to_visual(doc), f"{task} {doc_id}", answer.strip())
 
-    def _batches(self, keys: Sequence[Any]) -> Iterator[list[int]]:
-        """Split the places of requests into batches of equal keys, and show the progress."""
-        alike: defaultdict[Any, list[int]] = defaultdict(list)
+    def _batches(
+        self,
+        requests: Sequence[Instance],
+        keys: Sequence[str],
+        read: Callable[[Instance], Record],
+    ) -> Iterator[tuple[list[int], list[Record]]]:
+        """Read requests in batches of equal keys, all with images or all without.
+
+        Only the images of one batch are in memory.
+
+        Yields:
+            The places of a batch among the requests, and its records.
+        """
+        alike: defaultdict[str, list[int]] = defaultdict(list)
         for place, key in enumerate(keys):
             alike[key].append(place)
         with tqdm(total=len(keys), disable=self.rank != 0, desc="deos_fx") as bar:
             for places in alike.values():
                 for start in range(0, len(places), self.batch_size):
-                    batch = places[start : start + self.batch_size]
-                    yield batch
-                    bar.update(len(batch))
+                    batch = {i: read(requests[i]) for i in places[start : start + self.batch_size]}
+                    for with_images in (True, False):
+                        part = {
+                            i: one for i, one in batch.items() if bool(one.images) == with_images
+                        }
+                        if part:
+                            yield [*part], [*part.values()]
+                            bar.update(len(part))
 
 
 class ChatModel(SimpleModel):
     """A model whose tasks are conversations, with images anywhere in them."""
 
     is_simple = False
+    _settings = 2
 
-    def _asked(self, request: Instance) -> tuple[Record, dict[str, Any]]:
-        doc_to_messages: Callable[..., Any]
-        _, doc_to_messages, settings, doc_id, task, split = request.args
+    def _asked(self, request: Instance) -> Record:
+        _, doc_to_messages, _, doc_id, task, split = request.args
         messages = doc_to_messages(self.task_dict[task][split][doc_id])
-        return record_of_chat(messages, f"{task} {doc_id}"), settings
+        return record_of_chat(messages, f"{task} {doc_id}")

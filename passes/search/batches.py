@@ -169,7 +169,8 @@ def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
     counts = sorted({layout.images for layout in layouts})
     if len(counts) > 1:
         raise ValueError(
-            f"The prompts of data have {counts} images; search with equally many in every prompt."
+            f"The prompts of data have {counts} images, where each tile of an image counts; search "
+            "with equally many in every prompt, such as images of one shape."
         )
 
 
