@@ -9,6 +9,7 @@ is compared along its own answers (sequence-level distillation, Kim & Rush, arXi
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ def answered(call: Call) -> Call:
     ids = inputs["input_ids"]
     mask = padding_of(inputs)
     with torch.no_grad():
-        text = call.model.generate(
+        generate: Any = call.model.generate
+        text = generate(
             **{**inputs, "attention_mask": torch.ones_like(ids) if mask is None else mask},
             generation_config=_greedy(call),
         )
@@ -59,7 +61,7 @@ def answered(call: Call) -> Call:
     return replace(call, inputs=inputs | {"input_ids": text, "labels": labels})
 
 
-def _padded_on_the_left(call: Call) -> dict[str, object]:
+def _padded_on_the_left(call: Call) -> dict[str, Any]:
     """Return the inputs with padding moved in front of the prompts, where `generate` wants it."""
     ids, mask = call.inputs["input_ids"], padding_of(call.inputs)
     if mask is None:
@@ -72,7 +74,7 @@ def _padded_on_the_left(call: Call) -> dict[str, object]:
     }
 
 
-def _is_of_tokens(value: object, ids: Tensor) -> bool:
+def _is_of_tokens(value: Any, ids: Tensor) -> bool:
     """Return whether a value has one entry for each token of the prompts."""
     return isinstance(value, Tensor) and value.shape == ids.shape
 

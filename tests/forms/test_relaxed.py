@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx import operator
-from deos_fx.forms.relaxed import RelaxedReduction, has_relaxed_form
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.forms.relaxed_parameters import has_relaxed_form
 from deos_fx.forms.static import static_reduce
 from deos_fx.operator import SELECTORS
 from deos_fx.policy.reduction import RANGES, Reduction

@@ -24,6 +24,7 @@ from deos_fx.passes.search import run as run_module
 from deos_fx.passes.search.places import factors, widened
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.search import search
+from deos_fx.passes.search.timing import prefill
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
@@ -292,7 +293,7 @@ def test_a_smaller_last_batch_may_take_another_branch(labels: bool) -> None:
         prompts = {name: batch.call.inputs[name] for name in given if name != "labels"}
         assert_close(run_graph(graph, batch.inputs)["logits"], reduced(**prompts).logits)
     # One prompt of a batch, whose time is measured.
-    problem.prefill(policy)()
+    prefill(problem.captures, problem.scoring, policy)()
 
 
 def test_batches_of_all_kinds_take_their_steps() -> None:
