@@ -75,9 +75,7 @@ def _axis(value: Any, hidden: Tensor) -> int | str | Segments:
     if axes == [-2, -1] and value.ndim > 2:
         # Case 2.
         return _MASK
-    # With several rows, a value has an axis of rows as well.
-    with_rows = rows == 1 or value.ndim > -axes[0] and value.shape[0] in (1, rows) if axes else True
-    if len(axes) == 1 and with_rows:
+    if len(axes) == 1 and (rows == 1 or _has_rows(value, axes[0], rows)):
         # Case 3.
         return axes[0]
     if value.numel() == 1:
@@ -86,6 +84,11 @@ def _axis(value: Any, hidden: Tensor) -> int | str | Segments:
         f"its blocks are given a tensor {list(value.shape)} beside hidden states "
         f"{list(hidden.shape)}, of which it is not known how it goes with single patches"
     )
+
+
+def _has_rows(value: Tensor, axis: int, rows: int) -> bool:
+    """Return whether an axis of rows comes before that of the tokens; it may be 1 long."""
+    return value.ndim > -axis and value.shape[0] in (1, rows)
 
 
 def arguments_at(
@@ -104,7 +107,7 @@ def arguments_at(
         hidden: Hidden states [R, P, d] or [P, d].
         args: Arguments after the hidden states.
         kwargs: Keyword arguments.
-        rows: [R] the rows in question, if they are some of the hidden states' rows.
+        rows: [R] numbers of the rows in question, if they are some of the hidden states' rows.
     """
     if rows is not None:
         hidden = hidden[rows]

@@ -25,6 +25,7 @@ from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.finish import finish
+from deos_fx.passes.lower.reduced_encoder import ReducedEncoder
 from deos_fx.passes.pipeline import copy_of
 from deos_fx.passes.rewrite.free_counts import KEEP, free_counts
 from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
@@ -85,6 +86,11 @@ def prefill_graph(
     encoder, constants = None, dict[str, Tensor]()
     if lowered.graph.find_nodes(op="call_module", target="image_encoder"):
         # Case: the encoder reads sizes of images. Its features become inputs of the prefill.
+        if isinstance(lowered.get_submodule("image_encoder"), ReducedEncoder):
+            raise ValueError(
+                "Groups of patches are reduced in the vision tower by the model's own code, which "
+                "is not exported. Run the reduced model in PyTorch, or reduce after the tower."
+            )
         images = {name: values[name] for name in example.images}
         encode = split_encoder(lowered, images)
         for i, features in enumerate(pytree.tree_leaves(encode(**images))):

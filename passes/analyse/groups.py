@@ -37,7 +37,13 @@ def reasons_in_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> dict[int,
         facts: The facts of the model.
         inputs: Arguments of its forward, with images.
     """
-    return once(facts, "groups of patches", lambda: _reasons(facts, inputs))
+    blocks = range(len(facts.blocks.vision))
+    try:
+        used = once(facts, "blocks of groups", lambda: _used(facts, inputs))
+    except NoGroups as reason:
+        # Not remembered: it may be for the sizes of these images alone.
+        return dict.fromkeys(blocks, str(reason))
+    return {i: "" if i < used else UNUSED for i in blocks}
 
 
 def hands_on(block: nn.Module) -> bool:
@@ -46,19 +52,19 @@ def hands_on(block: nn.Module) -> bool:
     return bool(attention_modules(block)) and any(one.kind is one.VAR_KEYWORD for one in parameters)
 
 
-def _reasons(facts: ModelFacts, inputs: Mapping[str, Any]) -> dict[int, str]:
-    model, paths = facts.model, facts.blocks.vision
+def _used(facts: ModelFacts, inputs: Mapping[str, Any]) -> int:
+    """Count the vision blocks up to the last that features are read from, in groups of patches."""
+    model = facts.model
     core: Any = model.base_model
     method, given = encoding(facts, inputs, IMAGES)
-    blocks = [model.get_submodule(path) for path in paths]
+    blocks = [model.get_submodule(path) for path in facts.blocks.vision]
     try:
-        # The method of the class: tracing replaces nothing on it now.
-        groups = find_groups(core, getattr(type(core), method), blocks, (), given)
-    except NoGroups as reason:
-        return dict.fromkeys(range(len(paths)), str(reason))
+        return find_groups(core, getattr(type(core), method), blocks, (), given).used
+    except NoGroups:
+        raise
     # How code of a family fails where gradients or made-up weights go through it is up to it.
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
         (first, *_) = str(error).splitlines() or [""]
-        failed = f"its patches cannot be followed ({type(error).__name__}: {first})"
-        return dict.fromkeys(range(len(paths)), failed)
-    return {i: "" if i < groups.used else UNUSED for i in range(len(paths))}
+        raise NoGroups(
+            f"its patches cannot be followed ({type(error).__name__}: {first})"
+        ) from error

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from deos_fx.attention.observation import OBSERVED
 from deos_fx.attention.seam import ObservedBlock
+from deos_fx.errors import NoGroups
 from deos_fx.models.groups import PatchGroups, find_groups, key_of_sizes
 from deos_fx.models.views import with_forward, with_parts
 from deos_fx.passes.capture.leaves import ImageEncoder
@@ -96,9 +97,15 @@ class ReducedEncoder(ImageEncoder):
             given = pytree.tree_leaves((call.args, call.kwargs))
             # Code may leave out images that are only padding, so hidden states count as well.
             key = hidden.shape, key_of_sizes({str(i): value for i, value in enumerate(given)})
-            groups = self._known.find(
-                key, lambda: find_groups(core, encode, blocks, call.args, call.kwargs)
-            )
+            try:
+                groups = self._known.find(
+                    key, lambda: find_groups(core, encode, blocks, call.args, call.kwargs)
+                )
+            except NoGroups as reason:
+                raise ValueError(
+                    f"Images of these sizes cannot be reduced in the vision tower: {reason}. Use "
+                    "sites at the projector or in the decoder."
+                ) from reason
             call.patches = ReducedPatches(groups, self._layout)
         return call.patches
 

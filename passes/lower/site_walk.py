@@ -5,7 +5,8 @@
 There are three kinds of sites:
 
 1. In the tower and at the projector, each image is reduced alone. What is left of all images of a
-   prompt then enters the prompt.
+   prompt then enters the prompt. In a tower inside of an opaque encoder, groups of patches are
+   reduced, and the visual tokens made of the others leave the prompt afterwards.
 2. Where the image encoder is opaque, its features are already in the prompt when they can first be
    reduced. Each image is taken out of the prompt and reduced alone, too.
 3. In the decoder, all visual tokens of a prompt are reduced together.
