@@ -132,7 +132,7 @@ def encoding(
 _ENCODED: weakref.WeakKeyDictionary[ModelFacts, Recent[Hashable, list[Item]]]
 _ENCODED = weakref.WeakKeyDictionary()
 
-_SHARES: weakref.WeakKeyDictionary[ModelFacts, Recent[Kind, int]]
+_SHARES: weakref.WeakKeyDictionary[ModelFacts, Recent[tuple[Kind, int], int]]
 _SHARES = weakref.WeakKeyDictionary()
 
 # Sets of sizes that are remembered for each model; a limit, since new images may have new sizes.
@@ -187,7 +187,8 @@ def items_of(
     # Case 2: sizes or tiles. These know nothing of the ends of rows, so not if there are any.
     if getattr(facts.model.base_model, "image_newline", None) is None:
         if table is not None:
-            found = _of_table(table.tolist(), _share(facts, inputs, kind, table))
+            share = _share(facts, inputs, kind, int(table.prod(dim=-1).sum()), placeholders)
+            found = _of_table(table.tolist(), share)
         elif kind is IMAGES and pixels.ndim == 5 and len(pixels) == len(of_rows):
             found = _of_tiles(pixels, placeholders)
     # Case 3: the encoder.
@@ -206,22 +207,32 @@ def table_of_sizes(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> 
     return next((table for table in tables if table.shape[1] in (2, 3)), None)
 
 
-def _share(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind, table: Tensor) -> int:
+def _share(
+    facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind, area: int, placeholders: int
+) -> int:
     """Return how many patches or pixels one token stands for; 0 if no number fits.
 
-    The model's encoder tells, in a run on shapes. It is the same for all images.
-    """
+    The placeholders tell. With too few of them the number would be wrong, and images would enter
+    the prompt in part: a number that is new is that of the model's encoder, in a run on shapes.
 
-    def find() -> int:
+    Args:
+        facts: The facts of the model.
+        inputs: Arguments of its forward.
+        kind: The kind of media.
+        area: Patches or pixels of all images.
+        placeholders: Number of their placeholders.
+    """
+    share, rest = divmod(area, placeholders) if placeholders else (0, area)
+    known = _SHARES.setdefault(facts, Recent(_SETS_OF_SIZES))
+    if rest or known.get((kind, share)) is None:
         method, given = encoding(facts, inputs, kind)
         with torch.no_grad(), on_shapes(facts.model.base_model) as run:
             features = features_of(getattr(run, method)(**given, return_dict=True))
         parts = features if isinstance(features, (list, tuple)) else [features]
-        tokens = sum(math.prod(part.shape[:-1]) for part in parts)
-        share, rest = divmod(int(table.prod(dim=-1).sum()), tokens)
-        return 0 if rest else share
-
-    return _SHARES.setdefault(facts, Recent(_SETS_OF_SIZES)).find(kind, find)
+        share, rest = divmod(area, sum(math.prod(part.shape[:-1]) for part in parts))
+        share = 0 if rest else share
+        known.put((kind, share), share)
+    return share
 
 
 def _of_table(sizes: list[list[int]], share: int) -> list[Item] | None:
