@@ -26,6 +26,7 @@ __all__ = [
     "files_in",
     "is_recorded",
     "matching",
+    "own_hash",
     "problems",
     "record_of",
     "stamp",
@@ -66,7 +67,7 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
     record["files"] = {
         name: known.get(name) or _described(folder / name) for name in files_in(folder)
     }
-    record["sha256"] = _own_hash(record)
+    record["sha256"] = own_hash(record)
     # No line end at the end: without its last byte, the record is no JSON any more.
     (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
@@ -191,7 +192,7 @@ def _is_sound(record: Mapping[str, Any]) -> bool:
         ENTRIES.validate_python(record.get("files"))
     except ValidationError:
         return False
-    return record.get("sha256") == _own_hash(record)
+    return record.get("sha256") == own_hash(record)
 
 
 def _problem(path: Path, entry: Mapping[str, Any], hashed: bool) -> str:
@@ -235,6 +236,7 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _own_hash(record: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in record.items() if name != "sha256"}
+def own_hash(record: Mapping[str, Any], entry: str = "sha256") -> str:
+    """Return the SHA-256 of a record without the entry that holds it."""
+    rest = {name: value for name, value in record.items() if name != entry}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -56,6 +56,8 @@ class ManifestFile(Recorded):
     """The shape of a prompt's pixels."""
     coordinates: Annotated[int, Field(ge=0, le=8)]
     """Of a position: time, row and column; 0 where a position is one number."""
+    elastic: Annotated[list[Count], Field(min_length=1, max_length=10**6)] | None = None
+    """Visual tokens of each image of a prompt, if the counts of the reductions are inputs."""
     spaces: Annotated[list[SpaceEntry], Field(max_length=1000)]
 
     @model_validator(mode="after")

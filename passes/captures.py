@@ -65,10 +65,12 @@ class Captures:
 
     Args:
         model: The unmodified model, in eval mode.
+        in_tower: Whether calls will be reduced in the vision tower.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, in_tower: bool = False) -> None:
         self.model = model
+        self._in_tower = in_tower
         self.lock = threading.RLock()
         self._facts: ModelFacts | None = None
         self.forget()
@@ -139,7 +141,7 @@ class Captures:
                     return capture, False
             # Case: no capture is left to try. The lock is held, so that threads with the same new
             # call wait for one capture.
-            captured = capture_call(self.model, _example(call, step))
+            captured = capture_call(self.model, _example(call, step), self._in_tower)
             _LOGGER.info("captured a call of the structure %s", structure)
             capture = _Capture(structure, captured, list(_attributes(self.model, captured)))
             self._captures.put(capture, None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,12 @@ from deos_fx.cli.limits import DEFAULT_LIMIT
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from deos_fx.results.search_front import SearchFront
     from deos_fx.results.search_result import SearchResult
 
-__all__ = ["limits_of", "placed", "search_processes", "write_found"]
+__all__ = ["limits_of", "placed", "search_processes", "timed", "write_found"]
 
 # What the command writes: policies with their learned parts, and a page.
 _FILES = ("policy*.json", "policy*.safetensors", "report.html")
@@ -89,6 +91,43 @@ def search_processes(
 def placed(model: Any, device: torch.device | None) -> Any:
     """Put a model on the device of a process; where there is none, it stays where it is."""
     return model if device is None else model.to(device)
+
+
+def timed(
+    result: SearchResult | SearchFront, model: PreTrainedModel, inputs: Mapping[str, Any]
+) -> SearchResult | SearchFront:
+    """Measure the prefill of a batch, with each policy that was found and without reduction.
+
+    Args:
+        result: What was found.
+        model: The unreduced model.
+        inputs: The batch.
+
+    Returns:
+        The result, with milliseconds.
+    """
+    import torch
+
+    from deos_fx.comparison.answers import inputs_for
+    from deos_fx.cost.latency import in_turns
+    from deos_fx.results.search_front import SearchFront
+    from deos_fx.runtime.reduced_model import ReducedModel
+
+    batch = inputs_for(model, {name: one for name, one in inputs.items() if name != "labels"})
+    found = [*result.results.values()] if isinstance(result, SearchFront) else [result]
+    models = [model, *(ReducedModel(model, one.policy) for one in found)]
+
+    def call(one: Any) -> Callable[[], object]:
+        return lambda: one(**batch)
+
+    with torch.no_grad():
+        before, *after = in_turns([call(one) for one in models], model.device)
+    measured = [
+        replace(one, milliseconds=(own, before)) for one, own in zip(found, after, strict=True)
+    ]
+    if isinstance(result, SearchFront):
+        return SearchFront(dict(zip(result.results, measured, strict=True)))
+    return measured[0]
 
 
 def write_found(

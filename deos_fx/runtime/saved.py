@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from deos_fx.contents import (
     RECORD,
@@ -28,6 +28,7 @@ from deos_fx.files import disk_errors, fresh_folder
 from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
 from deos_fx.reading import as_record, blaming
+from deos_fx.runtime.mark import mark, unmarked
 from deos_fx.version import __version__
 
 __all__ = ["SavedModel", "folder_for", "save"]
@@ -79,6 +80,7 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
         with disk_errors(dir):
             model.save_pretrained(folder)
         _check_written(model, folder)
+        mark(folder / "config.json")
         policy.save(folder / _POLICY)
         write_record(folder, note)
 
@@ -140,6 +142,7 @@ class SavedModel:
                 somebody has begun to write the folder meanwhile.
         """
         with blaming(self._folder):
+            options.setdefault("config", unmarked(AutoConfig.from_pretrained(self._folder)))
             model, found = _read(AutoModelForImageTextToText, self._folder, **options)
         check_unchanged(self._folder, self._before)
         wrong = _differences(found)

@@ -153,8 +153,12 @@ class SiteWalk(ABC):
         # Steps are in order of depth, so those in the decoder are the last ones.
         before_decoder = [step for step in self.steps if step.stage != "decoder"]
         opaque = self.sites.encoder is Encoder.OPAQUE
+        inside = [step for step in before_decoder if opaque and step.stage == "vision"]
+        if inside:
+            # Kind 1, in an encoder that is one node.
+            self.reduce_inside(inside)
         # Kinds 1 and 2.
-        for step in before_decoder:
+        for step in before_decoder[len(inside) :]:
             self._at(step, self._at_merged if opaque else self._at_images)
         # Merged images have shortened their prompts already.
         if before_decoder and not opaque:
@@ -176,6 +180,10 @@ class SiteWalk(ABC):
     @abstractmethod
     def reduce_images(self, step: Step, place: Place) -> None:
         """Reduce every image alone: its patches in the tower, or its features after it."""
+
+    @abstractmethod
+    def reduce_inside(self, steps: Sequence[Step]) -> None:
+        """Reduce groups of patches in the tower of an image encoder that is one node."""
 
     @abstractmethod
     def reduce_merged(self, step: Step, groups: Sequence[Group]) -> None:

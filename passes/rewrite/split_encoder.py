@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import made_of
+from deos_fx.passes.lower.reduced_encoder import ReducedEncoder
 
 __all__ = ["split_encoder"]
 
@@ -33,7 +34,7 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
         order.
 
     Raises:
-        ValueError: If the encoder gives anything but tensors.
+        ValueError: If the encoder gives anything but tensors, or is reduced inside.
     """
     graph = graph_module.graph
     # Guards on the images alone.
@@ -41,6 +42,11 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
         if {node.name for node in made_of(guard) if node.op == "placeholder"} <= images.keys():
             graph.erase_node(guard)
     (encoder,) = graph.find_nodes(op="call_module", target="image_encoder")
+    if isinstance(graph_module.get_submodule(str(encoder.target)), ReducedEncoder):
+        raise ValueError(
+            "Groups of patches are reduced in the vision tower by the model's own code, which is "
+            "not exported. Run the reduced model in PyTorch, or reduce after the tower."
+        )
     # Fields of the encoder's output that the prefill reads. The encoder's graph will read them,
     # since inputs of an exported graph are tensors.
     parts = [user for user in encoder.users if user.target is getattr]

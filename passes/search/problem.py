@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from deos_fx.cost.model import CostModel
 from deos_fx.models.facts import facts_of
 from deos_fx.passes.analyse.check_reduction import check_reduction
-from deos_fx.passes.analyse.sites import Site, Sites
+from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.captures import Captures
 from deos_fx.passes.pipeline import Captured, lower_call
 from deos_fx.passes.rewrite.split_prefix import split_prefix
@@ -205,6 +205,12 @@ class SearchProblem:
         if names is not None:
             # Case: the sites are given.
             chosen = [self.sites.usable(name, ()) for name in names]
+            inside = [site.name for site in chosen if split_site(site.name)[0] == "vision"]
+            if inside and self.sites.encoder is not Encoder.PATCHWISE:
+                raise ValueError(
+                    f"{inside[0]} cannot be searched: several patches make a visual token, and "
+                    "such groups have no relaxed form. Search other sites, or give a policy."
+                )
             return tuple(sorted(chosen, key=lambda site: site_order(site.name)))
         # Case: all sites after the tower.
         usable = self.sites.available()

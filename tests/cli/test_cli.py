@@ -318,7 +318,9 @@ def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
     monkeypatch.setattr("deos_fx.passes.search.search.search", find)
     out = tmp_path / "found"
     options = ("--budget", "18", "--steps", 3, "--batch-size", 2, "--output", out)
-    run("search", reference.WEIGHTS, "--data", questions, *options)
+    text = run("search", reference.WEIGHTS, "--data", questions, *options)
+    for said in (text, (out / "report.html").read_text()):
+        assert "On this machine the prefill of a batch takes" in " ".join(said.split())
     assert seen["budget"] == Budget(visual_tokens=18)
     assert (seen["steps"], seen["seed"], seen["shapes"]) == (3, 0, [2, 1])
     assert Policy.load(out / "policy.json") == presets.merge(keep=18)
@@ -349,6 +351,7 @@ def test_search_takes_several_budgets_and_says_how_long_it_will_take(
     text = run("search", reference.WEIGHTS, "--data", questions, *options)
     assert "about 3 minutes more" in text and "policy-0.25.json, policy-18.json" in text
     assert seen["budgets"] == [Budget(visual_tokens=x, kv_cache=0.5) for x in (0.25, 18)]
+    assert " ".join(text.split()).count("On this machine the prefill of a batch takes") == 2
     names = ["policy-0.25.json", "policy-18.json", "report.html"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert Policy.load(out / "policy-18.json") == presets.merge(keep=18)

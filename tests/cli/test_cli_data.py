@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,17 @@ def test_search(folder: Path, tmp_path: Path) -> None:
     options = ("--budget", "50%", "--steps", 1, "--output", tmp_path / "found")
     run("search", folder / "qwen", "--data", folder / "alike.jsonl", *options)
     assert (tmp_path / "found" / "policy.json").is_file()
+
+
+# *** example ***
+
+
+def test_example_is_what_the_other_commands_take(tmp_path: Path) -> None:
+    output = run("example", tmp_path / "tried", "--questions", 2)
+    model = tmp_path / "tried" / "model"
+    for name in ("questions", "test"):
+        assert "2 rows" in run("data", tmp_path / "tried" / f"{name}.jsonl", "--model", model)
+    assert "visual tokens, mean" in run("inspect", model, "--preset", "merge")
+    # The commands that it names exist.
+    assert len(re.findall(r"^  deos-fx (inspect|data|search|eval) ", output, flags=re.M)) == 4
+    assert "add --force" in fails("example", tmp_path / "tried")

@@ -58,7 +58,7 @@ def export(
     console = report_console()
     with fresh_folder(out_dir, FILES, whole=True) as folder, stages(console) as stage:
         with stage("load the model"):
-            reduced = load_reduced(model_dir, policy, preset, budget, dtype)
+            reduced = load_reduced(model_dir, policy, preset, budget, dtype=dtype)
         with stage.phased("export") as advance:
             export_onnx(
                 reduced, folder, device=device, weights=weights, verify=verify, progress=advance
