@@ -163,9 +163,9 @@ class RelaxedReduction(RelaxedParameters):
         # One step more than tokens stay open, so that the gates next to the threshold are ranked as
         # well, or as many steps as there are runners-up.
         more = max(self.runners_up or 0, 1)
-        steps = min(math.ceil(count.max().item()) + more, score.shape[-1])
+        steps = min(math.ceil(_sizes(count).max().item()) + more, score.shape[-1])
         if self.start.selector == "grid":
-            return grid_ranking(features["grid"], round(count.mean().item()), alive)
+            return grid_ranking(features["grid"], round(_sizes(count).mean().item()), alive)
         similarity = self._similarity(features, alive)
         if self.start.selector == "max_min":
             ranking = sequential.max_min_ranking(similarity, steps, alive)
@@ -183,7 +183,7 @@ class RelaxedReduction(RelaxedParameters):
         if self.gates == "soft":
             return gates
         # Case: the choice of the static form, with the gradient of the soft gates.
-        number = max(1, round(count.mean().item()))
+        number = max(1, round(_sizes(count).mean().item()))
         best = ranking.masked_fill(alive < 0.5, -math.inf).topk(number, dim=-1).indices
         return torch.zeros_like(gates).scatter(1, best, 1.0) + gates - gates.detach()
 
@@ -192,7 +192,7 @@ class RelaxedReduction(RelaxedParameters):
         present = ranking.shape[-1]
         if self.runners_up is None:
             return torch.arange(present, device=ranking.device).expand_as(ranking)
-        number = min(present, math.ceil(count.max().item() - 1e-3) + self.runners_up)
+        number = min(present, math.ceil(_sizes(count).max().item() - 1e-3) + self.runners_up)
         left = ranking.detach() + alive.detach().clamp_min(LOG_FLOOR).log()
         return left.topk(number, dim=-1).indices.sort(dim=-1).values
 
@@ -267,3 +267,11 @@ class RelaxedReduction(RelaxedParameters):
         open_only = similarity.masked_fill(closed.unsqueeze(-1) | itself, -math.inf)
         hard = F.one_hot(open_only.argmax(dim=1), gates.shape[-1]).mT.to(soft.dtype)
         return soft + (hard - soft).detach()
+
+
+def _sizes(count: Tensor) -> Tensor:
+    """Return expected counts [B] to size tensors by: 1 where damaged data have made one NaN.
+
+    The loss is NaN then, which is what tells a search.
+    """
+    return count.detach().nan_to_num(nan=1.0)

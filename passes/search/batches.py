@@ -6,7 +6,7 @@ model's device when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,19 +104,24 @@ def checked_calls(
         ValueError: If the data or a batch of it is empty, or the batches do not fit one policy.
         TypeError: If the data holds anything but dicts.
     """
-    batches = list(data)
-    if not batches:
-        raise ValueError("data is empty: give at least one dict of model inputs.")
-    for number, batch in enumerate(batches):
+    calls: list[Call] = []
+    with_labels = 0
+    for number, batch in enumerate(data):
         _check_batch(number, batch)
-    labels = _have_labels(batches)
-    calls = []
-    for number, batch in enumerate(batches, start=1):
+        with_labels += "labels" in batch
         calls.append(_completed(facts, batch))
-        if progress is not None and not labels:
-            progress("answers", number, len(batches))
+        if progress is not None and not with_labels:
+            done = number + 1
+            progress("answers", done, len(data) if isinstance(data, Sized) else done)
+    if not calls:
+        raise ValueError("data is empty: give at least one dict of model inputs.")
+    if with_labels not in (0, len(calls)):
+        raise ValueError(
+            f"{with_labels} of the {len(calls)} batches of data have labels: give them with all "
+            "batches, or with none."
+        )
     _check_alike(facts, calls)
-    return calls, labels
+    return calls, with_labels > 0
 
 
 def _check_batch(number: int, batch: Mapping[str, Any]) -> None:
@@ -172,17 +177,6 @@ def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
             f"The prompts of data have {counts} images, where each tile of an image counts; search "
             "with equally many in every prompt, such as images of one shape."
         )
-
-
-def _have_labels(batches: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether all batches have labels, or none of them."""
-    number = sum("labels" in batch for batch in batches)
-    if number not in (0, len(batches)):
-        raise ValueError(
-            f"{number} of the {len(batches)} batches of data have labels: give them with all "
-            "batches, or with none."
-        )
-    return number > 0
 
 
 def with_targets(
