@@ -113,7 +113,9 @@ def policies(draw: st.DrawFn) -> Policy:
     sites = draw(st.lists(st.sampled_from(SITES), unique=True, max_size=4))
     parts = tuple(draw(reductions(site, ANYWHERE)) for site in sites)
     model = draw(st.sampled_from([None, TINY]))
-    return Policy(parts, name=draw(st.text(max_size=8)), model=model)
+    # Neither control characters nor halves of surrogate pairs.
+    name = draw(st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=8))
+    return Policy(parts, name=name, model=model)
 
 
 @settings(deadline=None, max_examples=100)
