@@ -345,17 +345,36 @@ def _pytorch(bench: _Bench) -> Results:
 
 
 def _compiled(bench: _Bench) -> Results:
-    """The original prefill under torch.compile, beside running it as it is."""
-    calls = {
-        "eager": partial(_prefill, bench.model, bench.inputs),
-        "compiled": partial(_prefill, torch.compile(bench.model), bench.inputs),
-    }
-    times = in_turns(calls, bench.settings.repeats, bench.device)
-    figure = {
-        "prefill_ms": statistics.median(times["compiled"]),
-        "over_eager": _ratio(times, "compiled", "eager"),
-    }
-    return {"variants": {ORIGINAL: figure}}
+    """The original and reduced models under torch.compile, beside running them as they are."""
+    found: Results = {"variants": {}}
+    for name, policy in {ORIGINAL: None, **bench.policies}.items():
+        eager: Any = bench.model
+        if policy is None:
+            compiled: Any = torch.compile(bench.model)
+        else:
+            eager, compiled = (ReducedModel(bench.model, policy) for _ in range(2))
+            compiled.compile()
+        calls = {
+            "eager": partial(_prefill, eager, bench.inputs),
+            "compiled": partial(_prefill, compiled, bench.inputs),
+        }
+        start = time.perf_counter()
+        calls["compiled"]()
+        first = time.perf_counter() - start
+        times = in_turns(calls, bench.settings.repeats, bench.device)
+        new = bench.settings.new_tokens
+        # Twice: the first one compiles.
+        decode = [
+            [_generate(call, bench.inputs, new) for call in (eager, compiled)] for _ in range(2)
+        ][-1]
+        found["variants"][name] = {
+            "first_call_s": first,
+            "prefill_ms": statistics.median(times["compiled"]),
+            "over_eager": _ratio(times, "compiled", "eager"),
+            "decode_ms": decode[1],
+            "decode_over_eager": decode[1] / decode[0],
+        }
+    return found
 
 
 def _onnx(bench: _Bench) -> Results:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from deos_fx.errors import GuardError
@@ -23,7 +23,7 @@ from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.shapes_only import without_missing_weights
 from deos_fx.models.upstream import CACHE
-from deos_fx.passes.pipeline import Captured, capture_call, run_graph
+from deos_fx.passes.pipeline import Captured, Runnable, capture_call, run_graph
 from deos_fx.recent import Recent
 from deos_fx.tokens.cache import ReducedCache
 from deos_fx.tokens.turn import TurnCache
@@ -65,10 +65,12 @@ class Captures:
 
     Args:
         model: The unmodified model, in eval mode.
+        in_tower: Whether calls will be reduced in the vision tower.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, in_tower: bool = False) -> None:
         self.model = model
+        self._in_tower = in_tower
         self.lock = threading.RLock()
         self._facts: ModelFacts | None = None
         self.forget()
@@ -78,7 +80,7 @@ class Captures:
         self._captures: Recent[_Capture, None] = Recent(CAPTURES)
 
     def serve(
-        self, call: Call, graph_of: Callable[[Captured], fx.GraphModule], *, step: bool = False
+        self, call: Call, graph_of: Callable[[Captured], Runnable], *, step: bool = False
     ) -> tuple[Captured, dict[str, Any]]:
         """Find the capture that serves a call, and run the call in a graph made from it.
 
@@ -98,9 +100,9 @@ class Captures:
         tried: list[_Capture] = []
         while True:
             capture, new = self._next(call, step, tried)
-            graph_module = graph_of(capture.captured)
+            runnable = graph_of(capture.captured)
             try:
-                fields = run_graph(graph_module, call.inputs)
+                fields = run_graph(runnable, call.inputs)
             except GuardError:
                 # Case: these inputs take another branch through the model's code than was captured.
                 if new or step and cache.get_seq_length() != seen:
@@ -139,7 +141,7 @@ class Captures:
                     return capture, False
             # Case: no capture is left to try. The lock is held, so that threads with the same new
             # call wait for one capture.
-            captured = capture_call(self.model, _example(call, step))
+            captured = capture_call(self.model, _example(call, step), self._in_tower)
             _LOGGER.info("captured a call of the structure %s", structure)
             capture = _Capture(structure, captured, list(_attributes(self.model, captured)))
             self._captures.put(capture, None)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import fx
 from transformers import PreTrainedModel
 
 from deos_fx.errors import PassError
-from deos_fx.models.facts import facts_of
+from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.models.families import PIXELS
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
 from deos_fx.passes.analyse.find_sites import find_sites
-from deos_fx.passes.analyse.sites import Sites
+from deos_fx.passes.analyse.groups import reasons_in_groups
+from deos_fx.passes.analyse.sites import Encoder, Sites
 from deos_fx.passes.capture.capture import capture
 from deos_fx.passes.finish import finish
 from deos_fx.passes.lower.lower_decode import decode_spaces, lower_decode
@@ -31,7 +32,7 @@ from deos_fx.tokens.turn import TurnCache
 
 _T = TypeVar("_T")
 
-__all__ = ["Captured", "capture_call", "copy_of", "lower_call", "run_graph"]
+__all__ = ["Captured", "Runnable", "capture_call", "copy_of", "lower_call", "run_graph"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +70,15 @@ def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
-def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
+def capture_call(
+    model: PreTrainedModel, inputs: Mapping[str, Any], in_tower: bool = False
+) -> Captured:
     """Capture -> fold -> fold -> annotate -> (continue a text) -> verify -> find sites.
 
     Args:
         model: The unmodified model.
         inputs: Arguments of the call to capture; a cache among them is used up.
+        in_tower: Whether the call will be reduced in the vision tower.
 
     Returns:
         The graph and its analysis.
@@ -82,9 +86,26 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     Raises:
         CaptureError: If the model cannot be captured.
     """
-    # An opaque encoder is recorded as one node, because it reads sizes into Python.
     facts = facts_of(model)
-    blocks, opaque = facts.blocks, facts.encodes_as_one(inputs)
+    # An opaque encoder is recorded as one node, because it reads sizes into Python.
+    captured = _captured(facts, inputs, facts.encodes_as_one(inputs))
+    if in_tower and captured.sites is not None and captured.sites.encoder is Encoder.MIXING:
+        # Groups of patches are reduced in an encoder that is one node.
+        if inputs.get(CACHE) is not None:
+            inputs[CACHE].reset()
+        captured = _captured(facts, inputs, True)
+    return captured
+
+
+def _captured(facts: ModelFacts, inputs: Mapping[str, Any], opaque: bool) -> Captured:
+    """Run the passes of `capture_call`.
+
+    Args:
+        facts: The facts of the model.
+        inputs: Arguments of the call.
+        opaque: Whether the image encoder is recorded as one node.
+    """
+    model, blocks = facts.model, facts.blocks
     graph_module = capture(model, inputs, blocks.by_path(), opaque_encoder=opaque)
     # Folds come first: shapes do not tell how many rows a mask selects.
     graph_module = _run(fold_unstack, graph_module)
@@ -97,7 +118,7 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     # decoding.
     sites = None
     if any(name in inputs for name in PIXELS):
-        sites = _run(find_sites, graph_module)
+        sites = _run(find_sites, graph_module, lambda: reasons_in_groups(facts, inputs))
     return Captured(graph_module, sites)
 
 
@@ -142,15 +163,26 @@ def _run(step: Callable[..., _T], graph_module: fx.GraphModule, *arguments: Any)
         ) from error
 
 
-def run_graph(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> dict[str, Any]:
+class Runnable(Protocol):
+    """A graph module, or what runs one."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        """Return the graph, whose placeholders are the inputs."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run it."""
+
+
+def run_graph(runnable: Runnable, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Call a graph with the inputs that it takes, and leave out all others.
 
     Args:
-        graph_module: The graph.
+        runnable: The graph.
         inputs: At least the graph's inputs, by name.
 
     Returns:
         The fields of its output.
     """
-    names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
-    return graph_module(**{name: inputs[name] for name in names})
+    names = [str(node.target) for node in runnable.graph.find_nodes(op="placeholder")]
+    return runnable(**{name: inputs[name] for name in names})

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import copy
 import sys
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.utils.output_capturing import CompileableContextVar
 
 from deos_fx.attention.mask import attention_modules, attention_of
 from deos_fx.attention.observation import Asked, AttentionView, Observation, observe
@@ -154,7 +154,7 @@ class PeekedBlock(ObservedBlock):
 
 # The call of a block that is running in this thread. All threads share the views, so these cannot
 # hold it.
-_CALL: ContextVar[_SeamCall | None] = ContextVar("deos_fx_seam_call", default=None)
+_CALL = CompileableContextVar("deos_fx_seam_call")
 
 
 class _Seen(Exception):  # noqa: N818 - not an error: how a peek leaves the rest of the block out

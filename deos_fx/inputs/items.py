@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import PIXELS, features_of
+from deos_fx.models.groups import key_of_sizes
 from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.views import shallow_copy
 from deos_fx.recent import Recent
@@ -331,17 +332,10 @@ def _encoded(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> list[I
     """
     core: Any = facts.model.base_model
     method, given = encoding(facts, inputs, kind)
-    # The key of the counts: tables of sizes are told apart by their values, pixels by their shape.
-    sizes = (
-        kind,
-        *(
-            (name, tuple(value.shape), repr(value.tolist()) if value.ndim < 3 else "")
-            for name, value in given.items()
-            if isinstance(value, Tensor)
-        ),
-    )
     known = _ENCODED.setdefault(facts, Recent(_SETS_OF_SIZES))
-    return known.find(sizes, lambda: _run_encoder(core, method, given)) or None
+    return (
+        known.find((kind, key_of_sizes(given)), lambda: _run_encoder(core, method, given)) or None
+    )
 
 
 def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]:

@@ -6,6 +6,8 @@ One capture serves all layouts; a lowered graph has the counts of one layout as 
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -15,9 +17,11 @@ from transformers.utils import ModelOutput
 from deos_fx.inputs.call import Call
 from deos_fx.passes.captures import Captures
 from deos_fx.passes.notes import note_of_graph
-from deos_fx.passes.pipeline import Captured, lower_call
+from deos_fx.passes.pipeline import Captured, Runnable, lower_call
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.site import split_site
 from deos_fx.recent import Recent
+from deos_fx.runtime.compiled import CompiledGraph
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["GRAPHS", "Graphs"]
@@ -37,8 +41,10 @@ class Graphs(Captures):
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
-        super().__init__(model)
+        stages = {split_site(reduction.site)[0] for reduction in policy.reductions}
+        super().__init__(model, "vision" in stages)
         self._policy = policy
+        self._options: Mapping[str, Any] | None = None
 
     def __reduce__(self) -> Any:
         # A copy of a reduced model makes its own graphs from its own weights.
@@ -49,6 +55,19 @@ class Graphs(Captures):
         super().forget()
         self._lowered_graphs: Recent[tuple[Captured, PromptLayout | None], fx.GraphModule]
         self._lowered_graphs = Recent(GRAPHS)
+        # Kept as long as the lowered graph.
+        self._compiled: weakref.WeakKeyDictionary[fx.GraphModule, CompiledGraph]
+        self._compiled = weakref.WeakKeyDictionary()
+
+    def compile(self, options: Mapping[str, Any]) -> None:
+        """Run every graph under torch.compile from now on.
+
+        Args:
+            options: Arguments of torch.compile.
+        """
+        with self.lock:
+            self._options = options
+            self._compiled.clear()
 
     def run(
         self, call: Call, layout: PromptLayout | None
@@ -81,7 +100,18 @@ class Graphs(Captures):
 
     def _serve(self, call: Call, layout: PromptLayout | None) -> tuple[Captured, dict[str, Any]]:
         step = layout is None
-        return self.serve(call, lambda captured: self._lowered(captured, layout), step=step)
+        return self.serve(call, lambda captured: self._run_by(captured, layout, call), step=step)
+
+    def _run_by(self, captured: Captured, layout: PromptLayout | None, call: Call) -> Runnable:
+        """Return what runs a call: the lowered graph, compiled if that was asked for."""
+        with self.lock:
+            lowered = self._lowered(captured, layout)
+            if self._options is None:
+                return lowered
+            if lowered not in self._compiled:
+                compiled = CompiledGraph(captured, lowered, call.images, self._options)
+                self._compiled[lowered] = compiled
+            return self._compiled[lowered]
 
     def _lowered(self, captured: Captured, layout: PromptLayout | None) -> fx.GraphModule:
         # Two threads with the same new layout: the second waits, and finds the first one's graph.

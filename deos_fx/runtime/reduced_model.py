@@ -69,13 +69,12 @@ class ReducedModel(nn.Module):
 
     # *** calling ***
 
-    # The graphs are captured already; tracing the bookkeeping around them gains nothing.
+    # `compile` compiles the graphs; tracing the bookkeeping around them would gain nothing.
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Any, ...]:
         """Run the reduced model.
 
-        torch.compile leaves this call as it is. After the first call, compile what has no cache,
-        once for all layers: ``for layer in model.get_decoder().layers: layer.mlp.compile()``.
+        torch.compile leaves this call as it is; `compile` compiles what it runs.
 
         Args:
             *args: Arguments of the model's own forward.
@@ -230,9 +229,22 @@ class ReducedModel(nn.Module):
         Raises:
             ValueError: If there is no reduced model in the folder, or it is incomplete or damaged.
         """
-        return cls(*saved.load(dir, **options))
+        found = saved.SavedModel(dir)
+        return cls(found.model(**options), found.policy)
 
     # *** compiling ***
+
+    def compile(self, **options: Any) -> None:
+        """Run the graphs of prefill and decode under torch.compile, each as one graph.
+
+        Every graph is compiled at its first calls: once for the sizes it sees first, then for any.
+        An image encoder that reads the sizes of images runs as it is.
+
+        Args:
+            **options: Arguments of torch.compile, such as ``mode``; ``fullgraph`` is True unless
+                it is given.
+        """
+        self.graphs.compile({"fullgraph": True, **options})
 
     def capture(self, **inputs: Any) -> None:
         """Capture and lower the prefill of these inputs now, instead of at the first call.

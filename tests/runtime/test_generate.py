@@ -212,24 +212,6 @@ def test_compiled_by_torch() -> None:
     assert_close(ReducedModel(model, POLICY)(**batch).logits, expected)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_parts_without_a_cache_are_compiled_once_for_all_layers() -> None:
-    batch, model = prompts(NAME, 2), copy.deepcopy(shared(NAME))
-    reduced = ReducedModel(model, POLICY)
-    expected = generate(reduced, copied(batch)).sequences
-    graphs = []
-
-    def backend(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    for layer in model.get_decoder().layers:
-        layer.mlp.compile(backend=backend)
-    assert torch.equal(generate(reduced, batch).sequences, expected)
-    # One for the first length, one for any length, and one for a single token: layers share them.
-    assert len(graphs) == 3 < len(model.get_decoder().layers)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_pipeline() -> None:
     model, processor = reference.load()
