@@ -42,6 +42,9 @@ The prefill takes the features of all prompts, one after the other, in place of 
 values read_i, which the encoder read from the pixels (an all-zero image counts as absent), must
 equal those in that file.
 
+Guards. A model may branch on its inputs, and a graph has one of the branches: the prefill is right
+if each of its outputs guard_0, guard_1, ... [] is what ``guards`` in ``deos_fx.json`` says.
+
 A graph has only the inputs that it reads.
 """
 
@@ -256,6 +259,7 @@ class _Export:
         device: Where they are to be fast.
         programs: Name -> graph.
         constants: What ``images.safetensors`` gets; empty if there is no such file.
+        guards: What the outputs ``guard_i`` of the prefill have to be.
         elastic: Whether the counts of the reductions are inputs.
         tell: Called with the progress.
         weights: What their weights are rounded to; None if they are as in the model.
@@ -266,6 +270,7 @@ class _Export:
     device: str
     programs: dict[str, onnx_ir.Model]
     constants: dict[str, Tensor]
+    guards: tuple[bool | float, ...]
     elastic: bool
     tell: Progress
     weights: str | None = None
@@ -296,7 +301,8 @@ class _Export:
             tell("trace", done, len(graphs))
         take_counts(programs["prefill"])
         programs["decode"] = of_one_token(programs["extend"], NEW)
-        return cls(reduced, example, device, programs, prefill.constants, elastic, tell)
+        constants, guards = prefill.constants, prefill.guards
+        return cls(reduced, example, device, programs, constants, guards, elastic, tell)
 
     @property
     def runs_here(self) -> bool:
@@ -380,6 +386,8 @@ class _Export:
             "image_tokens": example.placeholders,
             "ends_in_image": _ends(reduced, layout),
             "pixels": list(pixels.shape),
+            # The graphs have the branches of the model that belong to these values.
+            "guards": list(self.guards),
             # Of a position: time, row and column; 0 where a position is one number.
             "coordinates": len(positions) if positions.ndim == 3 else 0,
             "elastic": list(layout.sizes) if self.elastic else None,

@@ -261,6 +261,7 @@ class OnnxModel:
             values |= self._encode(self._encoder, values["pixel_values"], len(ids))
         # Values that the graph does not read are ignored.
         outputs = self._prefill(values)
+        self._check_guards(outputs)
         cache.take_states(outputs, ids.shape[1])
         spaces = [
             TokenSpace(
@@ -430,6 +431,16 @@ class OnnxModel:
                 raise ValueError(
                     f"The call {what} {', '.join(sorted(wrong))}, but this model was exported for "
                     f"{', '.join(sorted(names))}. {again}"
+                )
+
+    def _check_guards(self, outputs: Mapping[str, Any]) -> None:
+        """Refuse prompts for which the model takes other branches than those in the graphs."""
+        for i, expected in enumerate(self._manifest["guards"]):
+            if as_tensor(outputs[f"guard_{i}"]).item() != expected:
+                raise ValueError(
+                    "This model computes another way for these prompts than for those it was "
+                    "exported for, where its code asks whether they have tokens of some kind. "
+                    "Export it again with example_inputs like these."
                 )
 
     def _new_cache(self) -> SessionCache:

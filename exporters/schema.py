@@ -54,6 +54,8 @@ class ManifestFile(Recorded):
     """None where the graphs take both kinds of prompts."""
     pixels: Annotated[list[Annotated[Count, Field(ge=1)]], Field(min_length=1, max_length=8)]
     """The shape of a prompt's pixels."""
+    guards: Annotated[list[bool | float], Field(max_length=1000)] = []
+    """What each output ``guard_i`` of the prefill has to be."""
     coordinates: Annotated[int, Field(ge=0, le=8)]
     """Of a position: time, row and column; 0 where a position is one number."""
     elastic: Annotated[list[Count], Field(min_length=1, max_length=10**6)] | None = None

@@ -30,9 +30,10 @@ class Note:
     """What the passes know of a node.
 
     Attributes:
-        block: The transformer block that it calls. Written by `capture`, as are the next five.
+        block: The transformer block that it calls. Written by `capture`, as are the next six.
         keeps_shape: Whether it calls a block whose output has the shape and dtype of its input.
         example: The result of an opaque image encoder in the example run, until shapes are known.
+        reads: If it is a guard: whether it reads what a tensor contains, and not only sizes.
         unrolled: If it is an iteration that was unrolled: its number of parts.
         masked: If it reads the rows that a mask selects: the number of axes of such a row.
         shared: If it makes the dict of keys that layers share outside the cache: pairs of a block
@@ -57,6 +58,7 @@ class Note:
     block: Block | None = None
     keeps_shape: bool = False
     example: Any = None
+    reads: bool = False
     unrolled: int | None = None
     masked: int | None = None
     shared: set[tuple[Block, Block]] | None = None

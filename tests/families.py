@@ -312,9 +312,10 @@ def shared(name: str, layers: int | None = None) -> Any:
     if layers is not None:
         text = config.get_text_config()
         text.num_hidden_layers = layers
-        # Some configs compute them.
-        with contextlib.suppress(AttributeError):
-            text.layer_types = text.layer_types[:layers]
+        for types in ("layer_types", "mlp_layer_types"):
+            # Some configs compute them, and some have none.
+            with contextlib.suppress(AttributeError):
+                setattr(text, types, getattr(text, types)[:layers])
     return built(config)
 
 

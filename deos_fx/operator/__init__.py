@@ -46,6 +46,7 @@ from deos_fx.operator.transfer import (
     rest_beside,
     reweight,
     slot_of,
+    unmerged,
     with_class,
 )
 
@@ -96,6 +97,7 @@ __all__ = [
     "take",
     "top_k",
     "uniform",
+    "unmerged",
     "window_members",
     "windows",
     "with_class",

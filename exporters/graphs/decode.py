@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +52,7 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
     facts = facts_of(model)
     # A prefill fills the cache: its layers have as many keys as the policy leaves them.
     cache = reduced(**example.inputs, use_cache=True, **last_logits(facts))[CACHE]
-    # [B, heads, tokens, D] of each layer.
-    shapes = [state["key"].shape for state in states_of(cache).values()]
+    states = states_of(cache)
     # Position ids are [B, t], or [coordinates, B, t].
     coordinates = example.inputs["position_ids"].shape[:-2]
     seen = cache.get_seq_length()
@@ -69,7 +68,7 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
     }
     call = completed(Call.of(facts, inputs)).having(**cache.decode_inputs(mask, positions))
     lowered = verify(select_logits(copy_of(reduced.graphs.step(call))), "exported")
-    return _decode_exportable(_Decode(lowered, reduced), facts, shapes, spaces, positions)
+    return _decode_exportable(_Decode(lowered, reduced), facts, states, spaces, positions)
 
 
 class _Decode(nn.Module):
@@ -95,7 +94,7 @@ class _Decode(nn.Module):
 def _decode_exportable(
     module: _Decode,
     facts: ModelFacts,
-    shapes: list[torch.Size],
+    states: Mapping[str, Mapping[str, Tensor]],
     spaces: Sequence[DecodeSpace],
     positions: Tensor,
 ) -> Exportable:
@@ -112,13 +111,15 @@ def _decode_exportable(
     seen = [Dim("seen" if k == 0 else f"seen_{k}", min=4) for k in range(len(spaces) + 1)]
     inputs: dict[str, Any] = {"past_key_values": {}}
     dynamic: dict[str, Any] = {"past_key_values": {}}
-    for layer, (_, heads, _, dim) in enumerate(shapes):
+    for layer, held in states.items():
         # The space of a layer is the last one that has begun, or 0 before the first of them.
-        k = sum(space.first_layer <= layer for space in spaces)
-        state = torch.zeros(BATCH, heads, lengths[k], dim, dtype=model.dtype, device=model.device)
-        inputs["past_key_values"][str(layer)] = {"key": state, "value": state.clone()}
-        axes = {0: batch, 2: pasts[k]}
-        dynamic["past_key_values"][str(layer)] = {"key": axes, "value": axes}
+        k = sum(space.first_layer <= int(layer) for space in spaces)
+        # Keys and values [B, heads, tokens, D] may differ in D (multi-head latent attention).
+        inputs["past_key_values"][layer] = {
+            name: state.new_zeros(BATCH, state.shape[1], lengths[k], state.shape[3])
+            for name, state in held.items()
+        }
+        dynamic["past_key_values"][layer] = dict.fromkeys(held, {0: batch, 2: pasts[k]})
     for name in module.used:
         kind, k = _kind_and_space(name)
         if kind in ("attention_mask", "key_bias", "key_positions"):

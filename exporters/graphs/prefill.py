@@ -29,6 +29,7 @@ from deos_fx.passes.lower.reduced_encoder import ReducedEncoder
 from deos_fx.passes.pipeline import copy_of
 from deos_fx.passes.rewrite.free_counts import KEEP, free_counts
 from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
+from deos_fx.passes.rewrite.return_guards import return_guards
 from deos_fx.passes.rewrite.select_logits import LOGITS, select_logits
 from deos_fx.passes.rewrite.split_encoder import split_encoder
 from deos_fx.passes.verify import verify
@@ -51,11 +52,14 @@ class _Prompts:
         graph: The prefill graph.
         encoder: The graph of the image encoder, if it reads the sizes of images; else None.
         constants: These sizes, and what the encoder reads of the pixels.
+        guards: What the prefill graph read of its inputs when the model chose its branches, in the
+            order of its outputs ``guard_0``, ``guard_1``, ...
     """
 
     graph: Exportable
     encoder: Exportable | None = None
     constants: dict[str, Tensor] = field(default_factory=dict)
+    guards: tuple[bool | float, ...] = ()
 
 
 def prefill_graph(
@@ -97,7 +101,9 @@ def prefill_graph(
             values[f"image_features_{i}"] = features
         encoder, constants = encoder_graph(encode, example.images)
     # Features enter the prompt by an index, which has an ONNX form that runtimes agree on.
-    lowered = verify(select_logits(replace_placeholder_merge(lowered)), "exported")
+    lowered = select_logits(replace_placeholder_merge(lowered))
+    guards = return_guards(lowered)
+    lowered = verify(lowered, "exported")
     module = _Prefill(lowered, reduced)
     # The placeholders are part of the prompt, so it is at least this long.
     batch, sequence = Dim("batch"), Dim("sequence", min=example.placeholders + least)
@@ -122,7 +128,7 @@ def prefill_graph(
             # Case: images or their features, with a fixed number of rows for each prompt.
             each = len(value) // BATCH
             shapes[name] = {0: batch if each == 1 else each * batch}
-    return _Prompts(Exportable(module, taken, shapes), encoder, constants)
+    return _Prompts(Exportable(module, taken, shapes), encoder, constants, guards)
 
 
 def least_text(policy: Policy) -> int:
@@ -162,6 +168,7 @@ class _Prefill(nn.Module):
             "logits": fields["logits"],
             "next_position": positions.amax(dim=1, keepdim=True) + 1,
             "present": states_of(cache),
+            **{f"guard_{i}": value for i, value in enumerate(fields.get("guards", ()))},
         }
         spaces: Sequence[SpaceFields] = fields.get("spaces", ())
         for k, space in enumerate(spaces, start=1):

@@ -37,6 +37,9 @@ def check_guard(value: object, expected: object) -> None:
     Raises:
         GuardError: If the two differ.
     """
+    if isinstance(expected, bool):
+        # Comparisons of symbolic sizes are no bools, and cannot be compared with one.
+        value = bool(value)
     if value != expected:
         raise GuardError(f"captured for {expected!r}, called with {value!r}")
 

@@ -168,7 +168,9 @@ class ValueProxy(fx.Proxy):
     def _specialise(self, convert: Callable[[Any], Any]) -> Any:
         """Read the value into Python, and guard that it is the same at every later run."""
         value = convert(self.value)
-        self.tracer.create_proxy("call_function", check_guard, (self, value), {})
+        # Not a proxy, which there is none of for None.
+        guard = self.tracer.create_node("call_function", check_guard, (self.node, value), {})
+        annotate(guard, reads=isinstance(self.value, torch.Tensor))
         return value
 
 

@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from closeness import assert_onnx_close
-from families import IMAGE, prompts, shared
+from families import IMAGE, START, prompts, shared
 from onnx_families import LAYERS, check_onnx, generate, reduced
 
 from deos_fx.exporters.graphs.example import example_of
@@ -183,6 +183,26 @@ def test_what_an_encoder_reads_of_pixels_is_given_back() -> None:
     assert [read.tolist() for read in reads] == [[True, True], 2]
     pixels[1] = 0
     assert [read.tolist() for read in graph(pixels)[1]] == [[True, False], 1]
+
+
+@pytest.mark.slow
+def test_branches_of_a_model_are_those_of_the_export(folder: Any) -> None:
+    """Ovis2 asks whether there are marks of an image; a prompt without them takes another path."""
+    inputs = prompts("ovis2", 2)
+    runtime, model = _runtime(folder("ovis2")), reduced("ovis2")
+    tokens, logits = generate(runtime, inputs, 3)
+    expected_tokens, expected = generate(model, inputs, 3)
+    assert torch.equal(tokens, expected_tokens)
+    assert_onnx_close(logits, expected)
+    bare = inputs["input_ids"].clone()
+    bare[bare == START] = 5
+    with pytest.raises(ValueError, match="asks whether they have tokens of some kind"):
+        runtime(**inputs | {"input_ids": bare})
+
+
+@pytest.mark.slow
+def test_values_may_be_narrower_than_keys() -> None:
+    assert check_onnx("kimi_k25", steps=3) == "yes"
 
 
 @pytest.mark.slow
