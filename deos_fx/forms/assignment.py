@@ -38,8 +38,7 @@ def assignment_of(choice: Choice, kept: Value) -> _Assignment:
     1. Pruning assigns nothing.
     2. Windows: bilinear interpolation, in which all tokens are sources.
     3. k nearest: receivers choose among all tokens.
-    4. Otherwise, every dropped token is shared among the receivers. Where every token is kept,
-       there is no assignment.
+    4. Otherwise, every dropped token is shared among the receivers.
 
     Args:
         choice: The choice of the tokens that stay.
@@ -60,7 +59,7 @@ def assignment_of(choice: Choice, kept: Value) -> _Assignment:
         likeness = _likeness(choice, moved.receivers, None)
         nearest = (likeness, moved.receivers, reduction.neighbours)
         moved.assignment = call(assign.k_nearest, *nearest)
-    elif choice.drops:
+    else:
         # Case 4.
         moved.sources = call(gather.others, kept, choice.token_axis(kept))
         # With gain 0, only a residual token takes in others.
@@ -107,9 +106,6 @@ def _add_rest(choice: Choice, kept: Value, moved: _Assignment) -> None:
     """Let the residual token take in content that is dropped and not transferred."""
     reduction, call = choice.reduction, choice.call
     moved.slot = call(transfer.slot_of, moved.receivers, choice.rest)
-    if moved.sources is None and moved.assignment is None:
-        # Case: every token is kept.
-        return
     if moved.sources is None:
         # Case: receivers chose among all tokens, so the dropped ones are found from `kept`.
         parts = (moved.assignment, moved.slot, kept, reduction.gain)

@@ -61,7 +61,6 @@ class Choice:
         features: Features by name.
         call: Runs or records an operator.
         last_of: As for ``static_reduce``.
-        total: As for ``static_reduce``.
 
     Attributes:
         count: How many tokens are chosen.
@@ -77,7 +76,6 @@ class Choice:
         features: Mapping[str, Any],
         call: Execute,
         last_of: int,
-        total: int | None = None,
     ) -> None:
         self.reduction = reduction
         self.count = count - reduction.keep_class
@@ -91,9 +89,6 @@ class Choice:
         self.score: Value | None = None
         self.anchors: Value | None = None
         """The first tier's picks, before the last token of a prompt takes a place."""
-        known = tokens.shape[1] if isinstance(tokens, torch.Tensor) else total
-        self.drops = known != self.count
-        """Whether there is a token that it does not choose."""
         self._compared: dict[str, Any] | None = None
         self.rest: Value | None = None
         """The token [B, 1] whose place the residual one takes."""

@@ -17,7 +17,6 @@ from deos_fx.forms.assignment import assignment_of
 from deos_fx.forms.choice import Choice, Execute, Value, execute, short
 from deos_fx.operator import gather, transfer
 from deos_fx.policy.reduction import Reduction
-from deos_fx.tokens.bias import ones_like_tokens
 
 __all__ = ["StaticOutput", "static_reduce"]
 
@@ -56,7 +55,6 @@ def static_reduce(
     features: Mapping[str, Any],
     call: Execute = execute,
     last_of: int = 0,
-    total: int | None = None,
 ) -> StaticOutput:
     """Apply a reduction to the visual tokens.
 
@@ -72,8 +70,6 @@ def static_reduce(
         last_of: I, if rows are the images of prompts, I each, that end in their I-th image: the
             last token of that image stays, as the last choice, and comes last. 0 if the scores
             alone decide.
-        total: V, which a graph node does not tell; None takes it from the tokens, if these are a
-            tensor.
 
     Raises:
         ValueError: If a selector cannot keep that many tokens, or needs complete images where
@@ -81,33 +77,27 @@ def static_reduce(
     """
     # 1. The choice, and the assignment of the other tokens.
     call = short(call)
-    choice = Choice(reduction, count, tokens, features, call, last_of, total)
+    choice = Choice(reduction, count, tokens, features, call, last_of)
     kept = choice.kept()
     moved = assignment_of(choice, kept)
     weight = None
     # 2. The kept tokens, with what moves to them.
-    own = None
-    if reduction.transfers:
+    if moved.assignment is None:
+        # Case: pruning.
+        reduced = call(gather.take, tokens, kept)
+        mass = None if mass is None else call(gather.take, mass, kept)
+    else:
+        parts = (kept, moved.sources, moved.assignment)
         weight = choice.weight()
+        own = None
         # The residual token is weighted as those that it takes in.
         if weight is not None and moved.slot is not None:
             own = call(transfer.own_part, moved.slot, moved.receivers, weight)
-    if moved.assignment is not None:
-        parts = (kept, moved.sources, moved.assignment)
         # Raw scores replace the masses as weights.
         masses = None if reduction.weighting == "raw" else mass
         how = (own, masses, weight, moved.gain, reduction.exponent, reduction.average)
         reduced = call(transfer.merge, tokens, *parts, *how)
         mass = call(transfer.merged_mass, *parts, mass, moved.gain)
-    else:
-        # Case: pruning, or a transfer that finds nothing dropped.
-        reduced = call(gather.take, tokens, kept)
-        mass = None if mass is None else call(gather.take, mass, kept)
-        if own is not None and reduction.exponent != 1:
-            reduced = call(transfer.unmerged, reduced, own, reduction.exponent)
-        if reduction.transfers and mass is None:
-            # Later layers are told masses, as after any other transfer.
-            mass = call(ones_like_tokens, reduced)
     # 3. Reweighting.
     if reduction.reweight:
         reduced = call(transfer.reweight, reduced, choice.score, kept, reduction.reweight)

@@ -46,7 +46,6 @@ from deos_fx.operator.transfer import (
     rest_beside,
     reweight,
     slot_of,
-    unmerged,
     with_class,
 )
 
@@ -97,7 +96,6 @@ __all__ = [
     "take",
     "top_k",
     "uniform",
-    "unmerged",
     "window_members",
     "windows",
     "with_class",

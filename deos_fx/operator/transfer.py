@@ -20,7 +20,6 @@ __all__ = [
     "rest_beside",
     "reweight",
     "slot_of",
-    "unmerged",
     "with_class",
 ]
 
@@ -167,18 +166,6 @@ def own_part(slot: Tensor, receivers: Tensor, weight: Tensor) -> Tensor:
         weight: u [B, V].
     """
     return torch.where(slot > 0, take(weight, receivers), 1.0)
-
-
-def unmerged(tokens: Tensor, own: Tensor, exponent: float) -> Tensor:
-    """Return what `merge` makes of kept tokens that receive nothing: y_i = x_i o_i^(1 - n).
-
-    Args:
-        tokens: The kept tokens [B, K, d].
-        own: Factors [B, R] of the own parts of the last R of them.
-        exponent: n.
-    """
-    factors = F.pad(own ** (1 - exponent), (tokens.shape[1] - own.shape[1], 0), value=1.0)
-    return tokens * factors.unsqueeze(-1).to(tokens.dtype)
 
 
 def rest(assignment: Tensor | None, slot: Tensor, sources: Tensor, gain: float) -> Tensor:

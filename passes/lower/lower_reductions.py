@@ -113,8 +113,6 @@ class Lowering(SiteWalk):
         self.several_devices = has_several_devices(graph_module)
         self.space = TokenSpace(self.emitter, self.visual, layout.images)
         self.emitter.explain("visual", self.visual)
-        # Number of tokens that are left of each image.
-        self.sizes: Sequence[int] = layout.sizes
         # Masses [I, K] before the decoder, [B, K] in it; None while every mass is 1.
         self.mass: fx.Node | None = None
         # [I, K] indices of the image's own tokens that are left; None while all are.
@@ -136,9 +134,7 @@ class Lowering(SiteWalk):
         """Reduce every image alone: its patches in the tower, or its features after it."""
         # All images have one size here: an encoder that takes several at once is opaque.
         (count,) = set(step.counts)
-        last_of = self._last_of(self.layout.images)
-        reduced = self._operate(step, self.sizes[0], count, place, self.mass, last_of)
-        self.sizes = step.counts
+        reduced = self._operate(step, count, place, self.mass, self._last_of(self.layout.images))
         left = place.put_back(reduced.tokens)
         kept = reduced.kept
         if self.kept is not None:
@@ -210,7 +206,6 @@ class Lowering(SiteWalk):
     def reduce_merged(self, step: Step, groups: Sequence[Group]) -> None:
         """Reduce images that are already in the prompt, each of them alone."""
         parts = [self._part_of(step, group) for group in groups]
-        self.sizes = step.counts
         if len(parts) == 1:
             (left,) = parts
             grid = self._grid_of_prompt(left.kept)
@@ -227,7 +222,7 @@ class Lowering(SiteWalk):
         count = step.counts[first]
         # Only the last image can end the prompt, and has to keep its last token then.
         last_of = self._last_of(images) if last == self.layout.images - 1 else 0
-        reduced = self._operate(step, self.sizes[first], count, group, None, last_of)
+        reduced = self._operate(step, count, group, None, last_of)
         # Of images [I, K, d], to be joined to those of prompts [B, I K, d].
         left, mass = self._written(step, reduced), reduced.mass
         if left is not None:
@@ -292,8 +287,7 @@ class Lowering(SiteWalk):
     def reduce_prompt(self, step: Step, place: Place) -> None:
         """Reduce all visual tokens of a prompt together, after a decoder layer."""
         count = sum(step.counts)
-        reduced = self._operate(step, sum(self.sizes), count, place, self.mass, self._last_of(1))
-        self.sizes = step.counts
+        reduced = self._operate(step, count, place, self.mass, self._last_of(1))
         left = Part(reduced.kept, self._written(step, reduced), reduced.mass)
         grid = self._cells_of_kept(step, count, self.grid, reduced.kept)
         rules = step.reduction.position, step.reduction.mass_bias
@@ -304,20 +298,16 @@ class Lowering(SiteWalk):
     def _operate(
         self,
         step: Step,
-        total: int,
         count: int,
         place: Place,
         mass: fx.Node | None,
         last_of: int,
     ) -> StaticOutput:
-        """Emit the operator that leaves `count` of `total` tokens.
-
-        Nodes that nothing reads are dropped at the end.
-        """
+        """Emit the operator itself; nodes that nothing reads are dropped at the end."""
         # On one device, moving arguments would only make the graph longer.
         call = partial(self.emitter.call_beside, place.own) if self.several_devices else self.call
         given = (place.own, mass, place.features)
-        reduced = static_reduce(step.reduction, count, *given, call, last_of, total)
+        reduced = static_reduce(step.reduction, count, *given, call, last_of)
         roles = ["kept", "mass", "score", "assignment"]
         if reduced.assignment is not None:
             roles += ["receivers", "sources", "weight"]
@@ -330,9 +320,8 @@ class Lowering(SiteWalk):
 
         Tokens that are only gathered need not be: the prompt has them.
         """
-        # Not the assignment, which an image that keeps all of its tokens lacks, beside larger ones.
-        written = step.reduction.transfers or step.reduction.reweight
-        return reduced.tokens if written else None
+        only_gathered = reduced.assignment is None and not step.reduction.reweight
+        return None if only_gathered else reduced.tokens
 
     def _last_of(self, images: int) -> int:
         """Return `images` if prompts end in a visual token, else 0.

@@ -22,7 +22,7 @@ from deos_fx.policy.tier import Tier
 
 
 @quick
-@given(seeds, st.integers(1, TOKENS - 1), st.sampled_from([0.0, 0.01, 0.3, math.inf]))
+@given(seeds, st.integers(1, TOKENS), st.sampled_from([0.0, 0.01, 0.3, math.inf]))
 def test_columns_of_the_assignment(seed: int, count: int, temperature: float) -> None:
     tokens, _, features = inputs(seed)
     parameters = {"gain": 1.0, "temperature": temperature}
