@@ -86,6 +86,39 @@ MODELS: Mapping[str, Callable[[], Any]] = {
         },
         scale_factor=3,
     ),
+    # Large ones: three quarters of their layers keep a state, 64 layers, 80 layers.
+    "qwen3.5-27b": lambda: hf.Qwen3_5Config(
+        text_config={
+            "hidden_size": 5120,
+            "intermediate_size": 17408,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 4,
+        },
+        vision_config={"depth": 27, "hidden_size": 1152, "out_hidden_size": 5120},
+    ),
+    "qwen2.5-vl-32b": lambda: hf.Qwen2_5_VLConfig(
+        text_config={
+            **_QWEN_TEXT,
+            "hidden_size": 5120,
+            "intermediate_size": 27648,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+        },
+        vision_config={**_QWEN_VISION, "out_hidden_size": 5120},
+    ),
+    "qwen2.5-vl-72b": lambda: hf.Qwen2_5_VLConfig(
+        text_config={
+            **_QWEN_TEXT,
+            "hidden_size": 8192,
+            "intermediate_size": 29568,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+        },
+        vision_config={**_QWEN_VISION, "out_hidden_size": 8192},
+    ),
 }
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from itertools import accumulate
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "file_hash",
     "files_in",
     "is_recorded",
+    "matching",
+    "own_hash",
     "problems",
     "record_of",
     "stamp",
@@ -64,7 +67,7 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
     record["files"] = {
         name: known.get(name) or _described(folder / name) for name in files_in(folder)
     }
-    record["sha256"] = _own_hash(record)
+    record["sha256"] = own_hash(record)
     # No line end at the end: without its last byte, the record is no JSON any more.
     (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
@@ -73,6 +76,12 @@ def files_in(folder: Path) -> list[str]:
     """Return the files of a folder and of those in it, without its record."""
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted({*files} - {RECORD})
+
+
+def matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Return the entries of a folder with certain names; none if there is no folder."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return [e for e in entries if any(fnmatchcase(e.name, pattern) for pattern in patterns)]
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -117,15 +126,17 @@ def is_recorded(record: Mapping[str, Any]) -> bool:
     return "files" in record or "sha256" in record
 
 
-def verify(folder: Path, record: Mapping[str, Any]) -> None:
+def verify(folder: Path, record: Mapping[str, Any], read: Sequence[str] = ()) -> None:
     """Refuse a folder whose files are not those of its record.
 
     Args:
         folder: The folder.
         record: Its record, as `record_of` returns it.
+        read: Patterns of the names of files that a reader would take for a part of it.
 
     Raises:
-        ValueError: If a file is missing or is another one.
+        ValueError: If a file is missing or is another one, or one that would be read is not in the
+            record.
 
     Warns:
         UserWarning: If the record has no hashes.
@@ -142,6 +153,12 @@ def verify(folder: Path, record: Mapping[str, Any]) -> None:
     if wrong:
         listed = "; ".join(f"{name} {problem}" for name, problem in wrong.items())
         raise ValueError(f"{folder} is damaged: {listed}. {_CURE}")
+    for entry in matching(folder, read):
+        if entry.name not in (RECORD, *record["files"]):
+            raise ValueError(
+                f"{folder} has a file {entry.name} that was not written with the others and would "
+                "be read with them. Move it away, or write the folder again."
+            )
 
 
 def problems(folder: Path, record: Mapping[str, Any], most: int | None = None) -> dict[str, str]:
@@ -167,18 +184,15 @@ def problems(folder: Path, record: Mapping[str, Any], most: int | None = None) -
 
 def _is_sound(record: Mapping[str, Any]) -> bool:
     """Return whether the entries of a record are those that were written, and describe files."""
-    files = record.get("files")
-    hashed = record.get("sha256") == _own_hash(record)
-    return hashed and isinstance(files, dict) and all(map(_is_entry, files.items()))
+    from pydantic import ValidationError
 
+    from deos_fx.schema import ENTRIES
 
-def _is_entry(item: tuple[str, Any]) -> bool:
-    """Return whether something describes a file inside of the folder."""
-    name, entry = item
-    # Both kinds of slashes and drives, whatever the system.
-    path = PureWindowsPath(name)
-    inside = not path.anchor and ".." not in path.parts
-    return inside and isinstance(entry, dict) and type(entry.get("bytes")) is int
+    try:
+        ENTRIES.validate_python(record.get("files"))
+    except ValidationError:
+        return False
+    return record.get("sha256") == own_hash(record)
 
 
 def _problem(path: Path, entry: Mapping[str, Any], hashed: bool) -> str:
@@ -187,7 +201,7 @@ def _problem(path: Path, entry: Mapping[str, Any], hashed: bool) -> str:
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"has {size:,} bytes instead of {entry['bytes']:,}"
-    if hashed and file_hash(path) != entry.get("sha256"):
+    if hashed and file_hash(path) != entry["sha256"]:
         return "is not the file that was written (its SHA-256 differs)"
     return ""
 
@@ -222,6 +236,7 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _own_hash(record: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in record.items() if name != "sha256"}
+def own_hash(record: Mapping[str, Any], entry: str = "sha256") -> str:
+    """Return the SHA-256 of a record without the entry that holds it."""
+    rest = {name: value for name, value in record.items() if name != entry}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CaptureError", "GuardError", "PassError", "VerificationError"]
+__all__ = ["CaptureError", "GuardError", "NoGroups", "PassError", "VerificationError"]
 
 
 class CaptureError(ValueError):
@@ -19,3 +19,10 @@ class VerificationError(RuntimeError):
 
 class PassError(RuntimeError):
     """A pass failed by a bug of its own; the message names the pass, and its cause is chained."""
+
+
+class NoGroups(ValueError):
+    """Patches of a vision tower cannot be followed to visual tokens.
+
+    The message is the reason, as a clause: it is shown as the reason why a site is not available.
+    """

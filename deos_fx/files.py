@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deos_fx.publish import check_kind, matching, publish
+from deos_fx.contents import matching
+from deos_fx.publish import check_kind, publish
 from deos_fx.scratch import scratch_folder, sweep
 
 if TYPE_CHECKING:

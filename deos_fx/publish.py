@@ -13,13 +13,12 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-from deos_fx.contents import INCOMPLETE, RECORD, files_in
+from deos_fx.contents import INCOMPLETE, RECORD, files_in, matching
 from deos_fx.scratch import one_at_a_time
 
-__all__ = ["check_kind", "matching", "publish"]
+__all__ = ["check_kind", "publish"]
 
 
 def publish(new: Path, target: Path, removed: Sequence[str], scratch: Path) -> None:
@@ -105,12 +104,6 @@ def _replace_whole(new: Path, target: Path, stale: set[str], scratch: Path) -> N
         else:
             record.unlink(missing_ok=True)
         raise
-
-
-def matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Return the entries of a folder with certain names; none if there is no folder."""
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return [e for e in entries if any(fnmatchcase(e.name, pattern) for pattern in patterns)]
 
 
 def check_kind(path: Path, is_folder: bool) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 __all__ = [
+    "CONTROLS",
     "JSON_BYTES",
     "JSON_DEPTH",
     "TENSOR_BYTES",
@@ -46,6 +47,8 @@ TENSOR_BYTES = 2**30
 """The largest file of tensors that is read."""
 TEXT_LENGTH = 1000
 """How many characters a name in a file may have."""
+CONTROLS = r"\x00-\x1f\x7f-\x9f"
+"""The characters that no name may have, as a pattern: a terminal would obey them."""
 # How many faults of a file are told.
 _TOLD = 3
 
@@ -118,7 +121,9 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         OSError: If the file cannot be read.
         ValueError: If it is damaged or larger than `TENSOR_BYTES`.
     """
-    size = Path(path).stat().st_size
+    # Opened here, as the errors of safetensors do not name the file.
+    with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
     if size > TENSOR_BYTES:
         raise ValueError(
             f"{os.fspath(path)} has {size} bytes; a file of tensors has at most {TENSOR_BYTES}"

@@ -7,17 +7,18 @@ read.
 
 from __future__ import annotations
 
+from pathlib import PureWindowsPath
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
-from deos_fx.reading import TEXT_LENGTH
+from deos_fx.reading import CONTROLS, TEXT_LENGTH
 
-__all__ = ["Count", "Hash", "Recorded", "Strict", "Text"]
+__all__ = ["ENTRIES", "Count", "Hash", "Recorded", "Strict", "Text"]
 
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 """A whole number of something."""
-Text = Annotated[str, Field(max_length=TEXT_LENGTH)]
+Text = Annotated[str, Field(max_length=TEXT_LENGTH, pattern=f"^[^{CONTROLS}]*$")]
 """A name, or another short text."""
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """A SHA-256."""
@@ -35,6 +36,14 @@ class Strict(BaseModel):
     )
 
 
+def _inside(name: str) -> str:
+    # Both kinds of slashes and drives, whatever the system.
+    path = PureWindowsPath(name)
+    if path.anchor or ".." in path.parts:
+        raise ValueError("should be the name of a file inside of the folder")
+    return name
+
+
 class FileEntry(Strict):
     """A file of a folder."""
 
@@ -42,10 +51,16 @@ class FileEntry(Strict):
     sha256: Hash
 
 
+Entries = dict[Annotated[Text, AfterValidator(_inside)], FileEntry]
+"""Files of a folder by their names in it."""
+ENTRIES = TypeAdapter(Entries)
+"""Checks entries alone."""
+
+
 class Recorded(Strict):
     """The record of a folder, which may be one that an earlier version has written."""
 
-    files: dict[Text, FileEntry] | None = None
+    files: Entries | None = None
     """All other files of the folder."""
     sha256: Hash | None = None
     """Of the record without this entry."""

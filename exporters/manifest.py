@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deos_fx.contents import RECORD, record_of, verify
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
+from deos_fx.policy.counts import tokens_per_layer
 from deos_fx.policy.policy import Policy
 from deos_fx.reading import as_record
 
@@ -25,6 +26,7 @@ __all__ = [
     "VERSION",
     "WEIGHTS",
     "check_policy",
+    "dropped_tokens",
     "read_manifest",
     "spaces_of",
     "write_weights",
@@ -84,7 +86,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     record = record_of(folder)
     cure = "Export the model again, or use the release that wrote it."
     manifest = as_record(path, record, ManifestFile, "the manifest of an export", cure)
-    verify(folder, record)
+    verify(folder, record, FILES)
     return manifest.model_dump()
 
 
@@ -94,12 +96,28 @@ def spaces_of(manifest: Mapping[str, Any]) -> list[DecodeSpace]:
     return [DecodeSpace(**{name: space[name] for name in names}) for space in manifest["spaces"]]
 
 
-def check_policy(folder: Path, manifest: Mapping[str, Any]) -> None:
+def dropped_tokens(policy: Policy, sizes: Sequence[int], layers: int) -> list[int]:
+    """Return how many visual tokens of a prompt are not in each token space.
+
+    Args:
+        policy: The policy.
+        sizes: Visual tokens of each image of the prompt.
+        layers: Layers of the decoder.
+    """
+    # A reduction after the last layer leaves a space without layers.
+    left = tokens_per_layer(policy, sizes, layers + 1)
+    return [sum(sizes) - left[space.first_layer] for space in decode_spaces(policy)]
+
+
+def check_policy(folder: Path, manifest: Mapping[str, Any]) -> Policy:
     """Compare the policy in an export with its manifest.
 
     Args:
         folder: The folder of the export.
         manifest: Its manifest.
+
+    Returns:
+        The policy.
 
     Raises:
         ValueError: If the policy is missing or damaged, or leaves other token spaces than the
@@ -107,12 +125,14 @@ def check_policy(folder: Path, manifest: Mapping[str, Any]) -> None:
     """
     if not (folder / POLICY).is_file():
         raise ValueError(f"{folder} has no {POLICY}; export the model again")
-    spaces, exported = decode_spaces(Policy.load(folder / POLICY)), spaces_of(manifest)
+    policy = Policy.load(folder / POLICY)
+    spaces, exported = decode_spaces(policy), spaces_of(manifest)
     if exported != list(spaces):
         raise ValueError(
             f"{folder / POLICY} is not the policy of these graphs: it leaves {spaces}, and they "
             f"have {exported}; export the model again"
         )
+    return policy
 
 
 # *** the weights ***

@@ -17,6 +17,9 @@ Prefill. B prompts of N tokens, I images each; M_k tokens are left in token spac
        if masses bias attention key_bias_k [B, M_k]
        and under the position rule grid shift_k [B, 1] (how far later tokens move up)
 
+    An elastic export also takes keep_k [1] for each reduction k (from 1): how many tokens it keeps
+    of an image before the decoder, and of all images of a prompt in it.
+
 Extend. t new tokens, at least one; P_k keys are in the layers of space k (no keys at all for a text
 without images). The decode graph is the same for t = 1, which ONNX Runtime runs faster:
 
@@ -45,10 +48,12 @@ A graph has only the inputs that it reads.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -59,6 +64,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.contents import write_record
 from deos_fx.exporters.check import check_export
+from deos_fx.exporters.elastic import check_elastic, take_counts, traced_counts, trials
 from deos_fx.exporters.fuse import DEVICES, fuse, of_one_token
 from deos_fx.exporters.graphs.decode import NEW, decode_graph
 from deos_fx.exporters.graphs.example import Example, example_of
@@ -70,6 +76,7 @@ from deos_fx.exporters.manifest import (
     PACKAGES,
     POLICY,
     VERSION,
+    dropped_tokens,
     write_weights,
 )
 from deos_fx.exporters.onnx_model import OnnxModel
@@ -77,7 +84,7 @@ from deos_fx.exporters.quantise import WEIGHTS, quantise
 from deos_fx.exporters.session import cuda_devices
 from deos_fx.files import fresh_folder, write_tensors
 from deos_fx.passes.lower.lower_decode import decode_spaces
-from deos_fx.policy.counts import tokens_per_layer
+from deos_fx.policy.policy import Policy
 from deos_fx.progress import shows_progress
 from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.tokens.cache import ReducedCache
@@ -107,6 +114,7 @@ def export_onnx(
     *,
     device: str | None = None,
     weights: str | None = None,
+    elastic: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> Path:
@@ -140,6 +148,9 @@ def export_onnx(
         weights: ``int8`` or ``int4``: what matrices of weights are rounded to, by ONNX Runtime's
             own quantiser (see `deos_fx.exporters.quantise`); activations keep the dtype of the
             model. Left out, weights stay as they are. Answers change, least with ``int8``.
+        elastic: Whether the counts of the reductions are inputs: one folder then serves many
+            budgets, chosen by `OnnxModel.keeping`. Reductions have to pick by ``top_k``, and the
+            images of a prompt to have one size.
         verify: Whether to compare the logits with those of the reduced model before the folder
             appears, in ONNX Runtime on the device; without a GPU, graphs for CUDA are compared
             on the CPU before they are fused. With `weights`, the graphs are compared before and
@@ -155,8 +166,8 @@ def export_onnx(
         ValueError: If the example has no image, or prompts that cannot share a graph, the model
             needs an example, its attention implementation cannot be exported, a layer keeps a
             state instead of keys and values, the device or the type of weights is none of these,
-            or the logits of ONNX Runtime and PyTorch differ (compared for models in float32 and
-            float16).
+            counts cannot be inputs, or the logits of ONNX Runtime and PyTorch differ (compared for
+            models in float32 and float16).
         OSError: If the folder cannot be written; this is checked before the work starts.
     """
     if not isinstance(reduced, ReducedModel):
@@ -174,13 +185,15 @@ def export_onnx(
     least = least_text(reduced.policy)
     with torch.no_grad():
         example = example_of(reduced.model, example_inputs, least + _TEXT_TOKENS)
+    if elastic:
+        check_elastic(reduced.policy, example.layout.sizes)
     # The folder appears under its name only after the check.
     with (
         fresh_folder(dir, FILES, whole=True) as folder,
         # Beside the folder, which is recorded as a whole.
         tempfile.TemporaryDirectory(dir=folder.parent) as aside,
     ):
-        export = _Export.of(reduced, example, least, device, tell)
+        export = _Export.of(reduced, example, least, device, elastic, tell)
         if verify and not export.runs_here:
             # Case: operators for CUDA, and no GPU. The graphs in standard operators, of which these
             # are made, run on the CPU.
@@ -243,6 +256,7 @@ class _Export:
         device: Where they are to be fast.
         programs: Name -> graph.
         constants: What ``images.safetensors`` gets; empty if there is no such file.
+        elastic: Whether the counts of the reductions are inputs.
         tell: Called with the progress.
         weights: What their weights are rounded to; None if they are as in the model.
     """
@@ -252,18 +266,26 @@ class _Export:
     device: str
     programs: dict[str, onnx_ir.Model]
     constants: dict[str, Tensor]
+    elastic: bool
     tell: Progress
     weights: str | None = None
 
     @classmethod
     @torch.no_grad()
     def of(
-        cls, reduced: ReducedModel, example: Example, least: int, device: str, tell: Progress
+        cls,
+        reduced: ReducedModel,
+        example: Example,
+        least: int,
+        device: str,
+        elastic: bool,
+        tell: Progress,
     ) -> _Export:
         """Lower and trace every graph."""
         tell("trace", 0, 1)
         extend = decode_graph(reduced, example)
-        prefill = prefill_graph(reduced, example, least)
+        counts = traced_counts(reduced.policy, example.layout.sizes) if elastic else ()
+        prefill = prefill_graph(reduced, example, least, counts)
         graphs = {"prefill": prefill.graph, "extend": extend}
         if prefill.encoder is not None:
             graphs["image_encoder"] = prefill.encoder
@@ -272,8 +294,9 @@ class _Export:
         for done, (name, graph) in enumerate(graphs.items(), start=1):
             programs[name] = graph.export()
             tell("trace", done, len(graphs))
+        take_counts(programs["prefill"])
         programs["decode"] = of_one_token(programs["extend"], NEW)
-        return cls(reduced, example, device, programs, prefill.constants, tell)
+        return cls(reduced, example, device, programs, prefill.constants, elastic, tell)
 
     @property
     def runs_here(self) -> bool:
@@ -295,16 +318,19 @@ class _Export:
 
     def check(self, folder: Path, device: str) -> None:
         """Compare what was written with the reduced model, on a device."""
-        self.tell("check", 0, 1)
-        check_export(
-            self.reduced,
-            self.example,
-            "ONNX Runtime",
-            torch.device(device),
-            lambda: OnnxModel.from_pretrained(folder, device),
-            self.weights,
-        )
-        self.tell("check", 1, 1)
+        reduced, example = self.reduced, self.example
+        load = functools.cache(lambda: OnnxModel.from_pretrained(folder, device))
+        runs: list[tuple[ReducedModel, Callable[[], OnnxModel]]] = [(reduced, load)]
+        if self.elastic:
+            # Case: counts are inputs, so the same graphs are compared with several policies.
+            runs = [
+                (ReducedModel(reduced.model, policy), partial(_of_policy, load, policy, example))
+                for policy in trials(reduced.policy, example.layout.sizes)
+            ]
+        for done, (right, run) in enumerate(runs):
+            self.tell("check", done, len(runs))
+            check_export(right, example, "ONNX Runtime", torch.device(device), run, self.weights)
+        self.tell("check", len(runs), len(runs))
 
     def write(self, folder: Path, device: str) -> None:
         """Write all files, for a device."""
@@ -332,11 +358,10 @@ class _Export:
         reduced, example = self.reduced, self.example
         layout, pixels = example.layout, example.images["pixel_values"]
         positions = example.inputs["position_ids"]
-        # A reduction after the last layer leaves a space without layers.
-        layers = reduced.signature.decoder_layers + 1
         # How many visual tokens each layer gets: a runtime subtracts what was dropped from
         # positions.
-        left = tokens_per_layer(reduced.policy, layout.sizes, layers)
+        spaces = decode_spaces(reduced.policy)
+        dropped = dropped_tokens(reduced.policy, layout.sizes, reduced.signature.decoder_layers)
         return {
             "deos_fx": FORMAT,
             "version": VERSION,
@@ -357,14 +382,17 @@ class _Export:
             "pixels": list(pixels.shape),
             # Of a position: time, row and column; 0 where a position is one number.
             "coordinates": len(positions) if positions.ndim == 3 else 0,
+            "elastic": list(layout.sizes) if self.elastic else None,
             "spaces": [
-                {
-                    **asdict(space),
-                    "dropped": sum(layout.sizes) - left[space.first_layer],
-                }
-                for space in decode_spaces(reduced.policy)
+                {**asdict(space), "dropped": gone}
+                for space, gone in zip(spaces, dropped, strict=True)
             ],
         }
+
+
+def _of_policy(load: Callable[[], OnnxModel], policy: Policy, example: Example) -> OnnxModel:
+    """Load an elastic export, with the counts of a policy."""
+    return load().keeping(*policy.counts(example.layout.sizes[0]))
 
 
 def _ends(reduced: ReducedModel, layout: PromptLayout) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import threading
@@ -17,7 +18,14 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deos_fx.contents import RECORD, check_unchanged, stamp
-from deos_fx.exporters.manifest import IMAGES, check_policy, read_manifest, spaces_of
+from deos_fx.exporters.elastic import counts_of_rows
+from deos_fx.exporters.manifest import (
+    IMAGES,
+    check_policy,
+    dropped_tokens,
+    read_manifest,
+    spaces_of,
+)
 from deos_fx.exporters.session import HOST, Session, SessionCache, as_tensor, open
 from deos_fx.exporters.shared import SharedWeights
 from deos_fx.inputs.call import Call, normal_inputs
@@ -25,7 +33,10 @@ from deos_fx.inputs.complete import completed
 from deos_fx.inputs.packed import packed_by
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
+from deos_fx.passes.rewrite.free_counts import KEEP
 from deos_fx.passes.rewrite.select_logits import LOGITS
+from deos_fx.policy.counts import with_counts
+from deos_fx.policy.policy import Policy
 from deos_fx.reading import blaming, read_tensors
 from deos_fx.runtime.generation import generation_host
 from deos_fx.tokens.cache import TokenSpace
@@ -54,6 +65,7 @@ class OnnxModel:
         self,
         manifest: Mapping[str, Any],
         constants: Mapping[str, Tensor],
+        policy: Policy,
         skeleton: PreTrainedModel,
         sessions: Mapping[str, Session],
         extend: Callable[[], Session],
@@ -63,10 +75,13 @@ class OnnxModel:
         self.device = sessions["prefill"].device
         self._manifest = manifest
         self._constants = constants
+        self._policy = policy
         self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
         self._spaces = spaces_of(manifest)
         # Of a whole prompt, in the last space.
         self._dropped = manifest["spaces"][-1]["dropped"] if manifest["spaces"] else 0
+        # The counts of the reductions, where they are inputs.
+        self._counts = _counts(policy, manifest["elastic"] or ())
         self._prefill, self._decode = sessions["prefill"], sessions["decode"]
         self._encoder = sessions.get("image_encoder")
         # Opened when it is first needed, once for all threads.
@@ -111,7 +126,7 @@ class OnnxModel:
         folder = Path(dir)
         before = stamp(folder)
         manifest = read_manifest(folder)
-        check_policy(folder, manifest)
+        policy = check_policy(folder, manifest)
         skeleton = _skeleton(folder)
         names = [name for name in manifest["graphs"] if name != "extend"]
         shared = SharedWeights(folder) if low_memory else None
@@ -138,7 +153,7 @@ class OnnxModel:
             check_unchanged(folder, before)
             return session
 
-        return cls(manifest, constants, skeleton, sessions, extend)
+        return cls(manifest, constants, policy, skeleton, sessions, extend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         """Run the prefill graph or, given the cache of an earlier call, the decode graph.
@@ -180,6 +195,35 @@ class OnnxModel:
         host = generation_host(self, self._skeleton, self._new_cache, device=HOST)
         return host.generate(**normal_inputs(inputs))
 
+    def keeping(self, *keep: int | float) -> OnnxModel:
+        """Return the same model with other counts, if it was exported with ``elastic=True``.
+
+        Both share all graphs and weights, so that a budget can be chosen for every call. A cache
+        goes on in either.
+
+        Args:
+            *keep: Visual tokens of an image that stay after each reduction of the policy, in order
+                of depth: ints, or fractions of an image as in `deos_fx.Reduction`.
+
+        Raises:
+            ValueError: If the counts are constants of the graphs, there are more or fewer
+                reductions, or one drops nothing of what is left by the one before it.
+        """
+        sizes, reductions = self._manifest["elastic"], self._policy.reductions
+        if sizes is None:
+            raise ValueError(
+                "The counts of this model are constants of its graphs. Export it with elastic=True."
+            )
+        if len(keep) != len(reductions):
+            sites = ", ".join(reduction.site for reduction in reductions)
+            raise ValueError(f"keep is {keep}; give {len(reductions)} counts, for {sites}")
+        other = copy.copy(self)
+        other._policy = with_counts(self._policy, keep)
+        other._counts = _counts(other._policy, sizes)
+        layers = self._manifest["model"]["decoder_layers"]
+        other._dropped = dropped_tokens(other._policy, sizes, layers)[-1]
+        return other
+
     # *** running ***
 
     def _run(self, call: Call) -> CausalLMOutputWithPast:
@@ -210,6 +254,7 @@ class OnnxModel:
             "position_ids": self._positions(ids, inputs["position_ids"]),
             "pixel_values": inputs["pixel_values"].to(self._dtype),
             LOGITS: _places(inputs, ids.shape[1] - self._dropped),
+            **self._counts,
         }
         if self._encoder is not None:
             # The prefill graph takes features in place of the pixels.
@@ -390,6 +435,12 @@ class OnnxModel:
     def _new_cache(self) -> SessionCache:
         """Make an empty cache, with the layers of this model."""
         return SessionCache(self.config.get_text_config())
+
+
+def _counts(policy: Policy, sizes: Sequence[int]) -> dict[str, Tensor]:
+    """Return the counts of the reductions as inputs; none where no sizes say that they are."""
+    counts = counts_of_rows(policy, sizes) if sizes else []
+    return {f"{KEEP}{k}": torch.tensor([count]) for k, count in enumerate(counts, start=1)}
 
 
 def _places(inputs: Mapping[str, Any], left: int) -> Tensor:

@@ -52,16 +52,20 @@ class ManifestFile(Recorded):
     """Placeholders of a prompt."""
     ends_in_image: bool | None
     """None where the graphs take both kinds of prompts."""
-    pixels: Annotated[list[Count], Field(min_length=1, max_length=8)]
+    pixels: Annotated[list[Annotated[Count, Field(ge=1)]], Field(min_length=1, max_length=8)]
     """The shape of a prompt's pixels."""
     coordinates: Annotated[int, Field(ge=0, le=8)]
     """Of a position: time, row and column; 0 where a position is one number."""
+    elastic: Annotated[list[Count], Field(min_length=1, max_length=10**6)] | None = None
+    """Visual tokens of each image of a prompt, if the counts of the reductions are inputs."""
     spaces: Annotated[list[SpaceEntry], Field(max_length=1000)]
 
     @model_validator(mode="after")
     def _goes_together(self) -> ManifestFile:
         if {*_ALWAYS} - {*self.graphs} or len({*self.graphs}) < len(self.graphs):
             raise ValueError(f"graphs is {self.graphs}; it should name each of {_ALWAYS} once")
+        if "input_ids" not in self.inputs or len({*self.inputs}) < len(self.inputs):
+            raise ValueError(f"inputs is {self.inputs}; it should name each once, and input_ids")
         for one, other in pairwise(self.spaces):
             if other.first_layer < one.first_layer or other.dropped < one.dropped:
                 raise ValueError("spaces should begin at ever later layers, with ever fewer tokens")

@@ -226,6 +226,10 @@ class SessionCache(ReducedCache):
         """Take the states of a text of which nothing has been seen yet."""
         self.states = dict(states)
 
+    def why_no_images(self, layers: int) -> str:
+        """Return why a later turn cannot bring images, in words."""
+        return "an exported model reads images only in its prefill graph, on an empty cache"
+
     @property
     def rows(self) -> int:
         """Return the number of rows of the batch in the cache; 0 if it is empty."""

@@ -26,6 +26,7 @@ from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import Captured, Runnable, capture_call, run_graph
 from deos_fx.recent import Recent
 from deos_fx.tokens.cache import ReducedCache
+from deos_fx.tokens.turn import TurnCache
 
 __all__ = ["CAPTURES", "Captures"]
 
@@ -64,10 +65,12 @@ class Captures:
 
     Args:
         model: The unmodified model, in eval mode.
+        in_tower: Whether calls will be reduced in the vision tower.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, in_tower: bool = False) -> None:
         self.model = model
+        self._in_tower = in_tower
         self.lock = threading.RLock()
         self._facts: ModelFacts | None = None
         self.forget()
@@ -138,7 +141,7 @@ class Captures:
                     return capture, False
             # Case: no capture is left to try. The lock is held, so that threads with the same new
             # call wait for one capture.
-            captured = capture_call(self.model, _example(call, step))
+            captured = capture_call(self.model, _example(call, step), self._in_tower)
             _LOGGER.info("captured a call of the structure %s", structure)
             capture = _Capture(structure, captured, list(_attributes(self.model, captured)))
             self._captures.put(capture, None)
@@ -157,7 +160,9 @@ def _example(call: Call, step: bool) -> dict[str, Any]:
     """Return inputs of the same structure that the original model can run."""
     inputs = dict(call.inputs)
     if CACHE in inputs:
-        inputs[CACHE] = ReducedCache(call.model.config.get_text_config())
+        # A later turn with images is captured as the prompt that it is, on an empty cache.
+        kind = TurnCache if isinstance(inputs[CACHE], TurnCache) else ReducedCache
+        inputs[CACHE] = kind(call.model.config.get_text_config())
     return _decode_example(inputs, call.inputs[CACHE]) if step else inputs
 
 

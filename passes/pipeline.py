@@ -11,20 +11,24 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from deos_fx.errors import PassError
-from deos_fx.models.facts import facts_of
+from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.models.families import PIXELS
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces
 from deos_fx.passes.analyse.find_sites import find_sites
-from deos_fx.passes.analyse.sites import Sites
+from deos_fx.passes.analyse.groups import reasons_in_groups
+from deos_fx.passes.analyse.sites import Encoder, Sites
 from deos_fx.passes.capture.capture import capture
 from deos_fx.passes.finish import finish
 from deos_fx.passes.lower.lower_decode import decode_spaces, lower_decode
 from deos_fx.passes.lower.lower_reductions import lower_reductions
+from deos_fx.passes.rewrite.continue_text import continue_text
 from deos_fx.passes.rewrite.fold_masked_add import fold_masked_add
 from deos_fx.passes.rewrite.fold_unstack import fold_unstack
 from deos_fx.passes.verify import verify
 from deos_fx.policy.policy import Policy
 from deos_fx.tokens.layout import PromptLayout
+from deos_fx.tokens.turn import TurnCache
 
 _T = TypeVar("_T")
 
@@ -66,12 +70,15 @@ def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
-def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
-    """Capture -> fold -> fold -> annotate -> verify -> find sites.
+def capture_call(
+    model: PreTrainedModel, inputs: Mapping[str, Any], in_tower: bool = False
+) -> Captured:
+    """Capture -> fold -> fold -> annotate -> (continue a text) -> verify -> find sites.
 
     Args:
         model: The unmodified model.
         inputs: Arguments of the call to capture; a cache among them is used up.
+        in_tower: Whether the call will be reduced in the vision tower.
 
     Returns:
         The graph and its analysis.
@@ -79,20 +86,39 @@ def capture_call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Captured:
     Raises:
         CaptureError: If the model cannot be captured.
     """
-    # An opaque encoder is recorded as one node, because it reads sizes into Python.
     facts = facts_of(model)
-    blocks, opaque = facts.blocks, facts.encodes_as_one(inputs)
+    # An opaque encoder is recorded as one node, because it reads sizes into Python.
+    captured = _captured(facts, inputs, facts.encodes_as_one(inputs))
+    if in_tower and captured.sites is not None and captured.sites.encoder is Encoder.MIXING:
+        # Groups of patches are reduced in an encoder that is one node.
+        if inputs.get(CACHE) is not None:
+            inputs[CACHE].reset()
+        captured = _captured(facts, inputs, True)
+    return captured
+
+
+def _captured(facts: ModelFacts, inputs: Mapping[str, Any], opaque: bool) -> Captured:
+    """Run the passes of `capture_call`.
+
+    Args:
+        facts: The facts of the model.
+        inputs: Arguments of the call.
+        opaque: Whether the image encoder is recorded as one node.
+    """
+    model, blocks = facts.model, facts.blocks
     graph_module = capture(model, inputs, blocks.by_path(), opaque_encoder=opaque)
     # Folds come first: shapes do not tell how many rows a mask selects.
     graph_module = _run(fold_unstack, graph_module)
     graph_module = _run(fold_masked_add, graph_module)
     graph_module = _run(annotate_token_spaces, graph_module, inputs)
+    if isinstance(inputs.get(CACHE), TurnCache):
+        graph_module = _run(continue_text, graph_module)
     graph_module = verify(graph_module, "captured")
     # Only a prefill with images has sites; other calls are captured for their guards and for
     # decoding.
     sites = None
     if any(name in inputs for name in PIXELS):
-        sites = _run(find_sites, graph_module)
+        sites = _run(find_sites, graph_module, lambda: reasons_in_groups(facts, inputs))
     return Captured(graph_module, sites)
 
 

@@ -186,7 +186,9 @@ def _count(kept: Any) -> int | None:
     # that flag tokens do not keep any by themselves.
     places = {row.function: len(row.needs) for row in SELECTORS.values() if not row.flags}
     place = places.get(kept.target)
-    return None if place is None else kept.args[place]
+    count = None if place is None else kept.args[place]
+    # A count that is an input is not stated.
+    return None if isinstance(count, fx.Node) else count
 
 
 def _check_decode(graph: fx.Graph) -> None:

@@ -315,6 +315,11 @@ def shared(name: str, layers: int | None = None) -> Any:
         # Some configs compute them.
         with contextlib.suppress(AttributeError):
             text.layer_types = text.layer_types[:layers]
+    return built(config)
+
+
+def built(config: Any) -> Any:
+    """A model of a config, with drawn weights."""
     torch.manual_seed(0)
     model = hf.AutoModelForImageTextToText.from_config(config)
     generator = torch.Generator().manual_seed(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,11 @@ STEPS = 3
 
 
 def assert_pruning_is_masking(
-    model: Any, reduced: Any, batch: dict[str, Tensor], roundings: float = ROUNDINGS
+    model: Any,
+    reduced: Any,
+    batch: dict[str, Tensor],
+    roundings: float = ROUNDINGS,
+    tower: Callable[[Tensor], Any] = contextlib.nullcontext,
 ) -> None:
     """Fail unless a model that prunes equals the original one that does not see what was pruned.
 
@@ -29,6 +33,8 @@ def assert_pruning_is_masking(
         reduced: The same model with a policy that only prunes, at least one token of every prompt.
         batch: Prompts with images or videos, with or without padding.
         roundings: See `closeness.assert_close`.
+        tower: Makes a context in which the tower of the original does not see what was pruned
+            there, from flags [B, N] of the tokens that reach the first layer of the decoder.
     """
     facts = facts_of(model)
     placeholders = [token for token in (facts.image_token, facts.video_token) if token is not None]
@@ -37,7 +43,7 @@ def assert_pruning_is_masking(
     visual = torch.isin(batch["input_ids"], torch.tensor(placeholders))
     for kept in alive.values():
         assert kept[~visual].all() and (~kept).any(dim=1).all()
-    with masked_from(model, alive):
+    with masked_from(model, alive), tower(alive[min(alive)]):
         whole = model(**batch).logits
         tokens, logits = generate(model, batch)
     # Without a mask nothing is padding.

@@ -181,6 +181,10 @@ SECTIONS = (
                 "the name of a policy has 1001 characters; give at most 1000",
             ),
             Misuse(
+                'Policy(name="\\x1b]0;x")',
+                "the name of a policy has the control character '\\x1b'; leave it out",
+            ),
+            Misuse(
                 'Policy(model="llava")',
                 "model is 'llava'; give a ModelSignature or None",
                 TypeError,

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from benchmarks import (
     calls,
     capture,
+    elastic,
     gpu,
     latency,
     memory,
@@ -263,3 +264,15 @@ def test_latency_of_random_policies_is_predicted_and_measured():
     assert all(row["predicted_ms"] > 0 and row["measured_ms"] > 0 for row in rows)
     assert found["runtimes"]["torch"]["median_error"] >= 0 and saved == [found]
     assert latency.table(found).row_count == 4
+
+
+def test_an_elastic_export_is_measured_beside_a_static_one(monkeypatch):
+    """Exporting takes long and has tests of its own."""
+    exported: list[Any] = []
+    monkeypatch.setattr(
+        elastic, "export_onnx", lambda reduced, *_, elastic, **__: exported.append(reduced)
+    )
+    monkeypatch.setattr(elastic.OnnxModel, "from_pretrained", lambda *_: exported[-1])
+    found = elastic.measure("llava-tiny", "cpu", 2)
+    assert found["elastic_over_static"] > 0 and set(found["prefill_ms"]) == {"static", "elastic"}
+    assert found["settings"]["keep"] == 64 // 9

@@ -181,7 +181,7 @@ def test_an_image_of_another_size_is_seen(name: str) -> None:
     assert_close(reduced(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("name", ["aya_vision", "idefics3", "got_ocr2"])
+@pytest.mark.parametrize("name", ["got_ocr2"])
 def test_sites_that_cannot_be_used_say_why(name: str) -> None:
     inputs = call_of(shared(name), prompts(name) | {"use_cache": False}).inputs
     sites = capture_call(shared(name), inputs).sites

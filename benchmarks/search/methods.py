@@ -12,14 +12,16 @@ from benchmarks.search.depthwise import depthwise
 from benchmarks.search.space import MERGE, START, HandSpace
 from deos_fx import presets
 from deos_fx.passes.search.problem import SearchProblem
-from deos_fx.passes.search.run import SearchRun
+from deos_fx.passes.search.run import JUDGED, SearchRun
 from deos_fx.passes.search.search import default_steps
 from deos_fx.policy.policy import Policy
 
-__all__ = ["LONG", "METHODS", "Found"]
+__all__ = ["LONG", "METHODS", "SHARE", "Found"]
 
 LONG = 10
 """How many times as many evaluations the long run of an optimiser gets."""
+SHARE = 10
+"""By what the evaluations of the short run of the gradient are divided."""
 # Trials in a row that are no policy, or one that is known, after which an optimiser has run dry.
 _PATIENCE = 200
 
@@ -42,6 +44,19 @@ class Found:
 def _gradient(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
     """Places, trials and steps alone; others get as many evaluations as this takes."""
     return _staged(problem, seed, ("steps",), 0)
+
+
+def _tenth(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
+    """Take steps at the first place, in one round, for a tenth of the evaluations."""
+    assert evaluations is not None
+    run = SearchRun(problem, default_steps(problem), seed, None, None)
+    start = run.places(problem.searched_sites(None))[0]
+    # What is left beside the static losses; a step on one batch is three evaluations.
+    left = evaluations // SHARE - problem.effort.evaluations
+    left -= (JUDGED + 1) * len(problem.scoring)
+    run.descend("steps", start, max(1, left // 3))
+    best = run.scoring.best
+    return Found(best.policy, best.loss)
 
 
 def _both(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
@@ -185,6 +200,7 @@ def _best(
 
 METHODS: Mapping[str, Callable[[SearchProblem, int, int | None], Found]] = {
     "gradient": _gradient,
+    f"gradient/{SHARE}": _tenth,
     "preset": _preset,
     "polish": _polish,
     "both": _both,

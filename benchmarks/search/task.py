@@ -47,18 +47,15 @@ class Task:
             questions: Questions to train on; a third as many are held back, from a split of
                 pictures that neither training nor test uses.
             seed: Seed of the questions.
-            labels: Whether the answers are labels of a loss. Without them, a search compares the
-                reduced model's predictions with the unreduced model's.
+            labels: Whether answers follow the questions, as labels of a loss. Without them, the
+                unreduced model answers.
         """
         held_back = questions // 3
         # Few questions make small batches, so that there is always one to hold back.
         size = min(BATCH, max(1, held_back))
         examples = self.make_examples(questions, "train", seed)
         examples += self.make_examples(held_back, "validation", seed)
-        batches = list(reference.batches(self.processor, examples, size))
-        if labels:
-            return batches
-        return [{name: x for name, x in batch.items() if name != "labels"} for batch in batches]
+        return list(reference.batches(self.processor, examples, size, answers=labels))
 
     def problem(
         self, budget: int | float, questions: int, seed: int, *, labels: bool = True

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = ["attention_modules", "attention_of", "biased_mask", "is_causal"]
 
@@ -62,11 +63,15 @@ def is_causal(block: nn.Module) -> bool:
 
 
 def attention_modules(block: nn.Module) -> list[str]:
-    """List the submodules of a block whose config names an attention implementation."""
+    """List the submodules of a block whose config names an attention implementation.
+
+    A block inside of a wrapper has such a config, too, and is none of them.
+    """
     return [
         name
         for name, module in block.named_modules()
         if name
+        and not isinstance(module, GradientCheckpointingLayer)
         and getattr(getattr(module, "config", None), "_attn_implementation", None) is not None
     ]
 

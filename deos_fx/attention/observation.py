@@ -6,7 +6,7 @@ The attention that keys receive from some queries is computed row by row, never 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -100,6 +100,8 @@ class AttentionView:
         causal: Whether a query sees only keys up to its position; a mask of pairs overrides it.
         tables: Rotary cosines and sines [B or 1, N, D], if the block is given any.
         bias: [B, H, N, N] that the block adds to the logits, if it makes any.
+        observed: How many keys are observed, the last ones; None for all. Keys of earlier turns
+            take their share of the attention, and are not observed.
     """
 
     query: Tensor
@@ -109,13 +111,19 @@ class AttentionView:
     causal: bool
     tables: Any = None
     bias: Tensor | None = None
+    observed: int | None = None
 
     def joint(self) -> AttentionView:
         """Return a view with all heads as one of full width."""
         # [B, H, N, D] -> [B, 1, N, H D]
         query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (self.query, self.key))
         scale = query.shape[-1] ** -0.5
-        return AttentionView(query, key, self.mask, scale, self.causal, self.tables)
+        return replace(self, query=query, key=key, scale=scale, bias=None)
+
+    @property
+    def keys(self) -> Tensor:
+        """Return the keys that are observed."""
+        return self.key if self.observed is None else self.key[:, :, -self.observed :]
 
     def rows(self, positions: Tensor) -> Tensor:
         """Return attention [B, H, R, N] of the queries at positions [B, R], in float32."""
@@ -132,7 +140,8 @@ class AttentionView:
         if self.bias is not None:
             across = positions[:, None, :, None].expand(-1, heads, -1, length)
             logits = logits + torch.gather(self.bias, 2, across).float()
-        return self._masked(logits, positions).softmax(dim=-1)
+        attention = self._masked(logits, positions).softmax(dim=-1)
+        return attention if self.observed is None else attention[..., -self.observed :]
 
     def gravity(self, positions: Tensor) -> Tensor:
         """Return logits [B, 1, R, N] of all-ones queries and keys, rotated and scaled by D^-1/2.
@@ -198,9 +207,9 @@ def observe(view: AttentionView, observation: Observation, asked: Iterator[Asked
         [B, N, D], [B, N, H_kv D] or [B, N], by its kind.
     """
     if observation.kind == "keys":
-        return view.key.mean(dim=1)
+        return view.keys.mean(dim=1)
     if observation.kind == "joint_keys":
-        return view.key.transpose(1, 2).flatten(2)
+        return view.keys.transpose(1, 2).flatten(2)
     return received_attention(view, observation, next(asked))
 
 

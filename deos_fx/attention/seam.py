@@ -25,7 +25,9 @@ from transformers.utils.output_capturing import CompileableContextVar
 
 from deos_fx.attention.mask import attention_modules, attention_of
 from deos_fx.attention.observation import Asked, AttentionView, Observation, observe
+from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import shallow_copy
+from deos_fx.tokens.turn import TurnCache
 
 __all__ = ["ObservedBlock", "PeekedBlock"]
 
@@ -40,6 +42,7 @@ class _SeamCall:
     observe: tuple[Observation, ...]
     asked: tuple[Asked, ...]
     tables: Any
+    observed: int | None = None
     peek: bool = False
     seen: list[Tensor] = field(default_factory=list)
 
@@ -87,7 +90,7 @@ class ObservedBlock(nn.Module):
         Returns:
             The tuple (output, *observed), in the order of ``observe``.
         """
-        call = self._call(asked, kwargs)
+        call = self._call(asked, args[0], kwargs)
         output = self.block(*args, seam=call, **kwargs)
         return (output, *call.seen)
 
@@ -95,9 +98,11 @@ class ObservedBlock(nn.Module):
         """Return the observations that it reports."""
         return ", ".join(map(str, self.observe))
 
-    def _call(self, asked: tuple[Asked, ...], kwargs: dict[str, Any]) -> _SeamCall:
+    def _call(self, asked: tuple[Asked, ...], hidden: Tensor, kwargs: dict[str, Any]) -> _SeamCall:
         tables = kwargs.get("position_embeddings")
-        return _SeamCall(self.implementation, self.observe, asked, tables)
+        # In a later turn, there are keys of earlier ones in front of those of the new tokens.
+        observed = hidden.shape[1] if isinstance(kwargs.get(CACHE), TurnCache) else None
+        return _SeamCall(self.implementation, self.observe, asked, tables, observed)
 
 
 class PeekedBlock(ObservedBlock):
@@ -130,13 +135,16 @@ class PeekedBlock(ObservedBlock):
         Args:
             asked: The queries of each observation of attention, in order; keys need none.
             *args: The block's own arguments.
-            **kwargs: The block's own keyword arguments, without a cache.
+            **kwargs: The block's own keyword arguments; no cache but that of a later turn.
 
         Returns:
             The tuple of the observations, in the order of ``observe``.
         """
-        call = self._call(asked, kwargs)
+        call = self._call(asked, args[0], kwargs)
         call.peek = True
+        if isinstance(kwargs.get(CACHE), TurnCache):
+            # Only the layer itself adds to the cache, when it runs.
+            kwargs[CACHE] = kwargs[CACHE].copied()
         try:
             self.block(*args, seam=call, **kwargs)
         except _Seen:
@@ -177,7 +185,9 @@ def _seam_attention(
     causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = kwargs.get("position_bias")
-    view = AttentionView(query, key, attention_mask, scale, causal, seam.tables, bias)
+    view = AttentionView(
+        query, key, attention_mask, scale, causal, seam.tables, bias, seam.observed
+    )
     # Observations of keys ask for nothing, so there may be fewer queries than observations.
     asked = iter(seam.asked)
     seam.seen += [observe(view, item, asked) for item in seam.observe]

@@ -18,6 +18,7 @@ from deos_fx.cli.commands.compare import compare
 from deos_fx.cli.commands.data import data
 from deos_fx.cli.commands.demo import demo
 from deos_fx.cli.commands.eval import evaluate
+from deos_fx.cli.commands.example import example
 from deos_fx.cli.commands.export import export
 from deos_fx.cli.commands.generate import generate
 from deos_fx.cli.commands.inspect import inspect
@@ -104,6 +105,7 @@ def _main(
 
 # In the order of the help.
 app.command("demo")(demo)
+app.command("example")(example)
 app.command("presets")(show_presets)
 app.command("inspect")(inspect)
 app.command("data")(data)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from deos_fx.cli.policies import own_policy, policy_of
+from deos_fx.cli.policies import policy_of
 from deos_fx.contents import RECORD
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from deos_fx.policy.policy import Policy
     from deos_fx.runtime.reduced_model import ReducedModel
+    from deos_fx.runtime.saved import SavedModel
 
 __all__ = ["load_generating", "load_model", "load_reduced", "load_unreduced", "meta_model"]
 
@@ -36,24 +35,43 @@ def load_model(
         ValueError: If there is no such folder, it is incomplete or damaged, or it holds a model
             that reads no images.
     """
+    # Called for their checks: the messages come before a long download or load.
+    saved = _saved(model_dir)
+    config = _config(model_dir)
+    return _unreduced(model_dir, saved, config, dtype, device)
+
+
+def _unreduced(
+    model_dir: str, saved: SavedModel | None, config: Any, dtype: str | None, device: str | None
+) -> PreTrainedModel:
+    """Load a model that has been checked; see `load_model`."""
     from transformers import AutoModelForImageTextToText
 
     from deos_fx.reading import blaming
 
-    # Called for their checks: the messages come before a long download or load.
-    _check_saved(model_dir)
-    _config(model_dir)
-    if own_policy(model_dir) is not None:
+    if saved is not None:
         message = "%s holds a reduced model: the whole one is taken, and its policy is left aside."
         logging.getLogger("deos_fx").warning(message, model_dir)
-    where = {} if device is None else {"device_map": device}
-    how = {"dtype": dtype or "auto", **where}
     with blaming(model_dir):
-        return AutoModelForImageTextToText.from_pretrained(model_dir, **how).eval()
+        options = _options(dtype, device)
+        model = AutoModelForImageTextToText.from_pretrained(model_dir, config=config, **options)
+    return model.eval()
+
+
+def _options(dtype: str | None, device: str | None) -> dict[str, Any]:
+    """Return what `from_pretrained` is called with."""
+    where = {} if device is None else {"device_map": device}
+    return {"dtype": dtype or "auto", **where}
 
 
 def load_reduced(
-    model_dir: str, path: Path | None, preset: str | None, budget: int | float | None, **how: Any
+    model_dir: str,
+    path: Path | None,
+    preset: str | None,
+    budget: int | float | None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> ReducedModel:
     """Load a model with the chosen policy; a folder of a reduced model has a policy of its own.
 
@@ -62,7 +80,8 @@ def load_reduced(
         path: A policy file.
         preset: Name of a preset.
         budget: Limit on visual tokens.
-        **how: Options of `load_model`.
+        dtype: As in `load_model`.
+        device: As in `load_model`.
 
     Raises:
         ValueError: If the model cannot run the policy; its weights are not loaded then.
@@ -71,39 +90,53 @@ def load_reduced(
     from deos_fx.runtime.reduced_model import ReducedModel
 
     # What is damaged may be the config, which is read first.
-    _check_saved(model_dir)
-    own = path is preset is budget is None and own_policy(model_dir) is not None
+    saved = _saved(model_dir)
+    own = None if saved is None else saved.policy
     model = meta_model(model_dir)
-    policy = policy_of(model, model_dir, path, preset, budget)
+    policy = policy_of(model, model_dir, own, path, preset, budget)
     if policy is None:
         # Case: nothing is chosen. The default policy runs on every model.
         policy = transform(model).policy
     # Case: a folder that `save_pretrained` of a reduced model wrote is read with all its checks.
-    if own:
-        return ReducedModel.from_pretrained(model_dir, **how)
-    return transform(load_model(model_dir, **how), policy=policy)
+    if saved is not None and policy is own:
+        return ReducedModel(saved.model(**_options(dtype, device)), policy)
+    whole = _unreduced(model_dir, saved, _config(model_dir), dtype, device)
+    return transform(whole, policy=policy)
 
 
 def load_unreduced(model_dir: str) -> tuple[PreTrainedModel, dict[str, Policy]]:
     """Load a model as it is, and the policy of its folder by a name, if there is one."""
-    from deos_fx.runtime.reduced_model import ReducedModel
-
-    if own_policy(model_dir) is None:
+    saved = _saved(model_dir)
+    if saved is None:
         return load_model(model_dir), {}
-    reduced = ReducedModel.from_pretrained(model_dir)
-    return reduced.model, {reduced.policy.name or "its policy": reduced.policy}
+    return saved.model(), {saved.policy.name or "its policy": saved.policy}
 
 
 def load_generating(
-    model_dir: str, path: Path | None, preset: str | None, budget: int | float | None
-) -> tuple[Callable[..., Tensor], Any]:
+    model_dir: str,
+    path: Path | None,
+    preset: str | None,
+    budget: int | float | None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> tuple[Any, Any]:
     """Load what answers: a model with the chosen policy, a reduced model, or an exported one.
 
+    Args:
+        model_dir: The folder, or a hub id.
+        path: A policy file.
+        preset: Name of a preset.
+        budget: Limit on visual tokens.
+        dtype: As in `load_model`.
+        device: As in `load_model`; of an exported model, where its graphs run.
+
     Returns:
-        Its `generate`, and what has the ``device`` and ``dtype`` of its inputs.
+        The model, and what has the ``device`` and ``dtype`` of its inputs.
 
     Raises:
-        ValueError: If a policy is chosen for an exported model, which has one already.
+        ValueError: If a policy or a precision is chosen for an exported model, whose graphs have
+            both already; or as `load_reduced`.
     """
     import torch
 
@@ -113,14 +146,16 @@ def load_generating(
     if os.path.isfile(os.path.join(model_dir, "prefill.onnx")):
         if chosen:
             raise ValueError(f"{model_dir} is an export, and its policy is part of its graphs")
+        if dtype is not None:
+            raise ValueError(f"{model_dir} is an export, and its precision is part of its graphs")
         # It takes tensors of the CPU and of any precision.
         inputs = SimpleNamespace(device="cpu", dtype=torch.float32)
-        return OnnxModel.from_pretrained(model_dir).generate, inputs
-    if chosen or own_policy(model_dir) is not None:
-        reduced = load_reduced(model_dir, path, preset, budget)
-        return reduced.generate, reduced.model
-    model: Any = load_model(model_dir)
-    return model.generate, model
+        return OnnxModel.from_pretrained(model_dir, device), inputs
+    if chosen or _is_saved(model_dir):
+        reduced = load_reduced(model_dir, path, preset, budget, dtype=dtype, device=device)
+        return reduced, reduced.model
+    model = load_model(model_dir, dtype=dtype, device=device)
+    return model, model
 
 
 def meta_model(model_dir: str) -> PreTrainedModel:
@@ -144,11 +179,12 @@ def _config(model_dir: str) -> Any:
 
     from deos_fx.data.processors import check_place
     from deos_fx.reading import blaming
+    from deos_fx.runtime.mark import unmarked
 
     check_place(model_dir)
     # By the type of the config: no weights are read to refuse a model of text alone.
     with blaming(model_dir):
-        config = AutoConfig.from_pretrained(model_dir)
+        config = unmarked(AutoConfig.from_pretrained(model_dir))
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(
             f"{model_dir} holds a {config.model_type} model, which reads no images; give a "
@@ -157,9 +193,16 @@ def _config(model_dir: str) -> Any:
     return config
 
 
-def _check_saved(model_dir: str) -> None:
-    """Compare a folder that has a record with it."""
-    from deos_fx.runtime.saved import check_folder
+def _saved(model_dir: str) -> SavedModel | None:
+    """Check the folder of a reduced model; None for any other model.
 
-    if (Path(model_dir) / RECORD).is_file():
-        check_folder(Path(model_dir))
+    Raises:
+        ValueError: If it is incomplete or damaged.
+    """
+    from deos_fx.runtime.saved import SavedModel
+
+    return SavedModel(model_dir) if _is_saved(model_dir) else None
+
+
+def _is_saved(model_dir: str) -> bool:
+    return (Path(model_dir) / RECORD).is_file()

@@ -78,6 +78,7 @@ def chosen_policy(
 def policy_of(
     model: PreTrainedModel,
     model_dir: str,
+    own: Policy | None,
     path: Path | None,
     preset: str | None,
     budget: int | float | None,
@@ -87,6 +88,7 @@ def policy_of(
     Args:
         model: The model on the meta device.
         model_dir: Its folder, or a hub id.
+        own: The policy of the folder, if it is that of a reduced model.
         path: A policy file.
         preset: Name of a preset.
         budget: Limit on visual tokens.
@@ -96,7 +98,6 @@ def policy_of(
     """
     inputs = example_of(model, model_dir)
     chosen = chosen_policy(model, inputs, path, preset, budget)
-    own = own_policy(model_dir)
     if chosen is None and own is not None:
         check_runs(model, inputs, own)
     return own if chosen is None else chosen
@@ -152,7 +153,7 @@ def named_policies(paths: Sequence[Path]) -> dict[str, Path]:
         paths: Files, or folders that a search wrote, for all policies in them.
 
     Raises:
-        ValueError: If two files are the same, or a folder has no policy.
+        ValueError: If two files are the same, one does not exist, or a folder has no policy.
     """
     paths = [file for path in paths for file in _policies_in(path)]
     for names in ([path.stem for path in paths], [str(path) for path in paths]):
@@ -162,6 +163,10 @@ def named_policies(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _policies_in(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ValueError(
+            f"there is no policy {path}; give a policy file, or the folder of a search"
+        )
     if not path.is_dir():
         return [path]
     found = sorted(path.glob("policy*.json"))

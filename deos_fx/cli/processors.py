@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-__all__ = ["copy_processor", "example_of", "example_processor", "processor_of"]
+__all__ = ["copy_processor", "example_of", "example_processor", "image_inputs", "processor_of"]
 
 
 def copy_processor(model_dir: str, folder: Path) -> None:
@@ -26,6 +27,26 @@ def copy_processor(model_dir: str, folder: Path) -> None:
     if processor is not None:
         processor.save_pretrained(folder)
         add_to_record(folder)
+
+
+def image_inputs(model_dir: str, images: Sequence[str]) -> dict[str, Tensor]:
+    """Return a prompt with images as the model's processor makes it.
+
+    Args:
+        model_dir: The folder, or a hub id.
+        images: Files.
+
+    Raises:
+        ImportError: If the processor needs a package that is not installed.
+        OSError: If there is no processor.
+        ValueError: If an image cannot be read.
+    """
+    from deos_fx.cli.questions import question_of
+    from deos_fx.data import batches
+    from deos_fx.data.processors import load_processor
+
+    record = question_of(images, "What is shown here?", urls=False)
+    return next(batches(load_processor(model_dir), [record], 1))
 
 
 def processor_of(model_dir: str) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,14 @@ from deos_fx.cli.limits import DEFAULT_LIMIT
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
+    from deos_fx.data import Record
     from deos_fx.results.search_front import SearchFront
     from deos_fx.results.search_result import SearchResult
 
-__all__ = ["limits_of", "placed", "search_processes", "write_found"]
+__all__ = ["like_batches", "limits_of", "placed", "search_processes", "timed", "write_found"]
 
 # What the command writes: policies with their learned parts, and a page.
 _FILES = ("policy*.json", "policy*.safetensors", "report.html")
@@ -50,6 +54,34 @@ def limits_of(
         return {"budget": Budget(visual_tokens=DEFAULT_LIMIT) if alone.is_empty else alone}
     budgets = [Budget(visual_tokens=limit, **shared) for limit in tokens]
     return {"budget": budgets[0]} if len(budgets) == 1 else {"budgets": budgets}
+
+
+def like_batches(
+    model: PreTrainedModel, processor: Any, records: Sequence[Record], size: int
+) -> list[dict[str, Tensor]]:
+    """Turn records into batches of prompts whose images are alike, as a search needs them.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        records: The questions.
+        size: Prompts of a batch; of each kind of images, the last batch may be smaller.
+
+    Returns:
+        The batches; kinds come in the order of their first records.
+    """
+    from deos_fx.data import batches
+    from deos_fx.inputs.call import Call
+    from deos_fx.models.facts import facts_of
+
+    facts = facts_of(model)
+    alike: dict[Hashable, list[Record]] = {}
+    for record in records:
+        # What an image becomes, the processor alone knows.
+        (inputs,) = batches(processor, [replace(record, answer=None)], 1)
+        (prompt,) = Call.of(facts, inputs).prompts
+        alike.setdefault(prompt.alike, []).append(record)
+    return [batch for group in alike.values() for batch in batches(processor, group, size)]
 
 
 @contextmanager
@@ -89,6 +121,43 @@ def search_processes(
 def placed(model: Any, device: torch.device | None) -> Any:
     """Put a model on the device of a process; where there is none, it stays where it is."""
     return model if device is None else model.to(device)
+
+
+def timed(
+    result: SearchResult | SearchFront, model: PreTrainedModel, inputs: Mapping[str, Any]
+) -> SearchResult | SearchFront:
+    """Measure the prefill of a batch, with each policy that was found and without reduction.
+
+    Args:
+        result: What was found.
+        model: The unreduced model.
+        inputs: The batch.
+
+    Returns:
+        The result, with milliseconds.
+    """
+    import torch
+
+    from deos_fx.comparison.answers import inputs_for
+    from deos_fx.cost.latency import in_turns
+    from deos_fx.results.search_front import SearchFront
+    from deos_fx.runtime.reduced_model import ReducedModel
+
+    batch = inputs_for(model, {name: one for name, one in inputs.items() if name != "labels"})
+    found = [*result.results.values()] if isinstance(result, SearchFront) else [result]
+    models = [model, *(ReducedModel(model, one.policy) for one in found)]
+
+    def call(one: Any) -> Callable[[], object]:
+        return lambda: one(**batch)
+
+    with torch.no_grad():
+        before, *after = in_turns([call(one) for one in models], model.device)
+    measured = [
+        replace(one, milliseconds=(own, before)) for one, own in zip(found, after, strict=True)
+    ]
+    if isinstance(result, SearchFront):
+        return SearchFront(dict(zip(result.results, measured, strict=True)))
+    return measured[0]
 
 
 def write_found(

@@ -16,6 +16,7 @@ from deos_fx.data import Record, batches, open_image
 
 __all__ = [
     "Metric",
+    "answer_logits",
     "answer_loss",
     "check_apart",
     "exact_match",
@@ -60,8 +61,9 @@ def generated(
     batch_size: int,
     max_new_tokens: int,
     images: bool = True,
+    **options: Any,
 ) -> list[str]:
-    """Let a model answer, greedily.
+    """Let a model answer, greedily unless options say otherwise.
 
     Args:
         generate: `generate` of the model or of a reduced model.
@@ -71,15 +73,17 @@ def generated(
         batch_size: Questions answered at once.
         max_new_tokens: Tokens of an answer.
         images: Whether the model sees the images.
+        **options: Other options of `generate`.
 
     Returns:
         The answers, without spaces around them.
     """
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
     asked = [replace(record, answer=None) for record in records]
     answers: list[str] = []
     for batch in batches(processor, asked, batch_size, images=images):
         inputs = inputs_for(model, batch)
-        ids = generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        ids = generate(**inputs, **options)
         # Ids begin with the prompt; only what follows is the answer.
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = processor.batch_decode(new, skip_special_tokens=True)
@@ -92,9 +96,6 @@ def answer_loss(
 ) -> float:
     """Return the mean cross-entropy of the tokens of the right answers.
 
-    No token is dropped from the first label on, so that logits and labels are told apart from the
-    end.
-
     Args:
         run: A reduced model.
         model: The unmodified model.
@@ -102,19 +103,35 @@ def answer_loss(
     """
     total, tokens = 0.0, 0
     for batch in data:
-        inputs = inputs_for(model, batch)
-        labels = inputs.pop("labels")
-        answered = labels >= 0
-        # The first label of any row decides how much is looked at.
-        length = int(answered.any(dim=0).flip(0).nonzero().max()) + 1
-        with torch.no_grad():
-            logits = run(**inputs, use_cache=False).logits
-        predicted = logits[:, -length - 1 : -1].float()
-        total += F.cross_entropy(
-            predicted.flatten(0, 1), labels[:, -length:].flatten(), reduction="sum"
-        ).item()
-        tokens += int(answered.sum())
+        logits, labels = answer_logits(run, model, batch)
+        total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+        tokens += int((labels >= 0).sum())
     return total / tokens
+
+
+def answer_logits(
+    run: Callable[..., Any], model: PreTrainedModel, batch: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Run a batch, and return what it predicts of the answers and what they are.
+
+    No token is dropped from the first label on, so that logits and labels are told apart from the
+    end.
+
+    Args:
+        run: A reduced model, or an exported one.
+        model: The unmodified model, or what has the ``device`` and ``dtype`` of its inputs.
+        batch: Inputs with ``labels``, padded on the left.
+
+    Returns:
+        Logits ``[B, L, vocabulary]`` in float32, and labels ``[B, L]``, -100 where a row has none.
+        L is the number of tokens from the first label of any row to the end.
+    """
+    inputs = inputs_for(model, batch)
+    labels = inputs.pop("labels")
+    length = int((labels >= 0).any(dim=0).flip(0).nonzero().max()) + 1
+    with torch.no_grad():
+        logits = run(**inputs, use_cache=False).logits
+    return logits[:, -length - 1 : -1].float(), labels[:, -length:]
 
 
 def check_apart(tuning: Sequence[Record], test: Sequence[Record]) -> None:

@@ -8,6 +8,7 @@ sliding caches, heads of different sizes.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import weakref
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
@@ -94,6 +95,8 @@ class EncoderCost:
         products: FLOPs of attention products in each block: the part of `blocks` that grows with
             pairs of tokens.
         tokens: Tokens of an image in each vision block; 0 where its hidden states are no sequence.
+        patches: Tokens in the first vision block, of all images together.
+        width: Size of a hidden state there.
         used: Number of vision blocks up to the deepest that the features depend on.
         front: FLOPs before the first block, as far as the features depend on them, and all FLOPs
             outside of the measured modules.
@@ -104,6 +107,8 @@ class EncoderCost:
     blocks: tuple[int, ...]
     products: tuple[int, ...]
     tokens: tuple[int, ...]
+    patches: int
+    width: int
     used: int
     front: int
     after: int
@@ -268,9 +273,12 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
     units = _units(twin.base_model, blocks)
     order: list[nn.Module] = []
     tokens = dict.fromkeys(blocks, 0)
+    first_hidden: list[torch.Size] = []
 
     def note(module: nn.Module, args: Any) -> None:
         order.append(module)
+        if module in tokens:
+            first_hidden.append(args[0].shape)
         if module in tokens and args[0].ndim == 3:
             tokens[module] = args[0].shape[1]
 
@@ -307,6 +315,7 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
     first, after = (ran[0], ran[-1] + 1) if ran else (0, 0)
     glue = counter.get_total_flops() - sum(flops.values())
     costs = {unit: flops[unit] for unit in used}
+    *sizes, width = first_hidden[0] if first_hidden else (0, 0)
     return EncoderCost(
         total=counter.get_total_flops(),
         blocks=tuple(costs.get(block, 0) for block in blocks),
@@ -314,6 +323,8 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
             count if block in used else 0 for block, count in zip(blocks, products, strict=True)
         ),
         tokens=tuple(tokens.values()),
+        patches=math.prod(sizes),
+        width=width,
         used=max((i + 1 for i, block in enumerate(blocks) if block in used), default=0),
         front=glue + sum(costs.get(unit, 0) for unit in {*order[:first]}),
         after=sum(costs.get(unit, 0) for unit in {*order[after:]}),

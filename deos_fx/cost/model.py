@@ -344,16 +344,19 @@ class CostModel:
         """Count the vision blocks up to the last that is used; 0 if they cannot be told apart."""
         return self._parts.tower_blocks
 
-    def patches(self, policy: Policy) -> list[int]:
-        """Count the patches of one image in each used vision block, and then in the projector."""
-        # A tower that is one node has no blocks to count in, and no reductions inside.
-        tokens = 0 if self._parts.opaque else self.tokens_per_image
+    def patches(self, policy: Policy) -> list[float]:
+        """Count the visual tokens of an image in each used vision block, and then in the projector.
+
+        In the tower, a token may be a group of patches. Images of several sizes count by their
+        mean.
+        """
+        sizes = self.layout.sizes
         kept = (
-            (split_site(reduction.site)[1] + 1, reduction.count(tokens))
-            for reduction in policy.reductions
-            if split_site(reduction.site)[0] == "vision"
+            (split_site(step.site)[1] + 1, _mean([*map(step.count, sizes)]))
+            for step in policy.reductions
+            if split_site(step.site)[0] == "vision"
         )
-        return along(tokens, kept, self.tower_blocks + 1)
+        return along(_mean(sizes), kept, self.tower_blocks + 1)
 
     def overhead(self, policy: Policy, counted: bool = True) -> int:
         """Compute the FLOPs of all the reductions of a policy, for the whole batch."""
@@ -416,21 +419,28 @@ class CostModel:
         """Compute the FLOPs of encoding all images: patch embedding, vision blocks, projector."""
         # Case: the encoder was measured as a whole, for a batch of `_encoded_prompts`.
         if self._parts.opaque:
-            return self._parts.encoding_as_one * self.batch / self._encoded_prompts
+            whole = sum(self.layout.sizes) / self.images
+            shares = [count / whole for count in patches[:-1]]
+            return self._parts.encoding_as_one(shares) * self.batch / self._encoded_prompts
         # Case: block by block. Class tokens are not reduced, so only the visual ones are exchanged.
         *in_blocks, in_projector = patches
-        whole = self.tokens_per_image
+        whole, per_token = self.tokens_per_image, self._parts.patches_per_token
         tower: Amount = 0
         for i, count in enumerate(in_blocks):
-            tokens = self._parts.tokens_in_block(i)
-            tower = tower + self._parts.vision[i].growth.flops(tokens - whole + count)
+            left = self._parts.tokens_in_block(i) - per_token * (whole - count)
+            tower = tower + self._parts.vision[i].growth.flops(left)
         encoder = self._parts.encoder
+        if per_token > 1:
+            # What makes tokens of groups of patches runs over all of them.
+            in_projector = whole
         projector = encoder.after * in_projector / whole
         return self.batch * self.images * (encoder.front + tower + projector)
 
     def _site(self, reduction: Reduction) -> Site:
         # The projector comes after the last used block of the tower, whose attention it observes.
         stage, layer = split_site(reduction.site)
+        if stage == "vision" and (self._parts.opaque or self._parts.patches_per_token > 1):
+            return self._site_of_groups(layer)
         blocks = self._parts.decoder if stage == "decoder" else self._parts.vision
         index = self.tower_blocks - 1 if stage == "projector" else layer
         block = blocks[index] if blocks else None
@@ -445,6 +455,23 @@ class CostModel:
                 joint_key=block.key_heads * block.dim if block else 0,
                 text=self.text_tokens,
             ),
+        )
+
+    def _site_of_groups(self, layer: int) -> Site:
+        """Return the surroundings of a site at which groups of patches are tokens."""
+        block, per_token = self._parts.block_of_groups(layer), self._parts.patches_per_token
+        return Site(
+            stage="vision",
+            block=block,
+            following=None,
+            others=0 if self._parts.opaque else self._parts.class_tokens,
+            sizes=SiteSizes(
+                width=per_token * block.width,
+                key=per_token * block.dim,
+                joint_key=per_token * block.key_heads * block.dim,
+                text=self.text_tokens,
+            ),
+            per_token=per_token,
         )
 
     def _operator_flops(
@@ -469,3 +496,8 @@ class CostModel:
             # A search also asks for counts that the grid cannot be divided into.
             flops = int(relaxed_flops(reduction, before, after, sizes))
         return self._counted.setdefault(key, flops)
+
+
+def _mean(counts: Sequence[int]) -> float:
+    """Return the mean of counts, a whole number if they are all the same."""
+    return counts[0] if len(set(counts)) == 1 else sum(counts) / len(counts)

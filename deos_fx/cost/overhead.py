@@ -217,6 +217,7 @@ class Site:
         following: The block after it, if there is one.
         others: Tokens of a row that are not visual.
         sizes: Sizes of the features there.
+        per_token: Patches of a visual token, in the tower.
     """
 
     stage: str
@@ -224,6 +225,7 @@ class Site:
     following: BlockCost | None
     others: int
     sizes: SiteSizes
+    per_token: int = 1
 
     def observed_flops(
         self, seen: set[Seen], attended: Amount, visual: Amount, text: int
@@ -240,7 +242,7 @@ class Site:
         """
         total: Amount = 0
         for where, observation, of in seen:
-            block, tokens = self.block, self.others + attended
+            block, tokens = self.block, self.others + self.per_token * attended
             if where == "next":
                 block, tokens = self.following, self.others + visual
             assert block is not None, "a site without blocks has no features of attention"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,14 +25,14 @@ class BlockCost:
     Attributes:
         growth: Its FLOPs by the number of tokens: linear layers, convolutions, states, query-key
             and attention-value products.
-        heads: Query heads.
+        heads: Query heads; a part of one where only some pairs of tokens see each other.
         key_heads: Key and value heads.
         dim: Size of a head.
         width: Size of a hidden state.
     """
 
     growth: Growth
-    heads: int
+    heads: float
     key_heads: int
     dim: int
     width: int
@@ -41,7 +42,7 @@ class BlockCost:
         return 2 * self.heads * self.dim * queries * tokens
 
     @property
-    def projections(self) -> int:
+    def projections(self) -> float:
         """Compute the FLOPs of the queries, keys and values of one token."""
         # Two for each multiply-add.
         return 2 * self.width * (self.heads + 2 * self.key_heads) * self.dim
@@ -117,8 +118,46 @@ class Parts:
 
     @property
     def tower_blocks(self) -> int:
-        """Count the vision blocks up to the last that is used; 0 if they cannot be told apart."""
-        return 0 if self.opaque else self.encoder.used
+        """Count the vision blocks up to the last that is used; all if they are measured as one."""
+        return self._facts.signature.vision_layers if self.opaque else self.encoder.used
+
+    @cached_property
+    def patches_per_token(self) -> int:
+        """Return how many patches make a visual token."""
+        if not self.opaque:
+            return self.encoder.patches // self._facts.signature.visual_tokens
+        return self.encodings[0].patches // self._visual_tokens
+
+    @cached_property
+    def _visual_tokens(self) -> int:
+        """Count the visual tokens of the call."""
+        return sum(self._sizes)
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Return the visual tokens of every image of the call; one image without a call."""
+        if self._call is None:
+            return [self._facts.signature.visual_tokens]
+        return [size for one in self._call.prompts if one.layout for size in one.layout.sizes]
+
+    def block_of_groups(self, i: int) -> BlockCost:
+        """Return a vision block, whatever the shape of its hidden states.
+
+        Where it attends in windows, or images are cut into tiles, it has heads in proportion to the
+        pairs of patches that see each other.
+        """
+        encoder = self.encodings[0] if self.opaque else self.encoder
+        block = self._model.get_submodule(self._facts.blocks.vision[i])
+        configs = (getattr(module, "config", None) for module in block.modules())
+        names = ("num_attention_heads", "num_heads", "attention_heads")
+        found = (getattr(config, name, 0) for config in configs for name in names)
+        heads = next(filter(None, found), 0)
+        dim = encoder.width // heads if heads else 0
+        linear = (encoder.blocks[i] - encoder.products[i]) // max(encoder.patches, 1)
+        # Queries times keys are half of the products.
+        pairs = sum((self.patches_per_token * size) ** 2 for size in self._sizes)
+        seen = encoder.products[i] / max(4 * encoder.width * pairs, 1) if self.opaque else 1
+        return BlockCost(Growth(linear, 0), heads * seen, heads, dim, encoder.width)
 
     @cached_property
     def vision(self) -> list[BlockCost]:
@@ -140,9 +179,28 @@ class Parts:
         # A block whose hidden states are no sequence counts as if it saw the visual tokens.
         return self.encoder.tokens[i] or self._facts.signature.visual_tokens
 
+    def encoding_as_one(self, shares: Sequence[Amount]) -> Amount:
+        """Compute the FLOPs of encoding all images and videos of the call, whose sizes matter.
+
+        Where patches are dropped, those of every image, and of every window, are taken to be
+        dropped alike.
+
+        Args:
+            shares: Share of the visual tokens that are left in every vision block.
+        """
+        images = self.encodings[0]
+        total: Amount = sum(encoding.total for encoding in self.encodings)
+        for share, flops, products in zip(shares, images.blocks, images.products, strict=False):
+            # Some patches, such as CLS, are part of no token and stay.
+            if isinstance(share, Tensor) or share != 1:
+                grouped = self.patches_per_token * self._visual_tokens / images.patches
+                left = 1 - grouped * (1 - share)
+                total = total - (flops - products) * (1 - left) - products * (1 - left**2)
+        return total
+
     @cached_property
-    def encoding_as_one(self) -> int:
-        """Count the FLOPs of encoding all images and videos of the call, whose sizes matter.
+    def encodings(self) -> list[EncoderCost]:
+        """Measure the encoding of all images and videos of the call, whose sizes matter.
 
         Raises:
             ValueError: If there is no call.
@@ -152,7 +210,6 @@ class Parts:
                 f"What encoding an image of a {self._facts.signature.model_type} model costs "
                 "depends on its size: give inputs of a call."
             )
-        return sum(
-            measure_encoder(self._facts, given, encode).total
-            for encode, given in self._call.encodings
-        )
+        return [
+            measure_encoder(self._facts, given, encode) for encode, given in self._call.encodings
+        ]

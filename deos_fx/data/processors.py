@@ -72,13 +72,13 @@ def check_place(folder: str | os.PathLike[str]) -> None:
 
 
 def _loaded(folder: str | os.PathLike[str]) -> Any:
-    if is_torchvision_available():
-        return AutoProcessor.from_pretrained(folder)
-    replacements: list[Replacement] = [
-        (AutoVideoProcessor, "from_pretrained", _in_this_thread),
-        # What it compares the class with needs torchvision, too.
-        (ProcessorMixin, "check_argument_for_proper_class", _unless_ours),
-    ]
+    replacements: list[Replacement] = []
+    if not is_torchvision_available():
+        replacements = [
+            (AutoVideoProcessor, "from_pretrained", _in_this_thread),
+            # What it compares the class with needs torchvision, too.
+            (ProcessorMixin, "check_argument_for_proper_class", _unless_ours),
+        ]
     # SmolVLM writes times of videos in words.
     if smolvlm.num2words is None:
         replacements.append((smolvlm, "num2words", lambda original: _refuse))
@@ -131,4 +131,4 @@ class _UnreadVideos(BaseVideoProcessor):
 
 
 def _refuse(*args: Any) -> Any:
-    raise ImportError(f"reading videos needs torchvision; {VIDEO_EXTRA}")
+    raise ImportError(f"reading videos needs packages that are not installed; {VIDEO_EXTRA}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deos_fx.inputs.call import Call, batch_axis
-from deos_fx.inputs.items import beside, given_kinds, table_of_sizes
+from deos_fx.inputs.items import Kind, beside, given_kinds, table_of_sizes
 from deos_fx.inputs.media import placeholders
 from deos_fx.inputs.packed import refuse_lengths
 from deos_fx.models.families import PATCH_NUMBERS
@@ -24,7 +24,14 @@ from deos_fx.models.upstream import CACHE
 from deos_fx.tokens.cache import TokenSpace, in_rows
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["Part", "join_outputs", "join_spaces", "media_of_rows", "parts_of_batch"]
+__all__ = [
+    "Part",
+    "join_outputs",
+    "join_spaces",
+    "media_between",
+    "media_of_rows",
+    "parts_of_batch",
+]
 
 
 @dataclass(frozen=True)
@@ -111,13 +118,47 @@ def media_of_rows(call: Call, rows: Sequence[int]) -> dict[str, Any]:
     Raises:
         ValueError: If it is unclear which pixels belong to which image.
     """
+    prompts = call.prompts
+    return _media_of(call, [(row, prompts[row].items) for row in rows])
+
+
+def media_between(call: Call, first: int, past: int) -> dict[str, Any]:
+    """Select the inputs about the images of all prompts that begin in a range of positions.
+
+    Args:
+        call: The call.
+        first: First position.
+        past: One past the last position.
+
+    Returns:
+        The inputs about images by name; None for those of a kind of which there are none.
+
+    Raises:
+        ValueError: If it is unclear which pixels belong to which image.
+    """
+    chosen = []
+    for row, prompt in enumerate(call.prompts):
+        found: dict[Kind, list[int]] = {}
+        for kind, number, start in prompt.starts:
+            if first <= start < past:
+                found.setdefault(kind, []).append(number)
+        # Images of a prompt are in the order of its text, so a range of these is one of numbers.
+        spans = [(kind, numbers[0], numbers[-1] + 1) for kind, numbers in found.items()]
+        chosen.append((row, spans))
+    return _media_of(call, chosen)
+
+
+def _media_of(
+    call: Call, chosen: Sequence[tuple[int, Sequence[tuple[Kind, int, int]]]]
+) -> dict[str, Any]:
+    """Select the inputs about images: for each row, kinds with the range of their numbers."""
     facts, inputs, prompts = call.facts, call.inputs, call.prompts
     taken: dict[str, Any] = {}
     for kind in given_kinds(inputs):
         # For each prompt: its row, and the range of its images in the flat list of the batch.
         spans = [
-            (row, *next(((a, b) for one, a, b in prompts[row].items if one is kind), (0, 0)))
-            for row in rows
+            (row, *next(((a, b) for one, a, b in items if one is kind), (0, 0)))
+            for row, items in chosen
         ]
         given = {name: inputs[name] for name in beside(facts, kind) & inputs.keys()}
         values = {name: value for name, value in given.items() if isinstance(value, (Tensor, list))}

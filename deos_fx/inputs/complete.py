@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.media import placeholders
+from deos_fx.inputs.turns import same_images
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.shapes_only import ShapesOnly
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import has_codes, shallow_copy
 from deos_fx.tokens.cache import ReducedCache
+from deos_fx.tokens.turn import TurnCache
 
 __all__ = ["completed"]
 
@@ -27,7 +29,8 @@ def completed(call: Call) -> Call:
     """Return a call that names everything the model's forward would otherwise choose itself.
 
     1. The cache: a new one, unless there is one or ``use_cache`` is False.
-    2. The images: if the call continues a text, they are left out, since the cache has them.
+    2. The images: if the call continues a text, those that the cache has are left out. With new
+       ones, the cache becomes a `TurnCache`, and the mask that of the new tokens.
     3. The position ids: the model's own code computes them, in a run on shapes alone. A new cache
        remembers how they go on after the prompt.
 
@@ -36,8 +39,9 @@ def completed(call: Call) -> Call:
 
     Raises:
         ValueError: If ``input_ids`` is missing, the cache is not a `ReducedCache` or not one of
-            this text, a later turn has new images, layers with a state would read padding, or the
-            call asks for an output that a reduced model does not have.
+            this text, images are neither those of the cache nor those of the new tokens, layers
+            with a state would read padding, or the call asks for an output that a reduced model
+            does not have.
     """
     model, inputs = call.model, dict(call.inputs)
     if "input_ids" not in inputs:
@@ -57,7 +61,6 @@ def completed(call: Call) -> Call:
         )
     if cache is not None and cache.get_seq_length():
         # 2. The call continues a text.
-        inputs = _without_images(call, inputs, cache)
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 2:
             raise ValueError(
@@ -65,6 +68,7 @@ def completed(call: Call) -> Call:
                 "layers hold different tokens: give flags [B, T] of what is real, of the cache and "
                 "the new tokens."
             )
+        inputs = _continued(call, inputs, cache)
     if cache is not None and cache.has_states:
         _check_padding(call, inputs.get("attention_mask"))
     _check_outputs(model, inputs)
@@ -76,10 +80,11 @@ def completed(call: Call) -> Call:
     return replace(call, inputs=inputs)
 
 
-def _without_images(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[str, Any]:
-    """Check that a call continues the text of its cache, and return its inputs without images.
+def _continued(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[str, Any]:
+    """Check that a call continues the text of its cache, and return its inputs.
 
-    Processors give the images of the whole conversation in every turn; the cache has them already.
+    Processors give the images of the whole conversation in every turn. Images that the cache has
+    are left out; with those of the new tokens, the inputs become those of a prompt of its own.
     """
     ids, rows = inputs["input_ids"], cache.rows
     if ids.shape[1] == 0 or len(ids) != rows:
@@ -88,21 +93,46 @@ def _without_images(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> 
             f"{cache.get_seq_length()} tokens: give generate the whole conversation, or a call the "
             "new tokens alone, with an attention_mask over both."
         )
-    # Every image given must be one that the cache has, and none may belong to the new tokens.
+    if call.has_images and bool(placeholders(call.facts, ids).any()):
+        return _turn(call, inputs, cache)
+    # Every image given must be one that the cache has.
     given, known = call.images, cache.images
-    again = all(_same(value, known.get(name)) for name, value in given.items())
-    if not again or call.has_images and placeholders(call.facts, ids).any():
+    if not all(same_images(value, known.get(name)) for name, value in given.items()):
         raise ValueError(
-            "There are images in a later turn that are not those of the cache, and images in a "
-            "later turn are not supported. Start again with one prompt that has all images; leave "
-            "out pixel_values if they are in the cache."
+            "There are images in a later turn that are neither those of the cache nor those of "
+            "placeholders among the new tokens. Give generate the whole conversation with all its "
+            "images, or a call the new tokens with their own; leave out pixel_values if there are "
+            "no new images."
         )
     return {name: value for name, value in inputs.items() if name not in given}
 
 
-def _same(value: Tensor, known: Tensor | None) -> bool:
-    # generate passes the very same tensors at every step; these need no comparison.
-    return value is known or known is not None and torch.equal(value, known.to(value.device))
+def _turn(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[str, Any]:
+    """Return the inputs of a turn with images as those of a prompt of its own."""
+    config = call.model.config.get_text_config()
+    reason = cache.why_no_images(len(call.facts.blocks.decoder))
+    if reason:
+        raise ValueError(
+            f"A later turn brings images, which is not supported here: {reason}. Start again with "
+            "one prompt that has all images."
+        )
+    seen, new = cache.get_seq_length(), inputs["input_ids"].shape[1]
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape[1] != seen + new:
+        raise ValueError(
+            f"attention_mask is {tuple(mask.shape)}, and there are {seen} tokens in the cache "
+            f"and {new} new ones: give flags [B, {seen + new}] of both."
+        )
+    # Flags and types of the new tokens alone; some models are given those of the whole text.
+    own = {
+        name: value[:, seen:]
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.shape == (cache.rows, seen + new)
+    }
+    inputs = inputs | own | {CACHE: TurnCache(config, cache, mask)}
+    # Now, since the model's own code would fail on other images without saying why.
+    replace(call, inputs=inputs).check_images()
+    return inputs
 
 
 def _check_padding(call: Call, mask: Any) -> None:
@@ -138,8 +168,13 @@ def _default_positions(facts: ModelFacts, inputs: Mapping[str, Any]) -> Tensor:
         raise _DecoderReached
 
     cache: Any = inputs.get(CACHE)
-    seen = 0 if cache is None else cache.get_seq_length()
     core = _stopping_core(facts, stop)
+    turn = cache if isinstance(cache, TurnCache) else None
+    if turn is not None and not hasattr(core, "rope_deltas"):
+        # Case: a later turn, and positions do not depend on images: they go on as those of text.
+        cache, turn = turn.earlier, None
+        inputs = {**inputs, CACHE: cache, "attention_mask": inputs[CACHE].attention_mask}
+    seen = 0 if cache is None else cache.get_seq_length()
     if hasattr(core, "rope_deltas"):
         # The model remembers how positions continue after its latest prompt, which may be that of
         # another text or thread. The view gets what the cache of this text remembers.
@@ -152,6 +187,9 @@ def _default_positions(facts: ModelFacts, inputs: Mapping[str, Any]) -> Tensor:
         core.forward(**text)
     if cache is not None and not seen:
         cache.rope_deltas = getattr(core, "rope_deltas", None)
+    if found and turn is not None:
+        # Case: a later turn with images, whose positions were counted from 0.
+        return found[0] + turn.first_position()
     if found and found[0] is not None:
         # Case: the model passes positions. With a cache, some models pass those of all tokens that
         # the attention mask covers, of which the last are the new ones.

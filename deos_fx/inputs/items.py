@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import PIXELS, features_of
+from deos_fx.models.groups import key_of_sizes
 from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.views import shallow_copy
 from deos_fx.recent import Recent
@@ -131,6 +132,9 @@ def encoding(
 _ENCODED: weakref.WeakKeyDictionary[ModelFacts, Recent[Hashable, list[Item]]]
 _ENCODED = weakref.WeakKeyDictionary()
 
+_SHARES: weakref.WeakKeyDictionary[ModelFacts, Recent[tuple[Kind, int], int]]
+_SHARES = weakref.WeakKeyDictionary()
+
 # Sets of sizes that are remembered for each model; a limit, since new images may have new sizes.
 _SETS_OF_SIZES = 1024
 
@@ -183,7 +187,8 @@ def items_of(
     # Case 2: sizes or tiles. These know nothing of the ends of rows, so not if there are any.
     if getattr(facts.model.base_model, "image_newline", None) is None:
         if table is not None:
-            found = _of_table(table.tolist(), placeholders)
+            share = _share(facts, inputs, kind, int(table.prod(dim=-1).sum()), placeholders)
+            found = _of_table(table.tolist(), share)
         elif kind is IMAGES and pixels.ndim == 5 and len(pixels) == len(of_rows):
             found = _of_tiles(pixels, placeholders)
     # Case 3: the encoder.
@@ -202,16 +207,40 @@ def table_of_sizes(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> 
     return next((table for table in tables if table.shape[1] in (2, 3)), None)
 
 
-def _of_table(sizes: list[list[int]], placeholders: int) -> list[Item] | None:
-    """Return the images of a table of sizes, with equally many patches or pixels for each token.
+def _share(
+    facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind, area: int, placeholders: int
+) -> int:
+    """Return how many patches or pixels one token stands for; 0 if no number fits.
 
-    None if the numbers of placeholders and of patches or pixels do not allow that.
+    The placeholders tell. With too few of them the number would be wrong, and images would enter
+    the prompt in part: a number that is new is that of the model's encoder, in a run on shapes.
+
+    Args:
+        facts: The facts of the model.
+        inputs: Arguments of its forward.
+        kind: The kind of media.
+        area: Patches or pixels of all images.
+        placeholders: Number of their placeholders.
     """
-    # `share` is the number of patches or pixels that one token stands for. Without placeholders the
-    # divisor makes it 0.
-    area = sum(math.prod(size) for size in sizes)
-    share, rest = divmod(area, placeholders or area + 1)
-    if rest or not share:
+    share, rest = divmod(area, placeholders) if placeholders else (0, area)
+    known = _SHARES.setdefault(facts, Recent(_SETS_OF_SIZES))
+    if rest or known.get((kind, share)) is None:
+        method, given = encoding(facts, inputs, kind)
+        with torch.no_grad(), on_shapes(facts.model.base_model) as run:
+            features = features_of(getattr(run, method)(**given, return_dict=True))
+        parts = features if isinstance(features, (list, tuple)) else [features]
+        share, rest = divmod(area, sum(math.prod(part.shape[:-1]) for part in parts))
+        share = 0 if rest else share
+        known.put((kind, share), share)
+    return share
+
+
+def _of_table(sizes: list[list[int]], share: int) -> list[Item] | None:
+    """Return the images of a table of sizes, with `share` patches or pixels for each token.
+
+    None if the sizes do not allow that.
+    """
+    if not share:
         return None
     found = []
     for size in sizes:
@@ -303,17 +332,10 @@ def _encoded(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> list[I
     """
     core: Any = facts.model.base_model
     method, given = encoding(facts, inputs, kind)
-    # The key of the counts: tables of sizes are told apart by their values, pixels by their shape.
-    sizes = (
-        kind,
-        *(
-            (name, tuple(value.shape), repr(value.tolist()) if value.ndim < 3 else "")
-            for name, value in given.items()
-            if isinstance(value, Tensor)
-        ),
-    )
     known = _ENCODED.setdefault(facts, Recent(_SETS_OF_SIZES))
-    return known.find(sizes, lambda: _run_encoder(core, method, given)) or None
+    return (
+        known.find((kind, key_of_sizes(given)), lambda: _run_encoder(core, method, given)) or None
+    )
 
 
 def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]:

@@ -9,8 +9,9 @@ prompts go separate ways.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -31,10 +32,12 @@ class PromptImages:
     Attributes:
         layout: Its visual tokens; None for a prompt of text alone.
         items: For each kind in the prompt, the number of its first image and one past its last.
+        starts: Kind, number and first position in the prompt of every image.
     """
 
     layout: PromptLayout | None
     items: tuple[tuple[Kind, int, int], ...]
+    starts: tuple[tuple[Kind, int, int], ...] = ()
 
     @property
     def alike(self) -> Hashable:
@@ -87,7 +90,8 @@ def images_of_prompts(facts: ModelFacts, inputs: Mapping[str, Any]) -> list[Prom
     for row, of_row in enumerate(numbers.tolist()):
         kinds = [list(places)[number - 1] for number in of_row if number]
         shown = list(_shown(kinds, tokens, waiting, row))
-        found.append(_of_prompt(tokens, shown, ends=of_row[last[row]] > 0, packed=packed))
+        prompt = _of_prompt(tokens, shown, ends=of_row[last[row]] > 0, packed=packed)
+        found.append(replace(prompt, starts=_starts(of_row, shown)))
     # 3. Images that no prompt shows.
     for kind, rest in waiting.items():
         total, left = len(items[kind]), sum(1 for _ in rest)
@@ -223,6 +227,18 @@ def _shown(
             )
         yield kind, number, item
         place += item.tokens
+
+
+def _starts(
+    of_row: Sequence[int], shown: Sequence[tuple[Kind, int, Item]]
+) -> tuple[tuple[Kind, int, int], ...]:
+    """Return kind, number and first position of each image, given the kinds of all tokens."""
+    positions = [position for position, number in enumerate(of_row) if number]
+    firsts = itertools.accumulate((item.tokens for _, _, item in shown), initial=0)
+    return tuple(
+        (kind, number, positions[first])
+        for (kind, number, _), first in zip(shown, firsts, strict=False)
+    )
 
 
 def _of_prompt(

@@ -17,7 +17,7 @@ import copy
 import functools
 import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,9 @@ __all__ = [
     "is_offloaded",
     "linear_sizes",
     "shallow_copy",
+    "with_forward",
     "with_layers",
+    "with_parts",
 ]
 
 
@@ -153,17 +155,53 @@ def with_layers(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) ->
     Returns:
         The module itself if it has none; otherwise a copy with the same weights and hooks.
     """
-    return _view(module, replace) if any(map(has_codes, module.modules())) else module
+    layers = [part for part in module.modules() if has_codes(part)]
+    return with_parts(module, {part: replace(part) for part in layers}) if layers else module
 
 
-def _view(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    if has_codes(module):
-        return replace(module)
-    # The copy is shallow, so every module on the way to a replaced layer needs one of its own.
-    view: nn.Module = shallow_copy(module)
-    # Models add hooks to their parts at the first call; those added to the view stay in the view.
+def with_parts(module: nn.Module, parts: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Return a view of a module, with the same weights and hooks, in which parts are replaced.
+
+    Args:
+        module: The module, which is left as it is.
+        parts: Part -> its replacement.
+    """
+    if module in parts:
+        return parts[module]
+    # The copy is shallow, so every module on the way to a replaced part needs one of its own.
+    view = _with_own_hooks(module)
+    for name, part in module._modules.items():
+        view._modules[name] = None if part is None else with_parts(part, parts)
+    return view
+
+
+def with_forward(module: nn.Module, around: Callable[..., Any]) -> nn.Module:
+    """Return a view of a module with another forward, that still is an instance of its class.
+
+    Args:
+        module: The module, which is left as it is; everything else is shared with it.
+        around: The other forward, called with the module's own one and then its arguments.
+    """
+    kind: Any = type(module)
+    view = _with_own_hooks(module)
+    # accelerate's hooks are a forward of the instance, which would hide that of the view's class.
+    # The view has to call it as well.
+    hooked = vars(view).pop("forward", None)
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(hooked or functools.partial(kind.forward, self), *args, **kwargs)
+
+    view.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return view
+
+
+def _with_own_hooks(module: nn.Module) -> Any:
+    """Return a shallow copy that has hooks of its own.
+
+    Models add hooks to their parts at the first call; those added to a view stay in the view.
+    """
+    view = shallow_copy(module)
     hooks = {name: copy.copy(value) for name, value in vars(view).items() if "hooks" in name}
     vars(view).update(hooks)
-    for name, part in module._modules.items():
-        view._modules[name] = None if part is None else _view(part, replace)
     return view

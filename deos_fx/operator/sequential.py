@@ -356,12 +356,12 @@ def probe(
     Args:
         score: [B, V].
         tokens: The vectors to compare, [B, V, d].
-        text_score: [B, T]; very small at tokens that must not become pivots.
+        text_score: [B, T]; the lowest finite number at tokens that must not become pivots.
         text: [B, T, d].
         taken: Flags [B, V] of tokens that are chosen already, or None.
         count: K, at least ``image_pivots``.
         image_pivots: Number of pivots among the visual tokens.
-        text_pivots: Number of pivots among the text tokens; fewer if there is less text.
+        text_pivots: Number of pivots among the text tokens; a row with less text has fewer.
 
     Returns:
         Indices [B, K]: the visual pivots in the order of the image, then the picks of each pivot.
@@ -379,12 +379,23 @@ def probe(
     vectors = torch.cat([take(tokens, first), take(text, in_text)], dim=1)
     pivots, unit = (F.normalize(full_precision(x), dim=-1) for x in (vectors, tokens))
     cosine = pivots @ unit.mT
-    picks = [first]
     free = free - F.one_hot(first, score.shape[-1]).to(free.dtype).sum(dim=1)
-    # The first `more` pivots pick one token more.
-    share, more = divmod(count - first.shape[1], vectors.shape[1])
-    for i in range(vectors.shape[1]):
+    # How many tokens each pivot picks [B, P], as rows may have unequal numbers of text pivots: the
+    # first `more` pivots of a row pick one token more.
+    of_row = take(text_score, in_text) > torch.finfo(text_score.dtype).min
+    pivot = torch.cat([torch.ones_like(first, dtype=torch.bool), of_row], dim=1).long()
+    pivots_of_row = pivot.sum(dim=1, keepdim=True)
+    rest = torch.full_like(pivots_of_row, count - first.shape[1])
+    more = pivot.cumsum(dim=1) <= rest % pivots_of_row
+    shares = pivot * (rest // pivots_of_row + more)
+    # The place of each token among the picks, behind all of them if it is not picked.
+    place = torch.full_like(score, score.shape[-1], dtype=torch.long)
+    done = torch.zeros_like(pivots_of_row)
+    for i, share in enumerate(shares.split(1, dim=1)):
         unlike = torch.where(free > 0, -cosine[:, i], torch.finfo(score.dtype).min)
-        picks.append(unlike.topk(share + (i < more), dim=-1).indices)
-        free = free - F.one_hot(picks[-1], score.shape[-1]).to(free.dtype).sum(dim=1)
-    return torch.cat(picks, dim=-1)
+        rank = unlike.argsort(dim=-1, descending=True).argsort(dim=-1)
+        place = torch.where(rank < share, done + rank, place)
+        free = torch.where(rank < share, 0, free)
+        done = done + share
+    picks = place.topk(count - first.shape[1], dim=-1, largest=False).indices
+    return torch.cat([first, picks], dim=-1)

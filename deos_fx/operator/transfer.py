@@ -163,7 +163,8 @@ def merged_mass(
     received = _content(assignment, sources, mass, None).sum(dim=-1)
     received = received if gain == 1 else gain * received
     # Kept tokens before the receivers receive nothing.
-    received = F.pad(received, (kept.shape[1] - received.shape[1], 0))
+    alone = kept.shape[1] - received.shape[1]
+    received = F.pad(received, (alone, 0)) if alone else received
     return received + (1.0 if mass is None else take(mass, kept))
 
 

@@ -95,7 +95,7 @@ def fit_counts(
         return [min(visual_tokens, max(1, round(factor * count))) for count in counts]
 
     def fits(candidate: Sequence[int]) -> bool:
-        return within(amounts(_with_counts(policy, candidate)), limits)
+        return within(amounts(with_counts(policy, candidate)), limits)
 
     # 1. Bisect the factor. At `low` every limit is met; `high` is too much, or keeps all tokens.
     # Costs grow with the counts, and 24 halvings leave less than a token.
@@ -107,7 +107,7 @@ def fit_counts(
         middle = (low + high) / 2
         low, high = (middle, high) if fits(scaled(middle)) else (low, middle)
     # 2. Fill up.
-    return _with_counts(policy, _filled(scaled(low), visual_tokens, fits))
+    return with_counts(policy, _filled(scaled(low), visual_tokens, fits))
 
 
 def as_shares(policy: Policy, visual_tokens: int) -> Policy:
@@ -119,7 +119,7 @@ def as_shares(policy: Policy, visual_tokens: int) -> Policy:
     """
     # count / n * n may differ from the count by an ulp; a share is rounded to the nearest count.
     shares = [count / visual_tokens for count in policy.counts(visual_tokens)]
-    return _with_counts(policy, shares)
+    return with_counts(policy, shares)
 
 
 def on_grid(policy: Policy, height: int, width: int) -> Policy:
@@ -141,7 +141,7 @@ def on_grid(policy: Policy, height: int, width: int) -> Policy:
         counts[i] = min(counts[: i + 1])
         while reduction.selector == "grid" and not _splits(height, width, counts[i]):
             counts[i] -= 1
-    return _with_counts(policy, counts)
+    return with_counts(policy, counts)
 
 
 def _splits(height: int, width: int, count: int) -> bool:
@@ -166,7 +166,7 @@ def _filled(
     return counts
 
 
-def _with_counts(policy: Policy, counts: Sequence[int | float]) -> Policy:
+def with_counts(policy: Policy, counts: Sequence[int | float]) -> Policy:
     reductions = zip(policy.reductions, counts, strict=True)
     return replace(
         policy, reductions=tuple(replace(reduction, keep=count) for reduction, count in reductions)

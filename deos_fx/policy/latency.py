@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,9 @@ from deos_fx.reading import read_record
 __all__ = ["LatencyTable"]
 
 VERSION = 1
+
+LONGEST = 1e9
+"""The longest time that a table may have, in milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class LatencyTable:
 
     Raises:
         ValueError: On construction, if there are fewer than two lengths, lengths do not ascend, or
-            times are not as many as layers and lengths, finite, and 0 or more.
+            times are not as many as layers and lengths, from 0 to `LONGEST`.
     """
 
     model: ModelSignature
@@ -58,8 +60,10 @@ class LatencyTable:
                 f"{len(lengths)} for each of the {self.model.decoder_layers} decoder layers"
             )
         for time in (*(time for row in self.layers for time in row), self.encoder):
-            if not 0 <= time < math.inf:
-                raise ValueError(f"{time} is not a time in milliseconds; give a finite number >= 0")
+            if not 0 <= time <= LONGEST:
+                raise ValueError(
+                    f"{time} is no time of a layer in milliseconds; give 0 to {LONGEST:.0e}"
+                )
 
     def decoder(self, lengths: Sequence[float | Tensor]) -> Tensor:
         """Predict the milliseconds of all decoder layers, 0-dim; differentiable in the lengths.
@@ -69,14 +73,16 @@ class LatencyTable:
         Args:
             lengths: Tokens of the prompt that each decoder layer processes, text included.
         """
-        x = torch.stack([torch.as_tensor(length, dtype=torch.float32) for length in lengths])
-        at, times = torch.tensor(self.lengths).float(), torch.tensor(self.layers)
+        # In float64, as long lengths that follow each other are the same number in float32.
+        x = torch.stack([torch.as_tensor(length, dtype=torch.float64) for length in lengths])
+        at = torch.tensor(self.lengths, dtype=torch.float64)
+        times = torch.tensor(self.layers, dtype=torch.float64)
         # The two measured lengths around each x; the gradient comes from the slope alone.
         right = torch.searchsorted(at, x.detach()).clamp(1, len(at) - 1)
         left = right - 1
         low, high = (times.gather(1, index[:, None])[:, 0] for index in (left, right))
         slope = (high - low) / (at[right] - at[left])
-        return (low + slope * (x - at[left])).sum()
+        return (low + slope * (x - at[left])).sum().float()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to a JSON file, completely or not at all.

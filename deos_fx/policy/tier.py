@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, TypeAlias, cast
@@ -11,7 +12,7 @@ from deos_fx.operator.scores import SCORES
 from deos_fx.operator.select import SELECTORS, WHOLE_NUMBERS
 from deos_fx.policy.shares import told_apart
 from deos_fx.policy.site import split_site
-from deos_fx.reading import TEXT_LENGTH
+from deos_fx.reading import CONTROLS, TEXT_LENGTH
 
 __all__ = [
     "Options",
@@ -137,11 +138,14 @@ def check_count(name: str, value: object, low: int = 0, high: int = 2**31 - 1) -
 
 
 def check_text(what: str, value: object) -> None:
-    """Check that a value is a text that is not too long for a file."""
+    """Check that a value is a text that a file may have and a terminal can show."""
     if not isinstance(value, str):
         raise TypeError(f"{what} is {value!r}; give a text")
     if len(value) > TEXT_LENGTH:
         raise ValueError(f"{what} has {len(value)} characters; give at most {TEXT_LENGTH}")
+    # Halves of surrogate pairs cannot be written to files.
+    if found := re.search(f"[{CONTROLS}\ud800-\udfff]", value):
+        raise ValueError(f"{what} has the control character {found[0]!r}; leave it out")
 
 
 def check_choice(what: str, value: object, choices: Collection[str]) -> None:

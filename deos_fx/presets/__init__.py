@@ -29,7 +29,7 @@ from deos_fx.presets.projector import (
     uniform,
     vscan,
 )
-from deos_fx.presets.rules import Option
+from deos_fx.presets.rule import Option
 from deos_fx.presets.tower import (
     evit,
     fastervlm,

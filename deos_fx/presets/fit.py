@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from deos_fx.policy.counts import tokens_per_layer
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.tier import MOST_TOKENS, check_number
-from deos_fx.presets.rules import RULES, Option, Rule
+from deos_fx.presets.rule import Option, Rule
+from deos_fx.presets.rules import RULES
 from deos_fx.presets.shape import ImageSize, Shape
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ and a dark page, stays sharp at any size, and its text can be selected.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -328,8 +329,15 @@ def to_svg(figure: Figure, name: str, title: str) -> str:
     text = re.sub(r"(font-family:) [^;\"]*", r"\1 var(--font)", text)
     # Identifiers must be unique on a page that holds several drawings.
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    described = f'<svg role="img" aria-label="{title}" '
+    described = f'<svg role="img" aria-label="{title}" style="min-width: {_least_width(text)}px" '
     return text.replace("<svg ", described, 1)
+
+
+def _least_width(svg: str) -> int:
+    """Return the width in pixels at which the smallest text of a drawing has 10."""
+    width = float(re.search(r'viewBox="0 0 ([\d.]+) ', svg)[1])  # type: ignore[index]
+    sizes = [float(size) for size in re.findall(r"font(?:-size)?: [^;\"']*?([\d.]+)px", svg)]
+    return math.ceil(width * 10 / min(sizes, default=10.0))
 
 
 # Entries that matplotlib writes by default, versions and dates: without them, equal data give equal

@@ -139,10 +139,10 @@ def _accuracies(result: Compared) -> Section:
         "Accuracy",
         "Right answers, and how much better or worse a method is than another on the same "
         "questions, in points; in brackets the 95 % interval of a paired bootstrap. The same are "
-        "answers of the unreduced model, right or wrong. An interval "
-        "without 0 is a difference that the questions show. The best method was picked on these "
-        "questions, which flatters it a little. Black is the model as it is, blue are policies, "
-        "green presets, and ochre is less of the image. Short strokes are runs with other seeds.",
+        "answers of the unreduced model, right or wrong. An interval without 0 is a difference "
+        "that the questions show. The best method was picked on these questions, which flatters "
+        "it a little. The model as it is has the colour of text, policies are blue, presets "
+        "green, and less of the image is ochre. Short strokes are runs with other seeds.",
         comparison_charts(result)["accuracy"],
         table(head, rows, note),
     )

@@ -18,10 +18,20 @@ class Section:
 
     def html(self) -> str:
         """Return the section as HTML; the content is HTML already, heading and caption are text."""
+        # A chart is as wide as its text needs, so it scrolls on a phone.
+        parts = [
+            _scrolling("chart", part) if part.startswith("<svg") else part for part in self.content
+        ]
         return (
             f"<section><h2>{escape(self.heading)}</h2>"
-            f'<p class="caption">{escape(self.caption)}</p>{"".join(self.content)}</section>'
+            f'<p class="caption">{escape(self.caption)}</p>{"".join(parts)}</section>'
         )
+
+
+def _scrolling(kind: str, content: str) -> str:
+    """Wrap what may be wider than the page; who has no mouse scrolls it by keys."""
+    label = f"{kind}, scrolls sideways"
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="{label}">{content}</div>'
 
 
 def build_page(
@@ -67,7 +77,7 @@ def table(
 
     Args:
         head: Titles of the columns.
-        rows: Cells of every row.
+        rows: Cells of every row; the first one names the row.
         note: A remark below.
         kind: ``numbers``, ``listing`` if the last column is words, or ``narrow``.
 
@@ -75,12 +85,15 @@ def table(
         HTML.
     """
     titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
-    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    body = "".join(f"<tr>{_row_title(row[0])}{''.join(row[1:])}</tr>" for row in rows)
     below = f'<p class="note">{escape(note)}</p>' if note else ""
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{titles}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{below}"
-    )
+    whole = f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody>"
+    return _scrolling("table", f'<table class="{kind}">{whole}</table>') + below
+
+
+def _row_title(cell: str) -> str:
+    """Turn the first cell of a row into its title, which screen readers say with every other."""
+    return f'<th scope="row"{cell.removeprefix("<td").removesuffix("</td>")}</th>'
 
 
 def details(summary: str, text: str) -> str:
@@ -127,6 +140,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 var(--font); }
+h1, h2, p, footer { overflow-wrap: anywhere; }
 main { max-width: 1020px; margin: 0 auto; padding: 40px 24px 56px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 10px; letter-spacing: -0.01em; }
 h2 { font-size: 21px; margin: 52px 0 4px; letter-spacing: -0.005em; }
@@ -146,14 +160,20 @@ svg { display: block; width: 100%; height: auto; }
 .tile b { display: block; font-size: 27px; line-height: 1.25;
   font-variant-numeric: tabular-nums; }
 .tile span { display: block; } .tile small { display: block; }
-.scroll { overflow-x: auto; }
+/* Where something is hidden at a side, there is a shade, which moves with the page. */
+.scroll { overflow-x: auto; background:
+  linear-gradient(to right, var(--paper) 30%, transparent) left / 40px 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 30%, transparent) right / 40px 100% no-repeat local,
+  linear-gradient(to right, var(--line), transparent) left / 14px 100% no-repeat scroll,
+  linear-gradient(to left, var(--line), transparent) right / 14px 100% no-repeat scroll; }
 table { border-collapse: collapse; width: 100%; font-size: 14px;
   font-variant-numeric: tabular-nums; }
 th { text-align: right; font-weight: 600; color: var(--soft); padding: 6px 8px;
   border-bottom: 1px solid var(--line); vertical-align: bottom; }
 td { text-align: right; padding: 6px 8px; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 8px; }
+th:first-child { text-align: left; padding-left: 8px; }
+tbody th { font-weight: inherit; color: inherit; white-space: nowrap; vertical-align: middle; }
 table.listing th:last-child { text-align: left; } table.narrow { max-width: 420px; }
 td.words { text-align: left; white-space: normal; color: var(--soft); }
 td.shade { background: color-mix(in srgb, var(--accent) calc(var(--share) * 42%),
@@ -176,5 +196,6 @@ figure { margin: 0; } figcaption { font-size: 13px; color: var(--soft); margin-t
 .tokens .kept { fill: none; stroke: #ffffff; stroke-width: 0.9; }
 .tokens line { stroke: #ffd54a; stroke-width: 0.8; stroke-linecap: round; }
 .tokens circle { fill: #ffd54a; }
+@media (max-width: 480px) { main { padding: 28px 16px 40px; } h2 { margin-top: 40px; } }
 @media print { section { break-inside: avoid; } }
 """

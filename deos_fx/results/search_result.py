@@ -92,6 +92,8 @@ class SearchResult:
         looks: What the learned scores of the policy look at.
         evaluations: Forward passes of a batch that the search took; a backward pass counts two.
         evidence: The data behind the result, and its lead over the best preset.
+        milliseconds: Of the prefill of a batch, with the policy and without reduction; None where
+            it was not measured.
     """
 
     policy: Policy
@@ -105,6 +107,7 @@ class SearchResult:
     looks: list[Look] = field(default_factory=list)
     evaluations: int = 0
     evidence: Evidence | None = None
+    milliseconds: tuple[float, float] | None = None
 
     @property
     def best(self) -> Candidate:
@@ -132,6 +135,12 @@ class SearchResult:
                 losses.append(f"{self.evidence.preset} {self.evidence.preset_loss:.4g}")
         losses.append(f"no reduction {self.unreduced_loss:.4g}")
         lines.append(f"Loss on the scored prompts: {', '.join(losses)}.")
+        if self.milliseconds is not None:
+            after, before = self.milliseconds
+            lines.append(
+                f"On this machine the prefill of a batch takes {after:.3g} ms, without reduction "
+                f"{before:.3g} ms."
+            )
         return " ".join(lines)
 
     def report(self, path: str | os.PathLike[str]) -> None:

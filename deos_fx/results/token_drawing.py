@@ -68,7 +68,7 @@ def draw_image(image: Image.Image, name: str, grid: tuple[int, int]) -> str:
     image.save(file, "png", optimize=True)
     data = base64.b64encode(file.getvalue()).decode()
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="the image">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="what the model is given">'
         f'<image id="{name}" width="{width}" height="{height}" preserveAspectRatio="none" '
         f'href="data:image/png;base64,{data}"/></svg>'
     )

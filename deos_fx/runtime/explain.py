@@ -82,7 +82,8 @@ class _Watching(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        for site, role in note_of(n).explains:
+        # A value that is known only when an encoder runs may not exist for this reduction.
+        for site, role in note_of(n).explains if value is not None else ():
             self.seen.setdefault(site, {})[role] = value
         return value
 

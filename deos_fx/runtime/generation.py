@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from transformers.utils import ModelOutput
 
 from deos_fx.inputs.batch import media_of_rows
 from deos_fx.inputs.call import Call
+from deos_fx.inputs.complete import completed
 from deos_fx.inputs.items import has_images
+from deos_fx.inputs.turns import new_tokens
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import shallow_copy
@@ -49,7 +51,10 @@ def generation_host(
         # A prefill: hand what `generate` computed about positions to the cache, which keeps it for
         # later turns.
         cache = kwargs.get(CACHE)
-        if isinstance(cache, ReducedCache) and not cache.get_seq_length():
+        if _brings_images(self, kwargs):
+            # A later turn: the cache has to learn how positions go on, as in `positions`.
+            kwargs.pop("position_ids", None)
+        elif isinstance(cache, ReducedCache) and not cache.get_seq_length():
             deltas = getattr(self.base_model, "rope_deltas", None)
             if deltas is not None:
                 # Beams and several answers repeat the row of their prompt.
@@ -95,6 +100,12 @@ def generation_host(
         # its own.
         cache = model_kwargs.get(CACHE)
         if isinstance(cache, ReducedCache) and cache.get_seq_length():
+            if _brings_images(self, model_kwargs):
+                # Case: new images, whose positions depend on their sizes.
+                ids = {"input_ids": inputs, **model_kwargs}
+                turn = new_tokens(ids, cache.get_seq_length())
+                given = turn | {CACHE: cache, "attention_mask": model_kwargs["attention_mask"]}
+                return completed(Call.of(facts_of(model), given)).inputs["position_ids"]
             if hasattr(self.base_model, "rope_deltas"):
                 self.base_model.rope_deltas = cache.rope_deltas
         return original._prepare_position_ids_for_generation(self, inputs, model_kwargs)
@@ -140,6 +151,13 @@ def generation_host(
     # A subclass, so that everything that is not overridden stays the model's own.
     host.__class__ = type(f"Reduced{type(model).__name__}", (type(model),), replaced)
     return host
+
+
+def _brings_images(host: Any, inputs: Mapping[str, Any]) -> bool:
+    """Return whether a later turn has images, and the model's positions depend on their sizes."""
+    cache = inputs.get(CACHE)
+    later = isinstance(cache, ReducedCache) and cache.get_seq_length()
+    return bool(later and has_images(inputs) and hasattr(host.base_model, "rope_deltas"))
 
 
 def _check_cache(config: GenerationConfig, given: Any) -> None:

@@ -19,6 +19,7 @@ from deos_fx.passes.captures import Captures
 from deos_fx.passes.notes import note_of_graph
 from deos_fx.passes.pipeline import Captured, Runnable, lower_call
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.site import split_site
 from deos_fx.recent import Recent
 from deos_fx.runtime.compiled import CompiledGraph
 from deos_fx.tokens.layout import PromptLayout
@@ -40,7 +41,8 @@ class Graphs(Captures):
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
-        super().__init__(model)
+        stages = {split_site(reduction.site)[0] for reduction in policy.reductions}
+        super().__init__(model, "vision" in stages)
         self._policy = policy
         self._options: Mapping[str, Any] | None = None
 

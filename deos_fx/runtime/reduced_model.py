@@ -17,6 +17,7 @@ from deos_fx.inputs.batch import Part, join_outputs, join_spaces, parts_of_batch
 from deos_fx.inputs.call import Call, normal_inputs
 from deos_fx.inputs.complete import completed
 from deos_fx.inputs.media import are_written_alike
+from deos_fx.inputs.turns import without_known_images
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower.lower_decode import decode_spaces
@@ -28,6 +29,7 @@ from deos_fx.runtime.generation import generation_host
 from deos_fx.runtime.graphs import Graphs
 from deos_fx.tokens.cache import ReducedCache, SpaceFields, TokenSpace
 from deos_fx.tokens.layout import PromptLayout
+from deos_fx.tokens.turn import TurnCache, append_turn
 
 __all__ = ["ReducedModel"]
 
@@ -103,7 +105,7 @@ class ReducedModel(nn.Module):
         conversation as ``input_ids``, and the cache (``past_key_values``, since transformers 5.24
         ``cache``) of the output that ``return_dict_in_generate=True`` returned. Images that are in
         the cache may be given again, as a processor does; they are not encoded again. New images
-        need a new conversation.
+        are reduced as those of the first turn were, and their tokens see what is left of it.
 
         Args:
             *args: Arguments of the model's `generate`.
@@ -118,7 +120,10 @@ class ReducedModel(nn.Module):
                 with layers of the model itself.
         """
         host = generation_host(self, self.model, self._new_cache)
-        return host.generate(*args, **normal_inputs(kwargs))
+        # The ids may come by position, too.
+        ids = {"input_ids": args[0]} if args else {}
+        given = without_known_images(facts_of(self.model), normal_inputs(kwargs | ids))
+        return host.generate(*args, **{name: given[name] for name in given if name not in ids})
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -224,7 +229,8 @@ class ReducedModel(nn.Module):
         Raises:
             ValueError: If there is no reduced model in the folder, or it is incomplete or damaged.
         """
-        return cls(*saved.load(dir, **options))
+        found = saved.SavedModel(dir)
+        return cls(found.model(**options), found.policy)
 
     # *** compiling ***
 
@@ -261,23 +267,36 @@ class ReducedModel(nn.Module):
     def _run(self, call: Call) -> ModelOutput:
         """Run a completed call.
 
-        1. A later turn, or a decode step: the decode graph runs on the cache.
-        2. A prefill: each part of the batch runs its own graph, with a cache of its own if there
-           are several parts; then outputs, spaces and caches are joined.
+        1. A later turn of text, or a decode step: the decode graph runs on the cache.
+        2. A later turn with images: a prefill whose layers also see the turns before.
+        3. A first prefill.
         """
+        cache: Any = call.inputs.get(CACHE)
         # Case 1.
-        inputs = call.inputs
-        cache: Any = inputs.get(CACHE)
         if cache is not None and cache.get_seq_length():
             return self._continue(call, cache)
-        # Case 2. A prefill that a guard stops resets the cache before it is captured anew, so what
+        output = self._prefill(call, cache)
+        # Case 2.
+        if isinstance(cache, TurnCache):
+            append_turn(cache.earlier, cache)
+            output[CACHE] = cache.earlier
+        return output
+
+    def _prefill(self, call: Call, cache: Any) -> ModelOutput:
+        """Run a prefill.
+
+        Each part of the batch runs its own graph, with a cache of its own if there are several
+        parts; then outputs, spaces and caches are joined.
+        """
+        inputs = call.inputs
+        # A prefill that a guard stops resets the cache before it is captured anew, so what
         # `completed` wrote into it is kept here.
         deltas = None if cache is None else cache.rope_deltas
         parts = self._parts(call)
         outputs, spaces = [], []
         for part in parts:
             if len(parts) > 1 and cache is not None:
-                part.call.inputs[CACHE] = self._new_cache()
+                part.call.inputs[CACHE] = cache.part(part.rows)
             fields, output_class = self._prefill_part(part)
             spaces.append(
                 self._spaces_of(fields.pop("spaces", None), part.call.inputs["input_ids"])
@@ -319,6 +338,11 @@ class ReducedModel(nn.Module):
         """Return output fields, with ``spaces`` if anything was reduced, and the output's class."""
         if part.layout is None:
             # Case: text alone, with nothing to reduce.
+            if isinstance(part.call.inputs.get(CACHE), TurnCache):
+                raise ValueError(
+                    f"Rows {list(part.rows)} of this later turn have no images, and others have. "
+                    "Continue conversations with new images in calls of their own."
+                )
             output = self.model(**part.call.inputs)
             return dict(output.items()), type(output)
         return self.graphs.run(part.call, part.layout)

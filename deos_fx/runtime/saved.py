@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from deos_fx.contents import (
     RECORD,
     check_unchanged,
-    is_recorded,
     record_of,
     stamp,
     verify,
@@ -28,11 +27,11 @@ from deos_fx.contents import (
 from deos_fx.files import disk_errors, fresh_folder
 from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
-from deos_fx.publish import matching
 from deos_fx.reading import as_record, blaming
+from deos_fx.runtime.mark import mark, unmarked
 from deos_fx.version import __version__
 
-__all__ = ["check_folder", "folder_for", "load", "save"]
+__all__ = ["SavedModel", "folder_for", "save"]
 
 VERSION = 1
 
@@ -81,6 +80,7 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
         with disk_errors(dir):
             model.save_pretrained(folder)
         _check_written(model, folder)
+        mark(folder / "config.json")
         policy.save(folder / _POLICY)
         write_record(folder, note)
 
@@ -108,37 +108,50 @@ def folder_for(dir: str | os.PathLike[str]) -> Iterator[Path]:
         yield folder
 
 
-def load(dir: str | os.PathLike[str], **options: Any) -> tuple[PreTrainedModel, Policy]:
-    """Load the model and the policy that `save` wrote.
+class SavedModel:
+    """A model that `save` wrote, in a folder whose files have been checked.
 
     Args:
         dir: The folder.
-        **options: Options of transformers' `from_pretrained`, such as ``dtype`` and ``device_map``.
-
-    Returns:
-        The model and its policy.
 
     Raises:
-        ValueError: If there is no reduced model in the folder, it is incomplete or damaged, or its
-            weights are not those of the model that its config describes.
+        ValueError: If there is no reduced model in the folder, or it is incomplete or damaged.
 
     Warns:
         UserWarning: If an earlier version has saved it, without the hashes of its files.
+
+    Attributes:
+        policy: Its policy.
     """
-    folder = Path(dir)
-    before = stamp(folder)
-    check_folder(folder)
-    policy = Policy.load(folder / _POLICY)
-    with blaming(folder):
-        model, found = _read(AutoModelForImageTextToText, folder, **options)
-    check_unchanged(folder, before)
-    wrong = _differences(found)
-    if wrong:
-        raise ValueError(
-            f"{folder} does not hold the weights of the model that its config describes: {wrong}. "
-            f"Save the model again. {_CURE}"
-        )
-    return model, policy
+
+    def __init__(self, dir: str | os.PathLike[str]) -> None:
+        self._folder = Path(dir)
+        self._before = stamp(self._folder)
+        _check_folder(self._folder)
+        self.policy = Policy.load(self._folder / _POLICY)
+
+    def model(self, **options: Any) -> PreTrainedModel:
+        """Load the unreduced model.
+
+        Args:
+            **options: Options of transformers' `from_pretrained`, such as ``dtype`` and
+                ``device_map``.
+
+        Raises:
+            ValueError: If its weights are not those of the model that its config describes, or
+                somebody has begun to write the folder meanwhile.
+        """
+        with blaming(self._folder):
+            options.setdefault("config", unmarked(AutoConfig.from_pretrained(self._folder)))
+            model, found = _read(AutoModelForImageTextToText, self._folder, **options)
+        check_unchanged(self._folder, self._before)
+        wrong = _differences(found)
+        if wrong:
+            raise ValueError(
+                f"{self._folder} does not hold the weights of the model that its config describes: "
+                f"{wrong}. Save the model again. {_CURE}"
+            )
+        return model
 
 
 def _read(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -241,7 +254,7 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 
 
-def check_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     """Compare the files in the folder of a saved model with its record.
 
     Raises:
@@ -260,11 +273,4 @@ def check_folder(folder: Path) -> None:
     as_record(
         folder / RECORD, record, NoteFile, "the note of a reduced model", "Save the model again."
     )
-    verify(folder, record)
-    if is_recorded(record):
-        for entry in matching(folder, (*_FILES, _ADAPTERS)):
-            if entry.name not in (RECORD, *record["files"]):
-                raise ValueError(
-                    f"{folder} has a file {entry.name} that was not saved with the model, and "
-                    "transformers would read it. Move it away, or save the model again."
-                )
+    verify(folder, record, (*_FILES, _ADAPTERS))

@@ -45,6 +45,7 @@ from deos_fx.tokens.positions import (
     trailing,
     visual_positions,
 )
+from deos_fx.tokens.turn import after_earlier
 from deos_fx.tokens.votes import (
     class_feature,
     for_images,
@@ -57,6 +58,7 @@ from deos_fx.tokens.votes import (
 )
 
 __all__ = [
+    "after_earlier",
     "are_open",
     "are_visual",
     "beside",

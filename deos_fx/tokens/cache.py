@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, Self, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -58,15 +58,17 @@ class ReducedCache(DynamicCache):
     Attributes:
         rope_deltas: Difference [B, 1] between the position of a new token and its index, for
             models that count positions of images by their grid; else None.
-        images: The inputs, by name, that the images in the cache came from.
+        turns: Of each turn with images, the number of tokens before it, and the inputs, by name,
+            that its images came in.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
+        self._config = config
         self.spaces: list[TokenSpace] = []
         self.prompt_length = 0
         self.rope_deltas: Tensor | None = None
-        self.images: dict[str, Tensor] = {}
+        self.turns: list[tuple[int, dict[str, Tensor]]] = []
 
     def record(
         self, prompt_length: int, spaces: Sequence[TokenSpace], images: Mapping[str, Tensor]
@@ -80,7 +82,35 @@ class ReducedCache(DynamicCache):
         """
         self.prompt_length = prompt_length
         self.spaces = list(spaces)
-        self.images = dict(images)
+        self.turns = [(0, dict(images))] if images else []
+
+    @property
+    def images(self) -> dict[str, Tensor]:
+        """Return the inputs that the images of the latest turn with images came in."""
+        return self.turns[-1][1] if self.turns else {}
+
+    def part(self, rows: Sequence[int]) -> ReducedCache:
+        """Return an empty cache of the same kind for some rows of a batch."""
+        return ReducedCache(self._config)
+
+    def copied(self) -> Self:
+        """Return a copy that can be written to, while this cache stays as it is."""
+        # Layers and spaces replace their tensors and do not write into them.
+        twin = copy.copy(self)
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        twin.spaces = [copy.copy(space) for space in self.spaces]
+        return twin
+
+    def why_no_images(self, layers: int) -> str:
+        """Return why a later turn cannot bring images, in words; empty if it can.
+
+        Args:
+            layers: Number of decoder layers.
+        """
+        held = [getattr(layer, "keys", None) is not None for layer in self.layers]
+        if self.has_states or len(held) < layers or not all(held):
+            return "layers of this model keep a state, or read keys of other layers"
+        return ""
 
     @property
     def rows(self) -> int:
@@ -204,7 +234,7 @@ class ReducedCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow beam search: select rows of the layers and of the spaces."""
-        # `prompt_length` is the same for all rows, and `images` are those of the call: both stay.
+        # `prompt_length` is the same for all rows, and `turns` are those of the calls: both stay.
         super().reorder_cache(cast(torch.LongTensor, beam_idx))
         self._rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 

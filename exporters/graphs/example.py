@@ -127,8 +127,9 @@ def _one_image(facts: ModelFacts) -> dict[str, Tensor]:
     if facts.sizes_vary or kinds:
         reason = f"takes {kinds[0]}" if kinds else "takes images of many sizes"
         raise ValueError(
-            f"{facts.name} {reason}: give example_inputs, a call as its processor makes "
-            "it, with as many images, and of such sizes, as prompts are to have."
+            f"{facts.name} {reason}: give example_inputs (on the command line, --image FILE), a "
+            "call as its processor makes it, with as many images, and of such sizes, as prompts "
+            "are to have."
         )
     rows, columns = facts.grid
     ids = torch.full((1, rows * columns), facts.image_token, device=facts.model.device)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -24,7 +25,9 @@ from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.finish import finish
+from deos_fx.passes.lower.reduced_encoder import ReducedEncoder
 from deos_fx.passes.pipeline import copy_of
+from deos_fx.passes.rewrite.free_counts import KEEP, free_counts
 from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
 from deos_fx.passes.rewrite.select_logits import LOGITS, select_logits
 from deos_fx.passes.rewrite.split_encoder import split_encoder
@@ -55,13 +58,17 @@ class _Prompts:
     constants: dict[str, Tensor] = field(default_factory=dict)
 
 
-def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Prompts:
+def prefill_graph(
+    reduced: ReducedModel, example: Example, least: int, counts: Sequence[tuple[int, int]] = ()
+) -> _Prompts:
     """Lower the prefill for an export.
 
     Args:
         reduced: The reduced model.
         example: The prompts to trace with.
         least: The smallest number of text tokens in a prompt.
+        counts: A number of tokens that each reduction may pick in a row, and the largest, if these
+            numbers are to be inputs.
 
     Returns:
         The prefill graph, and the image encoder's if it is a graph of its own.
@@ -72,11 +79,18 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
     # A copy: the reduced model goes on using its own graph.
     lowered = copy_of(reduced.graphs.prefill(call, example.layout))
     _keep_outputs(lowered, ("logits", "spaces"))
+    if counts:
+        lowered = free_counts(lowered, len(counts))
     # What the inputs of the graph are traced with.
     values = dict(example.inputs)
     encoder, constants = None, dict[str, Tensor]()
     if lowered.graph.find_nodes(op="call_module", target="image_encoder"):
         # Case: the encoder reads sizes of images. Its features become inputs of the prefill.
+        if isinstance(lowered.get_submodule("image_encoder"), ReducedEncoder):
+            raise ValueError(
+                "Groups of patches are reduced in the vision tower by the model's own code, which "
+                "is not exported. Run the reduced model in PyTorch, or reduce after the tower."
+            )
         images = {name: values[name] for name in example.images}
         encode = split_encoder(lowered, images)
         for i, features in enumerate(pytree.tree_leaves(encode(**images))):
@@ -93,6 +107,11 @@ def prefill_graph(reduced: ReducedModel, example: Example, least: int) -> _Promp
     for name in names:
         if name == LOGITS:
             taken[name], shapes[name] = places(reduced.model.device)
+            continue
+        if name.startswith(KEEP):
+            # Case: a count, which is the length of the input.
+            count, most = counts[int(name.removeprefix(KEEP)) - 1]
+            taken[name], shapes[name] = torch.zeros(count), {0: Dim(name, min=1, max=most)}
             continue
         taken[name] = value = values[name]
         first = batch_axis(name, value)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from deos_fx.attention.observation import MADE_OF, OBSERVED
 from deos_fx.forms.needs import required_features
 from deos_fx.models.blocks import Block, counts_positions
 from deos_fx.operator.select import SELECTORS
+from deos_fx.passes.analyse.groups import OF_GROUPS, hands_on
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.graph import attends, blocks_after, blocks_of
 from deos_fx.passes.notes import annotate, note_of, note_of_graph
+from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["check_masks", "check_reduction"]
+__all__ = ["check_masks", "check_order", "check_reduction"]
 
 
 def check_reduction(
@@ -47,7 +50,7 @@ def check_reduction(
     # Features that are observed in a block, whichever block it is (``keys``, ``keys@next``).
     hidden_from = sorted(need for need in needs if need.partition("@")[0] in (*OBSERVED, *MADE_OF))
     # 2. What is observed belongs to the tokens that are reduced.
-    if before_decoder and hidden_from and sites.encoder is not Encoder.PATCHWISE:
+    if stage == "projector" and hidden_from and sites.encoder is not Encoder.PATCHWISE:
         raise ValueError(
             f"{name} has no {', '.join(hidden_from)}: its tokens are not those of a block of the "
             "vision tower. Use scores and similarities of the features themselves."
@@ -59,6 +62,7 @@ def check_reduction(
             "decoder sees both, so it works at decoder.<i> only. Choose such a site, or another "
             "selector."
         )
+    _check_groups(note_of_graph(graph_module).blocks, sites, reduction, needs)
     # 3. Features that are already at their placeholders cannot change their order.
     if before_decoder and sites.encoder is Encoder.OPAQUE and reduction.order != "position":
         raise ValueError(
@@ -106,6 +110,46 @@ def check_reduction(
     return site
 
 
+def _check_groups(
+    blocks: Mapping[Block, nn.Module],
+    sites: Sites,
+    reduction: Reduction,
+    needs: frozenset[str],
+) -> None:
+    """Refuse what groups of patches in the vision tower do not have.
+
+    Args:
+        blocks: The blocks of the model.
+        sites: The sites.
+        reduction: The reduction.
+        needs: Names of the features that it reads.
+    """
+    if split_site(reduction.site)[0] != "vision" or sites.encoder is Encoder.PATCHWISE:
+        return
+    others = sorted(needs - OF_GROUPS - {"sides"})
+    if others:
+        raise ValueError(
+            f"{reduction.site} has no {', '.join(others)}: several patches make a visual token. "
+            "Use scores and similarities of the patches themselves and of this block."
+        )
+    unseen = sorted(needs & OBSERVED.keys())
+    if unseen and not hands_on(blocks[Block("vision", split_site(reduction.site)[1])]):
+        raise ValueError(
+            f"{reduction.site} has no {', '.join(unseen)}: its block hands no further arguments on "
+            "to its attention, which cannot be observed. Use scores and similarities of the "
+            "patches themselves."
+        )
+    if reduction.mass_bias:
+        raise ValueError(
+            f"{reduction.site}: masses of groups of patches bias no attention. Use mass_bias=0."
+        )
+    if sites.encoder is Encoder.MIXING:
+        raise ValueError(
+            f"{reduction.site}: the graph was captured for reductions after the vision tower. "
+            "Use a reduced model, which captures what its policy needs."
+        )
+
+
 def _is_of_decoder_alone(selector: str) -> bool:
     """Return whether a selector reads hidden states after the final norm of the decoder."""
     return any(name.startswith("normed_") for name in SELECTORS[selector].features)
@@ -150,6 +194,24 @@ def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> No
         f"{reduction.site}: {reason}, and there is {given}. Give every sample a row of its own, "
         "with an attention_mask [B, N] if rows are padded."
     )
+
+
+def check_order(sites: Sites, policy: Policy) -> None:
+    """Refuse a reduction at the projector after one of groups of patches.
+
+    Args:
+        sites: The sites.
+        policy: The reductions.
+
+    Raises:
+        ValueError: If there are both.
+    """
+    stages = {split_site(reduction.site)[0] for reduction in policy.reductions}
+    if sites.encoder is not Encoder.PATCHWISE and {"vision", "projector"} <= stages:
+        raise ValueError(
+            "projector: reductions at the projector after those of groups of patches in the vision "
+            "tower are not supported. Use one of the two, with further reductions in the decoder."
+        )
 
 
 def check_masks(graph_module: fx.GraphModule, packed: str) -> None:

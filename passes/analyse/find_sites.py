@@ -6,7 +6,7 @@ of the data flow). Only at such a value does dropping a token drop it everywhere
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import networkx as nx
@@ -28,6 +28,7 @@ from deos_fx.passes.analyse.flow import (
     find_merge,
     find_operands,
 )
+from deos_fx.passes.analyse.groups import OF_GROUPS, UNUSED, hands_on
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.graph import attends, blocks_of, made_of, reached
 from deos_fx.passes.notes import note_of, note_of_graph
@@ -55,18 +56,24 @@ _OF_CLASS_TOKEN = _observed("class")
 _OF_TEXT = frozenset({"text_tokens", "text_mask"})
 
 
-def find_sites(graph_module: fx.GraphModule) -> Sites:
+def find_sites(
+    graph_module: fx.GraphModule, in_groups: Callable[[], Mapping[int, str]] | None = None
+) -> Sites:
     """List every site of an annotated prefill graph.
 
-    1. If the image encoder is one opaque node, there are no sites in the tower, and the projector
-       is the prompt with the features in place.
-    2. If the features are not made of one patch each, there are no sites in the tower either, and
-       the projector is the features.
+    1. If the image encoder is one opaque node, the projector is the prompt with the features in
+       place.
+    2. If the features are not made of one patch each, the projector is the features.
     3. Otherwise, blocks of the tower that everything passes are sites, too.
+
+    In the first two cases, blocks of the tower are sites where whole groups of patches make a
+    visual token each.
 
     Args:
         graph_module: A captured and annotated graph with the inputs ``input_ids`` and
             ``pixel_values`` or ``pixel_values_videos``.
+        in_groups: Says for each vision block, by its index, why groups of patches cannot be reduced
+            after it; empty if they can. None if nothing is known of such groups.
 
     Returns:
         The sites, each with the reason if it cannot be used.
@@ -94,12 +101,13 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
         reason = "the image encoder reads the sizes of images, so it is one node of the graph"
         if PIXELS[1] in inputs:
             reason = "the video encoder reads how many frames there are, so it is one node"
+            in_groups = None
         # Some models add images to the hidden states between two layers.
         late = merge in reached([blocks_of(graph, "decoder")[0]])
         why_not = "images enter the prompt after the first decoder layer" if late else ""
         projector = Site("projector", merge.name, why_not, _scores_from(_OF_FEATURES))
         return Sites(
-            (*_unavailable(graph_module, reason), projector, *in_decoder),
+            (*_sites_of_groups(graph_module, in_groups, reason), projector, *in_decoder),
             merge.name,
             embeddings.name,
             Encoder.OPAQUE,
@@ -121,7 +129,7 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
         reason = "the visual tokens are not made of one patch each"
         projector = Site("projector", features.name, "", _scores_from(_OF_FEATURES))
         return Sites(
-            (*_unavailable(graph_module, reason), projector, *in_decoder),
+            (*_sites_of_groups(graph_module, in_groups, reason), projector, *in_decoder),
             features.name,
             embeddings.name,
             Encoder.MIXING,
@@ -136,7 +144,7 @@ def find_sites(graph_module: fx.GraphModule) -> Sites:
     vision = [
         _site_after(block, reason, () if reason else in_tower)
         for block in _blocks(graph_module, "vision")
-        for reason in [reasons.get(block.index, _UNUSED)]
+        for reason in [reasons.get(block.index, UNUSED)]
     ]
     # At the projector, keys of the tower's last block are for similarities only, not for scores.
     at_projector = _scores_from((of_image | _OF_TEXT) - {"keys"})
@@ -160,9 +168,25 @@ def _site_after(block: Block, reason: str, scores: tuple[str, ...]) -> Site:
     return Site(block.site, block.name, reason, scores)
 
 
-def _unavailable(graph_module: fx.GraphModule, reason: str) -> list[Site]:
-    """Make the sites of a tower that has none to use."""
-    return [_site_after(block, reason, ()) for block in _blocks(graph_module, "vision")]
+def _sites_of_groups(
+    graph_module: fx.GraphModule, in_groups: Callable[[], Mapping[int, str]] | None, unknown: str
+) -> list[Site]:
+    """Make the sites of a tower of which groups of patches make a visual token each.
+
+    Args:
+        graph_module: The annotated graph.
+        in_groups: As in `find_sites`.
+        unknown: The reason where nothing is known of groups.
+    """
+    blocks = _blocks(graph_module, "vision")
+    reasons = in_groups() if in_groups and blocks else {}
+    modules = note_of_graph(graph_module).blocks
+    sites = []
+    for block in blocks:
+        reason = reasons.get(block.index, unknown)
+        features = OF_GROUPS if hands_on(modules[block]) else OF_GROUPS - OBSERVED.keys()
+        sites.append(_site_after(block, reason, () if reason else _scores_from(features)))
+    return sites
 
 
 def _decoder_sites(graph: fx.Graph, flow: nx.DiGraph) -> list[Site]:
@@ -262,7 +286,6 @@ def _run(graph_module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, A
 
 
 _NO_ATTENTION = "its layer does not attend: no scores by attention or keys"
-_UNUSED = "its output is not used by the language model"
 
 
 def _why_not_in_tower(
@@ -290,7 +313,7 @@ def _why_not_in_tower(
     for i, block in reversed(blocks_of(graph, "vision").items()):
         reasons[i] = ""
         if block not in used:
-            reasons[i] = _UNUSED  # Case 1.
+            reasons[i] = UNUSED  # Case 1.
         elif block not in through:
             # Case 2.
             reasons[i] = (

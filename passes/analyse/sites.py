@@ -17,8 +17,8 @@ class Encoder(Enum):
             the tower, and the attention of its blocks can be observed.
         MIXING: Its features are not made of one patch each. The features can be reduced, but
             the tokens of its blocks are others.
-        OPAQUE: It is one node, since it reads sizes into Python. Its features can be reduced only
-            when they are already in the prompt.
+        OPAQUE: It is one node, since it reads sizes into Python, or since groups of patches are
+            reduced inside it. Its features can be reduced only when they are already in the prompt.
     """
 
     PATCHWISE = auto()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import PreTrainedConfig, masking_utils
 
 from deos_fx.errors import GuardError
 from deos_fx.models.upstream import CACHE
-from deos_fx.models.views import shallow_copy
+from deos_fx.models.views import with_forward
 
 __all__ = ["ImageEncoder", "MaskBuilder", "check_guard", "first_of"]
 
@@ -127,16 +126,4 @@ def _joined(images: Any) -> Any:
 
 def first_of(module: nn.Module) -> nn.Module:
     """Make a view of a module that returns only its first output; everything else is shared."""
-    kind: Any = type(module)
-    view = shallow_copy(module)
-    # accelerate's hooks are a forward of the instance, which would hide that of the view's class.
-    # The view has to call it as well.
-    hooked = vars(view).pop("forward", None)
-
-    @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        whole = hooked or functools.partial(kind.forward, self)
-        return whole(*args, **kwargs)[0]
-
-    view.__class__ = type(kind.__name__, (kind,), {"forward": forward})
-    return view
+    return with_forward(module, lambda forward, *args, **kwargs: forward(*args, **kwargs)[0])

@@ -166,6 +166,10 @@ class _Insertion(Lowering):
         # Gates of images [I, C] are reported as gates of prompts, like those in the decoder.
         self.gates.append(self.call(tokens.masses_of_prompt, self.alive, self.layout.images))
 
+    def reduce_inside(self, steps: Sequence[Step]) -> None:
+        """Refuse groups of patches in the tower of an encoder that is one node."""
+        raise ValueError(f"{steps[0].site.name}: groups of patches have no relaxed form.")
+
     def reduce_merged(self, step: Step, groups: Sequence[Group]) -> None:
         """Reduce images that are already in the prompt, each of them alone."""
         # In a search, all images of a batch have one size, so there is one group.

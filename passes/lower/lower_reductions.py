@@ -17,13 +17,17 @@ from torch import fx
 from deos_fx import tokens
 from deos_fx.forms.needs import required_features
 from deos_fx.forms.static import StaticOutput, static_reduce
+from deos_fx.models.families import is_encoder
 from deos_fx.models.views import has_several_devices
-from deos_fx.passes.analyse.check_reduction import check_masks, check_reduction
+from deos_fx.passes.analyse.check_reduction import check_masks, check_order, check_reduction
 from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import blocks_after
+from deos_fx.passes.lower.reduced_encoder import ReducedEncoder, explained, left_in_tower
+from deos_fx.passes.lower.reduced_patches import ROLES
 from deos_fx.passes.lower.site_walk import Group, Place, SiteWalk, Step
 from deos_fx.passes.lower.token_space import TokenSpace
+from deos_fx.passes.notes import note_of_graph
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.passes.observe.site_features import TowerFeatures
 from deos_fx.policy.policy import Policy
@@ -58,6 +62,7 @@ def lower_reductions(
         # Case: nothing to insert. The graph stays bit-identical to the model.
         return finish(graph_module)
     check_masks(graph_module, layout.packed)
+    check_order(sites, policy)
     # Counts of every reduction for each image, since a ratio keeps more of a larger one:
     # transposed, they are the counts of all images for each reduction.
     counts = zip(*map(policy.counts, layout.sizes), strict=True)
@@ -173,6 +178,30 @@ class Lowering(SiteWalk):
     def reread(self, features: TowerFeatures, name: str) -> fx.Node:
         """Read a feature of the latest site in the tower at the tokens that it kept."""
         return self.call(tokens.known_of_kept, features[name], self.kept_in_tower)
+
+    def reduce_inside(self, steps: Sequence[Step]) -> None:
+        """Reduce groups of patches in the tower, and leave the others out of the prompt."""
+        (encoder,) = (node for node in self.graph.nodes if is_encoder(node))
+        whole: Any = self.graph_module.get_submodule(str(encoder.target))
+        blocks = note_of_graph(self.graph_module).blocks
+        tower = [blocks[block] for block in sorted(blocks) if block.stage == "vision"]
+        reduced = ReducedEncoder(whole.core, whole.encode, tower, steps, self.layout)
+        self.graph_module.set_submodule(str(encoder.target), reduced)
+        hidden = self.nodes[self.sites.features]
+        # After both the prompt and the visual tokens' positions.
+        with self.graph.inserting_before(max(hidden, self.visual).next):
+            for step in steps:
+                self.emitter.site = step.site.name
+                for role in ROLES:
+                    value = self.call(explained, encoder, step.site.name, role)
+                    self.emitter.explain(role, value)
+            kept = self.call(left_in_tower, encoder, "kept")
+            # Without transfers, every mass is 1.
+            moved = any(step.reduction.gain or step.reduction.residual for step in steps)
+            mass = self.call(left_in_tower, encoder, "mass") if moved else None
+            rule = rule_before_decoder(step.reduction for step in steps)
+            # Masses that arise in the tower bias the attention of the tower only.
+            self._shorten(hidden, Part(kept, None, mass), self._cells_at(kept), rule, 0.0)
 
     def reduce_merged(self, step: Step, groups: Sequence[Group]) -> None:
         """Reduce images that are already in the prompt, each of them alone."""

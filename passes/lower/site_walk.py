@@ -5,7 +5,8 @@
 There are three kinds of sites:
 
 1. In the tower and at the projector, each image is reduced alone. What is left of all images of a
-   prompt then enters the prompt.
+   prompt then enters the prompt. In a tower inside of an opaque encoder, groups of patches are
+   reduced, and the visual tokens made of the others leave the prompt afterwards.
 2. Where the image encoder is opaque, its features are already in the prompt when they can first be
    reduced. Each image is taken out of the prompt and reduced alone, too.
 3. In the decoder, all visual tokens of a prompt are reduced together.
@@ -153,8 +154,12 @@ class SiteWalk(ABC):
         # Steps are in order of depth, so those in the decoder are the last ones.
         before_decoder = [step for step in self.steps if step.stage != "decoder"]
         opaque = self.sites.encoder is Encoder.OPAQUE
+        inside = [step for step in before_decoder if opaque and step.stage == "vision"]
+        if inside:
+            # Kind 1, in an encoder that is one node.
+            self.reduce_inside(inside)
         # Kinds 1 and 2.
-        for step in before_decoder:
+        for step in before_decoder[len(inside) :]:
             self._at(step, self._at_merged if opaque else self._at_images)
         # Merged images have shortened their prompts already.
         if before_decoder and not opaque:
@@ -176,6 +181,10 @@ class SiteWalk(ABC):
     @abstractmethod
     def reduce_images(self, step: Step, place: Place) -> None:
         """Reduce every image alone: its patches in the tower, or its features after it."""
+
+    @abstractmethod
+    def reduce_inside(self, steps: Sequence[Step]) -> None:
+        """Reduce groups of patches in the tower of an image encoder that is one node."""
 
     @abstractmethod
     def reduce_merged(self, step: Step, groups: Sequence[Group]) -> None:

@@ -9,13 +9,15 @@ from torch import fx
 
 from deos_fx import tokens
 from deos_fx.models.families import is_encoder
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.analyse.annotate_token_spaces import padding_node, position_tables
 from deos_fx.passes.analyse.sites import Sites
-from deos_fx.passes.graph import blocks_after
+from deos_fx.passes.graph import blocks_after, blocks_of
 from deos_fx.passes.lower.emitter import Emitter
 from deos_fx.passes.lower.open_space import open_space, reindexed
 from deos_fx.passes.notes import annotate, note_of
 from deos_fx.passes.observe.observe_block import bias_block
+from deos_fx.passes.rewrite.continue_text import continues
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["TokenSpace", "insert_visual_positions"]
@@ -86,6 +88,9 @@ class TokenSpace:
         # Made when it is first asked for, once for each space.
         self._padding: fx.Node | None = None
         (self._ids,) = emitter.graph.find_nodes(op="placeholder", target="position_ids")
+        # Whether the layers see earlier turns, whose tokens have moved up by rules of their own.
+        layers = blocks_of(emitter.graph, "decoder").values()
+        self._continues = any(continues(emitter.graph_module, layer) for layer in layers)
         # Position ids and rotary tables: original node -> node in the current space.
         tables = position_tables(emitter.graph_module)
         self._positions = {node: node for node in [self._ids, *tables]}
@@ -152,6 +157,8 @@ class TokenSpace:
         # Without a bias, too: masks that were re-indexed may have that of the space before.
         for layer in blocks_after(index, "decoder"):
             bias_block(self.emitter.graph_module, layer, key_bias)
+            if self._continues:
+                layer.update_kwarg("places", origin)
         # 5. What decoding needs to know of the space.
         left = {"origin": origin} | ({"key_bias": key_bias} if key_bias else {})
         if trailing is not None:
@@ -198,6 +205,9 @@ class TokenSpace:
             moved = self.call(tokens.compact_positions, ids, origin)
         else:
             moved = self.call(tokens.grid_positions, ids, trailing, origin)
+        if position != "keep" and self._continues:
+            (cache,) = self.emitter.graph.find_nodes(op="placeholder", target=CACHE)
+            moved = self.call(tokens.after_earlier, moved, cache, len(self.left) + 1)
         annotate(moved, axes=note_of(ids).axes)
         replaced = {self._positions[ids]: moved}
         for table in tables:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from deos_fx import tokens
+from deos_fx.attention.continued import ContinuedLayer
 from deos_fx.attention.mask import biased_mask, is_causal
 from deos_fx.attention.observation import Observation
 from deos_fx.attention.seam import ObservedBlock, PeekedBlock
@@ -84,9 +85,9 @@ def peek_block(
     """
     observe = tuple(observation for observation, _ in wanted)
     graph_module.add_submodule(name, PeekedBlock(module, observe))
-    # The cache gets the keys of a block when the block runs, not when it is peeked into. And the
-    # queries that `like` is asked for are not those of the peek.
-    left_out = ("asked", CACHE)
+    # The cache gets the keys of a block when the block runs, not when it is peeked into; only one
+    # of a later turn is read. And the queries that `like` is asked for are not those of the peek.
+    left_out = ("asked",) if isinstance(module, ContinuedLayer) else ("asked", CACHE)
     kwargs = {key: value for key, value in like.kwargs.items() if key not in left_out}
     graph = graph_module.graph
     # The first argument of a block is the hidden states.

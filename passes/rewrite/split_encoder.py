@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import made_of
+from deos_fx.passes.lower.reduced_encoder import explained, left_in_tower
 
 __all__ = ["split_encoder"]
 
@@ -41,9 +42,12 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
         if {node.name for node in made_of(guard) if node.op == "placeholder"} <= images.keys():
             graph.erase_node(guard)
     (encoder,) = graph.find_nodes(op="call_module", target="image_encoder")
+    # What explains reductions inside the encoder is for the whole graph alone.
+    for value in graph.find_nodes(op="call_function", target=explained):
+        graph.erase_node(value)
     # Fields of the encoder's output that the prefill reads. The encoder's graph will read them,
     # since inputs of an exported graph are tensors.
-    parts = [user for user in encoder.users if user.target is getattr]
+    parts = [user for user in encoder.users if user.target in (getattr, left_in_tower)]
     needed = made_of(encoder) | {*parts}
     front = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

@@ -6,7 +6,7 @@ model's device when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,8 @@ from deos_fx.passes.analyse.annotate_token_spaces import PROMPT_MASK
 from deos_fx.passes.captures import Captures
 from deos_fx.passes.pipeline import Captured
 from deos_fx.passes.rewrite.mark_prompt import mark_prompt
-from deos_fx.passes.search.objective import Target, before_answer, labelled, self_distilled
+from deos_fx.passes.search.answers import answered
+from deos_fx.passes.search.objective import Target, before_answer, distilled, labelled
 from deos_fx.passes.search.processes import Progress
 from deos_fx.tokens.layout import PromptLayout
 
@@ -43,11 +44,10 @@ class SearchBatch:
         number: Its place in the data, from 0.
         call: The call of the model, completed, without labels; its tensors are where the data has
             them.
-        captured: The captured call that it runs through; with labels, it takes a ``prompt_mask``.
+        captured: The captured call that it runs through, which takes a ``prompt_mask``.
         layout: The layout of its prompts.
         target: The predictions that its logits are compared with.
-        prompt: The ``prompt_mask`` [B, N]: 1 for real tokens before the answer. None without
-            labels.
+        prompt: The ``prompt_mask`` [B, N]: 1 for real tokens before the answer.
     """
 
     number: int
@@ -55,13 +55,12 @@ class SearchBatch:
     captured: Captured
     layout: PromptLayout
     target: Target
-    prompt: Tensor | None = None
+    prompt: Tensor
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Return the inputs of graphs that are made of the captured one, on the model's device."""
-        marked = {} if self.prompt is None else {PROMPT_MASK: self.prompt}
-        return moved(self.call.inputs | marked, self.call.model.device)
+        return moved(self.call.inputs | {PROMPT_MASK: self.prompt}, self.call.model.device)
 
     @property
     def kind(self) -> Hashable:
@@ -87,29 +86,46 @@ def check_whole(model: object) -> None:
         )
 
 
-def checked_calls(facts: ModelFacts, data: Iterable[Mapping[str, Any]]) -> list[Call]:
-    """Check the data, and complete the inputs of every batch.
+def checked_calls(
+    facts: ModelFacts, data: Iterable[Mapping[str, Any]], progress: Progress | None = None
+) -> tuple[list[Call], bool]:
+    """Check the data, and complete the inputs of every batch; without labels, the model answers.
 
     Args:
         facts: The facts of the model.
         data: Batches of model inputs, perhaps with labels.
+        progress: Called with the stage ``answers`` after each batch that the model has answered.
 
     Returns:
-        A call for each batch, whose tensors are where the data has them.
+        A call with labels for each batch, whose tensors are where the data has them; and whether
+        the labels are those of the data.
 
     Raises:
         ValueError: If the data or a batch of it is empty, or the batches do not fit one policy.
         TypeError: If the data holds anything but dicts.
     """
-    calls = [_checked(facts, number, batch) for number, batch in enumerate(data)]
+    calls: list[Call] = []
+    with_labels = 0
+    for number, batch in enumerate(data):
+        _check_batch(number, batch)
+        with_labels += "labels" in batch
+        calls.append(_completed(facts, batch))
+        if progress is not None and not with_labels:
+            done = number + 1
+            progress("answers", done, len(data) if isinstance(data, Sized) else done)
     if not calls:
         raise ValueError("data is empty: give at least one dict of model inputs.")
+    if with_labels not in (0, len(calls)):
+        raise ValueError(
+            f"{with_labels} of the {len(calls)} batches of data have labels: give them with all "
+            "batches, or with none."
+        )
     _check_alike(facts, calls)
-    return calls
+    return calls, with_labels > 0
 
 
-def _checked(facts: ModelFacts, number: int, batch: Mapping[str, Any]) -> Call:
-    """Check a batch, and complete its inputs."""
+def _check_batch(number: int, batch: Mapping[str, Any]) -> None:
+    """Check that a batch has prompts."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"data holds a {type(batch).__name__}; give dicts of model inputs, as a processor "
@@ -122,11 +138,17 @@ def _checked(facts: ModelFacts, number: int, batch: Mapping[str, Any]) -> Call:
             f"Batch {number} of data (from 0) is empty: it has {given}. Leave it out, or give the "
             "input_ids [B, N] that a processor returns."
         )
+
+
+def _completed(facts: ModelFacts, batch: Mapping[str, Any]) -> Call:
+    """Complete the inputs of a batch."""
+    call = Call.of(facts, moved(batch, facts.model.device))
+    if "labels" not in batch:
+        call = answered(call)
     # A search never decodes, and a cache would only take memory.
-    inputs = moved(batch, facts.model.device) | {"use_cache": False}
-    # What completes it may run a part of the model. Then it goes back to make room.
-    call = completed(Call.of(facts, inputs))
-    return replace(call, inputs=moved(call.inputs, ids.device))
+    call = completed(call.having(use_cache=False))
+    # What completes it may run a part of the model. Now it goes back to make room.
+    return replace(call, inputs=moved(call.inputs, batch["input_ids"].device))
 
 
 def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -152,25 +174,21 @@ def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
     counts = sorted({layout.images for layout in layouts})
     if len(counts) > 1:
         raise ValueError(
-            f"The prompts of data have {counts} images; search with equally many in every prompt."
-        )
-    # 3. Labels for all batches or for none.
-    answered = sum("labels" in call.inputs for call in calls)
-    if answered not in (0, len(calls)):
-        raise ValueError(
-            f"{answered} of the {len(calls)} batches of data have labels: give them with all "
-            "batches, or with none."
+            f"The prompts of data have {counts} images, where each tile of an image counts; search "
+            "with equally many in every prompt, such as images of one shape."
         )
 
 
 def with_targets(
-    captures: Captures, calls: Sequence[Call], progress: Progress | None
+    captures: Captures, calls: Sequence[Call], labels: bool, progress: Progress | None
 ) -> tuple[list[SearchBatch], bool]:
     """Capture the calls of all batches, and make their targets.
 
     Args:
         captures: The model's captures.
-        calls: The call of every batch, in the order of the data, perhaps with labels.
+        calls: The call of every batch, in the order of the data, with labels.
+        labels: Whether the labels are the target; otherwise it is the unreduced model's
+            predictions where they are.
         progress: Called with the stage ``capture`` after each batch.
 
     Returns:
@@ -184,7 +202,7 @@ def with_targets(
     marked: dict[Captured, Captured] = {}
     try:
         for number, call in enumerate(calls):
-            batches.append(_with_target(captures, number, call, marked))
+            batches.append(_with_target(captures, number, call, labels, marked))
             if progress is not None:
                 progress("capture", number + 1, len(calls))
     except KeyboardInterrupt:
@@ -196,26 +214,26 @@ def with_targets(
 
 
 def _with_target(
-    captures: Captures, number: int, batch: Call, marked: dict[Captured, Captured]
+    captures: Captures, number: int, batch: Call, labels: bool, marked: dict[Captured, Captured]
 ) -> SearchBatch:
     """Capture a batch's call and make its target: its labels, or the unreduced predictions."""
-    own, labels = without_labels(batch), batch.inputs.get("labels")
+    own, answers = without_labels(batch), batch.inputs["labels"]
     call = replace(own, inputs=moved(own.inputs, own.model.device))
     # A prediction at a visual token does not count, since the token may be dropped.
     visual = placeholders(own.facts, own.inputs["input_ids"])
-    if labels is not None:
+    if labels:
         # Case: labels. The model need not run.
-        captured = captures.serving(call)
-        if captured not in marked:
-            twin = captured.copy()
-            marked[captured] = replace(twin, graph_module=mark_prompt(twin.graph_module))
-        target, prompt = labelled(labels, visual), before_answer(labels, padding_of(own.inputs))
-        return SearchBatch(number, own, marked[captured], batch.layout, target, prompt)
-    # Case: no labels. The captured graph is run, and gives the answers of the unreduced model.
-    with torch.no_grad():
-        captured, unreduced = captures.serve(call, lambda captured: captured.graph_module)
-    target = self_distilled(own.inputs, visual, unreduced["logits"].to(visual.device))
-    return SearchBatch(number, own, captured, batch.layout, target)
+        captured, target = captures.serving(call), labelled(answers, visual)
+    else:
+        # Case: its own answers. The captured graph is run on them.
+        with torch.no_grad():
+            captured, unreduced = captures.serve(call, lambda captured: captured.graph_module)
+        target = distilled(answers, visual, unreduced["logits"].to(visual.device))
+    if captured not in marked:
+        twin = captured.copy()
+        marked[captured] = replace(twin, graph_module=mark_prompt(twin.graph_module))
+    prompt = before_answer(answers, padding_of(own.inputs))
+    return SearchBatch(number, own, marked[captured], batch.layout, target, prompt)
 
 
 def without_labels(call: Call) -> Call:

@@ -16,6 +16,7 @@ from deos_fx.passes.search.descent import relaxed_graph
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.policy.learned import Learned
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import Look
 
 __all__ = ["looks_of"]
@@ -41,7 +42,8 @@ def looks_of(problem: SearchProblem, policy: Policy) -> list[Look]:
     watched = {}
     for reduction in policy.reductions:
         if reduction.learned.scores:
-            named = [n for n in problem.sites[reduction.site].scores if SCORES[n].searched]
+            site = problem.sites[reduction.site]
+            named = [n for n in site.scores if SCORES[n].searched and _has(problem, reduction, n)]
             # A site that is not active, but observes everything that has a name.
             every = {**dict.fromkeys(named, 1.0), **reduction.scores}
             start = replace(reduction, scores=every, keep=1.0)
@@ -70,6 +72,11 @@ def looks_of(problem: SearchProblem, policy: Policy) -> list[Look]:
             parts, others = _scores(watched[reduction.site], given, alive, reduction.scores)
             looks += _looks(reduction.site, parts, others, reduction.learned)
     return looks
+
+
+def _has(problem: SearchProblem, reduction: Reduction, score: str) -> bool:
+    """Return whether a score can take the place of a reduction's; some need a grid of tokens."""
+    return problem.runs(Policy((replace(reduction, scores={score: 1.0}),)))
 
 
 def _scores(

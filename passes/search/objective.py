@@ -1,8 +1,8 @@
 """The objective of a search: a task loss, and a penalty for costs beyond their limits.
 
-The task is the loss on labels, or the distance to the unreduced model's answers. Both are measured
-at positions that no reduction drops, text and the last token of a prompt, so relaxed and static
-graphs of any token count are scored on the same predictions.
+The task is the loss on labels, or the distance to the unreduced model along its own answers. Both
+are measured at positions of text, which no reduction drops, so relaxed and static graphs of any
+token count are scored on the same predictions.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deos_fx.inputs.media import padding_of
 from deos_fx.tokens.index import take
-from deos_fx.tokens.positions import last_token
 
-__all__ = ["AugmentedLagrangian", "Effort", "Target", "before_answer", "labelled", "self_distilled"]
+__all__ = ["AugmentedLagrangian", "Effort", "Target", "before_answer", "distilled", "labelled"]
 
 
 @dataclass(frozen=True)
@@ -104,8 +101,8 @@ def labelled(labels: Tensor, visual: Tensor) -> Target:
     positions = (following != -100) & ~visual
     if not positions.any():
         raise ValueError(
-            "labels are -100 everywhere: mark the answer tokens with their ids, or leave labels "
-            "out to search by self-distillation."
+            "labels are -100 everywhere behind text: mark the answer tokens with their ids, or "
+            "leave labels out, so that the unreduced model answers; a prompt has to end in text."
         )
     return Target(positions, labels=following[positions])
 
@@ -121,25 +118,21 @@ def before_answer(labels: Tensor, padding: Tensor | None) -> Tensor:
     return asked.long() if padding is None else asked.long() * padding.long()
 
 
-def self_distilled(inputs: Mapping[str, Any], visual: Tensor, unreduced: Tensor) -> Target:
-    """Make targets of the unreduced model's predictions at the last token and text after an image.
+def distilled(labels: Tensor, visual: Tensor, unreduced: Tensor) -> Target:
+    """Make targets of the unreduced model's predictions of its own answers.
 
     Args:
-        inputs: Inputs of the model.
+        labels: [B, N]; its answers, as for `labelled`.
         visual: Bool [B, N].
         unreduced: Logits [B, N, vocabulary] of the unreduced model.
 
     Returns:
         The target.
+
+    Raises:
+        ValueError: If no label is left.
     """
-    # Text before the first image is the same for every policy.
-    seen_image = visual.long().cumsum(dim=1) > 0
-    positions = seen_image & ~visual
-    mask = padding_of(inputs)
-    if mask is not None:
-        positions &= mask.bool()
-    # The last token counts even if it is visual: it is never dropped.
-    positions = positions.scatter(1, last_token(visual, mask), True)
+    positions = labelled(labels, visual).positions
     return Target(positions, logits=unreduced[positions])
 
 

@@ -15,6 +15,7 @@ from deos_fx.passes.search.descent import GATE_TEMPERATURES, relaxed_graph
 from deos_fx.passes.search.looks import looks_of
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.space import relaxed
+from deos_fx.passes.search.timing import prefill
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.evidence import Evidence
@@ -151,7 +152,9 @@ def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candid
     limit = problem.limits["latency_ms"] if problem.timed_here else math.inf
     while limit < math.inf and candidates:
         # Measuring takes long, so candidates are measured only until one is fast enough.
-        own = milliseconds(problem.prefill(candidates[0].policy), problem.model.device)
+        own = milliseconds(
+            prefill(problem.captures, problem.scoring, candidates[0].policy), problem.model.device
+        )
         (time,) = processes.of_main([own])
         if time <= limit:
             break

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
-from deos_fx.cost.latency import in_turns, latency_table
 from deos_fx.cost.model import CostModel
-from deos_fx.inputs.call import Call
 from deos_fx.models.facts import facts_of
 from deos_fx.passes.analyse.check_reduction import check_reduction
-from deos_fx.passes.analyse.sites import Site, Sites
+from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.captures import Captures
-from deos_fx.passes.pipeline import Captured, lower_call, run_graph
+from deos_fx.passes.pipeline import Captured, lower_call
 from deos_fx.passes.rewrite.split_prefix import split_prefix
 from deos_fx.passes.search import processes
 from deos_fx.passes.search.batches import (
@@ -30,22 +28,19 @@ from deos_fx.passes.search.batches import (
     with_targets,
     without_labels,
 )
+from deos_fx.passes.search.foreign import fingerprint
 from deos_fx.passes.search.fronts import Fronts, Parts
 from deos_fx.passes.search.objective import Effort
 from deos_fx.passes.search.processes import Progress
+from deos_fx.passes.search.timing import measured
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.counts import fit_counts, on_grid, within
-from deos_fx.policy.latency import LatencyTable
-from deos_fx.policy.policy import ModelSignature, Policy
-from deos_fx.policy.reduction import Reduction
+from deos_fx.policy.policy import Policy
 from deos_fx.policy.site import site_order, split_site
 from deos_fx.tokens.cache import SpaceFields
 from deos_fx.tokens.layout import PromptLayout
 
 __all__ = ["SearchProblem"]
-
-# Shares of an image's tokens at which latency is measured.
-_LATENCY_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ class SearchProblem:
             model: The unmodified model.
             data: Batches of model inputs, perhaps with labels.
             budget: The budget.
-            progress: Called with the stage ``capture`` after each batch.
+            progress: Called with the stages ``answers`` and ``capture`` after each batch.
             recognise: Called with the fingerprint of the problem, before anything is captured.
 
         Returns:
@@ -114,10 +109,11 @@ class SearchProblem:
         # 1. The data: every batch is completed, and all of them fit one policy.
         check_whole(model)
         facts = facts_of(model)
-        calls = checked_calls(facts, data)
+        model.eval()
+        calls, labels = checked_calls(facts, data, progress)
         if recognise is not None:
             training = map(without_labels, calls[: len(calls) - len(calls) // 4])
-            recognise(_fingerprint(facts.signature, [*training]))
+            recognise(fingerprint(facts.signature, [*training]))
         # 2. Costs, for every layout. The longest prompts come first: their layout is the
         # problem's own.
         longest = sorted(calls, key=lambda call: call.inputs["input_ids"].shape[1])[::-1]
@@ -128,10 +124,10 @@ class SearchProblem:
         # dict keeps the order, so the first is that of the longest prompts.
         cost, *others = costs.values()
         # 3. The captured calls, and a target for every batch.
-        captures = Captures(model.eval())
+        captures = Captures(model)
         first = without_labels(longest[0])
         captured = captures.serving(replace(first, inputs=moved(first.inputs, model.device)))
-        batches, interrupted = with_targets(captures, calls, progress)
+        batches, interrupted = with_targets(captures, calls, labels, progress)
         # 4. The problem. The last quarter of the batches is held back. Of fewer than four batches,
         # none is, and candidates are scored on all of them.
         held_back = len(batches) // 4
@@ -167,7 +163,11 @@ class SearchProblem:
         if budget.latency_ms is None:
             return problem
         # Measuring runs the model many times, so it is done once, and only if a limit asks for it.
-        table = budget.latency_table or self.cost.latency or self._measured()
+        table = (
+            budget.latency_table
+            or self.cost.latency
+            or measured(self.cost, self.captures, self.scoring)
+        )
         return replace(
             problem,
             cost=self.cost.with_latency(table),
@@ -182,7 +182,7 @@ class SearchProblem:
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the problem, so that a checkpoint of another one is recognised."""
-        return _fingerprint(self.cost.signature, [batch.call for batch in self.training])
+        return fingerprint(self.cost.signature, [batch.call for batch in self.training])
 
     @property
     def sites(self) -> Sites:
@@ -205,50 +205,16 @@ class SearchProblem:
         if names is not None:
             # Case: the sites are given.
             chosen = [self.sites.usable(name, ()) for name in names]
+            inside = [site.name for site in chosen if split_site(site.name)[0] == "vision"]
+            if inside and self.sites.encoder is not Encoder.PATCHWISE:
+                raise ValueError(
+                    f"{inside[0]} cannot be searched: several patches make a visual token, and "
+                    "such groups have no relaxed form. Search other sites, or give a policy."
+                )
             return tuple(sorted(chosen, key=lambda site: site_order(site.name)))
         # Case: all sites after the tower.
         usable = self.sites.available()
         return tuple(site for site in usable if split_site(site.name)[0] != "vision")
-
-    def _measured(self) -> LatencyTable:
-        """Measure this machine, by pruning at the projector."""
-        counts = sorted({max(1, round(self.visual_tokens * share)) for share in _LATENCY_SHARES})
-        prune = Reduction("projector", 1, scores={"feature_norm": 1.0})
-        policies = [Policy((replace(prune, keep=count),)) for count in counts]
-        calls = [self.prefill(policy) for policy in policies]
-        times = in_turns([*calls, self._encoding()], self.model.device)
-        # All processes plan with the times of one.
-        *prefills, encoder = processes.of_main(times)
-        lengths = [self.cost.text_tokens + self.cost.counts(policy)[0] for policy in policies]
-        table = dict(zip(lengths, prefills, strict=True))
-        return latency_table(self.cost, str(self.model.device), table, encoder)
-
-    def _encoding(self) -> Callable[[], object]:
-        """Prepare the encoding of the images of one of the longest prompts, to be timed."""
-        encodings = self._longest()[0].encodings
-        core = self.model.base_model
-        return torch.no_grad()(lambda: [getattr(core, name)(**given) for name, given in encodings])
-
-    def prefill(self, policy: Policy) -> Callable[[], object]:
-        """Prepare the static prefill of one of the longest prompts, to be timed.
-
-        Args:
-            policy: The policy to lower.
-
-        Returns:
-            A function that runs the prefill.
-        """
-        call, layout = self._longest()
-        captured = self.captures.serving(call)
-        graph = lower_call(captured.copy(), policy, layout)
-        return torch.no_grad()(lambda: run_graph(graph, call.inputs))
-
-    def _longest(self) -> tuple[Call, PromptLayout]:
-        """Return the call of one of the longest prompts, and its layout."""
-        # Latency depends on the length of a prompt, and a limit must hold for all.
-        longest = max(self.scoring, key=lambda batch: batch.call.inputs["input_ids"].shape[1])
-        call = longest.call.first_prompt()
-        return replace(call, inputs=moved(call.inputs, self.model.device)), longest.layout
 
     def amounts(self, policy: Policy, *, counted: bool = True) -> dict[str, float]:
         """Return the limited costs of a policy, under the names of the limits.
@@ -393,18 +359,3 @@ class SearchProblem:
 
 def _lowered(policy: Policy, batch: SearchBatch) -> fx.GraphModule:
     return lower_call(batch.captured.copy(), policy, batch.layout)
-
-
-def _fingerprint(signature: ModelSignature, training: Sequence[Call]) -> dict[str, Any]:
-    return {
-        "model": str(signature),
-        "batches": [list(call.inputs["input_ids"].shape) for call in training],
-        "sums": [_sums(call.inputs) for call in training],
-    }
-
-
-def _sums(inputs: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sum of every tensor among inputs, images included, by name."""
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    # As text, in which NaN equals itself.
-    return {name: repr(value.double().sum().item()) for name, value in sorted(tensors.items())}

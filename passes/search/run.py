@@ -34,14 +34,12 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import SearchResult
 
-__all__ = ["STAGES", "SearchRun"]
+__all__ = ["JUDGED", "STAGES", "SearchRun"]
 
 # Steps at each place, if there are several; the best single site and so many pairs go on for a
 # third of all steps.
 _TRIAL, _PAIRS = 24, 2
 _CHECKPOINT_EVERY = 10
-# How often a descent measures the static loss.
-_JUDGED = 9
 # How many regimes as they are defined one site can be in.
 _REGIMES = 7
 # Of those that look better, so many are looked at twice.
@@ -49,6 +47,8 @@ _CHECKED = 3
 # Small changes of the best candidate, at the end: evaluations in units of a held-back loss. Those
 # that look better are looked at again, on the data of the steps.
 _VARIATIONS = 40
+JUDGED = 9
+"""How often a descent measures the static loss."""
 STAGES = ("presets", "steps", "variations")
 """What a search does, in this order."""
 
@@ -153,12 +153,7 @@ class SearchRun:
         for policy in found:
             if not self.scoring.has(policy):
                 self.scoring.add("carried from a looser budget", policy)
-        losses = [
-            charged(each.loss, len(policy.reductions))
-            for policy in found
-            for each in self.scoring.candidates
-            if each.policy.reductions == policy.reductions
-        ]
+        losses = [charged(self.scoring.loss(each), len(each.reductions)) for each in found]
         return [found[losses.index(min(losses))]] if found else []
 
     def at_places(self) -> list[Policy]:
@@ -350,16 +345,16 @@ class SearchRun:
         If places near the best are no better, and another regime is worth steps.
         """
         # Under a tighter budget, and under this one.
-        steps, losses = self.steps // 2, _JUDGED + _VARIATIONS // 2 + len(PRESETS)
+        steps, losses = self.steps // 2, JUDGED + _VARIATIONS // 2 + len(PRESETS)
         steps, losses = self.further * steps, self.further * losses
         if places > 1:
             finalists = min(places, 1 + _PAIRS)
             # On both sides of the best place, at distances that halve.
             tried = places + 2 * (sites // 4).bit_length()
             steps += tried * min(_TRIAL, self.steps) + finalists * (self.steps // 3)
-            losses += (tried + finalists) * _JUDGED
+            losses += (tried + finalists) * JUDGED
         steps += self.steps + self.steps // 2
-        return steps, losses + 2 * _JUDGED + _REGIMES + _VARIATIONS
+        return steps, losses + 2 * JUDGED + _REGIMES + _VARIATIONS
 
 
 def _source(policy: Policy) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
+from deos_fx.contents import own_hash
 from deos_fx.schema import Count, Hash, Strict, Text
 
 __all__ = ["SearchFile", "StepEntry"]
@@ -56,6 +57,16 @@ class SearchFile(Strict):
     """None if no loss was a number."""
     best_step: Count
     history: list[StepEntry]
+    record: Hash | None = None
+    """Of this file without this entry; earlier versions wrote none."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _is_as_written(cls, data: Any, check: ModelWrapValidatorHandler[SearchFile]) -> SearchFile:
+        found = check(data)
+        if found.record not in (None, own_hash(data, "record")):
+            raise ValueError("its entries are not those that were written")
+        return found
 
     @model_validator(mode="after")
     def _is_whole(self) -> SearchFile:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.proposals import variations
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import Candidate
 
 __all__ = ["Scoring", "polish"]
+
+
+@dataclass
+class _Known:
+    """What is known of the policies with the same reductions.
+
+    Attributes:
+        candidate: The candidate among them.
+        on_training_data: Their loss on the data of the steps, if it was measured.
+        rejected: Whether they were better on held-back data alone.
+    """
+
+    candidate: Candidate | None = None
+    on_training_data: float | None = None
+    rejected: bool = False
 
 
 class Scoring:
@@ -31,9 +47,7 @@ class Scoring:
         self.estimate = estimate
         self.progress = progress
         self.candidates: list[Candidate] = []
-        # Policies that were better on held-back data alone, and losses on the data of the steps.
-        self.rejected: list[Policy] = []
-        self._trained: list[tuple[Policy, float]] = []
+        self._known: dict[tuple[Reduction, ...], _Known] = {}
 
     @property
     def best(self) -> Candidate:
@@ -42,16 +56,17 @@ class Scoring:
 
     def has(self, policy: Policy) -> bool:
         """Return whether a policy with the same reductions is a candidate already."""
-        return any(known.policy.reductions == policy.reductions for known in self.candidates)
+        return self._of(policy).candidate is not None
 
     def has_rejected(self, policy: Policy) -> bool:
         """Return whether a policy with the same reductions was not confirmed."""
-        return any(known.reductions == policy.reductions for known in self.rejected)
+        return self._of(policy).rejected
 
     def loss(self, policy: Policy) -> float:
-        """Return the loss of a candidate with the same reductions."""
-        same = (each for each in self.candidates if each.policy.reductions == policy.reductions)
-        return next(same).loss
+        """Return the loss of the candidate with the same reductions; there must be one."""
+        candidate = self._of(policy).candidate
+        assert candidate is not None
+        return candidate.loss
 
     def measure(self, policy: Policy) -> float:
         """Return the loss of a policy on held-back data."""
@@ -61,8 +76,9 @@ class Scoring:
         """Add a policy to the candidates and return its loss, which is measured if not given."""
         if loss is None:
             loss = self.measure(policy)
-        cost = self.problem.cost.predict(policy)
-        self.candidates.append(Candidate(policy, source, loss, cost))
+        candidate = Candidate(policy, source, loss, self.problem.cost.predict(policy))
+        self.candidates.append(candidate)
+        self._of(policy).candidate = candidate
         return loss
 
     def confirms(self, policy: Policy, than: Policy) -> bool:
@@ -71,18 +87,19 @@ class Scoring:
         Of many changes, one looks better on little held-back data by chance.
         """
         better = self._on_training_data(policy) < self._on_training_data(than)
-        if not better:
-            self.rejected.append(policy)
+        self._of(policy).rejected |= not better
         return better
 
     def _on_training_data(self, policy: Policy) -> float:
         """Return the loss of a policy on the data of the steps."""
-        for known, loss in self._trained:
-            if known.reductions == policy.reductions:
-                return loss
-        loss = replace(self.problem, scoring=self.problem.training).static_loss(policy)
-        self._trained.append((policy, loss))
-        return loss
+        known = self._of(policy)
+        if known.on_training_data is None:
+            on_steps = replace(self.problem, scoring=self.problem.training)
+            known.on_training_data = on_steps.static_loss(policy)
+        return known.on_training_data
+
+    def _of(self, policy: Policy) -> _Known:
+        return self._known.setdefault(policy.reductions, _Known())
 
     def add_all(self, stage: str, proposals: Sequence[tuple[str, Policy]]) -> None:
         """Add all proposals that are not candidates yet."""

@@ -86,12 +86,13 @@ def search(
         data: Model input dicts (batches), all with equally many images per prompt; the images of a
             batch are alike in size. Where the model has more visual tokens for larger images, the
             sizes may differ between batches, and the policy keeps shares of each image. With
-            ``labels`` the task is cross-entropy on them, otherwise the distance to the unreduced
-            model's own predictions. From four batches on, a quarter is held back for scoring
-            candidates. Reductions see no token from the first label on. The batches are held where
-            they are given, usually in the memory of the host, and each is moved to the model's
-            device when it is used. There, up to 4 GiB of hidden states are held: what precedes
-            the first reduction, which is computed once for a batch.
+            ``labels`` the task is cross-entropy on them. Without, prompts have to end where an
+            answer begins: the unreduced model answers them, greedily and with at most 16 tokens,
+            and the task is the distance to its predictions along its answers. From four batches
+            on, a quarter is held back for scoring candidates. Reductions see no token of an answer.
+            The batches are held where they are given, usually in the memory of the host, and each
+            is moved to the model's device when it is used. There, up to 4 GiB of hidden states are
+            held: what precedes the first reduction, which is computed once for a batch.
         budget: At least one limit.
         budgets: In place of `budget`, several budgets for a front.
         sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deos_fx.checkpoint import check_tensors, load_optimizer, optimizer_tensors
-from deos_fx.contents import file_hash
+from deos_fx.contents import file_hash, own_hash
 from deos_fx.files import write_tensors, write_text
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.search.objective import AugmentedLagrangian
@@ -134,7 +134,7 @@ class SearchState:
         # pair.
         name = f"step-{self.step}.safetensors"
         write_tensors(path / name, tensors)
-        record = {
+        record: dict[str, Any] = {
             "deos_fx": "search",
             "version": 2,
             "tensors": name,
@@ -146,6 +146,8 @@ class SearchState:
             "best_step": self.best_step,
             "history": self.history,
         }
+        # Tuples of the settings are lists in a file.
+        record["record"] = own_hash(json.loads(json.dumps(record)), "record")
         write_text(path / RECORD, json.dumps(record, indent=1))
         # Only now is no record left that names the earlier file.
         for old in path.glob("step-[0-9]*.safetensors"):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_cases import fails, run
 from real_processors import noise, write_qwen
+from transformers import AutoModelForImageTextToText
 
 from deos_fx import Policy, Reduction
+from deos_fx.cli.searching import like_batches
+from deos_fx.data import Record
 from deos_fx.data.processors import load_processor
 
 ROWS: list[dict[str, Any]] = [
@@ -90,3 +94,51 @@ def test_search(folder: Path, tmp_path: Path) -> None:
     options = ("--budget", "50%", "--steps", 1, "--output", tmp_path / "found")
     run("search", folder / "qwen", "--data", folder / "alike.jsonl", *options)
     assert (tmp_path / "found" / "policy.json").is_file()
+
+
+def test_a_search_batches_images_that_become_as_many_tokens(folder: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(folder / "qwen")
+    sizes = [(64, 48), (80, 80), (65, 47), (64, 48)]
+    records = [Record(noise(*size), "what?", str(i)) for i, size in enumerate(sizes)]
+    found = like_batches(model, load_processor(folder / "qwen"), records, 2)
+    # 65 x 47 is resized to 64 x 48.
+    assert [len(batch["input_ids"]) for batch in found] == [2, 1, 1]
+    image = model.config.image_token_id
+    assert [int((batch["input_ids"] == image).sum()) for batch in found] == [96, 48, 100]
+    assert all((batch["labels"] >= 0).any() for batch in found)
+
+
+def test_a_policy_that_is_not_there_is_named(folder: Path) -> None:
+    for command, data in (("eval", "--data"), ("compare", "--test")):
+        message = fails(command, folder / "qwen", data, folder / "d.jsonl", "--policy", "found")
+        assert "there is no policy found; give a policy file, or the folder" in message
+
+
+def test_export_takes_images_as_the_processor_makes_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def export(reduced: Any, folder: Path, **options: Any) -> None:
+        seen.update(options)
+
+    monkeypatch.setattr("deos_fx.export_onnx", export, raising=False)
+    for place in ("loading.load_reduced", "processors.copy_processor"):
+        monkeypatch.setattr(f"deos_fx.cli.{place}", lambda *_, **options: None)
+    images = ("--image", folder / "0.png", "--image", folder / "1.png")
+    run("export", folder / "qwen", tmp_path / "onnx", *images)
+    assert seen["example_inputs"]["image_grid_thw"].prod(dim=1).tolist() == [4 * 48, 4 * 100]
+
+
+# *** example ***
+
+
+def test_example_is_what_the_other_commands_take(tmp_path: Path) -> None:
+    output = run("example", tmp_path / "tried", "--questions", 2)
+    model = tmp_path / "tried" / "model"
+    for name in ("questions", "test"):
+        assert "2 rows" in run("data", tmp_path / "tried" / f"{name}.jsonl", "--model", model)
+    assert "visual tokens, mean" in run("inspect", model, "--preset", "merge")
+    # The commands that it names exist.
+    assert len(re.findall(r"^  deos-fx (inspect|data|search|eval) ", output, flags=re.M)) == 4
+    assert "add --force" in fails("example", tmp_path / "tried")

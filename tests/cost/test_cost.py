@@ -343,3 +343,17 @@ def test_the_cost_of_text_alone():
     assert cost.flops == flops
     assert cost.kv_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert set(cost.visual_tokens_per_layer) == {0} and cost.visual_tokens == 0
+
+
+@pytest.mark.parametrize("eager", ["qwen2_vl", "qwen3_vl", "internvl", "idefics3"], indirect=True)
+@pytest.mark.parametrize("attention", [False, True])
+def test_groups_of_patches_in_the_tower(eager, attention):
+    name, model = eager
+    merge = {"gain": 1.0, "similarity": {"key": 1}, "scores": {"mutual_attention": 1}}
+    # The blocks of InternVL hand nothing on to their attention.
+    how = merge if attention and name != "internvl" else {"scores": {"feature_norm": 1}}
+    step = Reduction("vision.0", 0.25, **how)
+    reduced, batch = ReducedModel(model, Policy((step,))), prompts(name, 2)
+    cost = reduced.cost(**batch)
+    assert cost.after.flops == counted(reduced, **batch)[0]
+    assert cost.before.flops == counted(ReducedModel(model, Policy()), **batch)[0]

@@ -62,8 +62,9 @@ def test_a_table_is_saved_as_json(tmp_path: Path) -> None:
         ({"lengths": (1,)}, "at least two"),
         ({"layers": ((1.0, 2.0, 3.0),)}, "each of the 2 decoder layers"),
         ({"layers": ((1.0, 2.0), (1.0, 2.0))}, "each of the 2 decoder layers"),
-        ({"encoder": math.nan}, "not a time"),
-        ({"encoder": -1.0}, "not a time"),
+        ({"encoder": math.nan}, "no time of a layer"),
+        ({"encoder": -1.0}, "no time of a layer"),
+        ({"encoder": 1e300}, "give 0 to 1e[+]09"),
     ],
 )
 def test_wrong_tables_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -122,3 +123,8 @@ def test_what_a_score_observes_of_a_block() -> None:
 def test_a_window_limits_what_is_seen() -> None:
     assert (at_most(9, None), at_most(9, 4), at_most(3, 4)) == (9, 4, 3)
     assert at_most(torch.tensor(9.0), 4).item() == 4
+
+
+def test_lengths_that_float32_does_not_tell_apart() -> None:
+    table = replace(TABLE, lengths=(1, 2**30, 2**30 + 1))
+    assert table.decoder([2**30, 2**30 + 1]) == 3.0 + 9.0

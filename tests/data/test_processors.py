@@ -54,7 +54,7 @@ def test_saving_changes_no_settings(family: str, tmp_path: Path) -> None:
 def test_videos_are_refused(tmp_path: Path) -> None:
     processor = load_processor(write_processor("qwen2_5_vl", tmp_path))
     video = np.zeros((4, 28, 28, 3), dtype=np.uint8)
-    with pytest.raises(ImportError, match=r"^reading videos needs torchvision; pip install"):
+    with pytest.raises(ImportError, match=r"^reading videos needs packages that are not installed"):
         processor(videos=[video], text=["<|video_pad|>"])
 
 

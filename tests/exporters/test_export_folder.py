@@ -60,7 +60,7 @@ def write(target: Path, name: str) -> None:
     """Export a model, with stand-ins for its graphs."""
     value = {"old": 1.0, "new": 2.0}[name]
 
-    def of(reduced: Any, example: Any, least: int, device: str, tell: Any) -> Any:
+    def of(reduced: Any, example: Any, least: int, *rest: Any) -> Any:
         programs = {graph: program(value) for graph in ("extend", "decode")}
         # What tells the token spaces of the policies.
         spaces = {"old": ("origin_1", "key_bias_1"), "new": ("origin_1",)}[name]
@@ -69,7 +69,7 @@ def write(target: Path, name: str) -> None:
         if name == "old":
             programs["image_encoder"] = program(value)
             constants = {"image_sizes": torch.ones(1, 2, dtype=torch.int64)}
-        return onnx_module._Export(reduced, example, device, programs, dict(constants), tell)
+        return onnx_module._Export(reduced, example, rest[0], programs, dict(constants), *rest[1:])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_module._Export, "of", of)
@@ -128,6 +128,13 @@ def test_every_damage_is_noticed(target: Path) -> None:
         count += 1
     assert count == 13 * len(contents(target)) == 13 * 11
     OnnxModel.from_pretrained(target, "cpu")
+
+
+def test_what_would_be_read_besides_is_refused(exports: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exports["new"], tmp_path / "new"))
+    shutil.copy(exports["old"] / "policy.safetensors", folder)
+    with pytest.raises(ValueError, match="policy.safetensors that was not written with the others"):
+        OnnxModel.from_pretrained(folder, "cpu")
 
 
 def recorded_anew(folder: Path) -> None:

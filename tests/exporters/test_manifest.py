@@ -26,7 +26,8 @@ def test_a_whole_manifest_is_read(tmp_path: Path) -> None:
         read_manifest(tmp_path)
     (tmp_path / RECORD).write_text(json.dumps(WHOLE))
     with pytest.warns(UserWarning, match="cannot be checked for damage"):
-        assert read_manifest(tmp_path) == WHOLE | {"files": None, "sha256": None, "weights": None}
+        found = read_manifest(tmp_path)
+    assert found == WHOLE | dict.fromkeys(["elastic", "files", "sha256", "weights"])
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,11 @@ def test_a_whole_manifest_is_read(tmp_path: Path) -> None:
     [
         ({"version": float(VERSION)}, "version 4.0"),
         ({"pixels": [1, 3, 32, 10**40]}, r"pixels\[3\] is 1000"),
+        ({"pixels": [1, 3, 0, 32]}, r"pixels\[2\] is 0; it should be greater than or equal to 1"),
+        ({"inputs": ["pixel_values"]}, "should name each once, and input_ids"),
+        ({"inputs": ["input_ids", "input_ids"]}, "should name each once, and input_ids"),
+        ({"device": "cpu\n"}, "device is"),
+        ({"packages": {"torch": "\x1b[2J"}}, "packages.torch is .* should match pattern"),
         ({"model": {"model_type": "a"}}, "model lacks the field 'vision_layers'"),
         ({"spaces": [SPACE | {"position": "last"}]}, "position is 'last'"),
         ({"spaces": [SPACE | {"dropped": 64}]}, "there are 4 layers and 64 image tokens"),

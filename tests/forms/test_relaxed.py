@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx import operator
-from deos_fx.forms.relaxed import RelaxedReduction, has_relaxed_form
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.forms.relaxed_parameters import has_relaxed_form
 from deos_fx.forms.static import static_reduce
 from deos_fx.operator import SELECTORS
 from deos_fx.policy.reduction import RANGES, Reduction
@@ -275,3 +276,12 @@ def test_grid_search_passes_through_counts_without_a_layout() -> None:
         site = RelaxedReduction(reduction_of("pool", 9), activation=1.0, retention=retention)
         relaxed = site(tokens, alive, mass, features)
         assert_close(relaxed.alive.mean(-1), torch.full((3,), retention))
+
+
+@pytest.mark.parametrize("gates", ["soft", "hard"])
+def test_damaged_features_give_no_numbers_and_no_error(gates: str) -> None:
+    tokens, mass, features = inputs(0)
+    alive = torch.full_like(mass, torch.nan)
+    settings = {"activation": 1.0, "retention": 0.25, "runners_up": 6, "gates": gates}
+    site = RelaxedReduction(Reduction("decoder.1", 9, selector="greedy", diversity=1.0), **settings)
+    assert site(tokens * torch.nan, alive, mass, features).tokens.isnan().all()

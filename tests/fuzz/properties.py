@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from closeness import assert_close, assert_onnx_close, roundings_of
+from closeness import assert_close, assert_onnx_close, difference, roundings_of
 from drawing import Case
 from families import alone, prompts
 from masked import assert_pruning_is_masking
@@ -25,6 +25,8 @@ __all__ = ["PROPERTIES"]
 
 NEW = 3
 """Tokens that are decoded."""
+NUDGE = 3e-6
+"""By how much an image is changed to tell what rounding decides, relative to its values."""
 UNEQUAL_EXPERTS = {"ernie4_5_vl_moe"}
 """Families whose visual tokens go to smaller experts, which costs count as those of the text."""
 UNEVEN_STEPS = {"nemotron_h_omni"}
@@ -41,9 +43,29 @@ def rows_are_independent(case: Case, reduced: ReducedModel) -> None:
     """Every prompt of a batch gives what it gives alone, without padding."""
     together = reduced(**case.batch).logits
     for row in range(case.rows):
-        own = reduced(**alone(case.family, case.batch, row)).logits
+        inputs = alone(case.family, case.batch, row)
+        own = reduced(**inputs).logits
         # Padding is on the left.
-        assert_close(together[row : row + 1, -own.shape[1] :], own, _roundings(case))
+        found = together[row : row + 1, -own.shape[1] :]
+        try:
+            assert_close(found, own, _roundings(case))
+        except AssertionError:
+            if difference(found, own) > 4 * _by_rounding(reduced, inputs, own):
+                raise
+
+
+def _by_rounding(reduced: ReducedModel, inputs: dict[str, Tensor], own: Tensor) -> float:
+    """How far logits go when an image is rounded otherwise: far, if two tokens nearly tie."""
+    random, found = torch.Generator().manual_seed(0), []
+    for _ in range(8):
+        nudged = {
+            name: x * (1 + NUDGE * torch.randn(x.shape, generator=random))
+            if x.is_floating_point()
+            else x
+            for name, x in inputs.items()
+        }
+        found.append(difference(reduced(**nudged).logits, own))
+    return max(found)
 
 
 def steps_are_one_call(case: Case, reduced: ReducedModel) -> None:

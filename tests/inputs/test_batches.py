@@ -112,3 +112,12 @@ def test_pixels_that_belong_to_nobody_are_refused() -> None:
     batch["image_sizes"] = batch["image_sizes"].flip(0)
     with pytest.raises(ValueError, match="Prompt 0 .* 16 image placeholders .* same call of the"):
         ReducedModel(shared("pixtral"), Policy(PRUNED["both"]))(**batch)
+
+
+def test_more_images_than_placeholders_are_refused() -> None:
+    """Half as many placeholders would fit images of which each token stands for twice as much."""
+    batch = batch_of("qwen2_5_vl", [[grid(4, 8)]])
+    twice = {name: torch.cat([batch[name]] * 2) for name in ("pixel_values", "image_grid_thw")}
+    for policy in (Policy(), Policy((Reduction("projector", 0.5, scores={"feature_norm": 1.0}),))):
+        with pytest.raises(ValueError, match="has 2 images, but input_ids has placeholders"):
+            ReducedModel(shared("qwen2_5_vl"), policy)(**batch | twice)

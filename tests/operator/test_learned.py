@@ -73,6 +73,13 @@ def test_a_preference_by_place_is_a_cosine_series() -> None:
         assert_close(found[j], torch.tensor(sum(terms)))
 
 
+def test_a_preference_by_place_follows_the_tokens_of_each_row() -> None:
+    place, order = normal(3, 2), torch.randperm(TOKENS)
+    rows = torch.stack([grid(), grid()[order]])
+    whole = place_preference(grid(), SIDES, place)[0]
+    assert_close(place_preference(rows, SIDES, place), torch.stack([whole, whole[order]]))
+
+
 def test_a_preference_by_place_carries_to_other_grids() -> None:
     place = normal(2, 2)
     coarse, fine = (

@@ -48,6 +48,14 @@ def test_scores_are_in_single_precision(name: str, dtype: torch.dtype) -> None:
     assert score.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_that_may_be_negative_say_so(name: str) -> None:
+    tokens, _, features = inputs(0)
+    features |= {need: x.abs() for need, x in features.items() if need.startswith("attention")}
+    score = _score(name, {**features, "tokens": tokens, "grid": grid()})
+    assert SCORES[name].signed == bool((score < 0).any())
+
+
 def test_novelty_is_the_distance_to_the_nearest() -> None:
     tokens, _, _ = inputs(0, rows=1)
     for j, value in enumerate(operator.SCORES["novelty"].function(tokens)[0]):

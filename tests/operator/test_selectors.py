@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx import operator
+from deos_fx.operator.select import WHOLE_NUMBERS
 from deos_fx.operator.sequential import greedy_penalty, max_min_ranking
 
 
@@ -203,11 +205,15 @@ def test_probe_takes_the_least_similar_to_each_pivot(
     score, text_score = features["attention_cls"], features["text_score"]
     tokens, text = features["normed_tokens"], features["normed_text"]
     taken, _, count = _split(data, seed)
+    # Rows have unequal numbers of words, as padded prompts do.
+    words = [data.draw(st.integers(0, TEXT)) for _ in range(3)]
+    said = torch.arange(TEXT) < torch.tensor(words)[:, None]
+    text_score = torch.where(said, text_score, torch.finfo(text_score.dtype).min)
     kept = operator.probe(score, tokens, text_score, text, taken, count, image_pivots, text_pivots)
     for row in range(3):
         free = _free(taken, row)
         chosen = sorted(falling(score[row], free)[: min(image_pivots, count)])
-        best = sorted(range(TEXT), key=lambda t: -float(text_score[row, t]))[:text_pivots]
+        best = falling(text_score[row], [*range(words[row])])[:text_pivots]
         probes = [*tokens[row, chosen], *text[row, sorted(best)]]
         share, more = divmod(count - len(chosen), len(probes))
         for i, pivot in enumerate(probes):
@@ -401,3 +407,19 @@ def test_greedy_penalty_ranks_like_greedy(seed: int, count: int, diversity: floa
         kept = operator.greedy(score, similarity, None, diversity, count)
         best = operator.top_k(gain, None, count)
         assert torch.equal(operator.in_order(best), operator.in_order(kept))
+
+
+@pytest.mark.parametrize("name", operator.SELECTORS)
+def test_a_row_names_the_options_of_its_function(name: str) -> None:
+    row = operator.SELECTORS[name]
+    parameters = [*inspect.signature(row.function).parameters]
+    # What it needs, the count, and the options.
+    assert parameters[len(row.needs) + 1 :] == [*row.options]
+
+
+def test_options_that_are_counts_are_whole_numbers() -> None:
+    rows = [*operator.SELECTORS.values(), *operator.SCORES.values()]
+    given = {name: value for row in rows for name, value in row.options.items()}
+    assert WHOLE_NUMBERS.keys() == {x for x, value in given.items() if not isinstance(value, float)}
+    for name, (least, most) in WHOLE_NUMBERS.items():
+        assert given[name] is None or least <= given[name] < most

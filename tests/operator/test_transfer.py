@@ -14,7 +14,7 @@ SOURCES = torch.tensor([[1, 2, 4, 6], [0, 3, 4, 5]])
 TOKENS, MASS, WEIGHT = torch.randn(B, V, WIDTH), torch.rand(B, V) + 0.5, torch.rand(B, V)
 
 
-@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("gain", [0.3, 1.0])
 @pytest.mark.parametrize("receivers", [2, K])
 def test_receivers_are_the_mean_of_what_they_stand_for(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from families import prompts, shared
 from test_descent import problem_of
 from tiny import tiny_llava
 
@@ -12,6 +13,8 @@ from deos_fx.operator.learned import linear_probe
 from deos_fx.operator.scores import feature_norm
 from deos_fx.passes.search.descent import site_tokens
 from deos_fx.passes.search.looks import looks_of
+from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.policy.budget import Budget
 from deos_fx.policy.learned import Learned
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
@@ -41,3 +44,16 @@ def test_shares_and_correlations_are_those_of_the_scores(monkeypatch: pytest.Mon
 def test_a_policy_without_learned_scores_has_no_looks() -> None:
     problem = problem_of(tiny_llava(layers=2), batches=2)
     assert looks_of(problem, Policy((Reduction("projector", 8),))) == []
+
+
+def test_scores_that_need_a_grid_are_left_out_where_there_is_none() -> None:
+    # The patches of its images are sorted by tiles.
+    model, batch = shared("llava_onevision"), prompts("llava_onevision", 2)
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, -1] = batch["input_ids"][:, -1]
+    problem = SearchProblem.of(model, [{**batch, "labels": labels}], Budget(visual_tokens=0.3))
+    assert not problem.layout.placed
+    learned = Learned({"probe": torch.ones(64)})
+    reduction = Reduction("projector", 8, scores={"feature_norm": 1.0}, learned=learned)
+    (look,) = looks_of(problem, Policy((reduction,)))
+    assert look.like and "grid_coverage" not in look.like

@@ -192,6 +192,9 @@ class Seen(SiteWalk):
     def reduce_images(self, step: Step, place: Place) -> None:
         self._note(step, place)
 
+    def reduce_inside(self, steps: Sequence[Step]) -> None:
+        raise AssertionError("the image encoder of this model is not one node")
+
     def reduce_merged(self, step: Step, groups: Sequence[Group]) -> None:
         raise AssertionError("the images of this model are not in the prompt yet")
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from attempts import saved_search, search_state
+from kills import damaged
 from safetensors.torch import load_file, save_file
 
-from deos_fx.contents import file_hash
+from deos_fx.contents import file_hash, own_hash
 from deos_fx.passes.search.schema import SearchFile, StepEntry
 
 COSTS = ("visual_tokens", "flops", "kv_cache", "latency_ms")
@@ -72,13 +73,18 @@ RECORDS: dict[str, tuple[Callable[[Any], object], str]] = {
 }
 
 
+def stamped(record: dict[str, Any]) -> str:
+    """The text of a record with its hash."""
+    return json.dumps(record | {"record": own_hash(record, "record")})
+
+
 @pytest.mark.parametrize("name", RECORDS)
 def test_changed_records_are_refused(folder: Path, name: str) -> None:
     change, message = RECORDS[name]
     path = folder / "search.json"
     record = json.loads(path.read_text())
     change(record)
-    path.write_text(json.dumps(record))
+    path.write_text(stamped(record))
     if "renamed" in name:
         (folder / "step-3.safetensors").rename(folder / record["tensors"])
     with pytest.raises(ValueError, match=rf"search\.json .*{message}"):
@@ -117,13 +123,30 @@ def test_changed_tensors_are_refused(folder: Path, name: str) -> None:
     save_file(tensors, path)
     record = json.loads((folder / "search.json").read_text())
     # What is checked beyond damage: somebody may have written a hash as well.
-    (folder / "search.json").write_text(json.dumps(record | {"sha256": file_hash(path)}))
+    (folder / "search.json").write_text(stamped(record | {"sha256": file_hash(path)}))
     untouched = search_state()
     before = {name: value.clone() for name, value in untouched.reductions.state_dict().items()}
     with pytest.raises(ValueError, match=f"search.json does not go with its tensors: .*{message}"):
         untouched.resume(folder)
     after = untouched.reductions.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_every_damage_is_noticed(folder: Path) -> None:
+    for case in damaged(folder):
+        if case in ("search.json: missing", "search.json: a folder"):
+            continue
+        with pytest.raises((ValueError, FileNotFoundError, IsADirectoryError)):
+            search_state().resume(folder)
+            pytest.fail(case)
+    search_state().resume(folder)
+
+
+def test_other_numbers_in_a_record_are_damage(folder: Path) -> None:
+    path = folder / "search.json"
+    path.write_text(path.read_text().replace('"flops": 3.0', '"flops": 3.5', 1))
+    with pytest.raises(ValueError, match=r"search\.json .*its entries are not those that were"):
+        search_state().resume(folder)
 
 
 def test_damaged_tensors_are_named(folder: Path) -> None:

@@ -56,12 +56,6 @@ def twice(graph_module: fx.GraphModule) -> None:
         graph_module.graph.node_copy(layer)
 
 
-def counted(graph_module: fx.GraphModule) -> None:
-    head = graph_module.graph.output_node().args[0]["logits"]
-    with graph_module.graph.inserting_after(head):
-        graph_module.graph.call_method("nonzero", (head,))
-
-
 def softened(graph_module: fx.GraphModule) -> None:
     head = graph_module.graph.output_node().args[0]["logits"]
     with graph_module.graph.inserting_after(head):
@@ -83,7 +77,6 @@ def grown(graph_module: fx.GraphModule) -> None:
     [
         (frozen, "lm_head has a tensor as an argument"),
         (twice, "decoder layers run in the order"),
-        (counted, "nonzero calls nonzero"),
         (softened, "soft_top_k is not a static operator"),
         (forgotten, "2 cuts report 1 spaces"),
         (grown, r"keep \[16, 60\] visual tokens"),
@@ -93,6 +86,29 @@ def test_verify_finds_damage(damage: Any, message: str) -> None:
     graph_module = lowered(Reduction("decoder.1", 16), Reduction("decoder.3", 8))
     damage(graph_module)
     with pytest.raises(VerificationError, match=message):
+        verify(graph_module, "lowered")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "index_add",
+        "index_add_",
+        "item",
+        "masked_select",
+        "nonzero",
+        "scatter_add",
+        "scatter_add_",
+        "tolist",
+        "unique",
+    ],
+)
+def test_verify_finds_shapes_that_depend_on_data(method: str) -> None:
+    graph_module = lowered(Reduction("decoder.1", 16))
+    head = graph_module.graph.output_node().args[0]["logits"]
+    with graph_module.graph.inserting_after(head):
+        graph_module.graph.call_method(method, (head,))
+    with pytest.raises(VerificationError, match=f"{method} calls {method}"):
         verify(graph_module, "lowered")
 
 

@@ -57,7 +57,7 @@ def test_the_page_is_whole_and_says_what_it_shows() -> None:
     drawings = [part.split("</svg>")[0] + "</svg>" for part in page.split("<figure>")[1:]]
     given, merged, pruned = map(ElementTree.fromstring, drawings)
     assert {root.get("viewBox") for root in (given, merged, pruned)} == {"0 0 36 24"}
-    assert given.get("aria-label") == "the image"
+    assert given.get("aria-label") == "what the model is given"
     assert merged.get("aria-label") == "3 of 6 tokens are left after projector"
     kinds = [[rect.get("class") for rect in root.iter("rect")] for root in (merged, pruned)]
     assert [kinds[0].count(kind) for kind in ("gone", "earlier", "kept")] == [3, 0, 3]

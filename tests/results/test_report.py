@@ -116,6 +116,33 @@ def check_page(text):
     for paint in re.findall(r"var\(--([a-z]+)\)", text):
         assert paint in (*PAINTS, "font", "share", "raised")
     assert "#0a0b" not in text, "a placeholder colour was left"
+    check_on_a_phone(text)
+    check_for_a_screen_reader(text)
+
+
+def check_on_a_phone(text):
+    """At 390 px no text of a chart is below 10 px, and what is wider than the page scrolls."""
+    for drawing in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
+        sizes = [float(size) for size in re.findall(r"font[^;:]*:[^;\"]*?([\d.]+)px", drawing)]
+        if sizes:
+            width = float(re.search(r'viewBox="0 0 ([\d.]+)', drawing)[1])
+            least = float(re.search(r"min-width: (\d+)px", drawing)[1])
+            assert min(sizes) * max(least, 390 - 2 * 16) / width >= 10
+    chart_or_table = r"<table|<svg[^>]*min-width"
+    wide = re.findall(rf"(.{{0,90}})(?:{chart_or_table})", text)
+    assert all(re.search(r'class="scroll" tabindex="0" role="group" aria-label=', x) for x in wide)
+
+
+def check_for_a_screen_reader(text):
+    """Every drawing says what it shows, and every row of a table has a title."""
+    for tag in re.findall(r"<svg[^>]*>", text):
+        assert re.search(r'role="img" aria-label="[^"]+"', tag), tag
+    for body in re.findall(r"<tbody>(.*?)</tbody>", text, flags=re.DOTALL):
+        assert body.count("<tr>") == body.count('<tr><th scope="row"')
+    assert len(re.findall(r"<th[ >]", text)) == text.count('<th scope="')
+    assert "<img" not in text
+    heads = [int(level) for level in re.findall(r"<h(\d)", text)]
+    assert heads[0] == 1 and all(b - a <= 1 for a, b in zip(heads, heads[1:], strict=False))
 
 
 def test_search_report_is_one_whole_page(found, tmp_path):

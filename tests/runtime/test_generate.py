@@ -393,12 +393,12 @@ def test_turns_that_do_not_continue_are_refused() -> None:
         with pytest.raises(ValueError, match=reason):
             generate(reduced, {**turn, **changed}, **{CACHE: cache})
 
-    refused("images in a later turn are not supported", pixel_values=batch["pixel_values"] + 1)
+    refused("neither those of the cache nor", pixel_values=batch["pixel_values"] + 1)
     two = torch.cat([batch["pixel_values"]] * 2)
-    refused("images in a later turn are not supported", pixel_values=two)
-    placeholders = torch.cat([turn["input_ids"], torch.tensor([[IMAGE] * 64])], dim=1)
+    refused("neither those of the cache nor", pixel_values=two)
+    placeholders = torch.cat([turn["input_ids"], torch.tensor([[IMAGE] * 65])], dim=1)
     more = torch.ones_like(placeholders)
-    refused("images in a later turn are not supported", input_ids=placeholders, attention_mask=more)
+    refused("not those of the images given", input_ids=placeholders, attention_mask=more)
     seen = output.sequences[:, :-1]
     refused("do not continue", input_ids=seen[:, :0], attention_mask=torch.ones_like(seen))
     both = {name: torch.cat([turn[name]] * 2) for name in ("input_ids", "attention_mask")}

@@ -95,7 +95,7 @@ def test_files_of_another_model_are_noticed(saved: dict[str, Path], target: Path
 def test_what_transformers_would_read_besides_is_refused(target: Path) -> None:
     for name in ("adapter_config.json", "model.safetensors.index.json"):
         (target / name).write_text("{}")
-        with pytest.raises(ValueError, match=f"a file {name} that was not saved with the model"):
+        with pytest.raises(ValueError, match=f"a file {name} that was not written with the others"):
             ReducedModel.from_pretrained(target)
         (target / name).unlink()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import inputs, shared_llava, tiny_llava
 from torch import nn
+from transformers import AutoModelForImageTextToText
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from deos_fx import transform
 from deos_fx.contents import record_of, write_record
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.mark import mark, unmarked
 from deos_fx.runtime.reduced_model import ReducedModel
 
 NORM = {"scores": {"feature_norm": 1.0}}
@@ -143,6 +147,45 @@ def test_loaded_as_saved(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, ReducedModel(model, POLICY)(**batch).logits)
         assert torch.equal(again.model(**batch).logits, model(**batch).logits)
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What transformers logs about the entry of a config that says how weights are compressed."""
+    logger = logging.getLogger("transformers.quantizers.auto")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_transformers_says_that_it_loads_the_whole_model(
+    tmp_path: Path, warned: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llava()
+    ReducedModel(model, POLICY).save_pretrained(tmp_path)
+    again = ReducedModel.from_pretrained(tmp_path)
+    assert warned.text == ""
+    assert not hasattr(again.config, "quantization_config")
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert "deos_fx.ReducedModel.from_pretrained applies" in warned.text
+    batch = inputs(model, 2)
+    with torch.no_grad():
+        assert torch.equal(whole(**batch).logits, model(**batch).logits)
+    # Such a model can be adapted, saved, reduced and saved again.
+    adapted = get_peft_model(whole, LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapters")
+    ReducedModel(adapted.merge_and_unload(), POLICY).save_pretrained(tmp_path / "again")
+    ReducedModel.from_pretrained(tmp_path / "again")
+
+
+def test_how_weights_are_quantised_stays_in_the_config(tmp_path: Path) -> None:
+    entry = {"quant_method": "torchao", "quant_type": {"default": {}}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": entry}))
+    mark(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text()) == {"quantization_config": entry}
+    config = tiny_llava().config
+    config.quantization_config = entry
+    assert unmarked(config).quantization_config == entry
 
 
 def test_learned_parts_are_saved_with_the_model(tmp_path: Path) -> None:

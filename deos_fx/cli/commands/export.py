@@ -28,6 +28,14 @@ def export(
     weights: Annotated[
         str | None, typer.Option(help="Round the weights: int8 or int4. Default: as they are.")
     ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="An image like those of prompts to come, which have as many of such sizes; may be "
+            "given several times. Default: one, where all have one size.",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option(help="Whether to compare ONNX Runtime's logits with PyTorch's.")
     ] = True,
@@ -46,23 +54,32 @@ def export(
       deos-fx export my-llava onnx --preset merge --budget 12.5%
 
       deos-fx export reduced onnx
+
+      deos-fx export my-qwen onnx --budget 25% --image photo.jpg
     """
     check_target(out_dir, force, model_dir)
     from deos_fx import export_onnx
     from deos_fx.cli.loading import load_reduced
-    from deos_fx.cli.processors import copy_processor
+    from deos_fx.cli.processors import copy_processor, image_inputs
     from deos_fx.cli.terminal import stages
     from deos_fx.exporters.manifest import FILES
     from deos_fx.files import fresh_folder
 
+    # A wrong image shows before the model is loaded.
+    example = None if image is None else image_inputs(model_dir, image)
     console = report_console()
-    how = {} if dtype is None else {"dtype": dtype}
     with fresh_folder(out_dir, FILES, whole=True) as folder, stages(console) as stage:
         with stage("load the model"):
-            reduced = load_reduced(model_dir, policy, preset, budget, **how)
+            reduced = load_reduced(model_dir, policy, preset, budget, dtype=dtype)
         with stage.phased("export") as advance:
             export_onnx(
-                reduced, folder, device=device, weights=weights, verify=verify, progress=advance
+                reduced,
+                folder,
+                example_inputs=example,
+                device=device,
+                weights=weights,
+                verify=verify,
+                progress=advance,
             )
         copy_processor(model_dir, folder)
     console.print(f"Wrote {out_dir}", highlight=False)

@@ -42,9 +42,9 @@ def generate(
 
     record = question_of(image, prompt, urls)
     processor = load_processor(model_dir)
-    run, model = load_generating(model_dir, policy, preset, budget)
+    model, place = load_generating(model_dir, policy, preset, budget)
     (answer,) = generated(
-        run, model, processor, [record], batch_size=1, max_new_tokens=max_new_tokens
+        model.generate, place, processor, [record], batch_size=1, max_new_tokens=max_new_tokens
     )
     # Plain text: the output is meant for other programs, too.
     typer.echo(answer)

@@ -83,9 +83,16 @@ def search(
     """
     check_target(output, force, model_dir)
     from deos_fx.cli.loading import load_model
-    from deos_fx.cli.searching import limits_of, placed, search_processes, write_found
+    from deos_fx.cli.searching import (
+        like_batches,
+        limits_of,
+        placed,
+        search_processes,
+        timed,
+        write_found,
+    )
     from deos_fx.cli.terminal import announced, stages
-    from deos_fx.data import batches, read_records
+    from deos_fx.data import read_records
     from deos_fx.data.processors import load_processor
     from deos_fx.passes.search.search import search as run_search
 
@@ -98,7 +105,7 @@ def search(
     ):
         with stage("load"):
             model = placed(load_model(model_dir, dtype=dtype, device=device), own)
-            inputs = list(batches(load_processor(model_dir), records, batch_size))
+            inputs = like_batches(model, load_processor(model_dir), records, batch_size)
         with stage.phased("search") as progress:
             result = run_search(
                 model,
@@ -110,5 +117,9 @@ def search(
                 checkpoint=checkpoint,
                 progress=announced(progress, console),
             )
-        names = [] if folder is None else write_found(result, folder, console, len(inputs))
+        names = []
+        if folder is not None:
+            with stage("measure"):
+                result = timed(result, model, inputs[0])
+            names = write_found(result, folder, console, len(inputs))
     console.print(f"Wrote {', '.join(names)} and report.html to {output}", highlight=False)

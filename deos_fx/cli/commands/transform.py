@@ -23,7 +23,7 @@ def transform(
     Without --policy and --preset this applies the default policy, at the
     budget or the default one. A policy that the model cannot run is refused before
     anything is loaded or written. ReducedModel.from_pretrained loads the result;
-    transformers itself would load the unreduced model from it.
+    transformers itself warns, and loads the unreduced model from it.
 
     [bold]Examples[/]
 
@@ -39,8 +39,7 @@ def transform(
     from deos_fx.runtime.saved import folder_for
 
     with folder_for(out_dir) as folder:
-        how = {} if dtype is None else {"dtype": dtype}
-        reduced = load_reduced(model_dir, policy, preset, budget, **how)
+        reduced = load_reduced(model_dir, policy, preset, budget, dtype=dtype)
         reduced.save_pretrained(folder)
         copy_processor(model_dir, folder)
     report_console().print(reduced.policy, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,381 @@
+"""Find which patches of a vision tower make which visual token.
+
+The features of many models are made of several patches each: they are merged by twos, pooled, or
+their pixels are shuffled into channels, in orders of windows or of rows. Which patch goes where is
+read from the model's own code, by gradients: it runs once with values in place of the blocks'
+outputs, and a visual token depends on exactly the patches through which a gradient reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from deos_fx.errors import NoGroups
+from deos_fx.models.arguments import Segments, arguments_at, axes_of
+from deos_fx.models.families import features_of
+from deos_fx.models.shapes_only import META, ShapesOnly, shaped
+from deos_fx.models.views import execution_device, with_forward, with_parts
+
+__all__ = ["PatchGroups", "find_groups", "key_of_sizes"]
+
+# The largest difference between what a block adds to its tokens and to the same tokens in another
+# order, relative to what it adds: by rounding, in half precision and in others.
+_SAME_IN_HALF, _SAME = 0.05, 0.002
+
+
+@dataclass(frozen=True, eq=False)
+class PatchGroups:
+    """The patches of a call of an image encoder, and the visual tokens that they make.
+
+    Attributes:
+        shape: Rows and patches in a row of the hidden states [R, P, d] of every block. Hidden
+            states [P, d] have no rows.
+        groups: int64 [T, s], numbers of the patches of every visual token, ascending: patch p of
+            row r has the number r P + p. Some patches, such as CLS, may be part of no token.
+        used: Number of blocks up to the last that the features are read from.
+    """
+
+    shape: tuple[int, ...]
+    groups: Tensor
+    used: int
+
+
+@dataclass
+class _Run:
+    """What blocks are given and make in one run of the encoder.
+
+    Attributes:
+        on_meta: Whether weights have no values.
+        given: Arguments of every block after the hidden states.
+        made: The leaf that stands for the hidden states that every block makes.
+        unlike: Why a block does not continue what the one before it made.
+        outputs: Hidden states that the first block of each class makes of each shape, and the Nones
+            beside them; None if its output is no tuple.
+    """
+
+    on_meta: bool
+    given: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    made: dict[int, Tensor] = field(default_factory=dict)
+    unlike: dict[int, str] = field(default_factory=dict)
+    outputs: dict[Hashable, tuple[Tensor, list[None] | None]] = field(default_factory=dict)
+
+
+def find_groups(
+    core: nn.Module,
+    encode: Callable[..., Any],
+    blocks: Sequence[nn.Module],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> PatchGroups:
+    """Find the groups of patches of one call of an image encoder.
+
+    1. Run the encoder. What each block makes becomes a leaf, so that gradients show what the code
+       around the blocks does with it.
+    2. Every block up to the last that is read gets what the one before it made, of one shape.
+    3. Each patch is part of one token at most, of the same one at every depth that is read, and
+       all tokens have equally many.
+    4. A block gives the same tokens in another order if it gets them, and what comes with them, in
+       that order: so that its arguments are restricted to kept tokens in the right way.
+
+    Weights on the meta device have no values: those outside of blocks and decoder are made up, and
+    the fourth check is left out.
+
+    Args:
+        core: The base model that has the method.
+        encode: The method that encodes, such as ``get_image_features``.
+        blocks: The blocks of its vision tower, in order.
+        args: Arguments of the method, without the model.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        NoGroups: If one of these does not hold.
+    """
+    # 1.
+    run = _Run(execution_device(core) == META)
+    views = {
+        block: with_forward(block, partial(_record, run, i, block))
+        for i, block in enumerate(blocks)
+    }
+    view: Any = with_parts(core, views)
+    if run.on_meta:
+        _make_up(view, core, blocks)
+    with torch.inference_mode(False), torch.enable_grad():
+        # Copies, since tensors of inference mode take no part in gradients.
+        args, kwargs = pytree.tree_map_only(Tensor, _made_up, (tuple(args), dict(kwargs)))
+        output = encode(view, *args, **kwargs)
+        levels = [_joined(level) for level in _levels(output)]
+        found = [_tokens_of(level, run.made) for level in levels]
+    # 2.
+    used = max((i + 1 for tokens in found for i in tokens), default=0)
+    if not used:
+        raise NoGroups("the visual tokens are not made of the patches of its blocks")
+    _check_chain(run, used)
+    # 3.
+    shape = run.made[used - 1].shape[:-1]
+    groups = _groups([tokens for level in found for tokens in level.values()], len(levels[0]))
+    # 4.
+    for i, block in _kinds(blocks[:used], run):
+        hidden, (others, named) = run.made[i].detach(), run.given[i]
+        axes = axes_of(hidden, others, named)
+        if not run.on_meta:
+            _check_order(block, axes, hidden, others, named)
+    return PatchGroups(tuple(shape), groups, used)
+
+
+def key_of_sizes(given: Mapping[str, Any]) -> Hashable:
+    """Return a key of the sizes of images: tables by their values, other tensors by their shapes.
+
+    Args:
+        given: Arguments of a method that encodes.
+    """
+    return tuple(
+        (name, tuple(value.shape), repr(value.tolist()) if _is_table(value) else "")
+        for name, value in given.items()
+        if isinstance(value, Tensor)
+    )
+
+
+def _is_table(value: Tensor) -> bool:
+    return value.ndim < 3 and not value.is_floating_point()
+
+
+# *** 1: the run ***
+
+
+def _record(
+    run: _Run,
+    i: int,
+    block: nn.Module,
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Note what a block is given, and let it make a leaf.
+
+    Only the first block of each kind runs: values do not matter, but the form of the output does.
+
+    Args:
+        run: Gets what the block is given and makes.
+        i: Its index.
+        block: The block.
+        forward: Its own forward.
+        *args: Its arguments.
+        **kwargs: Its keyword arguments.
+    """
+    if not args:
+        raise NoGroups("its blocks are given hidden states by keyword")
+    if i in run.given:
+        raise NoGroups("its blocks run more than once for a batch of images")
+    given, *others = args
+    run.given[i] = tuple(others), kwargs
+    kind = type(block), given.shape
+    if kind not in run.outputs:
+        run.outputs[kind] = _output(run, block, forward, args, kwargs)
+    hidden, beside = run.outputs[kind]
+    before = run.made.get(i - 1)
+    if hidden.shape != given.shape or hidden.ndim not in (2, 3):
+        run.unlike[i] = "its blocks change how many patches there are"
+    elif i and (before is None or before.shape != given.shape or not given.equal(before)):
+        run.unlike[i] = "hidden states change between its blocks"
+    run.made[i] = hidden.detach().requires_grad_()
+    # Not the leaf itself, which code must not change in place.
+    passed = run.made[i] * 1
+    return passed if beside is None else (passed, *beside)
+
+
+def _output(
+    run: _Run,
+    block: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, list[None] | None]:
+    """Run a block, and return its hidden states and the Nones beside them, see `_Run`."""
+    # Forwards are called directly: hooks of blocks collect hidden states, and must run once.
+    with torch.no_grad(), ShapesOnly() if run.on_meta else nullcontext():
+        output = (shaped(block).forward if run.on_meta else forward)(*args, **kwargs)
+    if not isinstance(output, tuple):
+        return _made_up(output), None
+    hidden, *beside = output
+    if any(value is not None for value in beside):
+        raise NoGroups("its blocks hand on more than hidden states")
+    return _made_up(hidden), beside
+
+
+def _levels(output: Any) -> Iterator[Any]:
+    """Yield the features that enter the prompt, and those of other depths (DeepStack)."""
+    yield features_of(output)
+    yield from output.get("deepstack_features") or ()
+
+
+def _joined(level: Any) -> Tensor:
+    """Join features, of all images or a tensor for each, to [T, d]."""
+    # A level may come with the number of the layer that it is for.
+    parts = (leaf for leaf in pytree.tree_leaves(level) if isinstance(leaf, Tensor))
+    return torch.cat([part.flatten(0, -2) for part in parts])
+
+
+def _make_up(view: nn.Module, core: Any, blocks: Sequence[nn.Module]) -> None:
+    """Give a view values in place of weights on meta, where code outside of its blocks reads them.
+
+    Args:
+        view: The view, whose modules are all copies.
+        core: The model that it is a view of.
+        blocks: Blocks of the tower, which run on shapes.
+    """
+    elsewhere = {module for block in (*blocks, core.get_decoder()) for module in block.modules()}
+    for (_, own), (_, module) in zip(
+        view.named_modules(remove_duplicate=False),
+        core.named_modules(remove_duplicate=False),
+        strict=True,
+    ):
+        if module not in elsewhere:
+            for name in ("_parameters", "_buffers"):
+                values = {key: _made_up(value) for key, value in vars(module)[name].items()}
+                vars(own)[name] = values
+
+
+def _made_up(value: Any) -> Any:
+    """Return a copy of a tensor; of one on meta, noise, or zeros in place of indices."""
+    if not isinstance(value, Tensor) or not value.is_meta:
+        return value.clone() if isinstance(value, Tensor) else value
+    if value.is_floating_point():
+        return torch.randn(value.shape, dtype=value.dtype)
+    return torch.zeros(value.shape, dtype=value.dtype)
+
+
+# *** 2: blocks hand hidden states on to each other ***
+
+
+def _check_chain(run: _Run, used: int) -> None:
+    """Check that every used block gets what the one before it made, of one shape."""
+    for i in range(used):
+        if i not in run.made:
+            raise NoGroups("not all of its blocks run")
+        if i in run.unlike:
+            raise NoGroups(run.unlike[i])
+
+
+# *** 3: tokens and patches ***
+
+
+def _tokens_of(features: Tensor, made: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Find the tokens that read hidden states directly, without another block in between.
+
+    Every token has a number, whose bits are asked for one by one: a patch gets a gradient from the
+    tokens in whose number the bit is set if and only if it is part of one of them.
+
+    Args:
+        features: [T, d].
+        made: Block -> the leaf of its hidden states, of n patches.
+
+    Returns:
+        Block -> number [n] of the token of every patch, -1 if it is part of none; only of blocks
+        that the features read.
+    """
+    numbers = torch.arange(len(features), device=features.device)
+    # A random direction: the sum of a normalised vector would have no gradient.
+    direction = torch.randn(features.shape[-1], device=features.device).to(features)
+    leaves = list(made.values())
+
+    def reached(flags: Tensor) -> list[Tensor | None]:
+        """Return for each leaf the flags of the patches that some flagged tokens depend on."""
+        gradients = torch.autograd.grad(
+            features,
+            leaves,
+            flags[:, None] * direction,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return [None if x is None else x.flatten(0, -2).ne(0).any(dim=-1) for x in gradients]
+
+    if not features.requires_grad:
+        return {}
+    every = reached(torch.ones_like(features[:, 0]))
+    tokens = {
+        i: torch.where(fed, 0, -1) for i, fed in zip(made, every, strict=True) if fed is not None
+    }
+    for bit in range((len(features) - 1).bit_length()):
+        is_set = (numbers >> bit) & 1
+        for i, one, zero in zip(
+            made, reached(is_set.to(features)), reached((1 - is_set).to(features)), strict=True
+        ):
+            if i not in tokens or one is None or zero is None:
+                continue
+            if (one & zero).any():
+                raise NoGroups("a patch is part of several visual tokens")
+            tokens[i] += one.to(tokens[i]) << bit
+    return tokens
+
+
+def _groups(tokens: Sequence[Tensor], count: int) -> Tensor:
+    """Turn the token of every patch, found at every depth that is read, into groups [T, s]."""
+    token_of = tokens[0].cpu()
+    if any(not token_of.equal(other.cpu()) for other in tokens):
+        raise NoGroups("features of several depths are made of other patches each")
+    sizes = torch.bincount(token_of[token_of >= 0], minlength=count)
+    # A token of no patch is a learned vector, such as the end of a row.
+    size, *others = sizes[sizes > 0].unique().tolist() or [0]
+    if not size:
+        raise NoGroups("no patch of its blocks reaches the visual tokens")
+    if others:
+        raise NoGroups("the visual tokens are not made of equally many patches")
+    order = token_of.argsort(stable=True)
+    return order[(token_of < 0).sum() :].reshape(-1, size)
+
+
+# *** 4: arguments that come with the tokens ***
+
+
+def _kinds(blocks: Sequence[nn.Module], run: _Run) -> list[tuple[int, nn.Module]]:
+    """Return one block, with its number, of each class and each kind of arguments."""
+    first: dict[Any, tuple[int, nn.Module]] = {}
+    for i, block in enumerate(blocks):
+        # Blocks with windows and without are given other tensors.
+        given = tuple(id(leaf) for leaf in pytree.tree_leaves(run.given[i]))
+        first.setdefault((type(block), given), (i, block))
+    return list(first.values())
+
+
+def _check_order(
+    block: nn.Module, axes: Any, hidden: Tensor, others: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    """Check that a block does the same with its tokens in another order.
+
+    Args:
+        block: The block.
+        axes: What `axes_of` found for its arguments.
+        hidden: Hidden states.
+        others: Its other arguments.
+        named: Its keyword arguments.
+    """
+    length = hidden.shape[-2]
+    # Backwards, inside each segment if the row is divided into segments.
+    places = torch.arange(length, device=hidden.device)
+    order = places.flip(0)
+    for segments in (axis for axis in pytree.tree_leaves(axes) if isinstance(axis, Segments)):
+        order = torch.cat([part.flip(0) for part in segments.of(places)])
+    index = order.expand(hidden.shape[0] if hidden.ndim == 3 else 1, -1)
+    again, more = arguments_at(index, axes, hidden, others, named)
+    with torch.no_grad():
+        plain, ordered = (
+            pytree.tree_leaves(block.forward(*given, **further))[0]
+            for given, further in (((hidden, *others), named), (again, more))
+        )
+    added = (plain - hidden).index_select(-2, order).float().norm(dim=-1)
+    apart = (plain.index_select(-2, order) - ordered).float().norm(dim=-1)
+    # The mean over tokens: a few of them may be far larger than all others.
+    most = _SAME_IN_HALF if hidden.dtype in (torch.float16, torch.bfloat16) else _SAME
+    # Not with "greater than": a NaN is no agreement.
+    if not (apart / added.clamp(min=torch.finfo(torch.float32).tiny)).mean() <= most:
+        raise NoGroups(
+            f"{type(block).__name__} does something else with its tokens in another order"
+        )

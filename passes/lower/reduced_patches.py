@@ -1,0 +1,242 @@
+"""The patches of a call of an image encoder, while groups of them are dropped or merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deos_fx import tokens
+from deos_fx.forms.static import static_reduce
+from deos_fx.models.arguments import arguments_at, axes_of
+from deos_fx.models.groups import PatchGroups
+from deos_fx.operator.gather import listed
+from deos_fx.policy.reduction import Reduction
+from deos_fx.tokens.layout import PromptLayout, grid_after
+
+__all__ = ["ROLES", "ReducedPatches"]
+
+ROLES = ("kept", "mass", "score", "assignment", "receivers", "sources", "weight")
+"""Roles in which values of a reduction explain it."""
+
+
+class _Alike:
+    """What is left of the images of one size.
+
+    Args:
+        images: Numbers of these images in a prompt.
+        tokens: Numbers [I, V] of their visual tokens among those of the batch.
+        cells: Image, row and column [V, 3] of the tokens of one of them.
+
+    Attributes:
+        mass: Masses [I, K]; None while every mass is 1.
+    """
+
+    def __init__(self, images: Sequence[int], tokens: Tensor, cells: Tensor) -> None:
+        self.images = images
+        self.tokens = tokens
+        self.cells = cells
+        self.mass: Tensor | None = None
+
+
+class _Part(NamedTuple):
+    """Rows that have equally many patches left.
+
+    Attributes:
+        rows: Their numbers [r]; None if they are all rows.
+        places: [r, M] places of the patches that are left, ascending.
+    """
+
+    rows: Tensor | None
+    places: Tensor
+
+
+class ReducedPatches:
+    """What is left of the patches of a batch of prompts, from block to block of a tower.
+
+    A group of patches counts as one token: its hidden states, side by side, are one vector of width
+    s d. So it is chosen and merged as a whole, each patch with those at its place in other groups.
+
+    Args:
+        groups: The groups of patches.
+        layout: The prompts.
+
+    Raises:
+        ValueError: If the encoder makes another number of visual tokens than the prompts have.
+    """
+
+    def __init__(self, groups: PatchGroups, layout: PromptLayout) -> None:
+        self._groups = groups
+        self._layout = layout
+        self._per_prompt = sum(layout.sizes)
+        prompts, rest = divmod(len(groups.groups), self._per_prompt)
+        if rest:
+            raise ValueError(
+                f"The image encoder makes {len(groups.groups)} visual tokens of patches, and a "
+                f"prompt has {self._per_prompt} placeholders for such: which patches belong to "
+                "which of them is not known. Use sites at the projector or in the decoder."
+            )
+        of_prompts = torch.arange(len(groups.groups)).reshape(prompts, -1)
+        of_images = of_prompts.split(layout.sizes, dim=1)
+        self._alike = [
+            _Alike(
+                images,
+                torch.stack([of_images[i] for i in images], dim=1).flatten(0, 1),
+                PromptLayout(0, 1, layout.each_grid[images[0]]).grid_tensor(1),
+            )
+            for images in layout.alike()
+        ]
+        # Patches that are left; None while all are.
+        self._parts: list[_Part] | None = None
+        self._seen: dict[str, dict[str, Tensor]] = {}
+
+    def run(
+        self,
+        block: Callable[..., Any],
+        hidden: Tensor,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, list[Tensor]]:
+        """Run a block on the patches that are left.
+
+        Args:
+            block: The block, which returns its output and a list of observations [R, P, k].
+            hidden: Hidden states of all patches, [R, P, d] or [P, d].
+            args: Its other arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            Its output, in which dropped patches have the hidden states that came in, and the
+            observations, which are zero there.
+        """
+        if self._parts is None:
+            return block(hidden, *args, **kwargs)
+        axes = axes_of(hidden, args, kwargs)
+        whole = hidden if hidden.ndim == 3 else hidden[None]
+        seen: list[Tensor] = []
+        for rows, index in self._parts:
+            given, named = arguments_at(index, axes, hidden, args, kwargs, rows)
+            output, observed = block(*given, **named)
+            made = output[0] if isinstance(output, tuple) else output
+            whole = _put(whole, rows, index, made if made.ndim == 3 else made[None])
+            seen = seen or [x.new_zeros(*whole.shape[:2], x.shape[-1]) for x in observed]
+            seen = [_put(into, rows, index, x) for into, x in zip(seen, observed, strict=True)]
+        left = whole if hidden.ndim == 3 else whole[0]
+        return (left, *output[1:]) if isinstance(output, tuple) else left, seen
+
+    def reduce(self, step: Any, hidden: Tensor, observed: Mapping[str, Tensor]) -> Tensor:
+        """Reduce the groups of every image.
+
+        Args:
+            step: The step of a `SiteWalk`.
+            hidden: Hidden states of all patches, [R, P, d] or [P, d].
+            observed: Features of all patches [R, P, k] that were observed in the block.
+
+        Returns:
+            The same, in which the groups that are left have what was merged into them.
+        """
+        groups = self._groups.groups.to(hidden.device)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        for alike in self._alike:
+            own = groups[alike.tokens.to(groups.device)]
+            features = {name: _of_groups(x.flatten(0, 1)[own]) for name, x in observed.items()}
+            flat = self._reduce_alike(step, alike, groups, flat, features)
+        left = flat.new_ones(len(flat), dtype=torch.bool)
+        left[groups.flatten()] = False
+        for alike in self._alike:
+            left[groups[alike.tokens.to(groups.device)].flatten()] = True
+        self._parts = _parts(left.reshape(-1, self._groups.shape[-1]))
+        return flat.reshape(hidden.shape)
+
+    def _reduce_alike(
+        self,
+        step: Any,
+        alike: _Alike,
+        groups: Tensor,
+        flat: Tensor,
+        features: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Reduce the images of one size, and return the hidden states [R P, d]."""
+        reduction: Reduction = step.reduction
+        images, last = len(alike.images), alike.images[-1] == self._layout.images - 1
+        count = step.counts[alike.images[0]]
+        numbers, cells = alike.tokens.to(flat.device), alike.cells.to(flat.device)
+        own = flat[groups[numbers]].flatten(2)
+        reduced = static_reduce(
+            reduction,
+            count,
+            own,
+            alike.mass,
+            {"grid": cells, "sides": torch.tensor([self._layout.grid], device=flat.device)}
+            | dict(features),
+            # Only the last image can end the prompt, and has to keep its last token then.
+            last_of=images if self._layout.ends and last else 0,
+        )
+        # Values that are the same for all images have one row.
+        self._seen[step.site.name] = {
+            role: value.expand(len(numbers), *value.shape[1:])
+            for role in ROLES
+            if (value := getattr(reduced, role)) is not None
+        }
+        known = grid_after(reduction, count, alike.cells) if cells.ndim == 2 else None
+        if known is None:
+            known = tokens.take(cells if cells.ndim == 3 else cells[None], reduced.kept)
+        alike.cells, alike.mass = known, reduced.mass
+        alike.tokens = tokens.take(numbers, reduced.kept)
+        if reduced.assignment is None and not reduction.reweight:
+            return flat
+        patches = reduced.tokens.reshape(-1, flat.shape[-1])
+        return flat.index_copy(0, groups[alike.tokens].flatten(), patches.to(flat))
+
+    def left(self) -> dict[str, Any]:
+        """Return ``kept`` [B, K] and ``mass``, for prompts, and what explains each reduction."""
+        kept = torch.cat([self._of_prompts(alike, alike.tokens) for alike in self._alike], dim=1)
+        order = kept.argsort(dim=1)
+        found: dict[str, Any] = {"kept": tokens.take(kept, order) % self._per_prompt}
+        masses = [alike.mass for alike in self._alike]
+        if all(mass is not None for mass in masses):
+            of_prompts = [self._of_prompts(alike, alike.mass) for alike in self._alike]
+            found["mass"] = tokens.take(torch.cat(of_prompts, dim=1), order)
+        return found | self._seen
+
+    def _of_prompts(self, alike: _Alike, of_images: Any) -> Tensor:
+        """Join values [I, K] of images to those of prompts [B, I K]."""
+        return tokens.masses_of_prompt(of_images, len(alike.images))
+
+
+def _put(whole: Tensor, rows: Tensor | None, index: Tensor, made: Tensor) -> Tensor:
+    """Write values [r, M, k] of some patches of some rows into those of all, [R, P, k]."""
+    if rows is None:
+        return tokens.put(whole, index, made)
+    return whole.index_copy(0, rows, tokens.put(whole[rows], index, made))
+
+
+def _of_groups(values: Tensor) -> Tensor:
+    """Return features of groups, of those [I, V, s, k] of their patches.
+
+    Attention is a number for each patch, and its mean that of the group: [I, V]. Keys lie side by
+    side, as hidden states do: [I, V, s k].
+    """
+    return values.mean(dim=(2, 3)) if values.shape[-1] == 1 else values.flatten(2)
+
+
+def _parts(left: Tensor) -> list[_Part]:
+    """Divide rows by how many of their patches are left.
+
+    Args:
+        left: Flags [R, P].
+    """
+    counts = left.sum(dim=1).tolist()
+    parts = []
+    for count in dict.fromkeys(counts):
+        if count == 0:
+            # Case: rows of which nothing is left, so that no block runs on them.
+            continue
+        rows = [i for i, other in enumerate(counts) if other == count]
+        own = left if len(rows) == len(counts) else left[rows]
+        index = listed(own.float(), count).sort(dim=1).values
+        which = None if own is left else torch.tensor(rows, device=left.device)
+        parts.append(_Part(which, index))
+    return parts

@@ -1,0 +1,325 @@
+"""Groups of patches in vision towers: reductions against the original tower with masked keys."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_close, difference, roundings_of
+from families import FAMILIES, IMAGE, built, prompts, shared
+from masked import alive_of, assert_pruning_is_masking, generate
+from masked_tower import blocks_of, tower_masked
+from tiny import call_of
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import deos_fx
+from deos_fx.inputs.items import IMAGES, encoding
+from deos_fx.models.facts import facts_of
+from deos_fx.models.families import features_of
+from deos_fx.models.upstream import CACHE
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
+
+NORM = {"scores": {"feature_norm": 1.0}}
+
+
+# *** which patches make which token, by hand: flags of tokens -> flags [R, P] of patches ***
+
+
+def in_runs(kept: Tensor) -> Tensor:
+    """Each token is made of the next four patches; images are one row."""
+    return kept.flatten().repeat_interleave(4)[None]
+
+
+def in_windows(kept: Tensor) -> Tensor:
+    """As `in_runs`, in the order of windows of 2 x 2 tokens of images of 4 x 8."""
+    order = torch.arange(kept.numel()).reshape(-1, 2, 2, 4, 2).permute(0, 1, 3, 2, 4).flatten()
+    return in_runs(kept.flatten()[order])
+
+
+def in_squares(kept: Tensor, width: int, first: int = 0, rows: int = 0) -> Tensor:
+    """Each token is made of 2 x 2 patches of a grid, row by row; some patches are no token's."""
+    grid = kept.reshape(len(kept), -1, width)
+    patches = grid.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+    patches = torch.cat([torch.ones(len(patches), first).bool(), patches], dim=1)
+    return patches.reshape(rows, -1) if rows else patches
+
+
+def in_one_row(kept: Tensor) -> Tensor:
+    """Each token is a patch; all images are one row."""
+    return kept.reshape(1, -1)
+
+
+def in_tiles(kept: Tensor, first: int) -> Tensor:
+    """The whole image in 4 x 4 patches, then four tiles of it, whose rows end in a token each."""
+    whole, parts = kept[:, :16], kept[:, 16:].reshape(-1, 8, 9)[:, :, :8]
+    tiles = parts.reshape(-1, 2, 4, 2, 4).permute(0, 1, 3, 2, 4).reshape(-1, 4, 16)
+    rows = torch.cat([whole[:, None], tiles], dim=1).reshape(-1, 16)
+    return torch.cat([torch.ones(len(rows), first).bool(), rows], dim=1)
+
+
+_SQUARES = functools.partial(in_squares, width=8)
+
+TOWERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "qwen2_vl": in_runs,
+    "qwen2_5_vl": in_windows,
+    "qwen3_vl": in_runs,
+    "qwen3_5": in_runs,
+    "glm4v": in_runs,
+    "ernie4_5_vl_moe": in_runs,
+    "internvl": functools.partial(_SQUARES, first=1),
+    "aya_vision": _SQUARES,
+    "idefics3": _SQUARES,
+    "smolvlm": _SQUARES,
+    "lfm2_vl": _SQUARES,
+    "gemma4": _SQUARES,
+    "kimi_k25": functools.partial(_SQUARES, rows=1),
+    "mistral3": functools.partial(_SQUARES, rows=1),
+    "gemma3_pooled": _SQUARES,
+    "pixtral": in_one_row,
+    "llava_next": functools.partial(in_tiles, first=1),
+    "llava_onevision": functools.partial(in_tiles, first=0),
+}
+
+
+@functools.cache
+def model_of(name: str) -> Any:
+    """A model of `families`, or a gemma3 that pools 2 x 2 patches."""
+    if name != "gemma3_pooled":
+        return shared(name)
+    config = FAMILIES["gemma3"].config()
+    config.vision_config.patch_size = 2
+    return built(config)
+
+
+def batch_of(name: str, count: int) -> dict[str, Tensor]:
+    return prompts(name.removesuffix("_pooled"), count)
+
+
+def reduce(name: str, *reductions: Reduction) -> ReducedModel:
+    if facts_of(model_of(name)).counts_positions:
+        reductions = tuple(replace(step, position="compact") for step in reductions)
+    return ReducedModel(model_of(name), Policy(reductions))
+
+
+def encoder_of(reduced: ReducedModel, batch: dict[str, Tensor]) -> Any:
+    """What the encoder gives in the graph that a reduced model has used last."""
+    call, graph = call_of(reduced.model, batch), reduced.graphs.latest
+    assert graph is not None
+    _, given = encoding(call.facts, call.inputs, IMAGES)
+    with torch.no_grad():
+        return graph.get_submodule("image_encoder")(**given)
+
+
+def features_in(output: Any) -> list[Tensor]:
+    """The features [T, d] that enter the prompt, and those of other depths."""
+    levels = [features_of(output), *(output.get("deepstack_features") or ())]
+    leaves = [[x for x in pytree.tree_leaves(level) if isinstance(x, Tensor)] for level in levels]
+    return [torch.cat([x.flatten(0, -2) for x in level]) for level in leaves]
+
+
+def encoded(name: str, batch: dict[str, Tensor]) -> list[Tensor]:
+    """The features of the original."""
+    call = call_of(model_of(name), batch)
+    method, given = encoding(call.facts, call.inputs, IMAGES)
+    with torch.no_grad():
+        return features_in(getattr(model_of(name).base_model, method)(**given, return_dict=True))
+
+
+def placeholders_kept(batch: dict[str, Tensor], reduced: ReducedModel) -> Tensor:
+    """Flags of the placeholders of each prompt that reach the decoder."""
+    alive = alive_of(reduced(**batch)[CACHE], batch["input_ids"])[0]
+    return alive[batch["input_ids"] == IMAGE].reshape(len(alive), -1)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_dropped_groups_are_masked_keys(name: str) -> None:
+    batch = batch_of(name, 2)
+    reduced = reduce(name, Reduction("vision.0", 0.25, **NORM))
+    kept = placeholders_kept(batch, reduced)
+    assert kept.float().mean() < 0.35
+    with tower_masked(model_of(name), 0, TOWERS[name](kept)):
+        expected = encoded(name, batch)
+    found = features_in(encoder_of(reduced, batch))
+    assert len(found) == len(expected)
+    of_kept = kept.flatten()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours[of_kept], theirs[of_kept], roundings_of(name.removesuffix("_pooled")))
+    # The mask matters, so the comparison says something.
+    assert difference(encoded(name, batch)[0][of_kept], expected[0][of_kept]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_the_decoder_gets_what_is_left(name: str) -> None:
+    batch = batch_of(name, 2)
+    reduced = reduce(name, Reduction("vision.0", 0.5, **NORM), Reduction("decoder.1", 0.25, **NORM))
+
+    def tower(alive: Tensor) -> Any:
+        kept = alive[batch["input_ids"] == IMAGE].reshape(len(alive), -1)
+        return tower_masked(model_of(name), 0, TOWERS[name](kept))
+
+    assert_pruning_is_masking(model_of(name), reduced, batch, roundings_of(name), tower)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "internvl", "pixtral", "llava_next"])
+def test_keeping_all_groups_changes_nothing(name: str) -> None:
+    batch = batch_of(name, 2)
+    kept_all = reduce(name, Reduction("vision.0", 1.0, gain=1.0, **NORM))
+    real = batch["attention_mask"].bool()
+    assert_close(kept_all(**batch).logits[real], model_of(name)(**batch).logits[real])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "idefics3", "pixtral", "llava_next"])
+def test_groups_are_ranked_by_attention(name: str) -> None:
+    batch = batch_of(name, 1)
+    reduced = reduce(name, Reduction("vision.0", 0.25, scores={"mutual_attention": 1.0}))
+    kept, received = placeholders_kept(batch, reduced)[0], list[Tensor]()
+    patches_of = TOWERS[name]
+    with tower_masked(model_of(name), 0, patches_of(torch.ones(1, len(kept)).bool()), received):
+        encoded(name, batch)
+    scores, nothing = torch.cat(received, dim=1), patches_of(torch.zeros(1, len(kept)).bool())
+    own = {
+        i: float(scores[patches].mean())
+        for i, one in enumerate(torch.eye(len(kept)).bool())
+        # The end of a row has no patches.
+        if (patches := patches_of(one[None]) & ~nothing).any()
+    }
+    best = sorted(own, key=own.__getitem__)[-round(0.25 * len(own)) :]
+    assert {*best} == {i for i in own if kept[i]}
+
+
+def test_groups_are_merged_patch_by_patch() -> None:
+    model, batch = model_of("qwen2_vl"), batch_of("qwen2_vl", 1)
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 8, gain=1.0, **NORM))
+    kept = placeholders_kept(batch, reduced)[0]
+
+    def merge(block: Any, args: Any, hidden: Tensor) -> Tensor:
+        groups = hidden.reshape(32, 4, -1).clone()
+        wide = torch.nn.functional.normalize(groups.flatten(1), dim=1)
+        own, left = {i: [groups[i]] for i in range(32) if kept[i]}, range(32)
+        assert groups.flatten(1).norm(dim=1).topk(8).indices.sort().values.tolist() == [*own]
+        for j in (j for j in left if not kept[j]):
+            own[max(own, key=lambda i, j=j: float(wide[i] @ wide[j]))].append(groups[j])
+        for i, members in own.items():
+            groups[i] = torch.stack(members).mean(dim=0)
+        return groups.reshape(hidden.shape)
+
+    handle = blocks_of(model)[0].register_forward_hook(merge)
+    try:
+        with tower_masked(model, 0, in_runs(kept)):
+            (expected,) = encoded("qwen2_vl", batch)
+    finally:
+        handle.remove()
+    (found,) = features_in(encoder_of(reduced, batch))
+    assert_close(found[kept], expected[kept])
+
+
+def test_images_of_several_sizes() -> None:
+    # A prompt of images of 4 x 8 and 2 x 4 tokens, and one of an image of 4 x 4.
+    first, second = [5, *[IMAGE] * 32, 6, *[IMAGE] * 8, 7], [5, *[IMAGE] * 16, 7]
+    ids = torch.tensor([first, [0] * (len(first) - len(second)) + second])
+    sizes = torch.tensor([[1, 8, 16], [1, 4, 8], [1, 8, 8]])
+    pixels = torch.randn(128 + 32 + 64, 96, generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "pixel_values": pixels}
+    batch |= {"image_grid_thw": sizes, "mm_token_type_ids": (ids == IMAGE).int()}
+    alone = {name: value[:1] for name, value in batch.items()}
+    alone |= {"pixel_values": pixels[:160], "image_grid_thw": sizes[:2]}
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 0.25, **NORM))
+
+    def tower(alive: Tensor) -> Any:
+        kept = alive[alone["input_ids"] == IMAGE]
+        assert [int(part.sum()) for part in kept.split([32, 8])] == [8, 2]
+        return tower_masked(model_of("qwen2_vl"), 0, in_runs(kept))
+
+    assert_pruning_is_masking(model_of("qwen2_vl"), reduced, alone, tower=tower)
+    own = reduced(**alone).logits[0]
+    assert_close(reduced(**batch).logits[0, -len(own) :], own)
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+def test_what_is_left_is_explained(gain: float) -> None:
+    batch = batch_of("qwen3_vl", 2)
+    steps = Reduction("vision.0", 0.5, gain=gain, **NORM), Reduction("vision.1", 0.25, **NORM)
+    reduced = reduce("qwen3_vl", *steps)
+    found = reduced.explain(**batch)
+    kept = [site.kept for site in found]
+    assert [part.shape for part in kept] == [(2, 16), (2, 8)]
+    for row in range(2):
+        first, second = ({*part[row].tolist()} for part in kept)
+        assert second < first
+    assert_close(found[0].mass.sum(dim=1), torch.full((2,), 32.0 if gain else 16.0))
+    origin = reduced(**batch)[CACHE].spaces[0].origin
+    assert all({*kept[1][row].tolist()} < {*origin[row].tolist()} for row in range(2))
+
+
+def test_several_reductions_in_a_tower_and_the_decoder_are_saved(tmp_path: Path) -> None:
+    batch = batch_of("qwen2_5_vl", 2)
+    merge: dict[str, Any] = {"gain": 1.0, **NORM}
+    steps = Reduction("vision.0", 0.5, **merge), Reduction("decoder.1", 4, **merge)
+    reduced = reduce("qwen2_5_vl", *steps)
+    reduced.save_pretrained(tmp_path)
+    again = ReducedModel.from_pretrained(tmp_path)
+    assert torch.equal(again(**batch).logits, reduced(**batch).logits)
+    assert torch.equal(generate(again, batch)[0], generate(reduced, batch)[0])
+
+
+@pytest.mark.parametrize(
+    ("reductions", "reason"),
+    [
+        ([Reduction("vision.0", 4)], "has no score 'cls_attention'"),
+        ([Reduction("vision.0", 4, mass_bias=1.0, gain=1.0, **NORM)], "Use mass_bias=0"),
+        (
+            [Reduction("vision.0", 4, gain=1.0, similarity={"key": 1}, observe="next", **NORM)],
+            "vision.0 has no keys@next",
+        ),
+        ([Reduction("vision.0", 4, **NORM), Reduction("projector", 2, **NORM)], "not supported"),
+    ],
+)
+def test_what_groups_do_not_have_is_refused(reductions: list[Reduction], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        reduce("qwen2_vl", *reductions)(**batch_of("qwen2_vl", 1))
+
+
+def test_blocks_that_cannot_be_observed_say_so() -> None:
+    merge = Reduction("vision.0", 4, gain=1.0, similarity={"key": 1}, **NORM)
+    with pytest.raises(ValueError, match="hands no further arguments on to its attention"):
+        reduce("internvl", merge)(**batch_of("internvl", 1))
+
+
+def test_groups_are_not_searched() -> None:
+    model, batch = model_of("qwen2_vl"), batch_of("qwen2_vl", 2)
+    budget = deos_fx.Budget(visual_tokens=0.5)
+    with pytest.raises(ValueError, match="vision.0 cannot be searched"):
+        deos_fx.search(model, [batch] * 4, budget=budget, sites=["vision.0"])
+
+
+def test_reductions_of_groups_are_not_exported(tmp_path: Path) -> None:
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
+    with pytest.raises(ValueError, match="in the vision tower"):
+        deos_fx.export_onnx(reduced, tmp_path, example_inputs=batch_of("qwen2_vl", 1))
+
+
+def test_images_of_new_sizes_are_followed_anew() -> None:
+    batch = batch_of("qwen2_vl", 1)
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
+    reduced(**batch)
+    batch["image_grid_thw"] = torch.tensor([[1, 16, 8]])
+
+    def tower(alive: Tensor) -> Any:
+        return tower_masked(model_of("qwen2_vl"), 0, in_runs(alive[batch["input_ids"] == IMAGE]))
+
+    assert_pruning_is_masking(model_of("qwen2_vl"), reduced, batch, tower=tower)
+
+
+def test_what_follows_a_reduced_tower_is_compiled() -> None:
+    batch = batch_of("qwen3_vl", 2)
+    reduced, compiled = (reduce("qwen3_vl", Reduction("vision.0", 0.5, **NORM)) for _ in range(2))
+    compiled.compile(backend="eager")
+    assert_close(compiled(**batch).logits, reduced(**batch).logits)
