@@ -78,7 +78,7 @@ def merge(
     Returns:
         y [B, K, d], in the precision of the tokens.
     """
-    if assignment.shape[-1] == 0:
+    if not _moves(assignment):
         # Case: every token is kept, so none moves. ONNX runtimes refuse products of empty matrices.
         return _alone(tokens, kept, own, exponent)
     # 1. c_ij. With `average`, a receiver takes in a mean, weighted like the receiver itself.
@@ -103,6 +103,13 @@ def merge(
     factors = stays.unsqueeze(-1).to(tokens.dtype)
     received = torch.addcmul(moved, staying[:, alone:], factors)
     return torch.cat([staying[:, :alone], received], dim=1) if alone else received
+
+
+def _moves(assignment: Tensor) -> bool:
+    """Return whether there is a token that moves, in an assignment [B, R, S]."""
+    number = assignment.shape[-1]
+    # Symbolic in an elastic export, in which every reduction drops a token.
+    return not isinstance(number, int) or number > 0
 
 
 def _alone(tokens: Tensor, kept: Tensor, own: Tensor | None, exponent: float) -> Tensor:
@@ -157,7 +164,7 @@ def merged_mass(
         mass: m [B, V]; ones if None.
         gain: g.
     """
-    if assignment.shape[-1] == 0:
+    if not _moves(assignment):
         # Case: every token is kept, so none moves.
         return torch.ones_like(kept, dtype=torch.float32) if mass is None else take(mass, kept)
     received = _content(assignment, sources, mass, None).sum(dim=-1)
