@@ -78,6 +78,9 @@ def merge(
     Returns:
         y [B, K, d], in the precision of the tokens.
     """
+    if not _moves(assignment):
+        # Case: every token is kept, so none moves. ONNX runtimes refuse products of empty matrices.
+        return _alone(tokens, kept, own, exponent)
     # 1. c_ij. With `average`, a receiver takes in a mean, weighted like the receiver itself.
     receivers = kept[:, kept.shape[1] - assignment.shape[1] :]
     base = 1.0 if mass is None else take(mass, receivers)
@@ -100,6 +103,23 @@ def merge(
     factors = stays.unsqueeze(-1).to(tokens.dtype)
     received = torch.addcmul(moved, staying[:, alone:], factors)
     return torch.cat([staying[:, :alone], received], dim=1) if alone else received
+
+
+def _moves(assignment: Tensor) -> bool:
+    """Return whether there is a token that moves, in an assignment [B, R, S]."""
+    number = assignment.shape[-1]
+    # Symbolic in an elastic export, in which every reduction drops a token.
+    return not isinstance(number, int) or number > 0
+
+
+def _alone(tokens: Tensor, kept: Tensor, own: Tensor | None, exponent: float) -> Tensor:
+    """Return the kept tokens [B, K, d] where none moves: y_i = (o_i / m_i)^(1 - n) x_i."""
+    staying = take(tokens, kept)
+    if own is None or exponent == 1:
+        return staying
+    # Kept tokens before the receivers stay as they are.
+    factors = F.pad(own ** (1 - exponent), (kept.shape[1] - own.shape[1], 0), value=1.0)
+    return staying * factors.unsqueeze(-1).to(tokens.dtype)
 
 
 def _parted(tokens: Tensor, kept: Tensor, sources: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -144,6 +164,9 @@ def merged_mass(
         mass: m [B, V]; ones if None.
         gain: g.
     """
+    if not _moves(assignment):
+        # Case: every token is kept, so none moves.
+        return torch.ones_like(kept, dtype=torch.float32) if mass is None else take(mass, kept)
     received = _content(assignment, sources, mass, None).sum(dim=-1)
     received = received if gain == 1 else gain * received
     # Kept tokens before the receivers receive nothing.

@@ -131,6 +131,8 @@ class _Several(nn.Module):
         "neighbours and rest",
         "interpolate",
     )
+    # Nothing is dropped, so nothing moves: empty matrices have no product in ONNX.
+    of_all = ("merge", "uniform", "residual by score", "contextual sorted", "bipartite sorted")
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,6 +140,7 @@ class _Several(nn.Module):
             _record(reduction, mass=True)
             for reduction in (
                 *(reduction_of(name, 4) for name in self.behaviours),
+                *(reduction_of(name, TOKENS) for name in self.of_all),
                 WITH_CLASS_TOKEN,
             )
         )
