@@ -625,3 +625,15 @@ def test_half_precision(tmp_path, monkeypatch):
     got = runtime(**inputs).logits[:, -1]
     assert math.isclose((got - expected).abs().max() / expected.abs().max(), 0, abs_tol=2e-2)
     assert runtime.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 3
+
+
+def test_where_nothing_or_all_but_one_is_dropped(tmp_path):
+    """ONNX Runtime refuses to reshape the tokens of an empty selection (the export compares)."""
+    policy = Policy(
+        (
+            Reduction("vision.0", 1.0, gain=1, mass_bias=1),
+            Reduction("projector", 1.0, gain=0.5, residual=True, mass_bias=1),
+            Reduction("decoder.0", 1, gain=1, mass_bias=1),
+        )
+    )
+    export_onnx(ReducedModel(tiny.shared_llava(LAYERS), policy), tmp_path / "model")
