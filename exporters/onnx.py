@@ -299,7 +299,8 @@ class _Export:
         for done, (name, graph) in enumerate(graphs.items(), start=1):
             programs[name] = graph.export()
             tell("trace", done, len(graphs))
-        take_counts(programs["prefill"])
+        if elastic:
+            take_counts(programs["prefill"])
         programs["decode"] = of_one_token(programs["extend"], NEW)
         constants, guards = prefill.constants, prefill.guards
         return cls(reduced, example, device, programs, constants, guards, elastic, tell)
