@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ __all__ = [
     "VERSION",
     "WEIGHTS",
     "check_policy",
+    "check_spaces",
     "dropped_tokens",
     "read_manifest",
     "spaces_of",
@@ -58,6 +59,9 @@ FILES = (
 
 # Packages whose versions the manifest records.
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
+
+# What the prefill graph gives of each token space.
+_OF_SPACES = ("origin_", "key_bias_", "shift_")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -133,6 +137,36 @@ def check_policy(folder: Path, manifest: Mapping[str, Any]) -> Policy:
             f"have {exported}; export the model again"
         )
     return policy
+
+
+def check_spaces(
+    folder: Path, manifest: Mapping[str, Any], outputs: Iterable[str], inputs: Iterable[str]
+) -> None:
+    """Refuse a manifest whose token spaces are not those of the graphs.
+
+    Args:
+        folder: The folder of the export.
+        manifest: Its manifest.
+        outputs: Names of the outputs of its prefill graph.
+        inputs: Names of the inputs of its decode graph.
+
+    Raises:
+        ValueError: If the two come from different exports.
+    """
+    expected, moved = set(), set()
+    for k, space in enumerate(manifest["spaces"], start=1):
+        expected |= {f"origin_{k}"}
+        expected |= {f"key_bias_{k}"} if space["biased"] else set()
+        expected |= {f"shift_{k}"} if space["position"] == "grid" else set()
+        moved |= {f"position_ids_{k}"} if space["position"] != "keep" else set()
+    found = {name for name in outputs if name.startswith(_OF_SPACES)}
+    needed = {name for name in inputs if name.startswith("position_ids_")}
+    if found != expected or not needed <= moved:
+        named, has = (", ".join(sorted(x)) or "none" for x in (expected | moved, found | needed))
+        raise ValueError(
+            f"{folder / RECORD} names spaces with {named}, but the graphs have {has}: they come "
+            "from two exports. Export the model again."
+        )
 
 
 # *** the weights ***

@@ -55,7 +55,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -208,7 +208,7 @@ def export_onnx(
                 # Rounding would hide what is wrong with the graphs.
                 export.write(Path(aside), device)
                 export.check(Path(aside), device)
-            export.quantise(weights)
+            export = export.quantised(weights)
         export.write(folder, device)
         if verify and export.runs_here:
             export.check(folder, device)
@@ -249,7 +249,7 @@ def _check_attention(model: PreTrainedModel) -> None:
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Export:
     """The graphs of an export, and what else its folder gets.
 
@@ -316,12 +316,12 @@ class _Export:
         fuse(self.programs, self.device)
         self.tell("fuse", 1, 1)
 
-    def quantise(self, weights: str) -> None:
-        """Round the weights."""
+    def quantised(self, weights: str) -> _Export:
+        """Round the weights, and return the same export with a note of it."""
         self.tell("quantise", 0, 1)
         quantise(self.programs, weights)
-        self.weights = weights
         self.tell("quantise", 1, 1)
+        return replace(self, weights=weights)
 
     def check(self, folder: Path, device: str) -> None:
         """Compare what was written with the reduced model, on a device."""

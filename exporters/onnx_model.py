@@ -17,20 +17,21 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from deos_fx.contents import RECORD, check_unchanged, stamp
+from deos_fx.contents import check_unchanged, stamp
 from deos_fx.exporters.elastic import counts_of_rows
 from deos_fx.exporters.manifest import (
     IMAGES,
     check_policy,
+    check_spaces,
     dropped_tokens,
     read_manifest,
     spaces_of,
 )
+from deos_fx.exporters.prompts import ExportedPrompts
 from deos_fx.exporters.session import HOST, Session, SessionCache, as_tensor, open
 from deos_fx.exporters.shared import SharedWeights
 from deos_fx.inputs.call import Call, normal_inputs
 from deos_fx.inputs.complete import completed
-from deos_fx.inputs.packed import packed_by
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.rewrite.free_counts import KEEP
@@ -40,12 +41,8 @@ from deos_fx.policy.policy import Policy
 from deos_fx.reading import blaming, read_tensors
 from deos_fx.runtime.generation import generation_host
 from deos_fx.tokens.cache import TokenSpace
-from deos_fx.tokens.positions import last_token
 
 __all__ = ["OnnxModel"]
-
-# What the prefill graph gives of each token space.
-_OF_SPACES = ("origin_", "key_bias_", "shift_")
 
 
 class OnnxModel:
@@ -84,6 +81,7 @@ class OnnxModel:
         self._counts = _counts(policy, manifest["elastic"] or ())
         self._prefill, self._decode = sessions["prefill"], sessions["decode"]
         self._encoder = sessions.get("image_encoder")
+        self._prompts = ExportedPrompts(manifest, constants, self._prefill.inputs)
         # Opened when it is first needed, once for all threads.
         self._extend, self._lock = functools.cache(extend), threading.Lock()
         # The model without weights, for `generate` and for facts of its class.
@@ -145,7 +143,7 @@ class OnnxModel:
             )
         # Only an encoder for fixed sizes has such values.
         constants = read_tensors(folder / IMAGES) if "image_encoder" in sessions else {}
-        _check_spaces(folder, manifest["spaces"], sessions)
+        check_spaces(folder, manifest, sessions["prefill"].outputs, sessions["decode"].inputs)
         check_unchanged(folder, before)
 
         def extend() -> Session:
@@ -246,7 +244,7 @@ class OnnxModel:
     def _run_prefill(self, call: Call, cache: SessionCache) -> Tensor:
         """Run the prefill graph, fill the cache and return the logits [B, L, vocabulary]."""
         inputs, ids = call.inputs, call.inputs["input_ids"]
-        self._check_prompts(inputs)
+        self._prompts.check(inputs)
         values = {
             **inputs,
             # The graphs always take a mask. They take pixels in the dtype of the export.
@@ -261,7 +259,7 @@ class OnnxModel:
             values |= self._encode(self._encoder, values["pixel_values"], len(ids))
         # Values that the graph does not read are ignored.
         outputs = self._prefill(values)
-        self._check_guards(outputs)
+        self._prompts.check_branches(outputs)
         cache.take_states(outputs, ids.shape[1])
         spaces = [
             TokenSpace(
@@ -311,7 +309,7 @@ class OnnxModel:
             ValueError: If the text has image placeholders.
         """
         if bool((ids == self._manifest["image_token"]).any()):
-            self._refuse_half_a_prompt()
+            self._prompts.refuse_half()
         rows = len(ids)
         cache.begin(self._decode.empty_states(rows))
         none = torch.zeros(rows, 0, dtype=torch.int64)
@@ -360,89 +358,6 @@ class OnnxModel:
                 )
         return {name: torch.cat(values) for name, values in parts.items()}
 
-    def _check_prompts(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse prompts whose images are not those that the graphs were exported for."""
-        manifest, ids = self._manifest, inputs["input_ids"]
-        # Numbers of image tokens, without duplicates.
-        counts = sorted({*(ids == manifest["image_token"]).sum(dim=1).tolist()})
-        if "pixel_values" not in inputs or counts[-1] == 0:
-            self._refuse_half_a_prompt()
-        # In this order, so that the first message names the most basic difference.
-        again = "Export it again with example_inputs like these."
-        if counts != [manifest["image_tokens"]]:
-            raise ValueError(
-                f"The prompts have {counts} image tokens each, but this model was exported for "
-                f"prompts with {manifest['image_tokens']} ({manifest['images']} images). {again}"
-            )
-        _check_mask(inputs, ids == manifest["image_token"])
-        self._check_ends(inputs, again)
-        self._check_inputs(inputs, again)
-        # Pixels have rows for the images of one prompt, times the number of prompts.
-        shape, own = tuple(inputs["pixel_values"].shape), manifest["pixels"]
-        if shape != (own[0] * len(ids), *own[1:]):
-            raise ValueError(
-                f"pixel_values of {len(ids)} prompts has the shape {shape}, but this model was "
-                f"exported for {tuple(own)} per prompt. Use the processor of the model, or export "
-                "it again with example_inputs like these."
-            )
-        # Inputs with the sizes of images are constants of the graphs.
-        for name in self._constants.keys() & set(manifest["inputs"]):
-            expected = torch.cat([self._constants[name]] * len(ids))
-            if not torch.equal(inputs[name], expected.to(inputs[name].dtype)):
-                raise ValueError(
-                    f"{name} is {_shown(inputs[name])}, but this model was exported for images "
-                    f"with {_shown(self._constants[name])} in every prompt. {again}"
-                )
-
-    def _refuse_half_a_prompt(self) -> None:
-        """Refuse placeholders without pixels, and pixels without placeholders."""
-        manifest = self._manifest
-        raise ValueError(
-            "The prompt has no image, or no place for it, but this model was exported for prompts "
-            f"with {manifest['images']}: pass pixel_values, and input_ids with image placeholders "
-            f"(token id {manifest['image_token']}); or neither, for a text without images."
-        )
-
-    def _check_ends(self, inputs: Mapping[str, Any], again: str) -> None:
-        """Refuse prompts that end in an image if the graphs were exported for text at the end.
-
-        Refuse them also the other way round: graphs for an image at the end always keep its last
-        token, and others may drop it.
-        """
-        ends = self._manifest.get("ends_in_image")
-        ids = inputs["input_ids"]
-        # The last token that is no padding.
-        last = ids.gather(1, last_token(ids, inputs.get("attention_mask")))
-        if ends is not None and bool(((last == self._manifest["image_token"]) != ends).any()):
-            one, other = ("text", "an image") if ends else ("an image", "text")
-            raise ValueError(
-                f"There are prompts that end in {one}, but this model was exported for prompts "
-                f"that end in {other}. {again}"
-            )
-
-    def _check_inputs(self, inputs: Mapping[str, Any], again: str) -> None:
-        """Refuse inputs that the graphs do not take, and calls that lack inputs they need."""
-        names = set(self._manifest["inputs"])
-        given = {name for name, value in inputs.items() if isinstance(value, Tensor)}
-        # The mask may be left out; it is all ones then.
-        needed = names & (set(self._prefill.inputs) | self._constants.keys()) - {"attention_mask"}
-        for what, wrong in (("has", given - names), ("lacks", needed - given)):
-            if wrong:
-                raise ValueError(
-                    f"The call {what} {', '.join(sorted(wrong))}, but this model was exported for "
-                    f"{', '.join(sorted(names))}. {again}"
-                )
-
-    def _check_guards(self, outputs: Mapping[str, Any]) -> None:
-        """Refuse prompts for which the model takes other branches than those in the graphs."""
-        for i, expected in enumerate(self._manifest["guards"]):
-            if as_tensor(outputs[f"guard_{i}"]).item() != expected:
-                raise ValueError(
-                    "This model computes another way for these prompts than for those it was "
-                    "exported for, where its code asks whether they have tokens of some kind. "
-                    "Export it again with example_inputs like these."
-                )
-
     def _new_cache(self) -> SessionCache:
         """Make an empty cache, with the layers of this model."""
         return SessionCache(self.config.get_text_config())
@@ -460,28 +375,6 @@ def _places(inputs: Mapping[str, Any], left: int) -> Tensor:
     return torch.arange(-min(inputs.get(LOGITS) or left, left), 0)
 
 
-def _check_mask(inputs: Mapping[str, Any], visual: Tensor) -> None:
-    """Refuse masks with an axis for queries, and packed samples: a row must be one prompt.
-
-    Raises:
-        ValueError: If a row may hold several samples.
-    """
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.ndim != 2:
-        # Case: a mask of queries and keys.
-        raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}, but exported graphs take flags of real tokens "
-            "[B, N]. Give every prompt a row of its own."
-        )
-    # With the cache that every call has here, it refuses positions that go back.
-    packed_by(inputs, visual)
-
-
-def _shown(tensor: Tensor) -> str:
-    """Return a tensor's values if they are few, else its shape, for an error message."""
-    return str(tensor.tolist()) if tensor.numel() <= 16 else f"of shape {tuple(tensor.shape)}"
-
-
 def _skeleton(folder: Path) -> PreTrainedModel:
     """Make the model without weights: `generate` needs only its class and configs."""
     with blaming(folder):
@@ -495,23 +388,3 @@ def _skeleton(folder: Path) -> PreTrainedModel:
             skeleton = kind._from_config(config)
     skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     return skeleton.eval()
-
-
-def _check_spaces(
-    folder: Path, spaces: Sequence[Mapping[str, Any]], sessions: Mapping[str, Session]
-) -> None:
-    """Refuse a manifest whose token spaces are not those of the graphs."""
-    expected, moved = set(), set()
-    for k, space in enumerate(spaces, start=1):
-        expected |= {f"origin_{k}"}
-        expected |= {f"key_bias_{k}"} if space["biased"] else set()
-        expected |= {f"shift_{k}"} if space["position"] == "grid" else set()
-        moved |= {f"position_ids_{k}"} if space["position"] != "keep" else set()
-    found = {name for name in sessions["prefill"].outputs if name.startswith(_OF_SPACES)}
-    needed = {name for name in sessions["decode"].inputs if name.startswith("position_ids_")}
-    if found != expected or not needed <= moved:
-        named, has = (", ".join(sorted(x)) or "none" for x in (expected | moved, found | needed))
-        raise ValueError(
-            f"{folder / RECORD} names spaces with {named}, but the graphs have {has}: they come "
-            "from two exports. Export the model again."
-        )
