@@ -69,7 +69,9 @@ def write(target: Path, name: str) -> None:
         if name == "old":
             programs["image_encoder"] = program(value)
             constants = {"image_sizes": torch.ones(1, 2, dtype=torch.int64)}
-        return onnx_module._Export(reduced, example, rest[0], programs, dict(constants), *rest[1:])
+        return onnx_module._Export(
+            reduced, example, rest[0], programs, dict(constants), (), *rest[1:]
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_module._Export, "of", of)
