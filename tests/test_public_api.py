@@ -54,6 +54,9 @@ def test_public_name_is_documented(name):
 
 @pytest.mark.parametrize("name", modules())
 def test_module_imports_and_keeps_its_promises(name):
+    if name in ("deos_fx.harness.lmms", "deos_fx.harness.plugin"):
+        # The only modules that need an extra of their own; their tests have it.
+        pytest.importorskip("lmms_eval.api", reason="lmms-eval is not installed")
     module = importlib.import_module(name)
     assert module.__doc__, f"{name} has no docstring"
     missing = [public for public in getattr(module, "__all__", ()) if not hasattr(module, public)]
