@@ -126,8 +126,9 @@ def test_export_takes_images_as_the_processor_makes_them(
     for place in ("loading.load_reduced", "processors.copy_processor"):
         monkeypatch.setattr(f"deos_fx.cli.{place}", lambda *_, **options: None)
     images = ("--image", folder / "0.png", "--image", folder / "1.png")
-    run("export", folder / "qwen", tmp_path / "onnx", *images)
+    run("export", folder / "qwen", tmp_path / "onnx", *images, "--elastic")
     assert seen["example_inputs"]["image_grid_thw"].prod(dim=1).tolist() == [4 * 48, 4 * 100]
+    assert seen["elastic"]
 
 
 # *** example ***

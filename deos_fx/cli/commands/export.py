@@ -36,6 +36,12 @@ def export(
             "given several times. Default: one, where all have one size.",
         ),
     ] = None,
+    elastic: Annotated[
+        bool,
+        typer.Option(
+            "--elastic", help="One export for many budgets: OnnxModel.keeping chooses the counts."
+        ),
+    ] = False,
     verify: Annotated[
         bool, typer.Option(help="Whether to compare ONNX Runtime's logits with PyTorch's.")
     ] = True,
@@ -78,6 +84,7 @@ def export(
                 example_inputs=example,
                 device=device,
                 weights=weights,
+                elastic=elastic,
                 verify=verify,
                 progress=advance,
             )
