@@ -18,6 +18,7 @@ from deos_fx import presets
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.models.upstream import CACHE
+from deos_fx.passes.search.answers import LONGEST
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
@@ -257,16 +258,18 @@ def test_a_search_takes_prompts_of_both_kinds() -> None:
     text["input_ids"] = text["input_ids"].roll(-2, dims=1)
     data = [of_llava(6, batch=2), text]
     problem = SearchProblem.of(shared_llava(), data, Budget(visual_tokens=0.25))
-    assert [batch.layout.ends for batch in problem.scoring] == [True, False]
-    # Of the first kind, the last token alone stands after the image.
-    assert problem.scoring[0].target.positions.sum(dim=1).tolist() == [1, 1]
+    # The model's own answers follow. The first token of those behind an image does not count: it is
+    # predicted at the image's last token, which may be dropped.
+    counted = (LONGEST - 1, LONGEST)
     policy, expected = Policy(PRUNED["decoder"]), []
-    for prompts, behind in zip(data, (1, 2), strict=True):
+    for batch, tokens in zip(problem.scoring, counted, strict=True):
+        assert batch.target.positions.sum(dim=1).tolist() == [tokens, tokens]
+        prompts = {name: batch.inputs[name] for name in ("input_ids", "pixel_values")}
         whole, ours = (
-            model(**prompts, use_cache=False).logits[:, -behind:].flatten(0, 1).log_softmax(-1)
+            model(**prompts, use_cache=False).logits[:, -tokens - 1 : -1].log_softmax(-1)
             for model in (shared_llava(), ReducedModel(shared_llava(), policy))
         )
-        expected.append((whole.exp() * (whole - ours)).sum(dim=1).mean())
+        expected.append((whole.exp() * (whole - ours)).sum(dim=-1).mean())
     assert problem.static_loss(policy) == pytest.approx(sum(expected).item() / 2, rel=1e-4)
 
 
