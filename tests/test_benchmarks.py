@@ -14,6 +14,7 @@ from benchmarks import (
     calls,
     capture,
     elastic,
+    export,
     gpu,
     latency,
     memory,
@@ -276,3 +277,23 @@ def test_an_elastic_export_is_measured_beside_a_static_one(monkeypatch):
     found = elastic.measure("llava-tiny", "cpu", 2)
     assert found["elastic_over_static"] > 0 and set(found["prefill_ms"]) == {"static", "elastic"}
     assert found["settings"]["keep"] == 64 // 9
+
+
+def test_exports_are_measured_beside_those_of_transformers(monkeypatch):
+    """Exporting takes long and has tests of its own."""
+
+    def write(folder, count):
+        folder.mkdir()
+        (folder / "weights").write_bytes(bytes(count))
+
+    monkeypatch.setattr(export, "_theirs", lambda model, inputs, folder: write(folder, 100))
+    monkeypatch.setattr(export, "_ours", lambda model, inputs, policy, folder: write(folder, 50))
+    saved: list[Any] = []
+    found = export.measure("llava-tiny", 2, saved.append)
+    assert {name: one["bytes_over_transformers"] for name, one in found["exports"].items()} == {
+        "transformers": 1,
+        "unreduced": 0.5,
+        "a ninth after decoder.1": 0.5,
+    }
+    assert all(one["seconds"] > 0 for one in found["exports"].values()) and len(saved) == 2
+    assert export._table(found).row_count == 3
