@@ -256,12 +256,16 @@ def test_gradients_pass_a_layer(kind: str) -> None:
 def gradients(model: Any) -> Tensor:
     """Of the task of a relaxed graph, with respect to the parameters of a reduction."""
     batch = inputs(model, 2)
+    # Answers that both models are asked for, which they would not give alike by themselves.
+    labels = batch["input_ids"].clone()
+    labels[:, :-2] = -100
+    batch["labels"] = labels
     budget = deos_fx.Budget(visual_tokens=0.5)
     problem = SearchProblem.of(model, [batch], budget)
     reduction = RelaxedReduction.from_reduction(Reduction("decoder.0", 0.5, gain=0.5, **NORM), 0.5)
     (only,) = problem.training
     graph = relaxed_graph({"decoder.0": reduction}, only)
-    task = only.target.loss(run_graph(graph, only.call.inputs)["logits"])
+    task = only.target.loss(run_graph(graph, only.inputs)["logits"])
     found = torch.autograd.grad(task, [*reduction.parameters()], allow_unused=True)
     return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
 
