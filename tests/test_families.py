@@ -263,7 +263,8 @@ def test_keys_that_later_layers_attend_to_are_not_dropped_before_them() -> None:
     inputs = call_of(model, prompts("gemma4") | {"use_cache": False}).inputs
     sites = capture_call(model, inputs).sites
     assert sites is not None
-    assert [site.name for site in sites.available()] == ["projector", "decoder.0"]
+    names = [site.name for site in sites.available()]
+    assert [name for name in names if not name.startswith("vision.")] == ["projector", "decoder.0"]
     assert "attends to keys of decoder_1, which still has" in sites["decoder.2"].reason
 
 
