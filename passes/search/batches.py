@@ -88,7 +88,7 @@ def check_whole(model: object) -> None:
 
 def checked_calls(
     facts: ModelFacts, data: Iterable[Mapping[str, Any]], progress: Progress | None = None
-) -> tuple[list[Call], bool]:
+) -> tuple[list[Call], bool, bool]:
     """Check the data, and complete the inputs of every batch; without labels, the model answers.
 
     Args:
@@ -97,22 +97,31 @@ def checked_calls(
         progress: Called with the stage ``answers`` after each batch that the model has answered.
 
     Returns:
-        A call with labels for each batch, whose tensors are where the data has them; and whether
-        the labels are those of the data.
+        A call with labels for each batch, whose tensors are where the data has them; whether the
+        labels are those of the data; and whether it was interrupted: then the calls are those that
+        were ready.
 
     Raises:
         ValueError: If the data or a batch of it is empty, or the batches do not fit one policy.
         TypeError: If the data holds anything but dicts.
+        KeyboardInterrupt: If no call was ready.
     """
     calls: list[Call] = []
-    with_labels = 0
-    for number, batch in enumerate(data):
-        _check_batch(number, batch)
-        with_labels += "labels" in batch
-        calls.append(_completed(facts, batch))
-        if progress is not None and not with_labels:
-            done = number + 1
-            progress("answers", done, len(data) if isinstance(data, Sized) else done)
+    with_labels, interrupted = 0, False
+    try:
+        for number, batch in enumerate(data):
+            _check_batch(number, batch)
+            call = _completed(facts, batch)
+            with_labels += "labels" in batch
+            calls.append(call)
+            if progress is not None and not with_labels:
+                done = number + 1
+                progress("answers", done, len(data) if isinstance(data, Sized) else done)
+    except KeyboardInterrupt:
+        # Case: there is nothing yet to find a policy with.
+        if not calls:
+            raise
+        interrupted = True
     if not calls:
         raise ValueError("data is empty: give at least one dict of model inputs.")
     if with_labels not in (0, len(calls)):
@@ -121,7 +130,7 @@ def checked_calls(
             "batches, or with none."
         )
     _check_alike(facts, calls)
-    return calls, with_labels > 0
+    return calls, with_labels > 0, interrupted
 
 
 def _check_batch(number: int, batch: Mapping[str, Any]) -> None:

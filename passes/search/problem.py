@@ -60,7 +60,8 @@ class SearchProblem:
         limits: Name -> absolute limit.
         training: Batches for gradient steps.
         scoring: Batches for scoring candidates.
-        interrupted: Whether capturing was cut short; the batches are those that were ready.
+        interrupted: Whether answering or capturing was cut short; the batches are those that were
+            ready.
         timed_here: Whether a limit on latency is one of this machine.
         effort: What all searches on this problem have cost so far, in this process.
         fronts: What precedes the first reduction of graphs, once for every batch.
@@ -110,8 +111,9 @@ class SearchProblem:
         check_whole(model)
         facts = facts_of(model)
         model.eval()
-        calls, labels = checked_calls(facts, data, progress)
-        if recognise is not None:
+        calls, labels, early = checked_calls(facts, data, progress)
+        # Of interrupted data, it is not known whose it is.
+        if recognise is not None and not early:
             training = map(without_labels, calls[: len(calls) - len(calls) // 4])
             recognise(fingerprint(facts.signature, [*training]))
         # 2. Costs, for every layout. The longest prompts come first: their layout is the
@@ -141,7 +143,7 @@ class SearchProblem:
             limits={},
             training=batches[: len(batches) - held_back],
             scoring=batches[len(batches) - held_back :] or batches,
-            interrupted=interrupted,
+            interrupted=early or interrupted,
         )
         return problem.under(budget)
 

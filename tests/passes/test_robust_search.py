@@ -182,6 +182,17 @@ def test_interruptions_leave_the_best_so_far(model: Any, stage: str, step: int |
     )
 
 
+def test_while_the_model_answers_its_answers_so_far_are_used(model: Any) -> None:
+    def progress(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("answers", 2):
+            raise KeyboardInterrupt
+
+    data = [{k: v for k, v in batch.items() if k != "labels"} for batch in labelled(model)]
+    found = search(model, data, budget=SMALL, progress=progress)
+    assert found.interrupted and found.history == []
+    assert found.best.cost.flops <= found.limits["flops"]
+
+
 def test_before_anything_is_captured_there_is_nothing_to_return(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
