@@ -282,7 +282,7 @@ def test_transform_at_a_budget_alone(model_dir, tmp_path):
 def test_export_takes_the_policy_of_a_reduced_model(model_dir, tmp_path, monkeypatch):
     exported, given = [], []
 
-    def note(reduced, folder, *, example_inputs, device, weights, verify, progress):
+    def note(reduced, folder, *, example_inputs, device, weights, elastic, verify, progress):
         exported.append(reduced.policy)
         given.append((device, weights, verify))
         progress("trace", 1, 1)
