@@ -7,10 +7,10 @@ benchmarks/README.md says what the figures mean. The two exports take turns in o
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,23 +26,26 @@ from common import (
     conditions,
     device_of,
     in_turns,
+    measured,
 )
 from rich.console import Console
 
 from deos_fx import OnnxModel, Policy, ReducedModel, Reduction, export_onnx
-from deos_fx.files import write_text
 from deos_fx.models.facts import facts_of
 
 __all__ = ["measure"]
 
 
-def measure(shape: str, device: str, rounds: int) -> dict[str, Any]:
+def measure(
+    shape: str, device: str, rounds: int, save: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any]:
     """Export a model twice, with a ninth of the tokens left after decoder layer 1, and run both.
 
     Args:
         shape: ``reference`` or a name in `SHAPES`.
         device: ``cpu`` or ``cuda``.
         rounds: Timed runs of each.
+        save: Called with the figures.
 
     Returns:
         Seconds of the exports, milliseconds of a prefill of each, and their ratios.
@@ -66,11 +69,13 @@ def measure(shape: str, device: str, rounds: int) -> dict[str, Any]:
         # Results come to the CPU in any case.
         times = in_turns(runs, rounds, torch.device("cpu"))
     ratios = [a / b for a, b in zip(times["elastic"], times["static"], strict=True)]
-    return found | {
+    found |= {
         "prefill_ms": {name: statistics.median(own) for name, own in times.items()},
         "elastic_over_static": statistics.median(ratios),
         "quartiles": statistics.quantiles(ratios, n=4)[::2],
     }
+    save(found)
+    return found
 
 
 def main(
@@ -80,10 +85,9 @@ def main(
     rounds: Annotated[int, typer.Option(min=2, help="Timed runs of each.")] = 30,
 ) -> None:
     """Measure what counts as inputs cost."""
-    results = measure(shape, device.value, rounds)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, json.dumps(results, indent=1) + "\n")
-    Console().print_json(data=results)
+    console = Console()
+    results = measured(partial(measure, shape, device.value, rounds), output, console)
+    console.print_json(data=results)
 
 
 if __name__ == "__main__":

@@ -274,7 +274,9 @@ def test_an_elastic_export_is_measured_beside_a_static_one(monkeypatch):
         elastic, "export_onnx", lambda reduced, *_, elastic, **__: exported.append(reduced)
     )
     monkeypatch.setattr(elastic.OnnxModel, "from_pretrained", lambda *_: exported[-1])
-    found = elastic.measure("llava-tiny", "cpu", 2)
+    saved: list[Any] = []
+    found = elastic.measure("llava-tiny", "cpu", 2, saved.append)
+    assert saved == [found]
     assert found["elastic_over_static"] > 0 and set(found["prefill_ms"]) == {"static", "elastic"}
     assert found["settings"]["keep"] == 64 // 9
 

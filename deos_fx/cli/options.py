@@ -19,6 +19,7 @@ __all__ = [
     "Dtype",
     "Evaluations",
     "Force",
+    "ImageUrls",
     "Images",
     "Model",
     "OtherLimit",
@@ -150,3 +151,4 @@ TokenLimits = Annotated[
 OtherLimit = Annotated[
     Any, typer.Option(parser=read_limit, metavar="LIMIT", help="Fraction, or absolute number.")
 ]
+ImageUrls = Annotated[bool, typer.Option("--urls", help="Download --image if it is a URL.")]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deos_fx.cli.options import Images, Model, PolicyFile, Preset, Prompt, TokenLimit
+from deos_fx.cli.options import Images, ImageUrls, Model, PolicyFile, Preset, Prompt, TokenLimit
 
 __all__ = ["generate"]
 
@@ -19,7 +19,7 @@ def generate(
     preset: Preset = None,
     budget: TokenLimit = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 128,
-    urls: Annotated[bool, typer.Option("--urls", help="Download --image if it is a URL.")] = False,
+    urls: ImageUrls = False,
 ) -> None:
     """Print what a model answers about an image.
 

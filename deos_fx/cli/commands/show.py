@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 
 from deos_fx.cli.options import (
     Force,
     Images,
+    ImageUrls,
     Model,
     OutputOption,
     PolicyFile,
@@ -31,7 +30,7 @@ def show(
     preset: Preset = None,
     budget: TokenLimit = None,
     output: OutputOption = Path("deos-fx-show"),
-    urls: Annotated[bool, typer.Option("--urls", help="Download --image if it is a URL.")] = False,
+    urls: ImageUrls = False,
     force: Force = False,
 ) -> None:
     """Draw on an image which patches stay at each site, and where the others go.
