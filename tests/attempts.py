@@ -116,7 +116,8 @@ def learned_policy(path: Path) -> Policy:
 
 def read_learned(given: str, world: World) -> object:
     """Load a policy whose learned parts are other ones: bytes, or tensors by name."""
-    path = world.folder / "policy.json"
+    path = world.folder / "learned/policy.json"
+    path.parent.mkdir(exist_ok=True)
     learned_policy(path)
     parts = eval(given, {"torch": torch})
     beside = path.with_suffix(".safetensors")
@@ -130,8 +131,8 @@ def read_learned(given: str, world: World) -> object:
 
 
 def read_export(given: str, world: World) -> object:
-    world.write(RECORD, json.dumps(WHOLE | json.loads(f"{{{given}}}")))
-    return read_manifest(world.folder)
+    manifest = world.write(f"export/{RECORD}", json.dumps(WHOLE | json.loads(f"{{{given}}}")))
+    return read_manifest(manifest.parent)
 
 
 def search_state() -> SearchState:

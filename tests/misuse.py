@@ -521,12 +521,13 @@ SECTIONS = (
     ),
     Section(
         "The learned parts beside a policy",
-        "A policy with a probe of four numbers, whose `policy.safetensors` holds this.",
+        "A policy in the folder `learned` with a probe of four numbers, whose "
+        "`policy.safetensors` holds this.",
         read_learned,
         (
             Misuse(
                 "b'no tensors'",
-                "policy.json is not a policy file: policy.safetensors is damaged: "
+                "policy.json is not a policy file: learned/policy.safetensors is damaged: "
                 "Error while deserializing header: header too large; restore it",
             ),
             Misuse(
