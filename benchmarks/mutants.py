@@ -39,7 +39,7 @@ import libcst as cst
 import pytest
 import torch
 from common import conditions
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators
 
@@ -365,9 +365,13 @@ def main() -> None:
     torch.set_num_threads(1)
     # Neither random order nor several workers.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    # No test fails because the machine is busy.
+    # No test fails because the machine is busy, and none looks for a simpler example.
     settings.register_profile(
-        "mutants", deadline=None, derandomize=True, suppress_health_check=[*HealthCheck]
+        "mutants",
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=[*HealthCheck],
     )
     settings.load_profile("mutants")
     mutants = [mutant for path in _files(given.paths) for mutant in Changes(path).mutants()]
