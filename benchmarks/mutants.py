@@ -78,6 +78,10 @@ class Mutant:
         """The text of the changed file."""
         return Changes(self.path).source(self.index)
 
+    def is_read_by(self, tests: Path) -> bool:
+        """Return whether it is in a table, which tests of the file's own name read."""
+        return not self.in_function and tests.stem == f"test_{Path(self.path).stem}"
+
     def __str__(self) -> str:
         before, after = (" ".join(text.split())[:90] for text in (self.before, self.after))
         return f"{self.path}:{self.line} #{self.index}: {before} -> {after}"
@@ -278,9 +282,13 @@ class Runner:
         tests = self._first_run(session)
         survivors: list[str] = []
         for done, mutant in enumerate(self.mutants, 1):
-            items = [item for item in session.items if item.nodeid in tests]
-            items = [item for item in items if tests[item.nodeid].runs(mutant)]
             own = f"test_{Path(mutant.path).stem}"
+            items = [
+                item
+                for item in session.items
+                if item.nodeid in tests
+                and (tests[item.nodeid].runs(mutant) or mutant.is_read_by(item.path))
+            ]
             items.sort(key=lambda item: (item.path.stem != own, tests[item.nodeid].seconds))
             limits = [10 + 10 * tests[item.nodeid].seconds for item in items]
             if _passes(items, {mutant.path: mutant.source}, limits):
