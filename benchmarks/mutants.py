@@ -78,9 +78,9 @@ class Mutant:
         """The text of the changed file."""
         return Changes(self.path).source(self.index)
 
-    def is_read_by(self, tests: Path) -> bool:
-        """Return whether it is in a table, which tests of the file's own name read."""
-        return not self.in_function and tests.stem == f"test_{Path(self.path).stem}"
+    def is_of(self, tests: Path) -> bool:
+        """Return whether tests have the name of the file."""
+        return tests.stem.startswith(f"test_{Path(self.path).stem}")
 
     def __str__(self) -> str:
         before, after = (" ".join(text.split())[:90] for text in (self.before, self.after))
@@ -142,7 +142,7 @@ def _is_left_alone(node: cst.CSTNode) -> bool:
             return True
         case cst.Assign(targets=[cst.AssignTarget(cst.Name("__all__"))]):
             return True
-        case cst.Call(func=cst.Name("TypeVar")):
+        case cst.Call(func=cst.Name("TypeVar")) | cst.Subscript(value=cst.Name("Literal")):
             return True
         case cst.Call(func=cst.Attribute(attr=cst.Name("warn" | "warning"))):
             return True
@@ -282,14 +282,14 @@ class Runner:
         tests = self._first_run(session)
         survivors: list[str] = []
         for done, mutant in enumerate(self.mutants, 1):
-            own = f"test_{Path(mutant.path).stem}"
             items = [
                 item
                 for item in session.items
                 if item.nodeid in tests
-                and (tests[item.nodeid].runs(mutant) or mutant.is_read_by(item.path))
+                # A test may read a table, and run nothing of its file.
+                and (tests[item.nodeid].runs(mutant) or mutant.is_of(item.path))
             ]
-            items.sort(key=lambda item: (item.path.stem != own, tests[item.nodeid].seconds))
+            items.sort(key=lambda x: (not mutant.is_of(x.path), tests[x.nodeid].seconds))
             limits = [10 + 10 * tests[item.nodeid].seconds for item in items]
             if _passes(items, {mutant.path: mutant.source}, limits):
                 survivors.append(f"{mutant} ({len(items)} tests)")

@@ -139,6 +139,10 @@ TENSORS: dict[str, tuple[Callable[[Any], object], str]] = {
     "one less": (lambda t: t.pop(min(name for name in t if name[0] == "n")), "lacks"),
     "one more": (lambda t: t.update({"now/extra": torch.zeros(1)}), "has 'extra'"),
     "another shape": (lambda t: t.update({"adam/0/exp_avg": torch.zeros(7)}), "of shape \\(7,\\)"),
+    "a best state of another shape": (
+        lambda t: t.update({max(name for name in t if name[0] == "b"): torch.zeros(7)}),
+        "the best state",
+    ),
     "another moment": (lambda t: t.update({"adam/0/more": torch.zeros(1)}), "has '0/more'"),
     "no moments": (
         lambda t: [t.pop(name) for name in [*t] if name.startswith("adam/")],
