@@ -59,6 +59,7 @@ SECTIONS = (
                 "no site 'encoder.1'; a site is 'projector', 'decoder.<i>' (after "
                 "decoder layer i) or 'vision.<i>'",
             ),
+            Misuse("Policy(image_scale=50)", "image_scale is 50; give a number in [0.001, 1]"),
             Misuse(
                 'Reduction("decoder.01", 18)',
                 "no site 'decoder.01'; a site is 'projector', 'decoder.<i>' (after "

@@ -106,9 +106,7 @@ class SearchFront:
                 f"Within {_named(budget)}",
                 f"It needs {percentage(result.best.cost.flops / result.unreduced.flops)} of the "
                 "FLOPs of the prefill.",
-                "<pre>"
-                + escape("\n".join(map(str, result.policy.reductions)) or "no reduction")
-                + "</pre>",
+                "<pre>" + escape("\n".join(result.policy.lines) or "no reduction") + "</pre>",
                 details("policy.json", result.policy.to_json()),
             )
             for budget, result in self.results.items()

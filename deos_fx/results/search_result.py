@@ -202,7 +202,7 @@ def cost_cells(cost: Cost) -> list[str]:
 
 def policy_section(policy: Policy, cost: Cost, whole: Cost, looks: Sequence[Look] = ()) -> Section:
     """Draw a policy along the layers, and say what its learned scores look at."""
-    lines = "\n".join(str(reduction) for reduction in policy.reductions)
+    lines = "\n".join(policy.lines)
     return Section(
         "The policy along the layers",
         "Bars are the visual tokens a decoder layer processes, dotted what it would process "
@@ -265,11 +265,10 @@ def _telling_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _candidate_row(candidate: Candidate) -> list[str]:
-    reductions = "; ".join(
-        f"{reduction.site} {reduction.regime} to {reduction.keep:.4g}"
-        for reduction in candidate.policy.reductions
-    )
-    words = f'<td class="words">{escape(reductions)}</td>'
+    scale, reductions = candidate.policy.image_scale, candidate.policy.reductions
+    parts = [f"images at {scale:.3g}"] * (scale != 1)
+    parts += [f"{one.site} {one.regime} to {one.keep:.4g}" for one in reductions]
+    words = f'<td class="words">{escape("; ".join(parts))}</td>'
     loss = f"<td>{candidate.loss:.4f}</td>"
     return [f"<td>{escape(candidate.source)}</td>", loss, *cost_cells(candidate.cost), words]
 
