@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from deos_fx.results.search_front import SearchFront
     from deos_fx.results.search_result import SearchResult
 
-__all__ = ["like_batches", "limits_of", "placed", "search_processes", "timed", "write_found"]
+__all__ = [
+    "batches_by_scale",
+    "limits_of",
+    "placed",
+    "scales_of",
+    "search_processes",
+    "timed",
+    "write_found",
+]
 
 # What the command writes: policies with their learned parts, and a page.
 _FILES = ("policy*.json", "policy*.safetensors", "report.html")
@@ -56,9 +64,13 @@ def limits_of(
     return {"budget": budgets[0]} if len(budgets) == 1 else {"budgets": budgets}
 
 
-def like_batches(
-    model: PreTrainedModel, processor: Any, records: Sequence[Record], size: int
-) -> list[dict[str, Tensor]]:
+def batches_by_scale(
+    model: PreTrainedModel,
+    processor: Any,
+    records: Sequence[Record],
+    size: int,
+    scales: Sequence[float],
+) -> dict[float, list[dict[str, Tensor]]]:
     """Turn records into batches of prompts whose images are alike, as a search needs them.
 
     Args:
@@ -66,22 +78,61 @@ def like_batches(
         processor: Its processor.
         records: The questions.
         size: Prompts of a batch; of each kind of images, the last batch may be smaller.
+        scales: The scales at which images enter.
 
     Returns:
-        The batches; kinds come in the order of their first records.
+        Scale -> batches, which have the same prompts at every scale; kinds of images come in the
+        order of their first records.
+
+    Raises:
+        ValueError: If the model takes images of one size only.
     """
-    from deos_fx.data import batches
+    from deos_fx.data import batches, scaled_processor
     from deos_fx.inputs.call import Call
     from deos_fx.models.facts import facts_of
 
     facts = facts_of(model)
+    processors = {scale: scaled_processor(processor, scale) for scale in scales}
     alike: dict[Hashable, list[Record]] = {}
     for record in records:
         # What an image becomes, the processor alone knows.
-        (inputs,) = batches(processor, [replace(record, answer=None)], 1)
-        (prompt,) = Call.of(facts, inputs).prompts
-        alike.setdefault(prompt.alike, []).append(record)
-    return [batch for group in alike.values() for batch in batches(processor, group, size)]
+        kind = []
+        for own in processors.values():
+            (inputs,) = batches(own, [replace(record, answer=None)], 1)
+            (prompt,) = Call.of(facts, inputs).prompts
+            kind.append(prompt.alike)
+        alike.setdefault(tuple(kind), []).append(record)
+    return {
+        scale: [batch for group in alike.values() for batch in batches(own, group, size)]
+        for scale, own in processors.items()
+    }
+
+
+def scales_of(
+    given: Sequence[float] | None, limits: Mapping[str, Any], records: Sequence[Record]
+) -> list[float]:
+    """Return the scales of a search, the largest first, with 1 among them.
+
+    Args:
+        given: Those of the options.
+        limits: What `limits_of` returns.
+        records: The data.
+
+    Raises:
+        ValueError: If a scale is out of range, or there are several budgets or no answers.
+    """
+    scales = sorted({1.0, *(given or ())}, reverse=True)
+    if len(scales) == 1:
+        return scales
+    if not all(0 < scale <= 1 for scale in scales):
+        raise ValueError(
+            f"--image-scale is {scales[0]:g} or {scales[-1]:g}; give numbers in (0, 1]"
+        )
+    if "budgets" in limits:
+        raise ValueError("--image-scale is searched for one budget; give --budget once")
+    if any(record.answer is None for record in records):
+        raise ValueError("--image-scale needs answers, by which scales are compared")
+    return scales
 
 
 @contextmanager
@@ -124,14 +175,16 @@ def placed(model: Any, device: torch.device | None) -> Any:
 
 
 def timed(
-    result: SearchResult | SearchFront, model: PreTrainedModel, inputs: Mapping[str, Any]
+    result: SearchResult | SearchFront,
+    model: PreTrainedModel,
+    inputs: Mapping[float, Mapping[str, Any]],
 ) -> SearchResult | SearchFront:
     """Measure the prefill of a batch, with each policy that was found and without reduction.
 
     Args:
         result: What was found.
         model: The unreduced model.
-        inputs: The batch.
+        inputs: Scale of images -> the batch as it enters at this scale.
 
     Returns:
         The result, with milliseconds.
@@ -143,15 +196,22 @@ def timed(
     from deos_fx.results.search_front import SearchFront
     from deos_fx.runtime.reduced_model import ReducedModel
 
-    batch = inputs_for(model, {name: one for name, one in inputs.items() if name != "labels"})
+    given = {
+        scale: inputs_for(model, {name: one for name, one in batch.items() if name != "labels"})
+        for scale, batch in inputs.items()
+    }
     found = [*result.results.values()] if isinstance(result, SearchFront) else [result]
-    models = [model, *(ReducedModel(model, one.policy) for one in found)]
 
-    def call(one: Any) -> Callable[[], object]:
-        return lambda: one(**batch)
+    def call(one: Any, scale: float) -> Callable[[], object]:
+        return lambda: one(**given[scale])
 
+    calls = [call(model, 1.0)]
+    for each in found:
+        # The batch has entered at its scale, so the policy's own is left out.
+        reduced = ReducedModel(model, replace(each.policy, image_scale=1.0))
+        calls.append(call(reduced, each.policy.image_scale))
     with torch.no_grad():
-        before, *after = in_turns([call(one) for one in models], model.device)
+        before, *after = in_turns(calls, model.device)
     measured = [
         replace(one, milliseconds=(own, before)) for one, own in zip(found, after, strict=True)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -94,6 +94,8 @@ class SearchResult:
         evidence: The data behind the result, and its lead over the best preset.
         milliseconds: Of the prefill of a batch, with the policy and without reduction; None where
             it was not measured.
+        scales: Scale of images -> the lowest loss that was reached at it; empty where images were
+            not scaled.
     """
 
     policy: Policy
@@ -108,6 +110,7 @@ class SearchResult:
     evaluations: int = 0
     evidence: Evidence | None = None
     milliseconds: tuple[float, float] | None = None
+    scales: Mapping[float, float] = field(default_factory=dict)
 
     @property
     def best(self) -> Candidate:
@@ -135,6 +138,12 @@ class SearchResult:
                 losses.append(f"{self.evidence.preset} {self.evidence.preset_loss:.4g}")
         losses.append(f"no reduction {self.unreduced_loss:.4g}")
         lines.append(f"Loss on the scored prompts: {', '.join(losses)}.")
+        if self.scales:
+            reached = ", ".join(f"{scale:g} {loss:.4g}" for scale, loss in self.scales.items())
+            lines.append(
+                f"Images enter at {self.policy.image_scale:g} of their size; the lowest loss at "
+                f"each scale: {reached}."
+            )
         if self.milliseconds is not None:
             after, before = self.milliseconds
             lines.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,6 +49,14 @@ def search(
             "Default: the projector and the decoder.",
         ),
     ] = None,
+    image_scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="SCALE",
+            help="A scale at which images may enter, in (0, 1]; may be given several times. 1 is "
+            "tried as well.",
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     force: Force = False,
@@ -75,6 +83,8 @@ def search(
 
       deos-fx search my-llava --data questions.jsonl --budget 25% --budget 12.5%
 
+      deos-fx search my-qwen --data questions.jsonl --image-scale 0.7 --image-scale 0.5
+
       accelerate launch -m deos_fx search my-llava --data questions.jsonl
 
     A line of questions.jsonl:
@@ -84,9 +94,10 @@ def search(
     check_target(output, force, model_dir)
     from deos_fx.cli.loading import load_model
     from deos_fx.cli.searching import (
-        like_batches,
+        batches_by_scale,
         limits_of,
         placed,
+        scales_of,
         search_processes,
         timed,
         write_found,
@@ -99,17 +110,19 @@ def search(
     # Mistakes in the limits and in the data show before the model is loaded.
     limits = limits_of(budget, flops, kv_cache, latency_ms, table=latency_table)
     records = read_records(data, urls=urls)
+    scales = scales_of(image_scale, limits, records)
     with (
         search_processes(output, report_console()) as (folder, own, console),
         stages(console) as stage,
     ):
         with stage("load"):
             model = placed(load_model(model_dir, dtype=dtype, device=device), own)
-            inputs = like_batches(model, load_processor(model_dir), records, batch_size)
+            processor = load_processor(model_dir)
+            inputs = batches_by_scale(model, processor, records, batch_size, scales)
         with stage.phased("search") as progress:
-            result = run_search(
+            result: Any = run_search(
                 model,
-                inputs,
+                inputs if len(scales) > 1 else inputs[1.0],
                 **limits,
                 steps=steps,
                 seed=seed,
@@ -120,6 +133,7 @@ def search(
         names = []
         if folder is not None:
             with stage("measure"):
-                result = timed(result, model, inputs[0])
-            names = write_found(result, folder, console, len(inputs))
+                first = {scale: batches[0] for scale, batches in inputs.items()}
+                result = timed(result, model, first)
+            names = write_found(result, folder, console, len(inputs[1.0]))
     console.print(f"Wrote {', '.join(names)} and report.html to {output}", highlight=False)
