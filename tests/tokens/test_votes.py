@@ -36,6 +36,15 @@ def test_raters_are_called_up_more_than_average() -> None:
         assert votes[row].tolist() == [0, 0, *(called > called.mean()).float().tolist()]
 
 
+def test_words_that_are_alike_are_raters_together() -> None:
+    visual, question = torch.arange(1, 49)[None], torch.ones(1, 3)
+    for seed in range(20):
+        embeddings = torch.randn(1, 52, 8, generator=torch.Generator().manual_seed(seed))
+        embeddings[:, 49:] = embeddings[:, 49:50]
+        votes = tokens.rater_votes(embeddings, torch.arange(49, 52)[None], visual, question, None)
+        assert votes.tolist() == [[1, 1, 1]]
+
+
 def test_text_that_asks_nothing_has_the_smallest_keys() -> None:
     keys, question = torch.randn(B, 4, 6), torch.tensor([[0.0, 1, 1, 1]]).expand(B, -1)
     size = tokens.text_key_size(keys, question)
