@@ -20,7 +20,7 @@ from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["check_masks", "check_order", "check_reduction"]
+__all__ = ["check_masks", "check_reduction"]
 
 
 def check_reduction(
@@ -194,24 +194,6 @@ def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> No
         f"{reduction.site}: {reason}, and there is {given}. Give every sample a row of its own, "
         "with an attention_mask [B, N] if rows are padded."
     )
-
-
-def check_order(sites: Sites, policy: Policy) -> None:
-    """Refuse a reduction at the projector after one of groups of patches.
-
-    Args:
-        sites: The sites.
-        policy: The reductions.
-
-    Raises:
-        ValueError: If there are both.
-    """
-    stages = {split_site(reduction.site)[0] for reduction in policy.reductions}
-    if sites.encoder is not Encoder.PATCHWISE and {"vision", "projector"} <= stages:
-        raise ValueError(
-            "projector: reductions at the projector after those of groups of patches in the vision "
-            "tower are not supported. Use one of the two, with further reductions in the decoder."
-        )
 
 
 def check_masks(graph_module: fx.GraphModule, packed: str) -> None:
