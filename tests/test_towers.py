@@ -192,7 +192,9 @@ def test_keeping_all_groups_changes_nothing(name: str) -> None:
     assert_close(kept_all(**batch).logits[real], model_of(name)(**batch).logits[real])
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "idefics3", "pixtral", "llava_next"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_vl", "qwen2_5_vl", "idefics3", "pixtral", "llava_next", "internvl"]
+)
 def test_groups_are_ranked_by_attention(name: str) -> None:
     batch = batch_of(name, 1)
     reduced = reduce(name, Reduction("vision.0", 0.25, scores={"mutual_attention": 1.0}))
@@ -307,10 +309,17 @@ def test_what_groups_do_not_have_is_refused(reductions: list[Reduction], reason:
         reduce("qwen2_vl", *reductions)(**batch_of("qwen2_vl", 1))
 
 
-def test_blocks_that_cannot_be_observed_say_so() -> None:
-    merge = Reduction("vision.0", 4, gain=1.0, similarity={"key": 1}, **NORM)
-    with pytest.raises(ValueError, match="hands no further arguments on to its attention"):
-        reduce("internvl", merge)(**batch_of("internvl", 1))
+def test_a_preset_of_the_last_block_keeps_what_its_attention_says() -> None:
+    batch = batch_of("qwen3_vl", 1)
+    policy = deos_fx.presets.fit("fastervlm", 8, model_of("qwen3_vl"), (4, 8))
+    (step,) = policy.reductions
+    assert step.site == "vision.2" and step.scores == {"mutual_attention": 1.0}
+    kept = placeholders_kept(batch, ReducedModel(model_of("qwen3_vl"), policy))
+    received = list[Tensor]()
+    with tower_masked(model_of("qwen3_vl"), 2, in_runs(torch.ones(1, 32).bool()), received):
+        encoded("qwen3_vl", batch)
+    scores = torch.cat(received, dim=1).reshape(32, 4).mean(dim=1)
+    assert {*scores.topk(8).indices.tolist()} == {*kept[0].nonzero()[:, 0].tolist()}
 
 
 def test_groups_are_not_searched() -> None:
