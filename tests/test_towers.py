@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close, difference, roundings_of
-from families import FAMILIES, IMAGE, built, prompts, shared
+from families import FAMILIES, IMAGE, alone, built, prompts, shared
 from masked import alive_of, assert_pruning_is_masking, generate
 from masked_tower import blocks_of, tower_masked
 from tiny import call_of
@@ -213,6 +213,19 @@ def test_groups_are_ranked_by_attention(name: str) -> None:
     assert {*best} == {i for i in own if kept[i]}
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "idefics3", "pixtral"])
+def test_attention_in_one_image_does_not_depend_on_others(name: str) -> None:
+    batch = prompts(name, 3)
+    weights: dict[str, Any] = {"weighting": "raw", "gain": 0.5, "temperature": 0.5}
+    first = Reduction("vision.0", 0.5, scores={"mutual_attention": 1.0}, **weights)
+    reduced = reduce(name, first, replace(first, site="vision.1", keep=0.25))
+    together = reduced.explain(**batch)
+    for row in range(3):
+        for site, own in zip(together, reduced.explain(**alone(name, batch, row)), strict=True):
+            assert site.scores is not None and own.scores is not None
+            assert_close(site.scores[row], own.scores[0])
+
+
 def test_groups_are_merged_patch_by_patch() -> None:
     model, batch = model_of("qwen2_vl"), batch_of("qwen2_vl", 1)
     reduced = reduce("qwen2_vl", Reduction("vision.0", 8, gain=1.0, **NORM))
@@ -247,21 +260,21 @@ def test_images_of_several_sizes() -> None:
     pixels = torch.randn(128 + 32 + 64, 96, generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "pixel_values": pixels}
     batch |= {"image_grid_thw": sizes, "mm_token_type_ids": (ids == IMAGE).int()}
-    alone = {name: value[:1] for name, value in batch.items()}
-    alone |= {"pixel_values": pixels[:160], "image_grid_thw": sizes[:2]}
+    one = {name: value[:1] for name, value in batch.items()}
+    one |= {"pixel_values": pixels[:160], "image_grid_thw": sizes[:2]}
     reduced = reduce("qwen2_vl", Reduction("vision.0", 0.25, **NORM))
     merge: dict[str, Any] = {"gain": 1.0, "mass_bias": 1.0, **NORM}
     later = Reduction("projector", 0.125, similarity={"grid": 1.0}, **merge)
     twice = reduce("qwen2_vl", replace(reduced.policy.reductions[0], gain=1.0), later)
 
     def tower(alive: Tensor) -> Any:
-        kept = alive[alone["input_ids"] == IMAGE]
+        kept = alive[one["input_ids"] == IMAGE]
         assert [int(part.sum()) for part in kept.split([32, 8])] == [8, 2]
         return tower_masked(model_of("qwen2_vl"), 0, in_runs(kept))
 
-    assert_pruning_is_masking(model_of("qwen2_vl"), reduced, alone, tower=tower)
+    assert_pruning_is_masking(model_of("qwen2_vl"), reduced, one, tower=tower)
     for each in (reduced, twice):
-        own = each(**alone).logits[0]
+        own = each(**one).logits[0]
         assert_close(each(**batch).logits[0, -len(own) :], own)
 
 

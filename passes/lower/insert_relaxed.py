@@ -98,6 +98,7 @@ def insert_relaxed(
     Raises:
         ValueError: If a site cannot be used or lacks a score, or a layer takes no bias.
     """
+    _check_layers(graph_module)
     steps = []
     for name in sorted(reductions, key=site_order):
         # The checks know static reductions. What a relaxed one needs does not change while it is
@@ -106,7 +107,6 @@ def insert_relaxed(
         site = check_reduction(graph_module, sites, start, layout)
         # Counts are up to the module.
         steps.append(Step(start, site, _needs(reductions[name]), layout.sizes))
-    _check_layers(graph_module)
     check_masks(graph_module, layout.packed)
     return _Insertion(graph_module, sites, layout, steps, reductions).walk()
 
