@@ -335,13 +335,6 @@ def test_a_preset_of_the_last_block_keeps_what_its_attention_says() -> None:
     assert {*scores.topk(8).indices.tolist()} == {*kept[0].nonzero()[:, 0].tolist()}
 
 
-def test_groups_are_not_searched() -> None:
-    model, batch = model_of("qwen2_vl"), batch_of("qwen2_vl", 2)
-    budget = deos_fx.Budget(visual_tokens=0.5)
-    with pytest.raises(ValueError, match="vision.0 cannot be searched"):
-        deos_fx.search(model, [batch] * 4, budget=budget, sites=["vision.0"])
-
-
 def test_reductions_of_groups_are_not_exported(tmp_path: Path) -> None:
     reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
     with pytest.raises(ValueError, match="in the vision tower"):
