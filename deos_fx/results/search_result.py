@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -41,8 +42,8 @@ class Candidate:
 
     Attributes:
         policy: The policy.
-        source: Its origin: ``gradient at <sites>``, ``preset <name>``, ``refined <origin>``,
-            ``carried from a looser budget`` or ``no reduction``.
+        source: Its origin: ``gradient at <sites>``, ``preset <name>``, ``tried at <site>``,
+            ``refined <origin>``, ``carried from a looser budget`` or ``no reduction``.
         loss: Task loss of its static graph on the scoring batches.
         cost: Its exact cost.
     """
@@ -87,7 +88,7 @@ class SearchResult:
         unreduced_loss: Task loss of that model on the scoring batches; 0 without labels, where the
             model is compared with itself.
         relaxed_loss: Task loss of the returned policy in its relaxed form, at the last gate
-            temperature.
+            temperature; NaN where it has none.
         interrupted: Whether the steps were cut short (Ctrl-C).
         looks: What the learned scores of the policy look at.
         evaluations: Forward passes of a batch that the search took; a backward pass counts two.
@@ -241,8 +242,8 @@ def search_section(result: SearchResult) -> Section:
         "form, the form that runs, and the best is returned: it comes from "
         f"“{result.best.source}”. All that took {result.evaluations:,} forward passes of a batch, "
         "of which a backward pass counts two. The loss of the policy is "
-        f"{result.best.loss:.4g} static and {result.relaxed_loss:.4g} relaxed, a gap of "
-        f"{result.gap:+.2g}; without reduction it is {result.unreduced_loss:.4g}.",
+        f"{result.best.loss:.4g} static{_beside_relaxed(result)}; without reduction it is "
+        f"{result.unreduced_loss:.4g}.",
         # Where no reduction is right, no step was taken.
         *([charts.history_chart(result.history, limit)] if result.history else []),
         table(
@@ -253,6 +254,13 @@ def search_section(result: SearchResult) -> Section:
             "listing",
         ),
     )
+
+
+def _beside_relaxed(result: SearchResult) -> str:
+    """Return the relaxed loss of a policy, or why it has none, in words."""
+    if math.isnan(result.relaxed_loss):
+        return ", and groups of patches in the tower have no relaxed form"
+    return f" and {result.relaxed_loss:.4g} relaxed, a gap of {result.gap:+.2g}"
 
 
 def _telling_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:

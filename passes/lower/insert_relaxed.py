@@ -30,7 +30,7 @@ from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.graph import attends, blocks_after, blocks_of
 from deos_fx.passes.lower.lower_reductions import Lowering, Part
 from deos_fx.passes.lower.open_only import open_only
-from deos_fx.passes.lower.site_walk import Group, Place, Step
+from deos_fx.passes.lower.site_walk import Group, Inside, Place, Step
 from deos_fx.passes.notes import note_of
 from deos_fx.policy.site import site_order
 from deos_fx.tokens.layout import PromptLayout
@@ -166,7 +166,7 @@ class _Insertion(Lowering):
         # Gates of images [I, C] are reported as gates of prompts, like those in the decoder.
         self.gates.append(self.call(tokens.masses_of_prompt, self.alive, self.layout.images))
 
-    def reduce_inside(self, steps: Sequence[Step]) -> None:
+    def reduce_inside(self, steps: Sequence[Step]) -> Inside:
         """Refuse groups of patches in the tower of an encoder that is one node."""
         raise ValueError(f"{steps[0].site.name}: groups of patches have no relaxed form.")
 
