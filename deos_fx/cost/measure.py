@@ -141,7 +141,7 @@ def measure_encoder(
     """
     if inputs is not None:
         return _encoder(facts, inputs, encode)
-    given = {"pixel_values": facts.image()}
+    given = facts.image()
     return once(facts, "encoder", lambda: _encoder(facts, given, encode))
 
 
