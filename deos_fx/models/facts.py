@@ -309,9 +309,7 @@ def _generates(part: torch.nn.Module) -> TypeGuard[PreTrainedModel]:
 def _arguments(model: PreTrainedModel, text_model: PreTrainedModel) -> inspect.Signature:
     own = inspect.signature(type(model).forward)
     others = inspect.signature(type(text_model).forward).parameters.values()
-    added = [
-        one.replace(kind=one.KEYWORD_ONLY) for one in others if one.name not in own.parameters
-    ]
+    added = [one.replace(kind=one.KEYWORD_ONLY) for one in others if one.name not in own.parameters]
     # Those without a fixed name, **kwargs, are last.
     *named, last = own.parameters.values()
     return own.replace(parameters=[*named, *added, last])
