@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search.checkpoints import Checkpoints
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.foreign import check_checkpoint
@@ -85,7 +86,10 @@ def search_scales(
     steps_of: Callable[[SearchProblem], int],
     seed: int,
     checkpoint: Checkpoints | None,
+    preset_evaluations: int,
     progress: Progress | None,
+    *,
+    in_tower: bool,
 ) -> SearchResult:
     """Search the best policy under a budget, and the scale at which images enter.
 
@@ -103,7 +107,10 @@ def search_scales(
         steps_of: Returns the number of steps for a problem.
         seed: Seed of the order of the batches.
         checkpoint: Where states are saved, if anywhere.
+        preset_evaluations: Losses that may be spent on presets, at each scale that is searched to
+            the end.
         progress: Called as the search advances.
+        in_tower: Whether sites of the tower are among them.
 
     Raises:
         ValueError: As `deos_fx.search`.
@@ -115,15 +122,24 @@ def search_scales(
         saved = None if checkpoint is None else checkpoint.within(name)
         known = None if saved is None else partial(check_checkpoint, saved.folder, seed)
         own = None if progress is None else _labelled(progress, name)
+        # At a smaller scale there may be fewer tokens than the budget allows, which is no mistake.
+        limit = budget if scale == 1 else _without_tokens(budget)
+        problem = SearchProblem.of(model, batches, limit, own, known, in_tower=in_tower)
         if scale == 1:
-            problem = whole = SearchProblem.of(model, batches, budget, own, known)
+            whole = problem
         else:
-            # Its own tokens may be fewer than the budget allows, which is no mistake here.
-            problem = SearchProblem.of(model, batches, _without_tokens(budget), own, known)
             problem = _limited_as(whole, problem)
-        run = SearchRun(problem, steps_of(problem), seed, saved, own, estimate=estimate)
+        run = SearchRun(
+            problem,
+            steps_of(problem),
+            seed,
+            saved,
+            own,
+            estimate=estimate,
+            preset_evaluations=preset_evaluations,
+        )
         runs[scale] = run
-        _score(run, scale)
+        _score(run, scale, problem.searched_sites(sites))
         if run.interrupted:
             break
     reached = {scale: run for scale, run in runs.items() if run.scoring.candidates}
@@ -154,12 +170,12 @@ def _without_tokens(budget: Budget) -> Budget:
     return replace(budget, visual_tokens=None if budget.visual_tokens is None else 1.0)
 
 
-def _score(run: SearchRun, scale: float) -> None:
+def _score(run: SearchRun, scale: float, sites: Sequence[Site]) -> None:
     """Score smaller images alone, or else presets."""
     if scale != 1 and run.problem.meets(Policy()):
         run.unreduced_loss = run.scoring.add(ALONE, Policy())
     else:
-        run.advance((), ("presets",))
+        run.advance(sites, ("presets",))
 
 
 def _limited_as(whole: SearchProblem, problem: SearchProblem) -> SearchProblem:

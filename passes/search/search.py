@@ -22,6 +22,7 @@ from deos_fx.passes.search.run import SearchRun
 from deos_fx.passes.search.scales import ScaledData, check_scales, search_scales
 from deos_fx.policy.budget import Budget, check_budget
 from deos_fx.policy.tier import check_count
+from deos_fx.presets.tuning import require_optuna
 from deos_fx.progress import shows_progress
 from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import SearchResult
@@ -42,6 +43,7 @@ def search(
     steps: int | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
+    preset_evaluations: int = 0,
     progress: Progress | None = None,
 ) -> SearchResult: ...
 
@@ -56,6 +58,7 @@ def search(
     steps: int | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
+    preset_evaluations: int = 0,
     progress: Progress | None = None,
 ) -> SearchFront: ...
 
@@ -71,6 +74,7 @@ def search(
     steps: int | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
+    preset_evaluations: int = 0,
     progress: Progress | None = None,
 ) -> SearchResult | SearchFront:
     """Find the policy with the lowest task loss that meets a budget, or one for each of several.
@@ -102,7 +106,9 @@ def search(
         budget: At least one limit.
         budgets: In place of `budget`, several budgets for a front.
         sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the
-            projector and all sites in the decoder.
+            projector and all sites in the decoder. Where groups of patches make a visual token,
+            settings at sites of the vision tower are tried, alone and before what is best
+            otherwise, but not trained: they have no relaxed form.
         steps: Number of gradient steps at the best place; left out, it follows from the data:
             eight passes, at least 60 and at most 240 steps. Budgets that start from what a looser
             one has found take half as many.
@@ -110,6 +116,10 @@ def search(
         checkpoint: Folder to save the state of the steps in, every ten steps and where they end. A
             search that finds a state there continues it, bit-identically, however it was ended. If
             the disk fills up meanwhile, the search warns and goes on.
+        preset_evaluations: How many losses on the scored batches may be spent at the end on all
+            presets and on the options of the best three (this needs Optuna), to tell what the
+            search has gained over them; of several budgets, for each. A preset that wins is
+            returned. With 0, five presets in their published settings are all there is.
         progress: Called as the search advances, with a stage, the number done and the total. When
             the first step is done, the stage is ``estimate``: then these are the seconds that the
             search has taken so far, and those that it will take in all. By default, there are bars
@@ -119,6 +129,7 @@ def search(
         The result; its policy meets every limit exactly. With `budgets`, a front of such results.
 
     Raises:
+        ImportError: If presets are to be tuned and Optuna is not installed.
         ValueError: If the data is empty or uneven, a site cannot be reduced, the budget cannot be
             met, the losses are NaN, the model is sharded, or the checkpoint is of another search.
         TypeError: If an argument is of a wrong type.
@@ -138,6 +149,9 @@ def search(
     check_count("seed", seed, -(2**31))
     if isinstance(data, Mapping) and budgets is not None:
         raise TypeError("Batches by scale are searched for one budget; give budget.")
+    check_count("preset_evaluations", preset_evaluations)
+    if preset_evaluations:
+        require_optuna()
     if not isinstance(data, Iterable):
         raise TypeError(f"data is a {type(data).__name__}; give dicts of model inputs (batches).")
     if isinstance(data, Mapping):
@@ -145,6 +159,7 @@ def search(
     progress = processes.on_main(progress)
     with processes.agreeing():
         saved = None if checkpoint is None else Checkpoints.at(checkpoint)
+        in_tower = any(str(name).startswith("vision.") for name in sites or ())
         if isinstance(data, Mapping):
             return search_scales(
                 model,
@@ -154,15 +169,21 @@ def search(
                 lambda problem: steps or default_steps(problem),
                 seed,
                 saved,
+                preset_evaluations,
                 progress,
+                in_tower=in_tower,
             )
         known = None if checkpoint is None else partial(check_checkpoint, checkpoint, seed)
-        problem = SearchProblem.of(model, data, wanted[0], progress, known)
+        problem = SearchProblem.of(model, data, wanted[0], progress, known, in_tower=in_tower)
         searched = problem.searched_sites(sites)
         steps = steps or default_steps(problem)
         if budgets is not None:
-            return _front(problem, wanted, searched, steps, seed, saved, progress)
-        run = SearchRun(problem, steps, seed, saved, progress)
+            return _front(
+                problem, wanted, searched, steps, seed, saved, preset_evaluations, progress
+            )
+        run = SearchRun(
+            problem, steps, seed, saved, progress, preset_evaluations=preset_evaluations
+        )
         run.advance(searched)
         return run.result()
 
@@ -174,6 +195,7 @@ def _front(
     steps: int,
     seed: int,
     checkpoint: Checkpoints | None,
+    preset_evaluations: int,
     progress: Progress | None,
 ) -> SearchFront:
     """Search under each budget from the loosest on; each starts from what the looser ones found."""
@@ -196,6 +218,7 @@ def _front(
             interrupted=any(each.interrupted for each in runs.values()),
             further=len(budgets) - i - 1,
             estimate=estimate,
+            preset_evaluations=preset_evaluations,
         )
         run.advance(sites)
         runs[budget] = run

@@ -14,8 +14,8 @@ from real_processors import noise, write_qwen
 from transformers import AutoModelForImageTextToText
 
 from deos_fx import Policy, Reduction
-from deos_fx.cli.searching import batches_by_scale
-from deos_fx.data import Record
+from deos_fx.cli.searching import alike
+from deos_fx.data import Record, scaled_processor
 from deos_fx.data.processors import load_processor
 
 ROWS: list[dict[str, Any]] = [
@@ -102,15 +102,14 @@ def test_a_search_batches_images_that_become_as_many_tokens(folder: Path) -> Non
     sizes = [(64, 48), (80, 80), (65, 47), (64, 48)]
     records = [Record(noise(*size), "what?", str(i)) for i, size in enumerate(sizes)]
     processor = load_processor(folder / "qwen")
-    found = batches_by_scale(model, processor, records, 2, [1.0])[1.0]
     # 65 x 47 is resized to 64 x 48.
-    assert [len(batch["input_ids"]) for batch in found] == [2, 1, 1]
-    image = model.config.image_token_id
-    assert [int((batch["input_ids"] == image).sum()) for batch in found] == [96, 48, 100]
-    assert all((batch["labels"] >= 0).any() for batch in found)
-    # At half of their sides 64 x 48 and 65 x 47 are alike, and the batches stay the same.
-    scaled = batches_by_scale(model, processor, records, 2, [1.0, 0.5])[0.5]
-    assert [int((batch["input_ids"] == image).sum()) for batch in scaled] == [24, 12, 25]
+    for scales, expected in (
+        ([1], [["0", "2"], ["3"], ["1"]]),
+        ([1, 0.5], [["0", "2"], ["3"], ["1"]]),
+    ):
+        processors = [scaled_processor(processor, scale) for scale in scales]
+        found = alike(model, processors, records, 2)
+        assert [[record.answer for record in group] for group in found] == expected
 
 
 def test_a_policy_that_is_not_there_is_named(folder: Path) -> None:
