@@ -47,5 +47,28 @@ MORE: dict[str, Family] = {
     "instructblip": _querying(
         hf.InstructBlipConfig, _text(dict, model_type="llama"), extra=_question
     ),
+    "llama4": Family(
+        lambda: hf.Llama4Config(
+            vision_config={
+                **_sizes(image_size=32, patch_size=2),
+                "intermediate_size": 128,
+                "vision_output_dim": 32,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+            },
+            text_config=_text(
+                dict,
+                head_dim=16,
+                intermediate_size_mlp=96,
+                num_local_experts=2,
+                attention_chunk_size=25,
+                no_rope_layers=[1, 0, 1, 1, 0],
+            ),
+            image_token_index=IMAGE,
+        ),
+        _plain(32),
+    ),
 }
 TWINS: frozenset[str] = frozenset()
+STATEFUL = ("llama4",)
+"""Its layers keep no state, but count the tokens that they get."""

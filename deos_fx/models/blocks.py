@@ -17,7 +17,7 @@ __all__ = ["Block", "Blocks", "counts_positions", "find_blocks", "image_tower"]
 _CACHES = "transformers.cache_utils"
 
 # Methods of a cache that say how many tokens a layer holds.
-_HELD = {"get_mask_sizes", "get_query_offset"}
+_HELD = {"get_mask_sizes", "get_query_offset", "get_seq_length"}
 
 _INSTEAD = (
     "Use a model whose visual tokens take the places of image placeholders in the prompt, for "
@@ -142,13 +142,6 @@ def _check_reading(model: PreTrainedModel) -> None:
 
 def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
     """Refuse decoders with layers for which it is not known what dropping a token means."""
-    # Case: chunks counted from the start of the text, which dropped tokens would shift.
-    if "chunked_attention" in _kinds(model):
-        raise CaptureError(
-            f"{type(model).__name__} has chunked_attention layers: a new token sees the keys since "
-            "the last border of a chunk, and borders move when tokens are dropped. Use a model "
-            "whose layers attend to everything or within a sliding window."
-        )
     # Case: keys that a layer chooses by an index, whose cache has keys of its own.
     if "indexed_attention" in _kinds(model):
         raise CaptureError(
