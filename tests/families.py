@@ -322,7 +322,10 @@ def shared(name: str, layers: int | None = None) -> Any:
 def built(config: Any) -> Any:
     """A model of a config, with drawn weights."""
     torch.manual_seed(0)
-    model = hf.AutoModelForImageTextToText.from_config(config)
+    kinds: Any = hf.AutoModelForImageTextToText
+    if config.model_type == "phi4_multimodal":
+        kinds = hf.AutoModelForCausalLM
+    model = kinds.from_config(config)
     generator = torch.Generator().manual_seed(1)
     for path, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)

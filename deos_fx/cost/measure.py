@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from deos_fx.cost.growth import Growth, whole_part
 from deos_fx.cost.twin import WholeNumbers, count_flops, twin_of
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import PER_LAYER, features_of
+from deos_fx.models.families import PER_LAYER, encoded_by
 from deos_fx.models.upstream import CACHE
 from deos_fx.tokens.cache import tensors_of
 
@@ -299,7 +299,7 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
         counts = _watch(counter, units)
         products = _watch(counter, blocks, _PRODUCTS)
         try:
-            output = getattr(twin.base_model, encode)(**given, return_dict=True)
+            encoded = encoded_by(twin.base_model, encode, given)
         except NotImplementedError as error:
             raise ValueError(
                 f"What an image costs is not known for {facts.name}, whose image encoder "
@@ -308,7 +308,7 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
             ) from error
     # 4. Leave out what the features do not depend on, such as blocks after the chosen layer.
     flops = dict(zip(units, counts, strict=True))
-    features = pytree.tree_leaves([features_of(output)])
+    features = pytree.tree_leaves([encoded])
     used = _used(features, made)
     # 5. Divide the rest into what is before, in and after the blocks.
     ran = [i for i, unit in enumerate(order) if unit in tokens]

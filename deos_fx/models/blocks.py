@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.errors import CaptureError
+from deos_fx.models.families import WRITER
 
 __all__ = ["Block", "Blocks", "counts_positions", "find_blocks", "image_tower"]
 
@@ -133,7 +134,7 @@ def _check_reading(model: PreTrainedModel) -> None:
             f"{name} is told by image_embeds_position_mask where images are, not by placeholders "
             f"in input_ids, by which deos_fx finds the visual tokens. {_INSTEAD}"
         )
-    if not hasattr(core, "get_image_features"):
+    if not hasattr(core, "get_image_features") and not hasattr(core, WRITER):
         raise CaptureError(
             f"{name} has no get_image_features, so its images do not enter the prompt in the way "
             f"that transformers' models share and deos_fx follows. {_INSTEAD}"
