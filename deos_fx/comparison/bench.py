@@ -21,8 +21,8 @@ from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
-from deos_fx.presets.fit import fit, options
-from deos_fx.presets.tune import Tuned, tune
+from deos_fx.presets.fitting import fit, options
+from deos_fx.presets.tuning import Tuned, tune
 from deos_fx.results.compared import Row, Run
 from deos_fx.results.methods import UNREDUCED
 from deos_fx.runtime.reduced_model import ReducedModel

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,9 +31,13 @@ __all__ = [
     "check_whole",
     "checked_calls",
     "moved",
+    "parted",
     "with_targets",
     "without_labels",
 ]
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,17 @@ class SearchBatch:
     def kind(self) -> Hashable:
         """Return the key of the graph that it runs through: batches of one kind share it."""
         return id(self.captured), self.layout
+
+
+def parted(batches: Sequence[_T]) -> tuple[list[_T], list[_T]]:
+    """Part batches into those for gradient steps and those that candidates are scored on.
+
+    The last quarter is held back from the steps. Of fewer than four batches, none is: then all of
+    them are for both.
+    """
+    held_back = len(batches) // 4
+    first = len(batches) - held_back
+    return [*batches[:first]], [*(batches[first:] if held_back else batches)]
 
 
 def check_whole(model: object) -> None:

@@ -51,6 +51,14 @@ def search(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    preset_evaluations: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Losses that tuning presets may take, to compare with; 0 for published settings. "
+            "Default: 48, if Optuna is installed.",
+        ),
+    ] = None,
     force: Force = False,
     checkpoint: Annotated[
         Path | None,
@@ -61,7 +69,9 @@ def search(
     """Search a policy for a model and a budget, on your own data.
 
     With answers the search minimises their loss; without, it stays close to
-    the answers of the unreduced model. Ctrl-C ends it early with the best policy
+    the answers of the unreduced model. At the end, presets are tuned on the same
+    data, and questions that were held back are answered with the policy, with the
+    best preset and without reduction. Ctrl-C ends it early with the best policy
     so far. Writes policy.json and report.html. Without any limit the budget
     is 12.5 % of the visual tokens. Several budgets are searched in one go, and
     policy-0.25.json, ... are written. Several processes share the work if
@@ -84,15 +94,16 @@ def search(
     check_target(output, force, model_dir)
     from deos_fx.cli.loading import load_model
     from deos_fx.cli.searching import (
-        like_batches,
+        alike,
         limits_of,
+        measured,
         placed,
+        presets_tuned,
         search_processes,
-        timed,
         write_found,
     )
     from deos_fx.cli.terminal import announced, stages
-    from deos_fx.data import read_records
+    from deos_fx.data import batches, read_records
     from deos_fx.data.processors import load_processor
     from deos_fx.passes.search.search import search as run_search
 
@@ -105,7 +116,9 @@ def search(
     ):
         with stage("load"):
             model = placed(load_model(model_dir, dtype=dtype, device=device), own)
-            inputs = like_batches(model, load_processor(model_dir), records, batch_size)
+            processor = load_processor(model_dir)
+            groups = alike(model, processor, records, batch_size)
+            inputs = [batch for group in groups for batch in batches(processor, group, batch_size)]
         with stage.phased("search") as progress:
             result = run_search(
                 model,
@@ -115,11 +128,12 @@ def search(
                 seed=seed,
                 sites=sites,
                 checkpoint=checkpoint,
+                preset_evaluations=presets_tuned(preset_evaluations, console),
                 progress=announced(progress, console),
             )
         names = []
         if folder is not None:
-            with stage("measure"):
-                result = timed(result, model, inputs[0])
+            with stage.phased("measure") as progress:
+                result = measured(result, model, processor, groups, progress)
             names = write_found(result, folder, console, len(inputs))
     console.print(f"Wrote {', '.join(names)} and report.html to {output}", highlight=False)
