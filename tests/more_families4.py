@@ -100,6 +100,5 @@ MORE: dict[str, Family] = {
         _plain(32),
     ),
 }
-TWINS: frozenset[str] = frozenset()
 STATEFUL = ("llama4",)
 """Its layers keep no state, but count the tokens that they get."""

@@ -275,18 +275,20 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
     tokens = dict.fromkeys(blocks, 0)
     first_hidden: list[torch.Size] = []
 
-    def note(module: nn.Module, args: Any) -> None:
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         order.append(module)
         if module in tokens:
-            first_hidden.append(args[0].shape)
-        if module in tokens and args[0].ndim == 3:
-            tokens[module] = args[0].shape[1]
+            # Hidden states come first, perhaps by name.
+            hidden = next(iter((*args, *kwargs.values())))
+            first_hidden.append(hidden.shape)
+            if hidden.ndim == 3:
+                tokens[module] = hidden.shape[1]
 
     # 2. Watch what runs in which order, with how many tokens, and what it makes. A unit need not
     # have parameters with gradients, so its outputs are traced as well.
     made: dict[nn.Module, list[Any]] = {unit: [*unit.parameters()] for unit in units}
     for unit in units:
-        unit.register_forward_pre_hook(note)
+        unit.register_forward_pre_hook(note, with_kwargs=True)
         unit.register_forward_hook(
             lambda unit, _, output: made[unit].extend(pytree.tree_leaves(output))
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import PIXELS, READ, WRITER, encoded_by, features_of
+from deos_fx.models.families import PIXELS, READ, WRITER, features_of
 from deos_fx.models.groups import key_of_sizes
 from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.views import shallow_copy

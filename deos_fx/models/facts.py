@@ -304,7 +304,7 @@ def _call_of(encoder: Any) -> Callable[..., Any]:
 
 
 def _text_model(model: PreTrainedModel, blocks: Blocks) -> PreTrainedModel:
-    if type(model).generate is GenerationMixin.generate:
+    if getattr(type(model), "generate", None) is GenerationMixin.generate:
         return model
     *path, _ = blocks.decoder[0].split(".")
     around = (model.get_submodule(".".join(path[:end])) for end in range(1, len(path) + 1))
@@ -318,9 +318,7 @@ def _generates(part: torch.nn.Module) -> TypeGuard[PreTrainedModel]:
 def _arguments(model: PreTrainedModel, text_model: PreTrainedModel) -> inspect.Signature:
     own = inspect.signature(type(model).forward)
     others = inspect.signature(type(text_model).forward).parameters.values()
-    added = [
-        one.replace(kind=one.KEYWORD_ONLY) for one in others if one.name not in own.parameters
-    ]
+    added = [one.replace(kind=one.KEYWORD_ONLY) for one in others if one.name not in own.parameters]
     # Those without a fixed name, **kwargs, are last.
     *named, last = own.parameters.values()
     if PIXELS[0] not in own.parameters:
@@ -412,8 +410,8 @@ def _size_inputs(model: PreTrainedModel) -> frozenset[str]:
     core: Any = model.base_model
     if hasattr(core, WRITER):
         # Case: a module that takes images and other media, and names them so.
-        taken = inspect.signature(getattr(core, WRITER).forward).parameters
-        return frozenset(name for name in taken if "image" in name) - FORMER_IMAGES
+        names = inspect.signature(getattr(core, WRITER).forward).parameters
+        return frozenset(name for name in names if "image" in name) - FORMER_IMAGES
     tower = image_tower(model)
     taken = _tensor_arguments(core.get_image_features) - READ
     if tower is not None:

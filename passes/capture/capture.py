@@ -57,8 +57,8 @@ def capture(
     Returns:
         A `GraphModule` with the same inputs that returns a dict of the model's output fields,
         without the outputs of encoders among them. If its language model has an output of its own
-        in that of the model, the dict has the fields of both. The graph module has a `GraphNote`, and its blocks are marked
-        in the notes of their nodes.
+        in that of the model, the dict has the fields of both. The graph module has a `GraphNote`,
+        and its blocks are marked in the notes of their nodes.
 
     Raises:
         CaptureError: If the model's code does something that cannot be recorded.
