@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.errors import CaptureError
-from deos_fx.models.families import WRITER
+from deos_fx.models.families import IMAGE_TOKENS, VIDEO_TOKENS, WRITER
 
 __all__ = ["Block", "Blocks", "counts_positions", "find_blocks", "image_tower"]
 
@@ -134,11 +134,19 @@ def _check_reading(model: PreTrainedModel) -> None:
             f"{name} is told by image_embeds_position_mask where images are, not by placeholders "
             f"in input_ids, by which deos_fx finds the visual tokens. {_INSTEAD}"
         )
-    if not hasattr(core, "get_image_features") and not hasattr(core, WRITER):
+    if hasattr(core, "get_image_features") or hasattr(core, WRITER):
+        return
+    if not any(hasattr(model.config, entry) for entry in (*IMAGE_TOKENS, *VIDEO_TOKENS)):
+        # Case: GIT.
         raise CaptureError(
-            f"{name} has no get_image_features, so its images do not enter the prompt in the way "
-            f"that transformers' models share and deos_fx follows. {_INSTEAD}"
+            f"{name} puts images in front of the text inside its own forward: input_ids has no "
+            "placeholders for them, and masks of later tokens take for granted that every layer "
+            f"holds them all. {_INSTEAD}"
         )
+    raise CaptureError(
+        f"{name} has no get_image_features, so its images do not enter the prompt in the way that "
+        f"transformers' models share and deos_fx follows. {_INSTEAD}"
+    )
 
 
 def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
