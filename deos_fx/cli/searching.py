@@ -98,10 +98,14 @@ def alike(
 
     Returns:
         The records of each batch; kinds come in the order of their first records.
+
+    Raises:
+        ValueError: If the images of a question become different numbers of visual tokens.
     """
     from deos_fx.data import batches
     from deos_fx.inputs.call import Call
     from deos_fx.models.facts import facts_of
+    from deos_fx.passes.search.batches import check_one_size
 
     facts = facts_of(model)
     kinds: dict[Hashable, list[Record]] = {}
@@ -109,6 +113,7 @@ def alike(
         # What an image becomes, the processor alone knows.
         (inputs,) = batches(processor, [replace(record, answer=None)], 1)
         (prompt,) = Call.of(facts, inputs).prompts
+        check_one_size(prompt.layout, record.where)
         kinds.setdefault(prompt.alike, []).append(record)
     return [
         kind[start : start + size] for kind in kinds.values() for start in range(0, len(kind), size)
