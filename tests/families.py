@@ -391,9 +391,12 @@ def continued(name: str, prompt: dict[str, Tensor], tokens: Tensor) -> dict[str,
 import more_families1  # noqa: E402 - they are made of what is above
 import more_families2  # noqa: E402
 import more_families3  # noqa: E402
+import more_families4  # noqa: E402
 
-_MORE = more_families1.MORE | more_families2.MORE | more_families3.MORE
-_LIKE_OTHERS = more_families1.TWINS | more_families2.TWINS | more_families3.TWINS
+_MORE = more_families1.MORE | more_families2.MORE | more_families3.MORE | more_families4.MORE
+_LIKE_OTHERS = (
+    more_families1.TWINS | more_families2.TWINS | more_families3.TWINS | more_families4.TWINS
+)
 FAMILIES |= {name: family for name, family in _MORE.items() if name not in _LIKE_OTHERS}
 TWINS = {name: _MORE[name] for name in _LIKE_OTHERS}
 STATEFUL = more_families1.STATEFUL + more_families3.STATEFUL

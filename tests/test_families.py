@@ -153,7 +153,9 @@ def test_a_saved_model_is_the_same(name: str, tmp_path: Path) -> None:
     reduced.save_pretrained(tmp_path)
     again = ReducedModel.from_pretrained(tmp_path)
     assert again.policy == reduced.policy
-    assert torch.equal(again(**batch).logits, reduced(**batch).logits)
+    # Loaded weights ask for gradients, for which attention has another kernel.
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, reduced(**batch).logits)
 
 
 # *** what belongs to one kind of family ***
@@ -231,12 +233,6 @@ def test_other_ways_to_read_images_are_refused() -> None:
         text_config={**size, "intermediate_size_mlp": 64, "num_local_experts": 2},
         vision_config={**size, "image_size": 32, "patch_size": 8},
     )
-    querying = hf.Blip2Config(
-        vision_config={**size, "image_size": 32, "patch_size": 8},
-        qformer_config={**size, "encoder_hidden_size": 32},
-        text_config={"model_type": "opt", **size, "ffn_dim": 64, "word_embed_proj_dim": 32},
-        image_token_index=IMAGE,
-    )
     choosing = hf.Glm5NextConfig(
         text_config={**size, "num_key_value_heads": 4, "layer_types": ["indexed_attention"] * 2},
         vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2},
@@ -245,7 +241,6 @@ def test_other_ways_to_read_images_are_refused() -> None:
         models = {
             "has indexed_attention layers": hf.Glm5NextForConditionalGeneration(choosing),
             "chunked_attention": hf.Llama4ForConditionalGeneration(chunked),
-            "Q-Former": hf.Blip2ForConditionalGeneration(querying),
         }
     for reason, model in models.items():
         with pytest.raises(CaptureError, match=reason):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close, difference, roundings_of
-from families import FAMILIES, IMAGE, built, prompts, shared
+from families import FAMILIES, IMAGE, alone, built, prompts, shared
 from masked import alive_of, assert_pruning_is_masking, generate
 from masked_tower import blocks_of, tower_masked
 from tiny import call_of
@@ -168,6 +168,22 @@ def test_the_decoder_gets_what_is_left(name: str) -> None:
     assert_pruning_is_masking(model_of(name), reduced, batch, roundings_of(name), tower)
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "llava_next"])
+def test_what_is_left_of_the_tower_is_reduced_before_the_decoder(name: str) -> None:
+    batch = batch_of(name, 1)
+    reduced = reduce(name, Reduction("vision.0", 0.5, **NORM), Reduction("projector", 0.25, **NORM))
+    in_tower, _ = reduced.explain(**batch)
+    places = (batch["input_ids"] == IMAGE).nonzero()[:, 1]
+    # Ends of rows have no patches, and are never reduced.
+    kept = torch.isin(places, in_tower.kept) | ~torch.isin(places, in_tower.positions_in)
+
+    def tower(alive: Tensor) -> Any:
+        assert not (alive[0, places] & ~kept).any()
+        return tower_masked(model_of(name), 0, TOWERS[name](kept[None]))
+
+    assert_pruning_is_masking(model_of(name), reduced, batch, roundings_of(name), tower)
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "internvl", "pixtral", "llava_next"])
 def test_keeping_all_groups_changes_nothing(name: str) -> None:
     batch = batch_of(name, 2)
@@ -176,7 +192,9 @@ def test_keeping_all_groups_changes_nothing(name: str) -> None:
     assert_close(kept_all(**batch).logits[real], model_of(name)(**batch).logits[real])
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "idefics3", "pixtral", "llava_next"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_vl", "qwen2_5_vl", "idefics3", "pixtral", "llava_next", "internvl"]
+)
 def test_groups_are_ranked_by_attention(name: str) -> None:
     batch = batch_of(name, 1)
     reduced = reduce(name, Reduction("vision.0", 0.25, scores={"mutual_attention": 1.0}))
@@ -193,6 +211,19 @@ def test_groups_are_ranked_by_attention(name: str) -> None:
     }
     best = sorted(own, key=own.__getitem__)[-round(0.25 * len(own)) :]
     assert {*best} == {i for i in own if kept[i]}
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "idefics3", "pixtral"])
+def test_attention_in_one_image_does_not_depend_on_others(name: str) -> None:
+    batch = prompts(name, 3)
+    weights: dict[str, Any] = {"weighting": "raw", "gain": 0.5, "temperature": 0.5}
+    first = Reduction("vision.0", 0.5, scores={"mutual_attention": 1.0}, **weights)
+    reduced = reduce(name, first, replace(first, site="vision.1", keep=0.25))
+    together = reduced.explain(**batch)
+    for row in range(3):
+        for site, own in zip(together, reduced.explain(**alone(name, batch, row)), strict=True):
+            assert site.scores is not None and own.scores is not None
+            assert_close(site.scores[row], own.scores[0])
 
 
 def test_groups_are_merged_patch_by_patch() -> None:
@@ -229,34 +260,39 @@ def test_images_of_several_sizes() -> None:
     pixels = torch.randn(128 + 32 + 64, 96, generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "pixel_values": pixels}
     batch |= {"image_grid_thw": sizes, "mm_token_type_ids": (ids == IMAGE).int()}
-    alone = {name: value[:1] for name, value in batch.items()}
-    alone |= {"pixel_values": pixels[:160], "image_grid_thw": sizes[:2]}
+    one = {name: value[:1] for name, value in batch.items()}
+    one |= {"pixel_values": pixels[:160], "image_grid_thw": sizes[:2]}
     reduced = reduce("qwen2_vl", Reduction("vision.0", 0.25, **NORM))
+    merge: dict[str, Any] = {"gain": 1.0, "mass_bias": 1.0, **NORM}
+    later = Reduction("projector", 0.125, similarity={"grid": 1.0}, **merge)
+    twice = reduce("qwen2_vl", replace(reduced.policy.reductions[0], gain=1.0), later)
 
     def tower(alive: Tensor) -> Any:
-        kept = alive[alone["input_ids"] == IMAGE]
+        kept = alive[one["input_ids"] == IMAGE]
         assert [int(part.sum()) for part in kept.split([32, 8])] == [8, 2]
         return tower_masked(model_of("qwen2_vl"), 0, in_runs(kept))
 
-    assert_pruning_is_masking(model_of("qwen2_vl"), reduced, alone, tower=tower)
-    own = reduced(**alone).logits[0]
-    assert_close(reduced(**batch).logits[0, -len(own) :], own)
+    assert_pruning_is_masking(model_of("qwen2_vl"), reduced, one, tower=tower)
+    for each in (reduced, twice):
+        own = each(**one).logits[0]
+        assert_close(each(**batch).logits[0, -len(own) :], own)
 
 
 @pytest.mark.parametrize("gain", [0.0, 1.0])
 def test_what_is_left_is_explained(gain: float) -> None:
     batch = batch_of("qwen3_vl", 2)
-    steps = Reduction("vision.0", 0.5, gain=gain, **NORM), Reduction("vision.1", 0.25, **NORM)
-    reduced = reduce("qwen3_vl", *steps)
+    sites = {"vision.0": 16, "vision.1": 8, "projector": 4}
+    merge: dict[str, Any] = {"gain": gain, "mass_bias": 0.0, **NORM}
+    reduced = reduce("qwen3_vl", *(Reduction(*site, **merge) for site in sites.items()))
     found = reduced.explain(**batch)
-    kept = [site.kept for site in found]
-    assert [part.shape for part in kept] == [(2, 16), (2, 8)]
+    assert [site.kept.shape for site in found] == [(2, count) for count in sites.values()]
     for row in range(2):
-        first, second = ({*part[row].tolist()} for part in kept)
-        assert second < first
-    assert_close(found[0].mass.sum(dim=1), torch.full((2,), 32.0 if gain else 16.0))
+        first, second, third = ({*site.kept[row].tolist()} for site in found)
+        assert third < second < first
+    for site, count in zip(found, sites.values(), strict=True):
+        assert_close(site.mass.sum(dim=1), torch.full((2,), 32.0 if gain else float(count)))
     origin = reduced(**batch)[CACHE].spaces[0].origin
-    assert all({*kept[1][row].tolist()} < {*origin[row].tolist()} for row in range(2))
+    assert all({*found[2].kept[row].tolist()} < {*origin[row].tolist()} for row in range(2))
 
 
 def test_several_reductions_in_a_tower_and_the_decoder_are_saved(tmp_path: Path) -> None:
@@ -279,7 +315,6 @@ def test_several_reductions_in_a_tower_and_the_decoder_are_saved(tmp_path: Path)
             [Reduction("vision.0", 4, gain=1.0, similarity={"key": 1}, observe="next", **NORM)],
             "vision.0 has no keys@next",
         ),
-        ([Reduction("vision.0", 4, **NORM), Reduction("projector", 2, **NORM)], "not supported"),
     ],
 )
 def test_what_groups_do_not_have_is_refused(reductions: list[Reduction], reason: str) -> None:
@@ -287,17 +322,17 @@ def test_what_groups_do_not_have_is_refused(reductions: list[Reduction], reason:
         reduce("qwen2_vl", *reductions)(**batch_of("qwen2_vl", 1))
 
 
-def test_blocks_that_cannot_be_observed_say_so() -> None:
-    merge = Reduction("vision.0", 4, gain=1.0, similarity={"key": 1}, **NORM)
-    with pytest.raises(ValueError, match="hands no further arguments on to its attention"):
-        reduce("internvl", merge)(**batch_of("internvl", 1))
-
-
-def test_groups_are_not_searched() -> None:
-    model, batch = model_of("qwen2_vl"), batch_of("qwen2_vl", 2)
-    budget = deos_fx.Budget(visual_tokens=0.5)
-    with pytest.raises(ValueError, match="vision.0 cannot be searched"):
-        deos_fx.search(model, [batch] * 4, budget=budget, sites=["vision.0"])
+def test_a_preset_of_the_last_block_keeps_what_its_attention_says() -> None:
+    batch = batch_of("qwen3_vl", 1)
+    policy = deos_fx.presets.fit("fastervlm", 8, model_of("qwen3_vl"), (4, 8))
+    (step,) = policy.reductions
+    assert step.site == "vision.2" and step.scores == {"mutual_attention": 1.0}
+    kept = placeholders_kept(batch, ReducedModel(model_of("qwen3_vl"), policy))
+    received = list[Tensor]()
+    with tower_masked(model_of("qwen3_vl"), 2, in_runs(torch.ones(1, 32).bool()), received):
+        encoded("qwen3_vl", batch)
+    scores = torch.cat(received, dim=1).reshape(32, 4).mean(dim=1)
+    assert {*scores.topk(8).indices.tolist()} == {*kept[0].nonzero()[:, 0].tolist()}
 
 
 def test_reductions_of_groups_are_not_exported(tmp_path: Path) -> None:

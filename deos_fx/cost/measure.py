@@ -91,7 +91,7 @@ class EncoderCost:
 
     Attributes:
         total: FLOPs of the whole call.
-        blocks: FLOPs of each vision block; 0 if the features do not depend on it.
+        blocks: FLOPs of each vision block; 0 if it does not run.
         products: FLOPs of attention products in each block: the part of `blocks` that grows with
             pairs of tokens.
         tokens: Tokens of an image in each vision block; 0 where its hidden states are no sequence.
@@ -141,7 +141,7 @@ def measure_encoder(
     """
     if inputs is not None:
         return _encoder(facts, inputs, encode)
-    given = {"pixel_values": facts.image()}
+    given = facts.image()
     return once(facts, "encoder", lambda: _encoder(facts, given, encode))
 
 
@@ -318,10 +318,8 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
     *sizes, width = first_hidden[0] if first_hidden else (0, 0)
     return EncoderCost(
         total=counter.get_total_flops(),
-        blocks=tuple(costs.get(block, 0) for block in blocks),
-        products=tuple(
-            count if block in used else 0 for block, count in zip(blocks, products, strict=True)
-        ),
+        blocks=tuple(flops.get(block, 0) for block in blocks),
+        products=tuple(products),
         tokens=tuple(tokens.values()),
         patches=math.prod(sizes),
         width=width,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deos_fx.cost.amounts import Amount
 from deos_fx.cost.growth import Growth
 from deos_fx.cost.measure import DecoderCost, EncoderCost, measure_decoder, measure_encoder
+from deos_fx.cost.tower import blocks_read
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts
 
@@ -120,6 +121,11 @@ class Parts:
     def tower_blocks(self) -> int:
         """Count the vision blocks up to the last that is used; all if they are measured as one."""
         return self._facts.signature.vision_layers if self.opaque else self.encoder.used
+
+    @cached_property
+    def in_groups(self) -> bool:
+        """Return whether patches are dropped in groups, while the model's own encoder runs."""
+        return self.opaque or not blocks_read(self._facts)
 
     @cached_property
     def patches_per_token(self) -> int:

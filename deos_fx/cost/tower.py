@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch.utils import _pytree as pytree
 
 from deos_fx.cost.measure import counting, once
 from deos_fx.cost.twin import twin_of
+from deos_fx.errors import NoGroups
+from deos_fx.inputs.items import IMAGES, encoding
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import features_of
+from deos_fx.models.groups import find_groups
 
-__all__ = ["blocks_read"]
+__all__ = ["blocks_of_groups", "blocks_read"]
 
 
 def blocks_read(facts: ModelFacts) -> tuple[int, ...]:
@@ -64,10 +68,41 @@ def _read(facts: ModelFacts) -> tuple[int, ...]:
     return tuple(dict.fromkeys(read))
 
 
+def blocks_of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> int:
+    """Count the vision blocks up to the last that features are read from, in groups of patches.
+
+    Args:
+        facts: The facts of a model.
+        inputs: Arguments of its forward, with images.
+
+    Raises:
+        NoGroups: If the features are not made of groups of patches of its blocks, see
+            `find_groups`. This is not remembered: it may be for the sizes of these images alone.
+    """
+    return once(facts, "blocks of groups", lambda: _of_groups(facts, inputs))
+
+
+def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> int:
+    model = facts.model
+    core: Any = model.base_model
+    method, given = encoding(facts, inputs, IMAGES)
+    blocks = [model.get_submodule(path) for path in facts.blocks.vision]
+    try:
+        return find_groups(core, getattr(type(core), method), blocks, (), given).used
+    except NoGroups:
+        raise
+    # How code of a family fails where gradients or made-up weights go through it is up to it.
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
+        (first, *_) = str(error).splitlines() or [""]
+        raise NoGroups(
+            f"its patches cannot be followed ({type(error).__name__}: {first})"
+        ) from error
+
+
 def _encoded(twin: Any, facts: ModelFacts) -> list[Tensor]:
     """Encode an image of the config's size."""
     with counting(), torch.enable_grad():
-        output = twin.base_model.get_image_features(pixel_values=facts.image(), return_dict=True)
+        output = twin.base_model.get_image_features(**facts.image(), return_dict=True)
     return [leaf for leaf in pytree.tree_leaves([features_of(output)]) if leaf is not None]
 
 

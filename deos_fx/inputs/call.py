@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from deos_fx.inputs.items import encoding, given_kinds, has_images, image_inputs
 from deos_fx.inputs.media import PromptImages, images_of_prompts
 from deos_fx.models.facts import ModelFacts, configs_of
-from deos_fx.models.families import FORMER_IMAGES
+from deos_fx.models.families import FORMER_IMAGES, READ
 from deos_fx.models.upstream import CACHE, FORMER_CACHE
 from deos_fx.tokens.layout import PromptLayout
 
@@ -57,7 +57,10 @@ class Call:
         """
         # For every model of transformers, None means the same as leaving the argument out.
         given = {name: value for name, value in inputs.items() if value is not None}
-        return cls(facts, normal_inputs(given))
+        named = normal_inputs(given)
+        # Text that only an image encoder reads goes with the images.
+        without = frozenset[str]() if has_images(named) else READ
+        return cls(facts, {name: value for name, value in named.items() if name not in without})
 
     @classmethod
     def bind(cls, facts: ModelFacts, *args: Any, **kwargs: Any) -> Call:
@@ -67,7 +70,7 @@ class Call:
             TypeError: If the forward does not take these arguments.
         """
         # The signature is that of the class, so None stands for self.
-        inputs = facts.arguments.bind(None, *args, **kwargs).arguments
+        inputs = facts.arguments.bind_partial(None, *args, **kwargs).arguments
         inputs.pop("self", None)
         # What only **kwargs of the forward takes counts like any other argument.
         inputs |= inputs.pop("kwargs", {})

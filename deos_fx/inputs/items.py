@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import PIXELS, features_of
+from deos_fx.models.families import PIXELS, READ, features_of
 from deos_fx.models.groups import key_of_sizes
 from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.views import shallow_copy
@@ -118,7 +118,7 @@ def encoding(
     facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind
 ) -> tuple[str, dict[str, Any]]:
     """Return the name of the core's method that encodes a kind, and its arguments in a call."""
-    given = {name: inputs[name] for name in sorted(media(facts, kind)) if name in inputs}
+    given = {name: inputs[name] for name in sorted(media(facts, kind) | READ) if name in inputs}
     if kind.encode in facts.encoders:
         return kind.encode, given
     # Case: a model without a method for videos, which encodes their frames as images.

@@ -112,19 +112,13 @@ def image_tower(model: PreTrainedModel) -> nn.Module | None:
 def _check_reading(model: PreTrainedModel) -> None:
     """Refuse models whose images are not tokens of the decoder's prompt."""
     name = type(model).__name__
-    # Case: an encoder-decoder, such as Florence.
-    if model.config.is_encoder_decoder:
+    # Case: an encoder-decoder, such as Florence, or one inside, such as the T5 of some BLIP-2.
+    if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
         raise CaptureError(
             f"{name} reads images in an encoder that its decoder attends to, so its decoder has no "
             f"visual tokens to reduce. {_INSTEAD}"
         )
     core: Any = model.base_model
-    # Case: a Q-Former, such as that of BLIP-2.
-    if hasattr(core, "query_tokens"):
-        raise CaptureError(
-            f"{name} reads images through a Q-Former, whose few queries stand for no part of the "
-            f"image. {_INSTEAD}"
-        )
     # Case: cross-attention in the decoder, such as that of Mllama. No class is common to these
     # layers, but their names say what they are.
     parts = model.get_decoder().named_modules()

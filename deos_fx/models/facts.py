@@ -14,13 +14,20 @@ import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from deos_fx.models.blocks import Blocks, counts_positions, find_blocks, image_tower
-from deos_fx.models.families import ENCODERS, IMAGE_TOKENS, PIXELS, VIDEO_TOKENS
+from deos_fx.models.families import (
+    ENCODERS,
+    IMAGE_TOKENS,
+    PIXELS,
+    QUERIES,
+    READ,
+    VIDEO_TOKENS,
+)
 from deos_fx.models.shapes_only import count_visual_tokens
 from deos_fx.models.upstream import check_upstream
 from deos_fx.policy.policy import ModelSignature
@@ -131,7 +138,8 @@ class ModelFacts:
         blocks: Its transformer blocks.
         image_token: Id of the placeholder of one visual token of an image.
         video_token: Id of the placeholder of one visual token of a video; None without videos.
-        arguments: The signature of the model's forward.
+        arguments: The signature of the model's forward, and by name those of `text_model` if that
+            is another, which the model hands on to it.
         encoders: Method of the model's core that encodes images or videos -> its arguments.
         size_inputs: Inputs that give the size of each image: the tensors, other than the pixels,
             that both the model and its image encoder take.
@@ -156,16 +164,27 @@ class ModelFacts:
         assert model is not None, "the model of these facts is gone"
         return model
 
+    @property
+    def text_model(self) -> PreTrainedModel:
+        """Return what runs text alone: the model itself, or a language model inside it.
+
+        Some models always encode an image. They have a `generate` of their own, which does that
+        once and leaves the rest to that of the language model.
+        """
+        return _text_model(self.model, self.blocks)
+
     @cached_property
     def grid(self) -> tuple[int, int]:
         """Return rows and columns of one image's visual tokens; (0, 0) if its size decides them.
 
-        If their number is not a square, they count as one row.
+        If their number is not a square, or they stand for no place, they count as one row.
         """
-        count = _visual_tokens(self.model, self.size_inputs)
+        count = _visual_tokens(self, self.size_inputs)
         side = math.isqrt(count)
+        names = (name.rpartition(".")[2] for name, _ in self.model.named_parameters())
         # With no tokens counted, the last case gives (0, 0).
-        return (side, side) if side * side == count else (min(1, count), count)
+        in_square = side * side == count and QUERIES.isdisjoint(names)
+        return (side, side) if in_square else (min(1, count), count)
 
     @property
     def sizes_vary(self) -> bool:
@@ -201,9 +220,15 @@ class ModelFacts:
             visual_tokens=rows * columns,
         )
 
-    def image(self) -> torch.Tensor:
-        """Return pixels [1, C, H, W] of an image of the config's size, on "meta": only a shape."""
-        return _image(self.model)
+    def image(self) -> dict[str, torch.Tensor]:
+        """Return what the image encoder takes of an image of the config's size.
+
+        That is its pixels [1, C, H, W] on "meta", so only a shape, and a word of the text that the
+        encoder may read beside it.
+        """
+        words = READ & self.encoders["get_image_features"]
+        word = torch.ones(1, 1, dtype=torch.int64)
+        return {"pixel_values": _image(self.model), **dict.fromkeys(words, word)}
 
 
 _FACTS: weakref.WeakKeyDictionary[PreTrainedModel, ModelFacts] = weakref.WeakKeyDictionary()
@@ -250,7 +275,7 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
             "which deos_fx finds the visual tokens in input_ids. Set model.config.image_token_id "
             "if prompts have one."
         )
-    core, arguments = model.base_model, inspect.signature(type(model).forward)
+    core, arguments = model.base_model, _arguments(model, _text_model(model, blocks))
     return ModelFacts(
         name=name,
         blocks=blocks,
@@ -267,6 +292,27 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
         _model=weakref.ref(model),
         _state=ModelState(model),
     )
+
+
+def _text_model(model: PreTrainedModel, blocks: Blocks) -> PreTrainedModel:
+    if type(model).generate is GenerationMixin.generate:
+        return model
+    *path, _ = blocks.decoder[0].split(".")
+    around = (model.get_submodule(".".join(path[:end])) for end in range(1, len(path) + 1))
+    return next((part for part in around if _generates(part)), model)
+
+
+def _generates(part: torch.nn.Module) -> TypeGuard[PreTrainedModel]:
+    return isinstance(part, PreTrainedModel) and part.can_generate()
+
+
+def _arguments(model: PreTrainedModel, text_model: PreTrainedModel) -> inspect.Signature:
+    own = inspect.signature(type(model).forward)
+    others = inspect.signature(type(text_model).forward).parameters.values()
+    added = [one.replace(kind=one.KEYWORD_ONLY) for one in others if one.name not in own.parameters]
+    # Those without a fixed name, **kwargs, are last.
+    *named, last = own.parameters.values()
+    return own.replace(parameters=[*named, *added, last])
 
 
 def _first_entry(config: Any, names: tuple[str, ...]) -> int | None:
@@ -351,7 +397,7 @@ def _size_inputs(model: PreTrainedModel) -> frozenset[str]:
     """
     core: Any = model.base_model
     tower = image_tower(model)
-    taken = _tensor_arguments(core.get_image_features)
+    taken = _tensor_arguments(core.get_image_features) - READ
     if tower is not None:
         taken |= _tensor_arguments(tower.forward)
     # Towers built like text models also take an attention mask, but not that of the prompt.
@@ -365,8 +411,9 @@ def _tensor_arguments(function: Any) -> frozenset[str]:
     return frozenset(item.name for item in parameters if "Tensor" in str(item.annotation))
 
 
-def _visual_tokens(model: PreTrainedModel, size_inputs: frozenset[str]) -> int:
+def _visual_tokens(facts: ModelFacts, size_inputs: frozenset[str]) -> int:
     """Return the number of visual tokens of an image; 0 unless its pixels alone decide it."""
+    model = facts.model
     config: Any = getattr(model.config, "vision_config", None)
     tower = image_tower(model)
     if tower is None or not hasattr(config, "image_size"):
@@ -375,7 +422,7 @@ def _visual_tokens(model: PreTrainedModel, size_inputs: frozenset[str]) -> int:
     if _tensor_arguments(tower.forward) & size_inputs:
         # Case: the encoder is told the size of each image.
         return 0
-    return count_visual_tokens(model, {"pixel_values": _image(model)})
+    return count_visual_tokens(model, facts.image())
 
 
 def _image(model: PreTrainedModel) -> torch.Tensor:

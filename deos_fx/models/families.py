@@ -19,6 +19,8 @@ __all__ = [
     "PATCH_NUMBERS",
     "PER_LAYER",
     "PIXELS",
+    "QUERIES",
+    "READ",
     "SHORTCUTS",
     "VIDEO_TOKENS",
     "features_of",
@@ -34,6 +36,15 @@ VIDEO_TOKENS = ("video_token_id", "video_token_index")
 
 FORMER_IMAGES = frozenset({"pixel_values_images", "image_patches"})
 """Other names of inputs that processors still call ``pixel_values``: video_llava, fuyu."""
+
+READ = frozenset({"qformer_input_ids", "qformer_attention_mask"})
+"""Inputs with the text that an image encoder reads beside the image: instructblip."""
+
+QUERIES = frozenset({"query_tokens"})
+"""Parameters with a learned vector for each visual token, which stands for no place in an image.
+
+blip-2, instructblip.
+"""
 
 PATCH_NUMBERS = frozenset({"image_token_pooling", "video_token_pooling"})
 """Inputs whose values are indices of patches, counted through a whole batch: molmo2."""

@@ -45,7 +45,8 @@ class Candidate:
     Attributes:
         policy: The policy.
         source: Its origin: ``gradient at <sites>``, ``preset <name>``, ``preset <name>, tuned``,
-            ``refined <origin>``, ``carried from a looser budget`` or ``no reduction``.
+            ``tried at <site>``, ``refined <origin>``, ``carried from a looser budget`` or
+            ``no reduction``.
         loss: Task loss of its static graph on the scoring batches.
         cost: Its exact cost.
     """
@@ -90,7 +91,7 @@ class SearchResult:
         unreduced_loss: Task loss of that model on the scoring batches; 0 without labels, where the
             model is compared with itself.
         relaxed_loss: Task loss of the returned policy in its relaxed form, at the last gate
-            temperature; NaN where a preset has won that has none.
+            temperature; NaN where it has none: groups of patches in the tower, some presets.
         interrupted: Whether the steps were cut short (Ctrl-C).
         looks: What the learned scores of the policy look at.
         evaluations: Forward passes of a batch that the search took; a backward pass counts two.

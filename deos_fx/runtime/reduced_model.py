@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ class ReducedModel(nn.Module):
     @property
     def generation_config(self) -> GenerationConfig:
         """Return the defaults of `generate`."""
-        return self.model.generation_config
+        return facts_of(self.model).text_model.generation_config
 
     @property
     def device(self) -> torch.device:
@@ -314,14 +315,14 @@ class ReducedModel(nn.Module):
             # Later turns continue from here.
             cache.rope_deltas = deltas
             cache.record(length, left, call.images)
-        return output_class(**fields)
+        return _output(output_class, fields)
 
     def _continue(self, call: Call, cache: ReducedCache) -> ModelOutput:
         """Run new tokens after those that the cache holds."""
         mask, positions = call.inputs.get("attention_mask"), call.inputs["position_ids"]
         call = call.having(**cache.decode_inputs(mask, positions))
         fields, output_class = self.graphs.run(call, None)
-        return output_class(**fields)
+        return _output(output_class, fields)
 
     def _parts(self, call: Call) -> list[Part]:
         """Group the prompts that are alike; if nothing is reduced, all are one part."""
@@ -343,7 +344,7 @@ class ReducedModel(nn.Module):
                     f"Rows {list(part.rows)} of this later turn have no images, and others have. "
                     "Continue conversations with new images in calls of their own."
                 )
-            output = self.model(**part.call.inputs)
+            output = part.call.facts.text_model(**part.call.inputs)
             return dict(output.items()), type(output)
         return self.graphs.run(part.call, part.layout)
 
@@ -365,3 +366,13 @@ class ReducedModel(nn.Module):
 
     def _new_cache(self) -> ReducedCache:
         return ReducedCache(self.model.config.get_text_config())
+
+
+def _output(output_class: type[ModelOutput], fields: Mapping[str, Any]) -> ModelOutput:
+    """Return the fields in an output of a class that need not declare all of them."""
+    declared = {field.name for field in dataclasses.fields(output_class)}
+    output = output_class(**{name: x for name, x in fields.items() if name in declared})
+    for name in fields.keys() - declared:
+        # Case: fields of a language model that has an output of its own in that of the model.
+        output[name] = fields[name]
+    return output

@@ -30,7 +30,7 @@ from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.graph import attends, blocks_after, blocks_of
 from deos_fx.passes.lower.lower_reductions import Lowering, Part
 from deos_fx.passes.lower.open_only import open_only
-from deos_fx.passes.lower.site_walk import Group, Place, Step
+from deos_fx.passes.lower.site_walk import Group, Inside, Place, Step
 from deos_fx.passes.notes import note_of
 from deos_fx.policy.site import site_order
 from deos_fx.tokens.layout import PromptLayout
@@ -98,6 +98,7 @@ def insert_relaxed(
     Raises:
         ValueError: If a site cannot be used or lacks a score, or a layer takes no bias.
     """
+    _check_layers(graph_module)
     steps = []
     for name in sorted(reductions, key=site_order):
         # The checks know static reductions. What a relaxed one needs does not change while it is
@@ -106,7 +107,6 @@ def insert_relaxed(
         site = check_reduction(graph_module, sites, start, layout)
         # Counts are up to the module.
         steps.append(Step(start, site, _needs(reductions[name]), layout.sizes))
-    _check_layers(graph_module)
     check_masks(graph_module, layout.packed)
     return _Insertion(graph_module, sites, layout, steps, reductions).walk()
 
@@ -166,7 +166,7 @@ class _Insertion(Lowering):
         # Gates of images [I, C] are reported as gates of prompts, like those in the decoder.
         self.gates.append(self.call(tokens.masses_of_prompt, self.alive, self.layout.images))
 
-    def reduce_inside(self, steps: Sequence[Step]) -> None:
+    def reduce_inside(self, steps: Sequence[Step]) -> Inside:
         """Refuse groups of patches in the tower of an encoder that is one node."""
         raise ValueError(f"{steps[0].site.name}: groups of patches have no relaxed form.")
 

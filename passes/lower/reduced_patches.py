@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -141,7 +142,10 @@ class ReducedPatches:
         flat = hidden.reshape(-1, hidden.shape[-1])
         for alike in self._alike:
             own = groups[alike.tokens.to(groups.device)]
-            features = {name: _of_groups(x.flatten(0, 1)[own]) for name, x in observed.items()}
+            share = self._share_of_row(own)
+            features = {
+                name: _of_groups(x.flatten(0, 1)[own], share) for name, x in observed.items()
+            }
             flat = self._reduce_alike(step, alike, groups, flat, features)
         left = flat.new_ones(len(flat), dtype=torch.bool)
         left[groups.flatten()] = False
@@ -149,6 +153,23 @@ class ReducedPatches:
             left[groups[alike.tokens.to(groups.device)].flatten()] = True
         self._parts = _parts(left.reshape(-1, self._groups.shape[-1]))
         return flat.reshape(hidden.shape)
+
+    def _share_of_row(self, own: Tensor) -> float:
+        """Return the share of the patches of a row that are those of an image.
+
+        Args:
+            own: Numbers [I, V, s] of the patches of images.
+
+        Returns:
+            1 where every image has rows of its own.
+        """
+        rows = math.prod(self._groups.shape[:-1])
+        if rows >= sum(len(alike.tokens) for alike in self._alike):
+            return 1.0
+        left = rows * self._groups.shape[-1]
+        if self._parts is not None:
+            left = sum(part.places.numel() for part in self._parts)
+        return rows * own[0].numel() / left
 
     def _reduce_alike(
         self,
@@ -213,13 +234,18 @@ def _put(whole: Tensor, rows: Tensor | None, index: Tensor, made: Tensor) -> Ten
     return whole.index_copy(0, rows, tokens.put(whole[rows], index, made))
 
 
-def _of_groups(values: Tensor) -> Tensor:
+def _of_groups(values: Tensor, share: float) -> Tensor:
     """Return features of groups, of those [I, V, s, k] of their patches.
 
-    Attention is a number for each patch, and its mean that of the group: [I, V]. Keys lie side by
-    side, as hidden states do: [I, V, s k].
+    Attention is a number for each patch, and its mean that of the group: [I, V]. It is a mean over
+    all queries of a row, of which those in other images give nothing. Keys lie side by side, as
+    hidden states do: [I, V, s k].
+
+    Args:
+        values: Features of the patches.
+        share: Share of the queries that are in the same image.
     """
-    return values.mean(dim=(2, 3)) if values.shape[-1] == 1 else values.flatten(2)
+    return values.mean(dim=(2, 3)) / share if values.shape[-1] == 1 else values.flatten(2)
 
 
 def _parts(left: Tensor) -> list[_Part]:

@@ -17,6 +17,7 @@ from deos_fx.passes.search.looks import looks_of
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.space import relaxed
 from deos_fx.passes.search.timing import prefill
+from deos_fx.passes.search.towers import is_tried
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.evidence import Evidence
@@ -171,9 +172,12 @@ def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candid
 def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
     """Return the task loss of a policy in its relaxed form, at the last gate temperature.
 
-    It is NaN where a reduction has none, such as that of a preset.
+    It is NaN where a reduction has no such form: of groups of patches, and some of presets.
     """
-    if not all(map(has_relaxed_form, policy.reductions)):
+    steps = policy.reductions
+    if any(is_tried(problem.sites, step.site) for step in steps) or not all(
+        map(has_relaxed_form, steps)
+    ):
         return math.nan
     settings = {"runners_up": RUNNERS_UP, "gate_temperature": GATE_TEMPERATURES[1]}
     reductions = relaxed(policy, problem.visual_tokens, **settings)

@@ -32,6 +32,7 @@ from deos_fx.passes.search.rivals import Rivals
 from deos_fx.passes.search.scoring import Scoring, polish
 from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
+from deos_fx.passes.search.towers import in_towers, is_tried
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import SearchResult
@@ -124,11 +125,13 @@ class SearchRun:
         """Go through the stages of the search, until the end or an interruption.
 
         Args:
-            sites: The sites to search.
+            sites: The sites to search. At some of the tower, settings are only tried.
             stages: Those of `STAGES` that are not left out.
             most: Largest number of evaluations of variations; left out, those of a search.
         """
         most = _VARIATIONS * len(self.problem.scoring) if most is None else most
+        tried = [site for site in sites if is_tried(self.problem.sites, site.name)]
+        sites = [site for site in sites if site not in tried]
         try:
             if self.interrupted:
                 # Case: while capturing, or under a looser budget.
@@ -136,6 +139,7 @@ class SearchRun:
             if "presets" in stages:
                 self.unreduced_loss = check_unreduced(self.problem)
                 self.scoring.add_all("presets", _known(self.problem))
+                self.scoring.add_all("tower", in_towers(self.problem, tried))
             if "steps" in stages:
                 starts = self.carried()
                 if starts:
@@ -143,7 +147,7 @@ class SearchRun:
                     self.steps, most = max(1, self.steps // 2), most // 2
                 self.train(starts or self.places(sites), sites)
             if "variations" in stages:
-                polish(self.problem, self.scoring, "variations", most)
+                polish(self.problem, self.scoring, "variations", most, tried)
             if stages and self.preset_evaluations:
                 # After all that the search does, which they leave as it is.
                 self.rivals.add()

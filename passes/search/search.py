@@ -102,7 +102,9 @@ def search(
         budget: At least one limit.
         budgets: In place of `budget`, several budgets for a front.
         sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the
-            projector and all sites in the decoder.
+            projector and all sites in the decoder. Where groups of patches make a visual token,
+            settings at sites of the vision tower are tried, alone and before what is best
+            otherwise, but not trained: they have no relaxed form.
         steps: Number of gradient steps at the best place; left out, it follows from the data:
             eight passes, at least 60 and at most 240 steps. Budgets that start from what a looser
             one has found take half as many.
@@ -150,7 +152,8 @@ def search(
     with processes.agreeing():
         saved = None if checkpoint is None else Checkpoints.at(checkpoint)
         known = None if checkpoint is None else partial(check_checkpoint, checkpoint, seed)
-        problem = SearchProblem.of(model, data, wanted[0], progress, known)
+        in_tower = any(str(name).startswith("vision.") for name in sites or ())
+        problem = SearchProblem.of(model, data, wanted[0], progress, known, in_tower=in_tower)
         searched = problem.searched_sites(sites)
         steps = steps or default_steps(problem)
         if budgets is not None:

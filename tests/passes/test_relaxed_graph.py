@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,10 +174,13 @@ def test_families(name: str, regime: str) -> None:
     assert_relaxed_is_static(shared(name), policy, prompts(name, 2), roundings_of(name))
 
 
-def test_layers_that_attend_and_keep_a_state_are_refused() -> None:
-    policy = Policy(IN_FAMILIES["prune"])
+@pytest.mark.parametrize("position", ["keep", "compact"])
+@pytest.mark.parametrize("name", ["llava_falcon_h1", "inkling_mm_model"])
+def test_layers_that_attend_and_keep_a_state_are_refused(name: str, position: str) -> None:
+    # Whatever the policy: which positions a model allows (Inkling: compact) is told afterwards.
+    policy = Policy(tuple(replace(each, position=position) for each in IN_FAMILIES["prune"]))
     with pytest.raises(ValueError, match="decoder_0 attends and keeps a state as well"):
-        assert_relaxed_is_static(shared("llava_falcon_h1"), policy, prompts("llava_falcon_h1", 2))
+        assert_relaxed_is_static(shared(name), policy, prompts(name, 2))
 
 
 @pytest.mark.parametrize("name", ["lfm2_vl", "qwen3_5"])
