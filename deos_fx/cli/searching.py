@@ -99,10 +99,14 @@ def alike(
 
     Returns:
         The records of each batch; kinds come in the order of their first records.
+
+    Raises:
+        ValueError: If the images of a question become different numbers of visual tokens.
     """
     from deos_fx.data import batches
     from deos_fx.inputs.call import Call
     from deos_fx.models.facts import facts_of
+    from deos_fx.passes.search.batches import check_one_size
 
     facts = facts_of(model)
     kinds: dict[tuple[Hashable, ...], list[Record]] = {}
@@ -110,7 +114,10 @@ def alike(
         # What an image becomes, the processor alone knows.
         asked = [replace(record, answer=None)]
         calls = [Call.of(facts, next(batches(own, asked, 1))) for own in processors]
-        kinds.setdefault(tuple(call.prompts[0].alike for call in calls), []).append(record)
+        prompts = [call.prompts[0] for call in calls]
+        for prompt in prompts:
+            check_one_size(prompt.layout, record.where)
+        kinds.setdefault(tuple(prompt.alike for prompt in prompts), []).append(record)
     return [
         kind[start : start + size] for kind in kinds.values() for start in range(0, len(kind), size)
     ]
