@@ -116,7 +116,8 @@ def alike(
         calls = [Call.of(facts, next(batches(own, asked, 1))) for own in processors]
         prompts = [call.prompts[0] for call in calls]
         for prompt in prompts:
-            check_one_size(prompt.layout, record.where)
+            if prompt.layout is not None:
+                check_one_size(prompt.layout, record.where)
         kinds.setdefault(tuple(prompt.alike for prompt in prompts), []).append(record)
     return [
         kind[start : start + size] for kind in kinds.values() for start in range(0, len(kind), size)
@@ -216,9 +217,10 @@ def measured(
     _, held_back = parted(groups)
     records = [record for group in held_back for record in group][:_MOST_ASKED]
     # With several budgets, names say which one a policy is for.
-    found = {"": result}
     if isinstance(result, SearchFront):
         found = {f" at {each.visual_tokens}": one for each, one in result.results.items()}
+    else:
+        found = {"": result}
     policies: dict[str, Given] = {}
     for at, one in found.items():
         policies[f"searched{at}"] = one.policy
@@ -264,10 +266,11 @@ def write_found(
     from deos_fx.cli.terminal import evaluation_table
     from deos_fx.results.search_front import SearchFront
 
-    found = {"policy.json": result}
     if isinstance(result, SearchFront):
         results = result.results.items()
         found = {f"policy-{budget.visual_tokens}.json": one for budget, one in results}
+    else:
+        found = {"policy.json": result}
     for name, one in found.items():
         one.policy.save(folder / name)
         console.print(one.policy, highlight=False, markup=False)
