@@ -23,6 +23,7 @@ from deos_fx.inputs.items import IMAGES, encoding
 from deos_fx.models.facts import facts_of
 from deos_fx.models.families import features_of
 from deos_fx.models.upstream import CACHE
+from deos_fx.passes.lower.reduced_encoder import LEFT
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -184,6 +185,27 @@ def test_what_is_left_of_the_tower_is_reduced_before_the_decoder(name: str) -> N
     assert_pruning_is_masking(model_of(name), reduced, batch, roundings_of(name), tower)
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava_next", "pixtral"])
+def test_an_encoder_for_exports_does_the_same(name: str) -> None:
+    batch = batch_of(name, 2)
+    score: dict[str, Any] = {
+        "scores": {"mutual_attention": 0.5, "key_norm": 0.5},
+        "similarity": {"key": 1.0},
+    }
+    steps = (Reduction(f"vision.{i}", 0.5 - i / 4, gain=1.0, **score) for i in range(2))
+    reduced = reduce(name, *steps)
+    reduced(**batch)
+    expected = encoder_of(reduced, batch)
+    assert reduced.graphs.latest is not None
+    encoder: Any = reduced.graphs.latest.get_submodule("image_encoder")
+    call = call_of(reduced.model, batch)
+    with torch.no_grad():
+        found = encoder.exportable()(**encoding(call.facts, call.inputs, IMAGES)[1])
+    assert torch.equal(found[LEFT]["kept"], expected[LEFT]["kept"])
+    for ours, theirs in zip(*map(features_in, (found, expected)), strict=True):
+        assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "internvl", "pixtral", "llava_next"])
 def test_keeping_all_groups_changes_nothing(name: str) -> None:
     batch = batch_of(name, 2)
@@ -335,10 +357,12 @@ def test_a_preset_of_the_last_block_keeps_what_its_attention_says() -> None:
     assert {*scores.topk(8).indices.tolist()} == {*kept[0].nonzero()[:, 0].tolist()}
 
 
-def test_reductions_of_groups_are_not_exported(tmp_path: Path) -> None:
+def test_counts_of_groups_are_no_inputs_of_an_export(tmp_path: Path) -> None:
     reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
-    with pytest.raises(ValueError, match="in the vision tower"):
-        deos_fx.export_onnx(reduced, tmp_path, example_inputs=batch_of("qwen2_vl", 1))
+    with pytest.raises(ValueError, match="in the vision tower, whose counts cannot be inputs"):
+        deos_fx.export_onnx(
+            reduced, tmp_path / "x", example_inputs=batch_of("qwen2_vl", 1), elastic=True
+        )
 
 
 def test_images_of_new_sizes_are_followed_anew() -> None:

@@ -99,10 +99,14 @@ def alike(
 
     Returns:
         The records of each batch; kinds come in the order of their first records.
+
+    Raises:
+        ValueError: If the images of a question become different numbers of visual tokens.
     """
     from deos_fx.data import batches
     from deos_fx.inputs.call import Call
     from deos_fx.models.facts import facts_of
+    from deos_fx.passes.search.batches import check_one_size
 
     facts = facts_of(model)
     kinds: dict[tuple[Hashable, ...], list[Record]] = {}
@@ -110,7 +114,11 @@ def alike(
         # What an image becomes, the processor alone knows.
         asked = [replace(record, answer=None)]
         calls = [Call.of(facts, next(batches(own, asked, 1))) for own in processors]
-        kinds.setdefault(tuple(call.prompts[0].alike for call in calls), []).append(record)
+        prompts = [call.prompts[0] for call in calls]
+        for prompt in prompts:
+            if prompt.layout is not None:
+                check_one_size(prompt.layout, record.where)
+        kinds.setdefault(tuple(prompt.alike for prompt in prompts), []).append(record)
     return [
         kind[start : start + size] for kind in kinds.values() for start in range(0, len(kind), size)
     ]
@@ -209,9 +217,10 @@ def measured(
     _, held_back = parted(groups)
     records = [record for group in held_back for record in group][:_MOST_ASKED]
     # With several budgets, names say which one a policy is for.
-    found = {"": result}
     if isinstance(result, SearchFront):
         found = {f" at {each.visual_tokens}": one for each, one in result.results.items()}
+    else:
+        found = {"": result}
     policies: dict[str, Given] = {}
     for at, one in found.items():
         policies[f"searched{at}"] = one.policy
@@ -257,10 +266,11 @@ def write_found(
     from deos_fx.cli.terminal import evaluation_table
     from deos_fx.results.search_front import SearchFront
 
-    found = {"policy.json": result}
     if isinstance(result, SearchFront):
         results = result.results.items()
         found = {f"policy-{budget.visual_tokens}.json": one for budget, one in results}
+    else:
+        found = {"policy.json": result}
     for name, one in found.items():
         one.policy.save(folder / name)
         console.print(one.policy, highlight=False, markup=False)

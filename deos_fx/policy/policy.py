@@ -258,16 +258,21 @@ class Policy:
         """Read a policy from a file, and its learned parts from the file beside it.
 
         Raises:
+            OSError: If one of the files cannot be read.
             ValueError: If the file does not hold a policy, or the learned parts are missing or
-                others; the message names the file.
+                others; the message names the files.
         """
+        files = os.fspath(path)
         try:
             data = read_json(path)
+            tensors = {}
             # A policy without learned parts is a single file, whatever lies beside it.
-            learned = isinstance(data, dict) and "learned" in data and _beside(path).exists()
-            return cls._of_data(data, read_tensors(_beside(path)) if learned else {})
+            if isinstance(data, dict) and "learned" in data and _beside(path).exists():
+                files += f" with {_beside(path).name}"
+                tensors = read_tensors(_beside(path))
+            return cls._of_data(data, tensors)
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} is not a policy file: {error}") from error
+            raise ValueError(f"{files} is not a policy file: {error}") from error
 
     def __repr__(self) -> str:
         title = f"Policy {self.name!r}" if self.name else "Policy"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -400,9 +400,9 @@ class ReducedModel(nn.Module):
 
 def _output(output_class: type[ModelOutput], fields: Mapping[str, Any]) -> ModelOutput:
     """Return the fields in an output of a class that need not declare all of them."""
-    declared = {field.name for field in dataclasses.fields(output_class)}
+    declared = inspect.signature(output_class).parameters
     output = output_class(**{name: x for name, x in fields.items() if name in declared})
-    for name in fields.keys() - declared:
+    for name in fields.keys() - declared.keys():
         # Case: fields of a language model that has an output of its own in that of the model.
         output[name] = fields[name]
     return output

@@ -88,9 +88,11 @@ def search(
 
     Args:
         model: An unmodified transformers vision-language model.
-        data: Model input dicts (batches), all with equally many images per prompt; the images of a
-            batch are alike in size. Where the model has more visual tokens for larger images, the
-            sizes may differ between batches, and the policy keeps shares of each image. With
+        data: Model input dicts (batches). The prompts of a batch have equally many images or tiles,
+            and all images of a batch are of one size. Batches may differ in both where the model
+            makes more visual tokens of larger images; the policy then keeps a share of each image
+            or a number of each tile, and meets every limit for each kind of prompt: a share of its
+            own tokens, and a number of tokens even for the largest. With
             ``labels`` the task is cross-entropy on them. Without, prompts have to end where an
             answer begins: the unreduced model answers them, greedily and with at most 16 tokens,
             and the task is the distance to its predictions along its answers. From four batches

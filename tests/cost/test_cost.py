@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import IMAGE, STATEFUL, prompts, shared
+from families import FAMILIES, IMAGE, STATEFUL, TWINS, prompts, shared
 from tiny import VISUAL, inputs, shared_llava, tiny_llava
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -177,6 +177,9 @@ COUNTED = (
     "lfm2_vl",
     "qwen3_5",
     "nemotron_h_omni",
+    "instructblip",
+    "llama4",
+    "phi4_multimodal",
 )
 
 
@@ -195,13 +198,15 @@ def eager(request):
     model.set_experts_implementation(experts)
 
 
-@pytest.mark.parametrize("eager", COUNTED, indirect=True)
+@pytest.mark.parametrize("eager", sorted({*COUNTED} & {*FAMILIES, *TWINS}), indirect=True)
 def test_families(eager):
     name, model = eager
     policy = ANYWHERE
     if name in STATEFUL:
         # At the other sites, layers do not attend.
         policy = Policy((ANYWHERE.reductions[0], replace(ANYWHERE.reductions[1], site="decoder.2")))
+    if facts_of(model).counts_positions:
+        policy = Policy(tuple(replace(step, position="compact") for step in policy.reductions))
     reduced, batch = ReducedModel(model, policy), prompts(name, 2)
     cost = reduced.cost(**batch).after
     flops, cache = counted(reduced, **batch)

@@ -28,7 +28,7 @@ REFUSED = {
     "t5gemma2": ENCODER,
     "udop": ENCODER,
     "instructblipvideo": OTHER,
-    "git": OTHER,
+    "git": "input_ids has no placeholders",
     "kosmos-2": MARKED,
     "kosmos-2.5": MARKED,
 }
