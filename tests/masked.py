@@ -11,6 +11,7 @@ from closeness import ROUNDINGS, assert_close, difference
 from torch import Tensor
 
 from deos_fx.models.facts import facts_of
+from deos_fx.models.families import MARKS
 from deos_fx.models.upstream import CACHE
 
 STEPS = 3
@@ -40,7 +41,10 @@ def assert_pruning_is_masking(
     placeholders = [token for token in (facts.image_token, facts.video_token) if token is not None]
     output = reduced(**batch)
     last, alive = output[CACHE].spaces[-1], alive_of(output[CACHE], batch["input_ids"])
-    visual = torch.isin(batch["input_ids"], torch.tensor(placeholders))
+    marks = batch.get(MARKS)
+    visual = (
+        torch.isin(batch["input_ids"], torch.tensor(placeholders)) if marks is None else marks == 1
+    )
     for kept in alive.values():
         assert kept[~visual].all() and (~kept).any(dim=1).all()
     with masked_from(model, alive), tower(alive[min(alive)]):
