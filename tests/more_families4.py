@@ -46,6 +46,22 @@ def _question(ids: Tensor) -> dict[str, Tensor]:
     return {"qformer_input_ids": torch.cat([words, words + 1], dim=1)}
 
 
+_KOSMOS = {
+    "vocab_size": VOCABULARY,
+    "embed_dim": 64,
+    "layers": LAYERS,
+    "ffn_dim": 96,
+    "attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "eos_token_id": None,
+}
+
+
+def _marks(ids: Tensor) -> dict[str, Tensor]:
+    return {"image_embeds_position_mask": (ids == IMAGE).long()}
+
+
 def _numbered(batch: int) -> dict[str, Tensor]:
     # 8 x 8 patches behind the numbers of their rows and columns, from 1.
     places = torch.cartesian_prod(torch.arange(1.0, 9), torch.arange(1.0, 9))
@@ -85,18 +101,19 @@ MORE: dict[str, Family] = {
         },
         [IMAGE] * 41,
     ),
+    "kosmos-2": Family(
+        lambda: hf.Kosmos2Config(
+            text_config=_KOSMOS,
+            vision_config=_sizes(image_size=32, patch_size=4),
+            latent_query_num=32,
+        ),
+        _plain(32),
+        [IMAGE] * 32,
+        _marks,
+    ),
     "kosmos-2.5": Family(
         lambda: hf.Kosmos2_5Config(
-            text_config={
-                "vocab_size": VOCABULARY,
-                "embed_dim": 64,
-                "layers": LAYERS,
-                "ffn_dim": 96,
-                "attention_heads": 4,
-                "max_position_embeddings": 512,
-                "pad_token_id": PAD,
-                "eos_token_id": None,
-            },
+            text_config=_KOSMOS,
             vision_config={
                 **_sizes(patch_embed_hidden_size=48, head_dim=16, max_num_patches=64),
             },
@@ -104,7 +121,7 @@ MORE: dict[str, Family] = {
         ),
         _numbered,
         [IMAGE] * 32,
-        lambda ids: {"image_embeds_position_mask": (ids == IMAGE).long()},
+        _marks,
     ),
     "llama4": Family(
         lambda: hf.Llama4Config(

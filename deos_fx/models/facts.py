@@ -229,7 +229,7 @@ class ModelFacts:
         That is its pixels [1, C, H, W] on "meta", so only a shape, and a word of the text that the
         encoder may read beside it.
         """
-        words = READ & self.encoders["get_image_features"]
+        words = READ & self.encoders.get("get_image_features", frozenset())
         word = torch.ones(1, 1, dtype=torch.int64)
         return {"pixel_values": _image(self.model), **dict.fromkeys(words, word)}
 
