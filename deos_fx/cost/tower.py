@@ -102,7 +102,7 @@ def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> int:
 def _encoded(twin: Any, facts: ModelFacts) -> list[Tensor]:
     """Encode an image of the config's size."""
     with counting(), torch.enable_grad():
-        output = twin.base_model.get_image_features(pixel_values=facts.image(), return_dict=True)
+        output = twin.base_model.get_image_features(**facts.image(), return_dict=True)
     return [leaf for leaf in pytree.tree_leaves([features_of(output)]) if leaf is not None]
 
 

@@ -32,7 +32,7 @@ class Shape:
         decoder_layers: Layers of the decoder.
         visual_tokens: Visual tokens of an image.
         grid: Rows and columns of these tokens; one row if they form no square.
-        placed: Whether rows and columns are known, where the size of an image decides them.
+        placed: Whether rows and columns are known.
         without_attention: Decoder layers that do not attend: convolutions, and layers that keep a
             state.
         shared_from: The first decoder layer whose keys later layers attend to as well; it and those
@@ -107,7 +107,7 @@ class Shape:
             decoder_layers=facts.signature.decoder_layers,
             visual_tokens=count,
             grid=grid,
-            placed=not facts.sizes_vary or 1 not in grid or count == 1,
+            placed=1 not in grid or count == 1,
             without_attention=frozenset(i for i, layer in enumerate(layers) if not _attends(layer)),
             shared_from=_shared_from(layers),
             vision_blocks=facts.signature.vision_layers,

@@ -263,7 +263,9 @@ def _class_tokens(graph_module: fx.GraphModule, block: fx.Node, features: fx.Nod
                     # square), or they read values from elsewhere.
                     return None
                 taken = [values[source] for source in node.all_input_nodes if source in values]
-                if _tokens(values[node]) > max(map(_tokens, taken)):
+                most = max(map(_tokens, taken))
+                # What is made of sizes alone takes no tokens; what joins it to some does.
+                if most and _tokens(values[node]) > most:
                     return None
     return shape[1] - per_image if values[features].shape[1] == per_image - 1 else None
 

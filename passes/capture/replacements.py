@@ -142,7 +142,9 @@ def _length(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[s
     Raises:
         CaptureError: If a block reads the length of the text: it would take it for its own.
     """
-    if tracer.block and original.__name__ == "get_seq_length":
+    # args has the cache and, if a block asks for a layer of its choice, the number of that.
+    whole = original.__name__ == "get_seq_length" and len(args) + len(kwargs) == 1
+    if tracer.block and whole:
         raise CaptureError(
             f"{tracer.block} counts positions itself, by the length of its cache, which is "
             "shorter where tokens were dropped. Use a model that gives its layers positions."

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from deos_fx.cost.latency import milliseconds
+from deos_fx.forms.relaxed_parameters import has_relaxed_form
 from deos_fx.passes.search import processes
 from deos_fx.passes.search.batches import SearchBatch
 from deos_fx.passes.search.descent import GATE_TEMPERATURES, relaxed_graph
@@ -171,9 +172,12 @@ def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candid
 def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
     """Return the task loss of a policy in its relaxed form, at the last gate temperature.
 
-    It is NaN where a reduction has no such form.
+    It is NaN where a reduction has no such form: of groups of patches, and some of presets.
     """
-    if any(is_tried(problem.sites, step.site) for step in policy.reductions):
+    steps = policy.reductions
+    if any(is_tried(problem.sites, step.site) for step in steps) or not all(
+        map(has_relaxed_form, steps)
+    ):
         return math.nan
     settings = {"runners_up": RUNNERS_UP, "gate_temperature": GATE_TEMPERATURES[1]}
     reductions = relaxed(policy, problem.visual_tokens, **settings)

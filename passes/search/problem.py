@@ -25,6 +25,7 @@ from deos_fx.passes.search.batches import (
     check_whole,
     checked_calls,
     moved,
+    parted,
     with_targets,
     without_labels,
 )
@@ -117,8 +118,8 @@ class SearchProblem:
         calls, labels, early = checked_calls(facts, data, progress)
         # Of interrupted data, it is not known whose it is.
         if recognise is not None and not early:
-            training = map(without_labels, calls[: len(calls) - len(calls) // 4])
-            recognise(fingerprint(facts.signature, [*training]))
+            training = [without_labels(call) for call in parted(calls)[0]]
+            recognise(fingerprint(facts.signature, training))
         # 2. Costs, for every layout. The longest prompts come first: their layout is the
         # problem's own.
         longest = sorted(calls, key=lambda call: call.inputs["input_ids"].shape[1])[::-1]
@@ -133,9 +134,8 @@ class SearchProblem:
         first = without_labels(longest[0])
         captured = captures.serving(replace(first, inputs=moved(first.inputs, model.device)))
         batches, interrupted = with_targets(captures, calls, labels, progress)
-        # 4. The problem. The last quarter of the batches is held back. Of fewer than four batches,
-        # none is, and candidates are scored on all of them.
-        held_back = len(batches) // 4
+        # 4. The problem.
+        for_steps, for_scoring = parted(batches)
         problem = cls(
             model=model,
             captures=captures,
@@ -144,8 +144,8 @@ class SearchProblem:
             cost=cost,
             others=[(other, {}) for other in others],
             limits={},
-            training=batches[: len(batches) - held_back],
-            scoring=batches[len(batches) - held_back :] or batches,
+            training=for_steps,
+            scoring=for_scoring,
             interrupted=early or interrupted,
         )
         return problem.under(budget)

@@ -15,7 +15,7 @@ from deos_fx import Policy, ReducedModel
 from deos_fx.errors import CaptureError
 from deos_fx.models.facts import facts_of
 
-CROSS, ENCODER, QUERIES = "through cross-attention", "encoder that its decoder", "a Q-Former"
+CROSS, ENCODER = "through cross-attention", "encoder that its decoder"
 OTHER = "no get_image_features"
 MARKED = "image_embeds_position_mask"
 REFUSED = {
@@ -27,10 +27,8 @@ REFUSED = {
     "pp_formulanet": ENCODER,
     "t5gemma2": ENCODER,
     "udop": ENCODER,
-    "blip-2": QUERIES,
-    "instructblip": QUERIES,
-    "instructblipvideo": QUERIES,
-    "git": OTHER,
+    "instructblipvideo": OTHER,
+    "git": "input_ids has no placeholders",
     "kosmos-2": MARKED,
     "kosmos-2.5": MARKED,
 }

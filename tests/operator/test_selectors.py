@@ -423,3 +423,25 @@ def test_options_that_are_counts_are_whole_numbers() -> None:
     assert WHOLE_NUMBERS.keys() == {x for x, value in given.items() if not isinstance(value, float)}
     for name, (least, most) in WHOLE_NUMBERS.items():
         assert given[name] is None or least <= given[name] < most
+    # Which of two halves, a number that may be 0, any number, and counts.
+    others = {"first": (0, 1), "text_pivots": (0, 1e6), "seed": (-1e9, 1e9)}
+    assert dict.fromkeys(WHOLE_NUMBERS, (1, 1e6)) | others == WHOLE_NUMBERS
+
+
+@quick
+@given(st.data(), seeds)
+def test_an_export_picks_the_same(data: st.DataObject, seed: int) -> None:
+    _, _, features = inputs(seed, dtype=torch.float64)
+    taken, _, count = _split(data, seed)
+    score = _score(seed)
+    probe = [features[name] for name in ("normed_tokens", "text_score", "normed_text")]
+    calls = {
+        "top_k": lambda: operator.top_k(score, taken, count),
+        "probe": lambda: operator.probe(score, *probe, taken, count, 2, 3),
+        "quota": lambda: operator.quota(score, taken, count, 4),
+    }
+    plain = {name: call() for name, call in calls.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_exporting", lambda: True)
+        for name, call in calls.items():
+            assert torch.equal(call(), plain[name]), name

@@ -15,7 +15,7 @@ from tiny import inputs, shared_llava
 
 from deos_fx import presets
 from deos_fx.policy.policy import Policy
-from deos_fx.presets.fit import fit_to_shape
+from deos_fx.presets.fitting import fit_to_shape
 from deos_fx.presets.rules import RULES
 from deos_fx.presets.shape import Shape
 from deos_fx.runtime.reduced_model import ReducedModel

@@ -27,7 +27,7 @@ PLACES = {"avg_pool", "bilinear_pool", "uniform"}
 # A visual token is a patch of the tower, so its attention can be observed.
 PATCHWISE = {"llava", "vipllava", "paligemma", "llava_dinov2", "paligemma2", "llava_mixtral"} | {
     *("janus", "llava_gemma2", "video_llava", "deepseek_vl", "llava_mistral"),
-    *("llava_falcon_h1", "llava_jamba"),
+    *("llava_falcon_h1", "llava_jamba", "ovis2"),
 }
 # Groups of patches are tokens in the tower, and the config says how an image becomes inputs.
 GROUPS = {"aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_omni", "exaone4_5"} | {
@@ -41,16 +41,13 @@ GROUPS = {"aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_omni", "exa
 TWO_BLOCKS = {"hiprune", "vscan"}
 UNPLACED = {"llava_next", "llava_onevision", "gemma4", "molmo2", "fuyu", "granite4_vision"} | {
     *("llava_next_video", "chameleon", "deepseek_vl_hybrid", "granite_vision", "gemma4_unified"),
-    *("deepseek_ocr2", "inkling_mm_model"),
+    *("deepseek_ocr2", "inkling_mm_model", "blip-2", "instructblip", "phi4_multimodal"),
 }
 # The first layers of the decoder do not attend: more than half of the tokens reach one that does.
 LATE = {"lfm2_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni"} | {
     *("qwen3_5", "qwen3_5_moe"),
 }
 ATTENTION = {"dart", "fastv", "fitprune", "sparsevlm_plus"}
-# Each feature is a patch here only because the images are tiny, and a reduction would be refused.
-EXCEPT = {"ovis2"}
-
 
 ALL_LOWERED = {"vipllava", "paligemma", "llava_dinov2", "qwen3_vl", "internvl"}
 
@@ -80,7 +77,7 @@ def fitted(family: str) -> tuple[dict[str, Policy], dict[str, str], Any]:
     return policies, reasons, call
 
 
-@pytest.mark.parametrize("family", sorted({*FAMILIES, *TWINS} - EXCEPT - REFUSED))
+@pytest.mark.parametrize("family", sorted({*FAMILIES, *TWINS} - REFUSED))
 def test_presets_are_fitted_to_every_family_or_refused_in_one_line(family: str) -> None:
     policies, reasons, call = fitted(family)
     assert {*reasons} == expected_refusals(family)
