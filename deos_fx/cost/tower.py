@@ -68,8 +68,11 @@ def _read(facts: ModelFacts) -> tuple[int, ...]:
     return tuple(dict.fromkeys(read))
 
 
-def blocks_of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> int:
-    """Count the vision blocks up to the last that features are read from, in groups of patches.
+def blocks_of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> range:
+    """Return the vision blocks of whose patches groups make the features.
+
+    They end with the last that the features are read from, and begin where no later one has other
+    patches: some towers merge patches between two blocks.
 
     Args:
         facts: The facts of a model.
@@ -82,13 +85,13 @@ def blocks_of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> int:
     return once(facts, "blocks of groups", lambda: _of_groups(facts, inputs))
 
 
-def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> int:
+def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> range:
     model = facts.model
     core: Any = model.base_model
     method, given = encoding(facts, inputs, IMAGES)
     blocks = [model.get_submodule(path) for path in facts.blocks.vision]
     try:
-        return find_groups(core, getattr(type(core), method), blocks, (), given).used
+        found = find_groups(core, getattr(type(core), method), blocks, (), given)
     except NoGroups:
         raise
     # How code of a family fails where gradients or made-up weights go through it is up to it.
@@ -97,6 +100,7 @@ def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> int:
         raise NoGroups(
             f"its patches cannot be followed ({type(error).__name__}: {first})"
         ) from error
+    return range(found.first, found.used)
 
 
 def _encoded(twin: Any, facts: ModelFacts) -> list[Tensor]:
