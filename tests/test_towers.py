@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from batches import batch_of as videos_of
 from closeness import assert_close, difference, roundings_of
-from families import FAMILIES, IMAGE, TWINS, alone, built, prompts, shared
+from families import FAMILIES, IMAGE, TWINS, VIDEO, alone, built, prompts, shared
 from masked import alive_of, assert_pruning_is_masking, generate
 from masked_tower import blocks_of, tower_masked
 from tiny import call_of
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from videos import VIDEOS
 
 import deos_fx
 from deos_fx.inputs.items import IMAGES, encoding
@@ -304,6 +306,29 @@ def test_images_of_several_sizes() -> None:
     for each in (reduced, twice):
         own = each(**one).logits[0]
         assert_close(each(**batch).logits[0, -len(own) :], own)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "glm4v"])
+def test_frames_of_videos_are_reduced_each(name: str) -> None:
+    batch = videos_of(name, [[VIDEOS[name](2), VIDEOS[name](3)]])
+    reduced = reduce(name, Reduction("vision.0", 0.5, **NORM))
+    # GLM writes frames with the placeholders of images.
+    visual = (batch["input_ids"] == VIDEO) | (batch["input_ids"] == IMAGE)
+
+    def tower(alive: Tensor) -> Any:
+        kept = alive[visual]
+        assert {int(frame.sum()) for frame in kept.split(6)} == {3}
+        return tower_masked(model_of(name), 0, in_runs(kept))
+
+    assert_pruning_is_masking(model_of(name), reduced, batch, roundings_of(name), tower)
+
+
+def test_images_and_videos_in_one_prompt_are_not_reduced_in_the_tower() -> None:
+    family = FAMILIES["qwen2_vl"]
+    both = videos_of("qwen2_vl", [[VIDEOS["qwen2_vl"](2), (family.block, family.pixels(1))]])
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
+    with pytest.raises(ValueError, match="vision.0 cannot be reduced: the video encoder reads"):
+        reduced(**both)
 
 
 @pytest.mark.parametrize("gain", [0.0, 1.0])

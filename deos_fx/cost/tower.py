@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from deos_fx.cost.measure import counting, once
 from deos_fx.cost.twin import twin_of
 from deos_fx.errors import NoGroups
-from deos_fx.inputs.items import IMAGES, encoding
+from deos_fx.inputs.items import Kind, encoding, given_kinds
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import features_of
 from deos_fx.models.groups import find_groups
@@ -76,19 +76,22 @@ def blocks_of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> range:
 
     Args:
         facts: The facts of a model.
-        inputs: Arguments of its forward, with images.
+        inputs: Arguments of its forward, with images or with videos.
 
     Raises:
         NoGroups: If the features are not made of groups of patches of its blocks, see
             `find_groups`. This is not remembered: it may be for the sizes of these images alone.
     """
-    return once(facts, "blocks of groups", lambda: _of_groups(facts, inputs))
+    (kind,) = given_kinds(inputs)
+    return once(
+        facts, f"blocks of groups in {kind.pixels}", lambda: _of_groups(facts, inputs, kind)
+    )
 
 
-def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> range:
+def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> range:
     model = facts.model
     core: Any = model.base_model
-    method, given = encoding(facts, inputs, IMAGES)
+    method, given = encoding(facts, inputs, kind)
     blocks = [model.get_submodule(path) for path in facts.blocks.vision]
     try:
         found = find_groups(core, getattr(type(core), method), blocks, (), given)
