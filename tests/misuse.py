@@ -59,6 +59,7 @@ SECTIONS = (
                 "no site 'encoder.1'; a site is 'projector', 'decoder.<i>' (after "
                 "decoder layer i) or 'vision.<i>'",
             ),
+            Misuse("Policy(image_scale=50)", "image_scale is 50; give a number in [0.001, 1]"),
             Misuse(
                 'Reduction("decoder.01", 18)',
                 "no site 'decoder.01'; a site is 'projector', 'decoder.<i>' (after "
@@ -415,7 +416,7 @@ SECTIONS = (
             Misuse(
                 '\'{"deos_fx": "policy", "version": 1, "reductions": [], "budget": 18}\'',
                 "policy.json is not a policy file: it has no field 'budget'; the "
-                "fields are deos_fx, version, name, model, learned, reductions",
+                "fields are deos_fx, version, name, model, image_scale, learned, reductions",
             ),
             Misuse(
                 '\'{"deos_fx": "policy", "version": 1, "reductions": {}}\'',
