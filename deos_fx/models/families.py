@@ -121,13 +121,14 @@ def encoded_by(core: Any, method: str, given: Mapping[str, Any]) -> Any:
     Returns:
         The features, see `features_of`; or prompts [B, N, d] with these written into them.
     """
-    if hasattr(type(core), method):
-        return features_of(getattr(core, method)(**given, return_dict=True))
-    if not hasattr(core, method):
+    encode = getattr(core, method, None)
+    if encode is None:
         return _given_to_text(core, given)
-    write = getattr(core, WRITER)
-    named = {own_name(name, type(write).forward): value for name, value in given.items()}
-    return write(inputs_embeds=core.get_input_embeddings()(given["input_ids"]), **named)
+    called = encode.forward if method == WRITER else encode
+    named = {own_name(name, called): value for name, value in given.items()}
+    if method == WRITER:
+        return encode(inputs_embeds=core.get_input_embeddings()(given["input_ids"]), **named)
+    return features_of(encode(**named, return_dict=True))
 
 
 def features_of(output: Any) -> Any:
