@@ -12,6 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from deos_fx.models.views import shallow_copy
 
@@ -31,6 +36,7 @@ __all__ = [
     "WRITER",
     "SHORTCUTS",
     "VIDEO_TOKENS",
+    "auto_class",
     "encoded_by",
     "features_of",
     "is_encoder",
@@ -96,6 +102,15 @@ PIXELS = ("pixel_values", "pixel_values_videos")
 
 # Method of a model's core (its base_model) that encodes images or videos -> name of its node.
 ENCODERS = {"get_image_features": "image_encoder", "get_video_features": "video_encoder"}
+
+
+def auto_class(config: Any) -> Any:
+    """Return transformers' auto class for a config: that of models that read images and text.
+
+    Some models that do are among those of text alone: phi4_multimodal.
+    """
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
 def is_encoder(node: fx.Node) -> bool:
