@@ -182,11 +182,12 @@ def _without_bias(mask: Any) -> Any:
     # biased_mask(mask, key_bias, hidden, causal)
     if mask.target is biased_mask:
         return mask.args[0]
-    if mask.target is tokens.take_mask and mask.args[0].target is biased_mask:
-        # Case: a mask that was re-indexed for this space, with the bias. What it was made of has
-        # none: every space takes out that of the one before.
-        biased, *index = mask.args
-        mask.args = (biased.args[0], *index)
+    if mask.target is tokens.take_mask:
+        # Case: a mask that was re-indexed for this space, perhaps with the bias. What it was made
+        # of before has none: every space takes out that of the one before.
+        inner: Any = mask.args[0]
+        if inner.target is biased_mask:
+            mask.args = (inner.args[0], *mask.args[1:])
     return mask
 
 
