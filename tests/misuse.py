@@ -416,7 +416,7 @@ SECTIONS = (
             Misuse(
                 '\'{"deos_fx": "policy", "version": 1, "reductions": [], "budget": 18}\'',
                 "policy.json is not a policy file: it has no field 'budget'; the "
-                "fields are deos_fx, version, name, model, learned, reductions",
+                "fields are deos_fx, version, name, model, image_scale, learned, reductions",
             ),
             Misuse(
                 '\'{"deos_fx": "policy", "version": 1, "reductions": {}}\'',

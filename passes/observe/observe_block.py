@@ -154,8 +154,9 @@ def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
 
 def _place_of_mask(module: nn.Module, block: fx.Node) -> int | str | None:
     """Return the position or the name of a block's mask argument; None if it takes no mask."""
-    own = "forward" in vars(module)
-    parameters = _parameters(module.forward) if own else _of_class(type(module))
+    # mypy takes a class with a __hash__ of its instances for one that cannot be hashed itself.
+    kind: Any = type(module)
+    parameters = _parameters(module.forward) if "forward" in vars(module) else _of_class(kind)
     name = "attention_mask"
     if name in parameters and parameters.index(name) < len(block.args):
         # Case: by position.
@@ -183,11 +184,11 @@ def _without_bias(mask: Any) -> Any:
     if mask.target is biased_mask:
         return mask.args[0]
     if mask.target is tokens.take_mask:
-        # Case: a mask that was re-indexed for this space, perhaps with the bias. What it was made
-        # of before has none: every space takes out that of the one before.
-        inner: Any = mask.args[0]
-        if inner.target is biased_mask:
-            mask.args = (inner.args[0], *mask.args[1:])
+        source, *index = mask.args
+        if isinstance(source, fx.Node) and source.target is biased_mask:
+            # Case: a mask that was re-indexed for this space, with the bias. What it was made of
+            # has none: every space takes out that of the one before.
+            mask.args = (source.args[0], *index)
     return mask
 
 

@@ -15,12 +15,13 @@ from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search.checkpoints import Checkpoints
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.foreign import check_checkpoint
-from deos_fx.passes.search.outcome import check_can_be_met
+from deos_fx.passes.search.outcome import check_can_be_met, compared
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.run import SearchRun
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
+from deos_fx.results.evidence import Evidence
 from deos_fx.results.search_result import Candidate, SearchResult
 from deos_fx.tokens.layout import PromptLayout
 
@@ -29,7 +30,7 @@ __all__ = ["ALONE", "ScaledData", "check_scales", "search_scales"]
 ScaledData = Mapping[float, Iterable[Mapping[str, Any]]]
 """Batches by the scale at which their images entered."""
 
-ALONE = "smaller images alone"
+ALONE = "preset resize"
 """The source of a candidate that scales images and reduces nothing else."""
 
 
@@ -117,6 +118,7 @@ def search_scales(
     """
     runs: dict[float, SearchRun] = {}
     estimate = Estimate(progress)
+    interrupted = False
     for scale, batches in data.items():
         name = f"scale {scale:g}"
         saved = None if checkpoint is None else checkpoint.within(name)
@@ -124,41 +126,49 @@ def search_scales(
         own = None if progress is None else _labelled(progress, name)
         # At a smaller scale there may be fewer tokens than the budget allows, which is no mistake.
         limit = budget if scale == 1 else _without_tokens(budget)
-        problem = SearchProblem.of(model, batches, limit, own, known, in_tower=in_tower)
-        if scale == 1:
-            whole = problem
-        else:
-            problem = _limited_as(whole, problem)
-        run = SearchRun(
-            problem,
-            steps_of(problem),
-            seed,
-            saved,
-            own,
-            estimate=estimate,
-            preset_evaluations=preset_evaluations,
-        )
+        try:
+            problem = SearchProblem.of(model, batches, limit, own, known, in_tower=in_tower)
+            if runs:
+                problem = _limited_as(runs[1].problem, problem)
+            run = SearchRun(
+                problem,
+                steps_of(problem),
+                seed,
+                saved,
+                own,
+                estimate=estimate,
+                preset_evaluations=preset_evaluations,
+            )
+            _score(run, scale, problem.searched_sites(sites))
+        except KeyboardInterrupt:
+            # Case: before anything was scored at this scale.
+            if not runs:
+                raise
+            interrupted = True
+            break
         runs[scale] = run
-        _score(run, scale, problem.searched_sites(sites))
-        if run.interrupted:
+        interrupted = run.interrupted
+        if interrupted:
             break
     reached = {scale: run for scale, run in runs.items() if run.scoring.candidates}
     if not reached:
         # Says which limits are too tight.
         check_can_be_met(runs[min(runs)].problem)
-    open_scales = sorted(
-        (scale for scale, run in reached.items() if not run.problem.meets(Policy())),
-        key=lambda scale: reached[scale].scoring.best.loss,
-    )
-    further = open_scales[: math.ceil(len(open_scales) / 2)]
-    for i, scale in enumerate(further):
+    for i, scale in enumerate(further := [] if interrupted else _better_half(reached)):
         run = reached[scale]
-        if any(each.interrupted for each in runs.values()):
-            break
         # Twice: what comes after, an estimate takes for half a search.
         run.further = 2 * (len(further) - i - 1)
         run.advance(run.problem.searched_sites(sites), ("steps", "variations"))
-    return _result(whole, runs, reached)
+        if run.interrupted:
+            break
+    return _result(runs, reached, interrupted)
+
+
+def _better_half(reached: Mapping[float, SearchRun]) -> list[float]:
+    """Return the scales to search further, the best first: there, images alone are too large."""
+    scales = [scale for scale, run in reached.items() if not run.problem.meets(Policy())]
+    scales.sort(key=lambda scale: reached[scale].scoring.best.loss)
+    return scales[: math.ceil(len(scales) / 2)]
 
 
 def _labelled(progress: Progress, label: str) -> Progress:
@@ -196,33 +206,49 @@ def _limited_as(whole: SearchProblem, problem: SearchProblem) -> SearchProblem:
 
 
 def _result(
-    whole: SearchProblem, runs: Mapping[float, SearchRun], reached: Mapping[float, SearchRun]
+    runs: Mapping[float, SearchRun], reached: Mapping[float, SearchRun], interrupted: bool
 ) -> SearchResult:
     """Make the result of the best scale, beside the unreduced model at scale 1."""
     losses = {scale: run.scoring.best.loss for scale, run in reached.items()}
     best = min(losses, key=lambda scale: losses[scale])
     found = reached[best].result()
-    candidates = [_at(best, each) for each in found.candidates]
-    others = [
+    # The best stays first: measured times may have ruled out others with lower losses.
+    first, *others = (_at(best, each) for each in found.candidates)
+    others += [
         _at(scale, each)
         for scale, run in reached.items()
         if scale != best
         for each in run.scoring.candidates
     ]
-    unreduced_loss = runs[1].unreduced_loss
-    return replace(
+    found = replace(
         found,
-        policy=candidates[0].policy,
-        # The best stays first: measured times may have ruled out others with lower losses.
-        candidates=[candidates[0], *sorted([*candidates[1:], *others], key=lambda one: one.loss)],
-        unreduced=whole.cost.predict(Policy()),
-        unreduced_loss=found.unreduced_loss if unreduced_loss is None else unreduced_loss,
-        limits=whole.limits,
+        policy=first.policy,
+        candidates=[first, *sorted(others, key=lambda candidate: candidate.loss)],
+        unreduced=runs[1].problem.cost.predict(Policy()),
+        unreduced_loss=runs[1].unreduced_loss or found.unreduced_loss,
+        limits=runs[1].problem.limits,
         evaluations=sum(run.spent for run in runs.values()),
-        interrupted=any(run.interrupted for run in runs.values()),
+        interrupted=interrupted or any(run.interrupted for run in runs.values()),
         scales=losses,
     )
+    return found if found.interrupted else replace(found, evidence=_evidence(found, reached))
+
+
+def _evidence(found: SearchResult, reached: Mapping[float, SearchRun]) -> Evidence | None:
+    """Compare the result with the best preset at any scale, on the same held-back prompts."""
+    best, *others = found.candidates
+    rival = next((each for each in others if each.source.startswith("preset ")), None)
+    if rival is None or rival.loss == math.inf or found.evidence is None:
+        return found.evidence
+    theirs, own = (
+        reached[each.policy.image_scale].problem.static_losses(each.policy)
+        for each in (rival, best)
+    )
+    return compared(found.evidence, rival, theirs, own)
 
 
 def _at(scale: float, candidate: Candidate) -> Candidate:
-    return replace(candidate, policy=replace(candidate.policy, image_scale=scale))
+    """Return a candidate with its scale, in its policy and in its origin."""
+    source = candidate.source if scale == 1 else f"{candidate.source}, images at {scale:g}"
+    policy = replace(candidate.policy, image_scale=scale)
+    return replace(candidate, policy=policy, source=source)

@@ -180,6 +180,8 @@ COUNTED = (
     "instructblip",
     "llama4",
     "phi4_multimodal",
+    "kosmos-2",
+    "kosmos-2.5",
 )
 
 

@@ -51,12 +51,16 @@ def test_losses_compare(found: Any) -> None:
     assert result.candidates[0].policy == result.policy
     assert result.policy.image_scale == min(result.scales, key=result.scales.get)
     # Oracle: the original model's own loss.
-    (alone,) = [each for each in result.candidates if each.source == ALONE]
+    (alone,) = [each for each in result.candidates if each.source.startswith(ALONE)]
     assert alone.policy == Policy(image_scale=0.5)
     for scale, loss in ((1.0, result.unreduced_loss), (0.5, alone.loss)):
         with torch.no_grad():
             expected = torch.stack([model(**batch).loss for batch in data[scale]]).mean()
         assert_close(torch.tensor(loss), expected)
+    # The best preset of all scales is what the result has to beat.
+    presets = [each for each in result.candidates[1:] if each.source.startswith("preset ")]
+    assert result.best_preset == min(presets, key=lambda each: each.loss)
+    assert result.evidence.lead == pytest.approx(result.best_preset.loss - result.best.loss)
 
 
 def test_the_worse_half_of_the_scales_ends_early(found: Any) -> None:
@@ -91,3 +95,16 @@ def test_data_that_does_not_compare(found: Any) -> None:
         search(model, data[1.0][0], budget=Budget(visual_tokens=0.5))
     with pytest.raises(TypeError, match="searched for one budget"):
         search(model, data, budgets=[Budget(visual_tokens=0.5)])
+
+
+def test_an_interruption_leaves_what_is_known(found: Any) -> None:
+    model, data, _ = found
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage.startswith("scale 0.75"):
+            raise KeyboardInterrupt
+
+    budget = Budget(visual_tokens=0.25)
+    result = search(model, data, budget=budget, sites=["projector"], steps=2, progress=interrupt)
+    assert result.interrupted and 1.0 in result.scales and 0.5 not in result.scales
+    assert result.best.cost.visual_tokens <= 16

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import fails, run
+from closeness import assert_close
 from masked import assert_pruning_is_masking
 from PIL import Image
 from real_processors import noise, write_qwen
 from torch.utils.flop_counter import FlopCounterMode
 
-from deos_fx import Policy, ReducedModel, Reduction, reference
+from deos_fx import OnnxModel, Policy, ReducedModel, Reduction, export_onnx, reference
 from deos_fx.data import Record, batches
 
 HALF = Policy(image_scale=0.5)
@@ -104,3 +105,19 @@ def test_models_of_one_size_are_refused_before_anything_is_written(tmp_path: Pat
     message = fails("transform", reference.WEIGHTS, tmp_path / "out", "--image-scale", 0.5)
     assert "image_scale=0.5 changes nothing: LlavaProcessor makes" in message
     assert not (tmp_path / "out").exists()
+
+
+# Slow: exports of this family are tested elsewhere.
+@pytest.mark.slow
+def test_an_export_is_for_what_enters(qwen: Any, tmp_path: Path) -> None:
+    _, model, processor = qwen
+    reduced = ReducedModel(model, HALF)
+    (inputs,) = batches(reduced.processor(processor), [ASKED], 1)
+    export_onnx(reduced, tmp_path / "onnx", example_inputs=inputs, verify=False)
+    onnx_model = OnnxModel.from_pretrained(tmp_path / "onnx", "cpu")
+    (own,) = batches(onnx_model.processor(processor), [ASKED], 1)
+    with torch.no_grad():
+        assert_close(onnx_model(**own).logits, reduced(**own).logits)
+    (whole,) = batches(processor, [ASKED], 1)
+    with pytest.raises(ValueError, match="have \\[48\\] image tokens each"):
+        onnx_model(**whole)
