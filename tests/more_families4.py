@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from families import BREAK, IMAGE, Family, _noise, _plain, _sizes, _text
+from families import BREAK, IMAGE, LAYERS, PAD, VOCABULARY, Family, _noise, _plain, _sizes, _text
 from torch import Tensor
 
 _QUERIES = {"vocab_size": 32, "encoder_hidden_size": 32, "cross_attention_frequency": 1}
@@ -46,6 +46,29 @@ def _question(ids: Tensor) -> dict[str, Tensor]:
     return {"qformer_input_ids": torch.cat([words, words + 1], dim=1)}
 
 
+_KOSMOS = {
+    "vocab_size": VOCABULARY,
+    "embed_dim": 64,
+    "layers": LAYERS,
+    "ffn_dim": 96,
+    "attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "eos_token_id": None,
+}
+
+
+def _marks(ids: Tensor) -> dict[str, Tensor]:
+    return {"image_embeds_position_mask": (ids == IMAGE).long()}
+
+
+def _numbered(batch: int) -> dict[str, Tensor]:
+    # 8 x 8 patches behind the numbers of their rows and columns, from 1.
+    places = torch.cartesian_prod(torch.arange(1.0, 9), torch.arange(1.0, 9))
+    patches = torch.cat([places.expand(batch, -1, -1), _noise(batch, 64, 48)], dim=-1)
+    return {"flattened_patches": patches}
+
+
 MORE: dict[str, Family] = {
     "blip-2": _querying(
         hf.Blip2Config,
@@ -77,6 +100,28 @@ MORE: dict[str, Family] = {
             "image_attention_mask": torch.ones(batch, 2, 8, 8),
         },
         [IMAGE] * 41,
+    ),
+    "kosmos-2": Family(
+        lambda: hf.Kosmos2Config(
+            text_config=_KOSMOS,
+            vision_config=_sizes(image_size=32, patch_size=4),
+            latent_query_num=32,
+        ),
+        _plain(32),
+        [IMAGE] * 32,
+        _marks,
+    ),
+    "kosmos-2.5": Family(
+        lambda: hf.Kosmos2_5Config(
+            text_config=_KOSMOS,
+            vision_config={
+                **_sizes(patch_embed_hidden_size=48, head_dim=16, max_num_patches=64),
+            },
+            latent_query_num=32,
+        ),
+        _numbered,
+        [IMAGE] * 32,
+        _marks,
     ),
     "llama4": Family(
         lambda: hf.Llama4Config(

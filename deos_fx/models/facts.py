@@ -24,6 +24,7 @@ from deos_fx.models.families import (
     ENCODERS,
     FORMER_IMAGES,
     IMAGE_TOKENS,
+    MARKS,
     PIXELS,
     QUERIES,
     READ,
@@ -228,7 +229,7 @@ class ModelFacts:
         That is its pixels [1, C, H, W] on "meta", so only a shape, and a word of the text that the
         encoder may read beside it.
         """
-        words = READ & self.encoders["get_image_features"]
+        words = READ & self.encoders.get("get_image_features", frozenset())
         word = torch.ones(1, 1, dtype=torch.int64)
         return {"pixel_values": _image(self.model), **dict.fromkeys(words, word)}
 
@@ -273,6 +274,9 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
     configs = (model.config, getattr(model.config, "vision_config", None))
     named = (_first_entry(config, IMAGE_TOKENS) for config in configs)
     image_token = next((token for token in named if token is not None), None)
+    if MARKS in inspect.signature(type(model).forward).parameters:
+        # Case: flags say where images are; no token has this id.
+        image_token = -1
     if image_token is None:
         raise ValueError(
             f"The config of {name} names no image placeholder ({' or '.join(IMAGE_TOKENS)}), by "
@@ -413,12 +417,13 @@ def _size_inputs(model: PreTrainedModel) -> frozenset[str]:
         names = inspect.signature(getattr(core, WRITER).forward).parameters
         return frozenset(name for name in names if "image" in name) - FORMER_IMAGES
     tower = image_tower(model)
-    taken = _tensor_arguments(core.get_image_features) - READ
+    encode = getattr(core, "get_image_features", None)
+    taken = frozenset() if encode is None else _tensor_arguments(encode) - READ
     if tower is not None:
         taken |= _tensor_arguments(tower.forward)
     # Towers built like text models also take an attention mask, but not that of the prompt.
     of_text = _tensor_arguments(model.get_decoder().forward)
-    return taken - of_text - {"pixel_values"}
+    return taken - of_text - {"pixel_values"} - FORMER_IMAGES
 
 
 def _tensor_arguments(function: Any) -> frozenset[str]:

@@ -347,6 +347,8 @@ def _mask_of_space(
     names = ("inputs_embeds", "attention_mask", CACHE)
     # Everything else that the original function takes is about the prompt.
     kwargs = {name: made.kwargs[name] for name in names if name in made.kwargs}
+    # A method of the model's own is given the length of the cache alone.
+    kwargs.setdefault(CACHE, *graph.find_nodes(op="placeholder", target=CACHE))
     kwargs = dict(fx.node.map_arg(kwargs, partial(_latest, replaced)))
     # The window is a distance between original positions, so these become an input.
     if window:

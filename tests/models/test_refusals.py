@@ -17,7 +17,6 @@ from deos_fx.models.facts import facts_of
 
 CROSS, ENCODER = "through cross-attention", "encoder that its decoder"
 OTHER = "no get_image_features"
-MARKED = "image_embeds_position_mask"
 REFUSED = {
     "blip": CROSS,
     "idefics": CROSS,
@@ -29,8 +28,6 @@ REFUSED = {
     "udop": ENCODER,
     "instructblipvideo": OTHER,
     "git": "input_ids has no placeholders",
-    "kosmos-2": MARKED,
-    "kosmos-2.5": MARKED,
 }
 NO_ANSWERS: list[tuple[Any, Any]] = [
     (hf.LlamaForCausalLM, hf.LlamaConfig),

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx import operator
-from deos_fx.operator.select import WHOLE_NUMBERS
+from deos_fx.operator.select import SELECTORS, WHOLE_NUMBERS
 from deos_fx.operator.sequential import greedy_penalty, max_min_ranking
 
 
@@ -426,6 +426,28 @@ def test_options_that_are_counts_are_whole_numbers() -> None:
     # Which of two halves, a number that may be 0, any number, and counts.
     others = {"first": (0, 1), "text_pivots": (0, 1e6), "seed": (-1e9, 1e9)}
     assert dict.fromkeys(WHOLE_NUMBERS, (1, 1e6)) | others == WHOLE_NUMBERS
+
+
+@pytest.mark.parametrize("name", [x for x, row in SELECTORS.items() if "taken" in row.needs])
+def test_what_is_taken_is_left_where_all_tokens_are_alike(name: str) -> None:
+    row, taken = SELECTORS[name], torch.zeros(2, TOKENS)
+    taken[0, :6], taken[1, 30:] = 1, 1
+    alike = {
+        "score": torch.ones(2, TOKENS),
+        "similarity": torch.ones(2, TOKENS, TOKENS),
+        "taken": taken,
+        "already": 6,
+        "diversity": 1.0,
+        "members": operator.window_members(grid(), 9),
+        "tokens": torch.ones(2, TOKENS, WIDTH),
+        "normed_tokens": torch.ones(2, TOKENS, WIDTH),
+        "text_score": torch.ones(2, TEXT),
+        "normed_text": torch.ones(2, TEXT, WIDTH),
+    }
+    options = [3 if value is None else value for value in row.options.values()]
+    kept = row.function(*(alike[need] for need in row.needs), TOKENS - 6, *options)
+    for picks, of_row in zip(kept, taken, strict=True):
+        assert sorted(picks.tolist()) == (of_row == 0).nonzero().flatten().tolist()
 
 
 @quick

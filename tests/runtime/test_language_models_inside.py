@@ -17,7 +17,7 @@ from deos_fx.models.upstream import CACHE
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 
-NAMES = ["blip-2", "instructblip", "phi4_multimodal"]
+NAMES = ["blip-2", "instructblip", "phi4_multimodal", "kosmos-2", "kosmos-2.5"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -30,11 +30,13 @@ def test_beams(name: str) -> None:
         assert torch.equal(ours, masked.generate(**batch, **options))
 
 
-@pytest.mark.parametrize("name", ["blip-2", "instructblip"])
+@pytest.mark.parametrize("name", ["blip-2", "instructblip", "kosmos-2"])
 def test_text_alone_is_read_by_the_language_model(name: str) -> None:
     reduced, inside = reduce(name, PRUNED["both"]), facts_of(shared(name)).text_model
     text = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4).long()}
-    assert inside is shared(name).language_model
+    assert inside is shared(name).get_submodule(
+        "text_model" if name == "kosmos-2" else "language_model"
+    )
     assert torch.equal(reduced(**text).logits, inside(**text).logits)
     (tokens, logits), (expected, others) = generate(reduced, text), generate(inside, text)
     assert torch.equal(tokens, expected)

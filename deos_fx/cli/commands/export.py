@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,6 +55,13 @@ def export(
             "--elastic", help="One export for many budgets: OnnxModel.keeping chooses the counts."
         ),
     ] = False,
+    genai: Annotated[
+        bool,
+        typer.Option(
+            "--genai",
+            help="A folder that onnxruntime-genai loads, for policies before the decoder.",
+        ),
+    ] = False,
     verify: Annotated[
         bool, typer.Option(help="Whether to compare ONNX Runtime's logits with PyTorch's.")
     ] = True,
@@ -75,18 +82,24 @@ def export(
       deos-fx export reduced onnx
 
       deos-fx export my-qwen onnx --budget 25% --image photo.jpg
+
+      deos-fx export my-llava genai --policy policy.json --genai
     """
     check_target(out_dir, force, model_dir)
-    from deos_fx import export_onnx
+    if genai and (weights is not None or elastic):
+        option = "--elastic" if elastic else "--weights"
+        raise ValueError(f"--genai and {option} exclude each other; leave one out")
+    from deos_fx import export_genai, export_onnx
     from deos_fx.cli.loading import load_reduced
     from deos_fx.cli.processors import copy_processor
     from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
     from deos_fx.data import batches, open_image
     from deos_fx.data.processors import load_processor
-    from deos_fx.exporters.manifest import FILES
+    from deos_fx.exporters import genai_files, manifest
     from deos_fx.files import fresh_folder
 
+    files = genai_files.FILES if genai else manifest.FILES
     # A wrong image shows before the model is loaded.
     record, processor = None, None
     if image is not None:
@@ -94,22 +107,22 @@ def export(
         for source in record.images:
             open_image(source, record.where)
     console = report_console()
-    with fresh_folder(out_dir, FILES, whole=True) as folder, stages(console) as stage:
+    with fresh_folder(out_dir, files, whole=True) as folder, stages(console) as stage:
         with stage("load the model"):
             reduced = load_reduced(model_dir, policy, preset, budget, image_scale, dtype=dtype)
             example = None
             if record is not None:
                 example = next(batches(reduced.processor(processor), [record], 1))
         with stage.phased("export") as advance:
-            export_onnx(
-                reduced,
-                folder,
-                example_inputs=example,
-                device=device,
-                weights=weights,
-                elastic=elastic,
-                verify=verify,
-                progress=advance,
-            )
+            given: dict[str, Any] = {
+                "example_inputs": example,
+                "device": device,
+                "verify": verify,
+                "progress": advance,
+            }
+            if genai:
+                export_genai(reduced, folder, **given)
+            else:
+                export_onnx(reduced, folder, weights=weights, elastic=elastic, **given)
         copy_processor(model_dir, folder)
     console.print(f"Wrote {out_dir}", highlight=False)
