@@ -116,8 +116,9 @@ def _scaled_settings(image_processor: Any, scale: float) -> dict[str, Any]:
     """Return the settings of a processor that cuts every image into tiles, scaled."""
     settings: dict[str, Any] = {}
     longest, tile = (
-        (getattr(image_processor, name, None) or {}).get("longest_edge")
-        for name in ("size", "max_image_size")
+        # Sizes are dicts, or numbers of one processor that cuts no tiles of one size (Aria).
+        sizes.get("longest_edge") if hasattr(sizes, "get") else None
+        for sizes in (getattr(image_processor, name, None) for name in ("size", "max_image_size"))
     )
     if longest and tile:
         # Case: images are brought to one size, and cut into tiles of another (SmolVLM).
