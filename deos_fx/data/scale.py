@@ -119,11 +119,8 @@ def _in_place_of(original: Any, members: Mapping[str, Any]) -> Any:
 def _scaled_settings(image_processor: Any, scale: float) -> dict[str, Any]:
     """Return the settings of a processor that cuts every image into tiles, scaled."""
     settings: dict[str, Any] = {}
-    longest, tile = (
-        # Sizes are dicts, or numbers of one processor that cuts no tiles of one size (Aria).
-        sizes.get("longest_edge") if hasattr(sizes, "get") else None
-        for sizes in (getattr(image_processor, name, None) for name in ("size", "max_image_size"))
-    )
+    longest = _longest_edge(image_processor, "size")
+    tile = _longest_edge(image_processor, "max_image_size")
     if longest and tile:
         # Case: images are brought to one size, and cut into tiles of another (SmolVLM).
         settings["size"] = copy.copy(image_processor.size)
@@ -134,6 +131,13 @@ def _scaled_settings(image_processor: Any, scale: float) -> dict[str, Any]:
         fewest = getattr(image_processor, "min_patches", None) or 1
         settings["max_patches"] = max(fewest, math.floor(scale**2 * most))
     return settings
+
+
+def _longest_edge(image_processor: Any, name: str) -> int | None:
+    """Return the longest edge of a size among the settings, if there is one."""
+    size: Any = getattr(image_processor, name, None)
+    # The size may be a number in its place (Aria).
+    return size.get("longest_edge") if hasattr(size, "get") else None
 
 
 # *** images ***
