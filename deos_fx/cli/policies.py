@@ -105,11 +105,11 @@ def _scaled(
     """
     from deos_fx.policy.policy import Policy
 
-    alone = Policy(image_scale=image_scale)
-    if (preset, budget) == (None, None):
-        return alone
+    alone = Policy(name="resize", image_scale=image_scale)
     if image_scale == 1:
         raise ValueError("--image-scale 1 changes nothing; leave it out")
+    if (preset, budget) == (None, None):
+        return alone
     fitted = _fitted(model, preset or "merge", budget, *scaled_example(model_dir, image_scale))
     return replace(fitted, image_scale=alone.image_scale)
 
@@ -168,7 +168,7 @@ def _fitted(
     tokens = limit.limits(unreduced)["visual_tokens"] / costs.images
     if whole is not inputs and tokens >= costs.tokens_per_image:
         # Case: smaller images alone are within the limit.
-        return Policy()
+        return Policy(name="resize")
     size = costs.layout.grid if facts.sizes_vary else None
     return costs.for_any_size(presets.fit(preset, tokens, model, size))
 
