@@ -17,6 +17,7 @@ import tiny
 import torch
 from closeness import assert_onnx_close
 from learned import learned_at
+from onnx_families import assert_a_chat_is_the_same
 
 from deos_fx import presets
 from deos_fx.contents import write_record
@@ -176,6 +177,14 @@ def test_onnx_runtime_equals_pytorch(folder, name, batch, text, layout, padding)
     assert_onnx_close(runtime(**inputs).logits[:, real], reduced(**inputs).logits[:, real])
     options = {"max_new_tokens": STEPS, "do_sample": False}
     assert torch.equal(runtime.generate(**inputs, **options), reduced.generate(**inputs, **options))
+
+
+@pytest.mark.slow
+@every_case
+def test_a_chat_is_the_same(folder, name):
+    reduced, runtime, images = _both(folder, name)
+    batch = tiny.inputs(reduced.model, 4, images, text=3)
+    assert_a_chat_is_the_same(reduced, runtime, batch)
 
 
 @every_case
