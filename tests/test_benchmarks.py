@@ -241,7 +241,7 @@ def test_gpu_measures_all_parts(monkeypatch):
 
 def test_a_gpu_without_time_says_what_it_left_out():
     found = gpu.measure(replace(SMALL, seconds=-1.0), Console(quiet=True), lambda results: None)
-    assert not found["parts"] and len(found["left_out"]) == 6
+    assert not found["parts"] and len(found["left_out"]) == 7
 
 
 def test_runs_to_compare_with_compute_what_they_say():
