@@ -1,15 +1,16 @@
 """Measure how many faults the tests find: change the code at random, and run the tests beside it.
 
     pip install mutmut
-    .venv/bin/python benchmarks/mutants.py deos_fx/operator --tests tests/operator --sample 100
+    python benchmarks/mutants.py deos_fx/operator --tests tests/operator --output operator.json
 
 The changes are those of mutmut: numbers and operators are changed, arguments dropped, values
 replaced by None, conditions turned round. Left alone are annotations, decorators, imports and
 assertions, and the texts of errors and warnings, which `tests/misuse.py` compares.
 
-pytest collects the tests once. For each mutant a child process puts the changed code in the place
-of the module's, wherever it is referred to, and runs the tests until one fails: those of the file's
-own name first. No file is written.
+pytest collects the tests once, and runs them once to see which of them touch which functions. For
+each mutant a child process puts the changed code in the place of the module's, wherever it is
+referred to, and runs the tests that touch it until one fails: those of the file's own name first.
+No file of the code is written.
 """
 
 from __future__ import annotations
@@ -17,28 +18,36 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import json
 import math
 import os
 import random
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from types import FunctionType, ModuleType
-from typing import Any
+from types import CodeType, FunctionType, ModuleType
+from typing import IO, Any
 
 import libcst as cst
 import pytest
-from hypothesis import HealthCheck, settings
+import torch
+from common import conditions
+from hypothesis import HealthCheck, Phase, settings
 from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators
+
+from deos_fx.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"passes": "deos_fx.passes", "exporters": "deos_fx.exporters"}
 """Folders that are packages of another name."""
-SECONDS = 300
-"""CPU time after which a mutant counts as one that does not end."""
 
 
 # *** mutants ***
@@ -52,6 +61,7 @@ class Mutant:
         path: The file, from the root.
         line: Where it was changed.
         index: Its number among the mutants of the file.
+        in_function: Whether it is in one; tables and fields are in none.
         before: What was there.
         after: What is there now.
     """
@@ -59,6 +69,7 @@ class Mutant:
     path: str
     line: int
     index: int
+    in_function: bool
     before: str
     after: str
 
@@ -79,7 +90,8 @@ class Changes(cst.CSTVisitor):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._found: list[tuple[cst.CSTNode, cst.CSTNode, int]] = []
+        self._found: list[tuple[cst.CSTNode, cst.CSTNode, int, bool]] = []
+        self._functions = 0
         wrapper = MetadataWrapper(cst.parse_module((ROOT / path).read_text("utf-8")))
         self._module = wrapper.module
         wrapper.visit(self)
@@ -87,25 +99,32 @@ class Changes(cst.CSTVisitor):
     def on_visit(self, node: cst.CSTNode) -> bool:
         if _is_left_alone(node):
             return False
+        self._functions += isinstance(node, cst.FunctionDef)
         line = self.get_metadata(PositionProvider, node).start.line
         for kind, changes in mutation_operators:
             if isinstance(node, kind):
                 # Of a string, one change: another case would be found by the same tests.
                 changed = list(changes(node))[: 1 if kind is cst.BaseString else None]
-                self._found += [(node, new, line) for new in changed]
+                inside = self._functions > 0
+                self._found += [
+                    (node, new, line, inside) for new in changed if _strict(new) == _strict(node)
+                ]
         return True
+
+    def on_leave(self, original_node: cst.CSTNode) -> None:
+        self._functions -= isinstance(original_node, cst.FunctionDef)
 
     def source(self, index: int) -> str:
         """Return the text of the file with one change."""
-        old, new, _ = self._found[index]
+        old, new, *_ = self._found[index]
         return self._module.deep_replace(old, new).code
 
     def mutants(self) -> list[Mutant]:
         """Return the mutants of the file."""
         text = self._module.code_for_node
         return [
-            Mutant(self.path, line, i, text(old), text(new))
-            for i, (old, new, line) in enumerate(self._found)
+            Mutant(self.path, line, i, inside, text(old), text(new))
+            for i, (old, new, line, inside) in enumerate(self._found)
         ]
 
 
@@ -123,10 +142,13 @@ def _is_left_alone(node: cst.CSTNode) -> bool:
             return True
         case cst.Call(func=cst.Attribute(attr=cst.Name("warn" | "warning"))):
             return True
-        case cst.Arg(keyword=cst.Name("strict")):
-            # Case: an assertion about lengths.
-            return True
     return False
+
+
+def _strict(node: cst.CSTNode) -> list[cst.Arg]:
+    """Return the arguments of a call that only assert something about lengths."""
+    arguments = node.args if isinstance(node, cst.Call) else ()
+    return [x for x in arguments if isinstance(x.keyword, cst.Name) and x.keyword.value == "strict"]
 
 
 # *** running ***
@@ -169,52 +191,162 @@ def _take_code(old: Any, new: Any) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Touched:
+    """What a test runs of the files that are changed.
+
+    Attributes:
+        places: Path, first and last line of every function.
+        seconds: CPU time of the test.
+    """
+
+    places: set[tuple[str, int, int]]
+    seconds: float
+
+    def runs(self, mutant: Mutant) -> bool:
+        """Return whether the test runs the changed function; for a table, anything of its file."""
+        of_file = [(first, last) for path, first, last in self.places if path == mutant.path]
+        inside = any(first <= mutant.line <= last for first, last in of_file)
+        return inside or (bool(of_file) and not mutant.in_function)
+
+
+class Watcher:
+    """A plugin of pytest that sees what each test touches; what fixtures do counts for the file."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._paths = {os.path.realpath(ROOT / path): path for path in paths}
+        self._seen: dict[str, set[CodeType]] = defaultdict(set)
+        self._seconds: dict[str, float] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+        """See what the fixtures of a test run."""
+        with self._watching(item.path.as_posix()):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        """See what a test runs."""
+        start = time.process_time()
+        with self._watching(item.nodeid):
+            result = yield
+        self._seconds[item.nodeid] = time.process_time() - start
+        return result
+
+    @contextmanager
+    def _watching(self, name: str) -> Iterator[None]:
+        codes = self._seen[name]
+        # A trace function that returns None sees calls and no lines.
+        sys.settrace(lambda frame, *_: codes.add(frame.f_code))
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+
+    def write(self, items: Sequence[pytest.Item], file: IO[str]) -> None:
+        """Write what each test touches, by its name, as JSON."""
+        found = {
+            item.nodeid: (
+                [
+                    (path, code.co_firstlineno, max(line or 0 for *_, line in code.co_lines()))
+                    for code in self._seen[item.nodeid] | self._seen[item.path.as_posix()]
+                    if (path := self._paths.get(_real(code.co_filename)))
+                ],
+                self._seconds[item.nodeid],
+            )
+            for item in items
+            if item.nodeid in self._seconds
+        }
+        json.dump(found, file)
+        file.flush()
+
+
+_real = cache(os.path.realpath)
+
+
 class Runner:
     """A plugin of pytest that runs the collected tests for every mutant."""
 
-    def __init__(self, mutants: Sequence[Mutant]) -> None:
+    def __init__(
+        self, mutants: Sequence[Mutant], save: Callable[[int, Sequence[str]], None]
+    ) -> None:
         self.mutants = mutants
+        self.save = save
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """Run the tests as they are, then for each mutant, and print those that survive."""
-        # Every file in the place of itself: what fails then is no matter of a mutant.
-        files = {mutant.path: (ROOT / mutant.path).read_text("utf-8") for mutant in self.mutants}
-        if session.testsfailed or not self._passes(session.items, files):
-            raise pytest.UsageError("there are failures without a mutant")
-        killed = 0
+        """Run the tests as they are, then for each mutant those that touch it."""
+        tests = self._first_run(session)
+        survivors: list[str] = []
         for done, mutant in enumerate(self.mutants, 1):
+            items = [item for item in session.items if item.nodeid in tests]
+            items = [item for item in items if tests[item.nodeid].runs(mutant)]
             own = f"test_{Path(mutant.path).stem}"
-            items = sorted(session.items, key=lambda item: item.path.stem != own)
-            if self._passes(items, {mutant.path: mutant.source}):
-                print(f"survives: {mutant}", flush=True)
-            else:
-                killed += 1
-            print(f"{killed} of {done} killed, {_interval(killed, done)}", flush=True)
+            items.sort(key=lambda item: (item.path.stem != own, tests[item.nodeid].seconds))
+            limits = [10 + 10 * tests[item.nodeid].seconds for item in items]
+            if _passes(items, {mutant.path: mutant.source}, limits):
+                survivors.append(f"{mutant} ({len(items)} tests)")
+                print("survives:", survivors[-1], flush=True)
+            print(f"{done - len(survivors)} of {done} killed", flush=True)
+            self.save(done, survivors)
         return True
 
-    def _passes(self, items: Sequence[pytest.Item], files: Mapping[str, str]) -> bool:
-        """Return whether tests pass with other texts of files, in a process of their own."""
-        child = os.fork()
-        if child:
-            return os.waitpid(child, 0)[1] == 0
-        code = 1
-        try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.dup2(nowhere, 2)
-            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-            # Case: it waits for ever.
-            signal.alarm(20 * SECONDS)
-            for path, source in files.items():
-                put_in(path, source)
-            code = any(map(_fails, items, [*items[1:], None]))
-        finally:
-            os._exit(code)
+    def _first_run(self, session: pytest.Session) -> dict[str, Touched]:
+        """Return what each test touches, by its name."""
+        # Every file in the place of itself: what fails then is no matter of a mutant.
+        files = {mutant.path: (ROOT / mutant.path).read_text("utf-8") for mutant in self.mutants}
+        watcher = Watcher(files)
+        session.config.pluginmanager.register(watcher)
+        with tempfile.TemporaryFile("w+") as file:
+            finish = partial(watcher.write, session.items, file)
+            passed = _passes(session.items, files, [0.0] * len(session.items), finish)
+            session.config.pluginmanager.unregister(watcher)
+            if session.testsfailed or not passed:
+                raise pytest.UsageError("there are failures without a mutant")
+            file.seek(0)
+            return {
+                name: Touched({(path, a, b) for path, a, b in places}, seconds)
+                for name, (places, seconds) in json.load(file).items()
+            }
 
 
-def _fails(item: pytest.Item, following: pytest.Item | None) -> bool:
+def _passes(
+    items: Sequence[pytest.Item],
+    files: Mapping[str, str],
+    limits: Sequence[float],
+    finish: Callable[[], None] = lambda: None,
+) -> bool:
+    """Return whether tests pass with other texts of files, in a process of their own.
+
+    Args:
+        items: The tests.
+        files: The texts, by path.
+        limits: CPU time of each test after which it counts as failed, since it may never end; 0
+            for none.
+        finish: What to do in that process at the end.
+    """
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    code = 1
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        for path, source in files.items():
+            put_in(path, source)
+        code = any(map(_fails, items, [*items[1:], None], limits))
+        finish()
+    finally:
+        os._exit(code)
+
+
+def _fails(item: pytest.Item, following: pytest.Item | None, limit: float) -> bool:
     from _pytest.runner import runtestprotocol
 
+    # The signal ends the process.
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit)
+    # Case: it waits for ever.
+    signal.alarm(round(20 * limit))
     return any(report.failed for report in runtestprotocol(item, log=False, nextitem=following))
 
 
@@ -228,22 +360,37 @@ def main() -> None:
     parser.add_argument("--tests", nargs="+", required=True, help="their tests, as for pytest")
     parser.add_argument("--sample", type=int, help="how many mutants, drawn at random; default all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True, help="where the results go, as JSON")
     given = parser.parse_args()
     os.chdir(ROOT)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     # Neither random order nor several workers.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    # No test fails because the machine is busy.
+    # No test fails because the machine is busy, and none looks for a simpler example.
     settings.register_profile(
-        "mutants", deadline=None, derandomize=True, suppress_health_check=[*HealthCheck]
+        "mutants",
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=[*HealthCheck],
     )
     settings.load_profile("mutants")
     mutants = [mutant for path in _files(given.paths) for mutant in Changes(path).mutants()]
     # A larger sample of the same seed begins with a smaller one.
     random.Random(given.seed).shuffle(mutants)
     print(f"{len(mutants)} mutants", flush=True)
+
+    said = conditions("mutants", {"mutants": len(mutants)}, torch.device("cpu"))
+
+    def save(done: int, survivors: Sequence[str]) -> None:
+        killed = done - len(survivors)
+        found = {"tried": done, "killed": killed, "interval_95": _interval(killed, done)}
+        results = said | found | {"survivors": survivors}
+        write_text(given.output, json.dumps(results, indent=1) + "\n")
+
     options = ["-q", "-s", "-p", "no:cacheprovider"]
-    sys.exit(pytest.main([*options, *given.tests], [Runner(mutants[: given.sample])]))
+    runner = Runner(mutants[: given.sample], save)
+    sys.exit(pytest.main([*options, *given.tests], [runner]))
 
 
 def _files(paths: Sequence[str]) -> list[str]:
@@ -255,13 +402,12 @@ def _files(paths: Sequence[str]) -> list[str]:
     return [file.as_posix() for file in found]
 
 
-def _interval(killed: int, done: int) -> str:
-    """Return the share of mutants that are killed, with Wilson's interval of 95 %."""
+def _interval(killed: int, done: int) -> list[float]:
+    """Return Wilson's interval of 95 % of the share of mutants that are killed."""
     z, share = 1.96, killed / done
     middle = share + z * z / (2 * done)
     half = z * math.sqrt(share * (1 - share) / done + z * z / (4 * done * done))
-    low, high = ((middle + sign * half) / (1 + z * z / done) for sign in (-1, 1))
-    return f"{share:.0%} ({low:.0%} to {high:.0%})"
+    return [round((middle + sign * half) / (1 + z * z / done), 3) for sign in (-1, 1)]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ keep and how to treat the rest, `compare` measures the result against tuned pres
 `export_onnx` writes it for ONNX Runtime. Public names are imported at their first use.
 """
 
-import importlib as _importlib
 import typing as _typing
 
+from deos_fx.deferred import deferred as _deferred
 from deos_fx.version import __version__ as __version__
 
 if _typing.TYPE_CHECKING:
@@ -48,33 +48,28 @@ __all__ = [
     "transform",
 ]
 
-# Public name -> module. `__getattr__` imports it at first use, so that `import deos_fx` is fast and
-# the command line shows its help at once.
-_PLACES = {
-    "Budget": "policy.budget",
-    "Comparison": "results.comparison",
-    "LatencyTable": "policy.latency",
-    "OnnxModel": "exporters.onnx_model",
-    "Policy": "policy.policy",
-    "ReducedModel": "runtime.reduced_model",
-    "Reduction": "policy.reduction",
-    "SearchFront": "results.search_front",
-    "SearchResult": "results.search_result",
-    "compare": "comparison.compare",
-    "export_genai": "exporters.genai",
-    "export_onnx": "exporters.onnx",
-    "profile": "exporters.profile",
-    "search": "passes.search.search",
-    "transform": "api",
-}
-
-
-def __getattr__(name: str) -> _typing.Any:
-    if name == "presets":
-        return _importlib.import_module("deos_fx.presets")
-    if name not in _PLACES:
-        raise AttributeError(f"module 'deos_fx' has no attribute {name!r}")
-    return getattr(_importlib.import_module(f"deos_fx.{_PLACES[name]}"), name)
+# So `import deos_fx` is fast, and the command line shows its help at once.
+__getattr__ = _deferred(
+    __name__,
+    {
+        "Budget": "policy.budget",
+        "Comparison": "results.comparison",
+        "LatencyTable": "policy.latency",
+        "OnnxModel": "exporters.onnx_model",
+        "Policy": "policy.policy",
+        "ReducedModel": "runtime.reduced_model",
+        "Reduction": "policy.reduction",
+        "SearchFront": "results.search_front",
+        "SearchResult": "results.search_result",
+        "compare": "comparison.compare",
+        "export_genai": "exporters.genai",
+        "export_onnx": "exporters.onnx",
+        "presets": "presets",
+        "profile": "exporters.profile",
+        "search": "passes.search.search",
+        "transform": "api",
+    },
+)
 
 
 def __dir__() -> list[str]:

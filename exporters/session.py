@@ -253,7 +253,7 @@ class SessionCache(ReducedCache):
         """Return the number of rows of the batch in the cache; 0 if it is empty."""
         return next((value.shape()[0] for value in self.states.values()), 0)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Return the number of tokens seen so far, including dropped ones."""
         return self._length
 

@@ -106,7 +106,9 @@ def _captured(facts: ModelFacts, inputs: Mapping[str, Any], opaque: bool) -> Cap
         opaque: Whether the image encoder is recorded as one node.
     """
     model, blocks = facts.model, facts.blocks
-    graph_module = capture(model, inputs, blocks.by_path(), opaque_encoder=opaque)
+    # Not every model runs without an image.
+    part = None if any(name in inputs for name in PIXELS) else facts.text_model
+    graph_module = capture(model, inputs, blocks.by_path(), part=part, opaque_encoder=opaque)
     # Folds come first: shapes do not tell how many rows a mask selects.
     graph_module = _run(fold_unstack, graph_module)
     graph_module = _run(fold_masked_add, graph_module)

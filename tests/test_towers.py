@@ -10,19 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from batches import batch_of as videos_of
 from closeness import assert_close, difference, roundings_of
-from families import FAMILIES, IMAGE, built, prompts, shared
+from families import FAMILIES, IMAGE, TWINS, VIDEO, alone, built, prompts, shared
 from masked import alive_of, assert_pruning_is_masking, generate
 from masked_tower import blocks_of, tower_masked
 from tiny import call_of
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from videos import VIDEOS
 
 import deos_fx
 from deos_fx.inputs.items import IMAGES, encoding
 from deos_fx.models.facts import facts_of
 from deos_fx.models.families import features_of
 from deos_fx.models.upstream import CACHE
+from deos_fx.passes.lower.reduced_encoder import LEFT
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -81,6 +84,7 @@ TOWERS: dict[str, Callable[[Tensor], Tensor]] = {
     "lfm2_vl": _SQUARES,
     "gemma4": _SQUARES,
     "kimi_k25": functools.partial(_SQUARES, rows=1),
+    "minicpmv4_6": functools.partial(_SQUARES, rows=1),
     "mistral3": functools.partial(_SQUARES, rows=1),
     "gemma3_pooled": _SQUARES,
     "pixtral": in_one_row,
@@ -92,10 +96,15 @@ TOWERS: dict[str, Callable[[Tensor], Tensor]] = {
 @functools.cache
 def model_of(name: str) -> Any:
     """A model of `families`, or a gemma3 that pools 2 x 2 patches."""
-    if name != "gemma3_pooled":
+    if name == "gemma3_pooled":
+        config = FAMILIES["gemma3"].config()
+        config.vision_config.patch_size = 2
+    elif name == "minicpmv4_6":
+        # Patches are merged after the first block, which leaves two sites.
+        config = TWINS[name].config()
+        config.vision_config.num_hidden_layers = 3
+    else:
         return shared(name)
-    config = FAMILIES["gemma3"].config()
-    config.vision_config.patch_size = 2
     return built(config)
 
 
@@ -141,11 +150,11 @@ def placeholders_kept(batch: dict[str, Tensor], reduced: ReducedModel) -> Tensor
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_dropped_groups_are_masked_keys(name: str) -> None:
-    batch = batch_of(name, 2)
-    reduced = reduce(name, Reduction("vision.0", 0.25, **NORM))
+    batch, first = batch_of(name, 2), int(name == "minicpmv4_6")
+    reduced = reduce(name, Reduction(f"vision.{first}", 0.25, **NORM))
     kept = placeholders_kept(batch, reduced)
     assert kept.float().mean() < 0.35
-    with tower_masked(model_of(name), 0, TOWERS[name](kept)):
+    with tower_masked(model_of(name), first, TOWERS[name](kept)):
         expected = encoded(name, batch)
     found = features_in(encoder_of(reduced, batch))
     assert len(found) == len(expected)
@@ -168,6 +177,43 @@ def test_the_decoder_gets_what_is_left(name: str) -> None:
     assert_pruning_is_masking(model_of(name), reduced, batch, roundings_of(name), tower)
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "llava_next"])
+def test_what_is_left_of_the_tower_is_reduced_before_the_decoder(name: str) -> None:
+    batch = batch_of(name, 1)
+    reduced = reduce(name, Reduction("vision.0", 0.5, **NORM), Reduction("projector", 0.25, **NORM))
+    in_tower, _ = reduced.explain(**batch)
+    places = (batch["input_ids"] == IMAGE).nonzero()[:, 1]
+    # Ends of rows have no patches, and are never reduced.
+    kept = torch.isin(places, in_tower.kept) | ~torch.isin(places, in_tower.positions_in)
+
+    def tower(alive: Tensor) -> Any:
+        assert not (alive[0, places] & ~kept).any()
+        return tower_masked(model_of(name), 0, TOWERS[name](kept[None]))
+
+    assert_pruning_is_masking(model_of(name), reduced, batch, roundings_of(name), tower)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava_next", "pixtral"])
+def test_an_encoder_for_exports_does_the_same(name: str) -> None:
+    batch = batch_of(name, 2)
+    score: dict[str, Any] = {
+        "scores": {"mutual_attention": 0.5, "key_norm": 0.5},
+        "similarity": {"key": 1.0},
+    }
+    steps = (Reduction(f"vision.{i}", 0.5 - i / 4, gain=1.0, **score) for i in range(2))
+    reduced = reduce(name, *steps)
+    reduced(**batch)
+    expected = encoder_of(reduced, batch)
+    assert reduced.graphs.latest is not None
+    encoder: Any = reduced.graphs.latest.get_submodule("image_encoder")
+    call = call_of(reduced.model, batch)
+    with torch.no_grad():
+        found = encoder.exportable()(**encoding(call.facts, call.inputs, IMAGES)[1])
+    assert torch.equal(found[LEFT]["kept"], expected[LEFT]["kept"])
+    for ours, theirs in zip(*map(features_in, (found, expected)), strict=True):
+        assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "internvl", "pixtral", "llava_next"])
 def test_keeping_all_groups_changes_nothing(name: str) -> None:
     batch = batch_of(name, 2)
@@ -176,7 +222,9 @@ def test_keeping_all_groups_changes_nothing(name: str) -> None:
     assert_close(kept_all(**batch).logits[real], model_of(name)(**batch).logits[real])
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "idefics3", "pixtral", "llava_next"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_vl", "qwen2_5_vl", "idefics3", "pixtral", "llava_next", "internvl"]
+)
 def test_groups_are_ranked_by_attention(name: str) -> None:
     batch = batch_of(name, 1)
     reduced = reduce(name, Reduction("vision.0", 0.25, scores={"mutual_attention": 1.0}))
@@ -193,6 +241,19 @@ def test_groups_are_ranked_by_attention(name: str) -> None:
     }
     best = sorted(own, key=own.__getitem__)[-round(0.25 * len(own)) :]
     assert {*best} == {i for i in own if kept[i]}
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "idefics3", "pixtral"])
+def test_attention_in_one_image_does_not_depend_on_others(name: str) -> None:
+    batch = prompts(name, 3)
+    weights: dict[str, Any] = {"weighting": "raw", "gain": 0.5, "temperature": 0.5}
+    first = Reduction("vision.0", 0.5, scores={"mutual_attention": 1.0}, **weights)
+    reduced = reduce(name, first, replace(first, site="vision.1", keep=0.25))
+    together = reduced.explain(**batch)
+    for row in range(3):
+        for site, own in zip(together, reduced.explain(**alone(name, batch, row)), strict=True):
+            assert site.scores is not None and own.scores is not None
+            assert_close(site.scores[row], own.scores[0])
 
 
 def test_groups_are_merged_patch_by_patch() -> None:
@@ -229,34 +290,62 @@ def test_images_of_several_sizes() -> None:
     pixels = torch.randn(128 + 32 + 64, 96, generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "pixel_values": pixels}
     batch |= {"image_grid_thw": sizes, "mm_token_type_ids": (ids == IMAGE).int()}
-    alone = {name: value[:1] for name, value in batch.items()}
-    alone |= {"pixel_values": pixels[:160], "image_grid_thw": sizes[:2]}
+    one = {name: value[:1] for name, value in batch.items()}
+    one |= {"pixel_values": pixels[:160], "image_grid_thw": sizes[:2]}
     reduced = reduce("qwen2_vl", Reduction("vision.0", 0.25, **NORM))
+    merge: dict[str, Any] = {"gain": 1.0, "mass_bias": 1.0, **NORM}
+    later = Reduction("projector", 0.125, similarity={"grid": 1.0}, **merge)
+    twice = reduce("qwen2_vl", replace(reduced.policy.reductions[0], gain=1.0), later)
 
     def tower(alive: Tensor) -> Any:
-        kept = alive[alone["input_ids"] == IMAGE]
+        kept = alive[one["input_ids"] == IMAGE]
         assert [int(part.sum()) for part in kept.split([32, 8])] == [8, 2]
         return tower_masked(model_of("qwen2_vl"), 0, in_runs(kept))
 
-    assert_pruning_is_masking(model_of("qwen2_vl"), reduced, alone, tower=tower)
-    own = reduced(**alone).logits[0]
-    assert_close(reduced(**batch).logits[0, -len(own) :], own)
+    assert_pruning_is_masking(model_of("qwen2_vl"), reduced, one, tower=tower)
+    for each in (reduced, twice):
+        own = each(**one).logits[0]
+        assert_close(each(**batch).logits[0, -len(own) :], own)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "glm4v"])
+def test_frames_of_videos_are_reduced_each(name: str) -> None:
+    batch = videos_of(name, [[VIDEOS[name](2), VIDEOS[name](3)]])
+    reduced = reduce(name, Reduction("vision.0", 0.5, **NORM))
+    # GLM writes frames with the placeholders of images.
+    visual = (batch["input_ids"] == VIDEO) | (batch["input_ids"] == IMAGE)
+
+    def tower(alive: Tensor) -> Any:
+        kept = alive[visual]
+        assert {int(frame.sum()) for frame in kept.split(6)} == {3}
+        return tower_masked(model_of(name), 0, in_runs(kept))
+
+    assert_pruning_is_masking(model_of(name), reduced, batch, roundings_of(name), tower)
+
+
+def test_images_and_videos_in_one_prompt_are_not_reduced_in_the_tower() -> None:
+    family = FAMILIES["qwen2_vl"]
+    both = videos_of("qwen2_vl", [[VIDEOS["qwen2_vl"](2), (family.block, family.pixels(1))]])
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
+    with pytest.raises(ValueError, match="vision.0 cannot be reduced: the video encoder reads"):
+        reduced(**both)
 
 
 @pytest.mark.parametrize("gain", [0.0, 1.0])
 def test_what_is_left_is_explained(gain: float) -> None:
     batch = batch_of("qwen3_vl", 2)
-    steps = Reduction("vision.0", 0.5, gain=gain, **NORM), Reduction("vision.1", 0.25, **NORM)
-    reduced = reduce("qwen3_vl", *steps)
+    sites = {"vision.0": 16, "vision.1": 8, "projector": 4}
+    merge: dict[str, Any] = {"gain": gain, "mass_bias": 0.0, **NORM}
+    reduced = reduce("qwen3_vl", *(Reduction(*site, **merge) for site in sites.items()))
     found = reduced.explain(**batch)
-    kept = [site.kept for site in found]
-    assert [part.shape for part in kept] == [(2, 16), (2, 8)]
+    assert [site.kept.shape for site in found] == [(2, count) for count in sites.values()]
     for row in range(2):
-        first, second = ({*part[row].tolist()} for part in kept)
-        assert second < first
-    assert_close(found[0].mass.sum(dim=1), torch.full((2,), 32.0 if gain else 16.0))
+        first, second, third = ({*site.kept[row].tolist()} for site in found)
+        assert third < second < first
+    for site, count in zip(found, sites.values(), strict=True):
+        assert_close(site.mass.sum(dim=1), torch.full((2,), 32.0 if gain else float(count)))
     origin = reduced(**batch)[CACHE].spaces[0].origin
-    assert all({*kept[1][row].tolist()} < {*origin[row].tolist()} for row in range(2))
+    assert all({*found[2].kept[row].tolist()} < {*origin[row].tolist()} for row in range(2))
 
 
 def test_several_reductions_in_a_tower_and_the_decoder_are_saved(tmp_path: Path) -> None:
@@ -279,7 +368,6 @@ def test_several_reductions_in_a_tower_and_the_decoder_are_saved(tmp_path: Path)
             [Reduction("vision.0", 4, gain=1.0, similarity={"key": 1}, observe="next", **NORM)],
             "vision.0 has no keys@next",
         ),
-        ([Reduction("vision.0", 4, **NORM), Reduction("projector", 2, **NORM)], "not supported"),
     ],
 )
 def test_what_groups_do_not_have_is_refused(reductions: list[Reduction], reason: str) -> None:
@@ -287,23 +375,31 @@ def test_what_groups_do_not_have_is_refused(reductions: list[Reduction], reason:
         reduce("qwen2_vl", *reductions)(**batch_of("qwen2_vl", 1))
 
 
-def test_blocks_that_cannot_be_observed_say_so() -> None:
-    merge = Reduction("vision.0", 4, gain=1.0, similarity={"key": 1}, **NORM)
-    with pytest.raises(ValueError, match="hands no further arguments on to its attention"):
-        reduce("internvl", merge)(**batch_of("internvl", 1))
+def test_a_preset_of_the_last_block_keeps_what_its_attention_says() -> None:
+    batch = batch_of("qwen3_vl", 1)
+    policy = deos_fx.presets.fit("fastervlm", 8, model_of("qwen3_vl"), (4, 8))
+    (step,) = policy.reductions
+    assert step.site == "vision.2" and step.scores == {"mutual_attention": 1.0}
+    kept = placeholders_kept(batch, ReducedModel(model_of("qwen3_vl"), policy))
+    received = list[Tensor]()
+    with tower_masked(model_of("qwen3_vl"), 2, in_runs(torch.ones(1, 32).bool()), received):
+        encoded("qwen3_vl", batch)
+    scores = torch.cat(received, dim=1).reshape(32, 4).mean(dim=1)
+    assert {*scores.topk(8).indices.tolist()} == {*kept[0].nonzero()[:, 0].tolist()}
 
 
-def test_groups_are_not_searched() -> None:
-    model, batch = model_of("qwen2_vl"), batch_of("qwen2_vl", 2)
-    budget = deos_fx.Budget(visual_tokens=0.5)
-    with pytest.raises(ValueError, match="vision.0 cannot be searched"):
-        deos_fx.search(model, [batch] * 4, budget=budget, sites=["vision.0"])
+def test_blocks_before_patches_are_merged_are_no_sites() -> None:
+    reduced = reduce("minicpmv4_6", Reduction("vision.0", 0.25, **NORM))
+    with pytest.raises(ValueError, match="later blocks of the tower have other patches"):
+        reduced(**batch_of("minicpmv4_6", 1))
 
 
-def test_reductions_of_groups_are_not_exported(tmp_path: Path) -> None:
+def test_counts_of_groups_are_no_inputs_of_an_export(tmp_path: Path) -> None:
     reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
-    with pytest.raises(ValueError, match="in the vision tower"):
-        deos_fx.export_onnx(reduced, tmp_path, example_inputs=batch_of("qwen2_vl", 1))
+    with pytest.raises(ValueError, match="in the vision tower, whose counts cannot be inputs"):
+        deos_fx.export_onnx(
+            reduced, tmp_path / "x", example_inputs=batch_of("qwen2_vl", 1), elastic=True
+        )
 
 
 def test_images_of_new_sizes_are_followed_anew() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-__all__ = ["attention_modules", "attention_of", "biased_mask", "is_causal"]
+__all__ = ["attention_modules", "attention_of", "biased_mask", "hands_on", "is_causal"]
 
 
 def biased_mask(mask: Tensor | None, key_bias: Tensor, hidden: Tensor, causal: bool) -> Tensor:
@@ -90,3 +91,9 @@ def attention_of(block: nn.Module) -> Any:
         )
     # The attention is the first one; an MLP may have such a config, too.
     return block.get_submodule(names[0])
+
+
+def hands_on(block: nn.Module) -> bool:
+    """Return whether a block takes further arguments, which it hands on to its attention."""
+    parameters = inspect.signature(type(block).forward).parameters.values()
+    return any(one.kind is one.VAR_KEYWORD for one in parameters)

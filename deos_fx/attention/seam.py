@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.utils.output_capturing import CompileableContextVar
 
-from deos_fx.attention.mask import attention_modules, attention_of
+from deos_fx.attention.mask import attention_modules, attention_of, hands_on
 from deos_fx.attention.observation import Asked, AttentionView, Observation, observe
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import shallow_copy
@@ -36,13 +36,25 @@ _NAME = "deos_fx"
 
 @dataclass
 class _SeamCall:
-    """One call of one block: the observations to make, and the results so far."""
+    """One call of one block: the observations to make, and the results so far.
+
+    Attributes:
+        implementation: The implementation that the user chose.
+        observe: The observations.
+        asked: Their queries.
+        tables: Rotary tables.
+        observed: How many keys are observed, see `AttentionView`.
+        apart: Additive [1, 1, N, N], which the block itself does not know of; None without it.
+        peek: Whether the rest of the block is left out.
+        seen: The results so far.
+    """
 
     implementation: str
     observe: tuple[Observation, ...]
     asked: tuple[Asked, ...]
     tables: Any
     observed: int | None = None
+    apart: Tensor | None = None
     peek: bool = False
     seen: list[Tensor] = field(default_factory=list)
 
@@ -66,6 +78,7 @@ class ObservedBlock(nn.Module):
         if any(observation.heads == "joint" for observation in observe):
             _check_joint(attention)
         self.implementation = str(attention.config._attn_implementation)
+        self.hands_on = hands_on(block)
         self.block = _seam_view(block)
         # A tuple keeps it out of the module tree, since it shares all weights with the view.
         self._original = (block,)
@@ -78,12 +91,14 @@ class ObservedBlock(nn.Module):
         self,
         *args: Any,
         asked: tuple[Asked, ...] = (),
+        apart: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the block.
 
         Args:
             asked: The queries of each observation of attention, in order; keys need none.
+            apart: Additive mask [1, 1, N, N] for a block that is given none.
             *args: The block's own arguments.
             **kwargs: The block's own keyword arguments.
 
@@ -91,12 +106,24 @@ class ObservedBlock(nn.Module):
             The tuple (output, *observed), in the order of ``observe``.
         """
         call = self._call(asked, args[0], kwargs)
-        output = self.block(*args, seam=call, **kwargs)
+        call.apart = apart
+        output = self._run(call, *args, **kwargs)
         return (output, *call.seen)
 
     def extra_repr(self) -> str:
         """Return the observations that it reports."""
         return ", ".join(map(str, self.observe))
+
+    def _run(self, call: _SeamCall, *args: Any, **kwargs: Any) -> Any:
+        """Run the view of the block in a call of the seam."""
+        if self.hands_on:
+            return self.block(*args, seam=call, **kwargs)
+        # Case: the block takes no further arguments, so the call is there for all of its parts.
+        token = _CALL.set(call)
+        try:
+            return self.block(*args, **kwargs)
+        finally:
+            _CALL.reset(token)
 
     def _call(self, asked: tuple[Asked, ...], hidden: Tensor, kwargs: dict[str, Any]) -> _SeamCall:
         tables = kwargs.get("position_embeddings")
@@ -146,7 +173,7 @@ class PeekedBlock(ObservedBlock):
             # Only the layer itself adds to the cache, when it runs.
             kwargs[CACHE] = kwargs[CACHE].copied()
         try:
-            self.block(*args, seam=call, **kwargs)
+            self._run(call, *args, **kwargs)
         except _Seen:
             return tuple(call.seen)
         raise AssertionError(f"{type(self.original()).__name__} did not call its attention")
@@ -182,6 +209,9 @@ def _seam_attention(
             "its attention cannot be observed. Use scores and similarities of the tokens "
             "themselves, such as feature_norm."
         )
+    if seam.apart is not None:
+        assert attention_mask is None, f"{type(module).__name__} has two masks"
+        attention_mask = seam.apart
     causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = kwargs.get("position_bias")
@@ -255,8 +285,9 @@ def _seam_view(block: nn.Module) -> nn.Module:
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation_internal = _NAME
         # 3. Its forward notes the call. A forward of the instance (accelerate's) is still run.
-        attention.deos_fx_forward = vars(attention).get("forward")
-        attention.forward = partial(_with_seam, attention)
+        if hands_on(block):
+            attention.deos_fx_forward = vars(attention).get("forward")
+            attention.forward = partial(_with_seam, attention)
         parent._modules[last] = attention
     return view
 

@@ -21,7 +21,7 @@ from deos_fx.cost.model import CostModel
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
-from deos_fx.presets.tune import Tuned, require_optuna
+from deos_fx.presets.tuning import Tuned, require_optuna
 from deos_fx.reference import Example
 from deos_fx.results.methods import Method
 from deos_fx.runtime.reduced_model import ReducedModel

@@ -69,6 +69,7 @@ def load_reduced(
     path: Path | None,
     preset: str | None,
     budget: int | float | None,
+    image_scale: float | None = None,
     *,
     dtype: str | None = None,
     device: str | None = None,
@@ -80,6 +81,7 @@ def load_reduced(
         path: A policy file.
         preset: Name of a preset.
         budget: Limit on visual tokens.
+        image_scale: Scale at which images enter.
         dtype: As in `load_model`.
         device: As in `load_model`.
 
@@ -93,7 +95,7 @@ def load_reduced(
     saved = _saved(model_dir)
     own = None if saved is None else saved.policy
     model = meta_model(model_dir)
-    policy = policy_of(model, model_dir, own, path, preset, budget)
+    policy = policy_of(model, model_dir, own, path, preset, budget, image_scale)
     if policy is None:
         # Case: nothing is chosen. The default policy runs on every model.
         policy = transform(model).policy
@@ -117,6 +119,7 @@ def load_generating(
     path: Path | None,
     preset: str | None,
     budget: int | float | None,
+    image_scale: float | None = None,
     *,
     dtype: str | None = None,
     device: str | None = None,
@@ -128,6 +131,7 @@ def load_generating(
         path: A policy file.
         preset: Name of a preset.
         budget: Limit on visual tokens.
+        image_scale: Scale at which images enter.
         dtype: As in `load_model`.
         device: As in `load_model`; of an exported model, where its graphs run.
 
@@ -142,7 +146,8 @@ def load_generating(
 
     from deos_fx import OnnxModel
 
-    chosen = not path is preset is budget is None
+    asked = (path, preset, budget, image_scale)
+    chosen = asked != (None, None, None, None)
     if os.path.isfile(os.path.join(model_dir, "prefill.onnx")):
         if chosen:
             raise ValueError(f"{model_dir} is an export, and its policy is part of its graphs")
@@ -152,7 +157,7 @@ def load_generating(
         inputs = SimpleNamespace(device="cpu", dtype=torch.float32)
         return OnnxModel.from_pretrained(model_dir, device), inputs
     if chosen or _is_saved(model_dir):
-        reduced = load_reduced(model_dir, path, preset, budget, dtype=dtype, device=device)
+        reduced = load_reduced(model_dir, *asked, dtype=dtype, device=device)
         return reduced, reduced.model
     model = load_model(model_dir, dtype=dtype, device=device)
     return model, model
@@ -164,12 +169,13 @@ def meta_model(model_dir: str) -> PreTrainedModel:
     from transformers import AutoModelForImageTextToText
 
     from deos_fx.models.facts import configs_of
+    from deos_fx.reading import blaming
 
     config = _config(model_dir)
     # The kernel that experts use by default has no form without values but in bfloat16.
     for inner in configs_of(config):
         inner._experts_implementation_internal = "batched_mm"
-    with torch.device("meta"):
+    with blaming(model_dir), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=config.dtype).eval()
 
 

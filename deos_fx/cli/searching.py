@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,15 +17,28 @@ from deos_fx.cli.limits import DEFAULT_LIMIT
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
     from transformers import PreTrainedModel
 
+    from deos_fx.comparison.compare import Given
     from deos_fx.data import Record
     from deos_fx.results.search_front import SearchFront
     from deos_fx.results.search_result import SearchResult
 
-__all__ = ["like_batches", "limits_of", "placed", "search_processes", "timed", "write_found"]
+__all__ = [
+    "alike",
+    "limits_of",
+    "measured",
+    "placed",
+    "presets_tuned",
+    "scales_of",
+    "search_processes",
+    "write_found",
+]
 
+# Losses for all presets, of which there are 23, and for other settings of the best.
+_PRESET_EVALUATIONS = 48
+# Questions that are asked at the end; so many give a share within 9 points.
+_MOST_ASKED = 128
 # What the command writes: policies with their learned parts, and a page.
 _FILES = ("policy*.json", "policy*.safetensors", "report.html")
 
@@ -56,32 +71,83 @@ def limits_of(
     return {"budget": budgets[0]} if len(budgets) == 1 else {"budgets": budgets}
 
 
-def like_batches(
-    model: PreTrainedModel, processor: Any, records: Sequence[Record], size: int
-) -> list[dict[str, Tensor]]:
-    """Turn records into batches of prompts whose images are alike, as a search needs them.
+def presets_tuned(wanted: int | None, console: Console) -> int:
+    """Return how many losses tuning presets may take: 48 by default, and 0 without Optuna."""
+    if wanted is not None:
+        return wanted
+    if importlib.util.find_spec("optuna") is not None:
+        return _PRESET_EVALUATIONS
+    console.print(
+        "Optuna is not installed: presets have their published settings. "
+        "pip install 'deos-fx[compare]' lets them be tuned.",
+        highlight=False,
+        markup=False,
+    )
+    return 0
+
+
+def alike(
+    model: PreTrainedModel, processors: Sequence[Any], records: Sequence[Record], size: int
+) -> list[list[Record]]:
+    """Group records for batches of prompts whose images are alike, as a search needs them.
 
     Args:
         model: The model.
-        processor: Its processor.
+        processors: Its processor, or one for each scale of images: they are alike at all of them.
         records: The questions.
         size: Prompts of a batch; of each kind of images, the last batch may be smaller.
 
     Returns:
-        The batches; kinds come in the order of their first records.
+        The records of each batch; kinds come in the order of their first records.
+
+    Raises:
+        ValueError: If the images of a question become different numbers of visual tokens.
     """
     from deos_fx.data import batches
     from deos_fx.inputs.call import Call
     from deos_fx.models.facts import facts_of
+    from deos_fx.passes.search.batches import check_one_size
 
     facts = facts_of(model)
-    alike: dict[Hashable, list[Record]] = {}
+    kinds: dict[tuple[Hashable, ...], list[Record]] = {}
     for record in records:
         # What an image becomes, the processor alone knows.
-        (inputs,) = batches(processor, [replace(record, answer=None)], 1)
-        (prompt,) = Call.of(facts, inputs).prompts
-        alike.setdefault(prompt.alike, []).append(record)
-    return [batch for group in alike.values() for batch in batches(processor, group, size)]
+        asked = [replace(record, answer=None)]
+        calls = [Call.of(facts, next(batches(own, asked, 1))) for own in processors]
+        prompts = [call.prompts[0] for call in calls]
+        for prompt in prompts:
+            if prompt.layout is not None:
+                check_one_size(prompt.layout, record.where)
+        kinds.setdefault(tuple(prompt.alike for prompt in prompts), []).append(record)
+    return [
+        kind[start : start + size] for kind in kinds.values() for start in range(0, len(kind), size)
+    ]
+
+
+def scales_of(
+    given: Sequence[float] | None, limits: Mapping[str, Any], records: Sequence[Record]
+) -> list[float]:
+    """Return the scales of a search, the largest first, with 1 among them.
+
+    Args:
+        given: Those of the options.
+        limits: What `limits_of` returns.
+        records: The data.
+
+    Raises:
+        ValueError: If a scale is out of range, or there are several budgets or no answers.
+    """
+    scales = sorted({1.0, *(given or ())}, reverse=True)
+    if len(scales) == 1:
+        return scales
+    wrong = [scale for scale in scales if not 0 < scale <= 1]
+    if wrong:
+        raise ValueError(f"--image-scale is {wrong[0]:g}; give a number in (0, 1]")
+    if "budgets" in limits:
+        raise ValueError("--image-scale is searched for one budget; give --budget once")
+    if any(record.answer is None for record in records):
+        raise ValueError("--image-scale needs answers, by which scales are compared")
+    return scales
 
 
 @contextmanager
@@ -123,41 +189,61 @@ def placed(model: Any, device: torch.device | None) -> Any:
     return model if device is None else model.to(device)
 
 
-def timed(
-    result: SearchResult | SearchFront, model: PreTrainedModel, inputs: Mapping[str, Any]
+def measured(
+    result: SearchResult | SearchFront,
+    model: PreTrainedModel,
+    processor: Any,
+    groups: Sequence[Sequence[Record]],
+    progress: Callable[[str, int, int], None],
 ) -> SearchResult | SearchFront:
-    """Measure the prefill of a batch, with each policy that was found and without reduction.
+    """Let the model answer questions of the data: with each policy, with presets, and unreduced.
 
     Args:
         result: What was found.
         model: The unreduced model.
-        inputs: The batch.
+        processor: Its processor.
+        groups: The records of each batch of the search, of which those that were held back are
+            asked, at most 128.
+        progress: Called with the methods that have answered.
 
     Returns:
-        The result, with milliseconds.
+        The result, with answers, costs and times. If the policies cannot answer, or Ctrl-C ends
+        that, a warning says so, and the result is as it was.
     """
-    import torch
-
-    from deos_fx.comparison.answers import inputs_for
-    from deos_fx.cost.latency import in_turns
+    from deos_fx.comparison.compare import evaluate
+    from deos_fx.passes.search.batches import parted
     from deos_fx.results.search_front import SearchFront
-    from deos_fx.runtime.reduced_model import ReducedModel
 
-    batch = inputs_for(model, {name: one for name, one in inputs.items() if name != "labels"})
-    found = [*result.results.values()] if isinstance(result, SearchFront) else [result]
-    models = [model, *(ReducedModel(model, one.policy) for one in found)]
-
-    def call(one: Any) -> Callable[[], object]:
-        return lambda: one(**batch)
-
-    with torch.no_grad():
-        before, *after = in_turns([call(one) for one in models], model.device)
-    measured = [
-        replace(one, milliseconds=(own, before)) for one, own in zip(found, after, strict=True)
-    ]
+    _, held_back = parted(groups)
+    records = [record for group in held_back for record in group][:_MOST_ASKED]
+    # With several budgets, names say which one a policy is for.
     if isinstance(result, SearchFront):
-        return SearchFront(dict(zip(result.results, measured, strict=True)))
-    return measured[0]
+        found = {f" at {each.visual_tokens}": one for each, one in result.results.items()}
+    else:
+        found = {"": result}
+    policies: dict[str, Given] = {}
+    for at, one in found.items():
+        policies[f"searched{at}"] = one.policy
+        if one.best_preset is not None:
+            policies[f"{one.best_preset.source}{at}"] = one.best_preset.policy
+    try:
+        answers = evaluate(
+            model,
+            processor,
+            records,
+            policies=policies,
+            batch_size=max(map(len, groups)),
+            progress=progress,
+        )
+    except (KeyboardInterrupt, RuntimeError, ValueError) as error:
+        # A search may have taken hours, so what is known of it is written in any case.
+        message = "answers and times were not measured: %s"
+        logging.getLogger("deos_fx").warning(message, error or "interrupted")
+        return result
+    if isinstance(result, SearchFront):
+        each = {budget: replace(one, measured=answers) for budget, one in result.results.items()}
+        return SearchFront(each)
+    return replace(result, measured=answers)
 
 
 def write_found(
@@ -177,6 +263,7 @@ def write_found(
     Returns:
         The names of the policies' files.
     """
+    from deos_fx.cli.terminal import evaluation_table
     from deos_fx.results.search_front import SearchFront
 
     if isinstance(result, SearchFront):
@@ -190,6 +277,9 @@ def write_found(
         console.print(one.basis, highlight=False, markup=False)
         for doubt in one.doubts:
             console.print(f"Warning: {doubt}", style="yellow", highlight=False, markup=False)
+    answers = next(iter(found.values())).measured
+    if answers is not None:
+        console.print(evaluation_table(answers))
     evaluations = sum(one.evaluations for one in found.values())
     # Presets are tuned by their loss on all of the data.
     losses = max(1, evaluations // batches)

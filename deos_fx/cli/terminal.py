@@ -23,6 +23,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from deos_fx.policy.latency import LatencyTable
     from deos_fx.presets import Method
+    from deos_fx.results.compared import Compared
     from deos_fx.results.comparison import Comparison
     from deos_fx.results.report import DemoResult
 
@@ -195,7 +196,7 @@ def comparison_table(result: Comparison) -> Table:
     return table
 
 
-def evaluation_table(result: Comparison) -> Table:
+def evaluation_table(result: Compared) -> Table:
     """Make the table of an evaluation: one row for each policy, to fit 80 characters."""
     right = ["right, %"] if result.answered else []
     intervals = " with 95 % intervals" if result.answered else ""
@@ -250,8 +251,15 @@ def profile_table(latency: LatencyTable) -> Table:
     return table
 
 
+_WHERE = {
+    "tower": "In the vision tower, or by its attention",
+    "projector": "Where the visual tokens enter the prompt",
+    "decoder": "Inside the decoder",
+}
+
+
 def presets_table(methods: Iterable[Method]) -> Table:
-    """Make a table of published methods: what each does, its sites, and its source.
+    """Make a table of published methods: what each does and where, and its source.
 
     Args:
         methods: The methods, in the order of the rows.
@@ -260,10 +268,9 @@ def presets_table(methods: Iterable[Method]) -> Table:
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for method in methods:
-        # Called with its defaults, as the published code has them.
-        sites = [reduction.site for reduction in method.function().reductions]
-        where = sites[0] if len(sites) == 1 else f"{sites[0]} to {sites[-1]}, {len(sites)} sites"
         needs = f"; needs {method.needs}" if method.needs else ""
         source = f"{method.source} (licence of its code: {method.licence})"
-        table.add_row(method.name, f"{method.title}\nAt {where}{needs}.\n[dim]{source}[/]")
+        table.add_row(
+            method.name, f"{method.title}\n{_WHERE[method.place]}{needs}.\n[dim]{source}[/]"
+        )
     return table

@@ -24,7 +24,7 @@ from deos_fx.policy.budget import Budget, check_budget
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.tier import check_count
 from deos_fx.presets.rules import RULES
-from deos_fx.presets.tune import require_optuna
+from deos_fx.presets.tuning import require_optuna
 from deos_fx.progress import shows_progress
 from deos_fx.results.comparison import Comparison
 from deos_fx.results.methods import UNREDUCED, versions

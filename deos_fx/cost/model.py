@@ -430,7 +430,7 @@ class CostModel:
             left = self._parts.tokens_in_block(i) - per_token * (whole - count)
             tower = tower + self._parts.vision[i].growth.flops(left)
         encoder = self._parts.encoder
-        if per_token > 1:
+        if self._parts.in_groups:
             # What makes tokens of groups of patches runs over all of them.
             in_projector = whole
         projector = encoder.after * in_projector / whole
@@ -439,7 +439,7 @@ class CostModel:
     def _site(self, reduction: Reduction) -> Site:
         # The projector comes after the last used block of the tower, whose attention it observes.
         stage, layer = split_site(reduction.site)
-        if stage == "vision" and (self._parts.opaque or self._parts.patches_per_token > 1):
+        if stage == "vision" and self._parts.in_groups:
             return self._site_of_groups(layer)
         blocks = self._parts.decoder if stage == "decoder" else self._parts.vision
         index = self.tower_blocks - 1 if stage == "projector" else layer

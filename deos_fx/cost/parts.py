@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from deos_fx.cost.amounts import Amount
 from deos_fx.cost.growth import Growth
 from deos_fx.cost.measure import DecoderCost, EncoderCost, measure_decoder, measure_encoder
+from deos_fx.cost.tower import blocks_read
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts
+from deos_fx.models.families import READ
 
 __all__ = ["BlockCost", "Parts", "at_most", "heads_of"]
 
@@ -114,12 +116,21 @@ class Parts:
     @cached_property
     def encoder(self) -> EncoderCost:
         """Measure the encoding of one image of the config's size."""
-        return measure_encoder(self._facts)
+        if self._call is None or READ.isdisjoint(self._call.inputs):
+            return measure_encoder(self._facts)
+        # Case: the encoder also reads text. An image of the call's size costs what any other does.
+        ((encode, given),) = self._call.first_prompt().encodings
+        return measure_encoder(self._facts, given, encode)
 
     @property
     def tower_blocks(self) -> int:
         """Count the vision blocks up to the last that is used; all if they are measured as one."""
         return self._facts.signature.vision_layers if self.opaque else self.encoder.used
+
+    @cached_property
+    def in_groups(self) -> bool:
+        """Return whether patches are dropped in groups, while the model's own encoder runs."""
+        return self.opaque or not blocks_read(self._facts)
 
     @cached_property
     def patches_per_token(self) -> int:

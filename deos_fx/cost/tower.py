@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch.utils import _pytree as pytree
 
 from deos_fx.cost.measure import counting, once
 from deos_fx.cost.twin import twin_of
+from deos_fx.errors import NoGroups
+from deos_fx.inputs.items import Kind, encoding, given_kinds
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import features_of
+from deos_fx.models.groups import find_groups
 
-__all__ = ["blocks_read"]
+__all__ = ["blocks_of_groups", "blocks_read"]
 
 
 def blocks_read(facts: ModelFacts) -> tuple[int, ...]:
@@ -64,10 +68,48 @@ def _read(facts: ModelFacts) -> tuple[int, ...]:
     return tuple(dict.fromkeys(read))
 
 
+def blocks_of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> range:
+    """Return the vision blocks of whose patches groups make the features.
+
+    They end with the last that the features are read from, and begin where no later one has other
+    patches: some towers merge patches between two blocks.
+
+    Args:
+        facts: The facts of a model.
+        inputs: Arguments of its forward, with images or with videos.
+
+    Raises:
+        NoGroups: If the features are not made of groups of patches of its blocks, see
+            `find_groups`. This is not remembered: it may be for the sizes of these images alone.
+    """
+    (kind,) = given_kinds(inputs)
+    return once(
+        facts, f"blocks of groups in {kind.pixels}", lambda: _of_groups(facts, inputs, kind)
+    )
+
+
+def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> range:
+    model = facts.model
+    core: Any = model.base_model
+    method, given = encoding(facts, inputs, kind)
+    blocks = [model.get_submodule(path) for path in facts.blocks.vision]
+    try:
+        found = find_groups(core, getattr(type(core), method), blocks, (), given)
+    except NoGroups:
+        raise
+    # How code of a family fails where gradients or made-up weights go through it is up to it.
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
+        (first, *_) = str(error).splitlines() or [""]
+        raise NoGroups(
+            f"its patches cannot be followed ({type(error).__name__}: {first})"
+        ) from error
+    return range(found.first, found.used)
+
+
 def _encoded(twin: Any, facts: ModelFacts) -> list[Tensor]:
     """Encode an image of the config's size."""
     with counting(), torch.enable_grad():
-        output = twin.base_model.get_image_features(pixel_values=facts.image(), return_dict=True)
+        output = twin.base_model.get_image_features(**facts.image(), return_dict=True)
     return [leaf for leaf in pytree.tree_leaves([features_of(output)]) if leaf is not None]
 
 

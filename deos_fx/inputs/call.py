@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from deos_fx.inputs.items import encoding, given_kinds, has_images, image_inputs
 from deos_fx.inputs.media import PromptImages, images_of_prompts
 from deos_fx.models.facts import ModelFacts, configs_of
-from deos_fx.models.families import FORMER_IMAGES
+from deos_fx.models.families import FORMER_IMAGES, READ
 from deos_fx.models.upstream import CACHE, FORMER_CACHE
 from deos_fx.tokens.layout import PromptLayout
 
@@ -57,7 +57,10 @@ class Call:
         """
         # For every model of transformers, None means the same as leaving the argument out.
         given = {name: value for name, value in inputs.items() if value is not None}
-        return cls(facts, normal_inputs(given))
+        named = normal_inputs(given)
+        # Text that only an image encoder reads goes with the images.
+        without = frozenset[str]() if has_images(named) else READ
+        return cls(facts, {name: value for name, value in named.items() if name not in without})
 
     @classmethod
     def bind(cls, facts: ModelFacts, *args: Any, **kwargs: Any) -> Call:
@@ -67,7 +70,7 @@ class Call:
             TypeError: If the forward does not take these arguments.
         """
         # The signature is that of the class, so None stands for self.
-        inputs = facts.arguments.bind(None, *args, **kwargs).arguments
+        inputs = facts.arguments.bind_partial(None, *args, **kwargs).arguments
         inputs.pop("self", None)
         # What only **kwargs of the forward takes counts like any other argument.
         inputs |= inputs.pop("kwargs", {})
@@ -216,11 +219,15 @@ def normal_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
         value = named.get(name)
         if isinstance(value, Tensor) and not value.is_floating_point():
             named[name] = value.long()
-    # Padding flags. Masks of queries and keys have four axes, and their type has a meaning.
-    mask = named.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        flags = mask != 0 if mask.is_floating_point() else mask
-        named["attention_mask"] = flags.long()
+    # Padding flags, of tokens and of patches. Masks of queries and keys have four axes, and their
+    # type has a meaning.
+    for name, mask in named.items():
+        of_tokens = name == "attention_mask"
+        if isinstance(mask, Tensor) and (
+            mask.ndim == 2 if of_tokens else name == "image_attention_mask"
+        ):
+            flags = mask != 0 if mask.is_floating_point() else mask
+            named[name] = flags.long()
     return named
 
 

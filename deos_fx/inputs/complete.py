@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.media import placeholders
 from deos_fx.inputs.turns import same_images
 from deos_fx.models.facts import ModelFacts
+from deos_fx.models.families import MARKS, POSITIONS, READ
 from deos_fx.models.shapes_only import ShapesOnly
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import has_codes, shallow_copy
@@ -93,7 +95,7 @@ def _continued(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[
             f"{cache.get_seq_length()} tokens: give generate the whole conversation, or a call the "
             "new tokens alone, with an attention_mask over both."
         )
-    if call.has_images and bool(placeholders(call.facts, ids).any()):
+    if call.has_images and bool(placeholders(call.facts, inputs).any()):
         return _turn(call, inputs, cache)
     # Every image given must be one that the cache has.
     given, known = call.images, cache.images
@@ -104,7 +106,7 @@ def _continued(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[
             "images, or a call the new tokens with their own; leave out pixel_values if there are "
             "no new images."
         )
-    return {name: value for name, value in inputs.items() if name not in given}
+    return {name: value for name, value in inputs.items() if name not in {*given, *READ, MARKS}}
 
 
 def _turn(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[str, Any]:
@@ -148,27 +150,30 @@ def _check_padding(call: Call, mask: Any) -> None:
 
 # Left out in the run for the positions: inputs that only the whole model takes, and the pixels, on
 # which positions do not depend.
-_NOT_OF_CORE = {"pixel_values", "pixel_values_videos", "labels", "logits_to_keep"}
+_NOT_OF_CORE = {"pixel_values", "pixel_values_videos", "labels", "logits_to_keep"} | READ
 
 
-class _DecoderReached(Exception):  # noqa: N818 - not an error: it stops the run early
-    """Raised in place of the decoder, once the positions are known."""
+class _PositionsReached(Exception):  # noqa: N818 - not an error: it stops the run early
+    """Raised once the positions are known, or in place of the first layer."""
 
 
 def _default_positions(facts: ModelFacts, inputs: Mapping[str, Any]) -> Tensor:
     """Return the position ids that the model's own code computes, which differs by family.
 
-    The model runs on the text alone and is stopped before its decoder. What it remembers of the
-    prompt goes into the cache, for the positions of later tokens.
+    The model runs on the text alone and is stopped where its decoder or, if that makes them itself,
+    the first layer is given positions. What it remembers of the prompt goes into the cache, for the
+    positions of later tokens.
     """
     found: list[Any] = []
 
-    def stop(*args: Any, **kwargs: Any) -> None:
-        found.append(kwargs.get("position_ids"))
-        raise _DecoderReached
+    def look(positions: Any, *, last: bool) -> None:
+        if positions is not None:
+            found.append(positions)
+        if last or found:
+            raise _PositionsReached
 
     cache: Any = inputs.get(CACHE)
-    core = _stopping_core(facts, stop)
+    core = _watched_core(facts, look)
     turn = cache if isinstance(cache, TurnCache) else None
     if turn is not None and not hasattr(core, "rope_deltas"):
         # Case: a later turn, and positions do not depend on images: they go on as those of text.
@@ -180,48 +185,74 @@ def _default_positions(facts: ModelFacts, inputs: Mapping[str, Any]) -> Tensor:
         # another text or thread. The view gets what the cache of this text remembers.
         core.rope_deltas = cache.rope_deltas if seen else None
     text = {name: value for name, value in inputs.items() if name not in _NOT_OF_CORE}
+    # Otherwise code that counts flags would make some without values.
+    ids = inputs["input_ids"]
+    text.setdefault("attention_mask", ids.new_ones(len(ids), seen + ids.shape[1]))
     # Quantised embeddings may not run on shapes alone. A lookup is cheap enough to run for real.
     coded = any(map(has_codes, facts.model.get_input_embeddings().modules()))
     run = contextlib.nullcontext() if coded else ShapesOnly()
-    with contextlib.suppress(_DecoderReached), torch.no_grad(), run:
+    with contextlib.suppress(_PositionsReached), torch.no_grad(), run:
         core.forward(**text)
     if cache is not None and not seen:
         cache.rope_deltas = getattr(core, "rope_deltas", None)
     if found and turn is not None:
         # Case: a later turn with images, whose positions were counted from 0.
         return found[0] + turn.first_position()
-    if found and found[0] is not None:
+    if found:
         # Case: the model passes positions. With a cache, some models pass those of all tokens that
         # the attention mask covers, of which the last are the new ones.
         return found[0][..., -inputs["input_ids"].shape[1] :]
-    # Case: the model passes no positions to its decoder; count from the length of the cache.
     input_ids = inputs["input_ids"]
+    for module in facts.text_model.modules():
+        if hasattr(module, POSITIONS):
+            # Case: positions are found by the ids, and added to the embeddings.
+            return getattr(module, POSITIONS)(input_ids, module.padding_idx, seen)
+    # Case: the layers get no positions; count from the length of the cache.
     return torch.arange(input_ids.shape[1], device=input_ids.device)[None] + seen
 
 
-def _stopping_core(facts: ModelFacts, stop: Callable[..., Any]) -> Any:
-    """Return a view of a model's core that calls `stop` in place of its decoder.
+def _watched_core(facts: ModelFacts, look: Callable[..., None]) -> Any:
+    """Return a view of what runs text, whose decoder and first layer show their positions.
 
     The model itself stays as it is, since other threads may be running it.
+
+    Args:
+        facts: The facts of the model.
+        look: Is called with the positions that the decoder gets and, if it returns, with those of
+            the first layer; there it has to raise.
     """
-    model = facts.model
-    core: Any = shallow_copy(model.base_model)
-    # Otherwise transformers puts output hooks into the model's own modules, which the view shares.
-    core._output_capturing_hooks_installed = True
-    decoder = model.get_decoder()
-    if decoder is model.base_model:
-        # Case: the decoder handles the images too, so the positions first reach its layers.
-        decoder = model.get_submodule(facts.blocks.decoder[0])
-    # Copy every module on the path to the decoder, and replace the decoder's own forward.
-    names = (name for name, module in core.named_modules() if module is decoder)
-    path = next(names, "").split(".")
-    parent = core
-    for part in path if path[0] else ():
-        parent._modules[part] = shallow_copy(parent._modules[part])
-        parent = parent._modules[part]
-    if parent is not core:
-        parent.forward = stop
+    text = facts.text_model
+    core = _with_own(shallow_copy(text.base_model))
+    paths = {module: path for path, module in text.base_model.named_modules()}
+    layer = _view_inside(core, paths[facts.model.get_submodule(facts.blocks.decoder[0])])
+    layer.forward = lambda *args, **kwargs: look(kwargs.get("position_ids"), last=True)
+    # Hooks of the user are told of calls of the layer, which this is not.
+    layer._forward_pre_hooks = OrderedDict()
+    decoder: Any = text.get_decoder()
+    if decoder is not text.base_model:
+        # Otherwise the decoder handles the images too, and positions first reach its layers.
+        view = _view_inside(core, paths[decoder])
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            look(kwargs.get("position_ids"), last=False)
+            return type(decoder).forward(view, *args, **kwargs)
+
+        view.forward = forward
     return core
+
+
+def _view_inside(core: nn.Module, path: str) -> Any:
+    """Put a view in the place of each module on a path in `core`, and return the last one."""
+    for name in path.split("."):
+        core._modules[name] = view = _with_own(shallow_copy(core._modules[name]))
+        core = view
+    return core
+
+
+def _with_own(view: Any) -> Any:
+    """Keep transformers from putting output hooks into modules that a view shares."""
+    view._output_capturing_hooks_installed = True
+    return view
 
 
 def _check_outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:

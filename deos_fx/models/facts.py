@@ -14,13 +14,23 @@ import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from deos_fx.models.blocks import Blocks, counts_positions, find_blocks, image_tower
-from deos_fx.models.families import ENCODERS, IMAGE_TOKENS, PIXELS, VIDEO_TOKENS
+from deos_fx.models.families import (
+    ENCODERS,
+    FORMER_IMAGES,
+    IMAGE_TOKENS,
+    MARKS,
+    PIXELS,
+    QUERIES,
+    READ,
+    VIDEO_TOKENS,
+    WRITER,
+)
 from deos_fx.models.shapes_only import count_visual_tokens
 from deos_fx.models.upstream import check_upstream
 from deos_fx.policy.policy import ModelSignature
@@ -131,7 +141,8 @@ class ModelFacts:
         blocks: Its transformer blocks.
         image_token: Id of the placeholder of one visual token of an image.
         video_token: Id of the placeholder of one visual token of a video; None without videos.
-        arguments: The signature of the model's forward.
+        arguments: The signature of the model's forward, with ``pixel_values`` under this name, and
+            by name those of `text_model` if that is another, which the model hands on to it.
         encoders: Method of the model's core that encodes images or videos -> its arguments.
         size_inputs: Inputs that give the size of each image: the tensors, other than the pixels,
             that both the model and its image encoder take.
@@ -156,16 +167,27 @@ class ModelFacts:
         assert model is not None, "the model of these facts is gone"
         return model
 
+    @property
+    def text_model(self) -> PreTrainedModel:
+        """Return what runs text alone: the model itself, or a language model inside it.
+
+        Some models always encode an image. They have a `generate` of their own, which does that
+        once and leaves the rest to that of the language model.
+        """
+        return _text_model(self.model, self.blocks)
+
     @cached_property
     def grid(self) -> tuple[int, int]:
         """Return rows and columns of one image's visual tokens; (0, 0) if its size decides them.
 
-        If their number is not a square, they count as one row.
+        If their number is not a square, or they stand for no place, they count as one row.
         """
-        count = _visual_tokens(self.model, self.size_inputs)
+        count = _visual_tokens(self, self.size_inputs)
         side = math.isqrt(count)
+        names = (name.rpartition(".")[2] for name, _ in self.model.named_parameters())
         # With no tokens counted, the last case gives (0, 0).
-        return (side, side) if side * side == count else (min(1, count), count)
+        in_square = side * side == count and QUERIES.isdisjoint(names)
+        return (side, side) if in_square else (min(1, count), count)
 
     @property
     def sizes_vary(self) -> bool:
@@ -201,9 +223,15 @@ class ModelFacts:
             visual_tokens=rows * columns,
         )
 
-    def image(self) -> torch.Tensor:
-        """Return pixels [1, C, H, W] of an image of the config's size, on "meta": only a shape."""
-        return _image(self.model)
+    def image(self) -> dict[str, torch.Tensor]:
+        """Return what the image encoder takes of an image of the config's size.
+
+        That is its pixels [1, C, H, W] on "meta", so only a shape, and a word of the text that the
+        encoder may read beside it.
+        """
+        words = READ & self.encoders.get("get_image_features", frozenset())
+        word = torch.ones(1, 1, dtype=torch.int64)
+        return {"pixel_values": _image(self.model), **dict.fromkeys(words, word)}
 
 
 _FACTS: weakref.WeakKeyDictionary[PreTrainedModel, ModelFacts] = weakref.WeakKeyDictionary()
@@ -243,14 +271,19 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
     # 2. Does it have blocks that can be told apart, and tokens that can be dropped? Or an error.
     blocks = find_blocks(model)
     # 3. How are the places of its visual tokens marked in the prompt?
-    image_token = _first_entry(model.config, IMAGE_TOKENS)
+    configs = (model.config, getattr(model.config, "vision_config", None))
+    named = (_first_entry(config, IMAGE_TOKENS) for config in configs)
+    image_token = next((token for token in named if token is not None), None)
+    if MARKS in inspect.signature(type(model).forward).parameters:
+        # Case: flags say where images are; no token has this id.
+        image_token = -1
     if image_token is None:
         raise ValueError(
             f"The config of {name} names no image placeholder ({' or '.join(IMAGE_TOKENS)}), by "
             "which deos_fx finds the visual tokens in input_ids. Set model.config.image_token_id "
             "if prompts have one."
         )
-    core, arguments = model.base_model, inspect.signature(type(model).forward)
+    core, arguments = model.base_model, _arguments(model, _text_model(model, blocks))
     return ModelFacts(
         name=name,
         blocks=blocks,
@@ -258,8 +291,8 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
         video_token=_first_entry(model.config, VIDEO_TOKENS),
         arguments=arguments,
         encoders={
-            method: frozenset(inspect.signature(getattr(core, method)).parameters)
-            for method in ENCODERS
+            method: frozenset(inspect.signature(_call_of(getattr(core, method))).parameters)
+            for method in (*ENCODERS, WRITER)
             if hasattr(core, method)
         },
         size_inputs=_size_inputs(model).intersection(arguments.parameters),
@@ -267,6 +300,35 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
         _model=weakref.ref(model),
         _state=ModelState(model),
     )
+
+
+def _call_of(encoder: Any) -> Callable[..., Any]:
+    """Return the function that a method is, or that a module calls."""
+    return encoder.forward if isinstance(encoder, torch.nn.Module) else encoder
+
+
+def _text_model(model: PreTrainedModel, blocks: Blocks) -> PreTrainedModel:
+    if getattr(type(model), "generate", None) is GenerationMixin.generate:
+        return model
+    *path, _ = blocks.decoder[0].split(".")
+    around = (model.get_submodule(".".join(path[:end])) for end in range(1, len(path) + 1))
+    return next((part for part in around if _generates(part)), model)
+
+
+def _generates(part: torch.nn.Module) -> TypeGuard[PreTrainedModel]:
+    return isinstance(part, PreTrainedModel) and part.can_generate()
+
+
+def _arguments(model: PreTrainedModel, text_model: PreTrainedModel) -> inspect.Signature:
+    own = inspect.signature(type(model).forward)
+    others = inspect.signature(type(text_model).forward).parameters.values()
+    added = [one.replace(kind=one.KEYWORD_ONLY) for one in others if one.name not in own.parameters]
+    # Those without a fixed name, **kwargs, are last.
+    *named, last = own.parameters.values()
+    if PIXELS[0] not in own.parameters:
+        # Case: the pixels under another name.
+        named = [one.replace(name=PIXELS[0]) if one.name in FORMER_IMAGES else one for one in named]
+    return own.replace(parameters=[*named, *added, last])
 
 
 def _first_entry(config: Any, names: tuple[str, ...]) -> int | None:
@@ -350,13 +412,18 @@ def _size_inputs(model: PreTrainedModel) -> frozenset[str]:
     The signatures tell: whatever code runs between pixels and features has to be given the sizes.
     """
     core: Any = model.base_model
+    if hasattr(core, WRITER):
+        # Case: a module that takes images and other media, and names them so.
+        names = inspect.signature(getattr(core, WRITER).forward).parameters
+        return frozenset(name for name in names if "image" in name) - FORMER_IMAGES
     tower = image_tower(model)
-    taken = _tensor_arguments(core.get_image_features)
+    encode = getattr(core, "get_image_features", None)
+    taken = frozenset() if encode is None else _tensor_arguments(encode) - READ
     if tower is not None:
         taken |= _tensor_arguments(tower.forward)
     # Towers built like text models also take an attention mask, but not that of the prompt.
     of_text = _tensor_arguments(model.get_decoder().forward)
-    return taken - of_text - {"pixel_values"}
+    return taken - of_text - {"pixel_values"} - FORMER_IMAGES
 
 
 def _tensor_arguments(function: Any) -> frozenset[str]:
@@ -365,8 +432,9 @@ def _tensor_arguments(function: Any) -> frozenset[str]:
     return frozenset(item.name for item in parameters if "Tensor" in str(item.annotation))
 
 
-def _visual_tokens(model: PreTrainedModel, size_inputs: frozenset[str]) -> int:
+def _visual_tokens(facts: ModelFacts, size_inputs: frozenset[str]) -> int:
     """Return the number of visual tokens of an image; 0 unless its pixels alone decide it."""
+    model = facts.model
     config: Any = getattr(model.config, "vision_config", None)
     tower = image_tower(model)
     if tower is None or not hasattr(config, "image_size"):
@@ -375,7 +443,7 @@ def _visual_tokens(model: PreTrainedModel, size_inputs: frozenset[str]) -> int:
     if _tensor_arguments(tower.forward) & size_inputs:
         # Case: the encoder is told the size of each image.
         return 0
-    return count_visual_tokens(model, {"pixel_values": _image(model)})
+    return count_visual_tokens(model, facts.image())
 
 
 def _image(model: PreTrainedModel) -> torch.Tensor:

@@ -13,10 +13,11 @@ Every preset is a plain policy of the one operator; lowering and export know not
 from __future__ import annotations
 
 import builtins
+from typing import TYPE_CHECKING
 
+from deos_fx.deferred import deferred
 from deos_fx.presets.catalogue import CATALOGUE, Method
 from deos_fx.presets.decoder import dart, fastv, fitprune, pyramid_drop, sparsevlm_plus
-from deos_fx.presets.fit import fit, mean_visual_tokens, options
 from deos_fx.presets.projector import (
     avg_pool,
     bilinear_pool,
@@ -29,7 +30,6 @@ from deos_fx.presets.projector import (
     uniform,
     vscan,
 )
-from deos_fx.presets.rule import Option
 from deos_fx.presets.tower import (
     evit,
     fastervlm,
@@ -40,7 +40,11 @@ from deos_fx.presets.tower import (
     visionzip,
     vispruner,
 )
-from deos_fx.presets.tune import Tuned, tune
+
+if TYPE_CHECKING:
+    from deos_fx.presets.fitting import fit, mean_visual_tokens, options
+    from deos_fx.presets.rule import Option
+    from deos_fx.presets.tuning import Tuned, tune
 
 __all__ = [
     "CATALOGUE",
@@ -77,6 +81,20 @@ __all__ = [
     "vispruner",
     "vscan",
 ]
+
+
+# Fitting and tuning need torch, for which a list of the presets does not wait.
+__getattr__ = deferred(
+    __name__,
+    {
+        "Option": "rule",
+        "Tuned": "tuning",
+        "fit": "fitting",
+        "mean_visual_tokens": "fitting",
+        "options": "fitting",
+        "tune": "tuning",
+    },
+)
 
 
 def list() -> builtins.list[Method]:

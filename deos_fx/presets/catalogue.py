@@ -6,14 +6,14 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from deos_fx.policy.policy import Policy
-from deos_fx.policy.tier import check_number
+if TYPE_CHECKING:
+    from deos_fx.policy.policy import Policy
 
 __all__ = ["CATALOGUE", "Method", "method"]
 
-_Function = TypeVar("_Function", bound=Callable[..., Policy])
+_Function = TypeVar("_Function", bound=Callable[..., "Policy"])
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Method:
         source: Paper and official code.
         licence: Licence of the official code, none of which is in this project.
         needs: Requirements on the model.
+        place: Where it reduces first: in the vision ``tower`` or by what that attends to, at the
+            ``projector``, or inside the ``decoder``.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Method:
     source: str
     licence: str
     needs: str
+    place: str
 
 
 CATALOGUE: dict[str, Method] = {}
@@ -54,7 +57,9 @@ def method(source: str, *, licence: str, needs: str = "") -> Callable[[_Function
         name = function.__name__
         title = (function.__doc__ or "").partition("\n")[0]
         checked = _with_numbers(function)
-        CATALOGUE[name] = Method(name, checked, title, source, licence, needs)
+        # The presets of each place have a module, named after it.
+        place = function.__module__.rpartition(".")[2]
+        CATALOGUE[name] = Method(name, checked, title, source, licence, needs, place)
         return checked
 
     return enter
@@ -67,6 +72,9 @@ def _with_numbers(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Policy:
+        # Here, since a list of the presets does not wait for torch.
+        from deos_fx.policy.tier import check_number
+
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             if type(defaults[name]) in (int, float):
                 check_number(f"{function.__name__}: {name}", value, -1e9, 1e9)

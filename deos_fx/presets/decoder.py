@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction
+from deos_fx import policy
 from deos_fx.presets.catalogue import method
 
 __all__ = ["dart", "fastv", "fitprune", "pyramid_drop", "sparsevlm_plus"]
@@ -25,7 +24,7 @@ FITPRUNE_DROPS = (
     "Chen et al., An Image is Worth 1/2 Tokens After Layer 2 (ECCV 2024); pkunlp-icler/FastV",
     licence="none",
 )
-def fastv(layer: int = 2, keep: int | float = 0.5) -> Policy:
+def fastv(layer: int = 2, keep: int | float = 0.5) -> policy.Policy:
     """Prune once, early in the decoder, by the attention of the last text token.
 
     Source: the official code pkunlp-icler/FastV. Before layer K (default 2, half of the tokens) the
@@ -45,7 +44,7 @@ def fastv(layer: int = 2, keep: int | float = 0.5) -> Policy:
     """
     if layer < 1:
         raise ValueError(f"layer is {layer}; FastV ranks by the layer before, so give at least 1")
-    return Policy((Reduction(f"decoder.{layer - 1}", keep),), name="fastv")
+    return policy.Policy((policy.Reduction(f"decoder.{layer - 1}", keep),), name="fastv")
 
 
 @method(
@@ -54,7 +53,7 @@ def fastv(layer: int = 2, keep: int | float = 0.5) -> Policy:
 )
 def pyramid_drop(
     layers: Sequence[int] = (8, 16, 24), keep: Sequence[int | float] = PYRAMID_KEEP
-) -> Policy:
+) -> policy.Policy:
     """Prune in stages, by the attention the last text token would pay in the next layer.
 
     Source: the official code Cooperx521/PyramidDrop. After 8, 16 and 24 of 32 layers a half, a
@@ -73,9 +72,10 @@ def pyramid_drop(
     """
     stages = _stages(layers, keep, before=1)
     reductions = (
-        Reduction(f"decoder.{n - 1}", k, observe="next", position="compact") for n, k in stages
+        policy.Reduction(f"decoder.{n - 1}", k, observe="next", position="compact")
+        for n, k in stages
     )
-    return Policy(tuple(reductions), name="pyramid_drop")
+    return policy.Policy(tuple(reductions), name="pyramid_drop")
 
 
 @method(
@@ -85,7 +85,7 @@ def pyramid_drop(
 )
 def sparsevlm_plus(
     layers: Sequence[int] = SPARSE_LAYERS, keep: Sequence[int | float] = SPARSE_KEEP
-) -> Policy:
+) -> policy.Policy:
     """Prune in stages, by the attention of the words that relate to the image most.
 
     Source: the official code Gumpest/SparseVLMs, version 2_0. Raters are the text tokens after the
@@ -106,17 +106,17 @@ def sparsevlm_plus(
         ValueError: If the two differ in length or a layer is negative.
     """
     reductions = (
-        Reduction(f"decoder.{n}", k, scores={"calibrated_rater_attention": 1.0})
+        policy.Reduction(f"decoder.{n}", k, scores={"calibrated_rater_attention": 1.0})
         for n, k in _stages(layers, keep, before=0)
     )
-    return Policy(tuple(reductions), name="sparsevlm_plus")
+    return policy.Policy(tuple(reductions), name="sparsevlm_plus")
 
 
 @method(
     "Ye et al., Fit and Prune (AAAI 2025); ywh187/FitPrune",
     licence="Apache-2.0 (as LLaVA)",
 )
-def fitprune(drops: Sequence[int] = FITPRUNE_DROPS, visual_tokens: int = 576) -> Policy:
+def fitprune(drops: Sequence[int] = FITPRUNE_DROPS, visual_tokens: int = 576) -> policy.Policy:
     """Drop a few tokens after every layer, by a schedule fitted to statistics.
 
     Source: the official code ywh187/FitPrune. A layer drops the tokens with the lowest product of
@@ -143,8 +143,8 @@ def fitprune(drops: Sequence[int] = FITPRUNE_DROPS, visual_tokens: int = 576) ->
         left -= count
         if count:
             scores = {"agreed_attention": 1.0}
-            reductions.append(Reduction(f"decoder.{layer}", left, scores=scores))
-    return Policy(tuple(reductions), name="fitprune")
+            reductions.append(policy.Reduction(f"decoder.{layer}", left, scores=scores))
+    return policy.Policy(tuple(reductions), name="fitprune")
 
 
 @method(
@@ -153,7 +153,7 @@ def fitprune(drops: Sequence[int] = FITPRUNE_DROPS, visual_tokens: int = 576) ->
 )
 def dart(
     layer: int = 2, keep: int | float = 124, image_pivots: int = 4, text_pivots: int = 4
-) -> Policy:
+) -> policy.Policy:
     """Keep the tokens that resemble a few pivot tokens least, without attention weights.
 
     Source: the paper and the port in ModelTC/LightCompress. Pivots are the visual tokens, and the
@@ -178,14 +178,14 @@ def dart(
     """
     if layer < 1:
         raise ValueError(f"layer is {layer}; DART reads the keys of the layer before: at least 1")
-    reduction = Reduction(
+    reduction = policy.Reduction(
         f"decoder.{layer - 1}",
         keep,
         selector="probe",
         scores={"key_l1_norm": 1.0},
         options={"image_pivots": image_pivots, "text_pivots": text_pivots},
     )
-    return Policy((reduction,), name="dart")
+    return policy.Policy((reduction,), name="dart")
 
 
 def _stages(

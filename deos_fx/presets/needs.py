@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deos_fx.presets.shape import Shape
 
-__all__ = ["ATTENTION", "BLOCKS", "PLACES", "TOWER", "WINDOWS", "Need"]
+__all__ = ["ATTENTION", "BLOCKS", "EARLIER", "PLACES", "TOWER", "WINDOWS", "Need"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,14 @@ class Need:
 
 
 TOWER = Need(
-    lambda shape: shape.used_blocks > 0,
-    "it reads the attention of the vision tower, and in this model a visual token is not one patch "
-    "of the tower, or the encoder reads the sizes of images",
+    lambda shape: shape.used_blocks > 0 and not shape.unseen,
+    "it reads the attention of the vision tower, and in this model visual tokens are not made of "
+    "the patches of its blocks, or the blocks' attention cannot be observed",
+)
+EARLIER = Need(
+    lambda shape: not shape.in_groups,
+    "it reads the attention of an earlier block of the vision tower, and where groups of patches "
+    "make a visual token only the block before a site is observed",
 )
 BLOCKS = Need(
     lambda shape: shape.tower_sites > 0,

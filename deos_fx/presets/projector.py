@@ -5,9 +5,7 @@ After these methods LLaVA numbers the positions of the prompt without gaps.
 
 from __future__ import annotations
 
-from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction
-from deos_fx.policy.tier import Tier
+from deos_fx import policy
 from deos_fx.presets.catalogue import method
 
 __all__ = [
@@ -31,7 +29,7 @@ _CLS = "a CLS token in the tower (a model without one: its patches)"
     licence="Apache-2.0",
     needs="text in the prompt (the paper: CLIP's text tower)",
 )
-def cdpruner(keep: int | float = 64) -> Policy:
+def cdpruner(keep: int | float = 64) -> policy.Policy:
     """Keep the most diverse set of relevant tokens: greedy MAP of a determinantal process.
 
     Source: the official code (encode_images). The kernel is r_i cos(x_i, x_j) r_j of the projected
@@ -46,18 +44,18 @@ def cdpruner(keep: int | float = 64) -> Policy:
     Args:
         keep: Tokens or fraction kept per image.
     """
-    reduction = Reduction(
+    reduction = policy.Reduction(
         "projector",
         keep,
         scores={"text_irrelevance": 1.0},
         selector="determinantal",
         position="compact",
     )
-    return Policy((reduction,), name="cdpruner")
+    return policy.Policy((reduction,), name="cdpruner")
 
 
 @method("Alvar et al., DivPrune (CVPR 2025); vbdi/divprune", licence="CC BY-NC 4.0")
-def divprune(keep: int | float = 0.098) -> Policy:
+def divprune(keep: int | float = 0.098) -> policy.Policy:
     """Keep the set of tokens that are far from each other: greedy max-min distance.
 
     Source: the official code (divprune in llava_arch.py). The first token is the one whose nearest
@@ -67,12 +65,12 @@ def divprune(keep: int | float = 0.098) -> Policy:
     Args:
         keep: Tokens or fraction kept per image.
     """
-    reduction = Reduction("projector", keep, selector="max_min", position="compact")
-    return Policy((reduction,), name="divprune")
+    reduction = policy.Reduction("projector", keep, selector="max_min", position="compact")
+    return policy.Policy((reduction,), name="divprune")
 
 
 @method("Zou et al., HoloV (NeurIPS 2025); obananas/HoloV", licence="Apache-2.0", needs=_CLS)
-def holov(keep: int | float = 64, windows: int = 16) -> Policy:
+def holov(keep: int | float = 64, windows: int = 16) -> policy.Policy:
     """Divide the kept tokens among parts of the image, and fill each part by attention of CLS.
 
     Source: the official code (llava/model/utils.py). The flat list is cut into 16 runs; each gets
@@ -87,7 +85,7 @@ def holov(keep: int | float = 64, windows: int = 16) -> Policy:
         keep: Tokens or fraction kept per image.
         windows: Number of runs.
     """
-    reduction = Reduction(
+    reduction = policy.Reduction(
         "projector",
         keep,
         selector="quota",
@@ -95,7 +93,7 @@ def holov(keep: int | float = 64, windows: int = 16) -> Policy:
         order="selection",
         position="compact",
     )
-    return Policy((reduction,), name="holov")
+    return policy.Policy((reduction,), name="holov")
 
 
 @method(
@@ -109,7 +107,7 @@ def vscan(
     layer: int = 16,
     local_block: int = 5,
     windows: int = 16,
-) -> Policy:
+) -> policy.Policy:
     """Keep the best of every window and of the image, merge the rest, and prune in the decoder.
 
     Source: the official code. Half of the tokens are the best of 6 x 6 windows by the attention of
@@ -127,25 +125,27 @@ def vscan(
         local_block: Block of the tower whose attention ranks the tokens of a window.
         windows: Number of windows of an image.
     """
-    first = Reduction(
+    first = policy.Reduction(
         "projector",
         keep,
         selector="windows",
         options={"windows": windows},
         observe=f"vision.{local_block}",
-        tiers=(Tier(keep=0.5),),
+        tiers=(policy.Tier(keep=0.5),),
         gain=1.0,
         position="compact",
     )
-    second = Reduction(f"decoder.{layer - 1}", final, observe="next", position="compact")
-    return Policy((first, second), name="vscan")
+    second = policy.Reduction(f"decoder.{layer - 1}", final, observe="next", position="compact")
+    return policy.Policy((first, second), name="vscan")
 
 
 @method(
     "first stage of VScan (2025) with the masses of Token Merging (ICLR 2023)",
     licence="see vscan and tome",
 )
-def merge(site: str = "projector", keep: int | float = 0.5, mass_bias: float = 1.0) -> Policy:
+def merge(
+    site: str = "projector", keep: int | float = 0.5, mass_bias: float = 1.0
+) -> policy.Policy:
     """Merge every dropped token into the kept token it resembles most.
 
     Sources: the first stage of VScan (Tencent/SelfEvolvingAgent: keep by CLS attention, average
@@ -161,7 +161,9 @@ def merge(site: str = "projector", keep: int | float = 0.5, mass_bias: float = 1
         keep: Tokens or fraction kept per image.
         mass_bias: Factor of the bias log(mass); 0 is without it.
     """
-    return Policy((Reduction(site, keep, gain=1.0, mass_bias=mass_bias),), name="merge")
+    return policy.Policy(
+        (policy.Reduction(site, keep, gain=1.0, mass_bias=mass_bias),), name="merge"
+    )
 
 
 @method(
@@ -169,7 +171,7 @@ def merge(site: str = "projector", keep: int | float = 0.5, mass_bias: float = 1
     "Yao et al., DeCo (2024)",
     licence="Apache-2.0",
 )
-def avg_pool(site: str = "projector", keep: int | float = 0.25) -> Policy:
+def avg_pool(site: str = "projector", keep: int | float = 0.25) -> policy.Policy:
     """Average tokens over windows of the grid, regardless of image and text.
 
     Sources: Cai et al., "Matryoshka Multimodal Models" (mu-cai/matryoshka-mm: ``avg_pool2d`` after
@@ -184,17 +186,17 @@ def avg_pool(site: str = "projector", keep: int | float = 0.25) -> Policy:
         site: The site of the pooling; no other reduction may come before.
         keep: Tokens or fraction kept per image; the count must split the grid into windows.
     """
-    reduction = Reduction(
+    reduction = policy.Reduction(
         site, keep, selector="grid", gain=1.0, similarity={"grid": 1.0}, position="compact"
     )
-    return Policy((reduction,), name="avg_pool")
+    return policy.Policy((reduction,), name="avg_pool")
 
 
 @method(
     "get_2dPool of LLaVA-OneVision and LLaVA-NeXT-Video; LLaVA-VL/LLaVA-NeXT",
     licence="Apache-2.0",
 )
-def bilinear_pool(site: str = "projector", keep: int | float = 0.25) -> Policy:
+def bilinear_pool(site: str = "projector", keep: int | float = 0.25) -> policy.Policy:
     """Interpolate bilinearly onto a coarser grid, regardless of image and text.
 
     Source: the official code (get_2dPool): ``interpolate`` of the grid of features to
@@ -205,10 +207,10 @@ def bilinear_pool(site: str = "projector", keep: int | float = 0.25) -> Policy:
         site: The site of the pooling; no other reduction may come before.
         keep: Tokens or fraction kept per image; the count must split the grid into windows.
     """
-    reduction = Reduction(
+    reduction = policy.Reduction(
         site, keep, selector="grid", gain=1.0, assignment="window", position="compact"
     )
-    return Policy((reduction,), name="bilinear_pool")
+    return policy.Policy((reduction,), name="bilinear_pool")
 
 
 @method(
@@ -220,7 +222,7 @@ def redistribute(
     keep: int | float = 0.5,
     temperature: float = 0.1,
     mass_bias: float = 1.0,
-) -> Policy:
+) -> policy.Policy:
     """Spread every dropped token over all kept ones by similarity: soft reweighting.
 
     This is the regime that "Differentiable Efficient Operator Search" (arXiv 2606.05232) calls
@@ -235,12 +237,12 @@ def redistribute(
         temperature: Divides the cosines: the smaller, the more goes to the nearest token.
         mass_bias: Factor of the bias log(mass); 0 is without it.
     """
-    reduction = Reduction(site, keep, gain=1.0, temperature=temperature, mass_bias=mass_bias)
-    return Policy((reduction,), name="redistribute")
+    reduction = policy.Reduction(site, keep, gain=1.0, temperature=temperature, mass_bias=mass_bias)
+    return policy.Policy((reduction,), name="redistribute")
 
 
 @method("a baseline of most papers", licence="-")
-def random(keep: int | float = 0.25, seed: int = 0, site: str = "projector") -> Policy:
+def random(keep: int | float = 0.25, seed: int = 0, site: str = "projector") -> policy.Policy:
     """Prune at random: a choice by position and seed, the same for every image.
 
     Source: the baseline that papers compare with. They draw for every input; here one draw is part
@@ -251,14 +253,14 @@ def random(keep: int | float = 0.25, seed: int = 0, site: str = "projector") -> 
         seed: Seed of the choice.
         site: The site of the pruning.
     """
-    reduction = Reduction(
+    reduction = policy.Reduction(
         site, keep, scores={"random": 1.0}, options={"seed": seed}, position="compact"
     )
-    return Policy((reduction,), name="random")
+    return policy.Policy((reduction,), name="random")
 
 
 @method("a baseline of most papers", licence="-")
-def uniform(keep: int | float = 0.25, site: str = "projector") -> Policy:
+def uniform(keep: int | float = 0.25, site: str = "projector") -> policy.Policy:
     """Prune evenly over the grid, regardless of image and text.
 
     Source: the baseline that papers compare with; here in the order of dithering (Bayer 1973), so
@@ -268,5 +270,5 @@ def uniform(keep: int | float = 0.25, site: str = "projector") -> Policy:
         keep: Tokens or fraction kept per image.
         site: The site of the pruning.
     """
-    reduction = Reduction(site, keep, scores={"grid_coverage": 1.0}, position="compact")
-    return Policy((reduction,), name="uniform")
+    reduction = policy.Reduction(site, keep, scores={"grid_coverage": 1.0}, position="compact")
+    return policy.Policy((reduction,), name="uniform")

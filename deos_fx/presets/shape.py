@@ -32,16 +32,19 @@ class Shape:
         decoder_layers: Layers of the decoder.
         visual_tokens: Visual tokens of an image.
         grid: Rows and columns of these tokens; one row if they form no square.
-        placed: Whether rows and columns are known, where the size of an image decides them.
+        placed: Whether rows and columns are known.
         without_attention: Decoder layers that do not attend: convolutions, and layers that keep a
             state.
         shared_from: The first decoder layer whose keys later layers attend to as well; it and those
             after it have no sites. None where every layer has keys of its own.
         vision_blocks: Blocks of the vision tower.
         used_blocks: Blocks of the tower up to the last that the language model depends on; 0 if
-            a visual token is not made of one patch each, so that the tower has no sites.
+            the tower has no sites.
         tower_sites: Blocks of the tower, from the first on, that have a site: fewer than the used
             ones where the features are made of several blocks.
+        in_groups: Whether a token at these sites is a group of patches in an encoder that is one
+            node of the graph: tokens stay in order, and only the block of a site can be observed.
+        unseen: Whether not even that can be, since its attention is not that of transformers.
         class_token: Whether a CLS token attends to exactly the patches that become visual tokens.
         coordinates: Whether a position has several coordinates, so that it cannot be renumbered.
         counting: Whether layers count positions themselves, by the tokens that they get.
@@ -56,6 +59,8 @@ class Shape:
     vision_blocks: int = 0
     used_blocks: int = 0
     tower_sites: int = 0
+    in_groups: bool = False
+    unseen: bool = False
     class_token: bool = False
     coordinates: bool = False
     counting: bool = False
@@ -94,18 +99,23 @@ class Shape:
         if not facts.sizes_vary:
             in_front = int(facts.has_class_token)
             used, sites = _tower(facts, count + in_front)
+        patchwise = used > 0
+        if not patchwise:
+            used = sites = _tower_of_groups(facts)
         layers = measure_decoder(facts).layers
         return cls(
             decoder_layers=facts.signature.decoder_layers,
             visual_tokens=count,
             grid=grid,
-            placed=not facts.sizes_vary or 1 not in grid or count == 1,
+            placed=1 not in grid or count == 1,
             without_attention=frozenset(i for i, layer in enumerate(layers) if not _attends(layer)),
             shared_from=_shared_from(layers),
             vision_blocks=facts.signature.vision_layers,
             used_blocks=used,
             tower_sites=sites,
-            class_token=bool(used and in_front),
+            in_groups=bool(used) and not patchwise,
+            unseen=bool(used) and not (patchwise or _is_seen(facts)),
+            class_token=bool(patchwise and in_front),
             coordinates=hasattr(model.base_model, COORDINATES),
             counting=facts.counts_positions,
         )
@@ -213,3 +223,29 @@ def _tower(facts: ModelFacts, tokens: int) -> tuple[int, int]:
     read = blocks_read(facts)
     # Features that are also read from an earlier block go around all blocks after that.
     return (max(read) + 1, min(read) + 1) if read else (0, 0)
+
+
+def _tower_of_groups(facts: ModelFacts) -> int:
+    """Count the vision blocks up to the last that is used where groups of patches make a token."""
+    from deos_fx.cost.measure import once
+    from deos_fx.cost.tower import blocks_of_groups
+    from deos_fx.errors import NoGroups
+    from deos_fx.inputs.example import example_inputs
+
+    def count() -> int:
+        try:
+            found = blocks_of_groups(facts, example_inputs(facts.model))
+        except (NoGroups, ValueError):
+            # Case: there are no such groups, or it takes a processor to make an image.
+            return 0
+        # The presets begin with the first block.
+        return 0 if found.start else found.stop
+
+    return once(facts, "blocks of groups of an example", count)
+
+
+def _is_seen(facts: ModelFacts) -> bool:
+    """Return whether the attention of the tower's blocks can be observed."""
+    from deos_fx.attention.mask import attention_modules
+
+    return bool(attention_modules(facts.model.get_submodule(facts.blocks.vision[0])))

@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from deos_fx.policy.policy import Policy
-from deos_fx.policy.reduction import Reduction
-from deos_fx.policy.tier import Tier
+from deos_fx import policy
 from deos_fx.presets.catalogue import method
 
 __all__ = [
@@ -35,7 +33,7 @@ _CLS = "a CLS token in the tower (a model without one: its patches)"
     licence="Apache-2.0",
     needs=_CLS,
 )
-def visionzip(dominant: int = 54, contextual: int = 10, block: int = LAST_BLOCK) -> Policy:
+def visionzip(dominant: int = 54, contextual: int = 10, block: int = LAST_BLOCK) -> policy.Policy:
     """Keep the tokens CLS attends to, and merge the others into a few taken at equal steps.
 
     Source: the official code (visionzip/clip_encoder.py). The dominant tokens are CLS itself and
@@ -49,11 +47,11 @@ def visionzip(dominant: int = 54, contextual: int = 10, block: int = LAST_BLOCK)
         contextual: Number of targets.
         block: Last block of the tower that is used.
     """
-    reduction = Reduction(
+    reduction = policy.Reduction(
         f"vision.{block}",
         dominant + contextual,
         keep_class=True,
-        tiers=(Tier(keep=contextual, selector="strided"),),
+        tiers=(policy.Tier(keep=contextual, selector="strided"),),
         order="tier",
         receivers="last",
         gain=1.0,
@@ -62,13 +60,13 @@ def visionzip(dominant: int = 54, contextual: int = 10, block: int = LAST_BLOCK)
         average=True,
         position="compact",
     )
-    return Policy((reduction,), name="visionzip")
+    return policy.Policy((reduction,), name="visionzip")
 
 
 def _prumerge(
-    keep: int | float, block: int, neighbours: int, tiers: tuple[Tier, ...], name: str
-) -> Policy:
-    reduction = Reduction(
+    keep: int | float, block: int, neighbours: int, tiers: tuple[policy.Tier, ...], name: str
+) -> policy.Policy:
+    reduction = policy.Reduction(
         f"vision.{block}",
         keep,
         scores={"joint_cls_attention": 1.0},
@@ -84,7 +82,7 @@ def _prumerge(
         residual=True,
         position="compact",
     )
-    return Policy((reduction,), name=name)
+    return policy.Policy((reduction,), name=name)
 
 
 @method(
@@ -94,7 +92,7 @@ def _prumerge(
 )
 def prumerge(
     keep: int | float = 73, block: int = LAST_BLOCK, neighbours: int = NEIGHBOURS
-) -> Policy:
+) -> policy.Policy:
     """Keep the tokens CLS attends to, and add to each its neighbours, weighted by attention.
 
     Source: the official code (token_prune_merge_advanced). Attention is that of the block *after*
@@ -126,7 +124,7 @@ def prumerge_plus(
     visual_tokens: int = 576,
     block: int = LAST_BLOCK,
     neighbours: int = NEIGHBOURS,
-) -> Policy:
+) -> policy.Policy:
     """Extend PruMerge by additional tokens at equal steps over the image.
 
     Source: the official code (token_prune_merge_advanced_plus). With the share rho of tokens
@@ -144,7 +142,7 @@ def prumerge_plus(
         neighbours: Tokens that are added to each kept one.
     """
     step = max(1, visual_tokens // selected // 3)
-    spread = Tier(keep=spatial, selector="lattice", options={"step": step})
+    spread = policy.Tier(keep=spatial, selector="lattice", options={"step": step})
     return _prumerge(selected + spatial + 1, block, neighbours, (spread,), "prumerge_plus")
 
 
@@ -153,7 +151,7 @@ def prumerge_plus(
     licence="Apache-2.0",
     needs=_CLS,
 )
-def fastervlm(keep: int | float = 0.25) -> Policy:
+def fastervlm(keep: int | float = 0.25) -> policy.Policy:
     """Prune before the decoder, by the attention of CLS.
 
     Source: the official code (encode_images): the top T tokens by the attention of CLS, averaged
@@ -162,7 +160,9 @@ def fastervlm(keep: int | float = 0.25) -> Policy:
     Args:
         keep: Tokens or fraction kept per image.
     """
-    return Policy((Reduction("projector", keep, position="compact"),), name="fastervlm")
+    return policy.Policy(
+        (policy.Reduction("projector", keep, position="compact"),), name="fastervlm"
+    )
 
 
 @method(
@@ -170,7 +170,9 @@ def fastervlm(keep: int | float = 0.25) -> Policy:
     licence="Apache-2.0",
     needs=_CLS,
 )
-def vispruner(keep: int | float = 128, important: float = 0.5, block: int = LAST_BLOCK) -> Policy:
+def vispruner(
+    keep: int | float = 128, important: float = 0.5, block: int = LAST_BLOCK
+) -> policy.Policy:
     """Keep important tokens by the attention of CLS, and of the others those that are distinct.
 
     Source: the official code (encode_images). int(T r) tokens are the best by attention. The others
@@ -183,9 +185,9 @@ def vispruner(keep: int | float = 128, important: float = 0.5, block: int = LAST
         important: r, the share of important tokens.
         block: Last block of the tower that is used.
     """
-    distinct = Tier(keep=1.0 - important, selector="distinct")
-    reduction = Reduction(f"vision.{block}", keep, tiers=(distinct,), position="compact")
-    return Policy((reduction,), name="vispruner")
+    distinct = policy.Tier(keep=1.0 - important, selector="distinct")
+    reduction = policy.Reduction(f"vision.{block}", keep, tiers=(distinct,), position="compact")
+    return policy.Policy((reduction,), name="vispruner")
 
 
 @method(
@@ -194,7 +196,7 @@ def vispruner(keep: int | float = 128, important: float = 0.5, block: int = LAST
 )
 def hiprune(
     keep: int | float = 192, alpha: float = 0.1, object_block: int = 8, block: int = LAST_BLOCK
-) -> Policy:
+) -> policy.Policy:
     """Keep tokens that a middle block attends to, their neighbours, and the last block's choice.
 
     Source: the official code (encode_images). Tokens are ranked by the attention they get from all
@@ -208,17 +210,17 @@ def hiprune(
         object_block: Block whose attention shows where objects are.
         block: Last block of the tower that is used.
     """
-    reduction = Reduction(
+    reduction = policy.Reduction(
         f"vision.{block}",
         keep,
         scores={"mutual_attention": 1.0},
         selector="neighbourhood",
         options={"share": alpha},
         observe=f"vision.{object_block}",
-        tiers=(Tier(keep=1.0, scores={"mutual_attention": 1.0}),),
+        tiers=(policy.Tier(keep=1.0, scores={"mutual_attention": 1.0}),),
         position="compact",
     )
-    return Policy((reduction,), name="hiprune")
+    return policy.Policy((reduction,), name="hiprune")
 
 
 @method(
@@ -230,7 +232,7 @@ def tome(
     blocks: int = LAST_BLOCK + 1,
     visual_tokens: int = 576,
     class_token: bool = True,
-) -> Policy:
+) -> policy.Policy:
     """Merge the most similar pairs of tokens after every block of the vision tower.
 
     Source: the paper, and the official code (tome/merge.py) for its details. Tokens are split into
@@ -254,7 +256,7 @@ def tome(
     for block in range(blocks):
         left -= min(merged, left // 2)
         reductions.append(
-            Reduction(
+            policy.Reduction(
                 f"vision.{block}",
                 left,
                 selector="bipartite",
@@ -267,7 +269,7 @@ def tome(
                 position="compact",
             )
         )
-    return Policy(tuple(reductions), name="tome")
+    return policy.Policy(tuple(reductions), name="tome")
 
 
 @method(
@@ -275,7 +277,9 @@ def tome(
     licence="Apache-2.0",
     needs=_CLS,
 )
-def evit(keep: float = 0.7, blocks: Sequence[int] = (3, 6, 9), visual_tokens: int = 576) -> Policy:
+def evit(
+    keep: float = 0.7, blocks: Sequence[int] = (3, 6, 9), visual_tokens: int = 576
+) -> policy.Policy:
     """Prune in the vision tower by the attention of CLS, and fuse dropped tokens into one.
 
     Source: the official code (evit.py). After blocks 3, 6 and 9 (counted from 0) the ceil(rho n)
@@ -295,7 +299,7 @@ def evit(keep: float = 0.7, blocks: Sequence[int] = (3, 6, 9), visual_tokens: in
     for block in blocks:
         left = math.ceil(keep * left - 1e-9) + 1
         reductions.append(
-            Reduction(
+            policy.Reduction(
                 f"vision.{block}",
                 left,
                 order="selection",
@@ -305,4 +309,4 @@ def evit(keep: float = 0.7, blocks: Sequence[int] = (3, 6, 9), visual_tokens: in
                 position="compact",
             )
         )
-    return Policy(tuple(reductions), name="evit")
+    return policy.Policy(tuple(reductions), name="evit")

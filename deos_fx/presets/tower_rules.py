@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 from deos_fx.presets import tower
-from deos_fx.presets.needs import BLOCKS, TOWER
+from deos_fx.presets.needs import BLOCKS, EARLIER, TOWER
 from deos_fx.presets.rule import MERGES, PRUNES, Option, Rule, Values, kept_of
 from deos_fx.presets.shape import Shape
 
@@ -29,8 +30,12 @@ def ranked_in_tower(policy: Policy, shape: Shape) -> Policy:
     """Rank by the attention of all patches where no CLS token attends to them.
 
     Where the last block has no site, since the features are read from earlier blocks as well, its
-    reduction moves to the projector, which observes the same block.
+    reduction moves to the projector, which observes the same block. Where groups of patches make a
+    token, nothing is observed at the projector, and its reduction moves to the last block.
     """
+    if shape.in_groups:
+        of_groups = (_of_groups(step, shape) for step in policy.reductions)
+        return replace(policy, reductions=tuple(of_groups))
     steps = [step if shape.class_token else _by_patches(step) for step in policy.reductions]
     return replace(policy, reductions=tuple(_where_a_site_is(step, shape) for step in steps))
 
@@ -45,14 +50,29 @@ def _where_a_site_is(step: Reduction, shape: Shape) -> Reduction:
     return replace(step, site="projector", keep_class=False, observe=observe)
 
 
-def _by_patches(step: Reduction) -> Reduction:
+def _by_patches(step: Reduction, **changes: Any) -> Reduction:
     """Rank by the attention that a token gets from all patches, and not from a CLS token."""
 
     def scores(given: Mapping[str, float]) -> dict[str, float]:
         return {("mutual_attention" if name in _OF_CLASS else name): w for name, w in given.items()}
 
     tiers = tuple(replace(tier, scores=scores(tier.scores)) for tier in step.tiers)
-    return replace(step, scores=scores(step.scores), tiers=tiers, keep_class=False)
+    changes |= {"scores": scores(step.scores), "tiers": tiers, "keep_class": False}
+    return replace(step, **changes)
+
+
+def _of_groups(step: Reduction, shape: Shape) -> Reduction:
+    """Rank groups of patches by the attention of their own block.
+
+    They stay in the order of the image, and their masses bias no attention.
+    """
+    site, scores = step.site, (name for tier in step.selection for name in tier.scores)
+    if site == "projector" and not _OF_CLASS.isdisjoint(scores):
+        site = f"vision.{_last(shape)}"
+    if split_site(site)[0] != "vision":
+        return step
+    own = {"site": site, "observe": "", "order": "position", "mass_bias": 0.0}
+    return _by_patches(step, **own)
 
 
 def _visionzip(shape: Shape, size: float, values: Values) -> Policy:
@@ -65,6 +85,9 @@ def _visionzip(shape: Shape, size: float, values: Values) -> Policy:
 
 def _before_next(shape: Shape) -> int:
     """Return the block of PruMerge: the attention of the block after it must be there."""
+    if shape.in_groups:
+        # Case: its own attention is read.
+        return _last(shape)
     return min(_last(shape), shape.vision_blocks - 2)
 
 
@@ -117,7 +140,7 @@ def _tome(shape: Shape, size: float, values: Values) -> Policy:
     tokens, blocks = shape.visual_tokens, values["blocks"]
     # A block merges at most half of what is left, so more than half of all never matters.
     merged = math.ceil((1 - size) * tokens / 2 - 1e-9)
-    return tower.tome(merged, blocks, tokens, shape.class_token)
+    return ranked_in_tower(tower.tome(merged, blocks, tokens, shape.class_token), shape)
 
 
 def _tome_options(shape: Shape) -> dict[str, Option]:
@@ -158,7 +181,7 @@ TOWER_RULES: Mapping[str, Rule] = {
         needs=(TOWER,),
         nearest=MERGES,
     ),
-    "hiprune": Rule(_hiprune, _hiprune_options, needs=(TOWER,), nearest=PRUNES),
+    "hiprune": Rule(_hiprune, _hiprune_options, needs=(TOWER, EARLIER), nearest=PRUNES),
     "tome": Rule(_tome, _tome_options, needs=(TOWER, BLOCKS), nearest=MERGES),
     "evit": Rule(_evit, _evit_options, needs=(TOWER, BLOCKS), nearest=("visionzip", "merge")),
 }

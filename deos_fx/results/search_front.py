@@ -12,7 +12,14 @@ from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.results import charts
 from deos_fx.results.page import Section, build_page, details, table, tiles
-from deos_fx.results.search_result import Candidate, SearchResult, command, cost_cells, percentage
+from deos_fx.results.search_result import (
+    Candidate,
+    SearchResult,
+    command,
+    cost_cells,
+    measured_section,
+    percentage,
+)
 
 __all__ = ["SearchFront"]
 
@@ -69,7 +76,9 @@ class SearchFront:
                 for budget, result in self.results.items()
             ]
         )
-        sections = [self._front_section(), *self._policy_sections()]
+        measured = next(iter(self.results.values())).measured
+        answers = [] if measured is None else [measured_section(measured)]
+        sections = [self._front_section(), *answers, *self._policy_sections()]
         title = "Searched token-reduction policies"
         write_text(path, build_page(title, lead, figures, sections, command()))
 
@@ -106,9 +115,7 @@ class SearchFront:
                 f"Within {_named(budget)}",
                 f"It needs {percentage(result.best.cost.flops / result.unreduced.flops)} of the "
                 "FLOPs of the prefill.",
-                "<pre>"
-                + escape("\n".join(map(str, result.policy.reductions)) or "no reduction")
-                + "</pre>",
+                "<pre>" + escape("\n".join(result.policy.lines) or "no reduction") + "</pre>",
                 details("policy.json", result.policy.to_json()),
             )
             for budget, result in self.results.items()

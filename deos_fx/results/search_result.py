@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -14,6 +15,7 @@ from deos_fx.cost.amounts import Cost
 from deos_fx.files import write_text
 from deos_fx.policy.policy import Policy
 from deos_fx.results import charts
+from deos_fx.results.compared import Compared
 from deos_fx.results.evidence import Evidence
 from deos_fx.results.page import Section, build_page, details, table, tiles
 
@@ -24,6 +26,7 @@ __all__ = [
     "SearchResult",
     "command",
     "cost_cells",
+    "measured_section",
     "percentage",
     "policy_section",
     "savings",
@@ -41,8 +44,9 @@ class Candidate:
 
     Attributes:
         policy: The policy.
-        source: Its origin: ``gradient at <sites>``, ``preset <name>``, ``refined <origin>``,
-            ``carried from a looser budget`` or ``no reduction``.
+        source: Its origin: ``gradient at <sites>``, ``preset <name>``, ``preset <name>, tuned``,
+            ``tried at <site>``, ``refined <origin>``, ``carried from a looser budget`` or
+            ``no reduction``.
         loss: Task loss of its static graph on the scoring batches.
         cost: Its exact cost.
     """
@@ -87,13 +91,16 @@ class SearchResult:
         unreduced_loss: Task loss of that model on the scoring batches; 0 without labels, where the
             model is compared with itself.
         relaxed_loss: Task loss of the returned policy in its relaxed form, at the last gate
-            temperature.
+            temperature; NaN where it has none: groups of patches in the tower, some presets.
         interrupted: Whether the steps were cut short (Ctrl-C).
         looks: What the learned scores of the policy look at.
         evaluations: Forward passes of a batch that the search took; a backward pass counts two.
         evidence: The data behind the result, and its lead over the best preset.
-        milliseconds: Of the prefill of a batch, with the policy and without reduction; None where
-            it was not measured.
+        scales: Scale of images -> the lowest loss that was reached at it; empty where images were
+            not scaled.
+        preset_evaluations: Losses that were spent on tuning presets, beside these evaluations.
+        measured: Answers, costs and times on questions of the data: of the model without reduction,
+            of the policy, and of the best preset; None where they were not measured.
     """
 
     policy: Policy
@@ -107,12 +114,21 @@ class SearchResult:
     looks: list[Look] = field(default_factory=list)
     evaluations: int = 0
     evidence: Evidence | None = None
-    milliseconds: tuple[float, float] | None = None
+    scales: Mapping[float, float] = field(default_factory=dict)
+    preset_evaluations: int = 0
+    measured: Compared | None = None
 
     @property
     def best(self) -> Candidate:
         """Return the candidate whose policy is the result."""
         return self.candidates[0]
+
+    @property
+    def best_preset(self) -> Candidate | None:
+        """Return the best preset that was tried beside the result, if one has met the limits."""
+        if self.evidence is None or not self.evidence.preset:
+            return None
+        return next(each for each in self.candidates if each.source == self.evidence.preset)
 
     @property
     def gap(self) -> float:
@@ -135,12 +151,19 @@ class SearchResult:
                 losses.append(f"{self.evidence.preset} {self.evidence.preset_loss:.4g}")
         losses.append(f"no reduction {self.unreduced_loss:.4g}")
         lines.append(f"Loss on the scored prompts: {', '.join(losses)}.")
-        if self.milliseconds is not None:
-            after, before = self.milliseconds
+        if self.scales:
+            reached = ", ".join(f"{scale:g} {loss:.4g}" for scale, loss in self.scales.items())
             lines.append(
-                f"On this machine the prefill of a batch takes {after:.3g} ms, without reduction "
-                f"{before:.3g} ms."
+                f"Images enter at {self.policy.image_scale:g} of their size; the lowest loss at "
+                f"each scale: {reached}."
             )
+        presets = "Presets have their published settings."
+        if self.preset_evaluations:
+            presets = (
+                "All presets were tried, the best three with other settings, in "
+                f"{self.preset_evaluations} evaluations on the scored prompts."
+            )
+        lines.append(presets)
         return " ".join(lines)
 
     def report(self, path: str | os.PathLike[str]) -> None:
@@ -169,6 +192,7 @@ def search_report(result: SearchResult, path: str | os.PathLike[str]) -> None:
         OSError: If the file cannot be written.
     """
     sections = [
+        *([measured_section(result.measured)] if result.measured is not None else []),
         policy_section(result.policy, result.best.cost, result.unreduced, result.looks),
         search_section(result),
     ]
@@ -200,9 +224,32 @@ def cost_cells(cost: Cost) -> list[str]:
     return [f"<td>{text}</td>" for text in cost.cells.values()]
 
 
+def measured_section(measured: Compared) -> Section:
+    """Show what was answered on questions of the data, and what that took."""
+    right = ["right, %"] if measured.answered else []
+    rows = []
+    for row in measured.measured:
+        figures = [f"{100 * measured.agreement(row):.1f}", f"{row.milliseconds:.3g}"]
+        if measured.answered:
+            found = measured.accuracy(row)
+            interval = f"({100 * found.low:.1f} to {100 * found.high:.1f})"
+            figures.insert(0, f"{100 * found.mean:.1f} {interval}")
+        cells = [f"<td>{text}</td>" for text in figures]
+        rows.append([f"<td>{escape(row.name)}</td>", *cells, *cost_cells(row.runs[0].cost)])
+    costs = measured.unreduced.runs[0].cost.cells
+    return Section(
+        "Answers and times",
+        f"Of {measured.questions} questions of the data, those that policies were scored on. Right "
+        "is an answer that is exactly the given one, in brackets with the 95 % interval of a "
+        "bootstrap; the same are answers of the unreduced model. Times and costs are those of the "
+        "first question's prefill on this machine.",
+        table(["method", *right, "same, %", "ms", *costs], rows),
+    )
+
+
 def policy_section(policy: Policy, cost: Cost, whole: Cost, looks: Sequence[Look] = ()) -> Section:
     """Draw a policy along the layers, and say what its learned scores look at."""
-    lines = "\n".join(str(reduction) for reduction in policy.reductions)
+    lines = "\n".join(policy.lines)
     return Section(
         "The policy along the layers",
         "Bars are the visual tokens a decoder layer processes, dotted what it would process "
@@ -240,9 +287,7 @@ def search_section(result: SearchResult) -> Section:
         "What the steps reach, presets and small changes of the best are measured in the static "
         "form, the form that runs, and the best is returned: it comes from "
         f"“{result.best.source}”. All that took {result.evaluations:,} forward passes of a batch, "
-        "of which a backward pass counts two. The loss of the policy is "
-        f"{result.best.loss:.4g} static and {result.relaxed_loss:.4g} relaxed, a gap of "
-        f"{result.gap:+.2g}; without reduction it is {result.unreduced_loss:.4g}.",
+        f"of which a backward pass counts two. {_losses(result)}",
         # Where no reduction is right, no step was taken.
         *([charts.history_chart(result.history, limit)] if result.history else []),
         table(
@@ -252,6 +297,16 @@ def search_section(result: SearchResult) -> Section:
             "returned. A refined one is a small change of the best so far.",
             "listing",
         ),
+    )
+
+
+def _losses(result: SearchResult) -> str:
+    relaxed = ""
+    if not math.isnan(result.relaxed_loss):
+        relaxed = f" static and {result.relaxed_loss:.4g} relaxed, a gap of {result.gap:+.2g}"
+    return (
+        f"The loss of the policy is {result.best.loss:.4g}{relaxed}; without reduction it is "
+        f"{result.unreduced_loss:.4g}."
     )
 
 
@@ -265,11 +320,10 @@ def _telling_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _candidate_row(candidate: Candidate) -> list[str]:
-    reductions = "; ".join(
-        f"{reduction.site} {reduction.regime} to {reduction.keep:.4g}"
-        for reduction in candidate.policy.reductions
-    )
-    words = f'<td class="words">{escape(reductions)}</td>'
+    scale, reductions = candidate.policy.image_scale, candidate.policy.reductions
+    parts = [f"images at {scale:.3g}"] * (scale != 1)
+    parts += [f"{one.site} {one.regime} to {one.keep:.4g}" for one in reductions]
+    words = f'<td class="words">{escape("; ".join(parts))}</td>'
     loss = f"<td>{candidate.loss:.4f}</td>"
     return [f"<td>{escape(candidate.source)}</td>", loss, *cost_cells(candidate.cost), words]
 

@@ -44,9 +44,10 @@ def generation_host(
         The host; the model is left as it is.
     """
 
-    original: Any = type(model)
+    facts = facts_of(model)
+    original: Any = type(facts.text_model)
 
-    @functools.wraps(original.forward)
+    @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> ModelOutput:
         # A prefill: hand what `generate` computed about positions to the cache, which keeps it for
         # later turns.
@@ -62,6 +63,9 @@ def generation_host(
                 cache.rope_deltas = deltas.repeat_interleave(answers, dim=0)
         return call(*args, **kwargs)
 
+    # By its names, generate decides what to pass.
+    forward.__signature__ = facts.arguments  # type: ignore[attr-defined]
+
     def keep_pixels(self: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         # transformers would encode the images before the prefill; here the graph does that.
         return model_kwargs
@@ -73,7 +77,7 @@ def generation_host(
         # images of a prompt together.
         media: dict[str, Any] = {}
         if expand_size > 1 and has_images(kwargs):
-            given = Call.of(facts_of(model), {**kwargs, "input_ids": input_ids})
+            given = Call.of(facts, {**kwargs, "input_ids": input_ids})
             rows = [row for row in range(len(given.prompts)) for _ in range(expand_size)]
             media = media_of_rows(given, rows)
         others = {name: value for name, value in kwargs.items() if name not in media}
@@ -105,7 +109,7 @@ def generation_host(
                 ids = {"input_ids": inputs, **model_kwargs}
                 turn = new_tokens(ids, cache.get_seq_length())
                 given = turn | {CACHE: cache, "attention_mask": model_kwargs["attention_mask"]}
-                return completed(Call.of(facts_of(model), given)).inputs["position_ids"]
+                return completed(Call.of(facts, given)).inputs["position_ids"]
             if hasattr(self.base_model, "rope_deltas"):
                 self.base_model.rope_deltas = cache.rope_deltas
         return original._prepare_position_ids_for_generation(self, inputs, model_kwargs)
@@ -139,7 +143,7 @@ def generation_host(
     }
     if device is not None:
         replaced["device"] = device
-    host: Any = shallow_copy(model)
+    host: Any = shallow_copy(facts.text_model)
     # Hooks (accelerate's, for several devices) set a forward on the instance, which would win over
     # the class's.
     vars(host).pop("forward", None)
@@ -149,7 +153,7 @@ def generation_host(
         core.rope_deltas = None
         host._modules[host.base_model_prefix] = core
     # A subclass, so that everything that is not overridden stays the model's own.
-    host.__class__ = type(f"Reduced{type(model).__name__}", (type(model),), replaced)
+    host.__class__ = type(f"Reduced{type(model).__name__}", (original,), replaced)
     return host
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -109,19 +110,26 @@ class TurnCache(ReducedCache):
         before = torch.where(visible, logits, lowest)
         return torch.cat([before, mask.expand(batch, -1, -1, -1)], dim=-1)
 
+    @cached_property
+    def _known(self) -> dict[str, Tensor]:
+        """What the layers of each token space know of the keys of earlier turns."""
+        spaces, flags = self.earlier.spaces, {}
+        device = spaces[0].origin.device if spaces else None
+        if self.attention_mask is not None:
+            flags = {"attention_mask": self.attention_mask[:, : self.seen].to(device)}
+        none = torch.zeros(1, 0, device=device)
+        return flags | self.earlier.decode_inputs(flags.get("attention_mask"), none)
+
     def _earlier_keys(
         self, hidden: Tensor, layer: int, places: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return which earlier keys are seen, [B, 1, M, P], and their bias [B, P] or None."""
         held: Any = self.earlier.layers[layer]
         count, window = held.keys.shape[2], getattr(held, "sliding_window", None)
-        # What every layer of a token space knows of its keys.
         (batch, new), device = hidden.shape[:2], hidden.device
-        flags = None if self.attention_mask is None else self.attention_mask[:, : self.seen]
-        known = self.earlier.decode_inputs(flags, torch.zeros(1, 0, device=device))
         begun = [space for space in self.earlier.spaces if space.first_layer <= layer]
-        suffix = f"_{len(begun)}" if begun else ""
-        real = known.get(f"attention_mask{suffix}", flags)
+        known, suffix = self._known, f"_{len(begun)}" if begun else ""
+        real = known.get(f"attention_mask{suffix}")
         if real is None:
             real = torch.ones(batch, count, device=device)
         visible = (real[:, -count:] != 0).to(device)[:, None, None, :].expand(-1, 1, new, -1)

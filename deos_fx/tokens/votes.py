@@ -26,6 +26,9 @@ __all__ = [
     "without_class",
 ]
 
+# How much shares of attention differ by rounding, relative to them.
+_ROUNDING = 1e-5
+
 
 def class_feature(hidden: Tensor) -> Tensor:
     """Return the CLS token [I, 1, d] of a vision tower's hidden states [I, 1 + V, d]."""
@@ -91,7 +94,7 @@ def rater_votes(
         alive: Gates [B, V] of the visual tokens; None for ones.
 
     Returns:
-        [B, T] in float32, 0 or 1; the whole question if none of its tokens is above average.
+        [B, T] in float32, 0 or 1.
     """
     # 1. The share of each visual token's attention that goes to each word of the question.
     seen, asked = take(embeddings, visual).float(), take(embeddings, text).float()
@@ -108,9 +111,9 @@ def rater_votes(
     # 3. The words above the average of the question.
     called = called * question
     average = called.sum(dim=1, keepdim=True) / question.sum(dim=1, keepdim=True)
-    # Rounding may leave none of equal words above their average: then all of them are raters.
-    raters = (called > average) & (question != 0)
-    return (raters | (question != 0) & ~raters.any(dim=1, keepdim=True)).float()
+    # Words that are alike are as high as their average, and all of them are raters: rounding must
+    # not choose among them, since it differs from batch to batch.
+    return ((called >= average * (1 - _ROUNDING)) & (question != 0)).float()
 
 
 def tower_votes(alive: Tensor, class_tokens: int) -> Tensor:

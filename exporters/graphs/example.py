@@ -136,6 +136,6 @@ def _one_image(facts: ModelFacts) -> dict[str, Tensor]:
     ids = torch.nn.functional.pad(ids, (1, 1), value=word_of(facts))
     # Noise, because all tokens of a plain image would have equal scores, and which of these wins is
     # left open.
-    shape = facts.image()
+    shape = facts.image()["pixel_values"]
     noise = torch.randn(shape.shape, generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "pixel_values": noise.to(ids.device, shape.dtype)}

@@ -7,20 +7,20 @@ from typing import Any
 
 from torch import fx, nn
 
+from deos_fx.attention.mask import attention_modules
 from deos_fx.attention.observation import MADE_OF, OBSERVED
 from deos_fx.forms.needs import required_features
 from deos_fx.models.blocks import Block, counts_positions
 from deos_fx.operator.select import SELECTORS
-from deos_fx.passes.analyse.groups import OF_GROUPS, hands_on
+from deos_fx.passes.analyse.groups import OF_GROUPS
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.graph import attends, blocks_after, blocks_of
 from deos_fx.passes.notes import annotate, note_of, note_of_graph
-from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["check_masks", "check_order", "check_reduction"]
+__all__ = ["check_masks", "check_reduction"]
 
 
 def check_reduction(
@@ -133,11 +133,11 @@ def _check_groups(
             "Use scores and similarities of the patches themselves and of this block."
         )
     unseen = sorted(needs & OBSERVED.keys())
-    if unseen and not hands_on(blocks[Block("vision", split_site(reduction.site)[1])]):
+    if unseen and not attention_modules(blocks[Block("vision", split_site(reduction.site)[1])]):
         raise ValueError(
-            f"{reduction.site} has no {', '.join(unseen)}: its block hands no further arguments on "
-            "to its attention, which cannot be observed. Use scores and similarities of the "
-            "patches themselves."
+            f"{reduction.site} has no {', '.join(unseen)}: no part of its block names an attention "
+            "implementation, so its attention cannot be observed. Use scores and similarities of "
+            "the patches themselves."
         )
     if reduction.mass_bias:
         raise ValueError(
@@ -194,24 +194,6 @@ def _check_packed(reduction: Reduction, needs: frozenset[str], given: str) -> No
         f"{reduction.site}: {reason}, and there is {given}. Give every sample a row of its own, "
         "with an attention_mask [B, N] if rows are padded."
     )
-
-
-def check_order(sites: Sites, policy: Policy) -> None:
-    """Refuse a reduction at the projector after one of groups of patches.
-
-    Args:
-        sites: The sites.
-        policy: The reductions.
-
-    Raises:
-        ValueError: If there are both.
-    """
-    stages = {split_site(reduction.site)[0] for reduction in policy.reductions}
-    if sites.encoder is not Encoder.PATCHWISE and {"vision", "projector"} <= stages:
-        raise ValueError(
-            "projector: reductions at the projector after those of groups of patches in the vision "
-            "tower are not supported. Use one of the two, with further reductions in the decoder."
-        )
 
 
 def check_masks(graph_module: fx.GraphModule, packed: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from deos_fx.attention.mask import attention_modules
 from deos_fx.attention.observation import OBSERVED
 from deos_fx.errors import CaptureError
 from deos_fx.models.blocks import Block
@@ -28,7 +29,7 @@ from deos_fx.passes.analyse.flow import (
     find_merge,
     find_operands,
 )
-from deos_fx.passes.analyse.groups import OF_GROUPS, UNUSED, hands_on
+from deos_fx.passes.analyse.groups import OF_GROUPS, UNUSED
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.graph import attends, blocks_of, made_of, reached
 from deos_fx.passes.notes import note_of, note_of_graph
@@ -88,6 +89,9 @@ def find_sites(
     # With images and videos, the last merge has both. The features are looked for at the first one.
     merge = find_merge(graph, pixels)
     features, embeddings = find_operands(find_merge(graph, pixels[:1]), pixels)
+    if len(pixels) > 1:
+        # Images and videos come from an encoder each.
+        in_groups = None
     flow = data_flow(graph, merge)
     in_decoder = _decoder_sites(graph, flow)
     if features in encoded(graph):
@@ -101,7 +105,6 @@ def find_sites(
         reason = "the image encoder reads the sizes of images, so it is one node of the graph"
         if PIXELS[1] in inputs:
             reason = "the video encoder reads how many frames there are, so it is one node"
-            in_groups = None
         # Some models add images to the hidden states between two layers.
         late = merge in reached([blocks_of(graph, "decoder")[0]])
         why_not = "images enter the prompt after the first decoder layer" if late else ""
@@ -184,7 +187,8 @@ def _sites_of_groups(
     sites = []
     for block in blocks:
         reason = reasons.get(block.index, unknown)
-        features = OF_GROUPS if hands_on(modules[block]) else OF_GROUPS - OBSERVED.keys()
+        seen = bool(attention_modules(modules[block]))
+        features = OF_GROUPS if seen else OF_GROUPS - OBSERVED.keys()
         sites.append(_site_after(block, reason, () if reason else _scores_from(features)))
     return sites
 
@@ -261,7 +265,9 @@ def _class_tokens(graph_module: fx.GraphModule, block: fx.Node, features: fx.Nod
                     # square), or they read values from elsewhere.
                     return None
                 taken = [values[source] for source in node.all_input_nodes if source in values]
-                if _tokens(values[node]) > max(map(_tokens, taken)):
+                most = max(map(_tokens, taken))
+                # What is made of sizes alone takes no tokens; what joins it to some does.
+                if most and _tokens(values[node]) > most:
                     return None
     return shape[1] - per_image if values[features].shape[1] == per_image - 1 else None
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
-from deos_fx.attention.mask import attention_modules
 from deos_fx.attention.observation import OBSERVED
-from deos_fx.cost.measure import once
+from deos_fx.cost.tower import blocks_of_groups
 from deos_fx.errors import NoGroups
-from deos_fx.inputs.items import IMAGES, encoding
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.groups import find_groups
 
-__all__ = ["OF_GROUPS", "UNUSED", "hands_on", "reasons_in_groups"]
+__all__ = ["OF_GROUPS", "UNUSED", "reasons_in_groups"]
 
 OF_GROUPS = frozenset({"tokens", "grid", "keys", "joint_keys"}) | {
     name for name, (_, queries) in OBSERVED.items() if queries == "visual"
@@ -39,32 +33,9 @@ def reasons_in_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> dict[int,
     """
     blocks = range(len(facts.blocks.vision))
     try:
-        used = once(facts, "blocks of groups", lambda: _used(facts, inputs))
+        fine = blocks_of_groups(facts, inputs)
     except NoGroups as reason:
         # Not remembered: it may be for the sizes of these images alone.
         return dict.fromkeys(blocks, str(reason))
-    return {i: "" if i < used else UNUSED for i in blocks}
-
-
-def hands_on(block: nn.Module) -> bool:
-    """Return whether a block has attention to observe, and hands further arguments on to it."""
-    parameters = inspect.signature(type(block).forward).parameters.values()
-    return bool(attention_modules(block)) and any(one.kind is one.VAR_KEYWORD for one in parameters)
-
-
-def _used(facts: ModelFacts, inputs: Mapping[str, Any]) -> int:
-    """Count the vision blocks up to the last that features are read from, in groups of patches."""
-    model = facts.model
-    core: Any = model.base_model
-    method, given = encoding(facts, inputs, IMAGES)
-    blocks = [model.get_submodule(path) for path in facts.blocks.vision]
-    try:
-        return find_groups(core, getattr(type(core), method), blocks, (), given).used
-    except NoGroups:
-        raise
-    # How code of a family fails where gradients or made-up weights go through it is up to it.
-    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
-        (first, *_) = str(error).splitlines() or [""]
-        raise NoGroups(
-            f"its patches cannot be followed ({type(error).__name__}: {first})"
-        ) from error
+    early = dict.fromkeys(range(fine.start), "later blocks of the tower have other patches")
+    return {i: "" if i in fine else early.get(i, UNUSED) for i in blocks}

@@ -12,8 +12,9 @@ node is recorded that is checked at every later run, so a specialisation is neve
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from deos_fx.errors import CaptureError
 from deos_fx.models.blocks import Block
+from deos_fx.models.families import own_name
 from deos_fx.models.shapes_only import plain_attention, without_missing_weights
 from deos_fx.models.views import is_offloaded
 from deos_fx.passes.capture.replacements import TRACER, replacements_of
@@ -39,6 +41,7 @@ def capture(
     inputs: Mapping[str, Any],
     blocks: Mapping[str, Block],
     *,
+    part: PreTrainedModel | None = None,
     opaque_encoder: bool = False,
 ) -> fx.GraphModule:
     """Record one forward pass as a graph of blocks and glue.
@@ -48,12 +51,14 @@ def capture(
         inputs: Arguments of its forward. Tensors, caches and numbers become graph inputs,
             everything else is part of the structure, and the graph holds for this value only.
         blocks: Module path of every transformer block -> the block.
+        part: The model inside it that runs; None for the model itself.
         opaque_encoder: Record the image encoder as one node.
 
     Returns:
         A `GraphModule` with the same inputs that returns a dict of the model's output fields,
-        without the outputs of encoders among them. It has a `GraphNote`, and its blocks are marked
-        in the notes of their nodes.
+        without the outputs of encoders among them. If its language model has an output of its own
+        in that of the model, the dict has the fields of both. The graph module has a `GraphNote`,
+        and its blocks are marked in the notes of their nodes.
 
     Raises:
         CaptureError: If the model's code does something that cannot be recorded.
@@ -65,12 +70,19 @@ def capture(
         name: tracer.placeholder(name, value) if _is_data(value) else value
         for name, value in inputs.items()
     }
-    result = _record(tracer, model, arguments, opaque_encoder)
+    with _recording(tracer, model, opaque_encoder):
+        # Not model(...): hooks of the instance (accelerate moves inputs) are no part of the graph.
+        run = part or model
+        forward = type(run).forward
+        named = {own_name(name, forward): value for name, value in arguments.items()}
+        result = forward(run, **named)
     # What encoders return on the way (`image_outputs` of transformers 5.24) is left out: its fields
     # would keep layers of the vision tower that nothing else reads, and a list per image.
+    parts = (value for value in result.values() if isinstance(value, ModelOutput))
     fields = {
         name: value
-        for name, value in result.items()
+        for output in (*(output for output in parts if "logits" in output), result)
+        for name, value in output.items()
         if value is not None and not isinstance(value, ModelOutput)
     }
     tracer.create_node("output", "output", (tracer.create_arg(fields),), {})
@@ -92,10 +104,9 @@ def _is_data(value: object) -> bool:
     return number or isinstance(value, (torch.Tensor, Cache))
 
 
-def _record(
-    tracer: Tracer, model: PreTrainedModel, arguments: dict[str, Any], opaque_encoder: bool
-) -> Any:
-    """Run the model's forward with the tracer on; replaced functions are always restored."""
+@contextlib.contextmanager
+def _recording(tracer: Tracer, model: PreTrainedModel, opaque_encoder: bool) -> Iterator[None]:
+    """Turn the tracer on; replaced functions are always restored."""
     replacements = replacements_of(model, opaque_encoder)
     # Plain attention, because a kernel that compiles itself at its first call (flex attention)
     # would compile the functions that replace torch's while tracing.
@@ -103,9 +114,7 @@ def _record(
     with _CAPTURING, torch.no_grad(), without_missing_weights(model), plain, replaced(replacements):
         token = TRACER.set(tracer)
         try:
-            # Not model(...): hooks of the instance (accelerate moves inputs) are no part of the
-            # graph.
-            return type(model).forward(model, **arguments)
+            yield
         finally:
             TRACER.reset(token)
 

@@ -22,6 +22,7 @@ from deos_fx import tokens
 from deos_fx.forms.needs import feature_name
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.forms.static import StaticOutput
+from deos_fx.models.blocks import counts_positions
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.learned import LEARNED
 from deos_fx.operator.scores import SCORES
@@ -30,7 +31,7 @@ from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.graph import attends, blocks_after, blocks_of
 from deos_fx.passes.lower.lower_reductions import Lowering, Part
 from deos_fx.passes.lower.open_only import open_only
-from deos_fx.passes.lower.site_walk import Group, Place, Step
+from deos_fx.passes.lower.site_walk import Group, Inside, Place, Step
 from deos_fx.passes.notes import note_of
 from deos_fx.policy.site import site_order
 from deos_fx.tokens.layout import PromptLayout
@@ -98,6 +99,7 @@ def insert_relaxed(
     Raises:
         ValueError: If a site cannot be used or lacks a score, or a layer takes no bias.
     """
+    _check_layers(graph_module)
     steps = []
     for name in sorted(reductions, key=site_order):
         # The checks know static reductions. What a relaxed one needs does not change while it is
@@ -106,16 +108,19 @@ def insert_relaxed(
         site = check_reduction(graph_module, sites, start, layout)
         # Counts are up to the module.
         steps.append(Step(start, site, _needs(reductions[name]), layout.sizes))
-    _check_layers(graph_module)
     check_masks(graph_module, layout.packed)
     return _Insertion(graph_module, sites, layout, steps, reductions).walk()
 
 
 def _check_layers(graph_module: fx.GraphModule) -> None:
-    """Refuse layers that attend and keep a state at once: a half open token is for one of the two.
+    """Refuse layers for which a half open token is more than a key.
+
+    1. Layers that attend and keep a state at once: such a token is for one of the two.
+    2. Layers that count positions themselves: it counts as a whole one.
 
     Raises:
-        ValueError: If a decoder layer takes a mask of queries and keys and one of padding.
+        ValueError: If a decoder layer takes a mask of queries and keys and one of padding, or
+            counts positions.
     """
     for layer in blocks_of(graph_module.graph, "decoder").values():
         if attends(layer) and any(note_of(value).padding for value in layer.all_input_nodes):
@@ -123,6 +128,11 @@ def _check_layers(graph_module: fx.GraphModule) -> None:
                 f"{layer.name} attends and keeps a state as well, which sees a token that is half "
                 "gone as it sees any other: reductions of this model cannot be searched by "
                 "gradient. Give a policy."
+            )
+        if counts_positions(graph_module.get_submodule(str(layer.target))):
+            raise ValueError(
+                f"{layer.name} counts the tokens that it gets, and in a search these are all of "
+                "them: reductions of this model cannot be searched by gradient. Give a policy."
             )
 
 
@@ -166,7 +176,7 @@ class _Insertion(Lowering):
         # Gates of images [I, C] are reported as gates of prompts, like those in the decoder.
         self.gates.append(self.call(tokens.masses_of_prompt, self.alive, self.layout.images))
 
-    def reduce_inside(self, steps: Sequence[Step]) -> None:
+    def reduce_inside(self, steps: Sequence[Step]) -> Inside:
         """Refuse groups of patches in the tower of an encoder that is one node."""
         raise ValueError(f"{steps[0].site.name}: groups of patches have no relaxed form.")
 

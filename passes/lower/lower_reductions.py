@@ -19,13 +19,13 @@ from deos_fx.forms.needs import required_features
 from deos_fx.forms.static import StaticOutput, static_reduce
 from deos_fx.models.families import is_encoder
 from deos_fx.models.views import has_several_devices
-from deos_fx.passes.analyse.check_reduction import check_masks, check_order, check_reduction
+from deos_fx.passes.analyse.check_reduction import check_masks, check_reduction
 from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import blocks_after
 from deos_fx.passes.lower.reduced_encoder import ReducedEncoder, explained, left_in_tower
 from deos_fx.passes.lower.reduced_patches import ROLES
-from deos_fx.passes.lower.site_walk import Group, Place, SiteWalk, Step
+from deos_fx.passes.lower.site_walk import Group, Inside, Place, SiteWalk, Step
 from deos_fx.passes.lower.token_space import TokenSpace
 from deos_fx.passes.notes import note_of_graph
 from deos_fx.passes.observe.observe_block import bias_block
@@ -62,7 +62,6 @@ def lower_reductions(
         # Case: nothing to insert. The graph stays bit-identical to the model.
         return finish(graph_module)
     check_masks(graph_module, layout.packed)
-    check_order(sites, policy)
     # Counts of every reduction for each image, since a ratio keeps more of a larger one:
     # transposed, they are the counts of all images for each reduction.
     counts = zip(*map(policy.counts, layout.sizes), strict=True)
@@ -179,42 +178,37 @@ class Lowering(SiteWalk):
         """Read a feature of the latest site in the tower at the tokens that it kept."""
         return self.call(tokens.known_of_kept, features[name], self.kept_in_tower)
 
-    def reduce_inside(self, steps: Sequence[Step]) -> None:
-        """Reduce groups of patches in the tower, and leave the others out of the prompt."""
+    def reduce_inside(self, steps: Sequence[Step]) -> Inside:
+        """Reduce groups of patches in the tower; what is left stays in the prompt for now."""
         (encoder,) = (node for node in self.graph.nodes if is_encoder(node))
         whole: Any = self.graph_module.get_submodule(str(encoder.target))
         blocks = note_of_graph(self.graph_module).blocks
         tower = [blocks[block] for block in sorted(blocks) if block.stage == "vision"]
         reduced = ReducedEncoder(whole.core, whole.encode, tower, steps, self.layout)
         self.graph_module.set_submodule(str(encoder.target), reduced)
-        hidden = self.nodes[self.sites.features]
-        # After both the prompt and the visual tokens' positions.
-        with self.graph.inserting_before(max(hidden, self.visual).next):
+        with self.graph.inserting_after(encoder):
+            # Without transfers, every mass is 1.
+            moved = any(step.reduction.gain or step.reduction.residual for step in steps)
+            mass = self.call(left_in_tower, encoder, "mass") if moved else None
+            kept = self.call(left_in_tower, encoder, "kept")
             for step in steps:
                 self.emitter.site = step.site.name
                 for role in ROLES:
                     value = self.call(explained, encoder, step.site.name, role)
                     self.emitter.explain(role, value)
-            kept = self.call(left_in_tower, encoder, "kept")
-            # Without transfers, every mass is 1.
-            moved = any(step.reduction.gain or step.reduction.residual for step in steps)
-            mass = self.call(left_in_tower, encoder, "mass") if moved else None
-            rule = rule_before_decoder(step.reduction for step in steps)
-            # Masses that arise in the tower bias the attention of the tower only.
-            self._shorten(hidden, Part(kept, None, mass), self._cells_at(kept), rule, 0.0)
+        return Inside(kept, mass, steps[-1].counts)
 
     def reduce_merged(self, step: Step, groups: Sequence[Group]) -> None:
         """Reduce images that are already in the prompt, each of them alone."""
         parts = [self._part_of(step, group) for group in groups]
-        if len(parts) == 1:
-            (left,) = parts
-            grid = self._grid_of_prompt(left.kept)
-        else:
-            # Case: images of several sizes.
-            left = self._in_order(parts)
-            grid = self._cells_at(left.kept)
-        rules = step.reduction.position, step.reduction.mass_bias
-        self._shorten(groups[0].whole, left, grid, *rules)
+        # Of images of several sizes, there are several parts.
+        left = parts[0] if len(parts) == 1 else self._in_order(parts)
+        if self.inside is not None:
+            left = left._replace(kept=self.call(tokens.take, self.inside.kept, left.kept))
+        several = len(parts) > 1 or self.inside is not None
+        grid = self._cells_at(left.kept) if several else self._grid_of_prompt(left.kept)
+        rule = rule_before_decoder(each.reduction for each in self.steps)
+        self._shorten(groups[0].whole, left, grid, rule, step.reduction.mass_bias)
 
     def _part_of(self, step: Step, group: Group) -> Part:
         """Reduce the images of one size."""
@@ -222,7 +216,7 @@ class Lowering(SiteWalk):
         count = step.counts[first]
         # Only the last image can end the prompt, and has to keep its last token then.
         last_of = self._last_of(images) if last == self.layout.images - 1 else 0
-        reduced = self._operate(step, count, group, None, last_of)
+        reduced = self._operate(step, count, group, group.mass, last_of)
         # Of images [I, K, d], to be joined to those of prompts [B, I K, d].
         left, mass = self._written(step, reduced), reduced.mass
         if left is not None:
@@ -230,7 +224,7 @@ class Lowering(SiteWalk):
         if mass is not None:
             mass = self.call(tokens.masses_of_prompt, mass, images)
         self.cells = self._cells_of_kept(step, count, group.cells, reduced.kept)
-        size = self.layout.sizes[first]
+        size = (self.inside.sizes if self.inside else self.layout.sizes)[first]
         kept = self.call(tokens.kept_of_prompt, reduced.kept, images, size)
         if group.columns is not None:
             # Back from indices into these images' tokens to those into all visual tokens.
@@ -254,6 +248,16 @@ class Lowering(SiteWalk):
 
     def enter_prompt(self, steps: Sequence[Step]) -> None:
         """Shorten the prompts' runs of placeholders to the tokens that are left of each image."""
+        if self.inside is not None:
+            # Case: an encoder that is one node, so that all features are in the prompt. Masses that
+            # arise in the tower bias the attention of the tower only.
+            hidden = self.nodes[self.sites.features]
+            # After both the prompt and the visual tokens' positions.
+            with self.graph.inserting_before(max(hidden, self.visual).next):
+                left = Part(self.inside.kept, None, self.inside.mass)
+                rule = rule_before_decoder(step.reduction for step in steps)
+                self._shorten(hidden, left, self._cells_at(left.kept), rule, 0.0)
+            return
         last, own, mass = steps[-1], self.kept, self.mass
         images, per_image = self.layout.images, self.layout.tokens_per_image
         # After everything that is read here: the encoder, and the embeddings of the prompt.

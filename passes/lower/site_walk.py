@@ -8,7 +8,7 @@ There are three kinds of sites:
    prompt then enters the prompt. In a tower inside of an opaque encoder, groups of patches are
    reduced, and the visual tokens made of the others leave the prompt afterwards.
 2. Where the image encoder is opaque, its features are already in the prompt when they can first be
-   reduced. Each image is taken out of the prompt and reduced alone, too.
+   reduced. What is left of each image is taken out of the prompt and reduced alone, too.
 3. In the decoder, all visual tokens of a prompt are reduced together.
 
 The walk finds the tokens at a site, their features, and what reads them. A static graph then gets
@@ -40,7 +40,7 @@ from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["Group", "Place", "SiteWalk", "Step"]
+__all__ = ["Group", "Inside", "Place", "SiteWalk", "Step"]
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,28 @@ class Group(Place):
         images: Numbers of these images in a prompt.
         columns: Their places among the visual tokens of a prompt; None if they are all images.
         cells: Image, row and column of the tokens of one of them.
+        mass: Their masses [I, V]; None while every mass is 1.
     """
 
     images: Sequence[int]
     columns: torch.Tensor | None
     cells: fx.Node | torch.Tensor
+    mass: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What reductions of groups of patches in the tower have left of a prompt.
+
+    Attributes:
+        kept: Indices [B, K] of the tokens that are left among a prompt's visual tokens.
+        mass: Their masses [B, K]; None while every mass is 1.
+        sizes: Number of tokens that are left of each image.
+    """
+
+    kept: fx.Node
+    mass: fx.Node | None
+    sizes: tuple[int, ...]
 
 
 class SiteWalk(ABC):
@@ -118,6 +135,7 @@ class SiteWalk(ABC):
         grid: Image, row and column of every visual token of a prompt.
         alive: Gates of the visual tokens, [I, V] before the decoder and [B, V] in it; None while
             every gate is 1.
+        inside: What is left in the tower of an encoder that is one node; None while all is.
     """
 
     def __init__(
@@ -140,6 +158,7 @@ class SiteWalk(ABC):
         self.cells: fx.Node | torch.Tensor = layout.grid_tensor(1)
         self.grid: fx.Node | torch.Tensor = layout.grid_tensor(layout.images)
         self.alive: fx.Node | None = None
+        self.inside: Inside | None = None
         # The text as it enters the prompt; in the decoder, the text as it enters the first layer.
         self._text = PromptText(
             self.call, self.nodes[sites.embeddings], self.visual, padding_node(graph_module)
@@ -157,12 +176,12 @@ class SiteWalk(ABC):
         inside = [step for step in before_decoder if opaque and step.stage == "vision"]
         if inside:
             # Kind 1, in an encoder that is one node.
-            self.reduce_inside(inside)
+            self.inside = self.reduce_inside(inside)
         # Kinds 1 and 2.
         for step in before_decoder[len(inside) :]:
             self._at(step, self._at_merged if opaque else self._at_images)
-        # Merged images have shortened their prompts already.
-        if before_decoder and not opaque:
+        # Images that are reduced in the prompt shorten it themselves.
+        if before_decoder and before_decoder[-1] in (inside if opaque else before_decoder):
             self.enter_prompt(before_decoder)
         in_decoder = self.steps[len(before_decoder) :]
         if in_decoder:
@@ -183,7 +202,7 @@ class SiteWalk(ABC):
         """Reduce every image alone: its patches in the tower, or its features after it."""
 
     @abstractmethod
-    def reduce_inside(self, steps: Sequence[Step]) -> None:
+    def reduce_inside(self, steps: Sequence[Step]) -> Inside:
         """Reduce groups of patches in the tower of an image encoder that is one node."""
 
     @abstractmethod
@@ -273,17 +292,31 @@ class SiteWalk(ABC):
     ) -> Group:
         """Take the tokens of the images of one size out of the prompts [B, N, d]."""
         visual, cells, columns = self.visual, self.cells, None
-        if len(images) < self.layout.images:
+        inside, mass, count = self.inside, None, len(images)
+        sizes = inside.sizes if inside else self.layout.sizes
+        if inside is not None:
+            visual = self.call(tokens.take, visual, inside.kept)
+            whole = self.layout.grid_tensor(self.layout.images)[None]
+            mass, cells = inside.mass, self.call(tokens.known_of_kept, whole, inside.kept)
+        if count < self.layout.images:
             # Case: images of several sizes. Take the visual tokens of these images alone; they have
             # one grid in common, that of the first of them.
-            whole = self.layout.grid_tensor(self.layout.images)
-            columns = torch.isin(whole[:, 0], torch.tensor(images)).nonzero()[:, 0]
-            cells = whole[columns[: self.layout.sizes[images[0]]]]
+            own = torch.arange(sum(sizes)).split(sizes)
+            columns = torch.cat([own[i] for i in images])
             visual = self.call(torch.index_select, visual, 1, columns)
-        features = self._image_features(step, cells, len(images))
+            if inside is None:
+                cells = self.layout.grid_tensor(self.layout.images)[own[images[0]]]
+        if inside is not None:
+            # Case: each image has cells and masses of its own.
+            taken = [cells, *([] if mass is None else [mass])]
+            if columns is not None:
+                taken = [self.call(torch.index_select, value, 1, columns) for value in taken]
+            cells, *masses = (self.call(tokens.of_images, value, count) for value in taken)
+            mass = masses[0] if masses else None
+        features = self._image_features(step, cells, count)
         # [B, N, d] -> the visual tokens of prompts -> those of images [I, V, d]
-        own = self.call(tokens.of_images, self.call(tokens.take, hidden, visual), len(images))
-        return Group(hidden, own, features, put_back, images, columns, cells)
+        own = self.call(tokens.of_images, self.call(tokens.take, hidden, visual), count)
+        return Group(hidden, own, features, put_back, images, columns, cells, mass)
 
     def _enter_decoder(self) -> None:
         """Let later reductions see the text as it enters the first decoder layer.

@@ -11,6 +11,7 @@ from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import made_of, reached
 from deos_fx.passes.lower.insert_relaxed import RelaxedSite
+from deos_fx.passes.lower.reduced_encoder import ReducedEncoder
 from deos_fx.passes.notes import note_of
 
 __all__ = ["split_prefix"]
@@ -59,8 +60,9 @@ def split_prefix(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, fx.Graph
 def _reduces(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Return whether a node is part of a reduction: its module, or one of its operators."""
     if node.op == "call_module":
-        # Case: a relaxed graph.
-        return isinstance(graph_module.get_submodule(str(node.target)), RelaxedSite)
+        # Case: a relaxed graph, or groups of patches inside of an encoder.
+        module = graph_module.get_submodule(str(node.target))
+        return isinstance(module, (RelaxedSite, ReducedEncoder))
     # Case: a lowered graph.
     room = getattr(node.target, "__module__", None) or ""
     return room.startswith("deos_fx.operator")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from deos_fx.cost.latency import milliseconds
+from deos_fx.forms.relaxed_parameters import has_relaxed_form
 from deos_fx.passes.search import processes
 from deos_fx.passes.search.batches import SearchBatch
 from deos_fx.passes.search.descent import GATE_TEMPERATURES, relaxed_graph
@@ -16,12 +17,13 @@ from deos_fx.passes.search.looks import looks_of
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.space import relaxed
 from deos_fx.passes.search.timing import prefill
+from deos_fx.passes.search.towers import is_tried
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.evidence import Evidence
 from deos_fx.results.search_result import Candidate, SearchResult
 
-__all__ = ["RUNNERS_UP", "check_can_be_met", "check_unreduced", "result_of"]
+__all__ = ["RUNNERS_UP", "check_can_be_met", "check_unreduced", "compared", "result_of"]
 
 RUNNERS_UP = 24
 """Tokens that stay in the sequence beside those that are kept, during the steps."""
@@ -124,8 +126,22 @@ def _evidence(problem: SearchProblem, candidates: Sequence[Candidate]) -> Eviden
     preset = next((each for each in candidates if each.source.startswith("preset ")), None)
     if preset is None or preset is best or preset.loss == math.inf:
         return evidence
-    pairs = zip(*map(problem.static_losses, (preset.policy, best.policy)), strict=True)
-    leads = [theirs - own for theirs, own in pairs]
+    theirs, own = (problem.static_losses(each.policy) for each in (preset, best))
+    return compared(evidence, preset, theirs, own)
+
+
+def compared(
+    evidence: Evidence, preset: Candidate, theirs: Sequence[float], own: Sequence[float]
+) -> Evidence:
+    """Say how the best policy compares with a preset.
+
+    Args:
+        evidence: What is known of the data.
+        preset: The preset.
+        theirs: Its losses on the scoring batches.
+        own: Those of the best policy.
+    """
+    leads = [loss - best for loss, best in zip(theirs, own, strict=True)]
     error = math.inf
     if len(leads) > 1:
         error = statistics.stdev(leads) / math.sqrt(len(leads))
@@ -168,7 +184,15 @@ def _in_time(problem: SearchProblem, candidates: list[Candidate]) -> list[Candid
 
 
 def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
-    """Return the task loss of a policy in its relaxed form, at the last gate temperature."""
+    """Return the task loss of a policy in its relaxed form, at the last gate temperature.
+
+    It is NaN where a reduction has no such form: of groups of patches, and some of presets.
+    """
+    steps = policy.reductions
+    if any(is_tried(problem.sites, step.site) for step in steps) or not all(
+        map(has_relaxed_form, steps)
+    ):
+        return math.nan
     settings = {"runners_up": RUNNERS_UP, "gate_temperature": GATE_TEMPERATURES[1]}
     reductions = relaxed(policy, problem.visual_tokens, **settings)
     return problem.mean_loss(lambda batch: relaxed_graph(reductions, batch))

@@ -13,7 +13,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import site_order
 
-__all__ = ["factors", "nearby", "placed", "placements", "widened"]
+__all__ = ["factors", "nearby", "placed", "placements", "spread", "widened"]
 
 _T = TypeVar("_T")
 
@@ -41,11 +41,11 @@ def placements(
     # Whether a site can meet the limits does not depend on how it chooses.
     plain = {site.name: Reduction(site.name, 1, scores={"feature_norm": 1.0}) for site in sites}
     feasible = [site for site in sites if problem.fit(Policy((plain[site.name],))) is not None]
-    alone = _spread(feasible, _DEPTHS)
+    alone = spread(feasible, _DEPTHS)
     if not alone:
         return []
     after = site_order(alone[0].name)
-    later = _spread([site for site in sites if site_order(site.name) > after], _PAIRS)
+    later = spread([site for site in sites if site_order(site.name) > after], _PAIRS)
     start = starts(list({site.name: site for site in (*alone, *later)}.values()))
     places = [[start[site.name]] for site in alone]
     places += [[start[alone[0].name], start[site.name]] for site in later]
@@ -128,7 +128,7 @@ def factors(problem: SearchProblem, start: Policy, steps: int) -> list[int]:
     return found[-max(1, min(len(found), steps)) :]
 
 
-def _spread(items: Sequence[_T], most: int) -> list[_T]:
+def spread(items: Sequence[_T], most: int) -> list[_T]:
     """Return at most so many items, evenly spread, with the first and the last."""
     if len(items) <= most:
         return list(items)

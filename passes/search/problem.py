@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from deos_fx.cost.model import CostModel
 from deos_fx.models.facts import facts_of
 from deos_fx.passes.analyse.check_reduction import check_reduction
-from deos_fx.passes.analyse.sites import Encoder, Site, Sites
+from deos_fx.passes.analyse.sites import Site, Sites
 from deos_fx.passes.captures import Captures
 from deos_fx.passes.pipeline import Captured, lower_call
 from deos_fx.passes.rewrite.split_prefix import split_prefix
@@ -25,6 +25,7 @@ from deos_fx.passes.search.batches import (
     check_whole,
     checked_calls,
     moved,
+    parted,
     with_targets,
     without_labels,
 )
@@ -89,6 +90,8 @@ class SearchProblem:
         budget: Budget,
         progress: Progress | None = None,
         recognise: Callable[[dict[str, Any]], None] | None = None,
+        *,
+        in_tower: bool = False,
     ) -> SearchProblem:
         """Check the data, capture the model and set up the problem.
 
@@ -98,6 +101,7 @@ class SearchProblem:
             budget: The budget.
             progress: Called with the stages ``answers`` and ``capture`` after each batch.
             recognise: Called with the fingerprint of the problem, before anything is captured.
+            in_tower: Whether sites of the vision tower are searched.
 
         Returns:
             The problem. From four batches on, a quarter is held back for scoring.
@@ -114,8 +118,8 @@ class SearchProblem:
         calls, labels, early = checked_calls(facts, data, progress)
         # Of interrupted data, it is not known whose it is.
         if recognise is not None and not early:
-            training = map(without_labels, calls[: len(calls) - len(calls) // 4])
-            recognise(fingerprint(facts.signature, [*training]))
+            training = [without_labels(call) for call in parted(calls)[0]]
+            recognise(fingerprint(facts.signature, training))
         # 2. Costs, for every layout. The longest prompts come first: their layout is the
         # problem's own.
         longest = sorted(calls, key=lambda call: call.inputs["input_ids"].shape[1])[::-1]
@@ -126,13 +130,12 @@ class SearchProblem:
         # dict keeps the order, so the first is that of the longest prompts.
         cost, *others = costs.values()
         # 3. The captured calls, and a target for every batch.
-        captures = Captures(model)
+        captures = Captures(model, in_tower)
         first = without_labels(longest[0])
         captured = captures.serving(replace(first, inputs=moved(first.inputs, model.device)))
         batches, interrupted = with_targets(captures, calls, labels, progress)
-        # 4. The problem. The last quarter of the batches is held back. Of fewer than four batches,
-        # none is, and candidates are scored on all of them.
-        held_back = len(batches) // 4
+        # 4. The problem.
+        for_steps, for_scoring = parted(batches)
         problem = cls(
             model=model,
             captures=captures,
@@ -141,8 +144,8 @@ class SearchProblem:
             cost=cost,
             others=[(other, {}) for other in others],
             limits={},
-            training=batches[: len(batches) - held_back],
-            scoring=batches[len(batches) - held_back :] or batches,
+            training=for_steps,
+            scoring=for_scoring,
             interrupted=early or interrupted,
         )
         return problem.under(budget)
@@ -207,12 +210,6 @@ class SearchProblem:
         if names is not None:
             # Case: the sites are given.
             chosen = [self.sites.usable(name, ()) for name in names]
-            inside = [site.name for site in chosen if split_site(site.name)[0] == "vision"]
-            if inside and self.sites.encoder is not Encoder.PATCHWISE:
-                raise ValueError(
-                    f"{inside[0]} cannot be searched: several patches make a visual token, and "
-                    "such groups have no relaxed form. Search other sites, or give a policy."
-                )
             return tuple(sorted(chosen, key=lambda site: site_order(site.name)))
         # Case: all sites after the tower.
         usable = self.sites.available()

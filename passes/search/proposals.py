@@ -17,7 +17,15 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import RANGES, Reduction
 from deos_fx.policy.site import site_order, split_site
 
-__all__ = ["PRESETS", "discretise", "from_presets", "variations"]
+__all__ = [
+    "PRESETS",
+    "adapted",
+    "discretise",
+    "fitted_preset",
+    "from_presets",
+    "preset_tokens",
+    "variations",
+]
 
 # *** rounded steps ***
 
@@ -73,24 +81,38 @@ def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
     Returns:
         Source and policy of each proposal.
     """
-    proposals = []
-    # Presets are fitted to a number of tokens of an image, or to all if there is no such limit.
+    fitted = ((name, fitted_preset(problem, name)) for name in PRESETS)
+    return [(f"preset {name}", policy) for name, policy in fitted if policy is not None]
+
+
+def fitted_preset(problem: SearchProblem, name: str) -> Policy | None:
+    """Fit a preset in its published setting to the limits; None if that is not possible."""
+    try:
+        policy = presets.fit(
+            name, preset_tokens(problem), problem.model, visual_tokens=problem.layout.grid
+        )
+    except ValueError:
+        # Case: the preset cannot meet the budget, or does not fit this number of tokens.
+        return None
+    return adapted(problem, policy)
+
+
+def preset_tokens(problem: SearchProblem) -> float:
+    """Return the number of tokens of an image that presets are fitted to.
+
+    If there is no such limit, it is all of them.
+    """
     share = problem.limits.get("visual_tokens", math.inf) / problem.layout.images
-    tokens = min(share, problem.visual_tokens)
-    for name in PRESETS:
-        try:
-            policy = presets.fit(name, tokens, problem.model, problem.layout.grid)
-        except ValueError:
-            # Case: the preset cannot meet the budget, or does not fit this number of tokens.
-            continue
-        policy = problem.cost.for_any_size(_with_own_scores(problem.sites, policy))
-        if not problem.runs(policy):
-            continue
-        # The counts of the preset stay as they are if they meet all limits.
-        fitted = policy if problem.meets(policy) else problem.fit(policy)
-        if fitted is not None:
-            proposals.append((f"preset {name}", fitted))
-    return proposals
+    return min(share, problem.visual_tokens)
+
+
+def adapted(problem: SearchProblem, policy: Policy) -> Policy | None:
+    """Return a preset's policy such that it runs and meets the limits; None if it cannot."""
+    policy = problem.cost.for_any_size(_with_own_scores(problem.sites, policy))
+    if not problem.runs(policy):
+        return None
+    # The counts of the preset stay as they are if they meet all limits.
+    return policy if problem.meets(policy) else problem.fit(policy)
 
 
 def _with_own_scores(sites: Sites, policy: Policy) -> Policy:

@@ -5,7 +5,8 @@ trained on its relaxed form: scores, learned directions, and what happens to dro
 steps show which place is best; there, training goes on. Limits under which next to nothing can be
 answered are approached from looser ones. Presets, fitted to the same limits, and small changes of
 the best candidate are tried as well. All candidates are scored in *static* form, the form that is
-deployed, on held-back data, and the best is returned.
+deployed, on held-back data, and the best is returned. If asked to, presets are tuned at the end,
+which tells what the search has gained over them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.proposals import PRESETS, discretise, from_presets
 from deos_fx.passes.search.regimes import in_regimes
+from deos_fx.passes.search.rivals import Rivals
 from deos_fx.passes.search.scoring import Scoring, polish
 from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
+from deos_fx.passes.search.towers import in_towers, is_tried
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import SearchResult
@@ -75,6 +78,7 @@ class SearchRun:
         reached: Where looser budgets have ended, at each place; starts of the steps.
         further: How many tighter budgets come after this one.
         estimate: Says how long the search takes; one for all budgets.
+        preset_evaluations: Losses that may be spent on presets and their options at the end.
     """
 
     problem: SearchProblem
@@ -88,10 +92,12 @@ class SearchRun:
     reached: Sequence[Policy] = ()
     further: int = 0
     estimate: Estimate | None = None
+    preset_evaluations: int = 0
 
     def __post_init__(self) -> None:
         self.estimated = self.estimate or Estimate(self.progress)
         self.scoring = Scoring(self.problem, self.estimated, self.progress)
+        self.rivals = Rivals(self.problem, self.scoring, self.preset_evaluations, self.seed)
         self.unreduced_loss: float | None = None
         # Under several budgets, others have run the model before.
         self.before = self.problem.effort.evaluations
@@ -109,8 +115,9 @@ class SearchRun:
 
     @property
     def spent(self) -> int:
-        """Return the evaluations so far."""
-        return self.problem.effort.evaluations - self.before
+        """Return the evaluations so far, but for those of the presets at the end."""
+        own = self.problem.effort.evaluations - self.before
+        return own - self.rivals.evaluations * len(self.problem.scoring)
 
     def advance(
         self, sites: Sequence[Site], stages: Sequence[str] = STAGES, most: int | None = None
@@ -118,11 +125,13 @@ class SearchRun:
         """Go through the stages of the search, until the end or an interruption.
 
         Args:
-            sites: The sites to search.
+            sites: The sites to search. At some of the tower, settings are only tried.
             stages: Those of `STAGES` that are not left out.
             most: Largest number of evaluations of variations; left out, those of a search.
         """
         most = _VARIATIONS * len(self.problem.scoring) if most is None else most
+        tried = [site for site in sites if is_tried(self.problem.sites, site.name)]
+        sites = [site for site in sites if site not in tried]
         try:
             if self.interrupted:
                 # Case: while capturing, or under a looser budget.
@@ -130,6 +139,7 @@ class SearchRun:
             if "presets" in stages:
                 self.unreduced_loss = check_unreduced(self.problem)
                 self.scoring.add_all("presets", _known(self.problem))
+                self.scoring.add_all("tower", in_towers(self.problem, tried))
             if "steps" in stages:
                 starts = self.carried()
                 if starts:
@@ -137,7 +147,10 @@ class SearchRun:
                     self.steps, most = max(1, self.steps // 2), most // 2
                 self.train(starts or self.places(sites), sites)
             if "variations" in stages:
-                polish(self.problem, self.scoring, "variations", most)
+                polish(self.problem, self.scoring, "variations", most, tried)
+            if "variations" in stages and self.preset_evaluations:
+                # After all that the search does, which they leave as it is.
+                self.rivals.add()
         except KeyboardInterrupt:
             # The user wants a result now.
             self.interrupted = True
@@ -337,7 +350,7 @@ class SearchRun:
             self.unreduced_loss,
             self.interrupted,
         )
-        return replace(found, evaluations=self.spent)
+        return replace(found, evaluations=self.spent, preset_evaluations=self.rivals.evaluations)
 
     def _planned(self, places: int, sites: int) -> tuple[int, int]:
         """Return how many steps and static losses the search takes, from the first step on.
@@ -346,7 +359,8 @@ class SearchRun:
         """
         # Under a tighter budget, and under this one.
         steps, losses = self.steps // 2, JUDGED + _VARIATIONS // 2 + len(PRESETS)
-        steps, losses = self.further * steps, self.further * losses
+        losses += self.preset_evaluations
+        steps, losses = self.further * steps, self.further * losses + self.preset_evaluations
         if places > 1:
             finalists = min(places, 1 + _PAIRS)
             # On both sides of the best place, at distances that halve.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
+from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.proposals import variations
+from deos_fx.passes.search.towers import before_others
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import Candidate
@@ -114,7 +117,13 @@ class Scoring:
             self.progress(stage, done, total)
 
 
-def polish(problem: SearchProblem, scoring: Scoring, stage: str, evaluations: int) -> None:
+def polish(
+    problem: SearchProblem,
+    scoring: Scoring,
+    stage: str,
+    evaluations: int,
+    tried: Sequence[Site] = (),
+) -> None:
     """Try single changes of the best candidates, as long as evaluations are left.
 
     A change that helps is varied next. Where none does, it is the turn of the next best candidate.
@@ -124,21 +133,24 @@ def polish(problem: SearchProblem, scoring: Scoring, stage: str, evaluations: in
         scoring: Holds the candidates, and takes the new ones.
         stage: What to call it when progress is reported.
         evaluations: Forward passes of a batch that may be spent.
+        tried: Sites of the tower where a reduction may come before all others.
     """
     end = problem.effort.evaluations + evaluations
     # A comparison on the data of the steps, of two policies.
     confirmation = 2 * len(problem.training)
     # Places of the candidates whose changes have all been tried.
-    tried: set[int] = set()
+    done: set[int] = set()
     while True:
-        open_places = [i for i in range(len(scoring.candidates)) if i not in tried]
+        open_places = [i for i in range(len(scoring.candidates)) if i not in done]
         if not open_places:
             return
         place = min(open_places, key=lambda i: scoring.candidates[i].loss)
         start = scoring.candidates[place]
         # However often a candidate was refined, its source names where it came from.
         source = f"refined {start.source.removeprefix('refined ')}"
-        for policy in variations(start.policy, problem.sites, problem.visual_tokens):
+        whole = problem.visual_tokens
+        further = before_others(start.policy, tried, whole)
+        for policy in chain(further, variations(start.policy, problem.sites, whole)):
             # A variation usually breaks a limit. Its counts are fitted to the limits again.
             fitted = problem.fit(policy) if problem.runs(policy) else None
             if fitted is None or scoring.has(fitted) or scoring.has_rejected(fitted):
@@ -158,4 +170,4 @@ def polish(problem: SearchProblem, scoring: Scoring, stage: str, evaluations: in
             if loss < start.loss:
                 break
         else:
-            tried.add(place)
+            done.add(place)

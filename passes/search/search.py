@@ -19,8 +19,10 @@ from deos_fx.passes.search.outcome import check_can_be_met
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.run import SearchRun
+from deos_fx.passes.search.scales import ScaledData, check_scales, search_scales
 from deos_fx.policy.budget import Budget, check_budget
 from deos_fx.policy.tier import check_count
+from deos_fx.presets.tuning import require_optuna
 from deos_fx.progress import shows_progress
 from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import SearchResult
@@ -34,13 +36,14 @@ _EPOCHS, _FEWEST, _MOST = 8, 60, 240
 @overload
 def search(
     model: PreTrainedModel,
-    data: Iterable[Mapping[str, Any]],
+    data: Iterable[Mapping[str, Any]] | ScaledData,
     *,
     budget: Budget,
     sites: Sequence[str] | None = None,
     steps: int | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
+    preset_evaluations: int = 0,
     progress: Progress | None = None,
 ) -> SearchResult: ...
 
@@ -55,6 +58,7 @@ def search(
     steps: int | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
+    preset_evaluations: int = 0,
     progress: Progress | None = None,
 ) -> SearchFront: ...
 
@@ -62,7 +66,7 @@ def search(
 @shows_progress
 def search(
     model: PreTrainedModel,
-    data: Iterable[Mapping[str, Any]],
+    data: Iterable[Mapping[str, Any]] | ScaledData,
     *,
     budget: Budget | None = None,
     budgets: Sequence[Budget] | None = None,
@@ -70,6 +74,7 @@ def search(
     steps: int | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
+    preset_evaluations: int = 0,
     progress: Progress | None = None,
 ) -> SearchResult | SearchFront:
     """Find the policy with the lowest task loss that meets a budget, or one for each of several.
@@ -83,9 +88,11 @@ def search(
 
     Args:
         model: An unmodified transformers vision-language model.
-        data: Model input dicts (batches), all with equally many images per prompt; the images of a
-            batch are alike in size. Where the model has more visual tokens for larger images, the
-            sizes may differ between batches, and the policy keeps shares of each image. With
+        data: Model input dicts (batches). The prompts of a batch have equally many images or tiles,
+            and all images of a batch are of one size. Batches may differ in both where the model
+            makes more visual tokens of larger images; the policy then keeps a share of each image
+            or a number of each tile, and meets every limit for each kind of prompt: a share of its
+            own tokens, and a number of tokens even for the largest. With
             ``labels`` the task is cross-entropy on them. Without, prompts have to end where an
             answer begins: the unreduced model answers them, greedily and with at most 16 tokens,
             and the task is the distance to its predictions along its answers. From four batches
@@ -93,10 +100,17 @@ def search(
             The batches are held where they are given, usually in the memory of the host, and each
             is moved to the model's device when it is used. There, up to 4 GiB of hidden states are
             held: what precedes the first reduction, which is computed once for a batch.
+
+            To choose the scale at which images enter as well, give such batches by scale, as
+            ``{1.0: ..., 0.7: ..., 0.5: ...}``: of the same prompts with labels, in the same order,
+            made by `deos_fx.data.scaled_processor`. Scales at which presets are worst are not
+            searched further, and fractions of the budget refer to scale 1.
         budget: At least one limit.
         budgets: In place of `budget`, several budgets for a front.
         sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the
-            projector and all sites in the decoder.
+            projector and all sites in the decoder. Where groups of patches make a visual token,
+            settings at sites of the vision tower are tried, alone and before what is best
+            otherwise, but not trained: they have no relaxed form.
         steps: Number of gradient steps at the best place; left out, it follows from the data:
             eight passes, at least 60 and at most 240 steps. Budgets that start from what a looser
             one has found take half as many.
@@ -104,6 +118,10 @@ def search(
         checkpoint: Folder to save the state of the steps in, every ten steps and where they end. A
             search that finds a state there continues it, bit-identically, however it was ended. If
             the disk fills up meanwhile, the search warns and goes on.
+        preset_evaluations: How many losses on the scored batches may be spent at the end on all
+            presets and on the options of the best three (this needs Optuna), to tell what the
+            search has gained over them; of several budgets, for each. A preset that wins is
+            returned. With 0, five presets in their published settings are all there is.
         progress: Called as the search advances, with a stage, the number done and the total. When
             the first step is done, the stage is ``estimate``: then these are the seconds that the
             search has taken so far, and those that it will take in all. By default, there are bars
@@ -113,6 +131,7 @@ def search(
         The result; its policy meets every limit exactly. With `budgets`, a front of such results.
 
     Raises:
+        ImportError: If presets are to be tuned and Optuna is not installed.
         ValueError: If the data is empty or uneven, a site cannot be reduced, the budget cannot be
             met, the losses are NaN, the model is sharded, or the checkpoint is of another search.
         TypeError: If an argument is of a wrong type.
@@ -130,18 +149,43 @@ def search(
     if steps is not None:
         check_count("steps", steps, 1)
     check_count("seed", seed, -(2**31))
+    if isinstance(data, Mapping) and budgets is not None:
+        raise TypeError("Batches by scale are searched for one budget; give budget.")
+    check_count("preset_evaluations", preset_evaluations)
+    if preset_evaluations:
+        require_optuna()
     if not isinstance(data, Iterable):
         raise TypeError(f"data is a {type(data).__name__}; give dicts of model inputs (batches).")
+    if isinstance(data, Mapping):
+        data = check_scales(data)
     progress = processes.on_main(progress)
     with processes.agreeing():
         saved = None if checkpoint is None else Checkpoints.at(checkpoint)
+        in_tower = any(str(name).startswith("vision.") for name in sites or ())
+        if isinstance(data, Mapping):
+            return search_scales(
+                model,
+                data,
+                wanted[0],
+                sites,
+                lambda problem: steps or default_steps(problem),
+                seed,
+                saved,
+                preset_evaluations,
+                progress,
+                in_tower=in_tower,
+            )
         known = None if checkpoint is None else partial(check_checkpoint, checkpoint, seed)
-        problem = SearchProblem.of(model, data, wanted[0], progress, known)
+        problem = SearchProblem.of(model, data, wanted[0], progress, known, in_tower=in_tower)
         searched = problem.searched_sites(sites)
         steps = steps or default_steps(problem)
         if budgets is not None:
-            return _front(problem, wanted, searched, steps, seed, saved, progress)
-        run = SearchRun(problem, steps, seed, saved, progress)
+            return _front(
+                problem, wanted, searched, steps, seed, saved, preset_evaluations, progress
+            )
+        run = SearchRun(
+            problem, steps, seed, saved, progress, preset_evaluations=preset_evaluations
+        )
         run.advance(searched)
         return run.result()
 
@@ -153,6 +197,7 @@ def _front(
     steps: int,
     seed: int,
     checkpoint: Checkpoints | None,
+    preset_evaluations: int,
     progress: Progress | None,
 ) -> SearchFront:
     """Search under each budget from the loosest on; each starts from what the looser ones found."""
@@ -175,6 +220,7 @@ def _front(
             interrupted=any(each.interrupted for each in runs.values()),
             further=len(budgets) - i - 1,
             estimate=estimate,
+            preset_evaluations=preset_evaluations,
         )
         run.advance(sites)
         runs[budget] = run

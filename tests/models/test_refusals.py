@@ -15,9 +15,8 @@ from deos_fx import Policy, ReducedModel
 from deos_fx.errors import CaptureError
 from deos_fx.models.facts import facts_of
 
-CROSS, ENCODER, QUERIES = "through cross-attention", "encoder that its decoder", "a Q-Former"
+CROSS, ENCODER = "through cross-attention", "encoder that its decoder"
 OTHER = "no get_image_features"
-MARKED = "image_embeds_position_mask"
 REFUSED = {
     "blip": CROSS,
     "idefics": CROSS,
@@ -27,12 +26,8 @@ REFUSED = {
     "pp_formulanet": ENCODER,
     "t5gemma2": ENCODER,
     "udop": ENCODER,
-    "blip-2": QUERIES,
-    "instructblip": QUERIES,
-    "instructblipvideo": QUERIES,
-    "git": OTHER,
-    "kosmos-2": MARKED,
-    "kosmos-2.5": MARKED,
+    "instructblipvideo": OTHER,
+    "git": "input_ids has no placeholders",
 }
 NO_ANSWERS: list[tuple[Any, Any]] = [
     (hf.LlamaForCausalLM, hf.LlamaConfig),

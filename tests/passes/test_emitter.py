@@ -57,8 +57,11 @@ def test_arguments_move_to_the_device_of_the_tokens(made: Handmade) -> None:
     visual = made.node("decoder_0")
     with graph_module.graph.inserting_before(made.node("head")):
         total = emitter.call_beside(visual, torch.add, made.merged, torch.ones(1))
-    assert all(node.target is tokens.beside for node in total.all_input_nodes)
-    assert all(node.args[1] is visual for node in total.all_input_nodes)
+    merged, ones = total.args
+    assert merged.target is ones.target is tokens.beside
+    assert merged.args == (made.merged, visual)
+    assert ones.args[1] is visual
+    assert torch.equal(getattr(graph_module, ones.args[0].target), torch.ones(1))
 
 
 def test_values_are_marked_for_explanations(made: Handmade) -> None:

@@ -36,6 +36,8 @@ def test_states_of_this_search_are_no_hindrance(tmp_path: Path) -> None:
     [
         ({"model": "qwen"}, "other model"),
         ({"sums": [{"input_ids": "2.0"}]}, "other data"),
+        # Larger than other files may be.
+        ({"sums": [{"input_ids": "2" * 2**20}]}, "other data"),
         ({"batches": [[4, 80]], "sums": []}, "other data"),
         ({"seed": 3}, "other seed"),
         ({"seed": 3, "model": "qwen"}, "other model and seed"),
@@ -44,6 +46,9 @@ def test_states_of_this_search_are_no_hindrance(tmp_path: Path) -> None:
 def test_states_of_other_searches_are_refused(
     changes: dict[str, object], what: str, tmp_path: Path
 ) -> None:
+    # What is damaged is no reason not to look on.
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "search.json").write_text("{")
     state(tmp_path / "25%" / "steps", **changes)
     with pytest.raises(ValueError, match=rf"holds another search \({what}\)"):
         check_checkpoint(tmp_path, 0, PRINT)

@@ -34,6 +34,15 @@ def test_every_record_of_a_step_is_read_back(folder: Path) -> None:
     assert json.dumps(again.history) == json.dumps(record["history"])
 
 
+def test_a_record_may_be_larger_than_other_files(tmp_path: Path) -> None:
+    state, again = search_state(), search_state()
+    state.settings = again.settings = {"sums": "1" * 2**20}
+    state.consider(0.5)
+    state.save(tmp_path)
+    again.resume(tmp_path)
+    assert again.best_loss == 0.5
+
+
 def test_the_schema_knows_every_cost() -> None:
     assert {name for name in COSTS} | {f"multiplier_{name}" for name in COSTS} < {
         *StepEntry.model_fields

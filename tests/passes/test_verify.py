@@ -14,7 +14,7 @@ from deos_fx import tokens
 from deos_fx.errors import VerificationError
 from deos_fx.forms.soft_top_k import soft_top_k
 from deos_fx.models.blocks import Block
-from deos_fx.operator import top_k
+from deos_fx.operator import in_order, strided, take, top_k, with_last
 from deos_fx.passes.notes import annotate
 from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
 from deos_fx.passes.verify import verify
@@ -156,6 +156,64 @@ def test_rules_by_hand(damage: Any, stage: Any, message: str) -> None:
     assert verify(graph_module, "captured") is graph_module
     damage(made, graph_module)
     with pytest.raises(VerificationError, match=message):
+        verify(graph_module, stage)
+
+
+def kept(made: Handmade, function: Any, *args: Any) -> fx.Node:
+    """A selection of visual tokens in front of the head."""
+    with made.graph.inserting_before(made.node("head")):
+        return made.graph.call_function(function, args)
+
+
+def best(made: Handmade, count: object) -> fx.Node:
+    return kept(made, top_k, made.merged, None, count)
+
+
+COUNTS: dict[str, tuple[Any, int | None]] = {
+    "a selector": (lambda made: best(made, 5), 5),
+    "a selector without scores": (lambda made: kept(made, strided, made.merged, None, 0, 5), 5),
+    "of a prompt": (lambda made: kept(made, tokens.kept_of_prompt, best(made, 5), 3, 9), 15),
+    "in order": (lambda made: kept(made, in_order, best(made, 5)), 5),
+    "the last one": (lambda made: kept(made, with_last, best(made, 5), 9), 5),
+    "taken": (lambda made: kept(made, take, best(made, 5), made.merged), 5),
+    "a part": (lambda made: kept(made, torch.narrow, best(made, 5), 1, 2, 3), 3),
+    "tiers": (lambda made: kept(made, torch.cat, [best(made, 5), best(made, 6)], 1), 11),
+    "an input": (lambda made: best(made, made.merged), None),
+    "a tier with an input": (
+        lambda made: kept(made, torch.cat, [best(made, 5), best(made, made.merged)], 1),
+        None,
+    ),
+    "a tier of a prompt with an input": (
+        lambda made: kept(made, tokens.kept_of_prompt, best(made, made.merged), 3, 9),
+        None,
+    ),
+    "something else": (lambda made: kept(made, torch.neg, best(made, 5)), None),
+}
+
+
+@pytest.mark.parametrize("stage", ["lowered", "exported"])
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_of_every_selection_are_compared(name: str, stage: Any) -> None:
+    made = Handmade()
+    selection, count = COUNTS[name]
+    one, more = selection(made), best(made, (count or 99) + 1)
+    cuts = [kept(made, tokens.kept_in_prompt, made.merged, x, made.merged) for x in (one, more)]
+    graph_module = fx.GraphModule(made.modules, made.graph)
+    output = made.graph.output_node()
+    output.args = ({"logits": made.node("head"), "spaces": cuts},)
+    if stage == "exported":
+        # What would break the rule of this stage.
+        merge, features = made.merged, made.merged.args[2]
+        merge.replace_all_uses_with(features)
+        made.graph.erase_node(merge)
+    if count is None:
+        assert verify(graph_module, stage)
+        return
+    message = rf"'{stage}': the reductions keep \[{count}, {count + 1}\] visual tokens"
+    with pytest.raises(VerificationError, match=message):
+        verify(graph_module, stage)
+    output.args = ({"logits": made.node("head"), "spaces": cuts[:1]},)
+    with pytest.raises(VerificationError, match=f"'{stage}': 2 cuts report 1 spaces"):
         verify(graph_module, stage)
 
 

@@ -15,7 +15,7 @@ from tiny import inputs, shared_llava
 
 from deos_fx import presets
 from deos_fx.policy.policy import Policy
-from deos_fx.presets.fit import fit_to_shape
+from deos_fx.presets.fitting import fit_to_shape
 from deos_fx.presets.rules import RULES
 from deos_fx.presets.shape import Shape
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -76,7 +76,8 @@ def test_the_shape_of_a_model() -> None:
     siglip = Shape.of(shared_llava(tower="siglip"))
     assert (siglip.used_blocks, siglip.class_token) == (2, False)
     varying = Shape.of(shared("qwen2_5_vl"), 36)
-    assert (varying.grid, varying.used_blocks, varying.class_token) == ((6, 6), 0, False)
+    assert (varying.grid, varying.used_blocks, varying.class_token) == ((6, 6), 2, False)
+    assert varying.in_groups and not siglip.in_groups
 
 
 def test_the_number_of_tokens_is_asked_for_where_sizes_decide_it() -> None:
@@ -291,15 +292,15 @@ def test_no_class_token() -> None:
 
 
 def test_no_sites_in_the_tower() -> None:
-    # Patches are mixed between the tower and the features.
-    model = shared("internvl")
+    # A resampler makes each token of all patches.
+    model = shared("idefics2")
     for name, other in (("tome", "merge"), ("hiprune", "divprune"), ("evit", "merge")):
         words = (
             f"{name} cannot be fitted: it reads the attention of the vision tower.*; {other} comes"
         )
         with pytest.raises(ValueError, match=words):
-            presets.fit(name, 4, model)
-        assert presets.fit(other, 4, model).name == other
+            presets.fit(name, 4, model, 16)
+        assert presets.fit(other, 4, model, 16).name == other
 
 
 def test_fit_refuses() -> None:

@@ -27,26 +27,34 @@ PLACES = {"avg_pool", "bilinear_pool", "uniform"}
 # A visual token is a patch of the tower, so its attention can be observed.
 PATCHWISE = {"llava", "vipllava", "paligemma", "llava_dinov2", "paligemma2", "llava_mixtral"} | {
     *("janus", "llava_gemma2", "video_llava", "deepseek_vl", "llava_mistral"),
-    *("llava_falcon_h1", "llava_jamba"),
+    *("llava_falcon_h1", "llava_jamba", "ovis2"),
 }
+# Groups of patches are tokens in the tower, and the config says how an image becomes inputs.
+GROUPS = {"aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_omni", "exaone4_5"} | {
+    *("gemma3", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "granite4_vision"),
+    *("granite_vision", "hyperclovax_v2", "idefics3", "internvl", "lighton_ocr", "llava_next"),
+    *("llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "pixtral"),
+    *("qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe"),
+    *("qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "smolvlm"),
+}
+# They read the attention of two blocks of the tower.
+TWO_BLOCKS = {"hiprune", "vscan"}
 UNPLACED = {"llava_next", "llava_onevision", "gemma4", "molmo2", "fuyu", "granite4_vision"} | {
     *("llava_next_video", "chameleon", "deepseek_vl_hybrid", "granite_vision", "gemma4_unified"),
-    *("deepseek_ocr2", "inkling_mm_model"),
+    *("deepseek_ocr2", "inkling_mm_model", "blip-2", "instructblip", "phi4_multimodal"),
+    *("kosmos-2", "kosmos-2.5"),
 }
 # The first layers of the decoder do not attend: more than half of the tokens reach one that does.
 LATE = {"lfm2_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni"} | {
     *("qwen3_5", "qwen3_5_moe"),
 }
 ATTENTION = {"dart", "fastv", "fitprune", "sparsevlm_plus"}
-# Each feature is a patch here only because the images are tiny, and a reduction would be refused.
-EXCEPT = {"ovis2"}
 
-
-ALL_LOWERED = {"vipllava", "paligemma", "llava_dinov2"}
+ALL_LOWERED = {"vipllava", "paligemma", "llava_dinov2", "qwen3_vl", "internvl"}
 
 
 def expected_refusals(family: str) -> set[str]:
-    refused = set() if family in PATCHWISE else set(TOWER)
+    refused = set() if family in PATCHWISE else TOWER & (TWO_BLOCKS if family in GROUPS else TOWER)
     refused |= PLACES if family in UNPLACED else set()
     return refused | (ATTENTION if family in LATE else set())
 
@@ -70,7 +78,7 @@ def fitted(family: str) -> tuple[dict[str, Policy], dict[str, str], Any]:
     return policies, reasons, call
 
 
-@pytest.mark.parametrize("family", sorted({*FAMILIES, *TWINS} - EXCEPT - REFUSED))
+@pytest.mark.parametrize("family", sorted({*FAMILIES, *TWINS} - REFUSED))
 def test_presets_are_fitted_to_every_family_or_refused_in_one_line(family: str) -> None:
     policies, reasons, call = fitted(family)
     assert {*reasons} == expected_refusals(family)
@@ -79,7 +87,7 @@ def test_presets_are_fitted_to_every_family_or_refused_in_one_line(family: str) 
         # The advice can be followed.
         assert reason.rpartition("; ")[2].removesuffix(" comes nearest") in policies
     # Sites of each kind, scores and rules for positions: what is fitted can be inserted.
-    captured = capture_call(shared(family), call.inputs)
+    captured = capture_call(shared(family), call.inputs, in_tower=family in ALL_LOWERED)
     for name, policy in policies.items():
         if family in ALL_LOWERED or name in ("avg_pool", "random", "pyramid_drop", "fitprune"):
             assert lower_call(captured.copy(), policy, call.layout).graph, name

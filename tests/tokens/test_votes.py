@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from prompts import B, N, V, prompt
 
@@ -34,6 +35,20 @@ def test_raters_are_called_up_more_than_average() -> None:
             for gate, place in zip(alive[row], visual[row], strict=True)
         )
         assert votes[row].tolist() == [0, 0, *(called > called.mean()).float().tolist()]
+
+
+@pytest.mark.parametrize("padding", range(4))
+def test_a_word_that_is_average_is_a_rater_whatever_rounding_says(padding: int) -> None:
+    # Each visual token calls up one word: 6 of 54 the first of nine, which is the average.
+    calls = torch.tensor([6, 30, 5, 4, 3, 2, 2, 1, 1])
+    words = torch.eye(9) * 300
+    seen = words.repeat_interleave(calls, dim=0)
+    embeddings = torch.cat([torch.zeros(padding, 9), seen, words])[None]
+    visual = torch.arange(54)[None] + padding
+    text = torch.cat([torch.arange(padding), torch.arange(9) + padding + 54])[None]
+    question = (text >= padding).float()
+    votes = tokens.rater_votes(embeddings, text, visual, question, None)
+    assert votes[0, padding:].tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_text_that_asks_nothing_has_the_smallest_keys() -> None:

@@ -35,7 +35,7 @@ def show_presets(
 
     # Case: no name, so list all.
     if name is None and as_json:
-        keys = ("name", "title", "source", "licence", "needs")
+        keys = ("name", "title", "source", "licence", "needs", "place")
         listed = [{key: getattr(method, key) for key in keys} for method in presets.list()]
         typer.echo(json.dumps(listed, indent=2))
         return

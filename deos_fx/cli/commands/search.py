@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,8 +49,24 @@ def search(
             "Default: the projector and the decoder.",
         ),
     ] = None,
+    image_scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="SCALE",
+            help="A scale at which images may enter, in (0, 1]; may be given several times. 1 is "
+            "tried as well.",
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    preset_evaluations: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Losses that tuning presets may take, to compare with; 0 for published settings. "
+            "Default: 48, if Optuna is installed.",
+        ),
+    ] = None,
     force: Force = False,
     checkpoint: Annotated[
         Path | None,
@@ -61,7 +77,9 @@ def search(
     """Search a policy for a model and a budget, on your own data.
 
     With answers the search minimises their loss; without, it stays close to
-    the answers of the unreduced model. Ctrl-C ends it early with the best policy
+    the answers of the unreduced model. At the end, presets are tuned on the same
+    data, and questions that were held back are answered with the policy, with the
+    best preset and without reduction. Ctrl-C ends it early with the best policy
     so far. Writes policy.json and report.html. Without any limit the budget
     is 12.5 % of the visual tokens. Several budgets are searched in one go, and
     policy-0.25.json, ... are written. Several processes share the work if
@@ -75,6 +93,8 @@ def search(
 
       deos-fx search my-llava --data questions.jsonl --budget 25% --budget 12.5%
 
+      deos-fx search my-qwen --data questions.jsonl --image-scale 0.7 --image-scale 0.5
+
       accelerate launch -m deos_fx search my-llava --data questions.jsonl
 
     A line of questions.jsonl:
@@ -84,42 +104,52 @@ def search(
     check_target(output, force, model_dir)
     from deos_fx.cli.loading import load_model
     from deos_fx.cli.searching import (
-        like_batches,
+        alike,
         limits_of,
+        measured,
         placed,
+        presets_tuned,
+        scales_of,
         search_processes,
-        timed,
         write_found,
     )
     from deos_fx.cli.terminal import announced, stages
-    from deos_fx.data import read_records
+    from deos_fx.data import batches, read_records, scaled_processor
     from deos_fx.data.processors import load_processor
     from deos_fx.passes.search.search import search as run_search
 
     # Mistakes in the limits and in the data show before the model is loaded.
     limits = limits_of(budget, flops, kv_cache, latency_ms, table=latency_table)
     records = read_records(data, urls=urls)
+    scales = scales_of(image_scale, limits, records)
     with (
         search_processes(output, report_console()) as (folder, own, console),
         stages(console) as stage,
     ):
         with stage("load"):
             model = placed(load_model(model_dir, dtype=dtype, device=device), own)
-            inputs = like_batches(model, load_processor(model_dir), records, batch_size)
+            processor = load_processor(model_dir)
+            scaled = {scale: scaled_processor(processor, scale) for scale in scales}
+            groups = alike(model, [*scaled.values()], records, batch_size)
+            inputs: dict[float, Any] = {
+                scale: [batch for group in groups for batch in batches(own, group, batch_size)]
+                for scale, own in scaled.items()
+            }
         with stage.phased("search") as progress:
-            result = run_search(
+            result: Any = run_search(
                 model,
-                inputs,
+                inputs if len(scales) > 1 else inputs[1.0],
                 **limits,
                 steps=steps,
                 seed=seed,
                 sites=sites,
                 checkpoint=checkpoint,
+                preset_evaluations=presets_tuned(preset_evaluations, console),
                 progress=announced(progress, console),
             )
         names = []
         if folder is not None:
-            with stage("measure"):
-                result = timed(result, model, inputs[0])
-            names = write_found(result, folder, console, len(inputs))
+            with stage.phased("measure") as progress:
+                result = measured(result, model, processor, groups, progress)
+            names = write_found(result, folder, console, len(inputs[1.0]))
     console.print(f"Wrote {', '.join(names)} and report.html to {output}", highlight=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.tier import check_count
-from deos_fx.presets.fit import fit_to_shape
+from deos_fx.presets.fitting import fit_to_shape
 from deos_fx.presets.rule import Option
 from deos_fx.presets.rules import RULES
 from deos_fx.presets.shape import ImageSize, Shape

@@ -66,7 +66,9 @@ def fit(
        of PruMerge need a block after that, and end at the last but one where there is none. Where
        the features are read from several blocks, the last one's reduction moves to the projector.
     2. Where no CLS token attends to the patches, these presets rank by the attention that a token
-       gets from all patches. `merge` and `redistribute` then rank by novelty.
+       gets from all patches. `merge` and `redistribute` then rank by novelty. Where groups of
+       patches make a token, their attention is that of the site's own block, they stay in the order
+       of the image, and masses do not bias attention.
     3. A preset inside the decoder stays at its published depth as long as it can keep a 32nd of the
        tokens there; otherwise its first site moves to an earlier layer, down to ``decoder.0``.
        Stages keep their proportions, and move to the nearest layers that attend and have a site.
