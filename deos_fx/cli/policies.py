@@ -7,6 +7,7 @@ be captured first, so what it would refuse is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,27 @@ if TYPE_CHECKING:
 
     from deos_fx.policy.policy import Policy
 
-__all__ = ["check_runs", "chosen_policy", "named_policies", "own_policy", "policy_of"]
+__all__ = ["Choice", "check_runs", "chosen_policy", "named_policies", "own_policy", "policy_of"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the options ``--policy``, ``--preset`` and ``--budget`` say.
+
+    Attributes:
+        path: A policy file.
+        preset: Name of a preset, which is fitted to the budget.
+        budget: Limit on visual tokens; alone, it is that of the default policy.
+    """
+
+    path: Path | None = None
+    preset: str | None = None
+    budget: int | float | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether no option is given."""
+        return self == Choice()
 
 
 def own_policy(model_dir: str) -> Policy | None:
@@ -39,18 +60,14 @@ def own_policy(model_dir: str) -> Policy | None:
 def chosen_policy(
     model: PreTrainedModel,
     inputs: Mapping[str, Tensor] | None,
-    path: Path | None,
-    preset: str | None,
-    budget: int | float | None,
+    choice: Choice,
 ) -> Policy | None:
     """Return the policy that the options of a command name, checked; None if they name none.
 
     Args:
         model: The model, which may be on the meta device.
         inputs: A prompt with an image; None if none can be made.
-        path: A policy file.
-        preset: Name of a preset, which is fitted to the budget.
-        budget: Limit on visual tokens; alone, it is that of the default policy.
+        choice: The options.
 
     Raises:
         ValueError: If the options do not go together, or the model cannot run the policy.
@@ -59,16 +76,17 @@ def chosen_policy(
     from deos_fx.policy.budget import Budget
     from deos_fx.policy.policy import Policy
 
-    if path is None and preset is None:
+    limit = choice.budget
+    if choice.path is None and choice.preset is None:
         # Case: nothing is chosen, or a budget alone, to which the default policy is fitted.
-        if budget is None:
+        if limit is None:
             return None
-        return transform(model, budget=Budget(visual_tokens=budget), example_inputs=inputs).policy
-    if path is None:
-        limit = DEFAULT_LIMIT if budget is None else budget
-        policy = _fitted(model, inputs, str(preset), limit)
-    elif preset is None and budget is None:
-        policy = Policy.load(path)
+        return transform(model, budget=Budget(visual_tokens=limit), example_inputs=inputs).policy
+    if choice.path is None:
+        limit = DEFAULT_LIMIT if limit is None else limit
+        policy = _fitted(model, inputs, str(choice.preset), limit)
+    elif choice.preset is None and limit is None:
+        policy = Policy.load(choice.path)
     else:
         raise ValueError("--policy says where to keep how much; give it without the others")
     check_runs(model, inputs, policy)
@@ -79,9 +97,7 @@ def policy_of(
     model: PreTrainedModel,
     model_dir: str,
     own: Policy | None,
-    path: Path | None,
-    preset: str | None,
-    budget: int | float | None,
+    choice: Choice,
 ) -> Policy | None:
     """Return the chosen policy, or that of a folder of a reduced model; None if there is neither.
 
@@ -89,15 +105,13 @@ def policy_of(
         model: The model on the meta device.
         model_dir: Its folder, or a hub id.
         own: The policy of the folder, if it is that of a reduced model.
-        path: A policy file.
-        preset: Name of a preset.
-        budget: Limit on visual tokens.
+        choice: The options.
 
     Raises:
         ValueError: If the options do not go together, or the model cannot run the policy.
     """
     inputs = example_of(model, model_dir)
-    chosen = chosen_policy(model, inputs, path, preset, budget)
+    chosen = chosen_policy(model, inputs, choice)
     if chosen is None and own is not None:
         check_runs(model, inputs, own)
     return own if chosen is None else chosen

@@ -112,8 +112,9 @@ def alike(
     for record in records:
         # What an image becomes, the processor alone knows.
         (inputs,) = batches(processor, [replace(record, answer=None)], 1)
-        (prompt,) = Call.of(facts, inputs).prompts
-        check_one_size(prompt.layout, record.where)
+        call = Call.of(facts, inputs)
+        check_one_size(call.layout, record.where)
+        (prompt,) = call.prompts
         kinds.setdefault(prompt.alike, []).append(record)
     return [
         kind[start : start + size] for kind in kinds.values() for start in range(0, len(kind), size)
@@ -187,11 +188,8 @@ def measured(
     _, held_back = parted(groups)
     records = [record for group in held_back for record in group][:_MOST_ASKED]
     # With several budgets, names say which one a policy is for.
-    found = {"": result}
-    if isinstance(result, SearchFront):
-        found = {f" at {each.visual_tokens}": one for each, one in result.results.items()}
     policies: dict[str, Given] = {}
-    for at, one in found.items():
+    for at, one in _named(result, "", " at {}").items():
         policies[f"searched{at}"] = one.policy
         if one.best_preset is not None:
             policies[f"{one.best_preset.source}{at}"] = one.best_preset.policy
@@ -215,6 +213,18 @@ def measured(
     return replace(result, measured=answers)
 
 
+def _named(
+    result: SearchResult | SearchFront, single: str, several: str
+) -> dict[str, SearchResult]:
+    """Return the result by a name, or those of several budgets, which have their limits in it."""
+    from deos_fx.results.search_front import SearchFront
+
+    if isinstance(result, SearchFront):
+        results = result.results.items()
+        return {several.format(budget.visual_tokens): one for budget, one in results}
+    return {single: result}
+
+
 def write_found(
     result: SearchResult | SearchFront, folder: Path, console: Console, batches: int
 ) -> list[str]:
@@ -233,12 +243,8 @@ def write_found(
         The names of the policies' files.
     """
     from deos_fx.cli.terminal import evaluation_table
-    from deos_fx.results.search_front import SearchFront
 
-    found = {"policy.json": result}
-    if isinstance(result, SearchFront):
-        results = result.results.items()
-        found = {f"policy-{budget.visual_tokens}.json": one for budget, one in results}
+    found = _named(result, "policy.json", "policy-{}.json")
     for name, one in found.items():
         one.policy.save(folder / name)
         console.print(one.policy, highlight=False, markup=False)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from deos_fx.cli.limits import read_limit
 from deos_fx.cli.loading import load_generating
+from deos_fx.cli.policies import Choice
 from deos_fx.comparison.answers import answer_logits, generated
 from deos_fx.data import Record, batches
 from deos_fx.data.processors import load_processor
@@ -72,9 +73,11 @@ class SimpleModel(lmms):
         self.processor = load_processor(pretrained)
         self.model, self._place = load_generating(
             pretrained,
-            None if policy is None else Path(policy),
-            preset,
-            None if budget is None else read_limit(str(budget)),
+            Choice(
+                None if policy is None else Path(policy),
+                preset,
+                None if budget is None else read_limit(str(budget)),
+            ),
             dtype=dtype,
             device=str(self.device),
         )

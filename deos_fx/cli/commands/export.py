@@ -66,6 +66,7 @@ def export(
     check_target(out_dir, force, model_dir)
     from deos_fx import export_onnx
     from deos_fx.cli.loading import load_reduced
+    from deos_fx.cli.policies import Choice
     from deos_fx.cli.processors import copy_processor, image_inputs
     from deos_fx.cli.terminal import stages
     from deos_fx.exporters.manifest import FILES
@@ -76,7 +77,7 @@ def export(
     console = report_console()
     with fresh_folder(out_dir, FILES, whole=True) as folder, stages(console) as stage:
         with stage("load the model"):
-            reduced = load_reduced(model_dir, policy, preset, budget, dtype=dtype)
+            reduced = load_reduced(model_dir, Choice(policy, preset, budget), dtype=dtype)
         with stage.phased("export") as advance:
             export_onnx(
                 reduced,

@@ -36,13 +36,14 @@ def generate(
       deos-fx generate onnx --image a.jpg --image b.jpg --prompt "Who is older?"
     """
     from deos_fx.cli.loading import load_generating
+    from deos_fx.cli.policies import Choice
     from deos_fx.cli.questions import question_of
     from deos_fx.comparison.answers import generated
     from deos_fx.data.processors import load_processor
 
     record = question_of(image, prompt, urls)
     processor = load_processor(model_dir)
-    model, place = load_generating(model_dir, policy, preset, budget)
+    model, place = load_generating(model_dir, Choice(policy, preset, budget))
     (answer,) = generated(
         model.generate, place, processor, [record], batch_size=1, max_new_tokens=max_new_tokens
     )

@@ -47,7 +47,7 @@ def inspect(
     from deos_fx.cli.outline import costs_of, outline, print_cost, print_outline
     from deos_fx.cli.outline_drawing import outline_chart
     from deos_fx.cli.outline_json import outline_json
-    from deos_fx.cli.policies import own_policy, policy_of
+    from deos_fx.cli.policies import Choice, own_policy, policy_of
     from deos_fx.cli.processors import example_processor
     from deos_fx.files import write_text
     from deos_fx.inputs.example import example_inputs
@@ -56,7 +56,7 @@ def inspect(
     console = Console()
     model = meta_model(model_dir)
     inputs = example_inputs(model, example_processor(model_dir))
-    chosen = policy_of(model, model_dir, own_policy(model_dir), policy, preset, budget)
+    chosen = policy_of(model, model_dir, own_policy(model_dir), Choice(policy, preset, budget))
     found = outline(model, inputs, chosen)
     costs = None if chosen is None else costs_of(model, inputs, chosen)
     if as_json:

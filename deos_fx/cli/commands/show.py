@@ -48,6 +48,7 @@ def show(
     """
     check_target(output, force, model_dir)
     from deos_fx.cli.loading import load_reduced
+    from deos_fx.cli.policies import Choice
     from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
     from deos_fx.comparison.answers import inputs_for
@@ -62,7 +63,7 @@ def show(
     with fresh_folder(output) as folder, stages(console) as stage:
         with stage("load"):
             processor = load_processor(model_dir)
-            reduced = load_reduced(model_dir, policy, preset, budget)
+            reduced = load_reduced(model_dir, Choice(policy, preset, budget))
         with stage("draw"):
             (inputs,) = batches(processor, [record], 1)
             explanation = reduced.explain(**inputs_for(reduced.model, inputs))
