@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from deos_fx.cli.options import Images, ImageUrls, Model, PolicyFile, Preset, Prompt, TokenLimit
 
@@ -47,5 +48,7 @@ def generate(
     (answer,) = generated(
         model.generate, place, processor, [record], batch_size=1, max_new_tokens=max_new_tokens
     )
+    if not answer:
+        Console(stderr=True).print("The model ended its answer before the first word.")
     # Plain text: the output is meant for other programs, too.
     typer.echo(answer)

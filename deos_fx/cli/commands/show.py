@@ -71,5 +71,5 @@ def show(
             drawn.save(folder / "show.html")
             drawn.save(folder / "show.png")
     for site in explanation:
-        console.print(site, highlight=False, markup=False)
+        console.print(str(site), highlight=False, markup=False)
     console.print(f"Wrote show.html and show.png to {output}", highlight=False)
