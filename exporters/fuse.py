@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["DEVICES", "fuse", "of_one_token"]
+__all__ = ["DEVICES", "fuse", "of_one"]
 
 DEVICES = ("cpu", "cuda")
 """Devices that graphs can be fused for: operators that are fast on one are slow on the other."""
@@ -47,15 +47,15 @@ def _register_constants(graph: onnx_ir.Graph) -> None:
                 node.replace_input_with(i, known)
 
 
-def of_one_token(program: onnx_ir.Model, axis: str) -> onnx_ir.Model:
-    """Return a graph for a single new token, made of one for any number.
+def of_one(program: onnx_ir.Model, axis: str) -> onnx_ir.Model:
+    """Return a graph for a single new token or row, made of one for any number.
 
     ONNX Runtime's fused attention takes a cache and one new token of each row, or several of a
     single row. So generation gets a graph of its own, without tracing the model once more.
 
     Args:
-        program: The graph for any number of tokens.
-        axis: The name of the axis that runs over them.
+        program: The graph for any number of tokens and rows.
+        axis: The name of the axis that is to have the length 1.
 
     Returns:
         A copy that shares the weights.
@@ -67,12 +67,12 @@ def of_one_token(program: onnx_ir.Model, axis: str) -> onnx_ir.Model:
     for value in (*single.graph.inputs, *nodes):
         if value.shape is not None:
             dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
-            value.shape = onnx_ir.Shape([_of_one(dim, axis) for dim in dims])
+            value.shape = onnx_ir.Shape([_length(dim, axis) for dim in dims])
     return single
 
 
-def _of_one(dim: int | str | None, axis: str) -> int | str | None:
-    """Return the length of an axis: a number, or an expression (``new + past``), for one token."""
+def _length(dim: int | str | None, axis: str) -> int | str | None:
+    """Return the length of an axis: a number, or an expression (``new + past``)."""
     if not isinstance(dim, str):
         return dim
     found = re.sub(rf"\b{axis}\b", "1", dim)

@@ -15,7 +15,16 @@ from transformers import PreTrainedConfig
 from deos_fx.exporters.shared import SharedWeights
 from deos_fx.tokens.cache import ReducedCache
 
-__all__ = ["HOST", "Session", "SessionCache", "as_tensor", "cuda_devices", "open", "ort_value"]
+__all__ = [
+    "HOST",
+    "Session",
+    "SessionCache",
+    "as_tensor",
+    "cuda_devices",
+    "open",
+    "ort_value",
+    "past_of",
+]
 
 HOST = torch.device("cpu")
 """Where inputs come from and results go to."""
@@ -94,6 +103,15 @@ class Session:
         self.session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+
+
+def past_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys and values that a run gave, under the names that the next one takes."""
+    return {
+        name.replace("present.", "past_key_values."): value
+        for name, value in outputs.items()
+        if name.startswith("present.")
+    }
 
 
 def ort_value(tensor: Tensor) -> Any:
@@ -235,7 +253,7 @@ class SessionCache(ReducedCache):
         """Return the number of rows of the batch in the cache; 0 if it is empty."""
         return next((value.shape()[0] for value in self.states.values()), 0)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Return the number of tokens seen so far, including dropped ones."""
         return self._length
 
@@ -246,11 +264,7 @@ class SessionCache(ReducedCache):
             outputs: Outputs of the run by name.
             length: Tokens seen so far, including those of the run.
         """
-        self.states = {
-            name.replace("present.", "past_key_values."): value
-            for name, value in outputs.items()
-            if name.startswith("present.")
-        }
+        self.states = past_of(outputs)
         self._length = length
 
     def crop(self, tokens_to_remove: int) -> None:

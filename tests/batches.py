@@ -106,6 +106,23 @@ def tiles(count: int) -> Image:
     return block, {"pixel_values": pixels, "pixel_attention_mask": real}
 
 
+def queries() -> Image:
+    """As BLIP-2 takes images: as many tokens as there are queries."""
+    return [IMAGE] * 32, {"pixel_values": noise(1, 3, 32, 32)}
+
+
+def halves(count: int) -> Image:
+    """As Phi-4 takes images: the whole in a tile of 16 x 16, tiles side by side, ends of rows."""
+    real = torch.zeros(1, 3, 8, 8)
+    real[:, : 1 + count] = 1
+    block = [IMAGE] * (4 * (4 * count + 1) + 1 + 20)
+    return block, {
+        "image_pixel_values": noise(1, 3, 3, 16, 16),
+        "image_sizes": torch.tensor([[16, 16 * count]]),
+        "image_attention_mask": real,
+    }
+
+
 BATCHES: dict[str, Callable[[], list[list[Image]]]] = {
     "llava": lambda: [[plain(64)], [plain(64), plain(64)], []],
     "gemma3": lambda: [[plain(), plain()], [plain()]],
@@ -116,4 +133,6 @@ BATCHES: dict[str, Callable[[], list[list[Image]]]] = {
     "pixtral": lambda: [[rows(16, 32)], [rows(32, 16), rows(16, 16)]],
     "idefics3": lambda: [[tiles(1)], [tiles(3)]],
     "llava_next": lambda: [[anyres(32, 32)], [anyres(16, 32)]],
+    "blip-2": lambda: [[queries()], [queries(), queries()], []],
+    "phi4_multimodal": lambda: [[halves(1)], [halves(2)]],
 }

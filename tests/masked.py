@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from closeness import ROUNDINGS, assert_close, difference
 from torch import Tensor
 
 from deos_fx.models.facts import facts_of
+from deos_fx.models.families import MARKS
 from deos_fx.models.upstream import CACHE
 
 STEPS = 3
@@ -41,6 +43,8 @@ def assert_pruning_is_masking(
     output = reduced(**batch)
     last, alive = output[CACHE].spaces[-1], alive_of(output[CACHE], batch["input_ids"])
     visual = torch.isin(batch["input_ids"], torch.tensor(placeholders))
+    if MARKS in batch:
+        visual = batch[MARKS] == 1
     for kept in alive.values():
         assert kept[~visual].all() and (~kept).any(dim=1).all()
     with masked_from(model, alive), tower(alive[min(alive)]):
@@ -106,6 +110,10 @@ def masked_from(model: Any, alive: dict[int, Tensor]) -> Iterator[Any]:
 def _hide(alive: Tensor, layer: int) -> Any:
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         rows, new = args[0].shape[:2]
+        if "attention_mask" not in kwargs:
+            # Case: a layer that is given its mask by place.
+            names = inspect.signature(module.forward).parameters
+            args, kwargs = args[:1], kwargs | dict(zip(list(names)[1:], args[1:], strict=False))
         cache = kwargs.get(CACHE)
         seen = new + (0 if cache is None else cache.get_seq_length(layer))
         mask = kwargs["attention_mask"]

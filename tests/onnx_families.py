@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
+from deos_fx.models.facts import facts_of
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -32,8 +34,11 @@ POLICY = Policy(
 def reduced(name: str) -> ReducedModel:
     """The model of a family that is exported."""
     # Layers with a state may not attend, and so have no score by attention.
-    policy = Policy(POLICY.reductions[:1]) if name in STATEFUL else POLICY
-    return ReducedModel(shared(name, LAYERS), policy)
+    model = shared(name, LAYERS)
+    steps = POLICY.reductions[:1] if name in STATEFUL else POLICY.reductions
+    if facts_of(model).counts_positions:
+        steps = tuple(replace(step, position="compact") for step in steps)
+    return ReducedModel(model, Policy(steps))
 
 
 def generate(model: Any, batch: dict[str, Tensor], steps: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 Layers that keep a state have no keys to hide: what they have read has changed the state. So each of
 the model's own layers runs on what is left of the prompt, with the positions and masks that its
-tokens had in the whole of it, and without a cache.
+tokens had in the whole of it, and without a cache. Layers that count positions themselves count
+what they get; what others of these models are given goes by that count as well.
 """
 
 from __future__ import annotations
@@ -72,11 +73,11 @@ def shortened_from(model: Any, kept: Mapping[int, Tensor]) -> Iterator[None]:
         model: The original model.
         kept: First layer -> positions in the prompt of the tokens that it and those after it get.
     """
-    handles = []
+    handles, counted = [], facts_of(model).counts_positions
     for i, layer in enumerate(layers_of(model)):
         first = max((first for first in kept if first <= i), default=None)
         if first is not None:
-            before, after = _shortened(kept[first])
+            before, after = _shortened(kept[first], counted)
             handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(layer.register_forward_hook(after))
     try:
@@ -86,7 +87,7 @@ def shortened_from(model: Any, kept: Mapping[int, Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def _shortened(index: Tensor) -> tuple[Any, Any]:
+def _shortened(index: Tensor, counted: bool) -> tuple[Any, Any]:
     """Hooks that take the tokens out of what a layer is given, and write its result over them.
 
     What is between the layers sees the whole prompt, in which nobody reads the tokens dropped.
@@ -95,9 +96,10 @@ def _shortened(index: Tensor) -> tuple[Any, Any]:
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         whole.append(args[0])
-        return torch.utils._pytree.tree_map_only(
-            Tensor, lambda value: _taken(value, index, args[0].shape[1]), (args, kwargs)
-        )
+        length, first = args[0].shape[1], torch.arange(len(index))
+        positions = {name: kwargs[name] for name in kwargs if counted and "position" in name}
+        kwargs = _taken(kwargs, index, length) | _taken(positions, first, length)
+        return _taken(args, index, length), kwargs
 
     def after(module: Any, args: Any, output: Any) -> Any:
         result = output[0] if isinstance(output, tuple) else output
@@ -107,9 +109,13 @@ def _shortened(index: Tensor) -> tuple[Any, Any]:
     return before, after
 
 
-def _taken(value: Tensor, index: Tensor, length: int) -> Tensor:
+def _taken(values: Any, index: Tensor, length: int) -> Any:
     """The kept tokens along every axis that is as long as the prompt: masks have two of them."""
-    for axis in range(1, value.ndim):
-        if value.shape[axis] == length:
-            value = value.index_select(axis, index)
-    return value
+
+    def taken(value: Tensor) -> Tensor:
+        for axis in range(1, value.ndim):
+            if value.shape[axis] == length:
+                value = value.index_select(axis, index)
+        return value
+
+    return torch.utils._pytree.tree_map_only(Tensor, taken, values)

@@ -147,12 +147,13 @@ def meta_model(model_dir: str) -> PreTrainedModel:
     from transformers import AutoModelForImageTextToText
 
     from deos_fx.models.facts import configs_of
+    from deos_fx.reading import blaming
 
     config = _config(model_dir)
     # The kernel that experts use by default has no form without values but in bfloat16.
     for inner in configs_of(config):
         inner._experts_implementation_internal = "batched_mm"
-    with torch.device("meta"):
+    with blaming(model_dir), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=config.dtype).eval()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ __all__ = [
     "measured",
     "placed",
     "presets_tuned",
+    "scales_of",
     "search_processes",
     "write_found",
 ]
@@ -86,13 +87,13 @@ def presets_tuned(wanted: int | None, console: Console) -> int:
 
 
 def alike(
-    model: PreTrainedModel, processor: Any, records: Sequence[Record], size: int
+    model: PreTrainedModel, processors: Sequence[Any], records: Sequence[Record], size: int
 ) -> list[list[Record]]:
     """Group records for batches of prompts whose images are alike, as a search needs them.
 
     Args:
         model: The model.
-        processor: Its processor.
+        processors: Its processor, or one for each scale of images: they are alike at all of them.
         records: The questions.
         size: Prompts of a batch; of each kind of images, the last batch may be smaller.
 
@@ -108,17 +109,45 @@ def alike(
     from deos_fx.passes.search.batches import check_one_size
 
     facts = facts_of(model)
-    kinds: dict[Hashable, list[Record]] = {}
+    kinds: dict[tuple[Hashable, ...], list[Record]] = {}
     for record in records:
         # What an image becomes, the processor alone knows.
-        (inputs,) = batches(processor, [replace(record, answer=None)], 1)
-        call = Call.of(facts, inputs)
-        check_one_size(call.layout, record.where)
-        (prompt,) = call.prompts
-        kinds.setdefault(prompt.alike, []).append(record)
+        asked = [replace(record, answer=None)]
+        calls = [Call.of(facts, next(batches(own, asked, 1))) for own in processors]
+        prompts = [call.prompts[0] for call in calls]
+        for prompt in prompts:
+            if prompt.layout is not None:
+                check_one_size(prompt.layout, record.where)
+        kinds.setdefault(tuple(prompt.alike for prompt in prompts), []).append(record)
     return [
         kind[start : start + size] for kind in kinds.values() for start in range(0, len(kind), size)
     ]
+
+
+def scales_of(
+    given: Sequence[float] | None, limits: Mapping[str, Any], records: Sequence[Record]
+) -> list[float]:
+    """Return the scales of a search, the largest first, with 1 among them.
+
+    Args:
+        given: Those of the options.
+        limits: What `limits_of` returns.
+        records: The data.
+
+    Raises:
+        ValueError: If a scale is out of range, or there are several budgets or no answers.
+    """
+    scales = sorted({1.0, *(given or ())}, reverse=True)
+    if len(scales) == 1:
+        return scales
+    wrong = [scale for scale in scales if not 0 < scale <= 1]
+    if wrong:
+        raise ValueError(f"--image-scale is {wrong[0]:g}; give a number in (0, 1]")
+    if "budgets" in limits:
+        raise ValueError("--image-scale is searched for one budget; give --budget once")
+    if any(record.answer is None for record in records):
+        raise ValueError("--image-scale needs answers, by which scales are compared")
+    return scales
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from deos_fx.cost.growth import Growth, whole_part
 from deos_fx.cost.twin import WholeNumbers, count_flops, twin_of
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import PER_LAYER, features_of
+from deos_fx.models.families import PER_LAYER, encoded_by
 from deos_fx.models.upstream import CACHE
 from deos_fx.tokens.cache import tensors_of
 
@@ -95,7 +95,7 @@ class EncoderCost:
         products: FLOPs of attention products in each block: the part of `blocks` that grows with
             pairs of tokens.
         tokens: Tokens of an image in each vision block; 0 where its hidden states are no sequence.
-        patches: Tokens in the first vision block, of all images together.
+        patches: Tokens in the last vision block that runs, of all images together.
         width: Size of a hidden state there.
         used: Number of vision blocks up to the deepest that the features depend on.
         front: FLOPs before the first block, as far as the features depend on them, and all FLOPs
@@ -273,20 +273,22 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
     units = _units(twin.base_model, blocks)
     order: list[nn.Module] = []
     tokens = dict.fromkeys(blocks, 0)
-    first_hidden: list[torch.Size] = []
+    hidden_of: list[torch.Size] = []
 
-    def note(module: nn.Module, args: Any) -> None:
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         order.append(module)
         if module in tokens:
-            first_hidden.append(args[0].shape)
-        if module in tokens and args[0].ndim == 3:
-            tokens[module] = args[0].shape[1]
+            # Hidden states come first, perhaps by name.
+            hidden = next(iter((*args, *kwargs.values())))
+            hidden_of.append(hidden.shape)
+            if hidden.ndim == 3:
+                tokens[module] = hidden.shape[1]
 
     # 2. Watch what runs in which order, with how many tokens, and what it makes. A unit need not
     # have parameters with gradients, so its outputs are traced as well.
     made: dict[nn.Module, list[Any]] = {unit: [*unit.parameters()] for unit in units}
     for unit in units:
-        unit.register_forward_pre_hook(note)
+        unit.register_forward_pre_hook(note, with_kwargs=True)
         unit.register_forward_hook(
             lambda unit, _, output: made[unit].extend(pytree.tree_leaves(output))
         )
@@ -299,7 +301,7 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
         counts = _watch(counter, units)
         products = _watch(counter, blocks, _PRODUCTS)
         try:
-            output = getattr(twin.base_model, encode)(**given, return_dict=True)
+            encoded = encoded_by(twin.base_model, encode, given)
         except NotImplementedError as error:
             raise ValueError(
                 f"What an image costs is not known for {facts.name}, whose image encoder "
@@ -308,14 +310,14 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
             ) from error
     # 4. Leave out what the features do not depend on, such as blocks after the chosen layer.
     flops = dict(zip(units, counts, strict=True))
-    features = pytree.tree_leaves([features_of(output)])
+    features = pytree.tree_leaves([encoded])
     used = _used(features, made)
     # 5. Divide the rest into what is before, in and after the blocks.
     ran = [i for i, unit in enumerate(order) if unit in tokens]
     first, after = (ran[0], ran[-1] + 1) if ran else (0, 0)
     glue = counter.get_total_flops() - sum(flops.values())
     costs = {unit: flops[unit] for unit in used}
-    *sizes, width = first_hidden[0] if first_hidden else (0, 0)
+    *sizes, width = hidden_of[-1] if hidden_of else (0, 0)
     return EncoderCost(
         total=counter.get_total_flops(),
         blocks=tuple(flops.get(block, 0) for block in blocks),

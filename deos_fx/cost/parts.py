@@ -15,6 +15,7 @@ from deos_fx.cost.measure import DecoderCost, EncoderCost, measure_decoder, meas
 from deos_fx.cost.tower import blocks_read
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts
+from deos_fx.models.families import READ
 
 __all__ = ["BlockCost", "Parts", "at_most", "heads_of"]
 
@@ -115,7 +116,11 @@ class Parts:
     @cached_property
     def encoder(self) -> EncoderCost:
         """Measure the encoding of one image of the config's size."""
-        return measure_encoder(self._facts)
+        if self._call is None or READ.isdisjoint(self._call.inputs):
+            return measure_encoder(self._facts)
+        # Case: the encoder also reads text. An image of the call's size costs what any other does.
+        ((encode, given),) = self._call.first_prompt().encodings
+        return measure_encoder(self._facts, given, encode)
 
     @property
     def tower_blocks(self) -> int:

@@ -67,7 +67,7 @@ def parts_of_batch(call: Call) -> list[Part]:
     refuse_lengths(inputs)
     # Case: text alone. Placeholders without pixels would be taken for words.
     if not call.has_images:
-        if bool(placeholders(call.facts, ids).any()):
+        if bool(placeholders(call.facts, inputs).any()):
             raise ValueError(
                 "input_ids has image placeholders, but there are no images: pass pixel_values, and "
                 "whatever else the model's processor returns."

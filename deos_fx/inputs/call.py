@@ -219,11 +219,15 @@ def normal_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
         value = named.get(name)
         if isinstance(value, Tensor) and not value.is_floating_point():
             named[name] = value.long()
-    # Padding flags. Masks of queries and keys have four axes, and their type has a meaning.
-    mask = named.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        flags = mask != 0 if mask.is_floating_point() else mask
-        named["attention_mask"] = flags.long()
+    # Padding flags, of tokens and of patches. Masks of queries and keys have four axes, and their
+    # type has a meaning.
+    for name, mask in named.items():
+        of_tokens = name == "attention_mask"
+        if isinstance(mask, Tensor) and (
+            mask.ndim == 2 if of_tokens else name == "image_attention_mask"
+        ):
+            flags = mask != 0 if mask.is_floating_point() else mask
+            named[name] = flags.long()
     return named
 
 

@@ -17,7 +17,7 @@ from deos_fx.inputs.call import Call
 from deos_fx.inputs.media import placeholders
 from deos_fx.inputs.turns import same_images
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import READ
+from deos_fx.models.families import MARKS, POSITIONS, READ
 from deos_fx.models.shapes_only import ShapesOnly
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import has_codes, shallow_copy
@@ -95,7 +95,7 @@ def _continued(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[
             f"{cache.get_seq_length()} tokens: give generate the whole conversation, or a call the "
             "new tokens alone, with an attention_mask over both."
         )
-    if call.has_images and bool(placeholders(call.facts, ids).any()):
+    if call.has_images and bool(placeholders(call.facts, inputs).any()):
         return _turn(call, inputs, cache)
     # Every image given must be one that the cache has.
     given, known = call.images, cache.images
@@ -106,7 +106,7 @@ def _continued(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[
             "images, or a call the new tokens with their own; leave out pixel_values if there are "
             "no new images."
         )
-    return {name: value for name, value in inputs.items() if name not in READ.union(given)}
+    return {name: value for name, value in inputs.items() if name not in {*given, *READ, MARKS}}
 
 
 def _turn(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[str, Any]:
@@ -202,8 +202,12 @@ def _default_positions(facts: ModelFacts, inputs: Mapping[str, Any]) -> Tensor:
         # Case: the model passes positions. With a cache, some models pass those of all tokens that
         # the attention mask covers, of which the last are the new ones.
         return found[0][..., -inputs["input_ids"].shape[1] :]
-    # Case: the layers get no positions; count from the length of the cache.
     input_ids = inputs["input_ids"]
+    for module in facts.text_model.modules():
+        if hasattr(module, POSITIONS):
+            # Case: positions are found by the ids, and added to the embeddings.
+            return getattr(module, POSITIONS)(input_ids, module.padding_idx, seen)
+    # Case: the layers get no positions; count from the length of the cache.
     return torch.arange(input_ids.shape[1], device=input_ids.device)[None] + seen
 
 

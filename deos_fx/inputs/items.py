@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import PIXELS, READ, features_of
+from deos_fx.models.families import ENCODERS, PIXELS, READ, WRITER, features_of
 from deos_fx.models.groups import key_of_sizes
 from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.views import shallow_copy
@@ -121,6 +121,8 @@ def encoding(
     given = {name: inputs[name] for name in sorted(media(facts, kind) | READ) if name in inputs}
     if kind.encode in facts.encoders:
         return kind.encode, given
+    if WRITER in facts.encoders:
+        return WRITER, given | {"input_ids": inputs["input_ids"]}
     # Case: a model without a method for videos, which encodes their frames as images.
     pixels = given.pop(kind.pixels)
     return IMAGES.encode, given | {IMAGES.pixels: pixels}
@@ -182,6 +184,9 @@ def items_of(
         # assumed.
         grids = ((rows, columns),) if rows == columns else None
         return [Item(grids, rows * columns)] * math.prod(pixels.shape[:-3])
+    if facts.encoders.keys().isdisjoint(ENCODERS):
+        # Case 4: what is encoded is known only as a part of the prompt.
+        return [Item(None, tokens) for tokens in of_rows if tokens]
     table = table_of_sizes(facts, inputs, kind)
     found = None
     # Case 2: sizes or tiles. These know nothing of the ends of rows, so not if there are any.

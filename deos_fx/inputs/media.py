@@ -19,6 +19,7 @@ from torch import Tensor
 from deos_fx.inputs.items import IMAGES, VIDEOS, Item, Kind, given_kinds, items_of, token_of
 from deos_fx.inputs.packed import packed_by
 from deos_fx.models.facts import ModelFacts
+from deos_fx.models.families import MARKS
 from deos_fx.tokens.layout import PromptLayout
 from deos_fx.tokens.positions import last_token
 
@@ -73,7 +74,7 @@ def images_of_prompts(facts: ModelFacts, inputs: Mapping[str, Any]) -> list[Prom
     places = _places(facts, inputs)
     # The id that stands in the prompts; without any placeholder, that of the config.
     tokens = {
-        kind: int(inputs["input_ids"][flags][0]) if flags.any() else token_of(facts, kind)
+        kind: int(_ids(inputs)[flags][0]) if flags.any() else token_of(facts, kind)
         for kind, flags in places.items()
     }
     items = {
@@ -111,23 +112,30 @@ def are_written_alike(facts: ModelFacts, inputs: Mapping[str, Any]) -> bool:
     """
     if len(given_kinds(inputs)) < 2:
         return False
-    places = _own_places(facts, inputs["input_ids"])
+    places = _own_places(facts, _ids(inputs))
     if places is None:
         # Case: the model's own code cannot be asked; the config tells.
         return facts.image_token == facts.video_token
     return bool((places[IMAGES] & places[VIDEOS]).any())
 
 
-def placeholders(facts: ModelFacts, input_ids: Tensor) -> Tensor:
-    """Flag every placeholder in input_ids [B, N], of images or of videos."""
-    video = facts.video_token
-    images = input_ids == facts.image_token
-    return images if video is None else images | (input_ids == video)
+def placeholders(facts: ModelFacts, inputs: Mapping[str, Any]) -> Tensor:
+    """Flag every placeholder [B, N] of a call, of images or of videos."""
+    ids, video = _ids(inputs), facts.video_token
+    images = ids == (1 if MARKS in inputs else facts.image_token)
+    return images if video is None else images | (ids == video)
+
+
+def _ids(inputs: Mapping[str, Any]) -> Tensor:
+    """Return the input [B, N] that says where images are: ids, or the flags of some models."""
+    return inputs.get(MARKS, inputs["input_ids"])
 
 
 def _places(facts: ModelFacts, inputs: Mapping[str, Any]) -> dict[Kind, Tensor]:
     """Flag the placeholders [B, N] of each kind that has pixels among the inputs."""
-    ids, kinds = inputs["input_ids"], given_kinds(inputs)
+    ids, kinds = _ids(inputs), given_kinds(inputs)
+    if MARKS in inputs:
+        return {IMAGES: ids == 1}
     places = {kind: ids == token_of(facts, kind) for kind in kinds}
     own = _own_places(facts, ids)
     # The model's own code takes precedence over a comparison of ids.

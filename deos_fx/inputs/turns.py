@@ -79,7 +79,7 @@ def same_images(value: Any, known: Any) -> bool:
 
 def _match(call: Call) -> bool:
     """Return whether the images of a call are those of its placeholders."""
-    if not bool(placeholders(call.facts, call.inputs["input_ids"]).any()):
+    if not bool(placeholders(call.facts, call.inputs).any()):
         return False
     try:
         call.check_images()

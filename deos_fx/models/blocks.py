@@ -11,13 +11,14 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.errors import CaptureError
+from deos_fx.models.families import IMAGE_TOKENS, MARKS, VIDEO_TOKENS, WRITER
 
 __all__ = ["Block", "Blocks", "counts_positions", "find_blocks", "image_tower"]
 
 _CACHES = "transformers.cache_utils"
 
 # Methods of a cache that say how many tokens a layer holds.
-_HELD = {"get_mask_sizes", "get_query_offset"}
+_HELD = {"get_mask_sizes", "get_query_offset", "get_seq_length"}
 
 _INSTEAD = (
     "Use a model whose visual tokens take the places of image placeholders in the prompt, for "
@@ -127,28 +128,25 @@ def _check_reading(model: PreTrainedModel) -> None:
             f"{name} reads images through cross-attention, not in its prompt: its decoder has no "
             f"visual tokens to reduce. {_INSTEAD}"
         )
-    if "image_embeds_position_mask" in inspect.signature(type(model).forward).parameters:
-        # Case: Kosmos, which since transformers 5.24 also has get_image_features.
+    if MARKS in inspect.signature(type(model).forward).parameters:
+        return
+    if hasattr(core, "get_image_features") or hasattr(core, WRITER):
+        return
+    if not any(hasattr(model.config, entry) for entry in (*IMAGE_TOKENS, *VIDEO_TOKENS)):
+        # Case: GIT.
         raise CaptureError(
-            f"{name} is told by image_embeds_position_mask where images are, not by placeholders "
-            f"in input_ids, by which deos_fx finds the visual tokens. {_INSTEAD}"
+            f"{name} puts images in front of the text inside its own forward: input_ids has no "
+            "placeholders for them, and masks of later tokens take for granted that every layer "
+            f"holds them all. {_INSTEAD}"
         )
-    if not hasattr(core, "get_image_features"):
-        raise CaptureError(
-            f"{name} has no get_image_features, so its images do not enter the prompt in the way "
-            f"that transformers' models share and deos_fx follows. {_INSTEAD}"
-        )
+    raise CaptureError(
+        f"{name} has no get_image_features, so its images do not enter the prompt in the way that "
+        f"transformers' models share and deos_fx follows. {_INSTEAD}"
+    )
 
 
 def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
     """Refuse decoders with layers for which it is not known what dropping a token means."""
-    # Case: chunks counted from the start of the text, which dropped tokens would shift.
-    if "chunked_attention" in _kinds(model):
-        raise CaptureError(
-            f"{type(model).__name__} has chunked_attention layers: a new token sees the keys since "
-            "the last border of a chunk, and borders move when tokens are dropped. Use a model "
-            "whose layers attend to everything or within a sliding window."
-        )
     # Case: keys that a layer chooses by an index, whose cache has keys of its own.
     if "indexed_attention" in _kinds(model):
         raise CaptureError(

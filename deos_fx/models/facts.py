@@ -22,11 +22,14 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from deos_fx.models.blocks import Blocks, counts_positions, find_blocks, image_tower
 from deos_fx.models.families import (
     ENCODERS,
+    FORMER_IMAGES,
     IMAGE_TOKENS,
+    MARKS,
     PIXELS,
     QUERIES,
     READ,
     VIDEO_TOKENS,
+    WRITER,
 )
 from deos_fx.models.shapes_only import count_visual_tokens
 from deos_fx.models.upstream import check_upstream
@@ -138,8 +141,8 @@ class ModelFacts:
         blocks: Its transformer blocks.
         image_token: Id of the placeholder of one visual token of an image.
         video_token: Id of the placeholder of one visual token of a video; None without videos.
-        arguments: The signature of the model's forward, and by name those of `text_model` if that
-            is another, which the model hands on to it.
+        arguments: The signature of the model's forward, with ``pixel_values`` under this name, and
+            by name those of `text_model` if that is another, which the model hands on to it.
         encoders: Method of the model's core that encodes images or videos -> its arguments.
         size_inputs: Inputs that give the size of each image: the tensors, other than the pixels,
             that both the model and its image encoder take.
@@ -226,7 +229,7 @@ class ModelFacts:
         That is its pixels [1, C, H, W] on "meta", so only a shape, and a word of the text that the
         encoder may read beside it.
         """
-        words = READ & self.encoders["get_image_features"]
+        words = READ & self.encoders.get("get_image_features", frozenset())
         word = torch.ones(1, 1, dtype=torch.int64)
         return {"pixel_values": _image(self.model), **dict.fromkeys(words, word)}
 
@@ -268,7 +271,12 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
     # 2. Does it have blocks that can be told apart, and tokens that can be dropped? Or an error.
     blocks = find_blocks(model)
     # 3. How are the places of its visual tokens marked in the prompt?
-    image_token = _first_entry(model.config, IMAGE_TOKENS)
+    configs = (model.config, getattr(model.config, "vision_config", None))
+    named = (_first_entry(config, IMAGE_TOKENS) for config in configs)
+    image_token = next((token for token in named if token is not None), None)
+    if MARKS in inspect.signature(type(model).forward).parameters:
+        # Case: flags say where images are; no token has this id.
+        image_token = -1
     if image_token is None:
         raise ValueError(
             f"The config of {name} names no image placeholder ({' or '.join(IMAGE_TOKENS)}), by "
@@ -283,8 +291,8 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
         video_token=_first_entry(model.config, VIDEO_TOKENS),
         arguments=arguments,
         encoders={
-            method: frozenset(inspect.signature(getattr(core, method)).parameters)
-            for method in ENCODERS
+            method: frozenset(inspect.signature(_call_of(getattr(core, method))).parameters)
+            for method in (*ENCODERS, WRITER)
             if hasattr(core, method)
         },
         size_inputs=_size_inputs(model).intersection(arguments.parameters),
@@ -294,8 +302,13 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
     )
 
 
+def _call_of(encoder: Any) -> Callable[..., Any]:
+    """Return the function that a method is, or that a module calls."""
+    return encoder.forward if isinstance(encoder, torch.nn.Module) else encoder
+
+
 def _text_model(model: PreTrainedModel, blocks: Blocks) -> PreTrainedModel:
-    if type(model).generate is GenerationMixin.generate:
+    if getattr(type(model), "generate", None) is GenerationMixin.generate:
         return model
     *path, _ = blocks.decoder[0].split(".")
     around = (model.get_submodule(".".join(path[:end])) for end in range(1, len(path) + 1))
@@ -312,6 +325,9 @@ def _arguments(model: PreTrainedModel, text_model: PreTrainedModel) -> inspect.S
     added = [one.replace(kind=one.KEYWORD_ONLY) for one in others if one.name not in own.parameters]
     # Those without a fixed name, **kwargs, are last.
     *named, last = own.parameters.values()
+    if PIXELS[0] not in own.parameters:
+        # Case: the pixels under another name.
+        named = [one.replace(name=PIXELS[0]) if one.name in FORMER_IMAGES else one for one in named]
     return own.replace(parameters=[*named, *added, last])
 
 
@@ -396,13 +412,18 @@ def _size_inputs(model: PreTrainedModel) -> frozenset[str]:
     The signatures tell: whatever code runs between pixels and features has to be given the sizes.
     """
     core: Any = model.base_model
+    if hasattr(core, WRITER):
+        # Case: a module that takes images and other media, and names them so.
+        names = inspect.signature(getattr(core, WRITER).forward).parameters
+        return frozenset(name for name in names if "image" in name) - FORMER_IMAGES
     tower = image_tower(model)
-    taken = _tensor_arguments(core.get_image_features) - READ
+    encode = getattr(core, "get_image_features", None)
+    taken = frozenset() if encode is None else _tensor_arguments(encode) - READ
     if tower is not None:
         taken |= _tensor_arguments(tower.forward)
     # Towers built like text models also take an attention mask, but not that of the prompt.
     of_text = _tensor_arguments(model.get_decoder().forward)
-    return taken - of_text - {"pixel_values"}
+    return taken - of_text - {"pixel_values"} - FORMER_IMAGES
 
 
 def _tensor_arguments(function: Any) -> frozenset[str]:

@@ -7,24 +7,34 @@ graph.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
 
+from deos_fx.models.views import shallow_copy
+
 __all__ = [
     "COORDINATES",
     "ENCODERS",
+    "FEATURES",
     "FORMER_IMAGES",
     "IMAGE_TOKENS",
+    "MARKS",
     "PATCH_NUMBERS",
     "PER_LAYER",
     "PIXELS",
+    "POSITIONS",
     "QUERIES",
     "READ",
+    "WRITER",
     "SHORTCUTS",
     "VIDEO_TOKENS",
+    "encoded_by",
     "features_of",
     "is_encoder",
+    "own_name",
 ]
 
 
@@ -34,16 +44,33 @@ IMAGE_TOKENS = ("image_token_id", "image_token_index")
 VIDEO_TOKENS = ("video_token_id", "video_token_index")
 """Entries that may hold the id of the placeholder of one visual token of a video."""
 
-FORMER_IMAGES = frozenset({"pixel_values_images", "image_patches"})
-"""Other names of inputs that processors still call ``pixel_values``: video_llava, fuyu."""
+FORMER_IMAGES = frozenset({"pixel_values_images", "image_patches", "image_pixel_values"}) | {
+    "flattened_patches"
+}
+"""Other names of ``pixel_values``: video_llava, fuyu, phi4_multimodal, kosmos-2.5."""
+
+FEATURES = "image_embeds"
+"""Argument of a text model with the features of images: kosmos-2.5."""
+
+MARKS = "image_embeds_position_mask"
+"""Input that is 1 where a visual token is, in place of ids that say so: kosmos-2.5."""
+
+POSITIONS = "create_position_ids_from_input_ids"
+"""Method of a module that gives a token its position by the ids up to it: kosmos-2.5."""
+
+WRITER = "embed_tokens_extend"
+"""Module of a model's core that encodes images and writes them over their placeholders.
+
+phi4_multimodal.
+"""
 
 READ = frozenset({"qformer_input_ids", "qformer_attention_mask"})
 """Inputs with the text that an image encoder reads beside the image: instructblip."""
 
-QUERIES = frozenset({"query_tokens"})
+QUERIES = frozenset({"query_tokens", "latent_query"})
 """Parameters with a learned vector for each visual token, which stands for no place in an image.
 
-blip-2, instructblip.
+blip-2, instructblip, kosmos-2.5.
 """
 
 PATCH_NUMBERS = frozenset({"image_token_pooling", "video_token_pooling"})
@@ -73,7 +100,34 @@ ENCODERS = {"get_image_features": "image_encoder", "get_video_features": "video_
 
 def is_encoder(node: fx.Node) -> bool:
     """Return whether the node encodes images or videos as a whole."""
-    return node.op == "call_module" and node.target in ENCODERS.values()
+    return node.op == "call_module" and node.target in (*ENCODERS.values(), WRITER)
+
+
+def own_name(name: str, forward: Callable[..., Any]) -> str:
+    """Return what a model's forward calls an input."""
+    taken = inspect.signature(forward).parameters
+    former = (own for own in taken if name == PIXELS[0] and own in FORMER_IMAGES)
+    return name if name in taken else next(former, name)
+
+
+def encoded_by(core: Any, method: str, given: Mapping[str, Any]) -> Any:
+    """Encode images or videos as a model does.
+
+    Args:
+        core: The model's core, or a view of it.
+        method: One of `ENCODERS`, or `WRITER`.
+        given: Its arguments, as a call has them.
+
+    Returns:
+        The features, see `features_of`; or prompts [B, N, d] with these written into them.
+    """
+    if hasattr(type(core), method):
+        return features_of(getattr(core, method)(**given, return_dict=True))
+    if not hasattr(core, method):
+        return _given_to_text(core, given)
+    write = getattr(core, WRITER)
+    named = {own_name(name, type(write).forward): value for name, value in given.items()}
+    return write(inputs_embeds=core.get_input_embeddings()(given["input_ids"]), **named)
 
 
 def features_of(output: Any) -> Any:
@@ -88,3 +142,23 @@ def features_of(output: Any) -> Any:
         return output.last_hidden_state
     # Case: only features for several layers; the first of them replace the placeholders.
     return output.deepstack_features[0][1]
+
+
+class _TextReached(Exception):  # noqa: N818 - not an error: it stops the run early
+    """Raised in place of the text model, with what it is given."""
+
+
+def _given_to_text(core: Any, given: Mapping[str, Any]) -> Any:
+    """Return the features that a model without a method for them gives its text model."""
+    view, forward = shallow_copy(core), type(core).forward
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise _TextReached(kwargs[FEATURES])
+
+    view._modules["text_model"] = text = shallow_copy(core.text_model)
+    text.forward = stop
+    try:
+        forward(view, **{own_name(name, forward): value for name, value in given.items()})
+    except _TextReached as reached:
+        return reached.args[0]
+    raise AssertionError("the text model was not reached")

@@ -137,8 +137,13 @@ def _is_code(tensor: Tensor | None) -> bool:
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     """Return the input and output features of a linear layer of any kind; None for other modules.
 
-    An adapter does not count as a layer; the layers that it wraps and adds do.
+    An adapter does not count as a layer; the layers that it wraps and adds do. Nor does a layer
+    that computes something else with plain weights, such as a router.
     """
+    forward = getattr(type(module), "forward", None)
+    plain = forward in (nn.Linear.forward, AnyLinear.forward)
+    if isinstance(module, nn.Linear) and not plain and not has_codes(module):
+        return None
     sizes: Any = tuple(getattr(module, name, None) for name in ("in_features", "out_features"))
     # Adapters repeat the sizes of the layer that they wrap, which is one of their children.
     known = all(isinstance(size, int) for size in sizes) and not any(module.children())

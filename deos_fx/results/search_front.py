@@ -113,9 +113,7 @@ class SearchFront:
                 f"Within {_named(budget)}",
                 f"It needs {percentage(result.best.cost.flops / result.unreduced.flops)} of the "
                 f"FLOPs of the prefill. {' '.join([result.basis, *result.doubts])}",
-                "<pre>"
-                + escape("\n".join(map(str, result.policy.reductions)) or "no reduction")
-                + "</pre>",
+                "<pre>" + escape("\n".join(result.policy.lines) or "no reduction") + "</pre>",
                 details("policy.json", result.policy.to_json()),
             )
             for budget, result in self.results.items()

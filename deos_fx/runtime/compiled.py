@@ -8,11 +8,16 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from deos_fx.models.families import ENCODERS, WRITER
 from deos_fx.passes.pipeline import Captured, copy_of, run_graph
 from deos_fx.passes.rewrite.make_compilable import make_compilable
 from deos_fx.passes.rewrite.split_encoder import split_encoder
 
 __all__ = ["CompiledGraph"]
+
+
+# Image encoders that are one node.
+_ONE_NODE = (ENCODERS["get_image_features"], WRITER)
 
 
 class CompiledGraph:
@@ -42,7 +47,7 @@ class CompiledGraph:
         self._guards = captured.guards
         rest = copy_of(lowered)
         self._encode: fx.GraphModule | None = None
-        if rest.graph.find_nodes(op="call_module", target="image_encoder"):
+        if any(rest.graph.find_nodes(op="call_module", target=name) for name in _ONE_NODE):
             self._encode = split_encoder(rest, images)
         self._rest = make_compilable(rest)
         self._rest.compile(**options)

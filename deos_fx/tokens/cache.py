@@ -137,13 +137,19 @@ class ReducedCache(DynamicCache):
             for layers in zip(*(part.layers for part in parts), strict=True)
         ]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of tokens seen so far, including dropped ones."""
-        if layer_idx == 0:
-            # Convolutions hold no keys, so the first layer that does gives the length.
-            held = (i for i, layer in enumerate(self.layers) if hasattr(layer, "get_seq_length"))
-            layer_idx = next(held, 0)
-        return super().get_seq_length(layer_idx) + self._dropped(layer_idx)
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Return the number of tokens seen so far, including dropped ones.
+
+        Args:
+            layer_idx: A layer that counts positions itself, and gets the number of tokens that have
+                reached it.
+        """
+        if layer_idx is not None:
+            return self.get_query_offset(layer_idx)
+        # Convolutions hold no keys, so the first layer that does gives the length.
+        held = (i for i, layer in enumerate(self.layers) if hasattr(layer, "get_seq_length"))
+        first = next(held, 0)
+        return super().get_seq_length(first) + self._dropped(first)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return the index of the next query among the keys that this layer holds.

@@ -183,6 +183,10 @@ class _ShapeRun(fx.Interpreter):
         """Run a module on shapes."""
         module: Any = self.fetch_attr(target)
         if isinstance(module, MaskBuilder):
+            if module.own:
+                # Case: a method of the model. It is given the length of the cache, which the
+                # capture has filled.
+                return None
             # Case: a mask function, which reads the values of flags.
             masks = module(**pytree.tree_map_only(torch.Tensor, _readable, kwargs))
             return pytree.tree_map_only(torch.Tensor, _like, masks)

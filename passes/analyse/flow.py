@@ -65,6 +65,15 @@ def find_operands(merge: fx.Node, pixels: Sequence[fx.Node]) -> tuple[fx.Node, f
             other: tokens were added to those of an image, or taken away.
     """
     from_images, opaque = reached(pixels), encoded(merge.graph)
+    # Not the mask of the placeholders [B, N, 1], which also has three axes.
+    embeddings = next(
+        node
+        for node in merge.all_input_nodes
+        if node not in from_images and _rank(node) == 3 and note_of(node).shape[2] > 1
+    )
+    if is_encoder(merge):
+        # Case: one module encodes the images and writes them into the prompt.
+        return merge, embeddings
     # An operand is recognised by what it is made of, not by its place: models differ.
     features = next(node for node in merge.all_input_nodes if node in from_images)
     if features.target is visual_rows:
@@ -81,12 +90,6 @@ def find_operands(merge: fx.Node, pixels: Sequence[fx.Node]) -> tuple[fx.Node, f
             "to an image or taken away cannot be followed. Use a model that changes the features "
             "of all images at once."
         )
-    # Not the mask of the placeholders [B, N, 1], which also has three axes.
-    embeddings = next(
-        node
-        for node in merge.all_input_nodes
-        if node not in from_images and _rank(node) == 3 and note_of(node).shape[2] > 1
-    )
     return features, embeddings
 
 

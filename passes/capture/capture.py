@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from deos_fx.errors import CaptureError
 from deos_fx.models.blocks import Block
+from deos_fx.models.families import own_name
 from deos_fx.models.shapes_only import plain_attention, without_missing_weights
 from deos_fx.models.views import is_offloaded
 from deos_fx.passes.capture.replacements import TRACER, replacements_of
@@ -56,8 +57,8 @@ def capture(
     Returns:
         A `GraphModule` with the same inputs that returns a dict of the model's output fields,
         without the outputs of encoders among them. If its language model has an output of its own
-        in that of the model, the dict has the fields of both. The graph module has a `GraphNote`, and its blocks are marked
-        in the notes of their nodes.
+        in that of the model, the dict has the fields of both. The graph module has a `GraphNote`,
+        and its blocks are marked in the notes of their nodes.
 
     Raises:
         CaptureError: If the model's code does something that cannot be recorded.
@@ -72,7 +73,9 @@ def capture(
     with _recording(tracer, model, opaque_encoder):
         # Not model(...): hooks of the instance (accelerate moves inputs) are no part of the graph.
         run = part or model
-        result = type(run).forward(run, **arguments)
+        forward = type(run).forward
+        named = {own_name(name, forward): value for name, value in arguments.items()}
+        result = forward(run, **named)
     # What encoders return on the way (`image_outputs` of transformers 5.24) is left out: its fields
     # would keep layers of the vision tower that nothing else reads, and a list per image.
     parts = (value for value in result.values() if isinstance(value, ModelOutput))

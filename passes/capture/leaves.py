@@ -53,12 +53,16 @@ class MaskBuilder(nn.Module):
     Args:
         function: The mask function.
         config: The config that it is called with.
+        own: Whether it is a method of the model instead, which is given the length of a cache.
     """
 
-    def __init__(self, function: Callable[..., Any], config: PreTrainedConfig) -> None:
+    def __init__(
+        self, function: Callable[..., Any], config: PreTrainedConfig, own: bool = False
+    ) -> None:
         super().__init__()
         self.function = function
         self.config = config
+        self.own = own
 
     def is_plain(self, kwargs: Mapping[str, Any]) -> bool:
         """Return whether nothing matters but the order of the tokens and padding.

@@ -46,6 +46,8 @@ _BUILTINS = tuple(
 _FACTORIES = {"arange", "eye", "full", "linspace", "ones", "zeros"}
 
 
+_OWN_MASK = "_prepare_decoder_attention_mask"
+
 # The tracer that records this thread; None while the thread does not capture.
 TRACER: ContextVar[Tracer | None] = ContextVar("deos_fx_tracer", default=None)
 
@@ -77,6 +79,10 @@ def replacements_of(model: PreTrainedModel, opaque_encoder: bool) -> Iterator[Re
     for kind in {type(module) for module in model.modules()}:
         for name in SHORTCUTS.keys() & vars(kind).keys():
             yield kind, name, _when_traced(_first_arguments)
+    # Methods that make masks, under the name that transformers gave them before it had functions.
+    for kind in {type(module) for module in model.modules()}:
+        if _OWN_MASK in vars(kind):
+            yield kind, _OWN_MASK, _when_traced(_own_mask)
     # Mask functions and checks. A model file imports them by name, so they are replaced there, in
     # the namespace of every file that a module comes from.
     for namespace in {sys.modules[type(module).__module__] for module in model.modules()}:
@@ -142,7 +148,9 @@ def _length(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[s
     Raises:
         CaptureError: If a block reads the length of the text: it would take it for its own.
     """
-    if tracer.block and original.__name__ == "get_seq_length":
+    # args has the cache and, if a block asks for a layer of its choice, the number of that.
+    whole = original.__name__ == "get_seq_length" and len(args) + len(kwargs) == 1
+    if tracer.block and whole:
         raise CaptureError(
             f"{tracer.block} counts positions itself, by the length of its cache, which is "
             "shorter where tokens were dropped. Use a model that gives its layers positions."
@@ -186,6 +194,18 @@ def _mask(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str
         return original(*args, **kwargs)
     named = inspect.signature(original).bind(*args, **kwargs).arguments
     return tracer.call_mask_function(original, named)
+
+
+def _own_mask(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Record a method that makes a mask as one node."""
+    module, *_ = args
+    named = inspect.signature(original).bind(*args, **kwargs).arguments
+
+    def create_own_mask(config: Any, **given: Any) -> Any:
+        return original(module, **given)
+
+    del named["self"]
+    return tracer.call_mask_function(create_own_mask, {**named, "config": module.config}, own=True)
 
 
 def _no_check(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

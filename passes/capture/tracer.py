@@ -167,12 +167,15 @@ class Tracer(fx.Tracer):
             output = output if replaced is None else replaced
         return output
 
-    def call_mask_function(self, function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    def call_mask_function(
+        self, function: Callable[..., Any], kwargs: dict[str, Any], own: bool = False
+    ) -> Any:
         """Record the call of a mask function of transformers as one opaque node.
 
         Args:
             function: The function, ``create_...``.
             kwargs: Its arguments by name, with the config.
+            own: See `MaskBuilder`.
 
         Returns:
             A proxy of the mask, or of the dict of masks by kind of layer.
@@ -181,7 +184,7 @@ class Tracer(fx.Tracer):
         # The same function may be called more than once.
         if name in self.leaves:
             name = f"{name}_{len(self.leaves)}"
-        self.leaves[name] = MaskBuilder(function, kwargs.pop("config"))
+        self.leaves[name] = MaskBuilder(function, kwargs.pop("config"), own)
         node = self.create_node("call_module", name, (), self.create_arg(kwargs), name)
         if isinstance(self.values[node], dict):
             self.mask_parts[node] = {}

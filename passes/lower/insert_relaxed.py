@@ -22,6 +22,7 @@ from deos_fx import tokens
 from deos_fx.forms.needs import feature_name
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.forms.static import StaticOutput
+from deos_fx.models.blocks import counts_positions
 from deos_fx.operator.assign import SIMILARITIES
 from deos_fx.operator.learned import LEARNED
 from deos_fx.operator.scores import SCORES
@@ -112,10 +113,14 @@ def insert_relaxed(
 
 
 def _check_layers(graph_module: fx.GraphModule) -> None:
-    """Refuse layers that attend and keep a state at once: a half open token is for one of the two.
+    """Refuse layers for which a half open token is more than a key.
+
+    1. Layers that attend and keep a state at once: such a token is for one of the two.
+    2. Layers that count positions themselves: it counts as a whole one.
 
     Raises:
-        ValueError: If a decoder layer takes a mask of queries and keys and one of padding.
+        ValueError: If a decoder layer takes a mask of queries and keys and one of padding, or
+            counts positions.
     """
     for layer in blocks_of(graph_module.graph, "decoder").values():
         if attends(layer) and any(note_of(value).padding for value in layer.all_input_nodes):
@@ -123,6 +128,11 @@ def _check_layers(graph_module: fx.GraphModule) -> None:
                 f"{layer.name} attends and keeps a state as well, which sees a token that is half "
                 "gone as it sees any other: reductions of this model cannot be searched by "
                 "gradient. Give a policy."
+            )
+        if counts_positions(graph_module.get_submodule(str(layer.target))):
+            raise ValueError(
+                f"{layer.name} counts the tokens that it gets, and in a search these are all of "
+                "them: reductions of this model cannot be searched by gradient. Give a policy."
             )
 
 

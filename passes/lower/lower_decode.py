@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -151,16 +151,16 @@ def _inputs_of(
         if "attention_mask" in nodes:
             replaced[nodes["attention_mask"]] = graph.placeholder(f"attention_mask_{k}")
     # Masks that are not plain: one for the layers with a window, and one for all others.
-    windows: dict[bool, fx.Node] = {}
+    windows: dict[_Window | None, fx.Node] = {}
     for node in nodes.values():
         is_mask = note_of(node).is_mask
         if is_mask and not note_of(node).plain:
             # Case: a mask of windows, of blocks of image tokens, or of padding.
             if _is_of_attention(node):
-                sliding = "sliding" in kind_of_mask(node)
-                if sliding not in windows:
-                    windows[sliding] = _mask_of_space(graph_module, node, replaced, k, space)
-                replaced[node] = windows[sliding]
+                window = _window_of(graph_module, node)
+                if window not in windows:
+                    windows[window] = _mask_of_space(graph_module, node, replaced, k, space)
+                replaced[node] = windows[window]
         elif is_mask or (space.moved and node in tables):
             # Case: a plain causal mask, or a rotary table of positions that have moved.
             # Copies, so that earlier layers keep theirs.
@@ -173,18 +173,46 @@ def _inputs_of(
     return replaced, key_bias
 
 
+class _Window(NamedTuple):
+    """What a token sees of what is before it.
+
+    Attributes:
+        size: A number of positions, its own included.
+        chunked: Whether these are those of its chunk, of which a row has one after the other from
+            its first real token on; otherwise they are the last ones.
+    """
+
+    size: int
+    chunked: bool
+
+    def sees(self, queries: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
+        """Return flags of the keys in the window of each query.
+
+        Args:
+            queries: Original positions of queries.
+            keys: Those of keys, in a shape that can be broadcast with that of the queries, as the
+                next one.
+            padding: How many positions of a row are padding on its left.
+        """
+        if self.chunked:
+            same = (queries - padding) // self.size == (keys - padding) // self.size
+            return same & (keys <= queries)
+        distance = queries - keys
+        return (distance >= 0) & (distance < self.size)
+
+
 class WindowMask(nn.Module):
     """Makes the mask of one kind of layers for a cache from which tokens were dropped.
 
     The prompt's own blocks (images whose tokens see each other in both directions) do not matter:
-    a new token sees everything before it. A window is a distance in the original prompt.
+    a new token sees everything before it. A window is one of positions in the original prompt.
 
     Args:
         config: The text model's config.
-        window: How many positions a token sees, its own included; 0 for all.
+        window: What a token sees; None for all.
     """
 
-    def __init__(self, config: PreTrainedConfig, window: int) -> None:
+    def __init__(self, config: PreTrainedConfig, window: _Window | None) -> None:
         super().__init__()
         self.config = config
         self.window = window
@@ -210,35 +238,67 @@ class WindowMask(nn.Module):
         mask: Any = create_causal_mask(
             self.config, inputs_embeds, padding, cache, layer_idx=layer_idx
         )
-        if not self.window:
+        if self.window is None:
             return mask
+        left = _left_padding(positions, padding)
         # The cache of a layer with a window may hold fewer keys than the layer has seen.
         new = inputs_embeds.shape[1]
         held, _ = cache.get_mask_sizes(new, layer_idx)
         if isinstance(mask, BlockMask):
             # Case: flex attention.
-            in_window = and_masks(mask.mask_mod, self._in_window(positions, new, held))
+            in_window = and_masks(mask.mask_mod, self._in_window(positions, left, new, held))
             batch, device = len(positions), positions.device
             return create_block_mask(in_window, batch, None, new, held, device=device)
-        # [B, new, held]: queries are the last positions, keys the last that the layer still holds.
-        distance = positions[:, -new:, None] - positions[:, None, -held:]
-        # [B, 1, new, held]
-        near = ((distance >= 0) & (distance < self.window))[:, None]
+        # [B, 1, new, held]: queries are the last positions, keys the last that the layer holds.
+        queries, keys = positions[:, None, -new:, None], positions[:, None, None, -held:]
+        near = self.window.sees(queries, keys, left[:, None, None, None])
         if mask is None or mask.dtype == torch.bool:
             # Case: a boolean mask, or none where nothing is padded.
             return near if mask is None else near & mask
         # Case: an additive mask.
         return mask.masked_fill(~near, torch.finfo(mask.dtype).min)
 
-    def _in_window(self, positions: Tensor, new: int, held: int) -> Callable[..., Tensor]:
+    def _in_window(
+        self, positions: Tensor, left: Tensor, new: int, held: int
+    ) -> Callable[..., Tensor]:
         """Make the condition of the window in the form of flex attention."""
-        queries, keys = positions[:, -new:], positions[:, -held:]
+        queries, keys, window = positions[:, -new:], positions[:, -held:], self.window
+        assert window is not None
 
         def near(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            distance = queries[row, query] - keys[row, key]
-            return (distance >= 0) & (distance < self.window)
+            return window.sees(queries[row, query], keys[row, key], left[row])
 
         return near
+
+
+def _left_padding(positions: Tensor, padding: Tensor | None) -> Tensor:
+    """Return [B] how many tokens of the original prompts are padding on the left.
+
+    Args:
+        positions: Original positions [B, N] of tokens; -1 where there is none.
+        padding: Flags [B, N] of real tokens, or None.
+    """
+    if padding is None:
+        return torch.zeros_like(positions[:, 0])
+    # Padding is text, of which nothing is dropped.
+    return ((padding.cumsum(dim=1) == 0) & (positions >= 0)).sum(dim=1)
+
+
+def _window_of(graph_module: fx.GraphModule, mask: fx.Node) -> _Window | None:
+    """Return the window that a mask is for; None if there is none."""
+    config, kind = _builder_of(graph_module, mask).config.get_text_config(), kind_of_mask(mask)
+    if "chunked" in kind:
+        return _Window(config.attention_chunk_size, True)
+    return _Window(config.sliding_window, False) if "sliding" in kind else None
+
+
+def _builder_of(graph_module: fx.GraphModule, mask: fx.Node) -> Any:
+    return graph_module.get_submodule(str(_made(mask).target))
+
+
+def _made(mask: fx.Node) -> fx.Node:
+    """Return the node of the function that makes a mask, or the dict that it was taken out of."""
+    return mask.all_input_nodes[0] if mask.target is operator.getitem else mask
 
 
 def _is_of_attention(mask: fx.Node) -> bool:
@@ -282,14 +342,13 @@ def _mask_of_space(
         The node.
     """
     graph = graph_module.graph
-    # A mask that was taken out of a dict is made by the function that makes the dict.
-    made = mask.all_input_nodes[0] if mask.target is operator.getitem else mask
-    builder: Any = graph_module.get_submodule(str(made.target))
-    config = builder.config.get_text_config()
-    window = config.sliding_window if "sliding" in kind_of_mask(mask) else 0
+    made, window = _made(mask), _window_of(graph_module, mask)
+    config = _builder_of(graph_module, mask).config.get_text_config()
     names = ("inputs_embeds", "attention_mask", CACHE)
     # Everything else that the original function takes is about the prompt.
     kwargs = {name: made.kwargs[name] for name in names if name in made.kwargs}
+    # A method of the model's own is given the length of the cache alone.
+    kwargs.setdefault(CACHE, *graph.find_nodes(op="placeholder", target=CACHE))
     kwargs = dict(fx.node.map_arg(kwargs, partial(_latest, replaced)))
     # The window is a distance between original positions, so these become an input.
     if window:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from deos_fx import tokens
-from deos_fx.models.families import is_encoder
+from deos_fx.models.families import MARKS, is_encoder
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.analyse.annotate_token_spaces import padding_node, position_tables
 from deos_fx.passes.analyse.sites import Sites
@@ -46,7 +46,8 @@ def insert_visual_positions(
         place.
     """
     graph = graph_module.graph
-    (input_ids,) = graph.find_nodes(op="placeholder", target="input_ids")
+    marks = graph.find_nodes(op="placeholder", target=MARKS)
+    (input_ids,) = marks or graph.find_nodes(op="placeholder", target="input_ids")
     given = input_ids, layout.image_token, sum(layout.sizes)
     if not layout.separators:
         with graph.inserting_after(input_ids):

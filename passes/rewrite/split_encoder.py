@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from deos_fx.models.families import WRITER
 from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import made_of
@@ -34,9 +35,14 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
         order.
 
     Raises:
-        ValueError: If the encoder gives anything but tensors.
+        ValueError: If the encoder gives anything but tensors, or reads the prompt as well.
     """
     graph = graph_module.graph
+    if graph.find_nodes(op="call_module", target=WRITER):
+        raise ValueError(
+            "The module that encodes images also writes them into the prompt, so it cannot be a "
+            "graph of images alone. Run the reduced model in PyTorch, without torch.compile."
+        )
     # Guards on the images alone.
     for guard in graph.find_nodes(op="call_function", target=check_guard):
         if {node.name for node in made_of(guard) if node.op == "placeholder"} <= images.keys():

@@ -259,7 +259,7 @@ def _with_target(
     own, answers = without_labels(batch), batch.inputs["labels"]
     call = replace(own, inputs=moved(own.inputs, own.model.device))
     # A prediction at a visual token does not count, since the token may be dropped.
-    visual = placeholders(own.facts, own.inputs["input_ids"])
+    visual = placeholders(own.facts, own.inputs)
     if labels:
         # Case: labels. The model need not run.
         captured, target = captures.serving(call), labelled(answers, visual)

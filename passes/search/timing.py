@@ -10,6 +10,7 @@ import torch
 from deos_fx.cost.latency import in_turns, latency_table
 from deos_fx.cost.model import CostModel
 from deos_fx.inputs.call import Call
+from deos_fx.models.families import encoded_by
 from deos_fx.passes.captures import Captures
 from deos_fx.passes.pipeline import lower_call, run_graph
 from deos_fx.passes.search import processes
@@ -71,7 +72,7 @@ def _encoding(batches: Sequence[SearchBatch]) -> Callable[[], object]:
     """Prepare the encoding of the images of one of the longest prompts, to be timed."""
     call, _ = _longest(batches)
     core = call.model.base_model
-    return torch.no_grad()(lambda: [getattr(core, name)(**given) for name, given in call.encodings])
+    return torch.no_grad()(lambda: [encoded_by(core, *one) for one in call.encodings])
 
 
 def _longest(batches: Sequence[SearchBatch]) -> tuple[Call, PromptLayout]:

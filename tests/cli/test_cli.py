@@ -379,7 +379,7 @@ def test_compare_writes_files_and_a_table(questions, tmp_path):
     assert of[names[1]]["minus_unreduced"] == of["merge"]["minus_unreduced"]
     assert (found["questions"], found["limit_visual_tokens"]) == (3, 9.0)
     assert (out / "comparison.html").exists() and "no reduction" in text
-    assert "smaller image: every image of a llava model becomes 144" in text.replace("\n", " ")
+    assert "changes nothing: LlavaProcessor" in " ".join(text.split())
 
 
 def test_compare_refuses_the_same_questions_for_tuning(questions, tmp_path):

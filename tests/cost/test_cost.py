@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import IMAGE, STATEFUL, prompts, shared
+from families import FAMILIES, IMAGE, STATEFUL, TWINS, prompts, shared
 from tiny import VISUAL, inputs, shared_llava, tiny_llava
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -177,6 +177,11 @@ COUNTED = (
     "lfm2_vl",
     "qwen3_5",
     "nemotron_h_omni",
+    "instructblip",
+    "llama4",
+    "phi4_multimodal",
+    "kosmos-2",
+    "kosmos-2.5",
 )
 
 
@@ -195,13 +200,15 @@ def eager(request):
     model.set_experts_implementation(experts)
 
 
-@pytest.mark.parametrize("eager", COUNTED, indirect=True)
+@pytest.mark.parametrize("eager", sorted({*COUNTED} & {*FAMILIES, *TWINS}), indirect=True)
 def test_families(eager):
     name, model = eager
     policy = ANYWHERE
     if name in STATEFUL:
         # At the other sites, layers do not attend.
         policy = Policy((ANYWHERE.reductions[0], replace(ANYWHERE.reductions[1], site="decoder.2")))
+    if facts_of(model).counts_positions:
+        policy = Policy(tuple(replace(step, position="compact") for step in policy.reductions))
     reduced, batch = ReducedModel(model, policy), prompts(name, 2)
     cost = reduced.cost(**batch).after
     flops, cache = counted(reduced, **batch)
@@ -347,16 +354,17 @@ def test_the_cost_of_text_alone():
 
 @pytest.mark.parametrize(
     "eager",
-    ["qwen2_vl", "qwen3_vl", "internvl", "idefics3", "gemma3", "ovis2", "llava_next"],
+    ["qwen2_vl", "qwen3_vl", "internvl", "idefics3", "gemma3", "ovis2", "llava_next"]
+    + ["minicpmv4_6"],
     indirect=True,
 )
 @pytest.mark.parametrize("attention", [False, True])
 def test_groups_of_patches_in_the_tower(eager, attention):
     name, model = eager
     merge = {"gain": 1.0, "similarity": {"key": 1}, "scores": {"mutual_attention": 1}}
-    # The blocks of InternVL hand nothing on to their attention.
-    how = merge if attention and name != "internvl" else {"scores": {"feature_norm": 1}}
-    step = Reduction("vision.0", 0.25, **how)
+    how = merge if attention else {"scores": {"feature_norm": 1}}
+    # Patches are merged after the first block of MiniCPM-V.
+    step = Reduction(f"vision.{int(name == 'minicpmv4_6')}", 0.25, **how)
     reduced, batch = ReducedModel(model, Policy((step,))), prompts(name, 2)
     cost = reduced.cost(**batch)
     # Tiles of an image lose unequally many patches, and count as if they lost equally many.

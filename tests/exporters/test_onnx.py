@@ -536,7 +536,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
         raise RuntimeError("disk full")
 
     monkeypatch.setattr("deos_fx.exporters.onnx.fuse", lambda *args: None)
-    monkeypatch.setattr("deos_fx.exporters.onnx.of_one_token", lambda *args: None)
+    monkeypatch.setattr("deos_fx.exporters.onnx.of_one", lambda *args: None)
     monkeypatch.setattr("deos_fx.exporters.graphs.exportable.Exportable.export", lambda self: None)
     monkeypatch.setattr("deos_fx.exporters.onnx.write_weights", fail)
     with pytest.raises(RuntimeError, match="disk full"):

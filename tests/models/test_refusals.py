@@ -17,7 +17,6 @@ from deos_fx.models.facts import facts_of
 
 CROSS, ENCODER = "through cross-attention", "encoder that its decoder"
 OTHER = "no get_image_features"
-MARKED = "image_embeds_position_mask"
 REFUSED = {
     "blip": CROSS,
     "idefics": CROSS,
@@ -28,9 +27,7 @@ REFUSED = {
     "t5gemma2": ENCODER,
     "udop": ENCODER,
     "instructblipvideo": OTHER,
-    "git": OTHER,
-    "kosmos-2": MARKED,
-    "kosmos-2.5": MARKED,
+    "git": "input_ids has no placeholders",
 }
 NO_ANSWERS: list[tuple[Any, Any]] = [
     (hf.LlamaForCausalLM, hf.LlamaConfig),

@@ -168,7 +168,7 @@ IN_FAMILIES = {
 
 # Chameleon's features are rows of a codebook: many tokens of an image are the same.
 @pytest.mark.parametrize("regime", IN_FAMILIES)
-@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"chameleon"}))
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"chameleon", "llama4"}))
 def test_families(name: str, regime: str) -> None:
     policy = Policy(IN_FAMILIES[regime])
     assert_relaxed_is_static(shared(name), policy, prompts(name, 2), roundings_of(name))
@@ -181,6 +181,12 @@ def test_layers_that_attend_and_keep_a_state_are_refused(name: str, position: st
     policy = Policy(tuple(replace(each, position=position) for each in IN_FAMILIES["prune"]))
     with pytest.raises(ValueError, match="decoder_0 attends and keeps a state as well"):
         assert_relaxed_is_static(shared(name), policy, prompts(name, 2))
+
+
+def test_layers_that_count_positions_are_refused() -> None:
+    steps = tuple(replace(each, position="compact") for each in IN_FAMILIES["prune"])
+    with pytest.raises(ValueError, match="decoder_0 counts the tokens that it gets, and in a sear"):
+        assert_relaxed_is_static(shared("llama4"), Policy(steps), prompts("llama4", 2))
 
 
 @pytest.mark.parametrize("name", ["lfm2_vl", "qwen3_5"])

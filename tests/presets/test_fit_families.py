@@ -41,7 +41,8 @@ GROUPS = {"aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_omni", "exa
 TWO_BLOCKS = {"hiprune", "vscan"}
 UNPLACED = {"llava_next", "llava_onevision", "gemma4", "molmo2", "fuyu", "granite4_vision"} | {
     *("llava_next_video", "chameleon", "deepseek_vl_hybrid", "granite_vision", "gemma4_unified"),
-    *("deepseek_ocr2", "inkling_mm_model", "blip-2", "instructblip"),
+    *("deepseek_ocr2", "inkling_mm_model", "blip-2", "instructblip", "phi4_multimodal"),
+    *("kosmos-2", "kosmos-2.5"),
 }
 # The first layers of the decoder do not attend: more than half of the tokens reach one that does.
 LATE = {"lfm2_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni"} | {

@@ -19,9 +19,10 @@ def reduced(length: int, kept: int, rows: int = 1) -> ReducedCache:
     return cache
 
 
-def test_every_layer_reports_the_length_of_the_text() -> None:
+def test_the_text_and_what_has_reached_a_layer_have_lengths_of_their_own() -> None:
     cache = reduced(length=10, kept=6)
-    assert [cache.get_seq_length(layer) for layer in range(2)] == [10, 10]
+    assert cache.get_seq_length() == 10
+    assert [cache.get_seq_length(layer) for layer in range(2)] == [10, 6]
     assert [cache.get_query_offset(layer) for layer in range(2)] == [10, 6]
 
 

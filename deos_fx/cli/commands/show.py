@@ -9,6 +9,7 @@ from rich.console import Console
 from deos_fx.cli.options import (
     Force,
     Images,
+    ImageScale,
     ImageUrls,
     Model,
     OutputOption,
@@ -29,6 +30,7 @@ def show(
     policy: PolicyFile = None,
     preset: Preset = None,
     budget: TokenLimit = None,
+    image_scale: ImageScale = None,
     output: OutputOption = Path("deos-fx-show"),
     urls: ImageUrls = False,
     force: Force = False,
@@ -63,7 +65,8 @@ def show(
     with fresh_folder(output) as folder, stages(console) as stage:
         with stage("load"):
             processor = load_processor(model_dir)
-            reduced = load_reduced(model_dir, Choice(policy, preset, budget))
+            reduced = load_reduced(model_dir, Choice(policy, preset, budget, image_scale))
+            processor = reduced.processor(processor)
         with stage("draw"):
             (inputs,) = batches(processor, [record], 1)
             explanation = reduced.explain(**inputs_for(reduced.model, inputs))
