@@ -234,7 +234,7 @@ def measured(
     except (KeyboardInterrupt, RuntimeError, ValueError) as error:
         # A search may have taken hours, so what is known of it is written in any case.
         message = "answers and times were not measured: %s"
-        logging.getLogger("deos_fx").warning(message, error or "interrupted")
+        logging.getLogger("deos_fx").warning(message, str(error) or "interrupted")
         return result
     if isinstance(result, SearchFront):
         each = {budget: replace(one, measured=answers) for budget, one in result.results.items()}
