@@ -94,6 +94,15 @@ HALF = (
             f"end in text. {ANOTHER}",
         ),
         (
+            # Padding on the right comes after the end.
+            {
+                "input_ids": ids([1, 2, 9, 9, 0], [1, 9, 9, 2, 3]),
+                "attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]),
+            },
+            "There are prompts that end in an image, but this model was exported for prompts that "
+            f"end in text. {ANOTHER}",
+        ),
+        (
             {"more": torch.ones(2), "another": torch.ones(2)},
             "The call has another, more, but this model was exported for attention_mask, "
             f"image_sizes, input_ids, kinds, pixel_values. {ANOTHER}",
