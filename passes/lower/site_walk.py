@@ -181,7 +181,7 @@ class SiteWalk(ABC):
         for step in before_decoder[len(inside) :]:
             self._at(step, self._at_merged if opaque else self._at_images)
         # Images that are reduced in the prompt shorten it themselves.
-        if before_decoder and before_decoder[-1] in (inside if opaque else before_decoder):
+        if before_decoder and (not opaque or len(inside) == len(before_decoder)):
             self.enter_prompt(before_decoder)
         in_decoder = self.steps[len(before_decoder) :]
         if in_decoder:
