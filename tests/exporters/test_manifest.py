@@ -16,9 +16,13 @@ from deos_fx.exporters import session
 from deos_fx.exporters.manifest import (
     VERSION,
     WEIGHTS,
+    check_spaces,
+    dropped_tokens,
     read_manifest,
     write_weights,
 )
+from deos_fx.policy.policy import Policy
+from deos_fx.policy.reduction import Reduction
 
 
 def test_a_whole_manifest_is_read(tmp_path: Path) -> None:
@@ -53,6 +57,52 @@ def test_manifests_that_do_not_fit_are_refused(
     (tmp_path / RECORD).write_text(json.dumps(WHOLE | changes))
     with pytest.raises(ValueError, match=f"{RECORD} is not the manifest of an export: .*{message}"):
         read_manifest(tmp_path)
+
+
+def test_the_message_of_a_manifest_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(json.dumps(WHOLE | {"version": 99}))
+    with pytest.raises(ValueError, match=r"or use the release that wrote it\.$"):
+        read_manifest(tmp_path)
+
+
+# *** token spaces ***
+
+SPACES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
+    "keep": ({}, set(), set()),
+    "biased": ({"biased": True}, {"key_bias_2"}, set()),
+    "compact": ({"position": "compact"}, set(), {"position_ids_2"}),
+    "grid": ({"position": "grid", "biased": True}, {"key_bias_2", "shift_2"}, {"position_ids_2"}),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_spaces_are_those_of_the_graphs(tmp_path: Path, name: str) -> None:
+    changes, gives, takes = SPACES[name]
+    manifest = {"spaces": [SPACE, SPACE | {"dropped": 50} | changes]}
+    outputs, inputs = {"logits", "origin_1", "origin_2", *gives}, {"input_ids", *takes}
+    check_spaces(tmp_path, manifest, outputs, inputs)
+    # A graph need not read positions that it is given.
+    check_spaces(tmp_path, manifest, outputs, {"input_ids"})
+    wrong = [(outputs - {x}, inputs) for x in outputs - {"logits"}]
+    wrong += [(outputs | {x}, inputs) for x in ("origin_3", "key_bias_1", "shift_1")]
+    wrong += [(outputs, inputs | {x}) for x in ("position_ids_1", "position_ids_3")]
+    for given in wrong:
+        with pytest.raises(ValueError, match=f"{RECORD} names spaces with .* from two exports"):
+            check_spaces(tmp_path, manifest, *given)
+
+
+def test_spaces_of_two_exports_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_spaces(tmp_path, {"spaces": []}, {"shift_1", "origin_1"}, {"position_ids_1"})
+    has = "with none, but the graphs have origin_1, position_ids_1, shift_1:"
+    assert has in str(caught.value)
+
+
+def test_dropped_tokens_are_counted_image_by_image() -> None:
+    policy = Policy((Reduction("projector", 0.25), Reduction("decoder.1", 0.125)))
+    # A quarter of each image, then an eighth of it; of 4 layers, or of 2.
+    assert dropped_tokens(policy, [64, 32], 4) == [96 - 24, 96 - 12]
+    assert dropped_tokens(policy, [64, 32], 2) == [96 - 24, 96 - 12]
 
 
 def program(**weights: np.ndarray) -> onnx_ir.Model:

@@ -95,6 +95,19 @@ def test_a_graph_that_cannot_be_run_says_what_may_help(
         open(path, "cpu")
 
 
+@pytest.mark.parametrize("kind", ["BOOL", "INT32", "INT64", "FLOAT", "DOUBLE", "FLOAT16"])
+def test_inputs_have_the_types_of_the_graph(tmp_path: Path, kind: str) -> None:
+    of = onnx_ir.DataType[kind]
+    x = onnx_ir.val("x", of, [2])
+    node = onnx_ir.node("Identity", [x])
+    node.outputs[0].name, node.outputs[0].type = "y", x.type
+    graph = onnx_ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 18}, name="g")
+    onnx_ir.save(onnx_ir.Model(graph, ir_version=10), tmp_path / "a.onnx")
+    session = open(tmp_path / "a.onnx", "cpu")
+    assert torch.empty(0, dtype=session.inputs["x"]).numpy().dtype == of.numpy()
+    assert session.session.get_inputs()[0].name == "x"
+
+
 def test_memory_is_shared_and_not_copied() -> None:
     tensor = torch.randn(2, 3, requires_grad=True)
     value = ort_value(tensor)

@@ -75,3 +75,13 @@ def test_windows_must_be_equal() -> None:
         operator.window_members(grid(), 8)
     with pytest.raises(ValueError, match="windows need complete grids, but 35 tokens"):
         operator.window_members(grid()[1:], 4)
+
+
+def test_columns_are_the_tokens_of_a_row() -> None:
+    assert operator.columns(torch.tensor([[0, r, c] for r in range(4) for c in range(7)])) == 7
+
+
+def test_every_image_is_interpolated_for_itself() -> None:
+    one, two = operator.interpolation(grid(), 4), operator.interpolation(grid(6, images=2), 8)
+    assert one.shape == (1, 4, TOKENS) and two.shape == (1, 8, 2 * TOKENS)
+    assert torch.equal(two[0], torch.block_diag(one[0], one[0]))

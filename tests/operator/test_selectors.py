@@ -224,7 +224,7 @@ def test_distinct_drops_near_duplicates_in_rounds(
 
 
 @quick
-@given(st.data(), seeds, st.integers(1, 4), st.integers(0, 4))
+@given(st.data(), seeds, st.integers(1, 4), st.integers(0, TEXT))
 def test_probe_takes_the_least_similar_to_each_pivot(
     data: st.DataObject, seed: int, image_pivots: int, text_pivots: int
 ) -> None:

@@ -67,3 +67,16 @@ def test_kept_tokens_are_scaled_and_the_class_token_comes_first() -> None:
     first = torch.randn(B, 1, WIDTH)
     joined = operator.with_class(kept, first)
     assert torch.equal(joined, torch.cat([first.bfloat16(), kept], dim=1))
+
+
+def test_where_nothing_moves_the_own_part_remains() -> None:
+    tokens, kept, own = torch.randn(2, 5, 3), torch.tensor([[0, 2, 4]] * 2), torch.rand(2, 2) + 1
+    nothing = torch.zeros(2, 2, 0)
+    stays = operator.merge(tokens, kept, None, nothing, own, exponent=0.25)
+    assert_close(stays[:, 0], tokens[:, 0])
+    assert_close(stays[:, 1:], tokens[:, [2, 4]] * own.unsqueeze(-1) ** 0.75)
+    for plain in (
+        operator.merge(tokens, kept, None, nothing, own),
+        operator.merge(tokens, kept, None, nothing, exponent=0.25),
+    ):
+        assert torch.equal(plain, tokens[:, [0, 2, 4]])

@@ -144,6 +144,19 @@ def test_unrolled_rows_that_are_flattened_and_joined_become_a_reshape() -> None:
     assert torch.equal(folded(x), x.flatten(0, 2))
 
 
+def test_a_guard_on_the_number_of_rows_that_are_joined_again_goes() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    parts = graph.call_function(torch.unbind, (x,))
+    annotate(parts, unrolled=2)
+    graph.call_function(check_guard, (graph.call_function(len, (x,)), 2))
+    rows = [graph.call_function(operator.getitem, (parts, i)) for i in range(2)]
+    graph.output(graph.call_function(torch.cat, (rows,)))
+    folded = fold_unstack(fx.GraphModule(nn.Module(), graph))
+    x = torch.randn(3, 4, 5)
+    assert torch.equal(folded(x), x.flatten(0, 1))
+
+
 @pytest.mark.parametrize("how", ["added", "turned", "joined elsewhere"])
 def test_what_cannot_be_folded_is_guarded(how: str) -> None:
     graph, rows = unrolled(2)

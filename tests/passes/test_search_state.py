@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,18 @@ def test_every_record_of_a_step_is_read_back(folder: Path) -> None:
     record = json.loads((folder / "search.json").read_text())
     # In the order in which it was written, so that a search that goes on reports the same.
     assert json.dumps(again.history) == json.dumps(record["history"])
+
+
+def test_the_parameters_of_the_lowest_loss_are_kept() -> None:
+    state = search_state()
+    (value, *_) = state.parameters
+    for loss, number in ((math.inf, 0.1), (2.0, 0.2), (2.0, 0.3), (1.0, 0.4), (3.0, 0.5)):
+        with torch.no_grad():
+            value.fill_(number)
+        state.consider(loss)
+    assert state.best_loss == 1.0
+    state.take_best()
+    assert value.unique().tolist() == pytest.approx([0.4])
 
 
 def test_parameters_go_by_their_sites() -> None:
