@@ -7,7 +7,7 @@ import onnx_ir
 import pytest
 
 from deos_fx.exporters import fuse as fuse_module
-from deos_fx.exporters.fuse import fuse, of_one_token
+from deos_fx.exporters.fuse import fuse, of_one
 
 FLOAT = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
 
@@ -17,7 +17,7 @@ def dims(value: onnx_ir.Value) -> list[object]:
     return [dim if isinstance(dim, int) else dim.value for dim in value.shape]
 
 
-def test_a_graph_of_one_token_has_its_length_everywhere() -> None:
+def test_a_graph_of_one_has_its_length_everywhere() -> None:
     x = onnx_ir.Value(name="x", type=FLOAT, shape=onnx_ir.Shape(["batch", "new", 4]))
     without = onnx_ir.Value(name="without", type=FLOAT)
     shapes = [["new + past", "renew"], ["new", 1], [3, None], ["2*new", "past"]]
@@ -27,7 +27,7 @@ def test_a_graph_of_one_token_has_its_length_everywhere() -> None:
         node.outputs[0].shape = onnx_ir.Shape(shape)
     outputs = [node.outputs[0] for node in nodes]
     graph = onnx_ir.Graph([x, without], outputs, nodes=nodes, opset_imports={"": 18})
-    single = of_one_token(onnx_ir.Model(graph, ir_version=10), "new").graph
+    single = of_one(onnx_ir.Model(graph, ir_version=10), "new").graph
     assert dims(single.inputs[0]) == ["batch", 1, 4]
     assert single.inputs[1].shape is None
     assert [dims(value) for value in single.outputs] == [
