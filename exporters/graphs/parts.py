@@ -26,7 +26,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from deos_fx.exporters.graphs.decode import Decode, decode_exportable, decode_step
-from deos_fx.exporters.graphs.example import Example
+from deos_fx.exporters.graphs.example import Example, word_of
 from deos_fx.exporters.graphs.exportable import Exportable, inputs_of
 from deos_fx.exporters.graphs.image_encoder import record
 from deos_fx.exporters.graphs.prefill import let_export
@@ -119,7 +119,7 @@ def _vision(
         The graph, its result, and how many placeholders each image has and how many are left.
     """
     facts = facts_of(reduced.model)
-    # One prompt. Its text does not matter.
+    # One prompt. Its text does not matter, which is checked below.
     rows = {name: x[:1] for name, x in example.inputs.items() if name not in example.images}
     call = completed(Call.of(facts, {**rows, **example.images, "use_cache": True}))
     lowered = copy_of(reduced.graphs.prefill(call, example.layout))
@@ -136,14 +136,22 @@ def _vision(
     (places,) = torch.where(ids.gather(1, origin)[0] == facts.image_token)
     images = _images(ids[0] == facts.image_token, origin[0], example.layout)
 
-    def encode(pixels: Tensor) -> list[Tensor]:
-        given = {**call.inputs, "pixel_values": pixels.to(reduced.model.dtype)}
-        hidden = run_graph(front, given)[EMBEDDINGS]
+    def encode(pixels: Tensor, ids: Tensor = ids) -> list[Tensor]:
+        given = {"input_ids": ids, "pixel_values": pixels.to(reduced.model.dtype)}
+        hidden = run_graph(front, {**call.inputs, **given})[EMBEDDINGS]
         return [hidden[0].index_select(0, places)]
 
-    recorded = record(encode, pixels)
     with torch.no_grad():
+        recorded = record(encode, pixels)
         (features,), reads = recorded(pixels)
+        # Other words, small ids, in place of those that were added to the example.
+        words = torch.arange(ids.shape[1], device=ids.device) % 32 + 3
+        others = torch.where(ids == word_of(facts), words, ids)
+        if not torch.equal(*encode(pixels), *encode(pixels, others)):
+            raise ValueError(
+                "the policy compares visual tokens with the text of the prompt, of which the graph "
+                "of the images knows nothing"
+            )
     module = Vision(recorded, reads)
     return Exportable(module, {"pixel_values": pixels}, {"pixel_values": {}}), features, images
 
