@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from deos_fx.cli.policies import policy_of
+from deos_fx.cli.policies import Choice, policy_of
 from deos_fx.contents import RECORD
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def _unreduced(
     model_dir: str, saved: SavedModel | None, config: Any, dtype: str | None, device: str | None
 ) -> PreTrainedModel:
     """Load a model that has been checked; see `load_model`."""
-    from transformers import AutoModelForImageTextToText
-
+    from deos_fx.models.families import auto_class
     from deos_fx.reading import blaming
 
     if saved is not None:
@@ -54,7 +53,7 @@ def _unreduced(
         logging.getLogger("deos_fx").warning(message, model_dir)
     with blaming(model_dir):
         options = _options(dtype, device)
-        model = AutoModelForImageTextToText.from_pretrained(model_dir, config=config, **options)
+        model = auto_class(config).from_pretrained(model_dir, config=config, **options)
     return model.eval()
 
 
@@ -65,23 +64,13 @@ def _options(dtype: str | None, device: str | None) -> dict[str, Any]:
 
 
 def load_reduced(
-    model_dir: str,
-    path: Path | None,
-    preset: str | None,
-    budget: int | float | None,
-    image_scale: float | None = None,
-    *,
-    dtype: str | None = None,
-    device: str | None = None,
+    model_dir: str, choice: Choice, *, dtype: str | None = None, device: str | None = None
 ) -> ReducedModel:
     """Load a model with the chosen policy; a folder of a reduced model has a policy of its own.
 
     Args:
         model_dir: The folder, or a hub id.
-        path: A policy file.
-        preset: Name of a preset.
-        budget: Limit on visual tokens.
-        image_scale: Scale at which images enter.
+        choice: The options about the policy.
         dtype: As in `load_model`.
         device: As in `load_model`.
 
@@ -95,7 +84,7 @@ def load_reduced(
     saved = _saved(model_dir)
     own = None if saved is None else saved.policy
     model = meta_model(model_dir)
-    policy = policy_of(model, model_dir, own, path, preset, budget, image_scale)
+    policy = policy_of(model, model_dir, own, choice)
     if policy is None:
         # Case: nothing is chosen. The default policy runs on every model.
         policy = transform(model).policy
@@ -115,23 +104,13 @@ def load_unreduced(model_dir: str) -> tuple[PreTrainedModel, dict[str, Policy]]:
 
 
 def load_generating(
-    model_dir: str,
-    path: Path | None,
-    preset: str | None,
-    budget: int | float | None,
-    image_scale: float | None = None,
-    *,
-    dtype: str | None = None,
-    device: str | None = None,
+    model_dir: str, choice: Choice, *, dtype: str | None = None, device: str | None = None
 ) -> tuple[Any, Any]:
     """Load what answers: a model with the chosen policy, a reduced model, or an exported one.
 
     Args:
         model_dir: The folder, or a hub id.
-        path: A policy file.
-        preset: Name of a preset.
-        budget: Limit on visual tokens.
-        image_scale: Scale at which images enter.
+        choice: The options about the policy.
         dtype: As in `load_model`.
         device: As in `load_model`; of an exported model, where its graphs run.
 
@@ -146,18 +125,16 @@ def load_generating(
 
     from deos_fx import OnnxModel
 
-    asked = (path, preset, budget, image_scale)
-    chosen = asked != (None, None, None, None)
     if os.path.isfile(os.path.join(model_dir, "prefill.onnx")):
-        if chosen:
+        if not choice.is_empty:
             raise ValueError(f"{model_dir} is an export, and its policy is part of its graphs")
         if dtype is not None:
             raise ValueError(f"{model_dir} is an export, and its precision is part of its graphs")
         # It takes tensors of the CPU and of any precision.
         inputs = SimpleNamespace(device="cpu", dtype=torch.float32)
         return OnnxModel.from_pretrained(model_dir, device), inputs
-    if chosen or _is_saved(model_dir):
-        reduced = load_reduced(model_dir, *asked, dtype=dtype, device=device)
+    if not choice.is_empty or _is_saved(model_dir):
+        reduced = load_reduced(model_dir, choice, dtype=dtype, device=device)
         return reduced, reduced.model
     model = load_model(model_dir, dtype=dtype, device=device)
     return model, model
@@ -166,9 +143,9 @@ def load_generating(
 def meta_model(model_dir: str) -> PreTrainedModel:
     """Build the model on the meta device, without its weights."""
     import torch
-    from transformers import AutoModelForImageTextToText
 
     from deos_fx.models.facts import configs_of
+    from deos_fx.models.families import auto_class
     from deos_fx.reading import blaming
 
     config = _config(model_dir)
@@ -176,7 +153,7 @@ def meta_model(model_dir: str) -> PreTrainedModel:
     for inner in configs_of(config):
         inner._experts_implementation_internal = "batched_mm"
     with blaming(model_dir), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=config.dtype).eval()
+        return auto_class(config).from_config(config, dtype=config.dtype).eval()
 
 
 def _config(model_dir: str) -> Any:

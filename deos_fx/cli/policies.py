@@ -7,7 +7,7 @@ be captured first, so what it would refuse is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,29 @@ if TYPE_CHECKING:
 
     from deos_fx.policy.policy import Policy
 
-__all__ = ["named_policies", "own_policy", "policy_of"]
+__all__ = ["Choice", "named_policies", "own_policy", "policy_of"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the options ``--policy``, ``--preset``, ``--budget`` and ``--image-scale`` say.
+
+    Attributes:
+        path: A policy file.
+        preset: Name of a preset, which is fitted to the budget.
+        budget: Limit on visual tokens; alone, it is that of the default policy.
+        image_scale: Scale at which images enter; alone, nothing else is reduced.
+    """
+
+    path: Path | None = None
+    preset: str | None = None
+    budget: int | float | None = None
+    image_scale: float | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether no option is given."""
+        return self == Choice()
 
 
 def own_policy(model_dir: str) -> Policy | None:
@@ -40,10 +62,7 @@ def policy_of(
     model: PreTrainedModel,
     model_dir: str,
     own: Policy | None,
-    path: Path | None,
-    preset: str | None,
-    budget: int | float | None,
-    image_scale: float | None = None,
+    choice: Choice,
 ) -> Policy | None:
     """Return the policy that the options of a command name, checked, or that of the folder.
 
@@ -51,10 +70,7 @@ def policy_of(
         model: The model on the meta device.
         model_dir: Its folder, or a hub id.
         own: The policy of the folder, if it is that of a reduced model.
-        path: A policy file.
-        preset: Name of a preset, which is fitted to the budget.
-        budget: Limit on visual tokens; alone, it is that of the default policy.
-        image_scale: Scale at which images enter; alone, nothing else is reduced.
+        choice: The options.
 
     Returns:
         The policy; None if the options name none and the folder has none.
@@ -64,18 +80,17 @@ def policy_of(
     """
     from deos_fx.policy.policy import Policy
 
-    given = (preset, budget, image_scale)
-    if path is not None and given != (None, None, None):
+    if choice.path is not None and choice != Choice(choice.path):
         raise ValueError("--policy says where to keep how much; give it without the others")
-    if path is not None:
-        policy: Policy | None = Policy.load(path)
-    elif image_scale is not None:
-        policy = _scaled(model, model_dir, preset, budget, image_scale)
-    elif preset is not None:
+    if choice.path is not None:
+        policy: Policy | None = Policy.load(choice.path)
+    elif choice.image_scale is not None:
+        policy = _scaled(model, model_dir, choice, choice.image_scale)
+    elif choice.preset is not None:
         inputs = example_of(model, model_dir)
-        policy = _fitted(model, preset, budget, inputs, inputs)
-    elif budget is not None:
-        return _default(model, model_dir, budget)
+        policy = _fitted(model, choice.preset, choice.budget, inputs, inputs)
+    elif choice.budget is not None:
+        return _default(model, model_dir, choice.budget)
     else:
         policy = own
     if policy is not None:
@@ -92,25 +107,20 @@ def _default(model: PreTrainedModel, model_dir: str, budget: int | float) -> Pol
     return transform(model, budget=Budget(visual_tokens=budget), example_inputs=inputs).policy
 
 
-def _scaled(
-    model: PreTrainedModel,
-    model_dir: str,
-    preset: str | None,
-    budget: int | float | None,
-    image_scale: float,
-) -> Policy:
+def _scaled(model: PreTrainedModel, model_dir: str, choice: Choice, image_scale: float) -> Policy:
     """Return a policy for smaller images, of which a preset removes what a budget does not allow.
 
     Without a preset it is ``merge``, and without a budget and a preset nothing else is reduced.
     """
     from deos_fx.policy.policy import Policy
 
-    alone = Policy(image_scale=image_scale)
-    if (preset, budget) == (None, None):
-        return alone
+    alone = Policy(name="resize", image_scale=image_scale)
     if image_scale == 1:
         raise ValueError("--image-scale 1 changes nothing; leave it out")
-    fitted = _fitted(model, preset or "merge", budget, *scaled_example(model_dir, image_scale))
+    if choice.preset is None and choice.budget is None:
+        return alone
+    examples = scaled_example(model_dir, image_scale)
+    fitted = _fitted(model, choice.preset or "merge", choice.budget, *examples)
     return replace(fitted, image_scale=alone.image_scale)
 
 
@@ -168,7 +178,7 @@ def _fitted(
     tokens = limit.limits(unreduced)["visual_tokens"] / costs.images
     if whole is not inputs and tokens >= costs.tokens_per_image:
         # Case: smaller images alone are within the limit.
-        return Policy()
+        return Policy(name="resize")
     size = costs.layout.grid if facts.sizes_vary else None
     return costs.for_any_size(presets.fit(preset, tokens, model, size))
 

@@ -217,12 +217,8 @@ def measured(
     _, held_back = parted(groups)
     records = [record for group in held_back for record in group][:_MOST_ASKED]
     # With several budgets, names say which one a policy is for.
-    if isinstance(result, SearchFront):
-        found = {f" at {each.visual_tokens}": one for each, one in result.results.items()}
-    else:
-        found = {"": result}
     policies: dict[str, Given] = {}
-    for at, one in found.items():
+    for at, one in _named(result, "", " at {}").items():
         policies[f"searched{at}"] = one.policy
         if one.best_preset is not None:
             policies[f"{one.best_preset.source}{at}"] = one.best_preset.policy
@@ -238,12 +234,24 @@ def measured(
     except (KeyboardInterrupt, RuntimeError, ValueError) as error:
         # A search may have taken hours, so what is known of it is written in any case.
         message = "answers and times were not measured: %s"
-        logging.getLogger("deos_fx").warning(message, error or "interrupted")
+        logging.getLogger("deos_fx").warning(message, str(error) or "interrupted")
         return result
     if isinstance(result, SearchFront):
         each = {budget: replace(one, measured=answers) for budget, one in result.results.items()}
         return SearchFront(each)
     return replace(result, measured=answers)
+
+
+def _named(
+    result: SearchResult | SearchFront, single: str, several: str
+) -> dict[str, SearchResult]:
+    """Return the result by a name, or those of several budgets, which have their limits in it."""
+    from deos_fx.results.search_front import SearchFront
+
+    if isinstance(result, SearchFront):
+        results = result.results.items()
+        return {several.format(budget.visual_tokens): one for budget, one in results}
+    return {single: result}
 
 
 def write_found(
@@ -264,13 +272,8 @@ def write_found(
         The names of the policies' files.
     """
     from deos_fx.cli.terminal import evaluation_table
-    from deos_fx.results.search_front import SearchFront
 
-    if isinstance(result, SearchFront):
-        results = result.results.items()
-        found = {f"policy-{budget.visual_tokens}.json": one for budget, one in results}
-    else:
-        found = {"policy.json": result}
+    found = _named(result, "policy.json", "policy-{}.json")
     for name, one in found.items():
         one.policy.save(folder / name)
         console.print(one.policy, highlight=False, markup=False)

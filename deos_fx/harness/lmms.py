@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from deos_fx.cli.limits import read_limit
 from deos_fx.cli.loading import load_generating
+from deos_fx.cli.policies import Choice
 from deos_fx.cli.processors import going_with
 from deos_fx.comparison.answers import answer_logits, generated
 from deos_fx.data import Record, batches
@@ -75,10 +76,12 @@ class SimpleModel(lmms):
         processor = load_processor(pretrained)
         self.model, self._place = load_generating(
             pretrained,
-            None if policy is None else Path(policy),
-            preset,
-            None if budget is None else read_limit(str(budget)),
-            None if image_scale is None else float(image_scale),
+            Choice(
+                None if policy is None else Path(policy),
+                preset,
+                None if budget is None else read_limit(str(budget)),
+                None if image_scale is None else float(image_scale),
+            ),
             dtype=dtype,
             device=str(self.device),
         )

@@ -160,7 +160,7 @@ class SearchResult:
         presets = "Presets have their published settings."
         if self.preset_evaluations:
             presets = (
-                "All presets were tried, the best three with other settings, in "
+                "Presets and settings of their options were tried in "
                 f"{self.preset_evaluations} evaluations on the scored prompts."
             )
         lines.append(presets)

@@ -91,6 +91,7 @@ def export(
         raise ValueError(f"--genai and {option} exclude each other; leave one out")
     from deos_fx import export_genai, export_onnx
     from deos_fx.cli.loading import load_reduced
+    from deos_fx.cli.policies import Choice
     from deos_fx.cli.processors import copy_processor
     from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
@@ -109,7 +110,9 @@ def export(
     console = report_console()
     with fresh_folder(out_dir, files, whole=True) as folder, stages(console) as stage:
         with stage("load the model"):
-            reduced = load_reduced(model_dir, policy, preset, budget, image_scale, dtype=dtype)
+            reduced = load_reduced(
+                model_dir, Choice(policy, preset, budget, image_scale), dtype=dtype
+            )
             example = None
             if record is not None:
                 example = next(batches(reduced.processor(processor), [record], 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from deos_fx.cli.options import (
     Images,
@@ -46,6 +47,7 @@ def generate(
       deos-fx generate onnx --image a.jpg --image b.jpg --prompt "Who is older?"
     """
     from deos_fx.cli.loading import load_generating
+    from deos_fx.cli.policies import Choice
     from deos_fx.cli.processors import going_with
     from deos_fx.cli.questions import question_of
     from deos_fx.comparison.answers import generated
@@ -53,7 +55,7 @@ def generate(
 
     record = question_of(image, prompt, urls)
     processor = load_processor(model_dir)
-    model, place = load_generating(model_dir, policy, preset, budget, image_scale)
+    model, place = load_generating(model_dir, Choice(policy, preset, budget, image_scale))
     (answer,) = generated(
         model.generate,
         place,
@@ -62,5 +64,7 @@ def generate(
         batch_size=1,
         max_new_tokens=max_new_tokens,
     )
+    if not answer:
+        Console(stderr=True).print("The model ended its answer before the first word.")
     # Plain text: the output is meant for other programs, too.
     typer.echo(answer)

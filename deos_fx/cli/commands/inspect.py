@@ -48,7 +48,7 @@ def inspect(
     from deos_fx.cli.outline import costs_of, outline, print_cost, print_outline
     from deos_fx.cli.outline_drawing import outline_chart
     from deos_fx.cli.outline_json import outline_json
-    from deos_fx.cli.policies import own_policy, policy_of
+    from deos_fx.cli.policies import Choice, own_policy, policy_of
     from deos_fx.cli.processors import example_processor, scaled_example
     from deos_fx.files import write_text
     from deos_fx.inputs.example import example_inputs
@@ -57,7 +57,7 @@ def inspect(
     console = Console()
     model = meta_model(model_dir)
     own = own_policy(model_dir)
-    chosen = policy_of(model, model_dir, own, policy, preset, budget, image_scale)
+    chosen = policy_of(model, model_dir, own, Choice(policy, preset, budget, image_scale))
     if chosen is None or chosen.image_scale == 1:
         whole = inputs = example_inputs(model, example_processor(model_dir))
     else:

@@ -50,6 +50,7 @@ def show(
     """
     check_target(output, force, model_dir)
     from deos_fx.cli.loading import load_reduced
+    from deos_fx.cli.policies import Choice
     from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
     from deos_fx.comparison.answers import inputs_for
@@ -64,7 +65,7 @@ def show(
     with fresh_folder(output) as folder, stages(console) as stage:
         with stage("load"):
             processor = load_processor(model_dir)
-            reduced = load_reduced(model_dir, policy, preset, budget, image_scale)
+            reduced = load_reduced(model_dir, Choice(policy, preset, budget, image_scale))
             processor = reduced.processor(processor)
         with stage("draw"):
             (inputs,) = batches(processor, [record], 1)
@@ -73,5 +74,5 @@ def show(
             drawn.save(folder / "show.html")
             drawn.save(folder / "show.png")
     for site in explanation:
-        console.print(site, highlight=False, markup=False)
+        console.print(str(site), highlight=False, markup=False)
     console.print(f"Wrote show.html and show.png to {output}", highlight=False)

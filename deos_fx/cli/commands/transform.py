@@ -48,11 +48,12 @@ def transform(
     """
     check_target(out_dir, force, model_dir)
     from deos_fx.cli.loading import load_reduced
+    from deos_fx.cli.policies import Choice
     from deos_fx.cli.processors import copy_processor
     from deos_fx.runtime.saved import folder_for
 
     with folder_for(out_dir) as folder:
-        reduced = load_reduced(model_dir, policy, preset, budget, image_scale, dtype=dtype)
+        reduced = load_reduced(model_dir, Choice(policy, preset, budget, image_scale), dtype=dtype)
         reduced.save_pretrained(folder)
         copy_processor(model_dir, folder)
     report_console().print(reduced.policy, highlight=False, markup=False, soft_wrap=True)
