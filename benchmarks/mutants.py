@@ -78,6 +78,10 @@ class Mutant:
         """The text of the changed file."""
         return Changes(self.path).source(self.index)
 
+    def is_of(self, tests: Path) -> bool:
+        """Return whether tests have the name of the file."""
+        return tests.stem.startswith(f"test_{Path(self.path).stem}")
+
     def __str__(self) -> str:
         before, after = (" ".join(text.split())[:90] for text in (self.before, self.after))
         return f"{self.path}:{self.line} #{self.index}: {before} -> {after}"
@@ -138,7 +142,7 @@ def _is_left_alone(node: cst.CSTNode) -> bool:
             return True
         case cst.Assign(targets=[cst.AssignTarget(cst.Name("__all__"))]):
             return True
-        case cst.Call(func=cst.Name("TypeVar")):
+        case cst.Call(func=cst.Name("TypeVar")) | cst.Subscript(value=cst.Name("Literal")):
             return True
         case cst.Call(func=cst.Attribute(attr=cst.Name("warn" | "warning"))):
             return True
@@ -278,10 +282,14 @@ class Runner:
         tests = self._first_run(session)
         survivors: list[str] = []
         for done, mutant in enumerate(self.mutants, 1):
-            items = [item for item in session.items if item.nodeid in tests]
-            items = [item for item in items if tests[item.nodeid].runs(mutant)]
-            own = f"test_{Path(mutant.path).stem}"
-            items.sort(key=lambda item: (item.path.stem != own, tests[item.nodeid].seconds))
+            items = [
+                item
+                for item in session.items
+                if item.nodeid in tests
+                # A test may read a table, and run nothing of its file.
+                and (tests[item.nodeid].runs(mutant) or mutant.is_of(item.path))
+            ]
+            items.sort(key=lambda x: (not mutant.is_of(x.path), tests[x.nodeid].seconds))
             limits = [10 + 10 * tests[item.nodeid].seconds for item in items]
             if _passes(items, {mutant.path: mutant.source}, limits):
                 survivors.append(f"{mutant} ({len(items)} tests)")

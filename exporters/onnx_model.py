@@ -398,5 +398,5 @@ def _skeleton(folder: Path) -> PreTrainedModel:
         # Tensors on the meta device take no memory.
         with torch.device("meta"):
             skeleton = kind._from_config(config)
-    skeleton.generation_config = GenerationConfig.from_pretrained(folder)
+        skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     return skeleton.eval()

@@ -180,7 +180,8 @@ def open(
         if "NOT_IMPLEMENTED" in str(error):
             # Case: an operator that this device lacks in the dtype of the graph.
             hint = ". If the model is in bfloat16, export it in float32 or float16"
-        raise ValueError(f"{path} cannot be run here: {error}{hint}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be run here: {reason}{hint}") from error
     unknown = {spec.type for spec in session.get_inputs()} - _DTYPES.keys()
     if unknown:
         raise ValueError(f"{path} takes {min(unknown)}, as no export does; export the model again")

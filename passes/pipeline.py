@@ -25,6 +25,7 @@ from deos_fx.passes.lower.lower_reductions import lower_reductions
 from deos_fx.passes.rewrite.continue_text import continue_text
 from deos_fx.passes.rewrite.fold_masked_add import fold_masked_add
 from deos_fx.passes.rewrite.fold_unstack import fold_unstack
+from deos_fx.passes.rewrite.read_text_first import read_text_first
 from deos_fx.passes.verify import verify
 from deos_fx.policy.policy import Policy
 from deos_fx.tokens.layout import PromptLayout
@@ -73,7 +74,7 @@ def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
 def capture_call(
     model: PreTrainedModel, inputs: Mapping[str, Any], in_tower: bool = False
 ) -> Captured:
-    """Capture -> fold -> fold -> annotate -> (continue a text) -> verify -> find sites.
+    """Capture -> fold -> fold -> annotate -> (continue a text) -> verify -> find sites -> order.
 
     Args:
         model: The unmodified model.
@@ -121,6 +122,7 @@ def _captured(facts: ModelFacts, inputs: Mapping[str, Any], opaque: bool) -> Cap
     sites = None
     if any(name in inputs for name in PIXELS):
         sites = _run(find_sites, graph_module, lambda: reasons_in_groups(facts, inputs))
+        graph_module = _run(read_text_first, graph_module, sites)
     return Captured(graph_module, sites)
 
 

@@ -16,6 +16,8 @@ import transformers as hf
 from packaging.version import Version
 from torch import Tensor
 
+from deos_fx.models.families import auto_class
+
 PAD, IMAGE, VIDEO, START, END, BREAK, VOCABULARY = 0, 120, 121, 122, 123, 124, 128
 LAYERS = 5
 
@@ -322,10 +324,7 @@ def shared(name: str, layers: int | None = None) -> Any:
 def built(config: Any) -> Any:
     """A model of a config, with drawn weights."""
     torch.manual_seed(0)
-    kinds: Any = hf.AutoModelForImageTextToText
-    if config.model_type == "phi4_multimodal":
-        kinds = hf.AutoModelForCausalLM
-    model = kinds.from_config(config)
+    model = auto_class(config).from_config(config)
     generator = torch.Generator().manual_seed(1)
     for path, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)

@@ -13,7 +13,7 @@ import torch
 from batches import batch_of as videos_of
 from closeness import assert_close, difference, roundings_of
 from families import FAMILIES, IMAGE, TWINS, VIDEO, alone, built, prompts, shared
-from masked import alive_of, assert_pruning_is_masking, generate
+from masked import alive_of, assert_pruning_is_masking, generate, masked_from
 from masked_tower import blocks_of, tower_masked
 from tiny import call_of
 from torch import Tensor
@@ -321,6 +321,19 @@ def test_frames_of_videos_are_reduced_each(name: str) -> None:
         return tower_masked(model_of(name), 0, in_runs(kept))
 
     assert_pruning_is_masking(model_of(name), reduced, batch, roundings_of(name), tower)
+
+
+def test_beams_and_answers_share_a_reduced_tower() -> None:
+    batch, model = batch_of("qwen2_vl", 2), model_of("qwen2_vl")
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
+    alive = alive_of(reduced(**batch)[CACHE], batch["input_ids"])
+    several = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4}
+    with (
+        masked_from(model, alive),
+        tower_masked(model, 0, in_runs(alive[0][batch["input_ids"] == IMAGE])),
+    ):
+        expected = model.generate(**batch, **several)
+    assert torch.equal(reduced.generate(**batch, **several), expected)
 
 
 def test_images_and_videos_in_one_prompt_are_not_reduced_in_the_tower() -> None:

@@ -45,8 +45,7 @@ def _unreduced(
     model_dir: str, saved: SavedModel | None, config: Any, dtype: str | None, device: str | None
 ) -> PreTrainedModel:
     """Load a model that has been checked; see `load_model`."""
-    from transformers import AutoModelForImageTextToText
-
+    from deos_fx.models.families import auto_class
     from deos_fx.reading import blaming
 
     if saved is not None:
@@ -54,7 +53,7 @@ def _unreduced(
         logging.getLogger("deos_fx").warning(message, model_dir)
     with blaming(model_dir):
         options = _options(dtype, device)
-        model = AutoModelForImageTextToText.from_pretrained(model_dir, config=config, **options)
+        model = auto_class(config).from_pretrained(model_dir, config=config, **options)
     return model.eval()
 
 
@@ -144,9 +143,9 @@ def load_generating(
 def meta_model(model_dir: str) -> PreTrainedModel:
     """Build the model on the meta device, without its weights."""
     import torch
-    from transformers import AutoModelForImageTextToText
 
     from deos_fx.models.facts import configs_of
+    from deos_fx.models.families import auto_class
     from deos_fx.reading import blaming
 
     config = _config(model_dir)
@@ -154,7 +153,7 @@ def meta_model(model_dir: str) -> PreTrainedModel:
     for inner in configs_of(config):
         inner._experts_implementation_internal = "batched_mm"
     with blaming(model_dir), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=config.dtype).eval()
+        return auto_class(config).from_config(config, dtype=config.dtype).eval()
 
 
 def _config(model_dir: str) -> Any:

@@ -114,11 +114,11 @@ def _scaled(model: PreTrainedModel, model_dir: str, choice: Choice, image_scale:
     """
     from deos_fx.policy.policy import Policy
 
-    alone = Policy(image_scale=image_scale)
-    if choice.preset is None and choice.budget is None:
-        return alone
+    alone = Policy(name="resize", image_scale=image_scale)
     if image_scale == 1:
         raise ValueError("--image-scale 1 changes nothing; leave it out")
+    if choice.preset is None and choice.budget is None:
+        return alone
     examples = scaled_example(model_dir, image_scale)
     fitted = _fitted(model, choice.preset or "merge", choice.budget, *examples)
     return replace(fitted, image_scale=alone.image_scale)
@@ -178,7 +178,7 @@ def _fitted(
     tokens = limit.limits(unreduced)["visual_tokens"] / costs.images
     if whole is not inputs and tokens >= costs.tokens_per_image:
         # Case: smaller images alone are within the limit.
-        return Policy()
+        return Policy(name="resize")
     size = costs.layout.grid if facts.sizes_vary else None
     return costs.for_any_size(presets.fit(preset, tokens, model, size))
 

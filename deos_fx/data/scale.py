@@ -7,7 +7,7 @@ A processor decides how many pixels of an image enter, and there are two kinds.
 2. Others take an image at its own size, within limits (Qwen-VL, Pixtral), or choose tiles by it
    (LLaVA-NeXT). The image itself is resized before they read it.
 
-Which kind a processor is shows when it is tried on an image.
+Which kind a processor is shows when both are tried on an image.
 """
 
 from __future__ import annotations
@@ -67,12 +67,16 @@ def scaled_processor(processor: Any, scale: float) -> Any:
     whole = getattr(type(processor), "unscaled", processor)
     if scale == 1:
         return whole
-    before = _pixels_of_probe(whole)
+    # Tiles may follow the size of an image up to their largest number (Llama 4): what shrinks more.
+    found, fewest = None, _pixels_of_probe(whole)
     for image_processor in _ways(whole.image_processor, scale):
-        found = _in_place_of(whole, {})
-        found.image_processor = image_processor
-        if _pixels_of_probe(found) < before:
-            return found
+        made = _in_place_of(whole, {})
+        made.image_processor = image_processor
+        pixels = _pixels_of_probe(made)
+        if pixels < fewest:
+            found, fewest = made, pixels
+    if found is not None:
+        return found
     raise ValueError(
         f"image_scale={scale:g} changes nothing: {type(whole).__name__} makes as many visual "
         "tokens of an image as without it. Leave it out where a model takes one size of images; "
@@ -115,10 +119,8 @@ def _in_place_of(original: Any, members: Mapping[str, Any]) -> Any:
 def _scaled_settings(image_processor: Any, scale: float) -> dict[str, Any]:
     """Return the settings of a processor that cuts every image into tiles, scaled."""
     settings: dict[str, Any] = {}
-    longest, tile = (
-        (getattr(image_processor, name, None) or {}).get("longest_edge")
-        for name in ("size", "max_image_size")
-    )
+    longest = _longest_edge(image_processor, "size")
+    tile = _longest_edge(image_processor, "max_image_size")
     if longest and tile:
         # Case: images are brought to one size, and cut into tiles of another (SmolVLM).
         settings["size"] = copy.copy(image_processor.size)
@@ -129,6 +131,13 @@ def _scaled_settings(image_processor: Any, scale: float) -> dict[str, Any]:
         fewest = getattr(image_processor, "min_patches", None) or 1
         settings["max_patches"] = max(fewest, math.floor(scale**2 * most))
     return settings
+
+
+def _longest_edge(image_processor: Any, name: str) -> int | None:
+    """Return the longest edge of a size among the settings, if there is one."""
+    size: Any = getattr(image_processor, name, None)
+    # The size may be a number in its place (Aria).
+    return size.get("longest_edge") if hasattr(size, "get") else None
 
 
 # *** images ***

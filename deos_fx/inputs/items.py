@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import ENCODERS, PIXELS, READ, WRITER, features_of
+from deos_fx.models.families import ENCODERS, PIXELS, READ, WRITER, encoded_by
 from deos_fx.models.groups import key_of_sizes
 from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.views import shallow_copy
@@ -232,7 +232,7 @@ def _share(
     if rest or known.get((kind, share)) is None:
         method, given = encoding(facts, inputs, kind)
         with torch.no_grad(), on_shapes(facts.model.base_model) as run:
-            features = features_of(getattr(run, method)(**given, return_dict=True))
+            features = encoded_by(run, method, given)
         parts = features if isinstance(features, (list, tuple)) else [features]
         share, rest = divmod(area, sum(math.prod(part.shape[:-1]) for part in parts))
         share = 0 if rest else share
@@ -349,7 +349,7 @@ def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]
     shapes_suffice = newline is None or newline.is_meta
     encoder = on_shapes(core) if shapes_suffice else contextlib.nullcontext(core)
     with torch.no_grad(), encoder as run:
-        features = features_of(getattr(run, method)(**given, return_dict=True))
+        features = encoded_by(run, method, given)
     apart = isinstance(features, (list, tuple))
     # Case: one tensor for all images together, or one for each patch.
     if not apart and (features is None or features.ndim < 3 or features.shape[1] == 1):
@@ -377,5 +377,5 @@ def _ends_without_weights(
     view = shallow_copy(core)
     view._parameters = {**core._parameters, "image_newline": None}
     with torch.no_grad(), on_shapes(view) as run:
-        features = features_of(getattr(run, method)(**given, return_dict=True))
+        features = encoded_by(run, method, given)
     return [count - len(part) for count, part in zip(counts, features, strict=True)]

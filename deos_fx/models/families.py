@@ -12,6 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from deos_fx.models.views import shallow_copy
 
@@ -31,6 +36,7 @@ __all__ = [
     "WRITER",
     "SHORTCUTS",
     "VIDEO_TOKENS",
+    "auto_class",
     "encoded_by",
     "features_of",
     "is_encoder",
@@ -98,6 +104,15 @@ PIXELS = ("pixel_values", "pixel_values_videos")
 ENCODERS = {"get_image_features": "image_encoder", "get_video_features": "video_encoder"}
 
 
+def auto_class(config: Any) -> Any:
+    """Return transformers' auto class for a config: that of models that read images and text.
+
+    Some models that do are among those of text alone: phi4_multimodal.
+    """
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+
+
 def is_encoder(node: fx.Node) -> bool:
     """Return whether the node encodes images or videos as a whole."""
     return node.op == "call_module" and node.target in (*ENCODERS.values(), WRITER)
@@ -121,13 +136,14 @@ def encoded_by(core: Any, method: str, given: Mapping[str, Any]) -> Any:
     Returns:
         The features, see `features_of`; or prompts [B, N, d] with these written into them.
     """
-    if hasattr(type(core), method):
-        return features_of(getattr(core, method)(**given, return_dict=True))
-    if not hasattr(core, method):
+    encode = getattr(core, method, None)
+    if encode is None:
         return _given_to_text(core, given)
-    write = getattr(core, WRITER)
-    named = {own_name(name, type(write).forward): value for name, value in given.items()}
-    return write(inputs_embeds=core.get_input_embeddings()(given["input_ids"]), **named)
+    called = encode.forward if method == WRITER else encode
+    named = {own_name(name, called): value for name, value in given.items()}
+    if method == WRITER:
+        return encode(inputs_embeds=core.get_input_embeddings()(given["input_ids"]), **named)
+    return features_of(encode(**named, return_dict=True))
 
 
 def features_of(output: Any) -> Any:

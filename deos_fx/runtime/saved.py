@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from deos_fx.contents import (
     RECORD,
@@ -25,6 +25,7 @@ from deos_fx.contents import (
     write_record,
 )
 from deos_fx.files import disk_errors, fresh_folder
+from deos_fx.models.families import auto_class
 from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
 from deos_fx.reading import as_record, blaming
@@ -143,7 +144,7 @@ class SavedModel:
         """
         with blaming(self._folder):
             options.setdefault("config", unmarked(AutoConfig.from_pretrained(self._folder)))
-            model, found = _read(AutoModelForImageTextToText, self._folder, **options)
+            model, found = _read(auto_class(options["config"]), self._folder, **options)
         check_unchanged(self._folder, self._before)
         wrong = _differences(found)
         if wrong:

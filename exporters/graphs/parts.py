@@ -29,6 +29,7 @@ from deos_fx.exporters.graphs.decode import Decode, decode_exportable, decode_st
 from deos_fx.exporters.graphs.example import Example
 from deos_fx.exporters.graphs.exportable import Exportable, inputs_of
 from deos_fx.exporters.graphs.image_encoder import record
+from deos_fx.exporters.graphs.prefill import let_export
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import facts_of
@@ -123,10 +124,12 @@ def _vision(
     call = completed(Call.of(facts, {**rows, **example.images, "use_cache": True}))
     lowered = copy_of(reduced.graphs.prefill(call, example.layout))
     _check(lowered, facts.name)
+    let_export(lowered, False)
     front = replace_placeholder_merge(embeddings_of(lowered))
     # Engines and processors have no half precision.
     pixels, ids = call.inputs["pixel_values"].float(), call.inputs["input_ids"]
     with torch.no_grad():
+        # A reduced encoder follows patches where it first sees images of these sizes.
         spaces = run_graph(front, call.inputs)["spaces"]
     origin = spaces[-1]["origin"] if spaces else torch.arange(ids.shape[1], device=ids.device)[None]
     # How many tokens each image keeps is known, and so are their places among those that are left.

@@ -38,7 +38,7 @@ from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.tokens.cache import ReducedCache, SpaceFields
 from deos_fx.tokens.index import take
 
-__all__ = ["least_text", "prefill_graph"]
+__all__ = ["least_text", "let_export", "prefill_graph"]
 
 # The smallest number of text tokens in a prompt that a graph accepts.
 _LEAST_TEXT = 2
@@ -83,7 +83,7 @@ def prefill_graph(
     # A copy: the reduced model goes on using its own graph.
     lowered = copy_of(reduced.graphs.prefill(call, example.layout))
     _keep_outputs(lowered, ("logits", "spaces"))
-    _let_export(lowered, bool(counts))
+    let_export(lowered, bool(counts))
     if counts:
         lowered = free_counts(lowered, len(counts))
     # What the inputs of the graph are traced with.
@@ -127,8 +127,12 @@ def prefill_graph(
     return _Prompts(Exportable(module, taken, shapes), encoder, constants, guards)
 
 
-def _let_export(lowered: fx.GraphModule, elastic: bool) -> None:
+def let_export(lowered: fx.GraphModule, elastic: bool) -> None:
     """Replace an encoder in which groups of patches are reduced by one that can be exported.
+
+    Args:
+        lowered: The graph of a prefill. Changed in place.
+        elastic: Whether the counts of the reductions are to be inputs.
 
     Raises:
         ValueError: If the counts are to be inputs.

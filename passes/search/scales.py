@@ -15,7 +15,7 @@ from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search.checkpoints import Checkpoints
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.foreign import check_checkpoint
-from deos_fx.passes.search.outcome import check_can_be_met, compared
+from deos_fx.passes.search.outcome import check_unreduced, compared
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.run import SearchRun
@@ -150,25 +150,27 @@ def search_scales(
         interrupted = run.interrupted
         if interrupted:
             break
-    reached = {scale: run for scale, run in runs.items() if run.scoring.candidates}
-    if not reached:
-        # Says which limits are too tight.
-        check_can_be_met(runs[min(runs)].problem)
-    for i, scale in enumerate(further := [] if interrupted else _better_half(reached)):
-        run = reached[scale]
+    further = [] if interrupted else _better_half(runs)
+    for i, scale in enumerate(further):
+        run = runs[scale]
         # Twice: what comes after, an estimate takes for half a search.
         run.further = 2 * (len(further) - i - 1)
         run.advance(run.problem.searched_sites(sites), ("steps", "variations"))
         if run.interrupted:
             break
-    return _result(runs, reached, interrupted)
+    return _result(runs, interrupted)
 
 
-def _better_half(reached: Mapping[float, SearchRun]) -> list[float]:
+def _better_half(runs: Mapping[float, SearchRun]) -> list[float]:
     """Return the scales to search further, the best first: there, images alone are too large."""
-    scales = [scale for scale, run in reached.items() if not run.problem.meets(Policy())]
-    scales.sort(key=lambda scale: reached[scale].scoring.best.loss)
+    scales = [scale for scale, run in runs.items() if not run.problem.meets(Policy())]
+    scales.sort(key=lambda scale: _lowest(runs[scale]))
     return scales[: math.ceil(len(scales) / 2)]
+
+
+def _lowest(run: SearchRun) -> float:
+    """Return the lowest loss so far; infinite where no preset has met the limits."""
+    return run.scoring.best.loss if run.scoring.candidates else math.inf
 
 
 def _labelled(progress: Progress, label: str) -> Progress:
@@ -205,18 +207,20 @@ def _limited_as(whole: SearchProblem, problem: SearchProblem) -> SearchProblem:
     )
 
 
-def _result(
-    runs: Mapping[float, SearchRun], reached: Mapping[float, SearchRun], interrupted: bool
-) -> SearchResult:
+def _result(runs: Mapping[float, SearchRun], interrupted: bool) -> SearchResult:
     """Make the result of the best scale, beside the unreduced model at scale 1."""
-    losses = {scale: run.scoring.best.loss for scale, run in reached.items()}
+    losses = {scale: _lowest(run) for scale, run in runs.items()}
     best = min(losses, key=lambda scale: losses[scale])
-    found = reached[best].result()
+    found, whole = runs[best].result(), runs[1]
+    unreduced_loss = whole.unreduced_loss
+    if unreduced_loss is None:
+        # Case: interrupted before it was known.
+        unreduced_loss = check_unreduced(whole.problem)
     # The best stays first: measured times may have ruled out others with lower losses.
     first, *others = (_at(best, each) for each in found.candidates)
     others += [
         _at(scale, each)
-        for scale, run in reached.items()
+        for scale, run in runs.items()
         if scale != best
         for each in run.scoring.candidates
     ]
@@ -224,25 +228,24 @@ def _result(
         found,
         policy=first.policy,
         candidates=[first, *sorted(others, key=lambda candidate: candidate.loss)],
-        unreduced=runs[1].problem.cost.predict(Policy()),
-        unreduced_loss=runs[1].unreduced_loss or found.unreduced_loss,
-        limits=runs[1].problem.limits,
+        unreduced=whole.problem.cost.predict(Policy()),
+        unreduced_loss=unreduced_loss,
+        limits=whole.problem.limits,
         evaluations=sum(run.spent for run in runs.values()),
         interrupted=interrupted or any(run.interrupted for run in runs.values()),
         scales=losses,
     )
-    return found if found.interrupted else replace(found, evidence=_evidence(found, reached))
+    return found if found.interrupted else replace(found, evidence=_evidence(found, runs))
 
 
-def _evidence(found: SearchResult, reached: Mapping[float, SearchRun]) -> Evidence | None:
+def _evidence(found: SearchResult, runs: Mapping[float, SearchRun]) -> Evidence | None:
     """Compare the result with the best preset at any scale, on the same held-back prompts."""
     best, *others = found.candidates
     rival = next((each for each in others if each.source.startswith("preset ")), None)
     if rival is None or rival.loss == math.inf or found.evidence is None:
         return found.evidence
     theirs, own = (
-        reached[each.policy.image_scale].problem.static_losses(each.policy)
-        for each in (rival, best)
+        runs[each.policy.image_scale].problem.static_losses(each.policy) for each in (rival, best)
     )
     return compared(found.evidence, rival, theirs, own)
 

@@ -10,7 +10,7 @@ import functools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from families import FAMILIES, STATEFUL, prompts, shared
@@ -86,6 +86,9 @@ def draw(number: int) -> Case:
     rng = random.Random(number)
     family = rng.choice(sorted(FAMILIES))
     policy = _valid(lambda: _policy(rng, _sites(family)))
+    if facts_of(shared(family)).counts_positions:
+        # Its layers know no other positions.
+        policy = Policy(tuple(replace(step, position="compact") for step in policy.reductions))
     rows = rng.choice([1, 2, 3])
     return Case(
         number=number,

@@ -97,6 +97,33 @@ def test_max_min_is_farthest_point_sampling(data: st.DataObject, seed: int) -> N
 
 
 @quick
+@given(st.data(), seeds, st.integers(1, 5))
+def test_several_picks_at_once_are_the_best_of_a_step(
+    data: st.DataObject, seed: int, at_once: int
+) -> None:
+    tokens, _, features = inputs(seed, dtype=torch.float64)
+    score = operator.standardize(features["attention_cls"])
+    similarity = cosine(tokens)
+    taken, already, count = _split(data, seed)
+    kept = operator.greedy(score, similarity, taken, 0.8, count, at_once)
+    for row in range(3):
+        chosen = [] if taken is None else taken[row].nonzero().flatten().tolist()
+        # The first is picked alone.
+        number = 1
+        while len(chosen) < already + count:
+            held = {
+                j: max((float(similarity[row, i, j]) for i in chosen), default=-1.0)
+                for j in range(TOKENS)
+                if j not in chosen
+            }
+            gains = {j: float(score[row, j]) - 0.8 * value for j, value in held.items()}
+            number = min(number, already + count - len(chosen))
+            chosen += sorted(gains, key=lambda j: -gains[j])[:number]
+            number = at_once
+        assert kept[row].tolist() == chosen[already:]
+
+
+@quick
 @given(seeds, counts)
 def test_max_min_ranking_falls_in_the_order_of_the_picks(seed: int, count: int) -> None:
     similarity = cosine(inputs(seed, dtype=torch.float64)[0])

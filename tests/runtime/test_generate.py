@@ -294,7 +294,7 @@ def without_images(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(
-    "name", [NAME, "gemma3", "qwen2_5_vl", "llava_next", "blip-2", "phi4_multimodal", "kosmos-2"]
+    "name", [NAME, "gemma3", "qwen2_5_vl", "llava_next", "blip-2", "phi4_multimodal"]
 )
 def test_turns_of_a_chat(name: str, rows: int) -> None:
     """Each turn is what the masked original model says of the whole conversation, without a cache.
