@@ -50,19 +50,19 @@ IMAGE_TOKENS = ("image_token_id", "image_token_index")
 VIDEO_TOKENS = ("video_token_id", "video_token_index")
 """Entries that may hold the id of the placeholder of one visual token of a video."""
 
-FORMER_IMAGES = frozenset({"pixel_values_images", "image_patches", "image_pixel_values"}) | {
-    "flattened_patches"
-}
+FORMER_IMAGES = frozenset(
+    {"pixel_values_images", "image_patches", "image_pixel_values", "flattened_patches"}
+)
 """Other names of ``pixel_values``: video_llava, fuyu, phi4_multimodal, kosmos-2.5."""
 
 FEATURES = "image_embeds"
-"""Argument of a text model with the features of images: kosmos-2.5."""
+"""Argument of a text model with the features of images: kosmos-2, kosmos-2.5."""
 
 MARKS = "image_embeds_position_mask"
-"""Input that is 1 where a visual token is, in place of ids that say so: kosmos-2.5."""
+"""Input that is 1 where a visual token is, in place of ids that say so: kosmos-2, kosmos-2.5."""
 
 POSITIONS = "create_position_ids_from_input_ids"
-"""Method of a module that gives a token its position by the ids up to it: kosmos-2.5."""
+"""Method of a module that gives a token its position by the ids up to it: kosmos-2, kosmos-2.5."""
 
 WRITER = "embed_tokens_extend"
 """Module of a model's core that encodes images and writes them over their placeholders.
@@ -76,7 +76,7 @@ READ = frozenset({"qformer_input_ids", "qformer_attention_mask"})
 QUERIES = frozenset({"query_tokens", "latent_query"})
 """Parameters with a learned vector for each visual token, which stands for no place in an image.
 
-blip-2, instructblip, kosmos-2.5.
+blip-2, instructblip, kosmos-2, kosmos-2.5.
 """
 
 PATCH_NUMBERS = frozenset({"image_token_pooling", "video_token_pooling"})
