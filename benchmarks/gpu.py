@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import latency
 import operators
 import torch
 import typer
@@ -70,6 +71,7 @@ class Settings:
         text: Text tokens of a prompt.
         new_tokens: Tokens to decode.
         onnx_layers: Layers of the model that is exported; fewer than it has, to save time.
+        policies: Random policies whose latency is predicted.
         repeats: Timed runs of everything.
         seconds: After so many, no further part begins.
     """
@@ -82,6 +84,7 @@ class Settings:
     text: int = 64
     new_tokens: int = 16
     onnx_layers: int = 4
+    policies: int = 20
     repeats: int = 7
     seconds: float = 420.0
 
@@ -427,11 +430,19 @@ def _selectors(bench: _Bench) -> Results:
     return dict(measured["reductions"])
 
 
+def _latency(bench: _Bench) -> Results:
+    """How well the latency of policies follows from a profile of the model in PyTorch."""
+    settings = bench.settings
+    policies = latency.draw(bench.model, bench.inputs, settings.policies)
+    return latency.compare(bench.model, bench.inputs, policies, "torch", settings.device)
+
+
 PARTS: Mapping[str, Callable[[_Bench], Results]] = {
     "pytorch": _pytorch,
     "selectors": _selectors,
     "onnxruntime": _onnx,
     "compiled": _compiled,
+    "latency": _latency,
 }
 """Name of a part -> what it measures."""
 
@@ -481,6 +492,7 @@ def _plan(settings: Settings) -> Iterator[tuple[str, int]]:
     yield from (("pytorch", images) for images in more)
     yield "selectors", few
     yield "compiled", few
+    yield "latency", few
     yield from (("onnxruntime", images) for images in more)
 
 

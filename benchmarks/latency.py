@@ -4,6 +4,7 @@
     python benchmarks/latency.py --device cuda --shape llava-1.5-7b --output latency.json
 
 Policies are drawn at random: one or two sites anywhere, any numbers of tokens, pruned or merged.
+Four each differ in the numbers of tokens alone, so that one elastic export serves them.
 benchmarks/README.md says what the figures mean.
 """
 
@@ -13,7 +14,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,10 +47,12 @@ from deos_fx.models.facts import facts_of
 from deos_fx.passes.captures import Captures
 from deos_fx.policy.site import split_site
 
-__all__ = ["Settings", "draw", "measure"]
+__all__ = ["Settings", "compare", "draw", "measure"]
 
 # Of the visual tokens that come to a site, the smallest and the largest share that it keeps.
 _KEEP = (0.05, 0.9)
+# Policies at the same sites, which share an export.
+_ALIKE = 4
 
 
 @dataclass(frozen=True)
@@ -75,29 +78,41 @@ class Settings:
     seed: int = 0
 
 
-def draw(model: PreTrainedModel, sites: Sequence[str], count: int, seed: int) -> list[Policy]:
+def draw(
+    model: PreTrainedModel, inputs: dict[str, Tensor], count: int, seed: int = 0
+) -> list[Policy]:
     """Draw policies at random.
 
     Args:
         model: The model.
-        sites: Names of its sites, in order of depth.
+        inputs: A prompt.
         count: How many.
         seed: Seed of the draw.
     """
+    found = Captures(model).serving(completed(Call.of(facts_of(model), inputs))).sites
+    assert found is not None
+    # In order of depth.
+    sites = [site.name for site in found.available()]
     rng, visual = random.Random(seed), facts_of(model).signature.visual_tokens
-    policies = []
-    for _ in range(count):
-        left, steps = visual, []
+    policies: list[Policy] = []
+    while len(policies) < count:
+        steps = []
         for site in sorted(rng.sample(sites, rng.choice([1, 2])), key=sites.index):
-            left = max(1, round(left * rng.uniform(*_KEEP)))
             attention = (
                 "last_text_attention" if split_site(site)[0] == "decoder" else "cls_attention"
             )
             score = rng.choice([attention, "feature_norm"])
             merging = {"gain": 1.0} if rng.random() < 0.5 else {}
-            steps.append(Reduction(site, left, scores={score: 1.0}, **merging))
-        policies.append(Policy(tuple(steps)))
-    return policies
+            steps.append(Reduction(site, 1, scores={score: 1.0}, **merging))
+        for _ in range(_ALIKE):
+            left, kept = visual, []
+            for _ in steps:
+                # Every reduction drops a token, as elastic exports ask.
+                left = min(max(len(steps), round(left * rng.uniform(*_KEEP))), left - 1)
+                kept.append(left)
+            pairs = zip(steps, kept, strict=True)
+            policies.append(Policy(tuple(replace(step, keep=keep) for step, keep in pairs)))
+    return policies[:count]
 
 
 def measure(settings: Settings, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
@@ -116,35 +131,50 @@ def measure(settings: Settings, save: Callable[[dict[str, Any]], object]) -> dic
     device = device_of(settings.device)
     model = build_model(settings.shape, device, DTYPES[settings.dtype])
     inputs = build_inputs(model, 1, settings.text)
-    call = Call.of(facts_of(model), inputs)
-    sites = Captures(model).serving(completed(call)).sites
-    assert sites is not None
-    names = [site.name for site in sites.available()]
-    policies = draw(model, names, settings.policies, settings.seed)
+    policies = draw(model, inputs, settings.policies, settings.seed)
     found = conditions("latency", asdict(settings), device) | {"runtimes": {}}
     for runtime in settings.runtimes:
-        with torch.no_grad():
-            own = settings.device if runtime == "onnxruntime" else None
-            table = profile(model, inputs, runtime=runtime, device=own)
-            cost = CostModel.of_call(call).with_latency(table)
-            times = _TIMED[runtime](model, policies, inputs, settings.device)
-        rows = [
-            {
-                "policy": "; ".join(map(str, policy.reductions)),
-                "predicted_ms": cost.amounts(policy, ["latency_ms"])["latency_ms"],
-                "measured_ms": time,
-            }
-            for policy, time in zip(policies, times, strict=True)
-        ]
-        errors = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows]
-        found["runtimes"][runtime] = {
-            "median_error": statistics.median(errors),
-            "largest_error": max(errors),
-            "table": asdict(table),
-            "policies": rows,
-        }
+        found["runtimes"][runtime] = compare(model, inputs, policies, runtime, settings.device)
         save(found)
     return found
+
+
+def compare(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    policies: Sequence[Policy],
+    runtime: str,
+    device: str,
+) -> dict[str, Any]:
+    """Profile a model in a runtime, and compare what is predicted of policies with measurements.
+
+    Args:
+        model: The model.
+        inputs: A prompt.
+        policies: The policies.
+        runtime: ``torch`` or ``onnxruntime``.
+        device: ``cpu`` or ``cuda``.
+    """
+    with torch.no_grad():
+        own = device if runtime == "onnxruntime" else None
+        profiled = profile(model, inputs, runtime=runtime, device=own)
+        cost = CostModel.of_call(Call.of(facts_of(model), inputs)).with_latency(profiled)
+        times = _TIMED[runtime](model, policies, inputs, device)
+    rows = [
+        {
+            "policy": "; ".join(map(str, policy.reductions)),
+            "predicted_ms": cost.amounts(policy, ["latency_ms"])["latency_ms"],
+            "measured_ms": time,
+        }
+        for policy, time in zip(policies, times, strict=True)
+    ]
+    errors = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows]
+    return {
+        "median_error": statistics.median(errors),
+        "largest_error": max(errors),
+        "table": asdict(profiled),
+        "policies": rows,
+    }
 
 
 def _in_torch(
@@ -160,14 +190,19 @@ def _in_torch(
 def _in_onnxruntime(
     model: PreTrainedModel, policies: Sequence[Policy], inputs: dict[str, Tensor], device: str
 ) -> list[float]:
-    """Return the milliseconds of each policy in ONNX Runtime; one is in memory at a time."""
+    """Return the milliseconds of each policy in ONNX Runtime; one export is in memory at a time."""
     given = {name: value.cpu() for name, value in inputs.items()}
+    visual = facts_of(model).signature.visual_tokens
     times = []
-    for policy in policies:
+    for first in range(0, len(policies), _ALIKE):
+        alike = policies[first : first + _ALIKE]
         with tempfile.TemporaryDirectory() as folder:
-            export_onnx(ReducedModel(model, policy), folder, inputs, device=device, verify=False)
+            reduced = ReducedModel(model, alike[0])
+            export_onnx(reduced, folder, inputs, device=device, elastic=True, verify=False)
             run = OnnxModel.from_pretrained(folder, device)
-            times += in_turns([partial(run, **given, logits_to_keep=1)], torch.device("cpu"))
+            kept = (run.keeping(*policy.counts(visual)) for policy in alike)
+            calls = [partial(one, **given, logits_to_keep=1) for one in kept]
+            times += in_turns(calls, torch.device("cpu"))
     return times
 
 

@@ -14,6 +14,7 @@ if _typing.TYPE_CHECKING:
     from deos_fx import presets as presets
     from deos_fx.api import transform as transform
     from deos_fx.comparison.compare import compare as compare
+    from deos_fx.exporters.genai import export_genai as export_genai
     from deos_fx.exporters.onnx import export_onnx as export_onnx
     from deos_fx.exporters.onnx_model import OnnxModel as OnnxModel
     from deos_fx.exporters.profile import profile as profile
@@ -39,6 +40,7 @@ __all__ = [
     "SearchResult",
     "__version__",
     "compare",
+    "export_genai",
     "export_onnx",
     "presets",
     "profile",
@@ -60,6 +62,7 @@ __getattr__ = _deferred(
         "SearchFront": "results.search_front",
         "SearchResult": "results.search_result",
         "compare": "comparison.compare",
+        "export_genai": "exporters.genai",
         "export_onnx": "exporters.onnx",
         "presets": "presets",
         "profile": "exporters.profile",

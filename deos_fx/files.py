@@ -164,4 +164,10 @@ def _room(place: Path, target: str) -> Iterator[tuple[Path, int]]:
             found = stack.enter_context(scratch_folder(place))
         except OSError as error:
             raise type(error)(f"cannot write {target}: {error.strerror or error}") from error
-        yield found
+        try:
+            yield found
+        except OSError as error:
+            # Case: a write has failed, which names no file.
+            if error.errno is None or error.filename is not None:
+                raise
+            raise type(error)(f"cannot write {target}: {error.strerror}") from error

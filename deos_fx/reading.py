@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import reprlib
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -185,32 +185,49 @@ def validated(schema: type[_Schema], data: object) -> _Schema:
 def blaming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Say which file or folder it was that another package could not read.
 
-    Packages raise whatever a damaged file leads them into, often without its name.
+    Packages raise whatever a damaged file leads them into, often without its name, some of it
+    classes of their own.
 
     Raises:
         ValueError: In the place of such an error.
     """
     try:
         yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        RuntimeError,
-        SafetensorError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
-        # Case: no fault of the files, or one that is told well.
-        if isinstance(error, torch.OutOfMemoryError) or os.fspath(path) in str(error):
+    except OSError as error:
+        if "\n" not in str(error):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(_one_line(error)) from error
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        # Case: no fault of the files.
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and os.fspath(path) in str(error):
+            # Case: told well.
+            raise
+        reason = f"{type(error).__name__}: {_one_line(error)}"
         raise ValueError(
-            f"{os.fspath(path)} cannot be loaded ({reason}). If a file in it is damaged or of "
+            f"{_damaged(Path(path))} cannot be loaded ({reason}). If a file is damaged or of "
             "another model, save or download it again."
         ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), TEXT_LENGTH)
+
+
+def _damaged(folder: Path) -> Path:
+    """Return the first file of a folder that is not what its name says; the folder if all are."""
+    for path in sorted((*folder.glob("*.json"), *folder.glob("*.safetensors"))):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            else:
+                with safe_open(path, "pt"):
+                    # Opened only: its header says whether it is whole.
+                    pass
+        except (OSError, ValueError, RecursionError, SafetensorError):
+            return path
+    return folder
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.runtime.reduced_model import ReducedModel
 
-__all__ = ["check_export"]
+__all__ = ["ROUNDING", "check_export"]
 
 # A right export differs by 1e-6 of the largest logit in float32 and by 1e-3 in float16, a wrong one
 # by far more than these limits. The one of bfloat16 is not measured: it has 3 bits fewer than
 # float16, so about eight times the error.
-_ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 # Rounding the weights changes the logits of tiny random models by 1 to 14 % of the largest with 8
 # bits and by 25 % with 4 bits; those of a wrong graph are others altogether.
 _QUANTISED = {"int8": 3e-1, "int4": 7e-1}
@@ -67,9 +67,9 @@ def check_export(
         ValueError: If the runtime fails or gives other logits.
     """
     dtype = reduced.model.dtype
-    if dtype not in _ROUNDING or dtype == torch.bfloat16 and device.type == "cpu":
+    if dtype not in ROUNDING or dtype == torch.bfloat16 and device.type == "cpu":
         return
-    rounding = _ROUNDING[dtype] if weights is None else _QUANTISED[weights]
+    rounding = ROUNDING[dtype] if weights is None else _QUANTISED[weights]
     # The runtime counts positions itself.
     traced = {name: value for name, value in example.inputs.items() if name != "position_ids"}
     batches = [traced, _another(reduced, example, traced)]

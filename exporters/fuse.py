@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from deos_fx.exporters.graphs.exportable import without_noise
+
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["DEVICES", "fuse", "of_one_token"]
+__all__ = ["DEVICES", "fuse", "of_one"]
 
 DEVICES = ("cpu", "cuda")
 """Devices that graphs can be fused for: operators that are fast on one are slow on the other."""
@@ -29,7 +31,8 @@ def fuse(programs: Mapping[str, onnx_ir.Model], device: str) -> None:
         # always causal, and takes the positions of the first row for all rows (ONNX Runtime 1.31),
         # but images may see themselves in both directions, and after a reduction every row has its
         # own positions. What it makes for CUDA is right, and as fast on the CPU.
-        fuse_for_onnxruntime(program, "cuda" if name == "prefill" else device)
+        with without_noise():
+            fuse_for_onnxruntime(program, "cuda" if name == "prefill" else device)
         _register_constants(program.graph)
 
 
@@ -47,15 +50,15 @@ def _register_constants(graph: onnx_ir.Graph) -> None:
                 node.replace_input_with(i, known)
 
 
-def of_one_token(program: onnx_ir.Model, axis: str) -> onnx_ir.Model:
-    """Return a graph for a single new token, made of one for any number.
+def of_one(program: onnx_ir.Model, axis: str) -> onnx_ir.Model:
+    """Return a graph for a single new token or row, made of one for any number.
 
     ONNX Runtime's fused attention takes a cache and one new token of each row, or several of a
     single row. So generation gets a graph of its own, without tracing the model once more.
 
     Args:
-        program: The graph for any number of tokens.
-        axis: The name of the axis that runs over them.
+        program: The graph for any number of tokens and rows.
+        axis: The name of the axis that is to have the length 1.
 
     Returns:
         A copy that shares the weights.
@@ -67,12 +70,12 @@ def of_one_token(program: onnx_ir.Model, axis: str) -> onnx_ir.Model:
     for value in (*single.graph.inputs, *nodes):
         if value.shape is not None:
             dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
-            value.shape = onnx_ir.Shape([_of_one(dim, axis) for dim in dims])
+            value.shape = onnx_ir.Shape([_length(dim, axis) for dim in dims])
     return single
 
 
-def _of_one(dim: int | str | None, axis: str) -> int | str | None:
-    """Return the length of an axis: a number, or an expression (``new + past``), for one token."""
+def _length(dim: int | str | None, axis: str) -> int | str | None:
+    """Return the length of an axis: a number, or an expression (``new + past``)."""
     if not isinstance(dim, str):
         return dim
     found = re.sub(rf"\b{axis}\b", "1", dim)

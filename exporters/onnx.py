@@ -63,12 +63,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from deos_fx.contents import write_record
 from deos_fx.exporters.check import check_export
 from deos_fx.exporters.elastic import check_elastic, take_counts, traced_counts, trials
-from deos_fx.exporters.fuse import DEVICES, fuse, of_one_token
+from deos_fx.exporters.fuse import fuse, of_one
 from deos_fx.exporters.graphs.decode import NEW, decode_graph
 from deos_fx.exporters.graphs.example import Example, example_of
 from deos_fx.exporters.graphs.prefill import least_text, prefill_graph
@@ -82,6 +81,7 @@ from deos_fx.exporters.manifest import (
     dropped_tokens,
     write_weights,
 )
+from deos_fx.exporters.models import check_model, device_of
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.exporters.quantise import WEIGHTS, quantise
 from deos_fx.exporters.session import cuda_devices
@@ -90,7 +90,6 @@ from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.policy import Policy
 from deos_fx.progress import shows_progress
 from deos_fx.runtime.reduced_model import ReducedModel
-from deos_fx.tokens.cache import ReducedCache
 from deos_fx.tokens.layout import PromptLayout
 from deos_fx.version import __version__
 
@@ -101,9 +100,6 @@ __all__ = ["export_onnx"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done, and how much there is."""
-
-# Attention implementations with an ONNX form.
-ATTENTION = ("sdpa", "eager")
 
 # Text tokens of the traced prompt; the number does not matter, since the axis is dynamic.
 _TEXT_TOKENS = 8
@@ -179,9 +175,8 @@ def export_onnx(
             "(with policy=deos_fx.Policy() for a model without reductions)"
         )
     # Cheap checks first.
-    _check_attention(reduced.model)
-    _check_caches(reduced.model)
-    device = _device(reduced.model, device)
+    check_model(reduced.model)
+    device = device_of(reduced.model, device)
     if weights is not None and weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r}; give {' or '.join(map(repr, WEIGHTS))} or None")
     tell = progress or (lambda stage, done, total: None)
@@ -213,40 +208,6 @@ def export_onnx(
         if verify and export.runs_here:
             export.check(folder, device)
     return Path(dir)
-
-
-def _device(model: PreTrainedModel, device: str | None) -> str:
-    """Return the device that an export is for."""
-    if device is None:
-        half = model.dtype in (torch.float16, torch.bfloat16)
-        return "cuda" if half or model.device.type == "cuda" else "cpu"
-    if device not in DEVICES:
-        raise ValueError(f"device is {device!r}; give {' or '.join(map(repr, DEVICES))}")
-    return device
-
-
-def _check_caches(model: PreTrainedModel) -> None:
-    """Refuse layers whose cache is more or less than keys and values."""
-    cache = ReducedCache(model.config.get_text_config())
-    # A layer that holds nothing of its own counts as filled from the start.
-    filled = any(getattr(layer, "is_initialized", False) for layer in cache.layers)
-    if cache.has_states or filled:
-        raise ValueError(
-            f"{type(model).__name__} has layers that keep a state instead of keys and values, "
-            "which exported graphs do not hand over. Run the reduced model in PyTorch."
-        )
-
-
-def _check_attention(model: PreTrainedModel) -> None:
-    """Refuse attention implementations that have no ONNX form."""
-    for name in model.config.sub_configs:
-        # The config of a part that the model does not have is None.
-        implementation = getattr(getattr(model.config, name), "_attn_implementation", None)
-        if implementation not in (None, *ATTENTION):
-            raise ValueError(
-                f"the model's attention implementation is {implementation!r}, which "
-                f"has no ONNX form; load the model with attn_implementation={ATTENTION[0]!r}"
-            )
 
 
 @dataclass(frozen=True)
@@ -301,7 +262,7 @@ class _Export:
             tell("trace", done, len(graphs))
         if elastic:
             take_counts(programs["prefill"])
-        programs["decode"] = of_one_token(programs["extend"], NEW)
+        programs["decode"] = of_one(programs["extend"], NEW)
         constants, guards = prefill.constants, prefill.guards
         return cls(reduced, example, device, programs, constants, guards, elastic, tell)
 

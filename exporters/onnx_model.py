@@ -18,6 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deos_fx.contents import check_unchanged, stamp
+from deos_fx.data.scale import scaled_processor
 from deos_fx.exporters.elastic import counts_of_rows
 from deos_fx.exporters.manifest import (
     IMAGES,
@@ -192,6 +193,17 @@ class OnnxModel:
         # object, which another thread must not see.
         host = generation_host(self, self._skeleton, self._new_cache, device=HOST)
         return host.generate(**normal_inputs(inputs))
+
+    def processor(self, processor: Any) -> Any:
+        """Return the processor that goes with this model; see `deos_fx.ReducedModel.processor`.
+
+        Args:
+            processor: The processor of the unreduced model.
+
+        Raises:
+            ValueError: If the policy scales images, and the model takes one size only.
+        """
+        return scaled_processor(processor, self._policy.image_scale)
 
     def keeping(self, *keep: int | float) -> OnnxModel:
         """Return the same model with other counts, if it was exported with ``elastic=True``.
@@ -386,5 +398,5 @@ def _skeleton(folder: Path) -> PreTrainedModel:
         # Tensors on the meta device take no memory.
         with torch.device("meta"):
             skeleton = kind._from_config(config)
-    skeleton.generation_config = GenerationConfig.from_pretrained(folder)
+        skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     return skeleton.eval()

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from deos_fx.cost.latency import in_turns, latency_table
 from deos_fx.cost.model import CostModel
+from deos_fx.exporters.fuse import DEVICES
 from deos_fx.exporters.graphs.example import word_of
-from deos_fx.exporters.onnx import DEVICES, export_onnx
+from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.exporters.session import HOST
 from deos_fx.inputs.call import Call

@@ -1,4 +1,4 @@
-"""The schema of the manifest of an export."""
+"""The schemas of the manifests of exports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from deos_fx.policy.schema import ModelEntry
 from deos_fx.schema import Count, Recorded, Strict, Text
 
-__all__ = ["ManifestFile"]
+__all__ = ["GenaiFile", "ManifestFile"]
 
 Graph = Literal["prefill", "decode", "extend", "image_encoder"]
 """The name of a graph, which is a file in the same folder: ``<name>.onnx``."""
@@ -27,6 +27,26 @@ class SpaceEntry(Strict):
     """Whether its keys carry a mass bias."""
     dropped: Count
     """Visual tokens of a prompt that its layers do not get."""
+
+
+class ImageEntry(Strict):
+    """An image of a prompt."""
+
+    placeholders: Annotated[int, Field(ge=1, le=10**9)]
+    left: Count
+
+
+class GenaiFile(Recorded):
+    """What the prompts of an export for onnxruntime-genai are like."""
+
+    deos_fx: Literal["genai"]
+    version: Literal[1]
+    packages: dict[Text, Text]
+    image_token: Count
+    pixels: Annotated[list[Annotated[Count, Field(ge=1)]], Field(min_length=1, max_length=8)]
+    """The shape of a prompt's pixels."""
+    images: Annotated[list[ImageEntry], Field(min_length=1, max_length=10**6)]
+    """Of a prompt, in order."""
 
 
 class ManifestFile(Recorded):

@@ -15,7 +15,16 @@ from transformers import PreTrainedConfig
 from deos_fx.exporters.shared import SharedWeights
 from deos_fx.tokens.cache import ReducedCache
 
-__all__ = ["HOST", "Session", "SessionCache", "as_tensor", "cuda_devices", "open", "ort_value"]
+__all__ = [
+    "HOST",
+    "Session",
+    "SessionCache",
+    "as_tensor",
+    "cuda_devices",
+    "open",
+    "ort_value",
+    "past_of",
+]
 
 HOST = torch.device("cpu")
 """Where inputs come from and results go to."""
@@ -96,6 +105,15 @@ class Session:
         return dict(zip(self.outputs, binding.get_outputs(), strict=True))
 
 
+def past_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys and values that a run gave, under the names that the next one takes."""
+    return {
+        name.replace("present.", "past_key_values."): value
+        for name, value in outputs.items()
+        if name.startswith("present.")
+    }
+
+
 def ort_value(tensor: Tensor) -> Any:
     """Return a tensor's memory as an OrtValue, copied only if it is not contiguous."""
     import onnxruntime
@@ -162,7 +180,8 @@ def open(
         if "NOT_IMPLEMENTED" in str(error):
             # Case: an operator that this device lacks in the dtype of the graph.
             hint = ". If the model is in bfloat16, export it in float32 or float16"
-        raise ValueError(f"{path} cannot be run here: {error}{hint}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be run here: {reason}{hint}") from error
     unknown = {spec.type for spec in session.get_inputs()} - _DTYPES.keys()
     if unknown:
         raise ValueError(f"{path} takes {min(unknown)}, as no export does; export the model again")
@@ -246,11 +265,7 @@ class SessionCache(ReducedCache):
             outputs: Outputs of the run by name.
             length: Tokens seen so far, including those of the run.
         """
-        self.states = {
-            name.replace("present.", "past_key_values."): value
-            for name, value in outputs.items()
-            if name.startswith("present.")
-        }
+        self.states = past_of(outputs)
         self._length = length
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -90,8 +91,17 @@ class World:
         self.write("pickled/pytorch_model.bin", b"no pickle")
         self.write("deep/config.json", "[" * 100_000)
         self.write("listed/config.json", "[1, 2]")
+        typed = self.names["model"].config.to_dict() | {"image_seq_length": "many"}
+        self.write("typed/config.json", json.dumps(typed))
+        self.write("unread/config.json", config)
+        kind = {"image_processor_type": "CLIPImageProcessor"}
+        processor = {"processor_class": "LlavaProcessor", "image_processor": kind}
+        self.write("unread/processor_config.json", json.dumps(processor))
+        self.write("unread/tokenizer.json", "{")
         self.write("bad.json", '{"deos_fx": "policy", "version": 1, "reductions": [{"site": 3}]}')
         self.write("lines.jsonl", "{}\n")
+        Image.new("RGB", (9, 9)).save(self.folder / "a.png")
+        self.write("asked.jsonl", '{"image": "a.png", "prompt": "What is this?"}\n')
 
 
 def evaluate(given: str, world: World) -> object:

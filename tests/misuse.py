@@ -59,6 +59,7 @@ SECTIONS = (
                 "no site 'encoder.1'; a site is 'projector', 'decoder.<i>' (after "
                 "decoder layer i) or 'vision.<i>'",
             ),
+            Misuse("Policy(image_scale=50)", "image_scale is 50; give a number in [0.001, 1]"),
             Misuse(
                 'Reduction("decoder.01", 18)',
                 "no site 'decoder.01'; a site is 'projector', 'decoder.<i>' (after "
@@ -415,7 +416,7 @@ SECTIONS = (
             Misuse(
                 '\'{"deos_fx": "policy", "version": 1, "reductions": [], "budget": 18}\'',
                 "policy.json is not a policy file: it has no field 'budget'; the "
-                "fields are deos_fx, version, name, model, learned, reductions",
+                "fields are deos_fx, version, name, model, image_scale, learned, reductions",
             ),
             Misuse(
                 '\'{"deos_fx": "policy", "version": 1, "reductions": {}}\'',
@@ -527,7 +528,8 @@ SECTIONS = (
         (
             Misuse(
                 "b'no tensors'",
-                "policy.json is not a policy file: learned/policy.safetensors is damaged: "
+                "policy.json with policy.safetensors is not a policy file: "
+                "learned/policy.safetensors is damaged: "
                 "Error while deserializing header: header too large; restore it",
             ),
             Misuse(
@@ -538,24 +540,28 @@ SECTIONS = (
             ),
             Misuse(
                 "{'projector/probe': torch.ones(4)}",
-                "policy.json is not a policy file: the learned parts are not those "
+                "policy.json with policy.safetensors is not a policy file: "
+                "the learned parts are not those "
                 "that the policy was written with (their hash differs); restore the "
                 ".safetensors file that belongs to it",
             ),
             Misuse(
                 "{'projector/probe': torch.ones(5)}",
-                "policy.json is not a policy file: the learned parts of projector "
+                "policy.json with policy.safetensors is not a policy file: "
+                "the learned parts of projector "
                 "are {'probe': {'shape': [5], 'dtype': 'float32'}}, which are not "
                 "those of the policy; read a policy with Policy.load ...",
             ),
             Misuse(
                 "{'projector/probe': torch.full((4,), torch.nan)}",
-                "policy.json is not a policy file: learned: probe holds numbers that "
+                "policy.json with policy.safetensors is not a policy file: "
+                "learned: probe holds numbers that "
                 "are not finite; train it again",
             ),
             Misuse(
                 "{'projector/probe': torch.arange(4.0), 'more': torch.ones(1)}",
-                "policy.json is not a policy file: there are learned parts that it "
+                "policy.json with policy.safetensors is not a policy file: "
+                "there are learned parts that it "
                 "does not name: 'more'",
             ),
         ),
@@ -717,8 +723,19 @@ SECTIONS = (
             for given, says in (
                 ("deos-fx presets best", "no preset 'best'; choose from ..."),
                 ("deos-fx inspect nowhere", "there is no folder nowhere"),
-                ("deos-fx inspect deep", "deep cannot be loaded (RecursionError ..."),
+                ("deos-fx inspect deep", "deep/config.json cannot be loaded (RecursionError ..."),
                 ("deos-fx inspect listed", "listed"),
+                (
+                    "deos-fx inspect typed",
+                    "typed cannot be loaded (StrictDataclassFieldValidationError: Validation error "
+                    "for field 'image_seq_length': TypeError: Field 'image_seq_length' expected "
+                    "int, got str (value: 'many')). If a file is damaged or of another model, save "
+                    "or download it again.",
+                ),
+                (
+                    "deos-fx data asked.jsonl --model unread",
+                    "unread/tokenizer.json cannot be loaded (JSONDecodeError ...",
+                ),
                 (
                     "deos-fx inspect my-llava --policy bad.json",
                     "bad.json is not a policy file: reductions[0].site is 3; it should be "
@@ -737,7 +754,10 @@ SECTIONS = (
                     "budget visual_tokens=1000, but the model has only 64; give at most "
                     "that, or a fraction in (0, 1]",
                 ),
-                ("deos-fx transform damaged out", "damaged cannot be loaded (SafetensorError ..."),
+                (
+                    "deos-fx transform damaged out",
+                    "damaged/model.safetensors cannot be loaded (SafetensorError ...",
+                ),
                 ("deos-fx transform pickled out", "pickled cannot be loaded (UnpicklingError ..."),
                 (
                     "deos-fx search my-llava --data nowhere.jsonl",

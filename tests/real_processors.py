@@ -216,12 +216,13 @@ def write_processor(
     return folder
 
 
-def write_qwen(folder: Path, min_pixels: int = 64) -> tuple[Any, Any]:
+def write_qwen(folder: Path, min_pixels: int = 64, max_pixels: int = 10**6) -> tuple[Any, Any]:
     """Write a small Qwen2.5-VL with random weights, and its processor of images of any size.
 
     Args:
         folder: The folder of both.
         min_pixels: Pixels of the smallest image; a visual token is 8 x 8.
+        max_pixels: Pixels of the largest image.
 
     Returns:
         The model and the processor.
@@ -232,7 +233,7 @@ def write_qwen(folder: Path, min_pixels: int = 64) -> tuple[Any, Any]:
         "patch_size": vision.patch_size,
         "merge_size": vision.spatial_merge_size,
         "temporal_patch_size": vision.temporal_patch_size,
-        "size": {"shortest_edge": min_pixels, "longest_edge": 10**6},
+        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
     }
     processor = load_processor(write_processor("qwen2_5_vl", folder, image=image))
     tokenizer = processor.tokenizer

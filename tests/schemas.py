@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from deos_fx.exporters.schema import ManifestFile
+from deos_fx.exporters.schema import GenaiFile, ManifestFile
 from deos_fx.passes.search.schema import SearchFile
 from deos_fx.policy.schema import LatencyFile, PolicyFile
 from deos_fx.runtime.schema import NoteFile
@@ -18,6 +18,7 @@ SCHEMAS = {
     "policy": PolicyFile,
     "latency": LatencyFile,
     "onnx": ManifestFile,
+    "genai": GenaiFile,
     "search": SearchFile,
     "reduced_model": NoteFile,
 }

@@ -196,7 +196,14 @@ def test_shapes_are_those_of_the_published_models():
 
 
 SMALL = gpu.Settings(
-    shape="llava-tiny", device="cpu", dtype="fp32", images=(1, 2), text=8, new_tokens=2, repeats=1
+    shape="llava-tiny",
+    device="cpu",
+    dtype="fp32",
+    images=(1, 2),
+    text=8,
+    new_tokens=2,
+    policies=1,
+    repeats=1,
 )
 
 
@@ -212,7 +219,7 @@ def test_gpu_measures_all_parts(monkeypatch):
     found = gpu.measure(
         SMALL, Console(quiet=True), lambda results: saved.append(len(results["parts"]))
     )
-    assert saved == list(range(1, 7)) and not found["left_out"]
+    assert saved == list(range(1, 8)) and not found["left_out"]
     assert not any("fails" in part for part in found["parts"].values()), found["parts"]
     for images in ("1 image", "2 images"):
         variants = found["parts"][f"pytorch, {images}"]["variants"]
@@ -226,6 +233,7 @@ def test_gpu_measures_all_parts(monkeypatch):
             "projector",
             "fastv",
         }
+    assert found["parts"]["latency, 1 image"]["median_error"] >= 0
     # Fewer layers are exported.
     assert exported[0].model.config.get_text_config().num_hidden_layers == SMALL.onnx_layers
     assert gpu.table(found).row_count > 20
@@ -233,7 +241,7 @@ def test_gpu_measures_all_parts(monkeypatch):
 
 def test_a_gpu_without_time_says_what_it_left_out():
     found = gpu.measure(replace(SMALL, seconds=-1.0), Console(quiet=True), lambda results: None)
-    assert not found["parts"] and len(found["left_out"]) == 6
+    assert not found["parts"] and len(found["left_out"]) == 7
 
 
 def test_runs_to_compare_with_compute_what_they_say():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -325,3 +326,21 @@ def test_tensors_that_cannot_be_written_are_an_error_of_the_disk(tmp_path: Path)
 
     with pytest.raises(OSError, match="cannot write x: I/O error"), disk_errors("x"):
         raise SafetensorError("I/O error")
+
+
+def test_a_full_disk_is_told_with_the_name(tmp_path: Path) -> None:
+    def fail(part: Path) -> None:
+        part.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=rf"^cannot write the file {tmp_path}.a: No space left"):
+        write_file(tmp_path / "a", fail)
+    with pytest.raises(OSError, match=rf"^cannot write the folder {tmp_path}.b: No space left"):
+        with fresh_folder(tmp_path / "b") as folder:
+            fail(folder / "c")
+    # What names a file, or is told in words, stays as it is.
+    for other in (FileNotFoundError(errno.ENOENT, "No such file", "c"), OSError("no network")):
+        with pytest.raises(type(other)) as caught, fresh_folder(tmp_path / "b"):
+            raise other
+        assert caught.value is other
+    assert not [*tmp_path.iterdir()]

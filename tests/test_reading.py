@@ -163,22 +163,46 @@ def test_tensors_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read_tensors(path)
 
 
+class _Own(Exception):
+    """One of the classes that packages have of their own."""
+
+
 def test_others_that_fail_are_blamed_on_a_folder(tmp_path: Path) -> None:
-    for error in (KeyError("weight_map"), RecursionError("deep"), AttributeError("no\nmodel")):
-        with pytest.raises(
-            ValueError, match=f"{tmp_path} cannot be loaded .*{type(error).__name__}"
-        ):
+    errors = (
+        KeyError("weight_map"),
+        RecursionError("deep"),
+        AttributeError("no\nmodel"),
+        AssertionError(),
+        _Own("no " * 1000),
+        RuntimeError(f"no\n{tmp_path}"),
+    )
+    for error in errors:
+        name = type(error).__name__
+        with pytest.raises(ValueError, match=rf"^{tmp_path} cannot be loaded \({name}: ") as caught:
             with blaming(tmp_path):
                 raise error
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 1500
     for kept in (
         OSError("no network"),
         torch.OutOfMemoryError("too large"),
         ImportError("torchao"),
+        MemoryError("too large"),
     ):
-        with pytest.raises(type(kept)), blaming(tmp_path):
+        with pytest.raises(type(kept), match=str(kept)), blaming(tmp_path):
             raise kept
+    with pytest.raises(OSError, match="^no network, try again$"), blaming(tmp_path):
+        raise OSError("no network,\n\n  try again")
     with pytest.raises(ValueError, match="^known"), blaming(tmp_path):
         raise ValueError(f"known: {tmp_path}")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, None])
+def test_the_damaged_file_of_a_folder_is_named(tmp_path: Path, content: bytes | None) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    path = tmp_path / "b.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path} cannot be loaded"), blaming(tmp_path):
+        raise KeyError
 
 
 def test_messages_are_short_whatever_was_given() -> None:

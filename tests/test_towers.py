@@ -10,19 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from batches import batch_of as videos_of
 from closeness import assert_close, difference, roundings_of
-from families import FAMILIES, IMAGE, alone, built, prompts, shared
-from masked import alive_of, assert_pruning_is_masking, generate
+from families import FAMILIES, IMAGE, TWINS, VIDEO, alone, built, prompts, shared
+from masked import alive_of, assert_pruning_is_masking, generate, masked_from
 from masked_tower import blocks_of, tower_masked
 from tiny import call_of
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from videos import VIDEOS
 
 import deos_fx
 from deos_fx.inputs.items import IMAGES, encoding
 from deos_fx.models.facts import facts_of
 from deos_fx.models.families import features_of
 from deos_fx.models.upstream import CACHE
+from deos_fx.passes.lower.reduced_encoder import LEFT
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -81,6 +84,7 @@ TOWERS: dict[str, Callable[[Tensor], Tensor]] = {
     "lfm2_vl": _SQUARES,
     "gemma4": _SQUARES,
     "kimi_k25": functools.partial(_SQUARES, rows=1),
+    "minicpmv4_6": functools.partial(_SQUARES, rows=1),
     "mistral3": functools.partial(_SQUARES, rows=1),
     "gemma3_pooled": _SQUARES,
     "pixtral": in_one_row,
@@ -92,10 +96,15 @@ TOWERS: dict[str, Callable[[Tensor], Tensor]] = {
 @functools.cache
 def model_of(name: str) -> Any:
     """A model of `families`, or a gemma3 that pools 2 x 2 patches."""
-    if name != "gemma3_pooled":
+    if name == "gemma3_pooled":
+        config = FAMILIES["gemma3"].config()
+        config.vision_config.patch_size = 2
+    elif name == "minicpmv4_6":
+        # Patches are merged after the first block, which leaves two sites.
+        config = TWINS[name].config()
+        config.vision_config.num_hidden_layers = 3
+    else:
         return shared(name)
-    config = FAMILIES["gemma3"].config()
-    config.vision_config.patch_size = 2
     return built(config)
 
 
@@ -141,11 +150,11 @@ def placeholders_kept(batch: dict[str, Tensor], reduced: ReducedModel) -> Tensor
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_dropped_groups_are_masked_keys(name: str) -> None:
-    batch = batch_of(name, 2)
-    reduced = reduce(name, Reduction("vision.0", 0.25, **NORM))
+    batch, first = batch_of(name, 2), int(name == "minicpmv4_6")
+    reduced = reduce(name, Reduction(f"vision.{first}", 0.25, **NORM))
     kept = placeholders_kept(batch, reduced)
     assert kept.float().mean() < 0.35
-    with tower_masked(model_of(name), 0, TOWERS[name](kept)):
+    with tower_masked(model_of(name), first, TOWERS[name](kept)):
         expected = encoded(name, batch)
     found = features_in(encoder_of(reduced, batch))
     assert len(found) == len(expected)
@@ -182,6 +191,27 @@ def test_what_is_left_of_the_tower_is_reduced_before_the_decoder(name: str) -> N
         return tower_masked(model_of(name), 0, TOWERS[name](kept[None]))
 
     assert_pruning_is_masking(model_of(name), reduced, batch, roundings_of(name), tower)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava_next", "pixtral"])
+def test_an_encoder_for_exports_does_the_same(name: str) -> None:
+    batch = batch_of(name, 2)
+    score: dict[str, Any] = {
+        "scores": {"mutual_attention": 0.5, "key_norm": 0.5},
+        "similarity": {"key": 1.0},
+    }
+    steps = (Reduction(f"vision.{i}", 0.5 - i / 4, gain=1.0, **score) for i in range(2))
+    reduced = reduce(name, *steps)
+    reduced(**batch)
+    expected = encoder_of(reduced, batch)
+    assert reduced.graphs.latest is not None
+    encoder: Any = reduced.graphs.latest.get_submodule("image_encoder")
+    call = call_of(reduced.model, batch)
+    with torch.no_grad():
+        found = encoder.exportable()(**encoding(call.facts, call.inputs, IMAGES)[1])
+    assert torch.equal(found[LEFT]["kept"], expected[LEFT]["kept"])
+    for ours, theirs in zip(*map(features_in, (found, expected)), strict=True):
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "internvl", "pixtral", "llava_next"])
@@ -278,6 +308,42 @@ def test_images_of_several_sizes() -> None:
         assert_close(each(**batch).logits[0, -len(own) :], own)
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "glm4v"])
+def test_frames_of_videos_are_reduced_each(name: str) -> None:
+    batch = videos_of(name, [[VIDEOS[name](2), VIDEOS[name](3)]])
+    reduced = reduce(name, Reduction("vision.0", 0.5, **NORM))
+    # GLM writes frames with the placeholders of images.
+    visual = (batch["input_ids"] == VIDEO) | (batch["input_ids"] == IMAGE)
+
+    def tower(alive: Tensor) -> Any:
+        kept = alive[visual]
+        assert {int(frame.sum()) for frame in kept.split(6)} == {3}
+        return tower_masked(model_of(name), 0, in_runs(kept))
+
+    assert_pruning_is_masking(model_of(name), reduced, batch, roundings_of(name), tower)
+
+
+def test_beams_and_answers_share_a_reduced_tower() -> None:
+    batch, model = batch_of("qwen2_vl", 2), model_of("qwen2_vl")
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
+    alive = alive_of(reduced(**batch)[CACHE], batch["input_ids"])
+    several = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4}
+    with (
+        masked_from(model, alive),
+        tower_masked(model, 0, in_runs(alive[0][batch["input_ids"] == IMAGE])),
+    ):
+        expected = model.generate(**batch, **several)
+    assert torch.equal(reduced.generate(**batch, **several), expected)
+
+
+def test_images_and_videos_in_one_prompt_are_not_reduced_in_the_tower() -> None:
+    family = FAMILIES["qwen2_vl"]
+    both = videos_of("qwen2_vl", [[VIDEOS["qwen2_vl"](2), (family.block, family.pixels(1))]])
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
+    with pytest.raises(ValueError, match="vision.0 cannot be reduced: the video encoder reads"):
+        reduced(**both)
+
+
 @pytest.mark.parametrize("gain", [0.0, 1.0])
 def test_what_is_left_is_explained(gain: float) -> None:
     batch = batch_of("qwen3_vl", 2)
@@ -335,10 +401,18 @@ def test_a_preset_of_the_last_block_keeps_what_its_attention_says() -> None:
     assert {*scores.topk(8).indices.tolist()} == {*kept[0].nonzero()[:, 0].tolist()}
 
 
-def test_reductions_of_groups_are_not_exported(tmp_path: Path) -> None:
+def test_blocks_before_patches_are_merged_are_no_sites() -> None:
+    reduced = reduce("minicpmv4_6", Reduction("vision.0", 0.25, **NORM))
+    with pytest.raises(ValueError, match="later blocks of the tower have other patches"):
+        reduced(**batch_of("minicpmv4_6", 1))
+
+
+def test_counts_of_groups_are_no_inputs_of_an_export(tmp_path: Path) -> None:
     reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
-    with pytest.raises(ValueError, match="in the vision tower"):
-        deos_fx.export_onnx(reduced, tmp_path, example_inputs=batch_of("qwen2_vl", 1))
+    with pytest.raises(ValueError, match="in the vision tower, whose counts cannot be inputs"):
+        deos_fx.export_onnx(
+            reduced, tmp_path / "x", example_inputs=batch_of("qwen2_vl", 1), elastic=True
+        )
 
 
 def test_images_of_new_sizes_are_followed_anew() -> None:

@@ -36,13 +36,25 @@ _NAME = "deos_fx"
 
 @dataclass
 class _SeamCall:
-    """One call of one block: the observations to make, and the results so far."""
+    """One call of one block: the observations to make, and the results so far.
+
+    Attributes:
+        implementation: The implementation that the user chose.
+        observe: The observations.
+        asked: Their queries.
+        tables: Rotary tables.
+        observed: How many keys are observed, see `AttentionView`.
+        apart: Additive [1, 1, N, N], which the block itself does not know of; None without it.
+        peek: Whether the rest of the block is left out.
+        seen: The results so far.
+    """
 
     implementation: str
     observe: tuple[Observation, ...]
     asked: tuple[Asked, ...]
     tables: Any
     observed: int | None = None
+    apart: Tensor | None = None
     peek: bool = False
     seen: list[Tensor] = field(default_factory=list)
 
@@ -79,12 +91,14 @@ class ObservedBlock(nn.Module):
         self,
         *args: Any,
         asked: tuple[Asked, ...] = (),
+        apart: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the block.
 
         Args:
             asked: The queries of each observation of attention, in order; keys need none.
+            apart: Additive mask [1, 1, N, N] for a block that is given none.
             *args: The block's own arguments.
             **kwargs: The block's own keyword arguments.
 
@@ -92,6 +106,7 @@ class ObservedBlock(nn.Module):
             The tuple (output, *observed), in the order of ``observe``.
         """
         call = self._call(asked, args[0], kwargs)
+        call.apart = apart
         output = self._run(call, *args, **kwargs)
         return (output, *call.seen)
 
@@ -194,6 +209,9 @@ def _seam_attention(
             "its attention cannot be observed. Use scores and similarities of the tokens "
             "themselves, such as feature_norm."
         )
+    if seam.apart is not None:
+        assert attention_mask is None, f"{type(module).__name__} has two masks"
+        attention_mask = seam.apart
     causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = kwargs.get("position_bias")

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from deos_fx.cli.policies import policy_of
+from deos_fx.cli.policies import Choice, policy_of
 from deos_fx.contents import RECORD
 
 if TYPE_CHECKING:
@@ -64,21 +64,13 @@ def _options(dtype: str | None, device: str | None) -> dict[str, Any]:
 
 
 def load_reduced(
-    model_dir: str,
-    path: Path | None,
-    preset: str | None,
-    budget: int | float | None,
-    *,
-    dtype: str | None = None,
-    device: str | None = None,
+    model_dir: str, choice: Choice, *, dtype: str | None = None, device: str | None = None
 ) -> ReducedModel:
     """Load a model with the chosen policy; a folder of a reduced model has a policy of its own.
 
     Args:
         model_dir: The folder, or a hub id.
-        path: A policy file.
-        preset: Name of a preset.
-        budget: Limit on visual tokens.
+        choice: The options about the policy.
         dtype: As in `load_model`.
         device: As in `load_model`.
 
@@ -92,7 +84,7 @@ def load_reduced(
     saved = _saved(model_dir)
     own = None if saved is None else saved.policy
     model = meta_model(model_dir)
-    policy = policy_of(model, model_dir, own, path, preset, budget)
+    policy = policy_of(model, model_dir, own, choice)
     if policy is None:
         # Case: nothing is chosen. The default policy runs on every model.
         policy = transform(model).policy
@@ -112,21 +104,13 @@ def load_unreduced(model_dir: str) -> tuple[PreTrainedModel, dict[str, Policy]]:
 
 
 def load_generating(
-    model_dir: str,
-    path: Path | None,
-    preset: str | None,
-    budget: int | float | None,
-    *,
-    dtype: str | None = None,
-    device: str | None = None,
+    model_dir: str, choice: Choice, *, dtype: str | None = None, device: str | None = None
 ) -> tuple[Any, Any]:
     """Load what answers: a model with the chosen policy, a reduced model, or an exported one.
 
     Args:
         model_dir: The folder, or a hub id.
-        path: A policy file.
-        preset: Name of a preset.
-        budget: Limit on visual tokens.
+        choice: The options about the policy.
         dtype: As in `load_model`.
         device: As in `load_model`; of an exported model, where its graphs run.
 
@@ -141,17 +125,16 @@ def load_generating(
 
     from deos_fx import OnnxModel
 
-    chosen = not path is preset is budget is None
     if os.path.isfile(os.path.join(model_dir, "prefill.onnx")):
-        if chosen:
+        if not choice.is_empty:
             raise ValueError(f"{model_dir} is an export, and its policy is part of its graphs")
         if dtype is not None:
             raise ValueError(f"{model_dir} is an export, and its precision is part of its graphs")
         # It takes tensors of the CPU and of any precision.
         inputs = SimpleNamespace(device="cpu", dtype=torch.float32)
         return OnnxModel.from_pretrained(model_dir, device), inputs
-    if chosen or _is_saved(model_dir):
-        reduced = load_reduced(model_dir, path, preset, budget, dtype=dtype, device=device)
+    if not choice.is_empty or _is_saved(model_dir):
+        reduced = load_reduced(model_dir, choice, dtype=dtype, device=device)
         return reduced, reduced.model
     model = load_model(model_dir, dtype=dtype, device=device)
     return model, model
@@ -163,12 +146,13 @@ def meta_model(model_dir: str) -> PreTrainedModel:
 
     from deos_fx.models.facts import configs_of
     from deos_fx.models.families import auto_class
+    from deos_fx.reading import blaming
 
     config = _config(model_dir)
     # The kernel that experts use by default has no form without values but in bfloat16.
     for inner in configs_of(config):
         inner._experts_implementation_internal = "batched_mm"
-    with torch.device("meta"):
+    with blaming(model_dir), torch.device("meta"):
         return auto_class(config).from_config(config, dtype=config.dtype).eval()
 
 

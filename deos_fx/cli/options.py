@@ -19,6 +19,7 @@ __all__ = [
     "Dtype",
     "Evaluations",
     "Force",
+    "ImageScale",
     "ImageUrls",
     "Images",
     "Model",
@@ -68,6 +69,14 @@ PolicyFile = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="A published method, fitted to the budget."),
+]
+
+ImageScale = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SCALE",
+        help="Let images enter with their sides scaled, in (0, 1]; alone or with a preset.",
+    ),
 ]
 
 PolicyFiles = Annotated[

@@ -335,19 +335,25 @@ def _scores(found: Outline) -> Table:
     return table
 
 
-def costs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], policy: Policy) -> CostReport:
+def costs_of(
+    model: PreTrainedModel,
+    whole: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    policy: Policy,
+) -> CostReport:
     """Compute the total cost of a policy, next to that of the unreduced model.
 
     Args:
         model: A vision-language model.
-        inputs: A prompt with one image.
+        whole: A prompt with one image of full size.
+        inputs: The same, with the image as it enters under the policy.
         policy: A policy for it.
 
     Raises:
         ValueError: If the policy does not fit the model.
     """
-    costs = CostModel.of_call(Call.of(facts_of(model), inputs))
-    return CostReport(before=costs.predict(Policy()), after=costs.predict(policy))
+    before, after = (CostModel.of_call(Call.of(facts_of(model), one)) for one in (whole, inputs))
+    return CostReport(before=before.predict(Policy()), after=after.predict(policy))
 
 
 def print_cost(policy: Policy, costs: CostReport, console: Console) -> None:

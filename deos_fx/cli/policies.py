@@ -7,20 +7,42 @@ be captured first, so what it would refuse is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deos_fx.cli.limits import DEFAULT_LIMIT
-from deos_fx.cli.processors import example_of
+from deos_fx.cli.processors import example_of, scaled_example
 from deos_fx.contents import RECORD
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from deos_fx.policy.policy import Policy
 
-__all__ = ["check_runs", "chosen_policy", "named_policies", "own_policy", "policy_of"]
+__all__ = ["Choice", "named_policies", "own_policy", "policy_of"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the options ``--policy``, ``--preset``, ``--budget`` and ``--image-scale`` say.
+
+    Attributes:
+        path: A policy file.
+        preset: Name of a preset, which is fitted to the budget.
+        budget: Limit on visual tokens; alone, it is that of the default policy.
+        image_scale: Scale at which images enter; alone, nothing else is reduced.
+    """
+
+    path: Path | None = None
+    preset: str | None = None
+    budget: int | float | None = None
+    image_scale: float | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether no option is given."""
+        return self == Choice()
 
 
 def own_policy(model_dir: str) -> Policy | None:
@@ -36,80 +58,74 @@ def own_policy(model_dir: str) -> Policy | None:
     return Policy.load(Path(model_dir) / "policy.json")
 
 
-def chosen_policy(
-    model: PreTrainedModel,
-    inputs: Mapping[str, Tensor] | None,
-    path: Path | None,
-    preset: str | None,
-    budget: int | float | None,
-) -> Policy | None:
-    """Return the policy that the options of a command name, checked; None if they name none.
-
-    Args:
-        model: The model, which may be on the meta device.
-        inputs: A prompt with an image; None if none can be made.
-        path: A policy file.
-        preset: Name of a preset, which is fitted to the budget.
-        budget: Limit on visual tokens; alone, it is that of the default policy.
-
-    Raises:
-        ValueError: If the options do not go together, or the model cannot run the policy.
-    """
-    from deos_fx.api import transform
-    from deos_fx.policy.budget import Budget
-    from deos_fx.policy.policy import Policy
-
-    if path is None and preset is None:
-        # Case: nothing is chosen, or a budget alone, to which the default policy is fitted.
-        if budget is None:
-            return None
-        return transform(model, budget=Budget(visual_tokens=budget), example_inputs=inputs).policy
-    if path is None:
-        limit = DEFAULT_LIMIT if budget is None else budget
-        policy = _fitted(model, inputs, str(preset), limit)
-    elif preset is None and budget is None:
-        policy = Policy.load(path)
-    else:
-        raise ValueError("--policy says where to keep how much; give it without the others")
-    check_runs(model, inputs, policy)
-    return policy
-
-
 def policy_of(
     model: PreTrainedModel,
     model_dir: str,
     own: Policy | None,
-    path: Path | None,
-    preset: str | None,
-    budget: int | float | None,
+    choice: Choice,
 ) -> Policy | None:
-    """Return the chosen policy, or that of a folder of a reduced model; None if there is neither.
+    """Return the policy that the options of a command name, checked, or that of the folder.
 
     Args:
         model: The model on the meta device.
         model_dir: Its folder, or a hub id.
         own: The policy of the folder, if it is that of a reduced model.
-        path: A policy file.
-        preset: Name of a preset.
-        budget: Limit on visual tokens.
+        choice: The options.
+
+    Returns:
+        The policy; None if the options name none and the folder has none.
 
     Raises:
         ValueError: If the options do not go together, or the model cannot run the policy.
     """
+    from deos_fx.policy.policy import Policy
+
+    if choice.path is not None and choice != Choice(choice.path):
+        raise ValueError("--policy says where to keep how much; give it without the others")
+    if choice.path is not None:
+        policy: Policy | None = Policy.load(choice.path)
+    elif choice.image_scale is not None:
+        policy = _scaled(model, model_dir, choice, choice.image_scale)
+    elif choice.preset is not None:
+        inputs = example_of(model, model_dir)
+        policy = _fitted(model, choice.preset, choice.budget, inputs, inputs)
+    elif choice.budget is not None:
+        return _default(model, model_dir, choice.budget)
+    else:
+        policy = own
+    if policy is not None:
+        _check_runs(model, model_dir, policy)
+    return policy
+
+
+def _default(model: PreTrainedModel, model_dir: str, budget: int | float) -> Policy:
+    """Return the default policy at a budget; `transform` checks it on the example."""
+    from deos_fx.api import transform
+    from deos_fx.policy.budget import Budget
+
     inputs = example_of(model, model_dir)
-    chosen = chosen_policy(model, inputs, path, preset, budget)
-    if chosen is None and own is not None:
-        check_runs(model, inputs, own)
-    return own if chosen is None else chosen
+    return transform(model, budget=Budget(visual_tokens=budget), example_inputs=inputs).policy
 
 
-def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None, policy: Policy) -> None:
+def _scaled(model: PreTrainedModel, model_dir: str, choice: Choice, image_scale: float) -> Policy:
+    """Return a policy for smaller images, of which a preset removes what a budget does not allow.
+
+    Without a preset it is ``merge``, and without a budget and a preset nothing else is reduced.
+    """
+    from deos_fx.policy.policy import Policy
+
+    alone = Policy(name="resize", image_scale=image_scale)
+    if image_scale == 1:
+        raise ValueError("--image-scale 1 changes nothing; leave it out")
+    if choice.preset is None and choice.budget is None:
+        return alone
+    examples = scaled_example(model_dir, image_scale)
+    fitted = _fitted(model, choice.preset or "merge", choice.budget, *examples)
+    return replace(fitted, image_scale=alone.image_scale)
+
+
+def _check_runs(model: PreTrainedModel, model_dir: str, policy: Policy) -> None:
     """Refuse a policy that the first call of the reduced model would refuse.
-
-    Args:
-        model: The model, which may be on the meta device.
-        inputs: A prompt with an image; without one, only what the config says is checked.
-        policy: The policy.
 
     Raises:
         ValueError: If the model cannot run the policy; the message says why.
@@ -117,14 +133,31 @@ def check_runs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None, poli
     from deos_fx.runtime.reduced_model import ReducedModel
 
     reduced = ReducedModel(model, policy)
+    if policy.image_scale == 1:
+        inputs = example_of(model, model_dir)
+    else:
+        _, inputs = scaled_example(model_dir, policy.image_scale)
+    # Without a prompt with an image, only what the config says is checked.
     if inputs is not None:
         reduced.capture(**inputs)
 
 
 def _fitted(
-    model: PreTrainedModel, inputs: Mapping[str, Any] | None, preset: str, limit: int | float
+    model: PreTrainedModel,
+    preset: str,
+    budget: int | float | None,
+    whole: Mapping[str, Any] | None,
+    inputs: Mapping[str, Any] | None,
 ) -> Policy:
-    """Fit a preset: in counts where all images have one size, and in shares of each image else."""
+    """Fit a preset: in counts where all images have one size, and in shares of each image else.
+
+    Args:
+        model: The model.
+        preset: Name of the preset.
+        budget: Limit on visual tokens, of which a share refers to `whole`; None for the default.
+        whole: A prompt with an image of full size.
+        inputs: The same as images enter.
+    """
     from deos_fx import presets
     from deos_fx.cost.model import CostModel
     from deos_fx.inputs.call import Call
@@ -134,14 +167,18 @@ def _fitted(
     from deos_fx.policy.policy import Policy
 
     facts = facts_of(model)
-    if inputs is None:
+    if whole is None or inputs is None:
         raise ValueError(
             f"--preset is fitted to an image, and how one becomes inputs of {facts.name} does not "
             "follow from its config; save its processor in the model's folder, or give --policy"
         )
+    unreduced = CostModel.of_call(completed(Call.of(facts, whole))).predict(Policy())
     costs = CostModel.of_call(completed(Call.of(facts, inputs)))
-    whole = costs.predict(Policy())
-    tokens = Budget(visual_tokens=limit).limits(whole)["visual_tokens"] / costs.images
+    limit = Budget(visual_tokens=DEFAULT_LIMIT if budget is None else budget)
+    tokens = limit.limits(unreduced)["visual_tokens"] / costs.images
+    if whole is not inputs and tokens >= costs.tokens_per_image:
+        # Case: smaller images alone are within the limit.
+        return Policy(name="resize")
     size = costs.layout.grid if facts.sizes_vary else None
     return costs.for_any_size(presets.fit(preset, tokens, model, size))
 

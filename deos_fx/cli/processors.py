@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-__all__ = ["copy_processor", "example_of", "example_processor", "image_inputs", "processor_of"]
+__all__ = [
+    "copy_processor",
+    "example_of",
+    "example_processor",
+    "going_with",
+    "processor_of",
+    "scaled_example",
+]
 
 
 def copy_processor(model_dir: str, folder: Path) -> None:
@@ -29,24 +35,15 @@ def copy_processor(model_dir: str, folder: Path) -> None:
         add_to_record(folder)
 
 
-def image_inputs(model_dir: str, images: Sequence[str]) -> dict[str, Tensor]:
-    """Return a prompt with images as the model's processor makes it.
-
-    Args:
-        model_dir: The folder, or a hub id.
-        images: Files.
+def going_with(model: Any, processor: Any) -> Any:
+    """Return the processor that goes with a model: of a reduced or exported one, it scales images.
 
     Raises:
-        ImportError: If the processor needs a package that is not installed.
-        OSError: If there is no processor.
-        ValueError: If an image cannot be read.
+        ValueError: If the policy scales images, and the model takes one size only.
     """
-    from deos_fx.cli.questions import question_of
-    from deos_fx.data import batches
-    from deos_fx.data.processors import load_processor
+    from transformers import PreTrainedModel
 
-    record = question_of(images, "What is shown here?", urls=False)
-    return next(batches(load_processor(model_dir), [record], 1))
+    return processor if isinstance(model, PreTrainedModel) else model.processor(processor)
 
 
 def processor_of(model_dir: str) -> Any:
@@ -82,3 +79,26 @@ def example_of(model: PreTrainedModel, model_dir: str) -> dict[str, Tensor] | No
         return example_inputs(model, example_processor(model_dir))
     except ValueError:
         return None
+
+
+def scaled_example(model_dir: str, scale: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Make a prompt with an image of full size, and one in which the image enters at a scale.
+
+    Args:
+        model_dir: The folder, or a hub id.
+        scale: The scale, less than 1.
+
+    Raises:
+        ValueError: If there is no processor, or images of one size only enter.
+    """
+    from deos_fx.data import scaled_processor
+    from deos_fx.inputs.example import processed_example
+
+    processor = processor_of(model_dir)
+    if processor is None:
+        raise ValueError(
+            f"a processor lets images enter at {scale:.3g} of their size, and {model_dir} has "
+            "none; save the model's own there (processor.save_pretrained)"
+        )
+    scaled = scaled_processor(processor, scale)
+    return processed_example(processor), processed_example(scaled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ __all__ = [
     "measured",
     "placed",
     "presets_tuned",
+    "scales_of",
     "search_processes",
     "write_found",
 ]
@@ -86,33 +87,67 @@ def presets_tuned(wanted: int | None, console: Console) -> int:
 
 
 def alike(
-    model: PreTrainedModel, processor: Any, records: Sequence[Record], size: int
+    model: PreTrainedModel, processors: Sequence[Any], records: Sequence[Record], size: int
 ) -> list[list[Record]]:
     """Group records for batches of prompts whose images are alike, as a search needs them.
 
     Args:
         model: The model.
-        processor: Its processor.
+        processors: Its processor, or one for each scale of images: they are alike at all of them.
         records: The questions.
         size: Prompts of a batch; of each kind of images, the last batch may be smaller.
 
     Returns:
         The records of each batch; kinds come in the order of their first records.
+
+    Raises:
+        ValueError: If the images of a question become different numbers of visual tokens.
     """
     from deos_fx.data import batches
     from deos_fx.inputs.call import Call
     from deos_fx.models.facts import facts_of
+    from deos_fx.passes.search.batches import check_one_size
 
     facts = facts_of(model)
-    kinds: dict[Hashable, list[Record]] = {}
+    kinds: dict[tuple[Hashable, ...], list[Record]] = {}
     for record in records:
         # What an image becomes, the processor alone knows.
-        (inputs,) = batches(processor, [replace(record, answer=None)], 1)
-        (prompt,) = Call.of(facts, inputs).prompts
-        kinds.setdefault(prompt.alike, []).append(record)
+        asked = [replace(record, answer=None)]
+        calls = [Call.of(facts, next(batches(own, asked, 1))) for own in processors]
+        prompts = [call.prompts[0] for call in calls]
+        for prompt in prompts:
+            if prompt.layout is not None:
+                check_one_size(prompt.layout, record.where)
+        kinds.setdefault(tuple(prompt.alike for prompt in prompts), []).append(record)
     return [
         kind[start : start + size] for kind in kinds.values() for start in range(0, len(kind), size)
     ]
+
+
+def scales_of(
+    given: Sequence[float] | None, limits: Mapping[str, Any], records: Sequence[Record]
+) -> list[float]:
+    """Return the scales of a search, the largest first, with 1 among them.
+
+    Args:
+        given: Those of the options.
+        limits: What `limits_of` returns.
+        records: The data.
+
+    Raises:
+        ValueError: If a scale is out of range, or there are several budgets or no answers.
+    """
+    scales = sorted({1.0, *(given or ())}, reverse=True)
+    if len(scales) == 1:
+        return scales
+    wrong = [scale for scale in scales if not 0 < scale <= 1]
+    if wrong:
+        raise ValueError(f"--image-scale is {wrong[0]:g}; give a number in (0, 1]")
+    if "budgets" in limits:
+        raise ValueError("--image-scale is searched for one budget; give --budget once")
+    if any(record.answer is None for record in records):
+        raise ValueError("--image-scale needs answers, by which scales are compared")
+    return scales
 
 
 @contextmanager
@@ -182,11 +217,8 @@ def measured(
     _, held_back = parted(groups)
     records = [record for group in held_back for record in group][:_MOST_ASKED]
     # With several budgets, names say which one a policy is for.
-    found = {"": result}
-    if isinstance(result, SearchFront):
-        found = {f" at {each.visual_tokens}": one for each, one in result.results.items()}
     policies: dict[str, Given] = {}
-    for at, one in found.items():
+    for at, one in _named(result, "", " at {}").items():
         policies[f"searched{at}"] = one.policy
         if one.best_preset is not None:
             policies[f"{one.best_preset.source}{at}"] = one.best_preset.policy
@@ -202,12 +234,24 @@ def measured(
     except (KeyboardInterrupt, RuntimeError, ValueError) as error:
         # A search may have taken hours, so what is known of it is written in any case.
         message = "answers and times were not measured: %s"
-        logging.getLogger("deos_fx").warning(message, error or "interrupted")
+        logging.getLogger("deos_fx").warning(message, str(error) or "interrupted")
         return result
     if isinstance(result, SearchFront):
         each = {budget: replace(one, measured=answers) for budget, one in result.results.items()}
         return SearchFront(each)
     return replace(result, measured=answers)
+
+
+def _named(
+    result: SearchResult | SearchFront, single: str, several: str
+) -> dict[str, SearchResult]:
+    """Return the result by a name, or those of several budgets, which have their limits in it."""
+    from deos_fx.results.search_front import SearchFront
+
+    if isinstance(result, SearchFront):
+        results = result.results.items()
+        return {several.format(budget.visual_tokens): one for budget, one in results}
+    return {single: result}
 
 
 def write_found(
@@ -228,12 +272,8 @@ def write_found(
         The names of the policies' files.
     """
     from deos_fx.cli.terminal import evaluation_table
-    from deos_fx.results.search_front import SearchFront
 
-    found = {"policy.json": result}
-    if isinstance(result, SearchFront):
-        results = result.results.items()
-        found = {f"policy-{budget.visual_tokens}.json": one for budget, one in results}
+    found = _named(result, "policy.json", "policy-{}.json")
     for name, one in found.items():
         one.policy.save(folder / name)
         console.print(one.policy, highlight=False, markup=False)

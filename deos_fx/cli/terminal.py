@@ -23,6 +23,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from deos_fx.policy.latency import LatencyTable
     from deos_fx.presets import Method
+    from deos_fx.results.compared import Compared
     from deos_fx.results.comparison import Comparison
     from deos_fx.results.report import DemoResult
 
@@ -195,7 +196,7 @@ def comparison_table(result: Comparison) -> Table:
     return table
 
 
-def evaluation_table(result: Comparison) -> Table:
+def evaluation_table(result: Compared) -> Table:
     """Make the table of an evaluation: one row for each policy, to fit 80 characters."""
     right = ["right, %"] if result.answered else []
     intervals = " with 95 % intervals" if result.answered else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from deos_fx.comparison.answers import Metric, answer_loss, generated, inputs_for
-from deos_fx.comparison.shrink import shrunk
 from deos_fx.cost.amounts import Cost
 from deos_fx.cost.latency import in_turns
 from deos_fx.cost.memory import peak_bytes
@@ -85,7 +85,7 @@ class Bench:
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.facts: ModelFacts = facts_of(model)
-        self.costs = self._costs(test)
+        self.costs = self._costs(processor)
         whole = self.costs.predict(Policy())
         self.limit = budget.limits(whole)["visual_tokens"]
         self.share = self.limit / whole.visual_tokens
@@ -97,7 +97,8 @@ class Bench:
         Raises:
             ValueError: If it is refused.
         """
-        ReducedModel(self.model, policy).capture(**self._first(self.test))
+        reduced = ReducedModel(self.model, policy)
+        reduced.capture(**self._first(reduced.processor(self.processor)))
 
     # *** the rows ***
 
@@ -105,7 +106,7 @@ class Bench:
         """Test the model as it is; its graph without reductions is timed, as those of others."""
         reduced = ReducedModel(self.model, Policy())
         cost = self.costs.predict(Policy())
-        tested = self._tested(self._generate, self.test, cost, reduced)
+        tested = self._tested(self._generate, self.processor, cost, reduced)
         return Draft(UNREDUCED, "unreduced", [_Attempt(tested)])
 
     def given(self, name: str, policy: Policy) -> Draft:
@@ -123,20 +124,25 @@ class Bench:
         return Draft(name, "preset", attempts)
 
     def resized(self) -> Draft:
-        """Test images that are resized to as few visual tokens."""
+        """Test images that are resized to as few visual tokens: a policy that does nothing else."""
+        policy = Policy(name="resize", image_scale=math.sqrt(self.share))
         try:
-            records = shrunk(self.facts, self.processor, self.test, self.share)
+            _, costs = self._entering(ReducedModel(self.model, policy))
         except ValueError as error:
             return Draft(RESIZED, "input", [], str(error))
-        cost = self._costs(records).predict(Policy())
-        reduced = ReducedModel(self.model, Policy())
-        tested = self._tested(self._generate, records, cost, reduced)
-        return Draft(RESIZED, "input", [_Attempt(tested)])
+        left = costs.predict(policy).visual_tokens
+        if left > self.limit + 1e-9:
+            reason = (
+                f"the processor makes {left:g} visual tokens of the first image when it is made as "
+                f"small as {self.limit:.4g} tokens ask for"
+            )
+            return Draft(RESIZED, "input", [], reason)
+        return Draft(RESIZED, "input", [_Attempt(self._policy(policy), policy)])
 
     def text_only(self) -> Draft:
         """Test prompts without their images: what the words alone give away."""
         cost = self.costs.without_images()
-        tested = self._tested(self._generate, self.test, cost, self.model, images=False)
+        tested = self._tested(self._generate, self.processor, cost, self.model, images=False)
         return Draft(TEXT_ONLY, "input", [_Attempt(tested)])
 
     def timed(self, drafts: Sequence[Draft]) -> list[Row]:
@@ -201,14 +207,21 @@ class Bench:
         key = replace(policy, name="").to_json()
         if key not in self._known:
             reduced = ReducedModel(self.model, policy)
-            cost = self.costs.predict(policy)
-            self._known[key] = self._tested(reduced.generate, self.test, cost, reduced)
+            processor, costs = self._entering(reduced)
+            cost = costs.predict(policy)
+            self._known[key] = self._tested(reduced.generate, processor, cost, reduced)
         return self._known[key]
+
+    def _entering(self, reduced: ReducedModel) -> tuple[Any, CostModel]:
+        """Return the processor that goes with a reduced model, and the costs of what it makes."""
+        processor = reduced.processor(self.processor)
+        scaled = reduced.policy.image_scale != 1
+        return processor, self._costs(processor) if scaled else self.costs
 
     def _tested(
         self,
         generate: Callable[..., Any],
-        records: Sequence[Record],
+        processor: Any,
         cost: Cost,
         run: Callable[..., Any],
         images: bool = True,
@@ -216,15 +229,15 @@ class Bench:
         answers = generated(
             generate,
             self.model,
-            self.processor,
-            records,
+            processor,
+            self.test,
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
             images=images,
         )
         pairs = zip(answers, self.test, strict=True)
         scores = [] if self.metric is None else [self.metric(*pair) for pair in pairs]
-        inputs = self._first(records, images)
+        inputs = self._first(processor, images)
 
         def prefill() -> None:
             with torch.no_grad():
@@ -232,14 +245,14 @@ class Bench:
 
         return _Tested(answers, scores, cost, prefill)
 
-    def _first(self, records: Sequence[Record], images: bool = True) -> dict[str, Any]:
+    def _first(self, processor: Any, images: bool = True) -> dict[str, Any]:
         """Return the inputs of the first prompt."""
-        asked = replace(records[0], answer=None)
-        (inputs,) = batches(self.processor, [asked], 1, images=images)
+        asked = replace(self.test[0], answer=None)
+        (inputs,) = batches(processor, [asked], 1, images=images)
         return inputs_for(self.model, inputs)
 
-    def _costs(self, records: Sequence[Record]) -> CostModel:
-        return CostModel.of_call(completed(Call.of(self.facts, self._first(records))))
+    def _costs(self, processor: Any) -> CostModel:
+        return CostModel.of_call(completed(Call.of(self.facts, self._first(processor))))
 
 
 class Tuner:

@@ -95,7 +95,7 @@ class EncoderCost:
         products: FLOPs of attention products in each block: the part of `blocks` that grows with
             pairs of tokens.
         tokens: Tokens of an image in each vision block; 0 where its hidden states are no sequence.
-        patches: Tokens in the first vision block, of all images together.
+        patches: Tokens in the last vision block that runs, of all images together.
         width: Size of a hidden state there.
         used: Number of vision blocks up to the deepest that the features depend on.
         front: FLOPs before the first block, as far as the features depend on them, and all FLOPs
@@ -273,14 +273,14 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
     units = _units(twin.base_model, blocks)
     order: list[nn.Module] = []
     tokens = dict.fromkeys(blocks, 0)
-    first_hidden: list[torch.Size] = []
+    hidden_of: list[torch.Size] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         order.append(module)
         if module in tokens:
             # Hidden states come first, perhaps by name.
             hidden = next(iter((*args, *kwargs.values())))
-            first_hidden.append(hidden.shape)
+            hidden_of.append(hidden.shape)
             if hidden.ndim == 3:
                 tokens[module] = hidden.shape[1]
 
@@ -317,7 +317,7 @@ def _encoder(facts: ModelFacts, inputs: Mapping[str, Tensor], encode: str) -> En
     first, after = (ran[0], ran[-1] + 1) if ran else (0, 0)
     glue = counter.get_total_flops() - sum(flops.values())
     costs = {unit: flops[unit] for unit in used}
-    *sizes, width = first_hidden[0] if first_hidden else (0, 0)
+    *sizes, width = hidden_of[-1] if hidden_of else (0, 0)
     return EncoderCost(
         total=counter.get_total_flops(),
         blocks=tuple(flops.get(block, 0) for block in blocks),

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from deos_fx.cost.measure import counting, once
 from deos_fx.cost.twin import twin_of
 from deos_fx.errors import NoGroups
-from deos_fx.inputs.items import IMAGES, encoding
+from deos_fx.inputs.items import Kind, encoding, given_kinds
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import features_of
 from deos_fx.models.groups import find_groups
@@ -68,27 +68,33 @@ def _read(facts: ModelFacts) -> tuple[int, ...]:
     return tuple(dict.fromkeys(read))
 
 
-def blocks_of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> int:
-    """Count the vision blocks up to the last that features are read from, in groups of patches.
+def blocks_of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> range:
+    """Return the vision blocks of whose patches groups make the features.
+
+    They end with the last that the features are read from, and begin where no later one has other
+    patches: some towers merge patches between two blocks.
 
     Args:
         facts: The facts of a model.
-        inputs: Arguments of its forward, with images.
+        inputs: Arguments of its forward, with images or with videos.
 
     Raises:
         NoGroups: If the features are not made of groups of patches of its blocks, see
             `find_groups`. This is not remembered: it may be for the sizes of these images alone.
     """
-    return once(facts, "blocks of groups", lambda: _of_groups(facts, inputs))
+    (kind,) = given_kinds(inputs)
+    return once(
+        facts, f"blocks of groups in {kind.pixels}", lambda: _of_groups(facts, inputs, kind)
+    )
 
 
-def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> int:
+def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> range:
     model = facts.model
     core: Any = model.base_model
-    method, given = encoding(facts, inputs, IMAGES)
+    method, given = encoding(facts, inputs, kind)
     blocks = [model.get_submodule(path) for path in facts.blocks.vision]
     try:
-        return find_groups(core, getattr(type(core), method), blocks, (), given).used
+        found = find_groups(core, getattr(type(core), method), blocks, (), given)
     except NoGroups:
         raise
     # How code of a family fails where gradients or made-up weights go through it is up to it.
@@ -97,6 +103,7 @@ def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> int:
         raise NoGroups(
             f"its patches cannot be followed ({type(error).__name__}: {first})"
         ) from error
+    return range(found.first, found.used)
 
 
 def _encoded(twin: Any, facts: ModelFacts) -> list[Tensor]:

@@ -173,6 +173,12 @@ def _processed(
             for record in records:
                 _batch(chat, [record], with_images)
         raise ValueError(f"{_where(records[0])}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        # Case: settings of a processor that no image fits, which none of its checks has found.
+        raise ValueError(
+            f"{_where(records[0])}: the processor fails ({type(error).__name__}: {error}); save or "
+            "download it again"
+        ) from error
 
 
 def _where(record: Record) -> str:

@@ -57,6 +57,9 @@ def image_name(source: ImageSource, where: str = "") -> str:
 
 def _opened(source: Path | bytes) -> Image.Image:
     """Read the head of a file; nothing is decoded yet."""
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        # Whoever opens a pipe may wait for ever.
+        raise ValueError("it is a folder, a device or a pipe")
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with warnings.catch_warnings():
         # Pillow warns of sizes that are refused anyway.

@@ -13,6 +13,7 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from deos_fx.reading import blaming
 from deos_fx.replaced import Replacement, replaced
 
 __all__ = ["VIDEO_EXTRA", "check_place", "load_processor"]
@@ -39,11 +40,13 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
         ImportError: If a package is missing that images need, too; where it is torchvision, the
             message names the extra that installs it.
         OSError: If there is no processor.
-        ValueError: If there is no such folder, or it has no processor that reads images.
+        ValueError: If there is no such folder, it is damaged, or it has no processor that reads
+            images.
     """
     check_place(folder)
     try:
-        processor = _loaded(folder)
+        with blaming(folder):
+            processor = _loaded(folder)
     except (ImportError, ValueError) as error:
         # The messages of transformers have several lines, and some are ValueErrors.
         reason = " ".join(str(error).split())

@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from deos_fx.cli.limits import read_limit
 from deos_fx.cli.loading import load_generating
+from deos_fx.cli.policies import Choice
+from deos_fx.cli.processors import going_with
 from deos_fx.comparison.answers import answer_logits, generated
 from deos_fx.data import Record, batches
 from deos_fx.data.processors import load_processor
@@ -35,10 +37,11 @@ class SimpleModel(lmms):
 
     Args:
         pretrained: Folder of a model, of a reduced model or of an export, or a hub id. A model runs
-            unreduced unless one of the next three is given.
+            unreduced unless one of the next four is given.
         policy: A policy file.
         preset: Name of a preset, fitted to the budget.
         budget: Visual tokens that may stay: ``0.125``, ``12.5%`` or ``18``.
+        image_scale: Scale in (0, 1] at which images enter.
         dtype: Precision of the weights; by default as saved.
         device: A device; by default that of this process.
         batch_size: Questions answered at once.
@@ -58,6 +61,7 @@ class SimpleModel(lmms):
         policy: str | None = None,
         preset: str | None = None,
         budget: str | int | float | None = None,
+        image_scale: str | float | None = None,
         dtype: str | None = None,
         device: str | None = None,
         batch_size: int | str = 1,
@@ -69,15 +73,19 @@ class SimpleModel(lmms):
         self.accelerator = Accelerator()
         self.device = torch.device(device or self.accelerator.device)
         self.batch_size = int(batch_size)
-        self.processor = load_processor(pretrained)
+        processor = load_processor(pretrained)
         self.model, self._place = load_generating(
             pretrained,
-            None if policy is None else Path(policy),
-            preset,
-            None if budget is None else read_limit(str(budget)),
+            Choice(
+                None if policy is None else Path(policy),
+                preset,
+                None if budget is None else read_limit(str(budget)),
+                None if image_scale is None else float(image_scale),
+            ),
             dtype=dtype,
             device=str(self.device),
         )
+        self.processor = going_with(self.model, processor)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the answers, each up to the first text that ends it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -225,6 +226,8 @@ def _watched_core(facts: ModelFacts, look: Callable[..., None]) -> Any:
     paths = {module: path for path, module in text.base_model.named_modules()}
     layer = _view_inside(core, paths[facts.model.get_submodule(facts.blocks.decoder[0])])
     layer.forward = lambda *args, **kwargs: look(kwargs.get("position_ids"), last=True)
+    # Hooks of the user are told of calls of the layer, which this is not.
+    layer._forward_pre_hooks = OrderedDict()
     decoder: Any = text.get_decoder()
     if decoder is not text.base_model:
         # Otherwise the decoder handles the images too, and positions first reach its layers.

@@ -14,7 +14,7 @@ from deos_fx.data import Record, batches
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.models.shapes_only import count_visual_tokens
 
-__all__ = ["TEXT_TOKENS", "example_inputs"]
+__all__ = ["TEXT_TOKENS", "example_inputs", "processed_example"]
 
 TEXT_TOKENS = 16
 """Text tokens of the prompt, the one before the image included."""
@@ -41,7 +41,7 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
     facts = facts_of(model)
     # Case: the size of an image matters, and only the processor knows which sizes are usual.
     if processor is not None and facts.sizes_vary:
-        return _processed(processor)
+        return processed_example(processor)
     # Case: otherwise the first form that the encoder takes. The config does not say which it is.
     for images in _forms(facts):
         count = count_visual_tokens(model, images)
@@ -54,7 +54,7 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
     )
 
 
-def _processed(processor: Any) -> dict[str, Tensor]:
+def processed_example(processor: Any) -> dict[str, Tensor]:
     """Return the inputs that a processor makes from an image of 448 x 448 pixels."""
     image = Image.new("RGB", (448, 448), (128, 128, 128))
     return next(batches(processor, [Record(image, "What is shown here?")], 1))

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from deos_fx.errors import NoGroups
 
-__all__ = ["Segments", "arguments_at", "axes_of"]
+__all__ = ["Segments", "arguments_at", "axes_of", "in_one_row"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,11 @@ class Segments:
 
     Attributes:
         borders: [0, ..., number of tokens].
+        left: How many of the tokens in question come before each border, if that is known.
     """
 
     borders: tuple[int, ...]
+    left: tuple[int, ...] = ()
 
     def of(self, values: Tensor) -> tuple[Tensor, ...]:
         """Split values [P, ...] by segment."""
@@ -123,6 +125,8 @@ def arguments_at(
 def _at(index: Tensor, axis: int | str | Segments, value: Any, rows: Tensor | None) -> Any:
     if isinstance(axis, Segments):
         # How many of the tokens come before each border. Segments without any are left out.
+        if axis.left:
+            return value.new_tensor([*dict.fromkeys(axis.left)])
         borders = torch.searchsorted(index[0].sort().values, value.to(index))
         return borders.unique_consecutive().to(value.dtype)
     if axis == _NONE:
@@ -141,3 +145,34 @@ def _at(index: Tensor, axis: int | str | Segments, value: Any, rows: Tensor | No
     at = index.reshape(count, *(length if k == axis else 1 for k in range(1 - value.ndim, 0)))
     shape = [length if k == axis else value.shape[k] for k in range(-value.ndim, 0)]
     return value.gather(int(axis), at.expand(shape))
+
+
+def in_one_row(
+    axes: Any, hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block for one row [1, R P, d] of the tokens of all rows.
+
+    Args:
+        axes: What `axes_of` found.
+        hidden: Hidden states [R, P, d], with R > 1.
+        args: Arguments after the hidden states.
+        kwargs: Keyword arguments.
+
+    Raises:
+        NoGroups: If there is a mask of queries and keys for each row.
+    """
+    rows = len(hidden)
+
+    def joined(axis: int | str | Segments, value: Any) -> Any:
+        if axis == _MASK:
+            raise NoGroups("its blocks are given a mask for each row of patches")
+        if not isinstance(axis, int):
+            return value
+        # The axis of rows moves in front of that of the tokens.
+        whole = value.expand(rows, *value.shape[1:]).movedim(0, axis - 1)
+        return whole.flatten(axis - 1, axis)[None]
+
+    leaves, structure = pytree.tree_flatten((list(args), dict(kwargs)))
+    both = zip(pytree.tree_leaves(axes), leaves, strict=True)
+    others, named = pytree.tree_unflatten([joined(*pair) for pair in both], structure)
+    return hidden.flatten(0, 1)[None], tuple(others), named

@@ -8,7 +8,7 @@ outputs, and a visual token depends on exactly the patches through which a gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,11 +41,13 @@ class PatchGroups:
         groups: int64 [T, s], numbers of the patches of every visual token, ascending: patch p of
             row r has the number r P + p. Some patches, such as CLS, may be part of no token.
         used: Number of blocks up to the last that the features are read from.
+        first: The first block from which on all of them have these patches.
     """
 
     shape: tuple[int, ...]
     groups: Tensor
     used: int
+    first: int = 0
 
 
 @dataclass
@@ -56,7 +58,7 @@ class _Run:
         on_meta: Whether weights have no values.
         given: Arguments of every block after the hidden states.
         made: The leaf that stands for the hidden states that every block makes.
-        unlike: Why a block does not continue what the one before it made.
+        unlike: Why a block, or what it makes, does not continue what the one before it made.
         outputs: Hidden states that the first block of each class makes of each shape, and the Nones
             beside them; None if its output is no tuple.
     """
@@ -79,7 +81,8 @@ def find_groups(
 
     1. Run the encoder. What each block makes becomes a leaf, so that gradients show what the code
        around the blocks does with it.
-    2. Every block up to the last that is read gets what the one before it made, of one shape.
+    2. From some block on, every block up to the last that is read gets what the one before it made,
+       of one shape.
     3. Each patch is part of one token at most, of the same one at every depth that is read, and
        all tokens have equally many.
     4. A block gives the same tokens in another order if it gets them, and what comes with them, in
@@ -117,17 +120,19 @@ def find_groups(
     used = max((i + 1 for tokens in found for i in tokens), default=0)
     if not used:
         raise NoGroups("the visual tokens are not made of the patches of its blocks")
-    _check_chain(run, used)
+    first = _first(run, used)
+    if any(i < first for tokens in found for i in tokens):
+        raise NoGroups(run.unlike[first])
     # 3.
     shape = run.made[used - 1].shape[:-1]
     groups = _groups([tokens for level in found for tokens in level.values()], len(levels[0]))
     # 4.
-    for i, block in _kinds(blocks[:used], run):
+    for i, block in _kinds(blocks, range(first, used), run):
         hidden, (others, named) = run.made[i].detach(), run.given[i]
         axes = axes_of(hidden, others, named)
         if not run.on_meta:
             _check_order(block, axes, hidden, others, named)
-    return PatchGroups(tuple(shape), groups, used)
+    return PatchGroups(tuple(shape), groups, used, first)
 
 
 def key_of_sizes(given: Mapping[str, Any]) -> Hashable:
@@ -182,7 +187,7 @@ def _record(
     hidden, beside = run.outputs[kind]
     before = run.made.get(i - 1)
     if hidden.shape != given.shape or hidden.ndim not in (2, 3):
-        run.unlike[i] = "its blocks change how many patches there are"
+        run.unlike[i] = run.unlike[i + 1] = "its blocks change how many patches there are"
     elif i and (before is None or before.shape != given.shape or not given.equal(before)):
         run.unlike[i] = "hidden states change between its blocks"
     run.made[i] = hidden.detach().requires_grad_()
@@ -255,13 +260,14 @@ def _made_up(value: Any) -> Any:
 # *** 2: blocks hand hidden states on to each other ***
 
 
-def _check_chain(run: _Run, used: int) -> None:
-    """Check that every used block gets what the one before it made, of one shape."""
-    for i in range(used):
-        if i not in run.made:
-            raise NoGroups("not all of its blocks run")
-        if i in run.unlike:
-            raise NoGroups(run.unlike[i])
+def _first(run: _Run, used: int) -> int:
+    """Return the first block from which on each gets what the one before it made, of one shape."""
+    if any(i not in run.made for i in range(used)):
+        raise NoGroups("not all of its blocks run")
+    first = max((i for i in run.unlike if i <= used), default=0)
+    if first == used:
+        raise NoGroups(run.unlike[first])
+    return first
 
 
 # *** 3: tokens and patches ***
@@ -335,10 +341,13 @@ def _groups(tokens: Sequence[Tensor], count: int) -> Tensor:
 # *** 4: arguments that come with the tokens ***
 
 
-def _kinds(blocks: Sequence[nn.Module], run: _Run) -> list[tuple[int, nn.Module]]:
-    """Return one block, with its number, of each class and each kind of arguments."""
+def _kinds(
+    blocks: Sequence[nn.Module], which: Iterable[int], run: _Run
+) -> list[tuple[int, nn.Module]]:
+    """Return one block of some, with its number, of each class and each kind of arguments."""
     first: dict[Any, tuple[int, nn.Module]] = {}
-    for i, block in enumerate(blocks):
+    for i in which:
+        block = blocks[i]
         # Blocks with windows and without are given other tensors.
         given = tuple(id(leaf) for leaf in pytree.tree_leaves(run.given[i]))
         first.setdefault((type(block), given), (i, block))

@@ -1,4 +1,4 @@
-"""Policies as plain data: where to reduce, how many tokens to keep, how to treat the rest."""
+"""Policies as plain data: how large images enter, and where and how their tokens are reduced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from deos_fx.files import write_tensors, write_text
 from deos_fx.policy.reduction import Reduction, Regime
 from deos_fx.policy.site import site_order, split_site
-from deos_fx.policy.tier import check_count, check_text
+from deos_fx.policy.tier import LEAST_SCALE, check_count, check_number, check_text
 from deos_fx.reading import parse_json, read_json, read_tensors, validated
 
 __all__ = ["ModelSignature", "Policy"]
@@ -64,18 +64,24 @@ class Policy:
         reductions: At most one per site; sorted by depth on construction.
         name: A name for people, which says where the policy comes from.
         model: The model it was searched for; None for a policy that fits any.
+        image_scale: Linear scale in (0, 1] at which images enter, by
+            `deos_fx.data.scaled_processor`: at 0.5, each has at most a quarter of its pixels.
 
     Raises:
-        ValueError: On construction, if reductions do not go together, or the name is too long.
+        ValueError: On construction, if reductions do not go together, the name is too long, or the
+            scale is out of range.
         TypeError: If a field is something else.
     """
 
     reductions: tuple[Reduction, ...] = ()
     name: str = ""
     model: ModelSignature | None = None
+    image_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_text("the name of a policy", self.name)
+        check_number("image_scale", self.image_scale, LEAST_SCALE, 1)
+        object.__setattr__(self, "image_scale", float(self.image_scale))
         if not isinstance(self.model, ModelSignature | None):
             raise TypeError(f"model is {self.model!r}; give a ModelSignature or None")
         if not isinstance(self.reductions, Iterable) or isinstance(self.reductions, str):
@@ -101,7 +107,7 @@ class Policy:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether the policy leaves the model as it is."""
+        """Return whether the policy leaves the model as it is, at whatever scale images enter."""
         return not self.reductions
 
     def regime(self, reduction: Reduction) -> Regime:
@@ -168,6 +174,8 @@ class Policy:
             data["name"] = self.name
         if self.model is not None:
             data["model"] = asdict(self.model)
+        if self.image_scale != 1:
+            data["image_scale"] = self.image_scale
         if self.tensors:
             data["learned"] = self._digest()
         data["reductions"] = [reduction.to_dict() for reduction in self.reductions]
@@ -217,6 +225,7 @@ class Policy:
                 ),
                 name=data.get("name", ""),
                 model=None if model is None else ModelSignature(**model),
+                image_scale=data.get("image_scale", 1.0),
             )
         except TypeError as error:
             raise ValueError(str(error)) from error
@@ -249,24 +258,34 @@ class Policy:
         """Read a policy from a file, and its learned parts from the file beside it.
 
         Raises:
+            OSError: If one of the files cannot be read.
             ValueError: If the file does not hold a policy, or the learned parts are missing or
-                others; the message names the file.
+                others; the message names the files.
         """
+        files = os.fspath(path)
         try:
             data = read_json(path)
+            tensors = {}
             # A policy without learned parts is a single file, whatever lies beside it.
-            learned = isinstance(data, dict) and "learned" in data and _beside(path).exists()
-            return cls._of_data(data, read_tensors(_beside(path)) if learned else {})
+            if isinstance(data, dict) and "learned" in data and _beside(path).exists():
+                files += f" with {_beside(path).name}"
+                tensors = read_tensors(_beside(path))
+            return cls._of_data(data, tensors)
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} is not a policy file: {error}") from error
+            raise ValueError(f"{files} is not a policy file: {error}") from error
 
     def __repr__(self) -> str:
         title = f"Policy {self.name!r}" if self.name else "Policy"
         if self.model is not None:
             title += f" for {self.model}"
-        if self.is_empty:
-            return f"{title}: no reduction"
-        return "\n  ".join([f"{title}:", *map(str, self.reductions)])
+        lines = self.lines
+        return f"{title}: no reduction" if not lines else "\n  ".join([f"{title}:", *lines])
+
+    @property
+    def lines(self) -> list[str]:
+        """Return a line for the scale of images, if they are scaled, and one for each reduction."""
+        scaled = [f"images enter at {self.image_scale:.3g} of their size"]
+        return scaled * (self.image_scale != 1) + [str(reduction) for reduction in self.reductions]
 
 
 def _beside(path: str | os.PathLike[str]) -> Path:

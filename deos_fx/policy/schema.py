@@ -20,7 +20,7 @@ from deos_fx.policy.reduction import (
     WEIGHTINGS,
 )
 from deos_fx.policy.site import SITE
-from deos_fx.policy.tier import HIGHEST_WEIGHT, MOST_TOKENS
+from deos_fx.policy.tier import HIGHEST_WEIGHT, LEAST_SCALE, MOST_TOKENS
 from deos_fx.schema import Count, Hash, Strict, Text
 
 __all__ = ["LatencyFile", "PolicyFile"]
@@ -125,12 +125,14 @@ class ModelEntry(Strict):
 
 
 class PolicyFile(Strict):
-    """A policy: where to reduce, how many tokens to keep, how to treat the rest."""
+    """A policy: how large images enter, where to reduce, how many tokens to keep, and how."""
 
     deos_fx: Literal["policy"]
     version: Literal[1]
     name: Text = ""
     model: ModelEntry | None = None
+    image_scale: Annotated[float, Field(ge=LEAST_SCALE, le=1)] = 1.0
+    """Of the sides of images as they enter."""
     learned: Hash | None = None
     """A hash of all learned parts, which are in the file beside it that ends in .safetensors."""
     reductions: Annotated[list[ReductionEntry], Field(max_length=1000)]

@@ -20,6 +20,7 @@ __all__ = [
     "check_choice",
     "DIVERSITY",
     "HIGHEST_WEIGHT",
+    "LEAST_SCALE",
     "MOST_TOKENS",
     "check_diversity",
     "check_count",
@@ -37,6 +38,8 @@ __all__ = [
 
 Options: TypeAlias = dict[str, float | tuple[float, ...]]
 """Parameters of a selector and of scores, by name."""
+LEAST_SCALE = 1e-3
+"""The smallest scale at which images enter: a few pixels of the longest sides would be left."""
 DIVERSITY = (0, 1e3)
 """The smallest and the largest diversity."""
 MOST_TOKENS = 10**7

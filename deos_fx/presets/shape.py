@@ -234,10 +234,12 @@ def _tower_of_groups(facts: ModelFacts) -> int:
 
     def count() -> int:
         try:
-            return blocks_of_groups(facts, example_inputs(facts.model))
+            found = blocks_of_groups(facts, example_inputs(facts.model))
         except (NoGroups, ValueError):
             # Case: there are no such groups, or it takes a processor to make an image.
             return 0
+        # The presets begin with the first block.
+        return 0 if found.start else found.stop
 
     return once(facts, "blocks of groups of an example", count)
 

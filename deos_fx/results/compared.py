@@ -12,6 +12,7 @@ import numpy as np
 
 from deos_fx.cost.amounts import Cost
 from deos_fx.policy.policy import Policy
+from deos_fx.policy.shares import write_share
 
 __all__ = [
     "Compared",
@@ -261,6 +262,10 @@ def kept_at(policy: Policy | None, visual_tokens: int) -> str:
     """Return the tokens of an image that each site keeps, in words."""
     if policy is None:
         return ""
+    if policy.image_scale != 1:
+        # Case: smaller images, whose tokens differ.
+        kept = [f"{step.site} {write_share(step.keep)}" for step in policy.reductions]
+        return ", ".join([f"images at {policy.image_scale:.3g}", *kept])
     counts = policy.counts(visual_tokens)
     steps = zip(policy.reductions, counts, strict=True)
     return ", ".join(f"{reduction.site} {count}" for reduction, count in steps)

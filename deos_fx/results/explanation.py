@@ -56,11 +56,14 @@ class SiteExplanation:
     remaining: Tensor
 
     def __repr__(self) -> str:
+        return f"SiteExplanation({self})"
+
+    def __str__(self) -> str:
         kept, incoming = self.kept.shape[1], self.positions_in.shape[1]
         went = "dropped" if self.destination is None else "merged into them"
         return (
-            f"SiteExplanation({self.site}: {kept} of {incoming} visual tokens kept, the others "
-            f"{went}, masses {self.mass.min():.3g} to {self.mass.max():.3g})"
+            f"{self.site}: {kept} of {incoming} visual tokens kept, the others {went}, masses "
+            f"{self.mass.min():.3g} to {self.mass.max():.3g}"
         )
 
 

@@ -175,7 +175,7 @@ td { text-align: right; padding: 6px 8px; border-bottom: 1px solid var(--line);
 th:first-child { text-align: left; padding-left: 8px; }
 tbody th { font-weight: inherit; color: inherit; white-space: nowrap; vertical-align: middle; }
 table.listing th:last-child { text-align: left; } table.narrow { max-width: 420px; }
-td.words { text-align: left; white-space: normal; color: var(--soft); }
+td.words { text-align: left; white-space: normal; min-width: 16em; color: var(--soft); }
 td.shade { background: color-mix(in srgb, var(--accent) calc(var(--share) * 42%),
   transparent); }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }

@@ -68,8 +68,6 @@ class SearchFront:
             "Searched for a fixed model, each within its budget, and none dominated. They come "
             f"from: {sources}."
         )
-        doubts = dict.fromkeys(doubt for one in self.results.values() for doubt in one.doubts)
-        lead = " ".join([lead, *doubts])
         figures = tiles(
             [
                 (f"{result.best.loss:.4g}", "task loss", _named(budget))
@@ -114,10 +112,8 @@ class SearchFront:
             Section(
                 f"Within {_named(budget)}",
                 f"It needs {percentage(result.best.cost.flops / result.unreduced.flops)} of the "
-                "FLOPs of the prefill.",
-                "<pre>"
-                + escape("\n".join(map(str, result.policy.reductions)) or "no reduction")
-                + "</pre>",
+                f"FLOPs of the prefill. {' '.join([result.basis, *result.doubts])}",
+                "<pre>" + escape("\n".join(result.policy.lines) or "no reduction") + "</pre>",
                 details("policy.json", result.policy.to_json()),
             )
             for budget, result in self.results.items()

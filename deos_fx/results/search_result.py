@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -96,6 +96,8 @@ class SearchResult:
         looks: What the learned scores of the policy look at.
         evaluations: Forward passes of a batch that the search took; a backward pass counts two.
         evidence: The data behind the result, and its lead over the best preset.
+        scales: Scale of images -> the lowest loss that was reached at it; empty where images were
+            not scaled.
         preset_evaluations: Losses that were spent on tuning presets, beside these evaluations.
         measured: Answers, costs and times on questions of the data: of the model without reduction,
             of the policy, and of the best preset; None where they were not measured.
@@ -112,6 +114,7 @@ class SearchResult:
     looks: list[Look] = field(default_factory=list)
     evaluations: int = 0
     evidence: Evidence | None = None
+    scales: Mapping[float, float] = field(default_factory=dict)
     preset_evaluations: int = 0
     measured: Compared | None = None
 
@@ -148,10 +151,16 @@ class SearchResult:
                 losses.append(f"{self.evidence.preset} {self.evidence.preset_loss:.4g}")
         losses.append(f"no reduction {self.unreduced_loss:.4g}")
         lines.append(f"Loss on the scored prompts: {', '.join(losses)}.")
+        if self.scales:
+            reached = ", ".join(f"{scale:g} {loss:.4g}" for scale, loss in self.scales.items())
+            lines.append(
+                f"Images enter at {self.policy.image_scale:g} of their size; the lowest loss at "
+                f"each scale: {reached}."
+            )
         presets = "Presets have their published settings."
         if self.preset_evaluations:
             presets = (
-                "All presets were tried, the best three with other settings, in "
+                "Presets and settings of their options were tried in "
                 f"{self.preset_evaluations} evaluations on the scored prompts."
             )
         lines.append(presets)
@@ -240,7 +249,7 @@ def measured_section(measured: Compared) -> Section:
 
 def policy_section(policy: Policy, cost: Cost, whole: Cost, looks: Sequence[Look] = ()) -> Section:
     """Draw a policy along the layers, and say what its learned scores look at."""
-    lines = "\n".join(str(reduction) for reduction in policy.reductions)
+    lines = "\n".join(policy.lines)
     return Section(
         "The policy along the layers",
         "Bars are the visual tokens a decoder layer processes, dotted what it would process "
@@ -311,11 +320,10 @@ def _telling_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _candidate_row(candidate: Candidate) -> list[str]:
-    reductions = "; ".join(
-        f"{reduction.site} {reduction.regime} to {reduction.keep:.4g}"
-        for reduction in candidate.policy.reductions
-    )
-    words = f'<td class="words">{escape(reductions)}</td>'
+    scale, reductions = candidate.policy.image_scale, candidate.policy.reductions
+    parts = [f"images at {scale:.3g}"] * (scale != 1)
+    parts += [f"{one.site} {one.regime} to {one.keep:.4g}" for one in reductions]
+    words = f'<td class="words">{escape("; ".join(parts))}</td>'
     loss = f"<td>{candidate.loss:.4f}</td>"
     return [f"<td>{escape(candidate.source)}</td>", loss, *cost_cells(candidate.cost), words]
 

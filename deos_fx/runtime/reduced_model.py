@@ -14,6 +14,8 @@ from transformers.utils import ModelOutput
 
 from deos_fx.cost.amounts import CostReport
 from deos_fx.cost.model import CostModel
+from deos_fx.data.chat import say_once
+from deos_fx.data.scale import scaled_processor
 from deos_fx.inputs.batch import Part, join_outputs, join_spaces, parts_of_batch
 from deos_fx.inputs.call import Call, normal_inputs
 from deos_fx.inputs.complete import completed
@@ -66,7 +68,28 @@ class ReducedModel(nn.Module):
         self.model = model.eval()
         self.policy = policy
         self._spaces = decode_spaces(policy)
+        # Whether images may come at any scale, or `processor` was asked for the one that scales.
+        self._is_scaled = policy.image_scale == 1
         self.graphs = Graphs(model, policy)
+
+    def processor(self, processor: Any) -> Any:
+        """Return the processor that goes with this model: images enter at the policy's scale.
+
+        This is the one place where a scale is applied. Pixels do not tell at which scale they
+        entered, so inputs have to be made by this processor.
+
+        Args:
+            processor: The processor of the unreduced model, which is not changed.
+
+        Returns:
+            A processor that is used in the same way; see `deos_fx.data.scaled_processor`.
+
+        Raises:
+            ValueError: If the model takes images of one size only, so that a scale has no effect.
+        """
+        scaled = scaled_processor(processor, self.policy.image_scale)
+        self._is_scaled = True
+        return scaled
 
     # *** calling ***
 
@@ -172,10 +195,12 @@ class ReducedModel(nn.Module):
         """Compute the cost of a prefill of these inputs, without running it.
 
         Args:
-            **inputs: Arguments of the model's forward: prompts with images.
+            **inputs: Arguments of the model's forward: prompts with images, as `processor` makes
+                them.
 
         Returns:
-            Visual tokens per layer, FLOPs and KV bytes, without and with the policy.
+            Visual tokens per layer, FLOPs and KV bytes of these inputs, without and with the
+            reductions.
 
         Raises:
             ValueError: If the inputs have no image.
@@ -290,6 +315,11 @@ class ReducedModel(nn.Module):
         parts; then outputs, spaces and caches are joined.
         """
         inputs = call.inputs
+        if call.has_images and not self._is_scaled:
+            say_once(
+                f"The policy lets images enter at {self.policy.image_scale:.3g} of their size, "
+                "which the processor does: make inputs with reduced.processor(processor)."
+            )
         # A prefill that a guard stops resets the cache before it is captured anew, so what
         # `completed` wrote into it is kept here.
         deltas = None if cache is None else cache.rope_deltas

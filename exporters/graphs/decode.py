@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
+from transformers import PreTrainedModel
 
 from deos_fx.exporters.graphs.example import BATCH, Example, words
 from deos_fx.exporters.graphs.exportable import (
@@ -25,11 +26,12 @@ from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
 from deos_fx.passes.pipeline import copy_of
 from deos_fx.passes.rewrite.select_logits import LOGITS, select_logits
+from deos_fx.passes.rewrite.split_embeddings import EMBEDDINGS
 from deos_fx.passes.verify import verify
 from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.tokens.cache import ReducedCache
 
-__all__ = ["NEW", "decode_graph"]
+__all__ = ["NEW", "Decode", "decode_exportable", "decode_graph", "decode_step"]
 
 NEW = "new"
 """The name of the axis of new tokens."""
@@ -48,11 +50,28 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
     Returns:
         The decode graph, with example inputs in which the spaces' caches differ in length.
     """
-    model, spaces = reduced.model, decode_spaces(reduced.policy)
+    lowered, cache, positions = decode_step(reduced, example)
+    module = Decode(lowered, reduced.model)
+    spaces = decode_spaces(reduced.policy)
+    return decode_exportable(module, facts_of(reduced.model), cache, spaces, positions)
+
+
+def decode_step(
+    reduced: ReducedModel, example: Example
+) -> tuple[fx.GraphModule, ReducedCache, Tensor]:
+    """Lower a decode step.
+
+    Args:
+        reduced: The reduced model.
+        example: As for `decode_graph`.
+
+    Returns:
+        The graph, the cache that it was captured with, and the positions of its new tokens.
+    """
+    model = reduced.model
     facts = facts_of(model)
     # A prefill fills the cache: its layers have as many keys as the policy leaves them.
     cache = reduced(**example.inputs, use_cache=True, **last_logits(facts))[CACHE]
-    states = states_of(cache)
     # Position ids are [B, t], or [coordinates, B, t].
     coordinates = example.inputs["position_ids"].shape[:-2]
     seen = cache.get_seq_length()
@@ -68,16 +87,16 @@ def decode_graph(reduced: ReducedModel, example: Example) -> Exportable:
     }
     call = completed(Call.of(facts, inputs)).having(**cache.decode_inputs(mask, positions))
     lowered = verify(select_logits(copy_of(reduced.graphs.step(call))), "exported")
-    return _decode_exportable(_Decode(lowered, reduced), facts, states, spaces, positions)
+    return lowered, cache, positions
 
 
-class _Decode(nn.Module):
+class Decode(nn.Module):
     """The lowered decode graph with tensors as inputs and outputs instead of a cache object."""
 
-    def __init__(self, lowered: fx.GraphModule, reduced: ReducedModel) -> None:
+    def __init__(self, lowered: fx.GraphModule, model: PreTrainedModel) -> None:
         super().__init__()
         self.lowered = lowered
-        self.text_config = reduced.model.config.get_text_config()
+        self.text_config = model.config.get_text_config()
         self.used, self.unused = inputs_of(lowered)
 
     def forward(
@@ -91,16 +110,23 @@ class _Decode(nn.Module):
         return {"logits": fields["logits"], "present": states_of(cache)}
 
 
-def _decode_exportable(
-    module: _Decode,
+def decode_exportable(
+    module: Decode,
     facts: ModelFacts,
-    states: Mapping[str, Mapping[str, Tensor]],
+    cache: ReducedCache,
     spaces: Sequence[DecodeSpace],
     positions: Tensor,
 ) -> Exportable:
-    """Make the example inputs and dynamic axes.
+    """Make the example inputs and dynamic axes of a decode graph.
 
     All layers of a space have equally many keys, so a space has one dynamic axis.
+
+    Args:
+        module: The graph.
+        facts: Facts about the model.
+        cache: A filled cache, for the shapes of keys and values.
+        spaces: The token spaces after the original one.
+        positions: Positions [..., B, t] of new tokens.
     """
     model, batch, new = facts.model, Dim("batch"), Dim(NEW)
     # Every axis has another length, since torch.export would take equal lengths for one axis.
@@ -111,7 +137,7 @@ def _decode_exportable(
     seen = [Dim("seen" if k == 0 else f"seen_{k}", min=4) for k in range(len(spaces) + 1)]
     inputs: dict[str, Any] = {"past_key_values": {}}
     dynamic: dict[str, Any] = {"past_key_values": {}}
-    for layer, held in states.items():
+    for layer, held in states_of(cache).items():
         # The space of a layer is the last one that has begun, or 0 before the first of them.
         k = sum(space.first_layer <= int(layer) for space in spaces)
         # Keys and values [B, heads, tokens, D] may differ in D (multi-head latent attention).
@@ -129,6 +155,11 @@ def _decode_exportable(
             dynamic[name] = {0: batch, 1: seen[k]}
         elif name == LOGITS:
             inputs[name], dynamic[name] = places(model.device)
+        elif name == EMBEDDINGS:
+            # Case: the layers alone.
+            width = model.config.get_text_config().hidden_size
+            inputs[name] = torch.zeros(BATCH, _NEW, width, dtype=model.dtype, device=model.device)
+            dynamic[name] = {0: batch, 1: new}
         else:
             # Case: ids or position ids of the new tokens alone.
             inputs[name] = positions.clone() if kind == "position_ids" else words(facts, _NEW)

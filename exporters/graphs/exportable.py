@@ -24,13 +24,25 @@ from deos_fx.tokens.cache import ReducedCache
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["Exportable", "filled", "inputs_of", "last_logits", "places", "states_of"]
+__all__ = [
+    "Exportable",
+    "filled",
+    "inputs_of",
+    "last_logits",
+    "places",
+    "states_of",
+    "without_noise",
+]
 
 # Places whose logits are traced; no other axis has this length.
 _PLACES = 3
 
 
 # *** exporting ***
+
+# What torch.export raises where a size depends on the contents of tensors, as of experts that get
+# the tokens that a mask selects (https://github.com/pytorch/pytorch/issues/157355).
+_BY_CONTENTS = "GuardOnDataDependentSymNode"
 
 
 @dataclass(frozen=True)
@@ -64,11 +76,16 @@ class Exportable:
         # The exporter takes any module; only its annotation asks for a whole model.
         module: Any = self.module
         try:
-            with _without_noise():
+            with without_noise():
                 program, _ = OnnxExporter().export_program(module, dict(self.inputs), config)
         except Exception as error:
             # The exporters raise errors of many types; each means that this model is refused.
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            if type(error).__name__ == _BY_CONTENTS:
+                reason = (
+                    "how many tokens a part of the model gets depends on what they are, which "
+                    "torch.export cannot follow"
+                )
             cure = "Run the reduced model in PyTorch."
             if any(map(has_codes, module.modules())):
                 # Case: quantised weights. These have a cure of their own.
@@ -93,11 +110,13 @@ _NOISE = {
     "torch.onnx._internal.exporter._registration": (
         "Failed to infer the signature|torchvision is not installed"
     ),
+    # Indices that follow from the example alone are computed at each run, which is cheap.
+    "onnxscript.optimizer._constant_folding": "Skipping constant folding for op",
 }
 
 
 @contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
+def without_noise() -> Iterator[None]:
     """Hide the messages of `_NOISE` and the progress that is printed to stdout."""
     with contextlib.ExitStack() as stack:
         for name, pattern in _NOISE.items():

@@ -43,6 +43,8 @@ def encoder_graph(
     """
     pixels = images["pixel_values"]
     sizes = {name: value for name, value in images.items() if name != "pixel_values"}
+    # Once as it is: a reduced encoder follows patches where it first sees images of these sizes.
+    encode(pixel_values=pixels, **sizes)
     # The sizes are closed over, so they become constants of the recording.
     recorded = record(
         lambda pixels: pytree.tree_leaves(encode(pixel_values=pixels, **sizes)), pixels

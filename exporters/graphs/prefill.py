@@ -38,7 +38,7 @@ from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.tokens.cache import ReducedCache, SpaceFields
 from deos_fx.tokens.index import take
 
-__all__ = ["least_text", "prefill_graph"]
+__all__ = ["least_text", "let_export", "prefill_graph"]
 
 # The smallest number of text tokens in a prompt that a graph accepts.
 _LEAST_TEXT = 2
@@ -83,6 +83,7 @@ def prefill_graph(
     # A copy: the reduced model goes on using its own graph.
     lowered = copy_of(reduced.graphs.prefill(call, example.layout))
     _keep_outputs(lowered, ("logits", "spaces"))
+    let_export(lowered, bool(counts))
     if counts:
         lowered = free_counts(lowered, len(counts))
     # What the inputs of the graph are traced with.
@@ -90,11 +91,6 @@ def prefill_graph(
     encoder, constants = None, dict[str, Tensor]()
     if lowered.graph.find_nodes(op="call_module", target="image_encoder"):
         # Case: the encoder reads sizes of images. Its features become inputs of the prefill.
-        if isinstance(lowered.get_submodule("image_encoder"), ReducedEncoder):
-            raise ValueError(
-                "Groups of patches are reduced in the vision tower by the model's own code, which "
-                "is not exported. Run the reduced model in PyTorch, or reduce after the tower."
-            )
         images = {name: values[name] for name in example.images}
         encode = split_encoder(lowered, images)
         for i, features in enumerate(pytree.tree_leaves(encode(**images))):
@@ -129,6 +125,28 @@ def prefill_graph(
             each = len(value) // BATCH
             shapes[name] = {0: batch if each == 1 else each * batch}
     return _Prompts(Exportable(module, taken, shapes), encoder, constants, guards)
+
+
+def let_export(lowered: fx.GraphModule, elastic: bool) -> None:
+    """Replace an encoder in which groups of patches are reduced by one that can be exported.
+
+    Args:
+        lowered: The graph of a prefill. Changed in place.
+        elastic: Whether the counts of the reductions are to be inputs.
+
+    Raises:
+        ValueError: If the counts are to be inputs.
+    """
+    for node in lowered.graph.find_nodes(op="call_module", target="image_encoder"):
+        inside = lowered.get_submodule(str(node.target))
+        if not isinstance(inside, ReducedEncoder):
+            continue
+        if elastic:
+            raise ValueError(
+                "elastic=True, but the policy reduces groups of patches in the vision tower, whose "
+                "counts cannot be inputs of a graph. Leave elastic out."
+            )
+        lowered.set_submodule(str(node.target), inside.exportable())
 
 
 def least_text(policy: Policy) -> int:

@@ -89,6 +89,9 @@ def find_sites(
     # With images and videos, the last merge has both. The features are looked for at the first one.
     merge = find_merge(graph, pixels)
     features, embeddings = find_operands(find_merge(graph, pixels[:1]), pixels)
+    if len(pixels) > 1:
+        # Images and videos come from an encoder each.
+        in_groups = None
     flow = data_flow(graph, merge)
     in_decoder = _decoder_sites(graph, flow)
     if features in encoded(graph):
@@ -102,7 +105,6 @@ def find_sites(
         reason = "the image encoder reads the sizes of images, so it is one node of the graph"
         if PIXELS[1] in inputs:
             reason = "the video encoder reads how many frames there are, so it is one node"
-            in_groups = None
         # Some models add images to the hidden states between two layers.
         late = merge in reached([blocks_of(graph, "decoder")[0]])
         why_not = "images enter the prompt after the first decoder layer" if late else ""

@@ -50,6 +50,7 @@ class ReducedEncoder(ImageEncoder):
         blocks: The blocks of its vision tower, in order.
         steps: The reductions, as steps of a `SiteWalk`, in order of depth.
         layout: The prompts.
+        fixed: Whether only values may depend on which patches are left, see `ReducedPatches`.
     """
 
     def __init__(
@@ -59,24 +60,39 @@ class ReducedEncoder(ImageEncoder):
         blocks: Sequence[nn.Module],
         steps: Sequence[Any],
         layout: PromptLayout,
+        fixed: bool = False,
     ) -> None:
         self._steps = {split_site(step.site.name)[1]: step for step in steps}
         self._layout = layout
         self._known: Recent[Any, PatchGroups] = Recent(_SIZES)
+        self._fixed = fixed
         # A tuple keeps the whole encoder out of the module tree: the view shares all its weights.
         self._whole = core, encode, tuple(blocks)
-        self._observers = {
-            i: _Observer(blocks[i], names)
-            for i, step in self._steps.items()
-            if (names := sorted(step.needs & OBSERVED.keys()))
-        }
         first = min(self._steps)
+        self._observers = {
+            i: _Observer(block, names)
+            for i, block in enumerate(blocks)
+            if (names := sorted(self._needs(i) & OBSERVED.keys())) or (fixed and i > first)
+        }
         views = {
             block: with_forward(block, partial(self._run_block, i))
             for i, block in enumerate(blocks)
             if i >= first
         }
         super().__init__(with_parts(core, views), encode)
+
+    def exportable(self) -> ReducedEncoder:
+        """Return the same encoder for an export, where nothing but values depends on the pixels.
+
+        Raises:
+            ValueError: If the attention of a block after the first site is not transformers' own.
+        """
+        return ReducedEncoder(*self._whole, [*self._steps.values()], self._layout, fixed=True)
+
+    def _needs(self, i: int) -> frozenset[str]:
+        """Return the features that the reduction after a block reads."""
+        step = self._steps.get(i)
+        return frozenset() if step is None else step.needs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Encode the images; the output has a field more, see `left_in_tower`."""
@@ -106,7 +122,7 @@ class ReducedEncoder(ImageEncoder):
                     f"Images of these sizes cannot be reduced in the vision tower: {reason}. Use "
                     "sites at the projector or in the decoder."
                 ) from reason
-            call.patches = ReducedPatches(groups, self._layout)
+            call.patches = ReducedPatches(groups, self._layout, self._fixed)
         return call.patches
 
     def _run_block(

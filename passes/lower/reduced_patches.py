@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from deos_fx import tokens
 from deos_fx.forms.static import static_reduce
-from deos_fx.models.arguments import arguments_at, axes_of
+from deos_fx.models.arguments import Segments, arguments_at, axes_of, in_one_row
 from deos_fx.models.groups import PatchGroups
 from deos_fx.operator.gather import listed
 from deos_fx.policy.reduction import Reduction
@@ -30,15 +33,21 @@ class _Alike:
         images: Numbers of these images in a prompt.
         tokens: Numbers [I, V] of their visual tokens among those of the batch.
         cells: Image, row and column [V, 3] of the tokens of one of them.
+        groups: Numbers [T, s] of the patches of all tokens.
 
     Attributes:
         mass: Masses [I, K]; None while every mass is 1.
+        spans: The first and the last patch of each image.
     """
 
-    def __init__(self, images: Sequence[int], tokens: Tensor, cells: Tensor) -> None:
+    def __init__(
+        self, images: Sequence[int], tokens: Tensor, cells: Tensor, groups: Tensor
+    ) -> None:
         self.images = images
         self.tokens = tokens
         self.cells = cells
+        own = groups[tokens].flatten(1)
+        self.spans = [*zip(own.amin(dim=1).tolist(), own.amax(dim=1).tolist(), strict=True)]
         self.mass: Tensor | None = None
 
 
@@ -63,13 +72,16 @@ class ReducedPatches:
     Args:
         groups: The groups of patches.
         layout: The prompts.
+        fixed: Whether only values may depend on which patches are left, as in an export. Rows
+            and segments of which it depends how much is left run as one, with a mask between them.
 
     Raises:
         ValueError: If the encoder makes another number of visual tokens than the prompts have.
     """
 
-    def __init__(self, groups: PatchGroups, layout: PromptLayout) -> None:
+    def __init__(self, groups: PatchGroups, layout: PromptLayout, fixed: bool = False) -> None:
         self._groups = groups
+        self._fixed = fixed
         self._layout = layout
         self._per_prompt = sum(layout.sizes)
         prompts, rest = divmod(len(groups.groups), self._per_prompt)
@@ -86,11 +98,18 @@ class ReducedPatches:
                 images,
                 torch.stack([of_images[i] for i in images], dim=1).flatten(0, 1),
                 PromptLayout(0, 1, layout.each_grid[images[0]]).grid_tensor(1),
+                groups.groups,
             )
             for images in layout.alike()
         ]
-        # Patches that are left; None while all are.
+        grouped = torch.zeros(math.prod(groups.shape), dtype=torch.int64)
+        grouped[groups.groups.flatten()] = 1
+        # How many patches before each are part of no token.
+        self._alone = [0, *(1 - grouped).cumsum(0).tolist()]
+        # Patches that are left; None while all are, or while they are one row.
         self._parts: list[_Part] | None = None
+        # [1, M] patches that are left of all rows.
+        self._row: Tensor | None = None
         self._seen: dict[str, dict[str, Tensor]] = {}
 
     def run(
@@ -112,9 +131,13 @@ class ReducedPatches:
             Its output, in which dropped patches have the hidden states that came in, and the
             observations, which are zero there.
         """
-        if self._parts is None:
+        if self._row is None:
             return block(hidden, *args, **kwargs)
-        axes = axes_of(hidden, args, kwargs)
+        axes = pytree.tree_map_only(Segments, self._known, axes_of(hidden, args, kwargs))
+        segments = [axis for axis in pytree.tree_leaves(axes) if isinstance(axis, Segments)]
+        if self._fixed and (self._parts is None or not all(axis.left for axis in segments)):
+            return self._run_apart(block, axes, segments, hidden, args, kwargs)
+        assert self._parts is not None
         whole = hidden if hidden.ndim == 3 else hidden[None]
         seen: list[Tensor] = []
         for rows, index in self._parts:
@@ -147,12 +170,80 @@ class ReducedPatches:
                 name: _of_groups(x.flatten(0, 1)[own], share) for name, x in observed.items()
             }
             flat = self._reduce_alike(step, alike, groups, flat, features)
-        left = flat.new_ones(len(flat), dtype=torch.bool)
-        left[groups.flatten()] = False
+        left = flat.new_ones(len(flat), dtype=torch.float32).scatter(0, groups.flatten(), 0.0)
         for alike in self._alike:
-            left[groups[alike.tokens.to(groups.device)].flatten()] = True
-        self._parts = _parts(left.reshape(-1, self._groups.shape[-1]))
+            left = left.scatter(0, groups[alike.tokens.to(groups.device)].flatten(), 1.0)
+        length = self._groups.shape[-1]
+        before = self._left_before(range(0, len(flat) + 1, length))
+        if before is None and not self._fixed:
+            before = [0, *left.reshape(-1, length).sum(dim=1).cumsum(0).int().tolist()]
+        if before is not None:
+            counts = [b - a for a, b in itertools.pairwise(before)]
+            self._parts = _parts(left.reshape(-1, length), counts)
+        alone, images = self._alone[-1], self._alike
+        count = alone + sum(alike.tokens.numel() for alike in images) * groups.shape[1]
+        self._row = listed(left[None], count).sort(dim=1).values
         return flat.reshape(hidden.shape)
+
+    def _left_before(self, borders: Iterable[int]) -> list[int] | None:
+        """Return how many patches are left before some numbers of patches.
+
+        Returns:
+            None if it depends on which are left of an image that a border divides.
+        """
+        counts = []
+        for border in borders:
+            count = self._alone[border]
+            for alike in self._alike:
+                each = alike.tokens.shape[1] * self._groups.groups.shape[1]
+                for first, last in alike.spans:
+                    if first < border <= last:
+                        return None
+                    count += each * (last < border)
+            counts.append(count)
+        return counts
+
+    def _known(self, segments: Segments) -> Segments:
+        """Return segments with what is left of them, where that is known."""
+        return replace(segments, left=tuple(self._left_before(segments.borders) or ()))
+
+    def _run_apart(
+        self,
+        block: Callable[..., Any],
+        axes: Any,
+        segments: Sequence[Segments],
+        hidden: Tensor,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, list[Tensor]]:
+        """Run a block on one row of what is left, with a mask between rows and segments."""
+        assert self._row is not None
+        index, count = self._row, self._row.shape[1]
+        rows, length = math.prod(hidden.shape[:-2]), hidden.shape[-2]
+        # The number of the part that each patch is in: rows, or else segments of the only row.
+        part = torch.arange(rows * length, device=index.device) // length
+        for one in segments:
+            lengths = torch.tensor([b - a for a, b in itertools.pairwise(one.borders)])
+            part = torch.arange(len(lengths)).repeat_interleave(lengths).to(index.device)
+        axes = pytree.tree_map_only(Segments, lambda one: replace(one, left=(0, count)), axes)
+        one_row = in_one_row(axes, hidden, args, kwargs) if rows > 1 else (hidden, args, kwargs)
+        given, named = arguments_at(index, axes, *one_row)
+        own = part[index[0]]
+        same = own[:, None] == own
+        apart = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
+        apart = torch.where(same, apart, torch.finfo(hidden.dtype).min)[None, None]
+        output, observed = block(*given, apart=apart, **named)
+        made = output[0] if isinstance(output, tuple) else output
+        flat = hidden.reshape(1, -1, hidden.shape[-1])
+        whole = tokens.put(flat, index, made.reshape(1, count, -1)).reshape(hidden.shape)
+        seen = []
+        for x in observed:
+            if rows > 1 and x.shape[-1] == 1:
+                # Attention is a mean over the queries of one row.
+                x = x * (count / same.sum(dim=1)).to(x)[:, None]
+            zeros = x.new_zeros(1, rows * length, x.shape[-1])
+            seen.append(tokens.put(zeros, index, x).reshape(rows, length, -1))
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole, seen
 
     def _share_of_row(self, own: Tensor) -> float:
         """Return the share of the patches of a row that are those of an image.
@@ -167,8 +258,8 @@ class ReducedPatches:
         if rows >= sum(len(alike.tokens) for alike in self._alike):
             return 1.0
         left = rows * self._groups.shape[-1]
-        if self._parts is not None:
-            left = sum(part.places.numel() for part in self._parts)
+        if self._row is not None:
+            left = self._row.shape[1]
         return rows * own[0].numel() / left
 
     def _reduce_alike(
@@ -208,8 +299,8 @@ class ReducedPatches:
         alike.tokens = tokens.take(numbers, reduced.kept)
         if reduced.assignment is None and not reduction.reweight:
             return flat
-        patches = reduced.tokens.reshape(-1, flat.shape[-1])
-        return flat.index_copy(0, groups[alike.tokens].flatten(), patches.to(flat))
+        patches = reduced.tokens.reshape(1, -1, flat.shape[-1])
+        return tokens.put(flat[None], groups[alike.tokens].reshape(1, -1), patches)[0]
 
     def left(self) -> dict[str, Any]:
         """Return ``kept`` [B, K] and ``mass``, for prompts, and what explains each reduction."""
@@ -248,13 +339,13 @@ def _of_groups(values: Tensor, share: float) -> Tensor:
     return values.mean(dim=(2, 3)) / share if values.shape[-1] == 1 else values.flatten(2)
 
 
-def _parts(left: Tensor) -> list[_Part]:
+def _parts(left: Tensor, counts: Sequence[int]) -> list[_Part]:
     """Divide rows by how many of their patches are left.
 
     Args:
-        left: Flags [R, P].
+        left: Flags [R, P], 0 or 1.
+        counts: How many are left of each row.
     """
-    counts = left.sum(dim=1).tolist()
     parts = []
     for count in dict.fromkeys(counts):
         if count == 0:
@@ -262,7 +353,7 @@ def _parts(left: Tensor) -> list[_Part]:
             continue
         rows = [i for i, other in enumerate(counts) if other == count]
         own = left if len(rows) == len(counts) else left[rows]
-        index = listed(own.float(), count).sort(dim=1).values
+        index = listed(own, count).sort(dim=1).values
         which = None if own is left else torch.tensor(rows, device=left.device)
         parts.append(_Part(which, index))
     return parts

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -130,7 +131,7 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
     mask = block.args[place] if isinstance(place, int) else block.kwargs.get(place)
     mask = _without_bias(mask)
     if key_bias is not None:
-        mask = _with_bias(mask, key_bias, block, is_causal(module))
+        mask = _with_bias(mask, key_bias, block, module)
     if isinstance(place, int):
         block.update_arg(place, mask)
     else:
@@ -153,13 +154,26 @@ def _part(graph: fx.Graph, block: fx.Node, i: int, name: str) -> fx.Node:
 
 def _place_of_mask(module: nn.Module, block: fx.Node) -> int | str | None:
     """Return the position or the name of a block's mask argument; None if it takes no mask."""
-    parameters = list(inspect.signature(module.forward).parameters)
+    # mypy takes a class with a __hash__ of its instances for one that cannot be hashed itself.
+    kind: Any = type(module)
+    parameters = _parameters(module.forward) if "forward" in vars(module) else _of_class(kind)
     name = "attention_mask"
     if name in parameters and parameters.index(name) < len(block.args):
         # Case: by position.
         return parameters.index(name)
     # Case: by keyword, perhaps one that the signature takes as **kwargs.
     return name if name in parameters or name in block.kwargs else None
+
+
+def _parameters(forward: Callable[..., Any]) -> list[str]:
+    """Return the names of the parameters of a bound forward."""
+    return list(inspect.signature(forward).parameters)
+
+
+@functools.lru_cache
+def _of_class(kind: type[nn.Module]) -> list[str]:
+    """Return the names of the parameters of a class's forward: blocks are asked for every space."""
+    return _parameters(kind.forward)[1:]
 
 
 def _without_bias(mask: Any) -> Any:
@@ -170,13 +184,15 @@ def _without_bias(mask: Any) -> Any:
     if mask.target is biased_mask:
         return mask.args[0]
     if mask.target is tokens.take_mask:
-        # Case: a mask that was re-indexed for this space. Its source may have the bias.
-        inner, *index = mask.args
-        mask.args = (_without_bias(inner), *index)
+        source, *index = mask.args
+        if isinstance(source, fx.Node) and source.target is biased_mask:
+            # Case: a mask that was re-indexed for this space, with the bias. What it was made of
+            # has none: every space takes out that of the one before.
+            mask.args = (source.args[0], *index)
     return mask
 
 
-def _with_bias(mask: Any, key_bias: fx.Node, block: fx.Node, causal: bool) -> fx.Node:
+def _with_bias(mask: Any, key_bias: fx.Node, block: fx.Node, module: nn.Module) -> fx.Node:
     """Return a node of the mask with the bias: the one of an earlier block, or a new one."""
     for user in key_bias.users:
         # The node of an earlier block stands before this one.
@@ -185,7 +201,8 @@ def _with_bias(mask: Any, key_bias: fx.Node, block: fx.Node, causal: bool) -> fx
     graph = block.graph
     with graph.inserting_before(block):
         # Of the hidden states, only the shape, precision and device are read.
-        node = graph.call_function(biased_mask, (mask, key_bias, block.args[0], causal))
+        args = (mask, key_bias, block.args[0], is_causal(module))
+        node = graph.call_function(biased_mask, args)
     if isinstance(mask, fx.Node):
         annotate(node, axes=note_of(mask).axes, root=note_of(mask).root or mask.name)
     return node

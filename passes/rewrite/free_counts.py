@@ -28,7 +28,6 @@ def check_free(reductions: Sequence[Reduction]) -> None:
             "tiers": bool(reduction.tiers),
             "a residual token": reduction.has_rest,
             "a copy of the CLS token": reduction.keep_class,
-            "the assignment 'window'": reduction.transfers and reduction.assignment == "window",
         }
         for reason, holds in reasons.items():
             if holds:

@@ -29,6 +29,7 @@ from deos_fx.tokens.layout import PromptLayout
 __all__ = [
     "SearchBatch",
     "check_whole",
+    "check_one_size",
     "checked_calls",
     "moved",
     "parted",
@@ -185,8 +186,10 @@ def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
     """Check that one policy can fit all batches."""
-    # 1. Images of one size, unless the model takes many.
-    layouts = [call.layout for call in calls]
+    # 1. Within a prompt, images of one size: a count or a share is of each of them.
+    for number, call in enumerate(calls):
+        check_one_size(call.layout, f"Batch {number} of data (from 0)")
+    # 2. Between batches as well, unless the model takes many.
     images = [call.inputs["pixel_values"] for call in calls if "pixel_values" in call.inputs]
     sizes = sorted({tuple(pixels.shape[1:]) for pixels in images})
     if len(sizes) > 1 and not facts.sizes_vary:
@@ -194,12 +197,24 @@ def _check_alike(facts: ModelFacts, calls: Sequence[Call]) -> None:
             f"The images of data vary in size: {', '.join(map(str, sizes))} (channels, height, "
             "width). Resize them to one size, as the model's processor does."
         )
-    # 2. Equally many images in every prompt.
-    counts = sorted({layout.images for layout in layouts})
-    if len(counts) > 1:
+
+
+def check_one_size(layout: PromptLayout, where: str) -> None:
+    """Refuse prompts whose images have different numbers of visual tokens.
+
+    Args:
+        layout: Their layout.
+        where: Where they come from, for the message.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    sizes = sorted(set(layout.sizes))
+    if len(sizes) > 1:
         raise ValueError(
-            f"The prompts of data have {counts} images, where each tile of an image counts; search "
-            "with equally many in every prompt, such as images of one shape."
+            f"{where}: the images of a prompt have {' and '.join(map(str, sizes))} visual tokens. "
+            "A search needs equally many in all images of a prompt, while other prompts may have "
+            "others. Resize these images to one size, or ask about them one by one."
         )
 
 

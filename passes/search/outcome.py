@@ -23,7 +23,7 @@ from deos_fx.policy.reduction import Reduction
 from deos_fx.results.evidence import Evidence
 from deos_fx.results.search_result import Candidate, SearchResult
 
-__all__ = ["RUNNERS_UP", "check_can_be_met", "check_unreduced", "result_of"]
+__all__ = ["RUNNERS_UP", "check_can_be_met", "check_unreduced", "compared", "result_of"]
 
 RUNNERS_UP = 24
 """Tokens that stay in the sequence beside those that are kept, during the steps."""
@@ -126,8 +126,22 @@ def _evidence(problem: SearchProblem, candidates: Sequence[Candidate]) -> Eviden
     preset = next((each for each in candidates if each.source.startswith("preset ")), None)
     if preset is None or preset is best or preset.loss == math.inf:
         return evidence
-    pairs = zip(*map(problem.static_losses, (preset.policy, best.policy)), strict=True)
-    leads = [theirs - own for theirs, own in pairs]
+    theirs, own = (problem.static_losses(each.policy) for each in (preset, best))
+    return compared(evidence, preset, theirs, own)
+
+
+def compared(
+    evidence: Evidence, preset: Candidate, theirs: Sequence[float], own: Sequence[float]
+) -> Evidence:
+    """Say how the best policy compares with a preset.
+
+    Args:
+        evidence: What is known of the data.
+        preset: The preset.
+        theirs: Its losses on the scoring batches.
+        own: Those of the best policy.
+    """
+    leads = [loss - best for loss, best in zip(theirs, own, strict=True)]
     error = math.inf
     if len(leads) > 1:
         error = statistics.stdev(leads) / math.sqrt(len(leads))

@@ -148,7 +148,7 @@ class SearchRun:
                 self.train(starts or self.places(sites), sites)
             if "variations" in stages:
                 polish(self.problem, self.scoring, "variations", most, tried)
-            if stages and self.preset_evaluations:
+            if "variations" in stages and self.preset_evaluations:
                 # After all that the search does, which they leave as it is.
                 self.rivals.add()
         except KeyboardInterrupt:

@@ -19,6 +19,7 @@ from deos_fx.passes.search.outcome import check_can_be_met
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.run import SearchRun
+from deos_fx.passes.search.scales import ScaledData, check_scales, search_scales
 from deos_fx.policy.budget import Budget, check_budget
 from deos_fx.policy.tier import check_count
 from deos_fx.presets.tuning import require_optuna
@@ -35,7 +36,7 @@ _EPOCHS, _FEWEST, _MOST = 8, 60, 240
 @overload
 def search(
     model: PreTrainedModel,
-    data: Iterable[Mapping[str, Any]],
+    data: Iterable[Mapping[str, Any]] | ScaledData,
     *,
     budget: Budget,
     sites: Sequence[str] | None = None,
@@ -65,7 +66,7 @@ def search(
 @shows_progress
 def search(
     model: PreTrainedModel,
-    data: Iterable[Mapping[str, Any]],
+    data: Iterable[Mapping[str, Any]] | ScaledData,
     *,
     budget: Budget | None = None,
     budgets: Sequence[Budget] | None = None,
@@ -87,9 +88,11 @@ def search(
 
     Args:
         model: An unmodified transformers vision-language model.
-        data: Model input dicts (batches), all with equally many images per prompt; the images of a
-            batch are alike in size. Where the model has more visual tokens for larger images, the
-            sizes may differ between batches, and the policy keeps shares of each image. With
+        data: Model input dicts (batches). The prompts of a batch have equally many images or tiles,
+            and all images of a batch are of one size. Batches may differ in both where the model
+            makes more visual tokens of larger images; the policy then keeps a share of each image
+            or a number of each tile, and meets every limit for each kind of prompt: a share of its
+            own tokens, and a number of tokens even for the largest. With
             ``labels`` the task is cross-entropy on them. Without, prompts have to end where an
             answer begins: the unreduced model answers them, greedily and with at most 16 tokens,
             and the task is the distance to its predictions along its answers. From four batches
@@ -97,6 +100,11 @@ def search(
             The batches are held where they are given, usually in the memory of the host, and each
             is moved to the model's device when it is used. There, up to 4 GiB of hidden states are
             held: what precedes the first reduction, which is computed once for a batch.
+
+            To choose the scale at which images enter as well, give such batches by scale, as
+            ``{1.0: ..., 0.7: ..., 0.5: ...}``: of the same prompts with labels, in the same order,
+            made by `deos_fx.data.scaled_processor`. Scales at which presets are worst are not
+            searched further, and fractions of the budget refer to scale 1.
         budget: At least one limit.
         budgets: In place of `budget`, several budgets for a front.
         sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the
@@ -141,16 +149,33 @@ def search(
     if steps is not None:
         check_count("steps", steps, 1)
     check_count("seed", seed, -(2**31))
+    if isinstance(data, Mapping) and budgets is not None:
+        raise TypeError("Batches by scale are searched for one budget; give budget.")
     check_count("preset_evaluations", preset_evaluations)
     if preset_evaluations:
         require_optuna()
     if not isinstance(data, Iterable):
         raise TypeError(f"data is a {type(data).__name__}; give dicts of model inputs (batches).")
+    if isinstance(data, Mapping):
+        data = check_scales(data)
     progress = processes.on_main(progress)
     with processes.agreeing():
         saved = None if checkpoint is None else Checkpoints.at(checkpoint)
-        known = None if checkpoint is None else partial(check_checkpoint, checkpoint, seed)
         in_tower = any(str(name).startswith("vision.") for name in sites or ())
+        if isinstance(data, Mapping):
+            return search_scales(
+                model,
+                data,
+                wanted[0],
+                sites,
+                lambda problem: steps or default_steps(problem),
+                seed,
+                saved,
+                preset_evaluations,
+                progress,
+                in_tower=in_tower,
+            )
+        known = None if checkpoint is None else partial(check_checkpoint, checkpoint, seed)
         problem = SearchProblem.of(model, data, wanted[0], progress, known, in_tower=in_tower)
         searched = problem.searched_sites(sites)
         steps = steps or default_steps(problem)

@@ -11,6 +11,8 @@ import torch
 import typer
 from cli_cases import fails, run
 from families import FAMILIES, TWINS
+from PIL import Image
+from rich.console import Console
 from tiny import inputs, tiny_llava
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -18,7 +20,9 @@ from typer.testing import CliRunner
 from deos_fx import Budget, Policy, ReducedModel, Reduction, SearchResult, presets, reference
 from deos_fx.cli.app import app
 from deos_fx.cli.limits import read_limit
+from deos_fx.cli.searching import measured, presets_tuned
 from deos_fx.cost.model import CostModel
+from deos_fx.data import Record
 from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import Candidate
 from deos_fx.version import __version__
@@ -309,6 +313,30 @@ def test_search_writes_policy_and_report(questions, tmp_path, monkeypatch):
     assert sorted(path.name for path in out.iterdir()) == ["policy.json", "report.html"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_what_a_search_has_found_is_kept_if_it_cannot_be_measured(error, monkeypatch, caplog):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("deos_fx.comparison.compare.evaluate", fail)
+    model, processor = reference.load()
+    cost = CostModel.of_images(model, images=1, text_tokens=8).predict(Policy())
+    found = SearchResult(Policy(), [], [Candidate(Policy(), "", 0.5, cost)], {}, cost, 0.5, 0.5)
+    groups = [[Record(Image.new("RGB", (144, 144)), "what?", "a")]]
+    assert measured(found, model, processor, groups, lambda *_: None) is found
+    assert (str(error) or "interrupted") in caplog.text
+    assert "answers and times were not measured" in caplog.text
+
+
+def test_presets_are_tuned_by_default_where_optuna_is_installed(monkeypatch, capsys):
+    console = Console()
+    assert presets_tuned(None, console) == 48 and presets_tuned(0, console) == 0
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert presets_tuned(None, console) == 0
+    assert "pip install 'deos-fx[compare]'" in " ".join(capsys.readouterr().out.split())
+
+
 def test_search_takes_several_budgets_and_says_how_long_it_will_take(
     questions, tmp_path, monkeypatch
 ):
@@ -379,7 +407,7 @@ def test_compare_writes_files_and_a_table(questions, tmp_path):
     assert of[names[1]]["minus_unreduced"] == of["merge"]["minus_unreduced"]
     assert (found["questions"], found["limit_visual_tokens"]) == (3, 9.0)
     assert (out / "comparison.html").exists() and "no reduction" in text
-    assert "smaller image: every image of a llava model becomes 144" in text.replace("\n", " ")
+    assert "changes nothing: LlavaProcessor" in " ".join(text.split())
 
 
 def test_compare_refuses_the_same_questions_for_tuning(questions, tmp_path):

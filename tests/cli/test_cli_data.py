@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from deos_fx import Policy, Reduction
 from deos_fx.cli.searching import alike
-from deos_fx.data import Record
+from deos_fx.data import Record, scaled_processor
 from deos_fx.data.processors import load_processor
 
 ROWS: list[dict[str, Any]] = [
@@ -100,9 +101,15 @@ def test_a_search_batches_images_that_become_as_many_tokens(folder: Path) -> Non
     model = AutoModelForImageTextToText.from_pretrained(folder / "qwen")
     sizes = [(64, 48), (80, 80), (65, 47), (64, 48)]
     records = [Record(noise(*size), "what?", str(i)) for i, size in enumerate(sizes)]
-    found = alike(model, load_processor(folder / "qwen"), records, 2)
+    processor = load_processor(folder / "qwen")
     # 65 x 47 is resized to 64 x 48.
-    assert [[record.answer for record in group] for group in found] == [["0", "2"], ["3"], ["1"]]
+    for scales, expected in (
+        ([1], [["0", "2"], ["3"], ["1"]]),
+        ([1, 0.5], [["0", "2"], ["3"], ["1"]]),
+    ):
+        processors = [scaled_processor(processor, scale) for scale in scales]
+        found = alike(model, processors, records, 2)
+        assert [[record.answer for record in group] for group in found] == expected
 
 
 def test_a_policy_that_is_not_there_is_named(folder: Path) -> None:
@@ -120,8 +127,9 @@ def test_export_takes_images_as_the_processor_makes_them(
         seen.update(options)
 
     monkeypatch.setattr("deos_fx.export_onnx", export, raising=False)
-    for place in ("loading.load_reduced", "processors.copy_processor"):
-        monkeypatch.setattr(f"deos_fx.cli.{place}", lambda *_, **options: None)
+    reduced = SimpleNamespace(processor=lambda processor: processor)
+    monkeypatch.setattr("deos_fx.cli.loading.load_reduced", lambda *_, **options: reduced)
+    monkeypatch.setattr("deos_fx.cli.processors.copy_processor", lambda *_: None)
     images = ("--image", folder / "0.png", "--image", folder / "1.png")
     run("export", folder / "qwen", tmp_path / "onnx", *images, "--elastic")
     assert seen["example_inputs"]["image_grid_thw"].prod(dim=1).tolist() == [4 * 48, 4 * 100]

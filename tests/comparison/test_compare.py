@@ -12,15 +12,14 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close
+from PIL import Image
 from real_processors import noise, write_qwen
 
 from deos_fx import Budget, Comparison, Policy, ReducedModel, Reduction, compare, presets, reference
 from deos_fx.comparison import bench
 from deos_fx.comparison.answers import answer_loss, check_apart
-from deos_fx.comparison.shrink import shrunk
 from deos_fx.cost.model import CostModel
 from deos_fx.data import Record, batches
-from deos_fx.models.facts import facts_of
 from deos_fx.results.search_result import Candidate, SearchResult
 
 TOKENS = Budget(visual_tokens=0.125)
@@ -80,7 +79,7 @@ def test_the_rows(result: Comparison) -> None:
     ]
     assert (result.limit, result.questions, result.tokens_per_image) == (18, 12, 144)
     smaller = result.row("smaller image")
-    assert not smaller.runs and "becomes 144 visual tokens, whatever its size" in smaller.reason
+    assert not smaller.runs and "takes one size of images" in smaller.reason
 
 
 def test_right_answers_are_those_of_the_reference(
@@ -241,12 +240,6 @@ def test_images_are_resized_where_the_model_allows_it(tmp_path: Path) -> None:
         Record(noise(80, 80, 1), "how many digits", "two"),
     ]
     # Cells of 8 pixels: 48 and 100 visual tokens.
-    smaller = shrunk(facts_of(model), processor, asked, 0.25)
-    counts = []
-    for record in smaller:
-        (inputs,) = batches(processor, [record], 1)
-        counts.append(int((inputs["input_ids"] == model.config.image_token_id).sum()))
-    assert counts == [12, 25]
     found = compare(
         model,
         processor,
@@ -255,7 +248,18 @@ def test_images_are_resized_where_the_model_allows_it(tmp_path: Path) -> None:
         presets=["merge", "divprune", "visionzip", "avg_pool"],
         max_new_tokens=2,
     )
-    assert found.row("smaller image").visual_tokens == 12
+    smaller = found.row("smaller image")
+    (run,) = smaller.runs
+    assert (smaller.visual_tokens, run.policy) == (12, Policy(name="resize", image_scale=0.5))
+    # Oracle: the original model on images that PIL has resized.
+    for record, size, answer in zip(asked, [(32, 24), (40, 40)], run.answers, strict=True):
+        small = replace(
+            record, image=record.image.resize(size, Image.Resampling.BICUBIC), answer=None
+        )
+        (inputs,) = batches(processor, [small], 1)
+        ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer == text.strip()
     # Shares of each image, with the positions it had.
     (run,) = found.row("divprune").runs
     assert [(r.keep, r.position) for r in run.policy.reductions] == [(0.25, "keep")]
@@ -267,8 +271,11 @@ def test_images_are_resized_where_the_model_allows_it(tmp_path: Path) -> None:
 
 def test_a_processor_that_enlarges_small_images(tmp_path: Path) -> None:
     model, processor = write_qwen(tmp_path, min_pixels=64 * 48)
-    with pytest.raises(ValueError, match="more than 12 visual tokens of an image of any size"):
-        shrunk(facts_of(model), processor, [Record(noise(64, 48), "what is", "7")], 0.25)
+    asked = [Record(noise(64, 48), "what is", "7")]
+    budget = Budget(visual_tokens=0.25)
+    found = compare(model, processor, asked, budget=budget, presets=[], max_new_tokens=1)
+    smaller = found.row("smaller image")
+    assert not smaller.runs and "48 visual tokens of the first image" in smaller.reason
 
 
 # *** what is refused ***

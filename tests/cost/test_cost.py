@@ -354,16 +354,17 @@ def test_the_cost_of_text_alone():
 
 @pytest.mark.parametrize(
     "eager",
-    ["qwen2_vl", "qwen3_vl", "internvl", "idefics3", "gemma3", "ovis2", "llava_next"],
+    ["qwen2_vl", "qwen3_vl", "internvl", "idefics3", "gemma3", "ovis2", "llava_next"]
+    + ["minicpmv4_6"],
     indirect=True,
 )
 @pytest.mark.parametrize("attention", [False, True])
 def test_groups_of_patches_in_the_tower(eager, attention):
     name, model = eager
     merge = {"gain": 1.0, "similarity": {"key": 1}, "scores": {"mutual_attention": 1}}
-    # The blocks of InternVL hand nothing on to their attention.
-    how = merge if attention and name != "internvl" else {"scores": {"feature_norm": 1}}
-    step = Reduction("vision.0", 0.25, **how)
+    how = merge if attention else {"scores": {"feature_norm": 1}}
+    # Patches are merged after the first block of MiniCPM-V.
+    step = Reduction(f"vision.{int(name == 'minicpmv4_6')}", 0.25, **how)
     reduced, batch = ReducedModel(model, Policy((step,))), prompts(name, 2)
     cost = reduced.cost(**batch)
     # Tiles of an image lose unequally many patches, and count as if they lost equally many.

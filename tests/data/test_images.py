@@ -1,6 +1,7 @@
 """Images are upright, as deep as they are, of bounded size, or one error says why not."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -190,3 +191,11 @@ def test_damaged_files_end_in_one_error(kind, tmp_path, shades):
         except ValueError as error:
             assert str(error).startswith(f"d.csv, line 7: {path} is not an image")  # noqa: PT017
     assert 0 < read < len(damaged)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", tmp_path):
+        with pytest.raises(ValueError, match=f"{path} is not an image .* device or a pipe"):
+            open_image(path)

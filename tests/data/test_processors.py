@@ -101,3 +101,20 @@ def test_a_tokenizer_alone_is_no_processor(tmp_path: Path) -> None:
     (tmp_path / "processor_config.json").unlink()
     with pytest.raises(ValueError, match="no processor of images and text"):
         load_processor(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [0]}'),
+        ("tokenizer_config.json", '{"eos_token": 3}'),
+        ("processor_config.json", "{"),
+    ],
+)
+def test_a_damaged_processor_is_named_in_one_line(tmp_path: Path, name: str, content: str) -> None:
+    write_processor("qwen2_5_vl", tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises((ValueError, OSError)) as caught:
+        load_processor(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

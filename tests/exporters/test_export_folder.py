@@ -156,6 +156,14 @@ def test_the_policy_is_that_of_the_graphs(target: Path) -> None:
         OnnxModel.from_pretrained(target, "cpu")
 
 
+@pytest.mark.parametrize("content", ["1", '""', '{"pad_token_id": "x"}'])
+def test_how_it_generates_is_told_if_it_makes_no_sense(target: Path, content: str) -> None:
+    (target / "generation_config.json").write_text(content)
+    recorded_anew(target)
+    with pytest.raises(ValueError, match=f"^{target} cannot be loaded .TypeError: "):
+        OnnxModel.from_pretrained(target, "cpu")
+
+
 def test_folders_of_earlier_versions_are_loaded_with_a_warning(target: Path) -> None:
     record = json.loads((target / RECORD).read_text())
     del record["files"], record["sha256"]

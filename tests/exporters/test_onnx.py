@@ -17,12 +17,15 @@ import tiny
 import torch
 from closeness import assert_onnx_close
 from learned import learned_at
+from onnx_families import assert_a_chat_is_the_same
+from torch.export import Dim
 
 from deos_fx import presets
 from deos_fx.contents import write_record
 from deos_fx.exporters import session
 from deos_fx.exporters.check import check_export
 from deos_fx.exporters.graphs.example import example_of
+from deos_fx.exporters.graphs.exportable import Exportable
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.models.upstream import CACHE
@@ -176,6 +179,14 @@ def test_onnx_runtime_equals_pytorch(folder, name, batch, text, layout, padding)
     assert_onnx_close(runtime(**inputs).logits[:, real], reduced(**inputs).logits[:, real])
     options = {"max_new_tokens": STEPS, "do_sample": False}
     assert torch.equal(runtime.generate(**inputs, **options), reduced.generate(**inputs, **options))
+
+
+@pytest.mark.slow
+@every_case
+def test_a_chat_is_the_same(folder, name):
+    reduced, runtime, images = _both(folder, name)
+    batch = tiny.inputs(reduced.model, 4, images, text=3)
+    assert_a_chat_is_the_same(reduced, runtime, batch)
 
 
 @every_case
@@ -523,6 +534,20 @@ def test_export_refuses_what_it_cannot_export(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Positive(torch.nn.Module):
+    """Does one thing with a single positive number, and another with several."""
+
+    def forward(self, x):
+        positive = x[x > 0]
+        return {"y": positive if len(positive) == 1 else 2 * positive}
+
+
+def test_sizes_that_depend_on_contents_are_refused_in_words():
+    exportable = Exportable(Positive(), {"x": torch.ones(3, 2)}, {"x": {0: Dim("batch")}})
+    with pytest.raises(ValueError, match="how many tokens .* which torch.export cannot follow"):
+        exportable.export()
+
+
 def test_export_checks_the_folder_first(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("deos_fx.exporters.onnx.decode_graph", None)
@@ -536,7 +561,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
         raise RuntimeError("disk full")
 
     monkeypatch.setattr("deos_fx.exporters.onnx.fuse", lambda *args: None)
-    monkeypatch.setattr("deos_fx.exporters.onnx.of_one_token", lambda *args: None)
+    monkeypatch.setattr("deos_fx.exporters.onnx.of_one", lambda *args: None)
     monkeypatch.setattr("deos_fx.exporters.graphs.exportable.Exportable.export", lambda self: None)
     monkeypatch.setattr("deos_fx.exporters.onnx.write_weights", fail)
     with pytest.raises(RuntimeError, match="disk full"):

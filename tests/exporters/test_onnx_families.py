@@ -16,8 +16,8 @@ import onnx
 import pytest
 import torch
 from closeness import assert_onnx_close
-from families import IMAGE, START, prompts, shared
-from onnx_families import LAYERS, check_onnx, generate, reduced
+from families import FAMILIES, IMAGE, START, prompts, shared
+from onnx_families import LAYERS, assert_a_chat_is_the_same, check_onnx, generate, reduced
 
 from deos_fx.exporters.graphs.example import example_of
 from deos_fx.exporters.graphs.image_encoder import record
@@ -56,6 +56,13 @@ def test_generate_equals_pytorch(folder: Any, name: str, batch: int) -> None:
     expected_tokens, expected = generate(reduced(name), inputs, 30)
     assert torch.equal(tokens, expected_tokens)
     assert_onnx_close(logits, expected)
+
+
+@pytest.mark.slow
+@both
+def test_a_chat_is_the_same(folder: Any, name: str) -> None:
+    batch, extra = prompts(name, 4), FAMILIES[name].extra
+    assert_a_chat_is_the_same(reduced(name), _runtime(folder(name)), batch, extra)
 
 
 @both

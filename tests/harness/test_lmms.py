@@ -16,6 +16,7 @@ import torch
 
 import deos_fx
 from deos_fx import reference
+from deos_fx.data import Record, batches
 
 reason = "lmms-eval is not installed: pip install 'deos-fx[lmms-eval]'"
 pytest.importorskip("lmms_eval.api", reason=reason)
@@ -243,3 +244,15 @@ def test_settings_of_tasks() -> None:
     options, until = generation_options({"temperature": 0.5, "max_new_tokens": 3, "fps": 1})
     assert options == {"max_new_tokens": 3, "temperature": 0.5, "do_sample": True}
     assert ended(" cat\ndog ", until) == "cat\ndog"
+
+
+def test_images_enter_at_a_scale(tmp_path: Path) -> None:
+    from real_processors import noise, write_qwen
+
+    from deos_fx.harness.lmms import SimpleModel
+
+    model, _ = write_qwen(tmp_path)
+    scaled = SimpleModel(str(tmp_path), image_scale="0.5", device="cpu")
+    (inputs,) = batches(scaled.processor, [Record(noise(64, 48), "what is")], 1)
+    # 48 visual tokens of the whole image.
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 12

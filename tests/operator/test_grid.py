@@ -59,7 +59,14 @@ def test_grid_preference_ranks_the_anchors_first() -> None:
         anchors = operator.grid_anchors(grid(), count)
         best = operator.top_k(grid_preference(grid(), count), None, count)
         assert torch.equal(operator.in_order(best), anchors)
-    assert grid_preference(grid(), 7).shape == (1, TOKENS)
+    # Of counts that have no layout, the next smaller one that has.
+    preferred = grid_preference(grid(), 7)
+    assert preferred.shape == (1, TOKENS)
+    assert (preferred[0] == 1).nonzero()[:, 0].tolist() == operator.grid_anchors(grid(), 6)[
+        0
+    ].tolist()
+    two = grid_preference(grid(6, images=2), 15)
+    assert (two == 1).sum() == 12
     assert torch.equal(grid_preference(grid()[1:], 7), SCORES["grid_coverage"].function(grid()[1:]))
 
 

@@ -110,3 +110,14 @@ def test_learned_parts_work_in_single_precision(dtype: torch.dtype) -> None:
     assert linear_probe(half, normal(WIDTH)).dtype == torch.float32
     assert projected(half, normal(WIDTH, 2)).dtype == torch.float32
     assert_close(projected(half, normal(WIDTH, 2)), half.float() @ normal(WIDTH, 2))
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_values_grow_by_the_degree_of_a_row(name: str) -> None:
+    tokens, _, features = inputs(0)
+    row = LEARNED[name]
+    given = {**features, "tokens": tokens, "sides": SIDES}
+    shape = {"probe": (WIDTH,), "text": (2 * WIDTH, 2)}.get(name, (WIDTH, 2))
+    part, needed = normal(*shape), [given[need] for need in row.needs]
+    assert len(shape) == row.axes and row.scores == (name != "metric")
+    assert_close(row.function(*needed, 3 * part), 3**row.degree * row.function(*needed, part))

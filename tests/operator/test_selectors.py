@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deos_fx import operator
-from deos_fx.operator.select import WHOLE_NUMBERS
+from deos_fx.operator.select import SELECTORS, WHOLE_NUMBERS
 from deos_fx.operator.sequential import greedy_penalty, max_min_ranking
 
 
@@ -93,6 +93,33 @@ def test_max_min_is_farthest_point_sampling(data: st.DataObject, seed: int) -> N
             others = chosen or range(TOKENS)
             nearest = {j: max(float(similarity[row, i, j]) for i in others if i != j) for j in free}
             chosen.append(min(free, key=lambda j: nearest[j]))
+        assert kept[row].tolist() == chosen[already:]
+
+
+@quick
+@given(st.data(), seeds, st.integers(1, 5))
+def test_several_picks_at_once_are_the_best_of_a_step(
+    data: st.DataObject, seed: int, at_once: int
+) -> None:
+    tokens, _, features = inputs(seed, dtype=torch.float64)
+    score = operator.standardize(features["attention_cls"])
+    similarity = cosine(tokens)
+    taken, already, count = _split(data, seed)
+    kept = operator.greedy(score, similarity, taken, 0.8, count, at_once)
+    for row in range(3):
+        chosen = [] if taken is None else taken[row].nonzero().flatten().tolist()
+        # The first is picked alone.
+        number = 1
+        while len(chosen) < already + count:
+            held = {
+                j: max((float(similarity[row, i, j]) for i in chosen), default=-1.0)
+                for j in range(TOKENS)
+                if j not in chosen
+            }
+            gains = {j: float(score[row, j]) - 0.8 * value for j, value in held.items()}
+            number = min(number, already + count - len(chosen))
+            chosen += sorted(gains, key=lambda j: -gains[j])[:number]
+            number = at_once
         assert kept[row].tolist() == chosen[already:]
 
 
@@ -423,3 +450,47 @@ def test_options_that_are_counts_are_whole_numbers() -> None:
     assert WHOLE_NUMBERS.keys() == {x for x, value in given.items() if not isinstance(value, float)}
     for name, (least, most) in WHOLE_NUMBERS.items():
         assert given[name] is None or least <= given[name] < most
+    # Which of two halves, a number that may be 0, any number, and counts.
+    others = {"first": (0, 1), "text_pivots": (0, 1e6), "seed": (-1e9, 1e9)}
+    assert dict.fromkeys(WHOLE_NUMBERS, (1, 1e6)) | others == WHOLE_NUMBERS
+
+
+@pytest.mark.parametrize("name", [x for x, row in SELECTORS.items() if "taken" in row.needs])
+def test_what_is_taken_is_left_where_all_tokens_are_alike(name: str) -> None:
+    row, taken = SELECTORS[name], torch.zeros(2, TOKENS)
+    taken[0, :6], taken[1, 30:] = 1, 1
+    alike = {
+        "score": torch.ones(2, TOKENS),
+        "similarity": torch.ones(2, TOKENS, TOKENS),
+        "taken": taken,
+        "already": 6,
+        "diversity": 1.0,
+        "members": operator.window_members(grid(), 9),
+        "tokens": torch.ones(2, TOKENS, WIDTH),
+        "normed_tokens": torch.ones(2, TOKENS, WIDTH),
+        "text_score": torch.ones(2, TEXT),
+        "normed_text": torch.ones(2, TEXT, WIDTH),
+    }
+    options = [3 if value is None else value for value in row.options.values()]
+    kept = row.function(*(alike[need] for need in row.needs), TOKENS - 6, *options)
+    for picks, of_row in zip(kept, taken, strict=True):
+        assert sorted(picks.tolist()) == (of_row == 0).nonzero().flatten().tolist()
+
+
+@quick
+@given(st.data(), seeds)
+def test_an_export_picks_the_same(data: st.DataObject, seed: int) -> None:
+    _, _, features = inputs(seed, dtype=torch.float64)
+    taken, _, count = _split(data, seed)
+    score = _score(seed)
+    probe = [features[name] for name in ("normed_tokens", "text_score", "normed_text")]
+    calls = {
+        "top_k": lambda: operator.top_k(score, taken, count),
+        "probe": lambda: operator.probe(score, *probe, taken, count, 2, 3),
+        "quota": lambda: operator.quota(score, taken, count, 4),
+    }
+    plain = {name: call() for name, call in calls.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_exporting", lambda: True)
+        for name, call in calls.items():
+            assert torch.equal(call(), plain[name]), name

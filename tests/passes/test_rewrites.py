@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,47 @@ def test_features_added_to_masked_rows_become_a_sum(axes: int) -> None:
     called = [node.target for node in folded.graph.nodes]
     assert visual_rows in called and "masked_scatter" not in called
     assert torch.equal(folded(IDS, hidden, rows), expected)
+
+
+@pytest.mark.parametrize("shaped", ["view", "reshape", "flatten"])
+@pytest.mark.parametrize("plus", [torch.add, operator.add])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_a_sum_is_found_however_it_is_written(shaped: str, plus: Any, expanded: bool) -> None:
+    size = (0,) if shaped == "flatten" else (-1,)
+    graph = fx.Graph()
+    ids, hidden, rows = map(graph.placeholder, ("input_ids", "hidden", "rows"))
+    mask = graph.call_method("unsqueeze", (graph.call_function(torch.eq, (ids, 9)), -1))
+    wide = graph.call_method("expand", (mask, -1, -1, 3))
+    wide = graph.call_method("expand_as", (wide, hidden)) if expanded else wide
+    clone = graph.call_method("clone", (hidden,))
+    read = graph.call_function(operator.getitem, (clone, wide))
+    annotate(read, masked=0)
+    total = graph.call_function(plus, (graph.call_method(shaped, (rows, *size)), read))
+    total = graph.call_method(shaped, (total, *size))
+    graph.output(
+        graph.call_method("masked_scatter", (graph.call_method("clone", (hidden,)), wide, total))
+    )
+    graph_module = fx.GraphModule(nn.Module(), graph)
+    inputs = IDS, torch.randn(2, 4, 3), torch.randn(4, 3)
+    expected = graph_module(*inputs)
+    folded = fold_masked_add(graph_module)
+    (sum_,) = folded.graph.find_nodes(op="call_function", target=visual_rows)
+    # The mask and the features as they were before they were made fit for the scatter.
+    assert [node.name for node in sum_.args] == ["unsqueeze", "rows"]
+    assert torch.equal(folded(*inputs), expected)
+
+
+def test_other_scatters_stay_as_they_are() -> None:
+    graph = fx.Graph()
+    ids, hidden, rows = map(graph.placeholder, ("input_ids", "hidden", "rows"))
+    mask = graph.call_method("unsqueeze", (graph.call_function(torch.eq, (ids, 9)), -1))
+    # Features in the place of embeddings, and a sum of something else.
+    for total in (rows, graph.call_function(torch.add, (rows, rows))):
+        hidden = graph.call_method("masked_scatter", (hidden, mask, total))
+    graph.output(hidden)
+    graph_module = fx.GraphModule(nn.Module(), graph)
+    before = str(graph)
+    assert str(fold_masked_add(graph_module).graph) == before
 
 
 def test_masked_rows_that_are_read_for_something_else_are_refused() -> None:

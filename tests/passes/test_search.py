@@ -328,6 +328,47 @@ def test_batches_with_images_of_other_sizes() -> None:
         assert report.after.visual_tokens <= 0.3 * report.before.visual_tokens
 
 
+def tiled(model: Any, tiles: int) -> dict[str, Any]:
+    """Two prompts about an image of so many tiles, with an answer of two tokens."""
+    image = model.config.image_token_id
+    row = [1, *[image] * (64 * tiles), 7, 8, 9]
+    ids = torch.tensor([row, [*row[:-1], 10]])
+    labels = torch.full_like(ids, -100)
+    labels[:, -2:] = ids[:, -2:]
+    generator = torch.Generator().manual_seed(tiles)
+    pixels = torch.randn(2 * tiles, 3, 32, 32, generator=generator)
+    return {"input_ids": ids, "pixel_values": pixels, "labels": labels}
+
+
+@pytest.mark.parametrize("limit", [0.3, 40])
+def test_batches_with_images_of_other_numbers_of_tiles(
+    limit: int | float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "_VARIATIONS", 1)
+    model = shared("internvl")
+    data = [tiled(model, tiles) for tiles in (1, 3)]
+    budget = Budget(visual_tokens=limit)
+    found = search(model, data, budget=budget, steps=1, sites=["projector"])
+    for batch in data:
+        batch.pop("labels")
+        report = transform(model, policy=found.policy).cost(**batch)
+        most = limit if isinstance(limit, int) else limit * report.before.visual_tokens
+        assert report.after.visual_tokens <= most
+
+
+def test_prompts_with_images_of_several_sizes_are_refused() -> None:
+    model = shared("qwen2_5_vl")
+    image = model.config.image_token_id
+    two = {
+        "input_ids": torch.tensor([[1, *[image] * 16, 6, *[image] * 4, 7, 8]]),
+        "image_grid_thw": torch.tensor([[1, 8, 8], [1, 4, 4]]),
+        "pixel_values": torch.randn(80, prompts("qwen2_5_vl")["pixel_values"].shape[1]),
+    }
+    words = r"Batch 0 of data \(from 0\): the images of a prompt have 4 and 16 visual tokens"
+    with pytest.raises(ValueError, match=words):
+        search(model, [two], budget=Budget(visual_tokens=0.5))
+
+
 def test_tight_limits_are_approached_from_looser_ones(
     model: LlavaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
 ) -> None:

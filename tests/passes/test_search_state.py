@@ -14,7 +14,12 @@ from kills import damaged
 from safetensors.torch import load_file, save_file
 
 from deos_fx.contents import file_hash, own_hash
+from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.schema import SearchFile, StepEntry
+from deos_fx.passes.search.state import SearchState
+from deos_fx.policy.learned import Learned
+from deos_fx.policy.reduction import Reduction
 
 COSTS = ("visual_tokens", "flops", "kv_cache", "latency_ms")
 
@@ -32,6 +37,35 @@ def test_every_record_of_a_step_is_read_back(folder: Path) -> None:
     record = json.loads((folder / "search.json").read_text())
     # In the order in which it was written, so that a search that goes on reports the same.
     assert json.dumps(again.history) == json.dumps(record["history"])
+
+
+def test_parameters_go_by_their_sites() -> None:
+    sites = ("projector", "decoder.1", "vision.0")
+    start = {site: Reduction(site, 0.5, scores={"feature_norm": 1.0}) for site in sites}
+    made = {site: RelaxedReduction(x, activation=1.0, retention=0.5) for site, x in start.items()}
+    state = SearchState.start(made, AugmentedLagrangian({"flops": 2.0}), {})
+    assert state.by_site() == made
+    # Those that make no difference are not trained.
+    assert 0 < len(state.parameters) == sum(map(len, (g["params"] for g in groups(state))))
+    assert all(parameter.requires_grad for parameter in state.parameters)
+
+
+def groups(state: SearchState) -> Any:
+    return state.optimizer.param_groups
+
+
+def test_learned_parts_have_rates_of_their_own() -> None:
+    learned = Learned({"probe": torch.ones(16), "metric": torch.ones(16, 2)})
+    similarity = {"feature": 0.5, "learned": 0.5}
+    start = Reduction("projector", 0.5, learned=learned, similarity=similarity, selector="greedy")
+    module = RelaxedReduction(start, activation=1.0, retention=0.5)
+    state = SearchState.start({"projector": module}, AugmentedLagrangian({"flops": 2.0}), {})
+    names = [name for name, x in state.reductions.named_parameters() if x.requires_grad]
+    rates = dict(zip(names, (group["full_rate"] for group in groups(state)), strict=True))
+    assert rates.pop("projector.learned.probe") == 0.1 / 4
+    assert rates.pop("projector.learned.metric") == 0.005
+    assert {*rates.values()} == {0.05}
+    assert len(state.directions) == 2
 
 
 def test_a_record_may_be_larger_than_other_files(tmp_path: Path) -> None:
@@ -105,6 +139,10 @@ TENSORS: dict[str, tuple[Callable[[Any], object], str]] = {
     "one less": (lambda t: t.pop(min(name for name in t if name[0] == "n")), "lacks"),
     "one more": (lambda t: t.update({"now/extra": torch.zeros(1)}), "has 'extra'"),
     "another shape": (lambda t: t.update({"adam/0/exp_avg": torch.zeros(7)}), "of shape \\(7,\\)"),
+    "a best state of another shape": (
+        lambda t: t.update({max(name for name in t if name[0] == "b"): torch.zeros(7)}),
+        "the best state",
+    ),
     "another moment": (lambda t: t.update({"adam/0/more": torch.zeros(1)}), "has '0/more'"),
     "no moments": (
         lambda t: [t.pop(name) for name in [*t] if name.startswith("adam/")],

@@ -115,7 +115,8 @@ def policies(draw: st.DrawFn) -> Policy:
     model = draw(st.sampled_from([None, TINY]))
     # Neither control characters nor halves of surrogate pairs.
     name = draw(st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=8))
-    return Policy(parts, name=name, model=model)
+    scale = draw(st.one_of(st.just(1.0), st.floats(0.001, 1)))
+    return Policy(parts, name=name, model=model, image_scale=scale)
 
 
 @settings(deadline=None, max_examples=100)
@@ -125,6 +126,15 @@ def test_json_round_trip(policy: Policy) -> None:
     read = Policy.from_json(text, policy.tensors)
     assert read == policy
     assert read.to_json() == text
+
+
+def test_the_scale_of_images() -> None:
+    policy = Policy(image_scale=0.5)
+    assert repr(policy) == "Policy:\n  images enter at 0.5 of their size"
+    assert policy != Policy() and policy == Policy(image_scale=1 / 2)
+    assert json.loads(policy.to_json())["image_scale"] == 0.5
+    # A policy without it is written as before there was one.
+    assert "image_scale" not in Policy(image_scale=1).to_json()
 
 
 @settings(deadline=None, max_examples=50)

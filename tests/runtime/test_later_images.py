@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from closeness import assert_close
 from families import FAMILIES, IMAGE, PAD, prompts, shared
 from masked import masked_from
+from masked_tower import tower_masked
 from torch import Tensor
 
 from deos_fx.exporters.session import SessionCache
@@ -24,6 +26,7 @@ POLICIES = {
     "projector": Policy((Reduction("projector", 0.5, **NORM),)),
     "attention": Policy((Reduction("projector", 0.5, **NORM), Reduction("decoder.2", 0.5))),
     "next": Policy((Reduction("decoder.0", 0.5, observe="next"),)),
+    "tower": Policy((Reduction("vision.0", 0.5, **NORM), Reduction("decoder.2", 0.5, **NORM))),
     "nothing": Policy(),
 }
 
@@ -105,6 +108,7 @@ def alive_of(cache: Any) -> dict[int, Tensor]:
         ("qwen2_5_vl", 2, "attention"),
         ("qwen2_5_vl", 1, "projector"),
         ("qwen3_vl", 2, "nothing"),
+        ("qwen2_vl", 2, "tower"),
     ],
 )
 def test_each_turn_is_the_masked_original_on_all_that_was_said(
@@ -126,7 +130,14 @@ def test_each_turn_is_the_masked_original_on_all_that_was_said(
         held = {keys.keys.shape[2] for keys in cache.layers if not keys.is_sliding}
         lengths = {space.origin.shape[1] for space in cache.spaces}
         assert len(held) >= len(lengths) and max(held) <= cache.get_seq_length()
-        with masked_from(model, alive_of(cache)):
+        alive = alive_of(cache)
+        tower: Any = contextlib.nullcontext()
+        if policy == "tower":
+            # A token of Qwen2-VL is made of the next four patches.
+            visual = chat.ids[:, : cache.prompt_length] == IMAGE
+            kept = alive[0][visual].repeat_interleave(4)
+            tower = tower_masked(model, 0, kept[None])
+        with masked_from(model, alive), tower:
             theirs = generate(model, chat.whole())
         assert torch.equal(ours.sequences, theirs.sequences)
         assert_close(logits_of(ours), logits_of(theirs))

@@ -57,15 +57,19 @@ def data(
     more.
     """
     from deos_fx.cli.loading import meta_model
+    from deos_fx.cli.policies import own_policy
     from deos_fx.cli.terminal import stages
-    from deos_fx.data import read_records
+    from deos_fx.data import read_records, scaled_processor
     from deos_fx.data.preview import preview
     from deos_fx.data.processors import load_processor
     from deos_fx.models.facts import facts_of
 
     console = Console()
     records = read_records(file, urls=urls)
-    processor = load_processor(model)
+    processor, own = load_processor(model), own_policy(model)
+    if own is not None:
+        # A folder that transform wrote: images as they enter the reduced model.
+        processor = scaled_processor(processor, own.image_scale)
     image_token = facts_of(meta_model(model)).image_token
     seen = []
     with stages(console) as stage, stage("read") as advance:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from deos_fx.cli.console import report_console
-from deos_fx.cli.options import Dtype, Force, Model, Output, PolicyFile, Preset, TokenLimit
+from deos_fx.cli.options import (
+    Dtype,
+    Force,
+    ImageScale,
+    Model,
+    Output,
+    PolicyFile,
+    Preset,
+    TokenLimit,
+)
 from deos_fx.cli.outputs import check_target
 
 __all__ = ["export"]
+
+# Its words do not matter to an export.
+_QUESTION = "What is shown here?"
 
 
 def export(
@@ -19,6 +31,7 @@ def export(
     policy: PolicyFile = None,
     preset: Preset = None,
     budget: TokenLimit = None,
+    image_scale: ImageScale = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -42,6 +55,13 @@ def export(
             "--elastic", help="One export for many budgets: OnnxModel.keeping chooses the counts."
         ),
     ] = False,
+    genai: Annotated[
+        bool,
+        typer.Option(
+            "--genai",
+            help="A folder that onnxruntime-genai loads, for policies before the decoder.",
+        ),
+    ] = False,
     verify: Annotated[
         bool, typer.Option(help="Whether to compare ONNX Runtime's logits with PyTorch's.")
     ] = True,
@@ -62,31 +82,50 @@ def export(
       deos-fx export reduced onnx
 
       deos-fx export my-qwen onnx --budget 25% --image photo.jpg
+
+      deos-fx export my-llava genai --policy policy.json --genai
     """
     check_target(out_dir, force, model_dir)
-    from deos_fx import export_onnx
+    if genai and (weights is not None or elastic):
+        option = "--elastic" if elastic else "--weights"
+        raise ValueError(f"--genai and {option} exclude each other; leave one out")
+    from deos_fx import export_genai, export_onnx
     from deos_fx.cli.loading import load_reduced
-    from deos_fx.cli.processors import copy_processor, image_inputs
+    from deos_fx.cli.policies import Choice
+    from deos_fx.cli.processors import copy_processor
+    from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
-    from deos_fx.exporters.manifest import FILES
+    from deos_fx.data import batches, open_image
+    from deos_fx.data.processors import load_processor
+    from deos_fx.exporters import genai_files, manifest
     from deos_fx.files import fresh_folder
 
+    files = genai_files.FILES if genai else manifest.FILES
     # A wrong image shows before the model is loaded.
-    example = None if image is None else image_inputs(model_dir, image)
+    record, processor = None, None
+    if image is not None:
+        record, processor = question_of(image, _QUESTION, urls=False), load_processor(model_dir)
+        for source in record.images:
+            open_image(source, record.where)
     console = report_console()
-    with fresh_folder(out_dir, FILES, whole=True) as folder, stages(console) as stage:
+    with fresh_folder(out_dir, files, whole=True) as folder, stages(console) as stage:
         with stage("load the model"):
-            reduced = load_reduced(model_dir, policy, preset, budget, dtype=dtype)
-        with stage.phased("export") as advance:
-            export_onnx(
-                reduced,
-                folder,
-                example_inputs=example,
-                device=device,
-                weights=weights,
-                elastic=elastic,
-                verify=verify,
-                progress=advance,
+            reduced = load_reduced(
+                model_dir, Choice(policy, preset, budget, image_scale), dtype=dtype
             )
+            example = None
+            if record is not None:
+                example = next(batches(reduced.processor(processor), [record], 1))
+        with stage.phased("export") as advance:
+            given: dict[str, Any] = {
+                "example_inputs": example,
+                "device": device,
+                "verify": verify,
+                "progress": advance,
+            }
+            if genai:
+                export_genai(reduced, folder, **given)
+            else:
+                export_onnx(reduced, folder, weights=weights, elastic=elastic, **given)
         copy_processor(model_dir, folder)
     console.print(f"Wrote {out_dir}", highlight=False)

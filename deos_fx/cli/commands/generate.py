@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from deos_fx.cli.options import Images, ImageUrls, Model, PolicyFile, Preset, Prompt, TokenLimit
+from deos_fx.cli.options import (
+    Images,
+    ImageScale,
+    ImageUrls,
+    Model,
+    PolicyFile,
+    Preset,
+    Prompt,
+    TokenLimit,
+)
 
 __all__ = ["generate"]
 
@@ -18,6 +28,7 @@ def generate(
     policy: PolicyFile = None,
     preset: Preset = None,
     budget: TokenLimit = None,
+    image_scale: ImageScale = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 128,
     urls: ImageUrls = False,
 ) -> None:
@@ -36,15 +47,24 @@ def generate(
       deos-fx generate onnx --image a.jpg --image b.jpg --prompt "Who is older?"
     """
     from deos_fx.cli.loading import load_generating
+    from deos_fx.cli.policies import Choice
+    from deos_fx.cli.processors import going_with
     from deos_fx.cli.questions import question_of
     from deos_fx.comparison.answers import generated
     from deos_fx.data.processors import load_processor
 
     record = question_of(image, prompt, urls)
     processor = load_processor(model_dir)
-    model, place = load_generating(model_dir, policy, preset, budget)
+    model, place = load_generating(model_dir, Choice(policy, preset, budget, image_scale))
     (answer,) = generated(
-        model.generate, place, processor, [record], batch_size=1, max_new_tokens=max_new_tokens
+        model.generate,
+        place,
+        going_with(model, processor),
+        [record],
+        batch_size=1,
+        max_new_tokens=max_new_tokens,
     )
+    if not answer:
+        Console(stderr=True).print("The model ended its answer before the first word.")
     # Plain text: the output is meant for other programs, too.
     typer.echo(answer)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from deos_fx.cli.console import report_console
-from deos_fx.cli.options import AsJson, Force, Model, PolicyFile, Preset, TokenLimit
+from deos_fx.cli.options import AsJson, Force, ImageScale, Model, PolicyFile, Preset, TokenLimit
 from deos_fx.cli.outputs import check_target
 
 __all__ = ["inspect"]
@@ -21,6 +21,7 @@ def inspect(
     policy: PolicyFile = None,
     preset: Preset = None,
     budget: TokenLimit = None,
+    image_scale: ImageScale = None,
     svg: Annotated[
         Path | None, typer.Option("--svg", metavar="FILE", help="Draw it as well, in this file.")
     ] = None,
@@ -47,18 +48,22 @@ def inspect(
     from deos_fx.cli.outline import costs_of, outline, print_cost, print_outline
     from deos_fx.cli.outline_drawing import outline_chart
     from deos_fx.cli.outline_json import outline_json
-    from deos_fx.cli.policies import own_policy, policy_of
-    from deos_fx.cli.processors import example_processor
+    from deos_fx.cli.policies import Choice, own_policy, policy_of
+    from deos_fx.cli.processors import example_processor, scaled_example
     from deos_fx.files import write_text
     from deos_fx.inputs.example import example_inputs
 
     # Nothing here needs weights, so the model stays on the meta device.
     console = Console()
     model = meta_model(model_dir)
-    inputs = example_inputs(model, example_processor(model_dir))
-    chosen = policy_of(model, model_dir, own_policy(model_dir), policy, preset, budget)
+    own = own_policy(model_dir)
+    chosen = policy_of(model, model_dir, own, Choice(policy, preset, budget, image_scale))
+    if chosen is None or chosen.image_scale == 1:
+        whole = inputs = example_inputs(model, example_processor(model_dir))
+    else:
+        whole, inputs = scaled_example(model_dir, chosen.image_scale)
     found = outline(model, inputs, chosen)
-    costs = None if chosen is None else costs_of(model, inputs, chosen)
+    costs = None if chosen is None else costs_of(model, whole, inputs, chosen)
     if as_json:
         typer.echo(json.dumps(outline_json(found, costs), indent=2))
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,6 +49,14 @@ def search(
             "Default: the projector and the decoder.",
         ),
     ] = None,
+    image_scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="SCALE",
+            help="A scale at which images may enter, in (0, 1]; may be given several times. 1 is "
+            "tried as well.",
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     preset_evaluations: Annotated[
@@ -85,6 +93,8 @@ def search(
 
       deos-fx search my-llava --data questions.jsonl --budget 25% --budget 12.5%
 
+      deos-fx search my-qwen --data questions.jsonl --image-scale 0.7 --image-scale 0.5
+
       accelerate launch -m deos_fx search my-llava --data questions.jsonl
 
     A line of questions.jsonl:
@@ -99,17 +109,19 @@ def search(
         measured,
         placed,
         presets_tuned,
+        scales_of,
         search_processes,
         write_found,
     )
     from deos_fx.cli.terminal import announced, stages
-    from deos_fx.data import batches, read_records
+    from deos_fx.data import batches, read_records, scaled_processor
     from deos_fx.data.processors import load_processor
     from deos_fx.passes.search.search import search as run_search
 
     # Mistakes in the limits and in the data show before the model is loaded.
     limits = limits_of(budget, flops, kv_cache, latency_ms, table=latency_table)
     records = read_records(data, urls=urls)
+    scales = scales_of(image_scale, limits, records)
     with (
         search_processes(output, report_console()) as (folder, own, console),
         stages(console) as stage,
@@ -117,12 +129,16 @@ def search(
         with stage("load"):
             model = placed(load_model(model_dir, dtype=dtype, device=device), own)
             processor = load_processor(model_dir)
-            groups = alike(model, processor, records, batch_size)
-            inputs = [batch for group in groups for batch in batches(processor, group, batch_size)]
+            scaled = {scale: scaled_processor(processor, scale) for scale in scales}
+            groups = alike(model, [*scaled.values()], records, batch_size)
+            inputs: dict[float, Any] = {
+                scale: [batch for group in groups for batch in batches(own, group, batch_size)]
+                for scale, own in scaled.items()
+            }
         with stage.phased("search") as progress:
-            result = run_search(
+            result: Any = run_search(
                 model,
-                inputs,
+                inputs if len(scales) > 1 else inputs[1.0],
                 **limits,
                 steps=steps,
                 seed=seed,
@@ -135,5 +151,5 @@ def search(
         if folder is not None:
             with stage.phased("measure") as progress:
                 result = measured(result, model, processor, groups, progress)
-            names = write_found(result, folder, console, len(inputs))
+            names = write_found(result, folder, console, len(inputs[1.0]))
     console.print(f"Wrote {', '.join(names)} and report.html to {output}", highlight=False)

@@ -9,6 +9,7 @@ from rich.console import Console
 from deos_fx.cli.options import (
     Force,
     Images,
+    ImageScale,
     ImageUrls,
     Model,
     OutputOption,
@@ -29,6 +30,7 @@ def show(
     policy: PolicyFile = None,
     preset: Preset = None,
     budget: TokenLimit = None,
+    image_scale: ImageScale = None,
     output: OutputOption = Path("deos-fx-show"),
     urls: ImageUrls = False,
     force: Force = False,
@@ -48,6 +50,7 @@ def show(
     """
     check_target(output, force, model_dir)
     from deos_fx.cli.loading import load_reduced
+    from deos_fx.cli.policies import Choice
     from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
     from deos_fx.comparison.answers import inputs_for
@@ -62,7 +65,8 @@ def show(
     with fresh_folder(output) as folder, stages(console) as stage:
         with stage("load"):
             processor = load_processor(model_dir)
-            reduced = load_reduced(model_dir, policy, preset, budget)
+            reduced = load_reduced(model_dir, Choice(policy, preset, budget, image_scale))
+            processor = reduced.processor(processor)
         with stage("draw"):
             (inputs,) = batches(processor, [record], 1)
             explanation = reduced.explain(**inputs_for(reduced.model, inputs))
@@ -70,5 +74,5 @@ def show(
             drawn.save(folder / "show.html")
             drawn.save(folder / "show.png")
     for site in explanation:
-        console.print(site, highlight=False, markup=False)
+        console.print(str(site), highlight=False, markup=False)
     console.print(f"Wrote show.html and show.png to {output}", highlight=False)
