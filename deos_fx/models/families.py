@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -105,12 +106,12 @@ ENCODERS = {"get_image_features": "image_encoder", "get_video_features": "video_
 
 
 def auto_class(config: Any) -> Any:
-    """Return transformers' auto class for a config: that of models that read images and text.
-
-    Some models that do are among those of text alone: phi4_multimodal.
-    """
-    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    """Return transformers' auto class of the models of a config; None if they read no images."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    # Case: a model that does is among those of text, as phi4_multimodal.
+    among_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and hasattr(config, "vision_config")
+    return AutoModelForCausalLM if among_text else None
 
 
 def is_encoder(node: fx.Node) -> bool:
