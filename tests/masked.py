@@ -118,7 +118,9 @@ def _hide(alive: Tensor, layer: int) -> Any:
         seen = new + (0 if cache is None else cache.get_seq_length(layer))
         mask = kwargs["attention_mask"]
         if mask is None:
-            mask = torch.ones(1, 1, new, seen, dtype=torch.bool).tril(seen - new)
+            # Additive, which every implementation of attention takes.
+            later = torch.ones(1, 1, new, seen, dtype=torch.bool).triu(seen - new + 1)
+            mask = args[0].new_zeros(later.shape).masked_fill(later, torch.finfo(args[0].dtype).min)
         # A window holds the last keys only.
         held = torch.arange(seen)[-mask.shape[-1] :]
         # Beams and several answers are further rows of one prompt.

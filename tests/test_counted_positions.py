@@ -5,11 +5,18 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from families import FAMILIES, alone, built, continued, prompts
+import pytest
+from families import FAMILIES, alone, built, continued, prompts, shared
 from shortened import assert_reduced_is_shortened
 from test_families import PRUNED
 
-from deos_fx import Policy, ReducedModel
+from deos_fx import Policy, ReducedModel, Reduction
+
+
+def test_features_that_are_not_as_wide_as_the_text_are_not_compared_with_it() -> None:
+    step = Reduction("projector", 0.5, scores={"text_relevance": 1.0}, position="compact")
+    with pytest.raises(ValueError, match="no score 'text_relevance' .its tokens are not as wide"):
+        ReducedModel(shared("llama4"), Policy((step,)))(**prompts("llama4"))
 
 
 def test_temperatures_go_by_what_a_layer_has_read() -> None:

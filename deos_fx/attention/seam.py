@@ -210,7 +210,12 @@ def _seam_attention(
             "themselves, such as feature_norm."
         )
     if seam.apart is not None:
-        assert attention_mask is None, f"{type(module).__name__} has two masks"
+        if attention_mask is not None:
+            raise ValueError(
+                f"{type(module).__name__} has a mask of its own beside rows or windows of patches, "
+                "which cannot be exported. Run the reduced model in PyTorch, or reduce after the "
+                "vision tower."
+            )
         attention_mask = seam.apart
     causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

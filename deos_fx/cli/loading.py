@@ -158,9 +158,9 @@ def meta_model(model_dir: str) -> PreTrainedModel:
 
 def _config(model_dir: str) -> Any:
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     from deos_fx.data.processors import check_place
+    from deos_fx.models.families import auto_class
     from deos_fx.reading import blaming
     from deos_fx.runtime.mark import unmarked
 
@@ -168,7 +168,7 @@ def _config(model_dir: str) -> Any:
     # By the type of the config: no weights are read to refuse a model of text alone.
     with blaming(model_dir):
         config = unmarked(AutoConfig.from_pretrained(model_dir))
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if auto_class(config) is None:
         raise ValueError(
             f"{model_dir} holds a {config.model_type} model, which reads no images; give a "
             "vision-language model such as a LLaVA"

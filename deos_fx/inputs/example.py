@@ -43,7 +43,8 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
     if processor is not None and facts.sizes_vary:
         return processed_example(processor)
     # Case: otherwise the first form that the encoder takes. The config does not say which it is.
-    for images in _forms(facts):
+    for form in _forms(facts):
+        images = form | facts.words
         count = count_visual_tokens(model, images)
         if count:
             return _prompt(facts, images, count)

@@ -226,12 +226,15 @@ class ModelFacts:
     def image(self) -> dict[str, torch.Tensor]:
         """Return what the image encoder takes of an image of the config's size.
 
-        That is its pixels [1, C, H, W] on "meta", so only a shape, and a word of the text that the
-        encoder may read beside it.
+        That is its pixels [1, C, H, W] on "meta", so only a shape, and `words`.
         """
-        words = READ & self.encoders.get("get_image_features", frozenset())
-        word = torch.ones(1, 1, dtype=torch.int64)
-        return {"pixel_values": _image(self.model), **dict.fromkeys(words, word)}
+        return {"pixel_values": _image(self.model), **self.words}
+
+    @property
+    def words(self) -> dict[str, torch.Tensor]:
+        """Return a word [1, 1] of the text that the image encoder reads beside an image, if any."""
+        read = READ & self.encoders.get("get_image_features", frozenset())
+        return {name: torch.ones(1, 1, dtype=torch.int64) for name in sorted(read)}
 
 
 _FACTS: weakref.WeakKeyDictionary[PreTrainedModel, ModelFacts] = weakref.WeakKeyDictionary()

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -50,19 +51,19 @@ IMAGE_TOKENS = ("image_token_id", "image_token_index")
 VIDEO_TOKENS = ("video_token_id", "video_token_index")
 """Entries that may hold the id of the placeholder of one visual token of a video."""
 
-FORMER_IMAGES = frozenset({"pixel_values_images", "image_patches", "image_pixel_values"}) | {
-    "flattened_patches"
-}
+FORMER_IMAGES = frozenset(
+    {"pixel_values_images", "image_patches", "image_pixel_values", "flattened_patches"}
+)
 """Other names of ``pixel_values``: video_llava, fuyu, phi4_multimodal, kosmos-2.5."""
 
 FEATURES = "image_embeds"
-"""Argument of a text model with the features of images: kosmos-2.5."""
+"""Argument of a text model with the features of images: kosmos-2, kosmos-2.5."""
 
 MARKS = "image_embeds_position_mask"
-"""Input that is 1 where a visual token is, in place of ids that say so: kosmos-2.5."""
+"""Input that is 1 where a visual token is, in place of ids that say so: kosmos-2, kosmos-2.5."""
 
 POSITIONS = "create_position_ids_from_input_ids"
-"""Method of a module that gives a token its position by the ids up to it: kosmos-2.5."""
+"""Method of a module that gives a token its position by the ids up to it: kosmos-2, kosmos-2.5."""
 
 WRITER = "embed_tokens_extend"
 """Module of a model's core that encodes images and writes them over their placeholders.
@@ -76,7 +77,7 @@ READ = frozenset({"qformer_input_ids", "qformer_attention_mask"})
 QUERIES = frozenset({"query_tokens", "latent_query"})
 """Parameters with a learned vector for each visual token, which stands for no place in an image.
 
-blip-2, instructblip, kosmos-2.5.
+blip-2, instructblip, kosmos-2, kosmos-2.5.
 """
 
 PATCH_NUMBERS = frozenset({"image_token_pooling", "video_token_pooling"})
@@ -105,12 +106,12 @@ ENCODERS = {"get_image_features": "image_encoder", "get_video_features": "video_
 
 
 def auto_class(config: Any) -> Any:
-    """Return transformers' auto class for a config: that of models that read images and text.
-
-    Some models that do are among those of text alone: phi4_multimodal.
-    """
-    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    """Return transformers' auto class of the models of a config; None if they read no images."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    # Case: a model that does is among those of text, as phi4_multimodal.
+    among_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and hasattr(config, "vision_config")
+    return AutoModelForCausalLM if among_text else None
 
 
 def is_encoder(node: fx.Node) -> bool:

@@ -115,8 +115,9 @@ def words(facts: ModelFacts, length: int) -> Tensor:
 
 
 def word_of(facts: ModelFacts) -> int:
-    """Return the id of a token that is not the image placeholder."""
-    return next(token for token in range(2) if token != facts.image_token)
+    """Return the id of a token that is neither the image placeholder nor padding."""
+    padding = getattr(facts.model.config.get_text_config(), "pad_token_id", None)
+    return next(token for token in range(3) if token not in (facts.image_token, padding))
 
 
 def _one_image(facts: ModelFacts) -> dict[str, Tensor]:

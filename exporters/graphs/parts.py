@@ -26,7 +26,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from deos_fx.exporters.graphs.decode import Decode, decode_exportable, decode_step
-from deos_fx.exporters.graphs.example import Example
+from deos_fx.exporters.graphs.example import Example, word_of
 from deos_fx.exporters.graphs.exportable import Exportable, inputs_of
 from deos_fx.exporters.graphs.image_encoder import record
 from deos_fx.exporters.graphs.prefill import let_export
@@ -42,7 +42,12 @@ from deos_fx.passes.rewrite.replace_placeholder_merge import (
 )
 from deos_fx.passes.rewrite.return_guards import return_guards
 from deos_fx.passes.rewrite.select_logits import LOGITS
-from deos_fx.passes.rewrite.split_embeddings import EMBEDDINGS, decoder_of, embeddings_of
+from deos_fx.passes.rewrite.split_embeddings import (
+    EMBEDDINGS,
+    decoder_of,
+    embeddings_of,
+    goes_around,
+)
 from deos_fx.policy.policy import Policy
 from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.tokens.layout import PromptLayout
@@ -86,14 +91,19 @@ def part_graphs(reduced: ReducedModel, example: Example) -> Parts:
     name = type(reduced.model).__name__
     if example.inputs["position_ids"].ndim > 2:
         raise ValueError(f"{name} counts images by time, row and column, and engines by tokens")
-    vision, features, images = _vision(reduced, example)
+    # One prompt. Its text does not matter, which is checked below.
+    rows = {name: x[:1] for name, x in example.inputs.items() if name not in example.images}
+    facts = facts_of(reduced.model)
+    call = completed(Call.of(facts, {**rows, **example.images, "use_cache": True}))
+    whole = ReducedModel(reduced.model, Policy())
+    _check(whole.graphs.prefill(call, example.layout), example, name)
+    vision, features, images = _vision(reduced, call, example.layout)
     # With positions that are counted anew, new tokens are those of the unreduced model.
-    step, cache, positions = decode_step(ReducedModel(reduced.model, Policy()), example)
+    step, cache, positions = decode_step(whole, example)
     decoder = _LastLogits(decoder_of(step), reduced.model)
     more = {*decoder.used} - _GIVEN
     if more:
         raise ValueError(f"the layers of {name} read {', '.join(sorted(more))} as well")
-    facts = facts_of(reduced.model)
     exportable = decode_exportable(decoder, facts, cache, (), positions)
     embedding = _Embedding(embeddings_of(step), facts.image_token)
     ids = torch.full((2, 2 * len(features)), facts.image_token, device=features.device)
@@ -111,19 +121,20 @@ def part_graphs(reduced: ReducedModel, example: Example) -> Parts:
 
 
 def _vision(
-    reduced: ReducedModel, example: Example
+    reduced: ReducedModel, call: Call, layout: PromptLayout
 ) -> tuple[Exportable, Tensor, list[tuple[int, int]]]:
-    """Record what becomes of the images of a prompt, and return it for those of the example.
+    """Record what becomes of the images of a prompt.
+
+    Args:
+        reduced: The reduced model.
+        call: A call of one prompt.
+        layout: Its images.
 
     Returns:
         The graph, its result, and how many placeholders each image has and how many are left.
     """
-    facts = facts_of(reduced.model)
-    # One prompt. Its text does not matter.
-    rows = {name: x[:1] for name, x in example.inputs.items() if name not in example.images}
-    call = completed(Call.of(facts, {**rows, **example.images, "use_cache": True}))
-    lowered = copy_of(reduced.graphs.prefill(call, example.layout))
-    _check(lowered, facts.name)
+    facts = call.facts
+    lowered = copy_of(reduced.graphs.prefill(call, layout))
     let_export(lowered, False)
     front = replace_placeholder_merge(embeddings_of(lowered))
     # Engines and processors have no half precision.
@@ -134,16 +145,24 @@ def _vision(
     origin = spaces[-1]["origin"] if spaces else torch.arange(ids.shape[1], device=ids.device)[None]
     # How many tokens each image keeps is known, and so are their places among those that are left.
     (places,) = torch.where(ids.gather(1, origin)[0] == facts.image_token)
-    images = _images(ids[0] == facts.image_token, origin[0], example.layout)
+    images = _images(ids[0] == facts.image_token, origin[0], layout)
 
-    def encode(pixels: Tensor) -> list[Tensor]:
-        given = {**call.inputs, "pixel_values": pixels.to(reduced.model.dtype)}
-        hidden = run_graph(front, given)[EMBEDDINGS]
+    def encode(pixels: Tensor, ids: Tensor = ids) -> list[Tensor]:
+        given = {"input_ids": ids, "pixel_values": pixels.to(reduced.model.dtype)}
+        hidden = run_graph(front, {**call.inputs, **given})[EMBEDDINGS]
         return [hidden[0].index_select(0, places)]
 
-    recorded = record(encode, pixels)
     with torch.no_grad():
+        recorded = record(encode, pixels)
         (features,), reads = recorded(pixels)
+        # Other words, small ids, in place of those that were added to the example.
+        words = torch.arange(ids.shape[1], device=ids.device) % 32 + 3
+        others = torch.where(ids == word_of(facts), words, ids)
+        if not torch.equal(*encode(pixels), *encode(pixels, others)):
+            raise ValueError(
+                "the policy compares visual tokens with the text of the prompt, of which the graph "
+                "of the images knows nothing"
+            )
     module = Vision(recorded, reads)
     return Exportable(module, {"pixel_values": pixels}, {"pixel_values": {}}), features, images
 
@@ -178,17 +197,19 @@ def _images(placeholders: Tensor, origin: Tensor, layout: PromptLayout) -> list[
     return [(len(part), int(left[part].sum())) for part in places]
 
 
-def _check(lowered: fx.GraphModule, name: str) -> None:
-    """Refuse prompts that need more than causal attention, or other branches for other prompts."""
+def _check(prefill: fx.GraphModule, example: Example, name: str) -> None:
+    """Refuse prompts of which the decoder has to know more than hidden states and padding."""
     masks = [
-        node for node in lowered.graph.nodes if node.op == "call_module" and note_of(node).is_mask
+        node for node in prefill.graph.nodes if node.op == "call_module" and note_of(node).is_mask
     ]
     if any(not note_of(mask).plain for mask in masks):
         raise ValueError(
             f"layers of {name} see a window, or the tokens of an image see each other, and engines "
             "tell the decoder no more than what is padding"
         )
-    if return_guards(lowered):
+    if goes_around(prefill, example.images):
+        raise ValueError(f"layers of {name} add features of an image to hidden states")
+    if return_guards(copy_of(prefill)):
         raise ValueError(f"{name} computes another way for prompts of another kind")
 
 

@@ -130,7 +130,7 @@ def find_sites(
         # Case 2: no block of the tower is known, or patches are mixed between the tower and the
         # features, so no feature belongs to a single patch.
         reason = "the visual tokens are not made of one patch each"
-        projector = Site("projector", features.name, "", _scores_from(_OF_FEATURES))
+        projector = _projector(features, embeddings, _OF_FEATURES)
         return Sites(
             (*_sites_of_groups(graph_module, in_groups, reason), projector, *in_decoder),
             features.name,
@@ -150,9 +150,9 @@ def find_sites(
         for reason in [reasons.get(block.index, UNUSED)]
     ]
     # At the projector, keys of the tower's last block are for similarities only, not for scores.
-    at_projector = _scores_from((of_image | _OF_TEXT) - {"keys"})
+    projector = _projector(features, embeddings, (of_image | _OF_TEXT) - {"keys"})
     return Sites(
-        (*vision, Site("projector", features.name, "", at_projector), *in_decoder),
+        (*vision, projector, *in_decoder),
         features.name,
         embeddings.name,
         Encoder.PATCHWISE,
@@ -169,6 +169,21 @@ def _blocks(graph_module: fx.GraphModule, stage: str) -> list[Block]:
 def _site_after(block: Block, reason: str, scores: tuple[str, ...]) -> Site:
     """Make the site after a block."""
     return Site(block.site, block.name, reason, scores)
+
+
+def _projector(features: fx.Node, embeddings: fx.Node, known: frozenset[str]) -> Site:
+    """Make the site of the visual features.
+
+    Args:
+        features: Their node.
+        embeddings: Node of the embeddings of the text.
+        known: The features that scores have there.
+    """
+    if note_of(features).shape[-1] == note_of(embeddings).shape[-1]:
+        return Site("projector", features.name, "", _scores_from(known))
+    # Case: some module still follows that makes the features as wide as the text (Llama 4).
+    scores = _scores_from(known - _OF_TEXT)
+    return Site("projector", features.name, "", scores, "its tokens are not as wide as the text's")
 
 
 def _sites_of_groups(

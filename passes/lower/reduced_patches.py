@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from deos_fx import tokens
+from deos_fx.errors import NoGroups
 from deos_fx.forms.static import static_reduce
 from deos_fx.models.arguments import Segments, arguments_at, axes_of, in_one_row
 from deos_fx.models.groups import PatchGroups
@@ -110,6 +111,8 @@ class ReducedPatches:
         self._parts: list[_Part] | None = None
         # [1, M] patches that are left of all rows.
         self._row: Tensor | None = None
+        # Borders of segments -> what is left before each.
+        self._before: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._seen: dict[str, dict[str, Tensor]] = {}
 
     def run(
@@ -173,6 +176,7 @@ class ReducedPatches:
         left = flat.new_ones(len(flat), dtype=torch.float32).scatter(0, groups.flatten(), 0.0)
         for alike in self._alike:
             left = left.scatter(0, groups[alike.tokens.to(groups.device)].flatten(), 1.0)
+        self._before.clear()
         length = self._groups.shape[-1]
         before = self._left_before(range(0, len(flat) + 1, length))
         if before is None and not self._fixed:
@@ -205,7 +209,10 @@ class ReducedPatches:
 
     def _known(self, segments: Segments) -> Segments:
         """Return segments with what is left of them, where that is known."""
-        return replace(segments, left=tuple(self._left_before(segments.borders) or ()))
+        borders = segments.borders
+        if borders not in self._before:
+            self._before[borders] = tuple(self._left_before(borders) or ())
+        return replace(segments, left=self._before[borders])
 
     def _run_apart(
         self,
@@ -221,14 +228,22 @@ class ReducedPatches:
         index, count = self._row, self._row.shape[1]
         rows, length = math.prod(hidden.shape[:-2]), hidden.shape[-2]
         # The number of the part that each patch is in: rows, or else segments of the only row.
-        part = torch.arange(rows * length, device=index.device) // length
+        part = torch.arange(rows * length) // length
         for one in segments:
             lengths = torch.tensor([b - a for a, b in itertools.pairwise(one.borders)])
-            part = torch.arange(len(lengths)).repeat_interleave(lengths).to(index.device)
+            part = part * len(lengths) + torch.arange(len(lengths)).repeat_interleave(lengths)
         axes = pytree.tree_map_only(Segments, lambda one: replace(one, left=(0, count)), axes)
-        one_row = in_one_row(axes, hidden, args, kwargs) if rows > 1 else (hidden, args, kwargs)
+        one_row = hidden, args, kwargs
+        if rows > 1:
+            try:
+                one_row = in_one_row(axes, hidden, args, kwargs)
+            except NoGroups as reason:
+                raise ValueError(
+                    f"Reductions in the vision tower cannot be exported: {reason}. Run the reduced "
+                    "model in PyTorch, or reduce after the tower."
+                ) from reason
         given, named = arguments_at(index, axes, *one_row)
-        own = part[index[0]]
+        own = part.to(index.device)[index[0]]
         same = own[:, None] == own
         apart = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
         apart = torch.where(same, apart, torch.finfo(hidden.dtype).min)[None, None]

@@ -181,7 +181,7 @@ class SiteWalk(ABC):
         for step in before_decoder[len(inside) :]:
             self._at(step, self._at_merged if opaque else self._at_images)
         # Images that are reduced in the prompt shorten it themselves.
-        if before_decoder and before_decoder[-1] in (inside if opaque else before_decoder):
+        if before_decoder and (not opaque or len(inside) == len(before_decoder)):
             self.enter_prompt(before_decoder)
         in_decoder = self.steps[len(before_decoder) :]
         if in_decoder:
@@ -291,28 +291,29 @@ class SiteWalk(ABC):
         images: Sequence[int],
     ) -> Group:
         """Take the tokens of the images of one size out of the prompts [B, N, d]."""
-        visual, cells, columns = self.visual, self.cells, None
-        inside, mass, count = self.inside, None, len(images)
-        sizes = inside.sizes if inside else self.layout.sizes
-        if inside is not None:
-            visual = self.call(tokens.take, visual, inside.kept)
-            whole = self.layout.grid_tensor(self.layout.images)[None]
-            mass, cells = inside.mass, self.call(tokens.known_of_kept, whole, inside.kept)
+        count, columns = len(images), None
         if count < self.layout.images:
-            # Case: images of several sizes. Take the visual tokens of these images alone; they have
-            # one grid in common, that of the first of them.
-            own = torch.arange(sum(sizes)).split(sizes)
-            columns = torch.cat([own[i] for i in images])
-            visual = self.call(torch.index_select, visual, 1, columns)
-            if inside is None:
-                cells = self.layout.grid_tensor(self.layout.images)[own[images[0]]]
-        if inside is not None:
-            # Case: each image has cells and masses of its own.
-            taken = [cells, *([] if mass is None else [mass])]
-            if columns is not None:
-                taken = [self.call(torch.index_select, value, 1, columns) for value in taken]
-            cells, *masses = (self.call(tokens.of_images, value, count) for value in taken)
-            mass = masses[0] if masses else None
+            # Case: images of several sizes. Take the visual tokens of these images alone.
+            sizes = self.inside.sizes if self.inside else self.layout.sizes
+            of_images = torch.arange(sum(sizes)).split(sizes)
+            columns = torch.cat([of_images[i] for i in images])
+
+        def of_these(value: fx.Node) -> fx.Node:
+            return value if columns is None else self.call(torch.index_select, value, 1, columns)
+
+        visual, cells, mass = self.visual, self.cells, None
+        if self.inside is not None:
+            # Case: what the tower has left. Each image has cells and masses of its own.
+            kept, mass = self.inside.kept, self.inside.mass
+            visual = self.call(tokens.take, visual, kept)
+            whole = self.layout.grid_tensor(self.layout.images)[None]
+            cells = of_these(self.call(tokens.known_of_kept, whole, kept))
+            cells = self.call(tokens.of_images, cells, count)
+            mass = None if mass is None else self.call(tokens.of_images, of_these(mass), count)
+        elif columns is not None:
+            # These images have one grid in common, that of the first of them.
+            cells = self.layout.grid_tensor(self.layout.images)[of_images[images[0]]]
+        visual = of_these(visual)
         features = self._image_features(step, cells, count)
         # [B, N, d] -> the visual tokens of prompts -> those of images [I, V, d]
         own = self.call(tokens.of_images, self.call(tokens.take, hidden, visual), count)

@@ -7,6 +7,8 @@ gives an index for every token: ``where(mask, features[cumsum(mask) - 1], embedd
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, fx
 
@@ -91,5 +93,7 @@ def _flag_per_token(mask: fx.Node) -> fx.Node | None:
         node, source = node.all_input_nodes[0], node
         if source.target in ("expand", "expand_as"):
             unexpanded = node
-    per_token = node.target in ("unsqueeze", torch.unsqueeze) and node.args[1:] == (-1,)
-    return unexpanded if per_token else None
+    added = node.target in ("unsqueeze", torch.unsqueeze) and node.args[1:] == (-1,)
+    # x[mask] = value is recorded so.
+    indexed = node.target is operator.getitem and node.args[1] == (Ellipsis, None)
+    return unexpanded if added or indexed else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import fx
 
 from deos_fx.passes.capture.leaves import check_guard
@@ -9,7 +11,7 @@ from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import blocks_of, made_of, reached
 from deos_fx.passes.notes import note_of
 
-__all__ = ["EMBEDDINGS", "decoder_of", "embeddings_of"]
+__all__ = ["EMBEDDINGS", "decoder_of", "embeddings_of", "goes_around"]
 
 EMBEDDINGS = "inputs_embeds"
 """Name of the hidden states that enter the decoder: output of one part, input of the other."""
@@ -72,6 +74,28 @@ def decoder_of(graph_module: fx.GraphModule) -> fx.GraphModule:
                 )
             copies[node] = graph.node_copy(node, copies.__getitem__)
     return finish(fx.GraphModule(graph_module, graph, "Decoder"))
+
+
+def goes_around(graph_module: fx.GraphModule, names: Collection[str]) -> bool:
+    """Return whether decoder layers read inputs in another way than by their hidden states.
+
+    Features of several depths (DeepStack) are added to hidden states inside the decoder.
+
+    Args:
+        graph_module: A captured graph, without reductions: these choose by what the inputs contain.
+        names: Names of the inputs.
+    """
+    graph, entering = graph_module.graph, _entering(graph_module)
+    stack = [node for node in graph.find_nodes(op="placeholder") if node.target in names]
+    found = {entering}
+    while stack:
+        node = stack.pop()
+        # Masks and rotary tables read the shape of hidden states.
+        of_shape = node.op == "call_module" and not note_of(node).content
+        if node not in found and not of_shape:
+            found.add(node)
+            stack.extend(node.users)
+    return not found.isdisjoint(blocks_of(graph, "decoder").values())
 
 
 def _entering(graph_module: fx.GraphModule) -> fx.Node:

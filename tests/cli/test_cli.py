@@ -263,6 +263,21 @@ def test_transform_at_a_budget_alone(model_dir, tmp_path):
     assert cost.after.visual_tokens <= 8
 
 
+def test_export_for_another_engine(model_dir, tmp_path, monkeypatch):
+    exported = []
+
+    def note(reduced, folder, **given):
+        (folder / "genai_config.json").write_text("{}")
+        exported.append((reduced.policy, given["device"], given["verify"]))
+
+    monkeypatch.setattr("deos_fx.exporters.genai.export_genai", note)
+    run("export", model_dir, tmp_path / "x", "--preset", "merge", "--budget", "9", "--genai")
+    assert exported == [(presets.merge(keep=9), None, True)]
+    assert (tmp_path / "x/genai_config.json").is_file()
+    message = fails("export", model_dir, tmp_path / "y", "--genai", "--weights", "int4")
+    assert "--genai and --weights exclude each other" in message
+
+
 def test_export_takes_the_policy_of_a_reduced_model(model_dir, tmp_path, monkeypatch):
     exported, given = [], []
 

@@ -44,6 +44,13 @@ def test_policies_that_the_engine_cannot_run_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_policy_that_reads_the_text_is_refused(tmp_path: Path) -> None:
+    policy = Policy((replace(MERGE, scores={"text_relevance": 1}),))
+    reduced = ReducedModel(tiny.shared_llava(2), policy)
+    with pytest.raises(ValueError, match="compares visual tokens with the text of the prompt"):
+        export_genai(reduced, tmp_path / "x")
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -79,11 +79,28 @@ def test_patches_of_no_token_are_in_no_group() -> None:
         (_Core(lambda hidden: torch.cat([pairs(hidden[:, :4]), hidden[:, 4:]], 1)), "equally many"),
         (_Core(lambda hidden: hidden.detach()), "not made of the patches"),
         (_Core(lambda hidden: hidden * 0), "no patch"),
-        (_Core(pairs, between=lambda hidden: hidden.flip(-2)), "change between its blocks"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(core: _Core, reason: str) -> None:
     with pytest.raises(NoGroups, match=reason):
+        groups_of(core, torch.randn(1, 6, WIDTH))
+
+
+def test_groups_are_those_behind_the_last_change_between_blocks() -> None:
+    found = groups_of(_Core(pairs, between=lambda x: x.flip(-2)), torch.randn(1, 6, WIDTH))
+    assert (found.first, found.used) == (2, 3)
+    assert found.groups.tolist() == [[4, 5], [2, 3], [0, 1]]
+
+
+def test_features_of_blocks_before_a_change_are_refused() -> None:
+    seen = list[Tensor]()
+
+    def flipped(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden.flip(-2)
+
+    core = _Core(lambda hidden: pairs(hidden) + pairs(seen[-3]), between=flipped)
+    with pytest.raises(NoGroups, match="change between its blocks"):
         groups_of(core, torch.randn(1, 6, WIDTH))
 
 

@@ -8,11 +8,17 @@ import operator
 import pytest
 import tiny
 import torch
+from families import prompts, shared
 
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.graph import blocks_of
 from deos_fx.passes.pipeline import copy_of, run_graph
-from deos_fx.passes.rewrite.split_embeddings import EMBEDDINGS, decoder_of, embeddings_of
+from deos_fx.passes.rewrite.split_embeddings import (
+    EMBEDDINGS,
+    decoder_of,
+    embeddings_of,
+    goes_around,
+)
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -58,6 +64,7 @@ def test_layers_that_read_more_than_hidden_states_are_refused() -> None:
     model = tiny.shared_llava(2)
     call = tiny.call_of(model, tiny.inputs(model))
     graph_module = copy_of(ReducedModel(model, Policy()).graphs.prefill(call, call.layout))
+    assert not goes_around(graph_module, ["pixel_values"])
     graph = graph_module.graph
     layer = blocks_of(graph, "decoder")[1]
     # As a family would whose layers also read the features of the image.
@@ -65,5 +72,12 @@ def test_layers_that_read_more_than_hidden_states_are_refused() -> None:
     with graph.inserting_before(layer):
         added = graph.call_function(operator.add, (layer.args[0], features))
     layer.replace_input_with(layer.args[0], added)
+    assert goes_around(graph_module, ["pixel_values"])
     with pytest.raises(ValueError, match="the layers take more than hidden states"):
         decoder_of(graph_module)
+
+
+def test_deepstack_goes_around_the_hidden_states_that_enter() -> None:
+    call = tiny.call_of(shared("qwen3_vl", 3), prompts("qwen3_vl"))
+    graph_module = ReducedModel(call.model, Policy()).graphs.prefill(call, call.layout)
+    assert goes_around(graph_module, call.images)
