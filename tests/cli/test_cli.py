@@ -140,9 +140,9 @@ def test_inspect_says_which_layers_do_not_attend(tmp_path):
 
 def test_a_preset_that_cannot_be_fitted_names_the_nearest(tmp_path):
     FAMILIES["qwen2_5_vl"].config().save_pretrained(tmp_path)
-    message = fails("inspect", tmp_path, "--preset", "visionzip")
-    assert "visionzip cannot be fitted: it reads the attention of the vision tower" in message
-    assert message.endswith("; merge comes nearest")
+    message = fails("inspect", tmp_path, "--preset", "hiprune")
+    assert "hiprune cannot be fitted: it reads the attention of an earlier block" in message
+    assert message.endswith("; divprune comes nearest")
 
 
 def test_a_preset_needs_an_image(tmp_path):
