@@ -43,8 +43,8 @@ def short(monkeypatch: pytest.MonkeyPatch, efforts: list[Effort]) -> None:
     monkeypatch.setattr(run_module, "_VARIATIONS", 4)
     make = SearchProblem.of
 
-    def counted(*arguments: Any) -> SearchProblem:
-        problem = make(*arguments)
+    def counted(*arguments: Any, **options: Any) -> SearchProblem:
+        problem = make(*arguments, **options)
         efforts.append(problem.effort)
         return problem
 
