@@ -12,6 +12,7 @@ from typing import TypeVar
 from deos_fx.operator import grid_layout
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.site import first_layer
+from deos_fx.policy.tier import Tier
 
 __all__ = ["ASPECT", "along", "as_shares", "fit_counts", "on_grid", "tokens_per_layer", "within"]
 
@@ -113,13 +114,27 @@ def fit_counts(
 def as_shares(policy: Policy, visual_tokens: int) -> Policy:
     """Return the policy with every count as a share of the image, for images of any size.
 
+    Those of further tiers become shares of what their reduction keeps.
+
     Args:
         policy: Its counts are ints.
         visual_tokens: Visual tokens of one image, for which the shares give the same counts.
     """
     # count / n * n may differ from the count by an ulp; a share is rounded to the nearest count.
-    shares = [count / visual_tokens for count in policy.counts(visual_tokens)]
-    return with_counts(policy, shares)
+    counts = policy.counts(visual_tokens)
+    shares = with_counts(policy, [count / visual_tokens for count in counts])
+    steps = [
+        replace(step, tiers=tuple(_as_share(tier, count) for tier in step.tiers))
+        for step, count in zip(shares.reductions, counts, strict=True)
+    ]
+    return replace(shares, reductions=tuple(steps))
+
+
+def _as_share(tier: Tier, total: int) -> Tier:
+    """Return a further tier that chooses a share of the `total` that its reduction keeps."""
+    # A count of 0, or one that leaves the first tier nothing, is no share; checks say so.
+    is_count = isinstance(tier.keep, int) and 0 < tier.keep <= total
+    return replace(tier, keep=tier.keep / total) if is_count else tier
 
 
 def on_grid(policy: Policy, height: int, width: int) -> Policy:

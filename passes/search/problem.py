@@ -283,6 +283,11 @@ class SearchProblem:
             )
         for step in policy.reductions:
             check_reduction(self.captured.graph_module, self.sites, step, self.layout)
+            # The tiers of a reduction have to share what it keeps of the smallest image as well.
+            for layout in (self.layout, *(cost.layout for cost, _ in self.others)):
+                kept = [*map(step.count, layout.sizes)]
+                for total in [sum(kept)] if split_site(step.site)[0] == "decoder" else kept:
+                    step.tier_counts(total)
 
     def checked_loss(self, policy: Policy) -> float:
         """Return the static loss of a policy, once it was checked; see `check`."""

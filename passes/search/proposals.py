@@ -111,8 +111,12 @@ def adapted(problem: SearchProblem, policy: Policy) -> Policy | None:
     policy = problem.cost.for_any_size(_with_own_scores(problem.sites, policy))
     if not problem.runs(policy):
         return None
-    # The counts of the preset stay as they are if they meet all limits.
-    return policy if problem.meets(policy) else problem.fit(policy)
+    if problem.meets(policy):
+        # Case: the counts of the preset stay as they are.
+        return policy
+    fitted = problem.fit(policy)
+    # With fewer tokens, its tiers may no longer share them.
+    return fitted if fitted is not None and problem.runs(fitted) else None
 
 
 def _with_own_scores(sites: Sites, policy: Policy) -> Policy:

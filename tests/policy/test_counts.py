@@ -10,6 +10,7 @@ from deos_fx.policy.counts import along, as_shares, fit_counts, on_grid, tokens_
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import first_layer, site_order, split_site
+from deos_fx.policy.tier import Tier
 
 STEPS = Policy((Reduction("projector", 0.5), Reduction("decoder.2", 0.25)))
 
@@ -58,6 +59,17 @@ def test_shares_give_the_same_counts() -> None:
     policy = Policy((Reduction("projector", 7), Reduction("decoder.2", 3)))
     assert as_shares(policy, 64).counts(64) == policy.counts(64)
     assert as_shares(policy, 64).counts(128) == [14, 6]
+
+
+def test_counts_of_tiers_are_shares_of_what_their_reduction_keeps() -> None:
+    tiers = (Tier(keep=3, selector="strided"), Tier(keep=0.5, scores={"novelty": 1.0}))
+    policy = Policy((Reduction("projector", 12, scores={"feature_norm": 1.0}, tiers=tiers),))
+    (step,) = as_shares(policy, 48).reductions
+    assert [step.tier_counts(step.count(size)) for size in (48, 16, 96)] == [
+        [3, 3, 6],
+        [1, 1, 2],
+        [6, 6, 12],
+    ]
 
 
 def test_anchors_have_a_layout_and_later_reductions_follow() -> None:
