@@ -12,6 +12,10 @@ from test_families import PRUNED
 
 from deos_fx import Policy, ReducedModel, Reduction
 
+pytestmark = pytest.mark.skipif(
+    "llama4" not in FAMILIES, reason="this version of transformers fails in Llama 4 itself"
+)
+
 
 def test_features_that_are_not_as_wide_as_the_text_are_not_compared_with_it() -> None:
     step = Reduction("projector", 0.5, scores={"text_relevance": 1.0}, position="compact")

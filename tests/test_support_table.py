@@ -18,7 +18,8 @@ def rows() -> dict[str, list[str]]:
 
 
 def test_the_table_has_every_family() -> None:
-    assert list(rows()) == sorted(FAMILIES | TWINS)
+    # A newer transformers may fail in Llama 4 itself, which is then no family of the tests.
+    assert list(rows()) == sorted({*FAMILIES, *TWINS, "llama4"})
 
 
 def test_a_row_can_be_made_again() -> None:

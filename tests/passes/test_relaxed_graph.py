@@ -183,6 +183,9 @@ def test_layers_that_attend_and_keep_a_state_are_refused(name: str, position: st
         assert_relaxed_is_static(shared(name), policy, prompts(name, 2))
 
 
+@pytest.mark.skipif(
+    "llama4" not in FAMILIES, reason="this version of transformers fails in Llama 4 itself"
+)
 def test_layers_that_count_positions_are_refused() -> None:
     steps = tuple(replace(each, position="compact") for each in IN_FAMILIES["prune"])
     with pytest.raises(ValueError, match="decoder_0 counts the tokens that it gets, and in a sear"):
