@@ -26,7 +26,7 @@ from deos_fx.exporters.genai_files import CONFIG, FILES, FORMAT, VERSION, genai_
 from deos_fx.exporters.graphs.example import Example, example_of
 from deos_fx.exporters.graphs.parts import Parts, part_graphs
 from deos_fx.exporters.graphs.prefill import least_text
-from deos_fx.exporters.manifest import IMAGES, PACKAGES, POLICY, write_weights
+from deos_fx.exporters.manifest import IMAGES, PACKAGES, POLICY, write_graphs
 from deos_fx.exporters.models import check_model, device_of
 from deos_fx.exporters.session import cuda_devices
 from deos_fx.files import fresh_folder, write_tensors
@@ -167,13 +167,8 @@ def _write(
     device: str,
 ) -> None:
     """Write all files."""
-    import onnx_ir
-
     model, images = reduced.model, example.images
-    # Weights before graphs, which refer to the file.
-    write_weights(list(programs.values()), folder)
-    for name, program in programs.items():
-        onnx_ir.save(program, folder / f"{name}.onnx")
+    write_graphs(programs, folder)
     sizes = {name: value.cpu().clone() for name, value in images.items() if name != "pixel_values"}
     if sizes:
         write_tensors(folder / IMAGES, sizes)

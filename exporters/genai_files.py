@@ -6,9 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from deos_fx.contents import RECORD
 from deos_fx.exporters.graphs.parts import FEATURES, Parts
-from deos_fx.exporters.manifest import IMAGES, POLICY, WEIGHTS
+from deos_fx.exporters.manifest import SHARED_FILES
 from deos_fx.models.facts import facts_of
 from deos_fx.passes.rewrite.split_embeddings import EMBEDDINGS
 
@@ -20,19 +19,7 @@ FORMAT, VERSION = "genai", 1
 CONFIG = "genai_config.json"
 """What the engine reads."""
 
-FILES = (
-    RECORD,
-    POLICY,
-    "policy.safetensors",
-    "config.json",
-    "generation_config.json",
-    CONFIG,
-    "vision.onnx",
-    "embedding.onnx",
-    "decoder.onnx",
-    WEIGHTS,
-    IMAGES,
-)
+FILES = (*SHARED_FILES, CONFIG, "vision.onnx", "embedding.onnx", "decoder.onnx")
 """The files of an export; not every export has all of them."""
 
 # Of the engine's types of models, the one whose images all have as many tokens as the config says.

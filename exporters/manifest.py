@@ -23,6 +23,7 @@ __all__ = [
     "IMAGES",
     "PACKAGES",
     "POLICY",
+    "SHARED_FILES",
     "VERSION",
     "WEIGHTS",
     "check_policy",
@@ -30,6 +31,7 @@ __all__ = [
     "dropped_tokens",
     "read_manifest",
     "spaces_of",
+    "write_graphs",
     "write_weights",
 ]
 
@@ -42,20 +44,17 @@ FORMAT, VERSION = "onnx", 4
 # The weights of all graphs; the values of images that the image encoder was exported for.
 WEIGHTS, IMAGES, POLICY = "weights.data", "images.safetensors", "policy.json"
 
-# The files of an export; not every export has all of them.
-FILES = (
+# The files that are there whichever runtime the graphs are for; not every export has all of them.
+SHARED_FILES = (
     RECORD,
     POLICY,
     "policy.safetensors",
     "config.json",
     "generation_config.json",
-    "prefill.onnx",
-    "decode.onnx",
-    "extend.onnx",
-    "image_encoder.onnx",
     WEIGHTS,
     IMAGES,
 )
+FILES = (*SHARED_FILES, "prefill.onnx", "decode.onnx", "extend.onnx", "image_encoder.onnx")
 
 # Packages whose versions the manifest records.
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
@@ -174,6 +173,21 @@ def check_spaces(
 # Smaller constants stay in the graph. The others start at a multiple of the page size, so that a
 # runtime can map them into memory.
 _EXTERNAL_BYTES, _ALIGNMENT = 1024, 4096
+
+
+def write_graphs(programs: Mapping[str, onnx_ir.Model], folder: Path) -> None:
+    """Write every graph under its name, and their weights once, in a file that they refer to.
+
+    Args:
+        programs: The graphs by name. Changed in place.
+        folder: The folder to write to.
+    """
+    import onnx_ir
+
+    # Weights before graphs, which refer to the file.
+    write_weights(list(programs.values()), folder)
+    for name, program in programs.items():
+        onnx_ir.save(program, folder / f"{name}.onnx")
 
 
 def write_weights(programs: Sequence[onnx_ir.Model], folder: Path) -> None:

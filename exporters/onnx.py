@@ -79,7 +79,7 @@ from deos_fx.exporters.manifest import (
     POLICY,
     VERSION,
     dropped_tokens,
-    write_weights,
+    write_graphs,
 )
 from deos_fx.exporters.models import check_model, device_of
 from deos_fx.exporters.onnx_model import OnnxModel
@@ -302,14 +302,9 @@ class _Export:
 
     def write(self, folder: Path, device: str) -> None:
         """Write all files, for a device."""
-        import onnx_ir
-
         reduced, model = self.reduced, self.reduced.model
         self.tell("write", 0, 1)
-        # Weights before graphs, which refer to the file.
-        write_weights(list(self.programs.values()), folder)
-        for name, program in self.programs.items():
-            onnx_ir.save(program, folder / f"{name}.onnx")
+        write_graphs(self.programs, folder)
         if "image_encoder" in self.programs:
             write_tensors(folder / IMAGES, self.constants)
         reduced.policy.save(folder / POLICY)

@@ -563,7 +563,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("deos_fx.exporters.onnx.fuse", lambda *args: None)
     monkeypatch.setattr("deos_fx.exporters.onnx.of_one", lambda *args: None)
     monkeypatch.setattr("deos_fx.exporters.graphs.exportable.Exportable.export", lambda self: None)
-    monkeypatch.setattr("deos_fx.exporters.onnx.write_weights", fail)
+    monkeypatch.setattr("deos_fx.exporters.onnx.write_graphs", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         export_onnx(ReducedModel(tiny.shared_llava(LAYERS), Policy()), tmp_path / "out")
     assert not list(tmp_path.iterdir())
