@@ -124,7 +124,7 @@ def _check_groups(
         reduction: The reduction.
         needs: Names of the features that it reads.
     """
-    if split_site(reduction.site)[0] != "vision" or sites.encoder is Encoder.PATCHWISE:
+    if not sites.in_groups(reduction.site):
         return
     others = sorted(needs - OF_GROUPS - {"sides"})
     if others:

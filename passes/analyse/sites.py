@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from deos_fx.policy.site import split_site
+
 __all__ = ["Encoder", "Site", "Sites"]
 
 
@@ -82,6 +84,10 @@ class Sites:
             f"No site {name!r} in this model. It has "
             f"{', '.join(site.name for site in self.sites if site.available)}."
         )
+
+    def in_groups(self, name: str) -> bool:
+        """Return whether a token at a site is a group of patches in the model's own tower."""
+        return split_site(name)[0] == "vision" and self.encoder is not Encoder.PATCHWISE
 
     def usable(self, name: str, scores: Iterable[str], observed: str = "") -> Site:
         """Return a site after checking that it can be reduced and has the scores.

@@ -17,7 +17,6 @@ from deos_fx.passes.search.looks import looks_of
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.space import relaxed
 from deos_fx.passes.search.timing import prefill
-from deos_fx.passes.search.towers import is_tried
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.evidence import Evidence
@@ -189,7 +188,7 @@ def _relaxed_loss(problem: SearchProblem, policy: Policy) -> float:
     It is NaN where a reduction has no such form: of groups of patches, and some of presets.
     """
     steps = policy.reductions
-    if any(is_tried(problem.sites, step.site) for step in steps) or not all(
+    if any(problem.sites.in_groups(step.site) for step in steps) or not all(
         map(has_relaxed_form, steps)
     ):
         return math.nan

@@ -45,8 +45,10 @@ class Rivals:
         # 1. In their published settings.
         losses: dict[str, float] = {}
         for name in RULES:
+            if self.evaluations >= self.most:
+                break
             policy = fitted_preset(self.problem, name)
-            if policy is not None and self.evaluations < self.most:
+            if policy is not None:
                 losses[name] = self._loss(f"preset {name}", policy)
         # 2. The best of them with other settings.
         best = sorted(losses, key=losses.__getitem__)[:_TUNED]

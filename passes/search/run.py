@@ -32,7 +32,7 @@ from deos_fx.passes.search.rivals import Rivals
 from deos_fx.passes.search.scoring import Scoring, polish
 from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
-from deos_fx.passes.search.towers import in_towers, is_tried
+from deos_fx.passes.search.towers import in_towers
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import SearchResult
@@ -130,7 +130,8 @@ class SearchRun:
             most: Largest number of evaluations of variations; left out, those of a search.
         """
         most = _VARIATIONS * len(self.problem.scoring) if most is None else most
-        tried = [site for site in sites if is_tried(self.problem.sites, site.name)]
+        # Groups of patches have no relaxed form.
+        tried = [site for site in sites if self.problem.sites.in_groups(site.name)]
         sites = [site for site in sites if site not in tried]
         try:
             if self.interrupted:

@@ -12,14 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 from deos_fx.models.facts import facts_of
-from deos_fx.passes.analyse.sites import Encoder, Site, Sites
+from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search.places import spread
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 
-__all__ = ["before_others", "in_towers", "is_tried"]
+__all__ = ["before_others", "in_towers"]
 
 # Sites that are tried, spread over the depth.
 _DEPTHS = 4
@@ -28,11 +28,6 @@ _SCORES = ("mutual_attention", "novelty")
 _TREATMENTS: tuple[dict[str, Any], ...] = ({}, {"gain": 1.0})
 # How many times as many tokens as the next site keeps.
 _FACTORS = (1.5, 3.0)
-
-
-def is_tried(sites: Sites, name: str) -> bool:
-    """Return whether settings are tried at a site, since it has no relaxed form."""
-    return split_site(name)[0] == "vision" and sites.encoder is not Encoder.PATCHWISE
 
 
 def in_towers(problem: SearchProblem, sites: Sequence[Site]) -> list[tuple[str, Policy]]:

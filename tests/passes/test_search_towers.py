@@ -10,15 +10,15 @@ from families import prompts, shared
 
 import deos_fx
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
-from deos_fx.passes.search.towers import before_others, is_tried
+from deos_fx.passes.search.towers import before_others
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 
 
 def test_groups_are_tried_and_single_patches_trained() -> None:
     sites = Sites((), "features", "embeddings", Encoder.OPAQUE, "features")
-    assert is_tried(sites, "vision.1") and not is_tried(sites, "projector")
-    assert not is_tried(replace(sites, encoder=Encoder.PATCHWISE), "vision.1")
+    assert sites.in_groups("vision.1") and not sites.in_groups("projector")
+    assert not replace(sites, encoder=Encoder.PATCHWISE).in_groups("vision.1")
 
 
 def test_one_reduction_more_comes_before_all_others() -> None:
