@@ -203,10 +203,10 @@ def _default_positions(facts: ModelFacts, inputs: Mapping[str, Any]) -> Tensor:
         # the attention mask covers, of which the last are the new ones.
         return found[0][..., -inputs["input_ids"].shape[1] :]
     input_ids = inputs["input_ids"]
-    for module in facts.text_model.modules():
-        if hasattr(module, POSITIONS):
-            # Case: positions are found by the ids, and added to the embeddings.
-            return getattr(module, POSITIONS)(input_ids, module.padding_idx, seen)
+    if facts.position_maker is not None:
+        # Case: positions are found by the ids, and added to the embeddings.
+        maker: Any = facts.text_model.get_submodule(facts.position_maker)
+        return getattr(maker, POSITIONS)(input_ids, maker.padding_idx, seen)
     # Case: the layers get no positions; count from the length of the cache.
     return torch.arange(input_ids.shape[1], device=input_ids.device)[None] + seen
 
@@ -221,21 +221,19 @@ def _watched_core(facts: ModelFacts, look: Callable[..., None]) -> Any:
         look: Is called with the positions that the decoder gets and, if it returns, with those of
             the first layer; there it has to raise.
     """
-    text = facts.text_model
-    core = _with_own(shallow_copy(text.base_model))
-    paths = {module: path for path, module in text.base_model.named_modules()}
-    layer = _view_inside(core, paths[facts.model.get_submodule(facts.blocks.decoder[0])])
+    core = _with_own(shallow_copy(facts.text_model.base_model))
+    decoder, first = facts.text_paths
+    layer = _view_inside(core, first)
     layer.forward = lambda *args, **kwargs: look(kwargs.get("position_ids"), last=True)
     # Hooks of the user are told of calls of the layer, which this is not.
     layer._forward_pre_hooks = OrderedDict()
-    decoder: Any = text.get_decoder()
-    if decoder is not text.base_model:
+    if decoder:
         # Otherwise the decoder handles the images too, and positions first reach its layers.
-        view = _view_inside(core, paths[decoder])
+        view = _view_inside(core, decoder)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             look(kwargs.get("position_ids"), last=False)
-            return type(decoder).forward(view, *args, **kwargs)
+            return type(view).forward(view, *args, **kwargs)
 
         view.forward = forward
     return core

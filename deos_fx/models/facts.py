@@ -26,6 +26,7 @@ from deos_fx.models.families import (
     IMAGE_TOKENS,
     MARKS,
     PIXELS,
+    POSITIONS,
     QUERIES,
     READ,
     VIDEO_TOKENS,
@@ -175,6 +176,23 @@ class ModelFacts:
         once and leaves the rest to that of the language model.
         """
         return _text_model(self.model, self.blocks)
+
+    @cached_property
+    def text_paths(self) -> tuple[str, str]:
+        """Return the paths of the decoder and of its first layer in the core of `text_model`.
+
+        That of a decoder which is this core itself is empty.
+        """
+        text = self.text_model
+        paths = {module: path for path, module in text.base_model.named_modules()}
+        layer = self.model.get_submodule(self.blocks.decoder[0])
+        return paths[text.get_decoder()], paths[layer]
+
+    @cached_property
+    def position_maker(self) -> str | None:
+        """Return the path in `text_model` of a module that finds positions by the ids, if any."""
+        parts = self.text_model.named_modules()
+        return next((path for path, module in parts if hasattr(module, POSITIONS)), None)
 
     @cached_property
     def grid(self) -> tuple[int, int]:
