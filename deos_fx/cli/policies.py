@@ -6,7 +6,8 @@ be captured first, so what it would refuse is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from deos_fx.policy.policy import Policy
+
+    _Inputs = Mapping[str, Any] | None
+    # Scale of images -> a prompt with an image of full size, and the same at the scale.
+    _Examples = Callable[[float], tuple[_Inputs, _Inputs]]
 
 __all__ = ["Choice", "named_policies", "own_policy", "policy_of"]
 
@@ -82,32 +87,48 @@ def policy_of(
 
     if choice.path is not None and choice != Choice(choice.path):
         raise ValueError("--policy says where to keep how much; give it without the others")
+    # A processor takes a while, and both the fit and the check need what it makes.
+    examples = functools.cache(functools.partial(_examples, model, model_dir))
     if choice.path is not None:
         policy: Policy | None = Policy.load(choice.path)
     elif choice.image_scale is not None:
-        policy = _scaled(model, model_dir, choice, choice.image_scale)
+        policy = _scaled(model, choice, choice.image_scale, examples)
     elif choice.preset is not None:
-        inputs = example_of(model, model_dir)
-        policy = _fitted(model, choice.preset, choice.budget, inputs, inputs)
+        policy = _fitted(model, choice.preset, choice.budget, *examples(1.0))
     elif choice.budget is not None:
-        return _default(model, model_dir, choice.budget)
+        return _default(model, choice.budget, examples)
     else:
         policy = own
     if policy is not None:
-        _check_runs(model, model_dir, policy)
+        _check_runs(model, policy, examples)
     return policy
 
 
-def _default(model: PreTrainedModel, model_dir: str, budget: int | float) -> Policy:
+def _examples(
+    model: PreTrainedModel, model_dir: str, image_scale: float
+) -> tuple[_Inputs, _Inputs]:
+    """Return a prompt with an image of full size, and the same with the image at a scale.
+
+    At scale 1 both are one, and None if no such prompt can be made.
+    """
+    if image_scale != 1:
+        return scaled_example(model_dir, image_scale)
+    inputs = example_of(model, model_dir)
+    return inputs, inputs
+
+
+def _default(model: PreTrainedModel, budget: int | float, examples: _Examples) -> Policy:
     """Return the default policy at a budget; `transform` checks it on the example."""
     from deos_fx.api import transform
     from deos_fx.policy.budget import Budget
 
-    inputs = example_of(model, model_dir)
+    _, inputs = examples(1.0)
     return transform(model, budget=Budget(visual_tokens=budget), example_inputs=inputs).policy
 
 
-def _scaled(model: PreTrainedModel, model_dir: str, choice: Choice, image_scale: float) -> Policy:
+def _scaled(
+    model: PreTrainedModel, choice: Choice, image_scale: float, examples: _Examples
+) -> Policy:
     """Return a policy for smaller images, of which a preset removes what a budget does not allow.
 
     Without a preset it is ``merge``, and without a budget and a preset nothing else is reduced.
@@ -119,12 +140,11 @@ def _scaled(model: PreTrainedModel, model_dir: str, choice: Choice, image_scale:
         raise ValueError("--image-scale 1 changes nothing; leave it out")
     if choice.preset is None and choice.budget is None:
         return alone
-    examples = scaled_example(model_dir, image_scale)
-    fitted = _fitted(model, choice.preset or "merge", choice.budget, *examples)
-    return replace(fitted, image_scale=alone.image_scale)
+    fitted = _fitted(model, choice.preset or "merge", choice.budget, *examples(image_scale))
+    return replace(fitted, image_scale=image_scale)
 
 
-def _check_runs(model: PreTrainedModel, model_dir: str, policy: Policy) -> None:
+def _check_runs(model: PreTrainedModel, policy: Policy, examples: _Examples) -> None:
     """Refuse a policy that the first call of the reduced model would refuse.
 
     Raises:
@@ -133,10 +153,7 @@ def _check_runs(model: PreTrainedModel, model_dir: str, policy: Policy) -> None:
     from deos_fx.runtime.reduced_model import ReducedModel
 
     reduced = ReducedModel(model, policy)
-    if policy.image_scale == 1:
-        inputs = example_of(model, model_dir)
-    else:
-        _, inputs = scaled_example(model_dir, policy.image_scale)
+    _, inputs = examples(policy.image_scale)
     # Without a prompt with an image, only what the config says is checked.
     if inputs is not None:
         reduced.capture(**inputs)
