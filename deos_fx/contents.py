@@ -30,6 +30,7 @@ __all__ = [
     "problems",
     "record_of",
     "stamp",
+    "strangers",
     "verify",
     "write_record",
 ]
@@ -153,12 +154,23 @@ def verify(folder: Path, record: Mapping[str, Any], read: Sequence[str] = ()) ->
     if wrong:
         listed = "; ".join(f"{name} {problem}" for name, problem in wrong.items())
         raise ValueError(f"{folder} is damaged: {listed}. {_CURE}")
-    for entry in matching(folder, read):
-        if entry.name not in (RECORD, *record["files"]):
-            raise ValueError(
-                f"{folder} has a file {entry.name} that was not written with the others and would "
-                "be read with them. Move it away, or write the folder again."
-            )
+    for name in strangers(folder, record, read):
+        raise ValueError(
+            f"{folder} has a file {name} that was not written with the others and would "
+            "be read with them. Move it away, or write the folder again."
+        )
+
+
+def strangers(folder: Path, record: Mapping[str, Any], read: Sequence[str]) -> list[str]:
+    """Return the entries that a reader would take for a part of a folder, and that are none.
+
+    Args:
+        folder: The folder.
+        record: Its record, as `record_of` returns it, with hashes.
+        read: As for `verify`.
+    """
+    names = {entry.name for entry in matching(folder, read)}
+    return sorted(names - {RECORD, *record["files"]})
 
 
 def problems(folder: Path, record: Mapping[str, Any], most: int | None = None) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from deos_fx.exporters.shared import SharedWeights
+from deos_fx.exporters.shared import SharedWeights, ort_value
 from deos_fx.tokens.cache import ReducedCache
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "as_tensor",
     "cuda_devices",
     "open",
-    "ort_value",
     "past_of",
 ]
 
@@ -112,13 +111,6 @@ def past_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in outputs.items()
         if name.startswith("present.")
     }
-
-
-def ort_value(tensor: Tensor) -> Any:
-    """Return a tensor's memory as an OrtValue, copied only if it is not contiguous."""
-    import onnxruntime
-
-    return onnxruntime.OrtValue.from_dlpack(tensor.detach().contiguous())
 
 
 def as_tensor(value: Any) -> Tensor:

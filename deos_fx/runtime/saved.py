@@ -32,7 +32,7 @@ from deos_fx.reading import as_record, blaming
 from deos_fx.runtime.mark import mark, unmarked
 from deos_fx.version import __version__
 
-__all__ = ["SavedModel", "folder_for", "save"]
+__all__ = ["READ", "SavedModel", "folder_for", "save"]
 
 VERSION = 1
 
@@ -52,6 +52,8 @@ _FILES = (
     "model.safetensors.index.json",
     f"model-{_NUMBER}-of-{_NUMBER}.safetensors",
 )
+READ = (*_FILES, _ADAPTERS)
+"""Patterns of the files that are read when a saved model is loaded."""
 
 
 def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) -> None:
@@ -274,4 +276,4 @@ def _check_folder(folder: Path) -> None:
     as_record(
         folder / RECORD, record, NoteFile, "the note of a reduced model", "Save the model again."
     )
-    verify(folder, record, (*_FILES, _ADAPTERS))
+    verify(folder, record, READ)
