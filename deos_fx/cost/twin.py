@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+from transformers.integrations.moe import batched_mm_experts_forward
 
 from deos_fx.models.shapes_only import OnZeros, without_values
 from deos_fx.models.sharded import without_shards
@@ -113,7 +115,22 @@ def twin_of(model: PreTrainedModel) -> Any:
         if config is not None:
             config._attn_implementation_internal = "eager"
             config._experts_implementation_internal = "batched_mm"
+        if _loops_over_experts(module):
+            vars(module).update(_PLAIN_EXPERTS)
+            module.forward = partial(batched_mm_experts_forward, module)
     return twin
+
+
+# What transformers' decorator of experts says of those that it is not on.
+_PLAIN_EXPERTS = {"has_gate": True} | dict.fromkeys(
+    ("has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel"), False
+)
+
+
+def _loops_over_experts(module: nn.Module) -> bool:
+    """Return whether a module runs the chosen experts in a loop and has no other implementation."""
+    parts = ("gate_up_proj", "down_proj", "_apply_gate")
+    return all(hasattr(module, name) for name in parts) and not hasattr(module, "has_gate")
 
 
 class _Counted(OnZeros):
