@@ -129,8 +129,15 @@ def test_an_export_without_a_graph_is_no_reduced_model(tmp_path: Path) -> None:
 
 
 def test_transform_records_the_processor_as_well(tmp_path: Path) -> None:
-    run("transform", reference.WEIGHTS, tmp_path / "out", "--preset", "merge")
+    (tmp_path / "out").mkdir()
+    # Of another model, which had been written there; and a file of the user.
+    (tmp_path / "out" / "chat_template.jinja").write_text("")
+    write_record(tmp_path / "out", {"deos_fx": "reduced_model"})
+    (tmp_path / "out" / "mine.jinja").write_text("")
+    run("transform", reference.WEIGHTS, tmp_path / "out", "--preset", "merge", "--force")
+    (tmp_path / "out" / "mine.jinja").unlink()
     names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "chat_template.jinja" not in names
     assert {*record_of(tmp_path / "out")["files"]} == names - {RECORD}
     assert "tokenizer.json" in names
     run("check", tmp_path / "out")
