@@ -82,6 +82,55 @@ def write(target: Path, name: str) -> None:
         export_onnx(reduced, target, device="cpu", verify=False)
 
 
+FUSED, PLAIN = ["fuse", "write", "check"], ["write aside", "check aside"]
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "weights", "steps"),
+    [
+        ("cpu", 0, None, FUSED),
+        # Before they are fused, the graphs for a GPU run without one.
+        ("cuda", 0, None, [*PLAIN, "fuse", "write"]),
+        ("cuda", 1, None, FUSED),
+        # Rounding would hide what is wrong with the graphs.
+        ("cpu", 0, "int4", ["fuse", *PLAIN, "int4", "write", "check"]),
+        ("cuda", 0, "int8", [*PLAIN, "fuse", "int8", "write"]),
+    ],
+)
+@pytest.mark.parametrize("verify", [True, False])
+def test_graphs_are_compared_where_they_can_be(
+    device: str,
+    gpus: int,
+    weights: str | None,
+    steps: list[str],
+    verify: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    of: Any = onnx_module._Export
+
+    def note(step: str) -> Any:
+        def noted(self: Any, folder: Path, where: str) -> None:
+            aside = " aside" if folder.name != "new" else ""
+            # Plain graphs are those of the CPU.
+            assert where == ("cpu" if aside and not gpus else device)
+            seen.append(step + aside)
+
+        return noted
+
+    monkeypatch.setattr(onnx_module, "cuda_devices", lambda: gpus)
+    monkeypatch.setattr(of, "write", note("write"))
+    monkeypatch.setattr(of, "check", note("check"))
+    monkeypatch.setattr(onnx_module, "fuse", lambda programs, device: seen.append("fuse"))
+    monkeypatch.setattr(onnx_module, "quantise", lambda programs, kind: seen.append(kind))
+    monkeypatch.setattr(of, "of", lambda *given: of(*given[:2], given[3], {}, {}, (), *given[4:]))
+    reduced = ReducedModel(shared_llava(2), POLICIES["new"])
+    export_onnx(reduced, tmp_path / "x", device=device, weights=weights, verify=verify)
+    compared = [step for step in steps if verify or step not in (*PLAIN, "check")]
+    assert seen == compared
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exports")

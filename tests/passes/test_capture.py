@@ -134,8 +134,14 @@ def with_places(hidden: Tensor, ids: Tensor) -> Tensor:
     return hidden * torch.ones(rows, length, 1) + places + torch.zeros(length, WIDTH)
 
 
-def test_tensors_that_are_made_of_sizes_follow_them() -> None:
-    model, graph_module = captured(with_places)
+def with_constants(hidden: Tensor, ids: Tensor) -> Tensor:
+    made = torch.arange(WIDTH) + torch.ones(WIDTH) + torch.full((WIDTH,), 2.0) + torch.zeros(WIDTH)
+    return hidden + made + torch.eye(WIDTH)[0] + torch.linspace(0, 1, WIDTH)
+
+
+@pytest.mark.parametrize("glue", [with_places, with_constants])
+def test_tensors_that_are_made_of_sizes_follow_them(glue: Glue) -> None:
+    model, graph_module = captured(glue)
     assert torch.equal(graph_module(OTHER)["logits"], model(OTHER).logits)
 
 
