@@ -12,7 +12,8 @@ Prefill. B prompts of N tokens, I images each; M_k tokens are left in token spac
     pixel_values [B * I, C, H, W], logits_to_keep [L] (places among those that are left, of which
     logits are wanted; negative ones count from the end)
     -> logits [B, L, vocabulary], next_position [B, 1],
-       present.<layer>.key / .value [B, heads, M_k, D] and, for each space k,
+       present.<layer>.key / .value [B, heads, M_k, D] (of a short convolution .conv_0 [B, d,
+       kernel], what it reads of the last tokens) and, for each space k,
        origin_k [B, M_k] (which prompt positions are left), attention_mask_k [B, M_k],
        if masses bias attention key_bias_k [B, M_k]
        and under the position rule grid shift_k [B, 1] (how far later tokens move up)
@@ -23,7 +24,7 @@ Prefill. B prompts of N tokens, I images each; M_k tokens are left in token spac
 Extend. t new tokens, at least one; P_k keys are in the layers of space k (no keys at all for a text
 without images). The decode graph is the same for t = 1, which ONNX Runtime runs faster:
 
-    input_ids [B, t], past_key_values.<layer>.key / .value [B, heads, P_k, D],
+    input_ids [B, t], past_key_values.<layer>.key / .value [B, heads, P_k, D] (or .conv_0),
     position_ids [B, t] (of the unreduced text; ``position_ids_k`` where tokens have moved: minus
     the number of dropped tokens under the rule compact, minus shift_k under grid),
     attention_mask [B, P_0 + t], attention_mask_k [B, P_k + t], key_bias_k [B, P_k + t],
@@ -164,7 +165,7 @@ def export_onnx(
         TypeError: If `reduced` is not a `ReducedModel`.
         ValueError: If the example has no image, or prompts that cannot share a graph, the model
             needs an example, its attention implementation cannot be exported, a layer keeps a
-            state instead of keys and values, the device or the type of weights is none of these,
+            recurrent state, the device or the type of weights is none of these,
             counts cannot be inputs, or the logits of ONNX Runtime and PyTorch differ (compared for
             models in float32 and float16).
         OSError: If the folder cannot be written; this is checked before the work starts.
