@@ -12,6 +12,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "own_hash",
     "problems",
     "record_of",
+    "recorded",
     "stamp",
     "strangers",
     "verify",
@@ -77,6 +79,18 @@ def files_in(folder: Path) -> list[str]:
     """Return the files of a folder and of those in it, without its record."""
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted({*files} - {RECORD})
+
+
+def recorded(folder: Path) -> list[str]:
+    """Return the patterns of the files that the record of a folder names; none without a record.
+
+    What it names has been written with it, so it goes when the folder is written anew.
+    """
+    try:
+        names = record_of(folder).get("files", {})
+    except (OSError, ValueError):
+        return []
+    return [escape(name) for name in names]
 
 
 def matching(folder: Path, patterns: Sequence[str]) -> list[Path]:

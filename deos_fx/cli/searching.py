@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from deos_fx.cli.console import Console
 from deos_fx.cli.limits import DEFAULT_LIMIT
 
 if TYPE_CHECKING:

@@ -89,11 +89,12 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
 
 
 @contextmanager
-def folder_for(dir: str | os.PathLike[str]) -> Iterator[Path]:
+def folder_for(dir: str | os.PathLike[str], also: Iterable[str] = ()) -> Iterator[Path]:
     """Provide a temporary folder to save a model in; see `deos_fx.files.fresh_folder`.
 
     Args:
         dir: Where it is moved to.
+        also: Patterns of files besides those of a model that are written anew, or go.
 
     Yields:
         The temporary folder.
@@ -107,7 +108,7 @@ def folder_for(dir: str | os.PathLike[str]) -> Iterator[Path]:
             f"{os.fspath(dir)} has an {_ADAPTERS}: transformers would load these adapters with "
             "whatever model is saved there. Give another folder, or move the adapters away."
         )
-    with fresh_folder(dir, _FILES, whole=True) as folder:
+    with fresh_folder(dir, (*_FILES, *also), whole=True) as folder:
         yield folder
 
 

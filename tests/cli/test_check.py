@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from deos_fx.cli.app import app
 from deos_fx.cli.loading import load_generating
 from deos_fx.cli.policies import Choice
 from deos_fx.contents import RECORD, record_of, write_record
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,17 @@ def test_files_that_would_be_read_besides_are_found(kind: str, tmp_path: Path) -
     assert "not written with the others and would be read with" in " ".join(text.split())
 
 
+@posix
+def test_names_of_files_do_not_command_the_terminal(folder: Path) -> None:
+    (folder / "a\x1b[31m\x07\x9b.txt").write_text("")
+    (folder / ".deos-fx-\x1b]0;").mkdir()
+    text = run("check", folder, "--clean")
+    assert "a\u241b[31m\ufffd.txt" in text.replace("\u2407", "") and ".deos-fx-\u241b]0;" in text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+    text = run("data", folder / "none.jsonl", "--model", folder / "\x1b[31m", code=1)
+    assert "\x1b" not in text
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -114,8 +129,15 @@ def test_an_export_without_a_graph_is_no_reduced_model(tmp_path: Path) -> None:
 
 
 def test_transform_records_the_processor_as_well(tmp_path: Path) -> None:
-    run("transform", reference.WEIGHTS, tmp_path / "out", "--preset", "merge")
+    (tmp_path / "out").mkdir()
+    # Of another model, which had been written there; and a file of the user.
+    (tmp_path / "out" / "chat_template.jinja").write_text("")
+    write_record(tmp_path / "out", {"deos_fx": "reduced_model"})
+    (tmp_path / "out" / "mine.jinja").write_text("")
+    run("transform", reference.WEIGHTS, tmp_path / "out", "--preset", "merge", "--force")
+    (tmp_path / "out" / "mine.jinja").unlink()
     names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "chat_template.jinja" not in names
     assert {*record_of(tmp_path / "out")["files"]} == names - {RECORD}
     assert "tokenizer.json" in names
     run("check", tmp_path / "out")

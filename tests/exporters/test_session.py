@@ -197,7 +197,8 @@ def test_cuda_that_is_not_there_is_an_error(
 def test_weights_are_shared_on_the_device(opened: SimpleNamespace, path: Path, device: str) -> None:
     shared = SimpleNamespace(of=lambda *given: setattr(shared, "given", given) or {"w": value})
     value = ort_value(torch.ones(3))
-    open(path, device, shared)
+    # They are not owned by the session, so they have to live as long.
+    assert open(path, device, shared)._weights == {"w": value}
     assert shared.given == (path, torch.device(device))
     # Only the CPU would rearrange a copy of them.
     if device == "cpu":

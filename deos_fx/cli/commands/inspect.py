@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from deos_fx.cli.console import report_console
+from deos_fx.cli.console import Console, report_console
 from deos_fx.cli.options import AsJson, Force, ImageScale, Model, PolicyFile, Preset, TokenLimit
 from deos_fx.cli.outputs import check_target_file
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from deos_fx.cli.console import Console
 from deos_fx.cli.options import Force, Model
 from deos_fx.cli.outputs import check_target_file
 
