@@ -9,8 +9,9 @@ Prefill. B prompts of N tokens, I images each; M_k tokens are left in token spac
 
     input_ids, attention_mask, position_ids [B, N] (or [3, B, N], where the model counts images by
     time, row and column), other inputs with a number per token such as token_type_ids [B, N],
-    pixel_values [B * I, C, H, W], logits_to_keep [L] (places among those that are left, of which
-    logits are wanted; negative ones count from the end)
+    pixel_values [B * I, C, H, W] (and other inputs, if an image comes in several resolutions),
+    logits_to_keep [L] (places among those that are left, of which logits are wanted; negative ones
+    count from the end)
     -> logits [B, L, vocabulary], next_position [B, 1],
        present.<layer>.key / .value [B, heads, M_k, D] (of a short convolution .conv_0 [B, d,
        kernel], what it reads of the last tokens) and, for each space k,
@@ -70,7 +71,7 @@ from deos_fx.exporters.check import check_export
 from deos_fx.exporters.elastic import check_elastic, take_counts, traced_counts, trials
 from deos_fx.exporters.fuse import fuse, of_one
 from deos_fx.exporters.graphs.decode import NEW, decode_graph
-from deos_fx.exporters.graphs.example import Example, example_of
+from deos_fx.exporters.graphs.example import Example, example_of, pixels_of
 from deos_fx.exporters.graphs.prefill import least_text, prefill_graph
 from deos_fx.exporters.manifest import (
     FILES,
@@ -344,6 +345,12 @@ class _Export:
             "image_tokens": example.placeholders,
             "ends_in_image": _ends(reduced, layout),
             "pixels": list(pixels.shape),
+            # An image may be taken in several resolutions.
+            "further_pixels": {
+                name: list(value.shape)
+                for name, value in pixels_of(example.images).items()
+                if name != "pixel_values"
+            },
             # The graphs have the branches of the model that belong to these values.
             "guards": list(self.guards),
             # Of a position: time, row and column; 0 where a position is one number.

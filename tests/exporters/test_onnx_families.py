@@ -138,6 +138,17 @@ def test_images_by_their_former_name_are_exported() -> None:
     assert check_onnx("video_llava") == "yes"
 
 
+@pytest.mark.slow
+def test_images_in_two_resolutions_are_exported() -> None:
+    assert "high_res_pixel_values" in prompts("deepseek_vl_hybrid")
+    assert check_onnx("deepseek_vl_hybrid") == "yes"
+
+
+@pytest.mark.slow
+def test_features_that_come_with_their_layers_are_exported() -> None:
+    assert check_onnx("granite4_vision") == "yes"
+
+
 def test_examples_with_more_than_text_and_images_are_refused(tmp_path: Any) -> None:
     inputs = prompts("internvl", 1)
     with pytest.raises(ValueError, match="has audio, which exported graphs do not take"):
