@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from deos_fx.contents import (
+    FILES,
+    MODEL_FILES,
     RECORD,
     check_unchanged,
     record_of,
@@ -25,6 +27,7 @@ from deos_fx.contents import (
     write_record,
 )
 from deos_fx.files import disk_errors, fresh_folder
+from deos_fx.models.config import read_config
 from deos_fx.models.families import auto_class
 from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
@@ -38,20 +41,6 @@ VERSION = 1
 
 _POLICY = "policy.json"
 _ADAPTERS = "adapter_config.json"
-
-# Patterns of the files that a saved model consists of. An earlier one's are removed, since
-# transformers would prefer its single file to new weights in several files.
-_NUMBER = "[0-9]" * 5
-_FILES = (
-    RECORD,
-    _POLICY,
-    "policy.safetensors",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    f"model-{_NUMBER}-of-{_NUMBER}.safetensors",
-)
 
 
 def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) -> None:
@@ -105,7 +94,7 @@ def folder_for(dir: str | os.PathLike[str]) -> Iterator[Path]:
             f"{os.fspath(dir)} has an {_ADAPTERS}: transformers would load these adapters with "
             "whatever model is saved there. Give another folder, or move the adapters away."
         )
-    with fresh_folder(dir, _FILES, whole=True) as folder:
+    with fresh_folder(dir, FILES, whole=True) as folder:
         yield folder
 
 
@@ -143,7 +132,7 @@ class SavedModel:
                 somebody has begun to write the folder meanwhile.
         """
         with blaming(self._folder):
-            options.setdefault("config", unmarked(AutoConfig.from_pretrained(self._folder)))
+            options.setdefault("config", unmarked(read_config(self._folder)))
             model, found = _read(auto_class(options["config"]), self._folder, **options)
         check_unchanged(self._folder, self._before)
         wrong = _differences(found)
@@ -274,4 +263,4 @@ def _check_folder(folder: Path) -> None:
     as_record(
         folder / RECORD, record, NoteFile, "the note of a reduced model", "Save the model again."
     )
-    verify(folder, record, (*_FILES, _ADAPTERS))
+    verify(folder, record, (*MODEL_FILES, _ADAPTERS))

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deos_fx.cli.options import Model
+from deos_fx.cli.options import Dtype, Force, Model
+from deos_fx.cli.outputs import check_target
 
 __all__ = ["profile"]
 
@@ -22,6 +23,8 @@ def profile(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda. Default: the CPU for torch, else CUDA if any.")
     ] = None,
+    dtype: Dtype = None,
+    force: Force = False,
 ) -> None:
     """Measure what each decoder layer takes at each number of tokens, on this machine.
 
@@ -35,6 +38,7 @@ def profile(
 
       deos-fx search my-llava --data questions.jsonl --latency-ms 20 --latency-table latency.json
     """
+    check_target(output, force)
     from deos_fx.cli.loading import load_model
     from deos_fx.cli.processors import example_processor
     from deos_fx.cli.terminal import profile_table, stages
@@ -46,7 +50,7 @@ def profile(
     of_model, of_runtime = (device, None) if runtime == "torch" else (None, device)
     with stages(console) as stage:
         with stage("load"):
-            model = load_model(model_dir, device=of_model)
+            model = load_model(model_dir, dtype=dtype, device=of_model)
             inputs = example_inputs(model, example_processor(model_dir))
         with stage("measure"):
             table = measure(model, inputs, runtime=runtime, device=of_runtime)
