@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deos_fx.contents import write_record
+from deos_fx.contents import FILES, write_record
 from deos_fx.exporters.fuse import fuse, of_one
 from deos_fx.exporters.genai_check import check_genai
-from deos_fx.exporters.genai_files import CONFIG, FILES, FORMAT, VERSION, genai_config
+from deos_fx.exporters.genai_files import CONFIG, FORMAT, VERSION, genai_config
 from deos_fx.exporters.graphs.example import Example, example_of
 from deos_fx.exporters.graphs.parts import Parts, part_graphs
 from deos_fx.exporters.graphs.prefill import least_text

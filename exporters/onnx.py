@@ -66,7 +66,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from deos_fx.contents import write_record
+from deos_fx.contents import FILES, write_record
 from deos_fx.exporters.check import check_export
 from deos_fx.exporters.elastic import check_elastic, take_counts, traced_counts, trials
 from deos_fx.exporters.fuse import fuse, of_one
@@ -74,7 +74,6 @@ from deos_fx.exporters.graphs.decode import NEW, decode_graph
 from deos_fx.exporters.graphs.example import Example, example_of, pixels_of
 from deos_fx.exporters.graphs.prefill import least_text, prefill_graph
 from deos_fx.exporters.manifest import (
-    FILES,
     FORMAT,
     IMAGES,
     PACKAGES,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deos_fx.contents import check_unchanged, stamp
@@ -33,6 +33,7 @@ from deos_fx.exporters.session import HOST, Session, SessionCache, as_tensor, op
 from deos_fx.exporters.shared import SharedWeights
 from deos_fx.inputs.call import Call, normal_inputs
 from deos_fx.inputs.complete import completed
+from deos_fx.models.config import read_config
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.rewrite.free_counts import KEEP
@@ -392,8 +393,8 @@ def _places(inputs: Mapping[str, Any], left: int) -> Tensor:
 
 def _skeleton(folder: Path) -> PreTrainedModel:
     """Make the model without weights: `generate` needs only its class and configs."""
+    config: Any = read_config(folder)
     with blaming(folder):
-        config = AutoConfig.from_pretrained(folder)
         (name,) = config.architectures
         kind = getattr(transformers, name)
         if not issubclass(kind, PreTrainedModel):

@@ -18,9 +18,7 @@ Graph = Literal["prefill", "decode", "extend", "image_encoder"]
 _ALWAYS = ["prefill", "decode", "extend"]
 
 
-Shape: TypeAlias = Annotated[
-    list[Annotated[Count, Field(ge=1)]], Field(min_length=1, max_length=8)
-]
+Shape: TypeAlias = Annotated[list[Annotated[Count, Field(ge=1)]], Field(min_length=1, max_length=8)]
 """Lengths of the axes of a tensor."""
 
 

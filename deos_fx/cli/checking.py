@@ -60,13 +60,14 @@ def check_contents(folder: Path, console: Console) -> bool:
 
 def _read() -> dict[str, tuple[str, ...]]:
     """Return the patterns of the files that are read of each kind of folder."""
+    from deos_fx.contents import EXPORT_FILES, GENAI_FILES
     from deos_fx.exporters import genai_files, manifest
     from deos_fx.runtime import saved
 
     return {
         "reduced_model": saved.READ,
-        manifest.FORMAT: manifest.FILES,
-        genai_files.FORMAT: genai_files.FILES,
+        manifest.FORMAT: EXPORT_FILES,
+        genai_files.FORMAT: GENAI_FILES,
     }
 
 

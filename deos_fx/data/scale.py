@@ -91,7 +91,7 @@ def scaled_processor(processor: Any, scale: float) -> Any:
 
     The result is used like the processor. What it saves is the unscaled processor, since the scale
     is a part of the policy; and a processor that is scaled already is scaled anew, so that a scale
-    is never applied twice.
+    is never applied twice. It may be pickled, for workers that load data.
 
     Args:
         processor: The processor of a model; it is not changed.
@@ -112,7 +112,7 @@ def scaled_processor(processor: Any, scale: float) -> Any:
     # Tiles may follow the size of an image up to their largest number (Llama 4): what shrinks more.
     found, fewest = None, _pixels_of_probe(whole)
     for image_processor in _ways(whole.image_processor, scale):
-        made = _in_place_of(whole, {})
+        made = _in_place_of(whole, {"__reduce__": _made_again(scale)})
         made.image_processor = image_processor
         pixels = _pixels_of_probe(made)
         if pixels < fewest:
@@ -153,6 +153,16 @@ def _in_place_of(original: Any, members: Mapping[str, Any]) -> Any:
     own = {"unscaled": original, "save_pretrained": save_pretrained, **members}
     made.__class__ = type(f"Scaled{type(original).__name__}", (type(original),), own)
     return made
+
+
+def _made_again(scale: float) -> Callable[[Any], tuple[Any, ...]]:
+    """Return how a scaled processor is pickled and copied: its class has no name to be found by."""
+
+    def reduce(self: Any) -> tuple[Any, ...]:
+        own = {name: value for name, value in vars(self).items() if name != "image_processor"}
+        return scaled_processor, (type(self).unscaled, scale), own
+
+    return reduce
 
 
 # *** settings ***
