@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from deos_fx.cli.policies import Choice, policy_of
-from deos_fx.contents import RECORD
+from deos_fx.contents import RECORD, record_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +124,7 @@ def load_generating(
 
     from deos_fx import OnnxModel
 
-    if os.path.isfile(os.path.join(model_dir, "prefill.onnx")):
+    if _is_export(model_dir):
         if not choice.is_empty:
             raise ValueError(f"{model_dir} is an export, and its policy is part of its graphs")
         if dtype is not None:
@@ -185,6 +184,17 @@ def _saved(model_dir: str) -> SavedModel | None:
     from deos_fx.runtime.saved import SavedModel
 
     return SavedModel(model_dir) if _is_saved(model_dir) else None
+
+
+def _is_export(model_dir: str) -> bool:
+    """Return whether a folder holds an export; by its record, since a graph may be missing.
+
+    Raises:
+        ValueError: If the record is damaged, or says that the folder is incomplete.
+    """
+    from deos_fx.exporters.manifest import FORMAT
+
+    return _is_saved(model_dir) and record_of(Path(model_dir)).get("deos_fx") == FORMAT
 
 
 def _is_saved(model_dir: str) -> bool:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import batched_mm_experts_forward
 
 from deos_fx.models.shapes_only import OnZeros, without_values
+from deos_fx.models.sharded import without_shards
 from deos_fx.models.views import AnyLinear, has_codes, linear_sizes
 
 __all__ = ["WholeNumbers", "count_flops", "twin_of"]
@@ -84,24 +85,26 @@ def twin_of(model: PreTrainedModel) -> Any:
 
     Quantised linear layers that tell their two sizes become plain ones; the others are run.
     """
+    # A sharded module cannot be copied.
+    whole: Any = without_shards(model)
     # deepcopy takes what is in `known`, by identity, for a copy that exists already: so weights are
     # never copied, and layers are exchanged on the way.
     known: dict[int, Any] = {}
-    for module in model.modules():
+    for module in whole.modules():
         sizes = linear_sizes(module)
         if sizes is not None:
             bias = getattr(module, "bias", None) is not None
             known[id(module)] = AnyLinear(*sizes, bias, device="meta", dtype=model.dtype)
         elif has_codes(module):
             known[id(module)] = _Counted(module)
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*whole.parameters(), *whole.buffers()):
         empty = without_values(tensor)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.is_floating_point())
         known[id(tensor)] = empty
     # accelerate's hooks move weights and inputs between devices; here there is nothing to move.
-    known |= {id(m._hf_hook): None for m in model.modules() if hasattr(m, "_hf_hook")}
-    twin = copy.deepcopy(model, known)
+    known |= {id(m._hf_hook): None for m in whole.modules() if hasattr(m, "_hf_hook")}
+    twin = copy.deepcopy(whole, known)
     modules: list[Any] = [*twin.modules()]
     for module in modules:
         # The forward that the hook replaced. Only what counts in full is asked for below: other

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from deos_fx.models.families import features_of
+from deos_fx.models.sharded import without_shards
 from deos_fx.models.views import AnyLinear, execution_device, linear_sizes, with_layers
 from deos_fx.replaced import replaced
 
@@ -177,7 +178,7 @@ def count_visual_tokens(model: PreTrainedModel, image: Mapping[str, torch.Tensor
 
 def shaped(module: nn.Module) -> nn.Module:
     """Return a view of a module for `ShapesOnly`, in which no layer computes with codes."""
-    return with_layers(module, _stand_in)
+    return with_layers(without_shards(module), _stand_in)
 
 
 def _stand_in(layer: nn.Module) -> nn.Module:

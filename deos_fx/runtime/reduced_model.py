@@ -22,6 +22,7 @@ from deos_fx.inputs.complete import completed
 from deos_fx.inputs.media import are_written_alike
 from deos_fx.inputs.turns import without_known_images
 from deos_fx.models.facts import facts_of
+from deos_fx.models.sharded import gather_own
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.policy import Policy
@@ -116,6 +117,7 @@ class ReducedModel(nn.Module):
                 `ReducedCache`.
         """
         call = self._bind(*args, **kwargs)
+        gather_own(self.model)
         output = self._run(completed(call))
         return output if call.inputs.get("return_dict", True) else output.to_tuple()
 
