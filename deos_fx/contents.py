@@ -12,6 +12,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ __all__ = [
     "own_hash",
     "problems",
     "record_of",
+    "recorded",
     "stamp",
+    "strangers",
     "verify",
     "write_record",
 ]
@@ -106,6 +109,18 @@ def files_in(folder: Path) -> list[str]:
     """Return the files of a folder and of those in it, without its record."""
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted({*files} - {RECORD})
+
+
+def recorded(folder: Path) -> list[str]:
+    """Return the patterns of the files that the record of a folder names; none without a record.
+
+    What it names has been written with it, so it goes when the folder is written anew.
+    """
+    try:
+        names = record_of(folder).get("files", {})
+    except (OSError, ValueError):
+        return []
+    return [escape(name) for name in names]
 
 
 def matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -183,12 +198,23 @@ def verify(folder: Path, record: Mapping[str, Any], read: Sequence[str] = ()) ->
     if wrong:
         listed = "; ".join(f"{name} {problem}" for name, problem in wrong.items())
         raise ValueError(f"{folder} is damaged: {listed}. {_CURE}")
-    for entry in matching(folder, read):
-        if entry.name not in (RECORD, *record["files"]):
-            raise ValueError(
-                f"{folder} has a file {entry.name} that was not written with the others and would "
-                "be read with them. Move it away, or write the folder again."
-            )
+    for name in strangers(folder, record, read):
+        raise ValueError(
+            f"{folder} has a file {name} that was not written with the others and would "
+            "be read with them. Move it away, or write the folder again."
+        )
+
+
+def strangers(folder: Path, record: Mapping[str, Any], read: Sequence[str]) -> list[str]:
+    """Return the entries that a reader would take for a part of a folder, and that are none.
+
+    Args:
+        folder: The folder.
+        record: Its record, as `record_of` returns it, with hashes.
+        read: As for `verify`.
+    """
+    names = {entry.name for entry in matching(folder, read)}
+    return sorted(names - {RECORD, *record["files"]})
 
 
 def problems(folder: Path, record: Mapping[str, Any], most: int | None = None) -> dict[str, str]:

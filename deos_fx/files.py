@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "check_file",
     "check_folder",
     "disk_errors",
     "fresh_folder",
+    "tensors_writer",
     "write_file",
+    "write_files",
     "write_tensors",
     "write_text",
 ]
@@ -61,7 +64,13 @@ def fresh_folder(
         sweep(target.parent)
         new = scratch / "new"
         new.mkdir()
-        yield new
+        try:
+            yield new
+        except OSError as error:
+            # Nobody knows the temporary folder by its name.
+            if str(new) not in str(error):
+                raise
+            raise type(error)(str(error).replace(str(new), str(target))) from error
         for path in filter(Path.is_file, new.rglob("*")):
             # safetensors and tempfile make files that only their owner can read.
             path.chmod(mode)
@@ -103,13 +112,20 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as a safetensors file completely or not at all; see `write_file`."""
+    write_file(path, tensors_writer(path, tensors))
+
+
+def tensors_writer(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
+) -> Callable[[Path], object]:
+    """Return what writes tensors as a safetensors file, for `write_files`."""
     from safetensors.torch import save_file
 
     def write(part: Path) -> None:
         with disk_errors(path):
             save_file(dict(tensors), part)
 
-    write_file(path, write)
+    return write
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -120,21 +136,58 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], object]) ->
         write: Writes it under the temporary name that it is given.
 
     Raises:
-        OSError: If the folder does not exist or cannot be written, or the file is a folder or a
-            link that leads nowhere.
+        OSError: If the folder does not exist or cannot be written, or the file is a folder, a
+            device or a pipe, or a link that leads nowhere.
     """
+    write_files({Path(path): write})
+
+
+def write_files(files: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Write files that go together: none of them is replaced before all are written.
+
+    A kill between two of them leaves the first ones new.
+
+    Args:
+        files: Each file, and what writes it, in the order in which they are replaced; see
+            `write_file`.
+
+    Raises:
+        OSError: If one cannot be written.
+    """
+    with ExitStack() as stack:
+        moves = []
+        for file, write in files.items():
+            path = _followed(file)
+            scratch, mode = stack.enter_context(_room(path.parent, f"the file {path}"))
+            part = scratch / path.name
+            write(part)
+            # safetensors makes files that only their owner can read.
+            part.chmod(mode)
+            moves.append((part, path))
+        for part, path in moves:
+            os.replace(part, path)
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Check that a file can be written; nothing is left there.
+
+    Raises:
+        OSError: As `write_file`.
+    """
+    path = _followed(path)
+    with _room(path.parent, f"the file {path}"):
+        pass
+
+
+def _followed(path: str | os.PathLike[str]) -> Path:
+    """Return the file that is written where a path is given, which may be a link."""
     path = Path(path).absolute()
-    check_kind(path, is_folder=False)
     if path.is_symlink():
         if not path.exists():
             raise FileNotFoundError(f"cannot write the file {path}: {_dangling(path)}")
         path = path.resolve()
-    with _room(path.parent, f"the file {path}") as (scratch, mode):
-        part = scratch / path.name
-        write(part)
-        # safetensors makes files that only their owner can read.
-        part.chmod(mode)
-        os.replace(part, path)
+    check_kind(path, is_folder=False)
+    return path
 
 
 @contextmanager

@@ -107,7 +107,10 @@ def _replace_whole(new: Path, target: Path, stale: set[str], scratch: Path) -> N
 
 
 def check_kind(path: Path, is_folder: bool) -> None:
-    """Refuse a folder in the place of a file, or a file in that of a folder.
+    """Refuse a folder, a device or a pipe in the place of a file, or a file in that of a folder.
+
+    A link is judged by what it leads to, and one in the place of a file may lead anywhere but to a
+    folder.
 
     Raises:
         OSError: If there is one.
@@ -116,3 +119,6 @@ def check_kind(path: Path, is_folder: bool) -> None:
         raise NotADirectoryError(f"cannot write the folder {path}: it is a file. Move it away.")
     if not is_folder and path.is_dir():
         raise IsADirectoryError(f"cannot write the file {path}: it is a folder. Move it away.")
+    if not is_folder and path.exists() and not path.is_file() and not path.is_symlink():
+        # Root could replace even /dev/null.
+        raise OSError(f"cannot write the file {path}: it is a device or a pipe. Give another name.")

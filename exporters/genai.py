@@ -36,6 +36,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.site import split_site
 from deos_fx.progress import Progress, shows_progress
 from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.tokens.cache import ReducedCache
 from deos_fx.version import __version__
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ def export_genai(
         )
     _check_policy(reduced.policy)
     check_model(reduced.model)
+    if ReducedCache(reduced.model.config.get_text_config()).has_states:
+        raise ValueError(
+            f"{type(reduced.model).__name__} has layers that keep the state of a convolution, and "
+            "the engine hands on keys and values alone. Use export_onnx (without --genai)."
+        )
     device = device_of(reduced.model, device)
     tell = progress or (lambda stage, done, total: None)
     with torch.no_grad():

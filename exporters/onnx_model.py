@@ -269,7 +269,7 @@ class OnnxModel:
         }
         if self._encoder is not None:
             # The prefill graph takes features in place of the pixels.
-            values |= self._encode(self._encoder, values["pixel_values"], len(ids))
+            values |= self._encode(self._encoder, values, len(ids))
         # Values that the graph does not read are ignored.
         outputs = self._prefill(values)
         self._prompts.check_branches(outputs)
@@ -348,7 +348,9 @@ class OnnxModel:
             positions = positions[1:]
         return positions.expand(coordinates, *ids.shape)
 
-    def _encode(self, encoder: Session, pixels: Tensor, prompts: int) -> dict[str, Tensor]:
+    def _encode(
+        self, encoder: Session, values: Mapping[str, Any], prompts: int
+    ) -> dict[str, Tensor]:
         """Encode the images of all prompts, one prompt at a time.
 
         Raises:
@@ -356,20 +358,21 @@ class OnnxModel:
         """
         parts: dict[str, list[Tensor]] = {}
         # The encoder was exported for the images of one prompt.
-        for own in pixels.split(len(pixels) // prompts):
-            for name, value in encoder({"pixel_values": own}).items():
+        for row in range(prompts):
+            own = {name: values[name].chunk(prompts)[row] for name in encoder.inputs}
+            for name, value in encoder(own).items():
                 parts.setdefault(name, []).append(as_tensor(value))
-        for name, values in parts.items():
+        for name, found in parts.items():
             # The sizes of images were compared before; here it is what was read of the pixels.
             if name in self._constants and any(
-                not torch.equal(value, self._constants[name]) for value in values
+                not torch.equal(value, self._constants[name]) for value in found
             ):
                 raise ValueError(
                     "The image encoder of this model treats some images in another way than those "
                     "it was exported with: an image that is all zeros counts as none. Leave such "
                     "images out, or export again with example_inputs that have as many."
                 )
-        return {name: torch.cat(values) for name, values in parts.items()}
+        return {name: torch.cat(found) for name, found in parts.items()}
 
     def _new_cache(self) -> SessionCache:
         """Make an empty cache, with the layers of this model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from deos_fx.exporters.shared import SharedWeights
+from deos_fx.exporters.shared import SharedWeights, ort_value
 from deos_fx.tokens.cache import ReducedCache
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "as_tensor",
     "cuda_devices",
     "open",
-    "ort_value",
     "past_of",
 ]
 
@@ -68,11 +67,12 @@ class Session:
             rows: Rows of the batch.
 
         Returns:
-            ``past_key_values.<layer>.key`` and ``.value`` -> OrtValue on the CPU.
+            ``past_key_values.<layer>.key`` and ``.value`` -> OrtValue on the CPU; the state of a
+            convolution, ``.conv_0``, is that behind zeros.
         """
         shapes = {spec.name: spec.shape for spec in self.session.get_inputs()}
         return {
-            name: ort_value(torch.zeros(rows, shape[1], 0, shape[3], dtype=self.inputs[name]))
+            name: ort_value(torch.zeros(rows, *_none_of(shape), dtype=self.inputs[name]))
             for name, shape in shapes.items()
             if name.startswith("past_key_values.")
         }
@@ -105,6 +105,11 @@ class Session:
         return dict(zip(self.outputs, binding.get_outputs(), strict=True))
 
 
+def _none_of(shape: Sequence[int | str]) -> list[int]:
+    """Return the axes behind the batch of a state that has seen no token."""
+    return [axis if isinstance(axis, int) else 0 for axis in shape[1:]]
+
+
 def past_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys and values that a run gave, under the names that the next one takes."""
     return {
@@ -112,13 +117,6 @@ def past_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in outputs.items()
         if name.startswith("present.")
     }
-
-
-def ort_value(tensor: Tensor) -> Any:
-    """Return a tensor's memory as an OrtValue, copied only if it is not contiguous."""
-    import onnxruntime
-
-    return onnxruntime.OrtValue.from_dlpack(tensor.detach().contiguous())
 
 
 def as_tensor(value: Any) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deos_fx.exporters.manifest import WEIGHTS
 
-__all__ = ["SharedWeights"]
+__all__ = ["SharedWeights", "ort_value"]
 
 # Names of ONNX's types -> torch's. Constants of other types are left to each session.
 _DTYPES = {
@@ -75,7 +75,7 @@ def _value(tensor: Tensor, kind: int, device: torch.device) -> Any:
     import onnxruntime
 
     if device.type == "cpu":
-        return onnxruntime.OrtValue.from_dlpack(tensor)
+        return ort_value(tensor)
     value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
         tensor.shape, kind, device.type, device.index or 0
     )
@@ -84,3 +84,14 @@ def _value(tensor: Tensor, kind: int, device: torch.device) -> Any:
         (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     )
     return value
+
+
+def ort_value(tensor: Tensor) -> Any:
+    """Return a tensor's memory as an OrtValue, copied only if it is not contiguous."""
+    import onnxruntime
+
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bool:
+        # Case: ONNX Runtime 1.31 does not know how torch writes flags in DLPack.
+        return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+    return onnxruntime.OrtValue.from_dlpack(tensor)

@@ -23,6 +23,7 @@ AMPLIFIED = {
     "gemma4": 128,  # 160
     "gemma4_unified": 128,  # 67
     "muse_glimmer": 128,  # 65
+    "muse_spark": 256,  # 208
     "granite_vision": 64,  # 43
     "qwen3_5_moe": 64,  # 43
     "minicpm_ocr": 48,  # 39

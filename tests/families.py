@@ -394,6 +394,7 @@ import more_families1  # noqa: E402 - they are made of what is above
 import more_families2  # noqa: E402
 import more_families3  # noqa: E402
 import more_families4  # noqa: E402
+import more_families5  # noqa: E402
 
 _MORE = more_families1.MORE | more_families2.MORE | more_families3.MORE | more_families4.MORE
 _LIKE_OTHERS = more_families1.TWINS | more_families2.TWINS | more_families3.TWINS
@@ -406,5 +407,6 @@ NEWER = Version(hf.__version__) >= Version("5.24")
 REFUSED = {"inkling2"} if NEWER else set()
 """Families that a newer transformers than 5.23 has in a form that is refused."""
 if NEWER:
+    TWINS |= more_families5.TWINS
     # transformers 5.24.0 fails in the forward of Llama 4 itself, with images and without.
     del FAMILIES["llama4"]

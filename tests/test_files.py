@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from safetensors.torch import load_file
 
 from deos_fx.contents import RECORD, files_in, record_of, verify, write_record
 from deos_fx.files import (
+    check_file,
     check_folder,
     disk_errors,
     fresh_folder,
     write_file,
+    write_files,
     write_tensors,
     write_text,
 )
@@ -317,6 +320,57 @@ def test_a_file_is_replaced_or_not_at_all(tmp_path: Path) -> None:
         write_text(tmp_path / "none" / "text", "new")
     with pytest.raises(IsADirectoryError, match="it is a folder"):
         write_text(tmp_path, "new")
+
+
+def test_no_file_of_several_is_replaced_if_one_cannot_be_written(tmp_path: Path) -> None:
+    def full(part: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write(text: str) -> Callable[[Path], object]:
+        return lambda part: part.write_text(text)
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    write_files({one: write("1"), other: write("2")})
+    with pytest.raises(OSError, match="cannot write the file .*other: No space left"):
+        write_files({one: write("new"), other: full})
+    assert contents(tmp_path) == {"one": b"1", "other": b"2"}
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_whether_a_file_can_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    check_file(tmp_path / "file")
+    check_file(tmp_path / "new")
+    for name, kind in (("none/file", FileNotFoundError), ("file/below", NotADirectoryError)):
+        with pytest.raises(kind, match="cannot write the file"):
+            check_file(tmp_path / name)
+    with pytest.raises(IsADirectoryError, match="it is a folder"):
+        check_file(tmp_path)
+    assert contents(tmp_path) == {"file": b"old"}
+
+
+@posix
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "a"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to("a")
+    for path in (pipe, tmp_path / "link"):
+        with pytest.raises(OSError, match="a: it is a device or a pipe"):
+            write_text(path, "new")
+    with pytest.raises(OSError, match="a: it is a device or a pipe"), fresh_folder(tmp_path, FILES):
+        pytest.fail("worked before checking")
+    with pytest.raises(OSError, match="it is a device or a pipe"), fresh_folder(tmp_path) as folder:
+        (folder / "a").write_text("new")
+    assert pipe.is_fifo() and len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, None])
+def test_errors_name_the_folder_that_was_asked_for(number: int | None, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"^[^.]*{tmp_path / 'out' / 'page'}"):
+        with fresh_folder(tmp_path / "out") as folder:
+            place = folder / "page"
+            raise OSError(f"{place} is full") if number is None else OSError(number, "full", place)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_tensors_that_cannot_be_written_are_an_error_of_the_disk(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ TOWERS: dict[str, Callable[[Tensor], Tensor]] = {
     "idefics3": _SQUARES,
     "smolvlm": _SQUARES,
     "lfm2_vl": _SQUARES,
+    "lfm3_vl": in_runs,
     "gemma4": _SQUARES,
     "kimi_k25": functools.partial(_SQUARES, rows=1),
     "minicpmv4_6": functools.partial(_SQUARES, rows=1),
@@ -90,6 +91,13 @@ TOWERS: dict[str, Callable[[Tensor], Tensor]] = {
     "pixtral": in_one_row,
     "llava_next": functools.partial(in_tiles, first=1),
     "llava_onevision": functools.partial(in_tiles, first=0),
+}
+
+
+# Blocks before the second one are no sites.
+_LATE = {
+    "minicpmv4_6": "later blocks of the tower have other patches",
+    "lfm3_vl": "Lfm3VlVisionLayer convolves patches with those beside them",
 }
 
 
@@ -103,6 +111,11 @@ def model_of(name: str) -> Any:
         # Patches are merged after the first block, which leaves two sites.
         config = TWINS[name].config()
         config.vision_config.num_hidden_layers = 3
+    elif name == "lfm3_vl":
+        # The second block is a convolution of patches in their places.
+        config = TWINS[name].config()
+        config.vision_config.num_hidden_layers = 3
+        config.vision_config.layer_types = ["full_attention", "conv", "full_attention"]
     else:
         return shared(name)
     return built(config)
@@ -150,7 +163,7 @@ def placeholders_kept(batch: dict[str, Tensor], reduced: ReducedModel) -> Tensor
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_dropped_groups_are_masked_keys(name: str) -> None:
-    batch, first = batch_of(name, 2), int(name == "minicpmv4_6")
+    batch, first = batch_of(name, 2), int(name in _LATE)
     reduced = reduce(name, Reduction(f"vision.{first}", 0.25, **NORM))
     kept = placeholders_kept(batch, reduced)
     assert kept.float().mean() < 0.35
@@ -401,10 +414,11 @@ def test_a_preset_of_the_last_block_keeps_what_its_attention_says() -> None:
     assert {*scores.topk(8).indices.tolist()} == {*kept[0].nonzero()[:, 0].tolist()}
 
 
-def test_blocks_before_patches_are_merged_are_no_sites() -> None:
-    reduced = reduce("minicpmv4_6", Reduction("vision.0", 0.25, **NORM))
-    with pytest.raises(ValueError, match="later blocks of the tower have other patches"):
-        reduced(**batch_of("minicpmv4_6", 1))
+@pytest.mark.parametrize(("name", "reason"), _LATE.items())
+def test_blocks_before_one_that_needs_all_patches_are_no_sites(name: str, reason: str) -> None:
+    reduced = reduce(name, Reduction("vision.0", 0.25, **NORM))
+    with pytest.raises(ValueError, match=reason):
+        reduced(**batch_of(name, 1))
 
 
 def test_counts_of_groups_are_no_inputs_of_an_export(tmp_path: Path) -> None:

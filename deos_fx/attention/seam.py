@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import CompileableContextVar
 
 from deos_fx.attention.mask import attention_modules, attention_of, hands_on
 from deos_fx.attention.observation import Asked, AttentionView, Observation, observe
+from deos_fx.models.sharded import class_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import shallow_copy
 from deos_fx.tokens.turn import TurnCache
@@ -253,7 +254,7 @@ def _eager_attention(
 
     Every file has one, and transformers does not register it under a name.
     """
-    eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    eager = vars(sys.modules[class_of(module).__module__])["eager_attention_forward"]
     return eager(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
     )

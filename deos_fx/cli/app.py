@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from deos_fx.cli.commands.check import check
@@ -31,7 +30,7 @@ from deos_fx.cli.commands.profile import profile
 from deos_fx.cli.commands.search import search
 from deos_fx.cli.commands.show import show
 from deos_fx.cli.commands.transform import transform
-from deos_fx.cli.console import QUIET
+from deos_fx.cli.console import QUIET, Console
 from deos_fx.version import __version__
 
 __all__ = ["app"]

@@ -8,7 +8,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deos_fx.contents import RECORD, files_in, is_recorded, problems, record_of
+from deos_fx.contents import (
+    EXPORT_FILES,
+    GENAI_FILES,
+    RECORD,
+    files_in,
+    is_recorded,
+    problems,
+    record_of,
+    strangers,
+)
 from deos_fx.scratch import sweep
 
 __all__ = ["check_contents", "remove_leftovers"]
@@ -22,7 +31,7 @@ def check_contents(folder: Path, console: Console) -> bool:
         console: Where to print.
 
     Returns:
-        Whether every file is as it was written.
+        Whether every file is as it was written, and none was added that would be read with them.
 
     Raises:
         ValueError: If the folder is incomplete, or has no record, a damaged one or one without
@@ -47,12 +56,27 @@ def check_contents(folder: Path, console: Console) -> bool:
     for name, problem in found.items():
         state = Text(problem, "bold red") if problem else Text("ok", "green")
         table.add_row(Text(name), f"{record['files'][name]['bytes']:,}", state)
-    for name in files_in(folder):
-        if name not in found:
-            size = (folder / name).stat().st_size
-            table.add_row(Text(name), f"{size:,}", Text("not in the record", "dim"))
+    read = strangers(folder, record, _read().get(record.get("deos_fx", ""), ()))
+    for name in sorted({*files_in(folder), *read} - found.keys()):
+        size = (folder / name).stat().st_size
+        state = Text("not in the record", "dim")
+        if name in read:
+            state = Text("was not written with the others and would be read with them", "bold red")
+        table.add_row(Text(name), f"{size:,}", state)
     console.print(table)
-    return not any(found.values())
+    return not any(found.values()) and not read
+
+
+def _read() -> dict[str, tuple[str, ...]]:
+    """Return the patterns of the files that are read of each kind of folder."""
+    from deos_fx.exporters import genai_files, manifest
+    from deos_fx.runtime import saved
+
+    return {
+        "reduced_model": saved.READ,
+        manifest.FORMAT: EXPORT_FILES,
+        genai_files.FORMAT: GENAI_FILES,
+    }
 
 
 def remove_leftovers(folder: Path, console: Console) -> None:

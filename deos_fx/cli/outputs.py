@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["check_target"]
+__all__ = ["check_target", "check_target_file"]
 
 
 def check_target(target: Path, force: bool, *sources: str | os.PathLike[str]) -> None:
@@ -37,3 +37,16 @@ def check_target(target: Path, force: bool, *sources: str | os.PathLike[str]) ->
             f"{target} exists and is not empty; add --force to overwrite files in it, or give "
             "another folder"
         )
+
+
+def check_target_file(target: Path, force: bool) -> None:
+    """Check that a command may write a file, and that it can.
+
+    Raises:
+        OSError: If it cannot be written.
+        ValueError: If it exists already, and overwriting is not allowed.
+    """
+    check_target(target, force)
+    from deos_fx.files import check_file
+
+    check_file(target)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deos_fx.cli.limits import DEFAULT_LIMIT
 from deos_fx.cli.processors import example_of, scaled_example
-from deos_fx.contents import RECORD
+from deos_fx.contents import RECORD, record_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,12 +54,14 @@ def own_policy(model_dir: str) -> Policy | None:
     """Return the policy of a folder that holds a reduced model; None of any other folder.
 
     Raises:
-        ValueError: If its policy is damaged.
+        ValueError: If its policy is damaged, or the folder is incomplete.
     """
     from deos_fx.policy.policy import Policy
 
     if not (Path(model_dir) / RECORD).is_file():
         return None
+    # Called for its checks: the policy may be another one than that of the other files.
+    record_of(Path(model_dir))
     return Policy.load(Path(model_dir) / "policy.json")
 
 

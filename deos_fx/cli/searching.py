@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from deos_fx.cli.console import Console
 from deos_fx.cli.limits import DEFAULT_LIMIT
 
 if TYPE_CHECKING:
@@ -269,14 +268,15 @@ def write_found(
         batches: Number of batches of the data.
 
     Returns:
-        The names of the policies' files.
+        The names of the files.
     """
     from deos_fx.cli.terminal import evaluation_table
 
     found = _named(result, "policy.json", "policy-{}.json")
     for name, one in found.items():
-        one.policy.save(folder / name)
+        # Shown first: a disk may be full.
         console.print(one.policy, highlight=False, markup=False)
+        one.policy.save(folder / name)
         console.print(one.basis, highlight=False, markup=False)
         for doubt in one.doubts:
             console.print(f"Warning: {doubt}", style="yellow", highlight=False, markup=False)
@@ -291,5 +291,10 @@ def write_found(
         f"deos-fx compare --evaluations {losses} lets presets be tuned with as many.",
         highlight=False,
     )
-    result.report(folder / "report.html")
-    return list(found)
+    try:
+        result.report(folder / "report.html")
+    except OSError as error:
+        # The policies are written, and a search may have taken hours.
+        logging.getLogger("deos_fx").warning("there is no report: %s", error)
+        return list(found)
+    return [*found, "report.html"]

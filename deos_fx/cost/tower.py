@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,22 @@ from deos_fx.cost.twin import twin_of
 from deos_fx.errors import NoGroups
 from deos_fx.inputs.items import Kind, encoding, given_kinds
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import features_of
+from deos_fx.models.families import features_of, own_name
 from deos_fx.models.groups import find_groups
 
-__all__ = ["blocks_of_groups", "blocks_read"]
+__all__ = ["BlocksOfGroups", "blocks_of_groups", "blocks_read"]
+
+
+class BlocksOfGroups(NamedTuple):
+    """The vision blocks after which groups of patches can be reduced.
+
+    Attributes:
+        blocks: Their indices. They end with the last that the features are read from.
+        before: Why there are none before them; empty if they begin with the first.
+    """
+
+    blocks: range
+    before: str
 
 
 def blocks_read(facts: ModelFacts) -> tuple[int, ...]:
@@ -68,11 +80,8 @@ def _read(facts: ModelFacts) -> tuple[int, ...]:
     return tuple(dict.fromkeys(read))
 
 
-def blocks_of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> range:
-    """Return the vision blocks of whose patches groups make the features.
-
-    They end with the last that the features are read from, and begin where no later one has other
-    patches: some towers merge patches between two blocks.
+def blocks_of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> BlocksOfGroups:
+    """Return the vision blocks after which groups of patches, that make the features, can go.
 
     Args:
         facts: The facts of a model.
@@ -88,13 +97,17 @@ def blocks_of_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> range:
     )
 
 
-def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> range:
+def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> BlocksOfGroups:
     model = facts.model
     core: Any = model.base_model
     method, given = encoding(facts, inputs, kind)
+    encode = getattr(type(core), method, None)
+    if encode is None:
+        raise NoGroups("no method of the model encodes its images")
+    given = {own_name(name, encode): value for name, value in given.items()}
     blocks = [model.get_submodule(path) for path in facts.blocks.vision]
     try:
-        found = find_groups(core, getattr(type(core), method), blocks, (), given)
+        found = find_groups(core, encode, blocks, (), given)
     except NoGroups:
         raise
     # How code of a family fails where gradients or made-up weights go through it is up to it.
@@ -103,7 +116,7 @@ def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> rang
         raise NoGroups(
             f"its patches cannot be followed ({type(error).__name__}: {first})"
         ) from error
-    return range(found.first, found.used)
+    return BlocksOfGroups(range(found.first, found.used), found.before)
 
 
 def _encoded(twin: Any, facts: ModelFacts) -> list[Tensor]:

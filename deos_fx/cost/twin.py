@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+from transformers.integrations.moe import batched_mm_experts_forward
 
 from deos_fx.models.shapes_only import OnZeros, without_values
+from deos_fx.models.sharded import without_shards
 from deos_fx.models.views import AnyLinear, has_codes, linear_sizes
 
 __all__ = ["WholeNumbers", "count_flops", "twin_of"]
@@ -82,24 +85,26 @@ def twin_of(model: PreTrainedModel) -> Any:
 
     Quantised linear layers that tell their two sizes become plain ones; the others are run.
     """
+    # A sharded module cannot be copied.
+    whole: Any = without_shards(model)
     # deepcopy takes what is in `known`, by identity, for a copy that exists already: so weights are
     # never copied, and layers are exchanged on the way.
     known: dict[int, Any] = {}
-    for module in model.modules():
+    for module in whole.modules():
         sizes = linear_sizes(module)
         if sizes is not None:
             bias = getattr(module, "bias", None) is not None
             known[id(module)] = AnyLinear(*sizes, bias, device="meta", dtype=model.dtype)
         elif has_codes(module):
             known[id(module)] = _Counted(module)
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*whole.parameters(), *whole.buffers()):
         empty = without_values(tensor)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.is_floating_point())
         known[id(tensor)] = empty
     # accelerate's hooks move weights and inputs between devices; here there is nothing to move.
-    known |= {id(m._hf_hook): None for m in model.modules() if hasattr(m, "_hf_hook")}
-    twin = copy.deepcopy(model, known)
+    known |= {id(m._hf_hook): None for m in whole.modules() if hasattr(m, "_hf_hook")}
+    twin = copy.deepcopy(whole, known)
     modules: list[Any] = [*twin.modules()]
     for module in modules:
         # The forward that the hook replaced. Only what counts in full is asked for below: other
@@ -110,7 +115,22 @@ def twin_of(model: PreTrainedModel) -> Any:
         if config is not None:
             config._attn_implementation_internal = "eager"
             config._experts_implementation_internal = "batched_mm"
+        if _loops_over_experts(module):
+            vars(module).update(_PLAIN_EXPERTS)
+            module.forward = partial(batched_mm_experts_forward, module)
     return twin
+
+
+# What transformers' decorator of experts says of those that it is not on.
+_PLAIN_EXPERTS = {"has_gate": True} | dict.fromkeys(
+    ("has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel"), False
+)
+
+
+def _loops_over_experts(module: nn.Module) -> bool:
+    """Return whether a module runs the chosen experts in a loop and has no other implementation."""
+    parts = ("gate_up_proj", "down_proj", "_apply_gate")
+    return all(hasattr(module, name) for name in parts) and not hasattr(module, "has_gate")
 
 
 class _Counted(OnZeros):

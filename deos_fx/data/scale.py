@@ -8,23 +8,28 @@ A processor decides how many pixels of an image enter, and there are two kinds.
    (LLaVA-NeXT). The image itself is resized before they read it.
 
 Which kind a processor is shows when both are tried on an image.
+
+A model may also take one size of images and its processors know no tiles (LLaVA-1.5). Then no scale
+has an effect, which the model alone tells.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from PIL import Image
 from transformers.image_utils import load_image
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from deos_fx.data.batches import batches
 from deos_fx.data.record import Record
 from deos_fx.recent import Recent
 
-__all__ = ["scaled_processor"]
+__all__ = ["check_scale", "scaled_processor"]
 
 # An image to try a processor on. Tiles are mostly chosen by its proportions.
 _PROBE = (896, 672)
@@ -37,6 +42,43 @@ _SHORTEST = 16
 
 # Sizes of images whose factors are kept.
 _SIZES = 4096
+
+# Settings of image processors that cut an image into tiles: InternVL, Gemma 3, Aria.
+_TILES = frozenset({"max_patches", "pan_and_scan_max_num_crops", "split_image"})
+
+
+def check_scale(scale: float, model_type: str, visual_tokens: int) -> None:
+    """Refuse a scale that can change nothing, as far as a model alone tells.
+
+    Args:
+        scale: Linear scale in (0, 1].
+        model_type: The kind of model, as its config has it.
+        visual_tokens: How many it makes of every image; 0 if that depends on the image's size.
+
+    Raises:
+        ValueError: If images of the model have one size, and image processors of its kind do not
+            cut them into tiles.
+    """
+    if scale == 1 or not visual_tokens:
+        return
+    named = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
+    kinds = [_settings_of(name) for name in named.values()]
+    if kinds and all(settings and _TILES.isdisjoint(settings) for settings in kinds):
+        raise ValueError(
+            f"image_scale={scale:g} changes nothing: a {model_type} model takes one size of "
+            f"images, of which it makes {visual_tokens} visual tokens. Leave it out, or keep "
+            "fewer visual tokens."
+        )
+
+
+def _settings_of(image_processor: str) -> frozenset[str]:
+    """Return the names of the settings of a class of image processors; none if it is not there."""
+    try:
+        kind = getattr(importlib.import_module("transformers"), image_processor)
+        return frozenset(kind.valid_kwargs.__annotations__)
+    except (AttributeError, ImportError):
+        # Case: it needs a package that is not installed, or is of an older make.
+        return frozenset()
 
 
 def scaled_processor(processor: Any, scale: float) -> Any:

@@ -439,7 +439,13 @@ def _size_inputs(model: PreTrainedModel) -> frozenset[str]:
         return frozenset(name for name in names if "image" in name) - FORMER_IMAGES
     tower = image_tower(model)
     encode = getattr(core, "get_image_features", None)
-    taken = frozenset() if encode is None else _tensor_arguments(encode) - READ
+    taken = frozenset[str]()
+    if encode is not None:
+        # One of the two may only know them as lists (Step 3.7).
+        own = _tensor_arguments(type(model).forward).intersection(
+            inspect.signature(encode).parameters
+        )
+        taken = (own | _tensor_arguments(encode)) - READ
     if tower is not None:
         taken |= _tensor_arguments(tower.forward)
     # Towers built like text models also take an attention mask, but not that of the prompt.
@@ -463,6 +469,9 @@ def _visual_tokens(facts: ModelFacts, size_inputs: frozenset[str]) -> int:
         return 0
     if _tensor_arguments(tower.forward) & size_inputs:
         # Case: the encoder is told the size of each image.
+        return 0
+    if any(PIXELS[0] in name for name in size_inputs):
+        # Case: an image may come with further pixels, such as those of its parts.
         return 0
     return count_visual_tokens(model, facts.image())
 

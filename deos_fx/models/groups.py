@@ -8,7 +8,7 @@ outputs, and a visual token depends on exactly the patches through which a gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from deos_fx.errors import NoGroups
-from deos_fx.models.arguments import Segments, arguments_at, axes_of
 from deos_fx.models.families import features_of
+from deos_fx.models.patch_order import kinds_of, why_all_in_place
+from deos_fx.models.patch_tokens import groups_of, tokens_of
 from deos_fx.models.shapes_only import META, ShapesOnly, shaped
 from deos_fx.models.views import execution_device, with_forward, with_parts
 
 __all__ = ["PatchGroups", "find_groups", "key_of_sizes"]
 
-# The largest difference between what a block adds to its tokens and to the same tokens in another
-# order, relative to what it adds: by rounding, in half precision and in others.
-_SAME_IN_HALF, _SAME = 0.05, 0.002
+_OTHERS = "later blocks of the tower have other patches"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +40,15 @@ class PatchGroups:
         groups: int64 [T, s], numbers of the patches of every visual token, ascending: patch p of
             row r has the number r P + p. Some patches, such as CLS, may be part of no token.
         used: Number of blocks up to the last that the features are read from.
-        first: The first block from which on all of them have these patches.
+        first: The first block after which patches may be missing.
+        before: Why they may not after an earlier one; empty if there is none.
     """
 
     shape: tuple[int, ...]
     groups: Tensor
     used: int
     first: int = 0
+    before: str = ""
 
 
 @dataclass
@@ -85,11 +86,9 @@ def find_groups(
        of one shape.
     3. Each patch is part of one token at most, of the same one at every depth that is read, and
        all tokens have equally many.
-    4. A block gives the same tokens in another order if it gets them, and what comes with them, in
-       that order: so that its arguments are restricted to kept tokens in the right way.
+    4. The blocks after some block can run on a part of their tokens, see `why_all_in_place`.
 
-    Weights on the meta device have no values: those outside of blocks and decoder are made up, and
-    the fourth check is left out.
+    Weights on the meta device have no values: those outside of blocks and decoder are made up.
 
     Args:
         core: The base model that has the method.
@@ -115,7 +114,7 @@ def find_groups(
         args, kwargs = pytree.tree_map_only(Tensor, _made_up, (tuple(args), dict(kwargs)))
         output = encode(view, *args, **kwargs)
         levels = [_joined(level) for level in _levels(output)]
-        found = [_tokens_of(level, run.made) for level in levels]
+        found = [tokens_of(level, run.made) for level in levels]
     # 2.
     used = max((i + 1 for tokens in found for i in tokens), default=0)
     if not used:
@@ -125,14 +124,16 @@ def find_groups(
         raise NoGroups(run.unlike[first])
     # 3.
     shape = run.made[used - 1].shape[:-1]
-    groups = _groups([tokens for level in found for tokens in level.values()], len(levels[0]))
+    groups = groups_of([tokens for level in found for tokens in level.values()], len(levels[0]))
     # 4.
-    for i, block in _kinds(blocks, range(first, used), run):
-        hidden, (others, named) = run.made[i].detach(), run.given[i]
-        axes = axes_of(hidden, others, named)
-        if not run.on_meta:
-            _check_order(block, axes, hidden, others, named)
-    return PatchGroups(tuple(shape), groups, used, first)
+    before = _OTHERS if first else ""
+    later = {i: blocks[i] for i in range(first + 1, used)}
+    for i, *same in kinds_of(later, run.given):
+        last = same[-1] if same else i
+        why = why_all_in_place(blocks[i], run.made[i].detach(), *run.given[i], run.on_meta)
+        if why and last > first:
+            first, before = last, why
+    return PatchGroups(tuple(shape), groups, used, first, before)
 
 
 def key_of_sizes(given: Mapping[str, Any]) -> Hashable:
@@ -268,123 +269,3 @@ def _first(run: _Run, used: int) -> int:
     if first == used:
         raise NoGroups(run.unlike[first])
     return first
-
-
-# *** 3: tokens and patches ***
-
-
-def _tokens_of(features: Tensor, made: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Find the tokens that read hidden states directly, without another block in between.
-
-    Every token has a number, whose bits are asked for one by one: a patch gets a gradient from the
-    tokens in whose number the bit is set if and only if it is part of one of them.
-
-    Args:
-        features: [T, d].
-        made: Block -> the leaf of its hidden states, of n patches.
-
-    Returns:
-        Block -> number [n] of the token of every patch, -1 if it is part of none; only of blocks
-        that the features read.
-    """
-    numbers = torch.arange(len(features), device=features.device)
-    # A random direction: the sum of a normalised vector would have no gradient.
-    direction = torch.randn(features.shape[-1], device=features.device).to(features)
-    leaves = list(made.values())
-
-    def reached(flags: Tensor) -> list[Tensor | None]:
-        """Return for each leaf the flags of the patches that some flagged tokens depend on."""
-        gradients = torch.autograd.grad(
-            features,
-            leaves,
-            flags[:, None] * direction,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        return [None if x is None else x.flatten(0, -2).ne(0).any(dim=-1) for x in gradients]
-
-    if not features.requires_grad:
-        return {}
-    every = reached(torch.ones_like(features[:, 0]))
-    tokens = {
-        i: torch.where(fed, 0, -1) for i, fed in zip(made, every, strict=True) if fed is not None
-    }
-    for bit in range((len(features) - 1).bit_length()):
-        is_set = (numbers >> bit) & 1
-        for i, one, zero in zip(
-            made, reached(is_set.to(features)), reached((1 - is_set).to(features)), strict=True
-        ):
-            if i not in tokens or one is None or zero is None:
-                continue
-            if (one & zero).any():
-                raise NoGroups("a patch is part of several visual tokens")
-            tokens[i] += one.to(tokens[i]) << bit
-    return tokens
-
-
-def _groups(tokens: Sequence[Tensor], count: int) -> Tensor:
-    """Turn the token of every patch, found at every depth that is read, into groups [T, s]."""
-    token_of = tokens[0].cpu()
-    if any(not token_of.equal(other.cpu()) for other in tokens):
-        raise NoGroups("features of several depths are made of other patches each")
-    sizes = torch.bincount(token_of[token_of >= 0], minlength=count)
-    # A token of no patch is a learned vector, such as the end of a row.
-    size, *others = sizes[sizes > 0].unique().tolist() or [0]
-    if not size:
-        raise NoGroups("no patch of its blocks reaches the visual tokens")
-    if others:
-        raise NoGroups("the visual tokens are not made of equally many patches")
-    order = token_of.argsort(stable=True)
-    return order[(token_of < 0).sum() :].reshape(-1, size)
-
-
-# *** 4: arguments that come with the tokens ***
-
-
-def _kinds(
-    blocks: Sequence[nn.Module], which: Iterable[int], run: _Run
-) -> list[tuple[int, nn.Module]]:
-    """Return one block of some, with its number, of each class and each kind of arguments."""
-    first: dict[Any, tuple[int, nn.Module]] = {}
-    for i in which:
-        block = blocks[i]
-        # Blocks with windows and without are given other tensors.
-        given = tuple(id(leaf) for leaf in pytree.tree_leaves(run.given[i]))
-        first.setdefault((type(block), given), (i, block))
-    return list(first.values())
-
-
-def _check_order(
-    block: nn.Module, axes: Any, hidden: Tensor, others: tuple[Any, ...], named: dict[str, Any]
-) -> None:
-    """Check that a block does the same with its tokens in another order.
-
-    Args:
-        block: The block.
-        axes: What `axes_of` found for its arguments.
-        hidden: Hidden states.
-        others: Its other arguments.
-        named: Its keyword arguments.
-    """
-    length = hidden.shape[-2]
-    # Backwards, inside each segment if the row is divided into segments.
-    places = torch.arange(length, device=hidden.device)
-    order = places.flip(0)
-    for segments in (axis for axis in pytree.tree_leaves(axes) if isinstance(axis, Segments)):
-        order = torch.cat([part.flip(0) for part in segments.of(places)])
-    index = order.expand(hidden.shape[0] if hidden.ndim == 3 else 1, -1)
-    again, more = arguments_at(index, axes, hidden, others, named)
-    with torch.no_grad():
-        plain, ordered = (
-            pytree.tree_leaves(block.forward(*given, **further))[0]
-            for given, further in (((hidden, *others), named), (again, more))
-        )
-    added = (plain - hidden).index_select(-2, order).float().norm(dim=-1)
-    apart = (plain.index_select(-2, order) - ordered).float().norm(dim=-1)
-    # The mean over tokens: a few of them may be far larger than all others.
-    most = _SAME_IN_HALF if hidden.dtype in (torch.float16, torch.bfloat16) else _SAME
-    # Not with "greater than": a NaN is no agreement.
-    if not (apart / added.clamp(min=torch.finfo(torch.float32).tiny)).mean() <= most:
-        raise NoGroups(
-            f"{type(block).__name__} does something else with its tokens in another order"
-        )

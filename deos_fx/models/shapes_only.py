@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from deos_fx.models.families import features_of
+from deos_fx.models.sharded import without_shards
 from deos_fx.models.views import AnyLinear, execution_device, linear_sizes, with_layers
 from deos_fx.replaced import replaced
 
@@ -57,6 +59,7 @@ class ShapesOnly(TorchDispatchMode):
         # One mode may be entered several times, so the contexts make a stack.
         plain = contextlib.ExitStack()
         plain.enter_context(plain_attention(masks=("eager",)))
+        plain.enter_context(_Listed())
         self._plain = [*getattr(self, "_plain", ()), plain]
         return super().__enter__()
 
@@ -175,7 +178,7 @@ def count_visual_tokens(model: PreTrainedModel, image: Mapping[str, torch.Tensor
 
 def shaped(module: nn.Module) -> nn.Module:
     """Return a view of a module for `ShapesOnly`, in which no layer computes with codes."""
-    return with_layers(module, _stand_in)
+    return with_layers(without_shards(module), _stand_in)
 
 
 def _stand_in(layer: nn.Module) -> nn.Module:
@@ -219,6 +222,28 @@ class OnZeros(nn.Module):
             args, kwargs = pytree.tree_map_only(torch.Tensor, values, (args, kwargs))
             result = self.run(*args, **kwargs)
         return pytree.tree_map_only(torch.Tensor, shape, result)
+
+
+class _Listed(TorchFunctionMode):
+    """Creates tensors of whole numbers that code lists with their values, wherever it wants them.
+
+    These creations do not reach a dispatch mode.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func not in (torch.tensor, torch.as_tensor) or device in (None, "cpu"):
+            return func(*args, **kwargs)
+        made = func(*args, **{**kwargs, "device": "cpu"})
+        keeps = torch.device(device) == META and not made.is_floating_point()
+        return made if keeps else func(*args, **kwargs)
 
 
 def _has_no_values(tensor: torch.Tensor) -> bool:

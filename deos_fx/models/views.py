@@ -70,7 +70,9 @@ def shallow_copy(module: Any) -> Any:
     loading the original also moves or loads the copy. Hooks work on the copy. A call of
     `torch.nn.Module.compile` has to be repeated.
     """
-    twin = copy.copy(module)
+    # Not copy.copy: FSDP gives the classes of modules a __new__ that makes one of the former class.
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module))
     twin._modules = dict(module._modules)
     # A compiled call is bound to the original.
     vars(twin).pop("_compiled_call_impl", None)
@@ -131,7 +133,10 @@ def has_codes(module: nn.Module) -> bool:
 
 
 def _is_code(tensor: Tensor | None) -> bool:
-    return tensor is not None and (type(tensor) not in _PLAIN or tensor.dtype not in _NUMBERS)
+    # A shard of numbers is no code. By name, because importing DTensor takes long.
+    if tensor is None or type(tensor).__module__.startswith("torch.distributed.tensor"):
+        return False
+    return type(tensor) not in _PLAIN or tensor.dtype not in _NUMBERS
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:

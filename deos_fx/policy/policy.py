@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deos_fx.files import write_tensors, write_text
+from deos_fx.files import check_file, tensors_writer, write_files
 from deos_fx.policy.reduction import Reduction, Regime
 from deos_fx.policy.site import site_order, split_site
 from deos_fx.policy.tier import LEAST_SCALE, check_count, check_number, check_text
@@ -246,12 +247,22 @@ class Policy:
         Learned parts are written to a second file of the same name that ends in ``.safetensors``.
 
         Raises:
-            OSError: If the folder does not exist or cannot be written.
+            OSError: If the folder does not exist or cannot be written, or that second file holds
+                something else, such as the weights of a model.
+            ValueError: If the name itself ends in ``.safetensors``.
         """
+        check_file(path)
+        if Path(path).suffix == ".safetensors":
+            raise ValueError(
+                f"{os.fspath(path)} would be the file of the policy's learned parts; give a name "
+                "that ends in .json"
+            )
+        files = {Path(path): lambda part: part.write_text(self.to_json(), encoding="utf-8")}
         if self.tensors:
-            # The JSON is written last: it has the hash of the tensors, so it never names others.
-            write_tensors(_beside(path), self.tensors)
-        write_text(path, self.to_json())
+            _check_learned(_beside(path))
+            # The JSON is replaced last: it has the hash of the tensors, so it never names others.
+            files = {_beside(path): tensors_writer(_beside(path), self.tensors), **files}
+        write_files(files)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:
@@ -291,6 +302,22 @@ class Policy:
 def _beside(path: str | os.PathLike[str]) -> Path:
     """Return the file for the learned parts of a policy."""
     return Path(path).with_suffix(".safetensors")
+
+
+def _check_learned(path: Path) -> None:
+    """Refuse to write learned parts over tensors that are none."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = sorted(file.keys())
+    except (OSError, SafetensorError):
+        # Case: no such file, or one that nobody can read.
+        return
+    others = [name for name in names if "/" not in name]
+    if others:
+        raise FileExistsError(
+            f"cannot write the learned parts of a policy to {path}: it holds other tensors "
+            f"({others[0]}). Give the policy another name."
+        )
 
 
 def _of_site(tensors: Mapping[str, Tensor], site: object) -> dict[str, Tensor]:

@@ -234,7 +234,7 @@ def _tower_of_groups(facts: ModelFacts) -> int:
 
     def count() -> int:
         try:
-            found = blocks_of_groups(facts, example_inputs(facts.model))
+            found, _ = blocks_of_groups(facts, example_inputs(facts.model))
         except (NoGroups, ValueError):
             # Case: there are no such groups, or it takes a processor to make an image.
             return 0

@@ -35,12 +35,15 @@ from deos_fx.reading import as_record, blaming
 from deos_fx.runtime.mark import mark, unmarked
 from deos_fx.version import __version__
 
-__all__ = ["SavedModel", "folder_for", "save"]
+__all__ = ["READ", "SavedModel", "folder_for", "save"]
 
 VERSION = 1
 
 _POLICY = "policy.json"
 _ADAPTERS = "adapter_config.json"
+
+READ = (*MODEL_FILES, _ADAPTERS)
+"""Patterns of the files that are read when a saved model is loaded."""
 
 
 def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) -> None:
@@ -76,11 +79,12 @@ def save(model: PreTrainedModel, policy: Policy, dir: str | os.PathLike[str]) ->
 
 
 @contextmanager
-def folder_for(dir: str | os.PathLike[str]) -> Iterator[Path]:
+def folder_for(dir: str | os.PathLike[str], also: Iterable[str] = ()) -> Iterator[Path]:
     """Provide a temporary folder to save a model in; see `deos_fx.files.fresh_folder`.
 
     Args:
         dir: Where it is moved to.
+        also: Patterns of files besides those of a model that are written anew, or go.
 
     Yields:
         The temporary folder.
@@ -94,7 +98,7 @@ def folder_for(dir: str | os.PathLike[str]) -> Iterator[Path]:
             f"{os.fspath(dir)} has an {_ADAPTERS}: transformers would load these adapters with "
             "whatever model is saved there. Give another folder, or move the adapters away."
         )
-    with fresh_folder(dir, FILES, whole=True) as folder:
+    with fresh_folder(dir, (*FILES, *also), whole=True) as folder:
         yield folder
 
 
@@ -263,4 +267,4 @@ def _check_folder(folder: Path) -> None:
     as_record(
         folder / RECORD, record, NoteFile, "the note of a reduced model", "Save the model again."
     )
-    verify(folder, record, (*MODEL_FILES, _ADAPTERS))
+    verify(folder, record, READ)

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
+from deos_fx.errors import CaptureError
 from deos_fx.models.shapes_only import ShapesOnly, shaped
 from deos_fx.passes.capture.leaves import MaskBuilder
 from deos_fx.passes.graph import made_of
@@ -56,7 +57,7 @@ def annotate_token_spaces(
         The same graph module, annotated.
 
     Raises:
-        ValueError: If a value has two prompt axes and is not a mask.
+        CaptureError: If a value has two prompt axes and is not a mask.
     """
     length = inputs[length_of].shape[-1]
     # While decoding, a mask covers everything in the cache and the new tokens.
@@ -271,5 +272,9 @@ def _changed_axis(short: _Shape, long: _Shape) -> int | None:
     """Return the axis whose length differs between the two runs, or None."""
     changed = [axis for axis, (a, b) in enumerate(zip(short, long, strict=True)) if a != b]
     if len(changed) > 1:
-        raise ValueError(f"a value of shape {tuple(short)} has two prompt axes: {changed}")
+        raise CaptureError(
+            f"The model's code makes a value of shape {tuple(short)} with a number for every pair "
+            "of tokens, and what becomes of it when tokens are dropped is not known. Use a model "
+            "whose layers are given masks and positions alone."
+        )
     return changed[0] if changed else None

@@ -33,9 +33,9 @@ def reasons_in_groups(facts: ModelFacts, inputs: Mapping[str, Any]) -> dict[int,
     """
     blocks = range(len(facts.blocks.vision))
     try:
-        fine = blocks_of_groups(facts, inputs)
+        fine, before = blocks_of_groups(facts, inputs)
     except NoGroups as reason:
         # Not remembered: it may be for the sizes of these images alone.
         return dict.fromkeys(blocks, str(reason))
-    early = dict.fromkeys(range(fine.start), "later blocks of the tower have other patches")
+    early = dict.fromkeys(range(fine.start), before)
     return {i: "" if i in fine else early.get(i, UNUSED) for i in blocks}

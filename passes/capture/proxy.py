@@ -19,6 +19,9 @@ __all__ = ["STRUCTURAL_TYPES", "ValueProxy", "has_proxy", "with_features"]
 STRUCTURAL_TYPES = (str, torch.dtype, torch.device, torch.layout, type(None))
 """Results of these types describe the structure of a run and not its data: they are no proxies."""
 
+# The largest number of values of a tensor that code may read into Python, such as sizes of images.
+_MOST_READ = 64
+
 # During a capture torch.unbind is a replacement, which must not become the target of a node.
 _UNBIND = torch.unbind
 
@@ -150,6 +153,21 @@ class ValueProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return self._specialise(float)
+
+    def tolist(self) -> Any:
+        """Read all values of a small table into Python, each with a guard.
+
+        Raises:
+            CaptureError: If there are many, so that hardly any other input would have the same.
+        """
+        if self.value.ndim == 0:
+            return self._specialise(torch.Tensor.item)
+        if self.value.numel() > _MOST_READ:
+            raise CaptureError(
+                f"The model's code reads a tensor of shape {tuple(self.value.shape)} into Python, "
+                "which cannot be captured. Use a model whose code does not."
+            )
+        return [part.tolist() for part in self]
 
     def __format__(self, spec: str) -> str:
         # Messages and names: what they say is no data, so nothing is recorded.

@@ -22,6 +22,7 @@ from transformers.utils.import_utils import torch_compilable_check
 
 from deos_fx.errors import CaptureError
 from deos_fx.models.families import ENCODERS, SHORTCUTS
+from deos_fx.models.sharded import class_of
 from deos_fx.passes.capture.proxy import has_proxy
 from deos_fx.passes.capture.tracer import Tracer
 from deos_fx.replaced import Replacement
@@ -76,16 +77,16 @@ def replacements_of(model: PreTrainedModel, opaque_encoder: bool) -> Iterator[Re
     for owner, name in _BUILTINS:
         yield owner, name, _when_traced(_function)
     # Shortcuts, which model classes define themselves.
-    for kind in {type(module) for module in model.modules()}:
+    for kind in {class_of(module) for module in model.modules()}:
         for name in SHORTCUTS.keys() & vars(kind).keys():
             yield kind, name, _when_traced(_first_arguments)
     # Methods that make masks, under the name that transformers gave them before it had functions.
-    for kind in {type(module) for module in model.modules()}:
+    for kind in {class_of(module) for module in model.modules()}:
         if _OWN_MASK in vars(kind):
             yield kind, _OWN_MASK, _when_traced(_own_mask)
     # Mask functions and checks. A model file imports them by name, so they are replaced there, in
     # the namespace of every file that a module comes from.
-    for namespace in {sys.modules[type(module).__module__] for module in model.modules()}:
+    for namespace in {sys.modules[class_of(part).__module__] for part in model.modules()}:
         for name, value in list(vars(namespace).items()):
             if _makes_masks(name, value):
                 yield namespace, name, _when_traced(_mask)

@@ -18,6 +18,7 @@ from transformers.cache_utils import KVSharingDict
 from deos_fx.errors import CaptureError
 from deos_fx.models.blocks import Block
 from deos_fx.models.families import ENCODERS
+from deos_fx.models.sharded import gathered, shards
 from deos_fx.passes.capture.leaves import ImageEncoder, MaskBuilder, first_of
 from deos_fx.passes.capture.proxy import STRUCTURAL_TYPES, ValueProxy
 from deos_fx.passes.notes import annotate
@@ -162,6 +163,8 @@ class Tracer(fx.Tracer):
         # Hooks collect hidden states (transformers' output_hidden_states). They must see the
         # proxy: with the value, everything collected would become a constant of the graph.
         for hook_id, hook in module._forward_hooks.items():
+            if shards(hook):
+                continue
             extra = (kwargs,) if hook_id in module._forward_hooks_with_kwargs else ()
             replaced = hook(module, args, *extra, output)
             output = output if replaced is None else replaced
@@ -285,7 +288,9 @@ class Tracer(fx.Tracer):
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
         if node.op == "call_module":
             # Not a call: the replaced `nn.Module.__call__` would record the module again.
-            return self._attribute(target).forward(*args, **kwargs)
+            module = self._attribute(target)
+            with gathered(module):
+                return module.forward(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         return target(*args, **kwargs)

@@ -28,7 +28,6 @@ from deos_fx.tokens.layout import PromptLayout
 
 __all__ = [
     "SearchBatch",
-    "check_whole",
     "check_one_size",
     "checked_calls",
     "moved",
@@ -82,24 +81,6 @@ def parted(batches: Sequence[_T]) -> tuple[list[_T], list[_T]]:
     held_back = len(batches) // 4
     first = len(batches) - held_back
     return [*batches[:first]], [*(batches[first:] if held_back else batches)]
-
-
-def check_whole(model: object) -> None:
-    """Refuse a model whose weights are sharded over processes: a graph would hold the shards.
-
-    Raises:
-        ValueError: If it is.
-    """
-    if not isinstance(model, torch.nn.Module):
-        return
-    # By name, because importing FSDP takes long, and fully_shard changes classes in place.
-    bases = {base.__module__ for part in model.modules() for base in type(part).__mro__}
-    if any(name.startswith("torch.distributed.fsdp") for name in bases):
-        raise ValueError(
-            f"model is a {type(model).__name__}, whose weights are sharded by FSDP, and a search "
-            "runs graphs that need them whole. Load the model without FSDP; if it is larger than "
-            'one device, over the devices of one process: from_pretrained(..., device_map="auto").'
-        )
 
 
 def checked_calls(

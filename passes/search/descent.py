@@ -188,9 +188,9 @@ class Descent:
         rows = torch.zeros(len(batches), 1 + sum(each.numel() for each in parameters))
         self.problem.effort.forwards += len(batches)
         self.problem.effort.backwards += len(batches)
-        for i, batch in processes.shared_out(batches):
-            rows[i] = self._loss_and_gradients(batch)
-        rows = processes.joined(rows)
+        rows = processes.computed(
+            batches, self._loss_and_gradients, rows, in_step=self.problem.is_sharded
+        )
         mean = rows.mean(dim=0)
         sums = [
             part.view_as(parameter).to(parameter)

@@ -16,6 +16,7 @@ from torch.utils import _pytree
 
 from deos_fx.attention.seam import ObservedBlock
 from deos_fx.passes.pipeline import run_graph
+from deos_fx.passes.search import processes
 
 __all__ = ["Fronts", "Parts"]
 
@@ -39,22 +40,27 @@ class Fronts:
         self._known.clear()
         self._bytes = 0
 
-    def run(self, parts: Parts, batch: object, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def run(
+        self, parts: Parts, batch: object, inputs: Mapping[str, Any], *, in_step: bool = False
+    ) -> dict[str, Any]:
         """Run both parts of a graph, the first only if no graph that begins alike was run.
 
         Args:
             parts: The parts.
             batch: What tells one batch from another, by identity.
             inputs: The inputs of the graph.
+            in_step: Whether processes share the weights: all run the first part if one has to.
 
         Returns:
             The fields of its output.
         """
         front, rest = parts
         key = id(batch), _identity(front)
-        if key not in self._known:
+        missing = key not in self._known
+        if processes.any_has(missing) if in_step else missing:
             with torch.no_grad():
                 values = run_graph(front, dict(inputs))
+        if missing:
             self._known[key] = front, batch, values
             self._bytes += _bytes(values)
             while self._bytes > _MOST_BYTES and len(self._known) > 1:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.cost.model import CostModel
 from deos_fx.models.facts import facts_of
+from deos_fx.models.sharded import check_sharding, gather_own, has_shards
 from deos_fx.passes.analyse.check_reduction import check_reduction
 from deos_fx.passes.analyse.sites import Site, Sites
 from deos_fx.passes.captures import Captures
@@ -22,7 +23,6 @@ from deos_fx.passes.rewrite.split_prefix import split_prefix
 from deos_fx.passes.search import processes
 from deos_fx.passes.search.batches import (
     SearchBatch,
-    check_whole,
     checked_calls,
     moved,
     parted,
@@ -112,7 +112,8 @@ class SearchProblem:
                 transformers'.
         """
         # 1. The data: every batch is completed, and all of them fit one policy.
-        check_whole(model)
+        check_sharding(model)
+        gather_own(model)
         facts = facts_of(model)
         model.eval()
         calls, labels, early = checked_calls(facts, data, progress)
@@ -184,6 +185,11 @@ class SearchProblem:
     def visual_tokens(self) -> int:
         """Return V, the visual tokens of one image."""
         return self.layout.tokens_per_image
+
+    @functools.cached_property
+    def is_sharded(self) -> bool:
+        """Return whether processes share the weights, and have to run layers together."""
+        return has_shards(self.model)
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe the problem, so that a checkpoint of another one is recognised."""
@@ -305,7 +311,8 @@ class SearchProblem:
             parts: The graph, split before its first reduction.
             batch: The batch.
         """
-        fields = self.fronts.run(parts, batch, batch.inputs)
+        gather_own(self.model)
+        fields = self.fronts.run(parts, batch, batch.inputs, in_step=self.is_sharded)
         # Only a static graph has spaces. The last one has the tokens that logits are of.
         spaces: Sequence[SpaceFields] | None = fields.get("spaces")
         return batch.target.loss(fields["logits"], spaces[-1]["origin"] if spaces else None)
@@ -348,17 +355,16 @@ class SearchProblem:
         """Return a loss on each scoring batch; all processes share these out."""
         losses = torch.zeros(len(self.scoring), dtype=torch.float64)
         self.effort.forwards += len(self.scoring)
-        for i, batch in processes.shared_out(self.scoring):
-            losses[i] = loss(batch).item()
-        return processes.joined(losses).tolist()
+        losses = processes.computed(self.scoring, loss, losses, in_step=self.is_sharded)
+        return losses.tolist()
 
     def static_losses(self, policy: Policy) -> list[float]:
         """Return the task loss of a policy's static graph on each scoring batch."""
-        return self._each(self._loss_of(partial(_lowered, policy)))
+        return self._each(self._loss_of(functools.partial(_lowered, policy)))
 
     def static_loss(self, policy: Policy) -> float:
         """Return the task loss of a policy's static graph, mean over the scoring batches."""
-        return self.mean_loss(partial(_lowered, policy))
+        return self.mean_loss(functools.partial(_lowered, policy))
 
 
 def _lowered(policy: Policy, batch: SearchBatch) -> fx.GraphModule:

@@ -20,12 +20,13 @@ from torch import distributed as dist
 __all__ = [
     "Progress",
     "agreeing",
+    "any_has",
     "check_equal",
+    "computed",
     "is_main",
     "joined",
     "of_main",
     "on_main",
-    "shared_out",
 ]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -50,10 +51,35 @@ def is_main() -> bool:
     return _rank() == 0
 
 
-def shared_out(items: Sequence[_T]) -> Iterator[tuple[int, _T]]:
-    """Yield this process' share of some items, each with its index; one process takes all."""
-    for i in range(_rank(), len(items), _number()):
-        yield i, items[i]
+def computed(
+    items: Sequence[_T], compute: Callable[[_T], Tensor | float], rows: Tensor, *, in_step: bool
+) -> Tensor:
+    """Compute a row for each item; the processes share the items out.
+
+    Args:
+        items: The n items.
+        compute: Returns the row of an item.
+        rows: Zeros [n, ...], which the rows of this process are written to.
+        in_step: Whether all processes have to compute equally often, as they do where they share a
+            model: whoever has an item less computes one again, for nothing.
+
+    Returns:
+        All n rows, the same in every process.
+
+    Raises:
+        KeyboardInterrupt: In all processes, if one of them was interrupted.
+    """
+    own = range(_rank(), len(items), _number())
+    for i in own:
+        rows[i] = compute(items[i])
+    if in_step and len(own) * _number() < len(items):
+        compute(items[-1])
+    return joined(rows)
+
+
+def any_has(flag: bool) -> bool:
+    """Return whether a flag is set in one of the processes."""
+    return any(_everywhere(flag))
 
 
 def joined(rows: Tensor) -> Tensor:
@@ -98,14 +124,19 @@ def check_equal(what: str, value: float) -> None:
     Raises:
         ValueError: In all processes, if it differs.
     """
-    values = torch.zeros(_number(), dtype=torch.float64)
-    values[_rank()] = value
-    found = joined(values).tolist()
+    found = _everywhere(value)
     if len(set(found)) > 1:
         raise ValueError(
             f"The processes of this search differ: {what}: {found}. Give all of them the same "
             "arguments, and a checkpoint folder that all of them can read."
         )
+
+
+def _everywhere(value: float) -> list[float]:
+    """Return a number of each process."""
+    values = torch.zeros(_number(), dtype=torch.float64)
+    values[_rank()] = value
+    return joined(values).tolist()
 
 
 def on_main(progress: Progress | None) -> Progress | None:

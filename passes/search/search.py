@@ -85,6 +85,8 @@ def search(
     Where torch.distributed is initialised, as by ``accelerate launch``, all processes have to make
     the same call with the same data. They share out the batches of each step, of which a step takes
     as many as have 16 prompts, and the scoring; all return the same result, that of one process.
+    The model may be larger than one device: sharded over the processes by
+    `torch.distributed.fsdp.fully_shard`, as transformers' ``distributed_config`` does.
 
     Args:
         model: An unmodified transformers vision-language model.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ __all__ = ["RECORD", "RECORD_BYTES", "SearchState"]
 
 # The record of a state, and its largest size: a step takes less than a kilobyte.
 RECORD, RECORD_BYTES = "search.json", 2**28
+# The files of tensors; there may be others of similar names in the folder.
+_STATE = re.compile(r"step-[0-9]{1,9}\.safetensors")
 # Learning rates: of scalars; of directions of width d, so that a step moves a score by as much at
 # every width; and of the directions that a similarity compares, which start at their full length.
 _SCALARS, _DIRECTIONS, _METRIC = 0.05, 0.1, 0.005
@@ -150,8 +153,8 @@ class SearchState:
         record["record"] = own_hash(json.loads(json.dumps(record)), "record")
         write_text(path / RECORD, json.dumps(record, indent=1))
         # Only now is no record left that names the earlier file.
-        for old in path.glob("step-[0-9]*.safetensors"):
-            if old.name != name:
+        for old in path.iterdir():
+            if _STATE.fullmatch(old.name) and old.name != name:
                 old.unlink()
 
     def resume(self, folder: str | os.PathLike[str]) -> None:

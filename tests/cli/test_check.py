@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,11 @@ from typer.testing import CliRunner
 
 from deos_fx import Policy, ReducedModel, reference
 from deos_fx.cli.app import app
-from deos_fx.contents import RECORD, record_of
+from deos_fx.cli.loading import load_generating
+from deos_fx.cli.policies import Choice
+from deos_fx.contents import RECORD, record_of, write_record
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +62,26 @@ def test_damage_is_found_however_large_the_files_are(
     assert text.split().count("ok") == 2
 
 
+@pytest.mark.parametrize("kind", ["reduced_model", "onnx", "genai"])
+def test_files_that_would_be_read_besides_are_found(kind: str, tmp_path: Path) -> None:
+    write_record(tmp_path, {"deos_fx": kind})
+    run("check", tmp_path)
+    (tmp_path / "policy.safetensors").write_text("")
+    text = run("check", tmp_path, code=1)
+    assert "not written with the others and would be read with" in " ".join(text.split())
+
+
+@posix
+def test_names_of_files_do_not_command_the_terminal(folder: Path) -> None:
+    (folder / "a\x1b[31m\x07\x9b.txt").write_text("")
+    (folder / ".deos-fx-\x1b]0;").mkdir()
+    text = run("check", folder, "--clean")
+    assert "a\u241b[31m\ufffd.txt" in text.replace("\u2407", "") and ".deos-fx-\u241b]0;" in text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+    text = run("data", folder / "none.jsonl", "--model", folder / "\x1b[31m", code=1)
+    assert "\x1b" not in text
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -91,11 +117,27 @@ def test_other_commands_refuse_damaged_folders(folder: Path, tmp_path: Path) -> 
     (folder / RECORD).write_text(json.dumps({"deos_fx": "incomplete"}))
     text = run("transform", folder, tmp_path / "out", "--preset", "merge", code=1)
     assert "is incomplete" in text and not (tmp_path / "out").exists()
+    assert "is incomplete" in run("inspect", folder, code=1)
+
+
+def test_an_export_without_a_graph_is_no_reduced_model(tmp_path: Path) -> None:
+    (tmp_path / "prefill.onnx").write_text("")
+    write_record(tmp_path, {"deos_fx": "onnx", **dict.fromkeys(("version", "opset"), 4)})
+    (tmp_path / "prefill.onnx").unlink()
+    with pytest.raises(ValueError, match="is not the manifest of an export"):
+        load_generating(str(tmp_path), Choice())
 
 
 def test_transform_records_the_processor_as_well(tmp_path: Path) -> None:
-    run("transform", reference.WEIGHTS, tmp_path / "out", "--preset", "merge")
+    (tmp_path / "out").mkdir()
+    # Of another model, which had been written there; and a file of the user.
+    (tmp_path / "out" / "chat_template.jinja").write_text("")
+    write_record(tmp_path / "out", {"deos_fx": "reduced_model"})
+    (tmp_path / "out" / "mine.jinja").write_text("")
+    run("transform", reference.WEIGHTS, tmp_path / "out", "--preset", "merge", "--force")
+    (tmp_path / "out" / "mine.jinja").unlink()
     names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "chat_template.jinja" not in names
     assert {*record_of(tmp_path / "out")["files"]} == names - {RECORD}
     assert "tokenizer.json" in names
     run("check", tmp_path / "out")
@@ -113,3 +155,19 @@ def test_names_that_are_taken_are_found_before_the_work(
         ("search", folder, "--data", questions, "--output", tmp_path / "out"),
     ):
         assert "policy.json: it is a folder" in run(*arguments, "--force", code=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("eval", "--output"), ("profile", "--output"), ("inspect", "--svg")],
+)
+def test_files_that_cannot_be_written_are_found_before_the_work(
+    command: str, option: str, folder: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deos_fx.cli.loading._saved", lambda _: pytest.fail("worked before"))
+    monkeypatch.setattr("deos_fx.cli.loading._config", lambda _: pytest.fail("worked before"))
+    data = ("--data", questions) if command == "eval" else ()
+    text = run(command, folder, *data, option, folder / "none" / "file", code=1)
+    assert "cannot write the file" in text and "No such file or directory" in text
+    text = run(command, folder, *data, option, folder / "config.json", code=1)
+    assert "exists; add --force to overwrite it" in text

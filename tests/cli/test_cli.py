@@ -1,5 +1,6 @@
 """The command line: what it does with good input, and one clear line for bad input."""
 
+import io
 import json
 import re
 import shutil
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 from deos_fx import Budget, Policy, ReducedModel, Reduction, SearchResult, presets, reference
 from deos_fx.cli.app import app
 from deos_fx.cli.limits import read_limit
-from deos_fx.cli.searching import measured, presets_tuned
+from deos_fx.cli.searching import measured, presets_tuned, write_found
 from deos_fx.contents import write_record
 from deos_fx.cost.model import CostModel
 from deos_fx.data import Record
@@ -345,6 +346,24 @@ def test_what_a_search_has_found_is_kept_if_it_cannot_be_measured(error, monkeyp
     assert measured(found, model, processor, groups, lambda *_: None) is found
     assert (str(error) or "interrupted") in caplog.text
     assert "answers and times were not measured" in caplog.text
+
+
+def test_what_a_search_has_found_is_kept_if_its_report_does_not_fit(monkeypatch, caplog, tmp_path):
+    model, _ = reference.load()
+    cost = CostModel.of_images(model, images=1, text_tokens=8).predict(Policy())
+    found = SearchResult(Policy(), [], [Candidate(Policy(), "", 0.5, cost)], {}, cost, 0.5, 0.5)
+
+    def full(*arguments):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(SearchResult, "report", full)
+    assert write_found(found, tmp_path, Console(), 1) == ["policy.json"]
+    assert "there is no report: no space left" in caplog.text
+    monkeypatch.setattr(Policy, "save", full)
+    console = Console(file=io.StringIO())
+    with pytest.raises(OSError, match="no space left"):
+        write_found(found, tmp_path, console, 1)
+    assert "no reduction" in console.file.getvalue()
 
 
 def test_presets_are_tuned_by_default_where_optuna_is_installed(monkeypatch, capsys):

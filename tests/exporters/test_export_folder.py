@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from deos_fx.exporters.session import open
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.version import __version__
 
 POLICIES = {
     "old": Policy((learned_at("projector", 20),)),
@@ -98,6 +100,15 @@ def test_the_stand_in_is_loaded_with_its_weights(exports: dict[str, Path]) -> No
         assert OnnxModel.from_pretrained(exports[name], "cpu").config.model_type == "llava"
         session = open(exports[name] / "decode.onnx", "cpu")
         assert session({"x": torch.zeros(300)})["y"].numpy().tolist() == [value] * 300
+
+
+def test_a_manifest_says_what_made_the_graphs(exports: dict[str, Path]) -> None:
+    record = record_of(exports["old"])
+    expected = {"deos_fx": __version__}
+    expected |= {name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")}
+    assert record["packages"] == expected
+    assert (record["opset"], record["device"], record["dtype"]) == (18, "cpu", "float32")
+    assert (record["pixels"], record["image_tokens"]) == ([1, 3, 64, 64], 64)
 
 
 def test_a_kill_never_leaves_a_mixture(exports: dict[str, Path], target: Path) -> None:

@@ -43,6 +43,9 @@ def test_a_whole_manifest_is_read(tmp_path: Path) -> None:
         ({"pixels": [1, 3, 0, 32]}, r"pixels\[2\] is 0; it should be greater than or equal to 1"),
         ({"inputs": ["pixel_values"]}, "should name each once, and input_ids"),
         ({"inputs": ["input_ids", "input_ids"]}, "should name each once, and input_ids"),
+        ({"graphs": ["prefill", "decode", "image_encoder"]}, "should name each of .* once"),
+        ({"graphs": ["prefill", "decode", "extend", "extend"]}, "should name each of .* once"),
+        ({"graphs": ["prefill", "decode", "extend", "vision"]}, r"graphs\[3\] is 'vision'"),
         ({"device": "cpu\n"}, "device is"),
         ({"packages": {"torch": "\x1b[2J"}}, "packages.torch is .* should match pattern"),
         ({"model": {"model_type": "a"}}, "model lacks the field 'vision_layers'"),
@@ -89,6 +92,12 @@ def test_spaces_are_those_of_the_graphs(tmp_path: Path, name: str) -> None:
     for given in wrong:
         with pytest.raises(ValueError, match=f"{RECORD} names spaces with .* from two exports"):
             check_spaces(tmp_path, manifest, *given)
+
+
+def test_every_space_may_move(tmp_path: Path) -> None:
+    spaces = [SPACE | {"position": "compact"}, SPACE | {"dropped": 50, "position": "compact"}]
+    inputs = {"input_ids", "position_ids_1", "position_ids_2"}
+    check_spaces(tmp_path, {"spaces": spaces}, {"origin_1", "origin_2"}, inputs)
 
 
 def test_spaces_of_two_exports_are_named(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx_ir
 import onnxruntime
@@ -11,7 +15,14 @@ import torch
 from tiny import shared_llava
 
 from deos_fx.exporters import session as session_module
-from deos_fx.exporters.session import SessionCache, as_tensor, open, ort_value
+from deos_fx.exporters.session import (
+    Session,
+    SessionCache,
+    as_tensor,
+    cuda_devices,
+    open,
+)
+from deos_fx.exporters.shared import ort_value
 
 STATE = "past_key_values.0.key"
 
@@ -112,3 +123,142 @@ def test_memory_is_shared_and_not_copied() -> None:
     tensor = torch.randn(2, 3, requires_grad=True)
     value = ort_value(tensor)
     assert value.data_ptr() == tensor.data_ptr() == as_tensor(value).data_ptr()
+    flags = torch.tensor([True, False])
+    assert ort_value(flags).data_ptr() == flags.data_ptr()
+    assert ort_value(flags).data_type() == "tensor(bool)"
+
+
+# *** CUDA, where there is none: what is asked of ONNX Runtime ***
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+DISABLED = "session.disable_prepacking"
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A machine with two CUDA devices, which may not work; how the last session was opened."""
+    seen = SimpleNamespace(works=True)
+
+    class Stand:
+        def __init__(self, path: Path, options: Any, providers: list[Any]) -> None:
+            seen.path, seen.options, seen.providers = path, options, providers
+
+        def get_providers(self) -> list[str]:
+            return [CUDA, CPU] if seen.works and len(seen.providers) > 1 else [CPU]
+
+        def get_inputs(self) -> list[Any]:
+            return []
+
+        get_outputs = get_inputs
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Stand)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: setattr(seen, "libraries", True))
+    monkeypatch.setattr(session_module, "cuda_devices", lambda: 2)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("device", "index", "used"),
+    [(None, 0, "cuda:0"), ("cuda", 0, "cuda"), ("cuda:1", 1, "cuda:1"), ("cpu", None, "cpu")],
+)
+def test_cuda_is_used_where_it_is_wanted(
+    opened: SimpleNamespace, path: Path, device: str | None, index: int | None, used: str
+) -> None:
+    assert open(path, device).device == torch.device(used)
+    first = [] if index is None else [(CUDA, {"device_id": index, "use_tf32": 0})]
+    assert (opened.path, opened.providers) == (path, [*first, CPU])
+    # The libraries of CUDA are loaded only for it.
+    assert hasattr(opened, "libraries") == bool(first)
+
+
+def test_products_are_rounded_only_where_torch_rounds_them(
+    opened: SimpleNamespace, path: Path
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        open(path, None)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert opened.providers[0][1]["use_tf32"] == 1
+
+
+@pytest.mark.parametrize(("device", "works"), [("cuda:2", True), ("cuda", False)])
+def test_cuda_that_is_not_there_is_an_error(
+    opened: SimpleNamespace, path: Path, device: str, works: bool
+) -> None:
+    opened.works = works
+    with pytest.raises(RuntimeError, match=f"'{device}'.*: it finds 2 CUDA devices .* {CUDA}, CPU"):
+        open(path, device)
+    assert open(path, None).device.type == ("cuda" if works else "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_weights_are_shared_on_the_device(opened: SimpleNamespace, path: Path, device: str) -> None:
+    shared = SimpleNamespace(of=lambda *given: setattr(shared, "given", given) or {"w": value})
+    value = ort_value(torch.ones(3))
+    # They are not owned by the session, so they have to live as long.
+    assert open(path, device, shared)._weights == {"w": value}
+    assert shared.given == (path, torch.device(device))
+    # Only the CPU would rearrange a copy of them.
+    if device == "cpu":
+        assert opened.options.get_session_config_entry(DISABLED) == "1"
+    else:
+        with pytest.raises(RuntimeError):
+            opened.options.get_session_config_entry(DISABLED)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_states_stay_on_the_device_and_other_results_do_not(device: str) -> None:
+    bound: list[tuple[Any, ...]] = []
+    binding = SimpleNamespace(
+        bind_output=lambda *given: bound.append(given),
+        synchronize_outputs=lambda: bound.append(("synchronized",)),
+        get_outputs=lambda: ["states", "logits"],
+    )
+    outputs = [SimpleNamespace(name=name) for name in ("present.0.key", "logits")]
+    stand = SimpleNamespace(
+        get_inputs=lambda: [],
+        get_outputs=lambda: outputs,
+        io_binding=lambda: binding,
+        run_with_iobinding=lambda given: bound.append((given,)),
+    )
+    found = Session(stand, torch.device(device), {})({})
+    assert found == {"present.0.key": "states", "logits": "logits"}
+    place = ("cuda", 1) if device == "cuda:1" else ("cpu", 0)
+    assert bound[:2] == [("present.0.key", *place), ("logits", "cpu", 0)]
+    # Results may only be read when they are there.
+    assert bound[2:] == [(binding,), ("synchronized",)]
+
+
+@pytest.mark.parametrize(
+    ("init", "count", "platform", "library", "found"),
+    [
+        (0, 0, "linux", "libcuda.so.1", 3),
+        (0, 0, "win32", "nvcuda.dll", 3),
+        (100, 0, "linux", "libcuda.so.1", 0),
+        (0, 100, "linux", "libcuda.so.1", 0),
+        (0, 0, "linux", None, 0),
+    ],
+)
+def test_devices_are_counted_by_the_driver(
+    init: int,
+    count: int,
+    platform: str,
+    library: str | None,
+    found: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def counted(place: Any) -> int:
+        place._obj.value = 3
+        return count
+
+    def load(name: str) -> Any:
+        if library is None:
+            raise OSError("no such library")
+        assert name == library
+        return SimpleNamespace(cuInit={0: init}.__getitem__, cuDeviceGetCount=counted)
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert cuda_devices() == found

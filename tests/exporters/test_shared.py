@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx_ir
+import onnxruntime
 import pytest
 import torch
 
@@ -17,7 +20,11 @@ ARRAYS = {
     "float": np.arange(SIZE, dtype=np.float32),
     "half": np.arange(SIZE, dtype=np.float16),
     "bfloat": np.arange(SIZE).astype(onnx_ir.DataType.BFLOAT16.numpy()),
+    "double": np.arange(SIZE, dtype=np.float64),
     "bytes": np.arange(SIZE).astype(np.uint8),
+    "signed": -np.arange(SIZE).astype(np.int8),
+    "flags": np.arange(SIZE) % 3 == 0,
+    "int": np.arange(SIZE, dtype=np.int32),
     "matrix": np.arange(SIZE, dtype=np.int64).reshape(2, -1),
 }
 
@@ -57,4 +64,30 @@ def test_values_are_those_of_the_file_and_the_same_for_all_graphs(folder: Path) 
     places = [value.data_ptr() for value in prefill.values()]
     # One mapping, in which each constant starts at a page.
     assert len({place % 4096 for place in places}) == 1
-    assert max(places) - min(places) == 4096 * (len(ARRAYS) - 1)
+    pages = [-(-array.nbytes // 4096) for array in ARRAYS.values()]
+    assert max(places) - min(places) == 4096 * sum(pages[:-1])
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_on_cuda_each_weight_is_copied_once(
+    folder: Path, device: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: what is asked of ONNX Runtime."""
+    made = []
+
+    def reserve(*given: Any) -> SimpleNamespace:
+        value = SimpleNamespace(given=given)
+        value.update_inplace = lambda array: setattr(value, "array", array)
+        made.append(value)
+        return value
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", reserve)
+    shared = SharedWeights(folder)
+    found = [shared.of(folder / f"{x}.onnx", torch.device(device)) for x in ("prefill", "decode")]
+    assert len(made) == len(ARRAYS)
+    for name, array in ARRAYS.items():
+        value = found[0][name]
+        assert found[1][f"{name}_again"] is value
+        kind = onnx_ir.tensor(array).dtype
+        assert value.given == (array.shape, kind, "cuda", index)
+        assert value.array.tobytes() == array.tobytes()

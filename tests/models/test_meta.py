@@ -14,6 +14,7 @@ from torch import fx
 from benchmarks.common import SHAPES
 from deos_fx import Policy, Reduction, presets, transform
 from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.models.shapes_only import ShapesOnly
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call
 
@@ -49,6 +50,12 @@ def prompt_of_7b() -> dict[str, Any]:
 
 def no_values(graph_module: fx.GraphModule) -> bool:
     return all(weight.is_meta for weight in graph_module.parameters())
+
+
+def test_numbers_that_code_lists_have_values() -> None:
+    with ShapesOnly():
+        assert torch.tensor([[1, 4, 8]], device="meta").tolist() == [[1, 4, 8]]
+        assert torch.tensor([0.5], device="meta").is_meta
 
 
 @pytest.mark.parametrize(

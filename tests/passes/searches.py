@@ -12,6 +12,8 @@ import torch
 from tiny import inputs, tiny_llava
 from torch import distributed as dist
 from torch import multiprocessing
+from torch.distributed.fsdp import fully_shard
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.passes.search import run as run_module
 from deos_fx.passes.search.search import search
@@ -32,6 +34,16 @@ def small_model() -> Any:
     return tiny_llava(layers=2)
 
 
+def sharded_model(processes: int) -> Any:
+    """Make the small model with its blocks, and then the rest, sharded over some processes."""
+    model = small_model()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (processes,))
+    for part in model.modules():
+        if isinstance(part, GradientCheckpointingLayer):
+            fully_shard(part, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def labelled(model: Any, number: int = 4, prompts: int = 2) -> list[dict[str, Any]]:
     """Make batches that differ in their tokens and images; the last two tokens are labels."""
     data = []
@@ -43,12 +55,12 @@ def labelled(model: Any, number: int = 4, prompts: int = 2) -> list[dict[str, An
     return data
 
 
-def short_search(**settings: Any) -> SearchResult:
+def short_search(model: Any = None, **settings: Any) -> SearchResult:
     """Search two places for some steps, and go on at the better one."""
-    model = small_model()
+    model = small_model() if model is None else model
     settings = {"steps": 5, "sites": ["projector", "decoder.0"], **settings}
     # Few prompts in a batch, so that a step takes three.
-    return search(model, labelled(model), budget=Budget(flops=0.6), **settings)
+    return search(model, labelled(small_model()), budget=Budget(flops=0.6), **settings)
 
 
 def summary(result: SearchResult) -> str:
@@ -71,9 +83,10 @@ def killed_search(checkpoint: Path, stage: str, step: int) -> None:
 
 
 def shared_search(rank: int, folder: Path) -> None:
-    """Search twice as one of two processes, and write down what was found.
+    """Search as one of two processes, and write down what was found.
 
-    The second time it is interrupted, by a signal that only the main process gets.
+    Once with a model that each of them has, once it is interrupted, by a signal that only the main
+    process gets, and once with a model that FSDP shards over both.
     """
     _make_short()
     settings = {"rank": rank, "world_size": 2}
@@ -89,6 +102,7 @@ def shared_search(rank: int, folder: Path) -> None:
             progress=lambda now, *_: seen.append(now), checkpoint=folder / "checkpoint"
         ),
         "cut": short_search(progress=interrupt),
+        "sharded": short_search(sharded_model(2)),
     }
     results = {name: summary(result) for name, result in found.items()}
     (folder / f"{rank}.json").write_text(json.dumps(results | {"seen": seen}))

@@ -12,6 +12,7 @@ from torch import fx
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from deos_fx.errors import CaptureError
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.analyse.annotate_token_spaces import annotate_token_spaces, padding_node
 from deos_fx.passes.capture.leaves import MaskBuilder, check_guard
@@ -61,13 +62,13 @@ def test_axes_are_found_wherever_they_are() -> None:
     assert note_of(table).axes is None
 
 
-def test_two_prompt_axes_are_refused() -> None:
+def test_values_of_pairs_of_tokens_are_refused() -> None:
     graph = fx.Graph()
     ids = graph.placeholder("input_ids")
     column = graph.call_method("unsqueeze", (ids, -1))
     row = graph.call_method("unsqueeze", (ids, 1))
     graph.output(graph.call_function(torch.eq, (column, row)))
-    with pytest.raises(ValueError, match="has two prompt axes"):
+    with pytest.raises(CaptureError, match="a number for every pair of tokens"):
         annotate_token_spaces(fx.GraphModule({}, graph), {"input_ids": PROMPT})
 
 

@@ -173,6 +173,15 @@ def test_what_is_read_into_python_leaves_a_guard() -> None:
         check_guard(4, 3)
 
 
+def test_a_table_that_is_read_into_python_leaves_guards() -> None:
+    tracer, x = traced(torch.tensor([[1, 4, 8]]))
+    assert x.tolist() == [[1, 4, 8]]
+    guards = tracer.graph.find_nodes(op="call_function", target=check_guard)
+    assert [guard.args[1] for guard in guards] == [1, 4, 8]
+    with pytest.raises(CaptureError, match="reads a tensor of shape .100,. into Python"):
+        traced(torch.zeros(100))[1].tolist()
+
+
 def test_a_module_around_blocks_is_no_leaf() -> None:
     tracer = Tracer(_Model(same), BLOCKS)
     leaves = {path: tracer.is_leaf_module(tracer.root, path) for path in ("", "blocks", "head")}

@@ -6,13 +6,14 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import searches
 import torch
 from searches import labelled, short_search, small_model, summary
 from torch import distributed as dist
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from deos_fx.passes.search import processes
 from deos_fx.passes.search import run as run_module
@@ -41,6 +42,8 @@ def test_two_processes_find_what_one_finds(whole: str, tmp_path: Path) -> None:
     assert [process.exitcode for process in started] == [0, 0]
     main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert main["whole"] == other["whole"] == whole
+    # Three batches: where two processes share a model, one of them has to run one again.
+    assert main["sharded"] == other["sharded"] == whole
     # Only the main process reports, and it writes the only checkpoint.
     assert "steps" in main["seen"] and other["seen"] == []
     assert (tmp_path / "checkpoint" / "steps" / "search.json").exists()
@@ -82,21 +85,17 @@ def alone() -> Iterator[None]:
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
-@pytest.mark.parametrize("wrap", [FullyShardedDataParallel, fully_shard])
-def test_sharded_models_are_refused(wrap: object) -> None:
-    assert callable(wrap)
-    options = {"device_id": torch.device("cpu")} if wrap is FullyShardedDataParallel else {}
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    options = options or {"mesh": mesh}
-    data = labelled(small_model())
-    with pytest.raises(ValueError, match=r'sharded by FSDP.*device_map="auto"'):
-        search(wrap(small_model(), **options), data, budget=Budget(flops=0.5))
+def test_models_of_the_first_fsdp_are_refused() -> None:
+    wrapped: Any = FullyShardedDataParallel(small_model(), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="call torch.distributed.fsdp.fully_shard on each layer"):
+        search(wrapped, labelled(small_model()), budget=Budget(flops=0.5))
 
 
 def test_one_process_shares_with_nobody() -> None:
     rows = torch.arange(3.0)
     assert processes.joined(rows) is rows
-    assert list(processes.shared_out("ab")) == [(0, "a"), (1, "b")]
+    filled = processes.computed([1.0, 2.0], lambda item: 2 * item, torch.zeros(2), in_step=True)
+    assert filled.tolist() == [2.0, 4.0] and not processes.any_has(False)
     assert processes.of_main([0.1]) == [0.1]
     processes.check_equal("steps", 3)
 

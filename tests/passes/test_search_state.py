@@ -192,6 +192,15 @@ def test_changed_tensors_are_refused(folder: Path, name: str) -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_only_files_of_earlier_states_are_removed(folder: Path) -> None:
+    mine = folder / "step-2-mine.safetensors"
+    mine.write_text("mine")
+    (folder / "step-2.safetensors").write_text("old")
+    saved_search(folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {mine.name, "search.json", "step-3.safetensors"}
+
+
 def test_every_damage_is_noticed(folder: Path) -> None:
     for case in damaged(folder):
         if case in ("search.json: missing", "search.json: a folder"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -116,3 +117,35 @@ def test_a_part_is_a_tensor() -> None:
         Learned({"probe": [1.0]})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="probe is a torch.complex64; give a tensor of real"):
         Learned({"probe": torch.ones(3, dtype=torch.complex64)})
+
+
+def test_a_full_disk_leaves_the_policy_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy().save(tmp_path / "policy.json")
+
+    def full(part: Path, text: str, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"cannot write the file .*policy\.json: No space left"):
+        policy(2.0).save(tmp_path / "policy.json")
+    assert Policy.load(tmp_path / "policy.json") == policy()
+
+
+def test_tensors_of_others_are_not_replaced(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    save_file({"lm_head.weight": torch.ones(2)}, weights)
+    with pytest.raises(
+        FileExistsError, match=r"model\.safetensors: it holds other tensors .lm_head"
+    ):
+        policy().save(tmp_path / "model.json")
+    assert [*load_file(weights)] == ["lm_head.weight"]
+    # A policy without learned parts is one file.
+    Policy().save(tmp_path / "model.json")
+    # Nobody can read these.
+    weights.write_bytes(b"damaged")
+    policy().save(tmp_path / "model.json")
+    with pytest.raises(ValueError, match=r"model\.safetensors would be the file of the policy's"):
+        policy().save(weights)
+    assert Policy.load(tmp_path / "model.json") == policy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from tiny import tiny_llava
 from deos_fx.contents import RECORD
 from deos_fx.policy.policy import Policy
 from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.runtime.saved import SavedModel, folder_for
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,47 @@ def test_a_kill_never_leaves_a_mixture(
     assert contents(target).keys() == contents(saved["new"]).keys()
     assert len({path.stat().st_mode for path in target.iterdir()}) == 1
     assert not list(target.parent.rglob(".*"))
+
+
+def test_a_kill_never_leaves_a_mixture_of_weights_in_several_files(
+    models: dict[str, ReducedModel], saved: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of more files than before, and of fewer."""
+    parts, model = tmp_path / "parts", models["new"].model
+    with pytest.MonkeyPatch.context() as patch:
+        write = functools.partial(model.save_pretrained, max_shard_size="200KB")
+        patch.setattr(model, "save_pretrained", write)
+        models["new"].save_pretrained(parts)
+    assert same(ReducedModel.from_pretrained(parts), models["new"])
+    states = {"old": contents(saved["old"]), "parts": contents(parts)}
+    assert len(states["parts"]) > len(states["old"])
+    target = tmp_path / "target"
+    for before, after in (("old", "parts"), ("parts", "old")):
+        seen = set()
+
+        def replace(after: str = after) -> None:
+            with folder_for(target) as folder:
+                for name, data in states[after].items():
+                    (folder / name).write_bytes(data)
+
+        restart(target, states[before])
+        for _ in kills(replace):
+            try:
+                SavedModel(target)
+                found = contents(target)
+                seen |= {x for x, state in states.items() if found == state} or {"a mixture"}
+            except ValueError as error:
+                assert "is incomplete" in str(error)
+                seen.add("incomplete")
+            restart(target, states[before])
+        assert seen == {before, "incomplete", after}
+
+
+def restart(target: Path, state: dict[str, bytes]) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for name, data in state.items():
+        (target / name).write_bytes(data)
 
 
 def test_every_damage_is_noticed(target: Path) -> None:

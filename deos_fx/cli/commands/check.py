@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from deos_fx.cli.console import Console
 
 __all__ = ["check"]
 

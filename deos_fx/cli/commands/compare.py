@@ -74,26 +74,28 @@ def compare(
     console, policies = report_console(), named_policies(policy or [])
     records = read_records(test, urls=urls)
     tuning = None if tune is None else read_records(tune, urls=urls)
-    with fresh_folder(output, ("comparison.*",)) as folder, stages(console) as stage:
-        with stage("load"):
-            processor = load_processor(model_dir)
-            model = load_model(model_dir, dtype=dtype, device=device)
-        with stage.phased("compare") as progress:
-            result = run_comparison(
-                model,
-                processor,
-                records,
-                budget=Budget(visual_tokens=budget),
-                policies=policies,
-                tuning=tuning,
-                presets=preset,
-                evaluations=evaluations,
-                seeds=seeds,
-                batch_size=batch_size,
-                progress=progress,
-            )
+    with fresh_folder(output, ("comparison.*",)) as folder:
+        with stages(console) as stage:
+            with stage("load"):
+                processor = load_processor(model_dir)
+                model = load_model(model_dir, dtype=dtype, device=device)
+            with stage.phased("compare") as progress:
+                result = run_comparison(
+                    model,
+                    processor,
+                    records,
+                    budget=Budget(visual_tokens=budget),
+                    policies=policies,
+                    tuning=tuning,
+                    presets=preset,
+                    evaluations=evaluations,
+                    seeds=seeds,
+                    batch_size=batch_size,
+                    progress=progress,
+                )
+        # Shown first: a disk may be full.
+        console.print(comparison_table(result))
+        for row in result.left_out:
+            console.print(f"{row.name}: {row.reason}", highlight=False, markup=False)
         result.save(folder)
-    console.print(comparison_table(result))
-    for row in result.left_out:
-        console.print(f"{row.name}: {row.reason}", highlight=False, markup=False)
     console.print(f"Wrote {output / 'comparison.html'}", highlight=False)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from deos_fx.cli.console import Console
 from deos_fx.cli.options import Urls
 
 if TYPE_CHECKING:

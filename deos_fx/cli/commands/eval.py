@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from deos_fx.cli.console import Console
 from deos_fx.cli.options import (
     DataFile,
     Device,
@@ -19,7 +19,7 @@ from deos_fx.cli.options import (
     TokenLimit,
     Urls,
 )
-from deos_fx.cli.outputs import check_target
+from deos_fx.cli.outputs import check_target_file
 
 __all__ = ["evaluate"]
 
@@ -65,7 +65,7 @@ def evaluate(
       deos-fx eval my-llava --data test.jsonl --preset fastv --budget 12.5%
     """
     if output is not None:
-        check_target(output, force)
+        check_target_file(output, force)
     from deos_fx.cli.limits import DEFAULT_LIMIT
     from deos_fx.cli.loading import load_unreduced
     from deos_fx.cli.policies import named_policies

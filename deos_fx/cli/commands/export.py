@@ -95,11 +95,13 @@ def export(
     from deos_fx.cli.processors import copy_processor
     from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
-    from deos_fx.contents import FILES
+    from deos_fx.contents import FILES, recorded
     from deos_fx.data import batches, open_image
     from deos_fx.data.processors import load_processor
     from deos_fx.files import fresh_folder
 
+    # A processor that was written here may be another model's.
+    files = (*FILES, *recorded(out_dir))
     # A wrong image shows before the model is loaded.
     record, processor = None, None
     if image is not None:
@@ -107,7 +109,7 @@ def export(
         for source in record.images:
             open_image(source, record.where)
     console = report_console()
-    with fresh_folder(out_dir, FILES, whole=True) as folder, stages(console) as stage:
+    with fresh_folder(out_dir, files, whole=True) as folder, stages(console) as stage:
         with stage("load the model"):
             reduced = load_reduced(
                 model_dir, Choice(policy, preset, budget, image_scale), dtype=dtype

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from deos_fx.cli.console import report_console
+from deos_fx.cli.console import Console, report_console
 from deos_fx.cli.options import AsJson, Force, ImageScale, Model, PolicyFile, Preset, TokenLimit
-from deos_fx.cli.outputs import check_target
+from deos_fx.cli.outputs import check_target_file
 
 __all__ = ["inspect"]
 
@@ -43,7 +42,7 @@ def inspect(
       deos-fx inspect my-llava --policy policy.json --svg my-llava.svg
     """
     if svg is not None:
-        check_target(svg, force)
+        check_target_file(svg, force)
     from deos_fx.cli.loading import meta_model
     from deos_fx.cli.outline import costs_of, outline, print_cost, print_outline
     from deos_fx.cli.outline_drawing import outline_chart
@@ -55,8 +54,10 @@ def inspect(
 
     # Nothing here needs weights, so the model stays on the meta device.
     console = Console()
+    # First, as an incomplete folder may have another model's config.
+    own = own_policy(model_dir)
     model = meta_model(model_dir)
-    own, examples = own_policy(model_dir), examples_of(model, model_dir)
+    examples = examples_of(model, model_dir)
     chosen = policy_of(model, examples, own, Choice(policy, preset, budget, image_scale))
     whole, inputs = examples(1.0 if chosen is None else chosen.image_scale)
     if whole is None or inputs is None:

@@ -6,8 +6,8 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from deos_fx.cli.console import Console
 from deos_fx.cli.options import AsJson
 
 __all__ = ["show_presets"]

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from deos_fx.cli.console import Console
 from deos_fx.cli.options import Dtype, Force, Model
-from deos_fx.cli.outputs import check_target
+from deos_fx.cli.outputs import check_target_file
 
 __all__ = ["profile"]
 
@@ -38,7 +38,7 @@ def profile(
 
       deos-fx search my-llava --data questions.jsonl --latency-ms 20 --latency-table latency.json
     """
-    check_target(output, force)
+    check_target_file(output, force)
     from deos_fx.cli.loading import load_model
     from deos_fx.cli.processors import example_processor
     from deos_fx.cli.terminal import profile_table, stages
@@ -54,6 +54,7 @@ def profile(
             inputs = example_inputs(model, example_processor(model_dir))
         with stage("measure"):
             table = measure(model, inputs, runtime=runtime, device=of_runtime)
-    table.save(output)
+    # Shown first: a disk may be full.
     console.print(profile_table(table))
+    table.save(output)
     console.print(f"Wrote {output}", highlight=False)

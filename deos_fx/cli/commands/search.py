@@ -152,4 +152,4 @@ def search(
             with stage.phased("measure") as progress:
                 result = measured(result, model, processor, groups, progress)
             names = write_found(result, folder, console, len(inputs[1.0]))
-    console.print(f"Wrote {', '.join(names)} and report.html to {output}", highlight=False)
+    console.print(f"Wrote {', '.join(names)} to {output}", highlight=False)

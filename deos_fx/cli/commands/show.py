@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
+from deos_fx.cli.console import Console
 from deos_fx.cli.options import (
     Device,
     Dtype,

@@ -50,9 +50,11 @@ def transform(
     from deos_fx.cli.loading import load_reduced
     from deos_fx.cli.policies import Choice
     from deos_fx.cli.processors import copy_processor
+    from deos_fx.contents import recorded
     from deos_fx.runtime.saved import folder_for
 
-    with folder_for(out_dir) as folder:
+    # A processor that was written here may be another model's.
+    with folder_for(out_dir, recorded(out_dir)) as folder:
         reduced = load_reduced(model_dir, Choice(policy, preset, budget, image_scale), dtype=dtype)
         reduced.save_pretrained(folder)
         copy_processor(model_dir, folder)
