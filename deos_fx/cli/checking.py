@@ -8,7 +8,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deos_fx.contents import RECORD, files_in, is_recorded, problems, record_of, strangers
+from deos_fx.contents import (
+    EXPORT_FILES,
+    GENAI_FILES,
+    RECORD,
+    files_in,
+    is_recorded,
+    problems,
+    record_of,
+    strangers,
+)
 from deos_fx.scratch import sweep
 
 __all__ = ["check_contents", "remove_leftovers"]

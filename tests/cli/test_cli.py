@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -594,3 +595,21 @@ def test_interrupted(model_dir, monkeypatch):
 
     monkeypatch.setattr("deos_fx.cli.outline.print_outline", interrupt)
     assert "Interrupted" in run("inspect", model_dir, code=130)
+
+
+def test_interrupted_imports(model_dir, monkeypatch):
+    """Packages raise errors of their own where they are imported when Ctrl-C comes."""
+
+    def importing(*_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("Could not import module 'PreTrainedModel'") from None
+
+    monkeypatch.setattr("deos_fx.cli.outline.print_outline", importing)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert "Interrupted" in run("inspect", model_dir, code=130)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
