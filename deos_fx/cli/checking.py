@@ -69,7 +69,6 @@ def check_contents(folder: Path, console: Console) -> bool:
 
 def _read() -> dict[str, tuple[str, ...]]:
     """Return the patterns of the files that are read of each kind of folder."""
-    from deos_fx.contents import EXPORT_FILES, GENAI_FILES
     from deos_fx.exporters import genai_files, manifest
     from deos_fx.runtime import saved
 
