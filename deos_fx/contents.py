@@ -18,8 +18,12 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "EXPORT_FILES",
+    "FILES",
+    "GENAI_FILES",
     "HASHED_BYTES",
     "INCOMPLETE",
+    "MODEL_FILES",
     "RECORD",
     "add_to_record",
     "check_unchanged",
@@ -44,6 +48,32 @@ INCOMPLETE = "incomplete"
 
 HASHED_BYTES = 1_000_000_000
 """How much is read to check hashes on loading, from the smallest file on; sizes always are."""
+
+
+# *** kinds of folders ***
+
+_SHARED = (RECORD, "policy.json", "policy.safetensors", "config.json", "generation_config.json")
+_GRAPHS = (*_SHARED, "weights.data", "images.safetensors")
+_NUMBER = "[0-9]" * 5
+
+MODEL_FILES = (
+    *_SHARED,
+    "model.safetensors",
+    "model.safetensors.index.json",
+    f"model-{_NUMBER}-of-{_NUMBER}.safetensors",
+)
+"""Patterns of the files that a reduced model consists of; not every one has all of them."""
+
+EXPORT_FILES = (*_GRAPHS, "prefill.onnx", "decode.onnx", "extend.onnx", "image_encoder.onnx")
+"""The files of an export for ONNX Runtime."""
+
+GENAI_FILES = (*_GRAPHS, "genai_config.json", "vision.onnx", "embedding.onnx", "decoder.onnx")
+"""The files of an export for onnxruntime-genai."""
+
+# A folder is one of these. Whichever is written, the files of the others go as well, since another
+# loader would read them: transformers prefers a single file of weights to several.
+FILES = tuple(dict.fromkeys((*MODEL_FILES, *EXPORT_FILES, *GENAI_FILES)))
+"""The files of all kinds."""
 
 
 # *** writing ***

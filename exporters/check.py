@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deos_fx.exporters.graphs.example import Example, word_of
+from deos_fx.exporters.graphs.example import Example, pixels_of, word_of
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -214,7 +214,7 @@ def _another(
     batch["attention_mask"][1:, :_MORE] = 0
     for name, value in example.images.items():
         # Sizes are those of the traced images.
-        pixels = name == "pixel_values"
+        pixels = name in pixels_of(example.images)
         batch[name] = torch.cat([value * x if pixels else value for x in _BRIGHTNESS])
     ids = batch["input_ids"]
     # Small ids are words in any vocabulary. Ids that the prompt already has may have a purpose (an

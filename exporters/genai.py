@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deos_fx.contents import write_record
+from deos_fx.contents import FILES, write_record
 from deos_fx.exporters.fuse import fuse, of_one
 from deos_fx.exporters.genai_check import check_genai
-from deos_fx.exporters.genai_files import CONFIG, FILES, FORMAT, VERSION, genai_config
+from deos_fx.exporters.genai_files import CONFIG, FORMAT, VERSION, genai_config
 from deos_fx.exporters.graphs.example import Example, example_of
 from deos_fx.exporters.graphs.parts import Parts, part_graphs
 from deos_fx.exporters.graphs.prefill import least_text
@@ -36,6 +36,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.site import split_site
 from deos_fx.progress import Progress, shows_progress
 from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.tokens.cache import ReducedCache
 from deos_fx.version import __version__
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ def export_genai(
         )
     _check_policy(reduced.policy)
     check_model(reduced.model)
+    if ReducedCache(reduced.model.config.get_text_config()).has_states:
+        raise ValueError(
+            f"{type(reduced.model).__name__} has layers that keep the state of a convolution, and "
+            "the engine hands on keys and values alone. Use export_onnx (without --genai)."
+        )
     device = device_of(reduced.model, device)
     tell = progress or (lambda stage, done, total: None)
     with torch.no_grad():

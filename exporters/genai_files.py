@@ -7,20 +7,16 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from deos_fx.exporters.graphs.parts import FEATURES, Parts
-from deos_fx.exporters.manifest import SHARED_FILES
 from deos_fx.models.facts import facts_of
 from deos_fx.passes.rewrite.split_embeddings import EMBEDDINGS
 
-__all__ = ["CONFIG", "FILES", "FORMAT", "VERSION", "genai_config"]
+__all__ = ["CONFIG", "FORMAT", "VERSION", "genai_config"]
 
 # What a manifest says of itself.
 FORMAT, VERSION = "genai", 1
 
 CONFIG = "genai_config.json"
 """What the engine reads."""
-
-FILES = (*SHARED_FILES, CONFIG, "vision.onnx", "embedding.onnx", "decoder.onnx")
-"""The files of an export; not every export has all of them."""
 
 # Of the engine's types of models, the one whose images all have as many tokens as the config says.
 # It runs three graphs, as others do, and adds nothing for one family.

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deos_fx.contents import RECORD, record_of, verify
-from deos_fx.exporters.genai_files import FILES
+from deos_fx.contents import GENAI_FILES, RECORD, record_of, verify
 from deos_fx.exporters.manifest import IMAGES
 from deos_fx.reading import as_record, read_tensors
 
@@ -59,7 +58,7 @@ def genai_inputs(
     manifest = as_record(
         folder / RECORD, record, GenaiFile, "the manifest of an export for onnxruntime-genai", cure
     )
-    verify(folder, record, FILES)
+    verify(folder, record, GENAI_FILES)
     ids, pixels, mask = (inputs.get(n) for n in ("input_ids", "pixel_values", "attention_mask"))
     if ids is None or len(ids) != 1 or (mask is not None and not bool(mask.all())):
         raise ValueError("onnxruntime-genai takes one prompt without padding: give them one by one")

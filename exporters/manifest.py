@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deos_fx.contents import RECORD, record_of, verify
+from deos_fx.contents import EXPORT_FILES, RECORD, record_of, verify
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces
 from deos_fx.policy.counts import tokens_per_layer
 from deos_fx.policy.policy import Policy
@@ -18,12 +18,10 @@ if TYPE_CHECKING:
     import onnx_ir
 
 __all__ = [
-    "FILES",
     "FORMAT",
     "IMAGES",
     "PACKAGES",
     "POLICY",
-    "SHARED_FILES",
     "VERSION",
     "WEIGHTS",
     "check_policy",
@@ -43,18 +41,6 @@ FORMAT, VERSION = "onnx", 4
 
 # The weights of all graphs; the values of images that the image encoder was exported for.
 WEIGHTS, IMAGES, POLICY = "weights.data", "images.safetensors", "policy.json"
-
-# The files that are there whichever runtime the graphs are for; not every export has all of them.
-SHARED_FILES = (
-    RECORD,
-    POLICY,
-    "policy.safetensors",
-    "config.json",
-    "generation_config.json",
-    WEIGHTS,
-    IMAGES,
-)
-FILES = (*SHARED_FILES, "prefill.onnx", "decode.onnx", "extend.onnx", "image_encoder.onnx")
 
 # Packages whose versions the manifest records.
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
@@ -89,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     record = record_of(folder)
     cure = "Export the model again, or use the release that wrote it."
     manifest = as_record(path, record, ManifestFile, "the manifest of an export", cure)
-    verify(folder, record, FILES)
+    verify(folder, record, EXPORT_FILES)
     return manifest.model_dump()
 
 

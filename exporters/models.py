@@ -18,7 +18,7 @@ def check_model(model: PreTrainedModel) -> None:
     """Refuse a model that has no ONNX form, before any compute.
 
     Raises:
-        ValueError: If its attention implementation has none, or a layer keeps a state.
+        ValueError: If its attention implementation has none, or a layer holds nothing of its own.
     """
     _check_attention(model)
     _check_caches(model)
@@ -43,14 +43,13 @@ def device_of(model: PreTrainedModel, device: str | None) -> str:
 
 
 def _check_caches(model: PreTrainedModel) -> None:
-    """Refuse layers whose cache is more or less than keys and values."""
+    """Refuse layers that hold nothing of their own."""
     cache = ReducedCache(model.config.get_text_config())
-    # A layer that holds nothing of its own counts as filled from the start.
-    filled = any(getattr(layer, "is_initialized", False) for layer in cache.layers)
-    if cache.has_states or filled:
+    # Such a layer counts as filled from the start.
+    if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
         raise ValueError(
-            f"{type(model).__name__} has layers that keep a state instead of keys and values, "
-            "which exported graphs do not hand over. Run the reduced model in PyTorch."
+            f"{type(model).__name__} has layers that hold nothing of their own, and an exported "
+            "graph takes and gives what every layer holds. Run the reduced model in PyTorch."
         )
 
 

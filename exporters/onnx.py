@@ -9,10 +9,12 @@ Prefill. B prompts of N tokens, I images each; M_k tokens are left in token spac
 
     input_ids, attention_mask, position_ids [B, N] (or [3, B, N], where the model counts images by
     time, row and column), other inputs with a number per token such as token_type_ids [B, N],
-    pixel_values [B * I, C, H, W], logits_to_keep [L] (places among those that are left, of which
-    logits are wanted; negative ones count from the end)
+    pixel_values [B * I, C, H, W] (and other inputs, if an image comes in several resolutions),
+    logits_to_keep [L] (places among those that are left, of which logits are wanted; negative ones
+    count from the end)
     -> logits [B, L, vocabulary], next_position [B, 1],
-       present.<layer>.key / .value [B, heads, M_k, D] and, for each space k,
+       present.<layer>.key / .value [B, heads, M_k, D] (of a short convolution .conv_0 [B, d,
+       kernel], what it reads of the last tokens) and, for each space k,
        origin_k [B, M_k] (which prompt positions are left), attention_mask_k [B, M_k],
        if masses bias attention key_bias_k [B, M_k]
        and under the position rule grid shift_k [B, 1] (how far later tokens move up)
@@ -23,7 +25,7 @@ Prefill. B prompts of N tokens, I images each; M_k tokens are left in token spac
 Extend. t new tokens, at least one; P_k keys are in the layers of space k (no keys at all for a text
 without images). The decode graph is the same for t = 1, which ONNX Runtime runs faster:
 
-    input_ids [B, t], past_key_values.<layer>.key / .value [B, heads, P_k, D],
+    input_ids [B, t], past_key_values.<layer>.key / .value [B, heads, P_k, D] (or .conv_0),
     position_ids [B, t] (of the unreduced text; ``position_ids_k`` where tokens have moved: minus
     the number of dropped tokens under the rule compact, minus shift_k under grid),
     attention_mask [B, P_0 + t], attention_mask_k [B, P_k + t], key_bias_k [B, P_k + t],
@@ -64,15 +66,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from deos_fx.contents import write_record
+from deos_fx.contents import FILES, write_record
 from deos_fx.exporters.check import check_export
 from deos_fx.exporters.elastic import check_elastic, take_counts, traced_counts, trials
 from deos_fx.exporters.fuse import fuse, of_one
 from deos_fx.exporters.graphs.decode import NEW, decode_graph
-from deos_fx.exporters.graphs.example import Example, example_of
+from deos_fx.exporters.graphs.example import Example, example_of, pixels_of
 from deos_fx.exporters.graphs.prefill import least_text, prefill_graph
 from deos_fx.exporters.manifest import (
-    FILES,
     FORMAT,
     IMAGES,
     PACKAGES,
@@ -164,7 +165,7 @@ def export_onnx(
         TypeError: If `reduced` is not a `ReducedModel`.
         ValueError: If the example has no image, or prompts that cannot share a graph, the model
             needs an example, its attention implementation cannot be exported, a layer keeps a
-            state instead of keys and values, the device or the type of weights is none of these,
+            recurrent state, the device or the type of weights is none of these,
             counts cannot be inputs, or the logits of ONNX Runtime and PyTorch differ (compared for
             models in float32 and float16).
         OSError: If the folder cannot be written; this is checked before the work starts.
@@ -343,6 +344,12 @@ class _Export:
             "image_tokens": example.placeholders,
             "ends_in_image": _ends(reduced, layout),
             "pixels": list(pixels.shape),
+            # An image may be taken in several resolutions.
+            "further_pixels": {
+                name: list(value.shape)
+                for name, value in pixels_of(example.images).items()
+                if name != "pixel_values"
+            },
             # The graphs have the branches of the model that belong to these values.
             "guards": list(self.guards),
             # Of a position: time, row and column; 0 where a position is one number.

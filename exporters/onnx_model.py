@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deos_fx.contents import check_unchanged, stamp
@@ -33,6 +33,7 @@ from deos_fx.exporters.session import HOST, Session, SessionCache, as_tensor, op
 from deos_fx.exporters.shared import SharedWeights
 from deos_fx.inputs.call import Call, normal_inputs
 from deos_fx.inputs.complete import completed
+from deos_fx.models.config import read_config
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.rewrite.free_counts import KEEP
@@ -268,7 +269,7 @@ class OnnxModel:
         }
         if self._encoder is not None:
             # The prefill graph takes features in place of the pixels.
-            values |= self._encode(self._encoder, values["pixel_values"], len(ids))
+            values |= self._encode(self._encoder, values, len(ids))
         # Values that the graph does not read are ignored.
         outputs = self._prefill(values)
         self._prompts.check_branches(outputs)
@@ -347,7 +348,9 @@ class OnnxModel:
             positions = positions[1:]
         return positions.expand(coordinates, *ids.shape)
 
-    def _encode(self, encoder: Session, pixels: Tensor, prompts: int) -> dict[str, Tensor]:
+    def _encode(
+        self, encoder: Session, values: Mapping[str, Any], prompts: int
+    ) -> dict[str, Tensor]:
         """Encode the images of all prompts, one prompt at a time.
 
         Raises:
@@ -355,20 +358,21 @@ class OnnxModel:
         """
         parts: dict[str, list[Tensor]] = {}
         # The encoder was exported for the images of one prompt.
-        for own in pixels.split(len(pixels) // prompts):
-            for name, value in encoder({"pixel_values": own}).items():
+        for row in range(prompts):
+            own = {name: values[name].chunk(prompts)[row] for name in encoder.inputs}
+            for name, value in encoder(own).items():
                 parts.setdefault(name, []).append(as_tensor(value))
-        for name, values in parts.items():
+        for name, found in parts.items():
             # The sizes of images were compared before; here it is what was read of the pixels.
             if name in self._constants and any(
-                not torch.equal(value, self._constants[name]) for value in values
+                not torch.equal(value, self._constants[name]) for value in found
             ):
                 raise ValueError(
                     "The image encoder of this model treats some images in another way than those "
                     "it was exported with: an image that is all zeros counts as none. Leave such "
                     "images out, or export again with example_inputs that have as many."
                 )
-        return {name: torch.cat(values) for name, values in parts.items()}
+        return {name: torch.cat(found) for name, found in parts.items()}
 
     def _new_cache(self) -> SessionCache:
         """Make an empty cache, with the layers of this model."""
@@ -389,8 +393,8 @@ def _places(inputs: Mapping[str, Any], left: int) -> Tensor:
 
 def _skeleton(folder: Path) -> PreTrainedModel:
     """Make the model without weights: `generate` needs only its class and configs."""
+    config: Any = read_config(folder)
     with blaming(folder):
-        config = AutoConfig.from_pretrained(folder)
         (name,) = config.architectures
         kind = getattr(transformers, name)
         if not issubclass(kind, PreTrainedModel):

@@ -56,13 +56,15 @@ class ExportedPrompts:
         self._check_ends(inputs, again)
         self._check_inputs(inputs, again)
         # Pixels have rows for the images of one prompt, times the number of prompts.
-        shape, own = tuple(inputs["pixel_values"].shape), manifest["pixels"]
-        if shape != (own[0] * len(ids), *own[1:]):
-            raise ValueError(
-                f"pixel_values of {len(ids)} prompts has the shape {shape}, but this model was "
-                f"exported for {tuple(own)} per prompt. Use the processor of the model, or export "
-                "it again with example_inputs like these."
-            )
+        pixels = {"pixel_values": manifest["pixels"], **manifest["further_pixels"]}
+        for name, own in pixels.items():
+            shape = tuple(inputs[name].shape)
+            if shape != (own[0] * len(ids), *own[1:]):
+                raise ValueError(
+                    f"{name} of {len(ids)} prompts has the shape {shape}, but this model was "
+                    f"exported for {tuple(own)} per prompt. Use the processor of the model, or "
+                    "export it again with example_inputs like these."
+                )
         # Inputs with the sizes of images are constants of the graphs.
         for name in self._constants.keys() & set(manifest["inputs"]):
             expected = torch.cat([self._constants[name]] * len(ids))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,10 @@ Graph = Literal["prefill", "decode", "extend", "image_encoder"]
 """The name of a graph, which is a file in the same folder: ``<name>.onnx``."""
 # Those that every export has.
 _ALWAYS = ["prefill", "decode", "extend"]
+
+
+Shape: TypeAlias = Annotated[list[Annotated[Count, Field(ge=1)]], Field(min_length=1, max_length=8)]
+"""Lengths of the axes of a tensor."""
 
 
 class SpaceEntry(Strict):
@@ -43,7 +47,7 @@ class GenaiFile(Recorded):
     version: Literal[1]
     packages: dict[Text, Text]
     image_token: Count
-    pixels: Annotated[list[Annotated[Count, Field(ge=1)]], Field(min_length=1, max_length=8)]
+    pixels: Shape
     """The shape of a prompt's pixels."""
     images: Annotated[list[ImageEntry], Field(min_length=1, max_length=10**6)]
     """Of a prompt, in order."""
@@ -72,8 +76,10 @@ class ManifestFile(Recorded):
     """Placeholders of a prompt."""
     ends_in_image: bool | None
     """None where the graphs take both kinds of prompts."""
-    pixels: Annotated[list[Annotated[Count, Field(ge=1)]], Field(min_length=1, max_length=8)]
+    pixels: Shape
     """The shape of a prompt's pixels."""
+    further_pixels: Annotated[dict[Text, Shape], Field(max_length=10)] = {}
+    """The shapes of other inputs with pixels of the same images."""
     guards: Annotated[list[bool | float], Field(max_length=1000)] = []
     """What each output ``guard_i`` of the prefill has to be."""
     coordinates: Annotated[int, Field(ge=0, le=8)]

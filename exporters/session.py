@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,12 @@ class Session:
             rows: Rows of the batch.
 
         Returns:
-            ``past_key_values.<layer>.key`` and ``.value`` -> OrtValue on the CPU.
+            ``past_key_values.<layer>.key`` and ``.value`` -> OrtValue on the CPU; the state of a
+            convolution, ``.conv_0``, is that behind zeros.
         """
         shapes = {spec.name: spec.shape for spec in self.session.get_inputs()}
         return {
-            name: ort_value(torch.zeros(rows, shape[1], 0, shape[3], dtype=self.inputs[name]))
+            name: ort_value(torch.zeros(rows, *_none_of(shape), dtype=self.inputs[name]))
             for name, shape in shapes.items()
             if name.startswith("past_key_values.")
         }
@@ -102,6 +103,11 @@ class Session:
         self.session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+
+
+def _none_of(shape: Sequence[int | str]) -> list[int]:
+    """Return the axes behind the batch of a state that has seen no token."""
+    return [axis if isinstance(axis, int) else 0 for axis in shape[1:]]
 
 
 def past_of(outputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 python tests/support_table.py docs/families.md --onnx
 
 With names of families after the page, only these are checked, and the rows of the others stay.
+Without --onnx, cells of that column stay as they are.
 """
 
 from __future__ import annotations
@@ -19,19 +20,25 @@ from typing import Any
 import test_families as checks
 import torch
 import transformers as hf
-from families import FAMILIES, STATEFUL, TWINS, prompts, shared
+from families import FAMILIES, REFUSED, STATEFUL, TWINS, prompts, shared
 from tiny import call_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from deos_fx.files import write_text
+from deos_fx.models.blocks import image_tower
 from deos_fx.models.facts import facts_of
-from deos_fx.models.families import FORMER_IMAGES
+from deos_fx.models.families import FORMER_IMAGES, WRITER
+from deos_fx.passes.analyse.sites import Encoder
 from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy.site import split_site
 
 __all__ = ["COLUMNS", "family_row", "main", "refused"]
 
-COLUMNS = ("family", "class", "sites", "no reduction", "generate", "batch", "ONNX")
+COLUMNS = (
+    *("family", "class", "tower", "hybrid", "sites", "no reduction", "generate", "batch"),
+    "ONNX",
+)
+_NOT_RUN = "not run"
 HEAD = """# Families
 
 What works with which family of transformers. `tests/support_table.py` wrote this page and ran every
@@ -41,11 +48,15 @@ check on the tiny models of `tests/families.py` (random weights, CPU): do not ed
 {command}
 ```
 
-{date}, torch {torch}, transformers {transformers}, Python {python}.
+{date}, torch {torch}, transformers {transformers}, Python {python}.{former}
 
 | column | what was checked |
 | --- | --- |
-| sites | Where visual tokens can be reduced. The reason why a vision tower has no site is below. |
+| tower | After which blocks of the vision tower visual tokens can be reduced, by number, and what \
+each is there: a single patch, or a group of patches that make a token. None: why not. |
+| hybrid | Which layers of the decoder keep a state, by number, beside keys and values or in their \
+place. |
+| sites | Where else visual tokens can be reduced. |
 | no reduction | With an empty policy, logits and new tokens are bit-identical to the model's. |
 | generate | Reduced at the projector and in the decoder, prefill and new tokens are those of the \
 original with the dropped tokens masked as keys. *: layers with a state have no keys to mask; here \
@@ -65,18 +76,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="Processes at a time.")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    names = given.families or sorted(FAMILIES | TWINS)
-    known = _tables_of(given.output.read_text()) if given.families else [[], []]
+    names = given.families or sorted((FAMILIES | TWINS).keys() - REFUSED)
+    known = _rows_of(given.output.read_text()) if given.output.exists() else {}
     with ProcessPoolExecutor(given.jobs) as pool:
         others = pool.submit(_all_refused)
-        rows = pool.map(partial(family_row, onnx=given.onnx), names)
-        towers = pool.map(_why_not_in_tower, names)
-        rows = [_shown(row) for row in rows]
-        reasons = [(name, why) for name, why in zip(names, towers, strict=True) if why]
-        rows, reasons = (
-            sorted([*new, *(row for row in old if row[0] not in names)])
-            for new, old in zip((rows, reasons), known, strict=True)
-        )
+        made = pool.map(partial(family_row, onnx=given.onnx), names)
+        rows = known | {row[0]: _with_former_cells(_shown(row), known) for row in made}
         messages = others.result()
     head = HEAD.format(
         command=f"python tests/support_table.py {given.output}" + " --onnx" * given.onnx,
@@ -84,9 +89,9 @@ def main() -> None:
         torch=torch.__version__,
         transformers=hf.__version__,
         python=platform.python_version(),
+        former=_former(sorted(rows.keys() - (FAMILIES | TWINS).keys() | REFUSED)),
     )
-    parts = [head, _table(COLUMNS, rows)]
-    parts += ["\n## No sites in the vision tower\n\n", _table(("family", "reason"), reasons)]
+    parts = [head, _table(COLUMNS, [rows[name] for name in sorted(rows)])]
     parts += ["\n## Refused\n\nBefore any compute, with this message:\n\n"]
     parts += [_table(("family", "message"), messages)]
     write_text(given.output, "".join(parts))
@@ -107,11 +112,11 @@ def family_row(name: str, *, onnx: bool = False) -> tuple[str, ...]:
     return (
         name,
         type(shared(name)).__name__,
-        _sites(name),
+        *_places(name),
         _result(lambda: checks.test_the_empty_policy_is_bit_identical(name)),
         _result(prune) + mark,
         _result(lambda: checks.test_rows_of_a_batch_are_independent(name, "both")),
-        _onnx(name) if onnx else "not run",
+        _onnx(name) if onnx else _NOT_RUN,
     )
 
 
@@ -174,42 +179,82 @@ def _captured_sites(name: str) -> Any:
     return capture_call(shared(name), inputs).sites
 
 
-def _sites(name: str) -> str:
-    """``vision.0 to 1, projector, decoder.0 to 3``."""
-    numbers: dict[str, list[int]] = {}
+def _places(name: str) -> tuple[str, str, str]:
+    """The cells ``tower``, ``hybrid`` and ``sites``."""
+    hybrid = _hybrid(shared(name))
     try:
-        available = _captured_sites(name).available()
+        sites = _captured_sites(name)
     except Exception as error:  # noqa: BLE001 - whatever fails is the finding
-        return f"fails: {_line(error)}"
-    for site in available:
+        return ("", hybrid, f"fails: {_line(error)}")
+    numbers: dict[str, list[int]] = {"vision": []}
+    for site in sites.available():
         stage, number = split_site(site.name)
         numbers.setdefault(stage, []).append(number)
-    named = []
-    for stage, found in numbers.items():
-        whole = found == list(range(found[0], found[-1] + 1))
-        some = f"{found[0]} to {found[-1]}" if whole and len(found) > 1 else str(found).strip("[]")
-        named.append(stage if stage == "projector" else f"{stage}.{some}")
-    return ", ".join(named)
+    found = numbers.pop("vision")
+    token = "groups" if sites.encoder is not Encoder.PATCHWISE else "patches"
+    tower = f"{_ranges(found)}: {token}" if found else f"none: {_why_not_in_tower(name, sites)}"
+    named = (
+        stage if stage == "projector" else f"{stage}.{_ranges(numbers[stage])}" for stage in numbers
+    )
+    return tower, hybrid, ", ".join(named)
 
 
-def _why_not_in_tower(name: str) -> str:
-    """Why no vision block has a site; empty if one has."""
-    try:
-        sites = _captured_sites(name).sites
-    except Exception:  # noqa: BLE001 - its row says so
+def _hybrid(model: Any) -> str:
+    """Which decoder layers keep a state: ``0, 2 to 4``; empty if none does."""
+    cache = hf.DynamicCache(config=model.config.get_text_config(decoder=True))
+    return _ranges(
+        [i for i, layer in enumerate(cache.layers) if hasattr(layer, "recurrent_states")]
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0, 2 to 4`` of ascending numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    ends = (sorted({run[0], run[-1]}) for run in runs)
+    return ", ".join(" to ".join(map(str, run)) for run in ends)
+
+
+def _why_not_in_tower(name: str, sites: Any) -> str:
+    """Why no vision block has a site."""
+    reasons = (site.reason for site in sites.sites if site.name.startswith("vision"))
+    return "; ".join(dict.fromkeys(reasons)) or _why_no_blocks(shared(name))
+
+
+def _why_no_blocks(model: Any) -> str:
+    """Why no blocks of a vision tower are known."""
+    if hasattr(model.base_model, WRITER):
+        return "the module that writes images into the prompt runs the tower inside"
+    tower = image_tower(model)
+    if tower is None:
+        return "there is no tower of transformer blocks"
+    attends = any("attention" in type(part).__name__.lower() for part in tower.modules())
+    return "its blocks are not known" if attends else "the tower encodes each patch alone"
+
+
+def _former(names: list[str]) -> str:
+    """What is said of families that this transformers does not run."""
+    if not names:
         return ""
-    tower = [site for site in sites if site.name.startswith("vision")]
-    if any(site.available for site in tower):
-        return ""
-    return "; ".join(dict.fromkeys(site.reason for site in tower)) or "no blocks are known in it"
+    return f" Rows of {', '.join(names)} are those of an older transformers: they do not run here."
 
 
-def _tables_of(page: str) -> list[list[tuple[str, ...]]]:
-    """The rows of the tables of families and of reasons, as a former run wrote them."""
-    families, reasons, _ = page.split("\n## ")
+def _with_former_cells(row: tuple[str, ...], known: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """A row with the cells of a former run where it was not run anew."""
+    former = known.get(row[0], row)
+    return (*row[:-1], former[-1] if row[-1] == _NOT_RUN else row[-1])
+
+
+def _rows_of(page: str) -> dict[str, tuple[str, ...]]:
+    """The rows of the table of families, as a former run wrote them."""
     # Before the table of families there is the one of columns.
-    tables = families.rpartition("\n\n")[2], reasons.rpartition("\n\n")[2]
-    return [[tuple(line[2:-2].split(" | ")) for line in table.splitlines()[2:]] for table in tables]
+    table = page.split("\n## ")[0].rpartition("\n\n")[2]
+    rows = (tuple(line[2:-2].split(" | ")) for line in table.splitlines()[2:])
+    return {row[0]: row for row in rows}
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import more_families5
+import pytest
 import support_table
-from families import FAMILIES, TWINS
+from families import FAMILIES, STATEFUL, TWINS
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
@@ -23,9 +24,25 @@ def test_the_table_has_every_family() -> None:
     assert list(rows()) == sorted({*FAMILIES, *TWINS, *more_families5.TWINS, "llama4"})
 
 
-def test_a_row_can_be_made_again() -> None:
-    *found, _ = support_table.family_row("internvl")
-    assert found == rows()["internvl"][:-1]
+@pytest.mark.parametrize("name", ["internvl", "qwen3_5"])
+def test_a_row_can_be_made_again(name: str) -> None:
+    *found, _ = support_table.family_row(name)
+    assert found == rows()[name][:-1]
+
+
+def test_what_is_said_of_towers_and_states() -> None:
+    towers, states = ({name: row[i] for name, row in rows().items()} for i in (2, 3))
+    assert towers["llava"] == "0 to 1: patches" and towers["qwen2_vl"] == "0 to 1: groups"
+    assert towers["fuyu"] == "none: there is no tower of transformer blocks"
+    assert all(cell.startswith("none: ") or cell[0].isdigit() for cell in towers.values())
+    assert states["qwen3_5"] == "0 to 1, 3" and not states["llava"]
+    assert {name for name, cell in states.items() if cell} == {*STATEFUL} - {"llama4"}
+
+
+def test_cells_that_were_not_run_stay() -> None:
+    row = ("llava", *["new"] * 7, "not run")
+    assert support_table._with_former_cells(row, {"llava": (*row[:-1], "yes")})[-1] == "yes"
+    assert support_table._with_former_cells(row, {}) == row
 
 
 def test_what_fails_is_said(monkeypatch) -> None:

@@ -6,7 +6,11 @@ Every command imports what it needs when it runs, so that ``--help`` does not wa
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -37,15 +41,43 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         # These types carry a message for the user; any other error is a bug, with its traceback.
-        try:
-            return super().invoke(ctx)
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            if ctx.params["debug"]:
-                raise
-            _fail(error)
-        except KeyboardInterrupt:
-            Console(stderr=True).print("Interrupted; no results were written.")
-            raise typer.Exit(130) from None
+        with _interrupts() as noted:
+            try:
+                return super().invoke(ctx)
+            except (ValueError, TypeError, OSError, ImportError) as error:
+                if ctx.params["debug"]:
+                    raise
+                if not (noted and isinstance(error, ImportError)):
+                    _fail(error)
+            except KeyboardInterrupt:
+                pass
+        Console(stderr=True).print("Interrupted; no results were written.")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Note Ctrl-C: packages make another error of it if it comes while they are imported.
+
+    Yields:
+        A list that has an entry for each.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    # Shells let jobs in the background ignore it, and only the main thread may say what it does.
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_usual or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail(error: Exception) -> None:
@@ -89,7 +121,6 @@ def _main(
     Start with [bold]deos-fx demo[/].
     """
     import logging
-    import signal
 
     QUIET.set(quiet)
     # By default, termination from outside skips all cleaning up. As SystemExit it passes through

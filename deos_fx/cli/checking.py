@@ -8,7 +8,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deos_fx.contents import RECORD, files_in, is_recorded, problems, record_of, strangers
+from deos_fx.contents import (
+    EXPORT_FILES,
+    GENAI_FILES,
+    RECORD,
+    files_in,
+    is_recorded,
+    problems,
+    record_of,
+    strangers,
+)
 from deos_fx.scratch import sweep
 
 __all__ = ["check_contents", "remove_leftovers"]
@@ -65,8 +74,8 @@ def _read() -> dict[str, tuple[str, ...]]:
 
     return {
         "reduced_model": saved.READ,
-        manifest.FORMAT: manifest.FILES,
-        genai_files.FORMAT: genai_files.FILES,
+        manifest.FORMAT: EXPORT_FILES,
+        genai_files.FORMAT: GENAI_FILES,
     }
 
 

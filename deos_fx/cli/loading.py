@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from deos_fx.cli.policies import Choice, policy_of
+from deos_fx.cli.policies import Choice, examples_of, policy_of
 from deos_fx.contents import RECORD, record_of
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def load_reduced(
     saved = _saved(model_dir)
     own = None if saved is None else saved.policy
     model = meta_model(model_dir)
-    policy = policy_of(model, model_dir, own, choice)
+    policy = policy_of(model, examples_of(model, model_dir), own, choice)
     if policy is None:
         # Case: nothing is chosen. The default policy runs on every model.
         policy = transform(model).policy
@@ -94,12 +94,21 @@ def load_reduced(
     return transform(whole, policy=policy)
 
 
-def load_unreduced(model_dir: str) -> tuple[PreTrainedModel, dict[str, Policy]]:
-    """Load a model as it is, and the policy of its folder by a name, if there is one."""
+def load_unreduced(
+    model_dir: str, *, dtype: str | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, dict[str, Policy]]:
+    """Load a model as it is, and the policy of its folder by a name, if there is one.
+
+    Args:
+        model_dir: The folder, or a hub id.
+        dtype: As in `load_model`.
+        device: As in `load_model`.
+    """
     saved = _saved(model_dir)
     if saved is None:
-        return load_model(model_dir), {}
-    return saved.model(), {saved.policy.name or "its policy": saved.policy}
+        return load_model(model_dir, dtype=dtype, device=device), {}
+    model = saved.model(**_options(dtype, device))
+    return model, {saved.policy.name or "its policy": saved.policy}
 
 
 def load_generating(
@@ -124,7 +133,8 @@ def load_generating(
 
     from deos_fx import OnnxModel
 
-    if _is_export(model_dir):
+    kind = _kind(model_dir)
+    if kind == "onnx":
         if not choice.is_empty:
             raise ValueError(f"{model_dir} is an export, and its policy is part of its graphs")
         if dtype is not None:
@@ -132,7 +142,7 @@ def load_generating(
         # It takes tensors of the CPU and of any precision.
         inputs = SimpleNamespace(device="cpu", dtype=torch.float32)
         return OnnxModel.from_pretrained(model_dir, device), inputs
-    if not choice.is_empty or _is_saved(model_dir):
+    if not choice.is_empty or kind is not None:
         reduced = load_reduced(model_dir, choice, dtype=dtype, device=device)
         return reduced, reduced.model
     model = load_model(model_dir, dtype=dtype, device=device)
@@ -156,17 +166,12 @@ def meta_model(model_dir: str) -> PreTrainedModel:
 
 
 def _config(model_dir: str) -> Any:
-    from transformers import AutoConfig
-
-    from deos_fx.data.processors import check_place
+    from deos_fx.models.config import read_config
     from deos_fx.models.families import auto_class
-    from deos_fx.reading import blaming
     from deos_fx.runtime.mark import unmarked
 
-    check_place(model_dir)
     # By the type of the config: no weights are read to refuse a model of text alone.
-    with blaming(model_dir):
-        config = unmarked(AutoConfig.from_pretrained(model_dir))
+    config = unmarked(read_config(model_dir))
     if auto_class(config) is None:
         raise ValueError(
             f"{model_dir} holds a {config.model_type} model, which reads no images; give a "
@@ -176,26 +181,31 @@ def _config(model_dir: str) -> Any:
 
 
 def _saved(model_dir: str) -> SavedModel | None:
-    """Check the folder of a reduced model; None for any other model.
+    """Check the folder of a reduced model; None for a model that is none of this package's folders.
 
     Raises:
-        ValueError: If it is incomplete or damaged.
+        ValueError: If it is incomplete or damaged, or an export.
     """
     from deos_fx.runtime.saved import SavedModel
 
-    return SavedModel(model_dir) if _is_saved(model_dir) else None
+    kind = _kind(model_dir)
+    if kind in _EXPORTS:
+        raise ValueError(
+            f"{model_dir} is an export, which {_EXPORTS[kind]} and no other command; give the "
+            "folder of the model that was exported"
+        )
+    return None if kind is None else SavedModel(model_dir)
 
 
-def _is_export(model_dir: str) -> bool:
-    """Return whether a folder holds an export; by its record, since a graph may be missing.
+# Kinds of exports, and what runs them.
+_EXPORTS = {"onnx": "deos-fx generate runs", "genai": "onnxruntime-genai runs"}
+
+
+def _kind(model_dir: str) -> str | None:
+    """Return what the record of a folder says that it is; None if it has none.
 
     Raises:
         ValueError: If the record is damaged, or says that the folder is incomplete.
     """
-    from deos_fx.exporters.manifest import FORMAT
-
-    return _is_saved(model_dir) and record_of(Path(model_dir)).get("deos_fx") == FORMAT
-
-
-def _is_saved(model_dir: str) -> bool:
-    return (Path(model_dir) / RECORD).is_file()
+    folder = Path(model_dir)
+    return record_of(folder).get("deos_fx") if (folder / RECORD).is_file() else None

@@ -251,20 +251,22 @@ def _with_policy(call: Call, policy: Policy, rows: Iterator[Row]) -> Iterator[Ro
             strict=True,
         )
     )
-    visual = whole
+    left = visual = whole
     for row in rows:
-        # What comes into the block: in the projector, what the last vision block left.
+        # What comes into the block: in the projector, what the last vision block left of all tiles.
         if row.stage == "decoder":
             visual = layers[row.first]
-        elif row.stage == "vision" and row.visual and row.first < len(patches):
+        elif row.stage == "projector":
+            visual = left * costs.images
+        elif row.visual and row.first < len(patches):
             visual = patches[row.first]
         # A row whose tokens are not known has none to remove.
         gone = (row.visual - visual) if row.visual else 0
         row = replace(row, tokens=row.tokens - gone, visual=row.visual - gone)
         if row.name in kept:
-            reduction, count = kept[row.name]
-            # Before the decoder rows show one image, inside it a prompt.
-            visual = count * (costs.images if row.stage == "decoder" else 1)
+            reduction, left = kept[row.name]
+            # In the tower rows show one tile, behind it a prompt.
+            visual = left * (1 if row.stage == "vision" else costs.images)
             row = replace(row, reduction=reduction, left=visual)
         yield row
 

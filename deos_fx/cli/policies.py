@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     _Inputs = Mapping[str, Any] | None
     # Scale of images -> a prompt with an image of full size, and the same at the scale.
-    _Examples = Callable[[float], tuple[_Inputs, _Inputs]]
+    Examples = Callable[[float], tuple[_Inputs, _Inputs]]
 
-__all__ = ["Choice", "named_policies", "own_policy", "policy_of"]
+__all__ = ["Choice", "examples_of", "named_policies", "own_policy", "policy_of"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def own_policy(model_dir: str) -> Policy | None:
 
 def policy_of(
     model: PreTrainedModel,
-    model_dir: str,
+    examples: Examples,
     own: Policy | None,
     choice: Choice,
 ) -> Policy | None:
@@ -75,7 +75,7 @@ def policy_of(
 
     Args:
         model: The model on the meta device.
-        model_dir: Its folder, or a hub id.
+        examples: Its examples, see `examples_of`.
         own: The policy of the folder, if it is that of a reduced model.
         choice: The options.
 
@@ -89,8 +89,6 @@ def policy_of(
 
     if choice.path is not None and choice != Choice(choice.path):
         raise ValueError("--policy says where to keep how much; give it without the others")
-    # A processor takes a while, and both the fit and the check need what it makes.
-    examples = functools.cache(functools.partial(_examples, model, model_dir))
     if choice.path is not None:
         policy: Policy | None = Policy.load(choice.path)
     elif choice.image_scale is not None:
@@ -106,20 +104,30 @@ def policy_of(
     return policy
 
 
-def _examples(
-    model: PreTrainedModel, model_dir: str, image_scale: float
-) -> tuple[_Inputs, _Inputs]:
-    """Return a prompt with an image of full size, and the same with the image at a scale.
+def examples_of(model: PreTrainedModel, model_dir: str) -> Examples:
+    """Return a function that makes prompts with an image, each once.
 
-    At scale 1 both are one, and None if no such prompt can be made.
+    Args:
+        model: The model on the meta device.
+        model_dir: Its folder, or a hub id.
+
+    Returns:
+        For a scale, a prompt with an image of full size, and the same with the image at that scale.
+        At scale 1 both are one, and None if no such prompt can be made.
     """
-    if image_scale != 1:
-        return scaled_example(model_dir, image_scale)
-    inputs = example_of(model, model_dir)
-    return inputs, inputs
+
+    # A processor takes a while, and a fit, a check and an outline need what it makes.
+    @functools.cache
+    def examples(image_scale: float) -> tuple[_Inputs, _Inputs]:
+        if image_scale != 1:
+            return scaled_example(model_dir, image_scale)
+        inputs = example_of(model, model_dir)
+        return inputs, inputs
+
+    return examples
 
 
-def _default(model: PreTrainedModel, budget: int | float, examples: _Examples) -> Policy:
+def _default(model: PreTrainedModel, budget: int | float, examples: Examples) -> Policy:
     """Return the default policy at a budget; `transform` checks it on the example."""
     from deos_fx.api import transform
     from deos_fx.policy.budget import Budget
@@ -129,7 +137,7 @@ def _default(model: PreTrainedModel, budget: int | float, examples: _Examples) -
 
 
 def _scaled(
-    model: PreTrainedModel, choice: Choice, image_scale: float, examples: _Examples
+    model: PreTrainedModel, choice: Choice, image_scale: float, examples: Examples
 ) -> Policy:
     """Return a policy for smaller images, of which a preset removes what a budget does not allow.
 
@@ -146,7 +154,7 @@ def _scaled(
     return replace(fitted, image_scale=image_scale)
 
 
-def _check_runs(model: PreTrainedModel, policy: Policy, examples: _Examples) -> None:
+def _check_runs(model: PreTrainedModel, policy: Policy, examples: Examples) -> None:
     """Refuse a policy that the first call of the reduced model would refuse.
 
     Raises:
@@ -199,7 +207,7 @@ def _fitted(
         # Case: smaller images alone are within the limit.
         return Policy(name="resize")
     size = costs.layout.grid if facts.sizes_vary else None
-    return costs.for_any_size(presets.fit(preset, tokens, model, size))
+    return costs.for_any_size(presets.fit(preset, tokens, model, size, inputs))
 
 
 def named_policies(paths: Sequence[Path]) -> dict[str, Path]:

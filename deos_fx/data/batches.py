@@ -43,8 +43,8 @@ def batches(
         tokens of the answers where they stand in ``input_ids``, -100 elsewhere.
 
     Raises:
-        ValueError: If an image cannot be read, an answer is empty, the template leaves images out,
-            or only some prompts of a batch begin with the tokenizer's first special token.
+        ValueError: If an image cannot be read, an answer has no tokens, the template leaves images
+            out, or only some prompts of a batch begin with the tokenizer's first special token.
     """
     processor.tokenizer.padding_side = "left"
     chat = ChatFormat(processor)

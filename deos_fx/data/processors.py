@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from deos_fx.reading import blaming
 from deos_fx.replaced import Replacement, replaced
 
-__all__ = ["VIDEO_EXTRA", "check_place", "load_processor"]
+__all__ = ["VIDEO_EXTRA", "load_processor", "reading_from"]
 
 # ``owner/name``; a path with one slash has the same form and counts as a folder if it is one.
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -43,9 +45,8 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
         ValueError: If there is no such folder, it is damaged, or it has no processor that reads
             images.
     """
-    check_place(folder)
     try:
-        with blaming(folder):
+        with reading_from(folder):
             processor = _loaded(folder)
     except (ImportError, ValueError) as error:
         # The messages of transformers have several lines, and some are ValueErrors.
@@ -63,15 +64,33 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
     return processor
 
 
-def check_place(folder: str | os.PathLike[str]) -> None:
-    """Check that a folder exists, if its name is not a hub id.
+@contextmanager
+def reading_from(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Read a part of a model by transformers, and say of errors where it was looked for.
+
+    Args:
+        folder: The folder, or a hub id.
 
     Raises:
-        ValueError: If it does not.
+        OSError: If there is none, or none of that name on the hub.
+        ValueError: If the folder does not exist and its name is not a hub id, or it is damaged.
     """
     # transformers would look for anything else on the hub and fail with a message about tokens.
-    if not os.path.isdir(folder) and not _HUB_ID.fullmatch(str(folder)):
+    if os.path.isdir(folder):
+        with blaming(folder):
+            yield
+        return
+    # Nor is it asked, and asked again for half a minute, for what stands in a folder that exists.
+    if not _HUB_ID.fullmatch(str(folder)) or os.path.isdir(os.path.dirname(folder)):
         raise ValueError(f"there is no folder {folder}")
+    try:
+        with blaming(folder):
+            yield
+    except OSError as error:
+        # Case: perhaps a misspelt path, of which transformers knows nothing.
+        raise OSError(
+            f"there is no folder {folder}, and the hub has not given a model of that name: {error}"
+        ) from error
 
 
 def _loaded(folder: str | os.PathLike[str]) -> Any:

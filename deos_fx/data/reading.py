@@ -19,6 +19,9 @@ __all__ = ["read_records"]
 # Rows of a table that are read at a time.
 _ROWS = 64
 
+# What helps where `datasets` reads more than we do: folders of images, tables.
+_SAVE = "save what datasets.load_dataset reads (save_to_disk), or write JSONL"
+
 
 def read_records(path: str | os.PathLike[str], *, urls: bool = False) -> list[Record]:
     """Read questions about images.
@@ -69,6 +72,8 @@ def _text(path: Path) -> str:
         ValueError: If it is not; the message names the line.
     """
     contents = path.read_bytes()
+    if contents.startswith(b"PAR1"):
+        raise ValueError(f"{path} is a table of Parquet; {_SAVE}")
     if contents.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{path} is in UTF-16; save it in UTF-8")
     try:
@@ -80,8 +85,13 @@ def _text(path: Path) -> str:
 
 def _of_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield where each row is, and the row."""
+    text = _text(path)
+    if text.lstrip().startswith("[") and text.rstrip().endswith("]"):
+        raise ValueError(
+            f"{path} is one list of JSON; write its objects as lines of their own (JSONL)"
+        )
     # Not `splitlines`, for which there are line ends within texts of JSON.
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             yield where, _json(line, where)
@@ -136,7 +146,9 @@ def _of_dataset(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         found = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is not a folder that Dataset.save_to_disk wrote") from error
+        raise ValueError(
+            f"{path} is not a folder that Dataset.save_to_disk wrote; {_SAVE}"
+        ) from error
     if not isinstance(found, datasets.Dataset):
         raise ValueError(
             f"{path} has the parts {', '.join(found)}; give one, as {path / next(iter(found))}"

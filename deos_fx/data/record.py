@@ -36,6 +36,9 @@ class Record:
             the text of the last one.
         extra: Other entries of the row.
         where: Its file and line, for messages.
+
+    Raises:
+        ValueError: If there is an answer without a word.
     """
 
     image: ImageSource | Sequence[ImageSource] = field(repr=False)
@@ -45,6 +48,14 @@ class Record:
     chat: Sequence[Message] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     where: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        # With a chat template, the end of the turn would be all that is learned.
+        if self.answer is not None and not self.answer.strip():
+            raise ValueError(
+                f"{self.where or repr(self.prompt)}: the answer is empty; write one, or leave out "
+                "the row, or the answers of all rows"
+            )
 
     @property
     def images(self) -> tuple[ImageSource, ...]:

@@ -8,23 +8,28 @@ A processor decides how many pixels of an image enter, and there are two kinds.
    (LLaVA-NeXT). The image itself is resized before they read it.
 
 Which kind a processor is shows when both are tried on an image.
+
+A model may also take one size of images and its processors know no tiles (LLaVA-1.5). Then no scale
+has an effect, which the model alone tells.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from PIL import Image
 from transformers.image_utils import load_image
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from deos_fx.data.batches import batches
 from deos_fx.data.record import Record
 from deos_fx.recent import Recent
 
-__all__ = ["scaled_processor"]
+__all__ = ["check_scale", "scaled_processor"]
 
 # An image to try a processor on. Tiles are mostly chosen by its proportions.
 _PROBE = (896, 672)
@@ -38,6 +43,43 @@ _SHORTEST = 16
 # Sizes of images whose factors are kept.
 _SIZES = 4096
 
+# Settings of image processors that cut an image into tiles: InternVL, Gemma 3, Aria.
+_TILES = frozenset({"max_patches", "pan_and_scan_max_num_crops", "split_image"})
+
+
+def check_scale(scale: float, model_type: str, visual_tokens: int) -> None:
+    """Refuse a scale that can change nothing, as far as a model alone tells.
+
+    Args:
+        scale: Linear scale in (0, 1].
+        model_type: The kind of model, as its config has it.
+        visual_tokens: How many it makes of every image; 0 if that depends on the image's size.
+
+    Raises:
+        ValueError: If images of the model have one size, and image processors of its kind do not
+            cut them into tiles.
+    """
+    if scale == 1 or not visual_tokens:
+        return
+    named = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
+    kinds = [_settings_of(name) for name in named.values()]
+    if kinds and all(settings and _TILES.isdisjoint(settings) for settings in kinds):
+        raise ValueError(
+            f"image_scale={scale:g} changes nothing: a {model_type} model takes one size of "
+            f"images, of which it makes {visual_tokens} visual tokens. Leave it out, or keep "
+            "fewer visual tokens."
+        )
+
+
+def _settings_of(image_processor: str) -> frozenset[str]:
+    """Return the names of the settings of a class of image processors; none if it is not there."""
+    try:
+        kind = getattr(importlib.import_module("transformers"), image_processor)
+        return frozenset(kind.valid_kwargs.__annotations__)
+    except (AttributeError, ImportError):
+        # Case: it needs a package that is not installed, or is of an older make.
+        return frozenset()
+
 
 def scaled_processor(processor: Any, scale: float) -> Any:
     """Return a processor that lets images enter at a scale.
@@ -49,7 +91,7 @@ def scaled_processor(processor: Any, scale: float) -> Any:
 
     The result is used like the processor. What it saves is the unscaled processor, since the scale
     is a part of the policy; and a processor that is scaled already is scaled anew, so that a scale
-    is never applied twice.
+    is never applied twice. It may be pickled, for workers that load data.
 
     Args:
         processor: The processor of a model; it is not changed.
@@ -70,7 +112,7 @@ def scaled_processor(processor: Any, scale: float) -> Any:
     # Tiles may follow the size of an image up to their largest number (Llama 4): what shrinks more.
     found, fewest = None, _pixels_of_probe(whole)
     for image_processor in _ways(whole.image_processor, scale):
-        made = _in_place_of(whole, {})
+        made = _in_place_of(whole, {"__reduce__": _made_again(scale)})
         made.image_processor = image_processor
         pixels = _pixels_of_probe(made)
         if pixels < fewest:
@@ -111,6 +153,16 @@ def _in_place_of(original: Any, members: Mapping[str, Any]) -> Any:
     own = {"unscaled": original, "save_pretrained": save_pretrained, **members}
     made.__class__ = type(f"Scaled{type(original).__name__}", (type(original),), own)
     return made
+
+
+def _made_again(scale: float) -> Callable[[Any], tuple[Any, ...]]:
+    """Return how a scaled processor is pickled and copied: its class has no name to be found by."""
+
+    def reduce(self: Any) -> tuple[Any, ...]:
+        own = {name: value for name, value in vars(self).items() if name != "image_processor"}
+        return scaled_processor, (type(self).unscaled, scale), own
+
+    return reduce
 
 
 # *** settings ***

@@ -46,6 +46,7 @@ def _accuracy_chart(result: Compared) -> str:
     axes.set_yticks(places, [row.name for row in rows])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
+    axes.set_xlim(_shares_around(axes.get_xlim()))
     axes.set_xlabel("right answers, %")
     return to_svg(figure, "accuracy", "Right answers of every method with 95 % intervals")
 
@@ -68,8 +69,17 @@ def _cost_chart(result: Compared) -> str:
     # Room for the name of the slowest.
     axes.set_xlim(0, 1.18 * max(row.milliseconds for row in rows))
     axes.set_xlabel("milliseconds of a prefill")
+    axes.set_ylim(_shares_around(axes.get_ylim()))
     axes.set_ylabel("right answers, %")
     return to_svg(figure, "cost", "Right answers of every method against the time of a prefill")
+
+
+def _shares_around(limits: tuple[float, float]) -> tuple[float, float]:
+    """Return limits of an axis within 0 to 100 %, some points apart even where all are alike."""
+    low, high = limits
+    missing = max(0.0, 10 - (high - low)) / 2
+    # A mark at 0 or 100 % stays whole.
+    return max(-2.0, low - missing), min(102.0, high + missing)
 
 
 # *** the page ***
@@ -99,7 +109,8 @@ def _lead(result: Compared) -> str:
     others = [row for row in result.measured[1:] if row.group != "input" and row is not best]
     if others:
         ahead = result.against(best, others[0])
-        text += f", {_points(ahead)} points above the next, {others[0].name}"
+        text += f", {_points(ahead)} points above the next" if ahead.mean else ", as has the next"
+        text += f", {others[0].name}"
     return f"{text}. In brackets, 95 % intervals of a paired bootstrap over the questions."
 
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from deos_fx.models.families import ENCODERS, WRITER
 from deos_fx.passes.pipeline import Captured, copy_of, run_graph
 from deos_fx.passes.rewrite.make_compilable import make_compilable
-from deos_fx.passes.rewrite.split_encoder import split_encoder
+from deos_fx.passes.rewrite.split_encoder import features_of, split_encoder
 
 __all__ = ["CompiledGraph"]
 
@@ -60,6 +59,6 @@ class CompiledGraph:
         """
         run_graph(self._guards, inputs)
         if self._encode is not None:
-            features = pytree.tree_leaves(run_graph(self._encode, inputs))
+            features = features_of(run_graph(self._encode, inputs))
             inputs |= {f"image_features_{i}": value for i, value in enumerate(features)}
         return run_graph(self._rest, inputs)

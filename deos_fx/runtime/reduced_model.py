@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from deos_fx.cost.amounts import CostReport
 from deos_fx.cost.model import CostModel
 from deos_fx.data.chat import say_once
-from deos_fx.data.scale import scaled_processor
+from deos_fx.data.scale import check_scale, scaled_processor
 from deos_fx.inputs.batch import Part, join_outputs, join_spaces, parts_of_batch
 from deos_fx.inputs.call import Call, normal_inputs
 from deos_fx.inputs.complete import completed
@@ -57,8 +57,8 @@ class ReducedModel(nn.Module):
 
     Raises:
         TypeError: If `model` is not a transformers model.
-        ValueError: If it is refused (`deos_fx.models.facts.facts_of` says why), or the policy does
-            not fit it.
+        ValueError: If it is refused (`deos_fx.models.facts.facts_of` says why), the policy does not
+            fit it, or its image scale can change nothing.
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
@@ -66,6 +66,7 @@ class ReducedModel(nn.Module):
         # The policy is checked before anything is changed or captured.
         self.signature = facts_of(model).signature
         policy.check(self.signature)
+        check_scale(policy.image_scale, self.signature.model_type, self.signature.visual_tokens)
         self.model = model.eval()
         self.policy = policy
         self._spaces = decode_spaces(policy)

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from deos_fx.contents import (
+    FILES,
+    MODEL_FILES,
     RECORD,
     check_unchanged,
     record_of,
@@ -25,6 +27,7 @@ from deos_fx.contents import (
     write_record,
 )
 from deos_fx.files import disk_errors, fresh_folder
+from deos_fx.models.config import read_config
 from deos_fx.models.families import auto_class
 from deos_fx.models.views import has_codes
 from deos_fx.policy.policy import Policy
@@ -39,20 +42,7 @@ VERSION = 1
 _POLICY = "policy.json"
 _ADAPTERS = "adapter_config.json"
 
-# Patterns of the files that a saved model consists of. An earlier one's are removed, since
-# transformers would prefer its single file to new weights in several files.
-_NUMBER = "[0-9]" * 5
-_FILES = (
-    RECORD,
-    _POLICY,
-    "policy.safetensors",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    f"model-{_NUMBER}-of-{_NUMBER}.safetensors",
-)
-READ = (*_FILES, _ADAPTERS)
+READ = (*MODEL_FILES, _ADAPTERS)
 """Patterns of the files that are read when a saved model is loaded."""
 
 
@@ -108,7 +98,7 @@ def folder_for(dir: str | os.PathLike[str], also: Iterable[str] = ()) -> Iterato
             f"{os.fspath(dir)} has an {_ADAPTERS}: transformers would load these adapters with "
             "whatever model is saved there. Give another folder, or move the adapters away."
         )
-    with fresh_folder(dir, (*_FILES, *also), whole=True) as folder:
+    with fresh_folder(dir, (*FILES, *also), whole=True) as folder:
         yield folder
 
 
@@ -146,7 +136,7 @@ class SavedModel:
                 somebody has begun to write the folder meanwhile.
         """
         with blaming(self._folder):
-            options.setdefault("config", unmarked(AutoConfig.from_pretrained(self._folder)))
+            options.setdefault("config", unmarked(read_config(self._folder)))
             model, found = _read(auto_class(options["config"]), self._folder, **options)
         check_unchanged(self._folder, self._before)
         wrong = _differences(found)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.exporters.graphs.example import BATCH, Example, words
 from deos_fx.exporters.graphs.exportable import (
+    CONV,
     Exportable,
     filled,
     inputs_of,
@@ -74,6 +75,7 @@ def decode_step(
     cache = reduced(**example.inputs, use_cache=True, **last_logits(facts))[CACHE]
     # Position ids are [B, t], or [coordinates, B, t].
     coordinates = example.inputs["position_ids"].shape[:-2]
+    _check_states(reduced.model, cache)
     seen = cache.get_seq_length()
     positions = torch.arange(seen, seen + _NEW, device=model.device)
     positions = positions.expand(*coordinates, BATCH, _NEW).clone()
@@ -88,6 +90,21 @@ def decode_step(
     call = completed(Call.of(facts, inputs)).having(**cache.decode_inputs(mask, positions))
     lowered = verify(select_logits(copy_of(reduced.graphs.step(call))), "exported")
     return lowered, cache, positions
+
+
+def _check_states(model: PreTrainedModel, cache: ReducedCache) -> None:
+    """Refuse layers with a state that is more than what a short convolution reads again.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    states = (getattr(layer, "recurrent_states", {}) for layer in cache.layers)
+    if any(state is not None for of_layer in states for state in of_layer.values()):
+        raise ValueError(
+            f"{type(model).__name__} has layers with a recurrent state. Their code loops over the "
+            "prompt, and torch.export takes the number of turns of a loop for a constant, so the "
+            "graph would serve prompts of one length. Run the reduced model in PyTorch."
+        )
 
 
 class Decode(nn.Module):
@@ -142,10 +159,15 @@ def decode_exportable(
         k = sum(space.first_layer <= int(layer) for space in spaces)
         # Keys and values [B, heads, tokens, D] may differ in D (multi-head latent attention).
         inputs["past_key_values"][layer] = {
-            name: state.new_zeros(BATCH, state.shape[1], lengths[k], state.shape[3])
+            name: torch.zeros_like(state)
+            if name.startswith(CONV)
+            else state.new_zeros(BATCH, state.shape[1], lengths[k], state.shape[3])
             for name, state in held.items()
         }
-        dynamic["past_key_values"][layer] = dict.fromkeys(held, {0: batch, 2: pasts[k]})
+        # A state has no axis of tokens.
+        dynamic["past_key_values"][layer] = {
+            name: {0: batch} if name.startswith(CONV) else {0: batch, 2: pasts[k]} for name in held
+        }
     for name in module.used:
         kind, k = _kind_and_space(name)
         if kind in ("attention_mask", "key_bias", "key_positions"):

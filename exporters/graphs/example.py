@@ -15,7 +15,7 @@ from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["BATCH", "Example", "example_of", "word_of", "words"]
+__all__ = ["BATCH", "Example", "example_of", "pixels_of", "word_of", "words"]
 
 # Rows of the traced batch: torch.export takes an axis of length 1 for a constant.
 BATCH = 2
@@ -67,7 +67,7 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
         for name, value in call.inputs.items()
         if isinstance(value, Tensor) and value.shape == ids.shape and name not in images
     }
-    known = {"pixel_values", "position_ids", *facts.size_inputs, *tokens}
+    known = {"position_ids", *pixels_of(images), *facts.size_inputs, *tokens}
     others = {name for name, value in call.inputs.items() if isinstance(value, Tensor)} - known
     if others:
         raise ValueError(
@@ -78,13 +78,6 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
         raise ValueError(
             "example_inputs has no pixel_values, so there is no image in the form that "
             "exported graphs take. Give pixel_values, or run the reduced model in PyTorch."
-        )
-    # Sizes of images are integers; other floats would be pixels of other kinds.
-    further = [n for n, x in images.items() if n != "pixel_values" and x.is_floating_point()]
-    if further:
-        raise ValueError(
-            f"example_inputs has {', '.join(further)} beside pixel_values, and exported graphs "
-            "take the pixels of an image once. Run the reduced model in PyTorch."
         )
     # 2. One prompt: the first row without its padding, with text added where it changes no image.
     layout = complete.layout
@@ -107,6 +100,15 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
     placeholders = int((prompt["input_ids"] == facts.image_token).sum())
     names = sorted({*example, "attention_mask", "position_ids"})
     return Example(example, own, tuple(names), placeholders, layout)
+
+
+def pixels_of(images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inputs with pixels: a model may take an image in several resolutions.
+
+    Args:
+        images: Inputs that belong to images; those with their sizes are integers.
+    """
+    return {name: value for name, value in images.items() if value.is_floating_point()}
 
 
 def words(facts: ModelFacts, length: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
+from deos_fx.exporters.graphs.exact import exact_constants
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import has_codes
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 __all__ = [
+    "CONV",
     "Exportable",
     "filled",
     "inputs_of",
@@ -33,6 +35,9 @@ __all__ = [
     "states_of",
     "without_noise",
 ]
+
+CONV = "conv_"
+"""With its number, the name of a state [B, d, kernel]: what a short convolution reads again."""
 
 # Places whose logits are traced; no other axis has this length.
 _PLACES = 3
@@ -76,7 +81,7 @@ class Exportable:
         # The exporter takes any module; only its annotation asks for a whole model.
         module: Any = self.module
         try:
-            with without_noise():
+            with without_noise(), exact_constants():
                 program, _ = OnnxExporter().export_program(module, dict(self.inputs), config)
         except Exception as error:
             # The exporters raise errors of many types; each means that this model is refused.
@@ -224,15 +229,25 @@ def inputs_of(lowered: fx.GraphModule) -> tuple[list[str], list[str]]:
 
 
 def states_of(cache: ReducedCache) -> dict[str, dict[str, Tensor]]:
-    """Return keys and values of every layer, by layer and name."""
+    """Return what every layer holds, by layer and name: keys and values, `CONV` states, or both."""
     layers: list[Any] = cache.layers
-    return {
-        str(layer): {"key": held.keys, "value": held.values} for layer, held in enumerate(layers)
-    }
+    return {str(layer): _held(each) for layer, each in enumerate(layers)}
+
+
+def _held(layer: Any) -> dict[str, Tensor]:
+    attends = getattr(layer, "keys", None) is not None
+    held = {"key": layer.keys, "value": layer.values} if attends else {}
+    states = getattr(layer, "conv_states", {})
+    return held | {f"{CONV}{i}": state for i, state in states.items() if state is not None}
 
 
 def filled(cache: ReducedCache, states: Mapping[str, Mapping[str, Tensor]]) -> ReducedCache:
-    """Put keys and values of every layer into a cache, and return the cache."""
+    """Put what every layer holds into a cache, and return the cache."""
     for layer, held in states.items():
-        cache.update(held["key"], held["value"], int(layer))
+        if "key" in held:
+            cache.update(held["key"], held["value"], int(layer))
+        for name, state in held.items():
+            if name.startswith(CONV):
+                number, kernel = int(name.removeprefix(CONV)), state.shape[-1]
+                cache.update_conv_state(state, int(layer), number, conv_kernel_size=kernel)
     return cache

@@ -9,7 +9,7 @@ that every later run can compare them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deos_fx.exporters.graphs.example import pixels_of
 from deos_fx.exporters.graphs.exportable import Exportable
+from deos_fx.passes.rewrite.split_encoder import features_of
 
 __all__ = ["encoder_graph", "record"]
 
@@ -38,48 +39,53 @@ def encoder_graph(
         images: The images of one prompt: ``pixel_values`` and the inputs with their sizes.
 
     Returns:
-        The graph from ``pixel_values`` to ``image_features_i`` and ``read_i``, and the values it
-        holds for: the sizes by name, and ``read_i``, what the encoder read of the pixels.
+        The graph from the inputs with pixels to ``image_features_i`` and ``read_i``, and the values
+        it holds for: the sizes by name, and ``read_i``, what the encoder read of the pixels.
     """
-    pixels = images["pixel_values"]
-    sizes = {name: value for name, value in images.items() if name != "pixel_values"}
+    pixels = pixels_of(images)
+    sizes = {name: value for name, value in images.items() if name not in pixels}
     # Once as it is: a reduced encoder follows patches where it first sees images of these sizes.
-    encode(pixel_values=pixels, **sizes)
-    # The sizes are closed over, so they become constants of the recording.
-    recorded = record(
-        lambda pixels: pytree.tree_leaves(encode(pixel_values=pixels, **sizes)), pixels
-    )
+    encode(**images)
+
+    def features(*values: Tensor) -> list[Tensor]:
+        # The sizes are closed over, so they become constants of the recording.
+        return features_of(encode(**dict(zip(pixels, values, strict=True)), **sizes))
+
+    recorded = record(features, *pixels.values())
     # What the recording read when it ran on the images of the export.
-    _, reads = recorded(pixels)
+    _, reads = recorded(*pixels.values())
     constants = sizes | {f"read_{i}": value for i, value in enumerate(reads)}
     # Copies with memory of their own: safetensors refuses tensors that share memory.
     constants = {name: value.cpu().clone() for name, value in constants.items()}
-    given = {"pixel_values": pixels}
-    return Exportable(_Encoder(recorded), given, {"pixel_values": {}}), constants
+    module = _Encoder(recorded, list(pixels))
+    return Exportable(module, pixels, {name: {} for name in pixels}), constants
 
 
 class _Encoder(nn.Module):
     """The recorded image encoder, for the images of one prompt."""
 
-    def __init__(self, recorded: fx.GraphModule) -> None:
+    def __init__(self, recorded: fx.GraphModule, names: Sequence[str]) -> None:
         super().__init__()
         self.recorded = recorded
+        # Of the inputs with pixels, in the order of the recording.
+        self.names = names
 
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def forward(self, **pixels: Tensor) -> dict[str, Tensor]:
         """Encode the images of one prompt; return ``image_features_i`` and ``read_i``."""
-        parts = zip(("image_features", "read"), self.recorded(pixel_values), strict=True)
+        results = self.recorded(*(pixels[name] for name in self.names))
+        parts = zip(("image_features", "read"), results, strict=True)
         return {f"{part}_{i}": value for part, values in parts for i, value in enumerate(values)}
 
 
 # *** the recording ***
 
 
-def record(function: Callable[[Tensor], list[Tensor]], pixels: Tensor) -> fx.GraphModule:
+def record(function: Callable[..., list[Tensor]], *pixels: Tensor) -> fx.GraphModule:
     """Run a function of pixels and record it.
 
     Args:
         function: Maps pixels to features; it may read values into Python.
-        pixels: The pixels to run it on.
+        *pixels: The pixels to run it on.
 
     Returns:
         A graph from pixels to two lists: the features, and the values that were read of the pixels.
@@ -87,21 +93,20 @@ def record(function: Callable[[Tensor], list[Tensor]], pixels: Tensor) -> fx.Gra
     # Tensors whose values the code has read, in order.
     seen: list[Tensor] = []
 
-    def run(pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def run(*pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         seen.clear()
         # The fused attention kernels of a CPU have no ONNX form.
         with sdpa_kernel(SDPBackend.MATH), _Reads(seen), _Lists(seen):
-            return function(pixels), list(seen)
+            return function(*pixels), list(seen)
 
     with torch.no_grad():
-        graph_module = make_fx(run)(pixels)
+        graph_module = make_fx(run)(*pixels)
     graph = graph_module.graph
-    (given,) = graph.find_nodes(op="placeholder")
     output = graph.output_node()
     made: Any = output.args[0]
     features, reads = made
     # Of the values that were read, only those made of the pixels can differ at a later run.
-    from_pixels = {given}
+    from_pixels = {*graph.find_nodes(op="placeholder")}
     # In the order of the graph, so a single pass finds everything that is made of them.
     for node in graph.nodes:
         if from_pixels.intersection(node.all_input_nodes):

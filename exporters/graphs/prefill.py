@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
-from torch.utils import _pytree as pytree
 
 from deos_fx.exporters.graphs.example import BATCH, Example
 from deos_fx.exporters.graphs.exportable import (
@@ -31,7 +30,7 @@ from deos_fx.passes.rewrite.free_counts import KEEP, free_counts
 from deos_fx.passes.rewrite.replace_placeholder_merge import replace_placeholder_merge
 from deos_fx.passes.rewrite.return_guards import return_guards
 from deos_fx.passes.rewrite.select_logits import LOGITS, select_logits
-from deos_fx.passes.rewrite.split_encoder import split_encoder
+from deos_fx.passes.rewrite.split_encoder import features_of, split_encoder
 from deos_fx.passes.verify import verify
 from deos_fx.policy.policy import Policy
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -93,7 +92,7 @@ def prefill_graph(
         # Case: the encoder reads sizes of images. Its features become inputs of the prefill.
         images = {name: values[name] for name in example.images}
         encode = split_encoder(lowered, images)
-        for i, features in enumerate(pytree.tree_leaves(encode(**images))):
+        for i, features in enumerate(features_of(encode(**images))):
             values[f"image_features_{i}"] = features
         encoder, constants = encoder_graph(encode, example.images)
     # Features enter the prompt by an index, which has an ONNX form that runtimes agree on.

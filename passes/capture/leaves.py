@@ -115,15 +115,26 @@ class ImageEncoder(nn.Module):
         # One tensor [T, d] for all images: a graph has no list of dynamic length.
         output.pooler_output = _joined(output.pooler_output)
         for name, levels in output.items():
-            # Case: DeepStack has features of several depths, at each depth a tensor per image.
+            # Case: DeepStack has features of several depths, at each depth a tensor per image, and
+            # perhaps the layer that they are for.
             if isinstance(levels, list) and all(map(_are_images, levels)):
                 output[name] = [_joined(level) for level in levels]
+            elif isinstance(levels, list) and all(map(_are_for_a_layer, levels)):
+                output[name] = [(layer, _joined(images)) for layer, images in levels]
         return output
 
 
 def _are_images(level: object) -> bool:
     """Return whether a value is a tuple of tensors and nothing else: one tensor for each image."""
     return isinstance(level, tuple) and all(isinstance(part, torch.Tensor) for part in level)
+
+
+def _are_for_a_layer(level: object) -> bool:
+    """Return whether a value is the number of a layer and tensors, one for each image."""
+    match level:
+        case (int(), (list() | tuple()) as images):
+            return _are_images(tuple(images))
+    return False
 
 
 def _joined(images: Any) -> Any:

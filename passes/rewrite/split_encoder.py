@@ -16,7 +16,12 @@ from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import made_of
 from deos_fx.passes.lower.reduced_encoder import explained, left_in_tower
 
-__all__ = ["split_encoder"]
+__all__ = ["features_of", "split_encoder"]
+
+
+def features_of(output: Any) -> list[Tensor]:
+    """Return the tensors of an encoder's output, in order."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) -> fx.GraphModule:
@@ -35,7 +40,7 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
         order.
 
     Raises:
-        ValueError: If the encoder gives anything but tensors, or reads the prompt as well.
+        ValueError: If the encoder gives something else than features, or reads the prompt as well.
     """
     graph = graph_module.graph
     if graph.find_nodes(op="call_module", target=WRITER):
@@ -67,24 +72,28 @@ def split_encoder(graph_module: fx.GraphModule, images: Mapping[str, Tensor]) ->
     # Run it once to see how many tensors each field has.
     with torch.no_grad():
         values = encode(**images)
-    if not all(isinstance(value, Tensor) for value in pytree.tree_leaves(values)):
-        raise ValueError(
-            "The image encoder gives numbers beside its features (of the layers they are for), "
-            "which cannot be inputs of an exported graph. Run the reduced model in PyTorch."
-        )
-
     count = itertools.count()
 
-    def given(value: Tensor | list[Any]) -> fx.Node:
-        """Insert an input for a tensor, or a tuple of inputs for a list of tensors."""
-        if not isinstance(value, Tensor):
+    def given(value: Any) -> Any:
+        """Insert an input for a tensor, and the like of a structure of tensors and numbers."""
+        if isinstance(value, (list, tuple)):
             # Case: a list, such as the features of each depth of DeepStack.
             return graph.call_function(tuple, ([given(item) for item in value],))
+        if not isinstance(value, Tensor):
+            # Case: a number, such as the layer that features are for. It does not follow from
+            # pixels.
+            return value
         # Inputs come before all other nodes.
         with graph.inserting_before(graph.find_nodes(op="placeholder")[0]):
             return graph.placeholder(f"image_features_{next(count)}")
 
     for part, value in zip(parts, values, strict=True):
         with graph.inserting_before(part):
-            part.replace_all_uses_with(given(value))
+            new = given(value)
+        if not isinstance(new, fx.Node):
+            raise ValueError(
+                f"The image encoder gives {new!r} in place of features, which cannot be an input "
+                "of an exported graph. Run the reduced model in PyTorch."
+            )
+        part.replace_all_uses_with(new)
     return encode

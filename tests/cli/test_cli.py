@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -22,6 +24,7 @@ from deos_fx import Budget, Policy, ReducedModel, Reduction, SearchResult, prese
 from deos_fx.cli.app import app
 from deos_fx.cli.limits import read_limit
 from deos_fx.cli.searching import measured, presets_tuned, write_found
+from deos_fx.contents import write_record
 from deos_fx.cost.model import CostModel
 from deos_fx.data import Record
 from deos_fx.results.search_front import SearchFront
@@ -211,6 +214,7 @@ def test_nothing_is_overwritten_without_force(model_dir, tmp_path):
         ("compare", model_dir, "--test", svg, "--output", out),
         ("demo", "--output", out),
         ("inspect", model_dir, "--svg", svg),
+        ("profile", model_dir, "--output", svg),
     ):
         assert "add --force to overwrite" in fails(*arguments)
     assert (out / "config.json").read_text() == svg.read_text() == "mine"
@@ -441,7 +445,7 @@ def test_compare_writes_files_and_a_table(questions, tmp_path):
     assert of[names[1]]["minus_unreduced"] == of["merge"]["minus_unreduced"]
     assert (found["questions"], found["limit_visual_tokens"]) == (3, 9.0)
     assert (out / "comparison.html").exists() and "no reduction" in text
-    assert "changes nothing: LlavaProcessor" in " ".join(text.split())
+    assert "changes nothing: a llava model" in " ".join(text.split())
 
 
 def test_compare_refuses_the_same_questions_for_tuning(questions, tmp_path):
@@ -463,6 +467,41 @@ def test_compare_refuses_a_file_given_twice(questions, tmp_path):
 
 def test_no_such_folder(tmp_path):
     assert "there is no folder" in fails("inspect", tmp_path / "none")
+
+
+def test_a_folder_that_is_missing_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "found").mkdir()
+    assert fails("inspect", "found/modle").endswith("there is no folder found/modle")
+    message = fails("inspect", "nobody/modle")
+    assert "there is no folder nobody/modle, and the hub has not given a model" in message
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "words"),
+    [
+        (("text_config", "num_hidden_layers"), 10**9, "1,000,000,000, and a model has at most 1,0"),
+        (("vision_config", "image_size"), 10**6, "1,000,000, and a model has at most 8,000 pixels"),
+        (("vision_config", "depths"), [2, 9999], "9,999, and a model has at most 1,000 layers"),
+    ],
+)
+def test_a_config_of_which_too_much_would_be_built(entry, value, words, tmp_path):
+    config = tiny_llava(2).config.to_dict()
+    config[entry[0]][entry[1]] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = fails("inspect", tmp_path)
+    assert f"{tmp_path / 'config.json'}: {'.'.join(entry)} is {words}" in message
+
+
+@pytest.mark.parametrize(("kind", "runner"), [("onnx", "generate"), ("genai", "onnxruntime-genai")])
+def test_an_export_is_no_model(kind, runner, model_dir, tmp_path):
+    export = tmp_path / "export"
+    shutil.copytree(model_dir, export)
+    write_record(export, {"deos_fx": kind})
+    for command in (("transform", export, tmp_path / "out"), ("export", export, tmp_path / "out")):
+        message = fails(*command)
+        assert f"{export} is an export" in message and f"{runner} runs" in message
 
 
 def test_text_model(tmp_path):
@@ -556,3 +595,21 @@ def test_interrupted(model_dir, monkeypatch):
 
     monkeypatch.setattr("deos_fx.cli.outline.print_outline", interrupt)
     assert "Interrupted" in run("inspect", model_dir, code=130)
+
+
+def test_interrupted_imports(model_dir, monkeypatch):
+    """Packages raise errors of their own where they are imported when Ctrl-C comes."""
+
+    def importing(*_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("Could not import module 'PreTrainedModel'") from None
+
+    monkeypatch.setattr("deos_fx.cli.outline.print_outline", importing)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert "Interrupted" in run("inspect", model_dir, code=130)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from cli_cases import fails, run
-from real_processors import noise, write_qwen
+from families import FAMILIES
+from real_processors import noise, write_processor, write_qwen
 from transformers import AutoModelForImageTextToText
 
 from deos_fx import Policy, Reduction
@@ -23,7 +24,7 @@ ROWS: list[dict[str, Any]] = [
     {
         "images": ["0.png", "1.png"],
         "question": "is <image> or <image>?",
-        "answer": "",
+        "answer": "seven",
         "kind": "what",
     },
 ]
@@ -53,8 +54,9 @@ def test_data_shows_what_the_model_sees(folder: Path) -> None:
     assert "<|vision_start|><|image_pad|> x 48<|vision_end|>what is at the top left?" in first
     assert "assistant\n>>>[red] one<|im_end|><<<" in first
     assert second.startswith("2: 2 images of 64 x 48, 80 x 80 pixels; ")
-    assert "148 of them visual, 1 of the answer" in second
-    assert "x 48<|vision_end|> or <|vision_start|>" in second and ">>><|im_end|><<<" in second
+    assert "148 of them visual, 3 of the answer" in second
+    assert "x 48<|vision_end|> or <|vision_start|>" in second
+    assert ">>>seven<|im_end|><<<" in second
     totals = [line.split() for line in second.splitlines()]
     assert ["visual", "tokens", "48", "98", "148"] in totals
     assert ["images", "1", "1.5", "2"] in totals
@@ -80,6 +82,21 @@ def test_data_says_what_a_folder_lacks(folder: Path, tmp_path: Path) -> None:
 
 def test_inspect(folder: Path) -> None:
     assert "decoder.0" in run("inspect", folder / "qwen")
+
+
+def test_inspect_counts_the_tokens_of_all_tiles(tmp_path: Path) -> None:
+    size = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+    write_processor("smolvlm", tmp_path, image=size)
+    config = FAMILIES["smolvlm"].config()
+    processor = load_processor(tmp_path)
+    config.image_token_id = processor.image_token_id
+    config.text_config.vocab_size = len(processor.tokenizer)
+    config.save_pretrained(tmp_path)
+    text = run("inspect", tmp_path, "--preset", "merge", "--budget", "25%")
+    # Four tiles and the whole image, each of 4 tokens.
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert rows["projector"][-3:-1] == ["20", "20"] and rows["merge"][-1] == "5"
+    assert rows["decoder.0"][-2] == "5"
 
 
 def test_transform_copies_the_processor(folder: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_answers(asked: Any, tmp_path: Path) -> None:
     assert run("generate", reference.WEIGHTS, *options).splitlines()[-1] == whole
     assert run("generate", folder / "reduced", *options).splitlines()[-1] == own
     MERGE.save(tmp_path / "policy.json")
-    chosen = ("--policy", tmp_path / "policy.json")
+    chosen = ("--policy", tmp_path / "policy.json", "--dtype", "float32", "--device", "cpu")
     assert run("generate", reference.WEIGHTS, *options, *chosen).splitlines()[-1] == own
 
 

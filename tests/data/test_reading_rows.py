@@ -156,6 +156,11 @@ USER = {"role": "user", "content": "what?"}
         ({"image": [], "prompt": "a"}, "there is no image"),
         ({"image": PNG, "prompt": 3}, "prompt is 3; give a text"),
         ({"image": PNG, "prompt": "a", "answer": ["b"]}, r"answer is \['b'\]; give a text"),
+        ({"image": PNG, "prompt": "a", "answer": ""}, "the answer is empty; write one"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": " "}], "image": PNG},
+            "the answer is empty",
+        ),
         ({"image": PNG, "prompt": "a", "kind": True}, "kind is True; give a text"),
         ({"image": 5, "prompt": "a"}, "image is 5; give a path"),
         ({"image": {"bytes": "x"}, "prompt": "a"}, "image is {'bytes': 'x'}; give a path"),
@@ -207,6 +212,7 @@ def test_the_first_row_without_an_answer_is_named(folder: Path) -> None:
         (b"", "is empty"),
         (b"\xef\xbb\xbf\n\n", "is empty"),
         (json.dumps(ROW).encode("utf-16"), "is in UTF-16"),
+        (b"PAR1\x15\x04", "is a table of Parquet; save what datasets.load_dataset reads"),
         (b'{"image": "a.png", "prompt": "a"}\n\n{"prompt": "\xff"}', "line 3 is not UTF-8"),
     ],
 )
@@ -216,6 +222,12 @@ def test_a_wrong_file_is_named(folder: Path, contents: bytes, words: str, name: 
     with pytest.raises(ValueError, match=words) as caught:
         read_records(folder / name)
     assert str(folder / name) in str(caught.value)
+
+
+def test_a_list_is_no_lines(folder: Path) -> None:
+    path = write(folder, json.dumps([ROW, ROW], indent=1))
+    with pytest.raises(ValueError, match=r"d.jsonl is one list of JSON; write its objects as"):
+        read_records(path)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,15 @@ def test_a_scale_is_never_applied_twice(tmp_path: Path) -> None:
     scaled.save_pretrained(tmp_path / "second")
     again = load_processor(tmp_path / "second")
     assert_same(made(again, WIDE), made(processor, WIDE))
+
+
+def test_it_goes_to_other_processes_and_is_copied(tmp_path: Path) -> None:
+    """Data loaders pickle it for workers that are spawned."""
+    scaled = scaled_processor(qwen(tmp_path), 0.5)
+    scaled.chat_template += "\n"
+    for again in (pickle.loads(pickle.dumps(scaled)), copy.deepcopy(scaled)):
+        assert again.chat_template == scaled.chat_template
+        assert_same(made(again, LARGE), made(scaled, LARGE))
 
 
 def test_it_is_called_like_the_processor(tmp_path: Path) -> None:

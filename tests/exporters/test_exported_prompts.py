@@ -20,6 +20,7 @@ MANIFEST = {
     "ends_in_image": False,
     "inputs": ["input_ids", "attention_mask", "pixel_values", "image_sizes", "kinds"],
     "pixels": [1, 3, 4, 4],
+    "further_pixels": {},
     "guards": [True, False],
 }
 SIZES = torch.tensor([[4, 4]])

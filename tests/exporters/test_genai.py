@@ -12,9 +12,9 @@ import torch
 from families import prompts, shared
 from torch import Tensor
 
-from deos_fx.contents import write_record
+from deos_fx.contents import GENAI_FILES, write_record
 from deos_fx.exporters.genai import export_genai
-from deos_fx.exporters.genai_files import FILES, FORMAT, VERSION, genai_config
+from deos_fx.exporters.genai_files import FORMAT, VERSION, genai_config
 from deos_fx.exporters.genai_inputs import genai_inputs
 from deos_fx.exporters.graphs.example import example_of
 from deos_fx.exporters.graphs.image_encoder import record
@@ -92,7 +92,7 @@ def test_the_config_says_what_the_engine_asks() -> None:
     assert (decoder["num_key_value_heads"], decoder["head_size"]) == (2, 16)
     assert decoder["session_options"]["provider_options"] == [{"cuda": {}}]
     named = [config[part]["filename"] for part in ("vision", "embedding", "decoder")]
-    assert set(named) < set(FILES)
+    assert set(named) < set(GENAI_FILES)
 
 
 def test_a_prompt_loses_as_many_placeholders_as_tokens_are_dropped(tmp_path: Path) -> None:

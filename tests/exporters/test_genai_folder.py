@@ -17,9 +17,9 @@ import torch
 from kills import contents, damaged, kills
 from test_export_folder import program
 
+from deos_fx.contents import FILES
 from deos_fx.exporters import genai as genai_module
 from deos_fx.exporters.genai import export_genai
-from deos_fx.exporters.genai_files import FILES
 from deos_fx.exporters.genai_inputs import genai_inputs
 from deos_fx.files import fresh_folder
 from deos_fx.policy.policy import Policy

@@ -19,6 +19,7 @@ from closeness import assert_onnx_close
 from families import FAMILIES, IMAGE, START, prompts, shared
 from onnx_families import LAYERS, assert_a_chat_is_the_same, check_onnx, generate, reduced
 
+from deos_fx.exporters.genai import export_genai
 from deos_fx.exporters.graphs.example import example_of
 from deos_fx.exporters.graphs.image_encoder import record
 from deos_fx.exporters.onnx import export_onnx
@@ -137,16 +138,54 @@ def test_images_by_their_former_name_are_exported() -> None:
     assert check_onnx("video_llava") == "yes"
 
 
+@pytest.mark.slow
+def test_images_in_two_resolutions_are_exported() -> None:
+    assert "high_res_pixel_values" in prompts("deepseek_vl_hybrid")
+    assert check_onnx("deepseek_vl_hybrid") == "yes"
+
+
+@pytest.mark.slow
+def test_features_that_come_with_their_layers_are_exported() -> None:
+    assert check_onnx("granite4_vision") == "yes"
+
+
 def test_examples_with_more_than_text_and_images_are_refused(tmp_path: Any) -> None:
     inputs = prompts("internvl", 1)
     with pytest.raises(ValueError, match="has audio, which exported graphs do not take"):
         export_onnx(reduced("internvl"), tmp_path / "out", inputs | {"audio": torch.ones(3)})
 
 
-def test_states_are_not_exported(tmp_path: Any) -> None:
+def test_what_convolutions_read_again_is_handed_on(folder: Any) -> None:
+    """Over a padded batch, two turns of a chat, and a text of its own."""
+    target, model = folder("lfm2_vl"), reduced("lfm2_vl")
+    layers = json.loads((target / "config.json").read_text())["text_config"]["layer_types"]
+    assert "conv" in layers
+    batch = prompts("lfm2_vl", 3)
+    steps, words = 6, torch.randint(1, 100, (3, 3), generator=torch.manual_seed(5))
+    answers, turns = [], []
+    for answering in (model, _runtime(target)):
+        settings = {"max_new_tokens": steps, "do_sample": False, "return_dict_in_generate": True}
+        first = answering.generate(**{k: v.clone() for k, v in batch.items()}, **settings)
+        ids = torch.cat([first.sequences, words], dim=1)
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, steps + 3), value=1)
+        turn = answering.generate(
+            input_ids=ids, attention_mask=mask, **{CACHE: first[CACHE]}, **settings
+        )
+        alone = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+        answers.append([generate(answering, given, steps) for given in (batch, alone)])
+        turns.append(turn.sequences)
+    assert torch.equal(*turns)
+    for (tokens, logits), (expected_tokens, expected) in zip(*answers[::-1], strict=True):
+        assert torch.equal(tokens, expected_tokens)
+        assert_onnx_close(logits, expected)
+
+
+def test_recurrent_states_are_not_exported(tmp_path: Any) -> None:
     empty = ReducedModel(shared("qwen3_5", LAYERS), Policy())
-    with pytest.raises(ValueError, match="Qwen3_5For.* keep a state instead of keys and values"):
+    with pytest.raises(ValueError, match="Qwen3_5For.* has layers with a recurrent state"):
         export_onnx(empty, tmp_path / "x", prompts("qwen3_5"))
+    with pytest.raises(ValueError, match="Lfm2Vl.* the engine hands on keys and values alone"):
+        export_genai(ReducedModel(shared("lfm2_vl", LAYERS), Policy()), tmp_path / "x")
     assert not [*tmp_path.iterdir()]
 
 

@@ -16,7 +16,7 @@ from deos_fx.passes.finish import finish
 from deos_fx.passes.notes import annotate
 from deos_fx.passes.rewrite.fold_masked_add import fold_masked_add, visual_rows
 from deos_fx.passes.rewrite.fold_unstack import fold_unstack
-from deos_fx.passes.rewrite.split_encoder import split_encoder
+from deos_fx.passes.rewrite.split_encoder import features_of, split_encoder
 
 # *** fold_masked_add ***
 
@@ -222,7 +222,15 @@ def test_an_encoder_and_the_rest_do_what_they_did_together() -> None:
         graph_module(input_ids=torch.arange(4), pixel_values=None, sizes=None, **given)
 
 
-def test_an_encoder_that_gives_numbers_is_refused() -> None:
-    images = {"pixel_values": torch.randn(3, 3), "sizes": torch.tensor([2, 3, 4])}
-    with pytest.raises(ValueError, match="gives numbers beside its features"):
-        split_encoder(encoding(levels=[3, 4]), images)
+def test_numbers_beside_features_are_constants() -> None:
+    """The layers that features are for follow from no pixels."""
+    ids, pixels, sizes = torch.arange(3), torch.randn(3, 3), torch.tensor([2, 3, 4])
+    graph_module = encoding(levels=[3, 4])
+    expected = graph_module(ids, pixels, sizes)
+    encode = split_encoder(graph_module, {"pixel_values": pixels, "sizes": sizes})
+    finish(graph_module)
+    (pooled,) = features_of(encode(pixels, sizes))
+    given = {"image_features_0": pooled, "pixel_values": None, "sizes": None}
+    assert torch.equal(graph_module(input_ids=ids, **given), expected)
+    with pytest.raises(ValueError, match="gives 3 in place of features"):
+        split_encoder(encoding(levels=3), {"pixel_values": pixels, "sizes": sizes})

@@ -11,12 +11,13 @@ import pytest
 import torch
 from cli_cases import fails, run
 from closeness import assert_close
+from families import shared
 from masked import assert_pruning_is_masking
 from PIL import Image
 from real_processors import noise, write_qwen
 from torch.utils.flop_counter import FlopCounterMode
 
-from deos_fx import OnnxModel, Policy, ReducedModel, Reduction, export_onnx, reference
+from deos_fx import OnnxModel, Policy, ReducedModel, Reduction, export_onnx, reference, transform
 from deos_fx.data import Record, batches
 
 HALF = Policy(image_scale=0.5)
@@ -103,8 +104,15 @@ def test_on_the_command_line(qwen: Any, tmp_path: Path) -> None:
 
 def test_models_of_one_size_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     message = fails("transform", reference.WEIGHTS, tmp_path / "out", "--image-scale", 0.5)
-    assert "image_scale=0.5 changes nothing: LlavaProcessor makes" in message
+    assert "image_scale=0.5 changes nothing: a llava model takes one size" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_models_of_one_size_are_refused_with_the_policy() -> None:
+    with pytest.raises(ValueError, match="a llava model takes one size of images, of which it"):
+        transform(shared("llava"), policy=HALF)
+    # A processor of this kind cuts images into tiles.
+    assert ReducedModel(shared("internvl"), HALF).policy == HALF
 
 
 # Slow: exports of this family are tested elsewhere.

@@ -172,10 +172,12 @@ def test_folders_of_earlier_versions_are_loaded_with_a_warning(
 # *** what is in the target already ***
 
 
-def test_only_what_transformers_would_read_is_removed(
+def test_only_what_transformers_or_a_runtime_would_read_is_removed(
     models: dict[str, ReducedModel], target: Path
 ) -> None:
+    # Of larger weights, and of exports for both runtimes.
     ours = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    ours += ("prefill.onnx", "weights.data", "genai_config.json", "decoder.onnx")
     users = ("mine.safetensors", "model-1.safetensors", "pytorch_model.bin", "notes.json")
     for name in (*ours, *users):
         (target / name).write_text(name)

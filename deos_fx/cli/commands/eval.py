@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from deos_fx.cli.console import Console
-from deos_fx.cli.options import DataFile, Force, Model, PolicyFiles, TokenLimit, Urls
+from deos_fx.cli.options import (
+    DataFile,
+    Device,
+    Dtype,
+    Force,
+    Model,
+    PolicyFiles,
+    TokenLimit,
+    Urls,
+)
 from deos_fx.cli.outputs import check_target_file
 
 __all__ = ["evaluate"]
@@ -35,6 +44,8 @@ def evaluate(
         ),
     ] = None,
     urls: Urls = False,
+    dtype: Dtype = None,
+    device: Device = None,
     force: Force = False,
 ) -> None:
     """Measure a policy on your data: answers, agreement, cost, time and memory.
@@ -74,7 +85,7 @@ def evaluate(
     records = read_records(data, urls=urls)
     with stages(console) as stage:
         with stage("load"):
-            model, own = load_unreduced(model_dir)
+            model, own = load_unreduced(model_dir, dtype=dtype, device=device)
             processor = load_processor(model_dir)
             policies |= own
         with stage.phased("evaluate") as progress:

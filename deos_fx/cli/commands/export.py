@@ -95,14 +95,13 @@ def export(
     from deos_fx.cli.processors import copy_processor
     from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
-    from deos_fx.contents import recorded
+    from deos_fx.contents import FILES, recorded
     from deos_fx.data import batches, open_image
     from deos_fx.data.processors import load_processor
-    from deos_fx.exporters import genai_files, manifest
     from deos_fx.files import fresh_folder
 
     # A processor that was written here may be another model's.
-    files = (*(genai_files.FILES if genai else manifest.FILES), *recorded(out_dir))
+    files = (*FILES, *recorded(out_dir))
     # A wrong image shows before the model is loaded.
     record, processor = None, None
     if image is not None:

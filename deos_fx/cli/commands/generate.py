@@ -8,6 +8,8 @@ import typer
 
 from deos_fx.cli.console import Console
 from deos_fx.cli.options import (
+    Device,
+    Dtype,
     Images,
     ImageScale,
     ImageUrls,
@@ -31,6 +33,8 @@ def generate(
     image_scale: ImageScale = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 128,
     urls: ImageUrls = False,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Print what a model answers about an image.
 
@@ -55,7 +59,8 @@ def generate(
 
     record = question_of(image, prompt, urls)
     processor = load_processor(model_dir)
-    model, place = load_generating(model_dir, Choice(policy, preset, budget, image_scale))
+    choice = Choice(policy, preset, budget, image_scale)
+    model, place = load_generating(model_dir, choice, dtype=dtype, device=device)
     (answer,) = generated(
         model.generate,
         place,

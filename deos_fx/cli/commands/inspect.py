@@ -47,8 +47,8 @@ def inspect(
     from deos_fx.cli.outline import costs_of, outline, print_cost, print_outline
     from deos_fx.cli.outline_drawing import outline_chart
     from deos_fx.cli.outline_json import outline_json
-    from deos_fx.cli.policies import Choice, own_policy, policy_of
-    from deos_fx.cli.processors import example_processor, scaled_example
+    from deos_fx.cli.policies import Choice, examples_of, own_policy, policy_of
+    from deos_fx.cli.processors import example_processor
     from deos_fx.files import write_text
     from deos_fx.inputs.example import example_inputs
 
@@ -57,11 +57,12 @@ def inspect(
     # First, as an incomplete folder may have another model's config.
     own = own_policy(model_dir)
     model = meta_model(model_dir)
-    chosen = policy_of(model, model_dir, own, Choice(policy, preset, budget, image_scale))
-    if chosen is None or chosen.image_scale == 1:
+    examples = examples_of(model, model_dir)
+    chosen = policy_of(model, examples, own, Choice(policy, preset, budget, image_scale))
+    whole, inputs = examples(1.0 if chosen is None else chosen.image_scale)
+    if whole is None or inputs is None:
+        # Case: there is no example, and this says why.
         whole = inputs = example_inputs(model, example_processor(model_dir))
-    else:
-        whole, inputs = scaled_example(model_dir, chosen.image_scale)
     found = outline(model, inputs, chosen)
     costs = None if chosen is None else costs_of(model, whole, inputs, chosen)
     if as_json:

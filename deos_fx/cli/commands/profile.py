@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from deos_fx.cli.console import Console
-from deos_fx.cli.options import Force, Model
+from deos_fx.cli.options import Dtype, Force, Model
 from deos_fx.cli.outputs import check_target_file
 
 __all__ = ["profile"]
@@ -23,6 +23,7 @@ def profile(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda. Default: the CPU for torch, else CUDA if any.")
     ] = None,
+    dtype: Dtype = None,
     force: Force = False,
 ) -> None:
     """Measure what each decoder layer takes at each number of tokens, on this machine.
@@ -49,7 +50,7 @@ def profile(
     of_model, of_runtime = (device, None) if runtime == "torch" else (None, device)
     with stages(console) as stage:
         with stage("load"):
-            model = load_model(model_dir, device=of_model)
+            model = load_model(model_dir, dtype=dtype, device=of_model)
             inputs = example_inputs(model, example_processor(model_dir))
         with stage("measure"):
             table = measure(model, inputs, runtime=runtime, device=of_runtime)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from deos_fx.cli.console import Console
 from deos_fx.cli.options import (
+    Device,
+    Dtype,
     Force,
     Images,
     ImageScale,
@@ -32,6 +34,8 @@ def show(
     image_scale: ImageScale = None,
     output: OutputOption = Path("deos-fx-show"),
     urls: ImageUrls = False,
+    dtype: Dtype = None,
+    device: Device = None,
     force: Force = False,
 ) -> None:
     """Draw on an image which patches stay at each site, and where the others go.
@@ -64,7 +68,8 @@ def show(
     with fresh_folder(output) as folder, stages(console) as stage:
         with stage("load"):
             processor = load_processor(model_dir)
-            reduced = load_reduced(model_dir, Choice(policy, preset, budget, image_scale))
+            choice = Choice(policy, preset, budget, image_scale)
+            reduced = load_reduced(model_dir, choice, dtype=dtype, device=device)
             processor = reduced.processor(processor)
         with stage("draw"):
             (inputs,) = batches(processor, [record], 1)
