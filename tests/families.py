@@ -406,7 +406,9 @@ NEWER = Version(hf.__version__) >= Version("5.24")
 # transformers 5.24 gives layers of Inkling 2 a table of all pairs of tokens, which is refused.
 REFUSED = {"inkling2"} if NEWER else set()
 """Families that a newer transformers than 5.23 has in a form that is refused."""
+ONLY_NEWER = more_families5.TWINS
+"""Families that transformers 5.23 does not have."""
 if NEWER:
-    TWINS |= more_families5.TWINS
+    TWINS |= ONLY_NEWER
     # transformers 5.24.0 fails in the forward of Llama 4 itself, with images and without.
     del FAMILIES["llama4"]
