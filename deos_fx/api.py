@@ -144,8 +144,7 @@ def _merge(facts: ModelFacts, ranking: str, keep: int | float) -> Policy:
     """Return `presets.merge` with the score `ranking` to rank tokens by."""
     policy = presets.merge(keep=keep)
     (reduction,) = policy.reductions
-    position = "compact" if facts.counts_positions else reduction.position
-    reduction = replace(reduction, scores={ranking: 1.0}, position=position)
+    reduction = replace(reduction, scores={ranking: 1.0}, position=facts.position)
     return replace(policy, reductions=(reduction,))
 
 

@@ -59,22 +59,15 @@ def fresh_folder(
     target = Path(target).absolute()
     for path in matching(target, files):
         check_kind(path, is_folder=False)
-    with _room(_nearest(target), f"the folder {target}") as (scratch, mode):
+    with _room(_nearest(target), "folder", target) as (new, mode):
         # What was left before `target` existed lies beside it.
         sweep(target.parent)
-        new = scratch / "new"
         new.mkdir()
-        try:
-            yield new
-        except OSError as error:
-            # Nobody knows the temporary folder by its name.
-            if str(new) not in str(error):
-                raise
-            raise type(error)(str(error).replace(str(new), str(target))) from error
+        yield new
         for path in filter(Path.is_file, new.rglob("*")):
             # safetensors and tempfile make files that only their owner can read.
             path.chmod(mode)
-        publish(new, target, files if whole else (), scratch)
+        publish(new, target, files if whole else (), new.parent)
 
 
 def check_folder(target: str | os.PathLike[str]) -> None:
@@ -84,7 +77,7 @@ def check_folder(target: str | os.PathLike[str]) -> None:
         OSError: If it is no folder or cannot be written.
     """
     target = Path(target).absolute()
-    with _room(_nearest(target), f"the folder {target}"):
+    with _room(_nearest(target), "folder", target):
         pass
 
 
@@ -158,8 +151,7 @@ def write_files(files: Mapping[Path, Callable[[Path], object]]) -> None:
         moves = []
         for file, write in files.items():
             path = _followed(file)
-            scratch, mode = stack.enter_context(_room(path.parent, f"the file {path}"))
-            part = scratch / path.name
+            part, mode = stack.enter_context(_room(path.parent, "file", path))
             write(part)
             # safetensors makes files that only their owner can read.
             part.chmod(mode)
@@ -175,7 +167,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
         OSError: As `write_file`.
     """
     path = _followed(path)
-    with _room(path.parent, f"the file {path}"):
+    with _room(path.parent, "file", path):
         pass
 
 
@@ -205,22 +197,31 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _room(place: Path, target: str) -> Iterator[tuple[Path, int]]:
-    """Provide a temporary folder for a target, and the mode of new files there.
+def _room(place: Path, kind: str, target: Path) -> Iterator[tuple[Path, int]]:
+    """Provide a name in a temporary folder for what a target is to be, and the mode of new files.
 
     Args:
         place: The folder to make it in.
-        target: What will be written, in words.
+        kind: ``file`` or ``folder``.
+        target: What will be written.
     """
     with ExitStack() as stack:
         try:
-            found = stack.enter_context(scratch_folder(place))
+            scratch, mode = stack.enter_context(scratch_folder(place))
         except OSError as error:
-            raise type(error)(f"cannot write {target}: {error.strerror or error}") from error
+            reason = error.strerror or error
+            raise type(error)(f"cannot write the {kind} {target}: {reason}") from error
+        # Never the name of the lock, which lies there, too.
+        part = scratch / f"new{target.suffix}"
         try:
-            yield found
-        except OSError as error:
-            # Case: a write has failed, which names no file.
-            if error.errno is None or error.filename is not None:
+            yield part, mode
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                # Case: a write has failed, which names no file.
+                text = f"cannot write the {kind} {target}: {error.strerror}"
+                raise type(error)(text) from error
+            told = isinstance(error, OSError) or type(error) is ValueError
+            if not told or str(part) not in str(error):
                 raise
-            raise type(error)(f"cannot write {target}: {error.strerror}") from error
+            # Nobody knows the temporary folder by its name.
+            raise type(error)(str(error).replace(str(part), str(target))) from error

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from deos_fx.exporters.graphs.exact import exact_constants
 from deos_fx.exporters.graphs.exportable import without_noise
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def fuse(programs: Mapping[str, onnx_ir.Model], device: str) -> None:
         # always causal, and takes the positions of the first row for all rows (ONNX Runtime 1.31),
         # but images may see themselves in both directions, and after a reduction every row has its
         # own positions. What it makes for CUDA is right, and as fast on the CPU.
-        with without_noise():
+        with without_noise(), exact_constants():
             fuse_for_onnxruntime(program, "cuda" if name == "prefill" else device)
         _register_constants(program.graph)
 

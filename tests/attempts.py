@@ -43,6 +43,7 @@ WHOLE: dict[str, Any] = {
     "image_tokens": 64,
     "ends_in_image": False,
     "pixels": [1, 3, 32, 32],
+    "further_pixels": {},
     "coordinates": 0,
     "spaces": [SPACE],
 }

@@ -337,6 +337,15 @@ def test_no_file_of_several_is_replaced_if_one_cannot_be_written(tmp_path: Path)
     assert len([*tmp_path.iterdir()]) == 2
 
 
+def test_names_may_be_those_of_temporary_files(tmp_path: Path) -> None:
+    for name in ("lock", "new"):
+        write_text(tmp_path / name, name)
+        with fresh_folder(tmp_path / "in" / name) as folder:
+            write_text(folder / "lock", name)
+    expected = {"lock": b"lock", "new": b"new", "in/lock/lock": b"lock", "in/new/lock": b"new"}
+    assert contents(tmp_path) == expected
+
+
 def test_whether_a_file_can_be_written_is_known_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     check_file(tmp_path / "file")
@@ -364,12 +373,28 @@ def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
     assert pipe.is_fifo() and len([*tmp_path.iterdir()]) == 2
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, None])
-def test_errors_name_the_folder_that_was_asked_for(number: int | None, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=f"^[^.]*{tmp_path / 'out' / 'page'}"):
-        with fresh_folder(tmp_path / "out") as folder:
-            place = folder / "page"
-            raise OSError(f"{place} is full") if number is None else OSError(number, "full", place)
+@pytest.mark.parametrize(
+    "failing",
+    [
+        lambda place: OSError(errno.ENOSPC, "full", place),
+        lambda place: OSError(f"{place} is full"),
+        lambda place: ValueError(f"{place} cannot be run here"),
+    ],
+)
+def test_errors_name_what_was_to_be_written(
+    failing: Callable[[Path], Exception], tmp_path: Path
+) -> None:
+    def fail(part: Path) -> None:
+        raise failing(part)
+
+    with pytest.raises((OSError, ValueError)) as caught:
+        write_file(tmp_path / "file", fail)
+    assert str(tmp_path / "file") in str(caught.value) and ".deos-fx" not in str(caught.value)
+    # One in the other, as a command and the function that it calls.
+    with pytest.raises((OSError, ValueError)) as caught:  # noqa: SIM117
+        with fresh_folder(tmp_path / "out") as outer, fresh_folder(outer) as folder:
+            fail(folder / "page")
+    assert str(tmp_path / "out" / "page") in str(caught.value)
     assert not [*tmp_path.iterdir()]
 
 

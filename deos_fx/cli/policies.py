@@ -207,7 +207,7 @@ def _fitted(
         # Case: smaller images alone are within the limit.
         return Policy(name="resize")
     size = costs.layout.grid if facts.sizes_vary else None
-    return costs.for_any_size(presets.fit(preset, tokens, model, size))
+    return costs.for_any_size(presets.fit(preset, tokens, model, size, inputs))
 
 
 def named_policies(paths: Sequence[Path]) -> dict[str, Path]:

@@ -225,8 +225,6 @@ def _watched_core(facts: ModelFacts, look: Callable[..., None]) -> Any:
     decoder, first = facts.text_paths
     layer = _view_inside(core, first)
     layer.forward = lambda *args, **kwargs: look(kwargs.get("position_ids"), last=True)
-    # Hooks of the user are told of calls of the layer, which this is not.
-    layer._forward_pre_hooks = OrderedDict()
     if decoder:
         # Otherwise the decoder handles the images too, and positions first reach its layers.
         view = _view_inside(core, decoder)
@@ -248,8 +246,12 @@ def _view_inside(core: nn.Module, path: str) -> Any:
 
 
 def _with_own(view: Any) -> Any:
-    """Keep transformers from putting output hooks into modules that a view shares."""
+    """Give a view no hooks: transformers' would be shared, and the user's are told of real calls.
+
+    Some of these run even if a call raises.
+    """
     view._output_capturing_hooks_installed = True
+    view._forward_pre_hooks, view._forward_hooks = OrderedDict(), OrderedDict()
     return view
 
 

@@ -217,6 +217,11 @@ class ModelFacts:
         """Return whether decoder layers count positions themselves, by the tokens that they get."""
         return counts_positions(self.model.get_submodule(self.blocks.decoder[0]))
 
+    @property
+    def position(self) -> str:
+        """Return the rule for positions that reductions have unless a user says otherwise."""
+        return "compact" if self.counts_positions else "keep"
+
     def encodes_as_one(self, inputs: Container[str]) -> bool:
         """Return whether the image encoder of a call stays one node, with its blocks hidden inside.
 

@@ -35,7 +35,10 @@ def mean_visual_tokens(policy: Policy, decoder_layers: int, visual_tokens: int) 
 
 
 def options(
-    name: str, model: PreTrainedModel, visual_tokens: ImageSize | None = None
+    name: str,
+    model: PreTrainedModel,
+    visual_tokens: ImageSize | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Option]:
     """Return the options of a preset that `fit` takes, with their ranges for a model.
 
@@ -43,11 +46,12 @@ def options(
         name: Name of a preset.
         model: The model.
         visual_tokens: As in `fit`.
+        example_inputs: As in `fit`.
 
     Raises:
         ValueError: If there is no such preset, or the number of visual tokens is not known.
     """
-    return _rule(name).options(Shape.of(model, visual_tokens))
+    return _rule(name).options(Shape.of(model, visual_tokens, example_inputs))
 
 
 def fit(
@@ -55,6 +59,7 @@ def fit(
     budget_tokens: float,
     model: PreTrainedModel,
     visual_tokens: ImageSize | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     **values: float,
 ) -> Policy:
     """Return a preset for a model, with the largest counts that a budget allows.
@@ -82,6 +87,8 @@ def fit(
         model: The model.
         visual_tokens: Visual tokens of an image, or their rows and columns; needed only where the
             size of an image decides how many there are.
+        example_inputs: Inputs of one call with images; needed only by presets of the vision tower,
+            where several patches make a token and only a processor knows how an image enters.
         **values: Options of the preset, see `options`.
 
     Raises:
@@ -90,7 +97,8 @@ def fit(
             needs (the message names the preset that comes nearest), or none of its settings meets
             the budget.
     """
-    return fit_to_shape(name, budget_tokens, Shape.of(model, visual_tokens), values)[0]
+    shape = Shape.of(model, visual_tokens, example_inputs)
+    return fit_to_shape(name, budget_tokens, shape, values)[0]
 
 
 def fit_to_shape(

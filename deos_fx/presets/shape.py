@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deos_fx.models.families import COORDINATES
 from deos_fx.operator import grid_layout
@@ -66,13 +66,19 @@ class Shape:
     counting: bool = False
 
     @classmethod
-    def of(cls, model: PreTrainedModel, visual_tokens: ImageSize | None = None) -> Shape:
+    def of(
+        cls,
+        model: PreTrainedModel,
+        visual_tokens: ImageSize | None = None,
+        example_inputs: Mapping[str, Any] | None = None,
+    ) -> Shape:
         """Infer the sizes of a model; nothing is captured, and it runs on shapes alone.
 
         Args:
             model: A transformers vision-language model, which may lie on the meta device.
             visual_tokens: Visual tokens of an image, or their rows and columns, where its size
                 decides how many there are. A single row says that their places are not known.
+            example_inputs: As in `fit`.
 
         Raises:
             TypeError: If it is not such a model.
@@ -101,7 +107,7 @@ class Shape:
             used, sites = _tower(facts, count + in_front)
         patchwise = used > 0
         if not patchwise:
-            used = sites = _tower_of_groups(facts)
+            used = sites = _tower_of_groups(facts, example_inputs)
         layers = measure_decoder(facts).layers
         return cls(
             decoder_layers=facts.signature.decoder_layers,
@@ -225,23 +231,30 @@ def _tower(facts: ModelFacts, tokens: int) -> tuple[int, int]:
     return (max(read) + 1, min(read) + 1) if read else (0, 0)
 
 
-def _tower_of_groups(facts: ModelFacts) -> int:
-    """Count the vision blocks up to the last that is used where groups of patches make a token."""
+def _tower_of_groups(facts: ModelFacts, given: Mapping[str, Any] | None) -> int:
+    """Count the vision blocks up to the last that is used where groups of patches make a token.
+
+    Args:
+        facts: The facts of the model.
+        given: Inputs of a call with images; None for an example that follows from the config.
+    """
     from deos_fx.cost.measure import once
     from deos_fx.cost.tower import blocks_of_groups
     from deos_fx.errors import NoGroups
+    from deos_fx.inputs.call import Call
     from deos_fx.inputs.example import example_inputs
 
     def count() -> int:
         try:
-            found, _ = blocks_of_groups(facts, example_inputs(facts.model))
+            inputs = example_inputs(facts.model) if given is None else Call.of(facts, given).inputs
+            found, _ = blocks_of_groups(facts, inputs)
         except (NoGroups, ValueError):
             # Case: there are no such groups, or it takes a processor to make an image.
             return 0
         # The presets begin with the first block.
         return 0 if found.start else found.stop
 
-    return once(facts, "blocks of groups of an example", count)
+    return count() if given else once(facts, "blocks of groups of an example", count)
 
 
 def _is_seen(facts: ModelFacts) -> bool:

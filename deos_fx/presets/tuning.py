@@ -55,6 +55,7 @@ def tune(
     *,
     seed: int = 0,
     visual_tokens: ImageSize | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> Tuned:
     """Find the setting of a preset's own options with the lowest loss within a budget.
 
@@ -69,6 +70,7 @@ def tune(
         evaluations: Largest number of losses that are computed.
         seed: Seed of the proposals.
         visual_tokens: As in `fit`.
+        example_inputs: As in `fit`.
 
     Raises:
         ImportError: If the preset has options and Optuna is not installed.
@@ -76,7 +78,7 @@ def tune(
             ``evaluations`` is below 1.
     """
     check_count("evaluations", evaluations, 1)
-    shape = Shape.of(model, visual_tokens)
+    shape = Shape.of(model, visual_tokens, example_inputs)
     # 1. The published setting. Whatever is wrong with it is wrong with the preset.
     policy, published = fit_to_shape(name, budget_tokens, shape, {})
     best = Tuned(policy, published, evaluate(policy), ())

@@ -141,7 +141,9 @@ def _check_groups(
         )
     if reduction.mass_bias:
         raise ValueError(
-            f"{reduction.site}: masses of groups of patches bias no attention. Use mass_bias=0."
+            f"{reduction.site}: masses of groups of patches bias no attention, since the tower's "
+            "own code runs its later blocks, with windows and lengths in place of a mask of keys. "
+            "Use mass_bias=0."
         )
     if sites.encoder is Encoder.MIXING:
         raise ValueError(

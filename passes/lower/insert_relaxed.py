@@ -31,7 +31,7 @@ from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.graph import attends, blocks_after, blocks_of
 from deos_fx.passes.lower.lower_reductions import Lowering, Part
 from deos_fx.passes.lower.open_only import open_only
-from deos_fx.passes.lower.site_walk import Group, Inside, Place, Step
+from deos_fx.passes.lower.steps import Group, Inside, Place, Step
 from deos_fx.passes.notes import note_of
 from deos_fx.policy.site import site_order
 from deos_fx.tokens.layout import PromptLayout

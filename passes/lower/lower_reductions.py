@@ -25,7 +25,8 @@ from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import blocks_after
 from deos_fx.passes.lower.reduced_encoder import ReducedEncoder, explained, left_in_tower
 from deos_fx.passes.lower.reduced_patches import ROLES
-from deos_fx.passes.lower.site_walk import Group, Inside, Place, SiteWalk, Step
+from deos_fx.passes.lower.site_walk import SiteWalk
+from deos_fx.passes.lower.steps import Group, Inside, Place, Step
 from deos_fx.passes.lower.token_space import TokenSpace
 from deos_fx.passes.notes import note_of_graph
 from deos_fx.passes.observe.observe_block import bias_block

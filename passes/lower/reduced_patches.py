@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from deos_fx.forms.static import static_reduce
 from deos_fx.models.arguments import Segments, arguments_at, axes_of, in_one_row
 from deos_fx.models.groups import PatchGroups
 from deos_fx.operator.gather import listed
+from deos_fx.passes.lower.patch_rows import Alike, Part, of_groups, parts_of, put_in_rows
 from deos_fx.policy.reduction import Reduction
 from deos_fx.tokens.layout import PromptLayout, grid_after
 
@@ -25,43 +26,6 @@ __all__ = ["ROLES", "ReducedPatches"]
 
 ROLES = ("kept", "mass", "score", "assignment", "receivers", "sources", "weight")
 """Roles in which values of a reduction explain it."""
-
-
-class _Alike:
-    """What is left of the images of one size.
-
-    Args:
-        images: Numbers of these images in a prompt.
-        tokens: Numbers [I, V] of their visual tokens among those of the batch.
-        cells: Image, row and column [V, 3] of the tokens of one of them.
-        groups: Numbers [T, s] of the patches of all tokens.
-
-    Attributes:
-        mass: Masses [I, K]; None while every mass is 1.
-        spans: The first and the last patch of each image.
-    """
-
-    def __init__(
-        self, images: Sequence[int], tokens: Tensor, cells: Tensor, groups: Tensor
-    ) -> None:
-        self.images = images
-        self.tokens = tokens
-        self.cells = cells
-        own = groups[tokens].flatten(1)
-        self.spans = [*zip(own.amin(dim=1).tolist(), own.amax(dim=1).tolist(), strict=True)]
-        self.mass: Tensor | None = None
-
-
-class _Part(NamedTuple):
-    """Rows that have equally many patches left.
-
-    Attributes:
-        rows: Their numbers [r]; None if they are all rows.
-        places: [r, M] places of the patches that are left, ascending.
-    """
-
-    rows: Tensor | None
-    places: Tensor
 
 
 class ReducedPatches:
@@ -95,7 +59,7 @@ class ReducedPatches:
         of_prompts = torch.arange(len(groups.groups)).reshape(prompts, -1)
         of_images = of_prompts.split(layout.sizes, dim=1)
         self._alike = [
-            _Alike(
+            Alike(
                 images,
                 torch.stack([of_images[i] for i in images], dim=1).flatten(0, 1),
                 PromptLayout(0, 1, layout.each_grid[images[0]]).grid_tensor(1),
@@ -108,7 +72,7 @@ class ReducedPatches:
         # How many patches before each are part of no token.
         self._alone = [0, *(1 - grouped).cumsum(0).tolist()]
         # Patches that are left; None while all are, or while they are one row.
-        self._parts: list[_Part] | None = None
+        self._parts: list[Part] | None = None
         # [1, M] patches that are left of all rows.
         self._row: Tensor | None = None
         # Borders of segments -> what is left before each.
@@ -147,9 +111,11 @@ class ReducedPatches:
             given, named = arguments_at(index, axes, hidden, args, kwargs, rows)
             output, observed = block(*given, **named)
             made = output[0] if isinstance(output, tuple) else output
-            whole = _put(whole, rows, index, made if made.ndim == 3 else made[None])
+            whole = put_in_rows(whole, rows, index, made if made.ndim == 3 else made[None])
             seen = seen or [x.new_zeros(*whole.shape[:2], x.shape[-1]) for x in observed]
-            seen = [_put(into, rows, index, x) for into, x in zip(seen, observed, strict=True)]
+            seen = [
+                put_in_rows(into, rows, index, x) for into, x in zip(seen, observed, strict=True)
+            ]
         left = whole if hidden.ndim == 3 else whole[0]
         return (left, *output[1:]) if isinstance(output, tuple) else left, seen
 
@@ -170,7 +136,7 @@ class ReducedPatches:
             own = groups[alike.tokens.to(groups.device)]
             share = self._share_of_row(own)
             features = {
-                name: _of_groups(x.flatten(0, 1)[own], share) for name, x in observed.items()
+                name: of_groups(x.flatten(0, 1)[own], share) for name, x in observed.items()
             }
             flat = self._reduce_alike(step, alike, groups, flat, features)
         left = flat.new_ones(len(flat), dtype=torch.float32).scatter(0, groups.flatten(), 0.0)
@@ -183,7 +149,7 @@ class ReducedPatches:
             before = [0, *left.reshape(-1, length).sum(dim=1).cumsum(0).int().tolist()]
         if before is not None:
             counts = [b - a for a, b in itertools.pairwise(before)]
-            self._parts = _parts(left.reshape(-1, length), counts)
+            self._parts = parts_of(left.reshape(-1, length), counts)
         alone, images = self._alone[-1], self._alike
         count = alone + sum(alike.tokens.numel() for alike in images) * groups.shape[1]
         self._row = listed(left[None], count).sort(dim=1).values
@@ -280,7 +246,7 @@ class ReducedPatches:
     def _reduce_alike(
         self,
         step: Any,
-        alike: _Alike,
+        alike: Alike,
         groups: Tensor,
         flat: Tensor,
         features: Mapping[str, Tensor],
@@ -328,47 +294,6 @@ class ReducedPatches:
             found["mass"] = tokens.take(torch.cat(of_prompts, dim=1), order)
         return found | self._seen
 
-    def _of_prompts(self, alike: _Alike, of_images: Any) -> Tensor:
+    def _of_prompts(self, alike: Alike, of_images: Any) -> Tensor:
         """Join values [I, K] of images to those of prompts [B, I K]."""
         return tokens.masses_of_prompt(of_images, len(alike.images))
-
-
-def _put(whole: Tensor, rows: Tensor | None, index: Tensor, made: Tensor) -> Tensor:
-    """Write values [r, M, k] of some patches of some rows into those of all, [R, P, k]."""
-    if rows is None:
-        return tokens.put(whole, index, made)
-    return whole.index_copy(0, rows, tokens.put(whole[rows], index, made))
-
-
-def _of_groups(values: Tensor, share: float) -> Tensor:
-    """Return features of groups, of those [I, V, s, k] of their patches.
-
-    Attention is a number for each patch, and its mean that of the group: [I, V]. It is a mean over
-    all queries of a row, of which those in other images give nothing. Keys lie side by side, as
-    hidden states do: [I, V, s k].
-
-    Args:
-        values: Features of the patches.
-        share: Share of the queries that are in the same image.
-    """
-    return values.mean(dim=(2, 3)) / share if values.shape[-1] == 1 else values.flatten(2)
-
-
-def _parts(left: Tensor, counts: Sequence[int]) -> list[_Part]:
-    """Divide rows by how many of their patches are left.
-
-    Args:
-        left: Flags [R, P], 0 or 1.
-        counts: How many are left of each row.
-    """
-    parts = []
-    for count in dict.fromkeys(counts):
-        if count == 0:
-            # Case: rows of which nothing is left, so that no block runs on them.
-            continue
-        rows = [i for i, other in enumerate(counts) if other == count]
-        own = left if len(rows) == len(counts) else left[rows]
-        index = listed(own, count).sort(dim=1).values
-        which = None if own is left else torch.tensor(rows, device=left.device)
-        parts.append(_Part(which, index))
-    return parts

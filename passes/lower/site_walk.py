@@ -19,8 +19,7 @@ operators and shorter token spaces, a relaxed one modules and gates: `lower_redu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,90 +29,16 @@ from torch import fx
 from deos_fx import tokens
 from deos_fx.attention.observation import OBSERVED
 from deos_fx.passes.analyse.annotate_token_spaces import padding_node
-from deos_fx.passes.analyse.sites import Encoder, Site, Sites
+from deos_fx.passes.analyse.sites import Encoder, Sites
 from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import blocks_of, users_after
 from deos_fx.passes.lower.emitter import Emitter
+from deos_fx.passes.lower.steps import Group, Inside, Place, Step
 from deos_fx.passes.lower.token_space import insert_visual_positions
 from deos_fx.passes.observe.site_features import PromptFeatures, PromptText, TowerFeatures
-from deos_fx.policy.reduction import Reduction
-from deos_fx.policy.site import split_site
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["Group", "Inside", "Place", "SiteWalk", "Step"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One reduction of the walk.
-
-    Attributes:
-        reduction: The reduction; of a relaxed one, its start.
-        site: Its site.
-        needs: Names of the features that it reads.
-        counts: Number of tokens that it keeps of each image; empty if it is relaxed.
-    """
-
-    reduction: Reduction
-    site: Site
-    needs: frozenset[str]
-    counts: tuple[int, ...] = ()
-
-    @property
-    def stage(self) -> str:
-        """Return the stage of its site: ``vision``, ``projector`` or ``decoder``."""
-        return split_site(self.site.name)[0]
-
-
-@dataclass(frozen=True)
-class Place:
-    """The visual tokens at a site, and what reads them.
-
-    Attributes:
-        whole: The hidden states that they are part of: those of images [I, c + V, d] with c class
-            tokens before the decoder, those of prompts [B, N, d] in it.
-        own: The visual tokens alone, [I, V, d] or [B, V, d].
-        features: Their features.
-        put_back: Lets everything after the site read other hidden states, and returns these. It
-            adds the class tokens of images itself.
-    """
-
-    whole: fx.Node
-    own: fx.Node
-    features: Mapping[str, Any]
-    put_back: Callable[[fx.Node], fx.Node]
-
-
-@dataclass(frozen=True)
-class Group(Place):
-    """The visual tokens [I, V, d] of images of one size that are already in prompts [B, N, d].
-
-    Attributes:
-        images: Numbers of these images in a prompt.
-        columns: Their places among the visual tokens of a prompt; None if they are all images.
-        cells: Image, row and column of the tokens of one of them.
-        mass: Their masses [I, V]; None while every mass is 1.
-    """
-
-    images: Sequence[int]
-    columns: torch.Tensor | None
-    cells: fx.Node | torch.Tensor
-    mass: fx.Node | None
-
-
-@dataclass(frozen=True)
-class Inside:
-    """What reductions of groups of patches in the tower have left of a prompt.
-
-    Attributes:
-        kept: Indices [B, K] of the tokens that are left among a prompt's visual tokens.
-        mass: Their masses [B, K]; None while every mass is 1.
-        sizes: Number of tokens that are left of each image.
-    """
-
-    kept: fx.Node
-    mass: fx.Node | None
-    sizes: tuple[int, ...]
+__all__ = ["SiteWalk"]
 
 
 class SiteWalk(ABC):

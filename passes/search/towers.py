@@ -33,7 +33,7 @@ _FACTORS = (1.5, 3.0)
 def in_towers(problem: SearchProblem, sites: Sequence[Site]) -> list[tuple[str, Policy]]:
     """Return source and policy of reductions at one of these sites that meet the limits."""
     found = []
-    position = "compact" if facts_of(problem.model).counts_positions else "keep"
+    position = facts_of(problem.model).position
     for site, reduction in _settings(sites):
         policy = Policy((replace(reduction, keep=1, position=position),))
         fitted = problem.fit(policy) if problem.runs(policy) else None

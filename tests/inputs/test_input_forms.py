@@ -156,3 +156,22 @@ def test_an_export_takes_all_of_these(tmp_path: Path) -> None:
         assert torch.equal(exported(**form(former)).logits, exported(**today).logits)
         ours = generate(exported, form(former))
         assert torch.equal(ours[0], tokens) and torch.equal(ours[1], logits)
+
+
+def test_hooks_are_told_of_no_call_that_only_finds_positions() -> None:
+    model, told = shared("qwen2_vl"), list[object]()
+    decoder = model.get_decoder()
+    handles = [
+        handle
+        for part in (decoder, decoder.layers[0])
+        for handle in (
+            part.register_forward_pre_hook(lambda part, args: told.append(part)),
+            part.register_forward_hook(lambda part, *_: told.append(part), always_call=True),
+        )
+    ]
+    try:
+        assert "position_ids" in call_of(model, prompts("qwen2_vl")).inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not told

@@ -15,9 +15,10 @@ from deos_fx.errors import NoGroups
 from deos_fx.models.arguments import arguments_at, axes_of
 from deos_fx.models.groups import find_groups
 from deos_fx.passes.analyse.sites import Site
+from deos_fx.passes.lower.patch_rows import parts_of
 from deos_fx.passes.lower.reduced_encoder import LEFT, ReducedEncoder, left_in_tower
 from deos_fx.passes.lower.reduced_patches import ReducedPatches
-from deos_fx.passes.lower.site_walk import Step
+from deos_fx.passes.lower.steps import Step
 from deos_fx.policy.reduction import Reduction
 from deos_fx.tokens.layout import PromptLayout
 
@@ -114,6 +115,16 @@ def test_patches_stay_up_to_the_last_block_that_knows_their_places() -> None:
     found = groups_of(core, torch.randn(1, 6, WIDTH))
     assert (found.first, found.used) == (1, 3)
     assert found.before == "Shifting does something else with its tokens in another order"
+
+
+def test_rows_are_divided_by_how_many_patches_are_left() -> None:
+    left = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]])
+    two, three = parts_of(left.float(), [2, 0, 2, 3])
+    assert two.rows is not None and two.rows.tolist() == [0, 2]
+    assert two.places.tolist() == [[0, 2], [1, 2]]
+    assert three.places.tolist() == [[0, 1, 2]]
+    (alone,) = parts_of(left[:1].float(), [2])
+    assert alone.rows is None
 
 
 # *** arguments of blocks ***

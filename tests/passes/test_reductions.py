@@ -17,7 +17,8 @@ from deos_fx.passes.analyse.check_reduction import check_reduction
 from deos_fx.passes.analyse.find_sites import find_sites
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.lower.lower_reductions import lower_reductions
-from deos_fx.passes.lower.site_walk import Group, Place, SiteWalk, Step
+from deos_fx.passes.lower.site_walk import SiteWalk
+from deos_fx.passes.lower.steps import Group, Place, Step
 from deos_fx.passes.observe.site_features import TowerFeatures
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction

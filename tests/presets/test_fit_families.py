@@ -93,6 +93,16 @@ def test_presets_are_fitted_to_every_family_or_refused_in_one_line(family: str) 
             assert lower_call(captured.copy(), policy, call.layout).graph, name
 
 
+def test_inputs_of_a_call_show_which_patches_make_a_token() -> None:
+    model, batch = shared("gemma4"), prompts("gemma4")
+    with pytest.raises(ValueError, match="or only a call shows it: give example_inputs"):
+        presets.fit("fastervlm", 16, model, (8, 8))
+    (step,) = presets.fit("fastervlm", 16, model, (8, 8), batch).reductions
+    assert (step.site, step.scores) == ("vision.1", {"mutual_attention": 1.0})
+    sites = capture_call(model, call_of(model, batch | {"use_cache": False}).inputs).sites
+    assert sites is not None and sites.usable(step.site, step.scores)
+
+
 def test_features_of_several_blocks_leave_the_last_one_to_the_projector() -> None:
     """vipllava reads its last blocks: a reduction after one of them would not be passed by all."""
     policy = presets.fit("visionzip", 16, shared("vipllava"))
