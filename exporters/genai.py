@@ -47,7 +47,7 @@ __all__ = ["export_genai"]
 # Text tokens of the traced prompt; the number does not matter.
 _TEXT_TOKENS = 8
 
-_INSTEAD = "Use deos_fx.export_onnx, whose graphs deos_fx.OnnxModel runs."
+_INSTEAD = "Use deos_fx.export_onnx (on the command line, leave --genai out)."
 
 
 @shows_progress
@@ -135,7 +135,7 @@ def _check_policy(policy: Policy) -> None:
     if inside:
         raise ValueError(
             f"The policy reduces at {', '.join(inside)}, but onnxruntime-genai gives all layers of "
-            f"the decoder the same tokens. Reduce before the decoder, or: {_INSTEAD}"
+            f"the decoder the same tokens. Reduce before the decoder. Or: {_INSTEAD}"
         )
     for space in decode_spaces(policy):
         if space.position != "compact" or space.biased:
@@ -143,7 +143,7 @@ def _check_policy(policy: Policy) -> None:
             raise ValueError(
                 f"The policy has {wrong}, but onnxruntime-genai counts the tokens of the shortened "
                 'prompt and weighs them alike. Give its reductions position="compact" and '
-                f"mass_bias=0, and measure their answers again, or: {_INSTEAD}"
+                f"mass_bias=0, and measure their answers again. Or: {_INSTEAD}"
             )
 
 

@@ -191,8 +191,8 @@ def _saved(model_dir: str) -> SavedModel | None:
     kind = _kind(model_dir)
     if kind in _EXPORTS:
         raise ValueError(
-            f"{model_dir} is an export, which {_EXPORTS[kind]} and no other command; give the "
-            "folder of the model that was exported"
+            f"{model_dir} is an export, which {_EXPORTS[kind]}; for anything else give the folder "
+            "of the model that was exported"
         )
     return None if kind is None else SavedModel(model_dir)
 

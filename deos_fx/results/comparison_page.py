@@ -46,7 +46,10 @@ def _accuracy_chart(result: Compared) -> str:
     axes.set_yticks(places, [row.name for row in rows])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_xlim(_shares_around(axes.get_xlim()))
+    low, high = _shares_around(axes.get_xlim())
+    axes.set_xlim(low, high)
+    # No mark of a share that there is not.
+    axes.set_xticks([at for at in axes.get_xticks() if max(0, low) <= at <= min(100, high)])
     axes.set_xlabel("right answers, %")
     return to_svg(figure, "accuracy", "Right answers of every method with 95 % intervals")
 
@@ -69,7 +72,9 @@ def _cost_chart(result: Compared) -> str:
     # Room for the name of the slowest.
     axes.set_xlim(0, 1.18 * max(row.milliseconds for row in rows))
     axes.set_xlabel("milliseconds of a prefill")
-    axes.set_ylim(_shares_around(axes.get_ylim()))
+    low, high = _shares_around(axes.get_ylim())
+    axes.set_ylim(low, high)
+    axes.set_yticks([at for at in axes.get_yticks() if max(0, low) <= at <= min(100, high)])
     axes.set_ylabel("right answers, %")
     return to_svg(figure, "cost", "Right answers of every method against the time of a prefill")
 
@@ -109,7 +114,7 @@ def _lead(result: Compared) -> str:
     others = [row for row in result.measured[1:] if row.group != "input" and row is not best]
     if others:
         ahead = result.against(best, others[0])
-        text += f", {_points(ahead)} points above the next" if ahead.mean else ", as has the next"
+        text += f", {_points(ahead)} points above the next" if ahead.mean else ", as does the next"
         text += f", {others[0].name}"
     return f"{text}. In brackets, 95 % intervals of a paired bootstrap over the questions."
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -165,3 +166,15 @@ def test_page_without_kinds_and_without_reductions(result: Comparison, tmp_path:
     text = (tmp_path / "comparison.html").read_text()
     check_page(text)
     assert bare.best is None and "no method that reduces it could be run" in text
+
+
+def test_a_tie_is_called_one_and_shares_stay_below_100_percent(tmp_path: Any) -> None:
+    alike = [1.0] * QUESTIONS
+    rows = [Row("no reduction", "unreduced", [run_of(alike, 64)])]
+    rows += [Row(name, "preset", [run_of(alike, 8)]) for name in ("merge", "evit")]
+    Comparison(rows, [""] * QUESTIONS, 8.0, 64).save(tmp_path)
+    text = (tmp_path / "comparison.html").read_text()
+    assert "merge, 100.0 %, as does the next, evit." in text
+    chart = (tmp_path / "accuracy.svg").read_text()
+    shares = [float(value) for value in re.findall(r">\s*(\d+(?:\.\d+)?)\s*</text>", chart)]
+    assert len(shares) > 1 and max(shares) <= 100
