@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from real_processors import REAL, small_tokenizer, write_processor
+from tokenizers import Regex, normalizers
 from torch import Tensor
 from transformers import BatchFeature, PaliGemmaProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -289,8 +290,11 @@ def test_a_row_that_the_processor_refuses_is_named(processors: dict[str, Any]) -
 
 def test_an_answer_without_tokens_is_refused(tmp_path: Path) -> None:
     processor = load_processor(write_processor("llava_onevision", tmp_path, PLAIN))
-    with pytest.raises(ValueError, match="^d, line 1: the answer '' has no tokens"):
-        list(batches(processor, [Record(IMAGES[0], "what?", "", where="d, line 1")], 1))
+    # A tokenizer may drop characters that it does not know.
+    drops = normalizers.Replace(Regex(r"\s?\x{200b}"), "")
+    processor.tokenizer.backend_tokenizer.normalizer = drops
+    with pytest.raises(ValueError, match="^d, line 1: the answer '\\\\u200b' has no tokens"):
+        list(batches(processor, [Record(IMAGES[0], "what?", "\u200b", where="d, line 1")], 1))
 
 
 def test_a_processor_that_changes_the_end_is_refused(processors: dict[str, Any]) -> None:
