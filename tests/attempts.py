@@ -129,9 +129,11 @@ def read_learned(given: str, world: World) -> object:
     """Load a policy whose learned parts are other ones: bytes, or tensors by name."""
     path = world.folder / "learned/policy.json"
     path.parent.mkdir(exist_ok=True)
+    beside = path.with_suffix(".safetensors")
+    # An earlier row's may be tensors that a policy does not write over.
+    beside.unlink(missing_ok=True)
     learned_policy(path)
     parts = eval(given, {"torch": torch})
-    beside = path.with_suffix(".safetensors")
     if isinstance(parts, bytes):
         beside.write_bytes(parts)
     elif parts is None:
