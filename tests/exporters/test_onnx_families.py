@@ -144,11 +144,6 @@ def test_images_in_two_resolutions_are_exported() -> None:
     assert check_onnx("deepseek_vl_hybrid") == "yes"
 
 
-@pytest.mark.slow
-def test_features_that_come_with_their_layers_are_exported() -> None:
-    assert check_onnx("granite4_vision") == "yes"
-
-
 def test_examples_with_more_than_text_and_images_are_refused(tmp_path: Any) -> None:
     inputs = prompts("internvl", 1)
     with pytest.raises(ValueError, match="has audio, which exported graphs do not take"):
