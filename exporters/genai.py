@@ -99,7 +99,7 @@ def export_genai(
     if ReducedCache(reduced.model.config.get_text_config()).has_states:
         raise ValueError(
             f"{type(reduced.model).__name__} has layers that keep the state of a convolution, and "
-            "the engine hands on keys and values alone. Use export_onnx (without --genai)."
+            f"the engine hands on keys and values alone. {_INSTEAD}"
         )
     device = device_of(reduced.model, device)
     tell = progress or (lambda stage, done, total: None)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionConfig,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.complete import completed
@@ -185,3 +187,15 @@ def _padded(rows: list[Tensor], value: int, padding: str | None) -> Tensor:
 def call_of(model: Any, batch: Any) -> Call:
     """Make a call with everything explicit that the model would choose itself."""
     return completed(Call.of(facts_of(model), batch))
+
+
+def shard(model: Any) -> Any:
+    """Shard the blocks of a model, and then the rest, over all processes of torch.distributed."""
+    # Importing FSDP takes long, and few tests need it.
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in model.modules():
+        if isinstance(part, GradientCheckpointingLayer):
+            fully_shard(part, mesh=mesh)
+    return fully_shard(model, mesh=mesh)

@@ -254,7 +254,8 @@ def _tower_of_groups(facts: ModelFacts, given: Mapping[str, Any] | None) -> int:
         # The presets begin with the first block.
         return 0 if found.start else found.stop
 
-    return count() if given else once(facts, "blocks of groups of an example", count)
+    # Only what follows from the config is the same at every call.
+    return once(facts, "blocks of groups of an example", count) if given is None else count()
 
 
 def _is_seen(facts: ModelFacts) -> bool:

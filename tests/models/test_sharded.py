@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import inputs, tiny_llava
+from tiny import inputs, shard, tiny_llava
 from torch import distributed as dist
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlavaForConditionalGeneration
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import deos_fx
 from deos_fx.models.sharded import (
@@ -29,12 +27,7 @@ from deos_fx.models.sharded import (
 @pytest.fixture
 def sharded() -> Iterator[Any]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    model = tiny_llava(layers=2)
-    for part in model.modules():
-        if isinstance(part, GradientCheckpointingLayer):
-            fully_shard(part, mesh=mesh)
-    yield fully_shard(model, mesh=mesh)
+    yield shard(tiny_llava(layers=2))
     dist.destroy_process_group()
 
 

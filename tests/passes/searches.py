@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import inputs, tiny_llava
+from tiny import inputs, shard, tiny_llava
 from torch import distributed as dist
 from torch import multiprocessing
-from torch.distributed.fsdp import fully_shard
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.passes.search import run as run_module
 from deos_fx.passes.search.search import search
@@ -32,16 +30,6 @@ SHORT = {"_TRIAL": 3, "_VARIATIONS": 1, "_CHECKPOINT_EVERY": 2, "factors": _at_o
 
 def small_model() -> Any:
     return tiny_llava(layers=2)
-
-
-def sharded_model(processes: int) -> Any:
-    """Make the small model with its blocks, and then the rest, sharded over some processes."""
-    model = small_model()
-    mesh = dist.device_mesh.init_device_mesh("cpu", (processes,))
-    for part in model.modules():
-        if isinstance(part, GradientCheckpointingLayer):
-            fully_shard(part, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 def labelled(model: Any, number: int = 4, prompts: int = 2) -> list[dict[str, Any]]:
@@ -102,7 +90,7 @@ def shared_search(rank: int, folder: Path) -> None:
             progress=lambda now, *_: seen.append(now), checkpoint=folder / "checkpoint"
         ),
         "cut": short_search(progress=interrupt),
-        "sharded": short_search(sharded_model(2)),
+        "sharded": short_search(shard(small_model())),
     }
     results = {name: summary(result) for name, result in found.items()}
     (folder / f"{rank}.json").write_text(json.dumps(results | {"seen": seen}))
