@@ -80,10 +80,12 @@ def lines_chart(series: Series, x_label: str, y_label: str, *, logarithmic: bool
         An SVG document.
     """
     figure, axes = _figure()
-    for (name, points), color in zip(series.items(), _endless_colors(), strict=False):
+    for i, (name, points) in enumerate(series.items()):
+        # Where colours come again, lines are dashed.
+        color, dashes = _COLORS[i % len(_COLORS)], "-" if i < len(_COLORS) else "--"
         x = [at for at, _ in points]
         means = [sum(values) / len(values) for _, values in points]
-        axes.plot(x, means, color=color, lw=2, marker="o", ms=5, label=name)
+        axes.plot(x, means, color=color, ls=dashes, lw=2, marker="o", ms=5, label=name)
         lows, highs = ([end(values) for _, values in points] for end in (min, max))
         axes.fill_between(x, lows, highs, color=color, alpha=0.13, lw=0)
     if logarithmic:
