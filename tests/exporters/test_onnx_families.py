@@ -59,7 +59,6 @@ def test_generate_equals_pytorch(folder: Any, name: str, batch: int) -> None:
     assert_onnx_close(logits, expected)
 
 
-@pytest.mark.slow
 @both
 def test_a_chat_is_the_same(folder: Any, name: str) -> None:
     batch, extra = prompts(name, 4), FAMILIES[name].extra
