@@ -38,7 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @functools.cache
     def export(name: str) -> Any:
-        return export_onnx(reduced(name), tmp_path_factory.mktemp(name) / "x", prompts(name, 1))
+        target = tmp_path_factory.mktemp(name) / "x"
+        # Tests compare it with other prompts than its own check would.
+        return export_onnx(reduced(name), target, prompts(name, 1), verify=False)
 
     return export
 
