@@ -146,13 +146,20 @@ def _is_left_alone(node: cst.CSTNode) -> bool:
             return True
         case cst.Call(func=cst.Attribute(attr=cst.Name("warn" | "warning"))):
             return True
+    return _is_strict(node)
+
+
+def _is_strict(node: cst.CSTNode) -> bool:
+    """Return whether an argument only asserts something about lengths."""
+    match node:
+        case cst.Arg(keyword=cst.Name("strict")):
+            return True
     return False
 
 
 def _strict(node: cst.CSTNode) -> list[cst.Arg]:
     """Return the arguments of a call that only assert something about lengths."""
-    arguments = node.args if isinstance(node, cst.Call) else ()
-    return [x for x in arguments if isinstance(x.keyword, cst.Name) and x.keyword.value == "strict"]
+    return list(filter(_is_strict, node.args)) if isinstance(node, cst.Call) else []
 
 
 # *** running ***
@@ -202,16 +209,28 @@ class Touched:
     Attributes:
         places: Path, first and last line of every function.
         seconds: CPU time of the test.
+        setup: CPU time of the fixtures of its file, which the first test of a file waits for.
     """
 
     places: set[tuple[str, int, int]]
     seconds: float
+    setup: float
 
     def runs(self, mutant: Mutant) -> bool:
         """Return whether the test runs the changed function; for a table, anything of its file."""
         of_file = [(first, last) for path, first, last in self.places if path == mutant.path]
         inside = any(first <= mutant.line <= last for first, last in of_file)
         return inside or (bool(of_file) and not mutant.in_function)
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """Return what to sort by: the cheapest first, and files with slow fixtures in one go."""
+        return (self.setup if self.setup > 1 else 0.0, self.seconds)
+
+    @property
+    def limit(self) -> float:
+        """Return the CPU time after which the test may never end."""
+        return 10 + 10 * (self.setup + self.seconds)
 
 
 class Watcher:
@@ -221,12 +240,17 @@ class Watcher:
         self._paths = {os.path.realpath(ROOT / path): path for path in paths}
         self._seen: dict[str, set[CodeType]] = defaultdict(set)
         self._seconds: dict[str, float] = {}
+        # Of the slowest fixtures of each file.
+        self._setup: dict[Path, float] = defaultdict(float)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
         """See what the fixtures of a test run."""
+        start = time.process_time()
         with self._watching(item.path.as_posix()):
-            return (yield)
+            result = yield
+        self._setup[item.path] = max(self._setup[item.path], time.process_time() - start)
+        return result
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -257,6 +281,7 @@ class Watcher:
                     if (path := self._paths.get(_real(code.co_filename)))
                 ],
                 self._seconds[item.nodeid],
+                self._setup[item.path],
             )
             for item in items
             if item.nodeid in self._seconds
@@ -289,8 +314,8 @@ class Runner:
                 # A test may read a table, and run nothing of its file.
                 and (tests[item.nodeid].runs(mutant) or mutant.is_of(item.path))
             ]
-            items.sort(key=lambda x: (not mutant.is_of(x.path), tests[x.nodeid].seconds))
-            limits = [10 + 10 * tests[item.nodeid].seconds for item in items]
+            items.sort(key=lambda x: (not mutant.is_of(x.path), tests[x.nodeid].order))
+            limits = [tests[item.nodeid].limit for item in items]
             if _passes(items, {mutant.path: mutant.source}, limits):
                 survivors.append(f"{mutant} ({len(items)} tests)")
                 print("survives:", survivors[-1], flush=True)
@@ -312,8 +337,8 @@ class Runner:
                 raise pytest.UsageError("there are failures without a mutant")
             file.seek(0)
             return {
-                name: Touched({(path, a, b) for path, a, b in places}, seconds)
-                for name, (places, seconds) in json.load(file).items()
+                name: Touched({(path, a, b) for path, a, b in places}, *seconds)
+                for name, (places, *seconds) in json.load(file).items()
             }
 
 
