@@ -40,8 +40,17 @@ def assert_same(runtime: OnnxModel, model: ReducedModel, batch: dict[str, Tensor
     assert_close(logits, expected)
 
 
-# An encoder that reads sizes and positions with coordinates; states of convolutions; a branch.
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "lfm2_vl", "ovis2"])
+FAMILIES = {
+    "qwen2_5_vl": "an encoder that reads sizes, positions with coordinates",
+    "lfm2_vl": "states of convolutions",
+    "ovis2": "a branch on the tokens of a prompt",
+    "video_llava": "images by their former name",
+    "deepseek_vl_hybrid": "images in two resolutions",
+    "kimi_k25": "values that are narrower than keys",
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str, tmp_path: Path) -> None:
     model = reduced(name)
     export_onnx(model, tmp_path / "x", prompts(name, 1), verify=False)
