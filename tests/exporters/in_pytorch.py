@@ -17,8 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deos_fx.exporters import onnx as writing
-from deos_fx.exporters import onnx_model as running
+from deos_fx.exporters import genai, genai_check, onnx, onnx_model
 from deos_fx.exporters.graphs.exportable import Exportable
 from deos_fx.exporters.session import HOST, as_tensor
 from deos_fx.exporters.shared import ort_value
@@ -128,11 +127,13 @@ def without_tracing() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Exportable, "export", lambda graph: Program(graph))
-        patch.setattr(writing, "of_one", lambda program, axis: Program(program.graph, **{axis: 1}))
-        patch.setattr(writing, "take_counts", lambda program: None)
-        patch.setattr(writing, "fuse", lambda programs, device: None)
-        patch.setattr(writing, "write_graphs", write_graphs)
-        patch.setattr(running, "open", open)
+        for writing in (onnx, genai):
+            patch.setattr(writing, "of_one", lambda whole, axis: Program(whole.graph, **{axis: 1}))
+            patch.setattr(writing, "fuse", lambda programs, device: None)
+            patch.setattr(writing, "write_graphs", write_graphs)
+        for running in (onnx_model, genai_check):
+            patch.setattr(running, "open", open)
+        patch.setattr(onnx, "take_counts", lambda program: None)
         yield
 
 

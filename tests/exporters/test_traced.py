@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from in_pytorch import without_tracing
 from onnx_families import generate, reduced
 from torch import Tensor
 
+from deos_fx.exporters.genai import export_genai
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.models.upstream import CACHE
@@ -95,6 +97,15 @@ def test_prompts_that_end_in_an_image(tmp_path: Path) -> None:
     assert_same(runtime, model, ends)
     with pytest.raises(ValueError, match="There are prompts that end in text"):
         runtime(**tiny.inputs(model.model, 1))
+
+
+def test_parts_for_an_engine(tmp_path: Path) -> None:
+    merge = Reduction("projector", 9, gain=1, position="compact", mass_bias=0.0)
+    model = ReducedModel(tiny.shared_llava(2), Policy((merge,)))
+    # Compared with the reduced model, as every export is.
+    export_genai(model, tmp_path / "x")
+    manifest = json.loads((tmp_path / "x" / "deos_fx.json").read_text())
+    assert manifest["images"] == [{"placeholders": tiny.VISUAL, "left": 9}]
 
 
 def test_counts_that_are_inputs(tmp_path: Path) -> None:
