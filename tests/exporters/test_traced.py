@@ -16,6 +16,7 @@ from families import prompts
 from in_pytorch import without_tracing
 from onnx_families import generate, reduced
 from torch import Tensor
+from transformers import DynamicCache
 
 from deos_fx.exporters.genai import export_genai
 from deos_fx.exporters.onnx import export_onnx
@@ -86,6 +87,15 @@ def test_spaces_of_a_tower_and_a_decoder(tmp_path: Path) -> None:
                 for each, output in zip((runtime, model), outputs, strict=True)
             ]
             assert_close(*(output.logits for output in outputs))
+    last = runtime(**batch, logits_to_keep=1).logits
+    assert_close(last, runtime(**batch).logits[:, -1:])
+    text["input_ids"] = torch.full_like(text["input_ids"], tiny.IMAGE)
+    with pytest.raises(ValueError, match="The prompt has no image, or no place for it"):
+        runtime(**text)
+    with pytest.raises(ValueError, match=f"{CACHE} is a DynamicCache; pass None, or what an"):
+        runtime(**batch, **{CACHE: DynamicCache()})
+    with pytest.raises(ValueError, match="exported graphs always use a cache"):
+        runtime.generate(**batch, use_cache=False)
 
 
 def test_prompts_that_end_in_an_image(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,9 @@ from transformers.utils.import_utils import torch_compilable_check
 from deos_fx.errors import CaptureError
 from deos_fx.models.blocks import Block
 from deos_fx.passes.capture.capture import capture
-from deos_fx.passes.capture.leaves import MaskBuilder, check_guard
+from deos_fx.passes.capture.leaves import ImageEncoder, MaskBuilder, check_guard
 from deos_fx.passes.capture.proxy import ValueProxy
-from deos_fx.passes.capture.replacements import _length
+from deos_fx.passes.capture.replacements import _encode, _length
 from deos_fx.passes.capture.tracer import Tracer
 
 BLOCKS = {"block": Block("decoder", 0)}
@@ -38,6 +39,17 @@ class Output(ModelOutput):
     encoded: ModelOutput | None = None
     inner: CausalLMOutput | None = None
     own: Tensor | None = None
+
+
+@dataclass
+class Encoded(ModelOutput):
+    """What an image encoder returns, with features of several depths."""
+
+    pooler_output: Any = None
+    deepstack_features: Any = None
+    for_layers: Any = None
+    hidden_states: Any = None
+    sizes: Any = None
 
 
 class Model(PreTrainedModel):
@@ -147,3 +159,48 @@ def test_a_block_may_ask_what_its_own_layer_holds_and_not_how_long_the_text_is()
     assert _length(tracer, Cache.get_mask_sizes, (cache, 3, 0), {}) == (3, 0)
     with pytest.raises(CaptureError, match="^decoder_1 counts positions itself"):
         _length(tracer, Cache.get_seq_length, (cache,), {})
+
+
+def test_other_threads_go_on_as_before() -> None:
+    embed = nn.Embedding(2, 4)
+
+    def elsewhere() -> Tensor:
+        return torch.full((2,), 3.0) @ embed(torch.arange(2))
+
+    def between(model: Model, hidden: Tensor, ids: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(elsewhere).result(), expected)
+        return hidden
+
+    expected = elsewhere()
+    assert_same(*captured(between))
+
+
+def test_an_encoder_inside_of_another_one_runs() -> None:
+    tracer = Tracer(nn.Module(), {})
+    assert _encode(tracer, lambda core, x, more: (core, x, more), ("core", IDS), {"more": 2}) == (
+        "core",
+        IDS,
+        2,
+    )
+    assert not [*tracer.graph.nodes]
+
+
+def test_features_of_several_images_are_joined_at_every_depth() -> None:
+    one, two = torch.randn(2, 4), torch.randn(3, 4)
+    both = torch.cat([one, two])
+    levels = {
+        "pooler_output": (one, two),
+        "deepstack_features": [(one, two), (two, two)],
+        "for_layers": [(3, [one, two]), (5, (two, two))],
+        "hidden_states": (one, two),
+        "sizes": [one, two],
+    }
+    made = ImageEncoder(nn.Module(), lambda core, **given: Encoded(**given))(**levels)
+    assert torch.equal(made.pooler_output[0], both)
+    assert [torch.equal(level[0], both) for level in made.deepstack_features] == [True, False]
+    assert [(layer, len(level[0])) for layer, level in made.for_layers] == [(3, 5), (5, 6)]
+    # What is no such list stays.
+    assert made.hidden_states is levels["hidden_states"] and made.sizes is levels["sizes"]
+    made = ImageEncoder(nn.Module(), lambda core, x: Encoded(pooler_output=x))(one)
+    assert made.pooler_output is one
