@@ -133,18 +133,6 @@ def test_some_models_need_an_example(name: str, reason: str, tmp_path: Any) -> N
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_images_by_their_former_name_are_exported() -> None:
-    assert "pixel_values_images" in prompts("video_llava")
-    assert check_onnx("video_llava") == "yes"
-
-
-@pytest.mark.slow
-def test_images_in_two_resolutions_are_exported() -> None:
-    assert "high_res_pixel_values" in prompts("deepseek_vl_hybrid")
-    assert check_onnx("deepseek_vl_hybrid") == "yes"
-
-
 def test_examples_with_more_than_text_and_images_are_refused(tmp_path: Any) -> None:
     inputs = prompts("internvl", 1)
     with pytest.raises(ValueError, match="has audio, which exported graphs do not take"):
@@ -240,11 +228,6 @@ def test_branches_of_a_model_are_those_of_the_export(folder: Any) -> None:
     bare[bare == START] = 5
     with pytest.raises(ValueError, match="asks whether they have tokens of some kind"):
         runtime(**inputs | {"input_ids": bare})
-
-
-@pytest.mark.slow
-def test_values_may_be_narrower_than_keys() -> None:
-    assert check_onnx("kimi_k25", steps=3) == "yes"
 
 
 @pytest.mark.slow
