@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deos_fx.cli.console import Console
 from deos_fx.cli.limits import DEFAULT_LIMIT
+from deos_fx.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -289,8 +290,9 @@ def write_found(
     # Presets are tuned by their loss on all of the data.
     losses = max(1, evaluations // batches)
     console.print(
-        f"The search took {evaluations:,} forward passes of a batch; a backward pass counts two. "
-        f"deos-fx compare --evaluations {losses} lets presets be tuned with as many.",
+        f"The search took {counted(f'{evaluations:,}', 'forward pass', 'forward passes')} of a "
+        f"batch; a backward pass counts two. deos-fx compare --evaluations {losses} lets presets "
+        "be tuned with as many.",
         highlight=False,
     )
     try:
