@@ -128,8 +128,7 @@ def check_onnx(name: str, steps: int = 30) -> str:
     with tempfile.TemporaryDirectory() as folder:
         try:
             model = reduced(name)
-            # Compared below, with other prompts.
-            target = export_onnx(model, Path(folder) / "onnx", prompts(name, 1), verify=False)
+            target = export_onnx(model, Path(folder) / "onnx", prompts(name, 1))
         except ValueError as error:
             return f"no: {error}"
         runtime = OnnxModel.from_pretrained(target, "cpu")
