@@ -129,7 +129,7 @@ def test_counts_that_are_inputs(tmp_path: Path) -> None:
         chosen = (replace(step, keep=count) for step, count in zip(steps, keep, strict=True))
         return ReducedModel(tiny.shared_llava(2), Policy(tuple(chosen)))
 
-    export_onnx(with_counts(24, 9), tmp_path / "x", given, elastic=True, verify=False)
+    # Compared for the fewest and the most of them.
+    export_onnx(with_counts(24, 9), tmp_path / "x", given, elastic=True)
     runtime = OnnxModel.from_pretrained(tmp_path / "x")
-    for keep in ((24, 9), (0.5, 2)):
-        assert_same(runtime.keeping(*keep), with_counts(*keep), given)
+    assert_same(runtime.keeping(0.5, 2), with_counts(0.5, 2), given)
