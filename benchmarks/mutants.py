@@ -289,9 +289,14 @@ class Runner:
     """A plugin of pytest that runs the collected tests for every mutant."""
 
     def __init__(
-        self, mutants: Sequence[Mutant], save: Callable[[int, Sequence[str]], None]
+        self,
+        mutants: Sequence[Mutant],
+        seconds: float,
+        save: Callable[[int, Sequence[str]], None],
     ) -> None:
         self.mutants = mutants
+        # CPU time of the tests of one mutant.
+        self.seconds = seconds
         self.save = save
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -307,6 +312,7 @@ class Runner:
                 and (tests[item.nodeid].runs(mutant) or mutant.is_of(item.path))
             ]
             items.sort(key=lambda x: (not mutant.is_of(x.path), tests[x.nodeid].order))
+            items = self._cheapest(items, tests)
             limits = [tests[item.nodeid].limit for item in items]
             if _passes(items, partial(put_in, mutant.path, mutant.source), limits):
                 survivors.append(f"{mutant} ({len(items)} tests)")
@@ -314,6 +320,21 @@ class Runner:
             print(f"{done - len(survivors)} of {done} killed", flush=True)
             self.save(done, survivors)
         return True
+
+    def _cheapest(
+        self, items: Sequence[pytest.Item], tests: Mapping[str, Touched]
+    ) -> list[pytest.Item]:
+        """Return the first tests, for which there is time."""
+        chosen: list[pytest.Item] = []
+        spent, files = 0.0, set[Path]()
+        for item in items:
+            test = tests[item.nodeid]
+            spent += test.seconds + (0.0 if item.path in files else test.setup)
+            files.add(item.path)
+            if spent > self.seconds:
+                break
+            chosen.append(item)
+        return chosen
 
     def _first_run(self, session: pytest.Session) -> dict[str, Touched]:
         """Return what each test touches, by its name."""
@@ -387,6 +408,12 @@ def main() -> None:
     parser.add_argument("--tests", nargs="+", required=True, help="their tests, as for pytest")
     parser.add_argument("--sample", type=int, help="how many mutants, drawn at random; default all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="CPU time of the tests that are run for a mutant, the cheapest first; default all",
+    )
     parser.add_argument("--output", type=Path, required=True, help="where the results go, as JSON")
     given = parser.parse_args()
     os.chdir(ROOT)
@@ -416,7 +443,7 @@ def main() -> None:
         write_text(given.output, json.dumps(results, indent=1) + "\n")
 
     options = ["-q", "-s", "-p", "no:cacheprovider"]
-    runner = Runner(mutants[: given.sample], save)
+    runner = Runner(mutants[: given.sample], given.seconds, save)
     sys.exit(pytest.main([*options, *given.tests], [runner]))
 
 
