@@ -260,10 +260,9 @@ class OnnxModel:
         self._prompts.check(inputs)
         values = {
             **inputs,
-            # The graphs always take a mask. They take pixels in the dtype of the export.
+            # The graphs always take a mask.
             "attention_mask": inputs.get("attention_mask", torch.ones_like(ids)),
             "position_ids": self._positions(ids, inputs["position_ids"]),
-            "pixel_values": inputs["pixel_values"].to(self._dtype),
             LOGITS: _places(inputs, ids.shape[1] - self._dropped),
             **self._counts,
         }

@@ -87,7 +87,10 @@ def test_spaces_of_a_tower_and_a_decoder(tmp_path: Path) -> None:
                 for each, output in zip((runtime, model), outputs, strict=True)
             ]
             assert_close(*(output.logits for output in outputs))
-    last = runtime(**batch, logits_to_keep=1).logits
+    assert runtime.device == torch.device("cpu")
+    # Pixels of any precision; logits of the last token alone.
+    precise = batch | {"pixel_values": batch["pixel_values"].double()}
+    last = runtime(**precise, logits_to_keep=1).logits
     assert_close(last, runtime(**batch).logits[:, -1:])
     text["input_ids"] = torch.full_like(text["input_ids"], tiny.IMAGE)
     with pytest.raises(ValueError, match="The prompt has no image, or no place for it"):
@@ -107,6 +110,13 @@ def test_prompts_that_end_in_an_image(tmp_path: Path) -> None:
     assert_same(runtime, model, ends)
     with pytest.raises(ValueError, match="There are prompts that end in text"):
         runtime(**tiny.inputs(model.model, 1))
+
+
+def test_a_model_without_reductions(tmp_path: Path) -> None:
+    model = ReducedModel(tiny.shared_llava(2), Policy())
+    export_onnx(model, tmp_path / "x", verify=False)
+    runtime = OnnxModel.from_pretrained(tmp_path / "x")
+    assert_same(runtime, model, tiny.inputs(model.model, 2))
 
 
 def test_parts_for_an_engine(tmp_path: Path) -> None:
