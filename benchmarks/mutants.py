@@ -27,7 +27,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -438,7 +438,14 @@ def main() -> None:
 
     def save(done: int, survivors: Sequence[str]) -> None:
         killed = done - len(survivors)
-        found = {"tried": done, "killed": killed, "interval_95": _interval(killed, done)}
+        tried = Counter(mutant.path for mutant in mutants[:done])
+        left = Counter(one.partition(":")[0] for one in survivors)
+        found = {
+            "tried": done,
+            "killed": killed,
+            "interval_95": _interval(killed, done),
+            "files": {path: [tried[path] - left[path], tried[path]] for path in sorted(tried)},
+        }
         results = said | found | {"survivors": survivors}
         write_text(given.output, json.dumps(results, indent=1) + "\n")
 
