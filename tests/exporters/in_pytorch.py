@@ -98,7 +98,12 @@ class Session:
             # A count is the length of what was traced.
             given[name] = torch.zeros(int(value)) if name.startswith(KEEP) else value
         self.program.lengths({name: x.shape for name, x in given.items()}, self.program.fixed)
-        return {name: ort_value(value) for name, value in self._run(given).items()}
+        found = self._run(given)
+        if "next_position" in found:
+            # Text goes on after the largest position, also where each has coordinates.
+            rows = given["position_ids"].movedim(-2, 0).flatten(1)
+            assert torch.equal(found["next_position"][:, 0], rows.amax(dim=1) + 1)
+        return {name: ort_value(value) for name, value in found.items()}
 
     @torch.no_grad()
     def _run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
