@@ -326,12 +326,8 @@ class OnnxModel:
         cache.begin(self._decode.empty_states(rows))
         none = torch.zeros(rows, 0, dtype=torch.int64)
         spaces = [
-            TokenSpace(
-                space.first_layer,
-                none,
-                none.to(self._dtype) if space.biased else None,
-                torch.zeros(rows, 1, dtype=torch.int64) if space.position == "grid" else None,
-            )
+            # Under every rule for positions, these are moved by the number of dropped tokens: none.
+            TokenSpace(space.first_layer, none, none.to(self._dtype) if space.biased else None)
             for space in self._spaces
         ]
         cache.record(0, spaces, {})
