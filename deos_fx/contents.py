@@ -17,6 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from deos_fx.words import counted
+
 __all__ = [
     "EXPORT_FILES",
     "FILES",
@@ -256,7 +258,7 @@ def _problem(path: Path, entry: Mapping[str, Any], hashed: bool) -> str:
         return "is a folder, not a file" if path.is_dir() else "is missing"
     size = path.stat().st_size
     if size != entry["bytes"]:
-        return f"has {size:,} bytes instead of {entry['bytes']:,}"
+        return f"has {counted(f'{size:,}', 'byte')} instead of {entry['bytes']:,}"
     if hashed and file_hash(path) != entry["sha256"]:
         return "is not the file that was written (its SHA-256 differs)"
     return ""

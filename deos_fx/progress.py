@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
+from deos_fx.words import counted
+
 __all__ = ["Progress", "shown", "shows_progress"]
 
 _P = ParamSpec("_P")
@@ -68,7 +70,9 @@ def shown() -> Iterator[Progress]:
 
         def advance(stage: str, done: int, total: int) -> None:
             if stage == "estimate":
-                bars.console.print(f"about {max(1, total - done)} seconds more", style="dim")
+                bars.console.print(
+                    f"about {counted(max(1, total - done), 'second')} more", style="dim"
+                )
                 return
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
@@ -79,7 +83,7 @@ def shown() -> Iterator[Progress]:
 
 def _log(stage: str, done: int, total: int) -> None:
     if stage == "estimate":
-        _LOGGER.info("about %d seconds more", max(1, total - done))
+        _LOGGER.info("about %s more", counted(max(1, total - done), "second"))
     elif done == total:
         _LOGGER.info("%s: %d done", stage, done)
 

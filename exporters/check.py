@@ -12,6 +12,7 @@ from deos_fx.exporters.graphs.example import Example, pixels_of, word_of
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.words import counted
 
 __all__ = ["ROUNDING", "check_export"]
 
@@ -104,10 +105,12 @@ def check_export(
             worst = ours.difference(theirs)
             # Not ``worst >= limit``, which is false for NaN.
             if not worst < limit:
+                prompts = counted(len(batch["input_ids"]), "prompt")
+                tokens = counted(batch["input_ids"].shape[1], "token")
                 raise ValueError(
                     f"{type(reduced.model).__name__} is not the same in {runtime}: logits of "
-                    f"{len(batch['input_ids'])} prompts of {batch['input_ids'].shape[1]} tokens "
-                    f"differ by {worst:.1g} of the largest. Run the reduced model in PyTorch."
+                    f"{prompts} of {tokens} differ by {worst:.1g} of the largest. Run the reduced "
+                    "model in PyTorch."
                 )
 
 

@@ -9,6 +9,7 @@ from deos_fx.passes.rewrite.free_counts import KEEP, check_free
 from deos_fx.policy.counts import with_counts
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.site import split_site
+from deos_fx.words import counted
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -56,8 +57,8 @@ def counts_of_rows(policy: Policy, sizes: Sequence[int]) -> list[int]:
         if count == before:
             # ONNX Runtime (1.31) cannot sum over no tokens at all, as merging then would.
             raise ValueError(
-                f"{reduction.site} keeps all of {count} tokens of an image; in an elastic export "
-                "every reduction has to drop at least one"
+                f"{reduction.site} keeps all of {counted(count, 'token')} of an image; in an "
+                "elastic export every reduction has to drop at least one"
             )
         in_decoder = split_site(reduction.site)[0] == "decoder"
         counts.append(count * (len(sizes) if in_decoder else 1))

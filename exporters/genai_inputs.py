@@ -19,6 +19,7 @@ from torch import Tensor
 from deos_fx.contents import GENAI_FILES, RECORD, record_of, verify
 from deos_fx.exporters.manifest import IMAGES
 from deos_fx.reading import as_record, read_tensors
+from deos_fx.words import counted
 
 if TYPE_CHECKING:
     import numpy
@@ -68,9 +69,9 @@ def genai_inputs(
     shape = None if pixels is None else list(pixels.shape)
     if len(places) != sum(counts) or pixels is None or shape != manifest.pixels:
         raise ValueError(
-            f"The prompt has {len(places)} image placeholders and pixel_values {shape}, but this "
-            f"model was exported for {sum(counts)} and {manifest.pixels}. Export it again with "
-            "example_inputs like these."
+            f"The prompt has {counted(len(places), 'image placeholder')} and pixel_values {shape}, "
+            f"but this model was exported for {sum(counts)} and {manifest.pixels}. Export it again "
+            "with example_inputs like these."
         )
     if (folder / IMAGES).is_file():
         _check_sizes(read_tensors(folder / IMAGES), inputs)

@@ -43,6 +43,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.reading import blaming, read_tensors
 from deos_fx.runtime.generation import generation_host
 from deos_fx.tokens.cache import TokenSpace
+from deos_fx.words import counted
 
 __all__ = ["OnnxModel"]
 
@@ -227,7 +228,9 @@ class OnnxModel:
             )
         if len(keep) != len(reductions):
             sites = ", ".join(reduction.site for reduction in reductions)
-            raise ValueError(f"keep is {keep}; give {len(reductions)} counts, for {sites}")
+            raise ValueError(
+                f"keep is {keep}; give {counted(len(reductions), 'count')}, for {sites}"
+            )
         other = copy.copy(self)
         other._policy = with_counts(self._policy, keep)
         other._counts = _counts(other._policy, sizes)

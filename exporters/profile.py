@@ -27,6 +27,7 @@ from deos_fx.policy.latency import LatencyTable
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.words import counted
 
 __all__ = ["RUNTIMES", "profile"]
 
@@ -134,4 +135,4 @@ def _longer(call: Call, words: int) -> dict[str, Any]:
 def _name(device: torch.device) -> str:
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    return f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from deos_fx.exporters.session import as_tensor
 from deos_fx.inputs.packed import packed_by
 from deos_fx.tokens.positions import last_token
+from deos_fx.words import counted
 
 __all__ = ["ExportedPrompts"]
 
@@ -48,9 +49,10 @@ class ExportedPrompts:
         # In this order, so that the first message names the most basic difference.
         again = "Export it again with example_inputs like these."
         if counts != [manifest["image_tokens"]]:
+            images = counted(manifest["images"], "image")
             raise ValueError(
                 f"The prompts have {counts} image tokens each, but this model was exported for "
-                f"prompts with {manifest['image_tokens']} ({manifest['images']} images). {again}"
+                f"prompts with {manifest['image_tokens']} ({images}). {again}"
             )
         _check_mask(inputs, ids == manifest["image_token"])
         self._check_ends(inputs, again)
@@ -61,9 +63,9 @@ class ExportedPrompts:
             shape = tuple(inputs[name].shape)
             if shape != (own[0] * len(ids), *own[1:]):
                 raise ValueError(
-                    f"{name} of {len(ids)} prompts has the shape {shape}, but this model was "
-                    f"exported for {tuple(own)} per prompt. Use the processor of the model, or "
-                    "export it again with example_inputs like these."
+                    f"{name} of {counted(len(ids), 'prompt')} has the shape {shape}, but this "
+                    f"model was exported for {tuple(own)} per prompt. Use the processor of the "
+                    "model, or export it again with example_inputs like these."
                 )
         # Inputs with the sizes of images are constants of the graphs.
         for name in self._constants.keys() & set(manifest["inputs"]):

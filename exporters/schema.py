@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from deos_fx.policy.schema import ModelEntry
 from deos_fx.schema import Count, Recorded, Strict, Text
+from deos_fx.words import counted
 
 __all__ = ["GenaiFile", "ManifestFile"]
 
@@ -100,8 +101,8 @@ class ManifestFile(Recorded):
         for space in self.spaces:
             if space.dropped >= self.image_tokens or space.first_layer > self.model.decoder_layers:
                 raise ValueError(
-                    f"spaces has a space from layer {space.first_layer} on without {space.dropped} "
-                    f"tokens, but there are {self.model.decoder_layers} layers and "
-                    f"{self.image_tokens} image tokens"
+                    f"spaces has a space from layer {space.first_layer} on without "
+                    f"{counted(space.dropped, 'token')}, but of layers there are "
+                    f"{self.model.decoder_layers}, and of image tokens {self.image_tokens}"
                 )
         return self

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from deos_fx.exporters.shared import SharedWeights, ort_value
 from deos_fx.tokens.cache import ReducedCache
+from deos_fx.words import counted
 
 __all__ = [
     "HOST",
@@ -187,8 +188,8 @@ def open(
     works = session.get_providers()[0] == "CUDAExecutionProvider"
     if wanted is not None and wanted.type == "cuda" and not works:
         raise RuntimeError(
-            f"device={str(device)!r}, but ONNX Runtime cannot use it: it finds {found or 0} CUDA "
-            "devices here and its providers are "
+            f"device={str(device)!r}, but ONNX Runtime cannot use it: it finds "
+            f"{counted(found or 0, 'CUDA device')} here and its providers are "
             f"{', '.join(onnxruntime.get_available_providers())}. Leave device out to run on the "
             "CPU, or install onnxruntime-gpu with the CUDA and cuDNN libraries it needs."
         )

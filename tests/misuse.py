@@ -743,7 +743,7 @@ SECTIONS = (
                 ),
                 (
                     "deos-fx inspect my-llava --policy nowhere.json",
-                    "[Errno 2] No such file or directory: 'nowhere.json'",
+                    "nowhere.json: No such file or directory",
                 ),
                 (
                     "deos-fx inspect my-llava --policy bad.json --preset merge",
@@ -761,7 +761,7 @@ SECTIONS = (
                 ("deos-fx transform pickled out", "pickled cannot be loaded (UnpicklingError ..."),
                 (
                     "deos-fx search my-llava --data nowhere.jsonl",
-                    "[Errno 2] No such file or directory: 'nowhere.jsonl'",
+                    "nowhere.jsonl: No such file or directory",
                 ),
             )
         ),

@@ -84,6 +84,9 @@ def _fail(error: Exception) -> None:
     # Soft wrapping leaves lines whole, so that paths and commands can be copied.
     console = Console(stderr=True, soft_wrap=True)
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError) and error.filename and not error.filename2:
+        # Python writes "[Errno 2] No such file or directory: 'a.jsonl'".
+        text = f"{error.filename}: {error.strerror}"
     console.print("[bold red]Error:[/]", end=" ")
     console.print(text, markup=False, highlight=False)
     console.print("[dim]deos-fx --debug <command> shows where it comes from.[/]")
@@ -130,7 +133,9 @@ def _main(
     # is imported, for which a command's help need not wait.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    # What these warn of is between packages: nobody who runs a command can mend it.
+    for name in ("torch.onnx", "torch.utils._pytree", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 # In the order of the help.

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from deos_fx.runtime.reduced_model import ReducedModel
     from deos_fx.runtime.saved import SavedModel
 
-__all__ = ["load_generating", "load_model", "load_reduced", "load_unreduced", "meta_model"]
+__all__ = [
+    "kind_of",
+    "load_generating",
+    "load_model",
+    "load_reduced",
+    "load_unreduced",
+    "meta_model",
+]
 
 
 def load_model(
@@ -133,7 +140,7 @@ def load_generating(
 
     from deos_fx import OnnxModel
 
-    kind = _kind(model_dir)
+    kind = kind_of(model_dir)
     if kind == "onnx":
         if not choice.is_empty:
             raise ValueError(f"{model_dir} is an export, and its policy is part of its graphs")
@@ -188,7 +195,7 @@ def _saved(model_dir: str) -> SavedModel | None:
     """
     from deos_fx.runtime.saved import SavedModel
 
-    kind = _kind(model_dir)
+    kind = kind_of(model_dir)
     if kind in _EXPORTS:
         raise ValueError(
             f"{model_dir} is an export, which {_EXPORTS[kind]}; for anything else give the folder "
@@ -201,7 +208,7 @@ def _saved(model_dir: str) -> SavedModel | None:
 _EXPORTS = {"onnx": "deos-fx generate runs", "genai": "onnxruntime-genai runs"}
 
 
-def _kind(model_dir: str) -> str | None:
+def kind_of(model_dir: str) -> str | None:
     """Return what the record of a folder says that it is; None if it has none.
 
     Raises:

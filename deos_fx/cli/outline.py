@@ -28,6 +28,7 @@ from deos_fx.passes.pipeline import Captured, capture_call
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
+from deos_fx.words import counted
 
 __all__ = [
     "Outline",
@@ -177,10 +178,11 @@ def tokens_of(row: Row) -> str:
     if not row.tokens:
         return "as many tokens as the image has patches"
     if row.stage == "projector":
-        return f"{row.visual} visual tokens"
+        return counted(row.visual, "visual token")
     if row.stage == "decoder":
-        return f"{row.tokens} tokens: {row.visual} visual, {others} text"
-    return f"{row.tokens} tokens" + (f": {row.visual} patches, {others} class token" * bool(others))
+        return f"{counted(row.tokens, 'token')}: {row.visual} visual, {others} text"
+    parts = f"{counted(row.visual, 'patch', 'patches')}, {counted(others, 'class token')}"
+    return counted(row.tokens, "token") + f": {parts}" * bool(others)
 
 
 def _rows(model: PreTrainedModel, captured: Captured, visual: int, text: int) -> Iterator[Row]:
@@ -288,7 +290,7 @@ def print_outline(found: Outline, console: Console) -> None:
     console.print(f"[bold]{found.name}[/] ({found.family}), {size}", highlight=False)
     rows, columns = found.grid
     grid = f" ({rows} x {columns})" if rows else "; images of other sizes have others"
-    console.print(f"{found.visual} visual tokens an image{grid}", highlight=False)
+    console.print(f"{counted(found.visual, 'visual token')} an image{grid}", highlight=False)
     # Reasons are long and shared by many rows: rows refer to them by number.
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("blocks", no_wrap=True, style="bold")

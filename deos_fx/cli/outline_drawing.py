@@ -10,6 +10,7 @@ import textwrap
 from html import escape
 
 from deos_fx.cli.outline import Outline, Row, tokens_of
+from deos_fx.words import counted
 
 __all__ = ["outline_chart"]
 
@@ -79,7 +80,8 @@ class _Drawing:
         found = self.found
         self._text(_MARGIN, self.y + 20, found.name, "title")
         millions = f"{found.parameters / 1e6:,.0f} million parameters"
-        prompt = f"One image and {found.text} text tokens; the band is as wide as there are tokens."
+        text = counted(found.text, "text token")
+        prompt = f"One image and {text}; the band is as wide as there are tokens."
         self._text(_MARGIN, self.y + 44, f"{found.family}, {millions}. {prompt}", "soft")
         self.y += 78
         self._pill("image " + " × ".join(str(side) for side in found.pixels if side > 1))
@@ -138,7 +140,7 @@ class _Drawing:
         points = " ".join(f"{_FLOW + x / 2:.1f},{y:.1f}" for x, y in corners)
         self.bands.append(f'<polygon class="{regime} funnel" points="{points}"/>')
         middle = top + height / 2
-        text = f"{regime}: {row.visual} → {row.left} visual tokens"
+        text = f"{regime}: {row.visual} → {counted(row.left, 'visual token')}"
         self._text(_NOTES, middle + 5, text, f"name {regime}")
         # A dotted line from the wider of funnel and cards to the note.
         self.parts.append(

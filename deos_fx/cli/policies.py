@@ -120,7 +120,7 @@ def examples_of(model: PreTrainedModel, model_dir: str) -> Examples:
     @functools.cache
     def examples(image_scale: float) -> tuple[_Inputs, _Inputs]:
         if image_scale != 1:
-            return scaled_example(model_dir, image_scale)
+            return scaled_example(model, model_dir, image_scale)
         inputs = example_of(model, model_dir)
         return inputs, inputs
 

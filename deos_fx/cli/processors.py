@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deos_fx.cli.going_together import check_going_together
 from deos_fx.contents import add_to_record
 
 if TYPE_CHECKING:
@@ -72,24 +73,35 @@ def example_processor(model_dir: str) -> Any:
 
 
 def example_of(model: PreTrainedModel, model_dir: str) -> dict[str, Tensor] | None:
-    """Make a prompt with an image; None if how an image becomes inputs is not known."""
-    from deos_fx.inputs.example import example_inputs
+    """Make a prompt with an image; None if how an image becomes inputs is not known.
 
+    Raises:
+        ValueError: If it takes the processor, and this does not go with the model.
+    """
+    from deos_fx.inputs.example import example_inputs
+    from deos_fx.models.facts import facts_of
+
+    processor = example_processor(model_dir)
+    if processor is not None and facts_of(model).sizes_vary:
+        check_going_together(processor, model, model_dir)
     try:
-        return example_inputs(model, example_processor(model_dir))
+        return example_inputs(model, processor)
     except ValueError:
         return None
 
 
-def scaled_example(model_dir: str, scale: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def scaled_example(
+    model: PreTrainedModel, model_dir: str, scale: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Make a prompt with an image of full size, and one in which the image enters at a scale.
 
     Args:
-        model_dir: The folder, or a hub id.
+        model: The model on the meta device.
+        model_dir: Its folder, or a hub id.
         scale: The scale, less than 1.
 
     Raises:
-        ValueError: If there is no processor, or images of one size only enter.
+        ValueError: If there is no processor or not the model's, or images of one size only enter.
     """
     from deos_fx.data import scaled_processor
     from deos_fx.inputs.example import processed_example
@@ -100,5 +112,6 @@ def scaled_example(model_dir: str, scale: float) -> tuple[dict[str, Tensor], dic
             f"a processor lets images enter at {scale:.3g} of their size, and {model_dir} has "
             "none; save the model's own there (processor.save_pretrained)"
         )
+    check_going_together(processor, model, model_dir)
     scaled = scaled_processor(processor, scale)
     return processed_example(processor), processed_example(scaled)

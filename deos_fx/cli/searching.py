@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deos_fx.cli.console import Console
 from deos_fx.cli.limits import DEFAULT_LIMIT
+from deos_fx.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from deos_fx.comparison.compare import Given
     from deos_fx.data import Record
+    from deos_fx.policy.policy import Policy
     from deos_fx.results.search_front import SearchFront
     from deos_fx.results.search_result import SearchResult
 
@@ -276,7 +279,7 @@ def write_found(
     for name, one in found.items():
         # Shown first: a disk may be full.
         console.print(one.policy, highlight=False, markup=False)
-        one.policy.save(folder / name)
+        _save(one.policy, folder / name)
         console.print(one.basis, highlight=False, markup=False)
         for doubt in one.doubts:
             console.print(f"Warning: {doubt}", style="yellow", highlight=False, markup=False)
@@ -287,8 +290,9 @@ def write_found(
     # Presets are tuned by their loss on all of the data.
     losses = max(1, evaluations // batches)
     console.print(
-        f"The search took {evaluations:,} forward passes of a batch; a backward pass counts two. "
-        f"deos-fx compare --evaluations {losses} lets presets be tuned with as many.",
+        f"The search took {counted(f'{evaluations:,}', 'forward pass', 'forward passes')} of a "
+        f"batch; a backward pass counts two. deos-fx compare --evaluations {losses} lets presets "
+        "be tuned with as many.",
         highlight=False,
     )
     try:
@@ -298,3 +302,21 @@ def write_found(
         logging.getLogger("deos_fx").warning("there is no report: %s", error)
         return list(found)
     return [*found, "report.html"]
+
+
+def _save(policy: Policy, path: Path) -> None:
+    """Save a policy, or learned parts elsewhere: nobody can copy these from the screen.
+
+    Raises:
+        OSError: If it cannot be written; the message says where it is instead.
+    """
+    try:
+        policy.save(path)
+    except OSError as error:
+        if not policy.tensors:
+            raise
+        # The policies are all that hours of search have found, and take kilobytes.
+        rescued = Path(tempfile.mkdtemp(prefix="deos-fx-")) / path.name
+        policy.save(rescued)
+        message = f"{error}. The policy is in {rescued}, with its learned parts beside it"
+        raise OSError(message) from error

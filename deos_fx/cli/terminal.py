@@ -20,6 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from deos_fx.words import counted
+
 if TYPE_CHECKING:
     from deos_fx.policy.latency import LatencyTable
     from deos_fx.presets import Method
@@ -138,7 +140,7 @@ def announced(
             progress(stage, done, total)
             return
         left = max(1, total - done)
-        words = f"{left} seconds" if left < 90 else f"{round(left / 60)} minutes"
+        words = counted(left, "second") if left < 90 else f"{round(left / 60)} minutes"
         console.print(f"The search will take about {words} more; Ctrl-C ends it early.")
 
     return report
@@ -149,8 +151,8 @@ def results_table(result: DemoResult) -> Table:
     methods = result.ranked()
     kinds = [kind for kind in methods[0].accuracy if kind != "overall"]
     table = Table(
-        title=f"Right answers in % of {result.questions} test questions; "
-        f"budget {result.limit:.4g} visual tokens, mean over the decoder layers",
+        title=f"Right answers in % of {counted(result.questions, 'test question')}; "
+        f"budget {counted(f'{result.limit:.4g}', 'visual token')}, mean over the decoder layers",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
@@ -171,8 +173,9 @@ def results_table(result: DemoResult) -> Table:
 def comparison_table(result: Comparison) -> Table:
     """Make the table of a comparison: one row for each method, to fit 80 characters."""
     table = Table(
-        title=f"Right answers of {result.questions} questions, with 95 % intervals in points; "
-        f"budget {result.limit:.4g} visual tokens, mean over the decoder layers",
+        title=f"Right answers of {counted(result.questions, 'question')}, with 95 % intervals in "
+        f"points; budget {counted(f'{result.limit:.4g}', 'visual token')}, mean over the decoder "
+        "layers",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
@@ -201,8 +204,8 @@ def evaluation_table(result: Compared) -> Table:
     right = ["right, %"] if result.answered else []
     intervals = " with 95 % intervals" if result.answered else ""
     table = Table(
-        title=f"Answers to {result.questions} questions{intervals}; the same are those of the "
-        "unreduced model. Costs are of the first prompt's prefill, memory beside the model",
+        title=f"Answers to {counted(result.questions, 'question')}{intervals}; the same are those "
+        "of the unreduced model. Costs are of the first prompt's prefill, memory beside the model",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,

@@ -26,6 +26,7 @@ from deos_fx.presets.tuning import Tuned, tune
 from deos_fx.results.compared import Row, Run
 from deos_fx.results.methods import UNREDUCED
 from deos_fx.runtime.reduced_model import ReducedModel
+from deos_fx.words import counted
 
 __all__ = ["RESIZED", "TEXT_ONLY", "Bench", "Draft", "Tuner"]
 
@@ -133,8 +134,8 @@ class Bench:
         left = costs.predict(policy).visual_tokens
         if left > self.limit + 1e-9:
             reason = (
-                f"the processor makes {left:g} visual tokens of the first image when it is made as "
-                f"small as {self.limit:.4g} tokens ask for"
+                f"the processor makes {counted(f'{left:g}', 'visual token')} of the first image "
+                f"when it is made as small as a limit of {self.limit:.4g} asks for"
             )
             return Draft(RESIZED, "input", [], reason)
         return Draft(RESIZED, "input", [_Attempt(self._policy(policy), policy)])

@@ -29,6 +29,7 @@ from deos_fx.progress import shows_progress
 from deos_fx.results.comparison import Comparison
 from deos_fx.results.methods import UNREDUCED, versions
 from deos_fx.results.search_result import SearchResult
+from deos_fx.words import counted
 
 __all__ = ["compare", "evaluate"]
 
@@ -206,8 +207,9 @@ def _measured(bench: Bench, drafts: Sequence[Draft], settings: dict[str, str]) -
 def _settings(model: PreTrainedModel, tuner: Tuner | None, seeds: int) -> dict[str, str]:
     presets = "published settings"
     if tuner is not None:
-        questions, most = len(tuner.records), tuner.evaluations
-        presets = f"tuned on {questions} questions in at most {most} evaluations"
+        questions = counted(len(tuner.records), "question")
+        most = counted(tuner.evaluations, "evaluation")
+        presets = f"tuned on {questions} in at most {most}"
     return {
         "presets": presets,
         "seeds": str(seeds),
@@ -251,8 +253,8 @@ def _check_questions(
         missing = sum(record.answer is None for record in records)
         if missing or not records:
             raise ValueError(
-                f"{missing} of {len(records)} questions of the {name} have no answer; give all of "
-                "them one"
+                f"there is no answer to {missing} of {counted(len(records), 'question')} of the "
+                f"{name}; give all of them one"
             )
 
 

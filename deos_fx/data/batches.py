@@ -218,7 +218,7 @@ def _special_tokens(tokenizer: Any, prompts: Sequence[str]) -> tuple[dict[str, b
         return {"add_special_tokens": False}, ""
     if any(written):
         raise ValueError(
-            f"{sum(written)} of {len(prompts)} prompts of a batch begin with {' or '.join(first)}; "
+            f"{' or '.join(first)} begins {sum(written)} of {len(prompts)} prompts of a batch; "
             "give it to all of them or to none"
         )
     return {}, end

@@ -58,9 +58,9 @@ def read_records(path: str | os.PathLike[str], *, urls: bool = False) -> list[Re
     missing = [record.where for record in records if record.answer is None]
     if 0 < len(missing) < len(records):
         raise ValueError(
-            f"{missing[0]}: {len(records) - len(missing)} of {len(records)} rows have an answer, "
-            "this is the first without; give all of them one (to search with labels) or none (to "
-            "search by the model's own answers)"
+            f"{missing[0]}: there is an answer in {len(records) - len(missing)} of {len(records)} "
+            "rows, and this is the first without; give all of them one (to search with labels) or "
+            "none (to search by the model's own answers)"
         )
     return records
 

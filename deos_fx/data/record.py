@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
+from deos_fx.words import counted
+
 __all__ = ["IMAGE_MARK", "ImageSource", "Message", "Record", "parts_of"]
 
 ImageSource: TypeAlias = Path | bytes | Image.Image
@@ -82,8 +84,9 @@ class Record:
         places = sum(part["type"] == "image" for turn in turns for part in turn["content"])
         if places != len(self.images):
             raise ValueError(
-                f"{self.where or repr(self.prompt)}: the text has places for {places} images, and "
-                f"{len(self.images)} are given; write {IMAGE_MARK} once for each, or not at all"
+                f"{self.where or repr(self.prompt)}: the text has places for "
+                f"{counted(places, 'image')}, but comes with {len(self.images)}; write "
+                f"{IMAGE_MARK} once for each, or not at all"
             )
         return turns
 

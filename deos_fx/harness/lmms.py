@@ -15,13 +15,13 @@ from lmms_eval.api.model import lmms
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from deos_fx.cli.going_together import checked_processor
 from deos_fx.cli.limits import read_limit
 from deos_fx.cli.loading import load_generating
 from deos_fx.cli.policies import Choice
 from deos_fx.cli.processors import going_with
 from deos_fx.comparison.answers import answer_logits, generated
 from deos_fx.data import Record, batches
-from deos_fx.data.processors import load_processor
 from deos_fx.harness.requests import (
     ended,
     generation_options,
@@ -73,7 +73,7 @@ class SimpleModel(lmms):
         self.accelerator = Accelerator()
         self.device = torch.device(device or self.accelerator.device)
         self.batch_size = int(batch_size)
-        processor = load_processor(pretrained)
+        processor = checked_processor(pretrained)
         self.model, self._place = load_generating(
             pretrained,
             Choice(

@@ -23,6 +23,7 @@ from deos_fx.models.families import PATCH_NUMBERS
 from deos_fx.models.upstream import CACHE
 from deos_fx.tokens.cache import TokenSpace, in_rows
 from deos_fx.tokens.layout import PromptLayout
+from deos_fx.words import counted
 
 __all__ = [
     "Part",
@@ -252,8 +253,9 @@ def _units(
             ends = list(itertools.accumulate(of_images, initial=0))
             return [unit for _, a, b in spans for unit in range(ends[a], ends[b])]
     raise ValueError(
-        f"{name} has {len(value)} entries for {images} images in {batch} prompts, so it cannot be "
-        "told which belong to which prompt. Pass prompts with different images one by one."
+        f"{name} has {counted(len(value), 'entry', 'entries')} for {counted(images, 'image')} in "
+        f"{counted(batch, 'prompt')}, so it cannot be told which belong to which prompt. Pass "
+        "prompts with different images one by one."
     )
 
 

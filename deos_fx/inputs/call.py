@@ -136,9 +136,9 @@ class Call:
         if len({prompt.alike for prompt in self.prompts}) > 1 or layouts[0] is None:
             counts = sorted({sum(layout.sizes) if layout else 0 for layout in layouts})
             raise ValueError(
-                f"The prompts of this batch differ: they have {counts} visual tokens, and "
-                f"{sum(one is not None and one.ends for one in layouts)} of {len(layouts)} end in "
-                "one. Only calling and generating take such batches; here give prompts with "
+                f"The prompts of this batch differ: they have {counts} visual tokens, and an image "
+                f"ends {sum(one is not None and one.ends for one in layouts)} of {len(layouts)}. "
+                "Only calling and generating take such batches; here give prompts with "
                 "equally many images of the same sizes, all with text at the end or none, or one "
                 "by one."
             )

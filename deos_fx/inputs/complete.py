@@ -23,6 +23,7 @@ from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import has_codes, shallow_copy
 from deos_fx.tokens.cache import ReducedCache
 from deos_fx.tokens.turn import TurnCache
+from deos_fx.words import counted
 
 __all__ = ["completed"]
 
@@ -91,9 +92,10 @@ def _continued(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[
     ids, rows = inputs["input_ids"], cache.rows
     if ids.shape[1] == 0 or len(ids) != rows:
         raise ValueError(
-            f"input_ids {tuple(ids.shape)} do not continue a cache of {rows} rows and "
-            f"{cache.get_seq_length()} tokens: give generate the whole conversation, or a call the "
-            "new tokens alone, with an attention_mask over both."
+            f"input_ids {tuple(ids.shape)} do not continue a cache of "
+            f"{counted(rows, 'row')} and {counted(cache.get_seq_length(), 'token')}: give generate "
+            "the whole conversation, or a call the new tokens alone, with an attention_mask over "
+            "both."
         )
     if call.has_images and bool(placeholders(call.facts, inputs).any()):
         return _turn(call, inputs, cache)
@@ -122,8 +124,8 @@ def _turn(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[str, 
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape[1] != seen + new:
         raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}, and there are {seen} tokens in the cache "
-            f"and {new} new ones: give flags [B, {seen + new}] of both."
+            f"attention_mask is {tuple(mask.shape)} for {counted(seen, 'token')} in the cache and "
+            f"{new} new: give flags [B, {seen + new}] of both."
         )
     # Flags and types of the new tokens alone; some models are given those of the whole text.
     own = {

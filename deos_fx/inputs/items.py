@@ -19,6 +19,7 @@ from deos_fx.models.shapes_only import on_shapes
 from deos_fx.models.views import shallow_copy
 from deos_fx.recent import Recent
 from deos_fx.tokens.positions import is_separator
+from deos_fx.words import counted
 
 __all__ = [
     "IMAGES",
@@ -317,9 +318,9 @@ def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
     tokens, rest = divmod(placeholders, real)
     if rest:
         raise ValueError(
-            f"pixel_values has {real} tiles of images that are not zero, and input_ids has "
-            f"{placeholders} placeholders, which is no multiple. Make both with the same call of "
-            "the model's processor."
+            f"pixel_values has {counted(real, 'tile')} of images that are not zero, and input_ids "
+            f"has {counted(placeholders, 'placeholder')}, which is no multiple. Make both with the "
+            "same call of the model's processor."
         )
     height, width = pixels.shape[-2:]
     # tokens = rows * columns with rows / columns = height / width, if these come out whole.

@@ -22,6 +22,7 @@ from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import MARKS
 from deos_fx.tokens.layout import PromptLayout
 from deos_fx.tokens.positions import last_token
+from deos_fx.words import counted
 
 __all__ = ["PromptImages", "are_written_alike", "images_of_prompts", "padding_of", "placeholders"]
 
@@ -98,9 +99,9 @@ def images_of_prompts(facts: ModelFacts, inputs: Mapping[str, Any]) -> list[Prom
         total, left = len(items[kind]), sum(1 for _ in rest)
         if left:
             raise ValueError(
-                f"{kind.pixels} has {total} images, but input_ids has placeholders (token id "
-                f"{tokens[kind]}) for {total - left}. Make both with the same call of the model's "
-                "processor."
+                f"{kind.pixels} has {counted(total, 'image')}, but input_ids has placeholders "
+                f"(token id {tokens[kind]}) for {total - left}. Make both with the same call of "
+                "the model's processor."
             )
     return found
 
@@ -229,9 +230,9 @@ def _shown(
         number, item = next(waiting[kind], (0, None))
         if item is None or tuple(kinds[place : place + item.tokens]) != (kind,) * item.tokens:
             raise ValueError(
-                f"Prompt {row} of the batch has {len(kinds)} image placeholders (token id "
-                f"{tokens[kind]}), which are not those of the images given. Make input_ids and "
-                "pixels with the same call of the model's processor."
+                f"Prompt {row} of the batch has {counted(len(kinds), 'image placeholder')} (token "
+                f"id {tokens[kind]}), and not those of the images given. Make input_ids and pixels "
+                "with the same call of the model's processor."
             )
         yield kind, number, item
         place += item.tokens

@@ -13,6 +13,7 @@ from torch import Tensor
 from deos_fx.files import write_text
 from deos_fx.policy.policy import ModelSignature
 from deos_fx.reading import read_record
+from deos_fx.words import counted
 
 __all__ = ["LatencyTable"]
 
@@ -56,8 +57,9 @@ class LatencyTable:
         rows = [len(row) for row in self.layers]
         if rows != [len(lengths)] * self.model.decoder_layers:
             raise ValueError(
-                f"there are times for {len(rows)} layers at {sorted(set(rows))} lengths; give "
-                f"{len(lengths)} for each of the {self.model.decoder_layers} decoder layers"
+                f"there are times for {counted(len(rows), 'layer')} at {sorted(set(rows))} "
+                f"lengths; give {len(lengths)} for each decoder layer, of which there are "
+                f"{self.model.decoder_layers}"
             )
         for time in (*(time for row in self.layers for time in row), self.encoder):
             if not 0 <= time <= LONGEST:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deos_fx.operator.learned import LEARNED
+from deos_fx.words import counted
 
 __all__ = ["Learned"]
 
@@ -94,7 +95,7 @@ def _checked(what: str, name: str, value: object) -> Tensor:
     if copy.dim() != LEARNED[name].axes or not copy.numel():
         raise ValueError(
             f"{what}: {name} has the shape {tuple(copy.shape)}; give a tensor with "
-            f"{LEARNED[name].axes} axes"
+            + counted(LEARNED[name].axes, "axis", "axes")
         )
     if not copy.isfinite().all():
         raise ValueError(f"{what}: {name} holds numbers that are not finite; train it again")

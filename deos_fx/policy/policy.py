@@ -18,6 +18,7 @@ from deos_fx.policy.reduction import Reduction, Regime
 from deos_fx.policy.site import site_order, split_site
 from deos_fx.policy.tier import LEAST_SCALE, check_count, check_number, check_text
 from deos_fx.reading import parse_json, read_json, read_tensors, validated
+from deos_fx.words import counted
 
 __all__ = ["ModelSignature", "Policy"]
 
@@ -50,11 +51,10 @@ class ModelSignature:
             check_count(f"model: {name}", getattr(self, name))
 
     def __str__(self) -> str:
-        count = self.visual_tokens or "any number of"
-        return (
-            f"{self.model_type} ({self.vision_layers} vision layers, {self.decoder_layers} decoder "
-            f"layers, {count} visual tokens per image)"
-        )
+        vision = counted(self.vision_layers, "vision layer")
+        decoder = counted(self.decoder_layers, "decoder layer")
+        tokens = counted(self.visual_tokens or "any number of", "visual token")
+        return f"{self.model_type} ({vision}, {decoder}, {tokens} per image)"
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,8 +130,8 @@ class Policy:
         for i in range(1, len(counts)):
             if counts[i] > counts[i - 1]:
                 raise ValueError(
-                    f"{self.reductions[i].site} keeps {counts[i]} visual tokens, but only "
-                    f"{counts[i - 1]} are left by {self.reductions[i - 1].site}; keep fewer tokens "
+                    f"{self.reductions[i].site} keeps {counts[i]} visual tokens, but "
+                    f"{self.reductions[i - 1].site} leaves only {counts[i - 1]}; keep fewer tokens "
                     f"the deeper the site"
                 )
         return counts
@@ -157,7 +157,7 @@ class Policy:
                 last = layers[stage] - 1
                 raise ValueError(
                     f"the policy reduces at {reduction.site}, but {model.model_type} has "
-                    f"{layers[stage]} {stage} layers; "
+                    f"{counted(layers[stage], f'{stage} layer')}; "
                     + (f"the last site is {stage}.{last}" if last >= 0 else "reduce at projector")
                 )
         # Images of varying size are checked when they come; fractions fit all of them.

@@ -32,6 +32,7 @@ from deos_fx.policy.tier import (
     other_options,
 )
 from deos_fx.policy.words import in_words
+from deos_fx.words import counted
 
 __all__ = ["HIGHEST_TEMPERATURE", "RANGES", "Reduction", "Regime"]
 
@@ -209,8 +210,8 @@ class Reduction:
         flags = SELECTORS[self.selector].flags
         if first != 0 if flags else first < 1:
             raise ValueError(
-                f"{self.site} keeps {total} tokens, of which the tiers after the first take "
-                f"{sum(others)}; "
+                f"{self.site} keeps {counted(total, 'token')}, of which the tiers after the first "
+                f"take {sum(others)}; "
                 + (
                     "let them take all"
                     if flags and first > 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from deos_fx import policy
 from deos_fx.presets.catalogue import method
+from deos_fx.words import counted
 
 __all__ = ["dart", "fastv", "fitprune", "pyramid_drop", "sparsevlm_plus"]
 
@@ -135,8 +136,8 @@ def fitprune(drops: Sequence[int] = FITPRUNE_DROPS, visual_tokens: int = 576) ->
     """
     if sum(drops) >= visual_tokens or min(drops, default=0) < 0:
         raise ValueError(
-            f"the schedule drops {sum(drops)} of {visual_tokens} tokens; give counts from 0 on "
-            "that leave some"
+            f"the schedule drops {sum(drops)} of {counted(visual_tokens, 'token')}; give counts "
+            "from 0 on that leave some"
         )
     reductions, left = [], visual_tokens
     for layer, count in enumerate(drops[:-1]):

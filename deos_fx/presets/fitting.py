@@ -12,6 +12,7 @@ from deos_fx.policy.tier import MOST_TOKENS, check_number
 from deos_fx.presets.rule import Option, Rule
 from deos_fx.presets.rules import RULES
 from deos_fx.presets.shape import ImageSize, Shape
+from deos_fx.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,10 +132,10 @@ def fit_to_shape(
         if policy is not None and (last or _left(policy, shape) >= FEWEST * shape.visual_tokens):
             return _with_positions(policy, shape), setting
     raise ValueError(
-        f"{name} cannot meet a mean of {budget_tokens:g} visual tokens over {shape.decoder_layers} "
-        f"decoder layers: even with the fewest tokens that it can keep, too many of the "
-        f"{shape.visual_tokens} are processed; raise the budget or choose another preset"
-        f"{_advice(rule, shape)}"
+        f"{name} cannot meet a mean of {counted(f'{budget_tokens:g}', 'visual token')} over "
+        f"{counted(shape.decoder_layers, 'decoder layer')}: even with the fewest tokens that it "
+        f"can keep, too many of the {shape.visual_tokens} are processed; raise the budget or "
+        f"choose another preset{_advice(rule, shape)}"
     )
 
 

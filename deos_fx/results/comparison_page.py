@@ -10,6 +10,7 @@ from deos_fx.results.charts import LINE, annotate, new_figure, paint, to_svg
 from deos_fx.results.compared import Compared, Difference, Row, kept_at, options_in_words
 from deos_fx.results.page import Section, build_page, details, table, tiles
 from deos_fx.results.search_result import command, percentage
+from deos_fx.words import counted
 
 __all__ = ["comparison_charts", "comparison_page"]
 
@@ -99,14 +100,15 @@ def comparison_page(result: Compared) -> str:
         _places(result),
         _settings(result),
     ]
-    title = f"Compared at {result.limit:.4g} visual tokens"
+    title = f"Compared at {counted(f'{result.limit:.4g}', 'visual token')}"
     return build_page(title, _lead(result), _tiles(result), sections, command())
 
 
 def _lead(result: Compared) -> str:
     whole, best = result.unreduced, result.best
     text = (
-        f"The unreduced model answers {_share(result, whole)} of {result.questions} questions right"
+        f"The unreduced model answers {_share(result, whole)} of "
+        f"{counted(result.questions, 'question')} right"
     )
     if best is None:
         return f"{text}; no method that reduces it could be run."
@@ -121,15 +123,19 @@ def _lead(result: Compared) -> str:
 
 def _tiles(result: Compared) -> str:
     whole, best = result.unreduced, result.best
-    items = [(_share(result, whole), "right, unreduced", f"{whole.visual_tokens:.4g} tokens")]
+    items = [(_share(result, whole), "right, unreduced", _tokens(whole))]
     if best is not None:
         faster = f"{whole.milliseconds:.3g} ms unreduced"
         items += [
-            (_share(result, best), f"right, {best.name}", f"{best.visual_tokens:.4g} tokens"),
+            (_share(result, best), f"right, {best.name}", _tokens(best)),
             (percentage(best.flops / whole.flops), "of prefill FLOPs", f"with {best.name}"),
             (f"{best.milliseconds:.3g} ms", "a prefill", faster),
         ]
     return tiles(items)
+
+
+def _tokens(row: Row) -> str:
+    return counted(f"{row.visual_tokens:.4g}", "token")
 
 
 def _accuracies(result: Compared) -> Section:

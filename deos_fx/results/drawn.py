@@ -15,6 +15,7 @@ from deos_fx.files import write_file, write_text
 from deos_fx.results.page import Section, build_page
 from deos_fx.results.search_result import command
 from deos_fx.results.token_drawing import CELL, FINE, TokenStep, draw_image, draw_step, strength
+from deos_fx.words import counted
 
 __all__ = ["Drawn"]
 
@@ -68,7 +69,7 @@ class Drawn:
         """Return a self-contained page."""
         whole = sum(math.prod(grid) for grid in self.grids)
         left = sum(len(steps[-1].kept) if steps else math.prod(grid) for steps, grid in self._each)
-        title = f"{left} of {whole} visual tokens are left"
+        title = f"{left} of {counted(whole, 'visual token')} left"
         rows = "".join(self._row(i) for i in range(len(self.images)))
         section = Section(
             "Kept and dropped tokens",

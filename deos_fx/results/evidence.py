@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from deos_fx.words import counted
+
 __all__ = ["Evidence"]
 
 
@@ -38,8 +40,8 @@ class Evidence:
         others = "others that were held back" if self.held_back else "the same"
         of = "given answers" if self.answers else "the unreduced model's answers"
         return (
-            f"Searched for {self.model}, on {self.trained} prompts; policies were scored by the "
-            f"loss of {of} on {self.scored} prompts, {others}."
+            f"Searched for {self.model}, on {counted(self.trained, 'prompt')}; policies were "
+            f"scored by the loss of {of} on {counted(self.scored, 'prompt')}, {others}."
         )
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deos_fx.results.drawn import Drawn
 from deos_fx.results.token_drawing import Move, TokenStep
+from deos_fx.words import counted
 
 __all__ = ["Explanation", "SiteExplanation", "token_steps"]
 
@@ -62,8 +63,8 @@ class SiteExplanation:
         kept, incoming = self.kept.shape[1], self.positions_in.shape[1]
         went = "dropped" if self.destination is None else "merged into them"
         return (
-            f"{self.site}: {kept} of {incoming} visual tokens kept, the others {went}, masses "
-            f"{self.mass.min():.3g} to {self.mass.max():.3g}"
+            f"{self.site}: {kept} of {counted(incoming, 'visual token')} kept, the others {went}, "
+            f"masses {self.mass.min():.3g} to {self.mass.max():.3g}"
         )
 
 
@@ -126,8 +127,8 @@ class Explanation(list[SiteExplanation]):
         steps = self.steps(row)
         if len(images) != len(steps):
             raise ValueError(
-                f"the prompt has {len(steps)} images (a tile counts as one), and {len(images)} are "
-                "given"
+                f"{counted(len(images), 'image')} to draw on, but the prompt has {len(steps)} (a "
+                "tile counts as one): give as many"
             )
         return Drawn(images, self.grids, steps, prompt)
 

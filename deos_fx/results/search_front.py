@@ -20,6 +20,7 @@ from deos_fx.results.search_result import (
     measured_section,
     percentage,
 )
+from deos_fx.words import counted
 
 __all__ = ["SearchFront"]
 
@@ -92,6 +93,7 @@ class SearchFront:
             ]
             for budget, result in self.results.items()
         ]
+        different = counted(len(self.policies), "different policy", "different policies")
         return Section(
             "The front",
             "The task loss of the policies against what they cost, both measured in the static "
@@ -101,7 +103,7 @@ class SearchFront:
             table(
                 ["budget", "task loss", *unreduced.unreduced.cells, "source"],
                 rows,
-                f"The best under each budget: {len(self.policies)} different policies.",
+                f"The best under each budget: {different}.",
                 "listing",
             ),
         )

@@ -18,6 +18,7 @@ from deos_fx.results import charts
 from deos_fx.results.compared import Compared
 from deos_fx.results.evidence import Evidence
 from deos_fx.results.page import Section, build_page, details, table, tiles
+from deos_fx.words import counted
 
 __all__ = [
     "SHOWN_CANDIDATES",
@@ -161,7 +162,7 @@ class SearchResult:
         if self.preset_evaluations:
             presets = (
                 "Presets and settings of their options were tried in "
-                f"{self.preset_evaluations} evaluations on the scored prompts."
+                f"{counted(self.preset_evaluations, 'evaluation')} on the scored prompts."
             )
         lines.append(presets)
         return " ".join(lines)
@@ -239,10 +240,10 @@ def measured_section(measured: Compared) -> Section:
     costs = measured.unreduced.runs[0].cost.cells
     return Section(
         "Answers and times",
-        f"Of {measured.questions} questions of the data, those that policies were scored on. Right "
-        "is an answer that is exactly the given one, in brackets with the 95 % interval of a "
-        "bootstrap; the same are answers of the unreduced model. Times and costs are those of the "
-        "first question's prefill on this machine.",
+        f"Of {counted(measured.questions, 'question')} of the data, those that policies were "
+        "scored on. Right is an answer that is exactly the given one, in brackets with the 95 % "
+        "interval of a bootstrap; the same are answers of the unreduced model. Times and costs "
+        "are those of the first question's prefill on this machine.",
         table(["method", *right, "same, %", "ms", *costs], rows),
     )
 
@@ -280,21 +281,22 @@ def _looks_table(looks: Sequence[Look]) -> str:
 def search_section(result: SearchResult) -> Section:
     """Show the course of a search and its best candidates."""
     limit = result.limits.get("visual_tokens")
+    passes = counted(f"{result.evaluations:,}", "forward pass", "forward passes")
     return Section(
         "The search",
         "Above, the task loss of each step at the best place (thin) and its running mean; below, "
         "the visual tokens of the relaxed model, which a growing multiplier pushes to the limit. "
         "What the steps reach, presets and small changes of the best are measured in the static "
         "form, the form that runs, and the best is returned: it comes from "
-        f"“{result.best.source}”. All that took {result.evaluations:,} forward passes of a batch, "
+        f"“{result.best.source}”. All that took {passes} of a batch, "
         f"of which a backward pass counts two. {_losses(result)}",
         # Where no reduction is right, no step was taken.
         *([charts.history_chart(result.history, limit)] if result.history else []),
         table(
             ["candidate", "task loss", *result.unreduced.cells, "reductions"],
             [_candidate_row(candidate) for candidate in _telling_candidates(result.candidates)],
-            f"The best from each source, of {len(result.candidates)} candidates; the first was "
-            "returned. A refined one is a small change of the best so far.",
+            f"The best from each source, of {counted(len(result.candidates), 'candidate')}; the "
+            "first was returned. A refined one is a small change of the best so far.",
             "listing",
         ),
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from deos_fx.words import counted
+
 __all__ = ["CELL", "FINE", "Move", "TokenStep", "draw_image", "draw_step", "strength"]
 
 CELL = 12
@@ -98,7 +100,7 @@ def draw_step(step: TokenStep, name: str, grid: tuple[int, int]) -> str:
     if max(grid) < FINE:
         parts += [f'<rect class="kept" {_box(patch, grid, 0.7)}/>' for patch in sorted(kept)]
     parts += [_line(move, grid, strength(step)) for move in step.moves]
-    label = f"{len(kept)} of {len(step.before)} tokens are left after {step.site}"
+    label = f"{len(kept)} of {counted(len(step.before), 'token')} left after {step.site}"
     return (
         f'<svg viewBox="0 0 {width} {height}" class="tokens {step.regime}" role="img" '
         f'aria-label="{label}">{"".join(parts)}</svg>'

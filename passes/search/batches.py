@@ -123,8 +123,8 @@ def checked_calls(
         raise ValueError("data is empty: give at least one dict of model inputs.")
     if with_labels not in (0, len(calls)):
         raise ValueError(
-            f"{with_labels} of the {len(calls)} batches of data have labels: give them with all "
-            "batches, or with none."
+            f"There are labels in {with_labels} of the {len(calls)} batches of data: give them "
+            "with all batches, or with none."
         )
     _check_alike(facts, calls)
     return calls, with_labels > 0, interrupted

@@ -93,7 +93,7 @@ def result_of(
     best = candidates[0]
     if best.loss == math.inf:
         raise ValueError(
-            f"The losses of all {len(candidates)} policies that were tried are NaN or infinite. "
+            f"The loss of every policy that was tried, of {len(candidates)}, is NaN or infinite. "
             "Load the model in float32 or bfloat16, or raise the budget."
         )
     # The signature of the model lets the policy be refused by other models.

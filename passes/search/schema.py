@@ -8,6 +8,7 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from deos_fx.contents import own_hash
 from deos_fx.schema import Count, Hash, Strict, Text
+from deos_fx.words import counted
 
 __all__ = ["SearchFile", "StepEntry"]
 
@@ -75,7 +76,7 @@ class SearchFile(Strict):
             raise ValueError(f"the steps of its history are not those from 1 to {steps}")
         if self.tensors != f"step-{steps}.safetensors" or self.best_step > steps:
             raise ValueError(
-                f"its history has {steps} steps, but its tensors are {self.tensors}, and its best "
-                f"loss is that of step {self.best_step}"
+                f"its history has {counted(steps, 'step')}, but its tensors are {self.tensors}, "
+                f"and its best loss is that of step {self.best_step}"
             )
         return self

@@ -20,6 +20,7 @@ from deos_fx.files import write_tensors, write_text
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.reading import read_record, read_tensors
+from deos_fx.words import counted
 
 if TYPE_CHECKING:
     from deos_fx.passes.search.schema import SearchFile
@@ -212,7 +213,9 @@ class SearchState:
         steps = [x for name, x in parts["adam"].items() if name.endswith("/step")]
         counts = [count for x in steps for count in x.flatten().tolist()]
         if counts != [moved] * (len(self.parameters) if moved else 0):
-            raise ValueError(f"its history has {moved} steps, and its optimizer {counts}")
+            raise ValueError(
+                f"its history has {counted(moved, 'step')}, and its optimizer {counts}"
+            )
         like = self.reductions.state_dict()
         check_tensors("the present state", parts["now"], like)
         check_tensors("the best state", parts["best"], like if parts["best"] else {})

@@ -60,7 +60,7 @@ def test_show_draws_the_policy_of_a_folder(asked: Any, tmp_path: Path) -> None:
     folder, options, *_ = asked
     output = run("show", folder / "reduced", *options, "--output", tmp_path / "out")
     assert "projector: 4 of 144 visual tokens kept" in output.replace("\n", " ")
-    assert "4 of 144 visual tokens are left" in (tmp_path / "out" / "show.html").read_text()
+    assert "4 of 144 visual tokens left" in (tmp_path / "out" / "show.html").read_text()
     with Image.open(tmp_path / "out" / "show.png") as picture:
         # Two panels of 480 pixels.
         assert picture.size == (2 * 480 + 3 * 16, 480 + 28 + 2 * 16)

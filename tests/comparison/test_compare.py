@@ -309,7 +309,7 @@ def test_files_are_compared_by_their_pixels(tmp_path: Any, asked: Any) -> None:
         ({"seeds": 0}, "seeds is 0"),
         ({"evaluations": 0}, "evaluations is 0"),
         ({"policies": {"merge": Policy()}}, "a policy is called 'merge', as another row is"),
-        ({"tuning": []}, "0 of 0 questions of the tuning data have no answer"),
+        ({"tuning": []}, "no answer to 0 of 0 questions of the tuning data"),
         ({"policies": {"deep": Policy((Reduction("decoder.20", 8),))}}, "decoder.20"),
     ],
 )
@@ -320,7 +320,7 @@ def test_wrong_arguments(loaded: Any, asked: Any, options: Any, words: str) -> N
 
 def test_missing_answers(loaded: Any, asked: Any) -> None:
     bare = [replace(record, answer=None) for record in records(asked)]
-    with pytest.raises(ValueError, match="12 of 12 questions of the test data have no answer"):
+    with pytest.raises(ValueError, match="no answer to 12 of 12 questions of the test data"):
         compare(*loaded, bare, budget=TOKENS)
     with pytest.raises(ValueError, match="the test data is empty"):
         compare(*loaded, [], budget=TOKENS)

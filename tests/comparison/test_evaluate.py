@@ -102,7 +102,7 @@ def test_what_is_refused(loaded: Any, records: list[Record], options: Any, words
 
 def test_some_answers_are_refused(loaded: Any, records: list[Record]) -> None:
     some = [records[0], replace(records[1], answer=None)]
-    with pytest.raises(ValueError, match="1 of 2 questions of the test data have no answer"):
+    with pytest.raises(ValueError, match="no answer to 1 of 2 questions of the test data"):
         evaluate(*loaded, some)
     with pytest.raises(ValueError, match="the test data is empty"):
         evaluate(*loaded, [])

@@ -98,7 +98,7 @@ def test_special_tokens_come_once(scene, added, template, prompt, answered):
 
 def test_prompts_that_begin_otherwise_than_others_are_refused(scene):
     records = [Record(scene, QUESTION), Record(scene, f"<bos> {QUESTION}")]
-    with pytest.raises(ValueError, match="1 of 2 prompts of a batch begin with <bos>"):
+    with pytest.raises(ValueError, match="<bos> begins 1 of 2 prompts"):
         list(batches(build("<bos> $A"), records, 2))
 
 

@@ -255,7 +255,7 @@ def test_paligemma_puts_answers_in_by_itself() -> None:
             Record(IMAGES[:2], "what is <image>?", where="d.jsonl, line 2"),
             "line 2: the text has pl",
         ),
-        (Record(IMAGES[0], "<image> and <image>"), "has places for 2 images, and 1 are given"),
+        (Record(IMAGES[0], "<image> and <image>"), "has places for 2 images, but comes with 1"),
         (Record(Path("no.png"), "what?", where="d.csv, line 5"), "line 5: no.png is not an image"),
     ],
 )

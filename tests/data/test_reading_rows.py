@@ -168,7 +168,7 @@ USER = {"role": "user", "content": "what?"}
         ({"image": ".", "prompt": "a"}, "there is no image"),
         ({"image": "a\0b", "prompt": "a"}, "there is no image"),
         ({"image": "x" * 5000, "prompt": "a"}, "'x+...: .*too long"),
-        ({"image": PNG, "prompt": "<image> <image>"}, "places for 2 images, and 1 are given"),
+        ({"image": PNG, "prompt": "<image> <image>"}, "places for 2 images, but comes with 1"),
         ({"image": "https://x.org/a.png", "prompt": "a"}, "is a URL, and nothing is downloaded"),
         ({"messages": [], "image": PNG}, r"messages is \[\]; give a list"),
         ({"messages": "what?", "image": PNG}, "messages is 'what\\?'; give a list"),
@@ -202,7 +202,7 @@ def test_a_wrong_row_is_named(folder: Path, row: Any, words: str) -> None:
 
 def test_the_first_row_without_an_answer_is_named(folder: Path) -> None:
     path = write(folder, [ROW, {"image": PNG, "prompt": "what?"}, ROW])
-    with pytest.raises(ValueError, match=r"line 2: 2 of 3 rows have an answer"):
+    with pytest.raises(ValueError, match=r"line 2: there is an answer in 2 of 3 rows"):
         read_records(path)
 
 

@@ -63,7 +63,7 @@ def test_counts_that_cannot_be_taken_are_refused() -> None:
         ((24,), "give 2 counts, for projector, decoder.0"),
         ((64, 9), "projector keeps all of 64 tokens"),
         ((9, 9), "decoder.0 keeps all of 9 tokens"),
-        ((9, 24), "only 9 are left by projector"),
+        ((9, 24), "projector leaves only 9"),
     ):
         with pytest.raises(ValueError, match=reason):
             model.keeping(*keep)

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from closeness import assert_close
-from families import prompts
+from families import START, prompts
 from in_pytorch import without_tracing
 from onnx_families import generate, reduced
 from torch import Tensor
@@ -48,7 +48,6 @@ def assert_same(runtime: OnnxModel, model: ReducedModel, batch: dict[str, Tensor
 FAMILIES = {
     "qwen2_5_vl": "an encoder that reads sizes, positions with coordinates",
     "lfm2_vl": "states of convolutions",
-    "ovis2": "a branch on the tokens of a prompt",
     "video_llava": "images by their former name",
     "deepseek_vl_hybrid": "images in two resolutions",
     "kimi_k25": "values that are narrower than keys",
@@ -83,6 +82,18 @@ def test_families(name: str, tmp_path: Path) -> None:
         model = ReducedModel(model.model, Policy((tower, *model.policy.reductions)))
     export_onnx(model, tmp_path / "x", prompts(name, 1), verify=False)
     assert_same(OnnxModel.from_pretrained(tmp_path / "x"), model, prompts(name, 3))
+
+
+def test_branches_of_a_model_are_those_of_the_export(tmp_path: Path) -> None:
+    """Ovis2 asks whether there are marks of an image; a prompt without them takes another path."""
+    model, inputs = reduced("ovis2"), prompts("ovis2", 2)
+    export_onnx(model, tmp_path / "x", prompts("ovis2", 1), verify=False)
+    runtime = OnnxModel.from_pretrained(tmp_path / "x")
+    assert_same(runtime, model, inputs)
+    bare = inputs["input_ids"].clone()
+    bare[bare == START] = 5
+    with pytest.raises(ValueError, match="asks whether they have tokens of some kind"):
+        runtime(**inputs | {"input_ids": bare})
 
 
 def test_spaces_of_a_tower_and_a_decoder(tmp_path: Path) -> None:

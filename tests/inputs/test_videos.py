@@ -141,7 +141,7 @@ def test_a_new_video_in_a_later_turn() -> None:
     more = batch_of("qwen2_5_vl", [[other]])
     more["attention_mask"] = torch.cat([batch["attention_mask"], more["attention_mask"]], dim=1)
     again = more | {name: batch[name] for name in batch if "video" in name or "second" in name}
-    with pytest.raises(ValueError, match="which are not those of the images given"):
+    with pytest.raises(ValueError, match="not those of the images given"):
         ours(**again, **{CACHE: cache})
     logits = ours(**more, **{CACHE: cache}).logits
     # The whole conversation: what runs over the prompt, and what counts videos.

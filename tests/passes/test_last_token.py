@@ -235,7 +235,7 @@ def test_batches_that_do_not_end_alike_are_named() -> None:
     text["input_ids"] = text["input_ids"].roll(-2, dims=1)
     batch = padded(of_llava(4), text, side="left")
     reduced = ReducedModel(shared_llava(), Policy(PRUNED["both"]))
-    with pytest.raises(ValueError, match="1 of 2 end in one"):
+    with pytest.raises(ValueError, match="an image ends 1 of 2"):
         reduced.explain(**batch)
     with pytest.raises(ValueError, match="some end in an image and others in text"):
         reduced(**batch, labels=batch["input_ids"])

@@ -306,7 +306,7 @@ def test_batches_of_all_kinds_take_their_steps() -> None:
 
 def test_batches_with_and_without_labels_are_refused(model: LlavaForConditionalGeneration) -> None:
     data = [batches(model, labels=True)[0], batches(model, labels=False)[0]]
-    with pytest.raises(ValueError, match="1 of the 2 batches of data have labels"):
+    with pytest.raises(ValueError, match="labels in 1 of the 2 batches"):
         search(model, data, budget=Budget(visual_tokens=0.3))
 
 

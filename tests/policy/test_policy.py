@@ -293,7 +293,7 @@ def test_counts_name_both_numbers_when_there_are_too_few_tokens() -> None:
 
 def test_counts_may_not_grow_with_depth() -> None:
     policy = Policy((Reduction("projector", 18), Reduction("decoder.1", 0.5)))
-    with pytest.raises(ValueError, match="decoder.1 keeps 72 .* only 18 are left by projector"):
+    with pytest.raises(ValueError, match="decoder.1 keeps 72 .* projector leaves only 18"):
         policy.counts(144)
 
 

@@ -404,7 +404,7 @@ def test_turns_that_do_not_continue_are_refused() -> None:
     seen = output.sequences[:, :-1]
     refused("do not continue", input_ids=seen[:, :0], attention_mask=torch.ones_like(seen))
     both = {name: torch.cat([turn[name]] * 2) for name in ("input_ids", "attention_mask")}
-    refused("do not continue a cache of 1 rows", **both)
+    refused("do not continue a cache of 1 row ", **both)
     with pytest.raises(ValueError, match="reads the whole text again"):
         generate(reduced, turn, **{CACHE: cache}, prompt_lookup_num_tokens=2)
 

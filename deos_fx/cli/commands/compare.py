@@ -61,12 +61,12 @@ def compare(
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat", "kind": "what"}
     """
     check_target(output, force, model_dir)
+    from deos_fx.cli.going_together import checked_processor
     from deos_fx.cli.loading import load_model
     from deos_fx.cli.policies import named_policies
     from deos_fx.cli.terminal import comparison_table, stages
     from deos_fx.comparison.compare import compare as run_comparison
     from deos_fx.data import read_records
-    from deos_fx.data.processors import load_processor
     from deos_fx.files import fresh_folder
     from deos_fx.policy.budget import Budget
 
@@ -77,7 +77,7 @@ def compare(
     with fresh_folder(output, ("comparison.*",)) as folder:
         with stages(console) as stage:
             with stage("load"):
-                processor = load_processor(model_dir)
+                processor = checked_processor(model_dir)
                 model = load_model(model_dir, dtype=dtype, device=device)
             with stage.phased("compare") as progress:
                 result = run_comparison(

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from deos_fx.cli.console import Console
 from deos_fx.cli.options import Urls
+from deos_fx.words import counted
 
 if TYPE_CHECKING:
     from deos_fx.data.preview import Preview
@@ -56,17 +57,17 @@ def data(
     kind, the kind of a question, may stand in all of them; docs/data.md has
     more.
     """
+    from deos_fx.cli.going_together import checked_processor
     from deos_fx.cli.loading import meta_model
     from deos_fx.cli.policies import own_policy
     from deos_fx.cli.terminal import stages
     from deos_fx.data import read_records, scaled_processor
     from deos_fx.data.preview import preview
-    from deos_fx.data.processors import load_processor
     from deos_fx.models.facts import facts_of
 
     console = Console()
     records = read_records(file, urls=urls)
-    processor, own = load_processor(model), own_policy(model)
+    processor, own = checked_processor(model), own_policy(model)
     if own is not None:
         # A folder that transform wrote: images as they enter the reduced model.
         processor = scaled_processor(processor, own.image_scale)
@@ -83,10 +84,10 @@ def data(
 
 def _print_row(seen: Preview, console: Console) -> None:
     sizes = ", ".join(f"{width} x {height}" for width, height in seen.sizes)
-    images = "1 image" if len(seen.sizes) == 1 else f"{len(seen.sizes)} images"
     where = escape(seen.record.where)
     console.print(
-        f"[bold]{where}[/]: {images} of {sizes} pixels; {seen.tokens()} tokens, "
+        f"[bold]{where}[/]: {counted(len(seen.sizes), 'image')} of {sizes} pixels; "
+        f"{counted(seen.tokens(), 'token')}, "
         f"{seen.tokens('image')} of them visual, {seen.tokens('answer')} of the answer",
         highlight=False,
         soft_wrap=True,
@@ -104,7 +105,7 @@ def _print_row(seen: Preview, console: Console) -> None:
 
 
 def _totals(seen: Sequence[Preview]) -> Table:
-    table = Table(title=f"{len(seen)} rows", box=None, pad_edge=False, title_justify="left")
+    table = Table(title=counted(len(seen), "row"), box=None, pad_edge=False, title_justify="left")
     for title in ("of a row", "least", "mean", "most"):
         table.add_column(title, justify="left" if title == "of a row" else "right")
     counts = {

@@ -66,6 +66,7 @@ def evaluate(
     """
     if output is not None:
         check_target_file(output, force)
+    from deos_fx.cli.going_together import checked_processor
     from deos_fx.cli.limits import DEFAULT_LIMIT
     from deos_fx.cli.loading import load_unreduced
     from deos_fx.cli.policies import named_policies
@@ -73,7 +74,6 @@ def evaluate(
     from deos_fx.comparison.compare import Given
     from deos_fx.comparison.compare import evaluate as run_evaluation
     from deos_fx.data import read_records
-    from deos_fx.data.processors import load_processor
     from deos_fx.files import write_text
     from deos_fx.policy.budget import Budget
 
@@ -85,8 +85,8 @@ def evaluate(
     records = read_records(data, urls=urls)
     with stages(console) as stage:
         with stage("load"):
+            processor = checked_processor(model_dir)
             model, own = load_unreduced(model_dir, dtype=dtype, device=device)
-            processor = load_processor(model_dir)
             policies |= own
         with stage.phased("evaluate") as progress:
             result = run_evaluation(

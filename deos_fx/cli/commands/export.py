@@ -90,6 +90,7 @@ def export(
         option = "--elastic" if elastic else "--weights"
         raise ValueError(f"--genai and {option} exclude each other; leave one out")
     from deos_fx import export_genai, export_onnx
+    from deos_fx.cli.going_together import checked_processor
     from deos_fx.cli.loading import load_reduced
     from deos_fx.cli.policies import Choice
     from deos_fx.cli.processors import copy_processor
@@ -97,7 +98,6 @@ def export(
     from deos_fx.cli.terminal import stages
     from deos_fx.contents import FILES, recorded
     from deos_fx.data import batches, open_image
-    from deos_fx.data.processors import load_processor
     from deos_fx.files import fresh_folder
 
     # A processor that was written here may be another model's.
@@ -105,7 +105,7 @@ def export(
     # A wrong image shows before the model is loaded.
     record, processor = None, None
     if image is not None:
-        record, processor = question_of(image, _QUESTION, urls=False), load_processor(model_dir)
+        record, processor = question_of(image, _QUESTION, urls=False), checked_processor(model_dir)
         for source in record.images:
             open_image(source, record.where)
     console = report_console()

@@ -50,15 +50,15 @@ def generate(
 
       deos-fx generate onnx --image a.jpg --image b.jpg --prompt "Who is older?"
     """
+    from deos_fx.cli.going_together import checked_processor
     from deos_fx.cli.loading import load_generating
     from deos_fx.cli.policies import Choice
     from deos_fx.cli.processors import going_with
     from deos_fx.cli.questions import question_of
     from deos_fx.comparison.answers import generated
-    from deos_fx.data.processors import load_processor
 
     record = question_of(image, prompt, urls)
-    processor = load_processor(model_dir)
+    processor = checked_processor(model_dir)
     choice = Choice(policy, preset, budget, image_scale)
     model, place = load_generating(model_dir, choice, dtype=dtype, device=device)
     (answer,) = generated(

@@ -102,6 +102,7 @@ def search(
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat"}
     """
     check_target(output, force, model_dir)
+    from deos_fx.cli.going_together import checked_processor
     from deos_fx.cli.loading import load_model
     from deos_fx.cli.searching import (
         alike,
@@ -115,7 +116,6 @@ def search(
     )
     from deos_fx.cli.terminal import announced, stages
     from deos_fx.data import batches, read_records, scaled_processor
-    from deos_fx.data.processors import load_processor
     from deos_fx.passes.search.search import search as run_search
 
     # Mistakes in the limits and in the data show before the model is loaded.
@@ -127,8 +127,8 @@ def search(
         stages(console) as stage,
     ):
         with stage("load"):
+            processor = checked_processor(model_dir)
             model = placed(load_model(model_dir, dtype=dtype, device=device), own)
-            processor = load_processor(model_dir)
             scaled = {scale: scaled_processor(processor, scale) for scale in scales}
             groups = alike(model, [*scaled.values()], records, batch_size)
             inputs: dict[float, Any] = {

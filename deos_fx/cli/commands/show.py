@@ -52,6 +52,7 @@ def show(
       deos-fx show my-llava --image cat.jpg --prompt "What?" --preset fastv
     """
     check_target(output, force, model_dir)
+    from deos_fx.cli.going_together import checked_processor
     from deos_fx.cli.loading import load_reduced
     from deos_fx.cli.policies import Choice
     from deos_fx.cli.questions import question_of
@@ -59,7 +60,6 @@ def show(
     from deos_fx.comparison.answers import inputs_for
     from deos_fx.data import batches, open_image
     from deos_fx.data.frames import frames
-    from deos_fx.data.processors import load_processor
     from deos_fx.files import fresh_folder
 
     console = Console()
@@ -67,7 +67,7 @@ def show(
     images = [open_image(source) for source in record.images]
     with fresh_folder(output) as folder, stages(console) as stage:
         with stage("load"):
-            processor = load_processor(model_dir)
+            processor = checked_processor(model_dir)
             choice = Choice(policy, preset, budget, image_scale)
             reduced = load_reduced(model_dir, choice, dtype=dtype, device=device)
             processor = reduced.processor(processor)
