@@ -127,7 +127,8 @@ def without_tracing() -> Iterator[None]:
         for name in programs:
             (folder / f"{name}.onnx").write_text(name)
 
-    def open(path: Path, *where: Any) -> Session:
+    def open(path: Path, device: Any, shared: Any = None) -> Session:
+        assert device in (None, "cpu", HOST) and shared is None
         return Session(written[path.stem])
 
     with pytest.MonkeyPatch.context() as patch:

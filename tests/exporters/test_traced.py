@@ -161,7 +161,11 @@ def test_parts_for_an_engine(tmp_path: Path) -> None:
     # Compared with the reduced model, as every export is.
     export_genai(model, tmp_path / "x", progress=(told := Told()))
     assert told.stages() == ["trace", "fuse", "write", "check"]
-    manifest = json.loads((tmp_path / "x" / "deos_fx.json").read_text())
+    config, manifest = (
+        json.loads((tmp_path / "x" / f"{name}.json").read_text())
+        for name in ("genai_config", "deos_fx")
+    )
+    assert config["model"]["decoder"]["session_options"]["provider_options"] == []
     assert manifest["images"] == [{"placeholders": tiny.VISUAL, "left": 9}]
 
 
