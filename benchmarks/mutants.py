@@ -27,8 +27,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -289,9 +289,14 @@ class Runner:
     """A plugin of pytest that runs the collected tests for every mutant."""
 
     def __init__(
-        self, mutants: Sequence[Mutant], save: Callable[[int, Sequence[str]], None]
+        self,
+        mutants: Sequence[Mutant],
+        seconds: float,
+        save: Callable[[int, Sequence[str]], None],
     ) -> None:
         self.mutants = mutants
+        # CPU time of the tests of one mutant.
+        self.seconds = seconds
         self.save = save
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -307,6 +312,7 @@ class Runner:
                 and (tests[item.nodeid].runs(mutant) or mutant.is_of(item.path))
             ]
             items.sort(key=lambda x: (not mutant.is_of(x.path), tests[x.nodeid].order))
+            items = self._cheapest(items, tests)
             limits = [tests[item.nodeid].limit for item in items]
             if _passes(items, partial(put_in, mutant.path, mutant.source), limits):
                 survivors.append(f"{mutant} ({len(items)} tests)")
@@ -314,6 +320,21 @@ class Runner:
             print(f"{done - len(survivors)} of {done} killed", flush=True)
             self.save(done, survivors)
         return True
+
+    def _cheapest(
+        self, items: Sequence[pytest.Item], tests: Mapping[str, Touched]
+    ) -> list[pytest.Item]:
+        """Return the first tests, for which there is time."""
+        chosen: list[pytest.Item] = []
+        spent, files = 0.0, set[Path]()
+        for item in items:
+            test = tests[item.nodeid]
+            spent += test.seconds + (0.0 if item.path in files else test.setup)
+            files.add(item.path)
+            if spent > self.seconds:
+                break
+            chosen.append(item)
+        return chosen
 
     def _first_run(self, session: pytest.Session) -> dict[str, Touched]:
         """Return what each test touches, by its name."""
@@ -387,6 +408,12 @@ def main() -> None:
     parser.add_argument("--tests", nargs="+", required=True, help="their tests, as for pytest")
     parser.add_argument("--sample", type=int, help="how many mutants, drawn at random; default all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="CPU time of the tests that are run for a mutant, the cheapest first; default all",
+    )
     parser.add_argument("--output", type=Path, required=True, help="where the results go, as JSON")
     given = parser.parse_args()
     os.chdir(ROOT)
@@ -411,12 +438,19 @@ def main() -> None:
 
     def save(done: int, survivors: Sequence[str]) -> None:
         killed = done - len(survivors)
-        found = {"tried": done, "killed": killed, "interval_95": _interval(killed, done)}
+        tried = Counter(mutant.path for mutant in mutants[:done])
+        left = Counter(one.partition(":")[0] for one in survivors)
+        found = {
+            "tried": done,
+            "killed": killed,
+            "interval_95": _interval(killed, done),
+            "files": {path: [tried[path] - left[path], tried[path]] for path in sorted(tried)},
+        }
         results = said | found | {"survivors": survivors}
         write_text(given.output, json.dumps(results, indent=1) + "\n")
 
     options = ["-q", "-s", "-p", "no:cacheprovider"]
-    runner = Runner(mutants[: given.sample], save)
+    runner = Runner(mutants[: given.sample], given.seconds, save)
     sys.exit(pytest.main([*options, *given.tests], [runner]))
 
 

@@ -29,7 +29,7 @@ from deos_fx.exporters.graphs.prefill import least_text
 from deos_fx.exporters.manifest import IMAGES, PACKAGES, POLICY, write_graphs
 from deos_fx.exporters.models import check_model, device_of
 from deos_fx.exporters.session import cuda_devices
-from deos_fx.files import fresh_folder, write_tensors
+from deos_fx.files import fresh_folder, write_tensors, write_text
 from deos_fx.models.facts import facts_of
 from deos_fx.passes.lower.lower_decode import decode_spaces
 from deos_fx.policy.policy import Policy
@@ -182,7 +182,7 @@ def _write(
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     config = genai_config(model, parts, device)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     manifest = {
         "deos_fx": FORMAT,
         "version": VERSION,

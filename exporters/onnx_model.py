@@ -263,10 +263,9 @@ class OnnxModel:
         self._prompts.check(inputs)
         values = {
             **inputs,
-            # The graphs always take a mask. They take pixels in the dtype of the export.
+            # The graphs always take a mask.
             "attention_mask": inputs.get("attention_mask", torch.ones_like(ids)),
             "position_ids": self._positions(ids, inputs["position_ids"]),
-            "pixel_values": inputs["pixel_values"].to(self._dtype),
             LOGITS: _places(inputs, ids.shape[1] - self._dropped),
             **self._counts,
         }
@@ -330,12 +329,8 @@ class OnnxModel:
         cache.begin(self._decode.empty_states(rows))
         none = torch.zeros(rows, 0, dtype=torch.int64)
         spaces = [
-            TokenSpace(
-                space.first_layer,
-                none,
-                none.to(self._dtype) if space.biased else None,
-                torch.zeros(rows, 1, dtype=torch.int64) if space.position == "grid" else None,
-            )
+            # Under every rule for positions, these are moved by the number of dropped tokens: none.
+            TokenSpace(space.first_layer, none, none.to(self._dtype) if space.biased else None)
             for space in self._spaces
         ]
         cache.record(0, spaces, {})

@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
+import onnxruntime
 import pytest
 import tiny
 import torch
 from closeness import assert_onnx_close
 
+from deos_fx.exporters.elastic import take_counts
 from deos_fx.exporters.onnx import export_onnx
 from deos_fx.exporters.onnx_model import OnnxModel
 from deos_fx.policy.counts import with_counts
@@ -67,6 +70,27 @@ def test_counts_that_cannot_be_taken_are_refused() -> None:
     model._manifest["elastic"] = None
     with pytest.raises(ValueError, match="Export it with elastic=True"):
         model.keeping(24, 9)
+
+
+def test_a_count_takes_the_place_of_a_tensor_that_is_as_long(tmp_path: Path) -> None:
+    kind = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+    given = [
+        onnx_ir.Value(name=name, type=kind, shape=onnx_ir.Shape([name]))
+        for name in ("other", "keep_1", "keep_2")
+    ]
+    nodes = [onnx_ir.node("Shape", [value]) for value in given]
+    for node in nodes:
+        node.outputs[0].name = f"length_{node.inputs[0].name}"
+        node.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.INT64)
+    outputs = [node.outputs[0] for node in nodes]
+    graph = onnx_ir.Graph(given, outputs, nodes=nodes, opset_imports={"": 18}, name="graph")
+    program = onnx_ir.Model(graph, ir_version=10)
+    take_counts(program)
+    onnx_ir.save(program, tmp_path / "x.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"))
+    values = {"other": torch.ones(3), "keep_1": torch.tensor([5]), "keep_2": torch.tensor([7])}
+    found = session.run(None, {name: value.numpy() for name, value in values.items()})
+    assert [length.tolist() for length in found] == [[3], [5], [7]]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ class _Norm(nn.Module):
 def test_small_constants_are_kept(tmp_path: Any) -> None:
     x = torch.stack([torch.zeros(4), torch.arange(4.0)])
     program = Exportable(_Norm(), {"x": x}, {"x": {0: Dim("batch")}}).export()
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        assert value.shape is not None and [*map(str, value.shape)] == ["batch", "4"]
     fuse({"norm": program}, "cpu")
     onnx_ir.save(program, tmp_path / "norm.onnx")
     session = onnxruntime.InferenceSession(

@@ -126,7 +126,17 @@ def test_graphs_are_compared_where_they_can_be(
     monkeypatch.setattr(onnx_module, "quantise", lambda programs, kind: seen.append(kind))
     monkeypatch.setattr(of, "of", lambda *given: of(*given[:2], given[3], {}, {}, (), *given[4:]))
     reduced = ReducedModel(shared_llava(2), POLICIES["new"])
-    export_onnx(reduced, tmp_path / "x", device=device, weights=weights, verify=verify)
+    told: list[tuple[str, int, int]] = []
+    export_onnx(
+        reduced,
+        tmp_path / "x",
+        device=device,
+        weights=weights,
+        verify=verify,
+        progress=lambda *stage: told.append(stage),
+    )
+    of_weights = [("quantise", 0, 1), ("quantise", 1, 1)]
+    assert [one for one in told if one[0] == "quantise"] == (of_weights if weights else [])
     compared = [step for step in steps if verify or step not in (*PLAIN, "check")]
     assert seen == compared
 

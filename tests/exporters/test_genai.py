@@ -19,6 +19,8 @@ from deos_fx.exporters.genai_inputs import genai_inputs
 from deos_fx.exporters.graphs.example import example_of
 from deos_fx.exporters.graphs.image_encoder import record
 from deos_fx.exporters.graphs.parts import FEATURES, Vision, part_graphs
+from deos_fx.exporters.manifest import IMAGES
+from deos_fx.files import write_tensors
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -91,6 +93,8 @@ def test_the_config_says_what_the_engine_asks() -> None:
     decoder = config["decoder"]
     assert (decoder["num_key_value_heads"], decoder["head_size"]) == (2, 16)
     assert decoder["session_options"]["provider_options"] == [{"cuda": {}}]
+    on_cpu = genai_config(model, parts, "cpu")["model"]["decoder"]["session_options"]
+    assert on_cpu["provider_options"] == []
     named = [config[part]["filename"] for part in ("vision", "embedding", "decoder")]
     assert set(named) < set(GENAI_FILES)
 
@@ -117,8 +121,17 @@ def test_a_prompt_loses_as_many_placeholders_as_tokens_are_dropped(tmp_path: Pat
     assert edges.diff()[::2].tolist() == [KEPT, 5]
     assert given["num_image_tokens"].tolist() == [KEPT + 5]
     assert torch.equal(torch.from_numpy(given["pixel_values"]), batch["pixel_values"])
+    # Sizes of images are those of the export, in any type.
+    write_tensors(folder / IMAGES, {"image_sizes": torch.tensor([[64, 64]] * 2)})
+    write_record(folder, manifest)
+    sizes = {"image_sizes": torch.tensor([[64, 64]] * 2, dtype=torch.int32)}
+    assert genai_inputs(folder, batch | sizes).keys() == given.keys()
+    for other in ({}, {"image_sizes": torch.tensor([[64, 32]] * 2)}):
+        with pytest.raises(ValueError, match="image_sizes is not that of the images this model"):
+            genai_inputs(folder, batch | other)
     for wrong, reason in (
         (tiny.inputs(model, 2, images=2), "one prompt without padding"),
+        (batch | {"attention_mask": ids[None] != ids[0]}, "one prompt without padding"),
         (tiny.inputs(model, 1, images=1), "exported for 128"),
         (batch | {"pixel_values": batch["pixel_values"][:1]}, r"pixel_values \[1, 3, 64, 64\]"),
     ):

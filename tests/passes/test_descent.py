@@ -14,6 +14,7 @@ from deos_fx.passes.search.fronts import Fronts
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.proposals import discretise
+from deos_fx.passes.search.run import SearchRun
 from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.budget import Budget
@@ -126,6 +127,18 @@ def test_values_that_were_not_used_for_long_make_room(monkeypatch: pytest.Monkey
     policy = Policy((Reduction("projector", 8),))
     assert problem.static_loss(policy) == problem.static_loss(policy)
     assert isinstance(problem.fronts, Fronts) and len(problem.fronts._known) == 1
+
+
+def test_what_a_search_takes_is_planned_before_its_first_step(problem: SearchProblem) -> None:
+    run = SearchRun(problem, 60, 0, None, None)
+    # The steps, half as many in another regime, and what is measured: both, regimes, variations.
+    steps, losses = 60 + 30, 2 * 9 + 7 + 40
+    assert run._planned(1, 8) == (steps, losses)
+    # Three places and two on each side of the best, and three finalists.
+    assert run._planned(3, 8) == (steps + 7 * 24 + 3 * 20, losses + 10 * 9)
+    # Two tighter budgets go on from this one, with half of the steps and of the variations.
+    run.further = 2
+    assert run._planned(1, 8) == (steps + 2 * 30, losses + 2 * (9 + 20 + 5))
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,19 @@ def test_numbers_stay_in_their_ranges() -> None:
         assert largest == getattr(at.reductions[0], name)
 
 
+def test_numbers_change_a_little() -> None:
+    numbers = {"diversity": 0.5, "gain": 0.5, "temperature": 0.2, "mass_bias": 0.5}
+    at = Policy((Reduction("projector", 8, selector="greedy", **numbers),))
+    seen = [found.reductions[0] for found in variations(at, SITES, TOKENS)]
+    for name, expected in (
+        ("diversity", {0.35, 0.7}),
+        ("gain", {0.4, 0.6}),
+        ("temperature", {0.1, 0.4}),
+        ("mass_bias", {0.25, 0.75}),
+    ):
+        assert expected <= {round(getattr(found, name), 6) for found in seen}
+
+
 def test_depths_move_to_neighbours_that_can_be_reduced() -> None:
     at = Policy((Reduction("decoder.2", 8),))
     moved = {found.reductions[0].site for found in variations(at, SITES, TOKENS)}
