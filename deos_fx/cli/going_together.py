@@ -80,7 +80,8 @@ def _other_tokens(call: Call, processor: Any) -> str:
         own = getattr(processor, "image_token", None) or "<image>"
         number = processor.tokenizer.convert_tokens_to_ids(own)
         return f"an image is {own} there (token id {number}), and token id {token} in the model"
-    known = call.model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = call.model.get_input_embeddings()
+    known = embeddings.weight.shape[0]
     highest = int(ids[ids != token].max())
     if highest >= known:
         return f"its prompts have the token id {highest}, and the model knows {known} tokens"
