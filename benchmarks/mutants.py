@@ -16,6 +16,7 @@ No file of the code is written.
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import inspect
 import json
@@ -27,12 +28,11 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import IO, Any
 
 import libcst as cst
@@ -146,25 +146,33 @@ def _is_left_alone(node: cst.CSTNode) -> bool:
             return True
         case cst.Call(func=cst.Attribute(attr=cst.Name("warn" | "warning"))):
             return True
+    return _is_strict(node)
+
+
+def _is_strict(node: cst.CSTNode) -> bool:
+    """Return whether an argument only asserts something about lengths."""
+    match node:
+        case cst.Arg(keyword=cst.Name("strict")):
+            return True
     return False
 
 
 def _strict(node: cst.CSTNode) -> list[cst.Arg]:
     """Return the arguments of a call that only assert something about lengths."""
-    arguments = node.args if isinstance(node, cst.Call) else ()
-    return [x for x in arguments if isinstance(x.keyword, cst.Name) and x.keyword.value == "strict"]
+    return list(filter(_is_strict, node.args)) if isinstance(node, cst.Call) else []
 
 
 # *** running ***
 
 
-def put_in(path: str, source: str) -> None:
-    """Put other code in the place of a module's, wherever it is referred to."""
+def put_in(path: str, source: str | ast.Module, **names: object) -> None:
+    """Put other code in the place of a module's, wherever it is referred to; with more names."""
     first, *rest = Path(path).with_suffix("").parts
     name = ".".join([PACKAGES.get(first, first), *rest]).removesuffix(".__init__")
     module = importlib.import_module(name)
     changed = ModuleType(module.__name__)
-    changed.__dict__.update(__file__=module.__file__, __package__=module.__package__)
+    vars(module).update(names)
+    changed.__dict__.update(__file__=module.__file__, __package__=module.__package__, **names)
     exec(compile(source, str(module.__file__), "exec", dont_inherit=True), changed.__dict__)
     for name, new in vars(changed).items():
         old = vars(module).get(name)
@@ -202,10 +210,12 @@ class Touched:
     Attributes:
         places: Path, first and last line of every function.
         seconds: CPU time of the test.
+        setup: CPU time of the fixtures of its file, which the first test of a file waits for.
     """
 
     places: set[tuple[str, int, int]]
     seconds: float
+    setup: float
 
     def runs(self, mutant: Mutant) -> bool:
         """Return whether the test runs the changed function; for a table, anything of its file."""
@@ -213,59 +223,66 @@ class Touched:
         inside = any(first <= mutant.line <= last for first, last in of_file)
         return inside or (bool(of_file) and not mutant.in_function)
 
+    @property
+    def order(self) -> tuple[float, float]:
+        """Return what to sort by: the cheapest first, and files with slow fixtures in one go."""
+        return (self.setup if self.setup > 1 else 0.0, self.seconds)
+
+    @property
+    def limit(self) -> float:
+        """Return the CPU time after which the test may never end."""
+        return 10 + 10 * (self.setup + self.seconds)
+
 
 class Watcher:
     """A plugin of pytest that sees what each test touches; what fixtures do counts for the file."""
 
-    def __init__(self, paths: Iterable[str]) -> None:
-        self._paths = {os.path.realpath(ROOT / path): path for path in paths}
-        self._seen: dict[str, set[CodeType]] = defaultdict(set)
+    def __init__(self) -> None:
+        self._seen: dict[str, set[tuple[str, int, int]]] = defaultdict(set)
+        self._name = ""
         self._seconds: dict[str, float] = {}
+        # Of the slowest fixtures of each file.
+        self._setup: dict[Path, float] = defaultdict(float)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
         """See what the fixtures of a test run."""
-        with self._watching(item.path.as_posix()):
-            return (yield)
+        start, self._name = time.process_time(), item.path.as_posix()
+        result = yield
+        self._setup[item.path] = max(self._setup[item.path], time.process_time() - start)
+        return result
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         """See what a test runs."""
-        start = time.process_time()
-        with self._watching(item.nodeid):
-            result = yield
+        start, self._name = time.process_time(), item.nodeid
+        result = yield
         self._seconds[item.nodeid] = time.process_time() - start
         return result
 
-    @contextmanager
-    def _watching(self, name: str) -> Iterator[None]:
-        codes = self._seen[name]
-        # A trace function that returns None sees calls and no lines.
-        sys.settrace(lambda frame, *_: codes.add(frame.f_code))
-        try:
-            yield
-        finally:
-            sys.settrace(None)
+    def put_in(self, path: str) -> None:
+        """Let every function of a module tell when it is called."""
+        tree = ast.parse((ROOT / path).read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                first = min(each.lineno for each in (node, *node.decorator_list))
+                tell = ast.parse(f"__touch__({(path, first, node.end_lineno)})").body
+                node.body = [*tell, *node.body]
+        put_in(path, tree, __touch__=lambda place: self._seen[self._name].add(place))
 
     def write(self, items: Sequence[pytest.Item], file: IO[str]) -> None:
         """Write what each test touches, by its name, as JSON."""
         found = {
             item.nodeid: (
-                [
-                    (path, code.co_firstlineno, max(line or 0 for *_, line in code.co_lines()))
-                    for code in self._seen[item.nodeid] | self._seen[item.path.as_posix()]
-                    if (path := self._paths.get(_real(code.co_filename)))
-                ],
+                [*(self._seen[item.nodeid] | self._seen[item.path.as_posix()])],
                 self._seconds[item.nodeid],
+                self._setup[item.path],
             )
             for item in items
             if item.nodeid in self._seconds
         }
         json.dump(found, file)
         file.flush()
-
-
-_real = cache(os.path.realpath)
 
 
 class Runner:
@@ -289,9 +306,9 @@ class Runner:
                 # A test may read a table, and run nothing of its file.
                 and (tests[item.nodeid].runs(mutant) or mutant.is_of(item.path))
             ]
-            items.sort(key=lambda x: (not mutant.is_of(x.path), tests[x.nodeid].seconds))
-            limits = [10 + 10 * tests[item.nodeid].seconds for item in items]
-            if _passes(items, {mutant.path: mutant.source}, limits):
+            items.sort(key=lambda x: (not mutant.is_of(x.path), tests[x.nodeid].order))
+            limits = [tests[item.nodeid].limit for item in items]
+            if _passes(items, partial(put_in, mutant.path, mutant.source), limits):
                 survivors.append(f"{mutant} ({len(items)} tests)")
                 print("survives:", survivors[-1], flush=True)
             print(f"{done - len(survivors)} of {done} killed", flush=True)
@@ -301,33 +318,36 @@ class Runner:
     def _first_run(self, session: pytest.Session) -> dict[str, Touched]:
         """Return what each test touches, by its name."""
         # Every file in the place of itself: what fails then is no matter of a mutant.
-        files = {mutant.path: (ROOT / mutant.path).read_text("utf-8") for mutant in self.mutants}
-        watcher = Watcher(files)
+        paths = {mutant.path for mutant in self.mutants}
+        watcher = Watcher()
         session.config.pluginmanager.register(watcher)
         with tempfile.TemporaryFile("w+") as file:
             finish = partial(watcher.write, session.items, file)
-            passed = _passes(session.items, files, [0.0] * len(session.items), finish)
+            limits = [0.0] * len(session.items)
+            passed = _passes(session.items, lambda: [*map(watcher.put_in, paths)], limits, finish)
             session.config.pluginmanager.unregister(watcher)
-            if session.testsfailed or not passed:
-                raise pytest.UsageError("there are failures without a mutant")
             file.seek(0)
-            return {
-                name: Touched({(path, a, b) for path, a, b in places}, seconds)
-                for name, (places, seconds) in json.load(file).items()
+            found = {
+                name: Touched({(path, a, b) for path, a, b in places}, *seconds)
+                for name, (places, *seconds) in json.load(file).items()
             }
+            if session.testsfailed or not passed:
+                last = list(found)[-1:] or "the first test"
+                raise pytest.UsageError(f"{last} fails without a mutant, or a test after it")
+            return found
 
 
 def _passes(
     items: Sequence[pytest.Item],
-    files: Mapping[str, str],
+    prepare: Callable[[], object],
     limits: Sequence[float],
     finish: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Return whether tests pass with other texts of files, in a process of their own.
+    """Return whether tests pass in a process of their own.
 
     Args:
         items: The tests.
-        files: The texts, by path.
+        prepare: Changes the code in that process.
         limits: CPU time of each test after which it counts as failed, since it may never end; 0
             for none.
         finish: What to do in that process at the end.
@@ -340,8 +360,7 @@ def _passes(
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-        for path, source in files.items():
-            put_in(path, source)
+        prepare()
         code = any(map(_fails, items, [*items[1:], None], limits))
         finish()
     finally:

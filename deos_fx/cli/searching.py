@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from deos_fx.comparison.compare import Given
     from deos_fx.data import Record
+    from deos_fx.policy.policy import Policy
     from deos_fx.results.search_front import SearchFront
     from deos_fx.results.search_result import SearchResult
 
@@ -277,7 +279,7 @@ def write_found(
     for name, one in found.items():
         # Shown first: a disk may be full.
         console.print(one.policy, highlight=False, markup=False)
-        one.policy.save(folder / name)
+        _save(one.policy, folder / name)
         console.print(one.basis, highlight=False, markup=False)
         for doubt in one.doubts:
             console.print(f"Warning: {doubt}", style="yellow", highlight=False, markup=False)
@@ -300,3 +302,21 @@ def write_found(
         logging.getLogger("deos_fx").warning("there is no report: %s", error)
         return list(found)
     return [*found, "report.html"]
+
+
+def _save(policy: Policy, path: Path) -> None:
+    """Save a policy, or learned parts elsewhere: nobody can copy these from the screen.
+
+    Raises:
+        OSError: If it cannot be written; the message says where it is instead.
+    """
+    try:
+        policy.save(path)
+    except OSError as error:
+        if not policy.tensors:
+            raise
+        # The policies are all that hours of search have found, and take kilobytes.
+        rescued = Path(tempfile.mkdtemp(prefix="deos-fx-")) / path.name
+        policy.save(rescued)
+        message = f"{error}. The policy is in {rescued}, with its learned parts beside it"
+        raise OSError(message) from error

@@ -153,7 +153,7 @@ def _length(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict[s
     whole = original.__name__ == "get_seq_length" and len(args) + len(kwargs) == 1
     if tracer.block and whole:
         raise CaptureError(
-            f"{tracer.block} counts positions itself, by the length of its cache, which is "
+            f"{tracer.block.name} counts positions itself, by the length of its cache, which is "
             "shorter where tokens were dropped. Use a model that gives its layers positions."
         )
     return original(*args, **kwargs)

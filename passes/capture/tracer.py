@@ -161,13 +161,13 @@ class Tracer(fx.Tracer):
         annotate(node, block=block, keeps_shape=keeps_shape)
         output = (self.proxy(node), *value[1:]) if alone else self.proxy(node)
         # Hooks collect hidden states (transformers' output_hidden_states). They must see the
-        # proxy: with the value, everything collected would become a constant of the graph.
+        # proxy: with the value, everything collected would become a constant of the graph. What
+        # they return counts when the graph runs, which calls the module with its hooks.
         for hook_id, hook in module._forward_hooks.items():
             if shards(hook):
                 continue
             extra = (kwargs,) if hook_id in module._forward_hooks_with_kwargs else ()
-            replaced = hook(module, args, *extra, output)
-            output = output if replaced is None else replaced
+            hook(module, args, *extra, output)
         return output
 
     def call_mask_function(

@@ -10,7 +10,7 @@ a state run over the open tokens alone. And some of the others stay in the seque
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -167,12 +167,14 @@ class _Insertion(Lowering):
         """Return the spaces, and the gates of every site."""
         return super().outputs() | {"gates": self.gates}
 
-    def reduce_images(self, step: Step, place: Place) -> None:
+    def reduce_images(
+        self, step: Step, place: Place, put_back: Callable[[fx.Node], fx.Node]
+    ) -> None:
         """Reduce every image alone: its patches in the tower, or its features after it."""
         if step.stage != "vision":
             # Masses bias attention only in the stage in which they arise.
             self.beta = None
-        super().reduce_images(step, place)
+        super().reduce_images(step, place, put_back)
         # Gates of images [I, C] are reported as gates of prompts, like those in the decoder.
         self.gates.append(self.call(tokens.masses_of_prompt, self.alive, self.layout.images))
 

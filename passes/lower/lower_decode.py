@@ -22,7 +22,7 @@ from deos_fx.models.upstream import CACHE
 from deos_fx.passes.analyse.annotate_token_spaces import kind_of_mask, position_tables
 from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import blocks_of
-from deos_fx.passes.notes import MASK, annotate, note_of
+from deos_fx.passes.notes import note_of
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.site import first_layer, split_site
@@ -360,9 +360,7 @@ def _mask_of_space(
     arguments = {**kwargs, "layer_idx": _layer_of(mask, space)}
     # After everything that the original mask reads, before anything that reads it.
     with graph.inserting_before(min(made.users)):
-        node = graph.create_node("call_module", name, (), arguments, name)
-    annotate(node, axes=MASK)
-    return node
+        return graph.create_node("call_module", name, (), arguments, name)
 
 
 def _latest(replaced: dict[fx.Node, fx.Node], value: fx.Node) -> fx.Node:

@@ -7,7 +7,7 @@ observed that nothing ranks by.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -130,12 +130,14 @@ class Lowering(SiteWalk):
 
     # *** before the decoder ***
 
-    def reduce_images(self, step: Step, place: Place) -> None:
+    def reduce_images(
+        self, step: Step, place: Place, put_back: Callable[[fx.Node], fx.Node]
+    ) -> None:
         """Reduce every image alone: its patches in the tower, or its features after it."""
         # All images have one size here: an encoder that takes several at once is opaque.
         (count,) = set(step.counts)
         reduced = self._operate(step, count, place, self.mass, self._last_of(self.layout.images))
-        left = place.put_back(reduced.tokens)
+        left = put_back(reduced.tokens)
         kept = reduced.kept
         if self.kept is not None:
             # Case: not the first reduction. Indices into what the one before has kept become

@@ -123,8 +123,17 @@ class SiteWalk(ABC):
     # *** what differs between forms ***
 
     @abstractmethod
-    def reduce_images(self, step: Step, place: Place) -> None:
-        """Reduce every image alone: its patches in the tower, or its features after it."""
+    def reduce_images(
+        self, step: Step, place: Place, put_back: Callable[[fx.Node], fx.Node]
+    ) -> None:
+        """Reduce every image alone: its patches in the tower, or its features after it.
+
+        Args:
+            step: The reduction.
+            place: The tokens of images.
+            put_back: Lets everything after the site read other tokens, and returns the hidden
+                states, to which it adds the class tokens itself.
+        """
 
     @abstractmethod
     def reduce_inside(self, steps: Sequence[Step]) -> Inside:
@@ -189,11 +198,13 @@ class SiteWalk(ABC):
         def put_back(reduced: fx.Node) -> fx.Node:
             if class_tokens:
                 reduced = self.call(tokens.with_patches, whole, reduced, class_tokens)
-            return _replace(whole, reduced, users)
+            for user in users:
+                user.replace_input_with(whole, reduced)
+            return reduced
 
         with self.graph.inserting_before(anchor):
             own = self.call(tokens.without_class, whole, class_tokens) if class_tokens else whole
-            self.reduce_images(step, Place(whole, own, features, put_back))
+            self.reduce_images(step, Place(whole, own, features), put_back)
         # For a reduction at the projector that observes the same block.
         self._in_tower = features
 
@@ -201,20 +212,12 @@ class SiteWalk(ABC):
         """Find the tokens of images that are already in the prompt, and reduce each image alone."""
         hidden = self.nodes[self.sites.features]
         # After both the prompt and the visual tokens' positions.
-        anchor = max(hidden, self.visual).next
-        put_back = partial(_replace, hidden, users=users_after(hidden, anchor))
-        with self.graph.inserting_before(anchor):
+        with self.graph.inserting_before(max(hidden, self.visual).next):
             # Images of one size are rows of one tensor, so they are reduced together.
             alike = self.layout.alike()
-            self.reduce_merged(step, [self._group(step, hidden, put_back, one) for one in alike])
+            self.reduce_merged(step, [self._group(step, hidden, one) for one in alike])
 
-    def _group(
-        self,
-        step: Step,
-        hidden: fx.Node,
-        put_back: Callable[[fx.Node], fx.Node],
-        images: Sequence[int],
-    ) -> Group:
+    def _group(self, step: Step, hidden: fx.Node, images: Sequence[int]) -> Group:
         """Take the tokens of the images of one size out of the prompts [B, N, d]."""
         count, columns = len(images), None
         if count < self.layout.images:
@@ -242,7 +245,7 @@ class SiteWalk(ABC):
         features = self._image_features(step, cells, count)
         # [B, N, d] -> the visual tokens of prompts -> those of images [I, V, d]
         own = self.call(tokens.of_images, self.call(tokens.take, hidden, visual), count)
-        return Group(hidden, own, features, put_back, images, columns, cells, mass)
+        return Group(hidden, own, features, images, columns, cells, mass)
 
     def _enter_decoder(self) -> None:
         """Let later reductions see the text as it enters the first decoder layer.
@@ -262,10 +265,9 @@ class SiteWalk(ABC):
         """Find the visual tokens after a decoder layer, and reduce them."""
         features = self._prompt_features(step)
         hidden = features.hidden
-        put_back = partial(_replace, hidden, users=users_after(hidden, features.anchor))
         with self.graph.inserting_before(features.anchor):
             own = self.call(tokens.take, hidden, self.visual)
-            self.reduce_prompt(step, Place(hidden, own, features, put_back))
+            self.reduce_prompt(step, Place(hidden, own, features))
 
     # *** features ***
 
@@ -333,10 +335,3 @@ class SiteWalk(ABC):
     def _sides(self) -> torch.Tensor:
         """Return rows and columns of an image, all of one size."""
         return torch.tensor([self.layout.grid])
-
-
-def _replace(value: fx.Node, by: fx.Node, users: Sequence[fx.Node]) -> fx.Node:
-    """Let some users of a value read another one instead, and return that one."""
-    for user in users:
-        user.replace_input_with(value, by)
-    return by

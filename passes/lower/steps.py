@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,14 +47,11 @@ class Place:
             tokens before the decoder, those of prompts [B, N, d] in it.
         own: The visual tokens alone, [I, V, d] or [B, V, d].
         features: Their features.
-        put_back: Lets everything after the site read other hidden states, and returns these. It
-            adds the class tokens of images itself.
     """
 
     whole: fx.Node
     own: fx.Node
     features: Mapping[str, Any]
-    put_back: Callable[[fx.Node], fx.Node]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -27,6 +28,7 @@ from deos_fx.cli.searching import measured, presets_tuned, write_found
 from deos_fx.contents import write_record
 from deos_fx.cost.model import CostModel
 from deos_fx.data import Record
+from deos_fx.policy.learned import Learned
 from deos_fx.results.search_front import SearchFront
 from deos_fx.results.search_result import Candidate
 from deos_fx.version import __version__
@@ -364,6 +366,27 @@ def test_what_a_search_has_found_is_kept_if_its_report_does_not_fit(monkeypatch,
     with pytest.raises(OSError, match="no space left"):
         write_found(found, tmp_path, console, 1)
     assert "no reduction" in console.file.getvalue()
+
+
+def test_learned_parts_are_kept_elsewhere_if_the_folder_of_a_search_is_full(monkeypatch, tmp_path):
+    model, _ = reference.load()
+    cost = CostModel.of_images(model, images=1, text_tokens=8).predict(Policy())
+    learned = Policy((Reduction("projector", 8, learned=Learned({"probe": torch.ones(4)})),))
+    found = SearchResult(learned, [], [Candidate(learned, "", 0.5, cost)], {}, cost, 0.5, 0.5)
+    save, full, elsewhere = Policy.save, tmp_path / "full", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+
+    def save_elsewhere(policy, path):
+        if Path(path).is_relative_to(full):
+            raise OSError("no space left")
+        save(policy, path)
+
+    monkeypatch.setattr(Policy, "save", save_elsewhere)
+    with pytest.raises(OSError, match=r"^no space left. The policy is in .*elsewhere") as error:
+        write_found(found, full, Console(file=io.StringIO()), 1)
+    place = str(error.value).partition("The policy is in ")[2].partition(",")[0]
+    assert Policy.load(place) == learned
 
 
 def test_presets_are_tuned_by_default_where_optuna_is_installed(monkeypatch, capsys):

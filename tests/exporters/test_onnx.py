@@ -181,7 +181,6 @@ def test_onnx_runtime_equals_pytorch(folder, name, batch, text, layout, padding)
     assert torch.equal(runtime.generate(**inputs, **options), reduced.generate(**inputs, **options))
 
 
-@pytest.mark.slow
 @every_case
 def test_a_chat_is_the_same(folder, name):
     reduced, runtime, images = _both(folder, name)

@@ -19,6 +19,7 @@ FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 CASES = int(os.environ.get("FUZZ_CASES", "40"))
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("number", range(FIRST, FIRST + CASES))
 @torch.no_grad()
 def test_case(number: int) -> None:

@@ -156,11 +156,11 @@ def test_a_number_is_a_constant_of_the_graph() -> None:
 
 
 def test_leaves_of_one_name_are_told_apart() -> None:
-    model = _Model(lambda hidden, ids: model.more.embed(hidden)).eval()
-    model.more = nn.ModuleDict({"embed": nn.Linear(WIDTH, WIDTH)})
+    model = _Model(lambda hidden, ids: model.more.other(model.more.embed(hidden))).eval()
+    model.more = nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in ("embed", "other")})
     graph_module = capture(model, {"input_ids": IDS}, BLOCKS)
     calls = [node.name for node in graph_module.graph.find_nodes(op="call_module")]
-    assert calls == ["embed", "more_embed", "decoder_0", "decoder_1", "head"]
+    assert calls == ["embed", "more_embed", "other", "decoder_0", "decoder_1", "head"]
     assert torch.equal(graph_module(OTHER)["logits"], model(OTHER).logits)
 
 
@@ -266,14 +266,17 @@ def test_a_proxy_looks_like_its_value() -> None:
     assert has_proxy([{"x": (1, x)}]) and not has_proxy([x.dtype])
     assert isinstance(x.shape[1], ValueProxy)
     assert [node.name for node in tracer.graph.nodes] == ["x", "getattr_1", "getitem"]
+    # A tensor is a key by itself, a number by its value.
+    assert {x: 1}[x] == 1 and x.shape[1] in {3}
 
 
 def test_what_is_read_into_python_leaves_a_guard() -> None:
     tracer, x = traced(torch.tensor([3]))
     assert int(x) == 3
     assert bool(x == 4) is False
+    assert repr(float(x)) == "3.0" and list(range(5))[x] == 3
     guards = tracer.graph.find_nodes(op="call_function", target=check_guard)
-    assert [guard.args[1] for guard in guards] == [3, False]
+    assert [guard.args[1] for guard in guards] == [3, False, 3.0, 3]
     assert not tracer.graph.find_nodes(op="call_function", target=operator.truth)
     assert bool(x.shape) and len(tracer.graph.find_nodes(op="call_function", target=operator.truth))
     with pytest.raises(GuardError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -185,13 +185,13 @@ class Seen(SiteWalk):
     def _note(self, step: Step, place: Place) -> None:
         self.order.append(step.site.name)
         self.own[step.site.name] = place.own
-        # Everything after the site reads what is put back.
-        place.put_back(self.call(torch.mul, place.own if self.images else place.whole, 2.0))
 
-    images = True
-
-    def reduce_images(self, step: Step, place: Place) -> None:
+    def reduce_images(
+        self, step: Step, place: Place, put_back: Callable[[fx.Node], fx.Node]
+    ) -> None:
         self._note(step, place)
+        # Everything after the site reads what is put back.
+        put_back(self.call(torch.mul, place.own, 2.0))
 
     def reduce_inside(self, steps: Sequence[Step]) -> None:
         raise AssertionError("the image encoder of this model is not one node")
@@ -201,7 +201,6 @@ class Seen(SiteWalk):
 
     def enter_prompt(self, steps: Sequence[Step]) -> None:
         self.order.append("prompt")
-        self.images = False
 
     def reduce_prompt(self, step: Step, place: Place) -> None:
         self._note(step, place)
@@ -226,4 +225,4 @@ def test_a_walk_goes_from_front_to_back_and_finds_the_visual_tokens(class_tokens
     every = list(range(1, 1 + PATCHES))
     hidden = run(made, "decoder_0", on=merged(made, 2 * features[0], every))
     assert_close(output["own"]["decoder.0"], hidden[:, VISUAL])
-    assert_close(output["logits"], run(made, "decoder_1", "head", on=2 * hidden))
+    assert_close(output["logits"], run(made, "decoder_1", "head", on=hidden))
