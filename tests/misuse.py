@@ -760,6 +760,18 @@ SECTIONS = (
                 ),
                 ("deos-fx transform pickled out", "pickled cannot be loaded (UnpicklingError ..."),
                 (
+                    "deos-fx transform my-llava asked.jsonl --force",
+                    "asked.jsonl is a file, and a folder is written; give another name",
+                ),
+                (
+                    "deos-fx profile my-llava --device gpu",
+                    "'gpu' is not a device; give cpu, cuda, cuda:1, ... or auto",
+                ),
+                (
+                    "deos-fx profile my-llava --device cuda:99",
+                    "there is no device cuda:99: torch ...",
+                ),
+                (
                     "deos-fx search my-llava --data nowhere.jsonl",
                     "nowhere.jsonl: No such file or directory",
                 ),

@@ -66,7 +66,7 @@ def test_hashes_are_read_from_the_smallest_file_on(
     monkeypatch.setattr(module, "HASHED_BYTES", 1)
     verify(folder, record)
     (folder / "large").write_text("x")
-    with pytest.raises(ValueError, match="large has 1 byte  instead of 10"):
+    with pytest.raises(ValueError, match="large has 1 byte instead of 10"):
         verify(folder, record)
 
 

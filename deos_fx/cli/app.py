@@ -134,7 +134,7 @@ def _main(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # What these warn of is between packages: nobody who runs a command can mend it.
-    for name in ("torch.onnx", "torch.utils._pytree", "torchao"):
+    for name in ("torch.onnx", "onnx_ir", "torch.utils._pytree", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

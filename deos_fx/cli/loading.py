@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from deos_fx.cli.policies import Choice, examples_of, policy_of
 from deos_fx.contents import RECORD, record_of
+from deos_fx.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,16 +58,43 @@ def _unreduced(
     if saved is not None:
         message = "%s holds a reduced model: the whole one is taken, and its policy is left aside."
         logging.getLogger("deos_fx").warning(message, model_dir)
+    options = _options(dtype, device)
     with blaming(model_dir):
-        options = _options(dtype, device)
         model = auto_class(config).from_pretrained(model_dir, config=config, **options)
     return model.eval()
 
 
 def _options(dtype: str | None, device: str | None) -> dict[str, Any]:
-    """Return what `from_pretrained` is called with."""
-    where = {} if device is None else {"device_map": device}
-    return {"dtype": dtype or "auto", **where}
+    """Return what `from_pretrained` is called with.
+
+    Raises:
+        ValueError: If the device is not there.
+    """
+    if device is None:
+        return {"dtype": dtype or "auto"}
+    if device not in _MAPS:
+        _check_device(device)
+    return {"dtype": dtype or "auto", "device_map": device}
+
+
+# Ways in which transformers spreads a model over devices.
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"{device!r} is not a device; give cpu, cuda, cuda:1, ... or auto"
+        ) from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"there is no device {device}: torch {torch.__version__} finds "
+            f"{counted(torch.cuda.device_count(), 'CUDA device')} here; leave it out for the CPU"
+        )
 
 
 def load_reduced(
@@ -148,7 +176,11 @@ def load_generating(
             raise ValueError(f"{model_dir} is an export, and its precision is part of its graphs")
         # It takes tensors of the CPU and of any precision.
         inputs = SimpleNamespace(device="cpu", dtype=torch.float32)
-        return OnnxModel.from_pretrained(model_dir, device), inputs
+        try:
+            return OnnxModel.from_pretrained(model_dir, device), inputs
+        except RuntimeError as error:
+            # Case: the device is not there.
+            raise ValueError(str(error)) from error
     if not choice.is_empty or kind is not None:
         reduced = load_reduced(model_dir, choice, dtype=dtype, device=device)
         return reduced, reduced.model

@@ -6,7 +6,7 @@ Annotations of options are evaluated at import, so nothing here waits for torch 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -51,8 +51,8 @@ OutputOption = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there already.")]
 
 Dtype = Annotated[
-    str | None,
-    typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; by default as saved."),
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Precision of the weights; by default as saved."),
 ]
 
 Device = Annotated[
@@ -63,7 +63,8 @@ Device = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 PolicyFile = Annotated[
-    Path | None, typer.Option("--policy", metavar="FILE", help="A policy file, policy.json.")
+    Path | None,
+    typer.Option("--policy", metavar="FILE", help="A policy file, or the folder of a search."),
 ]
 
 Preset = Annotated[

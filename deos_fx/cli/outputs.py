@@ -9,7 +9,7 @@ __all__ = ["check_target", "check_target_file"]
 
 
 def check_target(target: Path, force: bool, *sources: str | os.PathLike[str]) -> None:
-    """Check that a command may write a file or a folder.
+    """Check that a command may write a folder.
 
     Args:
         target: What it would write.
@@ -17,8 +17,8 @@ def check_target(target: Path, force: bool, *sources: str | os.PathLike[str]) ->
         *sources: Folders that the command reads, which are never written to.
 
     Raises:
-        ValueError: If the target is one of the sources, or exists already and is not empty, and
-            overwriting is not allowed.
+        ValueError: If the target is one of the sources or a file, or is not empty, and overwriting
+            is not allowed.
     """
     for source in sources:
         # A hub id is no path, so it resolves to a folder that does not exist.
@@ -27,12 +27,12 @@ def check_target(target: Path, force: bool, *sources: str | os.PathLike[str]) ->
                 f"{target} is the model's own folder, whose files would be replaced; give another "
                 "folder to write"
             )
-    if force:
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, and a folder is written; give another name")
+    if force or not target.is_dir():
         return
-    if target.is_file():
-        raise ValueError(f"{target} exists; add --force to overwrite it, or give another file")
     # Hidden entries are temporary folders: of another process of this search, or of a killed one.
-    if target.is_dir() and any(not entry.name.startswith(".") for entry in target.iterdir()):
+    if any(not entry.name.startswith(".") for entry in target.iterdir()):
         raise ValueError(
             f"{target} exists and is not empty; add --force to overwrite files in it, or give "
             "another folder"
@@ -46,7 +46,8 @@ def check_target_file(target: Path, force: bool) -> None:
         OSError: If it cannot be written.
         ValueError: If it exists already, and overwriting is not allowed.
     """
-    check_target(target, force)
+    if target.is_file() and not force:
+        raise ValueError(f"{target} exists; add --force to overwrite it, or give another file")
     from deos_fx.files import check_file
 
     check_file(target)

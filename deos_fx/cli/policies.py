@@ -90,7 +90,7 @@ def policy_of(
     if choice.path is not None and choice != Choice(choice.path):
         raise ValueError("--policy says where to keep how much; give it without the others")
     if choice.path is not None:
-        policy: Policy | None = Policy.load(choice.path)
+        policy: Policy | None = Policy.load(_one_policy(choice.path))
     elif choice.image_scale is not None:
         policy = _scaled(model, choice, choice.image_scale, examples)
     elif choice.preset is not None:
@@ -224,6 +224,19 @@ def named_policies(paths: Sequence[Path]) -> dict[str, Path]:
         if len({*names}) == len(names):
             return dict(zip(names, paths, strict=True))
     raise ValueError("a policy file is given twice; give each once")
+
+
+def _one_policy(path: Path) -> Path:
+    """Return a policy file, or that of the folder of a search.
+
+    Raises:
+        ValueError: If a folder has none or several.
+    """
+    found = _policies_in(path) if path.is_dir() else [path]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ValueError(f"{path} has the policies {names}; give one, as {found[0]}")
+    return found[0]
 
 
 def _policies_in(path: Path) -> list[Path]:

@@ -31,7 +31,7 @@ from deos_fx.results.methods import UNREDUCED, versions
 from deos_fx.results.search_result import SearchResult
 from deos_fx.words import counted
 
-__all__ = ["compare", "evaluate"]
+__all__ = ["check_names", "check_questions", "compare", "evaluate"]
 
 EVALUATIONS = 40
 """Losses that tuning a preset may take, if no search says how many it took."""
@@ -100,8 +100,8 @@ def compare(
     if evaluations is None:
         evaluations = _as_many_losses((policies or {}).values(), len(tuning or ()), batch_size)
     _check_numbers(budget, seeds, evaluations)
-    _check_questions(test, tuning, metric)
-    _check_names(names, policies or {})
+    check_questions(test, tuning, metric)
+    check_names(names, policies or {})
     given = _given(policies, model)
     if tuning is not None:
         require_optuna()
@@ -161,8 +161,8 @@ def evaluate(
     _check_numbers(budget, seeds=1, evaluations=1)
     answered = any(record.answer is not None for record in test)
     metric = exact_match if answered else None
-    _check_questions(test, None, metric)
-    _check_names(presets, policies or {})
+    check_questions(test, None, metric)
+    check_names(presets, policies or {})
     given = _given(policies, model)
     tokens = max_new_tokens or _answer_tokens(processor, test)
     bench = Bench(model.eval(), processor, test, budget, metric, batch_size, tokens)
@@ -229,7 +229,12 @@ def _check_numbers(budget: Budget, seeds: int, evaluations: int) -> None:
     check_count("evaluations", evaluations, 1)
 
 
-def _check_names(presets: Sequence[str], policies: Mapping[str, Given]) -> None:
+def check_names(presets: Sequence[str], policies: Mapping[str, Given]) -> None:
+    """Check that presets exist, and that no policy has the name of another row.
+
+    Raises:
+        ValueError: If one does not, or has.
+    """
     unknown = sorted(set(presets) - set(RULES))
     if unknown:
         raise ValueError(f"no preset {unknown[0]!r}; choose from {', '.join(RULES)}")
@@ -241,9 +246,14 @@ def _check_names(presets: Sequence[str], policies: Mapping[str, Given]) -> None:
         )
 
 
-def _check_questions(
+def check_questions(
     test: Sequence[Record], tuning: Sequence[Record] | None, metric: Metric | None
 ) -> None:
+    """Check that there are questions, with answers where these are needed.
+
+    Raises:
+        ValueError: If there are none, or some are missing.
+    """
     needed = {"test data": test} if metric is exact_match else {}
     if tuning is not None:
         needed["tuning data"] = tuning

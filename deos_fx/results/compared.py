@@ -106,7 +106,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean, or a difference of two, with the interval that 95 % of the resamples lie in."""
+    """A mean, or a difference of two, with its 95 % interval.
+
+    It is that of the resamples, and the exact one of a share where these cannot differ.
+    """
 
     mean: float
     low: float
@@ -186,14 +189,25 @@ class Compared:
 
     def accuracy(self, row: Row, kind: str = "") -> Difference:
         """Return the mean score of a method, on all questions or those of a kind."""
-        means = self._means(kind)[:, self._column(row)]
-        return _difference(float(self._scores(row, kind).mean()), means)
+        scores = self._scores(row, kind)
+        found = _difference(float(scores.mean()), self._means(kind)[:, self._column(row)])
+        # All questions are answered alike, right (1) or wrong (0).
+        if found.low == found.high and found.mean in (0, 1):
+            least = _least_share(scores.shape[1])
+            return Difference(1, least, 1) if found.mean else Difference(0, 0, 1 - least)
+        return found
 
     def against(self, row: Row, other: Row, kind: str = "") -> Difference:
         """Return how much better a method is than another on the same questions (paired)."""
         means = self._means(kind)
-        found = float(self._scores(row, kind).mean() - self._scores(other, kind).mean())
-        return _difference(found, means[:, self._column(row)] - means[:, self._column(other)])
+        ahead = float(self._scores(row, kind).mean() - self._scores(other, kind).mean())
+        found = _difference(ahead, means[:, self._column(row)] - means[:, self._column(other)])
+        # All questions tell as much: that both do as well, or that one does better (1, -1).
+        if found.low == found.high and ahead in (-1, 0, 1) and row is not other:
+            least = _least_share(int(self._asked(kind).sum()))
+            low, high = (least - 1, 1 - least) if not ahead else (2 * least - 1, 1)
+            return Difference(ahead, low, high) if ahead >= 0 else Difference(ahead, -high, -low)
+        return found
 
     def _column(self, row: Row) -> int:
         return next(i for i, known in enumerate(self.measured) if known is row)
@@ -253,6 +267,15 @@ def bootstrap_means(
 def _difference(mean: float, resampled: np.ndarray[Any, Any]) -> Difference:
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Difference(mean, float(low), float(high))
+
+
+def _least_share(count: int) -> float:
+    """Return the least share of which `count` answers of `count` are likely (1 in 40).
+
+    Resamples of answers that are all alike are alike, too, and a bootstrap would be certain. This
+    end is that of the exact 95 % interval of a share (Clopper and Pearson, 1934).
+    """
+    return 0.025 ** (1 / count)
 
 
 # *** words ***

@@ -118,7 +118,10 @@ def _lead(result: Compared) -> str:
         ahead = result.against(best, others[0])
         text += f", {_points(ahead)} points above the next" if ahead.mean else ", as does the next"
         text += f", {others[0].name}"
-    return f"{text}. In brackets, 95 % intervals of a paired bootstrap over the questions."
+    return (
+        f"{text}. In brackets, 95 % intervals of a paired bootstrap over the questions, or the "
+        "exact ones where all questions are answered alike."
+    )
 
 
 def _tiles(result: Compared) -> str:
@@ -160,11 +163,12 @@ def _accuracies(result: Compared) -> Section:
     return Section(
         "Accuracy",
         "Right answers, and how much better or worse a method is than another on the same "
-        "questions, in points; in brackets the 95 % interval of a paired bootstrap. The same are "
-        "answers of the unreduced model, right or wrong. An interval without 0 is a difference "
-        "that the questions show. The best method was picked on these questions, which flatters "
-        "it a little. The model as it is has the colour of text, policies are blue, presets "
-        "green, and less of the image is ochre. Short strokes are runs with other seeds.",
+        "questions, in points; in brackets the 95 % interval of a paired bootstrap, or the exact "
+        "one where all questions are answered alike. The same are answers of the unreduced "
+        "model, right or wrong. An interval without 0 is a difference that the questions show. "
+        "The best method was picked on these questions, which flatters it a little. The model as "
+        "it is has the colour of text, policies are blue, presets green, and less of the image "
+        "is ochre. Short strokes are runs with other seeds.",
         comparison_charts(result)["accuracy"],
         table(head, rows, note),
     )

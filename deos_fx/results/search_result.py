@@ -145,6 +145,8 @@ class SearchResult:
     def basis(self) -> str:
         """Say where the policy comes from, on which data, and what it is compared with."""
         lines = [f"It comes from: {self.best.source}."]
+        if self.interrupted:
+            lines.insert(0, "The search was interrupted, and this is the best that it had found.")
         losses = [f"policy {self.best.loss:.4g}"]
         if self.evidence is not None:
             lines.append(str(self.evidence))
@@ -198,8 +200,6 @@ def search_report(result: SearchResult, path: str | os.PathLike[str]) -> None:
         search_section(result),
     ]
     lead = f"Searched for a fixed model, and within every limit. {result.basis}"
-    if result.interrupted:
-        lead += " The search was interrupted."
     lead = " ".join([lead, *result.doubts])
     figures = tiles(savings(result.best.cost, result.unreduced))
     text = build_page("A searched token-reduction policy", lead, figures, sections, command())
@@ -242,8 +242,9 @@ def measured_section(measured: Compared) -> Section:
         "Answers and times",
         f"Of {counted(measured.questions, 'question')} of the data, those that policies were "
         "scored on. Right is an answer that is exactly the given one, in brackets with the 95 % "
-        "interval of a bootstrap; the same are answers of the unreduced model. Times and costs "
-        "are those of the first question's prefill on this machine.",
+        "interval of a bootstrap, or the exact one where all are right or none is; the same are "
+        "answers of the unreduced model. Times and costs are those of the first question's "
+        "prefill on this machine.",
         table(["method", *right, "same, %", "ms", *costs], rows),
     )
 

@@ -135,6 +135,14 @@ def test_a_policy_that_is_not_there_is_named(folder: Path) -> None:
         assert "there is no policy found; give a policy file, or the folder" in message
 
 
+def test_a_policy_may_be_the_folder_of_a_search(folder: Path, tmp_path: Path) -> None:
+    Policy((Reduction("projector", 0.5),)).save(tmp_path / "policy.json")
+    assert "projector: keep 0.5" in run("inspect", folder / "qwen", "--policy", tmp_path)
+    Policy().save(tmp_path / "policy-0.25.json")
+    message = fails("inspect", folder / "qwen", "--policy", tmp_path)
+    assert "has the policies policy-0.25.json, policy.json; give one, as" in message
+
+
 def test_export_takes_images_as_the_processor_makes_them(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

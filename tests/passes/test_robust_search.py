@@ -172,6 +172,7 @@ def test_interruptions_leave_the_best_so_far(model: Any, stage: str, step: int |
     settings: dict[str, Any] = {"budget": SMALL, "steps": 3, "sites": sites}
     found = search(model, labelled(model), progress=progress, **settings)
     assert found.interrupted
+    assert found.basis.startswith("The search was interrupted, and this is the best")
     assert found.best.cost.flops <= found.limits["flops"]
     assert found.best.loss == min(each.loss for each in found.candidates)
     # Nothing that was seen before is lost, and nothing new is begun but what gives a policy.

@@ -100,6 +100,28 @@ def test_a_method_against_itself(result: Comparison) -> None:
     assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
+@pytest.mark.parametrize(("ours", "count"), [(1.0, 1), (1.0, 24), (0.0, 24)])
+def test_answers_that_are_all_alike_are_not_certain(ours: float, count: int) -> None:
+    def compared(*values: float) -> Comparison:
+        rows = [Row(f"{i}", "policy", [run_of([v] * count, 8)]) for i, v in enumerate(values)]
+        return Comparison(rows, [""] * count, 8.0, 64, {})
+
+    result = compared(ours, ours, 1 - ours)
+    whole, same, other = result.rows
+    share = stats.binomtest(int(ours * count), count).proportion_ci(method="exact")
+    found = result.accuracy(same)
+    assert found.mean == ours
+    assert (found.low, found.high) == pytest.approx((share.low, share.high))
+    # Of 24 questions, in how many the two may differ.
+    least = stats.binomtest(count, count).proportion_ci(method="exact").low
+    equal = result.against(same, whole)
+    assert (equal.mean, equal.low, equal.high) == pytest.approx((0, least - 1, 1 - least))
+    # One question shows no difference, as in a test of signs.
+    ahead = result.against(other, whole)
+    assert ahead.mean == 1 - 2 * ours
+    assert (min(abs(ahead.low), abs(ahead.high)) > 0 and ahead.low * ahead.high > 0) == (count > 5)
+
+
 # *** order, files ***
 
 

@@ -65,6 +65,8 @@ def compare(
     from deos_fx.cli.loading import load_model
     from deos_fx.cli.policies import named_policies
     from deos_fx.cli.terminal import comparison_table, stages
+    from deos_fx.comparison.answers import exact_match
+    from deos_fx.comparison.compare import check_names, check_questions
     from deos_fx.comparison.compare import compare as run_comparison
     from deos_fx.data import read_records
     from deos_fx.files import fresh_folder
@@ -74,6 +76,8 @@ def compare(
     console, policies = report_console(), named_policies(policy or [])
     records = read_records(test, urls=urls)
     tuning = None if tune is None else read_records(tune, urls=urls)
+    check_names(preset or [], policies)
+    check_questions(records, tuning, exact_match)
     with fresh_folder(output, ("comparison.*",)) as folder:
         with stages(console) as stage:
             with stage("load"):

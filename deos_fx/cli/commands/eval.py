@@ -71,7 +71,7 @@ def evaluate(
     from deos_fx.cli.loading import load_unreduced
     from deos_fx.cli.policies import named_policies
     from deos_fx.cli.terminal import evaluation_table, stages
-    from deos_fx.comparison.compare import Given
+    from deos_fx.comparison.compare import Given, check_names
     from deos_fx.comparison.compare import evaluate as run_evaluation
     from deos_fx.data import read_records
     from deos_fx.files import write_text
@@ -83,6 +83,7 @@ def evaluate(
     if budget is not None and not preset:
         raise ValueError("--budget needs a method to fit to it; give --preset as well")
     records = read_records(data, urls=urls)
+    check_names(preset or [], policies)
     with stages(console) as stage:
         with stage("load"):
             processor = checked_processor(model_dir)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,13 +33,12 @@ def export(
     budget: TokenLimit = None,
     image_scale: ImageScale = None,
     device: Annotated[
-        str | None,
-        typer.Option(
-            help="Where ONNX Runtime is to be fast: cpu or cuda. Default: cuda for half precision."
-        ),
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="Where ONNX Runtime is to be fast. Default: cuda for half precision."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Round the weights: int8 or int4. Default: as they are.")
+        Literal["int8", "int4"] | None,
+        typer.Option(help="Round the weights. Default: as they are."),
     ] = None,
     image: Annotated[
         list[str] | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,7 +19,9 @@ def profile(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="JSON to write.")
     ] = Path("latency.json"),
-    runtime: Annotated[str, typer.Option(help="torch or onnxruntime.")] = "torch",
+    runtime: Annotated[
+        Literal["torch", "onnxruntime"], typer.Option(help="What runs the model.")
+    ] = "torch",
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda. Default: the CPU for torch, else CUDA if any.")
     ] = None,
