@@ -11,7 +11,7 @@ import copy
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -120,6 +120,8 @@ class Captures:
 
     def serving(self, call: Call) -> Captured:
         """Return the capture that serves a prefill; only its guards run, not the model."""
+        # Some guards are behind layers, which would write into the cache of the call.
+        call = replace(call, inputs=_example(call, step=False))
         with torch.no_grad(), without_missing_weights(self.model):
             return self.serve(call, lambda captured: captured.guards)[0]
 

@@ -653,8 +653,8 @@ SECTIONS = (
             Misuse(
                 '"spaces": [{"first_layer": 9, "position": "keep", "biased": false, "dropped": 4}]',
                 "deos_fx.json is not the manifest of an export: spaces has a space "
-                "from layer 9 on without 4 tokens, but there are 4 layers and 64 "
-                "image tokens. Export the model again ...",
+                "from layer 9 on without 4 tokens, but of layers there are 4, and of "
+                "image tokens 64. Export the model again ...",
             ),
         ),
     ),

@@ -15,31 +15,10 @@ if TYPE_CHECKING:
 
     from deos_fx.inputs.call import Call
 
-__all__ = ["check_going_together", "checked_processor"]
+__all__ = ["check_going_together"]
 
 # How code fails that is given inputs of another form.
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-def checked_processor(model_dir: str) -> Any:
-    """Load the processor of a model or an export, and check that it goes with the model.
-
-    Args:
-        model_dir: The folder, or a hub id.
-
-    Raises:
-        ImportError: If it needs a package that is not installed.
-        OSError: If there is none.
-        ValueError: If it is damaged, or another model's.
-    """
-    from deos_fx.cli.loading import kind_of, meta_model
-    from deos_fx.data.processors import load_processor
-
-    processor = load_processor(model_dir)
-    # The graphs of an export compare what they are given with their example.
-    if kind_of(model_dir) != "onnx":
-        check_going_together(processor, meta_model(model_dir), model_dir)
-    return processor
 
 
 def check_going_together(processor: Any, model: PreTrainedModel, where: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from deos_fx.cli.going_together import check_going_together
 from deos_fx.cli.policies import Choice, examples_of, policy_of
 from deos_fx.contents import RECORD, record_of
 from deos_fx.words import counted
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from deos_fx.runtime.saved import SavedModel
 
 __all__ = [
+    "checked_processor",
     "kind_of",
     "load_generating",
     "load_model",
@@ -186,6 +188,26 @@ def load_generating(
         return reduced, reduced.model
     model = load_model(model_dir, dtype=dtype, device=device)
     return model, model
+
+
+def checked_processor(model_dir: str) -> Any:
+    """Load the processor of a model or an export, and check that it goes with the model.
+
+    Args:
+        model_dir: The folder, or a hub id.
+
+    Raises:
+        ImportError: If it needs a package that is not installed.
+        OSError: If there is none.
+        ValueError: If it is damaged, or another model's.
+    """
+    from deos_fx.data.processors import load_processor
+
+    processor = load_processor(model_dir)
+    # The graphs of an export compare what they are given with their example.
+    if kind_of(model_dir) != "onnx":
+        check_going_together(processor, meta_model(model_dir), model_dir)
+    return processor
 
 
 def meta_model(model_dir: str) -> PreTrainedModel:

@@ -15,9 +15,8 @@ from lmms_eval.api.model import lmms
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from deos_fx.cli.going_together import checked_processor
 from deos_fx.cli.limits import read_limit
-from deos_fx.cli.loading import load_generating
+from deos_fx.cli.loading import checked_processor, load_generating
 from deos_fx.cli.policies import Choice
 from deos_fx.cli.processors import going_with
 from deos_fx.comparison.answers import answer_logits, generated

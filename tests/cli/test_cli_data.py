@@ -136,7 +136,8 @@ def test_a_policy_that_is_not_there_is_named(folder: Path) -> None:
 
 
 def test_a_policy_may_be_the_folder_of_a_search(folder: Path, tmp_path: Path) -> None:
-    Policy((Reduction("projector", 0.5),)).save(tmp_path / "policy.json")
+    half = Reduction("projector", 0.5, scores={"feature_norm": 1.0})
+    Policy((half,)).save(tmp_path / "policy.json")
     assert "projector: keep 0.5" in run("inspect", folder / "qwen", "--policy", tmp_path)
     Policy().save(tmp_path / "policy-0.25.json")
     message = fails("inspect", folder / "qwen", "--policy", tmp_path)

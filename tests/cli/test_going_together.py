@@ -19,7 +19,9 @@ def _qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
     write_qwen(folder / "qwen", max_pixels=64 * 64)
     noise(64, 48).save(folder / "0.png")
-    (folder / "d.jsonl").write_text(json.dumps({"image": "0.png", "prompt": "what is it?"}))
+    (folder / "d.jsonl").write_text(
+        json.dumps({"image": "0.png", "prompt": "what is it?", "answer": "one"})
+    )
     return folder / "qwen"
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from closeness import assert_close
+from families import prompts, shared
 from test_reduced_model import MIXED
 from tiny import IMAGE, VISUAL, inputs, shared_llava
 
@@ -140,3 +141,12 @@ def test_explaining_changes_nothing():
     text = repr(reduced.explain(**batch, **{CACHE: before[CACHE]})[0])
     assert "decoder.0: 9 of 64" in text
     assert torch.equal(reduced(**batch).logits, before.logits)
+
+
+def test_guards_that_run_layers_leave_no_keys_behind() -> None:
+    # Whether layers share keys shows when they have run.
+    reduced = ReducedModel(shared("gemma4"), Policy((Reduction("decoder.0", 0.25),)))
+    batch = prompts("gemma4", 1)
+    first, again = (reduced.explain(**batch)[0].kept for _ in range(2))
+    assert first.shape == (1, 8)
+    assert torch.equal(first, again)

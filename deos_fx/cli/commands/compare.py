@@ -61,8 +61,7 @@ def compare(
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat", "kind": "what"}
     """
     check_target(output, force, model_dir)
-    from deos_fx.cli.going_together import checked_processor
-    from deos_fx.cli.loading import load_model
+    from deos_fx.cli.loading import checked_processor, load_model
     from deos_fx.cli.policies import named_policies
     from deos_fx.cli.terminal import comparison_table, stages
     from deos_fx.comparison.answers import exact_match

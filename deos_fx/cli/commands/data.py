@@ -57,8 +57,7 @@ def data(
     kind, the kind of a question, may stand in all of them; docs/data.md has
     more.
     """
-    from deos_fx.cli.going_together import checked_processor
-    from deos_fx.cli.loading import meta_model
+    from deos_fx.cli.loading import checked_processor, meta_model
     from deos_fx.cli.policies import own_policy
     from deos_fx.cli.terminal import stages
     from deos_fx.data import read_records, scaled_processor

@@ -66,9 +66,8 @@ def evaluate(
     """
     if output is not None:
         check_target_file(output, force)
-    from deos_fx.cli.going_together import checked_processor
     from deos_fx.cli.limits import DEFAULT_LIMIT
-    from deos_fx.cli.loading import load_unreduced
+    from deos_fx.cli.loading import checked_processor, load_unreduced
     from deos_fx.cli.policies import named_policies
     from deos_fx.cli.terminal import evaluation_table, stages
     from deos_fx.comparison.compare import Given, check_names

@@ -89,8 +89,7 @@ def export(
         option = "--elastic" if elastic else "--weights"
         raise ValueError(f"--genai and {option} exclude each other; leave one out")
     from deos_fx import export_genai, export_onnx
-    from deos_fx.cli.going_together import checked_processor
-    from deos_fx.cli.loading import load_reduced
+    from deos_fx.cli.loading import checked_processor, load_reduced
     from deos_fx.cli.policies import Choice
     from deos_fx.cli.processors import copy_processor
     from deos_fx.cli.questions import question_of

@@ -50,8 +50,7 @@ def generate(
 
       deos-fx generate onnx --image a.jpg --image b.jpg --prompt "Who is older?"
     """
-    from deos_fx.cli.going_together import checked_processor
-    from deos_fx.cli.loading import load_generating
+    from deos_fx.cli.loading import checked_processor, load_generating
     from deos_fx.cli.policies import Choice
     from deos_fx.cli.processors import going_with
     from deos_fx.cli.questions import question_of

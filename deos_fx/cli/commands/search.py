@@ -102,8 +102,7 @@ def search(
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat"}
     """
     check_target(output, force, model_dir)
-    from deos_fx.cli.going_together import checked_processor
-    from deos_fx.cli.loading import load_model
+    from deos_fx.cli.loading import checked_processor, load_model
     from deos_fx.cli.searching import (
         alike,
         limits_of,

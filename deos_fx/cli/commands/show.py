@@ -52,8 +52,7 @@ def show(
       deos-fx show my-llava --image cat.jpg --prompt "What?" --preset fastv
     """
     check_target(output, force, model_dir)
-    from deos_fx.cli.going_together import checked_processor
-    from deos_fx.cli.loading import load_reduced
+    from deos_fx.cli.loading import checked_processor, load_reduced
     from deos_fx.cli.policies import Choice
     from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
