@@ -82,7 +82,7 @@ HALF = (
         (
             {"input_ids": ids([0, 1, 9, 9, 2], [1, 9, 9, 9, 2])},
             "The prompts have [2, 3] image tokens each, but this model was exported for prompts "
-            f"with 2 (1 images). {ANOTHER}",
+            f"with 2 (1 image). {ANOTHER}",
         ),
         (
             {"attention_mask": torch.ones(2, 1, 5, 5)},

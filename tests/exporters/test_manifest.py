@@ -50,7 +50,7 @@ def test_a_whole_manifest_is_read(tmp_path: Path) -> None:
         ({"packages": {"torch": "\x1b[2J"}}, "packages.torch is .* should match pattern"),
         ({"model": {"model_type": "a"}}, "model lacks the field 'vision_layers'"),
         ({"spaces": [SPACE | {"position": "last"}]}, "position is 'last'"),
-        ({"spaces": [SPACE | {"dropped": 64}]}, "there are 4 layers and 64 image tokens"),
+        ({"spaces": [SPACE | {"dropped": 64}]}, "of layers there are 4, and of image tokens 64"),
         ({"spaces": [SPACE, SPACE | {"dropped": 3}]}, "with ever fewer tokens"),
     ],
 )
