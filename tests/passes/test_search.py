@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from closeness import assert_close
 from families import prompts, shared
 from tiny import IMAGE, VISUAL, abacus, inputs, tiny_llava
+from torch.utils._pytree import tree_flatten
 from transformers import LlavaForConditionalGeneration
 
 from deos_fx import transform
@@ -32,6 +34,7 @@ from deos_fx.results.search_result import SearchResult
 from deos_fx.runtime.reduced_model import ReducedModel
 
 STEPS = 6
+GOLDENS = Path(__file__).parent / "goldens"
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +71,20 @@ def few_variations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def result(model: LlavaForConditionalGeneration) -> SearchResult:
-    data = batches(model, labels=True)
-    return search(model, data, budget=Budget(visual_tokens=0.3, flops=0.8), steps=STEPS)
+def stages() -> dict[str, int]:
+    """What the search below goes through, and how far."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def result(model: LlavaForConditionalGeneration, stages: dict[str, int]) -> SearchResult:
+    return search(
+        model,
+        batches(model, labels=True),
+        budget=Budget(visual_tokens=0.3, flops=0.8),
+        steps=STEPS,
+        progress=lambda stage, done, total: stages.update({stage: total}),
+    )
 
 
 def test_policy_meets_every_limit(result: SearchResult) -> None:
@@ -94,6 +108,36 @@ def test_history_has_every_step_and_the_costs_stay_near_their_limits(result: Sea
     tokens = [record["visual_tokens"] for record in result.history]
     # Steps may begin with more tokens.
     assert tokens[-1] < 1.1 * result.limits["visual_tokens"]
+
+
+def test_it_goes_as_recorded(result: SearchResult, stages: dict[str, int]) -> None:
+    """Up to the variations, many of which are equally good.
+
+    After a change that is meant, write the record again with UPDATE_GOLDENS=1.
+    """
+    found = {
+        # How many steps the estimate is for, but not how many seconds.
+        "stages": {stage: total for stage, total in stages.items() if stage != "estimate"},
+        "history": result.history,
+        "limits": result.limits,
+        "losses": [
+            [candidate.source, candidate.loss]
+            for candidate in result.candidates
+            if not candidate.source.startswith("refined")
+        ],
+    }
+    record = GOLDENS / "search.json"
+    if os.environ.get("UPDATE_GOLDENS"):
+        record.write_text(json.dumps(found, indent=1) + "\n")
+    expected = json.loads(record.read_text())
+    leaves, structure = tree_flatten(found)
+    expected_leaves, expected_structure = tree_flatten(expected)
+    assert structure == expected_structure
+    # Steps add roundings up; a hundredth of another learning rate would be seen.
+    assert leaves == [
+        pytest.approx(leaf, rel=1e-4) if isinstance(leaf, float) else leaf
+        for leaf in expected_leaves
+    ]
 
 
 def test_model_collects_no_gradients(
