@@ -103,9 +103,6 @@ def compare(
     check_questions(test, tuning, metric)
     check_names(names, policies or {})
     given = _given(policies, model)
-    if tuning is not None:
-        require_optuna()
-        check_apart(tuning, test)
     tokens = max_new_tokens or _answer_tokens(processor, test)
     bench = Bench(model.eval(), processor, test, budget, metric, batch_size, tokens)
     # A policy that cannot run is refused before the first question is answered.
@@ -249,23 +246,25 @@ def check_names(presets: Sequence[str], policies: Mapping[str, Given]) -> None:
 def check_questions(
     test: Sequence[Record], tuning: Sequence[Record] | None, metric: Metric | None
 ) -> None:
-    """Check that there are questions, with answers where these are needed.
+    """Check that there are questions, with answers where these are needed, and none in both sets.
 
     Raises:
-        ValueError: If there are none, or some are missing.
+        ImportError: If presets are to be tuned, and Optuna is not installed.
+        ValueError: If there are none, some are missing, or one is in both sets.
     """
-    needed = {"test data": test} if metric is exact_match else {}
-    if tuning is not None:
-        needed["tuning data"] = tuning
-    if not test:
-        raise ValueError("the test data is empty; give at least one question")
-    for name, records in needed.items():
+    given = {"test data": test} | ({} if tuning is None else {"tuning data": tuning})
+    for name, records in given.items():
+        if not records:
+            raise ValueError(f"the {name} is empty; give at least one question")
         missing = sum(record.answer is None for record in records)
-        if missing or not records:
+        if missing and (records is tuning or metric is exact_match):
             raise ValueError(
                 f"there is no answer to {missing} of {counted(len(records), 'question')} of the "
                 f"{name}; give all of them one"
             )
+    if tuning is not None:
+        require_optuna()
+        check_apart(tuning, test)
 
 
 def _given(policies: Mapping[str, Given] | None, model: PreTrainedModel) -> dict[str, Policy]:

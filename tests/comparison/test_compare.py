@@ -309,7 +309,7 @@ def test_files_are_compared_by_their_pixels(tmp_path: Any, asked: Any) -> None:
         ({"seeds": 0}, "seeds is 0"),
         ({"evaluations": 0}, "evaluations is 0"),
         ({"policies": {"merge": Policy()}}, "a policy is called 'merge', as another row is"),
-        ({"tuning": []}, "no answer to 0 of 0 questions of the tuning data"),
+        ({"tuning": []}, "the tuning data is empty; give at least one question"),
         ({"policies": {"deep": Policy((Reduction("decoder.20", 8),))}}, "decoder.20"),
     ],
 )
