@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deos_fx.inputs.batch import media_of_rows
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import ModelFacts, facts_of
@@ -92,8 +93,11 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
     # 3. The batch: this prompt and its images, repeated.
     example = {name: row.expand(BATCH, -1).clone() for name, row in prompt.items()}
-    own = {name: value[: len(value) // len(ids)] for name, value in images.items()}
-    example |= {name: torch.cat([value] * BATCH) for name, value in own.items()}
+    own, repeated = (
+        {name: value for name, value in media_of_rows(call, rows).items() if name in images}
+        for rows in ([0], [0] * BATCH)
+    )
+    example |= repeated
     # 4. Its positions, a row for each prompt: `completed` makes one row if all have the same.
     positions = completed(Call.of(facts, example)).inputs["position_ids"]
     example["position_ids"] = positions.expand(*positions.shape[:-2], *example["input_ids"].shape)

@@ -164,9 +164,11 @@ def test_what_convolutions_read_again_is_handed_on(folder: Any) -> None:
 
 
 def test_recurrent_states_are_not_exported(tmp_path: Any) -> None:
-    empty = ReducedModel(shared("qwen3_5", LAYERS), Policy())
-    with pytest.raises(ValueError, match="Qwen3_5For.* has layers with a recurrent state"):
-        export_onnx(empty, tmp_path / "x", prompts("qwen3_5"))
+    # The second has the patches of all images side by side, in one row.
+    for name in ("qwen3_5", "minicpmv4_6"):
+        empty = ReducedModel(shared(name, LAYERS), Policy())
+        with pytest.raises(ValueError, match="has layers with a recurrent state"):
+            export_onnx(empty, tmp_path / "x", prompts(name))
     with pytest.raises(ValueError, match="Lfm2Vl.* the engine hands on keys and values alone"):
         export_genai(ReducedModel(shared("lfm2_vl", LAYERS), Policy()), tmp_path / "x")
     assert not [*tmp_path.iterdir()]
