@@ -12,6 +12,7 @@ import torch
 from cli_cases import fails, run
 from closeness import assert_close
 from families import shared
+from in_pytorch import without_tracing
 from masked import assert_pruning_is_masking
 from PIL import Image
 from real_processors import noise, write_qwen
@@ -115,14 +116,13 @@ def test_models_of_one_size_are_refused_with_the_policy() -> None:
     assert ReducedModel(shared("internvl"), HALF).policy == HALF
 
 
-# Slow: exports of this family are tested elsewhere.
-@pytest.mark.slow
 def test_an_export_is_for_what_enters(qwen: Any, tmp_path: Path) -> None:
     _, model, processor = qwen
     reduced = ReducedModel(model, HALF)
     (inputs,) = batches(reduced.processor(processor), [ASKED], 1)
-    export_onnx(reduced, tmp_path / "onnx", example_inputs=inputs, verify=False)
-    onnx_model = OnnxModel.from_pretrained(tmp_path / "onnx", "cpu")
+    with without_tracing():
+        export_onnx(reduced, tmp_path / "onnx", example_inputs=inputs, verify=False)
+        onnx_model = OnnxModel.from_pretrained(tmp_path / "onnx", "cpu")
     (own,) = batches(onnx_model.processor(processor), [ASKED], 1)
     with torch.no_grad():
         assert_close(onnx_model(**own).logits, reduced(**own).logits)
