@@ -60,8 +60,8 @@ def test_a_table_is_saved_as_json(tmp_path: Path) -> None:
     [
         ({"lengths": (8, 1, 64)}, "ascending"),
         ({"lengths": (1,)}, "at least two"),
-        ({"layers": ((1.0, 2.0, 3.0),)}, "each of the 2 decoder layers"),
-        ({"layers": ((1.0, 2.0), (1.0, 2.0))}, "each of the 2 decoder layers"),
+        ({"layers": ((1.0, 2.0, 3.0),)}, "for each decoder layer, of which there are 2"),
+        ({"layers": ((1.0, 2.0), (1.0, 2.0))}, "for each decoder layer, of which there are 2"),
         ({"encoder": math.nan}, "no time of a layer"),
         ({"encoder": -1.0}, "no time of a layer"),
         ({"encoder": 1e300}, "give 0 to 1e[+]09"),

@@ -96,7 +96,7 @@ def test_words_say_what_it_looks_at() -> None:
     ("fields", "reason"),
     [
         ({"learned": {"charm": torch.zeros(3)}}, "no part 'charm'; choose from probe"),
-        ({"learned": {"probe": torch.zeros(3, 2)}}, "give a tensor with 1 axes"),
+        ({"learned": {"probe": torch.zeros(3, 2)}}, "give a tensor with 1 axis"),
         ({"learned": {"probe": torch.tensor([1.0, torch.nan])}}, "not finite"),
         ({"similarity": {"learned": 1.0}}, "learned part 'metric' need each"),
         (
