@@ -24,6 +24,7 @@ from deos_fx.runtime.reduced_model import ReducedModel
 __all__ = ["LAYERS", "POLICY", "assert_a_chat_is_the_same", "check_onnx", "generate", "reduced"]
 
 LAYERS = 3
+# Layer 0 of some has a window, in which most visual tokens have the same score: none.
 POLICY = Policy(
     (
         # Norms of features would be alike where the projector ends in a normalisation.
@@ -38,10 +39,6 @@ def reduced(name: str) -> ReducedModel:
     # Layers with a state may not attend, and so have no score by attention.
     model = shared(name, LAYERS)
     steps = POLICY.reductions[:1] if name in STATEFUL else POLICY.reductions
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"] * 2
-    if kinds[:2] == ["full_attention", "sliding_attention"]:
-        # Most visual tokens have the same score in a window: none.
-        steps = tuple(replace(step, site=step.site.replace("1", "0")) for step in steps)
     if facts_of(model).counts_positions:
         steps = tuple(replace(step, position="compact") for step in steps)
     return ReducedModel(model, Policy(steps))
