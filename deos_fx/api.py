@@ -142,7 +142,8 @@ def _share(facts: ModelFacts, budget: Budget) -> float:
 
 def _merge(facts: ModelFacts, ranking: str, keep: int | float) -> Policy:
     """Return `presets.merge` with the score `ranking` to rank tokens by."""
-    policy = presets.merge(keep=keep)
+    # Masses bias attention where that has the keys it is given.
+    policy = presets.merge(keep=keep, mass_bias=0.0 if facts.indexes_keys else 1.0)
     (reduction,) = policy.reductions
     reduction = replace(reduction, scores={ranking: 1.0}, position=facts.position)
     return replace(policy, reductions=(reduction,))

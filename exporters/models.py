@@ -18,7 +18,8 @@ def check_model(model: PreTrainedModel) -> None:
     """Refuse a model that has no ONNX form, before any compute.
 
     Raises:
-        ValueError: If its attention implementation has none, or a layer holds nothing of its own.
+        ValueError: If its attention implementation has none, or a layer holds nothing of its own
+            or more than keys, values and a state.
     """
     _check_attention(model)
     _check_caches(model)
@@ -43,8 +44,13 @@ def device_of(model: PreTrainedModel, device: str | None) -> str:
 
 
 def _check_caches(model: PreTrainedModel) -> None:
-    """Refuse layers that hold nothing of their own."""
+    """Refuse layers that hold nothing of their own, or an index besides."""
     cache = ReducedCache(model.config.get_text_config())
+    if cache.has_index:
+        raise ValueError(
+            f"{type(model).__name__} has layers that choose keys by an index, and an exported "
+            "graph takes and gives keys, values and states alone. Run the reduced model in PyTorch."
+        )
     # Such a layer counts as filled from the start.
     if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
         raise ValueError(

@@ -179,14 +179,22 @@ def _decode_example(inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
         name: value for name, value in inputs.items() if not name.rpartition("_")[2].isdigit()
     }
     for layer, held in enumerate(cache.layers):
-        if getattr(held, "keys", None) is None:
+        index = getattr(held, "indexer_keys", None)
+        keyless = getattr(held, "keys", None) is None
+        if keyless and index is None:
             # Case: the state of a convolution, which is equally long in every space, or a layer
             # that shares the keys of another.
             example[CACHE].layers[layer] = copy.deepcopy(held)
-            continue
-        # Keys and values are [B, heads, tokens, D].
-        short = [states[:, :, :2].clone() for states in (held.keys, held.values)]
-        example[CACHE].update(*short, layer)
+        if not keyless:
+            # Keys and values are [B, heads, tokens, D].
+            short = [states[:, :, :2].clone() for states in (held.keys, held.values)]
+            example[CACHE].update(*short, layer)
+        if index is not None:
+            # An index is [B, tokens, D], and its positions [coordinates, B, tokens].
+            example[CACHE].update_indexer(index[:, :2].clone(), layer)
+            positions = held.indexer_position_ids
+            if positions is not None:
+                example[CACHE].layers[layer].indexer_position_ids = positions[..., :2].clone()
     # The mask covers the two keys and the new tokens.
     new = inputs["input_ids"].shape[1]
     if "attention_mask" in example:

@@ -30,14 +30,16 @@ class Note:
     """What the passes know of a node.
 
     Attributes:
-        block: The transformer block that it calls. Written by `capture`, as are the next six.
+        block: The transformer block that it calls. Written by `capture`, as are the next seven.
         keeps_shape: Whether it calls a block whose output has the shape and dtype of its input.
+        indexes: Whether it calls a block in which a token sees keys that an index has chosen, its
+            own or that of an earlier block.
         example: The result of an opaque image encoder in the example run, until shapes are known.
         reads: If it is a guard: whether it reads what a tensor contains, and not only sizes.
         unrolled: If it is an iteration that was unrolled: its number of parts.
         masked: If it reads the rows that a mask selects: the number of axes of such a row.
-        shared: If it makes the dict of keys that layers share outside the cache: pairs of a block
-            that writes keys and a block that reads them.
+        shared: If it makes a dict of what layers share outside the cache (keys) or hand on: pairs
+            of a block that writes something and a block that reads it.
         axes: The axes that run over the tokens of the prompt: `MASK`, or nested like the value,
             with an axis or None for each leaf. Written by `annotate_token_spaces`, as are the next
             five.
@@ -57,6 +59,7 @@ class Note:
 
     block: Block | None = None
     keeps_shape: bool = False
+    indexes: bool = False
     example: Any = None
     reads: bool = False
     unrolled: int | None = None

@@ -410,5 +410,6 @@ ONLY_NEWER = more_families5.TWINS
 """Families that transformers 5.23 does not have."""
 if NEWER:
     TWINS |= ONLY_NEWER
+    STATEFUL += more_families5.STATEFUL
     # transformers 5.24.0 fails in the forward of Llama 4 itself, with images and without.
     del FAMILIES["llama4"]

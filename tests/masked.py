@@ -116,6 +116,10 @@ def _hide(alive: Tensor, layer: int) -> Any:
             args, kwargs = args[:1], kwargs | dict(zip(list(names)[1:], args[1:], strict=False))
         cache = kwargs.get(CACHE)
         seen = new + (0 if cache is None else cache.get_seq_length(layer))
+        index = getattr(cache.layers[layer], "indexer_keys", None) if cache else None
+        if seen == new and index is not None:
+            # Case: a layer with an index of keys that another one holds.
+            seen += index.shape[1]
         mask = kwargs["attention_mask"]
         if mask is None:
             # Additive, which every implementation of attention takes.

@@ -14,7 +14,18 @@ import pytest
 import torch
 import transformers as hf
 from closeness import assert_close, roundings_of
-from families import FAMILIES, IMAGE, REFUSED, STATEFUL, TWINS, alone, continued, prompts, shared
+from families import (
+    FAMILIES,
+    IMAGE,
+    NEWER,
+    REFUSED,
+    STATEFUL,
+    TWINS,
+    alone,
+    continued,
+    prompts,
+    shared,
+)
 from masked import alive_of, assert_pruning_is_masking, generate, layers_of, masked_from
 from shortened import assert_reduced_is_shortened
 from tiny import call_of
@@ -36,6 +47,7 @@ PRUNED = {
     "both": (Reduction("projector", 0.5, **NORM), Reduction("decoder.2", 0.25)),
 }
 ENDS = {"llava_next": 8, "llava_onevision": 8}
+newer = pytest.mark.skipif(not NEWER, reason="transformers 5.23 does not have these families")
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -133,6 +145,16 @@ def test_dropped_tokens_are_not_in_the_sequence(name: str, policy: str) -> None:
 # *** 6: a padded batch gives each prompt what it gets alone ***
 
 
+def assert_rows_are_independent(name: str, model: Any) -> None:
+    """Fail unless a model of a family, reduced or not, says the same in a padded batch."""
+    batch = prompts(name, 2)
+    tokens, logits = generate(model, batch)
+    for row in range(2):
+        own_tokens, own_logits = generate(model, alone(name, batch, row))
+        assert torch.equal(own_tokens[0], tokens[row])
+        assert_close(own_logits[0], logits[row], roundings_of(name))
+
+
 # Padding changes what these say, with reductions and without: Kosmos counts it among positions.
 PADDED = {"kosmos-2", "kosmos-2.5", "hunyuan_vl"}
 
@@ -142,12 +164,7 @@ PADDED = {"kosmos-2", "kosmos-2.5", "hunyuan_vl"}
 )
 @pytest.mark.parametrize("policy", ["both"])
 def test_rows_of_a_batch_are_independent(name: str, policy: str) -> None:
-    batch, reduced = prompts(name, 2), reduce(name, PRUNED[policy])
-    tokens, logits = generate(reduced, batch)
-    for row in range(2):
-        own_tokens, own_logits = generate(reduced, alone(name, batch, row))
-        assert torch.equal(own_tokens[0], tokens[row])
-        assert_close(own_logits[0], logits[row], roundings_of(name))
+    assert_rows_are_independent(name, reduce(name, PRUNED[policy]))
 
 
 # *** 9: a saved model is the same when it is loaded ***
@@ -227,24 +244,31 @@ def test_models_without_visual_tokens_are_refused() -> None:
         facts_of(model)
 
 
-def test_other_ways_to_read_images_are_refused() -> None:
-    size = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    choosing = hf.Glm5NextConfig(
-        text_config={**size, "num_key_value_heads": 4, "layer_types": ["indexed_attention"] * 2},
-        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2},
-    )
-    with torch.device("meta"):
-        models = {
-            "has indexed_attention layers": hf.Glm5NextForConditionalGeneration(choosing),
-        }
-    for reason, model in models.items():
-        with pytest.raises(CaptureError, match=reason):
-            facts_of(model)
+@newer
+def test_layers_that_see_the_same_chosen_keys_have_the_same_tokens() -> None:
+    reasons = {}
+    for name in ("glm5_next_shared", "mistral_large4"):
+        inputs = call_of(shared(name), prompts(name) | {"use_cache": False}).inputs
+        sites = capture_call(shared(name), inputs).sites
+        assert sites is not None
+        assert [site.name for site in sites.available() if "vision" not in site.name] == [
+            "projector",
+            *(f"decoder.{i}" for i in range(3)),
+        ]
+        reasons[name] = sites["decoder.3"].reason
+    assert "decoder_4 takes what is handed on by decoder_3, which" in reasons["glm5_next_shared"]
+    assert "decoder_4 attends to keys of decoder_3, which" in reasons["mistral_large4"]
+
+
+@newer
+def test_masses_do_not_bias_what_an_index_chooses() -> None:
+    merge = Reduction("projector", 0.5, gain=1.0, mass_bias=1.0, **NORM)
+    with pytest.raises(ValueError, match="a bias would change what they choose. Use mass_bias=0"):
+        reduce("glm5_next", (merge,))(**prompts("glm5_next"))
+    # transform chooses what works.
+    batch = prompts("glm5_next")
+    reduced = deos_fx.transform(shared("glm5_next"))
+    assert reduced(**batch).logits.shape[1] < batch["input_ids"].shape[1]
 
 
 def test_keys_that_later_layers_attend_to_are_not_dropped_before_them() -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.utils.output_capturing import CompileableContextVar
@@ -218,6 +219,10 @@ def _seam_attention(
                 "vision tower."
             )
         attention_mask = seam.apart
+    if kwargs.get("indices") is not None:
+        # Case: keys chosen by an index, which the block leaves to every implementation that it does
+        # not know to mask.
+        attention_mask = _of_chosen(attention_mask, kwargs["indices"], query, key)
     causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = kwargs.get("position_bias")
@@ -232,6 +237,22 @@ def _seam_attention(
         raise _Seen
     attention = AttentionInterface().get_interface(seam.implementation, _eager_attention)
     return attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def _of_chosen(mask: Tensor | None, indices: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Restrict a mask to chosen keys.
+
+    Args:
+        mask: Boolean or additive [B, 1, Q, N]; None if every query sees all keys.
+        indices: [B, Q, k] keys that are chosen for each query.
+        query: [B, H, Q, D].
+        key: [B, H, N, D].
+    """
+    others = indices.new_ones((*indices.shape[:2], key.shape[2]), dtype=torch.bool)
+    others = others.scatter(2, indices.long(), False)[:, None]
+    if mask is None or mask.dtype == torch.bool:
+        return ~others if mask is None else mask & ~others
+    return mask.masked_fill(others, torch.finfo(query.dtype).min)
 
 
 AttentionInterface.register(_NAME, _seam_attention)

@@ -21,7 +21,8 @@ class Growth:
 
     They are quadratic n^2 + linear n + constant + per_chunk c + per_chunks c^2. Linear attention
     and state spaces run over chunks of so many tokens, of which the last one is padded, and
-    convolutions over a few more tokens than there are.
+    convolutions over a few more tokens than there are. An index of keys may have one for each pool
+    of tokens: pooled n p more, with p = floor(n / pool).
 
     Attributes:
         linear: FLOPs for each token.
@@ -30,6 +31,8 @@ class Growth:
         per_chunk: FLOPs for each chunk that is begun.
         per_chunks: FLOPs for each pair of chunks.
         chunk: Tokens of a chunk.
+        pooled: FLOPs for each pair of a token and a whole pool.
+        pool: Tokens of a pool.
     """
 
     linear: float
@@ -38,6 +41,8 @@ class Growth:
     per_chunk: float = 0
     per_chunks: float = 0
     chunk: int = 1
+    pooled: float = 0
+    pool: int = 1
 
     @classmethod
     def of_attention(cls, flops: Callable[[int], int], short: int, long: int) -> Growth:
@@ -82,10 +87,34 @@ class Growth:
         constant = of_chunks(n) - per_chunk * chunks - per_chunks * chunks**2
         return cls(linear, quadratic, constant, per_chunk, per_chunks, whole_part(n, chunks))
 
+    @classmethod
+    def of_index(cls, flops: Callable[[int], int]) -> Growth:
+        """Return the growth of a block that chooses keys by an index, from lengths around pools.
+
+        Args:
+            flops: Returns the FLOPs of so many tokens, where a pool that is begun counts as a whole
+                one: on shapes alone it is not known to be left out.
+        """
+        n = _WHOLE
+        # 1. At whole pools of p tokens, m tokens take (q + u) m^2 + l m, where u p is for each pair
+        # of a token and a pool.
+        short, long = flops(n) / n, flops(2 * n) / (2 * n)
+        both = (long - short) / n
+        linear = short - both * n
+        # 2. One token more begins a pool: then each token takes u p - u more than that, and with
+        # two tokens more u p - 2 u.
+        one, two = ((flops(m) / m - both * m - linear) for m in (n + 1, n + 2))
+        if round(one) == 0:
+            return cls(round(linear), both)
+        per_pool = round(2 * one - two)
+        pool = round(per_pool / (one - two))
+        return cls(round(linear), round(both - per_pool / pool), pooled=per_pool, pool=pool)
+
     def flops(self, tokens: Amount) -> Amount:
         """Compute the FLOPs of so many tokens; differentiable, with chunks as if they were even."""
         chunks = self._chunks(tokens)
-        by_tokens = tokens * self.linear + self.quadratic * tokens * tokens
+        pools = tokens / self.pool if isinstance(tokens, Tensor) else tokens // self.pool
+        by_tokens = tokens * (self.linear + self.pooled * pools) + self.quadratic * tokens * tokens
         return by_tokens + self.constant + (self.per_chunk + self.per_chunks * chunks) * chunks
 
     def _chunks(self, tokens: Amount) -> Amount:

@@ -76,11 +76,13 @@ class DecoderCost:
 
     Attributes:
         layers: Its layers.
+        width: Numbers of a token's hidden states, of all streams together.
         around: FLOPs for each token outside the layers, without the head.
         head: FLOPs for each token whose logits the head computes.
     """
 
     layers: tuple[LayerCost, ...]
+    width: int
     around: int
     head: int
 
@@ -173,11 +175,13 @@ def _decoder(facts: ModelFacts) -> DecoderCost:
     kinds = [
         (short.flops[i], long.flops[i], short.held[i], long.held[i]) for i in range(len(paths))
     ]
-    # Layers of one kind cost the same. For other lengths, one of each kind has to run.
+    # Layers of one kind cost the same. For other lengths, one of each kind has to run, and those
+    # that hand on something else than hidden states.
     first = {kind: kinds.index(kind) for kind in kinds}
     for i, kind in enumerate(kinds):
-        if first[kind] != i:
-            twin.get_submodule(paths[i]).forward = partial(_pass_on, short.in_tuple[i])
+        others = short.outputs[i]
+        if first[kind] != i and not any(other is not None for other in others or ()):
+            twin.get_submodule(paths[i]).forward = partial(_pass_on, others)
     known = {}
     for kind, layer in first.items():
         *_, at_short, at_long = kind
@@ -185,8 +189,14 @@ def _decoder(facts: ModelFacts) -> DecoderCost:
         cached = (at_long.bytes - at_short.bytes) // (_LONG - _SHORT)
         state = at_short.bytes - _SHORT * cached
         flops = partial(_flops_of, run, layer)
+        if at_short.indexed:
+            growth = Growth.of_index(flops)
+        elif state:
+            growth = Growth.of_state(flops)
+        else:
+            growth = Growth.of_attention(flops, _SHORT, _LONG)
         known[kind] = LayerCost(
-            growth=Growth.of_state(flops) if state else Growth.of_attention(flops, _SHORT, _LONG),
+            growth=growth,
             cached=cached,
             state=state,
             window=at_short.window,
@@ -195,11 +205,11 @@ def _decoder(facts: ModelFacts) -> DecoderCost:
         )
     layers = tuple(known[kind] for kind in kinds)
     around, head = (whole_part(flops, _SHORT) for flops in (short.around, short.head))
-    return DecoderCost(layers, around, head)
+    return DecoderCost(layers, short.width, around, head)
 
 
-def _pass_on(in_tuple: bool, hidden: Tensor, *_: Any, **__: Any) -> Any:
-    return (hidden,) if in_tuple else hidden
+def _pass_on(others: tuple[None, ...] | None, hidden: Tensor, *_: Any, **__: Any) -> Any:
+    return hidden if others is None else (hidden, *others)
 
 
 def _flops_of(run: Callable[[int], _Run], layer: int, length: int) -> int:
@@ -211,6 +221,7 @@ class _Held:
     """The contents of a layer's cache after a run: bytes, and sizes of its keys."""
 
     bytes: int
+    indexed: bool
     window: int | None
     key_heads: int
     dim: int
@@ -222,8 +233,9 @@ class _Run:
     around: int
     head: int
     held: list[_Held]
-    # Whether a layer gives its hidden states in a tuple.
-    in_tuple: list[bool]
+    width: int
+    # Of each layer, what comes after hidden states in its output; None if that is no tuple.
+    outputs: list[Any]
 
 
 def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
@@ -237,9 +249,9 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
         given[name] = hidden.new_empty(1, length, config.num_hidden_layers, size)
     # The decoder of some models has the head inside, and runs it as well.
     head = twin.get_output_embeddings() or twin.get_decoder().get_output_embeddings()
-    layers, in_tuple = [twin.get_submodule(path) for path in paths], []
+    layers, outputs = [twin.get_submodule(path) for path in paths], list[Any]()
     for layer in layers:
-        layer.register_forward_hook(lambda *call: in_tuple.append(isinstance(call[2], tuple)))
+        layer.register_forward_hook(lambda *call: outputs.append(call[2]))
     with counting() as counter, torch.no_grad():
         watched = _watch(counter, [*layers, head])
         twin.get_decoder()(use_cache=True, **given)
@@ -247,10 +259,18 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
         head(hidden)
     held = [_held(layer) for layer in given[CACHE].layers]
     # The last layers may share the keys of earlier ones and hold none.
-    nothing = _Held(0, None, held[-1].key_heads, held[-1].dim)
+    nothing = _Held(0, False, None, held[-1].key_heads, held[-1].dim)
     held += [nothing] * (len(paths) - len(held))
     around = counter.get_total_flops() - sum(watched)
-    return _Run(watched[:-1], around, of_head.get_total_flops(), held, in_tuple)
+    last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
+    return _Run(
+        watched[:-1],
+        around,
+        of_head.get_total_flops(),
+        held,
+        math.prod(last.shape[2:]),
+        [output[1:] if isinstance(output, tuple) else None for output in outputs],
+    )
 
 
 def _held(layer: Any) -> _Held:
@@ -260,7 +280,8 @@ def _held(layer: Any) -> _Held:
     heads, dim = (0, 0) if keys is None else (keys.shape[1], keys.shape[3])
     # A window counts the new token too, which the cache need not hold for the next step.
     window = layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None
-    return _Held(sum(x.nbytes for x in states), window, heads, dim)
+    indexed = hasattr(layer, "indexer_keys")
+    return _Held(sum(x.nbytes for x in states), indexed, window, heads, dim)
 
 
 # *** the image encoder ***

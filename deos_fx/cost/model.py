@@ -396,7 +396,8 @@ class CostModel:
         total *= self.batch
         # Raters are chosen once, by a product of the visual tokens with the text.
         if any(of == "raters" for step in policy.reductions for _, _, of in observations(step)):
-            total += self.batch * 2 * self._parts.width * self.counts(policy)[0] * self.text_tokens
+            width = self._parts.measured.width
+            total += self.batch * 2 * width * self.counts(policy)[0] * self.text_tokens
         return total
 
     def _cells(self, image: int) -> Tensor:
@@ -444,16 +445,20 @@ class CostModel:
         blocks = self._parts.decoder if stage == "decoder" else self._parts.vision
         index = self.tower_blocks - 1 if stage == "projector" else layer
         block = blocks[index] if blocks else None
+        width = self._parts.width
+        if stage != "projector" and block:
+            width = block.width if stage == "vision" else self._parts.measured.width
         return Site(
             stage=stage,
             block=block,
             following=blocks[index + 1] if index + 1 < len(blocks) else None,
             others=self.text_tokens if stage == "decoder" else self._parts.class_tokens,
             sizes=SiteSizes(
-                width=block.width if block and stage == "vision" else self._parts.width,
+                width=width,
                 key=block.dim if block else 0,
                 joint_key=block.key_heads * block.dim if block else 0,
                 text=self.text_tokens,
+                normed=self._parts.width,
             ),
         )
 

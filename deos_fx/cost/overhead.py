@@ -45,16 +45,18 @@ class SiteSizes:
     """Sizes at a site, besides the number of its visual tokens.
 
     Attributes:
-        width: Size of a hidden state.
+        width: Size of a hidden state, all its streams together.
         key: Size of a key of one head.
         joint_key: Size of the keys of all heads together.
         text: Number of text tokens, padding included.
+        normed: Size of a hidden state after the final norm, if another.
     """
 
     width: int
     key: int
     joint_key: int
     text: int
+    normed: int = 0
 
 
 def operator_flops(
@@ -98,14 +100,14 @@ class _Features(dict[str, Tensor]):
         super().__init__()
         self.shapes = {
             "tokens": (tokens, sizes.width),
-            "normed_tokens": (tokens, sizes.width),
+            "normed_tokens": (tokens, sizes.normed or sizes.width),
             "class_token": (1, sizes.width),
             "grid": (tokens, 3),
             "sides": (2,),
             "keys": (tokens, sizes.key),
             "joint_keys": (tokens, sizes.joint_key),
             "text_tokens": (sizes.text, sizes.width),
-            "normed_text": (sizes.text, sizes.width),
+            "normed_text": (sizes.text, sizes.normed or sizes.width),
             "text_keys": (sizes.text, sizes.joint_key),
             "text_mask": (sizes.text,),
             "text_score": (sizes.text,),

@@ -102,16 +102,16 @@ class Parts:
     @cached_property
     def decoder(self) -> list[BlockCost]:
         """Return the decoder layers."""
-        return [
-            BlockCost(
-                growth=layer.growth,
-                heads=heads_of(self._model.get_submodule(path))[0],
-                key_heads=layer.key_heads,
-                dim=layer.dim,
-                width=self.width,
-            )
-            for path, layer in zip(self._facts.blocks.decoder, self.measured.layers, strict=True)
-        ]
+        blocks = []
+        for path, layer in zip(self._facts.blocks.decoder, self.measured.layers, strict=True):
+            block = self._model.get_submodule(path)
+            heads, key_heads, dim = heads_of(block)[0], layer.key_heads, layer.dim
+            # Case: the cache holds latent vectors, of which keys of every head are made.
+            latent = (getattr(part, "qk_head_dim", None) for part in block.modules())
+            if (own := next(filter(None, latent), None)) is not None:
+                key_heads, dim = heads, own
+            blocks.append(BlockCost(layer.growth, heads, key_heads, dim, self.width))
+        return blocks
 
     @cached_property
     def encoder(self) -> EncoderCost:

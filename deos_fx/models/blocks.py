@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from deos_fx.errors import CaptureError
 from deos_fx.models.families import IMAGE_TOKENS, MARKS, VIDEO_TOKENS, WRITER
 
-__all__ = ["Block", "Blocks", "counts_positions", "find_blocks", "image_tower"]
+__all__ = ["Block", "Blocks", "counts_positions", "find_blocks", "image_tower", "indexes_keys"]
 
 _CACHES = "transformers.cache_utils"
 
 # Methods of a cache that say how many tokens a layer holds.
 _HELD = {"get_mask_sizes", "get_query_offset", "get_seq_length"}
+
+# Method of a cache that keeps the index by which a layer chooses keys.
+_INDEXES = "update_indexer"
 
 _INSTEAD = (
     "Use a model whose visual tokens take the places of image placeholders in the prompt, for "
@@ -99,7 +103,7 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
             f"{type(model).__name__} has no list of decoder layers that derive from transformers' "
             "GradientCheckpointingLayer. Use a model with a decoder made of such layers."
         )
-    _check_layers(model, blocks)
+    _check_layers(model)
     return blocks
 
 
@@ -145,17 +149,9 @@ def _check_reading(model: PreTrainedModel) -> None:
     )
 
 
-def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
+def _check_layers(model: PreTrainedModel) -> None:
     """Refuse decoders with layers for which it is not known what dropping a token means."""
-    # Case: keys that a layer chooses by an index, whose cache has keys of its own.
-    if "indexed_attention" in _kinds(model):
-        raise CaptureError(
-            f"{type(model).__name__} has indexed_attention layers, which choose the keys that a "
-            "token sees by an index of their own: which ones they choose when tokens are dropped "
-            "has not been verified. Use a model whose layers attend to everything or within a "
-            "sliding window."
-        )
-    # Case: layers whose cache is a class of the family, with a rule that is not known.
+    # Layers whose cache is a class of the family, with a rule that is not known.
     caches = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     own = {type(cache).__name__ for cache in caches if type(cache).__module__ != _CACHES}
     if own:
@@ -169,15 +165,26 @@ def _check_layers(model: PreTrainedModel, blocks: Blocks) -> None:
 def counts_positions(layer: nn.Module) -> bool:
     """Return whether a layer counts positions itself, by the tokens that it is given and holds.
 
-    It is recognised by its code, which asks a cache how many these are.
+    It is recognised by its code, which asks a cache how many these are. An index of keys asks for
+    that, too, but only for which of them come before a token.
     """
+    named = _names_in_code(layer)
+    return any(not _HELD.isdisjoint(names) and _INDEXES not in names for names in named)
+
+
+def indexes_keys(layer: nn.Module) -> bool:
+    """Return whether a layer chooses the keys that a token sees, by an index of its own.
+
+    It is recognised by its code, which keeps the index in a cache beside keys and values.
+    """
+    return any(_INDEXES in names for names in _names_in_code(layer))
+
+
+def _names_in_code(layer: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Yield the names that the forward of each part of a layer uses."""
     forwards = (inspect.unwrap(type(part).forward) for part in layer.modules())
     codes = (getattr(forward, "__code__", None) for forward in forwards)
-    return any(not _HELD.isdisjoint(code.co_names) for code in codes if code is not None)
-
-
-def _kinds(model: PreTrainedModel) -> list[str]:
-    return list(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return (code.co_names for code in codes if code is not None)
 
 
 def _blocks_under(model: nn.Module, part: nn.Module) -> tuple[str, ...]:

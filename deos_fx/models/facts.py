@@ -19,7 +19,13 @@ from typing import Any, TypeGuard
 import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from deos_fx.models.blocks import Blocks, counts_positions, find_blocks, image_tower
+from deos_fx.models.blocks import (
+    Blocks,
+    counts_positions,
+    find_blocks,
+    image_tower,
+    indexes_keys,
+)
 from deos_fx.models.families import (
     ENCODERS,
     FORMER_IMAGES,
@@ -216,6 +222,12 @@ class ModelFacts:
     def counts_positions(self) -> bool:
         """Return whether decoder layers count positions themselves, by the tokens that they get."""
         return counts_positions(self.model.get_submodule(self.blocks.decoder[0]))
+
+    @cached_property
+    def indexes_keys(self) -> bool:
+        """Return whether decoder layers choose the keys that a token sees, by an index of them."""
+        layers = (self.model.get_submodule(path) for path in self.blocks.decoder)
+        return any(map(indexes_keys, layers))
 
     @property
     def position(self) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "FEATURES",
     "FORMER_IMAGES",
     "IMAGE_TOKENS",
+    "INDEXES",
     "MARKS",
     "PATCH_NUMBERS",
     "PER_LAYER",
@@ -93,6 +94,12 @@ PER_LAYER = ("per_layer_inputs", "hidden_size_per_layer_input")
 """Argument of a decoder with embeddings for every layer [B, N, layers, d], and d in its config.
 
 gemma4, gemma3n.
+"""
+
+INDEXES = "indexer_types"
+"""Entry of a config with a word per layer: ``shared`` if it sees keys that an earlier one chose.
+
+glm5_next, hy_v4_vl, mistral_large4.
 """
 
 COORDINATES = "get_rope_index"

@@ -95,7 +95,8 @@ def _fitprune(shape: Shape, size: float, values: Values) -> Policy:
     power = 1 / max(size, 1e-3) - 1
     counts = [max(1, round(tokens * share((i + 1) / layers) ** power)) for i in range(layers)]
     # 3. Layers without a site, or without attention, leave their drops to the next one that can.
-    able = [i not in shape.without_attention and i < shape.decoder_sites for i in range(layers)]
+    unable = {*shape.without_attention, *(i - 1 for i in shape.following)}
+    able = [i not in unable and i < shape.decoder_sites for i in range(layers)]
     left_before, drops = tokens, []
     for can, count in zip(able, counts, strict=True):
         drops.append(left_before - count if can else 0)

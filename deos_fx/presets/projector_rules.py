@@ -32,18 +32,20 @@ def _ranked_by(policy: Policy, shape: Shape) -> Policy:
 
 def _merge(shape: Shape, size: float, values: Values) -> Policy:
     count = kept_of(size, shape.visual_tokens)
-    policy = projector.merge(_site(shape, values), count, mass_bias=values["mass_bias"])
+    policy = projector.merge(_site(shape, values), count, mass_bias=values.get("mass_bias", 0.0))
     return _ranked_by(policy, shape)
 
 
 def _redistribute(shape: Shape, size: float, values: Values) -> Policy:
-    own = {name: values[name] for name in ("temperature", "mass_bias")}
+    own = {"mass_bias": 0.0} | {name: values[name] for name in values if name != "layer"}
     count = kept_of(size, shape.visual_tokens)
     return _ranked_by(projector.redistribute(_site(shape, values), count, **own), shape)
 
 
 def _any_layer(shape: Shape) -> dict[str, Option]:
-    return {"layer": Option(0, 0, shape.decoder_layers - 1), "mass_bias": Option(1.0, 0.0, 1.0)}
+    options = {"layer": Option(0, 0, shape.decoder_layers - 1)}
+    # Where layers choose keys by an index, masses cannot bias attention.
+    return options | ({} if shape.indexing else {"mass_bias": Option(1.0, 0.0, 1.0)})
 
 
 def _redistribute_options(shape: Shape) -> dict[str, Option]:

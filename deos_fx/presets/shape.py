@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from deos_fx.models.families import COORDINATES
+from deos_fx.models.families import COORDINATES, INDEXES
 from deos_fx.operator import grid_layout
 from deos_fx.policy.counts import ASPECT
 from deos_fx.policy.tier import MOST_TOKENS, check_count
@@ -37,6 +37,9 @@ class Shape:
             state.
         shared_from: The first decoder layer whose keys later layers attend to as well; it and those
             after it have no sites. None where every layer has keys of its own.
+        indexing: Whether layers choose the keys that a token sees by an index of them.
+        following: Decoder layers that see the keys that the layer before has chosen, so that there
+            is no site between the two.
         vision_blocks: Blocks of the vision tower.
         used_blocks: Blocks of the tower up to the last that the language model depends on; 0 if
             the tower has no sites.
@@ -56,6 +59,8 @@ class Shape:
     placed: bool = True
     without_attention: frozenset[int] = frozenset()
     shared_from: int | None = None
+    indexing: bool = False
+    following: frozenset[int] = frozenset()
     vision_blocks: int = 0
     used_blocks: int = 0
     tower_sites: int = 0
@@ -116,6 +121,8 @@ class Shape:
             placed=1 not in grid or count == 1,
             without_attention=frozenset(i for i, layer in enumerate(layers) if not _attends(layer)),
             shared_from=_shared_from(layers),
+            indexing=facts.indexes_keys,
+            following=_following(model),
             vision_blocks=facts.signature.vision_layers,
             used_blocks=used,
             tower_sites=sites,
@@ -150,6 +157,7 @@ class Shape:
             count
             for count in range(1, self.decoder_sites + 1)
             if (count if following else count - 1) not in self.without_attention
+            and count not in self.following
         ]
         if not fine:
             raise ValueError("no layer of the decoder with a site attends to the visual tokens")
@@ -205,7 +213,13 @@ def _attends(layer: LayerCost) -> bool:
 
 def _borrows_keys(layer: LayerCost) -> bool:
     """Return whether a layer attends, and holds no keys of its own."""
-    return _attends(layer) and not layer.cached
+    return _attends(layer) and not (layer.cached and layer.key_heads)
+
+
+def _following(model: PreTrainedModel) -> frozenset[int]:
+    """Return the layers that see the keys that an earlier one has chosen."""
+    kinds = getattr(model.config.get_text_config(), INDEXES, None) or ()
+    return frozenset(i for i, kind in enumerate(kinds) if kind == "shared")
 
 
 def _tower(facts: ModelFacts, tokens: int) -> tuple[int, int]:

@@ -110,6 +110,8 @@ class ReducedCache(DynamicCache):
         held = [getattr(layer, "keys", None) is not None for layer in self.layers]
         if self.has_states or len(held) < layers or not all(held):
             return "layers of this model keep a state, or read keys of other layers"
+        if self.has_index:
+            return "layers of this model choose keys by an index of what came before"
         return ""
 
     @property
@@ -123,6 +125,11 @@ class ReducedCache(DynamicCache):
     def has_states(self) -> bool:
         """Return whether layers keep a state: what they have read cannot be hidden any more."""
         return any(hasattr(layer, "recurrent_states") for layer in self.layers)
+
+    @property
+    def has_index(self) -> bool:
+        """Return whether layers keep an index beside keys and values, by which they choose keys."""
+        return any(hasattr(layer, "indexer_keys") for layer in self.layers)
 
     def join(self, parts: Sequence[ReducedCache], rows: Sequence[int]) -> None:
         """Take over the caches of a batch's parts, each padded on the left to the longest.
@@ -300,9 +307,15 @@ def in_rows(values: Sequence[Tensor], rows: Sequence[int], axis: int) -> Tensor:
 def _joined_layer(layers: Sequence[Any], rows: Sequence[int]) -> Any:
     """Join the caches of one layer: keys and values, or a state."""
     joined = copy.copy(layers[0])
-    for name in ("keys", "values"):
-        if hasattr(joined, name):
-            setattr(joined, name, in_rows([getattr(layer, name) for layer in layers], rows, axis=2))
+    # The axis of tokens is the one that is padded. Layers that share keys may hold only an index.
+    for name, axis in (("keys", 2), ("values", 2), ("indexer_keys", 1)):
+        if getattr(joined, name, None) is not None:
+            values = [getattr(layer, name) for layer in layers]
+            setattr(joined, name, in_rows(values, rows, axis))
+    if getattr(joined, "indexer_position_ids", None) is not None:
+        # [coordinates, B, N]
+        positions = [layer.indexer_position_ids.movedim(1, 0) for layer in layers]
+        joined.indexer_position_ids = in_rows(positions, rows, axis=2).movedim(0, 1)
     # States have no axis of tokens. Axis 1 has the same size in all parts, so nothing is padded.
     for name in ("conv_states", "recurrent_states"):
         states: dict[int, Any] = getattr(joined, name, {})

@@ -29,6 +29,7 @@ __all__ = [
     "of_images",
     "of_prompts",
     "put",
+    "streams_in_row",
     "take",
     "take_each",
     "take_in_each",
@@ -218,7 +219,17 @@ def visual_after(visual: Tensor, kept: Tensor) -> Tensor:
 
 
 def put(hidden: Tensor, visual: Tensor, tokens: Tensor) -> Tensor:
-    """Replace the rows of `hidden` [B, M, d] at `visual` [B, K] by `tokens` [B, K, d]."""
+    """Replace the rows of `hidden` [B, M, d] at `visual` [B, K] by `tokens` [B, K, d].
+
+    Hidden states of several streams [B, M, s, d] take tokens [B, K, s d].
+    """
+    index = visual.to(hidden.device)[..., None]
+    if hidden.ndim > 3:
+        tokens, index = tokens.unflatten(2, hidden.shape[2:]), index[..., None]
     # scatter takes an index for every element; the expanded one occupies no memory.
-    index = visual.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
-    return hidden.scatter(1, index, tokens.to(hidden))
+    return hidden.scatter(1, index.expand(-1, -1, *hidden.shape[2:]), tokens.to(hidden))
+
+
+def streams_in_row(x: Tensor) -> Tensor:
+    """Put the streams of hidden states [B, N, s, d] side by side: [B, N, s d]."""
+    return x.flatten(2)

@@ -81,6 +81,9 @@ def annotate_token_spaces(
                 # A function that is given a whole mask passes it on, with whatever blocks it has.
                 prepared = prepared_mask in node.all_input_nodes
                 plain = builder.is_plain(node.kwargs) and not prepared
+        elif _is_of_padding(node):
+            # Case 1: flags of padding in another type.
+            axes, padding = MASK, True
         elif node.op != "output":
             # Case 2: any other value.
             axes = pytree.tree_map(
@@ -139,6 +142,13 @@ def _is_mask_builder(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(
         graph_module.get_submodule(str(node.target)), MaskBuilder
     )
+
+
+def _is_of_padding(node: fx.Node) -> bool:
+    """Return whether a node computes with a mask of padding alone, such as a change of its type."""
+    if node.op != "call_method" or len(node.all_input_nodes) != 1:
+        return False
+    return note_of(node.all_input_nodes[0]).padding and node.target in ("bool", "to", "contiguous")
 
 
 class _ShapeRun(fx.Interpreter):

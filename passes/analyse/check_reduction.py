@@ -81,6 +81,12 @@ def check_reduction(
             f"{name}: a learned preference by place needs images of one size, and these have "
             f"{', '.join(map(str, layout.sizes))} tokens. Leave 'place' out."
         )
+    if reduction.mass_bias and stage != "vision" and _choose_keys(graph_module):
+        raise ValueError(
+            f"{name}: masses of tokens bias no attention, since layers of this model choose the "
+            "keys that a token sees by an index, and a bias would change what they choose. Use "
+            "mass_bias=0."
+        )
     nodes = {node.name: node for node in graph_module.graph.nodes}
     # 5. A row is one prompt.
     if layout.packed:
@@ -108,6 +114,12 @@ def check_reduction(
             "model's have several coordinates: use position='keep'."
         )
     return site
+
+
+def _choose_keys(graph_module: fx.GraphModule) -> bool:
+    """Return whether layers of the decoder choose the keys that a token sees."""
+    layers = blocks_of(graph_module.graph, "decoder").values()
+    return any(note_of(layer).indexes for layer in layers)
 
 
 def _check_groups(

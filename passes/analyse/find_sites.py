@@ -31,6 +31,7 @@ from deos_fx.passes.analyse.flow import (
 )
 from deos_fx.passes.analyse.groups import OF_GROUPS, UNUSED
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
+from deos_fx.passes.capture.handed_on import HandedOn
 from deos_fx.passes.graph import attends, blocks_of, made_of, reached
 from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.passes.rewrite.fold_masked_add import visual_rows
@@ -358,6 +359,8 @@ def _why_not_in_tower(
 
 # *** the decoder ***
 
+_OF_KEYS = "attends to keys of"
+
 
 def _why_not_in_decoder(
     graph: fx.Graph, layers: Mapping[int, fx.Node], flow: nx.DiGraph
@@ -369,11 +372,14 @@ def _why_not_in_decoder(
     3. A value from elsewhere is read after it, and the visual tokens in this value cannot be told
        apart. (A value with one row per prompt token can be re-indexed, so it may go around the
        layer.)
-    4. A later layer attends to the keys of this layer or an earlier one, so both must have the same
-       tokens.
+    4. A later layer attends to the keys of this layer or an earlier one, or reads what that hands
+       on, so both must have the same tokens.
     """
-    shared = [note_of(node).shared or set() for node in graph.nodes]
-    pairs = sorted(set[tuple[Block, Block]]().union(*shared))
+    pairs = sorted(
+        (maker, reader, "takes what is handed on by" if node.target is HandedOn else _OF_KEYS)
+        for node in graph.nodes
+        for maker, reader in note_of(node).shared or ()
+    )
     # From the last layer to the first, as a sweep wants it.
     sweep = Sweep(flow.successors)
     reasons = {}
@@ -384,7 +390,7 @@ def _why_not_in_decoder(
             for source, reader in sweep.beside.items()
             if note_of(source).content and not note_of(source).has_prompt_axis
         )
-        sharing = ((maker, reader) for maker, reader in pairs if maker.index <= i < reader.index)
+        sharing = (pair for pair in pairs if pair[0].index <= i < pair[1].index)
         reasons[i] = ""
         if i == max(layers):
             # Case 1.
@@ -400,9 +406,6 @@ def _why_not_in_decoder(
             )
         elif (two := next(sharing, None)) is not None:
             # Case 4.
-            maker, later = two
-            reasons[i] = (
-                f"{later.name} attends to keys of {maker.name}, which still has what is dropped "
-                "here"
-            )
+            maker, later, takes = two
+            reasons[i] = f"{later.name} {takes} {maker.name}, which still has what is dropped here"
     return reasons

@@ -89,6 +89,7 @@ def capture(
     graph_module = fx.GraphModule(tracer.attributes(), tracer.graph, f"{type(model).__name__}Graph")
     # All blocks of the model, also those that are not in the graph: a reduction may peek into them.
     modules = {block: model.get_submodule(path) for path, block in blocks.items()}
+    modules |= tracer.handing.layers
     annotate_graph(graph_module, GraphNote(type(result), modules))
     return finish(graph_module)
 

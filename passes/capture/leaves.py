@@ -54,6 +54,10 @@ class MaskBuilder(nn.Module):
         function: The mask function.
         config: The config that it is called with.
         own: Whether it is a method of the model instead, which is given the length of a cache.
+
+    Attributes:
+        always: Whether flags [B, N] are made where there is no padding either, as some models do
+            before they compute with these.
     """
 
     def __init__(
@@ -63,6 +67,12 @@ class MaskBuilder(nn.Module):
         self.function = function
         self.config = config
         self.own = own
+        self.always = False
+
+    @property
+    def is_of_padding(self) -> bool:
+        """Return whether the function makes flags [B, N] of the new tokens that are no padding."""
+        return self.function.__name__ == "create_recurrent_attention_mask"
 
     def is_plain(self, kwargs: Mapping[str, Any]) -> bool:
         """Return whether nothing matters but the order of the tokens and padding.
@@ -90,7 +100,11 @@ class MaskBuilder(nn.Module):
 
     def forward(self, **kwargs: Any) -> Any:
         """Make the mask, or the dict of masks by kind of layer."""
-        return self.function(config=self.config, **kwargs)
+        mask = self.function(config=self.config, **kwargs)
+        if mask is None and self.always:
+            hidden = kwargs["inputs_embeds"]
+            return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        return mask
 
 
 class ImageEncoder(nn.Module):

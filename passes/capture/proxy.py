@@ -49,6 +49,10 @@ class ValueProxy(fx.Proxy):
         return type(self.value)
 
     def __getattr__(self, name: str) -> Any:
+        if self.value is None:
+            # Case: a mask that code computes with, though nothing is padded in the example run.
+            tracer: Any = self.tracer
+            self.value = tracer.mask_of(self.node)
         attribute = getattr(self.value, name)
         if callable(attribute):
             # Case: a method. Its call is recorded.

@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import KVSharingDict
 
 from deos_fx.errors import CaptureError
-from deos_fx.models.blocks import Block
+from deos_fx.models.blocks import Block, indexes_keys
 from deos_fx.models.families import ENCODERS
 from deos_fx.models.sharded import gathered, shards
+from deos_fx.passes.capture.handed_on import Handed, Handing, places_of
 from deos_fx.passes.capture.leaves import ImageEncoder, MaskBuilder, first_of
 from deos_fx.passes.capture.proxy import STRUCTURAL_TYPES, ValueProxy
 from deos_fx.passes.notes import annotate
@@ -68,6 +69,7 @@ class Tracer(fx.Tracer):
         self.block: Block | None = None
         # Nodes of the dicts that layers share outside the cache, by id of the model's dict.
         self.shared: dict[int, fx.Node] = {}
+        self.handing = Handing(self)
         # Replaced functions get modules, and need their paths.
         self.module_paths = {id(module): path for path, module in model.named_modules()}
         # Target of a call_module node -> its module, which need not be one of the model.
@@ -98,11 +100,19 @@ class Tracer(fx.Tracer):
         """Record a node and, unless it is an input, run it."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind != "placeholder":
-            # Nothing is recorded while a leaf runs, though it reads parameters and calls functions.
-            self.running, outer = True, self.running
-            self.values[node] = self._run(node)
-            self.running = outer
+            self.values[node] = self._run_alone(node)
         return node
+
+    def mask_of(self, node: fx.Node) -> Any:
+        """Return the flags of a mask that is None where nothing is padded; it is made from now on.
+
+        The model's code computes with it, after it has made one if there was none.
+        """
+        leaf = self.leaves.get(str(node.target))
+        if isinstance(leaf, MaskBuilder) and leaf.is_of_padding:
+            leaf.always = True
+            self.values[node] = self._run_alone(node)
+        return self.values[node]
 
     def proxy(self, node: fx.Node) -> Any:
         """Return a proxy of a node, or the value itself if it is not data."""
@@ -126,40 +136,47 @@ class Tracer(fx.Tracer):
             kwargs: Its keyword arguments.
 
         Returns:
-            A proxy of the output. If a block returns a tuple of the hidden states and None for
-            everything else, a tuple of the same length with a proxy of the hidden states.
+            A proxy of the output. If a block returns a tuple of the hidden states and of None, or
+            of what a decoder layer hands on to later ones, a tuple of the same length with a proxy
+            of the hidden states.
 
         Raises:
-            CaptureError: If a decoder layer hands more than hidden states to the next layers.
+            CaptureError: If a decoder layer hands on anything but tensors.
         """
         name, path = self._leaf_name(module), self.module_paths[id(module)]
         # Known while the block runs: it must not read the length of its cache (see `_length` in
         # replacements.py).
         self.block = block = self.blocks.get(path)
+        takes, given = places_of(kwargs), kwargs
+        if takes:
+            self.leaves[name], given = self.handing.given(module, takes, kwargs)
         node = self.create_node(
-            "call_module", name, self.create_arg(args), self.create_arg(kwargs), name
+            "call_module", name, self.create_arg(args), self.create_arg(given), name
         )
-        self.block = None
         # A block that gets its hidden states by keyword is left as it is: they are looked for in
         # `args`.
         is_block = block is not None and bool(args)
         value = self.values[node]
-        alone = is_block and isinstance(value, tuple) and not any(v is not None for v in value[1:])
+        others = value[1:] if is_block and isinstance(value, tuple) else ()
         # More than one tensor in the output: hidden states, and something else about tokens.
-        tensors = [part for part in pytree.tree_leaves(value) if isinstance(part, torch.Tensor)]
-        if block is not None and block.stage == "decoder" and len(tensors) > 1:
-            raise CaptureError(
-                f"{name} hands more to the next layers than hidden states, and what that says of "
-                "tokens cannot be followed when some are dropped. Use a model whose layers hand on "
-                "hidden states alone."
-            )
-        if alone:
-            # Case: the other outputs are None, so the node stands for the hidden states alone.
+        more = block is not None and block.stage == "decoder" and len(_tensors(value)) > 1
+        if others and (takes or more):
+            # Case: the node stands for the hidden states, and the others go on beside it.
+            self.values[node] = value[0]
+            self.leaves[name], others = self.handing.hand_on(node, module, takes, others)
+        elif others and all(other is None for other in others):
+            # Case: the others are None, so the node stands for the hidden states alone.
             self.values[node], self.leaves[name] = value[0], first_of(module)
+        elif more:
+            raise Handed((name, 1)).refused()
+        else:
+            others = ()
+        self.block = None
         # annotate_token_spaces need not run a block to know the shape of its result.
         keeps_shape = is_block and _alike(self.values[node], args[0])
-        annotate(node, block=block, keeps_shape=keeps_shape)
-        output = (self.proxy(node), *value[1:]) if alone else self.proxy(node)
+        indexes = block is not None and (indexes_keys(module) or self.handing.reads(block))
+        annotate(node, block=block, keeps_shape=keeps_shape, indexes=indexes)
+        output = (self.proxy(node), *others) if others else self.proxy(node)
         # Hooks collect hidden states (transformers' output_hidden_states). They must see the
         # proxy: with the value, everything collected would become a constant of the graph. What
         # they return counts when the graph runs, which calls the module with its hooks.
@@ -236,6 +253,9 @@ class Tracer(fx.Tracer):
         """
         if isinstance(a, fx.Proxy):
             return a.node
+        if isinstance(a, Handed):
+            # Case: an output of a layer that goes anywhere but into a layer, by name.
+            raise a.refused()
         if isinstance(a, KVSharingDict):
             # Case: a dict that layers share. It is made by the model's code, and not an input.
             return self._shared_keys(a)
@@ -278,6 +298,13 @@ class Tracer(fx.Tracer):
         """Return the leaf module, parameter or buffer that a target names."""
         return self.leaves.get(target) or operator.attrgetter(target)(self.root)
 
+    def _run_alone(self, node: fx.Node) -> Any:
+        """Compute a node's value, and record nothing: a leaf reads parameters, calls functions."""
+        self.running, outer = True, self.running
+        value = self._run(node)
+        self.running = outer
+        return value
+
     def _run(self, node: fx.Node) -> Any:
         """Compute a node's value from those of its inputs."""
         if node.op == "output":
@@ -294,6 +321,11 @@ class Tracer(fx.Tracer):
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         return target(*args, **kwargs)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in a nested value."""
+    return [part for part in pytree.tree_leaves(value) if isinstance(part, torch.Tensor)]
 
 
 def _alike(output: Any, hidden: Any) -> bool:

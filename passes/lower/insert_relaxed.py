@@ -117,12 +117,20 @@ def _check_layers(graph_module: fx.GraphModule) -> None:
 
     1. Layers that attend and keep a state at once: such a token is for one of the two.
     2. Layers that count positions themselves: it counts as a whole one.
+    3. Layers that choose keys by an index: it is chosen or not, and what it counts for has no
+       gradient.
 
     Raises:
-        ValueError: If a decoder layer takes a mask of queries and keys and one of padding, or
-            counts positions.
+        ValueError: If a decoder layer takes a mask of queries and keys and one of padding, counts
+            positions or chooses keys.
     """
     for layer in blocks_of(graph_module.graph, "decoder").values():
+        if note_of(layer).indexes:
+            raise ValueError(
+                f"{layer.name} chooses the keys that a token sees by an index, which takes a token "
+                "or leaves it: reductions of this model cannot be searched by gradient. Give a "
+                "policy."
+            )
         if attends(layer) and any(note_of(value).padding for value in layer.all_input_nodes):
             raise ValueError(
                 f"{layer.name} attends and keeps a state as well, which sees a token that is half "

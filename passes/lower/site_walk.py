@@ -35,6 +35,7 @@ from deos_fx.passes.graph import blocks_of, users_after
 from deos_fx.passes.lower.emitter import Emitter
 from deos_fx.passes.lower.steps import Group, Inside, Place, Step
 from deos_fx.passes.lower.token_space import insert_visual_positions
+from deos_fx.passes.notes import note_of
 from deos_fx.passes.observe.site_features import PromptFeatures, PromptText, TowerFeatures
 from deos_fx.tokens.layout import PromptLayout
 
@@ -256,7 +257,7 @@ class SiteWalk(ABC):
         with self.graph.inserting_before(first):
             # In the static form, this emits a mask of what is left.
             padding = self.padding()
-        embeddings: Any = first.args[0]
+            embeddings: Any = self._in_row(first.args[0], first)
         self._text = PromptText(
             self.call, embeddings, self.visual, padding, self.alive, before=first
         )
@@ -267,7 +268,13 @@ class SiteWalk(ABC):
         hidden = features.hidden
         with self.graph.inserting_before(features.anchor):
             own = self.call(tokens.take, hidden, self.visual)
+            own = self._in_row(own, self.nodes[step.site.node])
             self.reduce_prompt(step, Place(hidden, own, features))
+
+    def _in_row(self, value: Any, layer: fx.Node) -> Any:
+        """Emit tokens as vectors [B, N, d], where a layer has several streams of hidden states."""
+        streams = len(note_of(layer).shape) > 3
+        return self.call(tokens.streams_in_row, value) if streams else value
 
     # *** features ***
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from deos_fx import tokens
 from deos_fx.passes.graph import blocks_of
+from deos_fx.passes.notes import note_of
 from deos_fx.passes.observe.features import Emit, Maker, SiteFeatures
 from deos_fx.passes.observe.observe_block import AskedNodes
 
@@ -225,21 +226,32 @@ class PromptFeatures(SiteFeatures):
     def _other(self, name: str) -> Any:
         """Make a feature of the text, or of hidden states after the final norm."""
         if name == "text_tokens":
-            return self.call(tokens.take, self.hidden, self._text_positions(self.hidden))
+            text = self._taken(self._text_positions(self.hidden))
+            return self.call(tokens.streams_in_row, text) if self._streams else text
         # Flags are by place in the text, so those of the embeddings are valid here.
         if name == "text_mask":
             return self.text.question
         if name == "text_score":
             return self.call(tokens.text_key_size, self["text_keys"], self.text.question)
         if name == "normed_tokens":
-            return self._normed(self.call(tokens.take, self.hidden, self.visual))
+            return self._normed(self.visual)
         if name == "normed_text":
-            # Looking a feature up makes it, unless it has been made already.
-            return self._normed(self["text_tokens"])
+            return self._normed(self._text_positions(self.hidden))
         return super()._other(name)
 
-    def _normed(self, hidden: fx.Node) -> fx.Node:
-        """Apply the final norm, the module that follows the last layer, to hidden states.
+    @property
+    def _streams(self) -> bool:
+        """Return whether hidden states are several streams [B, N, s, d]."""
+        return len(note_of(self.hidden).shape) > 3
+
+    def _taken(self, index: fx.Node) -> fx.Node:
+        """Take the hidden states of tokens."""
+        return self.call(tokens.take, self.hidden, index)
+
+    def _normed(self, index: fx.Node) -> fx.Node:
+        """Apply the final norm, the module that follows the last layer, to hidden states of tokens.
+
+        Several streams of hidden states are made one by the module before the norm.
 
         Raises:
             ValueError: If no module follows the last layer, or more than one.
@@ -247,7 +259,11 @@ class PromptFeatures(SiteFeatures):
         # Hidden states of an early layer are normed as if they were the last ones (DART compares
         # such).
         *_, last = blocks_of(self.graph_module.graph, "decoder").values()
-        after = [user for user in last.users if user.op == "call_module"]
-        if len(after) != 1:
-            raise ValueError(f"{self.site} has no feature after the final norm: there is none.")
-        return self.graph_module.graph.call_module(str(after[0].target), (hidden,))
+        hidden = self._taken(index)
+        for _ in range(1 + self._streams):
+            after = [user for user in last.users if user.op == "call_module"]
+            if len(after) != 1:
+                raise ValueError(f"{self.site} has no feature after the final norm: there is none.")
+            (last,) = after
+            hidden = self.graph_module.graph.call_module(str(last.target), (hidden,))
+        return hidden

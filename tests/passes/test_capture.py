@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from deos_fx.errors import CaptureError, GuardError
 from deos_fx.models.blocks import Block
 from deos_fx.passes.capture.capture import capture
+from deos_fx.passes.capture.handed_on import HandedOn
 from deos_fx.passes.capture.leaves import check_guard, first_of
 from deos_fx.passes.capture.proxy import ValueProxy, has_proxy, with_features
 from deos_fx.passes.capture.replacements import TRACER
@@ -175,16 +176,52 @@ class Several(nn.Linear):
         return super().forward(x), self.more(x)
 
 
-def test_blocks_hand_on_hidden_states_alone() -> None:
+def test_outputs_that_are_none_leave_hidden_states_alone() -> None:
     model = _Model(same).eval()
     model.blocks[0] = Several(lambda x: None)
     graph_module = capture(model, {"input_ids": IDS}, BLOCKS)
     (node,) = graph_module.graph.find_nodes(op="call_module", target="decoder_0")
     assert note_of(node).keeps_shape
     assert torch.equal(graph_module(OTHER)["logits"], model(OTHER).logits)
-    model.blocks[0] = Several(lambda x: x)
+    model.blocks[0] = Several(lambda x: [x])
     with pytest.raises(CaptureError, match="decoder_0 hands more to the next layers than hidden"):
         capture(model, {"input_ids": IDS}, BLOCKS)
+
+
+class Link(nn.Linear):
+    """A block that hands on something else, too, and may read what it is given of it."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.reads = reads
+
+    def forward(self, x: Tensor, handed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().forward(x + handed if self.reads and handed is not None else x), x.abs()
+
+
+class _Chain(_Model):
+    def forward(self, input_ids: Tensor) -> CausalLMOutput:
+        hidden, handed = self.embed(input_ids), None
+        for block in self.blocks:
+            hidden, handed = block(hidden, handed=handed)
+            handed = self.glue(handed, input_ids)
+        return CausalLMOutput(logits=self.head(hidden))
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_what_blocks_hand_on_goes_beside_hidden_states(reads: bool) -> None:
+    model = _Chain(same).eval()
+    model.blocks = nn.ModuleList(Link(reads) for _ in range(2))
+    graph_module = capture(model, {"input_ids": IDS}, BLOCKS)
+    for ids in (IDS, OTHER):
+        assert torch.equal(graph_module(ids)["logits"], model(ids).logits)
+    (beside,) = graph_module.graph.find_nodes(op="call_function", target=HandedOn)
+    assert note_of(beside).shared == ({tuple(BLOCKS.values())} if reads else set())
+    computing: list[Glue] = [lambda x, ids: x + 1, lambda x, ids: x.sum(), lambda x, ids: x[0]]
+    for glue in [*computing, lambda x, ids: torch.relu(x), lambda x, ids: [x]]:
+        model.glue = glue
+        with pytest.raises(CaptureError, match="hands more to the next layers than hidden states"):
+            capture(model, {"input_ids": IDS}, BLOCKS)
 
 
 def longer(hidden: Tensor, ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import NEWER
 from transformers import LlamaConfig, Qwen3_5TextConfig
 
 from deos_fx.tokens.cache import ReducedCache, TokenSpace, in_rows
@@ -80,3 +81,33 @@ def test_rows_of_states_are_repeated_and_selected() -> None:
     assert torch.equal(linear.recurrent_states[0], recurrent[1:])
     assert torch.equal(full.keys, keys[1:])
     assert cache.spaces[0].origin.tolist() == [[5, 6, 7, 8, 9]]
+
+
+def indexed(held: int, rows: int = 1) -> ReducedCache:
+    """A cache of a layer with an index and its positions, and of one that has nothing else."""
+    kinds = ["indexed_attention"] * 2
+    cache = ReducedCache(LlamaConfig(num_hidden_layers=2, layer_types=kinds))
+    cache.update(*torch.randn(2, rows, 1, held, 4), 0)
+    for layer in range(2):
+        cache.update_indexer(torch.randn(rows, held, 3), layer)
+    cache.layers[0].indexer_position_ids = torch.arange(3 * rows * held).view(3, rows, held)
+    cache.record(held, [], {})
+    return cache
+
+
+@pytest.mark.skipif(not NEWER, reason="transformers 5.23 may not have such layers")
+def test_an_index_of_keys_goes_with_them() -> None:
+    parts = [indexed(4), indexed(6, rows=2)]
+    cache = ReducedCache(LlamaConfig(num_hidden_layers=2))
+    cache.join(parts, [1, 0, 2])
+    assert cache.has_index and "read keys of other layers" in cache.why_no_images(2)
+    for layer, short, long in zip(cache.layers, *(part.layers for part in parts), strict=True):
+        assert torch.equal(layer.indexer_keys[1, 2:], short.indexer_keys[0])
+        assert not layer.indexer_keys[1, :2].any()
+        assert torch.equal(layer.indexer_keys[2], long.indexer_keys[1])
+    positions = cache.layers[0].indexer_position_ids
+    assert torch.equal(positions[:, 1, 2:], parts[0].layers[0].indexer_position_ids[:, 0])
+    cache.reorder_cache(torch.tensor([2, 1, 1]))
+    assert torch.equal(cache.layers[0].indexer_position_ids[:, 0], positions[:, 2])
+    assert torch.equal(cache.layers[1].indexer_keys[0], parts[1].layers[1].indexer_keys[1])
+    assert cache.layers[1].keys is None
