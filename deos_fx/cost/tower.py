@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from deos_fx.cost.measure import counting, once
 from deos_fx.cost.twin import twin_of
 from deos_fx.errors import NoGroups
+from deos_fx.inputs.call import Call
 from deos_fx.inputs.items import Kind, encoding, given_kinds
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import features_of, own_name
@@ -116,6 +117,14 @@ def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> Bloc
         raise NoGroups(
             f"its patches cannot be followed ({type(error).__name__}: {first})"
         ) from error
+    layouts = (prompt.layout for prompt in Call.of(facts, inputs).prompts)
+    placeholders = sum(sum(layout.sizes) for layout in layouts if layout)
+    if len(found.groups) != placeholders:
+        # Case: rows of an image end in tokens that are not told apart from others.
+        raise NoGroups(
+            f"patches make {len(found.groups)} visual tokens, and there are {placeholders} "
+            "placeholders for such"
+        )
     return BlocksOfGroups(range(found.first, found.used), found.before)
 
 

@@ -1,4 +1,7 @@
-"""Generating with layers that keep a state, against the original's layers on the kept tokens."""
+"""Generating with layers that keep a state, against the original's layers on the kept tokens.
+
+Some of the layers of GLM-5-Next keep an index of their keys as well.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close, roundings_of
-from families import IMAGE, PAD, VIDEO, alone, continued, prompts, shared
+from families import IMAGE, NEWER, PAD, VIDEO, alone, continued, prompts, shared
 from shortened import kept_of, shortened_from
 from test_families import PRUNED, reduce
 from torch import Tensor
@@ -16,6 +19,7 @@ from deos_fx.models.upstream import CACHE
 
 NAME = "qwen3_5"
 STEPS = 3
+each = pytest.mark.parametrize("name", [NAME, *(["glm5_next_shared"] if NEWER else [])])
 
 
 def generate(reduced: Any, batch: dict[str, Tensor], **options: Any) -> Any:
@@ -27,29 +31,30 @@ def generate(reduced: Any, batch: dict[str, Tensor], **options: Any) -> Any:
     return reduced.generate(**given, **options, return_dict_in_generate=True)
 
 
-def expected(batch: dict[str, Tensor], cache: Any, row: int, sequence: Tensor) -> Tensor:
+def expected(name: str, batch: dict[str, Tensor], cache: Any, row: int, sequence: Tensor) -> Tensor:
     """The original's logits [t, vocabulary] of what follows a prompt of a padded batch, whose
     dropped tokens no layer gets."""
-    prompt = alone(NAME, batch, row)
+    prompt = alone(name, batch, row)
     length = prompt["input_ids"].shape[1]
     padding = batch["input_ids"].shape[1] - length
-    longer = continued(NAME, prompt, sequence[None, padding + length :])
+    longer = continued(name, prompt, sequence[None, padding + length :])
     end = padding + longer["input_ids"].shape[1]
     # Positions are those of the batch, in which this prompt has some padding before it.
     kept = {
         first: left[row][left[row] >= padding] - padding
         for first, left in kept_of(cache, end).items()
     }
-    with shortened_from(shared(NAME), kept):
-        whole = shared(NAME)(**longer, use_cache=False).logits[0]
+    with shortened_from(shared(name), kept):
+        whole = shared(name)(**longer, use_cache=False).logits[0]
     return whole[length - 1 : -1]
 
 
+@each
 @pytest.mark.parametrize(
-    "how", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str
+    "how", [{"num_beams": 5}, {"do_sample": True, "num_return_sequences": 3}], ids=str
 )
-def test_states_follow_their_rows(how: dict[str, Any]) -> None:
-    batch, reduced = prompts(NAME, 2), reduce(NAME, PRUNED["both"])
+def test_states_follow_their_rows(name: str, how: dict[str, Any]) -> None:
+    batch, reduced = prompts(name, 2), reduce(name, PRUNED["both"])
     output = generate(reduced, batch, **how)
     logits = torch.stack(output.logits, dim=1)
     if "num_beams" in how:
@@ -59,8 +64,8 @@ def test_states_follow_their_rows(how: dict[str, Any]) -> None:
         assert output.beam_indices.unique(dim=1).shape[1] > 1
     cache, answers = reduced(**batch)[CACHE], len(output.sequences) // 2
     for row, sequence in enumerate(output.sequences):
-        theirs = expected(batch, cache, row // answers, sequence)
-        assert_close(logits[row], theirs, roundings_of(NAME))
+        theirs = expected(name, batch, cache, row // answers, sequence)
+        assert_close(logits[row], theirs, roundings_of(name))
 
 
 def test_padding_is_on_the_left() -> None:
@@ -84,8 +89,9 @@ def test_padding_is_on_the_left() -> None:
     assert len(theirs) < len(ours) <= length
 
 
-def test_turns_of_a_chat() -> None:
-    batch, reduced = prompts(NAME, 2), reduce(NAME, PRUNED["both"])
+@each
+def test_turns_of_a_chat(name: str) -> None:
+    batch, reduced = prompts(name, 2), reduce(name, PRUNED["both"])
     first = generate(reduced, batch)
     cache = first[CACHE]
     words = torch.randint(1, 100, (2, 4), generator=torch.Generator().manual_seed(5))
@@ -93,9 +99,9 @@ def test_turns_of_a_chat() -> None:
     mask = torch.cat([batch["attention_mask"], ids.new_ones(2, STEPS + 4)], dim=1)
     second = generate(reduced, {"input_ids": ids, "attention_mask": mask}, **{CACHE: cache})
     for row, sequence in enumerate(second.sequences):
-        theirs = expected(batch, reduced(**batch)[CACHE], row, sequence)[-STEPS:]
+        theirs = expected(name, batch, reduced(**batch)[CACHE], row, sequence)[-STEPS:]
         ours = torch.stack(second.logits, dim=1)[row]
-        assert_close(ours, theirs, roundings_of(NAME))
+        assert_close(ours, theirs, roundings_of(name))
     # The shorter question of a row would be padded in the middle of its text.
     ids, mask = ids.clone(), mask.clone()
     ids[1, -4:-2], mask[1, -4:-2] = PAD, 0
