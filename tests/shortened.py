@@ -64,7 +64,9 @@ def kept_of(cache: Any, length: int) -> dict[int, Tensor]:
 
 
 @contextlib.contextmanager
-def shortened_from(model: Any, kept: Mapping[int, Tensor]) -> Iterator[None]:
+def shortened_from(
+    model: Any, kept: Mapping[int, Tensor], counted: bool | None = None
+) -> Iterator[None]:
     """Let layers from some on get only the tokens [M] of a prompt, in calls without a cache.
 
     Logits at other places have no meaning.
@@ -72,8 +74,11 @@ def shortened_from(model: Any, kept: Mapping[int, Tensor]) -> Iterator[None]:
     Args:
         model: The original model.
         kept: First layer -> positions in the prompt of the tokens that it and those after it get.
+        counted: Whether positions are those among the tokens that are left; by default, where
+            layers count positions themselves.
     """
-    handles, counted = [], facts_of(model).counts_positions
+    handles = []
+    counted = facts_of(model).counts_positions if counted is None else counted
     for i, layer in enumerate(layers_of(model)):
         first = max((first for first in kept if first <= i), default=None)
         if first is not None:

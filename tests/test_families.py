@@ -27,7 +27,7 @@ from families import (
     shared,
 )
 from masked import alive_of, assert_pruning_is_masking, generate, layers_of, masked_from
-from shortened import assert_reduced_is_shortened
+from shortened import assert_reduced_is_shortened, shortened_from
 from tiny import call_of
 from torch import Tensor
 
@@ -304,6 +304,16 @@ def test_layers_that_count_positions_take_no_others() -> None:
         ReducedModel(model, Policy((Reduction("projector", 0.25, **NORM),)))(**batch)
     # transform chooses what works.
     assert deos_fx.transform(model)(**batch).logits.shape[1] < batch["input_ids"].shape[1]
+
+
+@newer
+def test_learned_frequencies_are_of_the_new_positions() -> None:
+    model, batch = shared("mistral_large4"), prompts("mistral_large4")
+    output = reduce("mistral_large4", (Reduction("decoder.1", 0.25, position="compact"),))(**batch)
+    left = output[CACHE].spaces[-1].origin[0]
+    with shortened_from(model, {2: left}, counted=True):
+        whole = model(**batch, use_cache=False).logits
+    assert_close(output.logits, whole[:, left])
 
 
 @pytest.mark.parametrize("position", ["compact", "grid"])

@@ -104,13 +104,19 @@ def annotate_token_spaces(
 
 
 def position_tables(graph_module: fx.GraphModule) -> list[fx.Node]:
-    """Find the rotary tables: modules without learned parameters that read the position ids."""
+    """Find the rotary tables: modules that read the position ids, and no others that are learned.
+
+    Frequencies may be learned as well; such a module returns cosines and sines.
+    """
     return [
         node
         for node in graph_module.graph.find_nodes(op="call_module")
         if any(source.name == "position_ids" for source in node.all_input_nodes)
         and not note_of(node).is_mask
-        and not list(graph_module.get_submodule(str(node.target)).parameters())
+        and (
+            not list(graph_module.get_submodule(str(node.target)).parameters())
+            or (note_of(node).block is None and isinstance(note_of(node).axes, tuple))
+        )
     ]
 
 
