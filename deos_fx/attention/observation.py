@@ -102,6 +102,8 @@ class AttentionView:
         bias: [B, H, N, N] that the block adds to the logits, if it makes any.
         observed: How many keys are observed, the last ones; None for all. Keys of earlier turns
             take their share of the attention, and are not observed.
+        sinks: [H] logits that take their share of the attention of each head and are no keys, if
+            there are any.
     """
 
     query: Tensor
@@ -112,13 +114,14 @@ class AttentionView:
     tables: Any = None
     bias: Tensor | None = None
     observed: int | None = None
+    sinks: Tensor | None = None
 
     def joint(self) -> AttentionView:
         """Return a view with all heads as one of full width."""
         # [B, H, N, D] -> [B, 1, N, H D]
         query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (self.query, self.key))
         scale = query.shape[-1] ** -0.5
-        return replace(self, query=query, key=key, scale=scale, bias=None)
+        return replace(self, query=query, key=key, scale=scale, bias=None, sinks=None)
 
     @property
     def keys(self) -> Tensor:
@@ -140,7 +143,12 @@ class AttentionView:
         if self.bias is not None:
             across = positions[:, None, :, None].expand(-1, heads, -1, length)
             logits = logits + torch.gather(self.bias, 2, across).float()
-        attention = self._masked(logits, positions).softmax(dim=-1)
+        logits = self._masked(logits, positions)
+        if self.sinks is None:
+            attention = logits.softmax(dim=-1)
+        else:
+            sinks = self.sinks.float().reshape(1, -1, 1, 1).expand(batch, -1, rows, 1)
+            attention = torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1]
         return attention if self.observed is None else attention[..., -self.observed :]
 
     def gravity(self, positions: Tensor) -> Tensor:

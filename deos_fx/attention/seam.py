@@ -225,9 +225,9 @@ def _seam_attention(
         attention_mask = _of_chosen(attention_mask, kwargs["indices"], query, key)
     causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    bias = kwargs.get("position_bias")
+    bias, sinks = kwargs.get("position_bias"), kwargs.get("s_aux")
     view = AttentionView(
-        query, key, attention_mask, scale, causal, seam.tables, bias, seam.observed
+        query, key, attention_mask, scale, causal, seam.tables, bias, seam.observed, sinks
     )
     # Observations of keys ask for nothing, so there may be fewer queries than observations.
     asked = iter(seam.asked)
@@ -300,7 +300,8 @@ def _check_joint(attention: Any) -> None:
 def _seam_view(block: nn.Module) -> nn.Module:
     """Return a shallow copy of the block whose attention goes through the seam."""
     view = shallow_copy(block)
-    for name in attention_modules(block):
+    names = attention_modules(block)
+    for name in names:
         # 1. Copy every module on the path to the attention, so that the original is not changed.
         parent = view
         *path, last = name.split(".")
@@ -311,8 +312,9 @@ def _seam_view(block: nn.Module) -> nn.Module:
         attention = shallow_copy(parent._modules[last])
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation_internal = _NAME
-        # 3. Its forward notes the call. A forward of the instance (accelerate's) is still run.
-        if hands_on(block):
+        # 3. Its forward notes the call, unless it is a part of one that does, such as an index of
+        # keys. A forward of the instance (accelerate's) is still run.
+        if hands_on(block) and not any(name.startswith(f"{other}.") for other in names):
             attention.deos_fx_forward = vars(attention).get("forward")
             attention.forward = partial(_with_seam, attention)
         parent._modules[last] = attention
