@@ -157,26 +157,26 @@ class Tracer(fx.Tracer):
         # `args`.
         is_block = block is not None and bool(args)
         value = self.values[node]
-        others = value[1:] if is_block and isinstance(value, tuple) else ()
+        others = value[1:] if is_block and isinstance(value, tuple) else None
         # More than one tensor in the output: hidden states, and something else about tokens.
         more = block is not None and block.stage == "decoder" and len(_tensors(value)) > 1
         if others and (takes or more):
             # Case: the node stands for the hidden states, and the others go on beside it.
             self.values[node] = value[0]
             self.leaves[name], others = self.handing.hand_on(node, module, takes, others)
-        elif others and all(other is None for other in others):
-            # Case: the others are None, so the node stands for the hidden states alone.
-            self.values[node], self.leaves[name] = value[0], first_of(module)
+        elif others is not None and all(other is None for other in others):
+            # Case: the others are None, or there are none.
+            self.values[node], self.leaves[name] = value[0], first_of(self.leaves[name])
         elif more:
             raise Handed((name, 1)).refused()
         else:
-            others = ()
+            others = None
         self.block = None
         # annotate_token_spaces need not run a block to know the shape of its result.
         keeps_shape = is_block and _alike(self.values[node], args[0])
         indexes = block is not None and (indexes_keys(module) or self.handing.reads(block))
         annotate(node, block=block, keeps_shape=keeps_shape, indexes=indexes)
-        output = (self.proxy(node), *others) if others else self.proxy(node)
+        output = self.proxy(node) if others is None else (self.proxy(node), *others)
         # Hooks collect hidden states (transformers' output_hidden_states). They must see the
         # proxy: with the value, everything collected would become a constant of the graph. What
         # they return counts when the graph runs, which calls the module with its hooks.

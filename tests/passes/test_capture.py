@@ -20,6 +20,7 @@ from deos_fx.passes.capture.leaves import check_guard, first_of
 from deos_fx.passes.capture.proxy import ValueProxy, has_proxy, with_features
 from deos_fx.passes.capture.replacements import TRACER
 from deos_fx.passes.capture.tracer import Tracer
+from deos_fx.passes.graph import blocks_of
 from deos_fx.passes.notes import note_of, note_of_graph
 
 WIDTH = 4
@@ -176,12 +177,19 @@ class Several(nn.Linear):
         return super().forward(x), self.more(x)
 
 
+class Alone(nn.Linear):
+    """A block that hands on hidden states in a tuple."""
+
+    def forward(self, x: Tensor) -> Any:
+        return (super().forward(x),)
+
+
 def test_outputs_that_are_none_leave_hidden_states_alone() -> None:
     model = _Model(same).eval()
-    model.blocks[0] = Several(lambda x: None)
+    model.blocks = nn.ModuleList([Several(lambda x: None), Alone(WIDTH, WIDTH)])
     graph_module = capture(model, {"input_ids": IDS}, BLOCKS)
-    (node,) = graph_module.graph.find_nodes(op="call_module", target="decoder_0")
-    assert note_of(node).keeps_shape
+    nodes = blocks_of(graph_module.graph, "decoder").values()
+    assert all(note_of(node).keeps_shape for node in nodes)
     assert torch.equal(graph_module(OTHER)["logits"], model(OTHER).logits)
     model.blocks[0] = Several(lambda x: [x])
     with pytest.raises(CaptureError, match="decoder_0 hands more to the next layers than hidden"):
