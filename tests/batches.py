@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from families import BREAK, END, FAMILIES, IMAGE, NEWER, PAD, START, TWINS, VIDEO, shared
+from families import BREAK, END, FAMILIES, IMAGE, PAD, START, TWINS, VIDEO, shared
 from tiny import shared_llava
 from torch import Tensor
 
@@ -135,6 +135,5 @@ BATCHES: dict[str, Callable[[], list[list[Image]]]] = {
     "llava_next": lambda: [[anyres(32, 32)], [anyres(16, 32)]],
     "blip-2": lambda: [[queries()], [queries(), queries()], []],
     "phi4_multimodal": lambda: [[halves(1)], [halves(2)]],
+    "glm5_next_shared": lambda: [[grid(4, 8)], [grid(2, 3), grid(4, 4)], []],
 }
-if NEWER:
-    BATCHES["glm5_next_shared"] = lambda: [[grid(4, 8)], [grid(2, 3), grid(4, 4)], []]

@@ -395,21 +395,24 @@ import more_families2  # noqa: E402
 import more_families3  # noqa: E402
 import more_families4  # noqa: E402
 import more_families5  # noqa: E402
+import more_families6  # noqa: E402
 
 _MORE = more_families1.MORE | more_families2.MORE | more_families3.MORE | more_families4.MORE
+_MORE |= more_families6.MORE
 _LIKE_OTHERS = more_families1.TWINS | more_families2.TWINS | more_families3.TWINS
+_LIKE_OTHERS |= more_families6.MORE.keys()
 FAMILIES |= {name: family for name, family in _MORE.items() if name not in _LIKE_OTHERS}
 TWINS = {name: _MORE[name] for name in _LIKE_OTHERS}
 STATEFUL = more_families1.STATEFUL + more_families3.STATEFUL + more_families4.STATEFUL
+STATEFUL += more_families6.STATEFUL
 """Families for which hiding keys is no reference: layers keep a state, or count positions."""
 NEWER = Version(hf.__version__) >= Version("5.24")
 # transformers 5.24 gives layers of Inkling 2 a table of all pairs of tokens, which is refused.
 REFUSED = {"inkling2"} if NEWER else set()
 """Families that a newer transformers than 5.23 has in a form that is refused."""
-ONLY_NEWER = more_families5.TWINS
+ONLY_NEWER = more_families5.TWINS | more_families6.ONLY_NEWER
 """Families that transformers 5.23 does not have."""
 if NEWER:
     TWINS |= ONLY_NEWER
-    STATEFUL += more_families5.STATEFUL
     # transformers 5.24.0 fails in the forward of Llama 4 itself, with images and without.
     del FAMILIES["llama4"]

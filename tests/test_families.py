@@ -17,7 +17,6 @@ from closeness import assert_close, roundings_of
 from families import (
     FAMILIES,
     IMAGE,
-    NEWER,
     REFUSED,
     STATEFUL,
     TWINS,
@@ -47,7 +46,6 @@ PRUNED = {
     "both": (Reduction("projector", 0.5, **NORM), Reduction("decoder.2", 0.25)),
 }
 ENDS = {"llava_next": 8, "llava_onevision": 8}
-newer = pytest.mark.skipif(not NEWER, reason="transformers 5.23 does not have these families")
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -244,7 +242,6 @@ def test_models_without_visual_tokens_are_refused() -> None:
         facts_of(model)
 
 
-@newer
 def test_layers_that_see_the_same_chosen_keys_have_the_same_tokens() -> None:
     reasons = {}
     for name in ("glm5_next_shared", "mistral_large4"):
@@ -260,7 +257,6 @@ def test_layers_that_see_the_same_chosen_keys_have_the_same_tokens() -> None:
     assert "decoder_4 attends to keys of decoder_3, which" in reasons["mistral_large4"]
 
 
-@newer
 def test_masses_do_not_bias_what_an_index_chooses() -> None:
     merge = Reduction("projector", 0.5, gain=1.0, mass_bias=1.0, **NORM)
     with pytest.raises(ValueError, match="a bias would change what they choose. Use mass_bias=0"):
@@ -306,7 +302,6 @@ def test_layers_that_count_positions_take_no_others() -> None:
     assert deos_fx.transform(model)(**batch).logits.shape[1] < batch["input_ids"].shape[1]
 
 
-@newer
 def test_learned_frequencies_are_of_the_new_positions() -> None:
     model, batch = shared("mistral_large4"), prompts("mistral_large4")
     output = reduce("mistral_large4", (Reduction("decoder.1", 0.25, position="compact"),))(**batch)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, IMAGE, NEWER, STATEFUL, TWINS, prompts, shared
+from families import FAMILIES, IMAGE, STATEFUL, TWINS, prompts, shared
 from tiny import VISUAL, inputs, shared_llava, tiny_llava
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -225,9 +225,7 @@ def test_families(eager):
 
 
 @pytest.mark.parametrize(
-    "eager",
-    ["lfm2_vl", "qwen3_5", "llava_falcon_h1", *(["glm5_next_shared"] if NEWER else [])],
-    indirect=True,
+    "eager", ["lfm2_vl", "qwen3_5", "llava_falcon_h1", "glm5_next_shared"], indirect=True
 )
 def test_prompts_of_all_lengths(eager):
     _, model = eager

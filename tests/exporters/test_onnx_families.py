@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 from closeness import assert_onnx_close
-from families import FAMILIES, IMAGE, NEWER, prompts, shared
+from families import FAMILIES, IMAGE, prompts, shared
 from onnx_families import LAYERS, assert_a_chat_is_the_same, check_onnx, generate, reduced
 
 from deos_fx.exporters.genai import export_genai
@@ -169,9 +169,8 @@ def test_recurrent_states_are_not_exported(tmp_path: Any) -> None:
         empty = ReducedModel(shared(name, LAYERS), Policy())
         with pytest.raises(ValueError, match="has layers with a recurrent state"):
             export_onnx(empty, tmp_path / "x", prompts(name))
-    if NEWER:
-        with pytest.raises(ValueError, match="has layers that choose keys by an index"):
-            export_onnx(ReducedModel(shared("dots3_note"), Policy()), tmp_path / "x")
+    with pytest.raises(ValueError, match="has layers that choose keys by an index"):
+        export_onnx(ReducedModel(shared("dots3_note"), Policy()), tmp_path / "x")
     with pytest.raises(ValueError, match="Lfm2Vl.* the engine hands on keys and values alone"):
         export_genai(ReducedModel(shared("lfm2_vl", LAYERS), Policy()), tmp_path / "x")
     assert not [*tmp_path.iterdir()]

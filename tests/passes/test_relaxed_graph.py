@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import ROUNDINGS, assert_close, roundings_of
-from families import FAMILIES, NEWER, prompts, shared
+from families import FAMILIES, prompts, shared
 from learned import learned_at
 from tiny import call_of, inputs, tiny_llava
 from transformers import LlavaForConditionalGeneration
@@ -192,7 +192,6 @@ def test_layers_that_count_positions_are_refused() -> None:
         assert_relaxed_is_static(shared("llama4"), Policy(steps), prompts("llama4", 2))
 
 
-@pytest.mark.skipif(not NEWER, reason="transformers 5.23 does not have this family")
 def test_layers_that_choose_keys_are_refused() -> None:
     policy = Policy(IN_FAMILIES["prune"])
     with pytest.raises(ValueError, match="decoder_2 chooses the keys that a token sees by an ind"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close, roundings_of
-from families import IMAGE, NEWER, PAD, VIDEO, alone, continued, prompts, shared
+from families import IMAGE, PAD, VIDEO, alone, continued, prompts, shared
 from shortened import kept_of, shortened_from
 from test_families import PRUNED, reduce
 from torch import Tensor
@@ -19,7 +19,7 @@ from deos_fx.models.upstream import CACHE
 
 NAME = "qwen3_5"
 STEPS = 3
-each = pytest.mark.parametrize("name", [NAME, *(["glm5_next_shared"] if NEWER else [])])
+each = pytest.mark.parametrize("name", [NAME, "glm5_next_shared"])
 
 
 def generate(reduced: Any, batch: dict[str, Tensor], **options: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import NEWER
 from transformers import LlamaConfig, Qwen3_5TextConfig
 
 from deos_fx.tokens.cache import ReducedCache, TokenSpace, in_rows
@@ -95,7 +94,6 @@ def indexed(held: int, rows: int = 1) -> ReducedCache:
     return cache
 
 
-@pytest.mark.skipif(not NEWER, reason="transformers 5.23 may not have such layers")
 def test_an_index_of_keys_goes_with_them() -> None:
     parts = [indexed(4), indexed(6, rows=2)]
     cache = ReducedCache(LlamaConfig(num_hidden_layers=2))
