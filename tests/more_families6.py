@@ -72,8 +72,10 @@ def _glm(*kinds: str, indexer_types: list[str]) -> Family:
 
 MORE: dict[str, Family] = {
     "glm5_next": _glm(*["linear"] * 2, "indexed", "linear", "indexed", indexer_types=["full"] * 5),
-    # The last layer sees the keys that the one before has chosen.
-    "glm5_next_shared": _glm("indexed", "linear", *["indexed"] * 3, indexer_types=_LAST_SHARED),
+    # The second layer sees the keys that the first has chosen.
+    "glm5_next_shared": _glm(
+        *["indexed"] * 3, "linear", "indexed", indexer_types=["full", "shared", *["full"] * 3]
+    ),
     "dots3_note": Family(
         lambda: hf.Dots3NoteConfig(
             text_config=_text(

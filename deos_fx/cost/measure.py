@@ -36,6 +36,7 @@ __all__ = [
     "EncoderCost",
     "LayerCost",
     "counting",
+    "decoder_inputs",
     "measure_decoder",
     "measure_encoder",
     "once",
@@ -238,7 +239,8 @@ class _Run:
     outputs: list[Any]
 
 
-def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
+def decoder_inputs(twin: Any, length: int) -> dict[str, Any]:
+    """Make the arguments of a twin's decoder for one prompt of so many tokens, with a cache."""
     config = twin.config.get_text_config()
     # Embeddings go in, so that token ids with a meaning (images) cannot matter.
     hidden = torch.empty(1, length, config.hidden_size, dtype=twin.dtype, device="meta")
@@ -247,6 +249,11 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     if size:
         # Case: a decoder that would look up further inputs by token ids, which is no product.
         given[name] = hidden.new_empty(1, length, config.num_hidden_layers, size)
+    return {**given, "use_cache": True}
+
+
+def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
+    given = decoder_inputs(twin, length)
     # The decoder of some models has the head inside, and runs it as well.
     head = twin.get_output_embeddings() or twin.get_decoder().get_output_embeddings()
     layers, outputs = [twin.get_submodule(path) for path in paths], list[Any]()
@@ -254,9 +261,9 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
         layer.register_forward_hook(lambda *call: outputs.append(call[2]))
     with counting() as counter, torch.no_grad():
         watched = _watch(counter, [*layers, head])
-        twin.get_decoder()(use_cache=True, **given)
+        twin.get_decoder()(**given)
     with counting() as of_head, torch.no_grad():
-        head(hidden)
+        head(given["inputs_embeds"])
     held = [_held(layer) for layer in given[CACHE].layers]
     # The last layers may share the keys of earlier ones and hold none.
     nothing = _Held(0, False, None, held[-1].key_heads, held[-1].dim)

@@ -257,5 +257,5 @@ class Site:
                 total += 4 * block.dim * queries[of] * tokens
         # The next block computes these once more for itself, so observing them costs extra.
         if self.following is not None and any(where == "next" for where, _, _ in seen):
-            total += self.following.projections * (self.others + visual)
+            total += self.following.peek_flops(self.others + visual)
         return total

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deos_fx.cost.amounts import Amount
 from deos_fx.cost.growth import Growth
 from deos_fx.cost.measure import DecoderCost, EncoderCost, measure_decoder, measure_encoder
+from deos_fx.cost.peek import measure_peek
 from deos_fx.cost.tower import blocks_read
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import ModelFacts
@@ -31,6 +32,8 @@ class BlockCost:
         key_heads: Key and value heads.
         dim: Size of a head.
         width: Size of a hidden state.
+        peek: Measures a peek into it; None for a block that computes queries, keys and values of
+            the hidden states before it attends, and nothing else.
     """
 
     growth: Growth
@@ -38,16 +41,18 @@ class BlockCost:
     key_heads: int
     dim: int
     width: int
+    peek: Callable[[], Growth] | None = None
 
     def row_flops(self, queries: Amount, tokens: Amount) -> Amount:
         """Compute the FLOPs of the attention logits of a few queries that a score observes."""
         return 2 * self.heads * self.dim * queries * tokens
 
-    @property
-    def projections(self) -> float:
-        """Compute the FLOPs of the queries, keys and values of one token."""
-        # Two for each multiply-add.
-        return 2 * self.width * (self.heads + 2 * self.key_heads) * self.dim
+    def peek_flops(self, tokens: Amount) -> Amount:
+        """Compute the FLOPs of everything before the attention."""
+        if self.peek is not None:
+            return self.peek().flops(tokens)
+        # Queries, keys and values; two for each multiply-add.
+        return 2 * self.width * (self.heads + 2 * self.key_heads) * self.dim * tokens
 
 
 def heads_of(block: nn.Module) -> tuple[int, int, int, int]:
@@ -103,14 +108,16 @@ class Parts:
     def decoder(self) -> list[BlockCost]:
         """Return the decoder layers."""
         blocks = []
-        for path, layer in zip(self._facts.blocks.decoder, self.measured.layers, strict=True):
+        layers = zip(self._facts.blocks.decoder, self.measured.layers, strict=True)
+        for i, (path, layer) in enumerate(layers):
             block = self._model.get_submodule(path)
             heads, key_heads, dim = heads_of(block)[0], layer.key_heads, layer.dim
             # Case: the cache holds latent vectors, of which keys of every head are made.
             latent = (getattr(part, "qk_head_dim", None) for part in block.modules())
             if (own := next(filter(None, latent), None)) is not None:
                 key_heads, dim = heads, own
-            blocks.append(BlockCost(layer.growth, heads, key_heads, dim, self.width))
+            peek = partial(measure_peek, self._facts, i)
+            blocks.append(BlockCost(layer.growth, heads, key_heads, dim, self.width, peek))
         return blocks
 
     @cached_property

@@ -16,8 +16,8 @@ of size D, width d, T text tokens, V visual tokens and c class tokens:
     attention_raters                        2 H D N T, and 2 d V T once for all sites
     attention_raters_plus                   2 (H + 2) D N T, and 2 d V T once for all sites
     attention_mutual, attention_mutual_max  2 H D N V; in the vision tower 2 H D N N, N = V + c
-    anything @next, once                    2 d (H + 2 H_kv) D N: the projections of queries, keys
-                                            and values of the next block
+    anything @next, once                    what the next block does before it attends: mostly
+                                            2 d (H + 2 H_kv) D N for queries, keys and values
 
 Observations are shared: two features that read the same attention of the same queries of one block
 cost it once.

@@ -116,7 +116,7 @@ def test_growth_is_found_from_a_few_lengths() -> None:
 def test_what_a_score_observes_of_a_block() -> None:
     block = BlockCost(Growth(10.0, 2.0), heads=4, key_heads=2, dim=8, width=32)
     assert block.row_flops(1, 5) == 2 * 4 * 8 * 5
-    assert block.projections == 2 * 32 * (4 + 2 + 2) * 8
+    assert block.peek_flops(3) == 3 * 2 * 32 * (4 + 2 + 2) * 8
     assert heads_of(torch.nn.Linear(2, 2)) == (0, 0, 0, 0)
 
 
