@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -39,6 +40,9 @@ __all__ = [
 
 META = torch.device("meta")
 
+# By its own name: while a model is captured, another function has its place in torch.
+_ATTENTION = F.scaled_dot_product_attention
+
 # Prefixes of the names of attention implementations that need a kernel of their own.
 _KERNELS = ("flash", "flex", "paged", "kernels")
 
@@ -59,7 +63,7 @@ class ShapesOnly(TorchDispatchMode):
         # One mode may be entered several times, so the contexts make a stack.
         plain = contextlib.ExitStack()
         plain.enter_context(plain_attention(masks=("eager",)))
-        plain.enter_context(_Listed())
+        plain.enter_context(_Functions())
         self._plain = [*getattr(self, "_plain", ()), plain]
         return super().__enter__()
 
@@ -224,10 +228,13 @@ class OnZeros(nn.Module):
         return pytree.tree_map_only(torch.Tensor, shape, result)
 
 
-class _Listed(TorchFunctionMode):
-    """Creates tensors of whole numbers that code lists with their values, wherever it wants them.
+class _Functions(TorchFunctionMode):
+    """Functions that do not reach a dispatch mode as what they are.
 
-    These creations do not reach a dispatch mode.
+    1. Tensors of whole numbers that code lists are created with their values, wherever it wants
+       them.
+    2. Attention is one shape. As operations it is twenty, each for Python, and an encoder with
+       windows attends once for each window of each block.
     """
 
     def __torch_function__(
@@ -238,12 +245,31 @@ class _Listed(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _ATTENTION:
+            # Case 2.
+            shape = _shape_of_attention(*args, **kwargs)
+            return func(*args, **kwargs) if shape is None else args[0].new_empty(shape, device=META)
         device = kwargs.get("device")
         if func not in (torch.tensor, torch.as_tensor) or device in (None, "cpu"):
             return func(*args, **kwargs)
+        # Case 1.
         made = func(*args, **{**kwargs, "device": "cpu"})
         keeps = torch.device(device) == META and not made.is_floating_point()
         return made if keeps else func(*args, **kwargs)
+
+
+def _shape_of_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **options: Any
+) -> tuple[int, ...] | None:
+    """Return the shape of what attention gives; None if it has to run."""
+    states = (query, key, value)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in states):
+        # Case: someone asks which outputs depend on which weights.
+        return None
+    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    if not alike or not any(x.is_meta for x in states):
+        return None
+    return (*query.shape[:-1], value.shape[-1])
 
 
 def _has_no_values(tensor: torch.Tensor) -> bool:
