@@ -245,10 +245,9 @@ class _Functions(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _ATTENTION:
+        if func is _ATTENTION and len(args) >= 3 and _is_one_shape(*args[:3]):
             # Case 2.
-            shape = _shape_of_attention(*args, **kwargs)
-            return func(*args, **kwargs) if shape is None else args[0].new_empty(shape, device=META)
+            return _Attention.apply(*args[:3])
         device = kwargs.get("device")
         if func not in (torch.tensor, torch.as_tensor) or device in (None, "cpu"):
             return func(*args, **kwargs)
@@ -258,18 +257,27 @@ class _Functions(TorchFunctionMode):
         return made if keeps else func(*args, **kwargs)
 
 
-def _shape_of_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **options: Any
-) -> tuple[int, ...] | None:
-    """Return the shape of what attention gives; None if it has to run."""
-    states = (query, key, value)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in states):
-        # Case: someone asks which outputs depend on which weights.
-        return None
+class _Attention(torch.autograd.Function):
+    """Attention as a shape that depends on queries, keys and values: gradients are asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Return [..., Q, d] on meta."""
+        ctx.save_for_backward(query, key, value)
+        return query.new_empty((*query.shape[:-1], value.shape[-1]), device=META)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return a gradient for each, whose values have no meaning."""
+        return tuple(map(torch.zeros_like, ctx.saved_tensors))
+
+
+def _is_one_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether attention is known by its shape: no values, and no heads that are shared."""
     alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-    if not alike or not any(x.is_meta for x in states):
-        return None
-    return (*query.shape[:-1], value.shape[-1])
+    return alike and any(x.is_meta for x in (query, key, value))
 
 
 def _has_no_values(tensor: torch.Tensor) -> bool:

@@ -71,6 +71,9 @@ def test_attention_has_its_shape_and_its_gradients(heads: int, needs_grad: bool)
         found = F.scaled_dot_product_attention(*empty, enable_gqa=True)
         assert found.is_meta and found.shape == plain.shape and found.dtype == plain.dtype
         assert found.requires_grad == needs_grad
+        if needs_grad:
+            gradients = torch.autograd.grad(found.sum(), empty)
+            assert [gradient.shape for gradient in gradients] == [state.shape for state in states]
         # What has values is computed.
         values = [state.detach() for state in states]
         assert torch.equal(F.scaled_dot_product_attention(*values, enable_gqa=True), plain)
