@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["CaptureError", "GuardError", "NoGroups", "PassError", "VerificationError"]
+__all__ = [
+    "CaptureError",
+    "DeviceError",
+    "GuardError",
+    "NoGroups",
+    "PassError",
+    "VerificationError",
+]
 
 
 class CaptureError(ValueError):
     """The model or its inputs cannot be captured; the message says what to do instead."""
+
+
+class DeviceError(RuntimeError):
+    """A device is not there, or the runtime cannot use it; the message says what is."""
 
 
 class GuardError(RuntimeError):

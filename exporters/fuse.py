@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from deos_fx.exporters.graphs.exact import exact_constants
 from deos_fx.exporters.graphs.exportable import without_noise
+from deos_fx.exporters.graphs.quick import quick_rules
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -32,7 +33,7 @@ def fuse(programs: Mapping[str, onnx_ir.Model], device: str) -> None:
         # always causal, and takes the positions of the first row for all rows (ONNX Runtime 1.31),
         # but images may see themselves in both directions, and after a reduction every row has its
         # own positions. What it makes for CUDA is right, and as fast on the CPU.
-        with without_noise(), exact_constants():
+        with without_noise(), exact_constants(), quick_rules():
             fuse_for_onnxruntime(program, "cuda" if name == "prefill" else device)
         _register_constants(program.graph)
 

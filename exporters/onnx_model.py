@@ -118,7 +118,7 @@ class OnnxModel:
             ValueError: If it was written by a newer release, is incomplete or damaged, the device
                 is none of the above, or memory is to be saved on the CPU with weights of 8 or 4
                 bits.
-            RuntimeError: If CUDA is asked for and cannot be used.
+            DeviceError: If CUDA is asked for and cannot be used.
 
         Warns:
             UserWarning: If an earlier version has written the folder, without the hashes of its

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from deos_fx.errors import DeviceError
 from deos_fx.exporters.shared import SharedWeights, ort_value
 from deos_fx.tokens.cache import ReducedCache
 from deos_fx.words import counted
@@ -143,7 +144,7 @@ def open(
 
     Raises:
         ValueError: If the device is none of these, or ONNX Runtime cannot load the graph.
-        RuntimeError: If CUDA is asked for and cannot be used.
+        DeviceError: If CUDA is asked for and cannot be used.
     """
     import onnxruntime
 
@@ -187,7 +188,7 @@ def open(
     # 3. A session that has fallen back to the CPU does not list CUDA first.
     works = session.get_providers()[0] == "CUDAExecutionProvider"
     if wanted is not None and wanted.type == "cuda" and not works:
-        raise RuntimeError(
+        raise DeviceError(
             f"device={str(device)!r}, but ONNX Runtime cannot use it: it finds "
             f"{counted(found or 0, 'CUDA device')} here and its providers are "
             f"{', '.join(onnxruntime.get_available_providers())}. Leave device out to run on the "

@@ -15,9 +15,25 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What takes longest starts first, so that no worker is left alone with it at the end.
-LONGEST = ("test_onnx", "test_onnx_families", "test_readme", "test_search", "test_recorded")
+LONGEST = (
+    "test_onnx",
+    "test_onnx_families",
+    "test_readme",
+    "test_search",
+    "test_compare",
+    "test_quantise",
+    "test_recorded",
+)
 # One worker gets all of these tests, since what they share takes long: exports, a search.
-TOGETHER = ("test_onnx", "test_onnx_families", "test_elastic", "test_search")
+TOGETHER = (
+    "test_onnx",
+    "test_onnx_families",
+    "test_elastic",
+    "test_search",
+    "test_compare",
+    "test_evaluate",
+    "test_quantise",
+)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -764,6 +764,11 @@ SECTIONS = (
                     "asked.jsonl is a file, and a folder is written; give another name",
                 ),
                 (
+                    "deos-fx export my-llava my-llava.onnx",
+                    "my-llava.onnx would be a folder, with several files in it; give a name "
+                    "without .onnx",
+                ),
+                (
                     "deos-fx profile my-llava --device gpu",
                     "'gpu' is not a device; give cpu, cuda, cuda:1, ... or auto",
                 ),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deos_fx.cli.going_together import check_going_together
 from deos_fx.cli.policies import Choice, examples_of, policy_of
 from deos_fx.contents import RECORD, record_of
+from deos_fx.errors import DeviceError
 from deos_fx.words import counted
 
 if TYPE_CHECKING:
@@ -180,8 +181,7 @@ def load_generating(
         inputs = SimpleNamespace(device="cpu", dtype=torch.float32)
         try:
             return OnnxModel.from_pretrained(model_dir, device), inputs
-        except RuntimeError as error:
-            # Case: the device is not there.
+        except DeviceError as error:
             raise ValueError(str(error)) from error
     if not choice.is_empty or kind is not None:
         reduced = load_reduced(model_dir, choice, dtype=dtype, device=device)

@@ -356,7 +356,9 @@ def costs_of(
     Raises:
         ValueError: If the policy does not fit the model.
     """
-    before, after = (CostModel.of_call(Call.of(facts_of(model), one)) for one in (whole, inputs))
+    before = after = CostModel.of_call(Call.of(facts_of(model), whole))
+    if inputs is not whole:
+        after = CostModel.of_call(Call.of(facts_of(model), inputs))
     return CostReport(before=before.predict(Policy()), after=after.predict(policy))
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 __all__ = ["check_target", "check_target_file"]
 
+# Endings of files. A folder called model.onnx would surprise whoever expects one.
+_FILES = {".csv", ".html", ".json", ".jsonl", ".onnx", ".png", ".safetensors", ".svg"}
+
 
 def check_target(target: Path, force: bool, *sources: str | os.PathLike[str]) -> None:
     """Check that a command may write a folder.
@@ -17,8 +20,8 @@ def check_target(target: Path, force: bool, *sources: str | os.PathLike[str]) ->
         *sources: Folders that the command reads, which are never written to.
 
     Raises:
-        ValueError: If the target is one of the sources or a file, or is not empty, and overwriting
-            is not allowed.
+        ValueError: If the target is one of the sources or a file, or a new name is one of a file,
+            or it is not empty, and overwriting is not allowed.
     """
     for source in sources:
         # A hub id is no path, so it resolves to a folder that does not exist.
@@ -29,6 +32,11 @@ def check_target(target: Path, force: bool, *sources: str | os.PathLike[str]) ->
             )
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, and a folder is written; give another name")
+    if target.suffix.lower() in _FILES and not target.is_dir():
+        raise ValueError(
+            f"{target} would be a folder, with several files in it; give a name without "
+            f"{target.suffix}"
+        )
     if force or not target.is_dir():
         return
     # Hidden entries are temporary folders: of another process of this search, or of a killed one.

@@ -79,7 +79,14 @@ def completed(call: Call) -> Call:
     inputs["return_dict"] = True
     # 3. The position ids.
     if "position_ids" not in inputs:
-        inputs["position_ids"] = _default_positions(call.facts, inputs)
+        try:
+            inputs["position_ids"] = _default_positions(call.facts, inputs)
+        except (LookupError, RuntimeError):
+            # Code that places the tokens of images by their sizes fails on other placeholders,
+            # without saying why.
+            if call.has_images:
+                replace(call, inputs=inputs).check_images()
+            raise
     return replace(call, inputs=inputs)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import ENCODERS, PIXELS, READ, WRITER, encoded_by
 from deos_fx.models.groups import key_of_sizes
-from deos_fx.models.shapes_only import on_shapes
+from deos_fx.models.shapes_only import count_visual_tokens, on_shapes
 from deos_fx.models.views import shallow_copy
 from deos_fx.recent import Recent
 from deos_fx.tokens.positions import is_separator
@@ -138,6 +138,9 @@ _ENCODED = weakref.WeakKeyDictionary()
 _SHARES: weakref.WeakKeyDictionary[ModelFacts, Recent[tuple[Kind, int], int]]
 _SHARES = weakref.WeakKeyDictionary()
 
+_TILES: weakref.WeakKeyDictionary[ModelFacts, Recent[tuple[int, int], int]]
+_TILES = weakref.WeakKeyDictionary()
+
 # Sets of sizes that are remembered for each model; a limit, since new images may have new sizes.
 _SETS_OF_SIZES = 1024
 
@@ -196,7 +199,7 @@ def items_of(
             share = _share(facts, inputs, kind, int(table.prod(dim=-1).sum()), placeholders)
             found = _of_table(table.tolist(), share)
         elif kind is IMAGES and pixels.ndim == 5 and len(pixels) == len(of_rows):
-            found = _of_tiles(pixels, placeholders)
+            found = _of_tiles(facts, inputs, placeholders)
     # Case 3: the encoder.
     found = found or _encoded(facts, inputs, kind)
     if found and kind is VIDEOS:
@@ -311,18 +314,31 @@ def _without_left_out(
     return [Item(None, int(part.sum())) for part in parts]
 
 
-def _of_tiles(pixels: Tensor, placeholders: int) -> list[Item]:
-    """Return the tiles [B, T, 3, H, W] of prompts; tiles that only pad a prompt are zero."""
-    # A real tile that happens to be black counts as padding, as it does in the model's own code.
-    real = int((pixels != 0).flatten(2).any(dim=-1).sum())
-    tokens, rest = divmod(placeholders, real)
-    if rest:
-        raise ValueError(
-            f"pixel_values has {counted(real, 'tile')} of images that are not zero, and input_ids "
-            f"has {counted(placeholders, 'placeholder')}, which is no multiple. Make both with the "
-            "same call of the model's processor."
-        )
+def _of_tiles(facts: ModelFacts, inputs: Mapping[str, Any], placeholders: int) -> list[Item]:
+    """Return the tiles [B, T, 3, H, W] of prompts; tiles that only pad a prompt are zero.
+
+    How many tokens a tile of some size has is asked of the encoder, in a run on shapes.
+    """
+    pixels: Tensor = inputs[IMAGES.pixels]
+    # A real tile that happens to be black counts as padding, as it does in the model's own code,
+    # which takes the first of nothing but black ones.
+    real = max(int((pixels != 0).flatten(2).any(dim=-1).sum()), 1)
     height, width = pixels.shape[-2:]
+    known = _TILES.setdefault(facts, Recent(_SETS_OF_SIZES))
+    tokens = known.find(
+        (height, width),
+        lambda: count_visual_tokens(facts.model, encoding(facts, inputs, IMAGES)[1]) // real,
+    )
+    if not tokens:
+        # Case: the encoder cannot be asked, so the placeholders tell.
+        tokens = placeholders // real
+    if tokens * real != placeholders:
+        raise ValueError(
+            f"pixel_values has {counted(real, 'tile')} of images that are not zero, each of which "
+            f"is {counted(tokens, 'token')}, and input_ids has "
+            f"{counted(placeholders, 'placeholder')}. Make both with the same call of the model's "
+            "processor."
+        )
     # tokens = rows * columns with rows / columns = height / width, if these come out whole.
     rows = math.isqrt(tokens * height // width)
     whole = rows and rows * rows * width == tokens * height

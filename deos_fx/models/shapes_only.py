@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -39,6 +40,9 @@ __all__ = [
 
 META = torch.device("meta")
 
+# By its own name: while a model is captured, another function has its place in torch.
+_ATTENTION = F.scaled_dot_product_attention
+
 # Prefixes of the names of attention implementations that need a kernel of their own.
 _KERNELS = ("flash", "flex", "paged", "kernels")
 
@@ -59,7 +63,7 @@ class ShapesOnly(TorchDispatchMode):
         # One mode may be entered several times, so the contexts make a stack.
         plain = contextlib.ExitStack()
         plain.enter_context(plain_attention(masks=("eager",)))
-        plain.enter_context(_Listed())
+        plain.enter_context(_Functions())
         self._plain = [*getattr(self, "_plain", ()), plain]
         return super().__enter__()
 
@@ -224,10 +228,13 @@ class OnZeros(nn.Module):
         return pytree.tree_map_only(torch.Tensor, shape, result)
 
 
-class _Listed(TorchFunctionMode):
-    """Creates tensors of whole numbers that code lists with their values, wherever it wants them.
+class _Functions(TorchFunctionMode):
+    """Functions that do not reach a dispatch mode as what they are.
 
-    These creations do not reach a dispatch mode.
+    1. Tensors of whole numbers that code lists are created with their values, wherever it wants
+       them.
+    2. Attention is one shape. As operations it is twenty, each for Python, and an encoder with
+       windows attends once for each window of each block.
     """
 
     def __torch_function__(
@@ -238,12 +245,39 @@ class _Listed(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _ATTENTION and len(args) >= 3 and _is_one_shape(*args[:3]):
+            # Case 2.
+            return _Attention.apply(*args[:3])
         device = kwargs.get("device")
         if func not in (torch.tensor, torch.as_tensor) or device in (None, "cpu"):
             return func(*args, **kwargs)
+        # Case 1.
         made = func(*args, **{**kwargs, "device": "cpu"})
         keeps = torch.device(device) == META and not made.is_floating_point()
         return made if keeps else func(*args, **kwargs)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention as a shape that depends on queries, keys and values: gradients are asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Return [..., Q, d] on meta."""
+        ctx.save_for_backward(query, key, value)
+        return query.new_empty((*query.shape[:-1], value.shape[-1]), device=META)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return a gradient for each, whose values have no meaning."""
+        return tuple(map(torch.zeros_like, ctx.saved_tensors))
+
+
+def _is_one_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether attention is known by its shape: no values, and no heads that are shared."""
+    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    return alike and any(x.is_meta for x in (query, key, value))
 
 
 def _has_no_values(tensor: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from deos_fx.exporters.graphs.exact import exact_constants
+from deos_fx.exporters.graphs.quick import quick_rules
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import has_codes
@@ -81,7 +82,7 @@ class Exportable:
         # The exporter takes any module; only its annotation asks for a whole model.
         module: Any = self.module
         try:
-            with without_noise(), exact_constants():
+            with without_noise(), exact_constants(), quick_rules():
                 program, _ = OnnxExporter().export_program(module, dict(self.inputs), config)
         except Exception as error:
             # The exporters raise errors of many types; each means that this model is refused.

@@ -109,9 +109,12 @@ def _makes_masks(name: str, value: Any) -> bool:
 _Traced = Callable[[Tracer, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
+@functools.cache
 def _when_traced(traced: _Traced) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a replacement that calls `traced` in a thread that captures, else the original."""
 
+    # Every capture replaces the same seven hundred functions.
+    @functools.cache
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def function(*args: Any, **kwargs: Any) -> Any:

@@ -99,8 +99,8 @@ class SearchRun:
         self.scoring = Scoring(self.problem, self.estimated, self.progress)
         self.rivals = Rivals(self.problem, self.scoring, self.preset_evaluations, self.seed)
         self.unreduced_loss: float | None = None
-        # Under several budgets, others have run the model before.
-        self.before = self.problem.effort.evaluations
+        # Under several budgets, others run the model before and after.
+        self.before = self.after = self.problem.effort.evaluations
         # Steps and static losses of the search, for the estimate.
         self.left = (0, 0)
         self.interrupted |= self.problem.interrupted
@@ -115,9 +115,8 @@ class SearchRun:
 
     @property
     def spent(self) -> int:
-        """Return the evaluations so far, but for those of the presets at the end."""
-        own = self.problem.effort.evaluations - self.before
-        return own - self.rivals.evaluations * len(self.problem.scoring)
+        """Return the evaluations of the stages so far, but for those of the presets at the end."""
+        return self.after - self.before - self.rivals.evaluations * len(self.problem.scoring)
 
     def advance(
         self, sites: Sequence[Site], stages: Sequence[str] = STAGES, most: int | None = None
@@ -156,6 +155,7 @@ class SearchRun:
             # The user wants a result now.
             self.interrupted = True
         self.round_up(sites)
+        self.after = self.problem.effort.evaluations
 
     def carried(self) -> list[Policy]:
         """Return the best of what looser budgets have reached, fitted to this one, if any fits.
@@ -342,6 +342,7 @@ class SearchRun:
             return self._result()
 
     def _result(self) -> SearchResult:
+        before = self.problem.effort.evaluations
         if self.unreduced_loss is None:
             self.unreduced_loss = check_unreduced(self.problem)
         found = result_of(
@@ -351,7 +352,9 @@ class SearchRun:
             self.unreduced_loss,
             self.interrupted,
         )
-        return replace(found, evaluations=self.spent, preset_evaluations=self.rivals.evaluations)
+        # The relaxed loss of what won is told as well.
+        spent = self.spent + self.problem.effort.evaluations - before
+        return replace(found, evaluations=spent, preset_evaluations=self.rivals.evaluations)
 
     def _planned(self, places: int, sites: int) -> tuple[int, int]:
         """Return how many steps and static losses the search takes, from the first step on.

@@ -186,6 +186,7 @@ def _score(run: SearchRun, scale: float, sites: Sequence[Site]) -> None:
     """Score smaller images alone, or else presets."""
     if scale != 1 and run.problem.meets(Policy()):
         run.unreduced_loss = run.scoring.add(ALONE, Policy())
+        run.after = run.problem.effort.evaluations
     else:
         run.advance(sites, ("presets",))
 
@@ -231,7 +232,8 @@ def _result(runs: Mapping[float, SearchRun], interrupted: bool) -> SearchResult:
         unreduced=whole.problem.cost.predict(Policy()),
         unreduced_loss=unreduced_loss,
         limits=whole.problem.limits,
-        evaluations=sum(run.spent for run in runs.values()),
+        evaluations=found.evaluations
+        + sum(run.spent for scale, run in runs.items() if scale != best),
         interrupted=interrupted or any(run.interrupted for run in runs.values()),
         scales=losses,
     )

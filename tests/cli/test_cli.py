@@ -495,7 +495,8 @@ def test_no_such_folder(tmp_path):
 
 def test_a_folder_that_is_missing_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Where there is no network, it would be asked for five times.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "found").mkdir()
     assert fails("inspect", "found/modle").endswith("there is no folder found/modle")
     message = fails("inspect", "nobody/modle")

@@ -75,7 +75,6 @@ CASES = {
         ),
         2,
     ),
-    "learned parts": (Policy((learned_at("projector", 20), learned_at("decoder.0", 9))), 1),
     "ToMe, VisionZip, DivPrune, SparseVLM+": (
         _joined(
             presets.tome(12, 1, 64),
@@ -94,14 +93,18 @@ CASES = {
         ),
         2,
     ),
-    "VisPruner, DART": (
-        _joined(presets.vispruner(32, 0.5, 1), (presets.dart(), {"site": "decoder.0", "keep": 12})),
+    "learned parts in the tower, VisPruner, DART": (
+        _joined(
+            Policy((learned_at("vision.0", 48),)),
+            presets.vispruner(32, 0.5, 1),
+            (presets.dart(), {"site": "decoder.0", "keep": 12}),
+        ),
         1,
     ),
-    "greedy, reweight": (
+    "learned parts, reweight": (
         Policy(
             (
-                Reduction("projector", 12, selector="greedy", diversity=0.5),
+                learned_at("projector", 12),
                 Reduction(
                     "decoder.0",
                     5,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import shared_llava
 
+from deos_fx.errors import DeviceError
 from deos_fx.exporters import session as session_module
 from deos_fx.exporters.session import (
     Session,
@@ -90,7 +91,7 @@ def test_cuda_that_does_not_work_is_an_error_where_it_was_asked_for(
 ) -> None:
     monkeypatch.setattr(session_module, "cuda_devices", lambda: 0)
     message = r"device='cuda:1', but ONNX Runtime cannot use it: it finds 0 CUDA devices here"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(DeviceError, match=message):
         open(path, "cuda:1")
     assert open(path, None).device == torch.device("cpu")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import prompts, shared
+from families import IMAGE, prompts, shared
 from tiny import inputs, shared_llava
 from transformers import DynamicCache
 
@@ -67,6 +67,21 @@ def test_more_images_than_placeholders(reduced):
     batch["pixel_values"] = batch["pixel_values"].repeat(2, 1, 1, 1)
     with pytest.raises(ValueError, match=r"pixel_values has 2 images, .* id 120\) for 1\."):
         reduced(**batch)
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm", "qwen2_5_vl", "minicpmv4_7"])
+def test_one_placeholder_less(name):
+    """Images of one size, tiles, and tables of sizes of patches, as tensors or side by side."""
+    batch, model = prompts(name), shared(name)
+    ids = batch["input_ids"]
+    last = (ids == IMAGE).nonzero()[-1]
+    ids[tuple(last)] = 5
+    if "mm_token_type_ids" in batch:
+        batch["mm_token_type_ids"][tuple(last)] = 0
+    with pytest.raises(ValueError, match="tokens"):
+        model(**batch)
+    with pytest.raises(ValueError, match="placeholders.* same call of the model's processor"):
+        ReducedModel(model, Policy())(**batch)
 
 
 @pytest.mark.parametrize("name", ["output_router_logits", "output_attentions"])

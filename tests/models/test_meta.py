@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as hf
 from families import FAMILIES, prompts, shared
 from tiny import call_of, inputs, shared_llava
@@ -56,6 +57,26 @@ def test_numbers_that_code_lists_have_values() -> None:
     with ShapesOnly():
         assert torch.tensor([[1, 4, 8]], device="meta").tolist() == [[1, 4, 8]]
         assert torch.tensor([0.5], device="meta").is_meta
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_attention_has_its_shape_and_its_gradients(heads: int, needs_grad: bool) -> None:
+    """Windows attend one by one: where no gradient is asked for, attention is one operation."""
+    shapes = ((3, 4, 7, 8), (3, heads, 9, 8), (3, heads, 9, 5))
+    states = [torch.randn(shape, requires_grad=needs_grad) for shape in shapes]
+    plain = F.scaled_dot_product_attention(*states, enable_gqa=True)
+    with ShapesOnly():
+        empty = [state.detach().to("meta").requires_grad_(needs_grad) for state in states]
+        found = F.scaled_dot_product_attention(*empty, enable_gqa=True)
+        assert found.is_meta and found.shape == plain.shape and found.dtype == plain.dtype
+        assert found.requires_grad == needs_grad
+        if needs_grad:
+            gradients = torch.autograd.grad(found.sum(), empty)
+            assert [gradient.shape for gradient in gradients] == [state.shape for state in states]
+        # What has values is computed.
+        values = [state.detach() for state in states]
+        assert torch.equal(F.scaled_dot_product_attention(*values, enable_gqa=True), plain)
 
 
 @pytest.mark.parametrize(

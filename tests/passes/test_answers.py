@@ -57,18 +57,25 @@ def test_answers_are_those_of_each_prompt_alone(model: Any, side: str) -> None:
     assert (found["attention_mask"][:, new:] == 1).all()
 
 
+@pytest.mark.parametrize(("several", "pad"), [(False, None), (True, None), (True, 7)])
 def test_what_follows_the_end_of_an_answer_has_no_label(
-    model: Any, monkeypatch: pytest.MonkeyPatch
+    model: Any, monkeypatch: pytest.MonkeyPatch, several: bool, pad: int | None
 ) -> None:
     batch = inputs(model, batch=2, seed=1)
     call = Call.of(facts_of(model), batch)
     free = answered(call).inputs["labels"][0]
     second = free[free != -100][1].item()
-    monkeypatch.setattr(model.generation_config, "eos_token_id", second)
-    labels = answered(call).inputs["labels"]
+    ends = [second, 99] if several else second
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    monkeypatch.setattr(model.generation_config, "pad_token_id", pad)
+    found = answered(call).inputs
+    labels = found["labels"]
     # The end itself is a part of the answer.
     assert labels[0][labels[0] != -100].tolist() == free[free != -100][:2].tolist()
     assert all(row[row != -100].tolist().count(second) <= 1 for row in labels)
+    new = batch["input_ids"].shape[1]
+    after = found["input_ids"][:, new:][labels[:, new:] == -100]
+    assert len(after) and {*after.tolist()} == {second if pad is None else pad}
 
 
 def test_positions_that_do_not_go_on_are_refused(model: Any) -> None:

@@ -67,6 +67,9 @@ def test_a_front_costs_less_than_half_of_its_searches(
     alone = [search(model, data, budget=budget, steps=STEPS) for budget in BUDGETS]
     own, *others = (effort.evaluations for effort in efforts)
     assert own < sum(others) / 2
+    # Each result says what was spent for it, after those before it.
+    assert sum(each.evaluations for each in front.results.values()) == own
+    assert [each.evaluations for each in alone] == others
     # Every policy is within its budget, the loosest first; none of them is dominated.
     assert isinstance(front, SearchFront)
     assert list(front.results) == [Budget(visual_tokens=share) for share in sorted(SHARES)[::-1]]

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -320,8 +321,8 @@ def test_a_smaller_last_batch_may_take_another_branch(labels: bool) -> None:
     model.__class__ = Branching
     data = batches(model, labels=labels)[:2]
     data.append({name: value[:1] for name, value in data[0].items()})
-    # Prompts of one length need no mask, and then have none.
-    same = inputs(model, batch=2, padding=None)
+    # Prompts of one length need no mask, and then have none. These are longer than the others.
+    same = inputs(model, batch=2, text=9, padding=None)
     if labels:
         same["labels"] = same["input_ids"].masked_fill(same["input_ids"] == IMAGE, -100)
     data.append(same)
@@ -336,8 +337,15 @@ def test_a_smaller_last_batch_may_take_another_branch(labels: bool) -> None:
         # Without labels, the model's own answers are behind the prompts.
         prompts = {name: batch.call.inputs[name] for name in given if name != "labels"}
         assert_close(run_graph(graph, batch.inputs)["logits"], reduced(**prompts).logits)
-    # One prompt of a batch, whose time is measured.
-    prefill(problem.captures, problem.scoring, policy)()
+    # One prompt is measured, of the batch whose prompts are the longest.
+    timed = []
+    serving = SimpleNamespace(
+        serving=lambda call: timed.append(call) or problem.captures.serving(call)
+    )
+    every = problem.training + problem.scoring
+    prefill(serving, every, policy)()
+    longest = max(batch.call.inputs["input_ids"].shape[1] for batch in every)
+    assert timed[0].inputs["input_ids"].shape == (1, longest)
 
 
 def test_batches_of_all_kinds_take_their_steps() -> None:

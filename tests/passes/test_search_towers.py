@@ -27,6 +27,7 @@ def test_one_reduction_more_comes_before_all_others() -> None:
     found = [*before_others(policy, sites, 10)]
     # Twelve tokens are more than an image has.
     assert {step.reductions[0].keep for step in found} == {6}
+    assert {step.reductions[0].keep for step in before_others(policy, sites, 13)} == {6, 12}
     assert [step.reductions[0].site for step in found[::2]] == [f"vision.{i}" for i in (0, 3, 5, 8)]
     assert all(step.reductions[1:] == policy.reductions for step in found)
     assert {step.reductions[0].position for step in found} == {"compact"}
