@@ -24,12 +24,12 @@ AMPLIFIED = {
     "gemma4_unified": 128,  # 67
     "muse_glimmer": 128,  # 65
     "muse_spark": 256,  # 208
-    "glm5_next_shared": 128,  # 86
     "glm5_next": 128,  # 82
     "granite_vision": 64,  # 43
     "qwen3_5_moe": 64,  # 43
     "minicpm_ocr": 48,  # 39
     "dots3_note": 48,  # 39
+    "glm5_next_shared": 48,  # 20
     "glm_ocr": 48,  # 18
     "glm4v_moe": 48,  # 17
 }

@@ -176,13 +176,16 @@ def _decoder(facts: ModelFacts) -> DecoderCost:
     kinds = [
         (short.flops[i], long.flops[i], short.held[i], long.held[i]) for i in range(len(paths))
     ]
-    # Layers of one kind cost the same. For other lengths, one of each kind has to run, and those
-    # that hand on something else than hidden states.
+    # Layers of one kind cost the same. For other lengths, one of each kind has to run, and what
+    # hands on something else than hidden states before the last of these.
     first = {kind: kinds.index(kind) for kind in kinds}
+    last = max(first.values())
     for i, kind in enumerate(kinds):
         others = short.outputs[i]
-        if first[kind] != i and not any(other is not None for other in others or ()):
-            twin.get_submodule(paths[i]).forward = partial(_pass_on, others)
+        handing = i < last and any(other is not None for other in others or ())
+        if first[kind] != i and not handing:
+            nothing = None if others is None else (None,) * len(others)
+            twin.get_submodule(paths[i]).forward = partial(_pass_on, nothing)
     known = {}
     for kind, layer in first.items():
         *_, at_short, at_long = kind

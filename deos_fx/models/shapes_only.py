@@ -85,7 +85,7 @@ class ShapesOnly(TorchDispatchMode):
             # Case 1: the result depends on values that are missing, so only its shape is computed.
             if func is torch.ops.aten.index.Tensor:
                 # The values of a mask say how many rows it selects, so the index keeps its values.
-                return func(without_values(args[0]), args[1])
+                return func(without_values(args[0]), _places(args[1]))
             args, kwargs = pytree.tree_map_only(torch.Tensor, without_values, (args, kwargs))
             # A move to another device would ask meta for numbers.
             return func(*args, **(kwargs | {"device": META} if "device" in kwargs else kwargs))
@@ -96,6 +96,16 @@ class ShapesOnly(TorchDispatchMode):
             if operands or result.dtype == torch.int64:
                 return func(*args, **{**kwargs, "device": "cpu"})
         return result
+
+
+def _places(indices: Any) -> list[torch.Tensor | None]:
+    """Return the indices, with all places instead of a mask that has no values."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        mask = index is not None and index.dtype == torch.bool and index.is_meta
+        every = torch.empty(index.numel(), dtype=torch.int64, device=META) if mask else index
+        found.extend([every] * (index.ndim if mask else 1))
+    return found
 
 
 # Prefixes of the implementations, and of the masks, that run as sdpa in this thread. Replaced table

@@ -59,6 +59,13 @@ def test_numbers_that_code_lists_have_values() -> None:
         assert torch.tensor([0.5], device="meta").is_meta
 
 
+def test_masks_without_values_select_everything() -> None:
+    with ShapesOnly():
+        states = torch.empty(2, 6, 3, device="meta")
+        assert states[:, states[0, :, 0] > 0].shape == states.shape
+        assert states[states[..., 0] > 0].shape == (12, 3)
+
+
 @pytest.mark.parametrize("heads", [4, 2])
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_attention_has_its_shape_and_its_gradients(heads: int, needs_grad: bool) -> None:
