@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from tiny import inputs, tiny_llava
+from torch import fx, nn
 from transformers import LlavaForConditionalGeneration
 
 from deos_fx.passes.pipeline import lower_call, run_graph
+from deos_fx.passes.search.fronts import _identity
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
@@ -82,3 +84,13 @@ def test_policies_that_begin_alike_run_the_tower_once_for_each_batch(model):
     finally:
         handle.remove()
     assert problem.effort.evaluations == 7 * len(problem.scoring)
+
+
+def test_graphs_of_the_same_code_differ_by_their_modules():
+    def graph_of(module: nn.Module) -> fx.GraphModule:
+        graph = fx.Graph()
+        graph.output(graph.call_module("part", (graph.placeholder("x"),)))
+        return fx.GraphModule({"part": module}, graph)
+
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert _identity(graph_of(one)) == _identity(graph_of(one)) != _identity(graph_of(other))

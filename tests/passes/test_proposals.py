@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
+from deos_fx.passes.search import places
 from deos_fx.passes.search.objective import AugmentedLagrangian
-from deos_fx.passes.search.places import nearby
+from deos_fx.passes.search.places import factors, nearby
 from deos_fx.passes.search.proposals import discretise, variations
 from deos_fx.passes.search.regimes import in_regimes
+from deos_fx.passes.search.search import default_steps
 from deos_fx.passes.search.space import keep_fractions, relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.policy import Policy
@@ -155,6 +158,41 @@ def test_places_nearby_keep_the_order_of_their_sites() -> None:
     assert nearby(["projector", "decoder.2"], sites, 2) == [["projector", "decoder.0"]]
 
 
+@pytest.mark.parametrize(
+    ("losses", "steps", "expected"),
+    [
+        # A single token loses 2, so half of what there is to lose is 1.
+        ({1: 0.9}, 9, [1]),
+        ({1: 1.5, 2: 1.0}, 9, [2, 1]),
+        ({1: 1.5, 2: 1.1, 4: 0.5}, 9, [4, 2, 1]),
+        ({1: 1.5, 2: 1.1, 4: 0.5}, 2, [2, 1]),
+        # With eight times the tokens of 8, nothing would be dropped.
+        ({1: 2.0, 2: 2.0, 4: 2.0}, 9, [4, 2, 1]),
+    ],
+)
+def test_steps_begin_with_as_many_tokens_as_say_something(
+    monkeypatch: pytest.MonkeyPatch, losses: dict[int, float], steps: int, expected: list[int]
+) -> None:
+    start, single = (Policy((Reduction("projector", keep),)) for keep in (8, 1))
+    wide = {factor: Policy(name=str(factor)) for factor in losses}
+    monkeypatch.setattr(places, "widened", lambda problem, start, factor: (problem, wide[factor]))
+    known = {wide[factor].name: loss for factor, loss in losses.items()} | {"": 0.0}
+
+    def loss(policy: Policy) -> float:
+        return 2.0 if policy.reductions == single.reductions else known[policy.name]
+
+    problem: Any = SimpleNamespace(static_loss=loss, visual_tokens=TOKENS)
+    assert factors(problem, start, steps) == expected
+    assert factors(problem, POLICY, steps) == [1]
+
+
+@pytest.mark.parametrize(("prompts", "steps"), [(16, 60), (200, 100), (10000, 240)])
+def test_steps_follow_from_the_data(prompts: int, steps: int) -> None:
+    batch = SimpleNamespace(call=SimpleNamespace(inputs={"input_ids": range(prompts // 2)}))
+    found: Any = SimpleNamespace(training=[batch, batch])
+    assert default_steps(found) == steps
+
+
 def test_regimes_are_tried_one_reduction_at_a_time() -> None:
     found = list(in_regimes(POLICY))
     regimes = [[step.regime for step in each.reductions] for each in found]
@@ -229,5 +267,6 @@ def test_states_of_another_search_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds another search"):
         state(seed=2).resume(tmp_path)
     (tmp_path / "search.json").write_text("[]")
-    with pytest.raises(ValueError, match="is not the state of a search"):
+    message = "is not the state of a search.*Give another checkpoint folder, or delete this one"
+    with pytest.raises(ValueError, match=message):
         state(seed=1).resume(tmp_path)

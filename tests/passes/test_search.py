@@ -257,6 +257,8 @@ def test_bad_budget_is_refused(model: LlavaForConditionalGeneration) -> None:
         search(model, data, budget=Budget())
     with pytest.raises(TypeError, match="Budget"):
         search(model, data, budget=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="steps is 0"):
+        search(model, data, budget=Budget(flops=0.5), steps=0)
     with pytest.raises(ValueError, match="No policy meets the limits"):
         search(model, data, budget=Budget(flops=1000), steps=1)
 
