@@ -135,7 +135,7 @@ def encoding(
 _ENCODED: weakref.WeakKeyDictionary[ModelFacts, Recent[Hashable, list[Item]]]
 _ENCODED = weakref.WeakKeyDictionary()
 
-_SHARES: weakref.WeakKeyDictionary[ModelFacts, Recent[tuple[Kind, int], int]]
+_SHARES: weakref.WeakKeyDictionary[ModelFacts, Recent[tuple[Kind, Hashable], int]]
 _SHARES = weakref.WeakKeyDictionary()
 
 _TILES: weakref.WeakKeyDictionary[ModelFacts, Recent[tuple[int, int], int]]
@@ -233,14 +233,20 @@ def _share(
     """
     share, rest = divmod(area, placeholders) if placeholders else (0, area)
     known = _SHARES.setdefault(facts, Recent(_SETS_OF_SIZES))
-    if rest or known.get((kind, share)) is None:
-        method, given = encoding(facts, inputs, kind)
+    if not rest and known.get((kind, share)) is not None:
+        return share
+    method, given = encoding(facts, inputs, kind)
+
+    def ask() -> int:
         with torch.no_grad(), on_shapes(facts.model.base_model) as run:
             features = encoded_by(run, method, given)
         parts = features if isinstance(features, (list, tuple)) else [features]
-        share, rest = divmod(area, sum(math.prod(part.shape[:-1]) for part in parts))
-        share = 0 if rest else share
-        known.put((kind, share), share)
+        return sum(math.prod(part.shape[:-1]) for part in parts)
+
+    # Where placeholders stand for more than these tokens, such as ends of rows, no number fits.
+    share, rest = divmod(area, known.find((kind, key_of_sizes(given)), ask))
+    share = 0 if rest else share
+    known.put((kind, share), share)
     return share
 
 

@@ -59,8 +59,9 @@ def merge(
         y_i = (o_i x_i + sum_j c_ij x_j) / m_i * (m_i / M_i)^n
 
     so n = 1 is the mean weighted by mass and n = 0 the plain sum of PruMerge. Without ``own``, a
-    kept token that receives nothing is unchanged for every n. The weights are computed in single
-    precision and rounded once, so half precision cannot overflow on a sum of masses.
+    kept token that receives nothing is unchanged for every n, and so is one with M_i = 0. The
+    weights are computed in single precision and rounded once, so half precision cannot overflow on
+    a sum of masses.
 
     Args:
         tokens: Hidden states x [B, V, d].
@@ -90,8 +91,12 @@ def merge(
         content = content if mass is None else content * take(mass, receivers).unsqueeze(-1)
     content = content if gain == 1 else gain * content
     # 2. The total M_i, and the factor (m_i / M_i)^n / m_i of what moves.
+    received_part = content.sum(dim=-1)
+    if own is not None:
+        # Case: weights that are all 0, as of tokens that no text attends to. The token stays.
+        own = own.masked_fill(base * own + received_part == 0, 1.0)
     part = base if own is None else base * own
-    total = part + content.sum(dim=-1)
+    total = part + received_part
     share = base / total
     share = share if exponent == 1 else share**exponent
     stays = share if own is None else share * own
@@ -118,6 +123,7 @@ def _alone(tokens: Tensor, kept: Tensor, own: Tensor | None, exponent: float) ->
     if own is None or exponent == 1:
         return staying
     # Kept tokens before the receivers stay as they are.
+    own = own.masked_fill(own == 0, 1.0)
     factors = F.pad(own ** (1 - exponent), (kept.shape[1] - own.shape[1], 0), value=1.0)
     return staying * factors.unsqueeze(-1).to(tokens.dtype)
 

@@ -86,6 +86,7 @@ def capture(
         if value is not None and not isinstance(value, ModelOutput)
     }
     tracer.create_node("output", "output", (tracer.create_arg(fields),), {})
+    tracer.always_make_masks()
     graph_module = fx.GraphModule(tracer.attributes(), tracer.graph, f"{type(model).__name__}Graph")
     # All blocks of the model, also those that are not in the graph: a reduction may peek into them.
     modules = {block: model.get_submodule(path) for path, block in blocks.items()}

@@ -26,6 +26,9 @@ from deos_fx.passes.notes import annotate
 
 __all__ = ["Tracer"]
 
+# Nodes in which the model's code, and not a layer, computes with a value.
+_COMPUTING = ("call_function", "call_method")
+
 
 class _SharedKeys(KVSharingDict):
     """Keys and values that layers share outside the cache; notes who reads whose keys.
@@ -236,6 +239,13 @@ class Tracer(fx.Tracer):
         )
         annotate(node, example=self.values[node])
         return self.proxy(node)
+
+    def always_make_masks(self) -> None:
+        """Let masks of padding that code computes with be made where nothing is padded, too."""
+        for node in self.graph.find_nodes(op="call_module"):
+            leaf = self.leaves.get(str(node.target))
+            if isinstance(leaf, MaskBuilder) and leaf.is_of_padding:
+                leaf.always |= any(user.op in _COMPUTING for user in node.users)
 
     def attributes(self) -> dict[str, Any]:
         """Return the modules, parameters and buffers that recorded nodes refer to, by target."""

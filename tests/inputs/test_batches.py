@@ -9,10 +9,11 @@ import pytest
 import torch
 from batches import BATCHES, Image, anyres, batch_of, grid, model_of, plain, rows, video
 from closeness import assert_close, roundings_of
-from families import IMAGE, PAD, START, shared
+from families import IMAGE, PAD, START, alone, prompts, shared
 from masked import assert_pruning_is_masking, generate
 from test_families import NORM, PRUNED
 
+from deos_fx.inputs import items
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.pipeline import capture_call
 from deos_fx.policy.policy import Policy
@@ -121,3 +122,29 @@ def test_more_images_than_placeholders_are_refused() -> None:
     for policy in (Policy(), Policy((Reduction("projector", 0.5, scores={"feature_norm": 1.0}),))):
         with pytest.raises(ValueError, match="has 2 images, but input_ids has placeholders"):
             ReducedModel(shared("qwen2_5_vl"), policy)(**batch | twice)
+
+
+@pytest.mark.parametrize("name", ["glm5_next", "qwen3_5", "lfm2_vl"])
+@torch.no_grad()
+def test_a_prompt_without_padding_follows_a_padded_batch(name: str) -> None:
+    """Layers with a state are given no mask where nothing is padded, or one of ones."""
+    batch = prompts(name, 2)
+    step = Reduction("decoder.1", 0.5, scores={"novelty": 1.0})
+    reduced = ReducedModel(shared(name), Policy((step,)))
+    together = reduced(**batch).logits
+    own = reduced(**alone(name, batch, 1)).logits
+    assert own.shape[1] < together.shape[1]
+    assert_close(together[1:, -own.shape[1] :], own, roundings_of(name))
+
+
+@torch.no_grad()
+def test_an_encoder_is_asked_once_what_its_tokens_are(monkeypatch: Any) -> None:
+    """Rows that end in a placeholder of their own are no multiple of the tokens of patches."""
+    runs: list[Any] = []
+    run = items.on_shapes
+    monkeypatch.setattr(items, "on_shapes", lambda module: runs.append(module) or run(module))
+    reduced, batch = ReducedModel(shared("hunyuan_vl"), Policy()), prompts("hunyuan_vl")
+    reduced(**batch)
+    asked = len(runs)
+    reduced(**batch)
+    assert len(runs) == asked

@@ -69,6 +69,19 @@ def test_kept_tokens_are_scaled_and_the_class_token_comes_first() -> None:
     assert torch.equal(joined, torch.cat([first.bfloat16(), kept], dim=1))
 
 
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_a_token_stays_where_all_weights_are_zero(exponent: float) -> None:
+    """As where no text attends to the residual token, nor to any that it stands for."""
+    weight, own = torch.zeros_like(WEIGHT), torch.tensor([[1.0, 1.0, 0.0]] * B)
+    for mass in (None, MASS):
+        for assignment in (torch.rand(B, K, len(SOURCES[0])), torch.zeros(B, K, 0)):
+            moved = SOURCES[:, : assignment.shape[-1]]
+            merged = operator.merge(
+                TOKENS, KEPT, moved, assignment, own, mass, weight, exponent=exponent
+            )
+            assert_close(merged, operator.take(TOKENS, KEPT))
+
+
 def test_where_nothing_moves_the_own_part_remains() -> None:
     tokens, kept, own = torch.randn(2, 5, 3), torch.tensor([[0, 2, 4]] * 2), torch.rand(2, 2) + 1
     nothing = torch.zeros(2, 2, 0)
