@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.search import places
 from deos_fx.passes.search.objective import AugmentedLagrangian
-from deos_fx.passes.search.places import factors, nearby
+from deos_fx.passes.search.places import factors, nearby, placed
 from deos_fx.passes.search.proposals import discretise, variations
 from deos_fx.passes.search.regimes import in_regimes
 from deos_fx.passes.search.search import default_steps
@@ -184,6 +184,21 @@ def test_steps_begin_with_as_many_tokens_as_say_something(
     problem: Any = SimpleNamespace(static_loss=loss, visual_tokens=TOKENS)
     assert factors(problem, start, steps) == expected
     assert factors(problem, POLICY, steps) == [1]
+
+
+def test_a_place_drops_tokens_at_each_of_its_sites() -> None:
+    place = [Reduction("projector", 0.5), Reduction("decoder.0", 0.5)]
+
+    def start(fit: Any) -> Policy | None:
+        problem: Any = SimpleNamespace(visual_tokens=TOKENS, fit=fit)
+        return placed(problem, place)
+
+    found = start(lambda policy: policy)
+    assert found is not None and found.counts(TOKENS) == [2, 1]
+    assert start(lambda policy: None) is None
+    # A limit that allows all tokens.
+    everything = [replace(step, keep=TOKENS) for step in place]
+    assert start(lambda policy: Policy(tuple(everything[: len(policy.reductions)]))) is None
 
 
 @pytest.mark.parametrize(("prompts", "steps"), [(16, 60), (200, 100), (10000, 240)])

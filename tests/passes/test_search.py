@@ -347,6 +347,11 @@ def test_a_smaller_last_batch_may_take_another_branch(labels: bool) -> None:
     every = problem.training + problem.scoring
     prefill(serving, every, policy)()
     longest = max(batch.call.inputs["input_ids"].shape[1] for batch in every)
+    # No reduction looks at padding.
+    masks = [(batch.prompt, batch.call.inputs.get("attention_mask")) for batch in every]
+    padded = [(prompt, mask == 0) for prompt, mask in masks if mask is not None]
+    assert any(where.any() for _, where in padded)
+    assert not any(prompt[where].any() for prompt, where in padded)
     assert timed[0].inputs["input_ids"].shape == (1, longest)
 
 
