@@ -80,6 +80,7 @@ def measure(calls: int, sizes: int, layers: int) -> dict[str, Any]:
     handler = _Captures()
     logger = logging.getLogger("deos_fx")
     logger.addHandler(handler)
+    level = logger.level
     logger.setLevel(logging.DEBUG)
     reduced = transform(_model(layers), policy=POLICY)
     process, steps = psutil.Process(), []
@@ -99,6 +100,7 @@ def measure(calls: int, sizes: int, layers: int) -> dict[str, Any]:
                 }
             )
     logger.removeHandler(handler)
+    logger.setLevel(level)
     return {"bounds": {"captures": CAPTURES, "graphs": GRAPHS}, "steps": steps}
 
 

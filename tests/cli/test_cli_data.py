@@ -88,6 +88,8 @@ def test_inspect_counts_the_tokens_of_all_tiles(tmp_path: Path) -> None:
     size = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
     write_processor("smolvlm", tmp_path, image=size)
     config = FAMILIES["smolvlm"].config()
+    # Of 16 x 16 patches, 8 x 8 are a token.
+    config.scale_factor = 8
     processor = load_processor(tmp_path)
     config.image_token_id = processor.image_token_id
     config.text_config.vocab_size = len(processor.tokenizer)

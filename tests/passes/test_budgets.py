@@ -60,6 +60,8 @@ def dominates(first: Candidate, second: Candidate) -> bool:
 def test_a_front_costs_less_than_half_of_its_searches(
     model: Any, efforts: list[Effort], tmp_path: Path
 ) -> None:
+    # Those of other tests may be there.
+    efforts.clear()
     data = labelled(model)
     stages: list[str] = []
     show: Any = lambda now, *_: stages.append(now)  # noqa: E731
