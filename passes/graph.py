@@ -11,7 +11,15 @@ from torch import fx
 
 from deos_fx.passes.notes import note_of
 
-__all__ = ["attends", "blocks_after", "blocks_of", "made_of", "reached", "users_after"]
+__all__ = [
+    "attends",
+    "blocks_after",
+    "blocks_of",
+    "has_streams",
+    "made_of",
+    "reached",
+    "users_after",
+]
 
 
 def blocks_of(graph: fx.Graph, stage: str) -> dict[int, fx.Node]:
@@ -40,6 +48,11 @@ def attends(node: fx.Node) -> bool:
         return True
     mask = node.kwargs["attention_mask"]
     return isinstance(mask, fx.Node) and not note_of(mask).padding
+
+
+def has_streams(node: fx.Node) -> bool:
+    """Return whether hidden states are several streams [B, N, s, d] of each token."""
+    return len(note_of(node).shape) > 3
 
 
 def blocks_after(node: fx.Node, stage: str) -> list[fx.Node]:

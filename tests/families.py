@@ -93,12 +93,17 @@ def _sized(*shape: int, height: int, width: int) -> Callable[[int], dict[str, Te
     }
 
 
-def _patches(batch: int) -> dict[str, Tensor]:
-    # 8 x 16 patches of 4 x 4 pixels in 2 frames, merged by twos: 4 x 8 visual tokens.
-    return {
-        "pixel_values": _noise(batch * 128, 3 * 2 * 16),
+def _grid(*patch: int, **more: int) -> Callable[[int], dict[str, Tensor]]:
+    """8 x 16 patches of an image, merged by twos: 4 x 8 visual tokens."""
+    return lambda batch: {
+        "pixel_values": _noise(batch * 128, *patch),
         "image_grid_thw": torch.tensor([[1, 8, 16]] * batch),
+        **{name: torch.tensor([value] * batch) for name, value in more.items()},
     }
+
+
+# Patches of 4 x 4 pixels in 2 frames.
+_patches = _grid(3 * 2 * 16)
 
 
 def _types(ids: Tensor) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from families import (
     VIDEO,
     VOCABULARY,
     Family,
+    _grid,
     _noise,
     _patches,
     _plain,
@@ -71,15 +72,6 @@ _HEARING = {
     "output_dim": 64,
     "num_mel_bins": 16,
 }
-
-
-def _grid(*patch: int, **more: int) -> Callable[[int], dict[str, Tensor]]:
-    """8 x 16 patches of an image, merged by twos: 4 x 8 visual tokens."""
-    return lambda batch: {
-        "pixel_values": _noise(batch * 128, *patch),
-        "image_grid_thw": torch.tensor([[1, 8, 16]] * batch),
-        **{name: torch.tensor([value] * batch) for name, value in more.items()},
-    }
 
 
 def _glm(config: Any) -> Family:

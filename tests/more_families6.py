@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import transformers as hf
 from families import (
     _MERGING,
@@ -19,7 +18,7 @@ from families import (
     IMAGE,
     START,
     Family,
-    _noise,
+    _grid,
     _patches,
     _pixtral,
     _sized,
@@ -96,10 +95,7 @@ MORE: dict[str, Family] = {
             audio_config={**_sizes(adapter_input_size=32, adapter_out_dim=64), "feature_size": 8},
             **_TOKENS,
         ),
-        lambda batch: {
-            "pixel_values": _noise(batch * 128, 48),
-            "image_grid_thw": torch.tensor([[1, 8, 16]] * batch),
-        },
+        _grid(48),
         _SHORT,
     ),
     # The last layer has no keys of its own, but an index.
@@ -128,10 +124,7 @@ ONLY_NEWER: dict[str, Family] = {
             vision_config=_sizes(patch_size=4, max_image_size=64, out_hidden_size=64),
             **_TOKENS,
         ),
-        lambda batch: {
-            "pixel_values": _noise(batch * 128, 48),
-            "image_grid_thw": torch.tensor([[1, 8, 16]] * batch),
-        },
+        _grid(48),
         [START, *[IMAGE] * (4 * 9), END],
         _types,
     ),

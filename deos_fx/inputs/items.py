@@ -135,9 +135,14 @@ def encoding(
 _ENCODED: weakref.WeakKeyDictionary[ModelFacts, Recent[Hashable, list[Item]]]
 _ENCODED = weakref.WeakKeyDictionary()
 
-_SHARES: weakref.WeakKeyDictionary[ModelFacts, Recent[tuple[Kind, Hashable], int]]
+_SHARES: weakref.WeakKeyDictionary[ModelFacts, Recent[tuple[Kind, int], int]]
 _SHARES = weakref.WeakKeyDictionary()
 
+# Tokens that the encoder makes of a set of sizes.
+_MADE: weakref.WeakKeyDictionary[ModelFacts, Recent[tuple[Kind, Hashable], int]]
+_MADE = weakref.WeakKeyDictionary()
+
+# Tokens that it makes of a tile of some height and width.
 _TILES: weakref.WeakKeyDictionary[ModelFacts, Recent[tuple[int, int], int]]
 _TILES = weakref.WeakKeyDictionary()
 
@@ -244,7 +249,8 @@ def _share(
         return sum(math.prod(part.shape[:-1]) for part in parts)
 
     # Where placeholders stand for more than these tokens, such as ends of rows, no number fits.
-    share, rest = divmod(area, known.find((kind, key_of_sizes(given)), ask))
+    made = _MADE.setdefault(facts, Recent(_SETS_OF_SIZES))
+    share, rest = divmod(area, made.find((kind, key_of_sizes(given)), ask))
     share = 0 if rest else share
     known.put((kind, share), share)
     return share

@@ -31,11 +31,10 @@ from deos_fx.attention.observation import OBSERVED
 from deos_fx.passes.analyse.annotate_token_spaces import padding_node
 from deos_fx.passes.analyse.sites import Encoder, Sites
 from deos_fx.passes.finish import finish
-from deos_fx.passes.graph import blocks_of, users_after
+from deos_fx.passes.graph import blocks_of, has_streams, users_after
 from deos_fx.passes.lower.emitter import Emitter
 from deos_fx.passes.lower.steps import Group, Inside, Place, Step
 from deos_fx.passes.lower.token_space import insert_visual_positions
-from deos_fx.passes.notes import note_of
 from deos_fx.passes.observe.site_features import PromptFeatures, PromptText, TowerFeatures
 from deos_fx.tokens.layout import PromptLayout
 
@@ -273,8 +272,7 @@ class SiteWalk(ABC):
 
     def _in_row(self, value: Any, layer: fx.Node) -> Any:
         """Emit tokens as vectors [B, N, d], where a layer has several streams of hidden states."""
-        streams = len(note_of(layer).shape) > 3
-        return self.call(tokens.streams_in_row, value) if streams else value
+        return self.call(tokens.streams_in_row, value) if has_streams(layer) else value
 
     # *** features ***
 

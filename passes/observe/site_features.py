@@ -11,8 +11,7 @@ import torch
 from torch import fx
 
 from deos_fx import tokens
-from deos_fx.passes.graph import blocks_of
-from deos_fx.passes.notes import note_of
+from deos_fx.passes.graph import blocks_of, has_streams
 from deos_fx.passes.observe.features import Emit, Maker, SiteFeatures
 from deos_fx.passes.observe.observe_block import AskedNodes
 
@@ -227,7 +226,7 @@ class PromptFeatures(SiteFeatures):
         """Make a feature of the text, or of hidden states after the final norm."""
         if name == "text_tokens":
             text = self._taken(self._text_positions(self.hidden))
-            return self.call(tokens.streams_in_row, text) if self._streams else text
+            return self.call(tokens.streams_in_row, text) if has_streams(self.hidden) else text
         # Flags are by place in the text, so those of the embeddings are valid here.
         if name == "text_mask":
             return self.text.question
@@ -238,11 +237,6 @@ class PromptFeatures(SiteFeatures):
         if name == "normed_text":
             return self._normed(self._text_positions(self.hidden))
         return super()._other(name)
-
-    @property
-    def _streams(self) -> bool:
-        """Return whether hidden states are several streams [B, N, s, d]."""
-        return len(note_of(self.hidden).shape) > 3
 
     def _taken(self, index: fx.Node) -> fx.Node:
         """Take the hidden states of tokens."""
@@ -260,7 +254,7 @@ class PromptFeatures(SiteFeatures):
         # such).
         *_, last = blocks_of(self.graph_module.graph, "decoder").values()
         hidden = self._taken(index)
-        for _ in range(1 + self._streams):
+        for _ in range(1 + has_streams(self.hidden)):
             after = [user for user in last.users if user.op == "call_module"]
             if len(after) != 1:
                 raise ValueError(f"{self.site} has no feature after the final norm: there is none.")
