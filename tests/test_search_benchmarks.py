@@ -87,7 +87,7 @@ def test_gradient_comes_first(task):
 def test_an_evaluation_is_a_pass_and_a_backward_counts_two(task, quick):
     problem = task.problem(16, 6, 0)
     run = run_module.SearchRun(problem, 3, 0, None, None)
-    starts = run.places(problem.searched_sites(None))
+    starts = run.places(problem.searched_sites())
     before = problem.effort.evaluations
     run.descend("steps", starts[0], 3)
     # Three steps on all three batches; judged at the start, after each step and when rounded.

@@ -49,7 +49,7 @@ class Reached:
 def places(problem: SearchProblem) -> list[Policy]:
     """Return where a search would start, the projector alone first."""
     run = SearchRun(problem, 1, 0, None, None)
-    return run.places(problem.searched_sites(None))
+    return run.places(problem.searched_sites())
 
 
 def descend(

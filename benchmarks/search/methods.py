@@ -50,7 +50,7 @@ def _tenth(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
     """Take steps at the first place, in one round, for a tenth of the evaluations."""
     assert evaluations is not None
     run = SearchRun(problem, default_steps(problem), seed, None, None)
-    start = run.places(problem.searched_sites(None))[0]
+    start = run.places(problem.searched_sites())[0]
     # What is left beside the static losses; a step on one batch is three evaluations.
     left = evaluations // SHARE - problem.effort.evaluations
     left -= (JUDGED + 1) * len(problem.scoring)
@@ -74,7 +74,7 @@ def _polish_start(problem: SearchProblem, seed: int, evaluations: int | None) ->
     """Presets, the starts of the gradient's steps as they are, and variations of the best."""
     assert evaluations is not None
     run = SearchRun(problem, default_steps(problem), seed, None, None)
-    starts = run.places(problem.searched_sites(None))
+    starts = run.places(problem.searched_sites())
     run.scoring.add_all("starts", [("start", policy) for policy in starts])
     return _advanced(run, ("presets", "variations"), evaluations)
 
@@ -89,16 +89,14 @@ def _staged(
 
 def _advanced(run: SearchRun, stages: tuple[str, ...], evaluations: int | None) -> Found:
     """Go through stages of a search; variations take what is left of the evaluations."""
-    problem = run.problem
-    sites = problem.searched_sites(None)
     if evaluations is None:
         # Case: as many evaluations of variations as in a search.
-        run.advance(sites, stages)
+        run.advance(stages)
     else:
-        run.advance(sites, stages[:-1] if "variations" in stages else stages)
-        left = evaluations - problem.effort.evaluations
+        run.advance(stages[:-1] if "variations" in stages else stages)
+        left = evaluations - run.problem.effort.evaluations
         if "variations" in stages:
-            run.advance(sites, stages[-1:], left)
+            run.advance(stages[-1:], left)
     best = run.scoring.best
     return Found(best.policy, best.loss)
 
@@ -119,7 +117,7 @@ def _trials(problem: SearchProblem, sampler: str, seed: int) -> Iterator[tuple[P
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=getattr(optuna.samplers, sampler)(seed=seed))
-    space = HandSpace(problem, problem.searched_sites(None))
+    space = HandSpace(problem, problem.searched_sites())
     # What the gradient starts from and the best preset: all searches know the same.
     for values in (START, MERGE):
         study.enqueue_trial(space.start(values))
@@ -151,7 +149,7 @@ def _trials(problem: SearchProblem, sampler: str, seed: int) -> Iterator[tuple[P
 def _depthwise(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
     """DOP's search."""
     assert evaluations is not None
-    sites = problem.searched_sites(None)
+    sites = problem.searched_sites()
     return _best(problem, depthwise(problem, sites, evaluations), evaluations)
 
 

@@ -147,7 +147,7 @@ def _backward(model: Any, data: Mapping[str, Tensor]) -> None:
 
 def _places(problem: SearchProblem) -> dict[str, Policy]:
     """Return the projector alone, the projector with a decoder site, and an early decoder site."""
-    sites = {site.name: site for site in problem.searched_sites(None)}
+    sites = {site.name: site for site in problem.searched_sites()}
     names = [name for name in sites if name.startswith("decoder.")]
     early, middle = names[0], names[len(names) // 2]
     found = {}

@@ -78,11 +78,11 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Return the name of the row, such as ``decoder.0 ... decoder.31``."""
+        """Return the name of the row, such as ``decoder.0 to 31``."""
         if self.stage == "projector":
             return "projector"
-        names = dict.fromkeys(f"{self.stage}.{number}" for number in (self.first, self.last))
-        return " ... ".join(names)
+        numbers = dict.fromkeys((self.first, self.last))
+        return f"{self.stage}.{' to '.join(map(str, numbers))}"
 
     @property
     def count(self) -> int:

@@ -115,7 +115,7 @@ class _Drawing:
             f'<rect class="card{used}" x="{left:.0f}" y="{self.y:.1f}" width="{_CARD}" '
             f'height="{height:.1f}" rx="10"/>'
         )
-        name, kind = row.name.replace(" ... ", " … "), row.module
+        name, kind = row.name, row.module
         kind += f" × {row.count}" * (row.count > 1)
         self._text(_FLOW, middle - 4, name, "name middle")
         self._text(_FLOW, middle + 16, kind, "soft middle")

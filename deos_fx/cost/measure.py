@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from deos_fx.cost.growth import Growth, whole_part
-from deos_fx.cost.twin import WholeNumbers, count_flops, twin_of
+from deos_fx.cost.twin import count_flops, twin_of, whole_numbers
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import PER_LAYER, encoded_by
 from deos_fx.models.upstream import CACHE
@@ -380,7 +380,7 @@ def _used(features: list[Tensor], made: Mapping[nn.Module, list[Any]]) -> set[nn
         for unit, of_unit in made.items()
     }
     every = [x for of_unit in tensors.values() for x in of_unit]
-    with WholeNumbers(), torch.enable_grad():
+    with whole_numbers(), torch.enable_grad():
         total = torch.stack([feature.float().sum() for feature in features]).sum()
         gradients = torch.autograd.grad(total, every, allow_unused=True)
     reached = {x for x, gradient in zip(every, gradients, strict=True) if gradient is not None}
@@ -420,5 +420,5 @@ def counting() -> Iterator[FlopCounterMode]:
     """Run code of a twin, and count its FLOPs."""
     # On meta, assume that a mask selects every element: the largest possible result.
     whole = cast(Any, fx_config).patch(meta_nonzero_assume_all_nonzero=True)
-    with _COUNTING, whole, WholeNumbers(), count_flops() as counter:
+    with _COUNTING, whole, whole_numbers(), count_flops() as counter:
         yield counter

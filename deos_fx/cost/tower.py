@@ -63,8 +63,9 @@ def _read(facts: ModelFacts) -> tuple[int, ...]:
         for block, output in leaves.items():
             block.forward = lambda *_, output=output, **__: output
         features = _encoded(twin, facts)
-    except (RuntimeError, ValueError, TypeError):
-        # Case: code that reads values, or that arranges the patches in a square.
+    except (RuntimeError, ValueError, TypeError, LookupError):
+        # Case: code that reads values, that arranges the patches in a square, or that has a table
+        # of numbers of patches.
         return ()
     if _tokens(features) != whole - 1:
         return ()

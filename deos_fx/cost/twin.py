@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.integrations.moe import batched_mm_experts_forward
 
-from deos_fx.models.shapes_only import OnZeros, without_values
+from deos_fx.models.shapes_only import ListedNumbers, OnZeros, without_values
 from deos_fx.models.sharded import without_shards
 from deos_fx.models.views import AnyLinear, has_codes, linear_sizes
 
-__all__ = ["WholeNumbers", "count_flops", "twin_of"]
+__all__ = ["count_flops", "twin_of", "whole_numbers"]
 
 
 class _NoModules:
@@ -44,7 +46,14 @@ def count_flops() -> FlopCounterMode:
     return counter
 
 
-class WholeNumbers(TorchDispatchMode):
+@contextmanager
+def whole_numbers() -> Iterator[None]:
+    """Run code of a twin with the values of what depends on no weight, also of lists of numbers."""
+    with ListedNumbers(), _WholeNumbers():
+        yield
+
+
+class _WholeNumbers(TorchDispatchMode):
     """A mode that computes for real what depends on no weight: positions, sizes of images, masks.
 
     Model code reads these values and wants them on the weights' device, which is meta here. Unlike

@@ -28,6 +28,7 @@ from deos_fx.models.views import AnyLinear, execution_device, linear_sizes, with
 from deos_fx.replaced import replaced
 
 __all__ = [
+    "ListedNumbers",
     "OnZeros",
     "ShapesOnly",
     "count_visual_tokens",
@@ -238,13 +239,10 @@ class OnZeros(nn.Module):
         return pytree.tree_map_only(torch.Tensor, shape, result)
 
 
-class _Functions(TorchFunctionMode):
-    """Functions that do not reach a dispatch mode as what they are.
+class ListedNumbers(TorchFunctionMode):
+    """Creates tensors of whole numbers that code lists with their values, wherever it wants them.
 
-    1. Tensors of whole numbers that code lists are created with their values, wherever it wants
-       them.
-    2. Attention is one shape. As operations it is twenty, each for Python, and an encoder with
-       windows attends once for each window of each block.
+    On meta, such a tensor does not reach a dispatch mode.
     """
 
     def __torch_function__(
@@ -255,16 +253,31 @@ class _Functions(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _ATTENTION and len(args) >= 3 and _is_one_shape(*args[:3]):
-            # Case 2.
-            return _Attention.apply(*args[:3])
         device = kwargs.get("device")
         if func not in (torch.tensor, torch.as_tensor) or device in (None, "cpu"):
             return func(*args, **kwargs)
-        # Case 1.
         made = func(*args, **{**kwargs, "device": "cpu"})
         keeps = torch.device(device) == META and not made.is_floating_point()
         return made if keeps else func(*args, **kwargs)
+
+
+class _Functions(ListedNumbers):
+    """The same, and attention is one shape.
+
+    As operations it is twenty, each for Python, and an encoder with windows attends once for each
+    window of each block.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is _ATTENTION and len(args) >= 3 and _is_one_shape(*args[:3]):
+            return _Attention.apply(*args[:3])
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class _Attention(torch.autograd.Function):

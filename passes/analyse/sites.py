@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from deos_fx.policy.site import split_site
@@ -114,6 +114,25 @@ class Sites:
                     f"{name} has no score {score!r}{why}; it has {', '.join(seen.scores)}."
                 )
         return site
+
+    def limited_to(self, names: Collection[str]) -> Sites:
+        """Return the same sites, of which only some can be reduced.
+
+        Args:
+            names: Their names.
+
+        Raises:
+            ValueError: If one does not exist or cannot be reduced.
+        """
+        for name in names:
+            self.usable(name, ())
+        left = [
+            replace(site, reason="it is not one of the sites to search")
+            if site.available and site.name not in names
+            else site
+            for site in self.sites
+        ]
+        return replace(self, sites=tuple(left))
 
     def available(self) -> tuple[Site, ...]:
         """Return the sites that can be used, in order of depth."""

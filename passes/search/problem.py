@@ -37,7 +37,7 @@ from deos_fx.passes.search.timing import measured
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.counts import fit_counts, on_grid, within
 from deos_fx.policy.policy import Policy
-from deos_fx.policy.site import site_order, split_site
+from deos_fx.policy.site import split_site
 from deos_fx.tokens.cache import SpaceFields
 from deos_fx.tokens.layout import PromptLayout
 
@@ -64,6 +64,7 @@ class SearchProblem:
         interrupted: Whether answering or capturing was cut short; the batches are those that were
             ready.
         timed_here: Whether a limit on latency is one of this machine.
+        names: Names of the sites that may be reduced; None for all.
         effort: What all searches on this problem have cost so far, in this process.
         fronts: What precedes the first reduction of graphs, once for every batch.
     """
@@ -79,6 +80,7 @@ class SearchProblem:
     scoring: list[SearchBatch]
     interrupted: bool = False
     timed_here: bool = False
+    names: tuple[str, ...] | None = None
     effort: Effort = field(default_factory=Effort, compare=False)
     fronts: Fronts = field(default_factory=Fronts, compare=False, repr=False)
 
@@ -90,8 +92,7 @@ class SearchProblem:
         budget: Budget,
         progress: Progress | None = None,
         recognise: Callable[[dict[str, Any]], None] | None = None,
-        *,
-        in_tower: bool = False,
+        sites: Iterable[str] | None = None,
     ) -> SearchProblem:
         """Check the data, capture the model and set up the problem.
 
@@ -101,13 +102,14 @@ class SearchProblem:
             budget: The budget.
             progress: Called with the stages ``answers`` and ``capture`` after each batch.
             recognise: Called with the fingerprint of the problem, before anything is captured.
-            in_tower: Whether sites of the vision tower are searched.
+            sites: Names of the sites that may be reduced; left out, all.
 
         Returns:
             The problem. From four batches on, a quarter is held back for scoring.
 
         Raises:
-            ValueError: If the data is empty or uneven, or the model is not supported.
+            ValueError: If the data is empty or uneven, the model is not supported, or a site does
+                not exist or cannot be reduced.
             TypeError: If the data holds anything but dicts, or the model is not one of
                 transformers'.
         """
@@ -131,9 +133,13 @@ class SearchProblem:
         # dict keeps the order, so the first is that of the longest prompts.
         cost, *others = costs.values()
         # 3. The captured calls, and a target for every batch.
+        names = None if sites is None else tuple(map(str, sites))
+        in_tower = any(name.startswith("vision.") for name in names or ())
         captures = Captures(model, in_tower)
         first = without_labels(longest[0])
         captured = captures.serving(replace(first, inputs=moved(first.inputs, model.device)))
+        if names is not None:
+            _sites_of(captured).limited_to(names)
         batches, interrupted = with_targets(captures, calls, labels, progress)
         # 4. The problem.
         for_steps, for_scoring = parted(batches)
@@ -148,6 +154,7 @@ class SearchProblem:
             training=for_steps,
             scoring=for_scoring,
             interrupted=early or interrupted,
+            names=names,
         )
         return problem.under(budget)
 
@@ -197,28 +204,15 @@ class SearchProblem:
 
     @property
     def sites(self) -> Sites:
-        """Return the sites of the model."""
-        assert self.captured.sites is not None
-        return self.captured.sites
+        """Return the sites of the model, of which those that are searched can be reduced."""
+        sites = _sites_of(self.captured)
+        return sites if self.names is None else sites.limited_to(self.names)
 
-    def searched_sites(self, names: Iterable[str] | None) -> tuple[Site, ...]:
-        """Return the sites to search, in order of depth.
-
-        Args:
-            names: Their names; None for all available sites after the vision tower.
-
-        Returns:
-            The sites.
-
-        Raises:
-            ValueError: If one does not exist or cannot be reduced.
-        """
-        if names is not None:
-            # Case: the sites are given.
-            chosen = [self.sites.usable(name, ()) for name in names]
-            return tuple(sorted(chosen, key=lambda site: site_order(site.name)))
-        # Case: all sites after the tower.
+    def searched_sites(self) -> tuple[Site, ...]:
+        """Return the sites to search, in order of depth: those given, or all after the tower."""
         usable = self.sites.available()
+        if self.names is not None:
+            return usable
         return tuple(site for site in usable if split_site(site.name)[0] != "vision")
 
     def amounts(self, policy: Policy, *, counted: bool = True) -> dict[str, float]:
@@ -365,6 +359,11 @@ class SearchProblem:
     def static_loss(self, policy: Policy) -> float:
         """Return the task loss of a policy's static graph, mean over the scoring batches."""
         return self.mean_loss(functools.partial(_lowered, policy))
+
+
+def _sites_of(captured: Captured) -> Sites:
+    assert captured.sites is not None
+    return captured.sites
 
 
 def _lowered(policy: Policy, batch: SearchBatch) -> fx.GraphModule:

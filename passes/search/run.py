@@ -118,20 +118,18 @@ class SearchRun:
         """Return the evaluations of the stages so far, but for those of the presets at the end."""
         return self.after - self.before - self.rivals.evaluations * len(self.problem.scoring)
 
-    def advance(
-        self, sites: Sequence[Site], stages: Sequence[str] = STAGES, most: int | None = None
-    ) -> None:
+    def advance(self, stages: Sequence[str] = STAGES, most: int | None = None) -> None:
         """Go through the stages of the search, until the end or an interruption.
 
         Args:
-            sites: The sites to search. At some of the tower, settings are only tried.
             stages: Those of `STAGES` that are not left out.
             most: Largest number of evaluations of variations; left out, those of a search.
         """
         most = _VARIATIONS * len(self.problem.scoring) if most is None else most
-        # Groups of patches have no relaxed form.
-        tried = [site for site in sites if self.problem.sites.in_groups(site.name)]
-        sites = [site for site in sites if site not in tried]
+        # Groups of patches have no relaxed form: there, settings are only tried.
+        found = self.problem.searched_sites()
+        tried = [site for site in found if self.problem.sites.in_groups(site.name)]
+        sites = [site for site in found if site not in tried]
         try:
             if self.interrupted:
                 # Case: while capturing, or under a looser budget.

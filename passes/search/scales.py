@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search.checkpoints import Checkpoints
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.foreign import check_checkpoint
@@ -89,8 +88,6 @@ def search_scales(
     checkpoint: Checkpoints | None,
     preset_evaluations: int,
     progress: Progress | None,
-    *,
-    in_tower: bool,
 ) -> SearchResult:
     """Search the best policy under a budget, and the scale at which images enter.
 
@@ -111,7 +108,6 @@ def search_scales(
         preset_evaluations: Losses that may be spent on presets, at each scale that is searched to
             the end.
         progress: Called as the search advances.
-        in_tower: Whether sites of the tower are among them.
 
     Raises:
         ValueError: As `deos_fx.search`.
@@ -127,7 +123,7 @@ def search_scales(
         # At a smaller scale there may be fewer tokens than the budget allows, which is no mistake.
         limit = budget if scale == 1 else _without_tokens(budget)
         try:
-            problem = SearchProblem.of(model, batches, limit, own, known, in_tower=in_tower)
+            problem = SearchProblem.of(model, batches, limit, own, known, sites)
             if runs:
                 problem = _limited_as(runs[1].problem, problem)
             run = SearchRun(
@@ -139,7 +135,7 @@ def search_scales(
                 estimate=estimate,
                 preset_evaluations=preset_evaluations,
             )
-            _score(run, scale, problem.searched_sites(sites))
+            _score(run, scale)
         except KeyboardInterrupt:
             # Case: before anything was scored at this scale.
             if not runs:
@@ -155,7 +151,7 @@ def search_scales(
         run = runs[scale]
         # Twice: what comes after, an estimate takes for half a search.
         run.further = 2 * (len(further) - i - 1)
-        run.advance(run.problem.searched_sites(sites), ("steps", "variations"))
+        run.advance(("steps", "variations"))
         if run.interrupted:
             break
     return _result(runs, interrupted)
@@ -182,13 +178,13 @@ def _without_tokens(budget: Budget) -> Budget:
     return replace(budget, visual_tokens=None if budget.visual_tokens is None else 1.0)
 
 
-def _score(run: SearchRun, scale: float, sites: Sequence[Site]) -> None:
+def _score(run: SearchRun, scale: float) -> None:
     """Score smaller images alone, or else presets."""
     if scale != 1 and run.problem.meets(Policy()):
         run.unreduced_loss = run.scoring.add(ALONE, Policy())
         run.after = run.problem.effort.evaluations
     else:
-        run.advance(sites, ("presets",))
+        run.advance(("presets",))
 
 
 def _limited_as(whole: SearchProblem, problem: SearchProblem) -> SearchProblem:

@@ -9,7 +9,6 @@ from typing import Any, overload
 
 from transformers import PreTrainedModel
 
-from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search import processes
 from deos_fx.passes.search.budgets import check_budgets, in_words, loosest_first, pooled
 from deos_fx.passes.search.checkpoints import Checkpoints
@@ -109,10 +108,10 @@ def search(
             searched further, and fractions of the budget refer to scale 1.
         budget: At least one limit.
         budgets: In place of `budget`, several budgets for a front.
-        sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; left out, the
-            projector and all sites in the decoder. Where groups of patches make a visual token,
-            settings at sites of the vision tower are tried, alone and before what is best
-            otherwise, but not trained: they have no relaxed form.
+        sites: Names of the sites to search, such as ``vision.11`` or ``decoder.2``; no policy has
+            others. Left out, the projector and all sites in the decoder. Where groups of patches
+            make a visual token, settings at sites of the vision tower are tried, alone and before
+            what is best otherwise, but not trained: they have no relaxed form.
         steps: Number of gradient steps at the best place; left out, it follows from the data:
             eight passes, at least 60 and at most 240 steps. Budgets that start from what a looser
             one has found take half as many.
@@ -151,6 +150,10 @@ def search(
     if steps is not None:
         check_count("steps", steps, 1)
     check_count("seed", seed, -(2**31))
+    if isinstance(sites, str):
+        raise TypeError(f"sites is the text {sites!r}; give a list of names.")
+    if sites is not None and not sites:
+        raise ValueError("sites is empty; name at least one, or leave it out.")
     if isinstance(data, Mapping) and budgets is not None:
         raise TypeError("Batches by scale are searched for one budget; give budget.")
     check_count("preset_evaluations", preset_evaluations)
@@ -163,7 +166,6 @@ def search(
     progress = processes.on_main(progress)
     with processes.agreeing():
         saved = None if checkpoint is None else Checkpoints.at(checkpoint)
-        in_tower = any(str(name).startswith("vision.") for name in sites or ())
         if isinstance(data, Mapping):
             return search_scales(
                 model,
@@ -175,27 +177,22 @@ def search(
                 saved,
                 preset_evaluations,
                 progress,
-                in_tower=in_tower,
             )
         known = None if checkpoint is None else partial(check_checkpoint, checkpoint, seed)
-        problem = SearchProblem.of(model, data, wanted[0], progress, known, in_tower=in_tower)
-        searched = problem.searched_sites(sites)
+        problem = SearchProblem.of(model, data, wanted[0], progress, known, sites)
         steps = steps or default_steps(problem)
         if budgets is not None:
-            return _front(
-                problem, wanted, searched, steps, seed, saved, preset_evaluations, progress
-            )
+            return _front(problem, wanted, steps, seed, saved, preset_evaluations, progress)
         run = SearchRun(
             problem, steps, seed, saved, progress, preset_evaluations=preset_evaluations
         )
-        run.advance(searched)
+        run.advance()
         return run.result()
 
 
 def _front(
     problem: SearchProblem,
     budgets: Sequence[Budget],
-    sites: Sequence[Site],
     steps: int,
     seed: int,
     checkpoint: Checkpoints | None,
@@ -224,7 +221,7 @@ def _front(
             estimate=estimate,
             preset_evaluations=preset_evaluations,
         )
-        run.advance(sites)
+        run.advance()
         runs[budget] = run
     everything = [each for run in runs.values() for each in run.scoring.candidates]
     for run in runs.values():

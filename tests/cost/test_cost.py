@@ -182,6 +182,10 @@ COUNTED = (
     "phi4_multimodal",
     "kosmos-2",
     "kosmos-2.5",
+    # Its projector has a table of numbers of patches.
+    "aria",
+    # Its encoder lists sizes of its own on the device of the weights.
+    "step3p7",
 )
 
 

@@ -20,3 +20,5 @@ def test_patches_that_are_mixed_are_no_features() -> None:
     # Pixel shuffling, and a pool, even of windows of one patch.
     assert blocks_read(facts_of(shared("internvl"))) == ()
     assert blocks_read(facts_of(shared("gemma3"))) == ()
+    # Queries, whose number a table gives for numbers of patches.
+    assert blocks_read(facts_of(shared("aria"))) == ()

@@ -29,8 +29,8 @@ NUDGE = 3e-6
 """By how much an image is changed to tell what rounding decides, relative to its values."""
 UNEQUAL_EXPERTS = {"ernie4_5_vl_moe"}
 """Families whose visual tokens go to smaller experts, which costs count as those of the text."""
-UNEVEN_STEPS = {"nemotron_h_omni"}
-"""Families whose own layers compute several new tokens in another way than one."""
+UNEVEN_STEPS = {"llava_jamba", "nemotron_h_omni"}
+"""Families whose own layers compute several new tokens in another way than one; Jamba forgets."""
 
 
 def pruning_is_masking(case: Case, reduced: ReducedModel) -> None:

@@ -25,9 +25,9 @@ ALL_SEEDS = pytest.mark.parametrize("seed", SEEDS)
 
 def found(problem: Constructed, steps: int, seed: int) -> Policy:
     """Return the policy that the search finds by its steps alone."""
-    searched = SearchProblem.of(problem.model, problem.data, problem.budget)
+    searched = SearchProblem.of(problem.model, problem.data, problem.budget, sites=problem.sites)
     run = SearchRun(searched, steps, seed, None, None)
-    run.advance(searched.searched_sites(problem.sites), ["steps"])
+    run.advance(["steps"])
     assert run.scoring.candidates, "a budget that is less than everything has places to try"
     return run.scoring.best.policy
 

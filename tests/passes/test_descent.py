@@ -40,7 +40,7 @@ def problem() -> SearchProblem:
 
 
 def descent_of(problem: SearchProblem, names: list[str], steps: int = 4) -> Descent:
-    sites = problem.searched_sites(names)
+    sites = replace(problem, names=tuple(names)).searched_sites()
     tokens = site_tokens(problem, sites)
     counts = {1: (12,), 2: (24, 6)}[len(sites)]
     starts = [

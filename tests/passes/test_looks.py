@@ -27,7 +27,7 @@ def test_shares_and_correlations_are_those_of_the_scores(monkeypatch: pytest.Mon
     learned = Learned({"probe": probe, "place": torch.zeros(2, 2)})
     reduction = Reduction("decoder.0", 8, scores={"feature_norm": 1.0}, learned=learned)
     found = {look.part: look for look in looks_of(problem, Policy((reduction,)))}
-    tokens = site_tokens(problem, problem.searched_sites(["decoder.0"]))["decoder.0"]
+    tokens = site_tokens(problem, [problem.sites["decoder.0"]])["decoder.0"]
     seen = linear_probe(tokens, probe).numpy()
     norms = feature_norm(tokens).numpy()
     rows = [np.corrcoef(one, other)[0, 1] for one, other in zip(seen, norms, strict=True)]

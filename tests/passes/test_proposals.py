@@ -15,7 +15,7 @@ from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.search import places
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.places import factors, nearby, placed
-from deos_fx.passes.search.proposals import discretise, variations
+from deos_fx.passes.search.proposals import adapted, discretise, variations
 from deos_fx.passes.search.regimes import in_regimes
 from deos_fx.passes.search.search import default_steps
 from deos_fx.passes.search.space import keep_fractions, relaxed, start_reduction
@@ -285,3 +285,16 @@ def test_states_of_another_search_are_refused(tmp_path: Path) -> None:
     message = "is not the state of a search.*Give another checkpoint folder, or delete this one"
     with pytest.raises(ValueError, match=message):
         state(seed=1).resume(tmp_path)
+
+
+@pytest.mark.parametrize("left", [POLICY, None])
+def test_a_preset_that_shrinks_until_it_cannot_run_is_none(left: Policy | None) -> None:
+    given = Policy(POLICY.reductions[:1])
+    problem: Any = SimpleNamespace(
+        sites=SITES,
+        cost=SimpleNamespace(for_any_size=lambda policy: policy),
+        runs=lambda policy: policy is left or policy.reductions == given.reductions,
+        meets=lambda policy: False,
+        fit=lambda policy: POLICY,
+    )
+    assert adapted(problem, given) is left

@@ -91,6 +91,8 @@ def test_data_that_does_not_compare(found: Any) -> None:
     bare = [{name: x for name, x in batch.items() if name != "labels"} for batch in data[1.0]]
     with pytest.raises(ValueError, match="has no labels, without which scales"):
         check_scales({1: bare, 0.5: bare})
+    with pytest.raises(ValueError, match=r"a batch at scale 0\.5 has no labels"):
+        check_scales({1: data[1.0], 0.5: bare})
     with pytest.raises(TypeError, match="keys are no scales"):
         search(model, data[1.0][0], budget=Budget(visual_tokens=0.5))
     with pytest.raises(TypeError, match="searched for one budget"):
@@ -108,3 +110,15 @@ def test_an_interruption_leaves_what_is_known(found: Any) -> None:
     result = search(model, data, budget=budget, sites=["projector"], steps=2, progress=interrupt)
     assert result.interrupted and 1.0 in result.scales and 0.5 not in result.scales
     assert result.best.cost.visual_tokens <= 16
+
+
+def test_sites_of_the_tower_are_searched(found: Any) -> None:
+    model, data, _ = found
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage.startswith("scale 0.75"):
+            raise KeyboardInterrupt
+
+    budget = Budget(visual_tokens=0.25)
+    result = search(model, data, budget=budget, sites=["vision.0"], steps=1, progress=interrupt)
+    assert {step.site for step in result.policy.reductions} == {"vision.0"}

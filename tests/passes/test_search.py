@@ -272,8 +272,17 @@ def test_sites_in_the_tower_are_searched_if_asked_for(
     found = search(model, data, budget=Budget(flops=0.6), steps=2, sites=sites)
     assert all(candidate.cost.flops <= found.limits["flops"] for candidate in found.candidates)
     rounded = [each.policy for each in found.candidates if each.source.startswith("gradient ")]
-    reduced = {step.site for policy in rounded for step in policy.reductions}
-    assert reduced and reduced <= set(sites) and reduced & {"vision.0", "vision.1"}
+    assert {step.site for policy in rounded for step in policy.reductions} & {
+        "vision.0",
+        "vision.1",
+    }
+    # Presets and variations have no other sites either.
+    everywhere = [step.site for each in found.candidates for step in each.policy.reductions]
+    assert set(everywhere) <= set(sites)
+    with pytest.raises(ValueError, match="sites is empty"):
+        search(model, data, budget=Budget(flops=0.6), sites=[])
+    with pytest.raises(TypeError, match="give a list of names"):
+        search(model, data, budget=Budget(flops=0.6), sites="decoder.1")
     with pytest.raises(ValueError, match="vision.2 cannot be reduced: its output is not used"):
         search(model, data, budget=Budget(flops=0.6), sites=["vision.2"])
 
