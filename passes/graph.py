@@ -5,7 +5,7 @@ Nodes of one graph compare by their places: ``a < b`` if `a` comes first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import fx
 
@@ -13,10 +13,12 @@ from deos_fx.passes.notes import note_of
 
 __all__ = [
     "attends",
+    "block_after",
     "blocks_after",
     "blocks_of",
     "has_streams",
     "made_of",
+    "nodes_after",
     "reached",
     "users_after",
 ]
@@ -55,9 +57,39 @@ def has_streams(node: fx.Node) -> bool:
     return len(note_of(node).shape) > 3
 
 
-def blocks_after(node: fx.Node, stage: str) -> list[fx.Node]:
-    """Return the nodes that call blocks of a stage after a node, in order."""
-    return [block for block in blocks_of(node.graph, stage).values() if block > node]
+def nodes_after(node: fx.Node, until: fx.Node | None = None) -> Iterator[fx.Node]:
+    """Go from node to node of a graph, and leave its output out.
+
+    Nodes may be inserted before the current one, and erased after it, on the way.
+
+    Args:
+        node: The node before the first one.
+        until: The last one; None for all.
+    """
+    while node is not until and (node := node.next).op not in ("output", "root"):
+        yield node
+
+
+def block_after(node: fx.Node, stage: str) -> fx.Node | None:
+    """Return the node that calls the next block of a stage after a node; None if there is none."""
+    return next((found for found in nodes_after(node) if _in_stage(found, stage)), None)
+
+
+def blocks_after(node: fx.Node, stage: str, until: fx.Node | None = None) -> list[fx.Node]:
+    """Return the nodes that call blocks of a stage after a node, in order.
+
+    Args:
+        node: The node.
+        stage: ``vision`` or ``decoder``.
+        until: The last node that is looked at; None for all.
+    """
+    return [found for found in nodes_after(node, until) if _in_stage(found, stage)]
+
+
+def _in_stage(node: fx.Node, stage: str) -> bool:
+    """Return whether a node calls a block of a stage."""
+    block = note_of(node).block
+    return block is not None and block.stage == stage
 
 
 def users_after(node: fx.Node, anchor: fx.Node) -> list[fx.Node]:

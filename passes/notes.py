@@ -52,7 +52,7 @@ class Note:
         plain: If it makes a mask: whether the mask depends only on the order of the tokens and on
             padding. None for other nodes.
         root: If it is a value re-indexed for another token space: the name of the original value.
-            Written by `open_space`.
+            Written by `OpenSpaces`.
         explains: Sites and roles in which `ReducedModel.explain` reads it. Written by
             `lower_reductions`.
     """

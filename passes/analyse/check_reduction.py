@@ -232,7 +232,7 @@ def check_masks(graph_module: fx.GraphModule, packed: str) -> None:
 def _see_borders(graph_module: fx.GraphModule, given: str) -> None:
     """Let masks be made in the original prompt, where positions say where samples begin.
 
-    A mask that is not marked as plain stays in the original space (see `open_space`). In a reduced
+    A mask that is not marked as plain stays in the original space (see `OpenSpaces`). In a reduced
     space, the gaps that dropped tokens leave in the positions would look like borders of samples.
 
     Args:

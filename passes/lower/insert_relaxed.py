@@ -28,7 +28,7 @@ from deos_fx.operator.learned import LEARNED
 from deos_fx.operator.scores import SCORES
 from deos_fx.passes.analyse.check_reduction import check_masks, check_reduction
 from deos_fx.passes.analyse.sites import Sites
-from deos_fx.passes.graph import attends, blocks_after, blocks_of
+from deos_fx.passes.graph import attends, blocks_of
 from deos_fx.passes.lower.lower_reductions import Lowering, Part
 from deos_fx.passes.lower.open_only import open_only
 from deos_fx.passes.lower.steps import Group, Inside, Place, Step
@@ -238,8 +238,10 @@ class _Insertion(Lowering):
             self.alive = self.call(tokens.masses_of_prompt, self.alive, self.layout.images)
             self.of_images = False
         super()._shorten(hidden, left, grid, position, beta)
-        for layer in blocks_after(self.prompt_gates, "decoder"):
-            open_only(self.graph_module, layer, self.prompt_gates)
+
+    def enter_layer(self, layer: fx.Node) -> None:
+        """Let gates reach a layer that attention's bias does not."""
+        open_only(self.graph_module, layer, self.prompt_gates)
 
     def _operate(
         self,

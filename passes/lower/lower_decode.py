@@ -70,6 +70,7 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
     nodes = {node.name: node for node in graph_module.graph.nodes}
     layers = list(blocks_of(graph_module.graph, "decoder").values())
     tables = position_tables(graph_module)
+    masks = [node for node in nodes.values() if note_of(node).is_mask]
     # The layers of a space end where the next space begins. Layers before the first space stay as
     # they are.
     ends = [*(space.first_layer for space in spaces[1:]), len(layers)][: len(spaces)]
@@ -78,14 +79,15 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
         # Under the rule ``keep``, positions are those of the space before, which may have moved.
         same = [] if space.moved else [nodes["position_ids"], *tables]
         before = {node: replaced[node] for node in same if node in replaced}
-        replaced, key_bias = _inputs_of(graph_module, nodes, layers, tables, k, space)
+        replaced, key_bias = _inputs_of(graph_module, nodes, layers, masks, tables, k, space)
         replaced |= before
+        hidden: Any = layers[space.first_layer].args[0]
         for node in layers[space.first_layer : end]:
             node.args, node.kwargs = fx.node.map_arg(
                 (node.args, node.kwargs), partial(_latest, replaced)
             )
             # Only now: the bias is added to the mask that the layer has in this space.
-            bias_block(graph_module, node, key_bias)
+            bias_block(graph_module, node, key_bias, hidden)
     return finish(graph_module)
 
 
@@ -120,6 +122,7 @@ def _inputs_of(
     graph_module: fx.GraphModule,
     nodes: dict[str, fx.Node],
     layers: list[fx.Node],
+    masks: list[fx.Node],
     tables: list[fx.Node],
     k: int,
     space: DecodeSpace,
@@ -130,6 +133,7 @@ def _inputs_of(
         graph_module: The graph. Changed in place.
         nodes: All nodes by name, as they were before the first space.
         layers: The decoder layers.
+        masks: What makes masks.
         tables: The rotary tables.
         k: Number of the space, from 1.
         space: The space.
@@ -152,7 +156,7 @@ def _inputs_of(
             replaced[nodes["attention_mask"]] = graph.placeholder(f"attention_mask_{k}")
     # Masks that are not plain: one for the layers with a window, and one for all others.
     windows: dict[_Window | None, fx.Node] = {}
-    for node in nodes.values():
+    for node in sorted([*masks, *tables]):
         is_mask = note_of(node).is_mask
         if is_mask and not note_of(node).plain:
             # Case: a mask of windows, of blocks of image tokens, or of padding.

@@ -156,8 +156,8 @@ class Lowering(SiteWalk):
         """Bias the attention of the later blocks of the tower by the masses of their patches."""
         key_bias = self.tower_bias(step.reduction.mass_bias)
         # Without a bias, too: an earlier site may have set one, and tokens have changed.
-        for block in blocks_after(left, "vision"):
-            bias_block(self.graph_module, block, key_bias)
+        for block in blocks_after(left, "vision", self.until("vision")):
+            bias_block(self.graph_module, block, key_bias, left)
 
     def tower_bias(self, beta: float) -> fx.Node | None:
         """Emit the bias [I, c + K] on the attention to patches; None if there is none."""
@@ -357,9 +357,20 @@ class Lowering(SiteWalk):
         """
         self.mass = left.mass
         bias = partial(self.prompt_bias, beta)
-        parts = (left.kept, left.tokens)
-        self.space.shorten(hidden, *parts, position=position, bias=bias, alive=self.alive)
+        self.space.shorten(
+            hidden,
+            left.kept,
+            left.tokens,
+            position=position,
+            bias=bias,
+            enter=self.enter_layer,
+            until=self.until("decoder"),
+            alive=self.alive,
+        )
         self.visual, self.grid = self.space.visual, grid
+
+    def enter_layer(self, layer: fx.Node) -> None:
+        """Change a decoder layer in the space that has just been opened."""
 
     def _cells_of_kept(
         self, step: Step, count: int, cells: fx.Node | torch.Tensor, kept: fx.Node

@@ -31,7 +31,7 @@ from deos_fx.attention.observation import OBSERVED
 from deos_fx.passes.analyse.annotate_token_spaces import padding_node
 from deos_fx.passes.analyse.sites import Encoder, Sites
 from deos_fx.passes.finish import finish
-from deos_fx.passes.graph import blocks_of, has_streams, users_after
+from deos_fx.passes.graph import block_after, blocks_of, has_streams, users_after
 from deos_fx.passes.lower.emitter import Emitter
 from deos_fx.passes.lower.steps import Group, Inside, Place, Step
 from deos_fx.passes.lower.token_space import insert_visual_positions
@@ -92,6 +92,7 @@ class SiteWalk(ABC):
         self._in_tower: TowerFeatures | None = None
         # Sites that have been reduced: no feature may be observed across one of them.
         self._done: list[str] = []
+        self._coming = list(reversed(steps))  # The next one is the last.
 
     def walk(self) -> fx.GraphModule:
         """Insert all reductions, and return the graph module."""
@@ -102,6 +103,7 @@ class SiteWalk(ABC):
         if inside:
             # Kind 1, in an encoder that is one node.
             self.inside = self.reduce_inside(inside)
+            del self._coming[-len(inside) :]
         # Kinds 1 and 2.
         for step in before_decoder[len(inside) :]:
             self._at(step, self._at_merged if opaque else self._at_images)
@@ -115,7 +117,6 @@ class SiteWalk(ABC):
         for step in in_decoder:
             self._at(step, self._at_prompt)
         output = self.graph.output_node()
-        # The output gains the fields of this form.
         fields: Any = output.args[0]
         output.args = ({**fields, **self.outputs()},)
         return finish(self.graph_module)
@@ -172,11 +173,17 @@ class SiteWalk(ABC):
         """Return the 2-D attention mask of the prompt at this point; None if the call has none."""
         return padding_node(self.graph_module)
 
+    def until(self, stage: str) -> fx.Node | None:
+        """Return the last node that a reduction has to reach: the next one may peek into it."""
+        after = next((step for step in reversed(self._coming) if step.stage == stage), None)
+        return None if after is None else block_after(self.nodes[after.site.node], stage)
+
     # *** the kinds of sites ***
 
     def _at(self, step: Step, reduce: Callable[[Step], None]) -> None:
         """Insert one reduction."""
         self.emitter.site = step.site.name
+        self._coming.pop()
         reduce(step)
         self._done.append(step.site.name)
 

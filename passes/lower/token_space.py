@@ -12,9 +12,9 @@ from deos_fx.models.families import MARKS, is_encoder
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.analyse.annotate_token_spaces import padding_node, position_tables
 from deos_fx.passes.analyse.sites import Sites
-from deos_fx.passes.graph import blocks_after, blocks_of
+from deos_fx.passes.graph import blocks_of
 from deos_fx.passes.lower.emitter import Emitter
-from deos_fx.passes.lower.open_space import open_space, reindexed
+from deos_fx.passes.lower.open_space import OpenSpaces, reindexed
 from deos_fx.passes.notes import annotate, note_of
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.passes.rewrite.continue_text import continues
@@ -92,9 +92,8 @@ class TokenSpace:
         # Whether the layers see earlier turns, whose tokens have moved up by rules of their own.
         layers = blocks_of(emitter.graph, "decoder").values()
         self._continues = any(continues(emitter.graph_module, layer) for layer in layers)
-        # Position ids and rotary tables: original node -> node in the current space.
-        tables = position_tables(emitter.graph_module)
-        self._positions = {node: node for node in [self._ids, *tables]}
+        self._spaces = OpenSpaces(emitter.graph)
+        self._tables = position_tables(emitter.graph_module)
         # The position ids of every space so far: a rotary table may read any of them.
         self._all_ids = {self._ids}
 
@@ -115,6 +114,8 @@ class TokenSpace:
         *,
         position: str,
         bias: Callable[[fx.Node, fx.Node], fx.Node | None],
+        enter: Callable[[fx.Node], None],
+        until: fx.Node | None,
         alive: fx.Node | None = None,
     ) -> None:
         """Shorten the prompt to text and kept tokens, for everything after this point.
@@ -126,6 +127,9 @@ class TokenSpace:
             position: The rule for positions: ``keep``, ``compact`` or ``grid``.
             bias: Emits the bias of later attention from the visual tokens' positions and the
                 hidden states in the new space; it may return None.
+            enter: Called with every layer in the new space, after it has got its arguments.
+            until: The last node that has to be rewritten before the prompt is shortened again;
+                None if it will not be.
             alive: Gates [B, K] of the kept tokens in a relaxed graph: closed ones count as dropped
                 in the rules for positions.
         """
@@ -150,16 +154,16 @@ class TokenSpace:
         replaced = self._new_positions(position, index, origin, trailing, is_open)
         # 4. The rest of the graph: re-indexed values, positions, and the bias of later attention.
         key_bias = bias(self.visual, shortened)
-        open_space(self.emitter.graph, hidden, shortened, index, replaced, self.emitter.suffix)
-        # `open_space` has added what it re-indexed, including position ids that are kept.
-        for node, here in self._positions.items():
-            self._positions[node] = replaced.get(here, here)
-        self._all_ids.add(self._positions[self._ids])
-        # Without a bias, too: masks that were re-indexed may have that of the space before.
-        for layer in blocks_after(index, "decoder"):
-            bias_block(self.emitter.graph_module, layer, key_bias)
+
+        def enter_layer(layer: fx.Node) -> None:
+            # Without a bias, too: its mask may have that of the space before.
+            bias_block(self.emitter.graph_module, layer, key_bias, shortened)
             if self._continues:
                 layer.update_kwarg("places", origin)
+            enter(layer)
+
+        opened = (hidden, shortened, index, replaced, self.emitter.suffix)
+        self._spaces.open(*opened, until=until, enter=enter_layer)
         # 5. What decoding needs to know of the space.
         left = {"origin": origin} | ({"key_bias": key_bias} if key_bias else {})
         if trailing is not None:
@@ -191,15 +195,16 @@ class TokenSpace:
         Returns:
             Position ids and tables of the current space -> those of the new space.
         """
-        ids, *tables = self._positions
-        # A later table is given the new ids by `open_space`.
-        tables = [table for table in tables if table < origin]
+        # A later table is given the new ids when the space is opened.
+        tables = [table for table in self._tables if table < origin]
         if position == "keep" and not tables:
             return {}
+        ids, before = self._ids, self._spaces.here(self._ids)
+        self._all_ids.add(before)
         # Always from the positions of the original prompt, never from those of the space before:
         # both rules count what has been dropped so far in all.
         if position == "keep":
-            moved = reindexed(self.emitter.graph, self._positions[ids], index, self.emitter.suffix)
+            moved = reindexed(self.emitter.graph, before, index, self.emitter.suffix)
         elif trailing is None and is_open is not None:
             moved = self.call(tokens.relaxed_positions, ids, origin, is_open)
         elif trailing is None:
@@ -210,9 +215,9 @@ class TokenSpace:
             (cache,) = self.emitter.graph.find_nodes(op="placeholder", target=CACHE)
             moved = self.call(tokens.after_earlier, moved, cache, len(self.left) + 1)
         annotate(moved, axes=note_of(ids).axes)
-        replaced = {self._positions[ids]: moved}
+        replaced = {before: moved}
         for table in tables:
-            replaced[self._positions[table]] = self.emitter.graph.node_copy(
+            replaced[self._spaces.here(table)] = self.emitter.graph.node_copy(
                 table, lambda node: moved if node in self._all_ids else node
             )
         return replaced

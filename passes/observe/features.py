@@ -25,6 +25,7 @@ cost it once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,10 +33,10 @@ from torch import fx
 
 from deos_fx.attention.observation import MADE_OF, OBSERVED, Observation
 from deos_fx.models.blocks import Block
-from deos_fx.passes.graph import blocks_of
+from deos_fx.passes.graph import block_after, blocks_of
 from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.passes.observe.observe_block import AskedNodes, observe_attention, peek_block
-from deos_fx.policy.site import site_order, split_site
+from deos_fx.policy.site import SITE, site_order, split_site
 
 __all__ = ["Emit", "Maker", "SiteFeatures"]
 
@@ -208,14 +209,16 @@ class SiteFeatures(dict[str, Any]):
         own = self._own
         # The next block is peeked into with the tokens of this site.
         observed = own.site if where in ("", "next") else where
-        if observed not in {Block(own.stage, i).site for i in range(own.index + 1)}:
+        stage, index = split_site(observed) if re.match(SITE, observed) else ("", 0)
+        if stage != own.stage or index > own.index:
             raise ValueError(
                 f"{self.site} cannot observe {where!r}: it can observe 'next' and {own.stage}.0 to "
                 f"{own.site}."
             )
-        for other in reduced:
+        # Sites are reduced from front to back, so the last one is the deepest.
+        for other in reduced[-1:]:
             # A reduction right after the observed block lies in between as well.
-            if site_order(observed) <= site_order(other) < site_order(self.site):
+            if site_order(observed) <= site_order(other):
                 raise ValueError(
                     f"{self.site} observes the attention of {observed}, but {other} is reduced in "
                     f"between: its tokens are others. Observe a block after {other}, or take one "
@@ -276,8 +279,7 @@ class SiteFeatures(dict[str, Any]):
 
     def _next_block(self) -> fx.Node | None:
         """Return the node of the next block of the stage, if it is in the graph."""
-        following = self._own.next
-        return blocks_of(self.graph_module.graph, following.stage).get(following.index)
+        return block_after(self.block, self._own.stage)
 
     def _peek(self) -> None:
         """Observe the next block of the stage, which may be missing in the graph.

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from deos_fx import tokens
 from deos_fx.attention.continued import ContinuedLayer
 from deos_fx.attention.mask import biased_mask, is_causal
 from deos_fx.attention.observation import Observation
@@ -97,17 +96,20 @@ def peek_block(
     return [_part(graph, peek, i, item.kind) for i, item in enumerate(observe)]
 
 
-def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None) -> None:
+def bias_block(
+    graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node | None, hidden: fx.Node
+) -> None:
     """Add a bias to the attention logits of one block, as part of its mask.
 
-    The blocks of a token space have one bias. Those with the same mask share one node for the sum
-    of the two. If a mask has been re-indexed together with the bias of an earlier space, that bias
-    is taken out first.
+    The blocks of a token space have one bias, which takes the place of an earlier one. Those with
+    the same mask share one node for the sum of the two.
 
     Args:
         graph_module: The graph. Changed in place.
         block: call_module node of a transformer block.
         key_bias: Node of the bias [B, N]; None removes an earlier bias.
+        hidden: Node of hidden states [B, Q, d] of the block's token space, of which only the shape,
+            precision and device are read.
 
     Raises:
         ValueError: If the block takes no attention mask.
@@ -131,7 +133,7 @@ def bias_block(graph_module: fx.GraphModule, block: fx.Node, key_bias: fx.Node |
     mask = block.args[place] if isinstance(place, int) else block.kwargs.get(place)
     mask = _without_bias(mask)
     if key_bias is not None:
-        mask = _with_bias(mask, key_bias, block, module)
+        mask = _with_bias(mask, key_bias, hidden, module)
     if isinstance(place, int):
         block.update_arg(place, mask)
     else:
@@ -181,30 +183,22 @@ def _without_bias(mask: Any) -> Any:
     if not isinstance(mask, fx.Node):
         return mask
     # biased_mask(mask, key_bias, hidden, causal)
-    if mask.target is biased_mask:
-        return mask.args[0]
-    if mask.target is tokens.take_mask:
-        source, *index = mask.args
-        if isinstance(source, fx.Node) and source.target is biased_mask:
-            # Case: a mask that was re-indexed for this space, with the bias. What it was made of
-            # has none: every space takes out that of the one before.
-            mask.args = (source.args[0], *index)
-    return mask
+    return mask.args[0] if mask.target is biased_mask else mask
 
 
-def _with_bias(mask: Any, key_bias: fx.Node, block: fx.Node, module: nn.Module) -> fx.Node:
+def _with_bias(mask: Any, key_bias: fx.Node, hidden: fx.Node, module: nn.Module) -> fx.Node:
     """Return a node of the mask with the bias: the one of an earlier block, or a new one."""
     for user in key_bias.users:
         # The node of an earlier block stands before this one.
         if user.target is biased_mask and user.args[0] is mask:
             return user
-    graph = block.graph
-    with graph.inserting_before(block):
-        # Of the hidden states, only the shape, precision and device are read.
-        args = (mask, key_bias, block.args[0], is_causal(module))
-        node = graph.call_function(biased_mask, args)
+    graph = key_bias.graph
+    made_of = [node for node in (mask, key_bias, hidden) if isinstance(node, fx.Node)]
+    # As soon as it can be made: a peek into the block stands before what the block reads.
+    with graph.inserting_before(max(made_of).next):
+        node = graph.call_function(biased_mask, (mask, key_bias, hidden, is_causal(module)))
     if isinstance(mask, fx.Node):
-        annotate(node, axes=note_of(mask).axes, root=note_of(mask).root or mask.name)
+        annotate(node, axes=note_of(mask).axes)
     return node
 
 

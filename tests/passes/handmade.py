@@ -28,23 +28,27 @@ def no_change(graph: fx.Graph, hidden: fx.Node) -> fx.Node:
 
 
 class Handmade:
-    """Two blocks of a tower, a projector, a merge of placeholders, two decoder layers and a head.
+    """Two blocks of a tower, a projector, a merge of placeholders, decoder layers and a head.
 
     Args:
         class_tokens: Number of tokens in front of the patches, which the features leave out.
+        layers: Number of decoder layers, if it is not that of the blocks of the tower.
         **between: What is put between two nodes: ``projected`` changes the features,
             ``vision_1`` and ``decoder_1`` what these blocks read.
     """
 
     def __init__(
-        self, class_tokens: int = 0, **between: Callable[[fx.Graph, fx.Node], fx.Node]
+        self,
+        class_tokens: int = 0,
+        layers: int = BLOCKS,
+        **between: Callable[[fx.Graph, fx.Node], fx.Node],
     ) -> None:
         self.graph = fx.Graph()
         self.between = between
         self.modules: dict[str, nn.Module] = {}
         self.blocks: dict[Block, nn.Module] = {}
         input_ids, pixels = map(self.graph.placeholder, ("input_ids", "pixel_values"))
-        hidden = self.stack("vision", pixels)
+        hidden = self.stack("vision", pixels, BLOCKS)
         if class_tokens:
             every = slice(None)
             key = (every, slice(class_tokens, None))
@@ -54,7 +58,7 @@ class Handmade:
         flags = self.graph.call_function(torch.eq, (input_ids, IMAGE))
         mask = self.graph.call_method("unsqueeze", (flags, -1))
         self.merged = self.graph.call_method("masked_scatter", (self.embeddings, mask, features))
-        hidden = self.stack("decoder", self.merged)
+        hidden = self.stack("decoder", self.merged, layers)
         logits = self.leaf("head", hidden, nn.Linear(WIDTH, 10))
         self.graph.output({"logits": logits})
         tokens = PATCHES + class_tokens
@@ -65,9 +69,9 @@ class Handmade:
         self.modules[name] = module or nn.Linear(WIDTH, WIDTH)
         return self.graph.create_node("call_module", name, (argument,), {}, name)
 
-    def stack(self, stage: str, hidden: fx.Node) -> fx.Node:
+    def stack(self, stage: str, hidden: fx.Node, blocks: int) -> fx.Node:
         """The blocks of a stage, one after the other."""
-        for i in range(BLOCKS):
+        for i in range(blocks):
             block = Block(stage, i)
             hidden = self.leaf(block.name, self.changed(block.name, hidden))
             self.blocks[block] = self.modules[block.name]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from closeness import assert_close
+from families import prompts, shared
+from masked import layers_of
 from tiny import call_of, inputs, shared_llava
 from torch import Tensor, fx
 from transformers import LlamaConfig
@@ -19,11 +22,14 @@ from transformers.models.llama.modeling_llama import (
 from deos_fx.attention.mask import biased_mask
 from deos_fx.attention.observation import Observation
 from deos_fx.attention.seam import ObservedBlock
+from deos_fx.models.facts import facts_of
+from deos_fx.models.upstream import CACHE
 from deos_fx.passes.finish import finish
 from deos_fx.passes.observe.observe_block import bias_block, observe_attention, peek_block
 from deos_fx.passes.pipeline import capture_call, lower_call
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
+from deos_fx.runtime.reduced_model import ReducedModel
 
 
 def test_blocks_of_one_space_share_a_biased_mask() -> None:
@@ -53,9 +59,9 @@ def test_only_blocks_with_a_mask_can_be_biased() -> None:
     block = graph.call_module("block", (hidden,))
     graph.output(block)
     graph_module = fx.GraphModule({"block": Plain()}, graph)
-    bias_block(graph_module, block, None)
+    bias_block(graph_module, block, None, block.args[0])
     with pytest.raises(ValueError, match="Plain. takes no attention_mask"):
-        bias_block(graph_module, block, bias)
+        bias_block(graph_module, block, bias, block.args[0])
 
 
 def layer_graph() -> tuple[fx.GraphModule, fx.Node, dict[str, Any]]:
@@ -120,7 +126,7 @@ def test_a_bias_is_added_to_the_mask_and_taken_out_again() -> None:
     graph = graph_module.graph
     with graph.inserting_before(graph.find_nodes(op="placeholder")[0]):
         bias = graph.placeholder("bias")
-    bias_block(graph_module, block, bias)
+    bias_block(graph_module, block, bias, block.args[0])
     graph_module.recompile()
     (biased,) = graph.find_nodes(op="call_function", target=biased_mask)
     assert block.kwargs["attention_mask"] is biased
@@ -129,6 +135,28 @@ def test_a_bias_is_added_to_the_mask_and_taken_out_again() -> None:
     tables = given["position_embeddings"]
     expected = -graph_module.block(given["hidden"], mask, position_embeddings=tables)
     assert_close(graph_module(key_bias, **given), expected)
-    bias_block(graph_module, block, None)
+    bias_block(graph_module, block, None, block.args[0])
     assert torch.equal(finish(graph_module)(key_bias, **given), before)
     assert not graph.find_nodes(op="call_function", target=biased_mask)
+
+
+def test_a_peek_sees_the_bias_of_its_space_where_no_layer_before_has_the_same_mask() -> None:
+    """Layers with a window and without one have masks of their own."""
+    model, given = copy.deepcopy(shared("gemma3")), prompts("gemma3", 2)
+    model.set_attn_implementation("eager")
+    first = Reduction("decoder.0", 40, scores={"feature_norm": 1.0}, gain=1.0, mass_bias=1.0)
+    weights: list[Tensor] = []
+    # The first layer with a window after the first cut.
+    attention = layers_of(model)[2].self_attn
+    handle = attention.register_forward_hook(lambda *call: weights.append(call[2][1]))
+    left = ReducedModel(model, Policy((first,)))(**given)[CACHE].spaces[-1].origin
+    handle.remove()
+    second = Reduction("decoder.1", 9, observe="next")
+    policy = Policy((first, second))
+    found = ReducedModel(model, policy)(**given)[CACHE].spaces[-1].origin
+    for row in range(2):
+        received = weights[-1][row, :, -1].mean(dim=0)
+        visual = given["input_ids"][row, left[row]] == facts_of(model).image_token
+        best = received.masked_fill(~visual, -1).topk(9).indices
+        expected = left[row][~visual | torch.zeros_like(visual).index_fill(0, best, True)]
+        assert found[row].tolist() == expected.tolist()

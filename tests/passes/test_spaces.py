@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from deos_fx.passes.analyse.find_sites import find_sites
 from deos_fx.passes.capture.leaves import MaskBuilder, check_guard
 from deos_fx.passes.finish import finish
 from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces, lower_decode
-from deos_fx.passes.lower.open_space import open_space
+from deos_fx.passes.lower.lower_reductions import lower_reductions
+from deos_fx.passes.lower.open_space import OpenSpaces
 from deos_fx.passes.lower.token_space import insert_visual_positions
 from deos_fx.passes.notes import MASK, annotate, note_of
 from deos_fx.policy.policy import Policy
@@ -36,14 +38,14 @@ def cut_after(made: Handmade, name: str, **inputs: Any) -> fx.GraphModule:
         index = graph.placeholder("index")
     with graph.inserting_after(cut):
         reduced = graph.call_function(tokens.take, (cut, index))
-    open_space(graph, cut, reduced, index, {}, "space")
+    OpenSpaces(graph).open(cut, reduced, index, {}, "space")
     return finish(graph_module)
 
 
 INDEX = torch.tensor([[1, 5]])
 
 
-# *** open_space ***
+# *** OpenSpaces ***
 
 
 def test_sizes_after_a_cut_are_those_of_the_new_space() -> None:
@@ -130,14 +132,14 @@ def test_a_new_space_reindexes_what_is_read_after_the_cut() -> None:
     axes = {table: 1, mask: MASK, labels: 1, flat: 0, cut: 1, x: 1}
     for node in graph.nodes:
         annotate(node, axes=axes.get(node))
-    replaced: dict[fx.Node, fx.Node] = {}
-    open_space(graph, cut, reduced, index, replaced, "space")
+    spaces = OpenSpaces(graph)
+    spaces.open(cut, reduced, index, {}, "space")
     result = fx.GraphModule(nn.Module(), graph)
     result.graph.lint()
     assert before.args == (cut, table), "what comes before the cut stays in the old space"
-    assert after.args == (reduced, replaced[table]), "everything after it is in the new one"
-    assert again.args[1] is replaced[table], "a value is re-indexed once"
-    assert replaced[table].name == "table_space"
+    assert after.args == (reduced, spaces.here(table)), "everything after it is in the new one"
+    assert again.args[1] is spaces.here(table), "a value is re-indexed once"
+    assert spaces.here(table).name == "table_space"
 
     x, mask, labels = torch.randn(3, 3, 7)
     table = torch.randn(1, 7)
@@ -147,6 +149,61 @@ def test_a_new_space_reindexes_what_is_read_after_the_cut() -> None:
     expected = ((x.tanh() + table) * mask - table).gather(1, kept)
     assert torch.equal(new, expected)
     assert torch.equal(loss, (expected * labels.gather(1, kept)).flatten())
+
+
+def test_values_that_are_read_beyond_several_cuts() -> None:
+    graph = fx.Graph()
+    x, table, first, second = map(graph.placeholder, ("x", "table", "first", "second"))
+    cut = graph.call_function(torch.tanh, (x,))
+    length = graph.call_method("size", (cut, 1))
+    reduced = graph.call_function(tokens.take, (cut, first))
+    again = graph.call_function(torch.neg, (cut,))
+    reduced_again = graph.call_function(tokens.take, (again, second))
+    # Values of all three spaces, and a size of the original one.
+    late = graph.call_function(torch.exp, (table,))
+    after = graph.call_function(torch.add, (again, cut))
+    result = graph.call_function(torch.mul, (after, late))
+    result = graph.call_method("expand", (result, -1, length, -1))
+    graph.output(result)
+    axes = dict.fromkeys((x, table, cut, again, late), 1)
+    for node in graph.nodes:
+        annotate(node, axes=axes.get(node), shape=None if node in axes else ())
+    spaces = OpenSpaces(graph)
+    spaces.open(cut, reduced, first, {}, "one", until=after)
+    spaces.open(again, reduced_again, second, {}, "two")
+    graph.lint()
+    x, table = torch.randn(2, 2, 9, 3)
+    first = torch.stack([torch.randperm(9)[:6].sort().values for _ in range(2)])
+    second = torch.stack([torch.randperm(6)[:4].sort().values for _ in range(2)])
+    kept = first.gather(1, second)[..., None].expand(-1, -1, 3)
+    expected = ((x.tanh() - x.tanh()) * table.exp()).gather(1, kept)
+    found = fx.GraphModule(nn.Module(), graph)(x, table, first, second)
+    assert torch.equal(found, expected)
+
+
+def test_a_cut_after_every_layer_costs_in_proportion_to_the_layers() -> None:
+    """A graph is walked once for all cuts, not once for each: 80 layers take 4 times as 20."""
+
+    def calls(layers: int) -> int:
+        made = Handmade(layers=layers)
+        steps = [Reduction(f"decoder.{i}", 2, scores={"feature_norm": 1.0}) for i in range(layers)]
+        graph_module = made.placed()
+        sites, counted = find_sites(graph_module), 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal counted
+            counted += event == "call"
+
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            lower_reductions(graph_module, sites, Policy(tuple(steps[:-1])), LAYOUT)
+        finally:
+            sys.setprofile(before)
+        return counted
+
+    calls(3)  # what is made at the first call of a process
+    assert calls(80) < 4.5 * calls(20)
 
 
 # *** insert_visual_positions ***
