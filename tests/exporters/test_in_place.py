@@ -8,8 +8,13 @@ import numpy as np
 import onnx_ir
 import onnxruntime
 import pytest
+import torch
+from tiny import shared_llava
 
+from deos_fx.exporters import session_cache
 from deos_fx.exporters.graphs.in_place import write_in_place
+from deos_fx.exporters.session import as_tensor, open
+from deos_fx.exporters.session_cache import SessionCache
 
 ROWS, HEADS, HELD, WIDTH = 2, 2, 5, 8
 RANDOM = np.random.default_rng(0)
@@ -114,6 +119,44 @@ def test_a_longer_buffer_gives_the_same_and_is_written_in_place(tmp_path: Path) 
         for longer, present in zip(held, presents, strict=True):
             assert longer.shape[2] == HELD + max(room, 1)
             np.testing.assert_array_equal(longer[:, :, : HELD + 1], present)
+
+
+def test_a_cache_makes_room_and_is_cut_for_graphs_that_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_cache, "ROOM", 2)
+    program = graph()
+    onnx_ir.save(program, tmp_path / "copying.onnx")
+    write_in_place(program)
+    onnx_ir.save(program, tmp_path / "in_place.onnx")
+    copying, in_place = (open(tmp_path / f"{name}.onnx", "cpu") for name in ("copying", "in_place"))
+    names = {f"past_key_values.0.{name}" for name in ("key", "value")}
+    assert (copying.buffers, in_place.buffers) == (frozenset(), names)
+    config = shared_llava(2).config.get_text_config()
+    expected, cache = SessionCache(config), SessionCache(config)
+    expected.begin(copying.empty_states(ROWS))
+    cache.begin(in_place.empty_states(ROWS))
+    sizes, places = [], []
+    for step, session in enumerate([in_place] * 5 + [copying, in_place], start=1):
+        given = {
+            "qkv": torch.randn(ROWS, 1, 3 * HEADS * WIDTH),
+            "attention_mask": torch.ones(ROWS, step, dtype=torch.int64),
+        }
+        found = []
+        for own, runs in ((expected, copying), (cache, session)):
+            outputs = runs(given | own.states_for(runs))
+            own.take_states(outputs, step, runs)
+            found.append(as_tensor(outputs["found"]))
+        assert torch.equal(*found)
+        assert cache.lengths == dict.fromkeys(names, step) and cache.get_seq_length() == step
+        for name in names:
+            held = as_tensor(cache.states[name])
+            assert torch.equal(held[:, :, :step], as_tensor(expected.states[name]))
+        sizes.append(held.shape[2])
+        places.append(held.data_ptr())
+    # Room for two at a time; where all is copied, there is none.
+    assert sizes == [2, 2, 4, 4, 6, 6, 8]
+    assert places[0] == places[1] != places[2] == places[3] != places[4]
 
 
 @pytest.mark.parametrize("extra", ["Identity", "Shape"])
