@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from deos_fx.exporters.graphs.exact import exact_constants
 from deos_fx.exporters.graphs.exportable import without_noise
+from deos_fx.exporters.graphs.in_place import write_in_place
 from deos_fx.exporters.graphs.quick import quick_rules
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def fuse(programs: Mapping[str, onnx_ir.Model], device: str) -> None:
-    """Fuse norms, attention, rotary embeddings and activations.
+    """Fuse norms, attention, rotary embeddings and activations, and let caches be written in place.
 
     Args:
         programs: Name -> graph. Changed in place.
@@ -36,6 +37,8 @@ def fuse(programs: Mapping[str, onnx_ir.Model], device: str) -> None:
         with without_noise(), exact_constants(), quick_rules():
             fuse_for_onnxruntime(program, "cuda" if name == "prefill" else device)
         _register_constants(program.graph)
+        if name == "decode" and device == "cpu":
+            write_in_place(program)
 
 
 def _register_constants(graph: onnx_ir.Graph) -> None:

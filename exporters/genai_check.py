@@ -13,7 +13,8 @@ from deos_fx.exporters.check import ROUNDING
 from deos_fx.exporters.genai_inputs import genai_inputs
 from deos_fx.exporters.graphs.example import Example
 from deos_fx.exporters.graphs.parts import FEATURES
-from deos_fx.exporters.session import Session, as_tensor, open, past_of
+from deos_fx.exporters.session import Session, as_tensor, open
+from deos_fx.exporters.session_cache import past_of
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.rewrite.split_embeddings import EMBEDDINGS
 from deos_fx.runtime.reduced_model import ReducedModel

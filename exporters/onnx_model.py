@@ -29,7 +29,8 @@ from deos_fx.exporters.manifest import (
     spaces_of,
 )
 from deos_fx.exporters.prompts import ExportedPrompts
-from deos_fx.exporters.session import HOST, Session, SessionCache, as_tensor, open
+from deos_fx.exporters.session import HOST, Session, as_tensor, open
+from deos_fx.exporters.session_cache import SessionCache
 from deos_fx.exporters.shared import SharedWeights
 from deos_fx.inputs.call import Call, normal_inputs
 from deos_fx.inputs.complete import completed
@@ -275,7 +276,7 @@ class OnnxModel:
         # Values that the graph does not read are ignored.
         outputs = self._prefill(values)
         self._prompts.check_branches(outputs)
-        cache.take_states(outputs, ids.shape[1])
+        cache.take_states(outputs, ids.shape[1], self._prefill)
         spaces = [
             TokenSpace(
                 space.first_layer,
@@ -313,8 +314,8 @@ class OnnxModel:
             # Masks, positions and biases of every space.
             **cache.decode_inputs(mask, positions),
         }
-        outputs = session(values | cache.states)
-        cache.take_states(outputs, seen)
+        outputs = session(values | cache.states_for(session))
+        cache.take_states(outputs, seen, session)
         return as_tensor(outputs["logits"])
 
     def _begin_text(self, ids: Tensor, cache: SessionCache) -> None:

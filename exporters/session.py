@@ -1,30 +1,27 @@
-"""ONNX Runtime sessions, and the cache that keeps their results where they are computed."""
+"""ONNX Runtime sessions."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from deos_fx.errors import DeviceError
+from deos_fx.exporters.graphs.in_place import BUFFER
 from deos_fx.exporters.shared import SharedWeights, ort_value
-from deos_fx.tokens.cache import ReducedCache
 from deos_fx.words import counted
 
 __all__ = [
     "HOST",
     "Session",
-    "SessionCache",
     "as_tensor",
     "cuda_devices",
     "open",
-    "past_of",
 ]
 
 HOST = torch.device("cpu")
@@ -53,6 +50,8 @@ class Session:
     Attributes:
         inputs: Names of the graph's inputs -> dtype.
         outputs: Names of the graph's outputs.
+        buffers: Names of keys and values that the graph writes into in place, if the present is the
+            memory of the past; that may be longer than what it holds.
     """
 
     def __init__(self, session: Any, device: torch.device, weights: Mapping[str, Any]) -> None:
@@ -61,6 +60,12 @@ class Session:
         self._weights = weights
         self.inputs = {spec.name: _DTYPES[spec.type] for spec in session.get_inputs()}
         self.outputs = [spec.name for spec in session.get_outputs()]
+        # Only the kernels of the CPU have been tried.
+        self.buffers = frozenset(
+            spec.name
+            for spec in session.get_inputs()
+            if device == HOST and any(str(axis).startswith(BUFFER) for axis in spec.shape)
+        )
 
     def empty_states(self, rows: int) -> dict[str, Any]:
         """Return keys and values of no tokens, for a graph that continues a text.
@@ -84,7 +89,7 @@ class Session:
 
         Args:
             values: Tensors on the CPU, of any precision, or OrtValues; those the graph does not
-                read are ignored.
+                read are ignored. Buffers have room for a new token.
 
         Returns:
             OrtValues by name.
@@ -99,8 +104,12 @@ class Session:
                 name, ort_value(value.to(dtype)) if isinstance(value, Tensor) else value
             )
         for name in self.outputs:
+            past = name.replace("present.", "past_key_values.")
+            if past in self.buffers:
+                binding.bind_ortvalue_output(name, values[past])
+                continue
             # Keys and values stay; logits and positions are read on the CPU.
-            device = self.device if name.startswith("present.") else HOST
+            device = self.device if past != name else HOST
             binding.bind_output(name, device.type, device.index or 0)
         self.session.run_with_iobinding(binding)
         binding.synchronize_outputs()
@@ -110,15 +119,6 @@ class Session:
 def _none_of(shape: Sequence[int | str]) -> list[int]:
     """Return the axes behind the batch of a state that has seen no token."""
     return [axis if isinstance(axis, int) else 0 for axis in shape[1:]]
-
-
-def past_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys and values that a run gave, under the names that the next one takes."""
-    return {
-        name.replace("present.", "past_key_values."): value
-        for name, value in outputs.items()
-        if name.startswith("present.")
-    }
 
 
 def as_tensor(value: Any) -> Tensor:
@@ -223,68 +223,3 @@ def cuda_devices() -> int:
     # Both return 0 if they succeed.
     failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     return 0 if failed else count.value
-
-
-class SessionCache(ReducedCache):
-    """A cache whose keys and values are ONNX Runtime's, on its device.
-
-    Args:
-        config: The text model's config.
-
-    Attributes:
-        states: ``past_key_values.<layer>.key`` and ``.value`` -> OrtValue.
-    """
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
-        self.states: dict[str, Any] = {}
-        # Not that of the states: layers may hold fewer tokens than were seen.
-        self._length = 0
-
-    def begin(self, states: Mapping[str, Any]) -> None:
-        """Take the states of a text of which nothing has been seen yet."""
-        self.states = dict(states)
-
-    def why_no_images(self, layers: int) -> str:
-        """Return why a later turn cannot bring images, in words."""
-        return "an exported model reads images only in its prefill graph, on an empty cache"
-
-    @property
-    def rows(self) -> int:
-        """Return the number of rows of the batch in the cache; 0 if it is empty."""
-        return next((value.shape()[0] for value in self.states.values()), 0)
-
-    def get_seq_length(self, layer_idx: int | None = None) -> int:
-        """Return the number of tokens seen so far, including dropped ones."""
-        return self._length
-
-    def take_states(self, outputs: Mapping[str, Any], length: int) -> None:
-        """Keep the keys and values that a run returned.
-
-        Args:
-            outputs: Outputs of the run by name.
-            length: Tokens seen so far, including those of the run.
-        """
-        self.states = past_of(outputs)
-        self._length = length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to remove tokens: the keys and values belong to ONNX Runtime.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(
-            "Tokens cannot be taken back from an exported model's cache: leave out assistant_model "
-            "and prompt_lookup_num_tokens, or generate with the ReducedModel in PyTorch."
-        )
-
-    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the rows of everything in the cache, as beam search does.
-
-        On CUDA, torch needs CUDA as well for this.
-        """
-        super()._rows(change)
-        self.states = {
-            name: ort_value(change(as_tensor(value))) for name, value in self.states.items()
-        }

@@ -74,6 +74,7 @@ class Session:
             for name, value in given.items()
         }
         self.outputs = list(self._run(given))
+        self.buffers: frozenset[str] = frozenset()
 
     def empty_states(self, rows: int) -> dict[str, Any]:
         return {

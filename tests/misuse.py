@@ -333,6 +333,15 @@ SECTIONS = (
                 "No site 'decoder.99' in this model. It has vision.0, vision.1, "
                 "projector, decoder.0.",
             ),
+            Misuse(
+                "search(model, [inputs], budget=Budget(flops=0.5), sites=[])",
+                "sites is empty; name at least one, or leave it out.",
+            ),
+            Misuse(
+                'search(model, [inputs], budget=Budget(flops=0.5), sites="projector")',
+                "sites is the text 'projector'; give a list of names.",
+                TypeError,
+            ),
             Misuse('presets.fit("best", 18, model)', "no preset 'best'; choose from ..."),
             Misuse(
                 'presets.fit("merge", True, model)',

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
 from benchmarks import (
+    caches,
     calls,
     capture,
     elastic,
@@ -287,6 +290,24 @@ def test_an_elastic_export_is_measured_beside_a_static_one(monkeypatch):
     assert saved == [found]
     assert found["elastic_over_static"] > 0 and set(found["prefill_ms"]) == {"static", "elastic"}
     assert found["settings"]["keep"] == 64 // 9
+
+
+def test_steps_in_place_are_measured_beside_those_that_copy(monkeypatch):
+    """Exporting takes long, and caches have tests of their own."""
+    exported: list[Any] = []
+
+    def opened(*_):
+        return Mock(side_effect=exported[-1], _decode=SimpleNamespace(buffers={"a buffer"}))
+
+    monkeypatch.setattr(caches, "export_onnx", lambda reduced, *_, **__: exported.append(reduced))
+    monkeypatch.setattr(caches.OnnxModel, "from_pretrained", opened)
+    saved: list[Any] = []
+    found = caches.measure("llava-tiny", 2, saved.append)
+    assert saved[-1] == found and [step["rows"] for step in found["steps"]] == [1, 4, 1, 4]
+    assert [len(each.policy.reductions) for each in exported] == [0, 1]
+    for step in found["steps"]:
+        assert set(step["ms"]) == {"pytorch", "copying", "in place"}
+        assert all(ratio > 0 for ratio in step["in_place"].values())
 
 
 def test_exports_are_measured_beside_those_of_transformers(monkeypatch):

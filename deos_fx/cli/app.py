@@ -51,6 +51,15 @@ class _Commands(TyperGroup):
                     _fail(error)
             except KeyboardInterrupt:
                 pass
+            # typer has no public name for the error of an option that there is not.
+            except Exception as error:
+                option: Any = getattr(error, "option_name", None)
+                if any(option in own.opts for own in self.params):
+                    unknown: Any = error
+                    command = ctx.invoked_subcommand
+                    unknown.message = f"{option} comes first: deos-fx {option} {command} ..."
+                    unknown.possibilities = None
+                raise
         Console(stderr=True).print("Interrupted; no results were written.")
         raise typer.Exit(130) from None
 

@@ -58,9 +58,14 @@ def check_can_be_met(problem: SearchProblem) -> None:
 
 
 def _cannot_be_met(problem: SearchProblem) -> ValueError:
+    if problem.names is None:
+        found, remedy = "No policy", "Raise the budget."
+    else:
+        found = f"No policy at {', '.join(problem.names)}"
+        remedy = "Raise the budget, or search other sites."
     return ValueError(
-        f"No policy meets the limits {problem.limits}: even one visual token at every site is "
-        "too much. Raise the budget."
+        f"{found} meets the limits {problem.limits}: even one visual token at every site is too "
+        f"much. {remedy}"
     )
 
 

@@ -609,6 +609,14 @@ def test_demo_checks_its_folder_before_any_work(tmp_path, monkeypatch):
     assert "cannot write the folder" in fails("demo", "--output", tmp_path / "file" / "out")
 
 
+def test_options_of_all_commands_come_first() -> None:
+    for option in ("--quiet", "-q", "--debug"):
+        result = CliRunner().invoke(app, ["search", "x", "--data", "y", option])
+        assert result.exit_code == 2
+        assert f"{option} comes first: deos-fx {option} search" in result.output
+    assert "No such option: --fast" in CliRunner().invoke(app, ["check", "x", "--fast"]).output
+
+
 def test_debug_shows_where_an_error_comes_from(tmp_path):
     result = CliRunner().invoke(app, ["--debug", "inspect", str(tmp_path / "none")])
     assert isinstance(result.exception, ValueError)

@@ -22,7 +22,7 @@ from torch.export import Dim
 
 from deos_fx import presets
 from deos_fx.contents import write_record
-from deos_fx.exporters import session
+from deos_fx.exporters import session, session_cache
 from deos_fx.exporters.check import check_export
 from deos_fx.exporters.graphs.example import example_of
 from deos_fx.exporters.graphs.exportable import Exportable
@@ -217,6 +217,31 @@ def test_beams_and_sampling_are_those_of_transformers(folder):
             torch.manual_seed(0)
             results.append(model.generate(**inputs, **options, max_new_tokens=4))
         assert torch.equal(*results)
+
+
+def test_steps_write_into_the_cache(folder, monkeypatch):
+    """Until it is full; then it gets room for as many tokens again."""
+    monkeypatch.setattr(session_cache, "ROOM", 3)
+    reduced, runtime, images = _both(folder, "prune, two images")
+    inputs = tiny.inputs(reduced.model, 2, images)
+    caches = [model(**inputs)[CACHE] for model in (runtime, reduced)]
+    held = {name: value.shape()[2] for name, value in caches[0].states.items()}
+    assert len(set(held.values())) > 1, "layers after a reduction hold fewer"
+    places = []
+    # A call with several tokens takes the cache without what is behind, and gives none.
+    for step, new in enumerate((1, 1, 1, 1, 2, 1), start=1):
+        words = torch.full((2, new), step)
+        logits = [
+            model(input_ids=words, **{CACHE: cache}).logits
+            for model, cache in zip((runtime, reduced), caches, strict=True)
+        ]
+        assert_onnx_close(*logits)
+        places.append({name: value.data_ptr() for name, value in caches[0].states.items()})
+        seen = sum((1, 1, 1, 1, 2, 1)[:step])
+        assert caches[0].lengths == {name: length + seen for name, length in held.items()}
+    assert places[0] == places[1] == places[2]
+    for before, after in ((2, 3), (3, 4), (4, 5)):
+        assert {*places[before].values()}.isdisjoint(places[after].values())
 
 
 def test_several_new_tokens_continue_a_cache(folder):
@@ -427,7 +452,12 @@ def test_names_and_axes(folder):
     assert axes["past_key_values.1.key"] == ["batch", 2, "past_2", 16]
     assert axes["input_ids"] == axes["position_ids"] == ["batch", "new"]
     one = _axes(_graph(folder("pool, merge with mass, compact"), "decode").input)
-    assert one == _axes(extend.input) | {
+    buffers = {
+        name: [*shape[:2], f"buffer_{min(int(name.split('.')[1]), 1) + 1}", shape[3]]
+        for name, shape in axes.items()
+        if name.startswith("past_key_values.")
+    }
+    assert one == _axes(extend.input) | buffers | {
         "input_ids": ["batch", 1],
         "position_ids": ["batch", 1],
         "position_ids_2": ["batch", 1],

@@ -16,13 +16,8 @@ from tiny import shared_llava
 
 from deos_fx.errors import DeviceError
 from deos_fx.exporters import session as session_module
-from deos_fx.exporters.session import (
-    Session,
-    SessionCache,
-    as_tensor,
-    cuda_devices,
-    open,
-)
+from deos_fx.exporters.session import Session, as_tensor, cuda_devices, open
+from deos_fx.exporters.session_cache import SessionCache
 from deos_fx.exporters.shared import ort_value
 
 STATE = "past_key_values.0.key"
@@ -58,9 +53,9 @@ def test_a_session_goes_on_from_its_states(path: Path) -> None:
     # Inputs of any precision, and not contiguous; others are left alone.
     new = torch.randn(3, 2, 4, 5, dtype=torch.float64).mT
     for step in (1, 2):
-        outputs = session({**cache.states, "new": new, "other": None})
+        outputs = session({**cache.states_for(session), "new": new, "other": None})
         assert as_tensor(outputs["size"]).item() == new.numel()
-        cache.take_states(outputs, 10 * step)
+        cache.take_states(outputs, 10 * step, session)
         assert cache.states.keys() == {STATE}
         assert (cache.rows, cache.get_seq_length(), cache.get_seq_length(1)) == (
             3,

@@ -281,6 +281,8 @@ def test_sites_in_the_tower_are_searched_if_asked_for(
     assert set(everywhere) <= set(sites)
     with pytest.raises(ValueError, match="sites is empty"):
         search(model, data, budget=Budget(flops=0.6), sites=[])
+    with pytest.raises(ValueError, match="No policy at decoder.1 meets the limits .* other sites"):
+        search(model, data, budget=Budget(visual_tokens=2), sites=["decoder.1"])
     with pytest.raises(TypeError, match="give a list of names"):
         search(model, data, budget=Budget(flops=0.6), sites="decoder.1")
     with pytest.raises(ValueError, match="vision.2 cannot be reduced: its output is not used"):

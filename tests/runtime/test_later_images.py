@@ -14,7 +14,7 @@ from masked import masked_from
 from masked_tower import tower_masked
 from torch import Tensor
 
-from deos_fx.exporters.session import SessionCache
+from deos_fx.exporters.session_cache import SessionCache
 from deos_fx.models.upstream import CACHE
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
