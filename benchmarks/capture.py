@@ -32,8 +32,10 @@ from deos_fx.inputs.call import Call
 from deos_fx.inputs.complete import completed
 from deos_fx.inputs.example import example_inputs
 from deos_fx.models.facts import facts_of
+from deos_fx.passes.graph import blocks_of
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
-from deos_fx.passes.pipeline import capture_call, lower_call
+from deos_fx.passes.notes import note_of
+from deos_fx.passes.pipeline import Captured, capture_call, lower_call
 
 __all__ = ["MODELS", "measure"]
 
@@ -119,6 +121,11 @@ MODELS: Mapping[str, Callable[[], Any]] = {
         },
         vision_config={**_QWEN_VISION, "out_hidden_size": 8192},
     ),
+    # 3,025 visual tokens of an image, each of four patches.
+    "mistral3-24b": lambda: hf.Mistral3Config(),
+    # Layers that choose keys by an index, with linear attention and without (transformers 5.24).
+    "glm5-next-314b": lambda: hf.Glm5NextConfig(),
+    "hy-v4-vl-771b": lambda: hf.HYV4VLConfig(),
 }
 
 
@@ -146,16 +153,16 @@ def measure(name: str) -> dict[str, Any]:
         model = hf.AutoModelForImageTextToText.from_config(MODELS[name](), dtype=torch.bfloat16)
     model.eval()
     layers = model.config.get_text_config().num_hidden_layers
-    sites = {"projector": 0.5, "decoder.2": 0.25, f"decoder.{layers // 2}": 0.1}
-    merge = {"gain": 1.0, "mass_bias": 1.0, "scores": {"feature_norm": 1.0}}
-    steps = tuple(Reduction(site, keep, **merge) for site, keep in sites.items())
     half = {"activation": 0.5, "retention": 0.5}
-    relaxed = {step.site: RelaxedReduction(step, **half) for step in steps}
     call = timed("inputs", lambda: completed(Call.of(facts_of(model), example_inputs(model))))
     layout = timed("layout", lambda: call.layout)
     captured = timed("capture and analyse", lambda: capture_call(model, call.inputs))
+    steps = _steps(captured, layers)
+    relaxed = {step.site: RelaxedReduction(step, **half) for step in steps}
     twin = captured.copy()
-    timed("insert", lambda: insert_relaxed(twin.graph_module, captured.sites, relaxed, layout))
+    # Where keys are chosen by an index, there is no relaxed form and no bias.
+    if steps[0].mass_bias:
+        timed("insert", lambda: insert_relaxed(twin.graph_module, captured.sites, relaxed, layout))
     again = captured.copy()
     lowered = timed("lower", lambda: lower_call(again, Policy(steps), layout))
     return {
@@ -170,6 +177,22 @@ def measure(name: str) -> dict[str, Any]:
         "peak_megabytes": _peak_megabytes(),
         "imports_megabytes": imported,
     }
+
+
+def _steps(captured: Captured, layers: int) -> tuple[Reduction, ...]:
+    """Return reductions at the projector, after the third layer, and in the middle.
+
+    A site that a model does not have there is the next one that it has.
+    """
+    assert captured.sites is not None
+    blocks = blocks_of(captured.graph_module.graph, "decoder").values()
+    bias = 0.0 if any(note_of(block).indexes for block in blocks) else 1.0
+    sites = {"projector": 0.5}
+    for first, keep in ((2, 0.25), (layers // 2, 0.1)):
+        places = (captured.sites[f"decoder.{i}"] for i in range(first, layers))
+        sites[next(place.name for place in places if place.available)] = keep
+    merge = {"gain": 1.0, "mass_bias": bias, "scores": {"feature_norm": 1.0}}
+    return tuple(Reduction(site, keep, **merge) for site, keep in sites.items())
 
 
 def first_call(layers: int) -> dict[str, float]:
@@ -220,8 +243,9 @@ def main(
     table = Table("model", "layers", "capture", "insert", "lower", "all, s", "peak, MB", "nodes")
     for name, figures in found["models"].items():
         seconds = figures["seconds"]
-        stages = [seconds["capture and analyse"], seconds["insert"], seconds["lower"]]
-        cells = [f"{value:.2f}" for value in (*stages, figures["total_seconds"])]
+        stages = [seconds.get(stage) for stage in ("capture and analyse", "insert", "lower")]
+        times = (*stages, figures["total_seconds"])
+        cells = ["" if value is None else f"{value:.2f}" for value in times]
         nodes = f"{figures['nodes']} -> {figures['nodes_lowered']}"
         peak = f"{figures['peak_megabytes']:.0f}"
         table.add_row(name, str(figures["layers"]), *cells, peak, nodes)

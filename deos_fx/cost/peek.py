@@ -10,7 +10,7 @@ import torch
 from deos_fx.attention.observation import Observation
 from deos_fx.attention.seam import PeekedBlock
 from deos_fx.cost.growth import Growth
-from deos_fx.cost.measure import counting, decoder_inputs, once
+from deos_fx.cost.measure import counting, decoder_inputs, measure_decoder, once
 from deos_fx.cost.twin import twin_of
 from deos_fx.models.blocks import indexes_keys
 from deos_fx.models.facts import ModelFacts
@@ -24,13 +24,29 @@ class _Reached(Exception):  # noqa: N818 - not an error: the layers from here on
 
 
 def measure_peek(facts: ModelFacts, layer: int) -> Growth:
-    """Measure a peek into a layer, once for each model. No weight is touched.
+    """Measure a peek into a layer, once for each kind of layers. No weight is touched.
+
+    Layers of one kind have the same parts and weights of the same shapes, and cost the same.
 
     Args:
         facts: The facts of the model.
         layer: Index of a decoder layer that attends.
     """
-    return once(facts, f"peek into decoder.{layer}", lambda: _measure(facts, layer))
+    kinds = once(facts, "kinds of layers", lambda: _kinds(facts))
+    # The first one, before which the fewest layers have to run.
+    first = kinds.index(kinds[layer])
+    return once(facts, f"peek into decoder.{first}", lambda: _measure(facts, first))
+
+
+def _kinds(facts: ModelFacts) -> list[Any]:
+    """Return what is alike in all decoder layers of one kind, for each layer."""
+    found = []
+    for path, cost in zip(facts.blocks.decoder, measure_decoder(facts).layers, strict=True):
+        layer = facts.model.get_submodule(path)
+        parts = tuple((name, type(part)) for name, part in layer.named_modules())
+        weights = tuple((name, weight.shape) for name, weight in layer.named_parameters())
+        found.append((cost, parts, weights))
+    return found
 
 
 def _measure(facts: ModelFacts, layer: int) -> Growth:

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.integrations.moe import batched_mm_experts_forward
 
-from deos_fx.models.shapes_only import ListedNumbers, OnZeros, without_values
+from deos_fx.models.known_shapes import META, on_meta, tensors_in, without_values
+from deos_fx.models.shapes_only import ListedNumbers, OnZeros
 from deos_fx.models.sharded import without_shards
 from deos_fx.models.views import AnyLinear, has_codes, linear_sizes
 
@@ -62,15 +63,14 @@ class _WholeNumbers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+        if any(operand.is_meta for operand in tensors_in(args, kwargs)):
             # Case: the result depends on weights. How many rows a mask selects does not.
             if func is torch.ops.aten.index.Tensor:
                 args = (args[0], _places(args[1]))
-            args, kwargs = pytree.tree_map_only(Tensor, without_values, (args, kwargs))
             if func is torch.ops.aten._to_copy.default:
-                kwargs = {**kwargs, "device": torch.device("meta")}
-        elif "device" in kwargs and func.overloadpacket not in _BUFFERS:
+                kwargs = {**kwargs, "device": META}
+            return on_meta(func, args, kwargs)
+        if "device" in kwargs and func.overloadpacket not in _BUFFERS:
             # Case: no operand depends on weights, so values stay, even if asked for on meta.
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return func(*args, **kwargs)

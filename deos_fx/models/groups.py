@@ -232,6 +232,9 @@ def _joined(level: Any) -> Tensor:
 def _make_up(view: nn.Module, core: Any, blocks: Sequence[nn.Module]) -> None:
     """Give a view values in place of weights on meta, where code outside of its blocks reads them.
 
+    Linear layers get few of them: each output depends on each input, as with a full matrix, but the
+    product costs next to nothing.
+
     Args:
         view: The view, whose modules are all copies.
         core: The model that it is a view of.
@@ -245,8 +248,37 @@ def _make_up(view: nn.Module, core: Any, blocks: Sequence[nn.Module]) -> None:
     ):
         if module not in elsewhere:
             for name in ("_parameters", "_buffers"):
-                values = {key: _made_up(value) for key, value in vars(module)[name].items()}
-                vars(own)[name] = values
+                made = _thin if type(module) is nn.Linear else _weight
+                vars(own)[name] = {key: made(value) for key, value in vars(module)[name].items()}
+            if type(module) is nn.Linear:
+                vars(own)["forward"] = partial(_mixed, own.weight, own.bias)
+
+
+def _weight(value: Any) -> Any:
+    """Make up a weight; a matrix, of a size for which attention still sees more than one key."""
+    made = _made_up(value)
+    is_matrix = isinstance(value, Tensor) and value.is_meta and value.ndim > 1
+    return made * made[0].numel() ** -0.5 if is_matrix and made.is_floating_point() else made
+
+
+# Rank of a made-up matrix. With one, a norm after it would hide all that it is made of.
+_RANK = 8
+
+
+def _thin(value: Any) -> Any:
+    """Make up a matrix that takes no memory: it has the same column again and again."""
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return _weight(value)
+    column = torch.randn(value.shape[0], 1, dtype=value.dtype) * value.shape[1] ** -0.5
+    return column.expand(value.shape)
+
+
+def _mixed(weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+    """Apply a linear layer of low rank: [..., in_features] -> [..., out_features]."""
+    outer, inner = weight.shape
+    few = input @ torch.randn(inner, _RANK, dtype=input.dtype) * inner**-0.5
+    mixed = few @ torch.randn(_RANK, outer, dtype=input.dtype) * _RANK**-0.5
+    return mixed if bias is None else mixed + bias
 
 
 def _made_up(value: Any) -> Any:

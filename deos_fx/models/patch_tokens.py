@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +18,9 @@ __all__ = ["groups_of", "tokens_of"]
 def tokens_of(features: Tensor, made: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Find the tokens that read hidden states directly, without another block in between.
 
-    Every token has a number, whose bits are asked for one by one: a patch gets a gradient from the
-    tokens in whose number the bit is set if and only if it is part of one of them.
+    Every token has a number of its own, in which equally many bits are set. Bit by bit, the tokens
+    that have it set are asked for what they depend on: a patch that is part of one token gets a
+    gradient for just the bits of its number, and one that is part of several for more.
 
     Args:
         features: [T, d].
@@ -27,7 +30,7 @@ def tokens_of(features: Tensor, made: Mapping[int, Tensor]) -> dict[int, Tensor]
         Block -> number [n] of the token of every patch, -1 if it is part of none; only of blocks
         that the features read.
     """
-    numbers = torch.arange(len(features), device=features.device)
+    numbers = _numbers(len(features)).to(features.device)
     # A random direction: the sum of a normalised vector would have no gradient.
     direction = torch.randn(features.shape[-1], device=features.device).to(features)
     leaves = list(made.values())
@@ -45,21 +48,37 @@ def tokens_of(features: Tensor, made: Mapping[int, Tensor]) -> dict[int, Tensor]
 
     if not features.requires_grad:
         return {}
-    every = reached(torch.ones_like(features[:, 0]))
-    tokens = {
-        i: torch.where(fed, 0, -1) for i, fed in zip(made, every, strict=True) if fed is not None
-    }
-    for bit in range((len(features) - 1).bit_length()):
-        is_set = (numbers >> bit) & 1
-        for i, one, zero in zip(
-            made, reached(is_set.to(features)), reached((1 - is_set).to(features)), strict=True
-        ):
-            if i not in tokens or one is None or zero is None:
-                continue
-            if (one & zero).any():
-                raise NoGroups(_why_shared(features))
-            tokens[i] += one.to(tokens[i]) << bit
+    bits = [reached(of_tokens.to(features)) for of_tokens in numbers.T]
+    tokens = {}
+    for i, asked in zip(made, zip(*bits, strict=True), strict=True):
+        found = [one for one in asked if one is not None]
+        if found:
+            # [n, bits] -> which number it is
+            tokens[i] = _token_of(torch.stack(found, dim=-1), numbers, features)
     return tokens
+
+
+def _numbers(count: int) -> Tensor:
+    """Return flags [T, bits] of different numbers, of whose bits half are set."""
+    bits = next(bits for bits in itertools.count(1) if math.comb(bits, bits // 2) >= count)
+    chosen = itertools.combinations(range(bits), max(1, bits // 2))
+    places = torch.tensor(list(itertools.islice(chosen, count)))
+    return torch.zeros(count, bits, dtype=torch.bool).scatter(1, places, True)
+
+
+def _token_of(asked: Tensor, numbers: Tensor, features: Tensor) -> Tensor:
+    """Return the token [n] of every patch from the bits [n, b] that it got a gradient for.
+
+    Raises:
+        NoGroups: If these are no number: the patch is part of several tokens.
+    """
+    weights = 1 << torch.arange(numbers.shape[1], device=numbers.device)
+    known, order = (numbers * weights).sum(dim=1).sort()
+    given = (asked * weights).sum(dim=1)
+    place = torch.searchsorted(known, given).clamp(max=len(known) - 1)
+    if ((known[place] != given) & (given != 0)).any():
+        raise NoGroups(_why_shared(features))
+    return torch.where(given == 0, -1, order[place])
 
 
 def _why_shared(features: Tensor) -> str:

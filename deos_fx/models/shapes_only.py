@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from deos_fx.models.families import features_of
+from deos_fx.models.known_shapes import META, on_meta, tensors_in, without_values
 from deos_fx.models.sharded import without_shards
 from deos_fx.models.views import AnyLinear, execution_device, linear_sizes, with_layers
 from deos_fx.replaced import replaced
@@ -35,11 +36,8 @@ __all__ = [
     "on_shapes",
     "plain_attention",
     "shaped",
-    "without_values",
     "without_missing_weights",
 ]
-
-META = torch.device("meta")
 
 # By its own name: while a model is captured, another function has its place in torch.
 _ATTENTION = F.scaled_dot_product_attention
@@ -80,16 +78,14 @@ class ShapesOnly(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        leaves = pytree.tree_leaves((args, kwargs))
-        operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        operands = list(tensors_in(args, kwargs))
         if any(map(_has_no_values, operands)):
             # Case 1: the result depends on values that are missing, so only its shape is computed.
             if func is torch.ops.aten.index.Tensor:
                 # The values of a mask say how many rows it selects, so the index keeps its values.
                 return func(without_values(args[0]), _places(args[1]))
-            args, kwargs = pytree.tree_map_only(torch.Tensor, without_values, (args, kwargs))
             # A move to another device would ask meta for numbers.
-            return func(*args, **(kwargs | {"device": META} if "device" in kwargs else kwargs))
+            return on_meta(func, args, kwargs | {"device": META} if "device" in kwargs else kwargs)
         result = func(*args, **kwargs)
         if kwargs.get("device") == META and not result.is_floating_point():
             # Case 2: integers or flags that were moved to meta (they have operands), or positions
@@ -305,10 +301,3 @@ def _is_one_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 def _has_no_values(tensor: torch.Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, nn.Parameter)
-
-
-def without_values(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor on meta with the shape, strides and type of this one."""
-    if tensor.is_meta:
-        return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)

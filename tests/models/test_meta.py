@@ -15,6 +15,8 @@ from torch import fx
 from benchmarks.common import SHAPES
 from deos_fx import Policy, Reduction, presets, transform
 from deos_fx.forms.relaxed import RelaxedReduction
+from deos_fx.models.facts import facts_of
+from deos_fx.models.groups import find_groups
 from deos_fx.models.shapes_only import ShapesOnly
 from deos_fx.passes.lower.insert_relaxed import insert_relaxed
 from deos_fx.passes.pipeline import Captured, capture_call, lower_call
@@ -100,6 +102,21 @@ def test_without_weights_the_graph_is_the_same(name: str) -> None:
         codes.append(lowered.code.replace("type='meta'", "type='cpu'"))
     assert codes[0] == codes[1]
     assert sites[0] == sites[1]
+
+
+@pytest.mark.parametrize("name", ["granite4_vision", "llava_next", "mistral3", "qwen2_5_vl"])
+def test_without_weights_the_groups_of_patches_are_the_same(name: str) -> None:
+    found = []
+    for model in (shared(name), on_meta(shared(name).config)):
+        facts = facts_of(model)
+        call = call_of(model, prompts(name))
+        ((method, given),) = call.first_prompt().encodings
+        blocks = [model.get_submodule(path) for path in facts.blocks.vision]
+        core = model.base_model
+        found.append(find_groups(core, getattr(type(core), method), blocks, (), given))
+    real, made_up = found
+    assert torch.equal(made_up.groups, real.groups)
+    assert (made_up.shape, made_up.used, made_up.first) == (real.shape, real.used, real.first)
 
 
 def test_32_layers_of_a_7b_shape(llava_7b: Any) -> None:
