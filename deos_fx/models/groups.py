@@ -232,8 +232,8 @@ def _joined(level: Any) -> Tensor:
 def _make_up(view: nn.Module, core: Any, blocks: Sequence[nn.Module]) -> None:
     """Give a view values in place of weights on meta, where code outside of its blocks reads them.
 
-    Linear layers get few of them: each output depends on each input, as with a full matrix, but the
-    product costs next to nothing.
+    Linear layers and convolutions get few of them: each output depends on each input, as with a
+    full matrix, but the product costs next to nothing.
 
     Args:
         view: The view, whose modules are all copies.
@@ -248,10 +248,10 @@ def _make_up(view: nn.Module, core: Any, blocks: Sequence[nn.Module]) -> None:
     ):
         if module not in elsewhere:
             for name in ("_parameters", "_buffers"):
-                made = _thin if type(module) is nn.Linear else _weight
+                made = _thin if type(module) in _THIN else _weight
                 vars(own)[name] = {key: made(value) for key, value in vars(module)[name].items()}
-            if type(module) is nn.Linear:
-                vars(own)["forward"] = partial(_mixed, own.weight, own.bias)
+            if type(module) in _THIN:
+                vars(own)["forward"] = partial(_THIN[type(module)], own)
 
 
 def _weight(value: Any) -> Any:
@@ -266,19 +266,44 @@ _RANK = 8
 
 
 def _thin(value: Any) -> Any:
-    """Make up a matrix that takes no memory: it has the same column again and again."""
+    """Make up a matrix that takes no memory: it has the same number again and again in a row."""
     if not isinstance(value, Tensor) or value.ndim < 2:
         return _weight(value)
-    column = torch.randn(value.shape[0], 1, dtype=value.dtype) * value.shape[1] ** -0.5
-    return column.expand(value.shape)
+    column = torch.randn(value.shape[0], *[1] * (value.ndim - 1), dtype=value.dtype)
+    return (column * value[0].numel() ** -0.5).expand(value.shape)
 
 
-def _mixed(weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+def _mixed(layer: nn.Linear, input: Tensor) -> Tensor:
     """Apply a linear layer of low rank: [..., in_features] -> [..., out_features]."""
-    outer, inner = weight.shape
-    few = input @ torch.randn(inner, _RANK, dtype=input.dtype) * inner**-0.5
-    mixed = few @ torch.randn(_RANK, outer, dtype=input.dtype) * _RANK**-0.5
-    return mixed if bias is None else mixed + bias
+    few = input @ _weight(torch.empty(_RANK, layer.in_features, dtype=input.dtype, device=META)).T
+    return _widened(layer, few)
+
+
+def _convolved(layer: Any, input: Tensor) -> Tensor:
+    """Apply a convolution of low rank: [I, in_channels, ...] -> [I, out_channels, ...]."""
+    if layer.groups > 1:
+        return layer._conv_forward(input, layer.weight, layer.bias)
+    shape = _RANK, *layer.weight.shape[1:]
+    few = layer._conv_forward(
+        input, _weight(torch.empty(shape, dtype=input.dtype, device=META)), None
+    )
+    return _widened(layer, few.movedim(1, -1)).movedim(-1, 1)
+
+
+def _widened(layer: Any, few: Tensor) -> Tensor:
+    """Make of few numbers [..., r] all outputs of a layer."""
+    outputs = layer.weight.shape[0]
+    mixed = few @ _weight(torch.empty(outputs, _RANK, dtype=few.dtype, device=META)).T
+    return mixed if layer.bias is None else mixed + layer.bias
+
+
+# Class of a layer -> what applies one of low rank.
+_THIN: dict[type, Any] = {
+    nn.Linear: _mixed,
+    nn.Conv1d: _convolved,
+    nn.Conv2d: _convolved,
+    nn.Conv3d: _convolved,
+}
 
 
 def _made_up(value: Any) -> Any:
