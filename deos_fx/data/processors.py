@@ -23,6 +23,9 @@ __all__ = ["VIDEO_EXTRA", "load_processor", "reading_from"]
 # ``owner/name``; a path with one slash has the same form and counts as a folder if it is one.
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
+# Files of image processors, and of processors that have one.
+_SETTINGS = ("preprocessor_config.json", "processor_config.json")
+
 VIDEO_EXTRA = "pip install 'deos-fx[video]'"
 
 # Whether this thread loads a processor without its video side.
@@ -55,6 +58,16 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
             raise
         raise ImportError(
             f"images of {folder} need torchvision ({VIDEO_EXTRA}): {reason}"
+        ) from error
+    except OSError as error:
+        if not os.path.isdir(folder) or any(
+            os.path.exists(os.path.join(folder, name)) for name in _SETTINGS
+        ):
+            raise
+        # transformers would say that the folder should be none, as it may also be a hub id.
+        raise OSError(
+            f"{folder} has no processor of images; save the model's own there "
+            "(processor.save_pretrained)"
         ) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ValueError(

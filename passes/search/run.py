@@ -155,6 +155,15 @@ class SearchRun:
         self.round_up(sites)
         self.after = self.problem.effort.evaluations
 
+    def score_alone(self, source: str) -> None:
+        """Score the model without a reduction, in place of a search.
+
+        Args:
+            source: What the candidate is called.
+        """
+        self.unreduced_loss = self.scoring.add(source, Policy())
+        self.after = self.problem.effort.evaluations
+
     def carried(self) -> list[Policy]:
         """Return the best of what looser budgets have reached, fitted to this one, if any fits.
 

@@ -181,8 +181,7 @@ def _without_tokens(budget: Budget) -> Budget:
 def _score(run: SearchRun, scale: float) -> None:
     """Score smaller images alone, or else presets."""
     if scale != 1 and run.problem.meets(Policy()):
-        run.unreduced_loss = run.scoring.add(ALONE, Policy())
-        run.after = run.problem.effort.evaluations
+        run.score_alone(ALONE)
     else:
         run.advance(("presets",))
 

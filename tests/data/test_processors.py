@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import FAMILIES
 from PIL import Image
 from real_processors import REAL, write_processor
 from transformers import AutoImageProcessor, AutoProcessor
@@ -100,6 +101,12 @@ def test_a_tokenizer_alone_is_no_processor(tmp_path: Path) -> None:
     write_processor("qwen2_5_vl", tmp_path)
     (tmp_path / "processor_config.json").unlink()
     with pytest.raises(ValueError, match="no processor of images and text"):
+        load_processor(tmp_path)
+
+
+def test_a_model_without_a_processor_says_what_to_do(tmp_path: Path) -> None:
+    FAMILIES["pixtral"].config().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="has no processor of images; save the model's own there"):
         load_processor(tmp_path)
 
 
