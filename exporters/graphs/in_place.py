@@ -19,7 +19,7 @@ __all__ = ["BUFFER", "write_in_place"]
 BUFFER = "buffer"
 """What the name of an axis of keys begins with that may be longer than what it holds."""
 
-_PAST, _PRESENT = "past", "present"
+_PAST = "past"
 # Places of past keys and values among the inputs of GroupQueryAttention, and of the new ones among
 # its outputs.
 _PLACES = {3: 1, 4: 2}

@@ -54,6 +54,8 @@ _ANYWHERE = (_observed("", "visual") | {"tokens", "grid"}) - _OF_LATER_TEXT
 _OF_FEATURES = frozenset({"tokens", "grid", "text_tokens", "text_mask"})
 # Features of a tower with a CLS token.
 _OF_CLASS_TOKEN = _observed("class")
+# Features of layers that are given rotary tables.
+_OF_ROTATED = frozenset(name for name, (observed, _) in OBSERVED.items() if observed.gravity)
 # Features of the text, at the projector and in the decoder.
 _OF_TEXT = frozenset({"text_tokens", "text_mask"})
 
@@ -211,7 +213,8 @@ def _sites_of_groups(
 
 def _decoder_sites(graph: fx.Graph, flow: nx.DiGraph) -> list[Site]:
     """Make the site after every decoder layer."""
-    attending = _scores_from(_ANYWHERE | _OF_TEXT | _OF_LATER_TEXT)
+    features = _ANYWHERE | _OF_TEXT | _OF_LATER_TEXT
+    rotated, attending = _scores_from(features), _scores_from(features - _OF_ROTATED)
     attending_to_nothing = _scores_from(_OF_FEATURES)
     layers = blocks_of(graph, "decoder")
     reasons = _why_not_in_decoder(graph, layers, flow)
@@ -219,12 +222,21 @@ def _decoder_sites(graph: fx.Graph, flow: nx.DiGraph) -> list[Site]:
     for i, layer in layers.items():
         block = Block("decoder", i)
         if attends(layer):
-            sites.append(_site_after(block, reasons[i], attending))
+            scores = rotated if _is_rotated(layer) else attending
+            sites.append(_site_after(block, reasons[i], scores))
         else:
             # Case: a convolution, a layer with a state, or one that looks at each token alone.
             none = Site(block.site, block.name, reasons[i], attending_to_nothing, _NO_ATTENTION)
             sites.append(none)
     return sites
+
+
+def _is_rotated(layer: fx.Node) -> bool:
+    """Return whether a layer is given rotary tables [B, N, D], by which attention is corrected."""
+    tables = pytree.tree_leaves(layer.kwargs.get("position_embeddings"))
+    nodes = [table for table in tables if isinstance(table, fx.Node)]
+    shapes = pytree.tree_leaves([note_of(node).shape for node in nodes])
+    return bool(shapes) and all(len(shape) == 3 for shape in shapes)
 
 
 def _scores_from(features: frozenset[str]) -> tuple[str, ...]:

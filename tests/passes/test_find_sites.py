@@ -6,13 +6,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from families import prompts, shared
 from handmade import BLOCKS, PATCHES, WIDTH, Handmade
 from torch import Tensor, fx, nn
 
 from deos_fx.errors import CaptureError
+from deos_fx.inputs.call import Call
+from deos_fx.inputs.complete import completed
 from deos_fx.models.blocks import Block
+from deos_fx.models.facts import facts_of
 from deos_fx.passes.analyse.find_sites import find_sites
 from deos_fx.passes.analyse.sites import Encoder, Sites
+from deos_fx.passes.captures import Captures
 from deos_fx.passes.notes import annotate
 
 LAST = "no decoder layer comes after it, so nothing would be saved"
@@ -202,3 +207,12 @@ def test_a_site_that_a_model_does_not_have() -> None:
         sites.usable("decoder.1", ())
     with pytest.raises(ValueError, match="decoder.0 has no score 'magic'; it has "):
         sites.usable("decoder.0", ("magic",))
+
+
+@pytest.mark.parametrize(("name", "rotated"), [("vipllava", True), ("blip-2", False)])
+def test_attention_is_corrected_only_for_rotary_positions(name: str, rotated: bool) -> None:
+    model = shared(name)
+    found = Captures(model).serving(completed(Call.of(facts_of(model), prompts(name)))).sites
+    assert found is not None
+    scores = found["decoder.0"].scores
+    assert ("calibrated_rater_attention" in scores) is rotated and "rater_attention" in scores
