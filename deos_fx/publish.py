@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 from deos_fx.contents import INCOMPLETE, RECORD, files_in, matching
 from deos_fx.scratch import one_at_a_time
@@ -115,10 +116,19 @@ def check_kind(path: Path, is_folder: bool) -> None:
     Raises:
         OSError: If there is one.
     """
-    if is_folder and os.path.lexists(path) and not path.is_dir():
+    is_link = path.is_symlink()
+    try:
+        # Looked at once: other writers may replace what is there between two looks.
+        mode = path.stat().st_mode
+    except OSError:
+        # Case: nothing is there, or a link that leads nowhere.
+        mode = None
+    if is_folder and (is_link if mode is None else not S_ISDIR(mode)):
         raise NotADirectoryError(f"cannot write the folder {path}: it is a file. Move it away.")
-    if not is_folder and path.is_dir():
+    if is_folder or mode is None:
+        return
+    if S_ISDIR(mode):
         raise IsADirectoryError(f"cannot write the file {path}: it is a folder. Move it away.")
-    if not is_folder and path.exists() and not path.is_file() and not path.is_symlink():
+    if not S_ISREG(mode) and not is_link:
         # Root could replace even /dev/null.
         raise OSError(f"cannot write the file {path}: it is a device or a pipe. Give another name.")

@@ -74,7 +74,7 @@ def test_data_says_what_a_folder_lacks(folder: Path, tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / "qwen" / name).read_bytes())
     message = fails("data", folder / "d.jsonl", "--model", tmp_path)
-    assert "image processor" in message
+    assert "has no processor of images" in message
 
 
 # *** the others, on images of any size ***
