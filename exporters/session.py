@@ -22,6 +22,7 @@ __all__ = [
     "as_tensor",
     "cuda_devices",
     "open",
+    "past_name",
 ]
 
 HOST = torch.device("cpu")
@@ -104,16 +105,22 @@ class Session:
                 name, ort_value(value.to(dtype)) if isinstance(value, Tensor) else value
             )
         for name in self.outputs:
-            past = name.replace("present.", "past_key_values.")
+            past = past_name(name)
             if past in self.buffers:
                 binding.bind_ortvalue_output(name, values[past])
                 continue
             # Keys and values stay; logits and positions are read on the CPU.
-            device = self.device if past != name else HOST
+            device = self.device if past else HOST
             binding.bind_output(name, device.type, device.index or 0)
         self.session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+
+
+def past_name(output: str) -> str:
+    """Return under which name the next run takes an output; empty if it takes none."""
+    state = output.removeprefix("present.")
+    return "" if state == output else f"past_key_values.{state}"
 
 
 def _none_of(shape: Sequence[int | str]) -> list[int]:

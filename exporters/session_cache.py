@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from deos_fx.exporters.session import Session, as_tensor
+from deos_fx.exporters.session import Session, as_tensor, past_name
 from deos_fx.exporters.shared import ort_value
 from deos_fx.tokens.cache import ReducedCache
 
@@ -121,11 +121,7 @@ class SessionCache(ReducedCache):
 
 def past_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys and values that a run gave, under the names that the next one takes."""
-    return {
-        name.replace("present.", "past_key_values."): value
-        for name, value in outputs.items()
-        if name.startswith("present.")
-    }
+    return {past: value for name, value in outputs.items() if (past := past_name(name))}
 
 
 def _resized(value: Any, length: int, size: int) -> Any:

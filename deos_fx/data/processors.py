@@ -12,7 +12,7 @@ from typing import Any
 import transformers.models.smolvlm.processing_smolvlm as smolvlm
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
-from transformers.utils import is_torchvision_available
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, is_torchvision_available
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from deos_fx.reading import blaming
@@ -22,9 +22,6 @@ __all__ = ["VIDEO_EXTRA", "load_processor", "reading_from"]
 
 # ``owner/name``; a path with one slash has the same form and counts as a folder if it is one.
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-
-# Files of image processors, and of processors that have one.
-_SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 VIDEO_EXTRA = "pip install 'deos-fx[video]'"
 
@@ -61,7 +58,8 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
         ) from error
     except OSError as error:
         if not os.path.isdir(folder) or any(
-            os.path.exists(os.path.join(folder, name)) for name in _SETTINGS
+            os.path.exists(os.path.join(folder, name))
+            for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)
         ):
             raise
         # transformers would say that the folder should be none, as it may also be a hub id.

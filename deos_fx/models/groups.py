@@ -8,6 +8,7 @@ outputs, and a visual token depends on exactly the patches through which a gradi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,9 +21,10 @@ from torch.utils import _pytree as pytree
 
 from deos_fx.errors import NoGroups
 from deos_fx.models.families import features_of
+from deos_fx.models.known_shapes import META
 from deos_fx.models.patch_order import kinds_of, why_all_in_place
 from deos_fx.models.patch_tokens import groups_of, tokens_of
-from deos_fx.models.shapes_only import META, ShapesOnly, shaped
+from deos_fx.models.shapes_only import ShapesOnly, shaped
 from deos_fx.models.views import execution_device, with_forward, with_parts
 
 __all__ = ["PatchGroups", "find_groups", "key_of_sizes"]
@@ -255,10 +257,14 @@ def _make_up(view: nn.Module, core: Any, blocks: Sequence[nn.Module]) -> None:
 
 
 def _weight(value: Any) -> Any:
-    """Make up a weight; a matrix, of a size for which attention still sees more than one key."""
-    made = _made_up(value)
-    is_matrix = isinstance(value, Tensor) and value.is_meta and value.ndim > 1
-    return made * made[0].numel() ** -0.5 if is_matrix and made.is_floating_point() else made
+    """Make up a weight where there is none."""
+    missing = isinstance(value, Tensor) and value.is_meta and value.is_floating_point()
+    return _matrix(value.shape, value.dtype) if missing and value.ndim > 1 else _made_up(value)
+
+
+def _matrix(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Make up a matrix, or a kernel, of a size for which attention sees more than one key."""
+    return torch.randn(*shape, dtype=dtype) * math.prod(shape[1:]) ** -0.5
 
 
 # Rank of a made-up matrix. With one, a norm after it would hide all that it is made of.
@@ -275,25 +281,21 @@ def _thin(value: Any) -> Any:
 
 def _mixed(layer: nn.Linear, input: Tensor) -> Tensor:
     """Apply a linear layer of low rank: [..., in_features] -> [..., out_features]."""
-    few = input @ _weight(torch.empty(_RANK, layer.in_features, dtype=input.dtype, device=META)).T
-    return _widened(layer, few)
+    return _widened(layer, input @ _matrix((_RANK, layer.in_features), input.dtype).T)
 
 
 def _convolved(layer: Any, input: Tensor) -> Tensor:
     """Apply a convolution of low rank: [I, in_channels, ...] -> [I, out_channels, ...]."""
     if layer.groups > 1:
         return layer._conv_forward(input, layer.weight, layer.bias)
-    shape = _RANK, *layer.weight.shape[1:]
-    few = layer._conv_forward(
-        input, _weight(torch.empty(shape, dtype=input.dtype, device=META)), None
-    )
+    kernel = _matrix((_RANK, *layer.weight.shape[1:]), input.dtype)
+    few = layer._conv_forward(input, kernel, None)
     return _widened(layer, few.movedim(1, -1)).movedim(-1, 1)
 
 
 def _widened(layer: Any, few: Tensor) -> Tensor:
     """Make of few numbers [..., r] all outputs of a layer."""
-    outputs = layer.weight.shape[0]
-    mixed = few @ _weight(torch.empty(outputs, _RANK, dtype=few.dtype, device=META)).T
+    mixed = few @ _matrix((len(layer.weight), _RANK), few.dtype).T
     return mixed if layer.bias is None else mixed + layer.bias
 
 

@@ -216,14 +216,13 @@ class SiteFeatures(dict[str, Any]):
                 f"{own.site}."
             )
         # Sites are reduced from front to back, so the last one is the deepest.
-        for other in reduced[-1:]:
-            # A reduction right after the observed block lies in between as well.
-            if site_order(observed) <= site_order(other):
-                raise ValueError(
-                    f"{self.site} observes the attention of {observed}, but {other} is reduced in "
-                    f"between: its tokens are others. Observe a block after {other}, or take one "
-                    "of the two reductions away."
-                )
+        # A reduction right after the observed block lies in between as well.
+        if reduced and site_order(observed) <= site_order(reduced[-1]):
+            raise ValueError(
+                f"{self.site} observes the attention of {observed}, but {reduced[-1]} is reduced "
+                f"in between: its tokens are others. Observe a block after {reduced[-1]}, or take "
+                "one of the two reductions away."
+            )
 
     def _observe(self, where: str, wanted: list[tuple[Observation, str]]) -> None:
         """Let the block before the site, or an earlier one, report observations."""

@@ -139,6 +139,7 @@ class SearchProblem:
         first = without_labels(longest[0])
         captured = captures.serving(replace(first, inputs=moved(first.inputs, model.device)))
         if names is not None:
+            # Mistakes in them are found before the model answers.
             _sites_of(captured).limited_to(names)
         batches, interrupted = with_targets(captures, calls, labels, progress)
         # 4. The problem.
@@ -202,7 +203,7 @@ class SearchProblem:
         """Describe the problem, so that a checkpoint of another one is recognised."""
         return fingerprint(self.cost.signature, [batch.call for batch in self.training])
 
-    @property
+    @functools.cached_property
     def sites(self) -> Sites:
         """Return the sites of the model, of which those that are searched can be reduced."""
         sites = _sites_of(self.captured)

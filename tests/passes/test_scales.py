@@ -99,13 +99,14 @@ def test_data_that_does_not_compare(found: Any) -> None:
         search(model, data, budgets=[Budget(visual_tokens=0.5)])
 
 
+def interrupt(stage: str, done: int, total: int) -> None:
+    """Interrupt a search when it comes to the second scale."""
+    if stage.startswith("scale 0.75"):
+        raise KeyboardInterrupt
+
+
 def test_an_interruption_leaves_what_is_known(found: Any) -> None:
     model, data, _ = found
-
-    def interrupt(stage: str, done: int, total: int) -> None:
-        if stage.startswith("scale 0.75"):
-            raise KeyboardInterrupt
-
     budget = Budget(visual_tokens=0.25)
     result = search(model, data, budget=budget, sites=["projector"], steps=2, progress=interrupt)
     assert result.interrupted and 1.0 in result.scales and 0.5 not in result.scales
@@ -114,11 +115,6 @@ def test_an_interruption_leaves_what_is_known(found: Any) -> None:
 
 def test_sites_of_the_tower_are_searched(found: Any) -> None:
     model, data, _ = found
-
-    def interrupt(stage: str, done: int, total: int) -> None:
-        if stage.startswith("scale 0.75"):
-            raise KeyboardInterrupt
-
     budget = Budget(visual_tokens=0.25)
     result = search(model, data, budget=budget, sites=["vision.0"], steps=1, progress=interrupt)
     assert {step.site for step in result.policy.reductions} == {"vision.0"}
