@@ -110,8 +110,8 @@ class ReducedCache(DynamicCache):
         held = [getattr(layer, "keys", None) is not None for layer in self.layers]
         if self.has_states or len(held) < layers or not all(held):
             return "layers of this model keep a state, or read keys of other layers"
-        if self.has_index:
-            return "layers of this model choose keys by an index of what came before"
+        if any(getattr(x, "indexer_position_ids", None) is not None for x in self.layers):
+            return "layers of this model choose keys by an index that has positions of its own"
         return ""
 
     @property

@@ -21,8 +21,8 @@ class TurnCache(ReducedCache):
 
     A turn with images runs as a prompt of its own: positions in it, masks and reductions are about
     its own tokens, and the cache has none when it begins. What it sees of earlier turns is added
-    where a layer attends: `update` returns their keys and values in front of the new ones, and
-    `widened` makes the mask of the new tokens one of all.
+    where a layer attends: `update` returns their keys and values in front of the new ones,
+    `update_indexer` their index of keys, and `widened` makes the mask of the new tokens one of all.
 
     Args:
         config: The text model's config.
@@ -73,6 +73,12 @@ class TurnCache(ReducedCache):
             for old, own in zip((held.keys, held.values), new, strict=True)
         )
         return keys, values
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Add new tokens to an index of keys, and return that of all turns [B, P + M, d]."""
+        new = super().update_indexer(indexer_key_states, layer_idx)
+        held: Any = self.earlier.layers[layer_idx] if self.seen else None
+        return new if held is None else torch.cat([held.indexer_keys, new], dim=1)
 
     def widened(
         self,
@@ -177,6 +183,8 @@ def append_turn(cache: ReducedCache, turn: TurnCache) -> None:
     layers: list[tuple[Any, Any]] = list(zip(cache.layers, turn.layers, strict=True))
     for layer, own in layers:
         layer.update(own.keys, own.values)
+        if getattr(own, "indexer_keys", None) is not None:
+            layer.update_indexer(own.indexer_keys)
         if hasattr(own, "cumulative_length"):
             # A layer with a window holds fewer tokens than it has seen.
             layer.cumulative_length += own.cumulative_length - own.keys.shape[2]

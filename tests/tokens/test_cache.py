@@ -109,3 +109,5 @@ def test_an_index_of_keys_goes_with_them() -> None:
     assert torch.equal(cache.layers[0].indexer_position_ids[:, 0], positions[:, 2])
     assert torch.equal(cache.layers[1].indexer_keys[0], parts[1].layers[1].indexer_keys[1])
     assert cache.layers[1].keys is None
+    cache.layers.pop()
+    assert "an index that has positions of its own" in cache.why_no_images(1)
