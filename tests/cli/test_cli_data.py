@@ -50,15 +50,15 @@ def test_data_shows_what_the_model_sees(folder: Path) -> None:
     # Cells of 8 pixels: 48 and 100 visual tokens.
     first, second = output.split(f"{folder / 'd.jsonl'}, line ")[1:]
     assert first.startswith("1: 1 image of 64 x 48 pixels; ")
-    assert "48 of them visual" in first
+    assert "48 of them for images" in first
     assert "<|vision_start|><|image_pad|> x 48<|vision_end|>what is at the top left?" in first
     assert "assistant\n>>>[red] one<|im_end|><<<" in first
     assert second.startswith("2: 2 images of 64 x 48, 80 x 80 pixels; ")
-    assert "148 of them visual, 3 of the answer" in second
+    assert "148 of them for images, 3 of the answer" in second
     assert "x 48<|vision_end|> or <|vision_start|>" in second
     assert ">>>seven<|im_end|><<<" in second
     totals = [line.split() for line in second.splitlines()]
-    assert ["visual", "tokens", "48", "98", "148"] in totals
+    assert ["tokens", "for", "images", "48", "98", "148"] in totals
     assert ["images", "1", "1.5", "2"] in totals
     assert "kinds: what" in output and "entries that are not used: id" in output
 
