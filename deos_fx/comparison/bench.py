@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,7 +74,8 @@ class Bench:
         model: PreTrainedModel,
         processor: Any,
         test: Sequence[Record],
-        budget: Budget,
+        budget: Budget | None,
+        policies: Iterable[Policy],
         metric: Metric | None,
         batch_size: int,
         max_new_tokens: int,
@@ -88,9 +89,18 @@ class Bench:
         self.facts: ModelFacts = facts_of(model)
         self.costs = self._costs(processor)
         whole = self.costs.predict(Policy())
-        self.limit = budget.limits(whole)["visual_tokens"]
+        if budget is not None:
+            self.limit = budget.limits(whole)["visual_tokens"]
+        else:
+            # Case: presets may keep as many as any of the policies does.
+            self.limit = max(map(self.visual_tokens, policies), default=whole.visual_tokens)
         self.share = self.limit / whole.visual_tokens
         self._known: dict[str, _Tested] = {}
+
+    def visual_tokens(self, policy: Policy) -> float:
+        """Return the visual tokens of the first question, mean over the decoder layers."""
+        _, costs = self._entering(ReducedModel(self.model, policy))
+        return costs.predict(policy).visual_tokens
 
     def check_runs(self, policy: Policy) -> None:
         """Refuse a policy that the model cannot run on the first question.
@@ -128,10 +138,9 @@ class Bench:
         """Test images that are resized to as few visual tokens: a policy that does nothing else."""
         policy = Policy(name="resize", image_scale=math.sqrt(self.share))
         try:
-            _, costs = self._entering(ReducedModel(self.model, policy))
+            left = self.visual_tokens(policy)
         except ValueError as error:
             return Draft(RESIZED, "input", [], str(error))
-        left = costs.predict(policy).visual_tokens
         if left > self.limit + 1e-9:
             reason = (
                 f"the processor makes {counted(f'{left:g}', 'visual token')} of the first image "

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from cli_cases import fails, run
-from families import FAMILIES
+from families import FAMILIES, shared
 from real_processors import noise, write_processor, write_qwen
 from transformers import AutoModelForImageTextToText
 
 from deos_fx import Policy, Reduction
+from deos_fx.cli.processors import noise_example
 from deos_fx.cli.searching import alike
 from deos_fx.data import Record, scaled_processor
 from deos_fx.data.processors import load_processor
@@ -162,6 +164,27 @@ def test_export_takes_images_as_the_processor_makes_them(
     run("export", folder / "qwen", tmp_path / "onnx", *images, "--elastic")
     assert seen["example_inputs"]["image_grid_thw"].prod(dim=1).tolist() == [4 * 48, 4 * 100]
     assert seen["elastic"]
+
+
+def test_an_export_needs_no_image_where_all_have_one_size(tmp_path: Path) -> None:
+    """Gemma 3 takes kinds of tokens, which only its processor knows."""
+    config = FAMILIES["gemma3"].config()
+    side, tokens = config.vision_config.image_size, config.mm_tokens_per_image
+    write_processor("gemma3", tmp_path, image={"size": {"height": side, "width": side}})
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_seq_length": tokens}))
+    tokenizer = load_processor(tmp_path).tokenizer
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<image_soft_token>")
+    config.text_config.vocab_size = len(tokenizer)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    reduced: Any = SimpleNamespace(model=model, processor=lambda processor: processor)
+    example = noise_example(reduced, str(tmp_path))
+    assert example is not None and example["pixel_values"].shape == (1, 3, side, side)
+    assert example["token_type_ids"].sum() == tokens
+    # Nothing is made up where the size of images matters.
+    reduced.model = shared("qwen2_5_vl")
+    assert noise_example(reduced, str(tmp_path)) is None
 
 
 # *** example ***

@@ -18,6 +18,7 @@ from real_processors import noise, write_qwen
 from deos_fx import Budget, Comparison, Policy, ReducedModel, Reduction, compare, presets, reference
 from deos_fx.comparison import bench
 from deos_fx.comparison.answers import answer_loss, check_apart
+from deos_fx.comparison.compare import evaluate
 from deos_fx.cost.model import CostModel
 from deos_fx.data import Record, batches
 from deos_fx.results.search_result import Candidate, SearchResult
@@ -151,6 +152,18 @@ def test_progress_counts_the_methods(loaded: Any, asked: Any) -> None:
         progress=lambda *args: seen.append(args),
     )
     assert seen == [("methods", i, 4) for i in range(1, 5)]
+
+
+def test_presets_may_leave_as_many_tokens_as_the_policies(loaded: Any, asked: Any) -> None:
+    given = {"few": presets.merge(keep=9), "late": presets.fastv(2, 36)}
+    rows = records(asked[:2])
+    found = compare(*loaded, rows, policies=given, presets=["random"], seeds=1)
+    late = found.row("late").runs[0].cost.visual_tokens
+    assert late == (2 * 144 + 8 * 36) / 10 and found.limit == late
+    assert late - 1 < found.row("random").runs[0].cost.visual_tokens <= late
+    # With the default budget of a search, they would leave less.
+    with pytest.warns(UserWarning, match=r"^late leaves 57.6 visual tokens.* may leave 18:"):
+        evaluate(*loaded, rows, policies=given, presets=["random"], budget=TOKENS)
 
 
 # *** tuning ***
@@ -305,6 +318,7 @@ def test_files_are_compared_by_their_pixels(tmp_path: Any, asked: Any) -> None:
         ({"budget": Budget(flops=0.5)}, "presets are fitted to visual_tokens"),
         ({"budget": Budget(visual_tokens=18, flops=0.5)}, "limit these and no other"),
         ({"budget": Budget(visual_tokens=200)}, "the model has only 144"),
+        ({"budget": None}, "give one, as .*, or policies, whose visual tokens are the limit"),
         ({"presets": ["best"]}, "no preset 'best'; choose from fastv"),
         ({"seeds": 0}, "seeds is 0"),
         ({"evaluations": 0}, "evaluations is 0"),
@@ -356,7 +370,6 @@ def test_a_policy_that_cannot_run_is_refused_before_any_question(
         compare(
             *loaded,
             records(asked),
-            budget=Budget(visual_tokens=18),
             policies={"late": Policy((Reduction("decoder.9", 4),))},
             presets=[],
         )
