@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.presets.fitting import fit, options
+from deos_fx.presets.rule import Option
 from deos_fx.presets.tuning import Tuned, tune
 from deos_fx.results.compared import Row, Run
 from deos_fx.results.methods import UNREDUCED
@@ -182,7 +184,7 @@ class Bench:
         """Return a policy that was fitted to one image, for images of any size."""
         return self.costs.for_any_size(policy)
 
-    @property
+    @cached_property
     def fitting(self) -> dict[str, Any]:
         """Return the arguments that presets are fitted with."""
         images = self.costs.images
@@ -191,18 +193,23 @@ class Bench:
             "budget_tokens": self.limit / images,
             "model": self.model,
             "visual_tokens": size,
+            "example_inputs": self._first(self.processor),
         }
 
     def _seeds(self, name: str, tuner: Tuner | None, seeds: int) -> Sequence[int]:
         """Return the seeds of a preset: one alone, where nothing is random."""
-        own = options(name, self.model, self.fitting["visual_tokens"])
+        own = self._options(name)
         tuned = tuner is not None and any(option.tuned for option in own.values())
         return range(seeds) if tuned or "seed" in own else (0,)
+
+    def _options(self, name: str) -> Mapping[str, Option]:
+        fitting = self.fitting
+        return options(name, self.model, fitting["visual_tokens"], fitting["example_inputs"])
 
     def _attempt(self, name: str, tuner: Tuner | None, seed: int) -> _Attempt:
         values: Mapping[str, float] = {}
         evaluations = 0
-        if "seed" in options(name, self.model, self.fitting["visual_tokens"]):
+        if "seed" in self._options(name):
             values = {"seed": seed}
             policy = fit(name, **self.fitting, seed=seed)
         elif tuner is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,8 +247,17 @@ def test_the_loss_is_that_of_the_model(loaded: Any, behind: int) -> None:
 # *** images of any size ***
 
 
-def test_images_are_resized_where_the_model_allows_it(tmp_path: Path) -> None:
+def test_images_are_resized_where_the_model_allows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = write_qwen(tmp_path)
+    seen: list[Mapping[str, Any]] = []
+
+    def fitted(name: str, **options: Any) -> Policy:
+        seen.append(options)
+        return presets.fit(name, **options)
+
+    monkeypatch.setattr(bench, "fit", fitted)
     asked = [
         Record(noise(64, 48), "what is at the top left", "7"),
         Record(noise(80, 80, 1), "how many digits", "two"),
@@ -280,6 +290,10 @@ def test_images_are_resized_where_the_model_allows_it(tmp_path: Path) -> None:
     # Images of 6 x 8 and 10 x 10 tokens.
     (run,) = found.row("avg_pool").runs
     assert run.policy.reductions[0].keep == 0.25
+    # Where an image becomes inputs only by a processor (Gemma 4), presets of the tower need a call.
+    assert [options["example_inputs"]["image_grid_thw"].tolist() for options in seen] == [
+        [[1, 12, 16]]
+    ] * 4
 
 
 def test_a_processor_that_enlarges_small_images(tmp_path: Path) -> None:
