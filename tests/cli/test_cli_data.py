@@ -16,8 +16,8 @@ from real_processors import noise, write_processor, write_qwen
 from transformers import AutoModelForImageTextToText
 
 from deos_fx import Policy, Reduction
+from deos_fx.cli.grouping import alike
 from deos_fx.cli.processors import noise_example
-from deos_fx.cli.searching import alike
 from deos_fx.data import Record, scaled_processor
 from deos_fx.data.processors import load_processor
 
@@ -123,14 +123,35 @@ def test_a_search_batches_images_that_become_as_many_tokens(folder: Path) -> Non
     sizes = [(64, 48), (80, 80), (65, 47), (64, 48)]
     records = [Record(noise(*size), "what?", str(i)) for i, size in enumerate(sizes)]
     processor = load_processor(folder / "qwen")
-    # 65 x 47 is resized to 64 x 48.
-    for scales, expected in (
-        ([1], [["0", "2"], ["3"], ["1"]]),
-        ([1, 0.5], [["0", "2"], ["3"], ["1"]]),
-    ):
+    for scales in [1], [1, 0.5]:
         processors = [scaled_processor(processor, scale) for scale in scales]
-        found = alike(model, processors, records, 2)
-        assert [[record.answer for record in group] for group in found] == expected
+        found = alike(model, processors, records, 2, 0)
+        # 65 x 47 is resized to 64 x 48.
+        answers = [{record.answer for record in group} for group in found]
+        assert {"1"} in answers and set.union(*answers) == set("0123")
+        assert sorted(map(len, answers)) == [1, 1, 2]
+
+
+def test_the_last_quarter_has_its_share_of_all_images(folder: Path) -> None:
+    """A file often has its questions in order: by image, by size, by kind."""
+    model = AutoModelForImageTextToText.from_pretrained(folder / "qwen")
+    processor = load_processor(folder / "qwen")
+    files = [folder / f"{name}.png" for name in "abcdefghijkl"]
+    for i, file in enumerate(files):
+        noise(*((64, 48) if i < 8 else (80, 80)), i).save(file)
+    # Two questions about each: 16 about wide images, then 8 about square ones.
+    records = [Record(file, "what?", f"{file.stem}{i}") for file in files for i in range(2)]
+    found = alike(model, [processor], records, 2, 0)
+    names = [[str(record.answer) for record in group] for group in found]
+    assert sorted(sum(names, [])) == sorted(str(record.answer) for record in records)
+    # Both about an image are in one batch, and of three batches two are wide.
+    assert all(first[0] == second[0] for first, second in names)
+    squares = [first[0] in "ijkl" for first, _ in names]
+    assert sum(squares[:9]) == 3 and sum(squares[9:]) == 1
+    assert names != [[str(r.answer) for r in records[i : i + 2]] for i in range(0, 24, 2)]
+    # The same seed gives the same order, in every process.
+    again, other = (alike(model, [processor], records, 2, seed) for seed in (0, 1))
+    assert again == found != other
 
 
 def test_a_policy_that_is_not_there_is_named(folder: Path) -> None:
