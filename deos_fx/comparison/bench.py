@@ -186,11 +186,12 @@ class Bench:
 
     @cached_property
     def fitting(self) -> dict[str, Any]:
-        """Return the arguments that presets are fitted with."""
-        images = self.costs.images
-        size = self.costs.layout.grid if self.facts.sizes_vary else None
+        """Return the arguments that presets are fitted with: to the first image."""
+        layout = self.costs.layout
+        size = layout.grid if self.facts.sizes_vary else None
         return {
-            "budget_tokens": self.limit / images,
+            # Its part of the limit.
+            "budget_tokens": self.limit * layout.sizes[0] / sum(layout.sizes),
             "model": self.model,
             "visual_tokens": size,
             "example_inputs": self._first(self.processor),

@@ -199,7 +199,7 @@ def _measured(bench: Bench, drafts: Sequence[Draft], settings: dict[str, str]) -
         rows=bench.timed(drafts),
         kinds=[record.kind for record in bench.test],
         limit=bench.limit,
-        tokens_per_image=bench.costs.tokens_per_image,
+        tokens_per_image=bench.costs.tokens_of_first_image,
         settings=settings,
     )
 

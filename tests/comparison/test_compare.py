@@ -16,7 +16,17 @@ from closeness import assert_close
 from PIL import Image
 from real_processors import noise, write_qwen
 
-from deos_fx import Budget, Comparison, Policy, ReducedModel, Reduction, compare, presets, reference
+from deos_fx import (
+    Budget,
+    Comparison,
+    Policy,
+    ReducedModel,
+    Reduction,
+    compare,
+    presets,
+    reference,
+    transform,
+)
 from deos_fx.comparison import bench
 from deos_fx.comparison.answers import answer_loss, check_apart
 from deos_fx.comparison.compare import evaluate
@@ -294,6 +304,24 @@ def test_images_are_resized_where_the_model_allows_it(
     assert [options["example_inputs"]["image_grid_thw"].tolist() for options in seen] == [
         [[1, 12, 16]]
     ] * 4
+
+
+def test_images_of_several_sizes_in_one_question(tmp_path: Path) -> None:
+    model, processor = write_qwen(tmp_path)
+    asked = [Record([noise(64, 48), noise(80, 80)], "is <image> like <image>?", "no")]
+    found = compare(
+        *(model, processor, asked),
+        budget=Budget(visual_tokens=0.25),
+        presets=["merge", "visionzip"],
+        max_new_tokens=1,
+    )
+    # Of 48 and 100 tokens; counts in words are those of the first.
+    rows = found.row("no reduction"), found.row("merge"), found.row("visionzip")
+    assert [row.visual_tokens for row in rows] == [148, 37, 37]
+    assert found.to_dict()["methods"][1]["tokens_kept"] == "projector 12"
+    # The default policy of such prompts, too.
+    (given,) = batches(processor, [replace(asked[0], answer=None)], 1)
+    assert transform(model, example_inputs=given).cost(**given).after.visual_tokens == 74
 
 
 def test_a_processor_that_enlarges_small_images(tmp_path: Path) -> None:
