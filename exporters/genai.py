@@ -96,6 +96,11 @@ def export_genai(
         )
     _check_policy(reduced.policy)
     check_model(reduced.model)
+    if facts_of(reduced.model).in_front:
+        raise ValueError(
+            f"{type(reduced.model).__name__} puts images in front of the text itself, and the "
+            f"engine writes them over placeholders in the prompt. {_INSTEAD}"
+        )
     if ReducedCache(reduced.model.config.get_text_config()).has_states:
         raise ValueError(
             f"{type(reduced.model).__name__} has layers that keep the state of a convolution, and "

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from deos_fx.models.families import IN_FRONT
 from deos_fx.policy.schema import ModelEntry
 from deos_fx.schema import Count, Recorded, Strict, Text
 from deos_fx.words import counted
@@ -70,7 +71,8 @@ class ManifestFile(Recorded):
     graphs: Annotated[list[Graph], Field(min_length=3, max_length=4)]
     inputs: Annotated[list[Text], Field(min_length=1, max_length=100)]
     """What a call may have, though a graph may not read all of it."""
-    image_token: Count
+    image_token: Annotated[int, Field(ge=IN_FRONT, le=2**31 - 1)]
+    """Negative where the model puts images in front of the text itself."""
     images: Annotated[int, Field(ge=1, le=10**6)]
     """Of a prompt."""
     image_tokens: Annotated[int, Field(ge=1, le=10**9)]

@@ -97,11 +97,13 @@ class GraphNote:
             lowered graph adds the field ``spaces`` (see `lower_reductions`).
         blocks: All transformer blocks of the model, also those whose output nothing uses.
         explains: Site and role of a value that is a constant -> the value.
+        in_front: Whether the model puts images in front of its text itself.
     """
 
     output_class: type
     blocks: Mapping[Block, nn.Module]
     explains: Mapping[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    in_front: bool = False
 
 
 _NOTHING = Note()

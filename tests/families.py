@@ -357,7 +357,7 @@ def prompts(name: str, batch: int = 1) -> dict[str, Tensor]:
     rows = []
     for row in range(batch):
         words = torch.randint(1, 100, (8 + 2 * (batch - row),), generator=generator)
-        rows.append(torch.cat([words[:3], torch.tensor(family.block), words[3:]]))
+        rows.append(torch.cat([words[:3], torch.tensor(family.block).long(), words[3:]]))
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
     ids, mask = pad(rows, padding_value=PAD), pad([torch.ones_like(row) for row in rows])
     return {

@@ -40,9 +40,10 @@ def assert_pruning_is_masking(
     """
     facts = facts_of(model)
     placeholders = [token for token in (facts.image_token, facts.video_token) if token is not None]
-    output = reduced(**batch)
-    last, alive = output[CACHE].spaces[-1], alive_of(output[CACHE], batch["input_ids"])
-    visual = torch.isin(batch["input_ids"], torch.tensor(placeholders))
+    output, unreduced = reduced(**batch), model(**batch).logits
+    whole_ids, attended = sequence_of(batch, unreduced, facts.image_token)
+    last, alive = output[CACHE].spaces[-1], alive_of(output[CACHE], whole_ids)
+    visual = torch.isin(whole_ids, torch.tensor(placeholders))
     if MARKS in batch:
         visual = batch[MARKS] == 1
     for kept in alive.values():
@@ -50,15 +51,27 @@ def assert_pruning_is_masking(
     with masked_from(model, alive), tower(alive[min(alive)]):
         whole = model(**batch).logits
         tokens, logits = generate(model, batch)
-    # Without a mask nothing is padding.
-    attended = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     left, real = alive[last.first_layer] & attended, attended.gather(1, last.origin)
     assert_close(output.logits[real], whole[left], roundings)
     # The mask matters, so the comparison says something.
-    assert difference(model(**batch).logits[left], whole[left]) > 1e-3
+    assert difference(unreduced[left], whole[left]) > 1e-3
     our_tokens, our_logits = generate(reduced, batch)
     assert torch.equal(our_tokens, tokens)
     assert_close(our_logits, logits, roundings)
+
+
+def sequence_of(
+    batch: dict[str, Tensor], logits: Tensor, image_token: int
+) -> tuple[Tensor, Tensor]:
+    """Ids [B, N] of the sequence that logits [B, N, vocabulary] are of, and what of it is real.
+
+    It is longer than the text if the model puts images in front of that.
+    """
+    ids = batch["input_ids"]
+    # Without a mask nothing is padding.
+    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    front = torch.full((len(ids), logits.shape[1] - ids.shape[1]), image_token)
+    return torch.cat([front, ids], dim=1), torch.cat([torch.ones_like(front).bool(), mask], dim=1)
 
 
 def layers_of(model: Any) -> list[Any]:

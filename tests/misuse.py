@@ -636,9 +636,9 @@ SECTIONS = (
                 "release that wrote it.",
             ),
             Misuse(
-                '"image_token": -1',
-                "deos_fx.json is not the manifest of an export: image_token is -1; "
-                "it should be greater than or equal to 0. Export the model again, or "
+                '"image_token": -2',
+                "deos_fx.json is not the manifest of an export: image_token is -2; "
+                "it should be greater than or equal to -1. Export the model again, or "
                 "use the release that wrote it.",
             ),
             Misuse(

@@ -293,6 +293,15 @@ MORE: dict[str, Family] = {
         ),
         _plain(16),
     ),
+    # It puts the 65 features of an image, CLS among them, in front of the text itself.
+    "git": Family(
+        lambda: hf.GitConfig(
+            **_text(dict),
+            vision_config=_sizes(3, image_size=32, patch_size=4),
+        ),
+        _plain(32),
+        [],
+    ),
 }
 TWINS = frozenset(
     {
@@ -310,6 +319,7 @@ TWINS = frozenset(
         "video_llava",
         "deepseek_ocr2",
         "chameleon",
+        "git",
     }
 )
 """Families whose structure is that of another one: few tests do for them."""

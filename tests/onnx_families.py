@@ -39,6 +39,9 @@ def reduced(name: str) -> ReducedModel:
     # Layers with a state may not attend, and so have no score by attention.
     model = shared(name, LAYERS)
     steps = POLICY.reductions[:1] if name in STATEFUL else POLICY.reductions
+    if name == "git":
+        # The attention of its layers cannot be observed.
+        steps = (steps[0], replace(steps[1], scores={"novelty": 1.0}))
     if facts_of(model).counts_positions:
         steps = tuple(replace(step, position="compact") for step in steps)
     return ReducedModel(model, Policy(steps))

@@ -54,6 +54,9 @@ def reduce(name: str, reductions: tuple[Reduction, ...] = ()) -> ReducedModel:
     if facts_of(model).counts_positions:
         # Its layers know no other positions.
         reductions = tuple(replace(step, position="compact") for step in reductions)
+    if name == "git":
+        # The attention of its layers cannot be observed.
+        reductions = tuple(replace(step, **NORM) for step in reductions)
     return ReducedModel(model, Policy(reductions))
 
 

@@ -26,8 +26,9 @@ from transformers import DynamicCache
 
 from deos_fx.cost.growth import Growth, whole_part
 from deos_fx.cost.twin import count_flops, twin_of, whole_numbers
+from deos_fx.models.encoding import encoded_by
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import PER_LAYER, encoded_by
+from deos_fx.models.families import PER_LAYER
 from deos_fx.models.upstream import CACHE
 from deos_fx.tokens.cache import tensors_of
 

@@ -71,7 +71,7 @@ def _flops(twin: Any, layer: torch.nn.Module, length: int) -> int:
         args, kwargs = reached.args
     finally:
         handle.remove()
-    del kwargs[CACHE]
+    kwargs.pop(CACHE, None)
     with counting() as counter, torch.no_grad():
         PeekedBlock(layer, (Observation("keys"),))(*args, **kwargs)
     return counter.get_total_flops()

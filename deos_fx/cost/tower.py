@@ -14,8 +14,9 @@ from deos_fx.cost.twin import twin_of
 from deos_fx.errors import NoGroups
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.items import Kind, encoding, given_kinds
+from deos_fx.models.encoding import encoded_by
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import features_of, own_name
+from deos_fx.models.families import own_name
 from deos_fx.models.groups import find_groups
 
 __all__ = ["BlocksOfGroups", "blocks_of_groups", "blocks_read"]
@@ -132,8 +133,8 @@ def _of_groups(facts: ModelFacts, inputs: Mapping[str, Any], kind: Kind) -> Bloc
 def _encoded(twin: Any, facts: ModelFacts) -> list[Tensor]:
     """Encode an image of the config's size."""
     with counting(), torch.enable_grad():
-        output = twin.base_model.get_image_features(**facts.image(), return_dict=True)
-    return [leaf for leaf in pytree.tree_leaves([features_of(output)]) if leaf is not None]
+        features = encoded_by(twin.base_model, "get_image_features", facts.image())
+    return [leaf for leaf in pytree.tree_leaves([features]) if leaf is not None]
 
 
 def _tokens(features: list[Tensor]) -> int:

@@ -99,6 +99,11 @@ class _Texts:
         prompts = [_written(r, write, turn) for r, turn in zip(records, turns, strict=True)]
         self.special, end = _special_tokens(tokenizer, prompts)
         prompts = [prompt.removesuffix(end) for prompt in prompts]
+        if end and records[0].answer is None and not chat.writes_images:
+            # Case: a tokenizer of an encoder, which would end a prompt that has to go on.
+            start, _ = _added(tokenizer, prompts[0])
+            self.special = {"add_special_tokens": False}
+            prompts = [f"{start}{prompt}" for prompt in prompts]
         texts = prompts
         if records[0].answer is not None:
             # 3. Answers behind them, with one end of the sequence: the tokenizer's if it has one.

@@ -49,6 +49,8 @@ class ChatFormat:
 
     Attributes:
         image_token: The model's placeholder of an image.
+        writes_images: Whether prompts have such placeholders. A model that puts images in front of
+            the text itself has none, and its tokenizer would take one for words.
 
     Raises:
         ValueError: If its template leaves images out.
@@ -57,6 +59,8 @@ class ChatFormat:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.image_token: str = getattr(processor, "image_token", None) or IMAGE_MARK
+        named = bool(getattr(processor, "image_token", None))
+        self.writes_images = named or _knows(processor.tokenizer, IMAGE_MARK)
         self._options: dict[str, Any] = {}
         own = getattr(processor, "chat_template", None)
         of_tokenizer = getattr(processor.tokenizer, "chat_template", None)
@@ -101,6 +105,8 @@ class ChatFormat:
         """
         parts = [part for turn in turns for part in turn["content"]]
         pieces = [part.get("text", self.image_token).strip() for part in parts]
+        if not self.writes_images:
+            pieces = [piece for piece in pieces if piece != self.image_token] or [""]
         bos = self.processor.tokenizer.bos_token
         first = next((i for i, piece in enumerate(pieces) if piece != self.image_token), 0)
         if bos and pieces[first].startswith(bos):
@@ -142,6 +148,12 @@ class ChatFormat:
 
     def _as_text(self, turn: Message) -> str:
         return "\n".join(part.get("text", self.image_token).strip() for part in turn["content"])
+
+
+def _knows(tokenizer: Any, token: str) -> bool:
+    """Return whether a text is one token of a tokenizer."""
+    number = tokenizer.convert_tokens_to_ids(token)
+    return number is not None and number != tokenizer.unk_token_id
 
 
 @cache

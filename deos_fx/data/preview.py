@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from deos_fx.data.batches import batches
 from deos_fx.data.images import open_image
-from deos_fx.data.record import Record
+from deos_fx.data.record import IMAGE_MARK, Record
 
 __all__ = ["Piece", "Preview", "preview"]
 
@@ -48,18 +48,25 @@ class Preview:
         return sum(piece.tokens for piece in self.pieces if not kinds or piece.kind in kinds)
 
 
-def preview(processor: Any, record: Record, image_token: int) -> Preview:
+def preview(
+    processor: Any,
+    record: Record,
+    image_token: int,
+    read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> Preview:
     """Turn a record into inputs of a model, and these back into text.
 
     Args:
         processor: The model's processor.
         record: The record.
         image_token: The id that stands for a visual token in the model's inputs.
+        read: Returns inputs as the model reads them, with the images that it puts in front of the
+            text itself.
 
     Raises:
         ValueError: If an image cannot be read, or the record cannot be rendered.
     """
-    (inputs,) = batches(processor, [record], 1)
+    inputs = read(next(batches(processor, [record], 1)))
     (ids,) = inputs["input_ids"].tolist()
     labels = inputs["labels"][0].tolist() if "labels" in inputs else [-100] * len(ids)
 
@@ -71,7 +78,9 @@ def preview(processor: Any, record: Record, image_token: int) -> Preview:
     pieces = []
     for name, places in groupby(range(len(ids)), kind):
         run = [ids[place] for place in places]
-        text = processor.tokenizer.decode(run[:1] if name == "image" else run)
+        # A negative id is no token's.
+        known = run[:1] if name == "image" else run
+        text = processor.tokenizer.decode(known) if known[0] >= 0 else IMAGE_MARK
         pieces.append(Piece(name, text, len(run)))
     sizes = [open_image(source, record.where).size for source in record.images]
     return Preview(record, pieces, sizes)

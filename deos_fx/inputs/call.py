@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from deos_fx.inputs.in_front import with_places
 from deos_fx.inputs.items import encoding, given_kinds, has_images, image_inputs
 from deos_fx.inputs.media import PromptImages, images_of_prompts
 from deos_fx.models.facts import ModelFacts, configs_of
@@ -60,7 +61,8 @@ class Call:
         named = normal_inputs(given)
         # Text that only an image encoder reads goes with the images.
         without = frozenset[str]() if has_images(named) else READ
-        return cls(facts, {name: value for name, value in named.items() if name not in without})
+        taken = {name: value for name, value in named.items() if name not in without}
+        return cls(facts, with_places(facts, taken) if facts.in_front else taken)
 
     @classmethod
     def bind(cls, facts: ModelFacts, *args: Any, **kwargs: Any) -> Call:

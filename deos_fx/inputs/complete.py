@@ -17,7 +17,7 @@ from deos_fx.inputs.call import Call
 from deos_fx.inputs.media import placeholders
 from deos_fx.inputs.turns import same_images
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import MARKS, POSITIONS, READ
+from deos_fx.models.families import IN_FRONT, MARKS, POSITIONS, READ
 from deos_fx.models.shapes_only import ShapesOnly
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import has_codes, shallow_copy
@@ -108,7 +108,13 @@ def _continued(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[
         return _turn(call, inputs, cache)
     # Every image given must be one that the cache has.
     given, known = call.images, cache.images
-    if not all(same_images(value, known.get(name)) for name, value in given.items()):
+    same = all(same_images(value, known.get(name)) for name, value in given.items())
+    if not same and call.facts.in_front:
+        raise ValueError(
+            f"A later turn brings images, and {call.facts.name} puts images in front of the whole "
+            "text. Start again with a prompt of the new image, or leave out pixel_values."
+        )
+    if not same:
         raise ValueError(
             "There are images in a later turn that are neither those of the cache nor those of "
             "placeholders among the new tokens. Give generate the whole conversation with all its "
@@ -182,6 +188,10 @@ def _default_positions(facts: ModelFacts, inputs: Mapping[str, Any]) -> Tensor:
             raise _PositionsReached
 
     cache: Any = inputs.get(CACHE)
+    if facts.in_front:
+        return _positions_of_text(
+            inputs["input_ids"], 0 if cache is None else cache.get_seq_length()
+        )
     core = _watched_core(facts, look)
     turn = cache if isinstance(cache, TurnCache) else None
     if turn is not None and not hasattr(core, "rope_deltas"):
@@ -218,6 +228,15 @@ def _default_positions(facts: ModelFacts, inputs: Mapping[str, Any]) -> Tensor:
         return getattr(maker, POSITIONS)(input_ids, maker.padding_idx, seen)
     # Case: the layers get no positions; count from the length of the cache.
     return torch.arange(input_ids.shape[1], device=input_ids.device)[None] + seen
+
+
+def _positions_of_text(ids: Tensor, seen: int) -> Tensor:
+    """Return the positions [1, N] of a text in front of which a model has put images.
+
+    The text counts from 0 whatever is in front of it, and later text from the length of the cache.
+    """
+    count = int((ids[0] == IN_FRONT).sum())
+    return (torch.arange(ids.shape[1], device=ids.device)[None] - count).clamp(min=0) + seen
 
 
 def _watched_core(facts: ModelFacts, look: Callable[..., None]) -> Any:

@@ -33,7 +33,8 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
             inputs of an image are derived from the config.
 
     Returns:
-        ``input_ids``, ``attention_mask`` ``[1, V + 16]`` and the inputs that the image comes in.
+        ``input_ids``, ``attention_mask`` ``[1, V + 16]`` (``[1, 16]`` if the model puts the image
+        in front of the text itself) and the inputs that the image comes in.
 
     Raises:
         ValueError: If `model` reads no images, or its inputs for them cannot be derived.
@@ -93,6 +94,10 @@ def _forms(facts: ModelFacts) -> Iterator[dict[str, Tensor]]:
 def _prompt(facts: ModelFacts, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     # One word, the image, and the other words. Any id will do for a word, save the placeholder's.
     token = facts.image_token
+    if facts.in_front:
+        # Case: words alone, since the model puts the image in front of them.
+        ids = torch.ones(1, TEXT_TOKENS, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
     ids = torch.full((1, count + TEXT_TOKENS), next(word for word in range(2) if word != token))
     ids[:, 1 : count + 1] = token
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deos_fx.models.encoding import encoded_by
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import ENCODERS, PIXELS, READ, WRITER, encoded_by
+from deos_fx.models.families import ENCODERS, PIXELS, READ, WRITER
 from deos_fx.models.groups import key_of_sizes
 from deos_fx.models.shapes_only import count_visual_tokens, on_shapes
 from deos_fx.models.views import shallow_copy

@@ -12,9 +12,18 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deos_fx.errors import CaptureError
-from deos_fx.models.families import IMAGE_TOKENS, MARKS, VIDEO_TOKENS, WRITER
+from deos_fx.models.families import ENCODERS, IMAGE_TOKENS, MARKS, PIXELS, VIDEO_TOKENS, WRITER
 
-__all__ = ["Block", "Blocks", "counts_positions", "find_blocks", "image_tower", "indexes_keys"]
+__all__ = [
+    "Block",
+    "Blocks",
+    "counts_positions",
+    "decoder_blocks",
+    "find_blocks",
+    "image_tower",
+    "indexes_keys",
+    "puts_in_front",
+]
 
 _CACHES = "transformers.cache_utils"
 
@@ -23,6 +32,9 @@ _HELD = {"get_mask_sizes", "get_query_offset", "get_seq_length"}
 
 # Method of a cache that keeps the index by which a layer chooses keys.
 _INDEXES = "update_indexer"
+
+# What a model's core has that encodes its images.
+_WAYS = ("get_image_features", WRITER)
 
 _INSTEAD = (
     "Use a model whose visual tokens take the places of image placeholders in the prompt, for "
@@ -95,7 +107,7 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
     tower = image_tower(model)
     blocks = Blocks(
         () if tower is None else _blocks_under(model, tower),
-        _blocks_under(model, model.get_decoder()),
+        decoder_blocks(model),
     )
     # The vision tower may have no such blocks: then there are no sites inside it.
     if not blocks.decoder:
@@ -110,8 +122,32 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
 def image_tower(model: PreTrainedModel) -> nn.Module | None:
     """Return the module that encodes images; None where patches enter the prompt without one."""
     tower = model.get_encoder(modality="image")
-    # transformers answers with the model itself where it has no encoder.
-    return None if tower in (model, model.base_model) else tower
+    if tower not in (model, model.base_model):
+        return tower
+    # transformers answers with the model itself where it has no encoder, or knows of none.
+    if not puts_in_front(model):
+        return None
+    parts = (part for part in model.base_model.children() if isinstance(part, PreTrainedModel))
+    return next((part for part in parts if part.main_input_name == PIXELS[0]), None)
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the paths of the decoder layers of a model, or of its core."""
+    return _blocks_under(model, model.get_decoder(), image_tower(model))
+
+
+def puts_in_front(model: PreTrainedModel) -> bool:
+    """Return whether a model that reads images has no way to say where they are in a prompt.
+
+    It puts them in front of the text then, inside its own forward.
+    """
+    core: Any = model.base_model
+    entries = (*IMAGE_TOKENS, *VIDEO_TOKENS)
+    return not (
+        MARKS in inspect.signature(type(model).forward).parameters
+        or any(hasattr(core, method) for method in (*ENCODERS, WRITER))
+        or any(hasattr(model.config, entry) for entry in entries)
+    )
 
 
 def _check_reading(model: PreTrainedModel) -> None:
@@ -123,7 +159,6 @@ def _check_reading(model: PreTrainedModel) -> None:
             f"{name} reads images in an encoder that its decoder attends to, so its decoder has no "
             f"visual tokens to reduce. {_INSTEAD}"
         )
-    core: Any = model.base_model
     # Case: cross-attention in the decoder, such as that of Mllama. No class is common to these
     # layers, but their names say what they are.
     parts = model.get_decoder().named_modules()
@@ -132,17 +167,10 @@ def _check_reading(model: PreTrainedModel) -> None:
             f"{name} reads images through cross-attention, not in its prompt: its decoder has no "
             f"visual tokens to reduce. {_INSTEAD}"
         )
-    if MARKS in inspect.signature(type(model).forward).parameters:
+    core: Any = model.base_model
+    marked = MARKS in inspect.signature(type(model).forward).parameters
+    if marked or puts_in_front(model) or any(hasattr(core, way) for way in _WAYS):
         return
-    if hasattr(core, "get_image_features") or hasattr(core, WRITER):
-        return
-    if not any(hasattr(model.config, entry) for entry in (*IMAGE_TOKENS, *VIDEO_TOKENS)):
-        # Case: GIT.
-        raise CaptureError(
-            f"{name} puts images in front of the text inside its own forward: input_ids has no "
-            "placeholders for them, and masks of later tokens take for granted that every layer "
-            f"holds them all. {_INSTEAD}"
-        )
     raise CaptureError(
         f"{name} has no get_image_features, so its images do not enter the prompt in the way that "
         f"transformers' models share and deos_fx follows. {_INSTEAD}"
@@ -187,9 +215,15 @@ def _names_in_code(layer: nn.Module) -> Iterator[tuple[str, ...]]:
     return (code.co_names for code in codes if code is not None)
 
 
-def _blocks_under(model: nn.Module, part: nn.Module) -> tuple[str, ...]:
-    """Return the paths (in `model`) of the elements of the longest block list inside `part`."""
+def _blocks_under(
+    model: nn.Module, part: nn.Module, without: nn.Module | None = None
+) -> tuple[str, ...]:
+    """Return the paths (in `model`) of the elements of the longest block list inside `part`.
+
+    Lists inside `without` do not count.
+    """
     inside = {id(module) for module in part.modules()}
+    inside -= {id(module) for module in (without.modules() if without is not None else ())}
     stacks = [
         [f"{path}.{i}" for i in range(len(module))]
         for path, module in model.named_modules()

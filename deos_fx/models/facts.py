@@ -19,17 +19,20 @@ from typing import Any, TypeGuard
 import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
+from deos_fx.errors import CaptureError
 from deos_fx.models.blocks import (
     Blocks,
     counts_positions,
     find_blocks,
     image_tower,
     indexes_keys,
+    puts_in_front,
 )
 from deos_fx.models.families import (
     ENCODERS,
     FORMER_IMAGES,
     IMAGE_TOKENS,
+    IN_FRONT,
     MARKS,
     PIXELS,
     POSITIONS,
@@ -154,6 +157,8 @@ class ModelFacts:
         size_inputs: Inputs that give the size of each image: the tensors, other than the pixels,
             that both the model and its image encoder take.
         has_class_token: Whether the vision tower puts a CLS token in front of the patches.
+        in_front: Whether the model itself puts images in front of the text, so that prompts have no
+            placeholders. A call gets some, see `deos_fx.inputs.in_front`.
     """
 
     name: str
@@ -164,6 +169,7 @@ class ModelFacts:
     encoders: Mapping[str, frozenset[str]]
     size_inputs: frozenset[str]
     has_class_token: bool
+    in_front: bool
     _model: Callable[[], PreTrainedModel | None]
     _state: ModelState
 
@@ -315,6 +321,10 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
     if MARKS in inspect.signature(type(model).forward).parameters:
         # Case: flags say where images are; no token has this id.
         image_token = -1
+    in_front = puts_in_front(model)
+    if in_front:
+        # Case: there are no placeholders until a call gets some. Their id is that of no word.
+        image_token = IN_FRONT
     if image_token is None:
         raise ValueError(
             f"The config of {name} names no image placeholder ({' or '.join(IMAGE_TOKENS)}), by "
@@ -322,7 +332,7 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
             "if prompts have one."
         )
     core, arguments = model.base_model, _arguments(model, _text_model(model, blocks))
-    return ModelFacts(
+    facts = ModelFacts(
         name=name,
         blocks=blocks,
         image_token=image_token,
@@ -335,9 +345,17 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
         },
         size_inputs=_size_inputs(model).intersection(arguments.parameters),
         has_class_token=_has_class_token(model),
+        in_front=in_front,
         _model=weakref.ref(model),
         _state=ModelState(model),
     )
+    if in_front and facts.sizes_vary:
+        raise CaptureError(
+            f"{name} has no image placeholders in its prompts, and how many tokens of an image it "
+            "puts in front of the text does not follow from its config. Use a model whose visual "
+            "tokens take the places of placeholders, for example LlavaForConditionalGeneration."
+        )
+    return facts
 
 
 def _call_of(encoder: Any) -> Callable[..., Any]:

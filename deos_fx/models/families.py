@@ -8,7 +8,7 @@ graph.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -19,14 +19,13 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
-from deos_fx.models.views import shallow_copy
-
 __all__ = [
     "COORDINATES",
     "ENCODERS",
     "FEATURES",
     "FORMER_IMAGES",
     "IMAGE_TOKENS",
+    "IN_FRONT",
     "INDEXES",
     "MARKS",
     "PATCH_NUMBERS",
@@ -39,7 +38,6 @@ __all__ = [
     "SHORTCUTS",
     "VIDEO_TOKENS",
     "auto_class",
-    "encoded_by",
     "features_of",
     "is_encoder",
     "own_name",
@@ -48,6 +46,9 @@ __all__ = [
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 """Entries of a config that may hold the id of the placeholder of one visual token."""
+
+IN_FRONT = -1
+"""Id of the placeholders that a call gets where a model has none and puts images in front: git."""
 
 VIDEO_TOKENS = ("video_token_id", "video_token_index")
 """Entries that may hold the id of the placeholder of one visual token of a video."""
@@ -133,27 +134,6 @@ def own_name(name: str, forward: Callable[..., Any]) -> str:
     return name if name in taken else next(former, name)
 
 
-def encoded_by(core: Any, method: str, given: Mapping[str, Any]) -> Any:
-    """Encode images or videos as a model does.
-
-    Args:
-        core: The model's core, or a view of it.
-        method: One of `ENCODERS`, or `WRITER`.
-        given: Its arguments, as a call has them.
-
-    Returns:
-        The features, see `features_of`; or prompts [B, N, d] with these written into them.
-    """
-    encode = getattr(core, method, None)
-    if encode is None:
-        return _given_to_text(core, given)
-    called = encode.forward if method == WRITER else encode
-    named = {own_name(name, called): value for name, value in given.items()}
-    if method == WRITER:
-        return encode(inputs_embeds=core.get_input_embeddings()(given["input_ids"]), **named)
-    return features_of(encode(**named, return_dict=True))
-
-
 def features_of(output: Any) -> Any:
     """Return the part of an image encoder's output that enters the prompt.
 
@@ -166,23 +146,3 @@ def features_of(output: Any) -> Any:
         return output.last_hidden_state
     # Case: only features for several layers; the first of them replace the placeholders.
     return output.deepstack_features[0][1]
-
-
-class _TextReached(Exception):  # noqa: N818 - not an error: it stops the run early
-    """Raised in place of the text model, with what it is given."""
-
-
-def _given_to_text(core: Any, given: Mapping[str, Any]) -> Any:
-    """Return the features that a model without a method for them gives its text model."""
-    view, forward = shallow_copy(core), type(core).forward
-
-    def stop(*args: Any, **kwargs: Any) -> None:
-        raise _TextReached(kwargs[FEATURES])
-
-    view._modules["text_model"] = text = shallow_copy(core.text_model)
-    text.forward = stop
-    try:
-        forward(view, **{own_name(name, forward): value for name, value in given.items()})
-    except _TextReached as reached:
-        return reached.args[0]
-    raise AssertionError("the text model was not reached")

@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from deos_fx.models.families import features_of
+from deos_fx.models.blocks import puts_in_front
+from deos_fx.models.encoding import encoded_by
 from deos_fx.models.known_shapes import META, on_meta, tensors_in, without_values
 from deos_fx.models.sharded import without_shards
 from deos_fx.models.views import AnyLinear, execution_device, linear_sizes, with_layers
@@ -177,9 +178,12 @@ def count_visual_tokens(model: PreTrainedModel, image: Mapping[str, torch.Tensor
     Returns:
         Their number; 0 if the encoder does not take the image in this form.
     """
+    if not (hasattr(model.base_model, "get_image_features") or puts_in_front(model)):
+        # Case: what is encoded is known only as a part of the prompt.
+        return 0
     try:
         with on_shapes(model.base_model) as core, torch.no_grad():
-            features = features_of(core.get_image_features(**image, return_dict=True))
+            features = encoded_by(core, "get_image_features", image)
     # How an encoder fails on inputs of another form is up to the code of its family.
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError):
         return 0

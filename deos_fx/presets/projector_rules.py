@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from deos_fx.policy.policy import Policy
 from deos_fx.presets import projector, tower
-from deos_fx.presets.needs import EARLIER, PLACES, TOWER, WINDOWS
+from deos_fx.presets.needs import ATTENTION, EARLIER, PLACES, TOWER, WINDOWS
 from deos_fx.presets.rule import MERGES, PRUNES, Option, Rule, Values, kept_of, layer_option
 from deos_fx.presets.shape import Shape
 from deos_fx.presets.tower_rules import ranked_in_tower
@@ -112,5 +112,5 @@ PROJECTOR_RULES: Mapping[str, Rule] = {
         lambda shape: {"seed": Option(0, 0, 10**9, tuned=False)},
     ),
     "uniform": Rule(_counted(projector.uniform), needs=(PLACES,), nearest=("random",)),
-    "vscan": Rule(_vscan, _vscan_options, needs=(TOWER, EARLIER), nearest=MERGES),
+    "vscan": Rule(_vscan, _vscan_options, needs=(TOWER, EARLIER, ATTENTION), nearest=MERGES),
 }

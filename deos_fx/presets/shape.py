@@ -33,8 +33,8 @@ class Shape:
         visual_tokens: Visual tokens of an image.
         grid: Rows and columns of these tokens; one row if they form no square.
         placed: Whether rows and columns are known.
-        without_attention: Decoder layers that do not attend: convolutions, and layers that keep a
-            state.
+        without_attention: Decoder layers that do not attend (convolutions, and layers that keep a
+            state), or whose attention cannot be observed.
         shared_from: The first decoder layer whose keys later layers attend to as well; it and those
             after it have no sites. None where every layer has keys of its own.
         indexing: Whether layers choose the keys that a token sees by an index of them.
@@ -110,6 +110,10 @@ class Shape:
         if not facts.sizes_vary:
             in_front = int(facts.has_class_token)
             used, sites = _tower(facts, count + in_front)
+            if in_front and not used:
+                # Case: the CLS token is one of the visual tokens.
+                in_front = 0
+                used, sites = _tower(facts, count)
         patchwise = used > 0
         if not patchwise:
             used = sites = _tower_of_groups(facts, example_inputs)
@@ -119,7 +123,7 @@ class Shape:
             visual_tokens=count,
             grid=grid,
             placed=1 not in grid or count == 1,
-            without_attention=frozenset(i for i, layer in enumerate(layers) if not _attends(layer)),
+            without_attention=_without_attention(facts, layers),
             shared_from=_shared_from(layers),
             indexing=facts.indexes_keys,
             following=_following(model),
@@ -209,6 +213,16 @@ def _shared_from(layers: Sequence[LayerCost]) -> int | None:
 def _attends(layer: LayerCost) -> bool:
     """Return whether the cost of a layer grows with pairs of tokens."""
     return layer.growth.quadratic > 0
+
+
+def _without_attention(facts: ModelFacts, layers: Sequence[LayerCost]) -> frozenset[int]:
+    """Return the decoder layers that do not attend, or whose attention cannot be observed."""
+    from deos_fx.attention.mask import attention_modules
+
+    parts = map(facts.model.get_submodule, facts.blocks.decoder)
+    seen = (bool(attention_modules(part)) for part in parts)
+    both = enumerate(zip(layers, seen, strict=True))
+    return frozenset(i for i, (layer, seen) in both if not (_attends(layer) and seen))
 
 
 def _borrows_keys(layer: LayerCost) -> bool:

@@ -11,7 +11,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.policy.site import split_site
 from deos_fx.presets import tower
-from deos_fx.presets.needs import BLOCKS, EARLIER, TOWER
+from deos_fx.presets.needs import BLOCKS, EARLIER, PLACES, TOWER
 from deos_fx.presets.rule import MERGES, PRUNES, Option, Rule, Values, kept_of
 from deos_fx.presets.shape import Shape
 
@@ -181,7 +181,7 @@ TOWER_RULES: Mapping[str, Rule] = {
         needs=(TOWER,),
         nearest=MERGES,
     ),
-    "hiprune": Rule(_hiprune, _hiprune_options, needs=(TOWER, EARLIER), nearest=PRUNES),
+    "hiprune": Rule(_hiprune, _hiprune_options, needs=(TOWER, EARLIER, PLACES), nearest=PRUNES),
     "tome": Rule(_tome, _tome_options, needs=(TOWER, BLOCKS), nearest=MERGES),
     "evit": Rule(_evit, _evit_options, needs=(TOWER, BLOCKS), nearest=("visionzip", "merge")),
 }

@@ -91,6 +91,12 @@ def generation_host(
     ) -> None:
         given = model_kwargs.get(CACHE)
         _check_cache(config, given)
+        if facts.in_front and given is not None and given.get_seq_length():
+            raise ValueError(
+                f"generate takes what {CACHE} holds for the first tokens of input_ids, and "
+                f"{facts.name} holds images there, which it puts in front of the text itself. Call "
+                f"the model with the new tokens and {CACHE}, or generate without it."
+            )
         if given is not None:
             # transformers' own flag: what `generate` rolls back at the end must be rolled back here
             # too.

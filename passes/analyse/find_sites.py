@@ -96,7 +96,7 @@ def find_sites(
         # Images and videos come from an encoder each.
         in_groups = None
     flow = data_flow(graph, merge)
-    in_decoder = _decoder_sites(graph, flow)
+    in_decoder = _decoder_sites(graph_module, flow)
     if features in encoded(graph):
         # Case 1: an opaque image encoder.
         # The merge must have a row for every prompt token.
@@ -211,8 +211,9 @@ def _sites_of_groups(
     return sites
 
 
-def _decoder_sites(graph: fx.Graph, flow: nx.DiGraph) -> list[Site]:
+def _decoder_sites(graph_module: fx.GraphModule, flow: nx.DiGraph) -> list[Site]:
     """Make the site after every decoder layer."""
+    graph, modules = graph_module.graph, note_of_graph(graph_module).blocks
     features = _ANYWHERE | _OF_TEXT | _OF_LATER_TEXT
     rotated, attending = _scores_from(features), _scores_from(features - _OF_ROTATED)
     attending_to_nothing = _scores_from(_OF_FEATURES)
@@ -221,7 +222,11 @@ def _decoder_sites(graph: fx.Graph, flow: nx.DiGraph) -> list[Site]:
     sites = []
     for i, layer in layers.items():
         block = Block("decoder", i)
-        if attends(layer):
+        if not attention_modules(modules[block]) and attends(layer):
+            # Case: attention without a name of an implementation, which cannot be observed.
+            unseen = Site(block.site, block.name, reasons[i], attending_to_nothing, _NO_SEAM)
+            sites.append(unseen)
+        elif attends(layer):
             scores = rotated if _is_rotated(layer) else attending
             sites.append(_site_after(block, reasons[i], scores))
         else:
@@ -318,6 +323,8 @@ def _run(graph_module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, A
         else target(*args, **kwargs)
     )
 
+
+_NO_SEAM = "the attention of its layer cannot be observed: no scores by attention or keys"
 
 _NO_ATTENTION = "its layer does not attend: no scores by attention or keys"
 

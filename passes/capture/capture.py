@@ -23,10 +23,11 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from deos_fx.errors import CaptureError
-from deos_fx.models.blocks import Block
+from deos_fx.models.blocks import Block, puts_in_front
 from deos_fx.models.families import own_name
 from deos_fx.models.shapes_only import plain_attention, without_missing_weights
 from deos_fx.models.views import is_offloaded
+from deos_fx.passes.capture.in_front import InFront
 from deos_fx.passes.capture.replacements import TRACER, replacements_of
 from deos_fx.passes.capture.tracer import Tracer
 from deos_fx.passes.finish import finish
@@ -74,7 +75,11 @@ def capture(
         # Not model(...): hooks of the instance (accelerate moves inputs) are no part of the graph.
         run = part or model
         forward = type(run).forward
-        named = {own_name(name, forward): value for name, value in arguments.items()}
+        given = arguments
+        if puts_in_front(model):
+            tracer.in_front = InFront(tracer, arguments)
+            given = tracer.in_front.given(arguments)
+        named = {own_name(name, forward): value for name, value in given.items()}
         result = forward(run, **named)
     # What encoders return on the way (`image_outputs` of transformers 5.24) is left out: its fields
     # would keep layers of the vision tower that nothing else reads, and a list per image.
@@ -91,7 +96,8 @@ def capture(
     # All blocks of the model, also those that are not in the graph: a reduction may peek into them.
     modules = {block: model.get_submodule(path) for path, block in blocks.items()}
     modules |= tracer.handing.layers
-    annotate_graph(graph_module, GraphNote(type(result), modules))
+    in_front = tracer.in_front is not None
+    annotate_graph(graph_module, GraphNote(type(result), modules, in_front=in_front))
     return finish(graph_module)
 
 

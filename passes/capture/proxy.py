@@ -67,6 +67,8 @@ class ValueProxy(fx.Proxy):
 
     def __getitem__(self, key: Any) -> Any:
         tracer: Any = self.tracer
+        if tracer.in_front is not None:
+            key = tracer.in_front.whole(self.value, key)
         parts = tracer.mask_parts.get(self.node)
         if parts is None:
             # Case: anything but a dict of masks by kind of layer.

@@ -47,6 +47,9 @@ _BUILTINS = tuple(
 _FACTORIES = {"arange", "eye", "full", "linspace", "ones", "zeros"}
 
 
+# Functions that join tensors along an axis.
+_JOINS = {"cat", "concat", "concatenate"}
+
 _OWN_MASK = "_prepare_decoder_attention_mask"
 
 # The tracer that records this thread; None while the thread does not capture.
@@ -185,6 +188,10 @@ def _function(tracer: Tracer, original: Any, args: tuple[Any, ...], kwargs: dict
     """Record a function of torch that is called on proxies, or makes a tensor of sizes."""
     # Factories are recorded even without a proxy among their arguments: their sizes may be numbers
     # that were read from one.
+    if tracer.in_front is not None and not tracer.running and original.__name__ in _JOINS:
+        joined = tracer.in_front.joined(*args, **kwargs)
+        if joined is not None:
+            return joined
     makes = original.__name__ in _FACTORIES
     if not tracer.running and (makes or has_proxy((args, kwargs))):
         return tracer.create_proxy("call_function", original, args, kwargs)

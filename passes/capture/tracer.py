@@ -20,6 +20,7 @@ from deos_fx.models.blocks import Block, indexes_keys
 from deos_fx.models.families import ENCODERS
 from deos_fx.models.sharded import gathered, shards
 from deos_fx.passes.capture.handed_on import Handed, Handing, places_of
+from deos_fx.passes.capture.in_front import InFront
 from deos_fx.passes.capture.leaves import ImageEncoder, MaskBuilder, first_of
 from deos_fx.passes.capture.proxy import STRUCTURAL_TYPES, ValueProxy
 from deos_fx.passes.notes import annotate
@@ -80,6 +81,8 @@ class Tracer(fx.Tracer):
         self.graph = fx.Graph()
         # Masks by kind of layer: node of all of them -> kind -> proxy.
         self.mask_parts: dict[fx.Node, dict[Any, ValueProxy]] = {}
+        # Of a model that puts images in front of its text.
+        self.in_front: InFront | None = None
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         """Return whether a module is one node: it contains no transformer block, but may be one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from deos_fx.models.upstream import CACHE
 from deos_fx.passes.analyse.annotate_token_spaces import kind_of_mask, position_tables
 from deos_fx.passes.finish import finish
 from deos_fx.passes.graph import blocks_of
-from deos_fx.passes.notes import note_of
+from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.site import first_layer, split_site
@@ -66,6 +66,9 @@ def lower_decode(graph_module: fx.GraphModule, spaces: Sequence[DecodeSpace]) ->
     Returns:
         The same graph module.
     """
+    if note_of_graph(graph_module).in_front:
+        # Visual tokens in front of the text take no positions of it, so none have moved.
+        spaces = [replace(space, position="keep") for space in spaces]
     # As they are now: the nodes of every space are made from the original ones.
     nodes = {node.name: node for node in graph_module.graph.nodes}
     layers = list(blocks_of(graph_module.graph, "decoder").values())

@@ -15,7 +15,7 @@ from deos_fx.passes.analyse.sites import Sites
 from deos_fx.passes.graph import blocks_of
 from deos_fx.passes.lower.emitter import Emitter
 from deos_fx.passes.lower.open_space import OpenSpaces, reindexed
-from deos_fx.passes.notes import annotate, note_of
+from deos_fx.passes.notes import annotate, note_of, note_of_graph
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.passes.rewrite.continue_text import continues
 from deos_fx.tokens.layout import PromptLayout
@@ -94,6 +94,7 @@ class TokenSpace:
         self._continues = any(continues(emitter.graph_module, layer) for layer in layers)
         self._spaces = OpenSpaces(emitter.graph)
         self._tables = position_tables(emitter.graph_module)
+        self._in_front = note_of_graph(emitter.graph_module).in_front
         # The position ids of every space so far: a rotary table may read any of them.
         self._all_ids = {self._ids}
 
@@ -133,6 +134,9 @@ class TokenSpace:
             alive: Gates [B, K] of the kept tokens in a relaxed graph: closed ones count as dropped
                 in the rules for positions.
         """
+        if self._in_front:
+            # Visual tokens in front of the text take no positions of it, so no rule changes any.
+            position = "keep"
         # 1. The hidden states in the new space.
         index = self.call(tokens.kept_in_prompt, self.visual, kept, hidden)
         shortened = self.call(tokens.take, hidden, index)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from deos_fx.attention.continued import ContinuedLayer
-from deos_fx.attention.mask import biased_mask, is_causal
+from deos_fx.attention.mask import attention_modules, biased_mask, is_causal
 from deos_fx.attention.observation import Observation
 from deos_fx.attention.seam import ObservedBlock, PeekedBlock
 from deos_fx.models.upstream import CACHE
@@ -133,7 +133,7 @@ def bias_block(
     mask = block.args[place] if isinstance(place, int) else block.kwargs.get(place)
     mask = _without_bias(mask)
     if key_bias is not None:
-        mask = _with_bias(mask, key_bias, hidden, module)
+        mask = _with_bias(graph_module, mask, key_bias, hidden, module)
     if isinstance(place, int):
         block.update_arg(place, mask)
     else:
@@ -186,7 +186,9 @@ def _without_bias(mask: Any) -> Any:
     return mask.args[0] if mask.target is biased_mask else mask
 
 
-def _with_bias(mask: Any, key_bias: fx.Node, hidden: fx.Node, module: nn.Module) -> fx.Node:
+def _with_bias(
+    graph_module: fx.GraphModule, mask: Any, key_bias: fx.Node, hidden: fx.Node, module: nn.Module
+) -> fx.Node:
     """Return a node of the mask with the bias: the one of an earlier block, or a new one."""
     for user in key_bias.users:
         # The node of an earlier block stands before this one.
@@ -196,10 +198,24 @@ def _with_bias(mask: Any, key_bias: fx.Node, hidden: fx.Node, module: nn.Module)
     made_of = [node for node in (mask, key_bias, hidden) if isinstance(node, fx.Node)]
     # As soon as it can be made: a peek into the block stands before what the block reads.
     with graph.inserting_before(max(made_of).next):
-        node = graph.call_function(biased_mask, (mask, key_bias, hidden, is_causal(module)))
+        # Attention that names no implementation adds the mask that it is given.
+        adds = not attention_modules(module) and _is_added(graph_module, mask)
+        causal = adds or is_causal(module)
+        node = graph.call_function(biased_mask, (mask, key_bias, hidden, causal))
     if isinstance(mask, fx.Node):
         annotate(node, axes=note_of(mask).axes)
     return node
+
+
+def _is_added(graph_module: fx.GraphModule, mask: Any) -> bool:
+    """Return whether a mask is made to be added to logits by the model's own code."""
+    while isinstance(mask, fx.Node) and mask.op == "call_function":
+        # Case: re-indexed, or taken out of a dict of masks.
+        mask = mask.args[0]
+    if not isinstance(mask, fx.Node) or mask.op != "call_module":
+        return False
+    config: Any = getattr(graph_module.get_submodule(str(mask.target)), "config", None)
+    return config is not None and config.get_text_config()._attn_implementation == "eager"
 
 
 def _use_seam(

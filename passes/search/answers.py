@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from deos_fx.inputs.call import Call
+from deos_fx.inputs.in_front import without_places
 from deos_fx.inputs.media import padding_of
 
 __all__ = ["LONGEST", "answered"]
@@ -42,6 +43,8 @@ def answered(call: Call) -> Call:
             "data has position_ids and no labels, so the model would have to answer at positions "
             "that are not given. Leave out position_ids, or give answers with labels."
         )
+    if call.facts.in_front:
+        call = replace(call, inputs=without_places(call.inputs))
     inputs = _padded_on_the_left(call)
     ids = inputs["input_ids"]
     mask = padding_of(inputs)
@@ -58,7 +61,7 @@ def answered(call: Call) -> Call:
             new = answers.new_ones if name == "attention_mask" else answers.new_zeros
             inputs[name] = torch.cat([value, new(answers.shape).to(value)], dim=1)
     labels = torch.cat([torch.full_like(ids, -100), _until_the_end(call, answers)], dim=1)
-    return replace(call, inputs=inputs | {"input_ids": text, "labels": labels})
+    return Call.of(call.facts, inputs | {"input_ids": text, "labels": labels})
 
 
 def _padded_on_the_left(call: Call) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from deos_fx.cost.latency import in_turns, latency_table
 from deos_fx.cost.model import CostModel
 from deos_fx.inputs.call import Call
-from deos_fx.models.families import encoded_by
+from deos_fx.models.encoding import encoded_by
 from deos_fx.passes.captures import Captures
 from deos_fx.passes.pipeline import lower_call, run_graph
 from deos_fx.passes.search import processes

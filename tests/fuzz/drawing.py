@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _RUNNABLE = sorted({*FAMILIES, *TWINS} - REFUSED)
 # Padding changes what the original says in a call without positions.
-_ALONE = {"hunyuan_vl", "mistral_large4"}
+_ALONE = {"hunyuan_vl", "mistral_large4", "git"}
 # A value for every option without a default.
 _NEEDED = {"windows": 4, "stride": 2, "rows": 2, "side": 2}
 # Tries to draw settings that go together.

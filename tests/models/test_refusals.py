@@ -27,7 +27,6 @@ REFUSED = {
     "t5gemma2": ENCODER,
     "udop": ENCODER,
     "instructblipvideo": OTHER,
-    "git": "input_ids has no placeholders",
 }
 NO_ANSWERS: list[tuple[Any, Any]] = [
     (hf.LlamaForCausalLM, hf.LlamaConfig),

@@ -27,7 +27,7 @@ PLACES = {"avg_pool", "bilinear_pool", "uniform"}
 # A visual token is a patch of the tower, so its attention can be observed.
 PATCHWISE = {"llava", "vipllava", "paligemma", "llava_dinov2", "paligemma2", "llava_mixtral"} | {
     *("janus", "llava_gemma2", "video_llava", "deepseek_vl", "llava_mistral"),
-    *("llava_falcon_h1", "llava_jamba", "ovis2"),
+    *("llava_falcon_h1", "llava_jamba", "ovis2", "git"),
 }
 # Groups of patches are tokens in the tower, and the config says how an image becomes inputs.
 GROUPS = {"aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_omni", "exaone4_5"} | {
@@ -50,6 +50,8 @@ LATE = {"lfm2_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni
     *("qwen3_5", "qwen3_5_moe", "glm5_next"),
 }
 ATTENTION = {"dart", "fastv", "fitprune", "sparsevlm_plus"}
+# Presets that go without the attention of these families' decoder, or places of their tokens.
+FURTHER = {"git": {"hiprune", "pyramid_drop", "vscan"} | ATTENTION | PLACES}
 
 ALL_LOWERED = {"vipllava", "paligemma", "llava_dinov2", "qwen3_vl", "internvl"}
 
@@ -57,7 +59,7 @@ ALL_LOWERED = {"vipllava", "paligemma", "llava_dinov2", "qwen3_vl", "internvl"}
 def expected_refusals(family: str) -> set[str]:
     refused = set() if family in PATCHWISE else TOWER & (TWO_BLOCKS if family in GROUPS else TOWER)
     refused |= PLACES if family in UNPLACED else set()
-    return refused | (ATTENTION if family in LATE else set())
+    return refused | (ATTENTION if family in LATE else set()) | FURTHER.get(family, set())
 
 
 def fitted(family: str) -> tuple[dict[str, Policy], dict[str, str], Any]:

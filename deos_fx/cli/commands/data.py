@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -62,6 +62,7 @@ def data(
     from deos_fx.cli.terminal import stages
     from deos_fx.data import read_records, scaled_processor
     from deos_fx.data.preview import preview
+    from deos_fx.inputs.call import Call
     from deos_fx.models.facts import facts_of
 
     console = Console()
@@ -70,11 +71,16 @@ def data(
     if own is not None:
         # A folder that transform wrote: images as they enter the reduced model.
         processor = scaled_processor(processor, own.image_scale)
-    image_token = facts_of(meta_model(model)).image_token
+    whole = meta_model(model)
+    facts = facts_of(whole)
+
+    def read(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return Call.of(facts, inputs).inputs
+
     seen = []
     with stages(console) as stage, stage("read") as advance:
         for i, record in enumerate(records):
-            seen.append(preview(processor, record, image_token))
+            seen.append(preview(processor, record, facts.image_token, read))
             advance(i + 1, len(records))
     for one in seen[:rows]:
         _print_row(one, console)
