@@ -205,7 +205,10 @@ def test_a_site_that_a_model_does_not_have() -> None:
         sites["decoder.7"]
     with pytest.raises(ValueError, match="decoder.1 cannot be reduced: no decoder layer comes"):
         sites.usable("decoder.1", ())
-    with pytest.raises(ValueError, match="decoder.0 has no score 'magic'; it has "):
+    with pytest.raises(ValueError, match="vision.0 has no score 'magic'; it has "):
+        sites.usable("vision.0", ("magic",))
+    # Its layers are no attention at all.
+    with pytest.raises(ValueError, match="has no score 'magic' .the attention of its layer cannot"):
         sites.usable("decoder.0", ("magic",))
 
 

@@ -11,6 +11,7 @@ from handmade import LAYOUT, PATCHES, PROMPT, Handmade
 from torch import Tensor, fx, nn
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils import ModelOutput
 
 from deos_fx import tokens
 from deos_fx.models.blocks import Block
@@ -24,7 +25,7 @@ from deos_fx.passes.lower.lower_decode import DecodeSpace, decode_spaces, lower_
 from deos_fx.passes.lower.lower_reductions import lower_reductions
 from deos_fx.passes.lower.open_space import OpenSpaces
 from deos_fx.passes.lower.token_space import insert_visual_positions
-from deos_fx.passes.notes import MASK, annotate, note_of
+from deos_fx.passes.notes import MASK, GraphNote, annotate, annotate_graph, note_of
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 
@@ -295,6 +296,7 @@ def test_layers_of_a_space_read_its_own_mask_and_positions() -> None:
         "attention_mask": torch.ones(1, 5, dtype=torch.int64),
         "position_ids": torch.ones(1, 1, dtype=torch.int64),
     }
+    annotate_graph(graph_module, GraphNote(ModelOutput, {}))
     annotate_token_spaces(graph_module, example)
     spaces = (DecodeSpace(1, "compact", False), DecodeSpace(2, "keep", False))
     lowered = lower_decode(graph_module, spaces)
