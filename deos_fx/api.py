@@ -112,7 +112,7 @@ def _default_policy(facts: ModelFacts, budget: Budget, call: Call | None) -> Pol
     limits = budget.limits(costs.predict(Policy()))
     policy = fit_counts(
         _merge(facts, ranking, 0.5),
-        costs.tokens_per_image,
+        costs.tokens_of_first_image,
         lambda candidate: costs.amounts(costs.for_any_size(candidate), limits),
         limits,
     )

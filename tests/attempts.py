@@ -155,18 +155,20 @@ def search_state() -> SearchState:
     return SearchState.start(reductions, AugmentedLagrangian({"flops": 2.0}), {"steps": 9})
 
 
-def saved_search(folder: Path, steps: int = 3) -> None:
+def saved_search(folder: Path, steps: int = 3) -> SearchState:
     """Take some steps, and save the state."""
     state = search_state()
     for i in range(steps):
         for parameter in state.parameters:
             parameter.grad = torch.ones_like(parameter)
         state.optimizer.step()
+        state.averaged.update_parameters(state.reductions)
         entry = {"step": i + 1, "task": math.nan, "finite": True, "not_finite": [3]}
         entry |= {"gate_temperature": 0.5, "flops": 3.0, "multiplier_flops": 0.0}
         state.history.append(entry | {"keep": {"projector": 0.5}})
         state.consider(1.0)
     state.save(folder)
+    return state
 
 
 def read_search(given: str, world: World) -> object:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
 import typer
 
-__all__ = ["DEFAULT_LIMIT", "read_limit"]
+if TYPE_CHECKING:
+    from deos_fx.policy.budget import Budget
+
+__all__ = ["DEFAULT_LIMIT", "limit_beside", "read_limit"]
 
 DEFAULT_LIMIT = 0.125
 """The limit on visual tokens if a command is given none."""
@@ -37,3 +43,20 @@ def read_limit(text: str) -> int | float:
             f"{text} is neither a share nor a whole number; did you mean {text}%? {_FORMS}"
         )
     return int(value)
+
+
+def limit_beside(policies: Collection[str], budget: int | float | None) -> Budget | None:
+    """Return the limit of presets beside policies.
+
+    Args:
+        policies: The names of the policies.
+        budget: The limit on visual tokens that the user gave.
+
+    Returns:
+        The budget; None if there are policies alone, whose tokens are the limit then.
+    """
+    from deos_fx.policy.budget import Budget
+
+    if budget is None and policies:
+        return None
+    return Budget(visual_tokens=DEFAULT_LIMIT if budget is None else budget)

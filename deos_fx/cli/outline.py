@@ -108,6 +108,7 @@ class Outline:
         pixels: Shape of the image, or of its patches, as the model takes it.
         visual: Visual tokens of the image.
         grid: Their rows and columns; (0, 0) where these depend on the image's size.
+        ends: Ends of its rows, which are never reduced and count as text.
         text: Tokens of text in the prompt.
         rows: Its blocks, from pixels to logits.
         policy: The policy that the rows' reductions belong to.
@@ -119,6 +120,7 @@ class Outline:
     pixels: tuple[int, ...]
     visual: int
     grid: tuple[int, int]
+    ends: int
     text: int
     rows: tuple[Row, ...]
     policy: Policy
@@ -145,9 +147,9 @@ def outline(
     facts = facts_of(model)
     call = Call.of(facts, {**inputs, "use_cache": False})
     captured = capture_call(model, completed(call).inputs)
-    ids = call.inputs["input_ids"]
-    visual = int((ids == facts.image_token).sum())
-    text = ids.shape[1] - visual
+    layout = call.layout
+    visual = sum(layout.sizes)
+    text = call.inputs["input_ids"].shape[1] - visual
     rows: list[Row] = []
     for row in _with_policy(call, policy, _rows(model, captured, visual, text)):
         if rows and row.follows(rows[-1]):
@@ -162,6 +164,7 @@ def outline(
         pixels=tuple(call.inputs["pixel_values"].shape),
         visual=visual,
         grid=facts.grid,
+        ends=layout.separators,
         text=text,
         rows=tuple(rows),
         policy=policy,
@@ -290,7 +293,8 @@ def print_outline(found: Outline, console: Console) -> None:
     console.print(f"[bold]{found.name}[/] ({found.family}), {size}", highlight=False)
     rows, columns = found.grid
     grid = f" ({rows} x {columns})" if rows else "; images of other sizes have others"
-    console.print(f"{counted(found.visual, 'visual token')} an image{grid}", highlight=False)
+    ends = f" and {counted(found.ends, 'end')} of rows" if found.ends else ""
+    console.print(f"{counted(found.visual, 'visual token')}{ends} an image{grid}", highlight=False)
     # Reasons are long and shared by many rows: rows refer to them by number.
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("blocks", no_wrap=True, style="bold")

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from deos_fx.runtime.reduced_model import ReducedModel
+
 __all__ = [
     "copy_processor",
     "example_of",
     "example_processor",
     "going_with",
+    "noise_example",
     "processor_of",
     "scaled_example",
 ]
@@ -88,6 +91,41 @@ def example_of(model: PreTrainedModel, model_dir: str) -> dict[str, Tensor] | No
         return example_inputs(model, processor)
     except ValueError:
         return None
+
+
+def noise_example(reduced: ReducedModel, model_dir: str) -> dict[str, Tensor] | None:
+    """Make the prompt that an export needs if nobody gives one.
+
+    Args:
+        reduced: The reduced model.
+        model_dir: Its folder, or a hub id.
+
+    Returns:
+        What the processor makes of a question about noise, where all images have one size and only
+        it knows the kinds of tokens. None where an export makes a prompt itself, or asks for one.
+
+    Raises:
+        ValueError: If the processor is not the model's.
+    """
+    import torch
+    from PIL import Image
+
+    from deos_fx.data import Record, batches
+    from deos_fx.exporters.graphs.example import kinds_of_tokens
+    from deos_fx.models.facts import facts_of
+
+    facts = facts_of(reduced.model)
+    if facts.sizes_vary or not kinds_of_tokens(facts):
+        return None
+    processor = example_processor(model_dir)
+    if processor is None:
+        return None
+    check_going_together(processor, reduced.model, model_dir)
+    # Noise, because all tokens of a plain image would have equal scores.
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (448, 448, 3), generator=generator, dtype=torch.uint8)
+    record = Record(Image.fromarray(pixels.numpy()), "What is shown here?")
+    return next(batches(reduced.processor(processor), [record], 1))
 
 
 def scaled_example(

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from deos_fx.results.search_result import SearchResult
 
 __all__ = [
-    "alike",
     "limits_of",
     "measured",
     "placed",
@@ -86,44 +85,6 @@ def presets_tuned(wanted: int | None, console: Console) -> int:
         markup=False,
     )
     return 0
-
-
-def alike(
-    model: PreTrainedModel, processors: Sequence[Any], records: Sequence[Record], size: int
-) -> list[list[Record]]:
-    """Group records for batches of prompts whose images are alike, as a search needs them.
-
-    Args:
-        model: The model.
-        processors: Its processor, or one for each scale of images: they are alike at all of them.
-        records: The questions.
-        size: Prompts of a batch; of each kind of images, the last batch may be smaller.
-
-    Returns:
-        The records of each batch; kinds come in the order of their first records.
-
-    Raises:
-        ValueError: If the images of a question become different numbers of visual tokens.
-    """
-    from deos_fx.data import batches
-    from deos_fx.inputs.call import Call
-    from deos_fx.models.facts import facts_of
-    from deos_fx.passes.search.batches import check_one_size
-
-    facts = facts_of(model)
-    kinds: dict[tuple[Hashable, ...], list[Record]] = {}
-    for record in records:
-        # What an image becomes, the processor alone knows.
-        asked = [replace(record, answer=None)]
-        calls = [Call.of(facts, next(batches(own, asked, 1))) for own in processors]
-        prompts = [call.prompts[0] for call in calls]
-        for prompt in prompts:
-            if prompt.layout is not None:
-                check_one_size(prompt.layout, record.where)
-        kinds.setdefault(tuple(prompt.alike for prompt in prompts), []).append(record)
-    return [
-        kind[start : start + size] for kind in kinds.values() for start in range(0, len(kind), size)
-    ]
 
 
 def scales_of(

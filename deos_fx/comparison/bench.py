@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.presets.fitting import fit, options
+from deos_fx.presets.rule import Option
 from deos_fx.presets.tuning import Tuned, tune
 from deos_fx.results.compared import Row, Run
 from deos_fx.results.methods import UNREDUCED
@@ -74,7 +76,8 @@ class Bench:
         model: PreTrainedModel,
         processor: Any,
         test: Sequence[Record],
-        budget: Budget,
+        budget: Budget | None,
+        policies: Iterable[Policy],
         metric: Metric | None,
         batch_size: int,
         max_new_tokens: int,
@@ -88,9 +91,18 @@ class Bench:
         self.facts: ModelFacts = facts_of(model)
         self.costs = self._costs(processor)
         whole = self.costs.predict(Policy())
-        self.limit = budget.limits(whole)["visual_tokens"]
+        if budget is not None:
+            self.limit = budget.limits(whole)["visual_tokens"]
+        else:
+            # Case: presets may keep as many as any of the policies does.
+            self.limit = max(map(self.visual_tokens, policies), default=whole.visual_tokens)
         self.share = self.limit / whole.visual_tokens
         self._known: dict[str, _Tested] = {}
+
+    def visual_tokens(self, policy: Policy) -> float:
+        """Return the visual tokens of the first question, mean over the decoder layers."""
+        _, costs = self._entering(ReducedModel(self.model, policy))
+        return costs.predict(policy).visual_tokens
 
     def check_runs(self, policy: Policy) -> None:
         """Refuse a policy that the model cannot run on the first question.
@@ -128,10 +140,9 @@ class Bench:
         """Test images that are resized to as few visual tokens: a policy that does nothing else."""
         policy = Policy(name="resize", image_scale=math.sqrt(self.share))
         try:
-            _, costs = self._entering(ReducedModel(self.model, policy))
+            left = self.visual_tokens(policy)
         except ValueError as error:
             return Draft(RESIZED, "input", [], str(error))
-        left = costs.predict(policy).visual_tokens
         if left > self.limit + 1e-9:
             reason = (
                 f"the processor makes {counted(f'{left:g}', 'visual token')} of the first image "
@@ -173,27 +184,33 @@ class Bench:
         """Return a policy that was fitted to one image, for images of any size."""
         return self.costs.for_any_size(policy)
 
-    @property
+    @cached_property
     def fitting(self) -> dict[str, Any]:
-        """Return the arguments that presets are fitted with."""
-        images = self.costs.images
-        size = self.costs.layout.grid if self.facts.sizes_vary else None
+        """Return the arguments that presets are fitted with: to the first image."""
+        layout = self.costs.layout
+        size = layout.grid if self.facts.sizes_vary else None
         return {
-            "budget_tokens": self.limit / images,
+            # Its part of the limit.
+            "budget_tokens": self.limit * layout.sizes[0] / sum(layout.sizes),
             "model": self.model,
             "visual_tokens": size,
+            "example_inputs": self._first(self.processor),
         }
 
     def _seeds(self, name: str, tuner: Tuner | None, seeds: int) -> Sequence[int]:
         """Return the seeds of a preset: one alone, where nothing is random."""
-        own = options(name, self.model, self.fitting["visual_tokens"])
+        own = self._options(name)
         tuned = tuner is not None and any(option.tuned for option in own.values())
         return range(seeds) if tuned or "seed" in own else (0,)
+
+    def _options(self, name: str) -> Mapping[str, Option]:
+        fitting = self.fitting
+        return options(name, self.model, fitting["visual_tokens"], fitting["example_inputs"])
 
     def _attempt(self, name: str, tuner: Tuner | None, seed: int) -> _Attempt:
         values: Mapping[str, float] = {}
         evaluations = 0
-        if "seed" in options(name, self.model, self.fitting["visual_tokens"]):
+        if "seed" in self._options(name):
             values = {"seed": seed}
             policy = fit(name, **self.fitting, seed=seed)
         elif tuner is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -49,7 +50,7 @@ def compare(
     processor: Any,
     test: Sequence[Record],
     *,
-    budget: Budget,
+    budget: Budget | None = None,
     policies: Mapping[str, Given] | None = None,
     tuning: Sequence[Record] | None = None,
     presets: Sequence[str] | None = None,
@@ -74,7 +75,9 @@ def compare(
         model: A transformers vision-language model.
         processor: Its processor.
         test: The questions, with answers; see `deos_fx.data.read_records`.
-        budget: Limit on visual tokens, to which presets are fitted. Policies are taken as they are.
+        budget: Limit on visual tokens, to which presets are fitted; left out, as many as the
+            policies leave, at most. Policies are taken as they are, and a warning tells of those
+            that leave more than presets may.
         policies: Policies by name.
         tuning: Questions with answers to tune presets on; without them presets have their published
             settings.
@@ -91,23 +94,27 @@ def compare(
     Raises:
         ImportError: If presets are to be tuned and Optuna is not installed.
         TypeError: If an argument is of a wrong type.
-        ValueError: If the budget limits anything but visual tokens, a preset does not exist, a
-            policy does not fit the model, answers are missing, or an example is in both sets.
+        ValueError: If there is neither a budget nor a policy, the budget limits anything but visual
+            tokens, a preset does not exist, a policy does not fit the model, answers are missing,
+            or an example is in both sets.
     """
     # Mistakes in the arguments are found before anything expensive.
-    check_budget(budget)
+    _check_budget(budget, policies)
     names = [*RULES] if presets is None else [*presets]
     if evaluations is None:
         evaluations = _as_many_losses((policies or {}).values(), len(tuning or ()), batch_size)
-    _check_numbers(budget, seeds, evaluations)
+    check_count("seeds", seeds, 1)
+    check_count("evaluations", evaluations, 1)
     check_questions(test, tuning, metric)
     check_names(names, policies or {})
     given = _given(policies, model)
     tokens = max_new_tokens or _answer_tokens(processor, test)
-    bench = Bench(model.eval(), processor, test, budget, metric, batch_size, tokens)
+    bench = Bench(model.eval(), processor, test, budget, given.values(), metric, batch_size, tokens)
     # A policy that cannot run is refused before the first question is answered.
     for policy in given.values():
         bench.check_runs(policy)
+    if names:
+        _warn_of_more(bench, given)
     tuner = None if tuning is None else Tuner(bench, tuning, evaluations)
     others = [bench.resized, bench.text_only]
     rows = _drawn_up(bench, given, names, tuner, seeds, others, progress)
@@ -137,32 +144,28 @@ def evaluate(
         test: The questions.
         policies: Policies by name.
         presets: Names of presets, with their published settings.
-        budget: Limit on visual tokens, to which presets are fitted.
+        budget: As for `compare`.
         batch_size: Questions answered at once.
         max_new_tokens: Tokens of an answer; by default two more than the longest right one, or 32.
         progress: Called with a stage, the number of methods done and their total.
 
     Raises:
         TypeError: If an argument is of a wrong type.
-        ValueError: If presets have no budget, the budget limits anything but visual tokens, a
-            preset does not exist, a policy does not fit the model, or only some of the questions
-            have answers.
+        ValueError: If presets have neither a budget nor a policy beside them, the budget limits
+            anything but visual tokens, a preset does not exist, a policy does not fit the model, or
+            only some of the questions have answers.
     """
-    if budget is None:
-        if presets:
-            raise ValueError(
-                "presets are fitted to a budget; give one, as Budget(visual_tokens=0.25)"
-            )
-        budget = Budget(visual_tokens=1.0)
-    check_budget(budget)
-    _check_numbers(budget, seeds=1, evaluations=1)
+    if budget is not None or presets:
+        _check_budget(budget, policies)
     answered = any(record.answer is not None for record in test)
     metric = exact_match if answered else None
     check_questions(test, None, metric)
     check_names(presets, policies or {})
     given = _given(policies, model)
     tokens = max_new_tokens or _answer_tokens(processor, test)
-    bench = Bench(model.eval(), processor, test, budget, metric, batch_size, tokens)
+    bench = Bench(model.eval(), processor, test, budget, given.values(), metric, batch_size, tokens)
+    if presets:
+        _warn_of_more(bench, given)
     rows = _drawn_up(bench, given, presets, None, 1, [], progress)
     return _measured(bench, rows, _settings(model, None, 1))
 
@@ -196,7 +199,7 @@ def _measured(bench: Bench, drafts: Sequence[Draft], settings: dict[str, str]) -
         rows=bench.timed(drafts),
         kinds=[record.kind for record in bench.test],
         limit=bench.limit,
-        tokens_per_image=bench.costs.tokens_per_image,
+        tokens_per_image=bench.costs.tokens_of_first_image,
         settings=settings,
     )
 
@@ -219,11 +222,31 @@ def _settings(model: PreTrainedModel, tuner: Tuner | None, seeds: int) -> dict[s
 # *** the arguments ***
 
 
-def _check_numbers(budget: Budget, seeds: int, evaluations: int) -> None:
+def _check_budget(budget: Budget | None, policies: Mapping[str, Given] | None) -> None:
+    if budget is None:
+        if not policies:
+            raise ValueError(
+                "presets are fitted to a budget; give one, as Budget(visual_tokens=0.25), or "
+                "policies, whose visual tokens are the limit then"
+            )
+        return
+    check_budget(budget)
     if budget.visual_tokens is None or replace(budget, visual_tokens=None) != Budget():
         raise ValueError(f"{budget}: presets are fitted to visual_tokens; limit these and no other")
-    check_count("seeds", seeds, 1)
-    check_count("evaluations", evaluations, 1)
+
+
+def _warn_of_more(bench: Bench, given: Mapping[str, Policy]) -> None:
+    """Warn of policies that leave more visual tokens than presets may."""
+    for name, policy in given.items():
+        left = bench.visual_tokens(policy)
+        if left > bench.limit * (1 + 1e-6):
+            warnings.warn(
+                f"{name} leaves {left:.4g} visual tokens of the first question, mean over the "
+                f"decoder layers, and presets may leave {bench.limit:.4g}: they are no equals. "
+                "Leave out the budget, or raise it, to compare at the same cost.",
+                UserWarning,
+                stacklevel=4,
+            )
 
 
 def check_names(presets: Sequence[str], policies: Mapping[str, Given]) -> None:

@@ -160,8 +160,17 @@ class CostModel:
 
     @property
     def tokens_per_image(self) -> int:
-        """Return the visual tokens of an image before any reduction."""
+        """Return the visual tokens of an image before any reduction.
+
+        Raises:
+            ValueError: If images have different numbers of tokens.
+        """
         return self.layout.tokens_per_image
+
+    @property
+    def tokens_of_first_image(self) -> int:
+        """Return the visual tokens of the first image before any reduction."""
+        return self.layout.sizes[0]
 
     @property
     def sizes_vary(self) -> bool:
@@ -172,9 +181,9 @@ class CostModel:
     def for_any_size(self, policy: Policy) -> Policy:
         """Return the policy, with shares in place of counts if other images may have other sizes.
 
-        Counts are fitted to images of one size; shares serve images of any size.
+        Counts are fitted to the first image; shares serve images of any size.
         """
-        return as_shares(policy, self.tokens_per_image) if self.sizes_vary else policy
+        return as_shares(policy, self.tokens_of_first_image) if self.sizes_vary else policy
 
     # *** costs from the visual tokens of each decoder layer; differentiable ***
 

@@ -124,7 +124,7 @@ class Compared:
         rows: The methods; the first is the unreduced model.
         kinds: Kind of each question; empty texts if there are none.
         limit: Visual tokens that the budget allows in a prompt, mean over the decoder layers.
-        tokens_per_image: Visual tokens of an image of the first prompt.
+        tokens_per_image: Visual tokens of the first image of the first prompt.
         settings: Versions and settings.
     """
 

@@ -16,7 +16,7 @@ from deos_fx.inputs.complete import completed
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.tokens.layout import PromptLayout
 
-__all__ = ["BATCH", "Example", "example_of", "pixels_of", "word_of", "words"]
+__all__ = ["BATCH", "Example", "example_of", "kinds_of_tokens", "pixels_of", "word_of", "words"]
 
 # Rows of the traced batch: torch.export takes an axis of length 1 for a constant.
 BATCH = 2
@@ -126,11 +126,15 @@ def word_of(facts: ModelFacts) -> int:
     return next(token for token in range(3) if token not in (facts.image_token, padding))
 
 
+def kinds_of_tokens(facts: ModelFacts) -> list[str]:
+    """Return the inputs that say which tokens belong to an image: only a processor knows how."""
+    names = "token_type_ids", "mm_token_type_ids"
+    return [name for name in names if name in facts.arguments.parameters]
+
+
 def _one_image(facts: ModelFacts) -> dict[str, Tensor]:
     """Make a prompt with one image between text, for models that need only its pixels."""
-    # Kinds of tokens say which ones belong to an image, and only a processor knows how.
-    taken = facts.arguments.parameters
-    kinds = [name for name in ("token_type_ids", "mm_token_type_ids") if name in taken]
+    kinds = kinds_of_tokens(facts)
     if facts.sizes_vary or kinds:
         reason = f"takes {kinds[0]}" if kinds else "takes images of many sizes"
         raise ValueError(

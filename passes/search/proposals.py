@@ -22,6 +22,7 @@ __all__ = [
     "adapted",
     "discretise",
     "fitted_preset",
+    "fitted_to",
     "from_presets",
     "preset_tokens",
     "variations",
@@ -88,13 +89,20 @@ def from_presets(problem: SearchProblem) -> list[tuple[str, Policy]]:
 def fitted_preset(problem: SearchProblem, name: str) -> Policy | None:
     """Fit a preset in its published setting to the limits; None if that is not possible."""
     try:
-        policy = presets.fit(
-            name, preset_tokens(problem), problem.model, visual_tokens=problem.layout.grid
-        )
+        policy = presets.fit(name, preset_tokens(problem), **fitted_to(problem))
     except ValueError:
         # Case: the preset cannot meet the budget, or does not fit this number of tokens.
         return None
     return adapted(problem, policy)
+
+
+def fitted_to(problem: SearchProblem) -> dict[str, Any]:
+    """Return the model, and what its images are like, as arguments of `presets.fit` and `tune`."""
+    return {
+        "model": problem.model,
+        "visual_tokens": problem.layout.grid,
+        "example_inputs": problem.training[0].call.inputs,
+    }
 
 
 def preset_tokens(problem: SearchProblem) -> float:

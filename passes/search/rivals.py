@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from deos_fx.passes.search.problem import SearchProblem
-from deos_fx.passes.search.proposals import adapted, fitted_preset, preset_tokens
+from deos_fx.passes.search.proposals import adapted, fitted_preset, fitted_to, preset_tokens
 from deos_fx.passes.search.scoring import Scoring
 from deos_fx.policy.policy import Policy
 from deos_fx.presets.rules import RULES
@@ -58,11 +58,10 @@ class Rivals:
             tune(
                 name,
                 preset_tokens(self.problem),
-                self.problem.model,
-                partial(self._tuned_loss, name),
-                share,
+                evaluate=partial(self._tuned_loss, name),
+                evaluations=share,
                 seed=self.seed,
-                visual_tokens=self.problem.layout.grid,
+                **fitted_to(self.problem),
             )
 
     def _tuned_loss(self, name: str, policy: Policy) -> float:

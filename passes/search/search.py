@@ -97,7 +97,8 @@ def search(
             ``labels`` the task is cross-entropy on them. Without, prompts have to end where an
             answer begins: the unreduced model answers them, greedily and with at most 16 tokens,
             and the task is the distance to its predictions along its answers. From four batches
-            on, a quarter is held back for scoring candidates. Reductions see no token of an answer.
+            on, the last quarter is held back for scoring candidates, so shuffle data that come in
+            an order. Reductions see no token of an answer.
             The batches are held where they are given, usually in the memory of the host, and each
             is moved to the model's device when it is used. There, up to 4 GiB of hidden states are
             held: what precedes the first reduction, which is computed once for a batch.

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from cli_cases import fails, run
-from families import FAMILIES
+from families import FAMILIES, shared
 from real_processors import noise, write_processor, write_qwen
 from transformers import AutoModelForImageTextToText
 
 from deos_fx import Policy, Reduction
-from deos_fx.cli.searching import alike
+from deos_fx.cli.grouping import alike
+from deos_fx.cli.processors import noise_example
 from deos_fx.data import Record, scaled_processor
 from deos_fx.data.processors import load_processor
 
@@ -50,15 +52,15 @@ def test_data_shows_what_the_model_sees(folder: Path) -> None:
     # Cells of 8 pixels: 48 and 100 visual tokens.
     first, second = output.split(f"{folder / 'd.jsonl'}, line ")[1:]
     assert first.startswith("1: 1 image of 64 x 48 pixels; ")
-    assert "48 of them visual" in first
+    assert "48 of them for images" in first
     assert "<|vision_start|><|image_pad|> x 48<|vision_end|>what is at the top left?" in first
     assert "assistant\n>>>[red] one<|im_end|><<<" in first
     assert second.startswith("2: 2 images of 64 x 48, 80 x 80 pixels; ")
-    assert "148 of them visual, 3 of the answer" in second
+    assert "148 of them for images, 3 of the answer" in second
     assert "x 48<|vision_end|> or <|vision_start|>" in second
     assert ">>>seven<|im_end|><<<" in second
     totals = [line.split() for line in second.splitlines()]
-    assert ["visual", "tokens", "48", "98", "148"] in totals
+    assert ["tokens", "for", "images", "48", "98", "148"] in totals
     assert ["images", "1", "1.5", "2"] in totals
     assert "kinds: what" in output and "entries that are not used: id" in output
 
@@ -121,14 +123,35 @@ def test_a_search_batches_images_that_become_as_many_tokens(folder: Path) -> Non
     sizes = [(64, 48), (80, 80), (65, 47), (64, 48)]
     records = [Record(noise(*size), "what?", str(i)) for i, size in enumerate(sizes)]
     processor = load_processor(folder / "qwen")
-    # 65 x 47 is resized to 64 x 48.
-    for scales, expected in (
-        ([1], [["0", "2"], ["3"], ["1"]]),
-        ([1, 0.5], [["0", "2"], ["3"], ["1"]]),
-    ):
+    for scales in [1], [1, 0.5]:
         processors = [scaled_processor(processor, scale) for scale in scales]
-        found = alike(model, processors, records, 2)
-        assert [[record.answer for record in group] for group in found] == expected
+        found = alike(model, processors, records, 2, 0)
+        # 65 x 47 is resized to 64 x 48.
+        answers = [{record.answer for record in group} for group in found]
+        assert {"1"} in answers and set.union(*answers) == set("0123")
+        assert sorted(map(len, answers)) == [1, 1, 2]
+
+
+def test_the_last_quarter_has_its_share_of_all_images(folder: Path) -> None:
+    """A file often has its questions in order: by image, by size, by kind."""
+    model = AutoModelForImageTextToText.from_pretrained(folder / "qwen")
+    processor = load_processor(folder / "qwen")
+    files = [folder / f"{name}.png" for name in "abcdefghijkl"]
+    for i, file in enumerate(files):
+        noise(*((64, 48) if i < 8 else (80, 80)), i).save(file)
+    # Two questions about each: 16 about wide images, then 8 about square ones.
+    records = [Record(file, "what?", f"{file.stem}{i}") for file in files for i in range(2)]
+    found = alike(model, [processor], records, 2, 0)
+    names = [[str(record.answer) for record in group] for group in found]
+    assert sorted(sum(names, [])) == sorted(str(record.answer) for record in records)
+    # Both about an image are in one batch, and of three batches two are wide.
+    assert all(first[0] == second[0] for first, second in names)
+    squares = [first[0] in "ijkl" for first, _ in names]
+    assert sum(squares[:9]) == 3 and sum(squares[9:]) == 1
+    assert names != [[str(r.answer) for r in records[i : i + 2]] for i in range(0, 24, 2)]
+    # The same seed gives the same order, in every process.
+    again, other = (alike(model, [processor], records, 2, seed) for seed in (0, 1))
+    assert again == found != other
 
 
 def test_a_policy_that_is_not_there_is_named(folder: Path) -> None:
@@ -162,6 +185,27 @@ def test_export_takes_images_as_the_processor_makes_them(
     run("export", folder / "qwen", tmp_path / "onnx", *images, "--elastic")
     assert seen["example_inputs"]["image_grid_thw"].prod(dim=1).tolist() == [4 * 48, 4 * 100]
     assert seen["elastic"]
+
+
+def test_an_export_needs_no_image_where_all_have_one_size(tmp_path: Path) -> None:
+    """Gemma 3 takes kinds of tokens, which only its processor knows."""
+    config = FAMILIES["gemma3"].config()
+    side, tokens = config.vision_config.image_size, config.mm_tokens_per_image
+    write_processor("gemma3", tmp_path, image={"size": {"height": side, "width": side}})
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_seq_length": tokens}))
+    tokenizer = load_processor(tmp_path).tokenizer
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<image_soft_token>")
+    config.text_config.vocab_size = len(tokenizer)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    reduced: Any = SimpleNamespace(model=model, processor=lambda processor: processor)
+    example = noise_example(reduced, str(tmp_path))
+    assert example is not None and example["pixel_values"].shape == (1, 3, side, side)
+    assert example["token_type_ids"].sum() == tokens
+    # Nothing is made up where the size of images matters.
+    reduced.model = shared("qwen2_5_vl")
+    assert noise_example(reduced, str(tmp_path)) is None
 
 
 # *** example ***

@@ -98,4 +98,4 @@ def test_weights_are_not_needed_to_say_so(qwen: Path, tmp_path: Path) -> None:
 
 
 def test_one_that_fits_is_taken(qwen: Path) -> None:
-    assert "48 of them visual" in run("data", qwen.parent / "d.jsonl", "--model", qwen)
+    assert "48 of them for images" in run("data", qwen.parent / "d.jsonl", "--model", qwen)

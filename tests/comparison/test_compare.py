@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,20 @@ from closeness import assert_close
 from PIL import Image
 from real_processors import noise, write_qwen
 
-from deos_fx import Budget, Comparison, Policy, ReducedModel, Reduction, compare, presets, reference
+from deos_fx import (
+    Budget,
+    Comparison,
+    Policy,
+    ReducedModel,
+    Reduction,
+    compare,
+    presets,
+    reference,
+    transform,
+)
 from deos_fx.comparison import bench
 from deos_fx.comparison.answers import answer_loss, check_apart
+from deos_fx.comparison.compare import evaluate
 from deos_fx.cost.model import CostModel
 from deos_fx.data import Record, batches
 from deos_fx.results.search_result import Candidate, SearchResult
@@ -153,6 +165,18 @@ def test_progress_counts_the_methods(loaded: Any, asked: Any) -> None:
     assert seen == [("methods", i, 4) for i in range(1, 5)]
 
 
+def test_presets_may_leave_as_many_tokens_as_the_policies(loaded: Any, asked: Any) -> None:
+    given = {"few": presets.merge(keep=9), "late": presets.fastv(2, 36)}
+    rows = records(asked[:2])
+    found = compare(*loaded, rows, policies=given, presets=["random"], seeds=1)
+    late = found.row("late").runs[0].cost.visual_tokens
+    assert late == (2 * 144 + 8 * 36) / 10 and found.limit == late
+    assert late - 1 < found.row("random").runs[0].cost.visual_tokens <= late
+    # With the default budget of a search, they would leave less.
+    with pytest.warns(UserWarning, match=r"^late leaves 57.6 visual tokens.* may leave 18:"):
+        evaluate(*loaded, rows, policies=given, presets=["random"], budget=TOKENS)
+
+
 # *** tuning ***
 
 
@@ -233,8 +257,17 @@ def test_the_loss_is_that_of_the_model(loaded: Any, behind: int) -> None:
 # *** images of any size ***
 
 
-def test_images_are_resized_where_the_model_allows_it(tmp_path: Path) -> None:
+def test_images_are_resized_where_the_model_allows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = write_qwen(tmp_path)
+    seen: list[Mapping[str, Any]] = []
+
+    def fitted(name: str, **options: Any) -> Policy:
+        seen.append(options)
+        return presets.fit(name, **options)
+
+    monkeypatch.setattr(bench, "fit", fitted)
     asked = [
         Record(noise(64, 48), "what is at the top left", "7"),
         Record(noise(80, 80, 1), "how many digits", "two"),
@@ -267,6 +300,28 @@ def test_images_are_resized_where_the_model_allows_it(tmp_path: Path) -> None:
     # Images of 6 x 8 and 10 x 10 tokens.
     (run,) = found.row("avg_pool").runs
     assert run.policy.reductions[0].keep == 0.25
+    # Where an image becomes inputs only by a processor (Gemma 4), presets of the tower need a call.
+    assert [options["example_inputs"]["image_grid_thw"].tolist() for options in seen] == [
+        [[1, 12, 16]]
+    ] * 4
+
+
+def test_images_of_several_sizes_in_one_question(tmp_path: Path) -> None:
+    model, processor = write_qwen(tmp_path)
+    asked = [Record([noise(64, 48), noise(80, 80)], "is <image> like <image>?", "no")]
+    found = compare(
+        *(model, processor, asked),
+        budget=Budget(visual_tokens=0.25),
+        presets=["merge", "visionzip"],
+        max_new_tokens=1,
+    )
+    # Of 48 and 100 tokens; counts in words are those of the first.
+    rows = found.row("no reduction"), found.row("merge"), found.row("visionzip")
+    assert [row.visual_tokens for row in rows] == [148, 37, 37]
+    assert found.to_dict()["methods"][1]["tokens_kept"] == "projector 12"
+    # The default policy of such prompts, too.
+    (given,) = batches(processor, [replace(asked[0], answer=None)], 1)
+    assert transform(model, example_inputs=given).cost(**given).after.visual_tokens == 74
 
 
 def test_a_processor_that_enlarges_small_images(tmp_path: Path) -> None:
@@ -305,6 +360,7 @@ def test_files_are_compared_by_their_pixels(tmp_path: Any, asked: Any) -> None:
         ({"budget": Budget(flops=0.5)}, "presets are fitted to visual_tokens"),
         ({"budget": Budget(visual_tokens=18, flops=0.5)}, "limit these and no other"),
         ({"budget": Budget(visual_tokens=200)}, "the model has only 144"),
+        ({"budget": None}, "give one, as .*, or policies, whose visual tokens are the limit"),
         ({"presets": ["best"]}, "no preset 'best'; choose from fastv"),
         ({"seeds": 0}, "seeds is 0"),
         ({"evaluations": 0}, "evaluations is 0"),
@@ -356,7 +412,6 @@ def test_a_policy_that_cannot_run_is_refused_before_any_question(
         compare(
             *loaded,
             records(asked),
-            budget=Budget(visual_tokens=18),
             policies={"late": Policy((Reduction("decoder.9", 4),))},
             presets=[],
         )

@@ -176,3 +176,15 @@ def test_hooks_are_told_of_no_call_that_only_finds_positions() -> None:
         for handle in handles:
             handle.remove()
     assert not told
+
+
+def test_ends_of_rows_are_text_in_an_outline():
+    """They are placeholders in a prompt, but are never reduced: costs count them as text."""
+    model, given = shared("llava_next"), prompts("llava_next")
+    text = given["input_ids"].shape[1] - 88
+    policy = Policy((Reduction("projector", 0.25, scores={"feature_norm": 1.0}),))
+    plain, reduced = outline(model, given), outline(model, given, policy)
+    assert (plain.visual, plain.ends, plain.text) == (16 + 8 * 8, 8, text + 8)
+    for found, visual in (plain, 80), (reduced, 20):
+        last = found.rows[-1]
+        assert (last.visual, last.tokens) == (visual, visual + 8 + text)

@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from families import prompts, shared
 
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.search import places
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.places import factors, nearby, placed
-from deos_fx.passes.search.proposals import adapted, discretise, variations
+from deos_fx.passes.search.problem import SearchProblem
+from deos_fx.passes.search.proposals import adapted, discretise, fitted_preset, variations
 from deos_fx.passes.search.regimes import in_regimes
 from deos_fx.passes.search.search import default_steps
 from deos_fx.passes.search.space import keep_fractions, relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
+from deos_fx.policy.budget import Budget
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 
@@ -90,6 +93,14 @@ def test_rounding_leaves_out_sites_that_keep_nearly_everything() -> None:
 def differences(one: Reduction, other: Reduction) -> set[str]:
     names = (field.name for field in fields(Reduction))
     return {name for name in names if getattr(one, name) != getattr(other, name)}
+
+
+def test_presets_of_the_tower_where_only_a_call_shows_how_images_come() -> None:
+    """What is before the blocks of Gemma 4 does not follow from its config."""
+    budget = Budget(visual_tokens=0.5)
+    problem = SearchProblem.of(shared("gemma4"), [prompts("gemma4", 2)] * 4, budget)
+    fitted = fitted_preset(problem, "visionzip")
+    assert fitted is not None and fitted.reductions[0].site == "vision.1"
 
 
 def test_a_variation_changes_one_thing() -> None:

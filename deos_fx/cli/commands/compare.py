@@ -32,7 +32,7 @@ def compare(
     test: TestFile,
     tune: TuneFile = None,
     output: OutputOption = Path("deos-fx-compare"),
-    budget: TokenLimit = "12.5%",
+    budget: TokenLimit = None,
     policy: PolicyFiles = None,
     preset: Presets = None,
     evaluations: Evaluations = 40,
@@ -46,9 +46,11 @@ def compare(
     """Compare policies with presets at the same budget, and with the unreduced model.
 
     Presets, random and uniform pruning among them, are fitted to the budget and,
-    with --tune, tuned (pip install 'deos-fx\\[compare]'). Also resizes the image to as
-    few tokens where the model allows it, and leaves it out. Answers count as right if
-    they are exactly the given ones. Writes comparison.html, .csv, .json and plots.
+    with --tune, tuned (pip install 'deos-fx\\[compare]'). Without --budget, they may
+    leave as many visual tokens as the policies do, and 12.5 % without policies. Also
+    resizes the image to as few tokens where the model allows it, and leaves it out.
+    Answers count as right if they are exactly the given ones. Writes
+    comparison.html, .csv, .json and plots.
 
     [bold]Examples[/]
 
@@ -61,6 +63,7 @@ def compare(
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat", "kind": "what"}
     """
     check_target(output, force, model_dir)
+    from deos_fx.cli.limits import limit_beside
     from deos_fx.cli.loading import checked_processor, load_model
     from deos_fx.cli.policies import named_policies
     from deos_fx.cli.terminal import comparison_table, stages
@@ -69,7 +72,6 @@ def compare(
     from deos_fx.comparison.compare import compare as run_comparison
     from deos_fx.data import read_records
     from deos_fx.files import fresh_folder
-    from deos_fx.policy.budget import Budget
 
     # Mistakes in the files show before the model is loaded.
     console, policies = report_console(), named_policies(policy or [])
@@ -87,7 +89,7 @@ def compare(
                     model,
                     processor,
                     records,
-                    budget=Budget(visual_tokens=budget),
+                    budget=limit_beside(policies, budget),
                     policies=policies,
                     tuning=tuning,
                     presets=preset,

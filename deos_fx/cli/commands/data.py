@@ -93,7 +93,7 @@ def _print_row(seen: Preview, console: Console) -> None:
     console.print(
         f"[bold]{where}[/]: {counted(len(seen.sizes), 'image')} of {sizes} pixels; "
         f"{counted(seen.tokens(), 'token')}, "
-        f"{seen.tokens('image')} of them visual, {seen.tokens('answer')} of the answer",
+        f"{seen.tokens('image')} of them for images, {seen.tokens('answer')} of the answer",
         highlight=False,
         soft_wrap=True,
     )
@@ -115,7 +115,7 @@ def _totals(seen: Sequence[Preview]) -> Table:
         table.add_column(title, justify="left" if title == "of a row" else "right")
     counts = {
         "images": [len(one.sizes) for one in seen],
-        "visual tokens": [one.tokens("image") for one in seen],
+        "tokens for images": [one.tokens("image") for one in seen],
         "tokens of the answer": [one.tokens("answer") for one in seen],
         "tokens": [one.tokens() for one in seen],
     }

@@ -66,7 +66,7 @@ def evaluate(
     """
     if output is not None:
         check_target_file(output, force)
-    from deos_fx.cli.limits import DEFAULT_LIMIT
+    from deos_fx.cli.limits import limit_beside
     from deos_fx.cli.loading import checked_processor, load_unreduced
     from deos_fx.cli.policies import named_policies
     from deos_fx.cli.terminal import evaluation_table, stages
@@ -74,7 +74,6 @@ def evaluate(
     from deos_fx.comparison.compare import evaluate as run_evaluation
     from deos_fx.data import read_records
     from deos_fx.files import write_text
-    from deos_fx.policy.budget import Budget
 
     # Mistakes in the files show before the model is loaded.
     console = Console()
@@ -95,7 +94,7 @@ def evaluate(
                 records,
                 policies=policies,
                 presets=preset or [],
-                budget=Budget(visual_tokens=budget or DEFAULT_LIMIT),
+                budget=limit_beside(policies, budget),
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
                 progress=progress,

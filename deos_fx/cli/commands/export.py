@@ -91,7 +91,7 @@ def export(
     from deos_fx import export_genai, export_onnx
     from deos_fx.cli.loading import checked_processor, load_reduced
     from deos_fx.cli.policies import Choice
-    from deos_fx.cli.processors import copy_processor
+    from deos_fx.cli.processors import copy_processor, noise_example
     from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
     from deos_fx.contents import FILES, recorded
@@ -112,8 +112,9 @@ def export(
             reduced = load_reduced(
                 model_dir, Choice(policy, preset, budget, image_scale), dtype=dtype
             )
-            example = None
-            if record is not None:
+            if record is None:
+                example = noise_example(reduced, model_dir)
+            else:
                 example = next(batches(reduced.processor(processor), [record], 1))
         with stage.phased("export") as advance:
             given: dict[str, Any] = {

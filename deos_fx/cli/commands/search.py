@@ -40,7 +40,7 @@ def search(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Gradient steps.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a batch.")] = 8,
-    seed: Annotated[int, typer.Option(help="Order of the batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Order of the questions and of the batches.")] = 0,
     sites: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,9 +102,9 @@ def search(
       {"image": "images/1.png", "prompt": "What is this?", "answer": "A cat"}
     """
     check_target(output, force, model_dir)
+    from deos_fx.cli.grouping import alike
     from deos_fx.cli.loading import checked_processor, load_model
     from deos_fx.cli.searching import (
-        alike,
         limits_of,
         measured,
         placed,
@@ -129,7 +129,7 @@ def search(
             processor = checked_processor(model_dir)
             model = placed(load_model(model_dir, dtype=dtype, device=device), own)
             scaled = {scale: scaled_processor(processor, scale) for scale in scales}
-            groups = alike(model, [*scaled.values()], records, batch_size)
+            groups = alike(model, [*scaled.values()], records, batch_size, seed)
             inputs: dict[float, Any] = {
                 scale: [batch for group in groups for batch in batches(own, group, batch_size)]
                 for scale, own in scaled.items()
