@@ -6,17 +6,18 @@ axis of an argument runs over the tokens follows from its shape.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from deos_fx.errors import NoGroups
 
-__all__ = ["Segments", "arguments_at", "axes_of", "in_one_row"]
+__all__ = ["Segments", "arguments_at", "axes_of", "have_no_rows", "hidden_first", "in_one_row"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,16 @@ class Segments:
         return values.split([b - a for a, b in zip(self.borders, self.borders[1:], strict=False)])
 
 
+def hidden_first(
+    block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block with its hidden states first, which may have come by name."""
+    if args:
+        return tuple(args), dict(kwargs)
+    _, name, *_ = inspect.signature(type(block).forward).parameters
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+
 _MASK = "mask"
 _NONE = ""
 
@@ -45,7 +56,8 @@ def axes_of(hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
 
     1. Whole numbers that rise from 0 to the number of tokens are cumulative lengths.
     2. A tensor whose last two axes are both as long as the tokens is a mask of queries and keys.
-    3. Any other tensor may have one axis as long as the tokens, after that of the rows.
+    3. Any other tensor may have one axis as long as the tokens, after that of the rows; or in front
+       of all others, if it is the same for all rows.
 
     Args:
         hidden: Hidden states [R, P, d] or [P, d].
@@ -77,7 +89,8 @@ def _axis(value: Any, hidden: Tensor) -> int | str | Segments:
     if axes == [-2, -1] and value.ndim > 2:
         # Case 2.
         return _MASK
-    if len(axes) == 1 and (rows == 1 or _has_rows(value, axes[0], rows)):
+    shared = len(axes) == 1 and _is_shared(value, axes[0]) and rows != length
+    if len(axes) == 1 and (rows == 1 or shared or _has_rows(value, axes[0], rows)):
         # Case 3.
         return axes[0]
     if value.numel() == 1:
@@ -93,6 +106,24 @@ def _has_rows(value: Tensor, axis: int, rows: int) -> bool:
     return value.ndim > -axis and value.shape[0] in (1, rows)
 
 
+def _is_shared(value: Tensor, axis: int) -> bool:
+    """Return whether no axis of rows comes before that of the tokens."""
+    return value.ndim == -axis
+
+
+def have_no_rows(axes: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether some argument is the same for all rows, so that these need the same tokens.
+
+    Args:
+        axes: What `axes_of` found.
+        args: Arguments after the hidden states.
+        kwargs: Keyword arguments.
+    """
+    leaves = pytree.tree_leaves((list(args), dict(kwargs)))
+    both = zip(pytree.tree_leaves(axes), leaves, strict=True)
+    return any(isinstance(axis, int) and _is_shared(value, axis) for axis, value in both)
+
+
 def arguments_at(
     index: Tensor,
     axes: Any,
@@ -104,7 +135,8 @@ def arguments_at(
     """Return all arguments of a block for some of its tokens.
 
     Args:
-        index: [R, M] places of the tokens in each row, ascending where there are segments.
+        index: [R, M] places of the tokens in each row, ascending where there are segments, and the
+            same in all rows where `have_no_rows`.
         axes: What `axes_of` found.
         hidden: Hidden states [R, P, d] or [P, d].
         args: Arguments after the hidden states.
@@ -134,6 +166,8 @@ def _at(index: Tensor, axis: int | str | Segments, value: Any, rows: Tensor | No
     if axis == _MASK:
         return _at(index, -1, _at(index, -2, value, rows), None)
     index = index.to(value.device)
+    if _is_shared(value, int(axis)):
+        return value.index_select(0, index[0])
     if rows is not None and len(value) > 1:
         value = value[rows.to(value.device)]
     if len(index) == 1:
@@ -168,6 +202,8 @@ def in_one_row(
             raise NoGroups("its blocks are given a mask for each row of patches")
         if not isinstance(axis, int):
             return value
+        if _is_shared(value, axis):
+            return value.expand(rows, *value.shape).flatten(0, 1)
         # The axis of rows moves in front of that of the tokens.
         whole = value.expand(rows, *value.shape[1:]).movedim(0, axis - 1)
         return whole.flatten(axis - 1, axis)[None]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from deos_fx.errors import NoGroups
+from deos_fx.models.arguments import hidden_first
 from deos_fx.models.families import features_of
 from deos_fx.models.known_shapes import META
 from deos_fx.models.patch_order import kinds_of, why_all_in_place
@@ -178,8 +179,7 @@ def _record(
         *args: Its arguments.
         **kwargs: Its keyword arguments.
     """
-    if not args:
-        raise NoGroups("its blocks are given hidden states by keyword")
+    args, kwargs = hidden_first(block, args, kwargs)
     if i in run.given:
         raise NoGroups("its blocks run more than once for a batch of images")
     given, *others = args

@@ -11,7 +11,7 @@ from torch import Tensor
 from deos_fx import tokens
 from deos_fx.operator.gather import listed
 
-__all__ = ["Alike", "Part", "of_groups", "parts_of", "put_in_rows"]
+__all__ = ["Alike", "Part", "of_groups", "one_by_one", "parts_of", "put_in_rows"]
 
 
 class Alike:
@@ -70,6 +70,15 @@ def of_groups(values: Tensor, share: float) -> Tensor:
         share: Share of the queries that are in the same image.
     """
     return values.mean(dim=(2, 3)) / share if values.shape[-1] == 1 else values.flatten(2)
+
+
+def one_by_one(parts: Sequence[Part]) -> list[Part]:
+    """Divide parts into single rows."""
+    return [
+        Part(places.new_tensor([row]) if rows is None else rows[row : row + 1], one[None])
+        for rows, places in parts
+        for row, one in enumerate(places)
+    ]
 
 
 def parts_of(left: Tensor, counts: Sequence[int]) -> list[Part]:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from deos_fx.attention.observation import OBSERVED
 from deos_fx.attention.seam import ObservedBlock
 from deos_fx.errors import NoGroups
+from deos_fx.models.arguments import hidden_first
 from deos_fx.models.groups import PatchGroups, find_groups, key_of_sizes
 from deos_fx.models.views import with_forward, with_parts
 from deos_fx.passes.capture.leaves import ImageEncoder
@@ -75,7 +76,7 @@ class ReducedEncoder(ImageEncoder):
             if (names := sorted(self._needs(i) & OBSERVED.keys())) or (fixed and i > first)
         }
         views = {
-            block: with_forward(block, partial(self._run_block, i))
+            block: with_forward(block, partial(self._run_block, i, block))
             for i, block in enumerate(blocks)
             if i >= first
         }
@@ -126,13 +127,14 @@ class ReducedEncoder(ImageEncoder):
         return call.patches
 
     def _run_block(
-        self, i: int, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
+        self, i: int, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Run a block on what is left, and reduce what it makes."""
+        (hidden, *others), kwargs = hidden_first(block, args, kwargs)
         patches = self._patches(_CALL.get(), hidden)
         observer = self._observers.get(i)
         run = observer or partial(_unobserved, forward)
-        output, seen = patches.run(run, hidden, args, kwargs)
+        output, seen = patches.run(run, hidden, others, kwargs)
         step = self._steps.get(i)
         if step is None:
             return output

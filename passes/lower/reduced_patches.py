@@ -15,10 +15,23 @@ from torch.utils import _pytree as pytree
 from deos_fx import tokens
 from deos_fx.errors import NoGroups
 from deos_fx.forms.static import static_reduce
-from deos_fx.models.arguments import Segments, arguments_at, axes_of, in_one_row
+from deos_fx.models.arguments import (
+    Segments,
+    arguments_at,
+    axes_of,
+    have_no_rows,
+    in_one_row,
+)
 from deos_fx.models.groups import PatchGroups
 from deos_fx.operator.gather import listed
-from deos_fx.passes.lower.patch_rows import Alike, Part, of_groups, parts_of, put_in_rows
+from deos_fx.passes.lower.patch_rows import (
+    Alike,
+    Part,
+    of_groups,
+    one_by_one,
+    parts_of,
+    put_in_rows,
+)
 from deos_fx.policy.reduction import Reduction
 from deos_fx.tokens.layout import PromptLayout, grid_after
 
@@ -107,7 +120,10 @@ class ReducedPatches:
         assert self._parts is not None
         whole = hidden if hidden.ndim == 3 else hidden[None]
         seen: list[Tensor] = []
-        for rows, index in self._parts:
+        parts = self._parts
+        if len(whole) > 1 and have_no_rows(axes, args, kwargs):
+            parts = one_by_one(parts)
+        for rows, index in parts:
             given, named = arguments_at(index, axes, hidden, args, kwargs, rows)
             output, observed = block(*given, **named)
             made = output[0] if isinstance(output, tuple) else output

@@ -36,7 +36,7 @@ GROUPS = {"aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_omni", "exa
     *("llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "pixtral"),
     *("qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe"),
     *("qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "mistral_large4"),
-    *("glm5_next", "glm5_next_shared", "dots3_note"),
+    *("glm5_next", "glm5_next_shared", "dots3_note", "llama4"),
 }
 # They read the attention of two blocks of the tower.
 TWO_BLOCKS = {"hiprune", "vscan"}
