@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from deos_fx.data import Record, batches
 from deos_fx.models.facts import ModelFacts, facts_of
+from deos_fx.models.families import MARKS
 from deos_fx.models.shapes_only import count_visual_tokens
 
 __all__ = ["TEXT_TOKENS", "example_inputs", "processed_example"]
@@ -101,6 +102,9 @@ def _prompt(facts: ModelFacts, images: dict[str, Tensor], count: int) -> dict[st
     ids = torch.full((1, count + TEXT_TOKENS), next(word for word in range(2) if word != token))
     ids[:, 1 : count + 1] = token
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
+    if MARKS in facts.arguments.parameters:
+        # Case: flags say where the image is, and any word may stand there.
+        return inputs | {MARKS: (ids == token).long(), "input_ids": ids.clamp(min=0)}
     if "mm_token_type_ids" in facts.arguments.parameters:
         inputs["mm_token_type_ids"] = (ids == token).int()
     return inputs

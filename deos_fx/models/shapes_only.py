@@ -40,8 +40,9 @@ __all__ = [
     "without_missing_weights",
 ]
 
-# By its own name: while a model is captured, another function has its place in torch.
+# By their own names: while a model is captured, other functions have their places in torch.
 _ATTENTION = F.scaled_dot_product_attention
+_LISTING = (torch.tensor, torch.as_tensor)
 
 # Prefixes of the names of attention implementations that need a kernel of their own.
 _KERNELS = ("flash", "flex", "paged", "kernels")
@@ -254,7 +255,7 @@ class ListedNumbers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
-        if func not in (torch.tensor, torch.as_tensor) or device in (None, "cpu"):
+        if func not in _LISTING or device in (None, "cpu"):
             return func(*args, **kwargs)
         made = func(*args, **{**kwargs, "device": "cpu"})
         keeps = torch.device(device) == META and not made.is_floating_point()

@@ -25,8 +25,9 @@ from transformers.utils import ModelOutput
 from deos_fx.errors import CaptureError
 from deos_fx.models.blocks import Block, puts_in_front
 from deos_fx.models.families import own_name
+from deos_fx.models.known_shapes import META
 from deos_fx.models.shapes_only import plain_attention, without_missing_weights
-from deos_fx.models.views import is_offloaded
+from deos_fx.models.views import execution_device, is_offloaded
 from deos_fx.passes.capture.in_front import InFront
 from deos_fx.passes.capture.replacements import TRACER, replacements_of
 from deos_fx.passes.capture.tracer import Tracer
@@ -80,7 +81,16 @@ def capture(
             tracer.in_front = InFront(tracer, arguments)
             given = tracer.in_front.given(arguments)
         named = {own_name(name, forward): value for name, value in given.items()}
-        result = forward(run, **named)
+        try:
+            result = forward(run, **named)
+        except NotImplementedError as error:
+            if execution_device(model) != META:
+                raise
+            # Case: code that asks where values are not zero, which there are not without weights.
+            raise CaptureError(
+                f"{type(model).__name__} looks at numbers of its own, which there are none of "
+                "without weights. Load it with its weights, and use deos_fx in Python."
+            ) from error
     # What encoders return on the way (`image_outputs` of transformers 5.24) is left out: its fields
     # would keep layers of the vision tower that nothing else reads, and a list per image.
     parts = (value for value in result.values() if isinstance(value, ModelOutput))

@@ -136,6 +136,17 @@ def test_presets_are_fitted_to_images_of_any_size(name, tmp_path):
     assert "keep 0.25" in text and "25.0%" in text
 
 
+def test_inspect_says_why_a_tower_has_no_sites(tmp_path):
+    # Flags say where its images are.
+    FAMILIES["kosmos-2"].config().save_pretrained(tmp_path)
+    assert "(1) queries read all patches of an image" in run("inspect", tmp_path)
+
+
+def test_inspect_says_what_cannot_be_known_without_weights(tmp_path):
+    (FAMILIES | TWINS)["step3p7"].config().save_pretrained(tmp_path)
+    assert "which there are none of without weights" in fails("inspect", tmp_path)
+
+
 def test_inspect_says_which_layers_do_not_attend(tmp_path):
     FAMILIES["qwen3_5"].config().save_pretrained(tmp_path)
     text = run("inspect", tmp_path, "--svg", tmp_path / "model.svg")
