@@ -148,16 +148,17 @@ def read_export(given: str, world: World) -> object:
     return read_manifest(manifest.parent)
 
 
-def search_state() -> SearchState:
+def search_state(average_over: int = 1) -> SearchState:
     """Make the state of a search at one site before its first step."""
     start = Reduction("projector", 0.5, scores={"feature_norm": 1.0})
     reductions = {"projector": RelaxedReduction(start, activation=1.0, retention=0.5)}
-    return SearchState.start(reductions, AugmentedLagrangian({"flops": 2.0}), {"steps": 9})
+    lagrangian = AugmentedLagrangian({"flops": 2.0})
+    return SearchState.start(reductions, lagrangian, {"steps": 9}, average_over)
 
 
 def saved_search(folder: Path, steps: int = 3) -> SearchState:
     """Take some steps, and save the state."""
-    state = search_state()
+    state = search_state(average_over=10)
     for i in range(steps):
         for parameter in state.parameters:
             parameter.grad = torch.ones_like(parameter)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,8 +37,6 @@ _STATE = re.compile(r"step-[0-9]{1,9}\.safetensors")
 # Learning rates: of scalars; of directions of width d, so that a step moves a score by as much at
 # every width; and of the directions that a similarity compares, which start at their full length.
 _SCALARS, _DIRECTIONS, _METRIC = 0.05, 0.1, 0.005
-# Parameters are averaged over about the last ten steps; in the beginning, over most of them.
-_DECAY = 0.9
 
 
 @dataclass
@@ -73,6 +72,7 @@ class SearchState:
         reductions: Mapping[str, RelaxedReduction],
         lagrangian: AugmentedLagrangian,
         settings: dict[str, Any],
+        average_over: int = 1,
     ) -> SearchState:
         """Make the state before the first step.
 
@@ -80,6 +80,7 @@ class SearchState:
             reductions: Site -> relaxed reduction.
             lagrangian: The constraints.
             settings: Settings that a checkpoint must agree with.
+            average_over: About how many of the latest steps to average.
 
         Returns:
             The state.
@@ -92,7 +93,7 @@ class SearchState:
             if parameter.requires_grad
         ]
         optimizer = torch.optim.AdamW(groups, lr=_SCALARS, weight_decay=0.0)
-        averaged = AveragedModel(modules, avg_fn=_averaged)
+        averaged = AveragedModel(modules, avg_fn=partial(_averaged, average_over))
         return cls(modules, averaged, optimizer, lagrangian, settings)
 
     @property
@@ -255,15 +256,16 @@ class SearchState:
         self.lagrangian.multipliers = dict(record.multipliers)
 
 
-def _averaged(average: Tensor, present: Tensor, steps: Tensor | int) -> Tensor:
-    """Return the next average of a parameter.
+def _averaged(over: int, average: Tensor, present: Tensor, steps: Tensor | int) -> Tensor:
+    """Return the next average of a parameter; in the beginning, it is over most of the steps.
 
     Args:
+        over: About how many steps it is over.
         average: The average so far.
         present: The parameter after a step.
         steps: The number of steps before it.
     """
-    return average.lerp(present, 1 - min(_DECAY, (1 + int(steps)) / (4 + int(steps))))
+    return average.lerp(present, max(1 / over, 3 / (4 + int(steps))))
 
 
 def _rate(name: str, parameter: Tensor) -> float:

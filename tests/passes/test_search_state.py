@@ -54,7 +54,7 @@ def test_the_parameters_of_the_lowest_loss_are_kept() -> None:
 
 
 def test_parameters_are_averaged_over_the_latest_steps() -> None:
-    state = search_state()
+    state = search_state(average_over=10)
     (value, *_) = state.parameters
     # Shares of the first steps: 3/4, 3/5, 3/6, ... of what comes, and never less than a tenth.
     for number, mean in (1.0, 1.0), (2.0, 1.6), (3.0, 2.3):
@@ -76,7 +76,7 @@ def test_parameters_are_averaged_over_the_latest_steps() -> None:
 
 
 def test_the_average_goes_on_where_it_was(tmp_path: Path) -> None:
-    kept, again = saved_search(tmp_path), search_state()
+    kept, again = saved_search(tmp_path), search_state(average_over=10)
     again.resume(tmp_path)
     for state in (kept, again):
         state.parameters[0].data.fill_(7.0)
