@@ -148,28 +148,25 @@ def read_export(given: str, world: World) -> object:
     return read_manifest(manifest.parent)
 
 
-def search_state(average_over: int = 1) -> SearchState:
+def search_state() -> SearchState:
     """Make the state of a search at one site before its first step."""
     start = Reduction("projector", 0.5, scores={"feature_norm": 1.0})
     reductions = {"projector": RelaxedReduction(start, activation=1.0, retention=0.5)}
-    lagrangian = AugmentedLagrangian({"flops": 2.0})
-    return SearchState.start(reductions, lagrangian, {"steps": 9}, average_over)
+    return SearchState.start(reductions, AugmentedLagrangian({"flops": 2.0}), {"steps": 9})
 
 
-def saved_search(folder: Path, steps: int = 3) -> SearchState:
+def saved_search(folder: Path, steps: int = 3) -> None:
     """Take some steps, and save the state."""
-    state = search_state(average_over=10)
+    state = search_state()
     for i in range(steps):
         for parameter in state.parameters:
             parameter.grad = torch.ones_like(parameter)
         state.optimizer.step()
-        state.averaged.update_parameters(state.reductions)
         entry = {"step": i + 1, "task": math.nan, "finite": True, "not_finite": [3]}
         entry |= {"gate_temperature": 0.5, "flops": 3.0, "multiplier_flops": 0.0}
         state.history.append(entry | {"keep": {"projector": 0.5}})
         state.consider(1.0)
     state.save(folder)
-    return state
 
 
 def read_search(given: str, world: World) -> object:

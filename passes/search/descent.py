@@ -208,7 +208,6 @@ class Descent:
                 parameter.grad = gradient
             torch.nn.utils.clip_grad_norm_(self.state.directions, _CLIP)
             self.state.optimizer.step()
-        self.state.averaged.update_parameters(self.state.reductions)
         # 3. Multipliers and history. A step is counted when its record is in the history.
         if (self.state.step + 1) % _UPDATE_EVERY == 0:
             self.state.lagrangian.update(costs)
@@ -229,12 +228,12 @@ class Descent:
         )
 
     def judge(self) -> float:
-        """Measure the static loss of the average, and keep its parameters if it is the best.
+        """Measure the static loss on the held-back batches, and keep the parameters if it is best.
 
         Returns:
             The loss.
         """
-        with self.state.at_average(), _as_static(self.reductions), self._within_limits():
+        with _as_static(self.reductions), self._within_limits():
             loss = self.held_back()
             # The parameters are kept with the counts that the loss was measured at.
             self.state.consider(loss)

@@ -42,8 +42,6 @@ __all__ = ["JUDGED", "STAGES", "SearchRun"]
 # Steps at each place, if there are several; the best single site and so many pairs go on for a
 # third of all steps.
 _TRIAL, _PAIRS = 24, 2
-# What is judged is the average of the parameters over about so many steps.
-_AVERAGE_OVER = 10
 _CHECKPOINT_EVERY = 10
 # How many regimes as they are defined one site can be in.
 _REGIMES = 7
@@ -293,9 +291,7 @@ class SearchRun:
             **problem.fingerprint(),
         }
         reductions = relaxed(start, problem.visual_tokens, runners_up=RUNNERS_UP)
-        # Few steps are judged by the last: an average would be one of their beginning.
-        over = _AVERAGE_OVER if steps > _TRIAL else 1
-        state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), settings, over)
+        state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), settings)
         descent = Descent(problem, state, steps, self.seed)
         self.descents.append(descent)
         saved = None if self.checkpoint is None else self.checkpoint.within(stage)

@@ -46,7 +46,7 @@ class SearchFile(Strict):
     """The state of a search's steps; its tensors are in the file that it names."""
 
     deos_fx: Literal["search"]
-    version: Literal[3]
+    version: Literal[2]
     tensors: Annotated[str, Field(pattern=r"^step-[0-9]{1,9}\.safetensors$")]
     """The file of its tensors, in the same folder."""
     sha256: Hash | None = None

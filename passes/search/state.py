@@ -6,16 +6,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from deos_fx.checkpoint import check_tensors, load_optimizer, optimizer_tensors
 from deos_fx.contents import file_hash, own_hash
@@ -45,8 +42,6 @@ class SearchState:
 
     Attributes:
         reductions: Site, with an underscore for the dot -> relaxed reduction.
-        averaged: The average of their parameters over the latest steps. A step follows the noise of
-            its batches; the average is what is judged and kept (Polyak and Juditsky, 1992).
         optimizer: AdamW over the parameters that are trained.
         lagrangian: The constraints and their multipliers.
         settings: Settings that must equal those of a checkpoint for it to be continued.
@@ -57,7 +52,6 @@ class SearchState:
     """
 
     reductions: nn.ModuleDict
-    averaged: AveragedModel
     optimizer: torch.optim.AdamW
     lagrangian: AugmentedLagrangian
     settings: dict[str, Any]
@@ -72,7 +66,6 @@ class SearchState:
         reductions: Mapping[str, RelaxedReduction],
         lagrangian: AugmentedLagrangian,
         settings: dict[str, Any],
-        average_over: int = 1,
     ) -> SearchState:
         """Make the state before the first step.
 
@@ -80,7 +73,6 @@ class SearchState:
             reductions: Site -> relaxed reduction.
             lagrangian: The constraints.
             settings: Settings that a checkpoint must agree with.
-            average_over: About how many of the latest steps to average.
 
         Returns:
             The state.
@@ -93,8 +85,7 @@ class SearchState:
             if parameter.requires_grad
         ]
         optimizer = torch.optim.AdamW(groups, lr=_SCALARS, weight_decay=0.0)
-        averaged = AveragedModel(modules, avg_fn=partial(_averaged, average_over))
-        return cls(modules, averaged, optimizer, lagrangian, settings)
+        return cls(modules, optimizer, lagrangian, settings)
 
     @property
     def step(self) -> int:
@@ -117,19 +108,6 @@ class SearchState:
         modules = cast("Mapping[str, RelaxedReduction]", self.reductions)
         return {_site(key): module for key, module in modules.items()}
 
-    @contextmanager
-    def at_average(self) -> Iterator[None]:
-        """Let the parameters be their average for a while."""
-        present = {name: value.clone() for name, value in self.reductions.state_dict().items()}
-        try:
-            self.reductions.load_state_dict(self._average())
-            yield
-        finally:
-            self.reductions.load_state_dict(present)
-
-    def _average(self) -> dict[str, Tensor]:
-        return self.averaged.module.state_dict()
-
     def consider(self, loss: float) -> None:
         """Keep a copy of the present parameters if their static loss is the lowest so far."""
         # The first are kept even if their loss is infinite.
@@ -151,9 +129,8 @@ class SearchState:
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        # Prefixes: ``now/``, ``mean/`` and ``best/`` for parameters, ``adam/`` for moments.
+        # Prefixes: ``now/`` and ``best/`` for parameters, ``adam/`` for moments.
         tensors = {f"now/{name}": value for name, value in self.reductions.state_dict().items()}
-        tensors |= {f"mean/{name}": value for name, value in self._average().items()}
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
         moments = optimizer_tensors(self.optimizer)
         tensors |= {f"adam/{name}": value for name, value in moments.items()}
@@ -163,7 +140,7 @@ class SearchState:
         write_tensors(path / name, tensors)
         record: dict[str, Any] = {
             "deos_fx": "search",
-            "version": 3,
+            "version": 2,
             "tensors": name,
             "sha256": file_hash(path / name),
             # What a search must have in common with this one to continue it.
@@ -225,7 +202,7 @@ class SearchState:
         if min(record.multipliers.values(), default=0) < self.lagrangian.least:
             raise ValueError(f"a multiplier is negative: {record.multipliers}")
         # Split the names at their prefixes again.
-        parts: dict[str, dict[str, Tensor]] = {"now": {}, "mean": {}, "best": {}, "adam": {}}
+        parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "adam": {}}
         for name, value in tensors.items():
             head, _, rest = name.partition("/")
             if head not in parts:
@@ -241,12 +218,9 @@ class SearchState:
             )
         like = self.reductions.state_dict()
         check_tensors("the present state", parts["now"], like)
-        check_tensors("the average", parts["mean"], like)
         check_tensors("the best state", parts["best"], like if parts["best"] else {})
         load_optimizer(self.optimizer, parts["adam"])
         self.reductions.load_state_dict(parts["now"])
-        self.averaged.module.load_state_dict(parts["mean"])
-        self.averaged.n_averaged.fill_(len(record.history))
         self.best = parts["best"]
         if self.best:
             # JSON has no infinity.
@@ -254,18 +228,6 @@ class SearchState:
             self.best_loss, self.best_step = math.inf if loss is None else loss, record.best_step
         self.history = [entry.model_dump(exclude_unset=True) for entry in record.history]
         self.lagrangian.multipliers = dict(record.multipliers)
-
-
-def _averaged(over: int, average: Tensor, present: Tensor, steps: Tensor | int) -> Tensor:
-    """Return the next average of a parameter; in the beginning, it is over most of the steps.
-
-    Args:
-        over: About how many steps it is over.
-        average: The average so far.
-        present: The parameter after a step.
-        steps: The number of steps before it.
-    """
-    return average.lerp(present, max(1 / over, 3 / (4 + int(steps))))
 
 
 def _rate(name: str, parameter: Tensor) -> float:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from attempts import saved_search, search_state
-from closeness import assert_close
 from kills import damaged
 from safetensors.torch import load_file, save_file
 
@@ -51,39 +50,6 @@ def test_the_parameters_of_the_lowest_loss_are_kept() -> None:
     assert state.best_loss == 1.0
     state.take_best()
     assert value.unique().tolist() == pytest.approx([0.4])
-
-
-def test_parameters_are_averaged_over_the_latest_steps() -> None:
-    state = search_state(average_over=10)
-    (value, *_) = state.parameters
-    # Shares of the first steps: 3/4, 3/5, 3/6, ... of what comes, and never less than a tenth.
-    for number, mean in (1.0, 1.0), (2.0, 1.6), (3.0, 2.3):
-        value.data.fill_(number)
-        state.averaged.update_parameters(state.reductions)
-        with state.at_average():
-            assert_close(value.detach(), torch.full_like(value, mean))
-        assert value.unique().tolist() == [number]
-    with pytest.raises(KeyboardInterrupt), state.at_average():
-        raise KeyboardInterrupt
-    assert value.unique().tolist() == [3.0]
-    for _ in range(40):
-        state.averaged.update_parameters(state.reductions)
-    value.data.fill_(13.0)
-    state.averaged.update_parameters(state.reductions)
-    with state.at_average():
-        # 3 is nearly all there is, and a tenth is new.
-        assert value.unique().tolist() == pytest.approx([4.0], rel=1e-3)
-
-
-def test_the_average_goes_on_where_it_was(tmp_path: Path) -> None:
-    kept, again = saved_search(tmp_path), search_state(average_over=10)
-    again.resume(tmp_path)
-    for state in (kept, again):
-        state.parameters[0].data.fill_(7.0)
-        state.averaged.update_parameters(state.reductions)
-    with kept.at_average(), again.at_average():
-        for ours, expected in zip(again.parameters, kept.parameters, strict=True):
-            assert torch.equal(ours, expected)
 
 
 def test_parameters_go_by_their_sites() -> None:
