@@ -78,7 +78,8 @@ def _put_in_front(core: Any, given: Mapping[str, Any]) -> Tensor:
     for name in first.split("."):
         part._modules[name] = part = _without_hooks(part._modules[name])
     part.forward = _stop
-    word = torch.zeros(len(given[PIXELS[0]]), 1, dtype=torch.int64)
+    pixels = given[PIXELS[0]]
+    word = torch.zeros(len(pixels), 1, dtype=torch.int64, device=pixels.device)
     named = {own_name(name, forward): value for name, value in given.items()}
     try:
         forward(view, input_ids=word, **named)
