@@ -236,9 +236,9 @@ def _check_budget(budget: Budget | None, policies: Mapping[str, Given] | None) -
 
 
 def _warn_of_more(bench: Bench, given: Mapping[str, Policy]) -> None:
-    """Warn of policies that leave more visual tokens than presets may."""
+    """Warn of policies that leave more visual tokens than presets may, if they drop any."""
     for name, policy in given.items():
-        left = bench.visual_tokens(policy)
+        left = 0.0 if policy.is_empty else bench.visual_tokens(policy)
         if left > bench.limit * (1 + 1e-6):
             warnings.warn(
                 f"{name} leaves {left:.4g} visual tokens of the first question, mean over the "

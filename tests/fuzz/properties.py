@@ -27,6 +27,8 @@ NEW = 3
 """Tokens that are decoded."""
 NUDGE = 3e-6
 """By how much an image is changed to tell what rounding decides, relative to its values."""
+TIED = 1e-6
+"""Scores that differ by less, relative to the largest, are the same but for rounding."""
 UNEQUAL_EXPERTS = {"ernie4_5_vl_moe"}
 """Families whose visual tokens go to smaller experts, which costs count as those of the text."""
 UNEVEN_STEPS = {"llava_jamba", "nemotron_h_omni"}
@@ -50,8 +52,23 @@ def rows_are_independent(case: Case, reduced: ReducedModel) -> None:
         try:
             assert_close(found, own, _roundings(case))
         except AssertionError:
-            if difference(found, own) > 4 * _by_rounding(reduced, inputs, own):
+            tied = _tie(reduced, inputs)
+            if not tied and difference(found, own) > 4 * _by_rounding(reduced, inputs, own):
                 raise
+
+
+def _tie(reduced: ReducedModel, inputs: dict[str, Tensor]) -> bool:
+    """Whether rounding alone tells a token that is kept from one that is dropped.
+
+    The ends of rows of an image are one learned vector (Phi-4), which no other image tells apart.
+    """
+    for seen in reduced.explain(**inputs):
+        (scores, *_), (places, *_), (kept, *_) = seen.scores, seen.positions_in, seen.kept
+        stays = torch.isin(places, kept)
+        apart = (scores[stays][:, None] - scores[~stays]).abs()
+        if (apart <= TIED * scores.abs().max()).any():
+            return True
+    return False
 
 
 def _by_rounding(reduced: ReducedModel, inputs: dict[str, Tensor], own: Tensor) -> float:
