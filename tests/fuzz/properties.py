@@ -52,22 +52,26 @@ def rows_are_independent(case: Case, reduced: ReducedModel) -> None:
         try:
             assert_close(found, own, _roundings(case))
         except AssertionError:
-            tied = _tie(reduced, inputs)
+            tied = _tie(case, reduced, row, inputs)
             if not tied and difference(found, own) > 4 * _by_rounding(reduced, inputs, own):
                 raise
 
 
-def _tie(reduced: ReducedModel, inputs: dict[str, Tensor]) -> bool:
-    """Whether rounding alone tells a token that is kept from one that is dropped.
+def _tie(case: Case, reduced: ReducedModel, row: int, inputs: dict[str, Tensor]) -> bool:
+    """Whether a prompt keeps other tokens in a batch than alone, and rounding alone decides.
 
     The ends of rows of an image are one learned vector (Phi-4), which no other image tells apart.
     """
-    for seen in reduced.explain(**inputs):
-        (scores, *_), (places, *_), (kept, *_) = seen.scores, seen.positions_in, seen.kept
-        stays = torch.isin(places, kept)
-        apart = (scores[stays][:, None] - scores[~stays]).abs()
-        if (apart <= TIED * scores.abs().max()).any():
-            return True
+    padding = case.batch["input_ids"].shape[1] - inputs["input_ids"].shape[1]
+    both = zip(reduced.explain(**case.batch), reduced.explain(**inputs), strict=True)
+    for together, own in both:
+        (scores, *_), (places, *_), (kept, *_) = own.scores, own.positions_in, own.kept
+        found = together.kept[row] - padding
+        if not torch.equal(found, kept):
+            # The first site that differs; later ones follow from it.
+            stays, lost = torch.isin(places, found), torch.isin(places, kept)
+            apart = (scores[stays & ~lost][:, None] - scores[lost & ~stays]).abs()
+            return bool((apart <= TIED * scores.abs().max()).any())
     return False
 
 
