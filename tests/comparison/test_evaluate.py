@@ -11,8 +11,10 @@ import pytest
 from cli_cases import fails, run
 
 from deos_fx import Budget, Comparison, ReducedModel, presets, reference
+from deos_fx.comparison.answers import generated
 from deos_fx.comparison.compare import evaluate
 from deos_fx.data import Record
+from deos_fx.errors import Undivided
 
 MERGE = presets.merge(keep=4)
 
@@ -66,6 +68,24 @@ def test_answers_and_agreement(
     assert result.agreement(row) == sum(same) / 8
     assert result.accuracy(row).mean == sum(right) / 8
     assert result.agreement(result.unreduced) == 1
+
+
+def test_a_batch_that_cannot_be_divided_is_answered_one_by_one(
+    loaded: Any, records: list[Record]
+) -> None:
+    model, processor = loaded
+    sizes: list[int] = []
+
+    def generate(**inputs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 1:
+            raise Undivided("some input counts the patches of a whole batch")
+        return model.generate(**inputs)
+
+    how = {"batch_size": 2, "max_new_tokens": 4}
+    one_by_one = generated(generate, model, processor, records[:3], **how)
+    assert one_by_one == generated(model.generate, model, processor, records[:3], **how)
+    assert sizes == [2, 1, 1, 1]
 
 
 def test_costs_are_measured(result: Comparison) -> None:

@@ -73,9 +73,17 @@ def show(
         with stage("draw"):
             (inputs,) = batches(processor, [record], 1)
             explanation = reduced.explain(**inputs_for(reduced.model, inputs))
-            drawn = explanation.draw(frames(processor, inputs, images), prompt)
+            shown = frames(processor, inputs, images)
+            if len(shown) < len(explanation.grids):
+                raise ValueError(
+                    f"--image: the model is given {len(explanation.grids)} tiles, as patches that "
+                    "cannot be drawn; give a smaller image, which it takes whole, or --image-scale"
+                )
+            drawn = explanation.draw(shown, prompt)
             drawn.save(folder / "show.html")
             drawn.save(folder / "show.png")
+    if not explanation:
+        console.print(str(reduced.policy), highlight=False, markup=False)
     for site in explanation:
         console.print(str(site), highlight=False, markup=False)
     console.print(f"Wrote show.html and show.png to {output}", highlight=False)
