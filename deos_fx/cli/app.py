@@ -5,12 +5,14 @@ Every command imports what it needs when it runs, so that ``--help`` does not wa
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -48,11 +50,13 @@ class _Commands(TyperGroup):
                 if ctx.params["debug"]:
                     raise
                 if not (noted and isinstance(error, ImportError)):
-                    _fail(error)
+                    _fail(ImportError(reason) if (reason := _unfit(error)) else error)
             except KeyboardInterrupt:
                 pass
             # typer has no public name for the error of an option that there is not.
             except Exception as error:
+                if not ctx.params["debug"] and (reason := _unfit(error)):
+                    _fail(ImportError(reason))
                 option: Any = getattr(error, "option_name", None)
                 if any(option in own.opts for own in self.params):
                     unknown: Any = error
@@ -87,6 +91,29 @@ def _interrupts() -> Iterator[list[int]]:
         yield noted
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _unfit(error: BaseException) -> str:
+    """Return that a torchvision of another torch is the cause of an error; empty if it is not."""
+    # transformers imports it wherever it is installed, and says only what it could not import.
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    if "torchvision" not in str(error):
+        return ""
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return ""
+    except Exception:
+        pass
+    else:
+        return ""
+    found = [f"{name} {version(name)}" for name in ("torchvision", "torch")]
+    return (
+        f"{' does not fit '.join(found)} ({error}); install both from one place (pip install "
+        "--upgrade torch torchvision), or uninstall torchvision, which images of most models do "
+        "not need"
+    )
 
 
 def _fail(error: Exception) -> None:

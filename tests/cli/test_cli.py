@@ -1,5 +1,6 @@
 """The command line: what it does with good input, and one clear line for bad input."""
 
+import importlib
 import io
 import json
 import re
@@ -502,6 +503,7 @@ def test_compare_refuses_a_file_given_twice(questions, tmp_path):
 
 def test_no_such_folder(tmp_path):
     assert "there is no folder" in fails("inspect", tmp_path / "none")
+    assert fails("inspect", tmp_path).endswith("give the folder that a model was saved in")
 
 
 def test_a_folder_that_is_missing_is_not_asked_of_the_hub(tmp_path, monkeypatch):
@@ -626,6 +628,34 @@ def test_options_of_all_commands_come_first() -> None:
         assert result.exit_code == 2
         assert f"{option} comes first: deos-fx {option} search" in result.output
     assert "No such option: --fast" in CliRunner().invoke(app, ["check", "x", "--fast"]).output
+
+
+class Misfit:
+    """Finds a torchvision whose operators are those of another torch."""
+
+    @staticmethod
+    def find_spec(name, *rest):
+        if name == "torchvision":
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_torchvision_of_another_torch_is_named(told, monkeypatch, tmp_path):
+    """transformers says so in some places; in others it is a module that cannot be imported."""
+
+    def read(folder):
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError as error:
+            if told:
+                raise
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from error
+
+    monkeypatch.setattr("deos_fx.cli.loading.meta_model", read)
+    monkeypatch.setattr("deos_fx.cli.app.version", {"torchvision": "0.28", "torch": "2.13"}.get)
+    monkeypatch.setattr(sys, "meta_path", [Misfit, *sys.meta_path])
+    message = fails("inspect", tmp_path)
+    assert "torchvision 0.28 does not fit torch 2.13 (operator torchvision::nms" in message
 
 
 def test_debug_shows_where_an_error_comes_from(tmp_path):
