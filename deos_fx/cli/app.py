@@ -5,6 +5,7 @@ Every command imports what it needs when it runs, so that ``--help`` does not wa
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import os
 import signal
@@ -79,6 +80,12 @@ def _interrupts() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         noted.append(number)
+        while frame is not None:
+            if frame.f_code.co_name == "__del__":
+                # Python drops what is raised there, so it is raised a moment later.
+                threading.Timer(0.05, _thread.interrupt_main).start()
+                return
+            frame = frame.f_back
         raise KeyboardInterrupt
 
     # Shells let jobs in the background ignore it, and only the main thread may say what it does.

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -668,6 +669,22 @@ def test_interrupted(model_dir, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("deos_fx.cli.outline.print_outline", interrupt)
+    assert "Interrupted" in run("inspect", model_dir, code=130)
+
+
+def test_interrupted_while_an_object_is_removed(model_dir, monkeypatch):
+    """Python ignores an error that is raised there."""
+
+    class Removed:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def remove(*_):
+        Removed()
+        time.sleep(5)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("deos_fx.cli.outline.print_outline", remove)
     assert "Interrupted" in run("inspect", model_dir, code=130)
 
 
