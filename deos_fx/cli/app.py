@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import _thread
 import importlib
+import inspect as inspection
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -47,6 +48,9 @@ class _Commands(TyperGroup):
         with _interrupts() as noted:
             try:
                 return super().invoke(ctx)
+            except BrokenPipeError:
+                # Whoever reads the output has enough (| head); typer then ends without a word.
+                raise
             except (ValueError, TypeError, OSError, ImportError) as error:
                 if ctx.params["debug"]:
                     raise
@@ -145,6 +149,12 @@ app = typer.Typer(
 )
 
 
+def _in_paragraphs(text: str) -> str:
+    """Join the lines of each paragraph, so that a terminal of any width breaks them itself."""
+    parts = inspection.cleandoc(text).split("\n\n")
+    return "\n\n".join(part if "\n " in part else part.replace("\n", " ") for part in parts)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"deos-fx {__version__}")
@@ -182,17 +192,21 @@ def _main(
 
 
 # In the order of the help.
-app.command("demo")(demo)
-app.command("example")(example)
-app.command("presets")(show_presets)
-app.command("inspect")(inspect)
-app.command("data")(data)
-app.command("search")(search)
-app.command("transform")(transform)
-app.command("eval")(evaluate)
-app.command("show")(show)
-app.command("generate")(generate)
-app.command("export")(export)
-app.command("compare")(compare)
-app.command("profile")(profile)
-app.command("check")(check)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "example": example,
+    "presets": show_presets,
+    "inspect": inspect,
+    "data": data,
+    "search": search,
+    "transform": transform,
+    "eval": evaluate,
+    "show": show,
+    "generate": generate,
+    "export": export,
+    "compare": compare,
+    "profile": profile,
+    "check": check,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name, help=_in_paragraphs(_command.__doc__ or ""))(_command)

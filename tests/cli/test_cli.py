@@ -1,7 +1,9 @@
 """The command line: what it does with good input, and one clear line for bad input."""
 
+import errno
 import importlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -499,6 +501,15 @@ def test_compare_refuses_a_file_given_twice(questions, tmp_path):
     assert "given twice" in fails("compare", reference.WEIGHTS, "--test", questions, *twice)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_breaks_lines_where_the_terminal_ends(command):
+    words = [line.strip() for line in run(command, "--help").split("Examples")[0].splitlines()]
+    for line, following in itertools.pairwise(words[2:]):
+        if line and following:
+            # The next word had no place.
+            assert len(line) + 1 + len(following.split()[0]) > 78, line
+
+
 # *** bad input ***
 
 
@@ -629,6 +640,14 @@ def test_options_of_all_commands_come_first() -> None:
         assert result.exit_code == 2
         assert f"{option} comes first: deos-fx {option} search" in result.output
     assert "No such option: --fast" in CliRunner().invoke(app, ["check", "x", "--fast"]).output
+
+
+def test_a_reader_that_has_enough_ends_a_command_without_a_word(model_dir, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("deos_fx.cli.outline.print_outline", closed)
+    assert run("inspect", model_dir, code=1) == ""
 
 
 class Misfit:

@@ -99,7 +99,7 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 progress=progress,
             )
-    console.print(evaluation_table(result))
+    console.print_figures(evaluation_table(result))
     for row in result.left_out:
         console.print(f"{row.name}: {row.reason}", highlight=False, markup=False)
     if output is not None:
