@@ -267,7 +267,7 @@ SECTIONS = (
             Misuse(
                 'transform(model, policy=Policy((Reduction("decoder.99", 18),)))(**inputs)',
                 "the policy reduces at decoder.99, but llava has 2 decoder layers; "
-                "the last site is decoder.1",
+                "the last site is decoder.0",
             ),
             Misuse(
                 'transform(model, policy=Policy((Reduction("projector", 8, '

@@ -154,7 +154,8 @@ class Policy:
             # A model has one projector, so a site there always exists.
             layers = {"vision": model.vision_layers, "decoder": model.decoder_layers}
             if stage in layers and layer >= layers[stage]:
-                last = layers[stage] - 1
+                # Behind the last layer of the decoder, there is nothing left to save.
+                last = layers[stage] - 1 - (stage == "decoder")
                 raise ValueError(
                     f"the policy reduces at {reduction.site}, but {model.model_type} has "
                     f"{counted(layers[stage], f'{stage} layer')}; "

@@ -449,7 +449,7 @@ def test_check_against_a_model() -> None:
         ValueError, match="was made for llava .*10 decoder.* this model is .*12 dec"
     ):
         Policy(model=TINY, name="a").check(replace(TINY, decoder_layers=12))
-    with pytest.raises(ValueError, match="has 10 decoder layers; the last site is decoder.9"):
+    with pytest.raises(ValueError, match="has 10 decoder layers; the last site is decoder.8"):
         Policy((Reduction("decoder.10", 18),)).check(TINY)
     with pytest.raises(ValueError, match="only 144"):
         Policy((Reduction("decoder.1", 145),)).check(TINY)
