@@ -8,6 +8,7 @@ __all__ = [
     "GuardError",
     "NoGroups",
     "PassError",
+    "Undivided",
     "VerificationError",
 ]
 
@@ -22,6 +23,10 @@ class DeviceError(RuntimeError):
 
 class GuardError(RuntimeError):
     """An input takes another branch than the captured one; a prefill is then captured anew."""
+
+
+class Undivided(ValueError):
+    """It is unclear which pixels of a batch belong to which prompt; one by one, prompts can run."""
 
 
 class VerificationError(RuntimeError):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deos_fx.contents import GENAI_FILES, RECORD, record_of, verify
-from deos_fx.exporters.manifest import IMAGES
+from deos_fx.exporters.manifest import AGAIN, IMAGES
 from deos_fx.reading import as_record, read_tensors
 from deos_fx.words import counted
 
@@ -70,8 +70,8 @@ def genai_inputs(
     if len(places) != sum(counts) or pixels is None or shape != manifest.pixels:
         raise ValueError(
             f"The prompt has {counted(len(places), 'image placeholder')} and pixel_values {shape}, "
-            f"but this model was exported for {sum(counts)} and {manifest.pixels}. Export it again "
-            "with example_inputs like these."
+            f"but this model was exported for {sum(counts)} and {manifest.pixels}. "
+            f"{AGAIN}"
         )
     if (folder / IMAGES).is_file():
         _check_sizes(read_tensors(folder / IMAGES), inputs)
@@ -94,6 +94,5 @@ def _check_sizes(sizes: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None
         given = inputs.get(name)
         if given is None or not torch.equal(given.to(value.dtype), value):
             raise ValueError(
-                f"{name} is not that of the images this model was exported for. Export it again "
-                "with example_inputs like these."
+                f"{name} is not that of the images this model was exported for. {AGAIN}"
             )

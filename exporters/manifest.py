@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 __all__ = [
+    "AGAIN",
     "FORMAT",
     "IMAGES",
     "PACKAGES",
@@ -32,6 +33,9 @@ __all__ = [
     "write_graphs",
     "write_weights",
 ]
+
+AGAIN = "Export it again with example_inputs like these (deos-fx export --image FILE)."
+"""What helps where prompts are not those that a model was exported for."""
 
 
 # *** the manifest ***

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from deos_fx.exporters.manifest import AGAIN
 from deos_fx.exporters.session import as_tensor
 from deos_fx.inputs.packed import packed_by
 from deos_fx.tokens.positions import last_token
@@ -47,16 +48,15 @@ class ExportedPrompts:
         if "pixel_values" not in inputs or counts[-1] == 0:
             self.refuse_half()
         # In this order, so that the first message names the most basic difference.
-        again = "Export it again with example_inputs like these."
         if counts != [manifest["image_tokens"]]:
             images = counted(manifest["images"], "image")
             raise ValueError(
                 f"The prompts have {counts} image tokens each, but this model was exported for "
-                f"prompts with {manifest['image_tokens']} ({images}). {again}"
+                f"prompts with {manifest['image_tokens']} ({images}). {AGAIN}"
             )
         _check_mask(inputs, ids == manifest["image_token"])
-        self._check_ends(inputs, again)
-        self._check_inputs(inputs, again)
+        self._check_ends(inputs)
+        self._check_inputs(inputs)
         # Pixels have rows for the images of one prompt, times the number of prompts.
         pixels = {"pixel_values": manifest["pixels"], **manifest["further_pixels"]}
         for name, own in pixels.items():
@@ -65,7 +65,7 @@ class ExportedPrompts:
                 raise ValueError(
                     f"{name} of {counted(len(ids), 'prompt')} has the shape {shape}, but this "
                     f"model was exported for {tuple(own)} per prompt. Use the processor of the "
-                    "model, or export it again with example_inputs like these."
+                    f"model. {AGAIN}"
                 )
         # Inputs with the sizes of images are constants of the graphs.
         for name in self._constants.keys() & set(manifest["inputs"]):
@@ -73,7 +73,7 @@ class ExportedPrompts:
             if not torch.equal(inputs[name], expected.to(inputs[name].dtype)):
                 raise ValueError(
                     f"{name} is {_shown(inputs[name])}, but this model was exported for images "
-                    f"with {_shown(self._constants[name])} in every prompt. {again}"
+                    f"with {_shown(self._constants[name])} in every prompt. {AGAIN}"
                 )
 
     def check_branches(self, outputs: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ class ExportedPrompts:
                 raise ValueError(
                     "This model computes another way for these prompts than for those it was "
                     "exported for, where its code asks whether they have tokens of some kind. "
-                    "Export it again with example_inputs like these."
+                    f"{AGAIN}"
                 )
 
     def refuse_half(self) -> NoReturn:
@@ -106,7 +106,7 @@ class ExportedPrompts:
             f"(token id {manifest['image_token']}); or neither, for a text without images."
         )
 
-    def _check_ends(self, inputs: Mapping[str, Any], again: str) -> None:
+    def _check_ends(self, inputs: Mapping[str, Any]) -> None:
         """Refuse prompts that end in an image if the graphs were exported for text at the end.
 
         Refuse them also the other way round: graphs for an image at the end always keep its last
@@ -120,10 +120,10 @@ class ExportedPrompts:
             one, other = ("text", "an image") if ends else ("an image", "text")
             raise ValueError(
                 f"There are prompts that end in {one}, but this model was exported for prompts "
-                f"that end in {other}. {again}"
+                f"that end in {other}. {AGAIN}"
             )
 
-    def _check_inputs(self, inputs: Mapping[str, Any], again: str) -> None:
+    def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Refuse inputs that the graphs do not take, and calls that lack inputs they need."""
         names = set(self._manifest["inputs"])
         given = {name for name, value in inputs.items() if isinstance(value, Tensor)}
@@ -133,7 +133,7 @@ class ExportedPrompts:
             if wrong:
                 raise ValueError(
                     f"The call {what} {', '.join(sorted(wrong))}, but this model was exported for "
-                    f"{', '.join(sorted(names))}. {again}"
+                    f"{', '.join(sorted(names))}. {AGAIN}"
                 )
 
 

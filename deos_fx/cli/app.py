@@ -5,12 +5,16 @@ Every command imports what it needs when it runs, so that ``--help`` does not wa
 
 from __future__ import annotations
 
+import _thread
+import importlib
+import inspect as inspection
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -44,15 +48,20 @@ class _Commands(TyperGroup):
         with _interrupts() as noted:
             try:
                 return super().invoke(ctx)
+            except BrokenPipeError:
+                # Whoever reads the output has enough (| head); typer then ends without a word.
+                raise
             except (ValueError, TypeError, OSError, ImportError) as error:
                 if ctx.params["debug"]:
                     raise
                 if not (noted and isinstance(error, ImportError)):
-                    _fail(error)
+                    _fail(ImportError(reason) if (reason := _unfit(error)) else error)
             except KeyboardInterrupt:
                 pass
             # typer has no public name for the error of an option that there is not.
             except Exception as error:
+                if not ctx.params["debug"] and (reason := _unfit(error)):
+                    _fail(ImportError(reason))
                 option: Any = getattr(error, "option_name", None)
                 if any(option in own.opts for own in self.params):
                     unknown: Any = error
@@ -75,6 +84,12 @@ def _interrupts() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         noted.append(number)
+        while frame is not None:
+            if frame.f_code.co_name == "__del__":
+                # Python drops what is raised there, so it is raised a moment later.
+                threading.Timer(0.05, _thread.interrupt_main).start()
+                return
+            frame = frame.f_back
         raise KeyboardInterrupt
 
     # Shells let jobs in the background ignore it, and only the main thread may say what it does.
@@ -87,6 +102,29 @@ def _interrupts() -> Iterator[list[int]]:
         yield noted
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _unfit(error: BaseException) -> str:
+    """Return that a torchvision of another torch is the cause of an error; empty if it is not."""
+    # transformers imports it wherever it is installed, and says only what it could not import.
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    if "torchvision" not in str(error):
+        return ""
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return ""
+    except Exception:
+        pass
+    else:
+        return ""
+    found = [f"{name} {version(name)}" for name in ("torchvision", "torch")]
+    return (
+        f"{' does not fit '.join(found)} ({error}); install both from one place (pip install "
+        "--upgrade torch torchvision), or uninstall torchvision, which images of most models do "
+        "not need"
+    )
 
 
 def _fail(error: Exception) -> None:
@@ -109,6 +147,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _in_paragraphs(text: str) -> str:
+    """Join the lines of each paragraph, so that a terminal of any width breaks them itself."""
+    parts = inspection.cleandoc(text).split("\n\n")
+    return "\n\n".join(part if "\n " in part else part.replace("\n", " ") for part in parts)
 
 
 def _show_version(wanted: bool) -> None:
@@ -148,17 +192,21 @@ def _main(
 
 
 # In the order of the help.
-app.command("demo")(demo)
-app.command("example")(example)
-app.command("presets")(show_presets)
-app.command("inspect")(inspect)
-app.command("data")(data)
-app.command("search")(search)
-app.command("transform")(transform)
-app.command("eval")(evaluate)
-app.command("show")(show)
-app.command("generate")(generate)
-app.command("export")(export)
-app.command("compare")(compare)
-app.command("profile")(profile)
-app.command("check")(check)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "example": example,
+    "presets": show_presets,
+    "inspect": inspect,
+    "data": data,
+    "search": search,
+    "transform": transform,
+    "eval": evaluate,
+    "show": show,
+    "generate": generate,
+    "export": export,
+    "compare": compare,
+    "profile": profile,
+    "check": check,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name, help=_in_paragraphs(_command.__doc__ or ""))(_command)

@@ -8,11 +8,15 @@ from contextvars import ContextVar
 
 from rich import console
 from rich.segment import Segment
+from rich.table import Table
 
-__all__ = ["QUIET", "Console", "report_console"]
+__all__ = ["COLUMNS", "QUIET", "Console", "report_console"]
 
 QUIET: ContextVar[bool] = ContextVar("deos_fx_quiet", default=False)
 """Whether the option ``--quiet`` is given."""
+
+COLUMNS = 80
+"""Characters of a line that tables of figures are made for."""
 
 # What a terminal would obey, but for tabs and ends of lines.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -30,6 +34,13 @@ class Console(console.Console):
                 yield segment
             else:
                 yield Segment(_CONTROLS.sub(_picture, segment.text), segment.style)
+
+    def print_figures(self, table: Table) -> None:
+        """Print a table that fits `COLUMNS`: on a narrower terminal it wraps, and loses nothing."""
+        wide = self
+        if self.width < COLUMNS:
+            wide = Console(file=self.file, width=COLUMNS, quiet=self.quiet)
+        wide.print(table)
 
 
 def _picture(found: re.Match[str]) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import LlavaProcessor
 
 from deos_fx import OnnxModel, export_onnx, reference, search
+from deos_fx.cli.console import Console
 from deos_fx.cli.demo_methods import BATCH, PresetTest, Tester, prompts, search_data, tested_presets
 from deos_fx.cli.terminal import Advance, Stages, announced, results_table, stages, times_table
 from deos_fx.files import fresh_folder, write_text
@@ -267,7 +267,7 @@ def _search_figures(found: SearchResult) -> Mapping[str, Any]:
 
 
 def _print(result: DemoResult, output: str | os.PathLike[str], console: Console) -> None:
-    console.print(results_table(result))
+    console.print_figures(results_table(result))
     for method in result.methods:
         if method.reason:
             console.print(f"{method.name}: {method.reason}", highlight=False)

@@ -56,7 +56,7 @@ def _other_tokens(call: Call, processor: Any) -> str:
     ids, token = call.inputs["input_ids"], call.facts.image_token
     # Case: a token stands for an image, which is negative in models where none does.
     if token >= 0 and not bool((ids == token).any()):
-        own = getattr(processor, "image_token", None) or "<image>"
+        own = str(getattr(processor, "image_token", None) or "<image>")
         number = processor.tokenizer.convert_tokens_to_ids(own)
         return f"an image is {own} there (token id {number}), and token id {token} in the model"
     embeddings: Any = call.model.get_input_embeddings()

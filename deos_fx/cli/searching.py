@@ -246,7 +246,7 @@ def write_found(
             console.print(f"Warning: {doubt}", style="yellow", highlight=False, markup=False)
     answers = next(iter(found.values())).measured
     if answers is not None:
-        console.print(evaluation_table(answers))
+        console.print_figures(evaluation_table(answers))
     evaluations = sum(one.evaluations for one in found.values())
     # Presets are tuned by their loss on all of the data.
     losses = max(1, evaluations // batches)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from deos_fx.data import Record, batches, open_image
+from deos_fx.errors import Undivided
 
 __all__ = [
     "Metric",
@@ -80,15 +81,23 @@ def generated(
     """
     options = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
     asked = [replace(record, answer=None) for record in records]
-    answers: list[str] = []
-    for batch in batches(processor, asked, batch_size, images=images):
+
+    def answered(together: list[Record]) -> list[str]:
+        (batch,) = batches(processor, together, len(together), images=images)
         inputs = inputs_for(model, batch)
-        ids = generate(**inputs, **options)
+        try:
+            ids = generate(**inputs, **options)
+        except Undivided:
+            if len(together) == 1:
+                raise
+            return [answer for record in together for answer in answered([record])]
         # Ids begin with the prompt; only what follows is the answer.
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = processor.batch_decode(new, skip_special_tokens=True)
-        answers += [text.strip() for text in texts]
-    return answers
+        return [text.strip() for text in texts]
+
+    starts = range(0, len(asked), batch_size)
+    return [answer for i in starts for answer in answered(asked[i : i + batch_size])]
 
 
 def answer_loss(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from deos_fx.data.chat import ChatFormat, Rendered, say_once
 from deos_fx.data.images import open_image
 from deos_fx.data.record import Message, Record
+from deos_fx.words import counted
 
 __all__ = ["answer_labels", "batches", "render"]
 
@@ -177,13 +178,25 @@ def _processed(
             # Which of them it is shows one by one.
             for record in records:
                 _batch(chat, [record], with_images)
-        raise ValueError(f"{_where(records[0])}: {error}") from error
+        raise ValueError(
+            f"{_where(records[0])}: the processor refuses {_sizes(options)}: {error}"
+        ) from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         # Case: settings of a processor that no image fits, which none of its checks has found.
         raise ValueError(
-            f"{_where(records[0])}: the processor fails ({type(error).__name__}: {error}); save or "
-            "download it again"
+            f"{_where(records[0])}: the processor fails with {_sizes(options)} "
+            f"({type(error).__name__}: {error}); give other images, or, if it fails with all, save "
+            "or download it again"
         ) from error
+
+
+def _sizes(options: Mapping[str, Any]) -> str:
+    """Return what a processor was given, in words."""
+    images = options.get("images", [[]])[0]
+    if not images:
+        return "the text"
+    sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+    return f"{counted(len(images), 'image')} of {sizes} pixels"
 
 
 def _where(record: Record) -> str:

@@ -58,9 +58,14 @@ class ChatFormat:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        self.image_token: str = getattr(processor, "image_token", None) or IMAGE_MARK
-        named = bool(getattr(processor, "image_token", None))
-        self.writes_images = named or _knows(processor.tokenizer, IMAGE_MARK)
+        # A few have it as a token with settings (BLIP-2).
+        named = str(getattr(processor, "image_token", None) or "")
+        self.image_token = named or IMAGE_MARK
+        # Processors that know of queries put their tokens in front by themselves.
+        in_front = getattr(processor, "num_query_tokens", None) is not None
+        self.writes_images = not in_front and (
+            bool(named) or _knows(processor.tokenizer, IMAGE_MARK)
+        )
         self._options: dict[str, Any] = {}
         own = getattr(processor, "chat_template", None)
         of_tokenizer = getattr(processor.tokenizer, "chat_template", None)

@@ -26,7 +26,7 @@ def frames(
         The pixels that went in, a tile of an image as an image of its own. Where the processor
         flattens patches, nothing was cropped, and the images are returned.
     """
-    pixels = inputs["pixel_values"]
+    pixels = next(value for name, value in inputs.items() if name.endswith("pixel_values"))
     if pixels.ndim < 4:
         return list(images)
     channels = pixels.flatten(0, -4).float().cpu().movedim(1, -1).numpy()

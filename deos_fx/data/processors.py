@@ -148,12 +148,14 @@ class _UnreadVideos(BaseVideoProcessor):
         settings: Those of the processor of videos.
     """
 
-    # Chat templates of SmolVLM ask for these two.
-    num_frames = fps = None
-
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         vars(self).update(settings)
+
+    def __getattr__(self, name: str) -> None:
+        # Processors and chat templates ask for settings that the files leave at their defaults.
+        if name.startswith("_") or name == "settings":
+            raise AttributeError(name)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         _refuse()

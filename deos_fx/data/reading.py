@@ -80,7 +80,9 @@ def _text(path: Path) -> str:
         return contents.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = contents[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line} is not UTF-8: {error.reason}") from error
+        raise ValueError(
+            f"{path}, line {line} is not UTF-8: {error.reason}; give a text file, JSONL or CSV"
+        ) from error
 
 
 def _of_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -94,7 +96,12 @@ def _of_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield where, _json(line, where)
+            try:
+                yield where, _json(line, where)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; give JSONL, an object a line, or CSV with a name that ends in .csv"
+                ) from error
 
 
 def _json(text: str, where: str) -> Any:
@@ -136,6 +143,8 @@ def _of_dataset(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         ImportError: If `datasets` is not installed.
     """
+    if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        raise ValueError(f"{path} is not a folder that Dataset.save_to_disk wrote; {_SAVE}")
     try:
         import datasets
     except ImportError as error:

@@ -35,14 +35,15 @@ def record_of(row: Any, folder: Path, where: str, urls: bool) -> Record:
         ValueError: If it is not a question about images; the message begins with `where`.
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: {FORM}")
+        raise ValueError(f"{where} is {_short(row)}; {FORM}")
     row = {name: value for name, value in row.items() if value is not None}
     for name in _TEXTS:
         if not isinstance(row.get(name, ""), str):
             raise ValueError(f"{where}: {name} is {_short(row[name])}; give a text")
     questions = [name for name in ("prompt", "question", "messages") if name in row]
     if len(questions) != 1 or {"image", "images"} <= set(row):
-        raise ValueError(f"{where}: {FORM}")
+        # A separator that is no comma shows here.
+        raise ValueError(f"{where} has {_short(', '.join(map(str, row)))}; {FORM}")
     reader = _Images(folder, where, urls)
     given = [reader.read(value) for value in _list(row.get("images", row.get("image", [])))]
     answer = row.get("answer")
@@ -101,13 +102,18 @@ class _Images:
                     "--urls (in Python read_records(file, urls=True)), or save the image"
                 )
             return download(value, self.where)
+        if not value or value.startswith("data:"):
+            raise ValueError(f"{self.where}: image is {_short(value)}; give the path of a file")
         path = self.folder / value
         try:
-            found = path.is_file()
+            found, is_file = path.exists(), path.is_file()
         except OSError as error:
             raise ValueError(f"{self.where}: {_short(value)}: {error}") from error
-        if not found:
-            raise ValueError(f"{self.where}: there is no image {path}")
+        if not is_file:
+            what = (
+                f"{path} is a folder, a device or a pipe" if found else f"there is no image {path}"
+            )
+            raise ValueError(f"{self.where}: {what}")
         return path
 
 

@@ -77,6 +77,7 @@ def static_reduce(
     """
     # 1. The choice, and the assignment of the other tokens.
     call = short(call)
+    reduction = reduction.among(count - reduction.keep_class)
     choice = Choice(reduction, count, tokens, features, call, last_of)
     kept = choice.kept()
     moved = assignment_of(choice, kept)

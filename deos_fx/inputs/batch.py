@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deos_fx.errors import Undivided
 from deos_fx.inputs.call import Call, batch_axis
 from deos_fx.inputs.items import Kind, beside, given_kinds, table_of_sizes
 from deos_fx.inputs.media import placeholders
@@ -173,7 +174,7 @@ def _media_of(
         tokens = [size for one in prompts if one.layout for size in one.layout.sizes]
         for name, value in values.items():
             if name in PATCH_NUMBERS:
-                raise ValueError(
+                raise Undivided(
                     f"{name} counts the patches of a whole batch, which cannot be divided. Pass "
                     "prompts with different images one by one."
                 )
@@ -257,7 +258,7 @@ def _units(
         if len(value) == sum(of_images):
             ends = list(itertools.accumulate(of_images, initial=0))
             return [unit for _, a, b in spans for unit in range(ends[a], ends[b])]
-    raise ValueError(
+    raise Undivided(
         f"{name} has {counted(len(value), 'entry', 'entries')} for {counted(images, 'image')} in "
         f"{counted(batch, 'prompt')}, so it cannot be told which belong to which prompt. Pass "
         "prompts with different images one by one."

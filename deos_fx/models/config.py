@@ -42,6 +42,8 @@ def read_config(folder: str | os.PathLike[str]) -> PreTrainedConfig:
         OSError: If there is none.
         ValueError: If it is damaged, or names more than `MAX_LAYERS` layers or `MAX_SIDE` pixels.
     """
+    if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "config.json")):
+        raise ValueError(f"{folder} has no config.json; give the folder that a model was saved in")
     with reading_from(folder):
         # As it is written: transformers makes lists with an entry for each layer.
         written, _ = PreTrainedConfig.get_config_dict(folder)

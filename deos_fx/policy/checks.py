@@ -12,7 +12,29 @@ from deos_fx.policy.tier import MOST_TOKENS
 _Reduction = Any
 """A `Reduction`, whose file imports this one."""
 
-__all__ = ["check_together"]
+__all__ = ["check_halves", "check_together"]
+
+
+def check_halves(reduction: _Reduction, before: int, after: int) -> None:
+    """Check that halves of an image's tokens can be merged into as few as stay.
+
+    Args:
+        reduction: The reduction; only the selector 'bipartite' makes halves.
+        before: Tokens that come in.
+        after: Tokens that stay.
+
+    Raises:
+        ValueError: If more have to leave than one half has.
+    """
+    if reduction.selector != "bipartite":
+        return
+    other = before - len(range(reduction.selection[0].options["first"], before, 2))
+    if after < other:
+        raise ValueError(
+            f"{reduction.site}: the selector 'bipartite' keeps {after} of {before} tokens, but at "
+            f"most one half can be merged into the other: keep at least {other}, and reduce at "
+            "several sites"
+        )
 
 
 def check_together(reduction: _Reduction) -> None:

@@ -26,6 +26,7 @@ from deos_fx.policy.tier import (
     check_number,
     check_observe,
     checked_tier,
+    further_counts,
     given_fields,
     known_options,
     normal_weights,
@@ -205,9 +206,9 @@ class Reduction:
                 where the first tier only flags tokens.
         """
         # The further tiers take their shares; the first one gets the remaining tokens.
-        others = [tier.count(total) for tier in self.tiers]
-        first = total - sum(others) - (1 if self.tiers and self.has_rest else 0)
         flags = SELECTORS[self.selector].flags
+        others = further_counts(self.tiers, total, total - (0 if flags else 1 + self.has_rest))
+        first = total - sum(others) - (1 if any(others) and self.has_rest else 0)
         if first != 0 if flags else first < 1:
             raise ValueError(
                 f"{self.site} keeps {counted(total, 'token')}, of which the tiers after the first "
@@ -219,6 +220,18 @@ class Reduction:
                 )
             )
         return [first, *others]
+
+    def among(self, total: int) -> Reduction:
+        """Return the reduction for images of which ``total`` tokens stay: tiers that get none go.
+
+        Raises:
+            ValueError: As `tier_counts`.
+        """
+        _, *others = self.tier_counts(total)
+        if all(others):
+            return self
+        tiers = tuple(tier for tier, count in zip(self.tiers, others, strict=True) if count)
+        return replace(self, tiers=tiers, receivers=self.receivers if tiers else "all")
 
     @property
     def transfers(self) -> bool:

@@ -30,6 +30,7 @@ __all__ = [
     "check_observe",
     "check_text",
     "checked_tier",
+    "further_counts",
     "given_fields",
     "known_options",
     "normal_weights",
@@ -94,6 +95,22 @@ class Tier:
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in given_fields(self).items())
         return f"Tier({given})"
+
+
+def further_counts(tiers: Sequence[Tier], total: int, most: int) -> list[int]:
+    """Return how many tokens each of the further tiers chooses.
+
+    Args:
+        tiers: The tiers after the first.
+        total: Tokens that their reduction keeps.
+        most: Tokens that the first tier leaves them. Of few tokens, shares rounded up may be more;
+            then the last ones give way. Numbers do not.
+    """
+    counts = [tier.count(total) for tier in tiers]
+    for place in reversed(range(len(tiers))):
+        if isinstance(tiers[place].keep, float):
+            counts[place] -= min(counts[place], max(0, sum(counts) - most))
+    return counts
 
 
 def checked_tier(site: str, tier: object, score: str) -> Tier:

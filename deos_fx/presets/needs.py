@@ -27,7 +27,7 @@ TOWER = Need(
     lambda shape: shape.used_blocks > 0 and not shape.unseen,
     "it reads the attention of the vision tower, and in this model visual tokens are not made of "
     "the patches of its blocks, or the blocks' attention cannot be observed, or only a call shows "
-    "it: give example_inputs",
+    "it (in Python, give example_inputs)",
 )
 EARLIER = Need(
     lambda shape: not shape.in_groups,

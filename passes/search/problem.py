@@ -35,6 +35,7 @@ from deos_fx.passes.search.objective import Effort
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.timing import measured
 from deos_fx.policy.budget import Budget
+from deos_fx.policy.checks import check_halves
 from deos_fx.policy.counts import fit_counts, on_grid, within
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.site import split_site
@@ -284,11 +285,18 @@ class SearchProblem:
             )
         for step in policy.reductions:
             check_reduction(self.captured.graph_module, self.sites, step, self.layout)
-            # The tiers of a reduction have to share what it keeps of the smallest image as well.
-            for layout in (self.layout, *(cost.layout for cost, _ in self.others)):
+        # Tiers and halves have to share what is kept of the smallest image as well.
+        for layout in (self.layout, *(cost.layout for cost, _ in self.others)):
+            before: Sequence[int] = layout.sizes
+            for step in policy.reductions:
                 kept = [*map(step.count, layout.sizes)]
-                for total in [sum(kept)] if split_site(step.site)[0] == "decoder" else kept:
+                apart = split_site(step.site)[0] != "decoder"
+                for now, total in (
+                    zip(before, kept, strict=True) if apart else [(sum(before), sum(kept))]
+                ):
                     step.tier_counts(total)
+                    check_halves(step, now, total)
+                before = kept
 
     def checked_loss(self, policy: Policy) -> float:
         """Return the static loss of a policy, once it was checked; see `check`."""

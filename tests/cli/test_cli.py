@@ -1,12 +1,16 @@
 """The command line: what it does with good input, and one clear line for bad input."""
 
+import errno
+import importlib
 import io
+import itertools
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -497,11 +501,21 @@ def test_compare_refuses_a_file_given_twice(questions, tmp_path):
     assert "given twice" in fails("compare", reference.WEIGHTS, "--test", questions, *twice)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_breaks_lines_where_the_terminal_ends(command):
+    words = [line.strip() for line in run(command, "--help").split("Examples")[0].splitlines()]
+    for line, following in itertools.pairwise(words[2:]):
+        if line and following:
+            # The next word had no place.
+            assert len(line) + 1 + len(following.split()[0]) > 78, line
+
+
 # *** bad input ***
 
 
 def test_no_such_folder(tmp_path):
     assert "there is no folder" in fails("inspect", tmp_path / "none")
+    assert fails("inspect", tmp_path).endswith("give the folder that a model was saved in")
 
 
 def test_a_folder_that_is_missing_is_not_asked_of_the_hub(tmp_path, monkeypatch):
@@ -628,6 +642,42 @@ def test_options_of_all_commands_come_first() -> None:
     assert "No such option: --fast" in CliRunner().invoke(app, ["check", "x", "--fast"]).output
 
 
+def test_a_reader_that_has_enough_ends_a_command_without_a_word(model_dir, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("deos_fx.cli.outline.print_outline", closed)
+    assert run("inspect", model_dir, code=1) == ""
+
+
+class Misfit:
+    """Finds a torchvision whose operators are those of another torch."""
+
+    @staticmethod
+    def find_spec(name, *rest):
+        if name == "torchvision":
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_torchvision_of_another_torch_is_named(told, monkeypatch, tmp_path):
+    """transformers says so in some places; in others it is a module that cannot be imported."""
+
+    def read(folder):
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError as error:
+            if told:
+                raise
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from error
+
+    monkeypatch.setattr("deos_fx.cli.loading.meta_model", read)
+    monkeypatch.setattr("deos_fx.cli.app.version", {"torchvision": "0.28", "torch": "2.13"}.get)
+    monkeypatch.setattr(sys, "meta_path", [Misfit, *sys.meta_path])
+    message = fails("inspect", tmp_path)
+    assert "torchvision 0.28 does not fit torch 2.13 (operator torchvision::nms" in message
+
+
 def test_debug_shows_where_an_error_comes_from(tmp_path):
     result = CliRunner().invoke(app, ["--debug", "inspect", str(tmp_path / "none")])
     assert isinstance(result.exception, ValueError)
@@ -638,6 +688,23 @@ def test_interrupted(model_dir, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("deos_fx.cli.outline.print_outline", interrupt)
+    assert "Interrupted" in run("inspect", model_dir, code=130)
+
+
+def test_interrupted_while_an_object_is_removed(model_dir, monkeypatch):
+    """Python ignores an error that is raised there."""
+
+    class Removed:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def remove(*_):
+        Removed()
+        for _ in range(500):
+            time.sleep(0.01)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("deos_fx.cli.outline.print_outline", remove)
     assert "Interrupted" in run("inspect", model_dir, code=130)
 
 

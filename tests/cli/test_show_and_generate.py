@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,21 @@ def test_answers_of_an_export(asked: Any, tmp_path: Path) -> None:
 
 def test_show_draws_the_policy_of_a_folder(asked: Any, tmp_path: Path) -> None:
     folder, options, *_ = asked
-    output = run("show", folder / "reduced", *options, "--output", tmp_path / "out")
+    output = run("-q", "show", folder / "reduced", *options, "--output", tmp_path / "out")
+    assert "Wrote" not in output and "load" not in output
     assert "projector: 4 of 144 visual tokens kept" in output.replace("\n", " ")
     assert "4 of 144 visual tokens left" in (tmp_path / "out" / "show.html").read_text()
     with Image.open(tmp_path / "out" / "show.png") as picture:
         # Two panels of 480 pixels.
         assert picture.size == (2 * 480 + 3 * 16, 480 + 28 + 2 * 16)
+
+
+def test_quiet_data_names_no_stages(asked: Any, tmp_path: Path) -> None:
+    folder, options, *_ = asked
+    row = {"image": str(options[1]), "prompt": options[3]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    shown = run("-q", "data", tmp_path / "d.jsonl", "--model", folder / "reduced")
+    assert "1 row" in shown and "read:" not in shown
 
 
 def test_an_image_that_is_missing(asked: Any, tmp_path: Path) -> None:

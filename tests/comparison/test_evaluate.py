@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,12 @@ import pytest
 from cli_cases import fails, run
 
 from deos_fx import Budget, Comparison, ReducedModel, presets, reference
+from deos_fx.cli.console import Console
+from deos_fx.cli.terminal import evaluation_table
+from deos_fx.comparison.answers import generated
 from deos_fx.comparison.compare import evaluate
 from deos_fx.data import Record
+from deos_fx.errors import Undivided
 
 MERGE = presets.merge(keep=4)
 
@@ -68,6 +73,24 @@ def test_answers_and_agreement(
     assert result.agreement(result.unreduced) == 1
 
 
+def test_a_batch_that_cannot_be_divided_is_answered_one_by_one(
+    loaded: Any, records: list[Record]
+) -> None:
+    model, processor = loaded
+    sizes: list[int] = []
+
+    def generate(**inputs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 1:
+            raise Undivided("some input counts the patches of a whole batch")
+        return model.generate(**inputs)
+
+    how = {"batch_size": 2, "max_new_tokens": 4}
+    one_by_one = generated(generate, model, processor, records[:3], **how)
+    assert one_by_one == generated(model.generate, model, processor, records[:3], **how)
+    assert sizes == [2, 1, 1, 1]
+
+
 def test_costs_are_measured(result: Comparison) -> None:
     whole, mine = result.unreduced, result.row("mine")
     assert (whole.visual_tokens, mine.visual_tokens) == (144, 4)
@@ -75,6 +98,14 @@ def test_costs_are_measured(result: Comparison) -> None:
     assert all(row.milliseconds > 0 for row in result.rows)
     # A call may fit into memory that the process has already.
     assert all(row.peak_bytes is None or row.peak_bytes >= 0 for row in result.rows)
+
+
+def test_the_table_loses_nothing_in_a_narrow_terminal(result: Comparison) -> None:
+    console = Console(file=io.StringIO(), width=50)
+    console.print_figures(evaluation_table(result))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(row.name in shown for row in result.rows)
+    assert "MiB" in shown and "\u2026" not in shown
 
 
 def test_questions_without_answers(loaded: Any, records: list[Record], result: Comparison) -> None:

@@ -8,7 +8,10 @@ import pytest
 import torch
 from families import shared
 from PIL import Image
+from real_processors import small_tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import Blip2Processor
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from deos_fx import reference
 from deos_fx.data import Record, batches, read_records
@@ -138,6 +141,17 @@ def test_images_that_are_loaded_already(questions):
     loaded = [replace(record, image=Image.open(record.image)) for record in records]
     for ours, theirs in zip(*(batches(processor, x, 2) for x in (loaded, records)), strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_processor_that_puts_queries_in_front_writes_each_image_once(scene):
+    """BLIP-2: its placeholder is a token with settings, and its processor writes 8 of them."""
+    tokenizer = small_tokenizer({"pad": "<pad>", "eos": "</s>", "picture": "<image>"})
+    image = BlipImageProcessorPil(size={"height": 32, "width": 32})
+    processor = Blip2Processor(image, tokenizer, num_query_tokens=8)
+    for answer, end in ((None, ""), ("seven", " seven</s>")):
+        (batch,) = batches(processor, [Record(scene, QUESTION, answer)], 1)
+        expected = processor(images=Image.open(scene), text=QUESTION + end, return_tensors="pt")
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,27 @@ def test_videos_are_refused(tmp_path: Path) -> None:
 
 
 @without_torchvision
+def test_settings_of_videos_that_the_files_leave_at_their_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processor of MiniCPM-V asks the one of videos for two of them."""
+    names = ("image", "video", "image_start", "image_end", "slice_start", "slice_end")
+    marks = {f"{name}_token": f"<{name}>" for name in (*names, "image_id_start", "image_id_end")}
+    parts = "MiniCPMV4_6ImageProcessor", "MiniCPMV4_6VideoProcessor"
+    image = {"image_processor_type": parts[0], "patch_size": 4, "scale_resolution": 32}
+    special = {"pad": "<pad>", "eos": "<eos>"} | marks
+    mini = REAL["gemma3"]._replace(
+        name="MiniCPMV4_6Processor", special=special, image=image, video=parts[1], settings={}
+    )
+    monkeypatch.setitem(REAL, "mini", mini)
+    processor = load_processor(write_processor("mini", tmp_path, template=""))
+    (batch,) = batches(processor, [Record(IMAGE, "what is at the top")], 1)
+    number = processor.tokenizer.convert_tokens_to_ids("<image>")
+    patches = int(batch["target_sizes"].prod(dim=-1).sum())
+    assert int((batch["input_ids"] == number).sum()) == patches // 16
+
+
+@without_torchvision
 def test_other_threads_and_later_calls_find_transformers_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,7 +144,10 @@ USER = {"role": "user", "content": "what?"}
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("{", "is not JSON"),
+        ("{", "is not JSON.* give JSONL, an object a line, or CSV"),
+        ({"img": PNG, "text": "a"}, "line 2 has 'img, text'; give an object with image"),
+        ({"image": "", "prompt": "a"}, "image is ''; give the path of a file"),
+        ({"image": "data:image/png;base64,iVBO", "prompt": "a"}, "'data:.*; give the path of a"),
         ("[" * 100_000, "is not JSON"),
         ('{"image": ' + "9" * 5000 + "}", "is not JSON"),
         ("[]", "give an object"),
@@ -165,7 +168,7 @@ USER = {"role": "user", "content": "what?"}
         ({"image": 5, "prompt": "a"}, "image is 5; give a path"),
         ({"image": {"bytes": "x"}, "prompt": "a"}, "image is {'bytes': 'x'}; give a path"),
         ({"image": "none.png", "prompt": "a"}, "there is no image .*none.png"),
-        ({"image": ".", "prompt": "a"}, "there is no image"),
+        ({"image": ".", "prompt": "a"}, "is a folder, a device or a pipe"),
         ({"image": "a\0b", "prompt": "a"}, "there is no image"),
         ({"image": "x" * 5000, "prompt": "a"}, "'x+...: .*too long"),
         ({"image": PNG, "prompt": "<image> <image>"}, "places for 2 images, but comes with 1"),
@@ -213,7 +216,10 @@ def test_the_first_row_without_an_answer_is_named(folder: Path) -> None:
         (b"\xef\xbb\xbf\n\n", "is empty"),
         (json.dumps(ROW).encode("utf-16"), "is in UTF-16"),
         (b"PAR1\x15\x04", "is a table of Parquet; save what datasets.load_dataset reads"),
-        (b'{"image": "a.png", "prompt": "a"}\n\n{"prompt": "\xff"}', "line 3 is not UTF-8"),
+        (
+            b'{"image": "a.png", "prompt": "a"}\n\n{"prompt": "\xff"}',
+            "line 3 is not UTF-8.*; give a text",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["d.jsonl", "d.csv"])
@@ -236,7 +242,7 @@ def test_a_list_is_no_lines(folder: Path) -> None:
         ("image,prompt\na.png,x,y\n", "line 2 has more cells than .* image, prompt"),
         ("image,prompt,image\na.png,x,a.png\n", "line 1 has a name twice"),
         ('image,prompt\na.png,"x\n', "line 2 is not CSV"),
-        ("image;prompt\na.png;x\n", "line 2: give an object with image"),
+        ("image;prompt\na.png;x\n", "line 2 has 'image;prompt'; give an object with image"),
         ("images,prompt\n[,x\n", "line 2: images is not JSON"),
     ],
 )
@@ -284,6 +290,9 @@ def test_urls_are_read_where_they_are_allowed(
 
 def test_a_folder_without_datasets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="is not a folder that Dataset.save_to_disk wrote; save"):
+        read_records(folder)
+    (folder / "state.json").touch()
     with pytest.raises(ImportError, match="needs datasets .pip install datasets.; or give a JSONL"):
         read_records(folder)
 
@@ -310,6 +319,7 @@ class Dataset:
 
 @pytest.mark.parametrize("form", ["bytes", "path"])
 def test_a_saved_dataset(form: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "state.json").touch()
     stored = {"bytes": (folder / PNG).read_bytes(), "path": None}
     if form == "path":
         stored = {"bytes": None, "path": PNG}

@@ -66,7 +66,7 @@ def test_prompts_like_those_of_the_export_pass() -> None:
         exported().check(prompts(input_ids=given, attention_mask=mask))
 
 
-ANOTHER = "Export it again with example_inputs like these."
+ANOTHER = "Export it again with example_inputs like these (deos-fx export --image FILE)."
 HALF = (
     "The prompt has no image, or no place for it, but this model was exported for prompts with 1: "
     "pass pixel_values, and input_ids with image placeholders (token id 9); or neither, for a text "
@@ -116,8 +116,8 @@ HALF = (
         (
             {"pixel_values": torch.zeros(2, 3, 4, 5)},
             "pixel_values of 2 prompts has the shape (2, 3, 4, 5), but this model was exported for "
-            "(1, 3, 4, 4) per prompt. Use the processor of the model, or export it again with "
-            "example_inputs like these.",
+            "(1, 3, 4, 4) per prompt. Use the processor of the model. "
+            f"{ANOTHER}",
         ),
         (
             {"image_sizes": torch.tensor([[4, 4], [4, 3]])},

@@ -123,6 +123,16 @@ def test_counts_of_tiers(second: str, third: str, data: st.DataObject) -> None:
     assert all(len(set(row)) == keep for row in result.kept.tolist())
 
 
+def test_a_tier_that_gets_none_of_few_tokens_is_left_out() -> None:
+    tokens, mass, features = inputs(0)
+    tier = Tier(keep=0.2, selector="max_min")
+    both = Reduction("projector", 0.05, tiers=(tier,), receivers="last", gain=1)
+    result = static_reduce(both, 1, tokens, mass, features)
+    alone = static_reduce(Reduction("projector", 1, gain=1), 1, tokens, mass, features)
+    assert torch.equal(result.tokens, alone.tokens) and torch.equal(result.mass, alone.mass)
+    assert torch.equal(result.kept, features["attention_cls"].topk(1).indices)
+
+
 def test_order_of_selection_is_that_of_the_picks() -> None:
     tokens, mass, features = inputs(0)
     reduction = Reduction("projector", 9, order="selection", position="compact", gain=1)

@@ -14,6 +14,7 @@ from families import prompts, shared
 from deos_fx.forms.relaxed import RelaxedReduction
 from deos_fx.passes.analyse.sites import Encoder, Site, Sites
 from deos_fx.passes.search import places
+from deos_fx.passes.search import problem as problem_module
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.places import factors, nearby, placed
 from deos_fx.passes.search.problem import SearchProblem
@@ -23,8 +24,10 @@ from deos_fx.passes.search.search import default_steps
 from deos_fx.passes.search.space import keep_fractions, relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.budget import Budget
+from deos_fx.policy.counts import as_shares
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
+from deos_fx.presets.tower import tome
 
 TOKENS = 64
 IN_DECODER = ("last_text_attention", "text_attention", "feature_norm", "novelty", "key_norm")
@@ -296,6 +299,29 @@ def test_states_of_another_search_are_refused(tmp_path: Path) -> None:
     message = "is not the state of a search.*Give another checkpoint folder, or delete this one"
     with pytest.raises(ValueError, match=message):
         state(seed=1).resume(tmp_path)
+
+
+def test_halves_are_checked_for_images_of_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ToMe's first cut leaves half of each image, rounded: too few where halves are uneven."""
+    monkeypatch.setattr(problem_module, "check_reduction", lambda *given: None)
+    image, later = (SimpleNamespace(sizes=(size,)) for size in (16, 9))
+    problem: Any = SimpleNamespace(
+        captured=SimpleNamespace(graph_module=None),
+        cost=SimpleNamespace(sizes_vary=True),
+        sites=SITES,
+        layout=image,
+        others=(),
+    )
+    policies = {
+        first: as_shares(tome(merged=8, blocks=2, visual_tokens=16, class_token=first), 16)
+        for first in (True, False)
+    }
+    for policy in policies.values():
+        SearchProblem.check(problem, policy)
+    problem.others = ((SimpleNamespace(layout=later), {}),)
+    SearchProblem.check(problem, policies[False])
+    with pytest.raises(ValueError, match="vision.0: .* keeps 4 of 9 tokens, .* keep at least 5"):
+        SearchProblem.check(problem, policies[True])
 
 
 @pytest.mark.parametrize("left", [POLICY, None])

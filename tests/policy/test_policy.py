@@ -261,12 +261,24 @@ def test_the_first_tier_takes_what_the_others_leave() -> None:
     assert Reduction("projector", 100, tiers=(Tier(keep=0.07),)).tier_counts(100) == [93, 7]
     rest = Reduction("projector", 10, tiers=tiers, residual=True)
     assert rest.tier_counts(10) == [4, 3, 2]
-    with pytest.raises(ValueError, match="keeps 4 tokens, of which .* take 4; keep more"):
-        Reduction("projector", 4, tiers=tiers).tier_counts(4)
+    with pytest.raises(ValueError, match="keeps 2 tokens, of which .* take 2; keep more"):
+        Reduction("projector", 2, tiers=tiers).tier_counts(2)
     flags = Reduction("projector", 4, selector="neighbourhood", tiers=(Tier(keep=1.0),))
     assert flags.tier_counts(4) == [0, 4]
     with pytest.raises(ValueError, match="take 2; let them take all"):
         replace(flags, tiers=(Tier(keep=2),)).tier_counts(4)
+
+
+def test_of_few_tokens_shares_leave_one_to_the_first_tier() -> None:
+    tiers = (Tier(keep=0.3), Tier(keep=0.2))
+    several = Reduction("projector", 0.25, tiers=tiers)
+    assert [several.tier_counts(n) for n in (1, 2, 3)] == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert several.among(2).tiers == several.tiers[:1] and several.among(3) is several
+    rest = Reduction("projector", 0.25, tiers=tiers, residual=True)
+    assert [rest.tier_counts(n) for n in (1, 2, 3)] == [[1, 0, 0], [2, 0, 0], [1, 1, 0]]
+    # Tokens that are not there can be in no tier that takes in others.
+    one = Reduction("projector", 0.25, tiers=tiers, gain=1, receivers="last").among(1)
+    assert one == Reduction("projector", 0.25, gain=1)
 
 
 def test_options_at_their_defaults_are_not_data() -> None:

@@ -98,7 +98,7 @@ def test_presets_are_fitted_to_every_family_or_refused_in_one_line(family: str) 
 
 def test_inputs_of_a_call_show_which_patches_make_a_token() -> None:
     model, batch = shared("gemma4"), prompts("gemma4")
-    with pytest.raises(ValueError, match="or only a call shows it: give example_inputs"):
+    with pytest.raises(ValueError, match="or only a call shows it .in Python, give example_inputs"):
         presets.fit("fastervlm", 16, model, (8, 8))
     (step,) = presets.fit("fastervlm", 16, model, (8, 8), batch).reductions
     assert (step.site, step.scores) == ("vision.1", {"mutual_attention": 1.0})

@@ -99,7 +99,7 @@ def compare(
                     progress=progress,
                 )
         # Shown first: a disk may be full.
-        console.print(comparison_table(result))
+        console.print_figures(comparison_table(result))
         for row in result.left_out:
             console.print(f"{row.name}: {row.reason}", highlight=False, markup=False)
         result.save(folder)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from deos_fx.cli.console import Console
+from deos_fx.cli.console import Console, report_console
 from deos_fx.cli.options import Urls
 from deos_fx.words import counted
 
@@ -78,7 +78,7 @@ def data(
         return Call.of(facts, inputs).inputs
 
     seen = []
-    with stages(console) as stage, stage("read") as advance:
+    with stages(report_console()) as stage, stage("read") as advance:
         for i, record in enumerate(records):
             seen.append(preview(processor, record, facts.image_token, read))
             advance(i + 1, len(records))

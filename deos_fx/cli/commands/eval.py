@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from deos_fx.cli.console import Console
+from deos_fx.cli.console import Console, report_console
 from deos_fx.cli.options import (
     DataFile,
     Device,
@@ -82,7 +82,7 @@ def evaluate(
         raise ValueError("--budget needs a method to fit to it; give --preset as well")
     records = read_records(data, urls=urls)
     check_names(preset or [], policies)
-    with stages(console) as stage:
+    with stages(report_console()) as stage:
         with stage("load"):
             processor = checked_processor(model_dir)
             model, own = load_unreduced(model_dir, dtype=dtype, device=device)
@@ -99,9 +99,9 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 progress=progress,
             )
-    console.print(evaluation_table(result))
+    console.print_figures(evaluation_table(result))
     for row in result.left_out:
         console.print(f"{row.name}: {row.reason}", highlight=False, markup=False)
     if output is not None:
         write_text(output, json.dumps(result.to_dict(), indent=2) + "\n")
-        console.print(f"Wrote {output}", highlight=False)
+        report_console().print(f"Wrote {output}", highlight=False)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from deos_fx.cli.console import Console
+from deos_fx.cli.console import Console, report_console
 from deos_fx.cli.options import Dtype, Force, Model
 from deos_fx.cli.outputs import check_target_file
 
@@ -50,7 +50,7 @@ def profile(
     console = Console()
     # PyTorch runs where the model is; the device of ONNX Runtime is another matter.
     of_model, of_runtime = (device, None) if runtime == "torch" else (None, device)
-    with stages(console) as stage:
+    with stages(report_console()) as stage:
         with stage("load"):
             model = load_model(model_dir, dtype=dtype, device=of_model)
             inputs = example_inputs(model, example_processor(model_dir))
@@ -59,4 +59,4 @@ def profile(
     # Shown first: a disk may be full.
     console.print(profile_table(table))
     table.save(output)
-    console.print(f"Wrote {output}", highlight=False)
+    report_console().print(f"Wrote {output}", highlight=False)

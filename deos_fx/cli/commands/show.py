@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deos_fx.cli.console import Console
+from deos_fx.cli.console import Console, report_console
 from deos_fx.cli.options import (
     Device,
     Dtype,
@@ -64,7 +64,7 @@ def show(
     console = Console()
     record = question_of(image, prompt, urls)
     images = [open_image(source) for source in record.images]
-    with fresh_folder(output) as folder, stages(console) as stage:
+    with fresh_folder(output) as folder, stages(report_console()) as stage:
         with stage("load"):
             processor = checked_processor(model_dir)
             choice = Choice(policy, preset, budget, image_scale)
@@ -73,9 +73,17 @@ def show(
         with stage("draw"):
             (inputs,) = batches(processor, [record], 1)
             explanation = reduced.explain(**inputs_for(reduced.model, inputs))
-            drawn = explanation.draw(frames(processor, inputs, images), prompt)
+            shown = frames(processor, inputs, images)
+            if len(shown) < len(explanation.grids):
+                raise ValueError(
+                    f"--image: the model is given {len(explanation.grids)} tiles, as patches that "
+                    "cannot be drawn; give a smaller image, which it takes whole, or --image-scale"
+                )
+            drawn = explanation.draw(shown, prompt)
             drawn.save(folder / "show.html")
             drawn.save(folder / "show.png")
+    if not explanation:
+        console.print(str(reduced.policy), highlight=False, markup=False)
     for site in explanation:
         console.print(str(site), highlight=False, markup=False)
-    console.print(f"Wrote show.html and show.png to {output}", highlight=False)
+    report_console().print(f"Wrote show.html and show.png to {output}", highlight=False)
