@@ -190,11 +190,10 @@ def _decode_example(inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
             short = [states[:, :, :2].clone() for states in (held.keys, held.values)]
             example[CACHE].update(*short, layer)
         if index is not None:
-            # An index is [B, tokens, D], and its positions [coordinates, B, tokens].
+            # An index is [B, tokens, D].
             example[CACHE].update_indexer(index[:, :2].clone(), layer)
-            positions = held.indexer_position_ids
-            if positions is not None:
-                example[CACHE].layers[layer].indexer_position_ids = positions[..., :2].clone()
+    # Angles are [2, B, tokens, D].
+    example[CACHE].angles = cache.angles.changed(lambda angles: angles[:, :, :2].clone())
     # The mask covers the two keys and the new tokens.
     new = inputs["input_ids"].shape[1]
     if "attention_mask" in example:

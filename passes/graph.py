@@ -40,11 +40,11 @@ def attends(node: fx.Node) -> bool:
 
     Decoder layers that attend are given a mask of queries and keys, unless they choose keys by an
     index and make that mask themselves. Those that convolve or keep a state get a mask of padding,
-    and those that look at each token alone get none.
+    perhaps beside the other, and those that look at each token alone get none.
     """
     block = note_of(node).block
-    if note_of(node).indexes:
-        return True
+    if note_of(node).indexes or note_of(node).stateful:
+        return note_of(node).indexes
     if block is None or block.stage == "vision" or "attention_mask" not in node.kwargs:
         # Case: a vision block, or a layer that is given its mask in another way.
         return True

@@ -30,10 +30,11 @@ class Note:
     """What the passes know of a node.
 
     Attributes:
-        block: The transformer block that it calls. Written by `capture`, as are the next seven.
+        block: The transformer block that it calls. Written by `capture`, as are the next eight.
         keeps_shape: Whether it calls a block whose output has the shape and dtype of its input.
         indexes: Whether it calls a block in which a token sees keys that an index has chosen, its
             own or that of an earlier block.
+        stateful: Whether it calls a block that keeps a state and no keys, by its code.
         example: The result of an opaque image encoder in the example run, until shapes are known.
         reads: If it is a guard: whether it reads what a tensor contains, and not only sizes.
         unrolled: If it is an iteration that was unrolled: its number of parts.
@@ -60,6 +61,7 @@ class Note:
     block: Block | None = None
     keeps_shape: bool = False
     indexes: bool = False
+    stateful: bool = False
     example: Any = None
     reads: bool = False
     unrolled: int | None = None

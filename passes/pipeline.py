@@ -26,6 +26,7 @@ from deos_fx.passes.rewrite.continue_text import continue_text
 from deos_fx.passes.rewrite.fold_masked_add import fold_masked_add
 from deos_fx.passes.rewrite.fold_unstack import fold_unstack
 from deos_fx.passes.rewrite.read_text_first import read_text_first
+from deos_fx.passes.rewrite.streams_last import streams_last
 from deos_fx.passes.verify import verify
 from deos_fx.policy.policy import Policy
 from deos_fx.tokens.layout import PromptLayout
@@ -74,7 +75,7 @@ def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
 def capture_call(
     model: PreTrainedModel, inputs: Mapping[str, Any], in_tower: bool = False
 ) -> Captured:
-    """Capture -> fold -> fold -> annotate -> (continue a text) -> verify -> find sites -> order.
+    """Capture -> fold -> fold -> annotate -> streams -> (continue) -> verify -> sites -> order.
 
     Args:
         model: The unmodified model.
@@ -114,6 +115,7 @@ def _captured(facts: ModelFacts, inputs: Mapping[str, Any], opaque: bool) -> Cap
     graph_module = _run(fold_unstack, graph_module)
     graph_module = _run(fold_masked_add, graph_module)
     graph_module = _run(annotate_token_spaces, graph_module, inputs)
+    graph_module = _run(streams_last, graph_module)
     if isinstance(inputs.get(CACHE), TurnCache):
         graph_module = _run(continue_text, graph_module)
     graph_module = verify(graph_module, "captured")

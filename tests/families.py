@@ -329,7 +329,8 @@ def shared(name: str, layers: int | None = None) -> Any:
 def built(config: Any) -> Any:
     """A model of a config, with drawn weights."""
     torch.manual_seed(0)
-    model = auto_class(config).from_config(config)
+    # Some activations make their parameters in bfloat16; a model that is loaded has one precision.
+    model = auto_class(config).from_config(config).float()
     generator = torch.Generator().manual_seed(1)
     for path, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
@@ -401,22 +402,25 @@ import more_families3  # noqa: E402
 import more_families4  # noqa: E402
 import more_families5  # noqa: E402
 import more_families6  # noqa: E402
+import more_families7  # noqa: E402
 
 _MORE = more_families1.MORE | more_families2.MORE | more_families3.MORE | more_families4.MORE
-_MORE |= more_families6.MORE
+_MORE |= more_families6.MORE | more_families7.TWINS
 _LIKE_OTHERS = more_families1.TWINS | more_families2.TWINS | more_families3.TWINS
-_LIKE_OTHERS |= more_families6.MORE.keys()
+_LIKE_OTHERS |= more_families6.MORE.keys() | more_families7.TWINS.keys()
 FAMILIES |= {name: family for name, family in _MORE.items() if name not in _LIKE_OTHERS}
 TWINS = {name: _MORE[name] for name in _LIKE_OTHERS}
 STATEFUL = more_families1.STATEFUL + more_families3.STATEFUL + more_families4.STATEFUL
-STATEFUL += more_families6.STATEFUL
+STATEFUL += more_families6.STATEFUL + more_families7.STATEFUL
 """Families for which hiding keys is no reference: layers keep a state, or count positions."""
 NEWER = Version(hf.__version__) >= Version("5.24")
 # transformers 5.24 gives layers of Inkling 2 a table of all pairs of tokens, which is refused.
 REFUSED = {"inkling2"} if NEWER else set()
 """Families that a newer transformers than 5.23 has in a form that is refused."""
-ONLY_NEWER = more_families5.TWINS | more_families6.ONLY_NEWER
+ONLY_NEWER = more_families5.TWINS | more_families6.ONLY_NEWER | more_families7.ONLY_NEWER
 """Families that transformers 5.23 does not have."""
+OF_TIMM = more_families7.OF_TIMM
+"""Families that are complete only where timm is installed."""
 if NEWER:
     TWINS |= ONLY_NEWER
     # transformers 5.24.0 fails in the forward of Llama 4 itself, with images and without.

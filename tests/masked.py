@@ -122,7 +122,9 @@ def masked_from(model: Any, alive: dict[int, Tensor]) -> Iterator[Any]:
 
 def _hide(alive: Tensor, layer: int) -> Any:
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        rows, new = args[0].shape[:2]
+        # Gemma 3n has streams of hidden states in front.
+        axes = args[0].shape[1:] if hasattr(module, "altup") else args[0].shape
+        rows, new = axes[:2]
         if "attention_mask" not in kwargs:
             # Case: a layer that is given its mask by place.
             names = inspect.signature(module.forward).parameters

@@ -255,10 +255,13 @@ def _why_no_blocks(model: Any) -> str:
 
 
 def _former(names: list[str]) -> str:
-    """What is said of families that this transformers does not run."""
+    """What is said of families that are not run here."""
     if not names:
         return ""
-    return f" Rows of {', '.join(names)} are those of an older transformers: they do not run here."
+    return (
+        f" Rows of {', '.join(names)} are those of an earlier run: they need an older "
+        "transformers, or timm."
+    )
 
 
 def _with_former_cells(row: tuple[str, ...], known: dict[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ sliding caches, heads of different sizes.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import threading
 import weakref
@@ -28,7 +29,7 @@ from deos_fx.cost.growth import Growth, whole_part
 from deos_fx.cost.twin import count_flops, twin_of, whole_numbers
 from deos_fx.models.encoding import encoded_by
 from deos_fx.models.facts import ModelFacts
-from deos_fx.models.families import PER_LAYER
+from deos_fx.models.families import PER_LAYER, TEXT_IDS
 from deos_fx.models.upstream import CACHE
 from deos_fx.tokens.cache import tensors_of
 
@@ -79,13 +80,15 @@ class DecoderCost:
     Attributes:
         layers: Its layers.
         width: Numbers of a token's hidden states, of all streams together.
-        around: FLOPs for each token outside the layers, without the head.
+        before: FLOPs for each token before the first layer.
+        after: FLOPs for each token after the last one, without the head.
         head: FLOPs for each token whose logits the head computes.
     """
 
     layers: tuple[LayerCost, ...]
     width: int
-    around: int
+    before: int
+    after: int
     head: int
 
 
@@ -209,8 +212,8 @@ def _decoder(facts: ModelFacts) -> DecoderCost:
             dim=at_short.dim,
         )
     layers = tuple(known[kind] for kind in kinds)
-    around, head = (whole_part(flops, _SHORT) for flops in (short.around, short.head))
-    return DecoderCost(layers, short.width, around, head)
+    outside = (whole_part(flops, _SHORT) for flops in (short.before, short.after, short.head))
+    return DecoderCost(layers, short.width, *outside)
 
 
 def _pass_on(others: tuple[None, ...] | None, hidden: Tensor, *_: Any, **__: Any) -> Any:
@@ -235,7 +238,8 @@ class _Held:
 @dataclass(frozen=True)
 class _Run:
     flops: list[int]
-    around: int
+    before: int
+    after: int
     head: int
     held: list[_Held]
     width: int
@@ -253,6 +257,9 @@ def decoder_inputs(twin: Any, length: int) -> dict[str, Any]:
     if size:
         # Case: a decoder that would look up further inputs by token ids, which is no product.
         given[name] = hidden.new_empty(1, length, config.num_hidden_layers, size)
+    if TEXT_IDS in inspect.signature(twin.get_decoder().forward).parameters:
+        # Case: the same, and a decoder that asks for the ids themselves.
+        given[TEXT_IDS] = torch.zeros(1, length, dtype=torch.int64, device="meta")
     return {**given, "use_cache": True}
 
 
@@ -261,9 +268,11 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     # The decoder of some models has the head inside, and runs it as well.
     head = twin.get_output_embeddings() or twin.get_decoder().get_output_embeddings()
     layers, outputs = [twin.get_submodule(path) for path in paths], list[Any]()
-    for layer in layers:
-        layer.register_forward_hook(lambda *call: outputs.append(call[2]))
+    so_far: list[int] = []
     with counting() as counter, torch.no_grad():
+        for layer in layers:
+            layer.register_forward_hook(lambda *call: outputs.append(call[2]))
+            layer.register_forward_hook(lambda *_: so_far.append(counter.get_total_flops()))
         watched = _watch(counter, [*layers, head])
         twin.get_decoder()(**given)
     with counting() as of_head, torch.no_grad():
@@ -272,14 +281,15 @@ def _run_decoder(twin: Any, paths: tuple[str, ...], length: int) -> _Run:
     # The last layers may share the keys of earlier ones and hold none.
     nothing = _Held(0, False, None, held[-1].key_heads, held[-1].dim)
     held += [nothing] * (len(paths) - len(held))
-    around = counter.get_total_flops() - sum(watched)
+    *in_layers, in_head = watched
     last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
     return _Run(
-        watched[:-1],
-        around,
+        in_layers,
+        so_far[-1] - sum(in_layers),
+        counter.get_total_flops() - so_far[-1] - in_head,
         of_head.get_total_flops(),
         held,
-        math.prod(last.shape[2:]),
+        last.numel() // length,
         [output[1:] if isinstance(output, tuple) else None for output in outputs],
     )
 

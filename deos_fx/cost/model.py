@@ -215,9 +215,10 @@ class CostModel:
             block.growth.flops(length)
             for block, length in zip(self._parts.decoder, lengths, strict=True)
         )
-        # What is around the layers runs over the prompt as it enters the decoder.
-        around = self._parts.measured.around * lengths[0]
-        # The head runs over what is left at the end.
+        # What is before the layers runs over the prompt as it enters the decoder, and what is after
+        # them over what is left at the end, as the head does.
+        measured = self._parts.measured
+        around = measured.before * lengths[0] + measured.after * lengths[-1]
         head = self._parts.measured.head * (self.logits_to_keep or lengths[-1])
         encoding = self._encoding(self.patches(Policy()) if patches is None else patches)
         return encoding + self.batch * (layers + around + head) + overhead

@@ -171,6 +171,7 @@ def _media_of(
         total = sum(b - a for prompt in prompts for one, a, b in prompt.items if one is kind)
         table = table_of_sizes(facts, inputs, kind)
         frames = _frames(values, total, table)
+        tokens = [size for one in prompts if one.layout for size in one.layout.sizes]
         for name, value in values.items():
             if name in PATCH_NUMBERS:
                 raise Undivided(
@@ -181,7 +182,7 @@ def _media_of(
                 # Case: the patches of all images side by side.
                 taken[name] = torch.cat([strip[i] for _, a, b in spans for i in range(a, b)], -1)
             elif len(value):
-                units = _units(name, value, spans, total, table, frames, len(prompts))
+                units = _units(name, value, spans, total, table, frames, tokens, len(prompts))
                 taken[name] = (
                     value[units] if isinstance(value, Tensor) else [value[unit] for unit in units]
                 )
@@ -216,6 +217,7 @@ def _units(
     images: int,
     table: Tensor | None,
     frames: Sequence[int],
+    tokens: Sequence[int],
     batch: int,
 ) -> list[int]:
     """Find the entries of an input's leading axis that belong to some prompts.
@@ -224,7 +226,7 @@ def _units(
 
     1. One entry for each image, for each patch (the area of each image), or for each frame.
     2. One entry for each prompt.
-    3. One entry for each token, made from several patches.
+    3. One entry for each token, made from several patches, or wherever else a token comes from.
 
     Args:
         name: Name of the input.
@@ -233,6 +235,7 @@ def _units(
         images: Images of the whole batch.
         table: Sizes of all images, if they are given.
         frames: Frames of each video, if they are known.
+        tokens: Visual tokens of each image or video.
         batch: Prompts of the whole batch.
 
     Raises:
@@ -249,6 +252,8 @@ def _units(
         if share and not rest and not any(area % share for area in areas):
             # Case 3: every image must have a whole number of tokens.
             counts.append([area // share for area in areas])
+        if len(tokens) == images:
+            counts.append(tokens)
     for of_images in counts:
         if len(value) == sum(of_images):
             ends = list(itertools.accumulate(of_images, initial=0))

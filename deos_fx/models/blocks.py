@@ -22,6 +22,7 @@ __all__ = [
     "find_blocks",
     "image_tower",
     "indexes_keys",
+    "only_keeps_state",
     "puts_in_front",
 ]
 
@@ -32,6 +33,9 @@ _HELD = {"get_mask_sizes", "get_query_offset", "get_seq_length"}
 
 # Method of a cache that keeps the index by which a layer chooses keys.
 _INDEXES = "update_indexer"
+
+# Methods of a cache that keep the state of a layer.
+_STATES = {"update_conv_state", "update_recurrent_state"}
 
 # What a model's core has that encodes its images.
 _WAYS = ("get_image_features", WRITER)
@@ -153,8 +157,11 @@ def puts_in_front(model: PreTrainedModel) -> bool:
 def _check_reading(model: PreTrainedModel) -> None:
     """Refuse models whose images are not tokens of the decoder's prompt."""
     name = type(model).__name__
-    # Case: an encoder-decoder, such as Florence, or one inside, such as the T5 of some BLIP-2.
-    if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
+    # Case: an encoder-decoder, such as Florence, or one inside, such as the T5 of some BLIP-2. That
+    # of DiffusionGemma, which writes a block of text at a time, is not called one in its config.
+    configs = (model.config, model.config.get_text_config())
+    given = inspect.signature(type(model).forward).parameters
+    if any(each.is_encoder_decoder for each in configs) or "decoder_position_ids" in given:
         raise CaptureError(
             f"{name} reads images in an encoder that its decoder attends to, so its decoder has no "
             f"visual tokens to reduce. {_INSTEAD}"
@@ -206,6 +213,16 @@ def indexes_keys(layer: nn.Module) -> bool:
     It is recognised by its code, which keeps the index in a cache beside keys and values.
     """
     return any(_INDEXES in names for names in _names_in_code(layer))
+
+
+def only_keeps_state(layer: nn.Module) -> bool:
+    """Return whether a layer keeps a state in a cache, and no keys.
+
+    It is recognised by its code, which updates the one and not the other. Layers whose code writes
+    their state elsewhere are known by their mask, which is one of padding.
+    """
+    names = {name for names in _names_in_code(layer) for name in names}
+    return not _STATES.isdisjoint(names) and "update" not in names
 
 
 def _names_in_code(layer: nn.Module) -> Iterator[tuple[str, ...]]:

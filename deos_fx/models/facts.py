@@ -312,6 +312,18 @@ def _infer(model: PreTrainedModel) -> ModelFacts:
             f"{name} does not read images and answer in text. Give a vision-language model that "
             "does, for example LlavaForConditionalGeneration."
         )
+    if type(model).forward is torch.nn.Module.forward:
+        # Case: several models, which its `generate` calls one after the other.
+        reading = [
+            path
+            for path, part in model.named_children()
+            if isinstance(part, PreTrainedModel) and "image" in part.input_modalities
+        ]
+        given = " or ".join(f"model.{path}" for path in reading) or "the one that reads images"
+        raise ValueError(
+            f"{name} has no forward of its own: it is several models, of which one reads images. "
+            f"Give {given}."
+        )
     # 2. Does it have blocks that can be told apart, and tokens that can be dropped? Or an error.
     blocks = find_blocks(model)
     # 3. How are the places of its visual tokens marked in the prompt?

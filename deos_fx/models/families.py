@@ -30,6 +30,7 @@ __all__ = [
     "MARKS",
     "PATCH_NUMBERS",
     "PER_LAYER",
+    "TEXT_IDS",
     "PIXELS",
     "POSITIONS",
     "QUERIES",
@@ -96,6 +97,9 @@ PER_LAYER = ("per_layer_inputs", "hidden_size_per_layer_input")
 
 gemma4, gemma3n.
 """
+
+TEXT_IDS = "ple_input_ids"
+"""Argument of a decoder whose layers look up n-grams of token ids [B, N]: qwen4_exp."""
 
 INDEXES = "indexer_types"
 """Entry of a config with a word per layer: ``shared`` if it sees keys that an earlier one chose.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NotRequired, Self, TypedDict, cast
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache, PreTrainedConfig
+
+from deos_fx.tokens.angles import KeyAngles
 
 __all__ = ["ReducedCache", "SpaceFields", "TokenSpace", "in_rows", "tensors_of"]
 
@@ -58,6 +61,7 @@ class ReducedCache(DynamicCache):
     Attributes:
         rope_deltas: Difference [B, 1] between the position of a new token and its index, for
             models that count positions of images by their grid; else None.
+        angles: The rotary angles of keys, for layers that rotate what they hold in every call.
         turns: Of each turn with images, the number of tokens before it, and the inputs, by name,
             that its images came in.
     """
@@ -68,6 +72,7 @@ class ReducedCache(DynamicCache):
         self.spaces: list[TokenSpace] = []
         self.prompt_length = 0
         self.rope_deltas: Tensor | None = None
+        self.angles = KeyAngles()
         self.turns: list[tuple[int, dict[str, Tensor]]] = []
 
     def record(
@@ -99,6 +104,7 @@ class ReducedCache(DynamicCache):
         twin = copy.copy(self)
         twin.layers = [copy.copy(layer) for layer in self.layers]
         twin.spaces = [copy.copy(space) for space in self.spaces]
+        twin.angles = self.angles.changed(lambda angles: angles)
         return twin
 
     def why_no_images(self, layers: int) -> str:
@@ -110,8 +116,8 @@ class ReducedCache(DynamicCache):
         held = [getattr(layer, "keys", None) is not None for layer in self.layers]
         if self.has_states or len(held) < layers or not all(held):
             return "layers of this model keep a state, or read keys of other layers"
-        if any(getattr(x, "indexer_position_ids", None) is not None for x in self.layers):
-            return "layers of this model choose keys by an index that has positions of its own"
+        if self.angles:
+            return "layers of this model rotate the keys of earlier turns anew"
         return ""
 
     @property
@@ -143,6 +149,8 @@ class ReducedCache(DynamicCache):
             _joined_layer(layers, rows)
             for layers in zip(*(part.layers for part in parts), strict=True)
         ]
+        join = partial(in_rows, rows=rows, axis=1)
+        self.angles = KeyAngles.joined([part.angles for part in parts], join)
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Return the number of tokens seen so far, including dropped ones.
@@ -173,7 +181,7 @@ class ReducedCache(DynamicCache):
         """Forget everything, including which prompt tokens were kept."""
         super().reset()
         self.record(0, [], {})
-        self.rope_deltas = None
+        self.rope_deltas, self.angles = None, KeyAngles()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the latest tokens, as transformers' caches do (assisted decoding rejects some).
@@ -192,6 +200,7 @@ class ReducedCache(DynamicCache):
                 "empty cache."
             )
         super().crop(tokens_to_remove)
+        self.angles = self.angles.changed(lambda x: x[:, :, : -abs(tokens_to_remove)])
 
     def _dropped(self, layer_idx: int) -> int:
         begun = [space for space in self.spaces if space.first_layer <= layer_idx]
@@ -249,6 +258,7 @@ class ReducedCache(DynamicCache):
         """Follow beam search: select rows of the layers and of the spaces."""
         # `prompt_length` is the same for all rows, and `turns` are those of the calls: both stay.
         super().reorder_cache(cast(torch.LongTensor, beam_idx))
+        self.angles = self.angles.of_rows(beam_idx)
         self._rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     # transformers' own two do not know the states of layers.
@@ -312,10 +322,6 @@ def _joined_layer(layers: Sequence[Any], rows: Sequence[int]) -> Any:
         if getattr(joined, name, None) is not None:
             values = [getattr(layer, name) for layer in layers]
             setattr(joined, name, in_rows(values, rows, axis))
-    if getattr(joined, "indexer_position_ids", None) is not None:
-        # [coordinates, B, N]
-        positions = [layer.indexer_position_ids.movedim(1, 0) for layer in layers]
-        joined.indexer_position_ids = in_rows(positions, rows, axis=2).movedim(0, 1)
     # States have no axis of tokens. Axis 1 has the same size in all parts, so nothing is padded.
     for name in ("conv_states", "recurrent_states"):
         states: dict[int, Any] = getattr(joined, name, {})

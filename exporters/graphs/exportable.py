@@ -85,8 +85,12 @@ class Exportable:
             with without_noise(), exact_constants(), quick_rules():
                 program, _ = OnnxExporter().export_program(module, dict(self.inputs), config)
         except Exception as error:
-            # The exporters raise errors of many types; each means that this model is refused.
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            # The exporters raise errors of many types; each means that this model is refused. That
+            # of a conversion was raised from one that names the operator.
+            found: BaseException = error
+            while type(found).__name__ == "ConversionError" and found.__cause__ is not None:
+                found = found.__cause__
+            reason = f"{type(found).__name__}: {found}".partition("\n")[0]
             if type(error).__name__ == _BY_CONTENTS:
                 reason = (
                     "how many tokens a part of the model gets depends on what they are, which "

@@ -105,7 +105,7 @@ def capture(
     graph_module = fx.GraphModule(tracer.attributes(), tracer.graph, f"{type(model).__name__}Graph")
     # All blocks of the model, also those that are not in the graph: a reduction may peek into them.
     modules = {block: model.get_submodule(path) for path, block in blocks.items()}
-    modules |= tracer.handing.layers
+    modules |= tracer.views
     in_front = tracer.in_front is not None
     annotate_graph(graph_module, GraphNote(type(result), modules, in_front=in_front))
     return finish(graph_module)

@@ -76,15 +76,11 @@ class Handing:
     """Lets the layers of a capture hand on values through a node of the graph.
 
     Args:
-        tracer: Records the capture.
-
-    Attributes:
-        layers: The layers that take part, as views of those of the model.
+        tracer: Records the capture; its views of blocks gain those that take part.
     """
 
     def __init__(self, tracer: Any) -> None:
         self.tracer = tracer
-        self.layers: dict[Block, nn.Module] = {}
         self._node: fx.Node | None = None
         # Pairs of a layer that has handed on something and a layer that has read it.
         self._read: set[tuple[Block, Block]] = set()
@@ -126,7 +122,7 @@ class Handing:
             stand_ins.append(None if x is None else Handed(place))
             if x is not None and place == (name, i):
                 values[place] = _noted(x, place, partial(self._note, layer))
-        self.layers[layer] = view = _handing_on(_taking(module, takes), name)
+        self.tracer.views[layer] = view = _handing_on(_taking(module, takes), name)
         return view, tuple(stand_ins)
 
     def reads(self, layer: Block) -> bool:

@@ -11,6 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from deos_fx.errors import CaptureError
+from deos_fx.passes.capture.key_angles import POSITIONS
 from deos_fx.passes.capture.leaves import check_guard
 from deos_fx.passes.notes import annotate
 
@@ -64,6 +65,22 @@ class ValueProxy(fx.Proxy):
             return attribute
         # Case: data, such as a shape.
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Note that the model's code keeps positions of keys; see key_angles.py.
+
+        Raises:
+            CaptureError: If it writes anything else into an object, which would not be recorded.
+        """
+        if name in ("node", "tracer", "value"):
+            super().__setattr__(name, value)
+        elif name == POSITIONS:
+            vars(self.tracer)["keeps_positions"] = True
+        else:
+            raise CaptureError(
+                f"The model's code sets {name} of a {type(self.value).__name__}, which a graph "
+                "cannot follow. Use a model whose code does not."
+            )
 
     def __getitem__(self, key: Any) -> Any:
         tracer: Any = self.tracer

@@ -16,11 +16,12 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import KVSharingDict
 
 from deos_fx.errors import CaptureError
-from deos_fx.models.blocks import Block, indexes_keys
+from deos_fx.models.blocks import Block, indexes_keys, only_keeps_state
 from deos_fx.models.families import ENCODERS
 from deos_fx.models.sharded import gathered, shards
 from deos_fx.passes.capture.handed_on import Handed, Handing, places_of
 from deos_fx.passes.capture.in_front import InFront
+from deos_fx.passes.capture.key_angles import ANGLES, keeping_angles
 from deos_fx.passes.capture.leaves import ImageEncoder, MaskBuilder, first_of
 from deos_fx.passes.capture.proxy import STRUCTURAL_TYPES, ValueProxy
 from deos_fx.passes.notes import annotate
@@ -74,6 +75,8 @@ class Tracer(fx.Tracer):
         # Nodes of the dicts that layers share outside the cache, by id of the model's dict.
         self.shared: dict[int, fx.Node] = {}
         self.handing = Handing(self)
+        # The views of blocks that nodes call in their place.
+        self.views: dict[Block, nn.Module] = {}
         # Replaced functions get modules, and need their paths.
         self.module_paths = {id(module): path for path, module in model.named_modules()}
         # Target of a call_module node -> its module, which need not be one of the model.
@@ -81,6 +84,8 @@ class Tracer(fx.Tracer):
         self.graph = fx.Graph()
         # Masks by kind of layer: node of all of them -> kind -> proxy.
         self.mask_parts: dict[fx.Node, dict[Any, ValueProxy]] = {}
+        # Whether the model's code keeps the positions of all tokens, as layers rotate keys again.
+        self.keeps_positions = False
         # Of a model that puts images in front of its text.
         self.in_front: InFront | None = None
 
@@ -156,6 +161,8 @@ class Tracer(fx.Tracer):
         takes, given = places_of(kwargs), kwargs
         if takes:
             self.leaves[name], given = self.handing.given(module, takes, kwargs)
+        if block is not None and self.keeps_positions and ANGLES in kwargs and indexes_keys(module):
+            self.leaves[name] = self.views[block] = keeping_angles(self.leaves[name], block.index)
         node = self.create_node(
             "call_module", name, self.create_arg(args), self.create_arg(given), name
         )
@@ -181,7 +188,8 @@ class Tracer(fx.Tracer):
         # annotate_token_spaces need not run a block to know the shape of its result.
         keeps_shape = is_block and _alike(self.values[node], args[0])
         indexes = block is not None and (indexes_keys(module) or self.handing.reads(block))
-        annotate(node, block=block, keeps_shape=keeps_shape, indexes=indexes)
+        stateful = block is not None and only_keeps_state(module)
+        annotate(node, block=block, keeps_shape=keeps_shape, indexes=indexes, stateful=stateful)
         output = self.proxy(node) if others is None else (self.proxy(node), *others)
         # Hooks collect hidden states (transformers' output_hidden_states). They must see the
         # proxy: with the value, everything collected would become a constant of the graph. What

@@ -28,7 +28,7 @@ from deos_fx.operator.learned import LEARNED
 from deos_fx.operator.scores import SCORES
 from deos_fx.passes.analyse.check_reduction import check_masks, check_reduction
 from deos_fx.passes.analyse.sites import Sites
-from deos_fx.passes.graph import attends, blocks_of
+from deos_fx.passes.graph import blocks_of
 from deos_fx.passes.lower.lower_reductions import Lowering, Part
 from deos_fx.passes.lower.open_only import open_only
 from deos_fx.passes.lower.steps import Group, Inside, Place, Step
@@ -131,11 +131,12 @@ def _check_layers(graph_module: fx.GraphModule) -> None:
                 "or leaves it: reductions of this model cannot be searched by gradient. Give a "
                 "policy."
             )
-        if attends(layer) and any(note_of(value).padding for value in layer.all_input_nodes):
+        masks = {x.padding for x in map(note_of, layer.all_input_nodes) if x.is_mask}
+        if len(masks) > 1:
             raise ValueError(
-                f"{layer.name} attends and keeps a state as well, which sees a token that is half "
-                "gone as it sees any other: reductions of this model cannot be searched by "
-                "gradient. Give a policy."
+                f"{layer.name} gets a mask of keys and one of padding, for a state, which sees a "
+                "token that is half gone as it sees any other: reductions of this model cannot be "
+                "searched by gradient. Give a policy."
             )
         if counts_positions(graph_module.get_submodule(str(layer.target))):
             raise ValueError(

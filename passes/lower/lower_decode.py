@@ -21,7 +21,7 @@ from transformers.masking_utils import create_causal_mask
 from deos_fx.models.upstream import CACHE
 from deos_fx.passes.analyse.annotate_token_spaces import kind_of_mask, position_tables
 from deos_fx.passes.finish import finish
-from deos_fx.passes.graph import blocks_of
+from deos_fx.passes.graph import attends, blocks_of
 from deos_fx.passes.notes import note_of, note_of_graph
 from deos_fx.passes.observe.observe_block import bias_block
 from deos_fx.policy.policy import Policy
@@ -318,8 +318,10 @@ def _is_of_attention(mask: fx.Node) -> bool:
 
 
 def _layers_that_read(mask: fx.Node) -> list[int]:
-    """Return the indices of the decoder layers that take a mask."""
-    blocks = (note_of(user).block for user in mask.users)
+    """Return the indices of the decoder layers that attend with a mask, or keep a state."""
+    # A layer with a state may be given the mask of all others as well, and not read it.
+    of_padding = note_of(mask).padding
+    blocks = (note_of(user).block for user in mask.users if of_padding or attends(user))
     return [block.index for block in blocks if block is not None and block.stage == "decoder"]
 
 

@@ -236,6 +236,14 @@ def test_an_index_of_keys(eager):
     assert_as_counted(ReducedModel(model, policy), prompts(name))
 
 
+@pytest.mark.parametrize("eager", ["qwen4_exp"], indirect=True)
+def test_streams_that_are_mixed_at_the_end(eager):
+    # By then, there are fewer tokens than before the first layer. They are pools of two.
+    name, model = eager
+    policy = Policy((Reduction("decoder.1", 14, scores={"feature_norm": 1}),))
+    assert_as_counted(ReducedModel(model, policy), prompts(name))
+
+
 @pytest.mark.parametrize("eager", ["lfm2_vl", "qwen3_5", "llava_falcon_h1"], indirect=True)
 def test_prompts_of_all_lengths(eager):
     _, model = eager
@@ -245,7 +253,7 @@ def test_prompts_of_all_lengths(eager):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             decoder(inputs_embeds=torch.zeros(1, length, 64), use_cache=True)
         layers = sum(layer.growth.flops(length) for layer in cost.layers)
-        assert counter.get_total_flops() == layers + cost.around * length
+        assert counter.get_total_flops() == layers + (cost.before + cost.after) * length
 
 
 @pytest.mark.parametrize("eager", ["gemma4", "lfm2_vl"], indirect=True)
@@ -297,11 +305,11 @@ def test_experts_count_as_many_as_are_active():
     with torch.device("meta"):
         model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text))
     decoder = measure_decoder(facts_of(model))
-    (layer, _), around = decoder.layers, decoder.around
+    layer, _ = decoder.layers
     attention = 64 * (4 + 2 + 2) * 16 + 4 * 16 * 64
     assert layer.growth.linear == 2 * (attention + 64 * 8 + 2 * 3 * 64 * 48)
     assert layer.growth.quadratic == 4 * 4 * 16
-    assert around == 0
+    assert decoder.before == decoder.after == 0
 
 
 def test_tokens_per_layer():

@@ -83,6 +83,15 @@ def test_beams_keep_the_images_of_their_prompt(name: str) -> None:
     assert torch.equal(same.generate(**batch, **beams), model.generate(**given, **beams))
 
 
+def test_answers_keep_patches_that_are_tokens_themselves() -> None:
+    # The tower of Inkling takes patches one by one, without a table of sizes.
+    batch, model = prompts("inkling_mm_model", 2), shared("inkling_mm_model")
+    beams = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 3, "do_sample": False}
+    same = ReducedModel(model, Policy((Reduction("decoder.1", 1.0, position="compact"),)))
+    given = {key: value.clone() for key, value in batch.items()}
+    assert torch.equal(same.generate(**batch, **beams), model.generate(**given, **beams))
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
 def test_prompts_of_text_alone_are_answered_as_by_the_model(name: str) -> None:
     model = shared(name)

@@ -55,6 +55,22 @@ def test_models_that_do_not_read_images_and_answer(kind: Any, config: Any) -> No
         facts_of(model)
 
 
+def test_a_decoder_beside_the_one_that_reads() -> None:
+    experts = {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8}
+    config = hf.DiffusionGemmaConfig(text_config=experts, vision_config={"num_hidden_layers": 1})
+    with torch.device("meta"):
+        model = hf.DiffusionGemmaForBlockDiffusion(config)
+    with pytest.raises(CaptureError, match="BlockDiffusion reads images in an enc"):
+        facts_of(model)
+
+
+def test_several_models_in_one() -> None:
+    with torch.device("meta"):
+        model = hf.Qwen2_5OmniForConditionalGeneration(hf.Qwen2_5OmniConfig())
+    with pytest.raises(ValueError, match="is several models, of which one .* Give model.thinker."):
+        facts_of(model)
+
+
 def test_caches_of_another_kind() -> None:
     with torch.device("meta"):
         model = hf.UnlimitedOcrForConditionalGeneration(hf.UnlimitedOcrConfig())

@@ -274,6 +274,11 @@ def counted_where_data_says(hidden: Tensor, ids: Tensor) -> Tensor:
     return hidden + flags[..., None]
 
 
+def noted(hidden: Tensor, ids: Tensor) -> Tensor:
+    hidden.mark = ids  # type: ignore[attr-defined]
+    return hidden
+
+
 NO_MASK = "a part of a tensor that no mask selects"
 
 
@@ -284,6 +289,7 @@ NO_MASK = "a part of a tensor that no mask selects"
         (one_row, NO_MASK),
         (counted_by_data, NO_MASK),
         (counted_where_data_says, NO_MASK),
+        (noted, "sets mark of a Tensor, which a graph cannot follow"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused_and_nothing_stays_replaced(

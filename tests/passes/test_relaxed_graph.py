@@ -179,7 +179,7 @@ def test_families(name: str, regime: str) -> None:
 def test_layers_that_attend_and_keep_a_state_are_refused(name: str, position: str) -> None:
     # Whatever the policy: which positions a model allows (Inkling: compact) is told afterwards.
     policy = Policy(tuple(replace(each, position=position) for each in IN_FAMILIES["prune"]))
-    with pytest.raises(ValueError, match="decoder_0 attends and keeps a state as well"):
+    with pytest.raises(ValueError, match="decoder_0 gets a mask of keys and one of padding"):
         assert_relaxed_is_static(shared(name), policy, prompts(name, 2))
 
 

@@ -36,18 +36,18 @@ GROUPS = {"aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_omni", "exa
     *("llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "pixtral"),
     *("qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe"),
     *("qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "mistral_large4"),
-    *("glm5_next", "glm5_next_shared", "dots3_note", "llama4"),
+    *("glm5_next", "glm5_next_shared", "dots3_note", "llama4", "qwen4_exp"),
 }
 # They read the attention of two blocks of the tower.
 TWO_BLOCKS = {"hiprune", "vscan"}
 UNPLACED = {"llava_next", "llava_onevision", "gemma4", "molmo2", "fuyu", "granite4_vision"} | {
     *("llava_next_video", "chameleon", "deepseek_vl_hybrid", "granite_vision", "gemma4_unified"),
     *("deepseek_ocr2", "inkling_mm_model", "blip-2", "instructblip", "phi4_multimodal"),
-    *("kosmos-2", "kosmos-2.5", "hunyuan_vl", "step3p7", "hy_v4_vl"),
+    *("kosmos-2", "kosmos-2.5", "hunyuan_vl", "step3p7", "hy_v4_vl", "emu3", "gemma3n"),
 }
 # The first layers of the decoder do not attend: more than half of the tokens reach one that does.
 LATE = {"lfm2_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni"} | {
-    *("qwen3_5", "qwen3_5_moe", "glm5_next"),
+    *("qwen3_5", "qwen3_5_moe", "glm5_next", "qwen4_exp"),
 }
 ATTENTION = {"dart", "fastv", "fitprune", "sparsevlm_plus"}
 # Presets that go without the attention of these families' decoder, or places of their tokens.

@@ -83,13 +83,13 @@ def test_rows_of_states_are_repeated_and_selected() -> None:
 
 
 def indexed(held: int, rows: int = 1) -> ReducedCache:
-    """A cache of a layer with an index and its positions, and of one that has nothing else."""
+    """A cache of a layer with an index and its angles, and of one that has nothing else."""
     kinds = ["indexed_attention"] * 2
     cache = ReducedCache(LlamaConfig(num_hidden_layers=2, layer_types=kinds))
     cache.update(*torch.randn(2, rows, 1, held, 4), 0)
     for layer in range(2):
         cache.update_indexer(torch.randn(rows, held, 3), layer)
-    cache.layers[0].indexer_position_ids = torch.arange(3 * rows * held).view(3, rows, held)
+    cache.angles.update(0, tuple(torch.randn(2, rows, held, 6)))
     cache.record(held, [], {})
     return cache
 
@@ -103,11 +103,20 @@ def test_an_index_of_keys_goes_with_them() -> None:
         assert torch.equal(layer.indexer_keys[1, 2:], short.indexer_keys[0])
         assert not layer.indexer_keys[1, :2].any()
         assert torch.equal(layer.indexer_keys[2], long.indexer_keys[1])
-    positions = cache.layers[0].indexer_position_ids
-    assert torch.equal(positions[:, 1, 2:], parts[0].layers[0].indexer_position_ids[:, 0])
+    # Angles of a new token, which all rows have in common, come last.
+    new = tuple(torch.randn(2, 1, 1, 6))
+    of_first, of_second = (part.angles.update(0, new) for part in parts)
+    angles = cache.angles.update(0, new)
+    for short, long, joined in zip(of_first, of_second, angles, strict=True):
+        assert torch.equal(joined[1, 2:], short[0]) and torch.equal(joined[2], long[1])
+    again = cache.copied()
+    cache.crop(-1)
     cache.reorder_cache(torch.tensor([2, 1, 1]))
-    assert torch.equal(cache.layers[0].indexer_position_ids[:, 0], positions[:, 2])
-    assert torch.equal(cache.layers[1].indexer_keys[0], parts[1].layers[1].indexer_keys[1])
+    assert torch.equal(cache.angles.update(0, new)[0][0], angles[0][2])
+    assert torch.equal(again.angles.update(0, new)[1][:, :-1], angles[1])
+    assert torch.equal(cache.layers[1].indexer_keys[0], parts[1].layers[1].indexer_keys[1, :-1])
     assert cache.layers[1].keys is None
     cache.layers.pop()
-    assert "an index that has positions of its own" in cache.why_no_images(1)
+    assert "rotate the keys of earlier turns anew" in cache.why_no_images(1)
+    cache.reset()
+    assert not cache.angles
