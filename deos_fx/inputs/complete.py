@@ -19,6 +19,7 @@ from deos_fx.inputs.turns import same_images
 from deos_fx.models.facts import ModelFacts
 from deos_fx.models.families import IN_FRONT, MARKS, POSITIONS, READ
 from deos_fx.models.shapes_only import ShapesOnly
+from deos_fx.models.states import goes_on
 from deos_fx.models.upstream import CACHE
 from deos_fx.models.views import has_codes, shallow_copy
 from deos_fx.tokens.cache import ReducedCache
@@ -128,6 +129,8 @@ def _turn(call: Call, inputs: dict[str, Any], cache: ReducedCache) -> dict[str, 
     """Return the inputs of a turn with images as those of a prompt of its own."""
     config = call.model.config.get_text_config()
     reason = cache.why_no_images(len(call.facts.blocks.decoder))
+    if not reason and cache.has_states and not goes_on(call.model):
+        reason = "layers of this model forget their state when several tokens come at once"
     if reason:
         raise ValueError(
             f"A later turn brings images, which is not supported here: {reason}. Start again with "

@@ -113,11 +113,11 @@ class ReducedCache(DynamicCache):
         Args:
             layers: Number of decoder layers.
         """
-        held = [getattr(layer, "keys", None) is not None for layer in self.layers]
-        if self.has_states or len(held) < layers or not all(held):
-            return "layers of this model keep a state, or read keys of other layers"
-        if self.angles:
-            return "layers of this model rotate the keys of earlier turns anew"
+        kept = [_kept(layer) for layer in self.layers]
+        if len(kept) < layers or "keys of others" in kept:
+            return "layers of this model hold no keys of their own"
+        if "both" in kept:
+            return "layers of this model keep keys and a state at once"
         return ""
 
     @property
@@ -283,6 +283,15 @@ class ReducedCache(DynamicCache):
                 space.key_bias = change(space.key_bias)
             if space.shift is not None:
                 space.shift = change(space.shift)
+
+
+def _kept(layer: Any) -> str:
+    """Return what a layer of a cache that has been filled keeps, in a word."""
+    keys, state = getattr(layer, "keys", None) is not None, hasattr(layer, "recurrent_states")
+    if keys:
+        return "both" if state else "keys"
+    # Layers that look at each token alone have a layer in the cache without any keys.
+    return "state" if state else "keys of others" if hasattr(layer, "keys") else "nothing"
 
 
 def tensors_of(layer: Any) -> list[Tensor]:

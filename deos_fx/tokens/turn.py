@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ class TurnCache(ReducedCache):
     its own tokens, and the cache has none when it begins. What it sees of earlier turns is added
     where a layer attends: `update` returns their keys and values in front of the new ones,
     `update_indexer` their index of keys, and `widened` makes the mask of the new tokens one of all.
+    Layers that keep a state begin with that of the turns before.
 
     Args:
         config: The text model's config.
@@ -40,6 +42,20 @@ class TurnCache(ReducedCache):
         self.earlier = ReducedCache(config) if earlier is None else earlier
         self.attention_mask = attention_mask
         self.seen = self.earlier.get_seq_length()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Take over what layers go on with: states, and the angles of the keys that they hold."""
+        for i, layer in enumerate(self.earlier.layers):
+            if hasattr(layer, "recurrent_states"):
+                # A layer writes into its state, and the earlier turns stay as they are.
+                self.layers[i] = copy.deepcopy(layer)
+        self.angles = self.earlier.angles.changed(lambda angles: angles)
+
+    def reset(self) -> None:
+        """Forget the turn, and nothing of those before."""
+        super().reset()
+        self._begin()
 
     def part(self, rows: Sequence[int]) -> TurnCache:
         """Return an empty cache for some rows of the batch."""
@@ -181,7 +197,13 @@ def append_turn(cache: ReducedCache, turn: TurnCache) -> None:
         _joined(cache, turn, old, new) for old, new in zip(cache.spaces, turn.spaces, strict=True)
     ]
     layers: list[tuple[Any, Any]] = list(zip(cache.layers, turn.layers, strict=True))
-    for layer, own in layers:
+    cache.angles = turn.angles
+    for i, (layer, own) in enumerate(layers):
+        if hasattr(own, "recurrent_states"):
+            # Case: a state, which has gone on from that of the turns before.
+            cache.layers[i] = own
+        if getattr(own, "keys", None) is None:
+            continue
         layer.update(own.keys, own.values)
         if getattr(own, "indexer_keys", None) is not None:
             layer.update_indexer(own.indexer_keys)

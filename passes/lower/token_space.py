@@ -162,7 +162,7 @@ class TokenSpace:
         def enter_layer(layer: fx.Node) -> None:
             # Without a bias, too: its mask may have that of the space before.
             bias_block(self.emitter.graph_module, layer, key_bias, shortened)
-            if self._continues:
+            if continues(self.emitter.graph_module, layer):
                 layer.update_kwarg("places", origin)
             enter(layer)
 

@@ -36,8 +36,17 @@ def continue_text(graph_module: fx.GraphModule) -> fx.GraphModule:
     wrapped = dict(note.blocks)
     for index, node in blocks_of(graph_module.graph, "decoder").items():
         layer = graph_module.get_submodule(str(node.target))
+        if not attends(node) and CACHE in node.kwargs:
+            # Case: a layer with a state, which goes on from that of the turns before, or one that
+            # looks at each token alone.
+            continue
         named = {"attention_mask", CACHE} <= node.kwargs.keys()
-        if not (named and attends(node)) or counts_positions(layer):
+        mask = node.kwargs.get("attention_mask")
+        # An index may make a mask of keys from one of padding.
+        of_keys = (
+            named and attends(node) and not (isinstance(mask, fx.Node) and note_of(mask).padding)
+        )
+        if not of_keys or counts_positions(layer):
             raise ValueError(
                 f"A later turn brings images, and {type(layer).__name__} does not attend by a mask "
                 "and a cache alone, so it is not known what it would read of earlier turns. Give "

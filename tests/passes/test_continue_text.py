@@ -36,9 +36,15 @@ def test_decoder_layers_are_wrapped_and_the_model_is_left_alone() -> None:
     )
 
 
-def test_layers_with_a_state_are_refused() -> None:
+def test_layers_with_a_state_are_left_as_they_are() -> None:
+    graph_module = continue_text(captured("lfm2_vl").copy().graph_module)
+    layers = blocks_of(graph_module.graph, "decoder")
+    assert [i for i, node in layers.items() if not continues(graph_module, node)] == [0, 1, 3]
+
+
+def test_an_index_that_makes_its_own_mask_is_refused() -> None:
     with pytest.raises(ValueError, match="does not attend by a mask and a cache alone"):
-        continue_text(captured("lfm2_vl").copy().graph_module)
+        continue_text(captured("glm5_next").copy().graph_module)
 
 
 def test_without_earlier_turns_a_turn_is_a_prompt() -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_close
+from closeness import assert_close, roundings_of
 from families import FAMILIES, IMAGE, PAD, TWINS, VOCABULARY, prompts, shared
 from masked import masked_from
 from masked_tower import tower_masked
+from shortened import shortened_from
 from torch import Tensor
 
 from deos_fx.exporters.session_cache import SessionCache
@@ -27,6 +28,7 @@ POLICIES = {
     "attention": Policy((Reduction("projector", 0.5, **NORM), Reduction("decoder.2", 0.5))),
     "next": Policy((Reduction("decoder.0", 0.5, observe="next"),)),
     "tower": Policy((Reduction("vision.0", 0.5, **NORM), Reduction("decoder.2", 0.5, **NORM))),
+    "deep": Policy((Reduction("projector", 0.5, **NORM), Reduction("decoder.2", 0.5, **NORM))),
     "nothing": Policy(),
 }
 # An index chooses 8 of all keys, those of earlier turns among them. Since transformers 5.24.
@@ -241,12 +243,41 @@ def test_images_that_do_not_fit_are_refused() -> None:
     assert torch.equal(alone.sequences, whole.sequences)
 
 
-def test_models_that_cannot_are_refused() -> None:
-    name = "lfm2_vl"
+@pytest.mark.parametrize(("name", "policy"), [("qwen3_5", "deep"), ("qwen4_exp", "projector")])
+def test_layers_with_a_state_go_on_from_that_of_earlier_turns(name: str, policy: str) -> None:
+    """They have no keys to mask: the model's own layers run on what is left of all turns."""
+    reduced, chat = ReducedModel(shared(name), POLICIES[policy]), Chat(name, 1)
+    ours = generate(reduced, chat.whole())
+    for turn in range(3):
+        if turn < 2:
+            chat.show(ours.sequences, turn)
+        else:
+            chat.say(ours.sequences, torch.tensor([[7, 8, 9]]))
+        ours = generate(reduced, chat.whole(), **{CACHE: ours[CACHE]})
+        cache, images = ours[CACHE], media(chat.whole())
+        ids = ours.sequences
+        new = torch.arange(cache.prompt_length, ids.shape[1])
+        kept = {space.first_layer: torch.cat([space.origin[0], new]) for space in cache.spaces}
+        extra = (FAMILIES | TWINS)[name].extra(ids)
+        with shortened_from(shared(name), kept):
+            logits = shared(name)(input_ids=ids, **images, **extra, use_cache=False).logits
+        assert_close(logits_of(ours), logits[:, -STEPS - 1 : -1], roundings_of(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nemotron_h_omni", "hold no keys of their own"),
+        ("llava_falcon_h1", "keep keys and a state at once"),
+        ("llava_jamba", "forget their state when several tokens come at once"),
+        ("glm5_next", "does not attend by a mask and a cache alone"),
+    ],
+)
+def test_models_that_cannot_are_refused(name: str, reason: str) -> None:
     reduced, batch = ReducedModel(shared(name), POLICIES["projector"]), prompts(name)
     cache = reduced(**batch)[CACHE]
     later = batch | {"attention_mask": torch.cat([batch["attention_mask"]] * 2, dim=1)}
-    with pytest.raises(ValueError, match="keep a state, or read keys of other layers"):
+    with pytest.raises(ValueError, match=reason):
         reduced(**later, **{CACHE: cache})
     exported = SessionCache(reduced.config.get_text_config())
     assert "on an empty cache" in exported.why_no_images(1)

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, Qwen3_5TextConfig
 
 from deos_fx.tokens.cache import ReducedCache, TokenSpace, in_rows
+from deos_fx.tokens.turn import TurnCache
 
 
 def reduced(length: int, kept: int, rows: int = 1) -> ReducedCache:
@@ -98,7 +99,7 @@ def test_an_index_of_keys_goes_with_them() -> None:
     parts = [indexed(4), indexed(6, rows=2)]
     cache = ReducedCache(LlamaConfig(num_hidden_layers=2))
     cache.join(parts, [1, 0, 2])
-    assert cache.has_index and "read keys of other layers" in cache.why_no_images(2)
+    assert cache.has_index and "hold no keys of their own" in cache.why_no_images(2)
     for layer, short, long in zip(cache.layers, *(part.layers for part in parts), strict=True):
         assert torch.equal(layer.indexer_keys[1, 2:], short.indexer_keys[0])
         assert not layer.indexer_keys[1, :2].any()
@@ -117,6 +118,22 @@ def test_an_index_of_keys_goes_with_them() -> None:
     assert torch.equal(cache.layers[1].indexer_keys[0], parts[1].layers[1].indexer_keys[1, :-1])
     assert cache.layers[1].keys is None
     cache.layers.pop()
-    assert "rotate the keys of earlier turns anew" in cache.why_no_images(1)
+    assert not cache.why_no_images(1)
     cache.reset()
     assert not cache.angles
+
+
+def test_a_turn_begins_with_the_states_of_earlier_ones_and_leaves_them_alone() -> None:
+    config = LlamaConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    earlier = ReducedCache(config)
+    earlier.update_recurrent_state(torch.ones(1, 2, 3), 0)
+    earlier.update(*torch.randn(2, 1, 1, 5, 4), 1)
+    turn = TurnCache(config, earlier)
+    for _ in range(2):
+        # A turn that is begun again, as where a guard has failed, begins the same.
+        state = turn.layers[0].recurrent_states[0]
+        assert torch.equal(state, torch.ones(1, 2, 3))
+        turn.update_recurrent_state(torch.zeros(1, 2, 3), 0)
+        turn.reset()
+    assert torch.equal(earlier.layers[0].recurrent_states[0], torch.ones(1, 2, 3))
+    assert not turn.get_seq_length() and earlier.get_seq_length() == 5
