@@ -23,7 +23,8 @@ def grid_anchors(grid: Tensor, count: int) -> Tensor:
 
     Window i of n along a side of N covers [i N/n, (i+1) N/n), and its centre is rounded down.
     Where the windows divide the grid, assigning every token to its nearest anchor, ties to the
-    first, then gives exactly the windows of ``avg_pool2d``.
+    first, then gives exactly the windows of ``avg_pool2d``. A count that no division of the grid
+    gives is spread over bands of rows, some of which have one window more than others.
 
     Args:
         grid: Image, row and column of every token, a constant [V, 3] (or [1, V, 3]): the complete
@@ -31,22 +32,22 @@ def grid_anchors(grid: Tensor, count: int) -> Tensor:
         count: Number of anchors over all images together.
 
     Raises:
-        ValueError: If the grid is incomplete or no layout of windows has ``count`` cells.
+        ValueError: If the grid is incomplete, or the anchors do not split evenly over images.
     """
     images, height, width = _complete(grid)
     if count % images:
         raise ValueError(f"{count} anchors do not split evenly over {images} images")
-    down, across = grid_layout(height, width, count // images)
-    rows, columns = _centres(height, down), _centres(width, across)
-    anchors = [(k * height + r) * width + c for k in range(images) for r in rows for c in columns]
+    bands = _bands(height, width, count // images)
+    rows = _centres(height, len(bands))
+    places = [r * width + c for r, n in zip(rows, bands, strict=True) for c in _centres(width, n)]
+    anchors = [k * height * width + place for k in range(images) for place in places]
     return torch.tensor([anchors], device=grid.device)
 
 
 def grid_preference(grid: Tensor, count: int) -> Tensor:
     """Return a constant score [1, V] whose best tokens are grid anchors, to search over the count.
 
-    1. On the anchors of the largest layout with at most ``count`` windows, the score is 1. So it
-       selects exactly what ``grid_anchors`` does if the count has a layout.
+    1. On the anchors, the score is 1. So it selects exactly what ``grid_anchors`` does.
     2. Elsewhere, and on an incomplete grid, it is ``grid_coverage``, which is at most 0.
 
     Args:
@@ -57,11 +58,7 @@ def grid_preference(grid: Tensor, count: int) -> Tensor:
     if not 0 < grid.shape[-2] == images * height * width:
         # Case: the grid is incomplete or empty, so it has no windows.
         return grid_coverage(grid)
-    per_image = max(count // images, 1)
-    # One window always has a layout.
-    while not _layouts(height, width, per_image, float("inf")):
-        per_image -= 1
-    anchors = grid_anchors(grid, per_image * images)
+    anchors = grid_anchors(grid, max(count // images, 1) * images)
     chosen = F.one_hot(anchors, grid.shape[-2]).sum(dim=1)
     return torch.where(chosen > 0, 1.0, grid_coverage(grid))
 
@@ -76,6 +73,20 @@ def _centres(side: int, windows: int) -> list[int]:
     """Return the place of each window's centre along one side, rounded down."""
     # floor((i + 1/2) side / windows - 1/2), in whole numbers.
     return [((2 * i + 1) * side - windows) // (2 * windows) for i in range(windows)]
+
+
+def _bands(height: int, width: int, count: int) -> list[int]:
+    """Return how many windows each band of rows has: equally many where a layout allows that."""
+    layouts = _layouts(height, width, count, float("inf"))
+    if layouts:
+        *_, down, across = min(layouts)
+        return [across] * down
+    # As many bands as make windows the squarest; each has one, and none is narrower than a token.
+    squarest = round((count * height / width) ** 0.5)
+    down = max(min(squarest, height, count), -(-count // width))
+    # Band i ends behind window (i + 1) count / down of all, rounded down.
+    ends = [(i + 1) * count // down for i in range(down)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def grid_layout(
@@ -173,9 +184,13 @@ def interpolation(grid: Tensor, count: int) -> Tensor:
         P [1, K, V], 0 between a token and itself.
     """
     images, height, width = _complete(grid)
-    down, across = grid_layout(height, width, count // images)
-    rows, columns = _samples(height, down), _samples(width, across)
-    weights = torch.einsum("iy,jx->ijyx", rows, columns).reshape(down * across, height * width)
+    bands = _bands(height, width, count // images)
+    rows = _samples(height, len(bands))
+    parts = [
+        torch.einsum("y,jx->jyx", row, _samples(width, across)).flatten(1)
+        for row, across in zip(rows, bands, strict=True)
+    ]
+    weights = torch.cat(parts)
     weights = torch.block_diag(*[weights] * images).to(grid.device)
     kept = grid_anchors(grid, count)
     # W_ii: the weight of the kept token in its own output.

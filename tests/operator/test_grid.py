@@ -50,8 +50,32 @@ def test_grid_anchors_refuse() -> None:
         operator.grid_anchors(grid()[1:], 4)
     with pytest.raises(ValueError, match="9 anchors do not split evenly over 2 images"):
         operator.grid_anchors(grid(6, images=2), 9)
-    with pytest.raises(ValueError, match="7 windows do not fit .* keep one of"):
-        operator.grid_anchors(grid(), 7)
+
+
+def cells(height: int, width: int) -> torch.Tensor:
+    """The grid of one image."""
+    sides = torch.zeros(1, dtype=torch.int64), torch.arange(height), torch.arange(width)
+    return torch.cartesian_prod(*sides)
+
+
+@quick
+@given(st.integers(1, 14), st.integers(1, 14), st.data())
+def test_any_count_is_spread_over_any_grid(height: int, width: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, height * width))
+    places = cells(height, width)
+    (anchors,) = operator.grid_anchors(places, count).tolist()
+    assert anchors == sorted({*anchors}) and len(anchors) == count and anchors[-1] < len(places)
+    # Rows of anchors have equally many, or one more than others.
+    rows = torch.tensor(anchors).div(width, rounding_mode="floor").unique(return_counts=True)[1]
+    assert rows.max() - rows.min() <= 1
+    # What is linear in place is interpolated exactly: at the centres of equal parts of a side.
+    shares = operator.interpolation(places, count)[0]
+    shares = shares.scatter(1, torch.tensor(anchors)[:, None], 1.0)
+    means = (shares / shares.sum(dim=1, keepdim=True)) @ places[:, 1:].float()
+    down = [(i + 0.5) * height / len(rows) - 0.5 for i in range(len(rows))]
+    across = [(j + 0.5) * width / n - 0.5 for n in rows.tolist() for j in range(n)]
+    expected = [torch.tensor(down).repeat_interleave(rows), torch.tensor(across)]
+    assert torch.allclose(means, torch.stack(expected, dim=1), atol=1e-4)
 
 
 def test_grid_preference_ranks_the_anchors_first() -> None:
@@ -59,14 +83,12 @@ def test_grid_preference_ranks_the_anchors_first() -> None:
         anchors = operator.grid_anchors(grid(), count)
         best = operator.top_k(grid_preference(grid(), count), None, count)
         assert torch.equal(operator.in_order(best), anchors)
-    # Of counts that have no layout, the next smaller one that has.
+    # A count that no division of the grid gives.
     preferred = grid_preference(grid(), 7)
     assert preferred.shape == (1, TOKENS)
-    assert (preferred[0] == 1).nonzero()[:, 0].tolist() == operator.grid_anchors(grid(), 6)[
-        0
-    ].tolist()
+    assert torch.equal((preferred[0] == 1).nonzero().mT, operator.grid_anchors(grid(), 7))
     two = grid_preference(grid(6, images=2), 15)
-    assert (two == 1).sum() == 12
+    assert (two == 1).sum() == 14
     assert torch.equal(grid_preference(grid()[1:], 7), SCORES["grid_coverage"].function(grid()[1:]))
 
 
