@@ -327,6 +327,22 @@ def test_images_of_several_sizes() -> None:
         assert_close(each(**batch).logits[0, -len(own) :], own)
 
 
+def test_a_table_as_wide_as_there_are_patches_is_no_mask() -> None:
+    # Four tokens of four patches, and angles of 16 channels.
+    ids = torch.tensor([[5, *[IMAGE] * 4, 6, 7]])
+    pixels = torch.randn(16, 96, generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    batch |= {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+    batch |= {"mm_token_type_ids": (ids == IMAGE).int()}
+    reduced = reduce("qwen2_vl", Reduction("vision.0", 0.5, **NORM))
+    kept = placeholders_kept(batch, reduced)[0]
+    with tower_masked(model_of("qwen2_vl"), 0, in_runs(kept)):
+        (expected,) = encoded("qwen2_vl", batch)
+    (found,) = features_in(encoder_of(reduced, batch))
+    assert kept.sum() == 2
+    assert_close(found[kept], expected[kept])
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "glm4v"])
 def test_frames_of_videos_are_reduced_each(name: str) -> None:
     batch = videos_of(name, [[VIDEOS[name](2), VIDEOS[name](3)]])

@@ -47,6 +47,9 @@ def hidden_first(
     return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
+# What a mask adds to hide a key is far above, and a cosine or a sine far below.
+_LARGE = 1e3
+
 _MASK = "mask"
 _NONE = ""
 
@@ -56,6 +59,8 @@ def axes_of(hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
 
     1. Whole numbers that rise from 0 to the number of tokens are cumulative lengths.
     2. A tensor whose last two axes are both as long as the tokens is a mask of queries and keys.
+       But with three axes at most and small numbers, it is a table (of angles) that happens to be
+       as wide, and its tokens come first.
     3. Any other tensor may have one axis as long as the tokens, after that of the rows; or in front
        of all others, if it is the same for all rows.
 
@@ -86,8 +91,11 @@ def _axis(value: Any, hidden: Tensor) -> int | str | Segments:
             # Case 1.
             return Segments(tuple(borders))
     axes = [axis - value.ndim for axis, size in enumerate(value.shape) if size == length]
+    if axes == [-2, -1] and _is_table(value) and rows == 1:
+        # Case 2: a table.
+        return -2
     if axes == [-2, -1] and value.ndim > 2:
-        # Case 2.
+        # Case 2: a mask.
         return _MASK
     shared = len(axes) == 1 and _is_shared(value, axes[0]) and rows != length
     if len(axes) == 1 and (rows == 1 or shared or _has_rows(value, axes[0], rows)):
@@ -99,6 +107,13 @@ def _axis(value: Any, hidden: Tensor) -> int | str | Segments:
         f"its blocks are given a tensor {list(value.shape)} beside hidden states "
         f"{list(hidden.shape)}, of which it is not known how it goes with single patches"
     )
+
+
+def _is_table(value: Tensor) -> bool:
+    """Return whether a square value of floats is no mask, which adds nothing or large numbers."""
+    if value.ndim > 3 or not value.is_floating_point() or value.is_meta:
+        return False
+    return 0 < float(value.abs().max()) < _LARGE
 
 
 def _has_rows(value: Tensor, axis: int, rows: int) -> bool:
