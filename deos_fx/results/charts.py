@@ -27,9 +27,11 @@ __all__ = [
     "accuracy_chart",
     "annotate",
     "history_chart",
+    "label_beside",
     "new_figure",
     "paint",
     "policy_chart",
+    "spread",
     "to_svg",
 ]
 
@@ -103,14 +105,15 @@ def accuracy_chart(
     axes.set(xlim=(0, visual_tokens * 1.06), ylim=(max(0.0, low - 0.08) * 100, 102))
     # Methods with few tokens lie close together: their labels are spread and tied by lines.
     cluster = [method for method in shown if method.cost.visual_tokens < 0.6 * visual_tokens]
-    heights = _spread(
+    heights = spread(
         [100 * m.accuracy["overall"] for m in cluster], *axes.get_ylim(), LINE / (height - 0.7)
     )
     for method in shown:
         _draw_point(axes, method)
     for method, height in zip(cluster, heights, strict=True):
-        text = _named(method, questions)
-        _label_point(axes, method, text, height, limit + 0.13 * visual_tokens)
+        point = (method.cost.visual_tokens, 100 * method.accuracy["overall"])
+        place = (limit + 0.13 * visual_tokens, height)
+        label_beside(axes, _named(method, questions), point, place, bold=method.is_searched)
     for method in shown:
         if method not in cluster:
             point = (method.cost.visual_tokens, 100 * method.accuracy["overall"])
@@ -193,15 +196,22 @@ def _draw_point(axes: Axes, method: Method) -> None:
     axes.scatter(x, y, s=size, marker=marker, zorder=3, **style)
 
 
-def _label_point(axes: Axes, method: Method, text: str, height: float, x: float) -> None:
+def label_beside(
+    axes: Axes,
+    text: str,
+    point: tuple[float, float],
+    place: tuple[float, float],
+    *,
+    bold: bool = False,
+) -> None:
     """Write the label of a point at a free place and tie it to the point by a line."""
     axes.annotate(
         text,
-        (method.cost.visual_tokens, 100 * method.accuracy["overall"]),
-        (x, height),
+        point,
+        place,
         va="center",
         color=paint("ink"),
-        weight="bold" if method.is_searched else "normal",
+        weight="bold" if bold else "normal",
         arrowprops={
             "arrowstyle": "-",
             "color": paint("soft"),
@@ -259,7 +269,7 @@ def _wilson(fraction: float, count: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def _spread(values: Sequence[float], low: float, high: float, gap: float) -> list[float]:
+def spread(values: Sequence[float], low: float, high: float, gap: float) -> list[float]:
     """Return heights near descending `values`, at least the share `gap` of the range apart."""
     step = gap * (high - low)
     heights: list[float] = []

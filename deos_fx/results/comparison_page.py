@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from deos_fx.results.charts import LINE, annotate, new_figure, paint, to_svg
+from deos_fx.results.charts import LINE, label_beside, new_figure, paint, spread, to_svg
 from deos_fx.results.compared import Compared, Difference, Row, kept_at, options_in_words
 from deos_fx.results.page import Section, build_page, details, table, tiles
 from deos_fx.results.search_result import command, percentage
@@ -14,8 +14,6 @@ from deos_fx.words import counted
 
 __all__ = ["comparison_charts", "comparison_page"]
 
-# Methods whose names stand in the chart of costs, the most accurate: more would lie on each other.
-_NAMED = 3
 # Group of a method -> its colour.
 _PAINTS = {"unreduced": "ink", "policy": "accent", "preset": "pool", "input": "mixed"}
 
@@ -57,8 +55,10 @@ def _accuracy_chart(result: Compared) -> str:
 
 def _cost_chart(result: Compared) -> str:
     """Draw right answers against the measured time of a prefill."""
-    rows = result.measured
-    figure, axes = new_figure(8.6, 4.3)
+    rows = sorted(result.measured, key=lambda row: (-result.accuracy(row).mean, row.milliseconds))
+    # Inches: every name needs a line of its own.
+    height = max(4.3, 0.8 + LINE * len(rows))
+    figure, axes = new_figure(8.6, height)
     for row in rows:
         at = (row.milliseconds, 100 * result.accuracy(row).mean)
         style: dict[str, Any] = {
@@ -68,15 +68,19 @@ def _cost_chart(result: Compared) -> str:
         }
         size, marker = (190, "*") if row.group == "policy" else (52, "o")
         axes.scatter(*at, s=size, marker=marker, zorder=3, **style)
-        if row in rows[:_NAMED] or row.group in ("policy", "input"):
-            annotate(axes, row.name, at, (7, 4))
-    # Room for the name of the slowest.
-    axes.set_xlim(0, 1.18 * max(row.milliseconds for row in rows))
     axes.set_xlabel("milliseconds of a prefill")
     low, high = _shares_around(axes.get_ylim())
     axes.set_ylim(low, high)
     axes.set_yticks([at for at in axes.get_yticks() if max(0, low) <= at <= min(100, high)])
     axes.set_ylabel("right answers, %")
+    # Many methods are as right and as fast as others: their names are spread, right of the slowest.
+    slowest = max(row.milliseconds for row in rows)
+    axes.set_xlim(0, 1.45 * slowest)
+    shares = [100 * result.accuracy(row).mean for row in rows]
+    places = spread(shares, low, high, LINE / (height - 0.7))
+    for row, share, at_height in zip(rows, shares, places, strict=True):
+        point, place = (row.milliseconds, share), (1.1 * slowest, at_height)
+        label_beside(axes, row.name, point, place, bold=row.group == "policy")
     return to_svg(figure, "cost", "Right answers of every method against the time of a prefill")
 
 
