@@ -34,9 +34,10 @@ def goes_on(model: PreTrainedModel) -> bool:
         words = torch.arange(1, 7, device=execution_device(model))[None]
         cache = DynamicCache(config=model.config.get_text_config())
         with torch.no_grad():
-            whole = decoder(input_ids=words, use_cache=False).last_hidden_state[:, 3:].float()
+            # The first of the outputs is the hidden states, or the logits where the head is inside.
+            whole = decoder(input_ids=words, use_cache=False)[0][:, 3:].float()
             for part in words.split(3, dim=1):
-                output = decoder(input_ids=part, use_cache=True, **{CACHE: cache})
-        difference = (output.last_hidden_state.float() - whole).norm() / whole.norm()
+                output = decoder(input_ids=part, use_cache=True, **{CACHE: cache})[0]
+        difference = (output.float() - whole).norm() / whole.norm()
         known = _KNOWN[model] = bool(difference < _DIFFERENT)
     return known
