@@ -216,7 +216,10 @@ def test_policy_for_another_model():
         (Reduction("vision.2", 8), "not used by the language model. Use another site"),
         (Reduction("decoder.1", 8, scores={"cls_attention": 1}), "decoder.1 has no score"),
         (Reduction("projector", 8, scores={"text_attention": 1}), "it has .*cls_attention"),
-        (Reduction("projector", 59, selector="grid"), r"59 windows do not fit .* keep one of \["),
+        (
+            Reduction("projector", 59, selector="windows", options={"windows": 59}),
+            r"59 windows do not fit .* keep one of \[",
+        ),
     ],
     ids=lambda value: value.site if isinstance(value, Reduction) else "",
 )

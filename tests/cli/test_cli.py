@@ -246,7 +246,10 @@ def test_nothing_is_overwritten_without_force(model_dir, tmp_path):
         (Reduction("decoder.5", 8), "no decoder layer comes after it"),
         (Reduction("vision.2", 8), "not used by the language model"),
         (Reduction("projector", 8, scores={"last_text_attention": 1.0}), "has no score"),
-        (Reduction("projector", 11, selector="grid"), "11 windows do not fit"),
+        (
+            Reduction("projector", 11, selector="windows", options={"windows": 11}),
+            "11 windows do not fit",
+        ),
         (Reduction("decoder.0", 8, observe="decoder.3"), "cannot observe"),
     ],
 )

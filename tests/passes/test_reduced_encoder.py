@@ -167,7 +167,7 @@ def test_cumulative_lengths_count_what_is_left() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [torch.randn(3, 3), torch.randn(5, 5), [torch.Size((1,)), object()]]
+    "given", [torch.randn(3, 3), torch.randn(5, 3, 5), [torch.Size((1,)), object()]]
 )
 def test_unknown_arguments_are_refused(given: Any) -> None:
     with pytest.raises(NoGroups, match="its blocks are given a"):
