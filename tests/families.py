@@ -421,6 +421,8 @@ ONLY_NEWER = more_families5.TWINS | more_families6.ONLY_NEWER | more_families7.O
 """Families that transformers 5.23 does not have."""
 OF_TIMM = more_families7.OF_TIMM
 """Families that are complete only where timm is installed."""
+STOOD_IN = set() if more_families7.HAS_TIMM else OF_TIMM.keys() & TWINS.keys()
+"""Those whose tower something else stands in for here."""
 if NEWER:
     TWINS |= ONLY_NEWER
     # transformers 5.24.0 fails in the forward of Llama 4 itself, with images and without.

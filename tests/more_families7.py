@@ -222,6 +222,7 @@ def _fast() -> Any:
     )
 
 
+HAS_TIMM = find_spec("timm") is not None
 OF_TIMM: dict[str, Family] = {
     "gemma3n": Family(lambda: _gemma3n(_mobile(), 256), _plain(256), [IMAGE] * 256),
     "perception_lm": Family(
@@ -235,7 +236,7 @@ TWINS: dict[str, Family] = {
     # 8 x 8 entries, and an end of each row.
     "emu3": Family(_emu3, _sized(3, 64, 64, height=64, width=64), [IMAGE] * (8 * 9)),
     "gemma3n": Family(lambda: _gemma3n(_stand_in(), 64), _plain(32)),
-    **(OF_TIMM if find_spec("timm") else {}),
+    **(OF_TIMM if HAS_TIMM else {}),
 }
 ONLY_NEWER: dict[str, Family] = {
     "apertus1p5": Family(_apertus, _sized(3, 32, 32, height=32, width=32)),

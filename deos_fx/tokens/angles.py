@@ -23,9 +23,9 @@ class KeyAngles:
     def __init__(self, by_layer: Mapping[int, Tensor] | None = None) -> None:
         self._by_layer = dict(by_layer or {})
 
-    def __bool__(self) -> bool:
-        """Return whether any layer needs its angles."""
-        return bool(self._by_layer)
+    def copied(self) -> Self:
+        """Return a copy that can be added to, while these stay as they are."""
+        return type(self)(self._by_layer)
 
     def update(self, layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Add the angles of new tokens, and return those of all that a layer holds.

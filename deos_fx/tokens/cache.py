@@ -104,7 +104,7 @@ class ReducedCache(DynamicCache):
         twin = copy.copy(self)
         twin.layers = [copy.copy(layer) for layer in self.layers]
         twin.spaces = [copy.copy(space) for space in self.spaces]
-        twin.angles = self.angles.changed(lambda angles: angles)
+        twin.angles = self.angles.copied()
         return twin
 
     def why_no_images(self, layers: int) -> str:

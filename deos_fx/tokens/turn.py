@@ -50,7 +50,7 @@ class TurnCache(ReducedCache):
             if hasattr(layer, "recurrent_states"):
                 # A layer writes into its state, and the earlier turns stay as they are.
                 self.layers[i] = copy.deepcopy(layer)
-        self.angles = self.earlier.angles.changed(lambda angles: angles)
+        self.angles = self.earlier.angles.copied()
 
     def reset(self) -> None:
         """Forget the turn, and nothing of those before."""

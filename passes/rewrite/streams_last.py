@@ -32,27 +32,30 @@ def streams_last(graph_module: fx.GraphModule) -> fx.GraphModule:
     Returns:
         The same graph module.
     """
-    layers = blocks_of(graph_module.graph, "decoder")
-    found = {index: node for index, node in layers.items() if note_of(node).axes == _TOKENS}
-    note = note_of_graph(graph_module)
-    blocks = dict(note.blocks)
-    for node in found.values():
+    graph, note = graph_module.graph, note_of_graph(graph_module)
+    layers = blocks_of(graph, "decoder").values()
+    # In the order of the graph.
+    found = {node: None for node in layers if note_of(node).axes == _TOKENS}
+    if not found:
+        return graph_module
+    for node in found:
         given: Any = node.args[0]
-        if given not in found.values():
-            with graph_module.graph.inserting_before(node):
-                node.replace_input_with(given, _moved(graph_module.graph, given, 0, _TOKENS))
-        others = [user for user in node.users if user not in found.values()]
-        with graph_module.graph.inserting_after(node):
-            back = _moved(graph_module.graph, node, _TOKENS, 0)
+        if given not in found:
+            with graph.inserting_before(node):
+                node.replace_input_with(given, _moved(graph, given, 0, _TOKENS))
+        others = [user for user in node.users if user not in found]
+        with graph.inserting_after(node):
+            back = _moved(graph, node, _TOKENS, 0)
         for user in others:
             user.replace_input_with(node, back)
         layer = _of_streams_last(graph_module.get_submodule(str(node.target)))
         graph_module.set_submodule(str(node.target), layer)
         annotate(node, axes=1, shape=_shape(note_of(node).shape, 0, _TOKENS))
-    for block, layer in note.blocks.items():
-        if found and block.stage == "decoder":
-            # A peek into a layer finds it by its block.
-            blocks[block] = _of_streams_last(layer)
+    # A peek into a layer finds it by its block.
+    blocks = {
+        block: _of_streams_last(layer) if block.stage == "decoder" else layer
+        for block, layer in note.blocks.items()
+    }
     annotate_graph(graph_module, replace(note, blocks=blocks))
     return finish(graph_module)
 
