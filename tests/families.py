@@ -311,6 +311,9 @@ def _family(name: str) -> Family:
     return (FAMILIES | TWINS)[name]
 
 
+_PER_LAYER = ("layer_types", "mlp_layer_types", "intermediate_size", "activation_sparsity_pattern")
+
+
 @functools.cache
 def shared(name: str, layers: int | None = None) -> Any:
     """One model of a family, possibly with fewer decoder layers, for all tests that leave it as it
@@ -319,10 +322,10 @@ def shared(name: str, layers: int | None = None) -> Any:
     if layers is not None:
         text = config.get_text_config()
         text.num_hidden_layers = layers
-        for types in ("layer_types", "mlp_layer_types"):
-            # Some configs compute them, and some have none.
-            with contextlib.suppress(AttributeError):
-                setattr(text, types, getattr(text, types)[:layers])
+        for per_layer in _PER_LAYER:
+            # Some configs compute them, some have none, and some have one number for all layers.
+            with contextlib.suppress(AttributeError, TypeError):
+                setattr(text, per_layer, getattr(text, per_layer)[:layers])
     return built(config)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
+from deos_fx.exporters.graphs.decompose import quick_decompositions
 from deos_fx.exporters.graphs.exact import exact_constants
 from deos_fx.exporters.graphs.quick import quick_rules
 from deos_fx.models.facts import ModelFacts
@@ -82,7 +83,7 @@ class Exportable:
         # The exporter takes any module; only its annotation asks for a whole model.
         module: Any = self.module
         try:
-            with without_noise(), exact_constants(), quick_rules():
+            with without_noise(), exact_constants(), quick_rules(), quick_decompositions():
                 program, _ = OnnxExporter().export_program(module, dict(self.inputs), config)
         except Exception as error:
             # The exporters raise errors of many types; each means that this model is refused. That

@@ -20,22 +20,23 @@ __all__ = ["quick_rules"]
 @contextmanager
 def quick_rules() -> Iterator[None]:
     """Let rules look at the operator of a node first while inside; they match what they did."""
-    from onnxscript.rewriter._matcher import SimplePatternMatcher
+    from onnxscript.rewriter import RewriteRule
 
     # Threads that optimise other graphs get the same matches, only sooner.
-    with replaced([(SimplePatternMatcher, "match", _quick)]):
+    with replaced([(RewriteRule, "try_rewrite", _quick)]):
         yield
 
 
-def _quick(match: Callable[..., Any]) -> Callable[..., Any]:
-    from onnxscript.rewriter import MatchResult
+def _quick(try_rewrite: Callable[..., Any]) -> Callable[..., Any]:
+    from onnxscript.rewriter._matcher import SimplePatternMatcher
 
-    @functools.wraps(match)
-    def quick(matcher: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+    @functools.wraps(try_rewrite)
+    def quick(rule: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
         # The node is the first output of the pattern; None stands for any operator.
-        wanted = matcher.pattern.output_nodes[0].op_identifier()
-        if wanted is not None and wanted[:2] != (node.domain, node.op_type):
-            return MatchResult().fail(f"{node.op_type} is not {wanted[1]}", node)
-        return match(matcher, model, graph, node, **options)
+        wanted = rule._target_pattern.output_nodes[0].op_identifier()
+        differs = wanted is not None and wanted[:2] != (node.domain, node.op_type)
+        if differs and type(rule._matcher) is SimplePatternMatcher:
+            return None
+        return try_rewrite(rule, model, graph, node, **options)
 
     return quick

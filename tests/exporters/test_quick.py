@@ -8,8 +8,7 @@ from typing import Any
 
 import onnx_ir
 import pytest
-from onnxscript.rewriter import pattern
-from onnxscript.rewriter._matcher import SimplePatternMatcher
+from onnxscript.rewriter import RewriteRule, pattern
 
 from deos_fx.exporters.graphs.quick import quick_rules
 
@@ -61,7 +60,7 @@ def test_rules_match_what_they_did(name: str) -> None:
 
 
 def test_rules_are_put_back() -> None:
-    own = SimplePatternMatcher.match
+    own = RewriteRule.try_rewrite
     with quick_rules():
-        assert SimplePatternMatcher.match is not own
-    assert SimplePatternMatcher.match is own
+        assert RewriteRule.try_rewrite is not own
+    assert RewriteRule.try_rewrite is own

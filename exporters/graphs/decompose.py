@@ -1,0 +1,192 @@
+"""Decompose exported programs node by node where torch.onnx would trace them once more.
+
+Before it translates a program, torch.onnx (2.11 to 2.13) traces all of it a second time, so that
+operators without an ONNX form fall apart into others. Most of ours have one: to trace each of the
+others alone takes a tenth of the time, which was a third of an export. An operator that torch does
+not take apart, and ONNX does not have, can be computed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from deos_fx.replaced import replaced
+
+__all__ = ["quick_decompositions"]
+
+_aten: Any = torch.ops.aten
+
+# They have an ONNX form that only passes on what it is given, or none in some dtypes.
+_NOTHING = (_aten.detach.default, _aten.lift_fresh_copy.default)
+
+
+@contextlib.contextmanager
+def quick_decompositions() -> Iterator[None]:
+    """Let torch.onnx decompose node by node while inside, where the result is the same."""
+    from torch.onnx._internal.exporter import _decomp, _fx_passes
+
+    # Other threads that export get the same graphs, only sooner.
+    quick = (_fx_passes, "decompose_with_registry", _quick)
+    with replaced([quick, (_decomp, "create_onnx_friendly_decomposition_table", _larger)]):
+        yield
+
+
+def _larger(table: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
+    return lambda known: table(known) | _WITHOUT_FORM
+
+
+def _quick(decompose: Callable[..., ExportedProgram]) -> Callable[..., ExportedProgram]:
+    from torch.onnx._internal.exporter import _decomp
+
+    @functools.wraps(decompose)
+    def quick(exported_program: ExportedProgram, registry: Any) -> ExportedProgram:
+        known = set(_decomp.get_onnx_implemented_overloads(registry))
+        table = _decomp.create_onnx_friendly_decomposition_table(known)
+        nodes = list(exported_program.graph.nodes)
+        if not all(map(_is_pure, nodes)):
+            return decompose(exported_program, registry)
+        parts = {node: _parts(node, table) for node in nodes if _falls_apart(node, known)}
+        if any(part.find_nodes(op="get_attr") for part in parts.values()):
+            # Case: new constants, which would have to become the program's.
+            return decompose(exported_program, registry)
+        _replace(exported_program, parts)
+        return exported_program
+
+    return quick
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Return whether a node only computes what it returns, without branches or loops."""
+    if isinstance(node.target, OpOverload):
+        # Sizes that contents decide are numbered where they come from.
+        return not node.target._schema.is_mutable and "unbacked_bindings" not in node.meta
+    return node.op != "get_attr" and not isinstance(node.target, torch._ops.OperatorBase)
+
+
+def _falls_apart(node: fx.Node, known: Collection[Any]) -> bool:
+    """Return whether a node's operator is made of others.
+
+    Args:
+        node: A node of an exported program.
+        known: Operators with an ONNX form.
+    """
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return False
+    # torch.export never keeps operators that are made of others and return a view; those of them
+    # that have an ONNX form have one that nobody uses.
+    views = any(returned.alias_info is not None for returned in target._schema.returns)
+    implicit = torch._C.DispatchKey.CompositeImplicitAutograd
+    composed = views and target.has_kernel_for_dispatch_key(implicit)
+    return target not in known or composed or target in _NOTHING
+
+
+def _parts(node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> fx.Graph:
+    """Trace one node.
+
+    Args:
+        node: The node.
+        table: What operators fall apart into.
+
+    Returns:
+        A graph whose placeholders are ``node.all_input_nodes``.
+    """
+
+    def run(*values: Any) -> Any:
+        at = dict(zip(node.all_input_nodes, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), at.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    values = [_value(each) for each in (*node.all_input_nodes, node)]
+    # What is made of no tensor is to be as fake as the others.
+    with detect_fake_mode(values) or contextlib.nullcontext():
+        return make_fx(run, decomposition_table=dict(table))(*values[:-1]).graph
+
+
+def _value(node: fx.Node) -> Any:
+    """Return what a node computed while it was traced."""
+    # Case: transformers put it in the place of another one, without a value.
+    detached = node.target is _aten.detach.default
+    return _value(node.all_input_nodes[0]) if detached else node.meta["val"]
+
+
+def _replace(program: ExportedProgram, parts: Mapping[fx.Node, fx.Graph]) -> None:
+    """Put graphs in the place of nodes."""
+    graph = program.graph
+    with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
+        for node, part in parts.items():
+            given = node.all_input_nodes
+            with graph.inserting_before(node):
+                copied = dict(zip(part.find_nodes(op="placeholder"), given, strict=True))
+                new: Any = given[0] if _is_nothing(node) else graph.graph_copy(part, copied)
+                if new in given and any(user.op == "output" for user in node.users):
+                    # Case: the program returns it, and what it returns has to be of its own.
+                    new = graph.call_function(_aten.clone.default, (new,))
+                    new.meta = dict(node.meta)
+            if not isinstance(new, fx.Node):
+                # Case: several results, of which each user takes one.
+                for user in list(node.users):
+                    user.replace_all_uses_with(new[user.args[1]])
+                    graph.erase_node(user)
+            else:
+                node.replace_all_uses_with(new)
+            graph.erase_node(node)
+    graph.lint()
+    program.graph_module.recompile()
+
+
+def _is_nothing(node: fx.Node) -> bool:
+    """Return whether a node gives a tensor the shape that it has."""
+    if node.target is not _aten.reshape.default:
+        return False
+    sizes, before = (_value(each).shape for each in (node, node.all_input_nodes[0]))
+    return len(sizes) == len(before) and all(
+        statically_known_true(new == old) for new, old in zip(sizes, before, strict=True)
+    )
+
+
+# *** operators that neither torch takes apart nor ONNX has ***
+
+
+def _erfinv(x: Tensor) -> Tensor:
+    """Compute the inverse of the error function, to about 1e-7 of its value.
+
+    Source: M. Giles, Approximating the erfinv function, GPU Computing Gems Jade Edition, 2011,
+    table 5 (single precision).
+    """
+    given = x.float()
+    far = -torch.log((1 - given) * (1 + given))
+    middle = _polynomial(far - 2.5, _MIDDLE)
+    ends = _polynomial(torch.sqrt(far) - 3, _ENDS)
+    return (torch.where(far < 5, middle, ends) * given).to(x.dtype)
+
+
+def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Evaluate a polynomial by Horner's rule; the highest power comes first."""
+    value = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + coefficient
+    return value
+
+
+_MIDDLE = (
+    *(2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087),
+    *(-0.00125372503, -0.00417768164, 0.246640727, 1.50140941),
+)
+_ENDS = (
+    *(-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773),
+    *(-0.0076224613, 0.00943887047, 1.00167406, 2.83297682),
+)
+
+_WITHOUT_FORM = {_aten.erfinv.default: _erfinv}
