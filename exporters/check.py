@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from deos_fx.exporters.graphs.example import Example, pixels_of, word_of
+from deos_fx.inputs.batch import from_first_patch
 from deos_fx.models.facts import facts_of
+from deos_fx.models.families import PATCH_NUMBERS
 from deos_fx.models.upstream import CACHE
 from deos_fx.runtime.reduced_model import ReducedModel
 from deos_fx.words import counted
@@ -146,6 +148,8 @@ def _rows(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Split a batch into its prompts. Alone, none can have anything of another."""
     rows = len(batch["input_ids"])
     parts = {name: value.chunk(rows) for name, value in batch.items()}
+    for name in PATCH_NUMBERS & parts.keys():
+        parts[name] = tuple(map(from_first_patch, parts[name]))
     return [{name: part[i] for name, part in parts.items()} for i in range(rows)]
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from deos_fx.exporters.manifest import AGAIN
 from deos_fx.exporters.session import as_tensor
+from deos_fx.inputs.batch import from_first_patch
 from deos_fx.inputs.packed import packed_by
+from deos_fx.models.families import PATCH_NUMBERS
 from deos_fx.tokens.positions import last_token
 from deos_fx.words import counted
 
@@ -69,8 +71,11 @@ class ExportedPrompts:
                 )
         # Inputs with the sizes of images are constants of the graphs.
         for name in self._constants.keys() & set(manifest["inputs"]):
-            expected = torch.cat([self._constants[name]] * len(ids))
-            if not torch.equal(inputs[name], expected.to(inputs[name].dtype)):
+            expected, given = torch.cat([self._constants[name]] * len(ids)), inputs[name]
+            if name in PATCH_NUMBERS and len(given) == len(expected):
+                # Case: numbers that go on through the prompts.
+                given = torch.cat([*map(from_first_patch, given.chunk(len(ids)))])
+            if not torch.equal(given, expected.to(given.dtype)):
                 raise ValueError(
                     f"{name} is {_shown(inputs[name])}, but this model was exported for images "
                     f"with {_shown(self._constants[name])} in every prompt. {AGAIN}"

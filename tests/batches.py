@@ -11,6 +11,8 @@ from families import BREAK, END, FAMILIES, IMAGE, PAD, START, TWINS, VIDEO, shar
 from tiny import shared_llava
 from torch import Tensor
 
+from deos_fx.models.families import PATCH_NUMBERS
+
 Image = tuple[list[int], dict[str, Tensor]]
 """Placeholders of one image, and its inputs with a leading axis of images."""
 
@@ -90,6 +92,11 @@ def batch_of(name: str, prompts: Sequence[Sequence[Image]]) -> dict[str, Tensor]
         key: torch.cat(values, dim=-1 if key == "pixel_values" and "target_sizes" in media else 0)
         for key, values in media.items()
     }
+    for key in PATCH_NUMBERS & media.keys():
+        # As a processor counts them: through the whole batch, each image or video from 0 on.
+        counts = [int(values.max()) + 1 for values in media[key]]
+        before = itertools.accumulate(counts[:-1], initial=0)
+        joined[key] = torch.cat([values + n for values, n in zip(media[key], before, strict=True)])
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), **joined, **extra}
 
 

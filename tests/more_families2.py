@@ -59,8 +59,9 @@ def _tiles(batch: int) -> dict[str, Tensor]:
 
 
 def _molmo_patches(batch: int) -> dict[str, Tensor]:
-    # Two neighbouring patches of 4 x 4 pixels make a token. Patches are counted through the batch,
-    # so that a row can be taken out where all have the same image.
+    # Two neighbouring patches of 4 x 4 pixels make a token. A processor counts patches through the
+    # batch; here all have the numbers, and the image, of the first prompt, so that a test can take
+    # a row out as it is.
     return {
         "pixel_values": _noise(1, 64, 48).repeat(batch, 1, 1),
         "image_token_pooling": torch.arange(64).reshape(-1, 2).repeat(batch, 1),

@@ -20,7 +20,7 @@ from deos_fx.inputs.call import Call, batch_axis
 from deos_fx.inputs.items import Kind, beside, given_kinds, table_of_sizes
 from deos_fx.inputs.media import placeholders
 from deos_fx.inputs.packed import refuse_lengths
-from deos_fx.models.families import PATCH_NUMBERS
+from deos_fx.models.families import PATCH_NUMBERS, PIXELS
 from deos_fx.models.upstream import CACHE
 from deos_fx.tokens.cache import TokenSpace, in_rows
 from deos_fx.tokens.layout import PromptLayout
@@ -174,10 +174,11 @@ def _media_of(
         tokens = [size for one in prompts if one.layout for size in one.layout.sizes]
         for name, value in values.items():
             if name in PATCH_NUMBERS:
-                raise Undivided(
-                    f"{name} counts the patches of a whole batch, which cannot be divided. Pass "
-                    "prompts with different images one by one."
-                )
+                # Case: numbers of patches, counted through the whole batch.
+                pixels = next(values[pixels] for pixels in PIXELS if pixels in values)
+                alike = (spans, total, table, frames, tokens, len(prompts))
+                taken[name] = _renumbered(name, value, pixels, *alike)
+                continue
             if (strip := _strip(value, table)) is not None:
                 # Case: the patches of all images side by side.
                 taken[name] = torch.cat([strip[i] for _, a, b in spans for i in range(a, b)], -1)
@@ -187,6 +188,38 @@ def _media_of(
                     value[units] if isinstance(value, Tensor) else [value[unit] for unit in units]
                 )
     return taken
+
+
+def from_first_patch(numbers: Tensor) -> Tensor:
+    """Count the patches of some images from the first of them on.
+
+    Args:
+        numbers: Numbers of patches [tokens, patches of a token], counted through a whole batch; -1
+            stands for none. Each patch is part of a token, so the least is that of the first one.
+    """
+    given = numbers >= 0
+    return torch.where(given, numbers - numbers[given].min(), numbers) if given.any() else numbers
+
+
+def _renumbered(
+    name: str, value: Any, pixels: Any, spans: Sequence[tuple[int, int, int]], *counts: Any
+) -> Tensor:
+    """Count patches through the images that are taken; -1 stands for none.
+
+    Args:
+        name: Name of the input.
+        value: The numbers of the patches that make each token of the batch.
+        pixels: Patches of the batch [tiles, patches, ...], or one after the other.
+        spans: As for `_units`.
+        counts: The other arguments of `_units`.
+    """
+    parts, before = [], 0
+    for span in spans:
+        own = from_first_patch(value[_units(name, value, [span], *counts)])
+        parts.append(torch.where(own < 0, own, own + before))
+        tiles = _units(name, pixels, [span], *counts)
+        before += pixels[tiles].shape[:2].numel()
+    return torch.cat(parts)
 
 
 def _strip(value: Tensor | list[Any], table: Tensor | None) -> Sequence[Tensor] | None:

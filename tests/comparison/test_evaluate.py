@@ -82,7 +82,7 @@ def test_a_batch_that_cannot_be_divided_is_answered_one_by_one(
     def generate(**inputs: Any) -> Any:
         sizes.append(len(inputs["input_ids"]))
         if sizes[-1] > 1:
-            raise Undivided("some input counts the patches of a whole batch")
+            raise Undivided("some input fits no count of images")
         return model.generate(**inputs)
 
     how = {"batch_size": 2, "max_new_tokens": 4}

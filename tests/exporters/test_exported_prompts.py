@@ -66,6 +66,18 @@ def test_prompts_like_those_of_the_export_pass() -> None:
         exported().check(prompts(input_ids=given, attention_mask=mask))
 
 
+def test_patches_may_be_counted_through_the_prompts() -> None:
+    # Two patches make a token; of the last one, only one is there.
+    numbers = ids([0, 1], [2, -1])
+    read = ["input_ids", "pixel_values"]
+    manifest = MANIFEST | {"inputs": [*MANIFEST["inputs"], "image_token_pooling"]}
+    of_numbers = ExportedPrompts(manifest, {"image_token_pooling": numbers}, read)
+    of_numbers.check(prompts(image_token_pooling=ids([0, 1], [2, -1], [3, 4], [5, -1])))
+    for others in ([0, 1], [2, 3], [4, 5], [6, 7]), ([0, 1], [2, -1], [3, 4], [-1, 5]):
+        with pytest.raises(ValueError, match="image_token_pooling is "):
+            of_numbers.check(prompts(image_token_pooling=ids(*others)))
+
+
 ANOTHER = "Export it again with example_inputs like these (deos-fx export --image FILE)."
 HALF = (
     "The prompt has no image, or no place for it, but this model was exported for prompts with 1: "

@@ -51,6 +51,7 @@ FAMILIES = {
     "video_llava": "images by their former name",
     "deepseek_vl_hybrid": "images in two resolutions",
     "kimi_k25": "values that are narrower than keys",
+    "molmo2": "patches that are counted through a batch",
 }
 
 

@@ -77,7 +77,7 @@ def test_pruning_is_masking_in_prompts_that_begin_with_a_video(name: str) -> Non
     check_pruning_is_masking(shared(name), without_first(batch_of(name, [two_videos(name)]), 3))
 
 
-@pytest.mark.parametrize("name", [name for name in VIDEOS if name not in {*TWINS, "molmo2"}])
+@pytest.mark.parametrize("name", [name for name in VIDEOS if name not in TWINS])
 def test_rows_with_other_videos_get_what_they_get_alone(name: str) -> None:
     short, long = two_videos(name)
     image = image_of(name)
@@ -94,12 +94,6 @@ def test_rows_with_other_videos_get_what_they_get_alone(name: str) -> None:
         own_tokens, own_logits = generate(ours, own)
         assert torch.equal(own_tokens[0], tokens[row])
         assert_close(logits[row], own_logits[0], roundings_of(name))
-
-
-def test_patches_that_are_counted_through_a_batch_are_not_divided() -> None:
-    short, long = two_videos("molmo2")
-    with pytest.raises(ValueError, match="video_token_pooling counts .* one by one"):
-        reduced("molmo2")(**batch_of("molmo2", [[short], [long]]))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision", "qwen3_vl", "gemma4"])
