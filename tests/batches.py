@@ -130,9 +130,20 @@ def halves(count: int) -> Image:
     }
 
 
+def crops(count: int) -> Image:
+    """As Molmo 2 takes images: two neighbouring patches of a crop make a token."""
+    return [IMAGE] * (32 * count), {
+        "pixel_values": noise(count, 64, 48),
+        "image_token_pooling": torch.arange(64 * count).reshape(-1, 2),
+        "image_grids": torch.tensor([[8, 4, 8 * (count - 1), 4]]),
+        "image_num_crops": torch.tensor([count]),
+    }
+
+
 BATCHES: dict[str, Callable[[], list[list[Image]]]] = {
     "llava": lambda: [[plain(64)], [plain(64), plain(64)], []],
     "gemma3": lambda: [[plain(), plain()], [plain()]],
+    "molmo2": lambda: [[crops(3)], [crops(1), crops(2)], []],
     "internvl": lambda: [[plain()], [plain(), plain()]],
     "qwen2_5_vl": lambda: [[grid(4, 8)], [grid(2, 3), grid(4, 4)], [grid(4, 8)]],
     "minicpmv4_6": lambda: [[strip(4, 8)], [strip(2, 2), strip(4, 4)], []],

@@ -209,7 +209,7 @@ def _renumbered(
     Args:
         name: Name of the input.
         value: The numbers of the patches that make each token of the batch.
-        pixels: Patches of the batch [tiles, patches, ...], or one after the other.
+        pixels: Patches of the batch [tiles, patches, ...].
         spans: As for `_units`.
         counts: The other arguments of `_units`.
     """
@@ -233,12 +233,12 @@ def _strip(value: Tensor | list[Any], table: Tensor | None) -> Sequence[Tensor] 
 def _frames(
     values: Mapping[str, Tensor | list[Any]], images: int, table: Tensor | None
 ) -> list[int]:
-    """Return the number of frames of each video; none if no input tells."""
+    """Return the number of frames of each video, or of tiles of each image; none if none tells."""
     # A table of sizes with three columns has frames, height and width.
     if table is not None and table.shape[1] == 3:
         return table[:, 0].tolist()
     for name, value in values.items():
-        if "num_frames" in name and len(value) == images:
+        if ("num_frames" in name or "num_crops" in name) and len(value) == images:
             return [int(count) for count in value]
     return []
 

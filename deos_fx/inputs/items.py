@@ -59,7 +59,7 @@ class Kind:
     words: tuple[str, ...] = ()
 
 
-IMAGES = Kind(PIXELS[0], "get_image_features", 1)
+IMAGES = Kind(PIXELS[0], "get_image_features", 1, ("num_crops",))
 
 VIDEOS = Kind(PIXELS[1], "get_video_features", 2, ("video", "second_per_grid"))
 
@@ -107,9 +107,10 @@ def media(facts: ModelFacts, kind: Kind) -> frozenset[str]:
 
 
 def beside(facts: ModelFacts, kind: Kind) -> frozenset[str]:
-    """Return `media` and, for videos, the inputs that parts outside the encoder read.
+    """Return `media` and the inputs about a kind that the encoder does not read.
 
-    Seconds per frame are such an input: positions depend on them, and features do not.
+    Seconds per frame are such an input, on which positions depend and features do not, and so are
+    numbers of crops, which nothing reads.
     """
     names = facts.arguments.parameters
     others = (name for name in names if any(word in name for word in kind.words))

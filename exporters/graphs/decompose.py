@@ -56,6 +56,8 @@ def _quick(decompose: Callable[..., ExportedProgram]) -> Callable[..., ExportedP
         nodes = list(exported_program.graph.nodes)
         if not all(map(_is_pure, nodes)):
             return decompose(exported_program, registry)
+        for node in nodes:
+            _complete(node)
         parts = {node: _parts(node, table) for node in nodes if _falls_apart(node, known)}
         if any(part.find_nodes(op="get_attr") for part in parts.values()):
             # Case: new constants, which would have to become the program's.
@@ -72,6 +74,18 @@ def _is_pure(node: fx.Node) -> bool:
         # Sizes that contents decide are numbered where they come from.
         return not node.target._schema.is_mutable and "unbacked_bindings" not in node.meta
     return node.op != "get_attr" and not isinstance(node.target, torch._ops.OperatorBase)
+
+
+def _complete(node: fx.Node) -> None:
+    """Note what a node computes that was put in after the program was traced.
+
+    transformers puts such ones in the place of others, without values.
+    """
+    if node.op != "call_function" or "val" in node.meta:
+        return
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
+    with detect_fake_mode([args, kwargs]) or contextlib.nullcontext():
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _falls_apart(node: fx.Node, known: Collection[Any]) -> bool:
@@ -108,17 +122,10 @@ def _parts(node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> fx.Graph:
         args, kwargs = fx.map_arg((node.args, node.kwargs), at.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    values = [_value(each) for each in (*node.all_input_nodes, node)]
+    values = [each.meta["val"] for each in (*node.all_input_nodes, node)]
     # What is made of no tensor is to be as fake as the others.
     with detect_fake_mode(values) or contextlib.nullcontext():
         return make_fx(run, decomposition_table=dict(table))(*values[:-1]).graph
-
-
-def _value(node: fx.Node) -> Any:
-    """Return what a node computed while it was traced."""
-    # Case: transformers put it in the place of another one, without a value.
-    detached = node.target is _aten.detach.default
-    return _value(node.all_input_nodes[0]) if detached else node.meta["val"]
 
 
 def _replace(program: ExportedProgram, parts: Mapping[fx.Node, fx.Graph]) -> None:
@@ -130,6 +137,10 @@ def _replace(program: ExportedProgram, parts: Mapping[fx.Node, fx.Graph]) -> Non
             with graph.inserting_before(node):
                 copied = dict(zip(part.find_nodes(op="placeholder"), given, strict=True))
                 new: Any = given[0] if _is_nothing(node) else graph.graph_copy(part, copied)
+                for each in copied.values():
+                    if each not in given:
+                        # Where in the model it is from.
+                        each.meta = node.meta | each.meta
                 if new in given and any(user.op == "output" for user in node.users):
                     # Case: the program returns it, and what it returns has to be of its own.
                     new = graph.call_function(_aten.clone.default, (new,))
@@ -150,7 +161,7 @@ def _is_nothing(node: fx.Node) -> bool:
     """Return whether a node gives a tensor the shape that it has."""
     if node.target is not _aten.reshape.default:
         return False
-    sizes, before = (_value(each).shape for each in (node, node.all_input_nodes[0]))
+    sizes, before = (each.meta["val"].shape for each in (node, node.all_input_nodes[0]))
     return len(sizes) == len(before) and all(
         statically_known_true(new == old) for new, old in zip(sizes, before, strict=True)
     )

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from deos_fx.inputs.batch import media_of_rows
 from deos_fx.inputs.call import Call
 from deos_fx.inputs.complete import completed
+from deos_fx.inputs.items import IMAGES, beside, media
 from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.tokens.layout import PromptLayout
 
@@ -61,14 +62,17 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
     facts = facts_of(model)
     call = Call.of(facts, _one_image(facts) if given is None else given)
     complete = completed(call)
-    ids, images = call.inputs["input_ids"], call.images
+    # Numbers of crops, which nothing reads: a call may have them, and graphs do not.
+    unread = call.images.keys() & beside(facts, IMAGES) - media(facts, IMAGES)
+    images = {name: value for name, value in call.images.items() if name not in unread}
+    ids = call.inputs["input_ids"]
     # Inputs with one value per prompt token: ids, masks, kinds of tokens.
     tokens = {
         name: value
         for name, value in call.inputs.items()
         if isinstance(value, Tensor) and value.shape == ids.shape and name not in images
     }
-    known = {"position_ids", *pixels_of(images), *facts.size_inputs, *tokens}
+    known = {"position_ids", *pixels_of(images), *facts.size_inputs, *tokens, *unread}
     others = {name for name, value in call.inputs.items() if isinstance(value, Tensor)} - known
     if others:
         raise ValueError(
@@ -102,7 +106,7 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
     positions = completed(Call.of(facts, example)).inputs["position_ids"]
     example["position_ids"] = positions.expand(*positions.shape[:-2], *example["input_ids"].shape)
     placeholders = int((prompt["input_ids"] == facts.image_token).sum())
-    names = sorted({*example, "attention_mask", "position_ids"})
+    names = sorted({*example, *unread, "attention_mask", "position_ids"})
     return Example(example, own, tuple(names), placeholders, layout)
 
 

@@ -82,9 +82,13 @@ def _traced_whole(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return traced
 
 
-def _exported(function: Callable[[Tensor], Any]) -> Any:
+def _program(function: Callable[[Tensor], Any]) -> Any:
     x = torch.randn(2, 12)
-    program = torch.export.export(_Module(function), (x,), dynamic_shapes={"x": {0: Dim("rows")}})
+    return torch.export.export(_Module(function), (x,), dynamic_shapes={"x": {0: Dim("rows")}})
+
+
+def _exported(function: Callable[[Tensor], Any]) -> Any:
+    program = _program(function)
     with contextlib.redirect_stdout(io.StringIO()):
         return torch.onnx.export(program, dynamo=True).model_proto
 
@@ -107,6 +111,19 @@ def test_graphs_are_those_of_torch(name: str, monkeypatch: pytest.MonkeyPatch) -
     values = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     for value, one in zip(values, right if isinstance(right, tuple) else (right,), strict=True):
         torch.testing.assert_close(torch.from_numpy(value), one)
+
+
+def test_nodes_without_a_value_are_those_of_transformers() -> None:
+    kinds = []
+    for keep in (True, False):
+        program = _program(lambda x: x.sort(-1)[0].reshape(-1, 3, 4) + 1)
+        for node in program.graph.nodes:
+            if node.op == "call_function" and not keep:
+                del node.meta["val"]
+        with quick_decompositions(), contextlib.redirect_stdout(io.StringIO()):
+            model = torch.onnx.export(program, dynamo=True).model_proto
+        kinds.append(Counter(node.op_type for node in model.graph.node))
+    assert kinds[0] == kinds[1] and "TopK" in kinds[0]
 
 
 def test_what_onnx_has_no_operator_for() -> None:
