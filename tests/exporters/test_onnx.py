@@ -507,7 +507,8 @@ def test_folder(folder):
     assert manifest["spaces"] == [
         {"first_layer": 1, "position": "keep", "biased": False, "dropped": 2 * (64 - 16)}
     ]
-    assert manifest["packages"]["torch"] == torch.__version__
+    # Without the name of the build, as in 2.14.1+cu130.
+    assert manifest["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
 
 
 def test_both_graphs_share_one_file_of_weights(folder):
