@@ -20,7 +20,7 @@ from deos_fx.inputs.call import Call, batch_axis
 from deos_fx.inputs.items import Kind, beside, given_kinds, table_of_sizes
 from deos_fx.inputs.media import placeholders
 from deos_fx.inputs.packed import refuse_lengths
-from deos_fx.models.families import PATCH_NUMBERS, PIXELS
+from deos_fx.models.families import PATCH_NUMBERS
 from deos_fx.models.upstream import CACHE
 from deos_fx.tokens.cache import TokenSpace, in_rows
 from deos_fx.tokens.layout import PromptLayout
@@ -175,9 +175,8 @@ def _media_of(
         for name, value in values.items():
             if name in PATCH_NUMBERS:
                 # Case: numbers of patches, counted through the whole batch.
-                pixels = next(values[pixels] for pixels in PIXELS if pixels in values)
                 alike = (spans, total, table, frames, tokens, len(prompts))
-                taken[name] = _renumbered(name, value, pixels, *alike)
+                taken[name] = _renumbered(name, value, values[kind.pixels], *alike)
                 continue
             if (strip := _strip(value, table)) is not None:
                 # Case: the patches of all images side by side.

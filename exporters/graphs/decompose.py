@@ -27,7 +27,7 @@ __all__ = ["quick_decompositions"]
 
 _aten: Any = torch.ops.aten
 
-# They have an ONNX form that only passes on what it is given, or none in some dtypes.
+# In a graph, where nothing is written into, both only pass on what they are given.
 _NOTHING = (_aten.detach.default, _aten.lift_fresh_copy.default)
 
 
