@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import prompts, shared
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import inputs, shared_llava
 
@@ -166,6 +166,7 @@ def test_what_observes_attention_goes_where_layers_attend(name: str) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from(NAMES), st.floats(0.02, 1), st.integers(2, 40), st.integers(3, 24))
+@example("fitprune", 1.0, 2, 3)
 def test_fit_meets_the_budget_or_says_why(
     name: str, fraction: float, layers: int, side: int
 ) -> None:
@@ -182,7 +183,8 @@ def test_fit_meets_the_budget_or_says_why(
         return
     assert policy.name == name
     assert mean(policy, shape) <= budget + 1e-9
-    assert policy.counts(tokens)[-1] >= 1
+    # A budget of everything may leave a method nothing to do: no reduction, and no counts.
+    assert all(count >= 1 for count in policy.counts(tokens))
 
 
 @settings(deadline=None, max_examples=60)
