@@ -44,8 +44,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from deos_fx import OnnxModel, Policy, ReducedModel, Reduction, export_onnx, presets
+from deos_fx.cost.amounts import Cost
 from deos_fx.cost.memory import peak_bytes
 from deos_fx.cost.model import CostModel
+from deos_fx.exporters.fuse import fuse
+from deos_fx.exporters.graphs.exportable import Exportable
+from deos_fx.exporters.manifest import write_graphs
+from deos_fx.exporters.session import Session
+from deos_fx.exporters.session import open as open_session
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
@@ -55,7 +61,7 @@ from deos_fx.policy.site import first_layer
 __all__ = ["PARTS", "Settings", "measure"]
 
 ORIGINAL, EMPTY, PROJECTOR, FASTV = "original", "empty", "projector", "fastv"
-IDEAL, PUBLISHED = "ideal short run of", "as published:"
+IDEAL, PUBLISHED, PYTORCH = "ideal short run of", "as published:", "in PyTorch:"
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,45 @@ def short_run(model: Any, lengths: Sequence[int], **inputs: Tensor) -> tuple[Ten
     Returns:
         Logits [B, vocabulary] of the last token, and the cache.
     """
-    return _by_layers(model, inputs, lambda layer, tokens: tokens[: lengths[layer]])
+    return _by_layers(model, inputs, lambda layer, tokens: torch.arange(lengths[layer]))
+
+
+class _ShortRun(nn.Module):
+    """`short_run` with tensors as outputs."""
+
+    def __init__(self, model: PreTrainedModel, lengths: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.lengths = lengths
+
+    def forward(self, **inputs: Tensor) -> dict[str, Any]:
+        logits, cache = short_run(self.model, self.lengths, **inputs)
+        layers: list[Any] = cache.layers
+        # Named as those of our exports, which stay on the device.
+        held = {str(i): {"key": x.keys, "value": x.values} for i, x in enumerate(layers)}
+        return {"logits": logits, "present": held}
+
+
+def onnx_short_run(
+    model: Any, lengths: Sequence[int], inputs: Mapping[str, Tensor], folder: Path
+) -> Session:
+    """Export a short run with the fusions of our exports, and open it in ONNX Runtime.
+
+    Args:
+        model: A LLaVA.
+        lengths: Tokens that each decoder layer processes.
+        inputs: Prompts; others have the same shapes.
+        folder: Where to write it.
+
+    Returns:
+        The session; it takes tensors on the CPU.
+    """
+    fixed: dict[str, Any] = {name: {} for name in inputs}
+    program = Exportable(_ShortRun(model, lengths), dict(inputs), fixed).export()
+    fuse({"prefill": program}, model.device.type)
+    path = Path(tempfile.mkdtemp(dir=folder))
+    write_graphs({"prefill": program}, path)
+    return open_session(path / "prefill.onnx", model.device)
 
 
 def published_fastv(
@@ -195,7 +239,7 @@ def published_fastv(
 
     def shortened(layer: int, tokens: Tensor) -> Tensor:
         if layer != first:
-            return tokens
+            return torch.arange(len(tokens))
         visual = (ids[0] == model.config.image_token_id).nonzero()[:, 0]
         given = seen.pop().mean(dim=1)[:, -1, visual]
         best = visual[given.topk(keep).indices[0]]
@@ -228,7 +272,7 @@ def _attention_weights(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor)
 def _by_layers(
     model: Any, inputs: Mapping[str, Tensor], left: Callable[[int, Tensor], Tensor]
 ) -> tuple[Tensor, DynamicCache]:
-    """Run a LLaVA layer by layer; before each, some tokens of the present ones [M] are left."""
+    """Run a LLaVA layer by layer; before each, the tokens [M] at some places are left."""
     core, text = model.model, model.model.language_model
     ids = inputs["input_ids"]
     features = core.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
@@ -239,11 +283,11 @@ def _by_layers(
     tokens = torch.arange(hidden.shape[1], device=hidden.device)
     tables = text.rotary_emb(hidden, position_ids=tokens[None])
     for i, layer in enumerate(text.layers):
-        kept = left(i, tokens)
-        if len(kept) < len(tokens):
+        places = left(i, tokens).to(hidden.device)
+        if len(places) < len(tokens):
             # Tokens keep their positions.
-            hidden = hidden[:, torch.searchsorted(tokens, kept)]
-            tokens, tables = kept, text.rotary_emb(hidden, position_ids=kept[None])
+            hidden, tokens = hidden[:, places], tokens[places]
+            tables = text.rotary_emb(hidden, position_ids=tokens[None])
         # Without a mask, attention is causal.
         hidden = layer(
             hidden,
@@ -315,9 +359,7 @@ def _pytorch(bench: _Bench) -> Results:
     tower_ms = statistics.median(times.pop("tower"))
     # The decoder alone: a prompt's time without that of the tower.
     alone = {name: [each - tower_ms for each in own] for name, own in times.items()}
-    call = Call.of(facts_of(bench.model), {**bench.inputs, "logits_to_keep": 1})
-    costs = CostModel.of_call(call)
-    whole = costs.predict(Policy())
+    costs = _costs(bench)
     found: Results = {"tower_ms": tower_ms, "variants": {}}
     for name in variants:
         figure: Results = {
@@ -326,17 +368,16 @@ def _pytorch(bench: _Bench) -> Results:
             "decoder_speed_up": 1 / _ratio(alone, name, ORIGINAL),
             "peak_bytes": _peak(calls[name], device),
         }
-        if name in (ORIGINAL, EMPTY, *bench.policies):
+        if name in costs:
             decode = [
                 _generate(variants[name], bench.inputs, settings.new_tokens)
                 for _ in range(1 + settings.repeats)
             ]
-            cost = costs.predict(bench.policies.get(name, Policy()))
             figure |= {
                 "decode_ms": statistics.median(decode[1:]),
                 "kv_bytes": _keys(_prefill(variants[name], bench.inputs)),
-                "predicted_kv_bytes": cost.kv_bytes,
-                "promised_speed_up": whole.flops / cost.flops,
+                "predicted_kv_bytes": costs[name].kv_bytes,
+                "promised_speed_up": costs[EMPTY].flops / costs[name].flops,
             }
         if name in bench.policies:
             figure["over_ideal"] = _ratio(times, name, f"{IDEAL} {name}")
@@ -381,37 +422,79 @@ def _compiled(bench: _Bench) -> Results:
 
 
 def _onnx(bench: _Bench) -> Results:
-    """ONNX Runtime beside PyTorch, with fewer layers."""
+    """ONNX Runtime beside PyTorch and beside its own ideal short runs, with fewer layers."""
     settings, device = bench.settings, bench.device
     on_cpu = {name: value.cpu() for name, value in bench.inputs.items()}
-    found: Results = {"layers": settings.onnx_layers, "variants": {}}
     policies = {EMPTY: Policy(), **bench.policies}
+    costs = _costs(bench)
+    reduced = {name: ReducedModel(bench.model, policy) for name, policy in policies.items()}
+    seconds, runtimes = {}, {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for name, policy in policies.items():
-            reduced, target = ReducedModel(bench.model, policy), Path(folder) / name
-            start = time.perf_counter()
-            export_onnx(reduced, target, bench.inputs, device=device.type, verify=False)
-            exported = time.perf_counter() - start
-            runtime = OnnxModel.from_pretrained(target, device)
-            calls = {
-                "pytorch": partial(_prefill, reduced, bench.inputs),
-                "onnxruntime": partial(_prefill, runtime, on_cpu),
-            }
-            times = in_turns(calls, settings.repeats, device)
-            decode = {
-                "pytorch": _generate(reduced, bench.inputs, settings.new_tokens),
-                "onnxruntime": _generate(runtime, on_cpu, settings.new_tokens),
-            }
-            found["variants"][name] = {
-                "export_s": exported,
-                "prefill_ms": {run: statistics.median(own) for run, own in times.items()},
-                "prefill_over_pytorch": _ratio(times, "onnxruntime", "pytorch"),
-                "decode_ms": decode,
-                "decode_over_pytorch": decode["onnxruntime"] / decode["pytorch"],
-            }
-            del runtime, calls
-            gc.collect()
+        for name in policies:
+            start, target = time.perf_counter(), Path(folder) / name
+            export_onnx(reduced[name], target, bench.inputs, device=device.type, verify=False)
+            seconds[name] = time.perf_counter() - start
+            runtimes[name] = OnnxModel.from_pretrained(target, device)
+        calls: dict[str, Runner] = {}
+        for name in policies:
+            calls[f"{PYTORCH} {name}"] = partial(_prefill, reduced[name], bench.inputs)
+            calls[name] = partial(_prefill, runtimes[name], on_cpu)
+        for name, policy in bench.policies.items():
+            ideal = onnx_short_run(bench.model, bench.lengths(policy), bench.inputs, Path(folder))
+            calls[f"{IDEAL} {name}"] = partial(ideal, on_cpu)
+        times = in_turns(calls, settings.repeats, device)
+        decode = _decoding(
+            {f"{PYTORCH} {name}": (reduced[name], bench.inputs) for name in policies}
+            | {name: (runtimes[name], on_cpu) for name in policies},
+            settings,
+        )
+        runtimes.clear()
+        calls.clear()
+        gc.collect()
+    found: Results = {"layers": settings.onnx_layers, "variants": {}}
+    for name in policies:
+        torch_name = f"{PYTORCH} {name}"
+        figure: Results = {
+            "export_s": seconds[name],
+            "prefill_ms": {
+                "pytorch": statistics.median(times[torch_name]),
+                "onnxruntime": statistics.median(times[name]),
+            },
+            "prefill_over_pytorch": _ratio(times, name, torch_name),
+            "decode_ms": {
+                "pytorch": statistics.median(decode[torch_name]),
+                "onnxruntime": statistics.median(decode[name]),
+            },
+            "decode_over_pytorch": _ratio(decode, name, torch_name),
+            "speed_up": 1 / _ratio(times, name, EMPTY),
+            "promised_speed_up": costs[EMPTY].flops / costs[name].flops,
+        }
+        if name in bench.policies:
+            figure["over_ideal"] = _ratio(times, name, f"{IDEAL} {name}")
+            figure["of_promise"] = figure["speed_up"] / figure["promised_speed_up"]
+        found["variants"][name] = figure
     return found
+
+
+def _decoding(
+    calls: Mapping[str, tuple[Callable[..., Any], Mapping[str, Tensor]]], settings: Settings
+) -> dict[str, list[float]]:
+    """Milliseconds of a new token, by name, in each round: all take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(1 + settings.repeats):
+        for name, (call, inputs) in calls.items():
+            each = _generate(call, inputs, settings.new_tokens)
+            if round_:
+                times[name].append(each)
+    return times
+
+
+def _costs(bench: _Bench) -> dict[str, Cost]:
+    """What is predicted for a prefill under each policy, by name."""
+    call = Call.of(facts_of(bench.model), {**bench.inputs, "logits_to_keep": 1})
+    model = CostModel.of_call(call)
+    policies = {ORIGINAL: Policy(), EMPTY: Policy(), **bench.policies}
+    return {name: model.predict(policy) for name, policy in policies.items()}
 
 
 def _selectors(bench: _Bench) -> Results:

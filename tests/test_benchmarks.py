@@ -27,6 +27,7 @@ from benchmarks import (
     speed,
 )
 from benchmarks.common import build_inputs, build_model
+from deos_fx.exporters.session import as_tensor
 from deos_fx.policy.policy import Policy
 
 QUICK = {"shape": "llava-tiny", "text": 4, "new_tokens": 2, "repeats": 2}
@@ -216,6 +217,11 @@ def test_gpu_measures_all_parts(monkeypatch):
         gpu, "export_onnx", lambda reduced, target, *_, **__: exported.append(reduced)
     )
     monkeypatch.setattr(gpu.OnnxModel, "from_pretrained", lambda *_: exported[-1])
+    monkeypatch.setattr(
+        gpu,
+        "onnx_short_run",
+        lambda model, lengths, *_: lambda inputs: gpu.short_run(model, lengths, **inputs),
+    )
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     exported: list[Any] = []
     saved: list[int] = []
@@ -231,11 +237,9 @@ def test_gpu_measures_all_parts(monkeypatch):
             assert figure["kv_bytes"] == figure["predicted_kv_bytes"]
             assert figure["promised_speed_up"] > 1 and figure["over_ideal"] > 0
         assert variants["original"]["speed_up"] == 1
-        assert set(found["parts"][f"onnxruntime, {images}"]["variants"]) == {
-            "empty",
-            "projector",
-            "fastv",
-        }
+        in_onnx = found["parts"][f"onnxruntime, {images}"]["variants"]
+        assert set(in_onnx) == {"empty", "projector", "fastv"}
+        assert in_onnx["empty"]["speed_up"] == 1 and in_onnx["fastv"]["over_ideal"] > 0
     assert found["parts"]["latency, 1 image"]["median_error"] >= 0
     # Fewer layers are exported.
     assert exported[0].model.config.get_text_config().num_hidden_layers == SMALL.onnx_layers
@@ -265,6 +269,18 @@ def test_runs_to_compare_with_compute_what_they_say():
         assert lengths == bench.lengths(bench.policies["fastv"])
         _, cache = variants["ideal short run of fastv"](**bench.inputs)
         assert [layer.keys.shape[2] for layer in cache.layers] == lengths
+
+
+def test_an_ideal_short_run_computes_the_same_in_onnx_runtime(tmp_path):
+    model = gpu.build_model("llava-tiny", torch.device("cpu"), torch.float32)
+    bench = gpu._Bench.of(SMALL, model, 1)
+    lengths = bench.lengths(bench.policies["fastv"])
+    logits, cache = gpu.short_run(model, lengths, **bench.inputs)
+    session = gpu.onnx_short_run(model, lengths, bench.inputs, tmp_path)
+    found = {name: as_tensor(value) for name, value in session(bench.inputs).items()}
+    torch.testing.assert_close(found["logits"], logits, atol=1e-4, rtol=0)
+    for i, layer in enumerate(cache.layers):
+        torch.testing.assert_close(found[f"present.{i}.key"], layer.keys, atol=1e-4, rtol=0)
 
 
 def test_latency_of_random_policies_is_predicted_and_measured():
