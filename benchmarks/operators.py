@@ -33,7 +33,7 @@ from deos_fx.cli.terminal import Advance, stages
 from deos_fx.forms.needs import required_features
 from deos_fx.forms.static import static_reduce
 
-__all__ = ["Settings", "direct_tome", "measure"]
+__all__ = ["Settings", "direct_tome", "measure", "random_features", "reduction_rows"]
 
 PARTS = ("reductions", "tome", "at_once")
 AT_ONCE = (1, 4, 8, 16)
@@ -167,7 +167,7 @@ class _Row:
         return self.reduction.count(visual)
 
 
-def _rows(keep: int, visual: int) -> dict[str, _Row]:
+def reduction_rows(keep: int, visual: int) -> dict[str, _Row]:
     """One reduction for each kind of choice and of transfer, most of them of a published method."""
     return {
         "prune (fastv)": _Row(presets.fastv(keep=keep).reductions[0], 0.02),
@@ -199,8 +199,8 @@ def _several_at_once(selector: str, keep: int, at_once: int) -> Reduction:
 def _measure_reductions(shape: LlavaConfig, settings: Settings, advance: Advance) -> dict[str, Any]:
     """Reductions, what they observe, and the layer that they are behind, by turns."""
     layer, view = _decoder_layer(shape, settings)
-    features = _random_features(shape, settings)
-    rows = _rows(settings.keep, shape.image_seq_length)
+    features = random_features(shape, settings)
+    rows = reduction_rows(settings.keep, shape.image_seq_length)
     calls: dict[str, tuple[Call, int]] = {LAYER: (layer, 1)}
     for name, row in rows.items():
         calls[name] = (_reduce_call(row.reduction, row.count, features), settings.calls)
@@ -250,7 +250,7 @@ def _decoder_layer(shape: LlavaConfig, settings: Settings) -> tuple[Call, Attent
     return partial(layer, hidden, position_embeddings=tables, position_ids=places), view
 
 
-def _random_features(shape: LlavaConfig, settings: Settings) -> dict[str, Tensor]:
+def random_features(shape: LlavaConfig, settings: Settings) -> dict[str, Tensor]:
     """Whatever a reduction of the decoder's visual tokens can ask for."""
     config: Any = shape.text_config
     visual, batch = shape.image_seq_length, settings.batch
@@ -389,7 +389,7 @@ def _measure_tome(shape: LlavaConfig, settings: Settings, advance: Advance) -> d
 
 def _measure_at_once(shape: LlavaConfig, settings: Settings, advance: Advance) -> dict[str, Any]:
     """Selectors with several picks at once: their time, and how much else they pick."""
-    features = _random_features(shape, settings)
+    features = random_features(shape, settings)
     choices = {
         f"{selector}, {number}": _several_at_once(selector, settings.keep, number)
         for selector in APPROXIMATED
