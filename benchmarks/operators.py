@@ -256,7 +256,8 @@ def random_features(shape: LlavaConfig, settings: Settings) -> dict[str, Tensor]
     visual, batch = shape.image_seq_length, settings.batch
     device, dtype = torch.device(settings.device), DTYPES[settings.dtype]
     width, joint = config.hidden_size, config.num_key_value_heads * config.head_dim
-    side = math.isqrt(visual)
+    # As near to a square as it gets.
+    side = next(side for side in range(math.isqrt(visual), 0, -1) if visual % side == 0)
     with device:
         row, column = torch.arange(visual) // side, torch.arange(visual) % side
         attention = torch.randn(batch, visual).softmax(dim=-1)
