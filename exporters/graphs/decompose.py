@@ -27,7 +27,7 @@ __all__ = ["quick_decompositions"]
 
 _aten: Any = torch.ops.aten
 
-# In a graph, where nothing is written into, both only pass on what they are given.
+# In a graph, where nothing is written into, both pass on what they are given.
 _NOTHING = (_aten.detach.default, _aten.lift_fresh_copy.default)
 
 
@@ -58,11 +58,14 @@ def _quick(decompose: Callable[..., ExportedProgram]) -> Callable[..., ExportedP
             return decompose(exported_program, registry)
         for node in nodes:
             _complete(node)
-        parts = {node: _parts(node, table) for node in nodes if _falls_apart(node, known)}
+        nothing = [node for node in nodes if _is_nothing(node)]
+        falling = (node for node in nodes if node not in nothing and _falls_apart(node, known))
+        parts = {node: _parts(node, table) for node in falling}
         if any(part.find_nodes(op="get_attr") for part in parts.values()):
             # Case: new constants, which would have to become the program's.
             return decompose(exported_program, registry)
         _replace(exported_program, parts)
+        _leave_out(exported_program, nothing)
         return exported_program
 
     return quick
@@ -103,7 +106,7 @@ def _falls_apart(node: fx.Node, known: Collection[Any]) -> bool:
     views = any(returned.alias_info is not None for returned in target._schema.returns)
     implicit = torch._C.DispatchKey.CompositeImplicitAutograd
     composed = views and target.has_kernel_for_dispatch_key(implicit)
-    return target not in known or composed or target in _NOTHING
+    return target not in known or composed
 
 
 def _parts(node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> fx.Graph:
@@ -136,31 +139,49 @@ def _replace(program: ExportedProgram, parts: Mapping[fx.Node, fx.Graph]) -> Non
             given = node.all_input_nodes
             with graph.inserting_before(node):
                 copied = dict(zip(part.find_nodes(op="placeholder"), given, strict=True))
-                new: Any = given[0] if _is_nothing(node) else graph.graph_copy(part, copied)
+                new: Any = graph.graph_copy(part, copied)
                 for each in copied.values():
                     if each not in given:
                         # Where in the model it is from.
                         each.meta = node.meta | each.meta
-                if new in given and any(user.op == "output" for user in node.users):
-                    # Case: the program returns it, and what it returns has to be of its own.
-                    new = graph.call_function(_aten.clone.default, (new,))
-                    new.meta = dict(node.meta)
             if not isinstance(new, fx.Node):
                 # Case: several results, of which each user takes one.
                 for user in list(node.users):
                     user.replace_all_uses_with(new[user.args[1]])
                     graph.erase_node(user)
+                graph.erase_node(node)
             else:
-                node.replace_all_uses_with(new)
-            graph.erase_node(node)
+                _give_way(graph, node, new)
     graph.lint()
     program.graph_module.recompile()
 
 
+def _leave_out(program: ExportedProgram, nothing: Sequence[fx.Node]) -> None:
+    """Let what nodes are given take their place."""
+    graph = program.graph
+    with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
+        for node in nothing:
+            _give_way(graph, node, node.all_input_nodes[0])
+    graph.lint()
+    program.graph_module.recompile()
+
+
+def _give_way(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
+    """Put a node in the place of another."""
+    if new in node.all_input_nodes and any(user.op == "output" for user in node.users):
+        # Case: the program returns it, and what it returns has to be of its own.
+        with graph.inserting_before(node):
+            new = graph.call_function(_aten.clone.default, (new,))
+        new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
 def _is_nothing(node: fx.Node) -> bool:
-    """Return whether a node gives a tensor the shape that it has."""
+    """Return whether a node passes on what it is given."""
     if node.target is not _aten.reshape.default:
-        return False
+        return node.target in _NOTHING
+    # Case: a tensor gets the shape that it has.
     sizes, before = (each.meta["val"].shape for each in (node, node.all_input_nodes[0]))
     return len(sizes) == len(before) and all(
         statically_known_true(new == old) for new, old in zip(sizes, before, strict=True)

@@ -676,6 +676,8 @@ def test_a_torchvision_of_another_torch_is_named(told, monkeypatch, tmp_path):
 
     monkeypatch.setattr("deos_fx.cli.loading.meta_model", read)
     monkeypatch.setattr("deos_fx.cli.app.version", {"torchvision": "0.28", "torch": "2.13"}.get)
+    # One that fits may be here, and loaded.
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Misfit, *sys.meta_path])
     message = fails("inspect", tmp_path)
     assert "torchvision 0.28 does not fit torch 2.13 (operator torchvision::nms" in message

@@ -134,7 +134,9 @@ def test_processor_round_trip(processor, tmp_path):
     (inputs,), (saved,) = (
         list(reference.batches(each, examples, 8)) for each in (processor, again)
     )
-    assert all(torch.equal(inputs[name], saved[name]) for name in inputs)
+    for name in inputs:
+        # With torchvision, a processor that is loaded rounds pixels otherwise than one without.
+        assert_close(inputs[name].float(), saved[name].float())
     for ids, example in zip(inputs["input_ids"], examples, strict=True):
         text = processor.decode(ids, skip_special_tokens=True)
         assert text == f"{example.question.text} {example.question.answer}"
