@@ -1,7 +1,7 @@
 """Selectors that pick tokens step by step, each step depending on the picks before it.
 
 A step is a few batched tensor operations, and the number of steps is a constant. An exported graph
-has one loop in place of hundreds of steps. ``at_once`` > 1 makes several picks by the same gains:
+has loops in place of hundreds of steps. ``at_once`` > 1 makes several picks by the same gains:
 an approximation with fewer steps (the benchmarks measure how often it picks other tokens).
 """
 
@@ -324,6 +324,10 @@ def distinct(
         score = torch.where(taken > 0, torch.finfo(score.dtype).min, score)
     # Taken tokens have the lowest scores, so they are not among the best V - already.
     left = score.topk(score.shape[-1] - already).indices
+    if torch.compiler.is_exporting():
+        # Case: an export. Whole rounds become loops, of which each serves until half are left.
+        while (rounds := _whole_rounds(left.shape[1], count, per_round)) > 1:
+            left = _distinct_rounds(left, similarity, per_round, rounds)
     while left.shape[1] > count:
         even, odd = left[:, ::2], left[:, 1::2]
         # [B, odd, even]: `take` gathers rows.
@@ -334,6 +338,55 @@ def distinct(
         order = most.topk(even.shape[1]).indices[:, drop:]
         left = torch.cat([take(even, order), odd], dim=-1)
     return left
+
+
+def _whole_rounds(length: int, count: int, per_round: int) -> int:
+    """Count the rounds of `distinct` that drop all they may, until half of a list is left.
+
+    Args:
+        length: Length of the list.
+        count: Tokens to leave.
+        per_round: Number of tokens that a round drops.
+    """
+    # A round needs as many even places, and half a list of any length is left by the last one.
+    least = max(count, length // 2, 2 * per_round)
+    return max(length - least, 0) // per_round
+
+
+def _distinct_rounds(left: Tensor, similarity: Tensor, per_round: int, rounds: int) -> Tensor:
+    """Take rounds of `distinct` in tensors of one shape, as a loop needs them.
+
+    Args:
+        left: The list [B, N].
+        similarity: a, [B, V, V].
+        per_round: Number of tokens that a round drops.
+        rounds: How many rounds.
+
+    Returns:
+        The list [B, N - rounds x per_round].
+    """
+    from torch._higher_order_ops import scan
+
+    places = torch.arange(left.shape[1], device=left.device)
+    lowest = torch.finfo(similarity.dtype).min
+
+    def step(held: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        # The list is in front, and what was dropped behind it.
+        even, odd = held[:, ::2], held[:, 1::2]
+        between = take(take(similarity, even).mT, odd)
+        between = torch.where(places[1::2, None] < length, between, lowest)
+        most = torch.where(places[::2] < length, between.amax(dim=1), lowest)
+        ranked = take(even, most.topk(even.shape[1]).indices)
+        # Even tokens that stay, odd ones, and anything.
+        stay = (length + 1) // 2 - per_round
+        source = torch.where(places < stay, places + per_round, places - stay + even.shape[1])
+        source = source.clamp(max=held.shape[1] - 1).expand_as(held)
+        return take(torch.cat([ranked, odd], dim=1), source), length.clone()
+
+    lengths = left.shape[1] - per_round * torch.arange(rounds, device=left.device)
+    # A part of a longer list has the strides of that one, which a loop would not keep.
+    last, _ = scan(step, left.clone(memory_format=torch.contiguous_format), lengths)
+    return last[:, : left.shape[1] - rounds * per_round]
 
 
 def probe(

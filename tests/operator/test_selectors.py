@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -221,6 +222,26 @@ def test_distinct_drops_near_duplicates_in_rounds(
             ranked = sorted(even, key=lambda i: -like[i])
             left = ranked[min(per_round, len(left) - count, len(even)) :] + odd
         assert kept[row].tolist() == left
+
+
+@quick
+@given(st.data(), seeds, st.integers(1, 4))
+def test_distinct_in_a_loop_drops_the_same(data: st.DataObject, seed: int, per_round: int) -> None:
+    tokens, _, features = inputs(seed, dtype=torch.float64)
+    taken, already, count = _split(data, seed)
+    given_ = (features["attention_cls"], cosine(tokens), taken, already, count, per_round)
+    plain = operator.distinct(*given_)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_exporting", lambda: True)
+        # As it is, a scan is compiled anew for each shape.
+        patch.setattr("torch._higher_order_ops.scan", _scanned)
+        assert torch.equal(operator.distinct(*given_), plain)
+
+
+def _scanned(step: Any, held: torch.Tensor, given_: torch.Tensor) -> tuple[torch.Tensor, None]:
+    for each in given_:
+        held, _ = step(held, each)
+    return held, None
 
 
 @quick
