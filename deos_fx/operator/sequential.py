@@ -177,9 +177,10 @@ def _pick(
 def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count: int) -> Tensor:
     """Pick by greedy MAP inference of a determinantal point process (CDPruner).
 
-    This is fast greedy MAP (2018). The kernel is L_ij = r_i a_ij r_j with the relevance
-    r = (s - min + 1e-6) / (max - min). Each step takes the token with the largest remaining
-    variance L_jj and conditions the kernel on it: L <- L - L_:j L_j: / L_jj. Where the picks span
+    This is fast greedy MAP (Chen et al., NeurIPS 2018). The kernel is L_ij = r_i a_ij r_j with the
+    relevance r = (s - min + 1e-6) / (max - min). Each step takes the token j with the largest
+    variance that is left, d_j, and adds a row to the Cholesky factor of the picks,
+    c_t = (L_j: - sum_{s < t} c_sj c_s) / sqrt(d_j), whose squares come off d. Where the picks span
     all other tokens, as happens when more are kept than the similarity has dimensions, relevance
     alone decides.
 
@@ -198,9 +199,7 @@ def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count
 
     # Conditioning commutes with scaling by relevance, so the kernel stays a; relevance enters only
     # in the gain.
-    def step(free: Tensor, kernel: Tensor) -> _Step:
-        # What is left of the variance of each token, given the picks so far.
-        variance = kernel.diagonal(dim1=-2, dim2=-1)
+    def step(free: Tensor, variance: Tensor, factor: Tensor) -> _Step:
         # The variance of a token that the picks span is rounding error. It comes after all others.
         gain = torch.where(variance > _SPANNED, relevance.square() * variance, relevance - 2)
         gain = torch.where(free > 0, gain, -torch.inf)
@@ -209,11 +208,17 @@ def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count
         # For the same reason, such a pick changes nothing.
         remains = take(variance, pick)
         scale = torch.where(remains > _SPANNED, remains.clamp_min(_SPANNED).rsqrt(), 0.0)
-        # L_:j / sqrt(L_jj), [B, 1, V]
-        spread = take(kernel, pick) * scale.unsqueeze(-1)
-        return (free, kernel - spread.mT * spread), pick
+        # What earlier picks say of this one, [B, 1, K]
+        known = factor.gather(2, pick.unsqueeze(1).expand(-1, count, -1)).mT
+        row = (take(kernel, pick) - known @ factor) * scale.unsqueeze(-1)
+        # Rows that are not there yet are zeros. Their order makes no difference.
+        factor = torch.cat([factor[:, 1:], row], dim=1)
+        return (free, variance - row.squeeze(1).square(), factor), pick
 
-    _, picks = _repeated(step, (free, kernel), count)
+    # A copy of its own: a loop would not keep the strides of a diagonal.
+    variance = kernel.diagonal(dim1=-2, dim2=-1).clone(memory_format=torch.contiguous_format)
+    factor = kernel.new_zeros(kernel.shape[0], count, kernel.shape[-1])
+    _, picks = _repeated(step, (free, variance, factor), count)
     return torch.cat(picks, dim=-1)
 
 
