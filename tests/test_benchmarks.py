@@ -24,10 +24,13 @@ from benchmarks import (
     onnx_kernels,
     operators,
     quantised,
+    reductions,
     speed,
 )
 from benchmarks.common import build_inputs, build_model
 from deos_fx.exporters.session import as_tensor
+from deos_fx.forms.needs import required_features
+from deos_fx.forms.static import static_reduce
 from deos_fx.policy.policy import Policy
 
 QUICK = {"shape": "llava-tiny", "text": 4, "new_tokens": 2, "repeats": 2}
@@ -281,6 +284,31 @@ def test_an_ideal_short_run_computes_the_same_in_onnx_runtime(tmp_path):
     torch.testing.assert_close(found["logits"], logits, atol=1e-4, rtol=0)
     for i, layer in enumerate(cache.layers):
         torch.testing.assert_close(found[f"present.{i}.key"], layer.keys, atol=1e-4, rtol=0)
+
+
+def test_reductions_are_measured_in_both_runtimes(monkeypatch):
+    rows = operators.reduction_rows(8, 64)
+    few = {name: rows[name] for name in ("pool (avg_pool)", "max_min (divprune)")}
+    monkeypatch.setattr(reductions, "reduction_rows", lambda keep, visual: few)
+    saved: list[Any] = []
+    found = reductions.measure("llava-tiny", "cpu", 1, saved.append, ((8, 64),))
+    assert saved == [found] and reductions.table(found).row_count == 2
+    for row in found["reductions"]["8 of 64"].values():
+        # Picks are a loop, and no nodes of their own.
+        assert 5 < row["nodes"] < 80 and row["pytorch_ms"] > 0 and row["onnxruntime_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["prune (fastv)", "windows, merge (vscan)", "distinct (vispruner)"]
+)
+def test_a_reduction_by_itself_is_that_of_a_model(name):
+    row = operators.reduction_rows(8, 64)[name]
+    given = reductions._inputs("llava-tiny", "cpu", 64, row.reduction)
+    known = {key: given[key.partition("@")[0]] for key in required_features(row.reduction)}
+    right = static_reduce(row.reduction, row.count(64), given["tokens"], None, known).tokens
+    module = reductions.lowered(row.reduction, row.count(64), given)
+    given.pop(reductions.GRID, None)
+    assert torch.equal(module(**given)["reduced"], right)
 
 
 def test_latency_of_random_policies_is_predicted_and_measured():
