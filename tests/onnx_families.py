@@ -42,9 +42,12 @@ def reduced(name: str) -> ReducedModel:
     if name == "git":
         # The attention of its layers cannot be observed.
         steps = (steps[0], replace(steps[1], scores={"novelty": 1.0}))
-    if name == "apertus1p5":
-        # Tokens with the same code tie in every score of their features.
-        steps = (replace(steps[0], scores={"random": 1.0}), steps[1])
+    if name in ("apertus1p5", "chameleon", "emu3"):
+        # Tokens with the same code tie in every score of their features, and resemble others alike.
+        steps = (
+            replace(steps[0], scores={"random": 1.0}),
+            replace(steps[1], gain=0.0, mass_bias=0.0),
+        )
     if facts_of(model).counts_positions:
         steps = tuple(replace(step, position="compact") for step in steps)
     return ReducedModel(model, Policy(steps))

@@ -27,6 +27,9 @@ __all__ = ["quick_decompositions"]
 
 _aten: Any = torch.ops.aten
 
+# For programs without tensors.
+_NO_MODE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
 # In a graph, where nothing is written into, both pass on what they are given.
 _NOTHING = (_aten.detach.default, _aten.lift_fresh_copy.default)
 
@@ -56,8 +59,11 @@ def _quick(decompose: Callable[..., ExportedProgram]) -> Callable[..., ExportedP
         nodes = list(exported_program.graph.nodes)
         if not all(map(_is_pure, nodes)):
             return decompose(exported_program, registry)
-        for node in nodes:
-            _complete(node)
+        # What is made of no tensor is to be as fake as the others.
+        with detect_fake_mode([node.meta.get("val") for node in nodes]) or _NO_MODE:
+            for node in nodes:
+                _complete(node)
+        _note_returned(exported_program)
         nothing = [node for node in nodes if _is_nothing(node)]
         falling = (node for node in nodes if node not in nothing and _falls_apart(node, known))
         parts = {node: _parts(node, table) for node in falling}
@@ -87,8 +93,19 @@ def _complete(node: fx.Node) -> None:
     if node.op != "call_function" or "val" in node.meta:
         return
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
-    with detect_fake_mode([args, kwargs]) or contextlib.nullcontext():
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _note_returned(program: ExportedProgram) -> None:
+    """Note what the graph returns: torch.onnx looks for it in the signature.
+
+    transformers puts other nodes in the place of those that write into what is returned, and leaves
+    the signature as it was.
+    """
+    (returned,) = program.graph.output_node().args
+    for spec, value in zip(program.graph_signature.output_specs, returned, strict=True):
+        if isinstance(value, fx.Node):
+            spec.arg.name = value.name
 
 
 def _falls_apart(node: fx.Node, known: Collection[Any]) -> bool:
@@ -126,8 +143,8 @@ def _parts(node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> fx.Graph:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     values = [each.meta["val"] for each in (*node.all_input_nodes, node)]
-    # What is made of no tensor is to be as fake as the others.
-    with detect_fake_mode(values) or contextlib.nullcontext():
+    # As above.
+    with detect_fake_mode(values) or _NO_MODE:
         return make_fx(run, decomposition_table=dict(table))(*values[:-1]).graph
 
 

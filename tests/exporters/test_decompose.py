@@ -6,8 +6,10 @@ import contextlib
 import io
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.export import Dim
 from torch.onnx._internal.exporter import _fx_passes
 
 from deos_fx.exporters.graphs.decompose import quick_decompositions
+from deos_fx.exporters.graphs.exportable import Exportable
 
 
 def _casts(x: Tensor) -> Tensor:
@@ -124,6 +127,30 @@ def test_nodes_without_a_value_are_those_of_transformers() -> None:
             model = torch.onnx.export(program, dynamo=True).model_proto
         kinds.append(Counter(node.op_type for node in model.graph.node))
     assert kinds[0] == kinds[1] and "TopK" in kinds[0]
+
+
+class _Written(nn.Module):
+    def __init__(self, copied: bool) -> None:
+        super().__init__()
+        self.copied = copied
+        self.layer = nn.Linear(12, 16)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = self.layer(x)
+        if self.copied:
+            logits = logits.clone()
+        logits[:, [3, 5, 9]] = -1.0
+        return {"logits": logits}
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_what_is_returned_may_have_been_written_into(copied: bool, tmp_path: Path) -> None:
+    """Chameleon does that; transformers puts other nodes in the place of those that write."""
+    x, module = torch.randn(2, 12), _Written(copied).eval()
+    onnx_ir.save(Exportable(module, {"x": x}, {"x": {}}).export(), tmp_path / "graph.onnx")
+    session = ort.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), module(x)["logits"])
 
 
 def test_what_onnx_has_no_operator_for() -> None:
