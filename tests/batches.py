@@ -140,10 +140,20 @@ def crops(count: int) -> Image:
     }
 
 
+def parts(count: int) -> Image:
+    """As Step 3.7 takes images: parts of an image in 16 tokens each, and the whole in 64."""
+    return [IMAGE] * (16 * count + 64), {
+        "pixel_values": noise(1, 3, 64, 64),
+        "pixel_values_local": noise(count, 3, 32, 32),
+        "num_local_patches": torch.tensor([count]),
+    }
+
+
 BATCHES: dict[str, Callable[[], list[list[Image]]]] = {
     "llava": lambda: [[plain(64)], [plain(64), plain(64)], []],
     "gemma3": lambda: [[plain(), plain()], [plain()]],
     "molmo2": lambda: [[crops(3)], [crops(1), crops(2)], []],
+    "step3p7": lambda: [[parts(1)], [parts(3), parts(2)]],
     "internvl": lambda: [[plain()], [plain(), plain()]],
     "qwen2_5_vl": lambda: [[grid(4, 8)], [grid(2, 3), grid(4, 4)], [grid(4, 8)]],
     "minicpmv4_6": lambda: [[strip(4, 8)], [strip(2, 2), strip(4, 4)], []],

@@ -229,6 +229,10 @@ def _strip(value: Tensor | list[Any], table: Tensor | None) -> Sequence[Tensor] 
     return value.split(widths, dim=-1) if sum(widths) == value.shape[3] else None
 
 
+# What is in the names of inputs that say how many frames a video has, or tiles an image.
+_NUMBERS = ("num_frames", "num_crops", "num_local_patches")
+
+
 def _frames(
     values: Mapping[str, Tensor | list[Any]], images: int, table: Tensor | None
 ) -> list[int]:
@@ -237,7 +241,7 @@ def _frames(
     if table is not None and table.shape[1] == 3:
         return table[:, 0].tolist()
     for name, value in values.items():
-        if ("num_frames" in name or "num_crops" in name) and len(value) == images:
+        if any(word in name for word in _NUMBERS) and len(value) == images:
             return [int(count) for count in value]
     return []
 
