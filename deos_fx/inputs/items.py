@@ -160,12 +160,15 @@ class Item(NamedTuple):
         tokens: The number of its placeholders, ends of rows included.
         ends: How many of these stand for the end of a row.
         closed: Whether the last one stands for the end of a row.
+        views: Where its tokens lie if it is one image, but not in one grid: rows and columns of the
+            whole image, then those of its tiles put together. Empty if that is not known.
     """
 
     grids: tuple[tuple[int, int], ...] | None
     tokens: int
     ends: int = 0
     closed: bool = False
+    views: tuple[tuple[int, int], ...] = ()
 
 
 def items_of(
@@ -386,18 +389,35 @@ def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]
     if not apart and (features is None or features.ndim < 3 or features.shape[1] == 1):
         return []
     counts = [math.prod(part.shape[:-1]) for part in features]
+    # Case: rows do not end in a token.
     if newline is None:
-        # Case: rows do not end in a token.
-        ends = [(0, False)] * len(counts)
-    elif newline.is_meta:
-        # Case: the model has no weights, so the ends cannot be recognised by their features.
+        return [Item(None, count) for count in counts]
+    # Case: the model has no weights, so the ends cannot be recognised by their features.
+    if newline.is_meta:
         without = _ends_without_weights(core, method, given, counts)
-        ends = [(count, count > 0) for count in without]
-    else:
-        # Case: rows end in a token that is recognised.
-        flags = [is_separator(part, newline).flatten() for part in features]
-        ends = [(int(of_image.sum()), bool(of_image[-1])) for of_image in flags]
-    return [Item(None, n, *end) for n, end in zip(counts, ends, strict=True)]
+        return [Item(None, n, ends, ends > 0) for n, ends in zip(counts, without, strict=True)]
+    # Case: rows end in a token that is recognised.
+    flags = [is_separator(part, newline).flatten() for part in features]
+    return [
+        Item(None, len(ends), int(ends.sum()), bool(ends[-1]), _views(ends.nonzero().flatten()))
+        for ends in flags
+    ]
+
+
+def _views(ends: Tensor) -> tuple[tuple[int, int], ...]:
+    """Return the grids that an image's tokens lie in, given the places of the ends of its rows.
+
+    As LLaVA-NeXT packs them: the whole image, scaled to a square, without ends of rows; then the
+    rows of its tiles put together, or a single end if there are none. Empty if they are packed
+    otherwise, or in one row of tiles, which looks like a part of the square.
+    """
+    lengths = ends.diff(prepend=ends.new_tensor([-1])).sub(1).tolist()
+    rows, columns = (len(lengths), lengths[1]) if len(lengths) > 1 else (0, 0)
+    square = lengths[0] - columns if lengths else 0
+    side = math.isqrt(max(square, 0))
+    if not side or side * side != square or any(length != columns for length in lengths[1:]):
+        return ()
+    return ((side, side), (rows, columns)) if rows else ((side, side),)
 
 
 def _ends_without_weights(

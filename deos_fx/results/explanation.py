@@ -74,8 +74,9 @@ class Explanation(list[SiteExplanation]):
     Args:
         sites: The effect of each.
         regimes: The regime of each.
-        grids: Rows and columns of the visual tokens of every image of a prompt, in which each tile
-            of an image counts as one; empty if it is not known where tokens lie.
+        grids: Rows and columns of the visual tokens of every image of a prompt, in the order of the
+            tokens. A tile of an image counts as one, or all tiles put together do, where a model
+            reads them so; empty if it is not known where tokens lie.
     """
 
     def __init__(
@@ -99,17 +100,13 @@ class Explanation(list[SiteExplanation]):
         """
         if not self.grids:
             raise ValueError(
-                "where the visual tokens lie on the image is not known for this model: it puts "
-                "tokens of several resolutions, or not in a grid, behind each other"
+                "where the visual tokens lie on the image is not known for this model: they are "
+                "not in a grid, or the model does not say in which"
             )
         if not self:
             return [[] for _ in self.grids]
-        patches = math.prod(self.grids[0])
-        visual = self[0].positions_in
-        return [
-            token_steps(self, self.regimes, visual, row, patches, image)
-            for image in range(len(self.grids))
-        ]
+        of_images = self[0].positions_in[row].split([math.prod(grid) for grid in self.grids])
+        return [token_steps(self, self.regimes, own, row) for own in of_images]
 
     def draw(self, images: Sequence[Image.Image], prompt: str = "", row: int = 0) -> Drawn:
         """Draw the effects on the images of a prompt, to save as a page or as a picture.
@@ -141,25 +138,20 @@ def token_steps(
     regimes: Iterable[str],
     visual: Tensor,
     row: int,
-    patches: int,
-    image: int = 0,
 ) -> list[TokenStep]:
     """Turn explanations, which count prompt positions, into steps, which count patches.
 
     Args:
         explanations: The result of `ReducedModel.explain`.
         regimes: The regime of each reduction.
-        visual: [B, V] prompt positions of the visual tokens.
+        visual: [V] prompt positions of the image's visual tokens.
         row: The prompt to draw.
-        patches: Visual tokens of one image.
-        image: The image of the prompt.
 
     Returns:
         A step for each site, in order.
     """
     # Positions that are not in it, of other images or a copy of CLS (-1), have no patch.
-    own = visual[row, image * patches : (image + 1) * patches]
-    patch = {int(position): i for i, position in enumerate(own)}
+    patch = {int(position): i for i, position in enumerate(visual)}
     steps = []
     for explanation, regime in zip(explanations, regimes, strict=True):
         incoming = [patch.get(int(p)) for p in explanation.positions_in[row]]

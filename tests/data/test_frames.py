@@ -53,3 +53,11 @@ def test_flattened_patches_are_of_the_whole_image(tmp_path: Path) -> None:
     image = open_image(noise(60, 90))
     (inputs,) = batches(processor, [Record(image, "what?")], 1)
     assert frames(processor, inputs, [image]) == [image]
+
+
+def test_tiles_that_are_put_together_again_are_the_image(tmp_path: Path) -> None:
+    processor = load_processor(write_processor("llava_onevision", tmp_path))
+    image = noise(56, 40)
+    (inputs,) = batches(processor, [Record(image, "what?")], 1)
+    whole, put_together = frames(processor, inputs, [image])
+    assert whole.size == (28, 28) and put_together is image

@@ -222,7 +222,7 @@ def test_token_steps_speak_of_patches():
     )
     visual = torch.tensor([[2, 3, 4, 5], [5, 6, 7, 8]])
     for row in range(2):
-        (step,) = token_steps([explanation], ["merge"], visual, row, patches=4)
+        (step,) = token_steps([explanation], ["merge"], visual[row], row)
         assert step.before == (0, 1, 2, 3)
         assert step.kept == (1, 3)
         # The tenth of token 2 that went to token 1 is not drawn.
@@ -240,5 +240,5 @@ def test_only_the_first_image_is_drawn():
         scores=None,
         remaining=torch.tensor([[1, 6]]),
     )
-    (step,) = token_steps([explanation], ["prune"], torch.arange(8)[None], 0, patches=4)
+    (step,) = token_steps([explanation], ["prune"], torch.arange(4), 0)
     assert (step.before, step.kept, step.moves) == ((0, 1, 2, 3), (1,), ())
