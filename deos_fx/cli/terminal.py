@@ -126,13 +126,16 @@ def stages(console: Console) -> Iterator[Stages]:
 
 
 def announced(
-    progress: Callable[[str, int, int], None], console: Console
+    progress: Callable[[str, int, int], None],
+    console: Console,
+    words: str = "The search will take about {} more; Ctrl-C ends it early.",
 ) -> Callable[[str, int, int], None]:
-    """Return a progress that says in words how long a search will take.
+    """Return a progress that says in words how long a call will take.
 
     Args:
         progress: Called with every other stage.
         console: Where it is said.
+        words: The sentence; ``{}`` stands for the time.
     """
 
     def report(stage: str, done: int, total: int) -> None:
@@ -140,8 +143,8 @@ def announced(
             progress(stage, done, total)
             return
         left = max(1, total - done)
-        words = counted(left, "second") if left < 90 else f"{round(left / 60)} minutes"
-        console.print(f"The search will take about {words} more; Ctrl-C ends it early.")
+        time = counted(left, "second") if left < 90 else f"{round(left / 60)} minutes"
+        console.print(words.format(time))
 
     return report
 

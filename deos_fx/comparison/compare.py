@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -89,7 +90,8 @@ def compare(
         batch_size: Questions answered at once.
         max_new_tokens: Tokens of an answer; by default two more than the longest right one.
         progress: Called with a stage, the number of methods done and their total; by default, a
-            bar on a terminal, and the logger ``deos_fx`` elsewhere.
+            bar on a terminal, and the logger ``deos_fx`` elsewhere. Once a preset has been tuned,
+            the stage is ``estimate``: then these are the seconds so far, and those of all.
 
     Raises:
         ImportError: If presets are to be tuned and Optuna is not installed.
@@ -186,11 +188,20 @@ def _drawn_up(
         *(lambda name=name: bench.preset(name, tuner, seeds) for name in presets),
         *others,
     ]
-    drafts = []
+    drafts: list[Draft] = []
+    start, told = time.perf_counter(), tuner is None
     for i, row in enumerate(rows):
+        before = time.perf_counter()
         drafts.append(row())
-        if progress is not None:
-            progress("methods", i + 1, len(rows))
+        if progress is None:
+            continue
+        progress("methods", i + 1, len(rows))
+        # Tuning takes nearly all of the time, and about as long for each preset that can be fitted.
+        if not told and drafts[-1].group == "preset" and drafts[-1].attempts:
+            told = True
+            now = time.perf_counter()
+            left = (now - before) * (len(rows) - len(others) - i - 1)
+            progress("estimate", round(now - start), round(now - start + left))
     return drafts
 
 

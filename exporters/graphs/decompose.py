@@ -30,6 +30,8 @@ _aten: Any = torch.ops.aten
 # For programs without tensors.
 _NO_MODE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
+_SCAN = torch.ops.higher_order.scan
+
 # In a graph, where nothing is written into, both pass on what they are given.
 _NOTHING = (_aten.detach.default, _aten.lift_fresh_copy.default)
 
@@ -56,7 +58,8 @@ def _quick(decompose: Callable[..., ExportedProgram]) -> Callable[..., ExportedP
     def quick(exported_program: ExportedProgram, registry: Any) -> ExportedProgram:
         known = set(_decomp.get_onnx_implemented_overloads(registry))
         table = _decomp.create_onnx_friendly_decomposition_table(known)
-        nodes = list(exported_program.graph.nodes)
+        modules = _modules(exported_program.graph_module)
+        nodes = [node for module in modules for node in module.graph.nodes]
         if not all(map(_is_pure, nodes)):
             return decompose(exported_program, registry)
         # What is made of no tensor is to be as fake as the others.
@@ -70,19 +73,42 @@ def _quick(decompose: Callable[..., ExportedProgram]) -> Callable[..., ExportedP
         if any(part.find_nodes(op="get_attr") for part in parts.values()):
             # Case: new constants, which would have to become the program's.
             return decompose(exported_program, registry)
-        _replace(exported_program, parts)
-        _leave_out(exported_program, nothing)
+        signature = exported_program.graph_signature
+        with exported_program.graph_module._set_replace_hook(signature.get_replace_hook()):
+            for node, part in parts.items():
+                _replace(node, part)
+            for node in nothing:
+                _give_way(node, node.all_input_nodes[0])
+        for module in modules:
+            module.graph.lint()
+            module.recompile()
         return exported_program
 
     return quick
 
 
+def _modules(module: fx.GraphModule) -> list[fx.GraphModule]:
+    """Return a module and the bodies of the loops in it."""
+    bodies = map(_body, module.graph.nodes)
+    return [module, *(each for body in bodies if body for each in _modules(body))]
+
+
+def _body(node: fx.Node) -> fx.GraphModule | None:
+    """Return the graph that a node names; None if it names a tensor, or is another node."""
+    if node.op != "get_attr":
+        return None
+    named = getattr(node.graph.owning_module, str(node.target), None)
+    return named if isinstance(named, fx.GraphModule) else None
+
+
 def _is_pure(node: fx.Node) -> bool:
-    """Return whether a node only computes what it returns, without branches or loops."""
+    """Return whether a node only computes what it returns, without branches; loops are scans."""
     if isinstance(node.target, OpOverload):
         # Sizes that contents decide are numbered where they come from.
         return not node.target._schema.is_mutable and "unbacked_bindings" not in node.meta
-    return node.op != "get_attr" and not isinstance(node.target, torch._ops.OperatorBase)
+    if node.op == "get_attr":
+        return _body(node) is not None
+    return node.target is _SCAN or not isinstance(node.target, torch._ops.OperatorBase)
 
 
 def _complete(node: fx.Node) -> None:
@@ -148,43 +174,29 @@ def _parts(node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> fx.Graph:
         return make_fx(run, decomposition_table=dict(table))(*values[:-1]).graph
 
 
-def _replace(program: ExportedProgram, parts: Mapping[fx.Node, fx.Graph]) -> None:
-    """Put graphs in the place of nodes."""
-    graph = program.graph
-    with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
-        for node, part in parts.items():
-            given = node.all_input_nodes
-            with graph.inserting_before(node):
-                copied = dict(zip(part.find_nodes(op="placeholder"), given, strict=True))
-                new: Any = graph.graph_copy(part, copied)
-                for each in copied.values():
-                    if each not in given:
-                        # Where in the model it is from.
-                        each.meta = node.meta | each.meta
-            if not isinstance(new, fx.Node):
-                # Case: several results, of which each user takes one.
-                for user in list(node.users):
-                    user.replace_all_uses_with(new[user.args[1]])
-                    graph.erase_node(user)
-                graph.erase_node(node)
-            else:
-                _give_way(graph, node, new)
-    graph.lint()
-    program.graph_module.recompile()
+def _replace(node: fx.Node, part: fx.Graph) -> None:
+    """Put a graph in the place of a node."""
+    graph, given = node.graph, node.all_input_nodes
+    with graph.inserting_before(node):
+        copied = dict(zip(part.find_nodes(op="placeholder"), given, strict=True))
+        new: Any = graph.graph_copy(part, copied)
+    for each in copied.values():
+        if each not in given:
+            # Where in the model it is from.
+            each.meta = node.meta | each.meta
+    if isinstance(new, fx.Node):
+        _give_way(node, new)
+        return
+    # Case: several results, of which each user takes one.
+    for user in list(node.users):
+        user.replace_all_uses_with(new[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
 
 
-def _leave_out(program: ExportedProgram, nothing: Sequence[fx.Node]) -> None:
-    """Let what nodes are given take their place."""
-    graph = program.graph
-    with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
-        for node in nothing:
-            _give_way(graph, node, node.all_input_nodes[0])
-    graph.lint()
-    program.graph_module.recompile()
-
-
-def _give_way(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
+def _give_way(node: fx.Node, new: fx.Node) -> None:
     """Put a node in the place of another."""
+    graph = node.graph
     if new in node.all_input_nodes and any(user.op == "output" for user in node.users):
         # Case: the program returns it, and what it returns has to be of its own.
         with graph.inserting_before(node):

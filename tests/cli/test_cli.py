@@ -489,6 +489,18 @@ def test_compare_writes_files_and_a_table(questions, tmp_path):
     assert "changes nothing: a llava model" in " ".join(text.split())
 
 
+def test_compare_says_how_long_tuning_will_take(questions, tmp_path, monkeypatch):
+    def compare(model, processor, records, *, progress, **options):
+        progress("methods", 1, 3)
+        progress("estimate", 60, 600)
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr("deos_fx.comparison.compare.compare", compare)
+    options = ("--test", questions, "--output", tmp_path / "out")
+    text = " ".join(run("compare", reference.WEIGHTS, *options, code=1).split())
+    assert "The comparison will take about 9 minutes more; fewer --evaluations" in text
+
+
 def test_compare_refuses_the_same_questions_before_it_loads(questions, tmp_path, monkeypatch):
     pytest.importorskip("optuna")
     monkeypatch.setattr("deos_fx.cli.loading.load_model", None)

@@ -183,6 +183,7 @@ def test_presets_may_leave_as_many_tokens_as_the_policies(loaded: Any, asked: An
 @needs_optuna
 def test_presets_are_tuned_on_other_questions(loaded: Any, asked: Any) -> None:
     tuning = records(reference.make_examples(16, "validation"))
+    told: list[tuple[str, int, int]] = []
     found = compare(
         *loaded,
         records(asked),
@@ -191,7 +192,12 @@ def test_presets_are_tuned_on_other_questions(loaded: Any, asked: Any) -> None:
         presets=["redistribute", "uniform"],
         evaluations=5,
         seeds=2,
+        progress=lambda *args: told.append(args),
     )
+    # How long the rest will take, once one of the two is tuned.
+    stages = [stage for stage, _, _ in told]
+    assert stages == ["methods", "methods", "estimate", "methods", "methods", "methods"]
+    assert told[2][2] >= told[2][1] > 0
     tuned = found.row("redistribute").runs
     assert [run.seed for run in tuned] == [0, 1]
     assert all(run.evaluations == 5 for run in tuned)

@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
 from torch.export import Dim
 from torch.onnx._internal.exporter import _fx_passes
 
@@ -40,6 +41,18 @@ def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.detach(), x.reshape(x.shape[0], 12) + 1
 
 
+def _loops(x: Tensor) -> tuple[Tensor, ...]:
+    """Choose the largest value of each row three times, as a greedy selector does."""
+
+    def step(left: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = left.argmax(dim=-1, keepdim=True)
+        cell = nn.functional.one_hot(chosen, 12).to(torch.float32).flatten(1)
+        return left - 9 * cell, (chosen + number).unflatten(0, (-1, 1))
+
+    numbers = torch.arange(3)
+    return scan(step, x + 1, numbers)
+
+
 def _branches(x: Tensor) -> Tensor:
     return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
 
@@ -59,6 +72,7 @@ PURE: dict[str, Callable[[Tensor], Any]] = {
     "views": _views,
     "several results": _several,
     "nothing": _nothing,
+    "loops": _loops,
 }
 OTHERS: dict[str, Callable[[Tensor], Any]] = {"branches": _branches, "writes": _writes}
 

@@ -26,6 +26,8 @@ from deos_fx.cli.outputs import check_target
 
 __all__ = ["compare"]
 
+_TIME = "The comparison will take about {} more; fewer --evaluations or --seeds make it shorter."
+
 
 def compare(
     model_dir: Model,
@@ -66,7 +68,7 @@ def compare(
     from deos_fx.cli.limits import limit_beside
     from deos_fx.cli.loading import checked_processor, load_model
     from deos_fx.cli.policies import named_policies
-    from deos_fx.cli.terminal import comparison_table, stages
+    from deos_fx.cli.terminal import announced, comparison_table, stages
     from deos_fx.comparison.answers import exact_match
     from deos_fx.comparison.compare import check_names, check_questions
     from deos_fx.comparison.compare import compare as run_comparison
@@ -96,7 +98,7 @@ def compare(
                     evaluations=evaluations,
                     seeds=seeds,
                     batch_size=batch_size,
-                    progress=progress,
+                    progress=announced(progress, console, _TIME),
                 )
         # Shown first: a disk may be full.
         console.print_figures(comparison_table(result))
