@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -30,6 +31,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from deos_fx import __version__, reference
+from deos_fx.exporters.fuse import fuse
+from deos_fx.exporters.graphs.exportable import Exportable
+from deos_fx.exporters.manifest import write_graphs
+from deos_fx.exporters.session import Session
+from deos_fx.exporters.session import open as open_session
 from deos_fx.files import write_text
 from deos_fx.models.facts import facts_of
 
@@ -46,6 +52,7 @@ __all__ = [
     "in_turns",
     "measured",
     "now",
+    "onnx_session",
 ]
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
@@ -167,6 +174,28 @@ def build_inputs(
 
 
 # *** a command ***
+
+
+def onnx_session(
+    module: nn.Module, inputs: Mapping[str, Tensor], folder: Path
+) -> tuple[Session, int]:
+    """Export a module with the fusions of our exports, and open it in ONNX Runtime.
+
+    Args:
+        module: The module.
+        inputs: Its inputs, on the device that it is to be fast on; others have the same shapes.
+        folder: Where to write it.
+
+    Returns:
+        The session, which takes tensors on the CPU, and the number of nodes of its graph.
+    """
+    device = next(iter(inputs.values())).device
+    graphs = {"module": Exportable(module, dict(inputs), {name: {} for name in inputs}).export()}
+    fuse(graphs, device.type)
+    own = Path(tempfile.mkdtemp(dir=folder))
+    write_graphs(graphs, own)
+    nodes = sum(1 for _ in graphs["module"].graph.all_nodes())
+    return open_session(own / "module.onnx", device), nodes
 
 
 def measured(

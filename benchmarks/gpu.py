@@ -36,6 +36,7 @@ from common import (
     device_of,
     in_turns,
     measured,
+    onnx_session,
 )
 from common import now as seconds_now
 from rich.console import Console
@@ -47,11 +48,7 @@ from deos_fx import OnnxModel, Policy, ReducedModel, Reduction, export_onnx, pre
 from deos_fx.cost.amounts import Cost
 from deos_fx.cost.memory import peak_bytes
 from deos_fx.cost.model import CostModel
-from deos_fx.exporters.fuse import fuse
-from deos_fx.exporters.graphs.exportable import Exportable
-from deos_fx.exporters.manifest import write_graphs
 from deos_fx.exporters.session import Session
-from deos_fx.exporters.session import open as open_session
 from deos_fx.inputs.call import Call
 from deos_fx.models.facts import facts_of
 from deos_fx.models.upstream import CACHE
@@ -224,12 +221,7 @@ def onnx_short_run(
     Returns:
         The session; it takes tensors on the CPU.
     """
-    fixed: dict[str, Any] = {name: {} for name in inputs}
-    program = Exportable(_ShortRun(model, lengths), dict(inputs), fixed).export()
-    fuse({"prefill": program}, model.device.type)
-    path = Path(tempfile.mkdtemp(dir=folder))
-    write_graphs({"prefill": program}, path)
-    return open_session(path / "prefill.onnx", model.device)
+    return onnx_session(_ShortRun(model, lengths), inputs, folder)[0]
 
 
 def published_fastv(
@@ -378,18 +370,16 @@ def _pytorch(bench: _Bench) -> Results:
             tower()
 
     times = in_turns({**calls, "tower": tower, "read": read}, settings.repeats, device)
-    towers = {True: times.pop("tower"), False: times.pop("read")}
+    whole_tower, read_tower = times.pop("tower"), times.pop("read")
     # The decoder alone: a prompt's time without that of the tower. transformers' own code runs a
     # block of it that nothing reads.
-    alone = {
-        name: [
-            each - other
-            for each, other in zip(own, towers[name == ORIGINAL or PUBLISHED in name], strict=True)
-        ]
-        for name, own in times.items()
-    }
+    alone = {}
+    for name, own in times.items():
+        own_tower = whole_tower if name == ORIGINAL or PUBLISHED in name else read_tower
+        alone[name] = [each - other for each, other in zip(own, own_tower, strict=True)]
     costs = _costs(bench)
-    tower_ms = {"whole": statistics.median(towers[True]), "read": statistics.median(towers[False])}
+    towers = {"whole": whole_tower, "read": read_tower}
+    tower_ms = {name: statistics.median(own) for name, own in towers.items()}
     found: Results = {"tower_ms": tower_ms, "variants": {}}
     for name in variants:
         figure: Results = {

@@ -17,17 +17,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import SHAPES, Device, conditions, device_of, in_turns, measured
+from common import SHAPES, Device, conditions, device_of, in_turns, measured, onnx_session
 from operators import Settings, random_features, reduction_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
 from deos_fx import Reduction
-from deos_fx.exporters.fuse import fuse
-from deos_fx.exporters.graphs.exportable import Exportable
-from deos_fx.exporters.manifest import write_graphs
-from deos_fx.exporters.session import open as open_session
 from deos_fx.forms.needs import required_features
 from deos_fx.forms.static import static_reduce
 from deos_fx.passes.lower.emitter import Emitter
@@ -134,11 +130,7 @@ def _compared(module: nn.Module, inputs: Mapping[str, Tensor], rounds: int) -> R
     device = inputs["tokens"].device
     on_cpu = {name: value.cpu() for name, value in inputs.items()}
     with torch.no_grad(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        program = Exportable(module, dict(inputs), {name: {} for name in inputs}).export()
-        fuse({"prefill": program}, device.type)
-        nodes = sum(1 for _ in program.graph.all_nodes())
-        write_graphs({"prefill": program}, Path(folder))
-        session = open_session(Path(folder) / "prefill.onnx", device)
+        session, nodes = onnx_session(module, inputs, Path(folder))
         calls = {"pytorch": partial(module, **inputs), "onnxruntime": partial(session, on_cpu)}
         times = in_turns(calls, rounds, device)
         del session, calls
