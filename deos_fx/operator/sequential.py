@@ -59,7 +59,7 @@ def greedy(
     Returns:
         Indices [B, K], in the order of the picks.
     """
-    return _pick(score, similarity, taken, count, diversity, at_once)[0]
+    return _pick(score, similarity, taken, count, diversity, at_once)
 
 
 def greedy_penalty(
@@ -75,7 +75,8 @@ def greedy_penalty(
     its gradient.
     """
     with torch.no_grad():
-        picks, closest = _pick(score, similarity, None, count, diversity, 1)
+        picks = _pick(score, similarity, None, count, diversity, 1)
+        closest = _penalty(similarity, picks)
         # The pick that the penalty of each token is the similarity to.
         near = take(similarity.expand(len(picks), -1, -1), picks)
         which = (near - closest.unsqueeze(1)).abs().argmin(dim=1, keepdim=True)
@@ -100,10 +101,10 @@ def max_min(similarity: Tensor, taken: Tensor | None, count: int, at_once: int =
     Returns:
         Indices [B, K], in the order of the picks.
     """
-    # With tokens taken, the first step is like all others: every score is 0, and similarity
-    # decides.
-    first = _isolation(similarity) if taken is None else torch.zeros_like(taken)
-    return _pick(first, similarity, taken, count, 1.0, at_once, then=torch.zeros_like(first))[0]
+    # With tokens taken, the first step is like all others: similarity alone decides.
+    first = _isolation(similarity) if taken is None else None
+    score = torch.zeros_like(similarity[..., 0] if taken is None else taken)
+    return _pick(score, similarity, taken, count, 1.0, at_once, first=first)
 
 
 def max_min_ranking(similarity: Tensor, count: int, alive: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def max_min_ranking(similarity: Tensor, count: int, alive: Tensor) -> Tensor:
         # A closed gate is about -30: too low to be picked, or to be a nearest neighbour.
         gate = alive.clamp_min(LOG_FLOOR).log()
         first = _isolation(similarity + gate.unsqueeze(1)) + gate
-        return -_pick(first, similarity, None, count, 1.0, 1, then=gate)[1]
+        return -_penalty(similarity, _pick(gate, similarity, None, count, 1.0, 1, first=first))
 
 
 def _isolation(similarity: Tensor) -> Tensor:
@@ -139,39 +140,63 @@ def _pick(
     diversity: float | Tensor,
     at_once: int,
     *,
-    then: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the picks, and the penalty of every token when it was picked.
+    first: Tensor | None = None,
+) -> Tensor:
+    """Return the picks [B, K].
 
-    ``then``, if given, is the score after the first step.
+    The gain s_j - delta max_{i in S} a_ij is the least of s_j - delta a_ij over S, to the last bit,
+    so a step carries nothing but the gains.
+
+    ``first``, if given, are the gains at the first step, when nothing is taken.
     """
     score, similarity = same_rows(full_precision(score), similarity)
-    # max_{i in S} a_ij so far. No similarity is below -1, so an empty S has the lowest penalty.
-    closest = torch.full_like(score, -1.0)
-    free = torch.ones_like(score)
+    lowest = torch.finfo(score.dtype).min
+
+    def beside(nearest: Tensor) -> Tensor:
+        """Return the gains of tokens that are as near as that to a pick."""
+        return score - diversity * nearest.to(score.dtype)
+
+    # No similarity is below -1, so without any pick that is the penalty.
+    gain = beside(torch.full_like(score, -1.0))
     if taken is not None:
-        free = free - taken
         # Tokens that are taken count like picks.
-        resembles = torch.where(taken.unsqueeze(-1) > 0, similarity.to(score.dtype), -1.0)
-        closest = torch.maximum(closest, resembles.amax(dim=1))
+        resembles = torch.where(taken.unsqueeze(-1) > 0, similarity, -1.0)
+        gain = torch.minimum(gain, beside(resembles.amax(dim=1)))
+        gain = torch.where(taken > 0, lowest, gain)
 
-    def step(score: Tensor, number: int, free: Tensor, closest: Tensor) -> _Step:
-        gain = torch.where(free > 0, score - diversity * closest, torch.finfo(score.dtype).min)
+    def without(gain: Tensor, pick: Tensor) -> Tensor:
+        left = torch.minimum(gain, beside(take(similarity, pick).amax(dim=1)))
+        # Nothing is left of a pick itself: it is not picked again.
+        return left.scatter(1, pick, lowest)
+
+    def step(number: int, gain: Tensor) -> _Step:
         pick = gain.argmax(-1, keepdim=True) if number == 1 else gain.topk(number).indices
-        free = free - F.one_hot(pick, score.shape[-1]).to(free.dtype).sum(dim=1)
-        # A token keeps the penalty that it had when it was picked.
-        near = take(similarity, pick).amax(dim=1).to(closest.dtype)
-        return (free, torch.where(free > 0, torch.maximum(closest, near), closest)), pick
+        return (without(gain, pick),), pick
 
-    later = score if then is None else then
     # The first pick is always a single one: until then, no penalty tells tokens apart.
+    pick = (gain if first is None else first).argmax(-1, keepdim=True)
+    state: tuple[Tensor, ...] = (without(gain, pick),)
+    picks = [pick]
     times, rest = divmod(count - 1, at_once)
-    state: tuple[Tensor, ...] = (free, closest)
-    picks: list[Tensor] = []
-    for values, number, steps in ((score, 1, 1), (later, at_once, times), (later, rest, rest > 0)):
-        state, found = _repeated(partial(step, values, number), state, int(steps))
+    for number, steps in ((at_once, times), (rest, min(rest, 1))):
+        state, found = _repeated(partial(step, number), state, steps)
         picks += found
-    return torch.cat(picks, dim=-1), state[1]
+    return torch.cat(picks, dim=-1)
+
+
+def _penalty(similarity: Tensor, picks: Tensor) -> Tensor:
+    """Return max_{i in S} a_ij [B, V], at least -1, at the time when token j was picked.
+
+    For a token that was not picked, it is that after the last step.
+
+    Args:
+        similarity: a, [B or 1, V, V].
+        picks: [B, K], in order.
+    """
+    near = full_precision(take(similarity.expand(len(picks), -1, -1), picks))
+    tokens = torch.arange(similarity.shape[-1], device=picks.device)
+    later = (picks.unsqueeze(-1) == tokens).cumsum(dim=1) == 0
+    return torch.where(later, near, -1.0).amax(dim=1).clamp_min(-1.0)
 
 
 def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count: int) -> Tensor:
@@ -204,7 +229,7 @@ def determinantal(score: Tensor, similarity: Tensor, taken: Tensor | None, count
         gain = torch.where(variance > _SPANNED, relevance.square() * variance, relevance - 2)
         gain = torch.where(free > 0, gain, -torch.inf)
         pick = gain.argmax(dim=-1, keepdim=True)
-        free = free - F.one_hot(pick.squeeze(-1), score.shape[-1]).to(free.dtype)
+        free = free.scatter(1, pick, 0.0)
         # For the same reason, such a pick changes nothing.
         remains = take(variance, pick)
         scale = torch.where(remains > _SPANNED, remains.clamp_min(_SPANNED).rsqrt(), 0.0)
@@ -258,7 +283,7 @@ def coverage(
         more = (similarity - covered.unsqueeze(1)).clamp_min(0).sum(dim=-1)
         gain = torch.where(free > 0, weight * more, -1.0)
         pick = gain.argmax(dim=-1, keepdim=True)
-        free = free - F.one_hot(pick.squeeze(-1), score.shape[-1]).to(free.dtype)
+        free = free.scatter(1, pick, 0.0)
         return (free, torch.maximum(covered, take(similarity, pick).squeeze(1))), pick
 
     _, picks = _repeated(step, (free, covered), count)
