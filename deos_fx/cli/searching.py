@@ -115,13 +115,14 @@ def scales_of(
 
 @contextmanager
 def search_processes(
-    output: Path, console: Console
+    output: Path, console: Console, device: str | None = None
 ) -> Iterator[tuple[Path | None, torch.device | None, Console]]:
-    """Join the processes of ``accelerate launch``, if it has started this one.
+    """Join the processes of ``accelerate launch`` or ``torchrun``, if it has started this one.
 
     Args:
         output: The folder of the results.
         console: Where the main process reports.
+        device: Where the model is to be; without one, on an accelerator if there is any.
 
     Yields:
         A folder for the results in the main process, None in others; the device of this process,
@@ -134,9 +135,11 @@ def search_processes(
             yield folder, None, console
         return
     # Case: one of several processes.
+    import torch
     from accelerate import PartialState
 
-    state = PartialState()
+    # Left to itself, accelerate takes processes without an accelerator for one alone each.
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
     try:
         if state.is_main_process:
             with fresh_folder(output, _FILES) as folder:

@@ -5,6 +5,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -448,16 +449,24 @@ def test_search_takes_several_budgets_and_says_how_long_it_will_take(
 
 
 @pytest.mark.slow
-def test_accelerate_launches_processes_that_share_a_search(questions, tmp_path):
+def test_processes_share_a_search(questions, tmp_path):
     """In pieces of one question, of which the two processes take one each."""
     search = ["-m", "deos_fx", "search", str(reference.WEIGHTS), "--data", str(questions)]
     search += ["--batch-size", "1", "--steps", "1"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    # accelerate's own launcher starts one process on a CPU, unless there is MPI.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for name, command in {"one": search, "two": launch + search}.items():
-        out = ["--output", str(tmp_path / name)]
-        subprocess.run([sys.executable, *command, *out], check=True, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, *command, "--output", str(tmp_path / name)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
         assert (tmp_path / name / "report.html").exists()
+        # One process of several reports, and writes.
+        assert done.stdout.count("policy.json, report.html to") == 1
     one, two = (Policy.load(tmp_path / name / "policy.json") for name in ("one", "two"))
     assert one == two
 

@@ -122,7 +122,7 @@ def search(
     records = read_records(data, urls=urls)
     scales = scales_of(image_scale, limits, records)
     with (
-        search_processes(output, report_console()) as (folder, own, console),
+        search_processes(output, report_console(), device) as (folder, own, console),
         stages(console) as stage,
     ):
         with stage("load"):
