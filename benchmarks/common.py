@@ -173,7 +173,7 @@ def build_inputs(
     }
 
 
-# *** a command ***
+# *** ONNX Runtime ***
 
 
 def onnx_session(
@@ -196,6 +196,9 @@ def onnx_session(
     write_graphs(graphs, own)
     nodes = sum(1 for _ in graphs["module"].graph.all_nodes())
     return open_session(own / "module.onnx", device), nodes
+
+
+# *** a command ***
 
 
 def measured(

@@ -143,8 +143,8 @@ def announced(
             progress(stage, done, total)
             return
         left = max(1, total - done)
-        time = counted(left, "second") if left < 90 else f"{round(left / 60)} minutes"
-        console.print(words.format(time))
+        amount = counted(left, "second") if left < 90 else f"{round(left / 60)} minutes"
+        console.print(words.format(amount))
 
     return report
 

@@ -398,22 +398,22 @@ def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]
         return [Item(None, n, ends, ends > 0) for n, ends in zip(counts, without, strict=True)]
     # Case: rows end in a token that is recognised.
     flags = [is_separator(part, newline).flatten() for part in features]
-    return [
-        Item(None, len(ends), int(ends.sum()), bool(ends[-1]), _views(ends.nonzero().flatten()))
-        for ends in flags
-    ]
+    return [Item(None, len(ends), int(ends.sum()), bool(ends[-1]), _views(ends)) for ends in flags]
 
 
 def _views(ends: Tensor) -> tuple[tuple[int, int], ...]:
-    """Return the grids that an image's tokens lie in, given the places of the ends of its rows.
+    """Return the grids that an image's tokens lie in, given flags [N] of the ends of its rows.
 
     As LLaVA-NeXT packs them: the whole image, scaled to a square, without ends of rows; then the
     rows of its tiles put together, or a single end if there are none. Empty if they are packed
     otherwise, or in one row of tiles, which looks like a part of the square.
     """
-    lengths = ends.diff(prepend=ends.new_tensor([-1])).sub(1).tolist()
+    if not ends[-1]:
+        return ()
+    places = ends.nonzero().flatten()
+    lengths = places.diff(prepend=places.new_tensor([-1])).sub(1).tolist()
     rows, columns = (len(lengths), lengths[1]) if len(lengths) > 1 else (0, 0)
-    square = lengths[0] - columns if lengths else 0
+    square = lengths[0] - columns
     side = math.isqrt(max(square, 0))
     if not side or side * side != square or any(length != columns for length in lengths[1:]):
         return ()

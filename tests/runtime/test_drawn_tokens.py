@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import IMAGE, shared
+from families import FAMILIES, IMAGE, built, shared
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     image_size_to_num_patches,
 )
 
+from deos_fx.inputs.items import IMAGES, items_of
+from deos_fx.models.facts import facts_of
 from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.runtime.reduced_model import ReducedModel
@@ -88,3 +90,20 @@ def test_images_without_tiles() -> None:
     batch = _prompt(model, (16, 16), 1, images=2) | {"batch_num_images": torch.tensor([2])}
     explanation = ReducedModel(model, PRUNE).explain(**batch)
     assert explanation.grids == ((4, 4), (4, 4))
+
+
+@pytest.mark.parametrize(("more", "views"), [(0, ((4, 4), (8, 8))), (1, ())])
+def test_tokens_behind_the_last_end_of_a_row(
+    more: int, views: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No model that is known puts any there; where they lie would be a guess."""
+    model = built(FAMILIES["llava_next"].config())
+    batch, pack = _prompt(model, (32, 32), 5), model.model.pack_image_features
+
+    def packed(*args: Any, **options: Any) -> Any:
+        features, lengths = pack(*args, **options)
+        return [torch.cat([one, one[:more]]) for one in features], lengths + more
+
+    monkeypatch.setattr(model.model, "pack_image_features", packed)
+    (item,) = items_of(facts_of(model), batch, IMAGES, [88 + more])
+    assert (item.tokens, item.views, item.closed) == (88 + more, views, not more)
