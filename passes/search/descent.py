@@ -145,16 +145,27 @@ class Descent:
             if self.state.step in self._snapshots():
                 self.judge()
             after_step(self.state.step)
-        if self._is_stuck() and processes.is_main():
-            numbers = sorted({i for record in self._latest() for i in record["not_finite"]})
-            warnings.warn(
+        lost = {i for record in self.state.history for i in record["not_finite"]}
+        if lost and processes.is_main():
+            self._warn_of(sorted(lost))
+
+    def _warn_of(self, lost: Sequence[int]) -> None:
+        """Warn of batches whose losses or gradients were not finite."""
+        cure = "Leave these out, or load the model in float32 or bfloat16."
+        batches = f"the batches {lost} of data (from 0)"
+        if self._is_stuck():
+            said = (
                 f"The steps at {' and '.join(self.reductions)} end after {self.state.step} of "
                 f"{self.steps}: {_PATIENCE} in a row had gradients that are NaN or infinite, in "
-                f"the batches {numbers} of data (from 0). Leave these out, or load the model in "
-                "float32 or bfloat16.",
-                RuntimeWarning,
-                stacklevel=2,
+                f"{batches}. {cure}"
             )
+        else:
+            # Case: other batches moved something. The words are the same for every place and round.
+            said = (
+                "Steps of the search moved nothing where gradients were NaN or infinite, in "
+                f"{batches}. {cure}"
+            )
+        warnings.warn(said, RuntimeWarning, stacklevel=3)
 
     def recount(self) -> None:
         """Count what was done before a search was ended and continued."""

@@ -42,7 +42,7 @@ class Target:
             origin: [B, M] original prompt positions of the rows of `logits`; None if M = N.
 
         Returns:
-            0-dim float32.
+            0-dim float32; NaN if text was dropped, as where scores are NaN.
         """
         # In a reduced graph, the same predictions are at other places.
         device = logits.device
@@ -51,14 +51,17 @@ class Target:
         if origin is not None:
             positions = take(positions, origin.to(device))
         predicted = logits[positions].float()
+        wanted = self.labels if self.labels is not None else self.logits
+        assert wanted is not None
+        if len(predicted) != len(wanted):
+            return predicted.new_full((), math.nan)
         if self.labels is not None:
             # Case: labels.
-            return F.cross_entropy(predicted, self.labels.to(device))
+            return F.cross_entropy(predicted, wanted.to(device))
         # Case: the answers of the unreduced model.
-        assert self.logits is not None
         return F.kl_div(
             predicted.log_softmax(-1),
-            self.logits.to(device).float().log_softmax(-1),
+            wanted.to(device).float().log_softmax(-1),
             log_target=True,
             reduction="batchmean",
         )

@@ -64,6 +64,8 @@ def start_reduction(site: Site, tokens: Tensor) -> Reduction:
     """
     flat = tokens.detach().flatten(0, 1).float()
     rank = min(_DIRECTIONS, *flat.shape)
+    # Images that became NaN or infinite say nothing of directions.
+    flat = flat.where(flat.isfinite().all(dim=1, keepdim=True), 0.0)
     # Rows of V^T, the strongest first.
     directions = torch.linalg.svd(flat, full_matrices=False)[2][:rank].mT.cpu()
     scores = {name: weight for name, weight in _SCORES.items() if name in site.scores}

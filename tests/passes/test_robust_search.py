@@ -62,6 +62,14 @@ def test_steps_that_nothing_comes_of_end_with_a_warning(model: Any) -> None:
     assert math.isfinite(found.best.loss)
 
 
+def test_steps_go_on_beside_damaged_data(model: Any) -> None:
+    # The first batch is the one that learned parts start from.
+    message = r"moved nothing where gradients were NaN or infinite, in the batches \[0\] of data"
+    with pytest.warns(RuntimeWarning, match=message):
+        found = search(model, damaged(model, 0), budget=Budget(visual_tokens=4), steps=6)
+    assert math.isfinite(found.best.loss)
+
+
 def test_damaged_data_that_policies_are_scored_on_is_refused(model: Any) -> None:
     # Of four batches, the last one is held back.
     with pytest.raises(ValueError, match="NaN or infinite.*batches 3 to 3 of data"):
