@@ -160,15 +160,15 @@ class Item(NamedTuple):
         tokens: The number of its placeholders, ends of rows included.
         ends: How many of these stand for the end of a row.
         closed: Whether the last one stands for the end of a row.
-        views: Where its tokens lie if it is one image, but not in one grid: rows and columns of the
-            whole image, then those of its tiles put together. Empty if that is not known.
+        pictures: Where its tokens lie if it is one image, but not in one grid: rows and columns of
+            the whole image, then those of its tiles put together. Empty if that is not known.
     """
 
     grids: tuple[tuple[int, int], ...] | None
     tokens: int
     ends: int = 0
     closed: bool = False
-    views: tuple[tuple[int, int], ...] = ()
+    pictures: tuple[tuple[int, int], ...] = ()
 
 
 def items_of(
@@ -398,10 +398,13 @@ def _run_encoder(core: Any, method: str, given: Mapping[str, Any]) -> list[Item]
         return [Item(None, n, ends, ends > 0) for n, ends in zip(counts, without, strict=True)]
     # Case: rows end in a token that is recognised.
     flags = [is_separator(part, newline).flatten() for part in features]
-    return [Item(None, len(ends), int(ends.sum()), bool(ends[-1]), _views(ends)) for ends in flags]
+    return [
+        Item(None, len(ends), int(ends.sum()), bool(ends[-1]), _pictures_by_ends(ends))
+        for ends in flags
+    ]
 
 
-def _views(ends: Tensor) -> tuple[tuple[int, int], ...]:
+def _pictures_by_ends(ends: Tensor) -> tuple[tuple[int, int], ...]:
     """Return the grids that an image's tokens lie in, given flags [N] of the ends of its rows.
 
     As LLaVA-NeXT packs them: the whole image, scaled to a square, without ends of rows; then the

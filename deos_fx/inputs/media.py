@@ -280,14 +280,14 @@ def _of_prompt(
         grids=tuple(grids) if len(set(grids)) > 1 else (),
         # The end of a row is never reduced.
         ends=ends and not shown[-1][2].closed,
-        views=_views(shown),
+        pictures=_pictures_of(shown),
         packed=packed,
     )
     return PromptImages(layout, tuple(items))
 
 
-def _views(shown: Sequence[tuple[Kind, int, Item]]) -> tuple[tuple[int, int], ...]:
+def _pictures_of(shown: Sequence[tuple[Kind, int, Item]]) -> tuple[tuple[int, int], ...]:
     """Return the pictures of all images of a prompt; none if those of one are not known."""
     # The only end of a video's tokens says nothing of its frames.
-    views = [item.views if kind is IMAGES else () for kind, _, item in shown]
-    return tuple(itertools.chain(*views)) if all(views) else ()
+    pictures = [item.pictures if kind is IMAGES else () for kind, _, item in shown]
+    return tuple(itertools.chain(*pictures)) if all(pictures) else ()

@@ -43,7 +43,7 @@ def explain(
     names = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
         watching.run(*(inputs[name] for name in names))
-    grids = layout.each_grid if layout.placed else layout.views
+    grids = layout.each_grid if layout.placed else layout.pictures
     if policy.is_empty:
         return Explanation([], [], grids)
     layout.tokens_per_image  # noqa: B018 - raises for images of several sizes

@@ -29,8 +29,8 @@ class PromptLayout:
         grids: Rows and columns of every image, if they differ; ``grid`` is then the first.
         ends: Whether the prompt ends in a visual token. The next token is predicted from it, so it
             is always kept.
-        views: Rows and columns of the pictures that the tokens of a prompt lie on, one behind the
-            other, where an image has several: the whole image, and its tiles put together.
+        pictures: Rows and columns of the pictures that the tokens of a prompt lie on, one behind
+            the other, where an image has several: the whole image, and its tiles put together.
         packed: Reason, in words, why not every token of a row sees all before it (packed samples);
             empty where every row is one prompt.
     """
@@ -42,7 +42,7 @@ class PromptLayout:
     placed: bool = True
     grids: tuple[tuple[int, int], ...] = ()
     ends: bool = False
-    views: tuple[tuple[int, int], ...] = ()
+    pictures: tuple[tuple[int, int], ...] = ()
     packed: str = ""
 
     @property

@@ -92,9 +92,9 @@ def test_images_without_tiles() -> None:
     assert explanation.grids == ((4, 4), (4, 4))
 
 
-@pytest.mark.parametrize(("more", "views"), [(0, ((4, 4), (8, 8))), (1, ())])
+@pytest.mark.parametrize(("more", "pictures"), [(0, ((4, 4), (8, 8))), (1, ())])
 def test_tokens_behind_the_last_end_of_a_row(
-    more: int, views: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+    more: int, pictures: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No model that is known puts any there; where they lie would be a guess."""
     model = built(FAMILIES["llava_next"].config())
@@ -106,4 +106,4 @@ def test_tokens_behind_the_last_end_of_a_row(
 
     monkeypatch.setattr(model.model, "pack_image_features", packed)
     (item,) = items_of(facts_of(model), batch, IMAGES, [88 + more])
-    assert (item.tokens, item.views, item.closed) == (88 + more, views, not more)
+    assert (item.tokens, item.pictures, item.closed) == (88 + more, pictures, not more)
