@@ -110,8 +110,8 @@ def noise_example(reduced: ReducedModel, model_dir: str) -> dict[str, Tensor] | 
     import torch
     from PIL import Image
 
-    from deos_fx.data import Record, batches
     from deos_fx.exporters.graphs.example import kinds_of_tokens
+    from deos_fx.inputs.example import processed_example
     from deos_fx.models.facts import facts_of
 
     facts = facts_of(reduced.model)
@@ -124,8 +124,7 @@ def noise_example(reduced: ReducedModel, model_dir: str) -> dict[str, Tensor] | 
     # Noise, because all tokens of a plain image would have equal scores.
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (448, 448, 3), generator=generator, dtype=torch.uint8)
-    record = Record(Image.fromarray(pixels.numpy()), "What is shown here?")
-    return next(batches(reduced.processor(processor), [record], 1))
+    return processed_example(reduced.processor(processor), Image.fromarray(pixels.numpy()))
 
 
 def scaled_example(

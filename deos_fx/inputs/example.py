@@ -15,7 +15,10 @@ from deos_fx.models.facts import ModelFacts, facts_of
 from deos_fx.models.families import MARKS
 from deos_fx.models.shapes_only import count_visual_tokens
 
-__all__ = ["TEXT_TOKENS", "example_inputs", "processed_example"]
+__all__ = ["QUESTION", "TEXT_TOKENS", "example_inputs", "processed_example"]
+
+QUESTION = "What is shown here?"
+"""Asked of an image where the words do not matter."""
 
 TEXT_TOKENS = 16
 """Text tokens of the prompt, the one before the image included."""
@@ -57,10 +60,11 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
     )
 
 
-def processed_example(processor: Any) -> dict[str, Tensor]:
-    """Return the inputs that a processor makes from an image of 448 x 448 pixels."""
-    image = Image.new("RGB", (448, 448), (128, 128, 128))
-    return next(batches(processor, [Record(image, "What is shown here?")], 1))
+def processed_example(processor: Any, image: Image.Image | None = None) -> dict[str, Tensor]:
+    """Return what a processor makes of an image, by default a grey one of 448 x 448 pixels."""
+    if image is None:
+        image = Image.new("RGB", (448, 448), (128, 128, 128))
+    return next(batches(processor, [Record(image, QUESTION)], 1))
 
 
 def _forms(facts: ModelFacts) -> Iterator[dict[str, Tensor]]:

@@ -21,9 +21,6 @@ from deos_fx.cli.outputs import check_target
 
 __all__ = ["export"]
 
-# Its words do not matter to an export.
-_QUESTION = "What is shown here?"
-
 
 def export(
     model_dir: Model,
@@ -97,13 +94,14 @@ def export(
     from deos_fx.contents import FILES, recorded
     from deos_fx.data import batches, open_image
     from deos_fx.files import fresh_folder
+    from deos_fx.inputs.example import QUESTION
 
     # A processor that was written here may be another model's.
     files = (*FILES, *recorded(out_dir))
     # A wrong image shows before the model is loaded.
     record, processor = None, None
     if image is not None:
-        record, processor = question_of(image, _QUESTION, urls=False), checked_processor(model_dir)
+        record, processor = question_of(image, QUESTION, urls=False), checked_processor(model_dir)
         for source in record.images:
             open_image(source, record.where)
     console = report_console()
