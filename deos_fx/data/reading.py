@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deos_fx.data.record import Record
-from deos_fx.data.rows import FORM, record_of
+from deos_fx.data.rows import CHATS, FORM, record_of
 
 __all__ = ["read_records"]
 
@@ -28,13 +28,14 @@ def read_records(path: str | os.PathLike[str], *, urls: bool = False) -> list[Re
 
     A row has ``image`` (a path, relative to the file's folder) or a list of ``images``, ``prompt``
     or ``question``, and optionally ``answer`` and ``kind``. Instead of a prompt it may have
-    ``messages``, the turns of a chat as transformers or OpenAI write them; if the assistant's turn
-    is the last, it is the answer. Other entries are kept as ``extra``.
+    ``messages``, the turns of a chat as transformers or OpenAI write them, or ``conversations``, as
+    LLaVA's files do; if the assistant's turn is the last, it is the answer. Other entries are kept
+    as ``extra``.
 
     Args:
         path: A JSONL file with one object a line; a CSV file with a line of names, in which
-            ``images`` and ``messages`` are JSON; or a folder that ``Dataset.save_to_disk`` wrote.
-            Files are in UTF-8, with or without a byte order mark.
+            ``images``, ``messages`` and ``conversations`` are JSON; or a folder that
+            ``Dataset.save_to_disk`` wrote. Files are in UTF-8, with or without a byte order mark.
         urls: Whether images may be downloaded where a row has an http or https URL.
 
     Returns:
@@ -128,7 +129,7 @@ def _of_csv(path: Path) -> Iterator[tuple[str, Any]]:
                     f"{', '.join(names)}"
                 )
             row: dict[str, Any] = {name: value or None for name, value in cells.items()}
-            for name in ("images", "messages"):
+            for name in ("images", *CHATS):
                 if row.get(name):
                     row[name] = _json(row[name], f"{where}: {name}")
             yield where, row

@@ -9,17 +9,22 @@ from typing import Any
 from deos_fx.data.download import download
 from deos_fx.data.record import ImageSource, Message, Record, parts_of
 
-__all__ = ["FORM", "record_of"]
+__all__ = ["CHATS", "FORM", "record_of"]
 
 FORM = (
-    "give an object with image (or images) and prompt (or question), or with messages, and, if you "
-    "have them, answer and kind"
+    "give an object with image (or images) and prompt (or question), or with messages (or "
+    "conversations), and, if you have them, answer and kind"
 )
 """What a row is, in words."""
 
+CHATS = ("messages", "conversations")
+"""Names of entries that hold the turns of a chat."""
+
 _TEXTS = ("prompt", "question", "answer", "kind")
-_KNOWN = {*_TEXTS, "image", "images", "messages"}
+_KNOWN = {*_TEXTS, *CHATS, "image", "images"}
 _ROLES = ("system", "user", "assistant")
+# As LLaVA's files name them, in `conversations`.
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
 def record_of(row: Any, folder: Path, where: str, urls: bool) -> Record:
@@ -40,7 +45,7 @@ def record_of(row: Any, folder: Path, where: str, urls: bool) -> Record:
     for name in _TEXTS:
         if not isinstance(row.get(name, ""), str):
             raise ValueError(f"{where}: {name} is {_short(row[name])}; give a text")
-    questions = [name for name in ("prompt", "question", "messages") if name in row]
+    questions = [name for name in ("prompt", "question", *CHATS) if name in row]
     if len(questions) != 1 or {"image", "images"} <= set(row):
         # A separator that is no comma shows here.
         raise ValueError(f"{where} has {_short(', '.join(map(str, row)))}; {FORM}")
@@ -48,12 +53,14 @@ def record_of(row: Any, folder: Path, where: str, urls: bool) -> Record:
     given = [reader.read(value) for value in _list(row.get("images", row.get("image", [])))]
     answer = row.get("answer")
     chat: tuple[Message, ...] = ()
-    if "messages" in row:
+    if questions[0] in CHATS:
         # Case: a chat. Its last turn is the answer if it is the assistant's.
-        turns = _turns(row["messages"], where, reader)
+        turns = _turns(row, questions[0], where, reader)
         if turns[-1]["role"] == "assistant":
             if answer is not None:
-                raise ValueError(f"{where}: messages end with an answer, and there is another one")
+                raise ValueError(
+                    f"{where}: {questions[0]} end with an answer, and there is another one"
+                )
             answer = _text(turns.pop())
         chat = _with_places(turns, len(given) + len(reader.inside))
         # Images stand in the parts themselves or in a list, not in both.
@@ -117,15 +124,19 @@ class _Images:
         return path
 
 
-def _turns(messages: Any, where: str, reader: _Images) -> list[Message]:
-    """Check messages and give each content one form, a list of parts."""
+def _turns(row: Mapping[str, Any], name: str, where: str, reader: _Images) -> list[Message]:
+    """Check the turns of a chat and give each content one form, a list of parts."""
+    messages = row[name]
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: messages is {_short(messages)}; give a list of turns")
+        raise ValueError(f"{where}: {name} is {_short(messages)}; give a list of turns")
     turns: list[Message] = []
     for number, turn in enumerate(messages, start=1):
         place = f"{where}, message {number}"
+        if isinstance(turn, Mapping) and name == "conversations":
+            speaker = str(turn.get("from"))
+            turn = {"role": _SPEAKERS.get(speaker, speaker), "content": turn.get("value")}
         if not isinstance(turn, Mapping) or turn.get("role") not in _ROLES:
-            raise ValueError(f"{place}: give role, one of {', '.join(_ROLES)}, and content")
+            raise ValueError(f"{place}: give {_form(name)}")
         content = turn.get("content")
         if isinstance(content, str):
             parts = parts_of(content)
@@ -135,8 +146,15 @@ def _turns(messages: Any, where: str, reader: _Images) -> list[Message]:
             raise ValueError(f"{place}: content is {_short(content)}; give a text or a list")
         turns.append({"role": turn["role"], "content": parts})
     if turns[-1]["role"] == "system" or len(turns) == 1 and turns[0]["role"] == "assistant":
-        raise ValueError(f"{where}: messages ask nothing; give a turn of the user")
+        raise ValueError(f"{where}: {name} ask nothing; give a turn of the user")
     return turns
+
+
+def _form(name: str) -> str:
+    """Return what a turn is, in words."""
+    if name == "conversations":
+        return "from, one of human, gpt and system, and value"
+    return f"role, one of {', '.join(_ROLES)}, and content"
 
 
 def _parts(part: Any, where: str, reader: _Images) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import http.server
 import json
 import sys
@@ -136,6 +137,27 @@ def test_images_beside_a_chat(folder: Path, content: Any) -> None:
     assert record.messages() == [{"role": "user", "content": [image(), text("what?")]}]
 
 
+def test_conversations_are_messages_in_other_words(folder: Path) -> None:
+    conversations = [
+        {"from": "human", "value": "<image>\nwhat is it?"},
+        {"from": "gpt", "value": "a digit"},
+        {"from": "human", "value": "which?"},
+        {"from": "gpt", "value": "seven"},
+    ]
+    speakers = {"human": "user", "gpt": "assistant"}
+    messages = [
+        {"role": speakers[turn["from"]], "content": turn["value"]} for turn in conversations
+    ]
+    record = read_one(folder, {"id": "1", "image": PNG, "conversations": conversations})
+    same = read_one(folder, {"id": "1", "image": PNG, "messages": messages})
+    assert record == same and record.answer == "seven" and record.extra == {"id": "1"}
+    path = folder / "chats.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["image", "conversations"], [PNG, json.dumps(conversations)]])
+    assert read_records(path)[0].messages() == record.messages()
+
+
 # *** what is refused ***
 
 USER = {"role": "user", "content": "what?"}
@@ -193,6 +215,11 @@ USER = {"role": "user", "content": "what?"}
         ),
         ({"messages": [{"role": "user", "content": [image(PNG)]}], "image": PNG}, "not in both"),
         ({"messages": [USER]}, "there is no image"),
+        ({"conversations": 3, "image": PNG}, "conversations is 3; give a list"),
+        ({"conversations": [USER], "image": PNG}, "message 1: give from, one of human, gpt and"),
+        ({"conversations": [{"from": ["human"]}], "image": PNG}, "message 1: give from"),
+        ({"conversations": [{"from": "human"}], "image": PNG}, "message 1: content is None"),
+        ({"conversations": [], "messages": [USER], "image": PNG}, "give an object with image"),
     ],
 )
 def test_a_wrong_row_is_named(folder: Path, row: Any, words: str) -> None:
