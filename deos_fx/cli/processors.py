@@ -19,8 +19,8 @@ __all__ = [
     "copy_processor",
     "example_of",
     "example_processor",
+    "export_example",
     "going_with",
-    "noise_example",
     "processor_of",
     "scaled_example",
 ]
@@ -93,7 +93,7 @@ def example_of(model: PreTrainedModel, model_dir: str) -> dict[str, Tensor] | No
         return None
 
 
-def noise_example(reduced: ReducedModel, model_dir: str) -> dict[str, Tensor] | None:
+def export_example(reduced: ReducedModel, model_dir: str) -> dict[str, Tensor] | None:
     """Make the prompt that an export needs if nobody gives one.
 
     Args:
@@ -101,15 +101,12 @@ def noise_example(reduced: ReducedModel, model_dir: str) -> dict[str, Tensor] | 
         model_dir: Its folder, or a hub id.
 
     Returns:
-        What the processor makes of a question about noise, where all images have one size and only
-        it knows the kinds of tokens. None where an export makes a prompt itself, or asks for one.
+        What the processor makes of a question, where all images have one size and only it knows the
+        kinds of tokens. None where an export makes a prompt itself, or asks for one.
 
     Raises:
         ValueError: If the processor is not the model's.
     """
-    import torch
-    from PIL import Image
-
     from deos_fx.exporters.graphs.example import kinds_of_tokens
     from deos_fx.inputs.example import processed_example
     from deos_fx.models.facts import facts_of
@@ -121,10 +118,7 @@ def noise_example(reduced: ReducedModel, model_dir: str) -> dict[str, Tensor] | 
     if processor is None:
         return None
     check_going_together(processor, reduced.model, model_dir)
-    # Noise, because all tokens of a plain image would have equal scores.
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (448, 448, 3), generator=generator, dtype=torch.uint8)
-    return processed_example(reduced.processor(processor), Image.fromarray(pixels.numpy()))
+    return processed_example(reduced.processor(processor))
 
 
 def scaled_example(

@@ -60,10 +60,9 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
     )
 
 
-def processed_example(processor: Any, image: Image.Image | None = None) -> dict[str, Tensor]:
-    """Return what a processor makes of an image, by default a grey one of 448 x 448 pixels."""
-    if image is None:
-        image = Image.new("RGB", (448, 448), (128, 128, 128))
+def processed_example(processor: Any) -> dict[str, Tensor]:
+    """Return the inputs that a processor makes from an image of 448 x 448 pixels."""
+    image = Image.new("RGB", (448, 448), (128, 128, 128))
     return next(batches(processor, [Record(image, QUESTION)], 1))
 
 

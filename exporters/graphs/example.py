@@ -21,6 +21,8 @@ __all__ = ["BATCH", "Example", "example_of", "kinds_of_tokens", "pixels_of", "wo
 
 # Rows of the traced batch: torch.export takes an axis of length 1 for a constant.
 BATCH = 2
+# Noise on the pixels, as a share of the largest of them.
+_NOISE = 0.25
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def example_of(model: PreTrainedModel, given: Mapping[str, Any] | None, text: in
     """
     # 1. Sort the inputs of the call: of tokens, of images, and others, which are refused.
     facts = facts_of(model)
-    call = Call.of(facts, _one_image(facts) if given is None else given)
+    call = _noisy(Call.of(facts, _one_image(facts) if given is None else given))
     complete = completed(call)
     # Numbers of crops, which nothing reads: a call may have them, and graphs do not.
     unread = call.images.keys() & beside(facts, IMAGES) - media(facts, IMAGES)
@@ -149,8 +151,19 @@ def _one_image(facts: ModelFacts) -> dict[str, Tensor]:
     rows, columns = facts.grid
     ids = torch.full((1, rows * columns), facts.image_token, device=facts.model.device)
     ids = torch.nn.functional.pad(ids, (1, 1), value=word_of(facts))
-    # Noise, because all tokens of a plain image would have equal scores, and which of these wins is
-    # left open.
-    shape = facts.image()["pixel_values"]
-    noise = torch.randn(shape.shape, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "pixel_values": noise.to(ids.device, shape.dtype)}
+    plain = torch.ones_like(facts.image()["pixel_values"], device=ids.device)
+    return {"input_ids": ids, "pixel_values": plain}
+
+
+def _noisy(call: Call) -> Call:
+    """Return a call with noise on the pixels.
+
+    Tokens of a plain image, or of plain tiles, have equal scores, and which of these wins is left
+    open: another one in PyTorch than in a runtime.
+    """
+    noisy = {}
+    for name, value in pixels_of(call.images).items():
+        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+        # Where all pixels of an image or a tile are zero, encoders take it for padding.
+        noisy[name] = value + _NOISE * value.abs().max().clamp(min=1) * noise * (value != 0)
+    return Call.of(call.facts, {**call.inputs, **noisy})

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from deos_fx import Policy, Reduction
 from deos_fx.cli.grouping import alike
-from deos_fx.cli.processors import noise_example
+from deos_fx.cli.processors import export_example
 from deos_fx.data import Record, scaled_processor
 from deos_fx.data.processors import load_processor
 
@@ -200,12 +200,12 @@ def test_an_export_needs_no_image_where_all_have_one_size(tmp_path: Path) -> Non
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     reduced: Any = SimpleNamespace(model=model, processor=lambda processor: processor)
-    example = noise_example(reduced, str(tmp_path))
+    example = export_example(reduced, str(tmp_path))
     assert example is not None and example["pixel_values"].shape == (1, 3, side, side)
     assert example["token_type_ids"].sum() == tokens
     # Nothing is made up where the size of images matters.
     reduced.model = shared("qwen2_5_vl")
-    assert noise_example(reduced, str(tmp_path)) is None
+    assert export_example(reduced, str(tmp_path)) is None
 
 
 # *** example ***

@@ -715,3 +715,20 @@ def test_where_nothing_or_all_but_one_is_dropped(tmp_path):
         )
     )
     export_onnx(ReducedModel(tiny.shared_llava(LAYERS), policy), tmp_path / "model")
+
+
+def test_plain_images_are_exported(tmp_path):
+    """Their tokens tie in every score, and PyTorch and ONNX Runtime keep others of them."""
+    model = tiny.tiny_llava(LAYERS)
+    model.model.vision_tower.embeddings.position_embedding.weight.data.zero_()
+    inputs = tiny.inputs(model, 1, 2)
+    inputs["pixel_values"] = torch.ones_like(inputs["pixel_values"])
+    inputs["pixel_values"][1] = 0
+    traced = example_of(model, inputs, 10)
+    # An image of zeros is padding to some encoders.
+    own = traced.images["pixel_values"]
+    assert own[0].std() > 0.1 and not own[1].any()
+    scores = {"last_text_attention": 1.0}
+    policy = Policy((Reduction("decoder.0", 5, scores=scores, selector="greedy", gain=0.5),))
+    inputs["pixel_values"][1] = 0.5
+    export_onnx(ReducedModel(model, policy), tmp_path / "model", inputs)

@@ -88,7 +88,7 @@ def export(
     from deos_fx import export_genai, export_onnx
     from deos_fx.cli.loading import checked_processor, load_reduced
     from deos_fx.cli.policies import Choice
-    from deos_fx.cli.processors import copy_processor, noise_example
+    from deos_fx.cli.processors import copy_processor, export_example
     from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
     from deos_fx.contents import FILES, recorded
@@ -111,7 +111,7 @@ def export(
                 model_dir, Choice(policy, preset, budget, image_scale), dtype=dtype
             )
             if record is None:
-                example = noise_example(reduced, model_dir)
+                example = export_example(reduced, model_dir)
             else:
                 example = next(batches(reduced.processor(processor), [record], 1))
         with stage.phased("export") as advance:
