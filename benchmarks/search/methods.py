@@ -154,29 +154,37 @@ def _depthwise(problem: SearchProblem, seed: int, evaluations: int | None) -> Fo
 
 
 def _preset(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
-    """Tune the options of every published method, each with an equal part of the evaluations."""
+    """Tune the options of every published method, each with an equal part of the evaluations.
+
+    What a method does not need is for the others.
+    """
     assert evaluations is not None
+    model, visual = problem.model, problem.visual_tokens
     tokens = problem.limits["visual_tokens"] / problem.layout.images
-    each = max(1, evaluations // len(problem.scoring) // len(presets.names()))
+    # Methods that need one evaluation alone come first.
+    settings = {name: _settings(problem, name, tokens) for name in presets.names()}
+    names = sorted((name for name in settings if settings[name]), key=lambda n: settings[n] > 1)
+    left = evaluations // len(problem.scoring)
     best: Found | None = None
-    for name in presets.names():
-        try:
-            tuned = presets.tune(
-                name,
-                tokens,
-                problem.model,
-                problem.checked_loss,
-                each,
-                seed=seed,
-                visual_tokens=problem.visual_tokens,
-            )
-        except ValueError:
-            # Case: the method does not fit this model, or cannot meet the budget.
-            continue
+    for place, name in enumerate(names):
+        each = max(1, left // (len(names) - place))
+        loss = problem.checked_loss
+        tuned = presets.tune(name, tokens, model, loss, each, seed=seed, visual_tokens=visual)
+        left -= tuned.evaluations
         if best is None or tuned.loss < best.loss:
             best = Found(tuned.policy, tuned.loss)
     assert best is not None
     return best
+
+
+def _settings(problem: SearchProblem, name: str, tokens: float) -> int:
+    """Return 0 for a preset that does not fit, 1 for one without options, and 2 for others."""
+    try:
+        problem.check(presets.fit(name, tokens, problem.model, problem.visual_tokens))
+    except ValueError:
+        return 0
+    options = presets.options(name, problem.model, problem.visual_tokens)
+    return 1 + any(option.tuned for option in options.values())
 
 
 def _best(

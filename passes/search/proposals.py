@@ -223,7 +223,8 @@ def _nudged(reductions: _Reductions) -> Iterator[_Reductions]:
                 yield _with(reductions, i, **{name: _in_range(name, factor * value)})
         for name, summands in _SUMMANDS.items() if reduction.gain else ():
             for summand in summands:
-                value = _in_range(name, getattr(reduction, name) + summand)
+                # Rounded, so that 0.3 - 0.1 - 0.1 - 0.1 is 0: no merging.
+                value = _in_range(name, round(getattr(reduction, name) + summand, 9))
                 yield _with(reductions, i, **{name: value})
         if len(reduction.scores) > 1:
             for score, weight in reduction.scores.items():

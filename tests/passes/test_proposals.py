@@ -155,6 +155,16 @@ def test_numbers_change_a_little() -> None:
         assert expected <= {round(getattr(found, name), 6) for found in seen}
 
 
+def test_merging_is_taken_away_in_steps() -> None:
+    gain = 0.3
+    for expected in (0.2, 0.1, 0.0):
+        at = Policy((Reduction("projector", 8, gain=gain),))
+        gains = {found.reductions[0].gain for found in variations(at, SITES, TOKENS)}
+        # The last is no 5e-17, which would be a merge of nothing.
+        assert expected in gains
+        gain = expected
+
+
 def test_depths_move_to_neighbours_that_can_be_reduced() -> None:
     at = Policy((Reduction("decoder.2", 8),))
     moved = {found.reductions[0].site for found in variations(at, SITES, TOKENS)}
