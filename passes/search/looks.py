@@ -23,6 +23,8 @@ __all__ = ["looks_of"]
 
 # Names beside which a learned score is shown, at most.
 _NAMED = 3
+# What is no spread of a score, beside the 1 of standardized ones.
+_ROUNDING = 1e-3
 
 
 @torch.no_grad()
@@ -36,7 +38,8 @@ def looks_of(problem: SearchProblem, policy: Policy) -> list[Look]:
     Returns:
         One entry for each learned score: its share of the spread of all scores of its site, and its
         correlations with the scores by name that the site has, the strongest first. Both are means
-        over images, of all tokens that would reach the site without another reduction.
+        over images, of all tokens that would reach the site without another reduction; images whose
+        tokens are all alike have no share.
     """
     batch = problem.scoring[0]
     watched = {}
@@ -97,11 +100,14 @@ def _looks(
     site: str, parts: Mapping[str, Tensor], named: Mapping[str, Tensor], learned: Learned
 ) -> list[Look]:
     """Compare the learned scores of a site with the named ones."""
-    total = sum(part.var(dim=-1) for part in parts.values())
+    total: Any = sum(part.var(dim=-1) for part in parts.values())
+    # Plain images, such as empty tiles, have no spread to share.
+    spread = total > _ROUNDING
     looks = []
     for name in learned.scores:
         part = parts[name].expand_as(next(iter(named.values())))
-        share = (part.var(dim=-1) / total).mean().item()
+        shares = (part.var(dim=-1) / total)[spread]
+        share = shares.mean().item() if len(shares) else 0.0
         like = {other: (standardize(part) * value).mean().item() for other, value in named.items()}
         strongest = sorted(like, key=lambda other: -abs(like[other]))[:_NAMED]
         looks.append(Look(site, name, share, {other: like[other] for other in strongest}))

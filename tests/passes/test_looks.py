@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import prompts, shared
 from test_descent import problem_of
-from tiny import tiny_llava
+from tiny import inputs, tiny_llava
 
 from deos_fx.operator.learned import linear_probe
 from deos_fx.operator.scores import feature_norm
@@ -39,6 +39,21 @@ def test_shares_and_correlations_are_those_of_the_scores(monkeypatch: pytest.Mon
     assert found["probe"].share == pytest.approx(np.mean(spread / (spread + one)), rel=1e-4)
     assert found["place"].share == 0
     assert "decoder.0: probe makes" in str(found["probe"])
+
+
+@pytest.mark.parametrize("plain", [1, 2])
+def test_plain_images_have_no_share(plain: int) -> None:
+    model = tiny_llava(layers=2)
+    model.model.vision_tower.embeddings.position_embedding.weight.data.zero_()
+    batch = inputs(model, batch=2)
+    batch["pixel_values"][:plain] = 0
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    batch["labels"][:, -1] = batch["input_ids"][:, -1]
+    problem = SearchProblem.of(model, [batch], Budget(visual_tokens=0.3))
+    learned = Learned({"probe": torch.randn(64, generator=torch.Generator().manual_seed(0))})
+    reduction = Reduction("projector", 8, scores={"feature_norm": 1.0}, learned=learned)
+    (look,) = looks_of(problem, Policy((reduction,)))
+    assert look.share == 0 if plain == 2 else 0 < look.share < 1
 
 
 def test_a_policy_without_learned_scores_has_no_looks() -> None:
