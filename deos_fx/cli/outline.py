@@ -107,7 +107,8 @@ class Outline:
         parameters: Number of its parameters.
         pixels: Shape of the image, or of its patches, as the model takes it.
         visual: Visual tokens of the image.
-        grid: Their rows and columns; (0, 0) where these depend on the image's size.
+        grid: Their rows and columns, in each tile if there are several; (0, 0) where these depend
+            on the image's size.
         ends: Ends of its rows, which are never reduced and count as text.
         text: Tokens of text in the prompt.
         rows: Its blocks, from pixels to logits.
@@ -292,7 +293,10 @@ def print_outline(found: Outline, console: Console) -> None:
     size = f"{found.parameters / 1e6:,.1f} million parameters"
     console.print(f"[bold]{found.name}[/] ({found.family}), {size}", highlight=False)
     rows, columns = found.grid
-    grid = f" ({rows} x {columns})" if rows else "; images of other sizes have others"
+    tiles = found.visual // (rows * columns) if rows else 0
+    # Case: an image that its processor cuts into tiles.
+    several = f"{tiles} tiles of " if tiles > 1 else ""
+    grid = f" ({several}{rows} x {columns})" if rows else "; images of other sizes have others"
     ends = f" and {counted(found.ends, 'end')} of rows" if found.ends else ""
     console.print(f"{counted(found.visual, 'visual token')}{ends} an image{grid}", highlight=False)
     # Reasons are long and shared by many rows: rows refer to them by number.

@@ -19,6 +19,7 @@ from deos_fx.contents import RECORD, record_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from deos_fx.data import Record
     from deos_fx.policy.policy import Policy
 
     _Inputs = Mapping[str, Any] | None
@@ -104,12 +105,13 @@ def policy_of(
     return policy
 
 
-def examples_of(model: PreTrainedModel, model_dir: str) -> Examples:
+def examples_of(model: PreTrainedModel, model_dir: str, record: Record | None = None) -> Examples:
     """Return a function that makes prompts with an image, each once.
 
     Args:
         model: The model on the meta device.
         model_dir: Its folder, or a hub id.
+        record: What the prompts are to be made of; by default a grey image.
 
     Returns:
         For a scale, a prompt with an image of full size, and the same with the image at that scale.
@@ -120,8 +122,8 @@ def examples_of(model: PreTrainedModel, model_dir: str) -> Examples:
     @functools.cache
     def examples(image_scale: float) -> tuple[_Inputs, _Inputs]:
         if image_scale != 1:
-            return scaled_example(model, model_dir, image_scale)
-        inputs = example_of(model, model_dir)
+            return scaled_example(model, model_dir, image_scale, record)
+        inputs = example_of(model, model_dir, record)
         return inputs, inputs
 
     return examples

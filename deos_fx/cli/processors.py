@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from deos_fx.data import Record
     from deos_fx.runtime.reduced_model import ReducedModel
 
 __all__ = [
@@ -75,15 +76,30 @@ def example_processor(model_dir: str) -> Any:
         return None
 
 
-def example_of(model: PreTrainedModel, model_dir: str) -> dict[str, Tensor] | None:
+def example_of(
+    model: PreTrainedModel, model_dir: str, record: Record | None = None
+) -> dict[str, Tensor] | None:
     """Make a prompt with an image; None if how an image becomes inputs is not known.
 
+    Args:
+        model: The model on the meta device.
+        model_dir: Its folder, or a hub id.
+        record: What the prompt is to be made of; by default a grey image.
+
     Raises:
+        ImportError: If a record is given, and the processor needs a package that is not installed.
+        OSError: If a record is given, and there is no processor.
         ValueError: If it takes the processor, and this does not go with the model.
     """
-    from deos_fx.inputs.example import example_inputs
+    from deos_fx.inputs.example import example_inputs, processed_example
     from deos_fx.models.facts import facts_of
 
+    if record is not None:
+        from deos_fx.data.processors import load_processor
+
+        own = load_processor(model_dir)
+        check_going_together(own, model, model_dir)
+        return processed_example(own, record)
     processor = example_processor(model_dir)
     if processor is not None and facts_of(model).sizes_vary:
         check_going_together(processor, model, model_dir)
@@ -122,7 +138,7 @@ def export_example(reduced: ReducedModel, model_dir: str) -> dict[str, Tensor] |
 
 
 def scaled_example(
-    model: PreTrainedModel, model_dir: str, scale: float
+    model: PreTrainedModel, model_dir: str, scale: float, record: Record | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Make a prompt with an image of full size, and one in which the image enters at a scale.
 
@@ -130,6 +146,7 @@ def scaled_example(
         model: The model on the meta device.
         model_dir: Its folder, or a hub id.
         scale: The scale, less than 1.
+        record: As in `example_of`.
 
     Raises:
         ValueError: If there is no processor or not the model's, or images of one size only enter.
@@ -145,4 +162,4 @@ def scaled_example(
         )
     check_going_together(processor, model, model_dir)
     scaled = scaled_processor(processor, scale)
-    return processed_example(processor), processed_example(scaled)
+    return processed_example(processor, record), processed_example(scaled, record)

@@ -60,10 +60,16 @@ def example_inputs(model: PreTrainedModel, processor: Any = None) -> dict[str, T
     )
 
 
-def processed_example(processor: Any) -> dict[str, Tensor]:
-    """Return the inputs that a processor makes from an image of 448 x 448 pixels."""
-    image = Image.new("RGB", (448, 448), (128, 128, 128))
-    return next(batches(processor, [Record(image, QUESTION)], 1))
+def processed_example(processor: Any, record: Record | None = None) -> dict[str, Tensor]:
+    """Return the inputs that a processor makes of a question.
+
+    Args:
+        processor: The processor.
+        record: The question; by default one about a grey image of 448 x 448 pixels.
+    """
+    if record is None:
+        record = Record(Image.new("RGB", (448, 448), (128, 128, 128)), QUESTION)
+    return next(batches(processor, [record], 1))
 
 
 def _forms(facts: ModelFacts) -> Iterator[dict[str, Tensor]]:

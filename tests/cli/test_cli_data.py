@@ -86,6 +86,34 @@ def test_inspect(folder: Path) -> None:
     assert "decoder.0" in run("inspect", folder / "qwen")
 
 
+def test_inspect_counts_the_tokens_of_a_given_image(folder: Path, tmp_path: Path) -> None:
+    options = ("--preset", "merge", "--budget", "25%")
+    text = run("inspect", folder / "qwen", "--image", folder / "0.png", *options)
+    # Cells of 8 pixels of an image of 64 x 48.
+    assert "48 visual tokens an image; images of other sizes have others" in text
+    assert "-> 12" in text and "visual tokens, mean 48 12 25.0%" in " ".join(text.split())
+    missing = tmp_path / "none.png"
+    assert f"there is no image {missing}" in fails("inspect", folder / "qwen", "--image", missing)
+    (tmp_path / "config.json").write_bytes((folder / "qwen" / "config.json").read_bytes())
+    message = fails("inspect", tmp_path, "--image", folder / "0.png")
+    assert "has no processor of images; save the model's own there" in message
+
+
+def test_inspect_says_how_many_tiles_an_image_has(folder: Path, tmp_path: Path) -> None:
+    write_processor("internvl", tmp_path, image={"size": {"height": 32, "width": 32}})
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_seq_length": 64}))
+    config = FAMILIES["internvl"].config()
+    tokenizer = load_processor(tmp_path).tokenizer
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    config.text_config.vocab_size = len(tokenizer)
+    config.save_pretrained(tmp_path)
+    assert "64 visual tokens an image (8 x 8)" in run("inspect", tmp_path)
+    # 80 x 80 pixels: two by two tiles, and the whole image.
+    text = run("inspect", tmp_path, "--image", folder / "1.png")
+    assert "320 visual tokens an image (5 tiles of 8 x 8)" in text
+
+
 def test_inspect_counts_the_tokens_of_all_tiles(tmp_path: Path) -> None:
     size = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
     write_processor("smolvlm", tmp_path, image=size)

@@ -21,6 +21,14 @@ def inspect(
     preset: Preset = None,
     budget: TokenLimit = None,
     image_scale: ImageScale = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="An image whose tokens are counted, which takes the model's processor. Default: "
+            "one of 448 x 448 pixels, where sizes vary.",
+        ),
+    ] = None,
     svg: Annotated[
         Path | None, typer.Option("--svg", metavar="FILE", help="Draw it as well, in this file.")
     ] = None,
@@ -40,6 +48,8 @@ def inspect(
       deos-fx inspect my-llava --preset merge --budget 12.5%
 
       deos-fx inspect my-llava --policy policy.json --svg my-llava.svg
+
+      deos-fx inspect my-qwen --image photo.jpg --preset merge --budget 25%
     """
     if svg is not None:
         check_target_file(svg, force)
@@ -49,15 +59,17 @@ def inspect(
     from deos_fx.cli.outline_json import outline_json
     from deos_fx.cli.policies import Choice, examples_of, own_policy, policy_of
     from deos_fx.cli.processors import example_processor
+    from deos_fx.cli.questions import question_of
     from deos_fx.files import write_text
-    from deos_fx.inputs.example import example_inputs
+    from deos_fx.inputs.example import QUESTION, example_inputs
 
     # Nothing here needs weights, so the model stays on the meta device.
     console = Console()
+    record = None if image is None else question_of([image], QUESTION, urls=False)
     # First, as an incomplete folder may have another model's config.
     own = own_policy(model_dir)
     model = meta_model(model_dir)
-    examples = examples_of(model, model_dir)
+    examples = examples_of(model, model_dir, record)
     chosen = policy_of(model, examples, own, Choice(policy, preset, budget, image_scale))
     whole, inputs = examples(1.0 if chosen is None else chosen.image_scale)
     if whole is None or inputs is None:
