@@ -731,7 +731,12 @@ def test_interrupted_while_an_object_is_removed(model_dir, monkeypatch):
         raise AssertionError("it went on")
 
     monkeypatch.setattr("deos_fx.cli.outline.print_outline", remove)
-    assert "Interrupted" in run("inspect", model_dir, code=130)
+    # Shells let jobs in the background ignore it, and tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert "Interrupted" in run("inspect", model_dir, code=130)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_interrupted_imports(model_dir, monkeypatch):
