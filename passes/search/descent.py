@@ -146,7 +146,8 @@ class Descent:
                 self.judge()
             after_step(self.state.step)
         lost = {i for record in self.state.history for i in record["not_finite"]}
-        if lost and processes.is_main():
+        # Costs, too, can make gradients NaN: then no batch is to blame, and the steps end.
+        if (lost or self._is_stuck()) and processes.is_main():
             self._warn_of(sorted(lost))
 
     def _warn_of(self, lost: Sequence[int]) -> None:

@@ -62,6 +62,22 @@ def test_steps_that_nothing_comes_of_end_with_a_warning(model: Any) -> None:
     assert math.isfinite(found.best.loss)
 
 
+def test_steps_that_costs_stop_end_with_a_warning(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        AugmentedLagrangian, "penalty", lambda self, costs: math.nan * costs["flops"]
+    )
+    problem = SearchProblem.of(model, labelled(model), SMALL)
+    # Counts are trained where several sites share the limits.
+    sites = (Reduction("projector", 32), Reduction("decoder.0", 8))
+    run = run_module.SearchRun(problem, 30, 0, None, None)
+    message = r"steps at projector and decoder.0 end after 10 of 30: .*batches \[\]"
+    with pytest.warns(RuntimeWarning, match=message):
+        descent = run.descend("steps", Policy(sites), 30)
+    assert not any(step["finite"] or step["not_finite"] for step in descent.state.history)
+
+
 def test_steps_go_on_beside_damaged_data(model: Any) -> None:
     # The first batch is the one that learned parts start from.
     message = r"moved nothing where gradients were NaN or infinite, in the batches \[0\] of data"

@@ -92,9 +92,9 @@ def export(
     from deos_fx.cli.questions import question_of
     from deos_fx.cli.terminal import stages
     from deos_fx.contents import FILES, recorded
-    from deos_fx.data import batches, open_image
+    from deos_fx.data import open_image
     from deos_fx.files import fresh_folder
-    from deos_fx.inputs.example import QUESTION
+    from deos_fx.inputs.example import QUESTION, processed_example
 
     # A processor that was written here may be another model's.
     files = (*FILES, *recorded(out_dir))
@@ -113,7 +113,7 @@ def export(
             if record is None:
                 example = export_example(reduced, model_dir)
             else:
-                example = next(batches(reduced.processor(processor), [record], 1))
+                example = processed_example(reduced.processor(processor), record)
         with stage.phased("export") as advance:
             given: dict[str, Any] = {
                 "example_inputs": example,
