@@ -53,7 +53,7 @@ def _tenth(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
     start = run.places(problem.searched_sites())[0]
     # What is left beside the static losses; a step on one batch is three evaluations.
     left = evaluations // SHARE - problem.effort.evaluations
-    left -= (JUDGED + 1) * len(problem.scoring)
+    left -= JUDGED * (len(problem.scoring) + len(problem.training)) + len(problem.scoring)
     run.descend("steps", start, max(1, left // 3))
     best = run.scoring.best
     return Found(best.policy, best.loss)

@@ -54,8 +54,8 @@ _FLOOR, _WARM_UP = 0.05, 20
 _UPDATE_EVERY = 5
 # Prompts of a step: smaller batches are averaged, because the loss of a few prompts is noise.
 _PROMPTS = 16
-# How often the static loss is measured: about so many times.
-_SNAPSHOTS = 8
+# After at most so many shares of its steps a descent is judged, each of at least so many steps.
+_SNAPSHOTS, _APART = 4, 12
 # Gradients of directions are clipped to this norm.
 _CLIP = 1.0
 # Steps in a row without a finite gradient, after which no more are taken.
@@ -116,12 +116,14 @@ class Descent:
         state: Everything that changes from step to step.
         steps: Number of steps in all.
         seed: Seed of the order of the batches.
+        known: The static loss of the start on all batches, if it is known.
     """
 
     problem: SearchProblem
     state: SearchState
     steps: int
     seed: int
+    known: float | None = None
 
     def __post_init__(self) -> None:
         self.reductions = self.state.by_site()
@@ -137,7 +139,7 @@ class Descent:
         """
         if self.state.step == 0 and not self.state.best:
             # The start is judged as well: a search never returns what is worse.
-            self.judge()
+            self.judge(self.known)
         while self.state.step < self.steps and not self._is_stuck():
             before = time.perf_counter()
             self.step()
@@ -171,9 +173,13 @@ class Descent:
     def recount(self) -> None:
         """Count what was done before a search was ended and continued."""
         effort, steps = self.problem.effort, self.state.step * self._at_once
-        # The start is judged, too.
-        judged = sum("static" in record for record in self.state.history) + bool(self.state.best)
-        effort.forwards += steps + judged * len(self.problem.scoring)
+        # The start is judged, too, unless its loss was known.
+        judged = sum("static" in record for record in self.state.history)
+        judged += bool(self.state.best) and self.known is None
+        batches = len(self.problem.scoring)
+        if self.problem.holds_back:
+            batches += len(self.problem.training)
+        effort.forwards += steps + judged * batches
         effort.backwards += steps
 
     def _is_stuck(self) -> bool:
@@ -239,14 +245,17 @@ class Descent:
             }
         )
 
-    def judge(self) -> float:
-        """Measure the static loss on the held-back batches, and keep the parameters if it is best.
+    def judge(self, known: float | None = None) -> float:
+        """Measure the static loss on all batches, and keep the parameters if it is the best.
+
+        Args:
+            known: The loss, if it is known.
 
         Returns:
             The loss.
         """
         with _as_static(self.reductions), self._within_limits():
-            loss = self.held_back()
+            loss = self.overall() if known is None else known
             # The parameters are kept with the counts that the loss was measured at.
             self.state.consider(loss)
         if self.state.history:
@@ -289,9 +298,13 @@ class Descent:
                 temperature, since = temperature * (_CLOSING if leaks else 1.0), []
         return temperature, blurred
 
-    def held_back(self) -> float:
-        """Return the loss on the held-back batches, with gates as they are."""
-        return self.problem.scored(self._loss)
+    def overall(self) -> float:
+        """Return the loss on all batches, of the steps and held back, with gates as they are."""
+        scored = self.problem.scored(self._loss)
+        if not self.problem.holds_back:
+            # Case: these are all that there are.
+            return scored
+        return self.problem.overall(scored, self.problem.on_steps(self._loss))
 
     def _loss(self, batch: SearchBatch) -> Tensor:
         """Return the task loss of a batch at the present parameters."""
@@ -336,7 +349,8 @@ class Descent:
 
     def _snapshots(self) -> set[int]:
         """Return the steps after which the static loss is measured."""
-        return {round((i + 1) * self.steps / _SNAPSHOTS) for i in range(_SNAPSHOTS)}
+        number = max(1, min(_SNAPSHOTS, self.steps // _APART))
+        return {round((i + 1) * self.steps / number) for i in range(number)}
 
 
 def _add_gradients(sums: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> None:

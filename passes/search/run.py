@@ -50,7 +50,7 @@ _CHECKED = 3
 # Small changes of the best candidate, at the end: evaluations in units of a held-back loss. Those
 # that look better are looked at again, on the data of the steps.
 _VARIATIONS = 40
-JUDGED = 9
+JUDGED = 5
 """How often a descent measures the static loss."""
 STAGES = ("presets", "steps", "variations")
 """What a search does, in this order."""
@@ -116,7 +116,7 @@ class SearchRun:
     @property
     def spent(self) -> int:
         """Return the evaluations of the stages so far, but for those of the presets at the end."""
-        return self.after - self.before - self.rivals.evaluations * len(self.problem.scoring)
+        return self.after - self.before - self.rivals.passes
 
     def advance(self, stages: Sequence[str] = STAGES, most: int | None = None) -> None:
         """Go through the stages of the search, until the end or an interruption.
@@ -292,7 +292,8 @@ class SearchRun:
         }
         reductions = relaxed(start, problem.visual_tokens, runners_up=RUNNERS_UP)
         state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), settings)
-        descent = Descent(problem, state, steps, self.seed)
+        known = self.scoring.overall(start) if problem is self.problem else None
+        descent = Descent(problem, state, steps, self.seed, known)
         self.descents.append(descent)
         saved = None if self.checkpoint is None else self.checkpoint.within(stage)
         # Steps that were stopped go on with their parameters, optimizer, multipliers and history.
@@ -328,7 +329,8 @@ class SearchRun:
         """Add what a descent has reached to the candidates."""
         policy = self.rounded(descent)
         if self.problem.meets(policy) and not self.scoring.has(policy):
-            self.scoring.add(_source(policy), policy)
+            overall = descent.state.best_loss if descent.state.best else None
+            self.scoring.add(_source(policy), policy, overall=overall)
 
     def round_up(self, sites: Sequence[Site]) -> None:
         """Score what an interruption has left."""
@@ -368,8 +370,10 @@ class SearchRun:
 
         If places near the best are no better, and another regime is worth steps.
         """
+        batches = self.problem.scoring + self.problem.training * self.problem.holds_back
+        judged = JUDGED * len(batches) // len(self.problem.scoring)
         # Under a tighter budget, and under this one.
-        steps, losses = self.steps // 2, JUDGED + _VARIATIONS // 2 + len(PRESETS)
+        steps, losses = self.steps // 2, judged + _VARIATIONS // 2 + len(PRESETS)
         losses += self.preset_evaluations
         steps, losses = self.further * steps, self.further * losses + self.preset_evaluations
         if places > 1:
@@ -377,9 +381,9 @@ class SearchRun:
             # On both sides of the best place, at distances that halve.
             tried = places + 2 * (sites // 4).bit_length()
             steps += tried * min(_TRIAL, self.steps) + finalists * (self.steps // 3)
-            losses += (tried + finalists) * JUDGED
+            losses += (tried + finalists) * judged
         steps += self.steps + self.steps // 2
-        return steps, losses + 2 * JUDGED + _REGIMES + _VARIATIONS
+        return steps, losses + 2 * judged + _REGIMES + _VARIATIONS
 
 
 def _source(policy: Policy) -> str:

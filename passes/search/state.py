@@ -47,7 +47,7 @@ class SearchState:
         settings: Settings that must equal those of a checkpoint for it to be continued.
         history: One dict for each step taken.
         best: The parameters with the lowest static loss so far, by name.
-        best_loss: That loss.
+        best_loss: That loss, over all batches.
         best_step: The number of steps after which it was measured.
     """
 

@@ -62,7 +62,8 @@ def test_what_is_judged_is_the_loss_of_what_is_deployed(
     assert [reduction.site for reduction in policy.reductions] == names
     # Judged with as many tokens as the limits allow; those of decoder.0 alone cannot meet them.
     fitted = problem.fit(policy) or policy
-    assert descent.judge() == pytest.approx(problem.static_loss(fitted), rel=1e-3)
+    expected = problem.overall(problem.static_loss(fitted), problem.static_loss_on_steps(fitted))
+    assert descent.judge() == pytest.approx(expected, rel=1e-3)
     # The start was judged too, so the best is no worse than that.
     losses = [record["static"] for record in descent.state.history if "static" in record]
     assert descent.state.best_loss <= min(losses)
@@ -132,13 +133,15 @@ def test_values_that_were_not_used_for_long_make_room(monkeypatch: pytest.Monkey
 def test_what_a_search_takes_is_planned_before_its_first_step(problem: SearchProblem) -> None:
     run = SearchRun(problem, 60, 0, None, None)
     # The steps, half as many in another regime, and what is measured: both, regimes, variations.
-    steps, losses = 60 + 30, 2 * 9 + 7 + 40
+    # Each descent is judged five times, on six batches of the steps and two held-back ones.
+    judged = 5 * 8 // 2
+    steps, losses = 60 + 30, 2 * judged + 7 + 40
     assert run._planned(1, 8) == (steps, losses)
     # Three places and two on each side of the best, and three finalists.
-    assert run._planned(3, 8) == (steps + 7 * 24 + 3 * 20, losses + 10 * 9)
+    assert run._planned(3, 8) == (steps + 7 * 24 + 3 * 20, losses + 10 * judged)
     # Two tighter budgets go on from this one, with half of the steps and of the variations.
     run.further = 2
-    assert run._planned(1, 8) == (steps + 2 * 30, losses + 2 * (9 + 20 + 5))
+    assert run._planned(1, 8) == (steps + 2 * 30, losses + 2 * (judged + 20 + 5))
 
 
 @pytest.mark.parametrize(
