@@ -42,6 +42,9 @@ __all__ = ["JUDGED", "STAGES", "SearchRun"]
 # Steps at each place, if there are several; the best single site and so many pairs go on for a
 # third of all steps.
 _TRIAL, _PAIRS = 24, 2
+# Share of the learning rates of the long steps, which go on from where others have ended: at the
+# full ones, the first of them undo a part of that.
+_GOING_ON = 0.5
 _CHECKPOINT_EVERY = 10
 # How many regimes as they are defined one site can be in.
 _REGIMES = 7
@@ -143,7 +146,7 @@ class SearchRun:
                 if starts:
                     # What comes from a looser budget is half done.
                     self.steps, most = max(1, self.steps // 2), most // 2
-                self.train(starts or self.places(sites), sites)
+                self.train(starts or self.places(sites), sites, going_on=bool(starts))
             if "variations" in stages:
                 polish(self.problem, self.scoring, "variations", most, tried)
             if "variations" in stages and self.preset_evaluations:
@@ -191,16 +194,18 @@ class SearchRun:
         tokens = site_tokens(self.problem, sites)
         return {site.name: start_reduction(site, tokens[site.name]) for site in sites}
 
-    def train(self, starts: Sequence[Policy], sites: Sequence[Site]) -> None:
+    def train(self, starts: Sequence[Policy], sites: Sequence[Site], going_on: bool) -> None:
         """Try every place for a few steps, the best for some more, and train on at the winner.
 
         Args:
             starts: What the steps start from, at each place.
             sites: Sites to which the last site of the best place may move.
+            going_on: Whether steps have reached these starts.
         """
         if not starts:
             return
         self.left = self._planned(len(starts), len(sites))
+        rate = _GOING_ON if going_on or len(starts) > 1 else 1.0
         if len(starts) > 1:
             tried = self._each("place", starts, _TRIAL)
             moved = self.moved(min(tried, key=descended), sites)
@@ -215,12 +220,13 @@ class SearchRun:
             # The limits themselves come last, and get what is left of the steps.
             stage = "steps" if factor == 1 else f"steps at {factor} times the tokens"
             steps = share if factor > 1 else self.steps - share * (len(looser) - 1)
-            self.winner.append(self.descend(stage, start, steps, factor))
+            self.winner.append(self.descend(stage, start, steps, factor, rate))
             start = self.rounded(self.winner[-1])
         settled = self.settled(start)
         if settled != start:
             # Case: in another regime there is more to gain.
-            self.settled(self.rounded(self.descend("regime", settled, max(1, self.steps // 2))))
+            steps = max(1, self.steps // 2)
+            self.settled(self.rounded(self.descend("regime", settled, steps, rate=_GOING_ON)))
 
     def _each(self, kind: str, starts: Sequence[Policy], steps: int) -> list[Descent]:
         """Take so many steps from each start, at most as many as the search takes."""
@@ -273,7 +279,9 @@ class SearchRun:
                 return each
         return policy
 
-    def descend(self, stage: str, start: Policy, steps: int, factor: int = 1) -> Descent:
+    def descend(
+        self, stage: str, start: Policy, steps: int, factor: int = 1, rate: float = 1.0
+    ) -> Descent:
         """Take gradient steps from a policy, and score what they reach.
 
         Args:
@@ -281,17 +289,20 @@ class SearchRun:
             start: The policy.
             steps: Number of steps.
             factor: By how much its counts are multiplied first, and the limits raised.
+            rate: Share of the learning rates.
         """
         problem, start = widened(self.problem, start, factor)
         settings = {
             "steps": steps,
             "seed": self.seed,
             "limits": problem.limits,
+            "rate": rate,
             "start": [str(reduction) for reduction in start.reductions],
             **problem.fingerprint(),
         }
         reductions = relaxed(start, problem.visual_tokens, runners_up=RUNNERS_UP)
-        state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), settings)
+        lagrangian = AugmentedLagrangian(problem.limits)
+        state = SearchState.start(reductions, lagrangian, settings, rate)
         known = self.scoring.overall(start) if problem is self.problem else None
         descent = Descent(problem, state, steps, self.seed, known)
         self.descents.append(descent)
