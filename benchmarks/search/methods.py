@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from benchmarks.search.depthwise import depthwise
 from benchmarks.search.space import MERGE, START, HandSpace
 from deos_fx import presets
+from deos_fx.passes.search.descent import snapshots
 from deos_fx.passes.search.problem import SearchProblem
-from deos_fx.passes.search.run import JUDGED, SearchRun
+from deos_fx.passes.search.run import SearchRun
 from deos_fx.passes.search.search import default_steps
 from deos_fx.policy.policy import Policy
 
@@ -51,10 +52,15 @@ def _tenth(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
     assert evaluations is not None
     run = SearchRun(problem, default_steps(problem), seed, None, None)
     start = run.places(problem.searched_sites())[0]
-    # What is left beside the static losses; a step on one batch is three evaluations.
-    left = evaluations // SHARE - problem.effort.evaluations
-    left -= JUDGED * (len(problem.scoring) + len(problem.training)) + len(problem.scoring)
-    run.descend("steps", start, max(1, left // 3))
+    left = evaluations // SHARE - problem.effort.evaluations - len(problem.scoring)
+    batches = len(problem.scoring) + len(problem.training)
+    # A step on one batch is three evaluations; the start is judged as well.
+    affordable = [
+        steps
+        for steps in range(1, left // 3 + 1)
+        if 3 * steps + (1 + len(snapshots(steps))) * batches <= left
+    ]
+    run.descend("steps", start, max(affordable, default=1))
     best = run.scoring.best
     return Found(best.policy, best.loss)
 

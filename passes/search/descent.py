@@ -37,7 +37,7 @@ from deos_fx.passes.search.state import SearchState
 from deos_fx.passes.verify import verify
 from deos_fx.policy.reduction import Reduction
 
-__all__ = ["GATE_TEMPERATURES", "Descent", "relaxed_graph", "site_tokens"]
+__all__ = ["GATE_TEMPERATURES", "Descent", "relaxed_graph", "site_tokens", "snapshots"]
 
 GATE_TEMPERATURES = (0.5, 0.3)
 """Gate temperatures at the first and the last step, in standard deviations of the score."""
@@ -54,7 +54,7 @@ _FLOOR, _WARM_UP = 0.05, 20
 _UPDATE_EVERY = 5
 # Prompts of a step: smaller batches are averaged, because the loss of a few prompts is noise.
 _PROMPTS = 16
-# After at most so many shares of its steps a descent is judged, each of at least so many steps.
+# A descent is judged at most so many times, at least so many steps apart.
 _SNAPSHOTS, _APART = 4, 12
 # Gradients of directions are clipped to this norm.
 _CLIP = 1.0
@@ -78,6 +78,12 @@ def relaxed_graph(reductions: Mapping[str, RelaxedReduction], batch: SearchBatch
     graph_module = straight_through(captured.graph_module)
     graph_module = insert_relaxed(graph_module, captured.sites, reductions, batch.layout)
     return verify(graph_module, "relaxed")
+
+
+def snapshots(steps: int) -> list[int]:
+    """Return after which of so many steps the static loss is measured; the last is one of them."""
+    number = max(1, min(_SNAPSHOTS, steps // _APART))
+    return [round((i + 1) * steps / number) for i in range(number)]
 
 
 def site_tokens(problem: SearchProblem, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -144,7 +150,7 @@ class Descent:
             before = time.perf_counter()
             self.step()
             self.seconds = time.perf_counter() - before
-            if self.state.step in self._snapshots():
+            if self.state.step in snapshots(self.steps):
                 self.judge()
             after_step(self.state.step)
         lost = {i for record in self.state.history for i in record["not_finite"]}
@@ -346,11 +352,6 @@ class Descent:
         share = warm_up * _between(1.0, _FLOOR, progress)
         for group in self.state.optimizer.param_groups:
             group["lr"] = share * group["full_rate"]
-
-    def _snapshots(self) -> set[int]:
-        """Return the steps after which the static loss is measured."""
-        number = max(1, min(_SNAPSHOTS, self.steps // _APART))
-        return {round((i + 1) * self.steps / number) for i in range(number)}
 
 
 def _add_gradients(sums: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> None:

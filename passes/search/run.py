@@ -19,7 +19,7 @@ from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search import processes
 from deos_fx.passes.search.checkpoints import Checkpoints
 from deos_fx.passes.search.choice import charged, descended, finalists
-from deos_fx.passes.search.descent import Descent, site_tokens
+from deos_fx.passes.search.descent import Descent, site_tokens, snapshots
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.outcome import RUNNERS_UP, check_unreduced, result_of
@@ -37,7 +37,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import SearchResult
 
-__all__ = ["JUDGED", "STAGES", "SearchRun"]
+__all__ = ["STAGES", "SearchRun"]
 
 # Steps at each place, if there are several; the best single site and so many pairs go on for a
 # third of all steps.
@@ -53,8 +53,6 @@ _CHECKED = 3
 # Small changes of the best candidate, at the end: evaluations in units of a held-back loss. Those
 # that look better are looked at again, on the data of the steps.
 _VARIATIONS = 40
-JUDGED = 5
-"""How often a descent measures the static loss."""
 STAGES = ("presets", "steps", "variations")
 """What a search does, in this order."""
 
@@ -381,20 +379,31 @@ class SearchRun:
 
         If places near the best are no better, and another regime is worth steps.
         """
-        batches = self.problem.scoring + self.problem.training * self.problem.holds_back
-        judged = JUDGED * len(batches) // len(self.problem.scoring)
-        # Under a tighter budget, and under this one.
-        steps, losses = self.steps // 2, judged + _VARIATIONS // 2 + len(PRESETS)
-        losses += self.preset_evaluations
-        steps, losses = self.further * steps, self.further * losses + self.preset_evaluations
+        half = self.steps // 2
+        # 1. Under tighter budgets: steps, and static losses on all data and on what is held back.
+        steps, overall = self.further * half, self.further * len(snapshots(half))
+        losses = self.further * (_VARIATIONS // 2 + len(PRESETS) + self.preset_evaluations)
+        # 2. Under this one.
         if places > 1:
-            finalists = min(places, 1 + _PAIRS)
+            trial, few, finalists = (
+                min(_TRIAL, self.steps),
+                self.steps // 3,
+                min(places, 1 + _PAIRS),
+            )
             # On both sides of the best place, at distances that halve.
             tried = places + 2 * (sites // 4).bit_length()
-            steps += tried * min(_TRIAL, self.steps) + finalists * (self.steps // 3)
-            losses += (tried + finalists) * judged
-        steps += self.steps + self.steps // 2
-        return steps, losses + 2 * judged + _REGIMES + _VARIATIONS
+            steps += tried * trial + finalists * few
+            # Of trials, the start is judged as well.
+            overall += tried * (1 + len(snapshots(trial))) + finalists * len(snapshots(few))
+        else:
+            overall += 1
+        steps += self.steps + half
+        overall += len(snapshots(self.steps)) + len(snapshots(half))
+        losses += self.preset_evaluations + _REGIMES + _VARIATIONS
+        # 3. In units of a loss on held-back data.
+        held_back = len(self.problem.scoring)
+        batches = held_back + len(self.problem.training) * self.problem.holds_back
+        return steps, losses + overall * batches // held_back
 
 
 def _source(policy: Policy) -> str:

@@ -133,15 +133,18 @@ def test_values_that_were_not_used_for_long_make_room(monkeypatch: pytest.Monkey
 def test_what_a_search_takes_is_planned_before_its_first_step(problem: SearchProblem) -> None:
     run = SearchRun(problem, 60, 0, None, None)
     # The steps, half as many in another regime, and what is measured: both, regimes, variations.
-    # Each descent is judged five times, on six batches of the steps and two held-back ones.
-    judged = 5 * 8 // 2
-    steps, losses = 60 + 30, 2 * judged + 7 + 40
+    # On six batches of the steps and two held-back ones: the start, and four and two snapshots.
+    all_data = (6 + 2) // 2
+    steps, losses = 60 + 30, (1 + 4 + 2) * all_data + 7 + 40
     assert run._planned(1, 8) == (steps, losses)
-    # Three places and two on each side of the best, and three finalists.
-    assert run._planned(3, 8) == (steps + 7 * 24 + 3 * 20, losses + 10 * judged)
+    # Three places and two on each side of the best, whose starts are judged, and three finalists.
+    assert run._planned(3, 8) == (
+        steps + 7 * 24 + 3 * 20,
+        losses + (7 * 3 + 3 * 1 - 1) * all_data,
+    )
     # Two tighter budgets go on from this one, with half of the steps and of the variations.
     run.further = 2
-    assert run._planned(1, 8) == (steps + 2 * 30, losses + 2 * (judged + 20 + 5))
+    assert run._planned(1, 8) == (steps + 2 * 30, losses + 2 * (2 * all_data + 20 + 5))
 
 
 @pytest.mark.parametrize(
