@@ -163,7 +163,9 @@ class SearchResult:
             if self.evidence.preset:
                 losses.append(f"{self.evidence.preset} {self.evidence.preset_loss:.4g}")
         losses.append(f"no reduction {self.unreduced_loss:.4g}")
-        lines.append(f"Loss on the scored prompts: {', '.join(losses)}.")
+        held_back = self.evidence is not None and self.evidence.held_back
+        prompts = "held-back prompts" if held_back else "prompts"
+        lines.append(f"Loss on the {prompts}: {', '.join(losses)}.")
         if self.scales:
             reached = ", ".join(f"{scale:g} {loss:.4g}" for scale, loss in self.scales.items())
             lines.append(
@@ -174,7 +176,7 @@ class SearchResult:
         if self.preset_evaluations:
             presets = (
                 "Presets and settings of their options were tried in "
-                f"{counted(self.preset_evaluations, 'evaluation')} on the scored prompts."
+                f"{counted(self.preset_evaluations, 'evaluation')} on the {prompts}."
             )
         lines.append(presets)
         return " ".join(lines)

@@ -385,11 +385,8 @@ class SearchRun:
         losses = self.further * (_VARIATIONS // 2 + len(PRESETS) + self.preset_evaluations)
         # 2. Under this one.
         if places > 1:
-            trial, few, finalists = (
-                min(_TRIAL, self.steps),
-                self.steps // 3,
-                min(places, 1 + _PAIRS),
-            )
+            trial, few = min(_TRIAL, self.steps), self.steps // 3
+            finalists = min(places, 1 + _PAIRS)
             # On both sides of the best place, at distances that halve.
             tried = places + 2 * (sites // 4).bit_length()
             steps += tried * trial + finalists * few
