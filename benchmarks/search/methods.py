@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from benchmarks.search.depthwise import depthwise
 from benchmarks.search.space import MERGE, START, HandSpace
 from deos_fx import presets
-from deos_fx.passes.search.descent import snapshots
+from deos_fx.passes.search.descent import passes_to_judge
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.run import SearchRun
 from deos_fx.passes.search.search import default_steps
@@ -53,12 +53,11 @@ def _tenth(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
     run = SearchRun(problem, default_steps(problem), seed, None, None)
     start = run.places(problem.searched_sites())[0]
     left = evaluations // SHARE - problem.effort.evaluations - len(problem.scoring)
-    batches = len(problem.scoring) + len(problem.training)
-    # A step on one batch is three evaluations; the start is judged as well.
+    # A step on one batch is three evaluations.
     affordable = [
         steps
         for steps in range(1, left // 3 + 1)
-        if 3 * steps + (1 + len(snapshots(steps))) * batches <= left
+        if 3 * steps + passes_to_judge(problem, steps, start=True) <= left
     ]
     run.descend("steps", start, max(affordable, default=1))
     best = run.scoring.best

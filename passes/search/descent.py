@@ -37,7 +37,13 @@ from deos_fx.passes.search.state import SearchState
 from deos_fx.passes.verify import verify
 from deos_fx.policy.reduction import Reduction
 
-__all__ = ["GATE_TEMPERATURES", "Descent", "relaxed_graph", "site_tokens", "snapshots"]
+__all__ = [
+    "GATE_TEMPERATURES",
+    "Descent",
+    "passes_to_judge",
+    "relaxed_graph",
+    "site_tokens",
+]
 
 GATE_TEMPERATURES = (0.5, 0.3)
 """Gate temperatures at the first and the last step, in standard deviations of the score."""
@@ -54,8 +60,10 @@ _FLOOR, _WARM_UP = 0.05, 20
 _UPDATE_EVERY = 5
 # Prompts of a step: smaller batches are averaged, because the loss of a few prompts is noise.
 _PROMPTS = 16
-# A descent is judged at most so many times, at least so many steps apart.
-_SNAPSHOTS, _APART = 4, 12
+# How often the static loss is measured on held-back data, which tells whether gates leak; and how
+# often at most, at least so many steps apart, on all data, which tells the best snapshot.
+_SNAPSHOTS = 8
+_LOOKED_AT, _APART = 4, 24
 # Gradients of directions are clipped to this norm.
 _CLIP = 1.0
 # Steps in a row without a finite gradient, after which no more are taken.
@@ -80,10 +88,29 @@ def relaxed_graph(reductions: Mapping[str, RelaxedReduction], batch: SearchBatch
     return verify(graph_module, "relaxed")
 
 
-def snapshots(steps: int) -> list[int]:
+def _snapshots(steps: int) -> list[int]:
     """Return after which of so many steps the static loss is measured; the last is one of them."""
-    number = max(1, min(_SNAPSHOTS, steps // _APART))
-    return [round((i + 1) * steps / number) for i in range(number)]
+    return sorted({round((i + 1) * steps / _SNAPSHOTS) for i in range(_SNAPSHOTS)})
+
+
+def _looked_at_again(steps: int) -> list[int]:
+    """Return after which of these it is measured on all data; the last is one of them."""
+    found = _snapshots(steps)
+    number = max(1, min(_LOOKED_AT, steps // _APART))
+    return [found[(i + 1) * len(found) // number - 1] for i in range(number)]
+
+
+def passes_to_judge(problem: SearchProblem, steps: int, *, start: bool) -> int:
+    """Return how many forward passes of a batch it takes to judge a descent.
+
+    Args:
+        problem: The problem.
+        steps: Number of steps.
+        start: Whether the start is judged as well: its loss is not known.
+    """
+    others = len(problem.training) * problem.holds_back
+    held_back = (start + len(_snapshots(steps))) * len(problem.scoring)
+    return held_back + (start + len(_looked_at_again(steps))) * others
 
 
 def site_tokens(problem: SearchProblem, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -145,13 +172,13 @@ class Descent:
         """
         if self.state.step == 0 and not self.state.best:
             # The start is judged as well: a search never returns what is worse.
-            self.judge(self.known)
+            self.judge(known=self.known)
         while self.state.step < self.steps and not self._is_stuck():
             before = time.perf_counter()
             self.step()
             self.seconds = time.perf_counter() - before
-            if self.state.step in snapshots(self.steps):
-                self.judge()
+            if self.state.step in _snapshots(self.steps):
+                self.judge(overall=self.state.step in _looked_at_again(self.steps))
             after_step(self.state.step)
         lost = {i for record in self.state.history for i in record["not_finite"]}
         # Costs, too, can make gradients NaN: then no batch is to blame, and the steps end.
@@ -180,12 +207,12 @@ class Descent:
         """Count what was done before a search was ended and continued."""
         effort, steps = self.problem.effort, self.state.step * self._at_once
         # The start is judged, too, unless its loss was known.
-        judged = sum("static" in record for record in self.state.history)
-        judged += bool(self.state.best) and self.known is None
-        batches = len(self.problem.scoring)
+        start = bool(self.state.best) and self.known is None
+        judged = start + sum("static" in record for record in self.state.history)
+        again = start + sum("overall" in record for record in self.state.history)
+        effort.forwards += steps + judged * len(self.problem.scoring)
         if self.problem.holds_back:
-            batches += len(self.problem.training)
-        effort.forwards += steps + judged * batches
+            effort.forwards += again * len(self.problem.training)
         effort.backwards += steps
 
     def _is_stuck(self) -> bool:
@@ -251,22 +278,24 @@ class Descent:
             }
         )
 
-    def judge(self, known: float | None = None) -> float:
-        """Measure the static loss on all batches, and keep the parameters if it is the best.
+    def judge(self, *, overall: bool = True, known: float | None = None) -> None:
+        """Measure the static loss, and keep the parameters if it is the best on all batches.
 
         Args:
-            known: The loss, if it is known.
-
-        Returns:
-            The loss.
+            overall: Whether to measure it on all batches, or on the held-back ones alone.
+            known: The loss on all batches, if it is known.
         """
+        found: dict[str, float] = {}
         with _as_static(self.reductions), self._within_limits():
-            loss = self.overall() if known is None else known
-            # The parameters are kept with the counts that the loss was measured at.
-            self.state.consider(loss)
+            if known is None:
+                found["static"] = self.held_back()
+                if overall:
+                    known = found["overall"] = self._overall(found["static"])
+            if known is not None:
+                # The parameters are kept with the counts that the loss was measured at.
+                self.state.consider(known)
         if self.state.history:
-            self.state.history[-1]["static"] = loss
-        return loss
+            self.state.history[-1].update(found)
 
     @contextmanager
     def _within_limits(self) -> Iterator[None]:
@@ -304,13 +333,16 @@ class Descent:
                 temperature, since = temperature * (_CLOSING if leaks else 1.0), []
         return temperature, blurred
 
-    def overall(self) -> float:
-        """Return the loss on all batches, of the steps and held back, with gates as they are."""
-        scored = self.problem.scored(self._loss)
+    def held_back(self) -> float:
+        """Return the loss on the held-back batches, with gates as they are."""
+        return self.problem.scored(self._loss)
+
+    def _overall(self, held_back: float) -> float:
+        """Return the loss on all batches, given that on the held-back ones."""
         if not self.problem.holds_back:
             # Case: these are all that there are.
-            return scored
-        return self.problem.overall(scored, self.problem.on_steps(self._loss))
+            return held_back
+        return self.problem.overall(held_back, self.problem.on_steps(self._loss))
 
     def _loss(self, batch: SearchBatch) -> Tensor:
         """Return the task loss of a batch at the present parameters."""

@@ -19,7 +19,7 @@ from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search import processes
 from deos_fx.passes.search.checkpoints import Checkpoints
 from deos_fx.passes.search.choice import charged, descended, finalists
-from deos_fx.passes.search.descent import Descent, site_tokens, snapshots
+from deos_fx.passes.search.descent import Descent, passes_to_judge, site_tokens
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.outcome import RUNNERS_UP, check_unreduced, result_of
@@ -42,9 +42,6 @@ __all__ = ["STAGES", "SearchRun"]
 # Steps at each place, if there are several; the best single site and so many pairs go on for a
 # third of all steps.
 _TRIAL, _PAIRS = 24, 2
-# Share of the learning rates of the long steps, which go on from where others have ended: at the
-# full ones, the first of them undo a part of that.
-_GOING_ON = 0.5
 _CHECKPOINT_EVERY = 10
 # How many regimes as they are defined one site can be in.
 _REGIMES = 7
@@ -144,7 +141,7 @@ class SearchRun:
                 if starts:
                     # What comes from a looser budget is half done.
                     self.steps, most = max(1, self.steps // 2), most // 2
-                self.train(starts or self.places(sites), sites, going_on=bool(starts))
+                self.train(starts or self.places(sites), sites)
             if "variations" in stages:
                 polish(self.problem, self.scoring, "variations", most, tried)
             if "variations" in stages and self.preset_evaluations:
@@ -192,18 +189,16 @@ class SearchRun:
         tokens = site_tokens(self.problem, sites)
         return {site.name: start_reduction(site, tokens[site.name]) for site in sites}
 
-    def train(self, starts: Sequence[Policy], sites: Sequence[Site], going_on: bool) -> None:
+    def train(self, starts: Sequence[Policy], sites: Sequence[Site]) -> None:
         """Try every place for a few steps, the best for some more, and train on at the winner.
 
         Args:
             starts: What the steps start from, at each place.
             sites: Sites to which the last site of the best place may move.
-            going_on: Whether steps have reached these starts.
         """
         if not starts:
             return
         self.left = self._planned(len(starts), len(sites))
-        rate = _GOING_ON if going_on or len(starts) > 1 else 1.0
         if len(starts) > 1:
             tried = self._each("place", starts, _TRIAL)
             moved = self.moved(min(tried, key=descended), sites)
@@ -218,13 +213,12 @@ class SearchRun:
             # The limits themselves come last, and get what is left of the steps.
             stage = "steps" if factor == 1 else f"steps at {factor} times the tokens"
             steps = share if factor > 1 else self.steps - share * (len(looser) - 1)
-            self.winner.append(self.descend(stage, start, steps, factor, rate))
+            self.winner.append(self.descend(stage, start, steps, factor))
             start = self.rounded(self.winner[-1])
         settled = self.settled(start)
         if settled != start:
             # Case: in another regime there is more to gain.
-            steps = max(1, self.steps // 2)
-            self.settled(self.rounded(self.descend("regime", settled, steps, rate=_GOING_ON)))
+            self.settled(self.rounded(self.descend("regime", settled, max(1, self.steps // 2))))
 
     def _each(self, kind: str, starts: Sequence[Policy], steps: int) -> list[Descent]:
         """Take so many steps from each start, at most as many as the search takes."""
@@ -277,9 +271,7 @@ class SearchRun:
                 return each
         return policy
 
-    def descend(
-        self, stage: str, start: Policy, steps: int, factor: int = 1, rate: float = 1.0
-    ) -> Descent:
+    def descend(self, stage: str, start: Policy, steps: int, factor: int = 1) -> Descent:
         """Take gradient steps from a policy, and score what they reach.
 
         Args:
@@ -287,20 +279,17 @@ class SearchRun:
             start: The policy.
             steps: Number of steps.
             factor: By how much its counts are multiplied first, and the limits raised.
-            rate: Share of the learning rates.
         """
         problem, start = widened(self.problem, start, factor)
         settings = {
             "steps": steps,
             "seed": self.seed,
             "limits": problem.limits,
-            "rate": rate,
             "start": [str(reduction) for reduction in start.reductions],
             **problem.fingerprint(),
         }
         reductions = relaxed(start, problem.visual_tokens, runners_up=RUNNERS_UP)
-        lagrangian = AugmentedLagrangian(problem.limits)
-        state = SearchState.start(reductions, lagrangian, settings, rate)
+        state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), settings)
         known = self.scoring.overall(start) if problem is self.problem else None
         descent = Descent(problem, state, steps, self.seed, known)
         self.descents.append(descent)
@@ -380,8 +369,12 @@ class SearchRun:
         If places near the best are no better, and another regime is worth steps.
         """
         half = self.steps // 2
-        # 1. Under tighter budgets: steps, and static losses on all data and on what is held back.
-        steps, overall = self.further * half, self.further * len(snapshots(half))
+
+        def judged(steps: int, start: bool = False) -> int:
+            return passes_to_judge(self.problem, steps, start=start)
+
+        # 1. Under tighter budgets: steps, forward passes to judge them, and other static losses.
+        steps, passes = self.further * half, self.further * judged(half)
         losses = self.further * (_VARIATIONS // 2 + len(PRESETS) + self.preset_evaluations)
         # 2. Under this one.
         if places > 1:
@@ -390,17 +383,11 @@ class SearchRun:
             # On both sides of the best place, at distances that halve.
             tried = places + 2 * (sites // 4).bit_length()
             steps += tried * trial + finalists * few
-            # Of trials, the start is judged as well.
-            overall += tried * (1 + len(snapshots(trial))) + finalists * len(snapshots(few))
-        else:
-            overall += 1
+            passes += tried * judged(trial, start=True) + finalists * judged(few)
         steps += self.steps + half
-        overall += len(snapshots(self.steps)) + len(snapshots(half))
+        passes += judged(self.steps, start=places == 1) + judged(half)
         losses += self.preset_evaluations + _REGIMES + _VARIATIONS
-        # 3. In units of a loss on held-back data.
-        held_back = len(self.problem.scoring)
-        batches = held_back + len(self.problem.training) * self.problem.holds_back
-        return steps, losses + overall * batches // held_back
+        return steps, losses + passes // len(self.problem.scoring)
 
 
 def _source(policy: Policy) -> str:

@@ -66,7 +66,6 @@ class SearchState:
         reductions: Mapping[str, RelaxedReduction],
         lagrangian: AugmentedLagrangian,
         settings: dict[str, Any],
-        rate: float = 1.0,
     ) -> SearchState:
         """Make the state before the first step.
 
@@ -74,7 +73,6 @@ class SearchState:
             reductions: Site -> relaxed reduction.
             lagrangian: The constraints.
             settings: Settings that a checkpoint must agree with.
-            rate: Share of the learning rates.
 
         Returns:
             The state.
@@ -82,7 +80,7 @@ class SearchState:
         # Module names cannot hold dots.
         modules = nn.ModuleDict({_key(site): module for site, module in reductions.items()})
         groups = [
-            {"params": [parameter], "full_rate": rate * _rate(name, parameter)}
+            {"params": [parameter], "full_rate": _rate(name, parameter)}
             for name, parameter in modules.named_parameters()
             if parameter.requires_grad
         ]

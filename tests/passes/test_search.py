@@ -465,7 +465,7 @@ def test_tight_limits_are_approached_from_looser_ones(
     assert wide.meets(policy) and not problem.meets(policy)
     monkeypatch.setattr(run_module, "factors", lambda *_: [4, 1])
     run = run_module.SearchRun(problem, 10, 0, None, None)
-    run.train([start], [], going_on=False)
+    run.train([start], [])
     assert [descent.problem.limits["visual_tokens"] for descent in run.descents] == [16, 4]
     assert [descent.steps for descent in run.descents] == [5, 5]
     assert [entry["step"] for entry in run.history] == list(range(1, 11))
