@@ -140,7 +140,7 @@ class SearchState:
         write_tensors(path / name, tensors)
         record: dict[str, Any] = {
             "deos_fx": "search",
-            "version": 2,
+            "version": 3,
             "tensors": name,
             "sha256": file_hash(path / name),
             # What a search must have in common with this one to continue it.
