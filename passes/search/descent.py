@@ -149,7 +149,9 @@ class Descent:
         state: Everything that changes from step to step.
         steps: Number of steps in all.
         seed: Seed of the order of the batches.
-        known: The static loss of the start on all batches, if it is known.
+        known: The static loss of the start, if it is known.
+        on_all: Whether the best parameters are those with the lowest static loss on all batches, and
+            not on the held-back ones alone: of few steps, as many losses on all would cost more.
     """
 
     problem: SearchProblem
@@ -157,6 +159,7 @@ class Descent:
     steps: int
     seed: int
     known: float | None = None
+    on_all: bool = False
 
     def __post_init__(self) -> None:
         self.reductions = self.state.by_site()
@@ -178,7 +181,7 @@ class Descent:
             self.step()
             self.seconds = time.perf_counter() - before
             if self.state.step in _snapshots(self.steps):
-                self.judge(overall=self.state.step in _looked_at_again(self.steps))
+                self.judge(self.state.step in _looked_at_again(self.steps))
             after_step(self.state.step)
         lost = {i for record in self.state.history for i in record["not_finite"]}
         # Costs, too, can make gradients NaN: then no batch is to blame, and the steps end.
@@ -278,19 +281,21 @@ class Descent:
             }
         )
 
-    def judge(self, *, overall: bool = True, known: float | None = None) -> None:
-        """Measure the static loss, and keep the parameters if it is the best on all batches.
+    def judge(self, again: bool = True, known: float | None = None) -> None:
+        """Measure the static loss, and keep the parameters if it is the best.
 
         Args:
-            overall: Whether to measure it on all batches, or on the held-back ones alone.
-            known: The loss on all batches, if it is known.
+            again: Whether to measure it on all batches as well, if that says which is best.
+            known: The loss, if it is known.
         """
         found: dict[str, float] = {}
         with _as_static(self.reductions), self._within_limits():
             if known is None:
-                found["static"] = self.held_back()
-                if overall:
-                    known = found["overall"] = self._overall(found["static"])
+                known = found["static"] = self.held_back()
+                if self.on_all:
+                    known = self._overall(known) if again else None
+                if self.on_all and known is not None:
+                    found["overall"] = known
             if known is not None:
                 # The parameters are kept with the counts that the loss was measured at.
                 self.state.consider(known)

@@ -290,8 +290,9 @@ class SearchRun:
         }
         reductions = relaxed(start, problem.visual_tokens, runners_up=RUNNERS_UP)
         state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), settings)
-        known = self.scoring.overall(start) if problem is self.problem else None
-        descent = Descent(problem, state, steps, self.seed, known)
+        on_all = not stage.startswith(("place", "finalist"))
+        known = self.scoring.overall(start) if on_all and problem is self.problem else None
+        descent = Descent(problem, state, steps, self.seed, known, on_all)
         self.descents.append(descent)
         saved = None if self.checkpoint is None else self.checkpoint.within(stage)
         # Steps that were stopped go on with their parameters, optimizer, multipliers and history.
@@ -327,7 +328,7 @@ class SearchRun:
         """Add what a descent has reached to the candidates."""
         policy = self.rounded(descent)
         if self.problem.meets(policy) and not self.scoring.has(policy):
-            overall = descent.state.best_loss if descent.state.best else None
+            overall = descent.state.best_loss if descent.state.best and descent.on_all else None
             self.scoring.add(_source(policy), policy, overall=overall)
 
     def round_up(self, sites: Sequence[Site]) -> None:
