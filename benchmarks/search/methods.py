@@ -57,7 +57,7 @@ def _tenth(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
     affordable = [
         steps
         for steps in range(1, left // 3 + 1)
-        if 3 * steps + passes_to_judge(problem, steps, start=True) <= left
+        if 3 * steps + passes_to_judge(problem, steps, on_all=True) <= left
     ]
     run.descend("steps", start, max(affordable, default=1))
     best = run.scoring.best

@@ -100,17 +100,18 @@ def _looked_at_again(steps: int) -> list[int]:
     return [found[(i + 1) * len(found) // number - 1] for i in range(number)]
 
 
-def passes_to_judge(problem: SearchProblem, steps: int, *, start: bool) -> int:
-    """Return how many forward passes of a batch it takes to judge a descent.
+def passes_to_judge(problem: SearchProblem, steps: int, *, on_all: bool) -> int:
+    """Return how many forward passes of a batch it takes to judge a descent, with its start.
 
     Args:
         problem: The problem.
         steps: Number of steps.
-        start: Whether the start is judged as well: its loss is not known.
+        on_all: As for `Descent`.
     """
-    others = len(problem.training) * problem.holds_back
-    held_back = (start + len(_snapshots(steps))) * len(problem.scoring)
-    return held_back + (start + len(_looked_at_again(steps))) * others
+    held_back = (1 + len(_snapshots(steps))) * len(problem.scoring)
+    if not on_all or not problem.holds_back:
+        return held_back
+    return held_back + (1 + len(_looked_at_again(steps))) * len(problem.training)
 
 
 def site_tokens(problem: SearchProblem, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -150,8 +151,8 @@ class Descent:
         steps: Number of steps in all.
         seed: Seed of the order of the batches.
         known: The static loss of the start, if it is known.
-        on_all: Whether the best parameters are those with the lowest static loss on all batches, and
-            not on the held-back ones alone: of few steps, as many losses on all would cost more.
+        on_all: Whether the best parameters have the lowest static loss on all batches, and not on
+            the held-back ones alone: after few steps, a loss on all costs more than the steps.
     """
 
     problem: SearchProblem
@@ -212,7 +213,7 @@ class Descent:
         # The start is judged, too, unless its loss was known.
         start = bool(self.state.best) and self.known is None
         judged = start + sum("static" in record for record in self.state.history)
-        again = start + sum("overall" in record for record in self.state.history)
+        again = start * self.on_all + sum("overall" in record for record in self.state.history)
         effort.forwards += steps + judged * len(self.problem.scoring)
         if self.problem.holds_back:
             effort.forwards += again * len(self.problem.training)

@@ -224,7 +224,7 @@ class SearchRun:
         """Take so many steps from each start, at most as many as the search takes."""
         few = max(1, min(steps, self.steps))
         return [
-            self.descend(f"{kind} {i + 1} of {len(starts)}", start, few)
+            self.descend(f"{kind} {i + 1} of {len(starts)}", start, few, on_all=False)
             for i, start in enumerate(starts)
         ]
 
@@ -271,7 +271,9 @@ class SearchRun:
                 return each
         return policy
 
-    def descend(self, stage: str, start: Policy, steps: int, factor: int = 1) -> Descent:
+    def descend(
+        self, stage: str, start: Policy, steps: int, factor: int = 1, *, on_all: bool = True
+    ) -> Descent:
         """Take gradient steps from a policy, and score what they reach.
 
         Args:
@@ -279,6 +281,8 @@ class SearchRun:
             start: The policy.
             steps: Number of steps.
             factor: By how much its counts are multiplied first, and the limits raised.
+            on_all: Whether the best that they reach has the lowest loss on all data, and not on
+                held-back data alone.
         """
         problem, start = widened(self.problem, start, factor)
         settings = {
@@ -290,7 +294,6 @@ class SearchRun:
         }
         reductions = relaxed(start, problem.visual_tokens, runners_up=RUNNERS_UP)
         state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), settings)
-        on_all = not stage.startswith(("place", "finalist"))
         known = self.scoring.overall(start) if on_all and problem is self.problem else None
         descent = Descent(problem, state, steps, self.seed, known, on_all)
         self.descents.append(descent)
@@ -371,8 +374,8 @@ class SearchRun:
         """
         half = self.steps // 2
 
-        def judged(steps: int, start: bool = False) -> int:
-            return passes_to_judge(self.problem, steps, start=start)
+        def judged(steps: int, on_all: bool = True) -> int:
+            return passes_to_judge(self.problem, steps, on_all=on_all)
 
         # 1. Under tighter budgets: steps, forward passes to judge them, and other static losses.
         steps, passes = self.further * half, self.further * judged(half)
@@ -384,9 +387,9 @@ class SearchRun:
             # On both sides of the best place, at distances that halve.
             tried = places + 2 * (sites // 4).bit_length()
             steps += tried * trial + finalists * few
-            passes += tried * judged(trial, start=True) + finalists * judged(few)
+            passes += tried * judged(trial, on_all=False) + finalists * judged(few, on_all=False)
         steps += self.steps + half
-        passes += judged(self.steps, start=places == 1) + judged(half)
+        passes += judged(self.steps) + judged(half)
         losses += self.preset_evaluations + _REGIMES + _VARIATIONS
         return steps, losses + passes // len(self.problem.scoring)
 

@@ -49,7 +49,7 @@ def descent_of(problem: SearchProblem, names: list[str], steps: int = 4) -> Desc
     ]
     reductions = relaxed(Policy(tuple(starts)), problem.visual_tokens, runners_up=6)
     state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), {})
-    return Descent(problem, state, steps, seed=0)
+    return Descent(problem, state, steps, seed=0, on_all=True)
 
 
 @pytest.mark.parametrize("names", [["projector"], ["decoder.0"], ["projector", "decoder.1"]])
@@ -137,16 +137,16 @@ def test_values_that_were_not_used_for_long_make_room(monkeypatch: pytest.Monkey
 def test_what_a_search_takes_is_planned_before_its_first_step(problem: SearchProblem) -> None:
     run = SearchRun(problem, 60, 0, None, None)
     # The steps, half as many in another regime, and what is measured: both, regimes, variations.
-    # Eight times a descent is judged on the two held-back batches, and once in 24 steps on the six
-    # others as well; so is the start.
-    steps, losses = 60 + 30, 2 * 8 + (1 + 2 + 1) * 3 + 1 + 7 + 40
+    # A descent is judged at its start and eight times on the two held-back batches, and on the six
+    # others at its start and once in 24 steps.
+    steps, judged, half = 60 + 30, 9 + 3 * 3, 9 + 3 * 2
+    losses = judged + half + 7 + 40
     assert run._planned(1, 8) == (steps, losses)
-    # Three places and two on each side of the best, whose starts are judged, and three finalists.
-    trials, finalists = 7 * (9 + 2 * 3), 3 * (8 + 3)
-    assert run._planned(3, 8) == (steps + 7 * 24 + 3 * 20, losses - 4 + trials + finalists)
+    # Three places and two on each side of the best, and three finalists: on held-back data alone.
+    assert run._planned(3, 8) == (steps + 7 * 24 + 3 * 20, losses + 10 * 9)
     # Two tighter budgets go on from this one, with half of the steps and of the variations.
     run.further = 2
-    assert run._planned(1, 8) == (steps + 2 * 30, losses + 2 * (8 + 3 + 20 + 5))
+    assert run._planned(1, 8) == (steps + 2 * 30, losses + 2 * (half + 20 + 5))
 
 
 @pytest.mark.parametrize(
