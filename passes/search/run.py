@@ -139,8 +139,10 @@ class SearchRun:
             if "steps" in stages:
                 starts = self.carried()
                 if starts:
-                    # What comes from a looser budget is half done.
-                    self.steps, most = max(1, self.steps // 2), most // 2
+                    # What comes from a looser budget is half done; looking at it on all data is
+                    # paid for with variations.
+                    self.steps = max(1, self.steps // 2)
+                    most = max(0, most // 2 - len(self.problem.training))
                 self.train(starts or self.places(sites), sites)
             if "variations" in stages:
                 polish(self.problem, self.scoring, "variations", most, tried)
@@ -169,9 +171,12 @@ class SearchRun:
         """
         fitted = [self.problem.fit(policy) for policy in self.reached]
         found = [policy for policy in fitted if policy is not None and policy.reductions]
-        for policy in found:
+        new = [policy for policy in found if not self.scoring.has(policy)]
+        measured = [(self.scoring.measure(policy), policy) for policy in new]
+        # The best first, so that only this one is looked at on all data.
+        for loss, policy in sorted(measured, key=lambda pair: pair[0]):
             if not self.scoring.has(policy):
-                self.scoring.add("carried from a looser budget", policy)
+                self.scoring.add("carried from a looser budget", policy, loss)
         losses = [charged(self.scoring.loss(each), len(each.reductions)) for each in found]
         return [found[losses.index(min(losses))]] if found else []
 
