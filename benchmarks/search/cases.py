@@ -166,10 +166,7 @@ def _gap(task: Task, settings: Settings) -> Iterator[Case]:
                 def measure(descent: Descent) -> None:
                     # About a dozen points of the curve.
                     if descent.state.step % max(1, descent.steps // 12) == 0:
-                        relaxed = descent.held_back()
-                        descent.judge()
-                        static = descent.state.history[-1]["static"]
-                        curve.append((descent.state.step, relaxed, static))
+                        curve.append((descent.state.step, descent.held_back(), descent.judge()))
 
                 start = places(problem)[0]
                 reached = descend(

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from benchmarks.search.depthwise import depthwise
 from benchmarks.search.space import MERGE, START, HandSpace
 from deos_fx import presets
-from deos_fx.passes.search.descent import passes_to_judge
 from deos_fx.passes.search.problem import SearchProblem
-from deos_fx.passes.search.run import SearchRun
+from deos_fx.passes.search.run import JUDGED, SearchRun
 from deos_fx.passes.search.search import default_steps
 from deos_fx.policy.policy import Policy
 
@@ -52,14 +51,10 @@ def _tenth(problem: SearchProblem, seed: int, evaluations: int | None) -> Found:
     assert evaluations is not None
     run = SearchRun(problem, default_steps(problem), seed, None, None)
     start = run.places(problem.searched_sites())[0]
-    left = evaluations // SHARE - problem.effort.evaluations - len(problem.scoring)
-    # A step on one batch is three evaluations.
-    affordable = [
-        steps
-        for steps in range(1, left // 3 + 1)
-        if 3 * steps + passes_to_judge(problem, steps, on_all=True) <= left
-    ]
-    run.descend("steps", start, max(affordable, default=1))
+    # What is left beside the static losses; a step on one batch is three evaluations.
+    left = evaluations // SHARE - problem.effort.evaluations
+    left -= (JUDGED + 1) * len(problem.scoring)
+    run.descend("steps", start, max(1, left // 3))
     best = run.scoring.best
     return Found(best.policy, best.loss)
 

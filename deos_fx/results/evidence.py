@@ -37,12 +37,11 @@ class Evidence:
     error: float = math.inf
 
     def __str__(self) -> str:
+        others = "others that were held back" if self.held_back else "the same"
         of = "given answers" if self.answers else "the unreduced model's answers"
-        scored = counted(self.scored, "prompt")
-        others = f"these and on {scored} that were held back" if self.held_back else "these"
         return (
             f"Searched for {self.model}, on {counted(self.trained, 'prompt')}; policies were "
-            f"chosen by the loss of {of} on {others}."
+            f"scored by the loss of {of} on {counted(self.scored, 'prompt')}, {others}."
         )
 
     @property

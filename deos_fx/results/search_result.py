@@ -50,21 +50,12 @@ class Candidate:
             ``no reduction``.
         loss: Task loss of its static graph on the scoring batches.
         cost: Its exact cost.
-        overall: The same on all batches, also those of the steps; None where it was not measured,
-            because the loss on the scoring batches was no better than that of the best.
     """
 
     policy: Policy
     source: str
     loss: float
     cost: Cost
-    overall: float | None = None
-
-    @property
-    def rank(self) -> tuple[bool, float, float]:
-        """Return what candidates are sorted by, best first: the loss on all batches."""
-        overall = self.loss if self.overall is None else self.overall
-        return self.overall is None, overall, self.loss
 
 
 @dataclass(frozen=True)
@@ -93,7 +84,7 @@ class SearchResult:
     """The outcome of a search.
 
     Attributes:
-        policy: The candidate with the lowest static loss on all batches; it meets every limit.
+        policy: The candidate with the lowest static loss; it meets every limit.
         history: One dict for each step: task loss, relaxed costs, multipliers, gate temperature.
         candidates: Every policy that was scored in static form, best first.
         limits: Absolute limits by name.
@@ -138,8 +129,7 @@ class SearchResult:
         """Return the best preset that was tried beside the result, if one has met the limits."""
         if self.evidence is None or not self.evidence.preset:
             return None
-        tried = [each for each in self.candidates if each.source == self.evidence.preset]
-        return min(tried, key=lambda each: each.loss)
+        return next(each for each in self.candidates if each.source == self.evidence.preset)
 
     @property
     def gap(self) -> float:
@@ -163,9 +153,7 @@ class SearchResult:
             if self.evidence.preset:
                 losses.append(f"{self.evidence.preset} {self.evidence.preset_loss:.4g}")
         losses.append(f"no reduction {self.unreduced_loss:.4g}")
-        held_back = self.evidence is not None and self.evidence.held_back
-        prompts = "held-back prompts" if held_back else "prompts"
-        lines.append(f"Loss on the {prompts}: {', '.join(losses)}.")
+        lines.append(f"Loss on the scored prompts: {', '.join(losses)}.")
         if self.scales:
             reached = ", ".join(f"{scale:g} {loss:.4g}" for scale, loss in self.scales.items())
             lines.append(
@@ -176,7 +164,7 @@ class SearchResult:
         if self.preset_evaluations:
             presets = (
                 "Presets and settings of their options were tried in "
-                f"{counted(self.preset_evaluations, 'evaluation')} on the {prompts}."
+                f"{counted(self.preset_evaluations, 'evaluation')} on the scored prompts."
             )
         lines.append(presets)
         return " ".join(lines)
@@ -306,12 +294,10 @@ def search_section(result: SearchResult) -> Section:
         # Where no reduction is right, no step was taken.
         *([charts.history_chart(result.history, limit)] if result.history else []),
         table(
-            ["candidate", "task loss", "on all", *result.unreduced.cells, "reductions"],
+            ["candidate", "task loss", *result.unreduced.cells, "reductions"],
             [_candidate_row(candidate) for candidate in _telling_candidates(result.candidates)],
             f"The best from each source, of {counted(len(result.candidates), 'candidate')}; the "
-            "first was returned: it has the lowest loss on all prompts, those of the steps and "
-            "those that were held back, whose loss stands first. A refined one is a small change "
-            "of the best so far.",
+            "first was returned. A refined one is a small change of the best so far.",
             "listing",
         ),
     )
@@ -341,10 +327,8 @@ def _candidate_row(candidate: Candidate) -> list[str]:
     parts = [f"images at {scale:.3g}"] * (scale != 1)
     parts += [f"{one.site} {one.regime} to {one.keep:.4g}" for one in reductions]
     words = f'<td class="words">{escape("; ".join(parts))}</td>'
-    # What is no better than the best on held-back prompts is not looked at on the others.
-    overall = "–" if candidate.overall is None else f"{candidate.overall:.4f}"
-    losses = [f"<td>{candidate.loss:.4f}</td>", f"<td>{overall}</td>"]
-    return [f"<td>{escape(candidate.source)}</td>", *losses, *cost_cells(candidate.cost), words]
+    loss = f"<td>{candidate.loss:.4f}</td>"
+    return [f"<td>{escape(candidate.source)}</td>", loss, *cost_cells(candidate.cost), words]
 
 
 def savings(cost: Cost, whole: Cost) -> list[tuple[str, str, str]]:

@@ -37,13 +37,7 @@ from deos_fx.passes.search.state import SearchState
 from deos_fx.passes.verify import verify
 from deos_fx.policy.reduction import Reduction
 
-__all__ = [
-    "GATE_TEMPERATURES",
-    "Descent",
-    "passes_to_judge",
-    "relaxed_graph",
-    "site_tokens",
-]
+__all__ = ["GATE_TEMPERATURES", "Descent", "relaxed_graph", "site_tokens"]
 
 GATE_TEMPERATURES = (0.5, 0.3)
 """Gate temperatures at the first and the last step, in standard deviations of the score."""
@@ -60,10 +54,8 @@ _FLOOR, _WARM_UP = 0.05, 20
 _UPDATE_EVERY = 5
 # Prompts of a step: smaller batches are averaged, because the loss of a few prompts is noise.
 _PROMPTS = 16
-# How often the static loss is measured on held-back data, which tells whether gates leak; and how
-# often at most, at least so many steps apart, on all data, which tells the best snapshot.
+# How often the static loss is measured: about so many times.
 _SNAPSHOTS = 8
-_LOOKED_AT, _APART = 4, 24
 # Gradients of directions are clipped to this norm.
 _CLIP = 1.0
 # Steps in a row without a finite gradient, after which no more are taken.
@@ -86,32 +78,6 @@ def relaxed_graph(reductions: Mapping[str, RelaxedReduction], batch: SearchBatch
     graph_module = straight_through(captured.graph_module)
     graph_module = insert_relaxed(graph_module, captured.sites, reductions, batch.layout)
     return verify(graph_module, "relaxed")
-
-
-def _snapshots(steps: int) -> list[int]:
-    """Return after which of so many steps the static loss is measured; the last is one of them."""
-    return sorted({round((i + 1) * steps / _SNAPSHOTS) for i in range(_SNAPSHOTS)})
-
-
-def _looked_at_again(steps: int) -> list[int]:
-    """Return after which of these it is measured on all data; the last is one of them."""
-    found = _snapshots(steps)
-    number = max(1, min(_LOOKED_AT, steps // _APART))
-    return [found[(i + 1) * len(found) // number - 1] for i in range(number)]
-
-
-def passes_to_judge(problem: SearchProblem, steps: int, *, on_all: bool) -> int:
-    """Return how many forward passes of a batch it takes to judge a descent, with its start.
-
-    Args:
-        problem: The problem.
-        steps: Number of steps.
-        on_all: As for `Descent`.
-    """
-    held_back = (1 + len(_snapshots(steps))) * len(problem.scoring)
-    if not on_all or not problem.holds_back:
-        return held_back
-    return held_back + (1 + len(_looked_at_again(steps))) * len(problem.training)
 
 
 def site_tokens(problem: SearchProblem, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -150,17 +116,12 @@ class Descent:
         state: Everything that changes from step to step.
         steps: Number of steps in all.
         seed: Seed of the order of the batches.
-        known: The static loss of the start, if it is known.
-        on_all: Whether the best parameters have the lowest static loss on all batches, and not on
-            the held-back ones alone: after few steps, a loss on all costs more than the steps.
     """
 
     problem: SearchProblem
     state: SearchState
     steps: int
     seed: int
-    known: float | None = None
-    on_all: bool = False
 
     def __post_init__(self) -> None:
         self.reductions = self.state.by_site()
@@ -176,13 +137,13 @@ class Descent:
         """
         if self.state.step == 0 and not self.state.best:
             # The start is judged as well: a search never returns what is worse.
-            self.judge(known=self.known)
+            self.judge()
         while self.state.step < self.steps and not self._is_stuck():
             before = time.perf_counter()
             self.step()
             self.seconds = time.perf_counter() - before
-            if self.state.step in _snapshots(self.steps):
-                self.judge(self.state.step in _looked_at_again(self.steps))
+            if self.state.step in self._snapshots():
+                self.judge()
             after_step(self.state.step)
         lost = {i for record in self.state.history for i in record["not_finite"]}
         # Costs, too, can make gradients NaN: then no batch is to blame, and the steps end.
@@ -210,13 +171,9 @@ class Descent:
     def recount(self) -> None:
         """Count what was done before a search was ended and continued."""
         effort, steps = self.problem.effort, self.state.step * self._at_once
-        # The start is judged, too, unless its loss was known.
-        start = bool(self.state.best) and self.known is None
-        judged = start + sum("static" in record for record in self.state.history)
-        again = start * self.on_all + sum("overall" in record for record in self.state.history)
+        # The start is judged, too.
+        judged = sum("static" in record for record in self.state.history) + bool(self.state.best)
         effort.forwards += steps + judged * len(self.problem.scoring)
-        if self.problem.holds_back:
-            effort.forwards += again * len(self.problem.training)
         effort.backwards += steps
 
     def _is_stuck(self) -> bool:
@@ -282,26 +239,19 @@ class Descent:
             }
         )
 
-    def judge(self, again: bool = True, known: float | None = None) -> None:
-        """Measure the static loss, and keep the parameters if it is the best.
+    def judge(self) -> float:
+        """Measure the static loss on the held-back batches, and keep the parameters if it is best.
 
-        Args:
-            again: Whether to measure it on all batches as well, if that says which is best.
-            known: The loss, if it is known.
+        Returns:
+            The loss.
         """
-        found: dict[str, float] = {}
         with _as_static(self.reductions), self._within_limits():
-            if known is None:
-                known = found["static"] = self.held_back()
-                if self.on_all:
-                    known = self._overall(known) if again else None
-                if self.on_all and known is not None:
-                    found["overall"] = known
-            if known is not None:
-                # The parameters are kept with the counts that the loss was measured at.
-                self.state.consider(known)
+            loss = self.held_back()
+            # The parameters are kept with the counts that the loss was measured at.
+            self.state.consider(loss)
         if self.state.history:
-            self.state.history[-1].update(found)
+            self.state.history[-1]["static"] = loss
+        return loss
 
     @contextmanager
     def _within_limits(self) -> Iterator[None]:
@@ -343,13 +293,6 @@ class Descent:
         """Return the loss on the held-back batches, with gates as they are."""
         return self.problem.scored(self._loss)
 
-    def _overall(self, held_back: float) -> float:
-        """Return the loss on all batches, given that on the held-back ones."""
-        if not self.problem.holds_back:
-            # Case: these are all that there are.
-            return held_back
-        return self.problem.overall(held_back, self.problem.on_steps(self._loss))
-
     def _loss(self, batch: SearchBatch) -> Tensor:
         """Return the task loss of a batch at the present parameters."""
         if batch.kind not in self._parts:
@@ -390,6 +333,10 @@ class Descent:
         share = warm_up * _between(1.0, _FLOOR, progress)
         for group in self.state.optimizer.param_groups:
             group["lr"] = share * group["full_rate"]
+
+    def _snapshots(self) -> set[int]:
+        """Return the steps after which the static loss is measured."""
+        return {round((i + 1) * self.steps / _SNAPSHOTS) for i in range(_SNAPSHOTS)}
 
 
 def _add_gradients(sums: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> None:

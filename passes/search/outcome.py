@@ -22,14 +22,7 @@ from deos_fx.policy.reduction import Reduction
 from deos_fx.results.evidence import Evidence
 from deos_fx.results.search_result import Candidate, SearchResult
 
-__all__ = [
-    "RUNNERS_UP",
-    "best_preset",
-    "check_can_be_met",
-    "check_unreduced",
-    "compared",
-    "result_of",
-]
+__all__ = ["RUNNERS_UP", "check_can_be_met", "check_unreduced", "compared", "result_of"]
 
 RUNNERS_UP = 24
 """Tokens that stay in the sequence beside those that are kept, during the steps."""
@@ -101,7 +94,7 @@ def result_of(
     if not candidates:
         raise _cannot_be_met(problem)
     # Sorting is stable.
-    candidates = _in_time(problem, sorted(candidates, key=lambda each: each.rank))
+    candidates = _in_time(problem, sorted(candidates, key=lambda candidate: candidate.loss))
     best = candidates[0]
     if best.loss == math.inf:
         raise ValueError(
@@ -131,23 +124,14 @@ def _evidence(problem: SearchProblem, candidates: Sequence[Candidate]) -> Eviden
         model=str(problem.cost.signature),
         trained=_prompts(problem.training),
         scored=_prompts(scoring),
-        held_back=problem.holds_back,
+        held_back=not any(batch is other for batch in scoring for other in problem.training),
         answers=scoring[0].target.labels is not None,
     )
-    preset = best_preset(candidates)
-    if preset is None or preset.loss == math.inf:
+    preset = next((each for each in candidates if each.source.startswith("preset ")), None)
+    if preset is None or preset is best or preset.loss == math.inf:
         return evidence
     theirs, own = (problem.static_losses(each.policy) for each in (preset, best))
     return compared(evidence, preset, theirs, own)
-
-
-def best_preset(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return the preset with the lowest loss on the scoring batches, unless one came first."""
-    presets = [each for each in candidates if each.source.startswith("preset ")]
-    if not presets or presets[0] is candidates[0]:
-        return None
-    # What is tuned on these batches alone has no other loss.
-    return min(presets, key=lambda each: each.loss)
 
 
 def compared(

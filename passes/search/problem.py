@@ -349,55 +349,25 @@ class SearchProblem:
         Args:
             loss: Returns the loss of a batch, 0-dim.
         """
-        losses = self._each(loss, self.scoring)
+        losses = self._each(loss)
         mean = sum(losses) / len(losses)
         return mean if math.isfinite(mean) else math.inf
 
-    def on_steps(self, loss: Callable[[SearchBatch], Tensor]) -> float:
-        """Return the mean of a loss over the batches of the steps.
-
-        Those where it is not a number are left out, as they are by the steps.
-
-        Args:
-            loss: Returns the loss of a batch, 0-dim.
-        """
-        losses = [each for each in self._each(loss, self.training) if math.isfinite(each)]
-        return sum(losses) / len(losses) if losses else math.inf
-
-    def overall(self, scored: float, on_steps: float) -> float:
-        """Return the mean loss over all batches, given the means over both kinds.
-
-        Held-back data alone is little: the lowest of many losses on it is often low by chance.
-        """
-        own, others = len(self.scoring), len(self.training)
-        return (own * scored + others * on_steps) / (own + others)
-
-    @functools.cached_property
-    def holds_back(self) -> bool:
-        """Return whether the scoring batches are others than those of the steps."""
-        return not any(batch is other for batch in self.scoring for other in self.training)
-
     @torch.no_grad()
-    def _each(
-        self, loss: Callable[[SearchBatch], Tensor], batches: Sequence[SearchBatch]
-    ) -> list[float]:
-        """Return a loss on each of some batches; all processes share these out."""
-        losses = torch.zeros(len(batches), dtype=torch.float64)
-        self.effort.forwards += len(batches)
-        losses = processes.computed(batches, loss, losses, in_step=self.is_sharded)
+    def _each(self, loss: Callable[[SearchBatch], Tensor]) -> list[float]:
+        """Return a loss on each scoring batch; all processes share these out."""
+        losses = torch.zeros(len(self.scoring), dtype=torch.float64)
+        self.effort.forwards += len(self.scoring)
+        losses = processes.computed(self.scoring, loss, losses, in_step=self.is_sharded)
         return losses.tolist()
 
     def static_losses(self, policy: Policy) -> list[float]:
         """Return the task loss of a policy's static graph on each scoring batch."""
-        return self._each(self._loss_of(functools.partial(_lowered, policy)), self.scoring)
+        return self._each(self._loss_of(functools.partial(_lowered, policy)))
 
     def static_loss(self, policy: Policy) -> float:
         """Return the task loss of a policy's static graph, mean over the scoring batches."""
         return self.mean_loss(functools.partial(_lowered, policy))
-
-    def static_loss_on_steps(self, policy: Policy) -> float:
-        """Return the task loss of a policy's static graph, mean over the batches of the steps."""
-        return self.on_steps(self._loss_of(functools.partial(_lowered, policy)))
 
 
 def _sites_of(captured: Captured) -> Sites:

@@ -34,23 +34,14 @@ class Rivals:
         self.scoring = scoring
         self.most = most
         self.seed = seed
-        # Losses on held-back data, and all forward passes of a batch.
-        self.evaluations = self.passes = 0
+        self.evaluations = 0
 
     def add(self) -> None:
-        """Add the presets to the candidates, and count what that takes.
+        """Add the presets to the candidates.
 
         Raises:
             ImportError: If Optuna is not installed.
         """
-        effort = self.problem.effort
-        before = effort.evaluations
-        try:
-            self._add()
-        finally:
-            self.passes += effort.evaluations - before
-
-    def _add(self) -> None:
         # 1. In their published settings.
         losses: dict[str, float] = {}
         for name in RULES:

@@ -19,7 +19,7 @@ from deos_fx.passes.analyse.sites import Site
 from deos_fx.passes.search import processes
 from deos_fx.passes.search.checkpoints import Checkpoints
 from deos_fx.passes.search.choice import charged, descended, finalists
-from deos_fx.passes.search.descent import Descent, passes_to_judge, site_tokens
+from deos_fx.passes.search.descent import Descent, site_tokens
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.outcome import RUNNERS_UP, check_unreduced, result_of
@@ -37,7 +37,7 @@ from deos_fx.policy.policy import Policy
 from deos_fx.policy.reduction import Reduction
 from deos_fx.results.search_result import SearchResult
 
-__all__ = ["STAGES", "SearchRun"]
+__all__ = ["JUDGED", "STAGES", "SearchRun"]
 
 # Steps at each place, if there are several; the best single site and so many pairs go on for a
 # third of all steps.
@@ -50,6 +50,8 @@ _CHECKED = 3
 # Small changes of the best candidate, at the end: evaluations in units of a held-back loss. Those
 # that look better are looked at again, on the data of the steps.
 _VARIATIONS = 40
+JUDGED = 9
+"""How often a descent measures the static loss."""
 STAGES = ("presets", "steps", "variations")
 """What a search does, in this order."""
 
@@ -114,7 +116,7 @@ class SearchRun:
     @property
     def spent(self) -> int:
         """Return the evaluations of the stages so far, but for those of the presets at the end."""
-        return self.after - self.before - self.rivals.passes
+        return self.after - self.before - self.rivals.evaluations * len(self.problem.scoring)
 
     def advance(self, stages: Sequence[str] = STAGES, most: int | None = None) -> None:
         """Go through the stages of the search, until the end or an interruption.
@@ -139,10 +141,8 @@ class SearchRun:
             if "steps" in stages:
                 starts = self.carried()
                 if starts:
-                    # What comes from a looser budget is half done; looking at it on all data is
-                    # paid for with variations.
-                    self.steps = max(1, self.steps // 2)
-                    most = max(0, most // 2 - len(self.problem.training))
+                    # What comes from a looser budget is half done.
+                    self.steps, most = max(1, self.steps // 2), most // 2
                 self.train(starts or self.places(sites), sites)
             if "variations" in stages:
                 polish(self.problem, self.scoring, "variations", most, tried)
@@ -171,12 +171,9 @@ class SearchRun:
         """
         fitted = [self.problem.fit(policy) for policy in self.reached]
         found = [policy for policy in fitted if policy is not None and policy.reductions]
-        new = [policy for policy in found if not self.scoring.has(policy)]
-        measured = [(self.scoring.measure(policy), policy) for policy in new]
-        # The best first, so that only this one is looked at on all data.
-        for loss, policy in sorted(measured, key=lambda pair: pair[0]):
+        for policy in found:
             if not self.scoring.has(policy):
-                self.scoring.add("carried from a looser budget", policy, loss)
+                self.scoring.add("carried from a looser budget", policy)
         losses = [charged(self.scoring.loss(each), len(each.reductions)) for each in found]
         return [found[losses.index(min(losses))]] if found else []
 
@@ -229,7 +226,7 @@ class SearchRun:
         """Take so many steps from each start, at most as many as the search takes."""
         few = max(1, min(steps, self.steps))
         return [
-            self.descend(f"{kind} {i + 1} of {len(starts)}", start, few, on_all=False)
+            self.descend(f"{kind} {i + 1} of {len(starts)}", start, few)
             for i, start in enumerate(starts)
         ]
 
@@ -276,9 +273,7 @@ class SearchRun:
                 return each
         return policy
 
-    def descend(
-        self, stage: str, start: Policy, steps: int, factor: int = 1, *, on_all: bool = True
-    ) -> Descent:
+    def descend(self, stage: str, start: Policy, steps: int, factor: int = 1) -> Descent:
         """Take gradient steps from a policy, and score what they reach.
 
         Args:
@@ -286,8 +281,6 @@ class SearchRun:
             start: The policy.
             steps: Number of steps.
             factor: By how much its counts are multiplied first, and the limits raised.
-            on_all: Whether the best that they reach has the lowest loss on all data, and not on
-                held-back data alone.
         """
         problem, start = widened(self.problem, start, factor)
         settings = {
@@ -299,8 +292,7 @@ class SearchRun:
         }
         reductions = relaxed(start, problem.visual_tokens, runners_up=RUNNERS_UP)
         state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), settings)
-        known = self.scoring.overall(start) if on_all and problem is self.problem else None
-        descent = Descent(problem, state, steps, self.seed, known, on_all)
+        descent = Descent(problem, state, steps, self.seed)
         self.descents.append(descent)
         saved = None if self.checkpoint is None else self.checkpoint.within(stage)
         # Steps that were stopped go on with their parameters, optimizer, multipliers and history.
@@ -336,8 +328,7 @@ class SearchRun:
         """Add what a descent has reached to the candidates."""
         policy = self.rounded(descent)
         if self.problem.meets(policy) and not self.scoring.has(policy):
-            overall = descent.state.best_loss if descent.state.best and descent.on_all else None
-            self.scoring.add(_source(policy), policy, overall=overall)
+            self.scoring.add(_source(policy), policy)
 
     def round_up(self, sites: Sequence[Site]) -> None:
         """Score what an interruption has left."""
@@ -377,26 +368,18 @@ class SearchRun:
 
         If places near the best are no better, and another regime is worth steps.
         """
-        half = self.steps // 2
-
-        def judged(steps: int, on_all: bool = True) -> int:
-            return passes_to_judge(self.problem, steps, on_all=on_all)
-
-        # 1. Under tighter budgets: steps, forward passes to judge them, and other static losses.
-        steps, passes = self.further * half, self.further * judged(half)
-        losses = self.further * (_VARIATIONS // 2 + len(PRESETS) + self.preset_evaluations)
-        # 2. Under this one.
+        # Under a tighter budget, and under this one.
+        steps, losses = self.steps // 2, JUDGED + _VARIATIONS // 2 + len(PRESETS)
+        losses += self.preset_evaluations
+        steps, losses = self.further * steps, self.further * losses + self.preset_evaluations
         if places > 1:
-            trial, few = min(_TRIAL, self.steps), self.steps // 3
             finalists = min(places, 1 + _PAIRS)
             # On both sides of the best place, at distances that halve.
             tried = places + 2 * (sites // 4).bit_length()
-            steps += tried * trial + finalists * few
-            passes += tried * judged(trial, on_all=False) + finalists * judged(few, on_all=False)
-        steps += self.steps + half
-        passes += judged(self.steps) + judged(half)
-        losses += self.preset_evaluations + _REGIMES + _VARIATIONS
-        return steps, losses + passes // len(self.problem.scoring)
+            steps += tried * min(_TRIAL, self.steps) + finalists * (self.steps // 3)
+            losses += (tried + finalists) * JUDGED
+        steps += self.steps + self.steps // 2
+        return steps, losses + 2 * JUDGED + _REGIMES + _VARIATIONS
 
 
 def _source(policy: Policy) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from deos_fx.passes.search.checkpoints import Checkpoints
 from deos_fx.passes.search.estimate import Estimate
 from deos_fx.passes.search.foreign import check_checkpoint
-from deos_fx.passes.search.outcome import best_preset, check_unreduced, compared
+from deos_fx.passes.search.outcome import check_unreduced, compared
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.processes import Progress
 from deos_fx.passes.search.run import SearchRun
@@ -160,13 +160,13 @@ def search_scales(
 def _better_half(runs: Mapping[float, SearchRun]) -> list[float]:
     """Return the scales to search further, the best first: there, images alone are too large."""
     scales = [scale for scale, run in runs.items() if not run.problem.meets(Policy())]
-    scales.sort(key=lambda scale: _rank(runs[scale]))
+    scales.sort(key=lambda scale: _lowest(runs[scale]))
     return scales[: math.ceil(len(scales) / 2)]
 
 
-def _rank(run: SearchRun) -> tuple[bool, float, float]:
-    """Return the rank of the best so far; the last one where no preset has met the limits."""
-    return run.scoring.best.rank if run.scoring.candidates else (True, math.inf, math.inf)
+def _lowest(run: SearchRun) -> float:
+    """Return the lowest loss so far; infinite where no preset has met the limits."""
+    return run.scoring.best.loss if run.scoring.candidates else math.inf
 
 
 def _labelled(progress: Progress, label: str) -> Progress:
@@ -205,8 +205,8 @@ def _limited_as(whole: SearchProblem, problem: SearchProblem) -> SearchProblem:
 
 def _result(runs: Mapping[float, SearchRun], interrupted: bool) -> SearchResult:
     """Make the result of the best scale, beside the unreduced model at scale 1."""
-    ranks = {scale: _rank(run) for scale, run in runs.items()}
-    best = min(ranks, key=lambda scale: ranks[scale])
+    losses = {scale: _lowest(run) for scale, run in runs.items()}
+    best = min(losses, key=lambda scale: losses[scale])
     found, whole = runs[best].result(), runs[1]
     unreduced_loss = whole.unreduced_loss
     if unreduced_loss is None:
@@ -223,21 +223,22 @@ def _result(runs: Mapping[float, SearchRun], interrupted: bool) -> SearchResult:
     found = replace(
         found,
         policy=first.policy,
-        candidates=[first, *sorted(others, key=lambda candidate: candidate.rank)],
+        candidates=[first, *sorted(others, key=lambda candidate: candidate.loss)],
         unreduced=whole.problem.cost.predict(Policy()),
         unreduced_loss=unreduced_loss,
         limits=whole.problem.limits,
         evaluations=found.evaluations
         + sum(run.spent for scale, run in runs.items() if scale != best),
         interrupted=interrupted or any(run.interrupted for run in runs.values()),
-        scales={scale: loss for scale, (*_, loss) in ranks.items()},
+        scales=losses,
     )
     return found if found.interrupted else replace(found, evidence=_evidence(found, runs))
 
 
 def _evidence(found: SearchResult, runs: Mapping[float, SearchRun]) -> Evidence | None:
     """Compare the result with the best preset at any scale, on the same held-back prompts."""
-    best, rival = found.best, best_preset(found.candidates)
+    best, *others = found.candidates
+    rival = next((each for each in others if each.source.startswith("preset ")), None)
     if rival is None or rival.loss == math.inf or found.evidence is None:
         return found.evidence
     theirs, own = (

@@ -40,15 +40,13 @@ class StepEntry(Strict):
     """Fraction of the visual tokens after each site."""
     static: Loss = 0.0
     """The loss of what would be deployed, of the steps after which it was measured."""
-    overall: Loss = 0.0
-    """The same on all data, of the steps after which that was measured."""
 
 
 class SearchFile(Strict):
     """The state of a search's steps; its tensors are in the file that it names."""
 
     deos_fx: Literal["search"]
-    version: Literal[3]
+    version: Literal[2]
     tensors: Annotated[str, Field(pattern=r"^step-[0-9]{1,9}\.safetensors$")]
     """The file of its tensors, in the same folder."""
     sha256: Hash | None = None

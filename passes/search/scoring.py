@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from deos_fx.passes.analyse.sites import Site
@@ -54,8 +54,8 @@ class Scoring:
 
     @property
     def best(self) -> Candidate:
-        """Return the candidate with the lowest loss on all data; there must be one."""
-        return min(self.candidates, key=lambda candidate: candidate.rank)
+        """Return the candidate with the lowest loss; there must be one."""
+        return min(self.candidates, key=lambda candidate: candidate.loss)
 
     def has(self, policy: Policy) -> bool:
         """Return whether a policy with the same reductions is a candidate already."""
@@ -71,50 +71,18 @@ class Scoring:
         assert candidate is not None
         return candidate.loss
 
-    def overall(self, policy: Policy) -> float | None:
-        """Return the loss on all data of the candidate with the same reductions, if known."""
-        candidate = self._of(policy).candidate
-        return None if candidate is None else candidate.overall
-
     def measure(self, policy: Policy) -> float:
         """Return the loss of a policy on held-back data."""
         return self.estimate.of_loss(lambda: self.problem.static_loss(policy))
 
-    def add(
-        self,
-        source: str,
-        policy: Policy,
-        loss: float | None = None,
-        overall: float | None = None,
-    ) -> float:
-        """Add a policy to the candidates.
-
-        What looks better on held-back data than the best so far is looked at on all data.
-
-        Args:
-            source: Its origin.
-            policy: The policy.
-            loss: Its loss on held-back data, which is measured if not given.
-            overall: Its loss on all data, if that is known.
-
-        Returns:
-            Its loss on held-back data.
-        """
-        loss = self.measure(policy) if loss is None else loss
-        known = self._of(policy)
-        if overall is None:
-            looked_at = known.on_training_data is not None
-            if looked_at or not self.candidates or loss < self.best.loss:
-                overall = self._measured_overall(policy, loss)
-        cost = self.problem.cost.predict(policy)
-        known.candidate = Candidate(policy, source, loss, cost, overall)
-        self.candidates.append(known.candidate)
+    def add(self, source: str, policy: Policy, loss: float | None = None) -> float:
+        """Add a policy to the candidates and return its loss, which is measured if not given."""
+        if loss is None:
+            loss = self.measure(policy)
+        candidate = Candidate(policy, source, loss, self.problem.cost.predict(policy))
+        self.candidates.append(candidate)
+        self._of(policy).candidate = candidate
         return loss
-
-    def _measured_overall(self, policy: Policy, loss: float) -> float:
-        if not self.problem.holds_back:
-            return loss
-        return self.problem.overall(loss, self._on_training_data(policy))
 
     def confirms(self, policy: Policy, than: Policy) -> bool:
         """Return whether a policy is better than another on the data of the steps as well.
@@ -129,7 +97,8 @@ class Scoring:
         """Return the loss of a policy on the data of the steps."""
         known = self._of(policy)
         if known.on_training_data is None:
-            known.on_training_data = self.problem.static_loss_on_steps(policy)
+            on_steps = replace(self.problem, scoring=self.problem.training)
+            known.on_training_data = on_steps.static_loss(policy)
         return known.on_training_data
 
     def _of(self, policy: Policy) -> _Known:
@@ -175,7 +144,7 @@ def polish(
         open_places = [i for i in range(len(scoring.candidates)) if i not in done]
         if not open_places:
             return
-        place = min(open_places, key=lambda i: scoring.candidates[i].rank)
+        place = min(open_places, key=lambda i: scoring.candidates[i].loss)
         start = scoring.candidates[place]
         # However often a candidate was refined, its source names where it came from.
         source = f"refined {start.source.removeprefix('refined ')}"

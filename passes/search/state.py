@@ -47,7 +47,7 @@ class SearchState:
         settings: Settings that must equal those of a checkpoint for it to be continued.
         history: One dict for each step taken.
         best: The parameters with the lowest static loss so far, by name.
-        best_loss: That loss, over all batches.
+        best_loss: That loss.
         best_step: The number of steps after which it was measured.
     """
 
@@ -140,7 +140,7 @@ class SearchState:
         write_tensors(path / name, tensors)
         record: dict[str, Any] = {
             "deos_fx": "search",
-            "version": 3,
+            "version": 2,
             "tensors": name,
             "sha256": file_hash(path / name),
             # What a search must have in common with this one to continue it.

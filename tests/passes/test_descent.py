@@ -49,7 +49,7 @@ def descent_of(problem: SearchProblem, names: list[str], steps: int = 4) -> Desc
     ]
     reductions = relaxed(Policy(tuple(starts)), problem.visual_tokens, runners_up=6)
     state = SearchState.start(reductions, AugmentedLagrangian(problem.limits), {})
-    return Descent(problem, state, steps, seed=0, on_all=True)
+    return Descent(problem, state, steps, seed=0)
 
 
 @pytest.mark.parametrize("names", [["projector"], ["decoder.0"], ["projector", "decoder.1"]])
@@ -62,17 +62,12 @@ def test_what_is_judged_is_the_loss_of_what_is_deployed(
     assert [reduction.site for reduction in policy.reductions] == names
     # Judged with as many tokens as the limits allow; those of decoder.0 alone cannot meet them.
     fitted = problem.fit(policy) or policy
-    expected = problem.overall(problem.static_loss(fitted), problem.static_loss_on_steps(fitted))
-    descent.judge()
-    last = descent.state.history[-1]
-    assert last["static"] == pytest.approx(problem.static_loss(fitted), rel=1e-3)
-    assert last["overall"] == pytest.approx(expected, rel=1e-3)
+    assert descent.judge() == pytest.approx(problem.static_loss(fitted), rel=1e-3)
     # The start was judged too, so the best is no worse than that.
-    losses = [record["overall"] for record in descent.state.history if "overall" in record]
+    losses = [record["static"] for record in descent.state.history if "static" in record]
     assert descent.state.best_loss <= min(losses)
     descent.state.take_best()
-    descent.judge()
-    assert last["overall"] == pytest.approx(descent.state.best_loss, rel=1e-5)
+    assert descent.judge() == pytest.approx(descent.state.best_loss, rel=1e-5)
 
 
 def test_steps_train_the_reductions_and_nothing_else(problem: SearchProblem) -> None:
@@ -137,16 +132,13 @@ def test_values_that_were_not_used_for_long_make_room(monkeypatch: pytest.Monkey
 def test_what_a_search_takes_is_planned_before_its_first_step(problem: SearchProblem) -> None:
     run = SearchRun(problem, 60, 0, None, None)
     # The steps, half as many in another regime, and what is measured: both, regimes, variations.
-    # A descent is judged at its start and eight times on the two held-back batches, and on the six
-    # others at its start and once in 24 steps.
-    steps, judged, half = 60 + 30, 9 + 3 * 3, 9 + 3 * 2
-    losses = judged + half + 7 + 40
+    steps, losses = 60 + 30, 2 * 9 + 7 + 40
     assert run._planned(1, 8) == (steps, losses)
-    # Three places and two on each side of the best, and three finalists: on held-back data alone.
+    # Three places and two on each side of the best, and three finalists.
     assert run._planned(3, 8) == (steps + 7 * 24 + 3 * 20, losses + 10 * 9)
     # Two tighter budgets go on from this one, with half of the steps and of the variations.
     run.further = 2
-    assert run._planned(1, 8) == (steps + 2 * 30, losses + 2 * (half + 20 + 5))
+    assert run._planned(1, 8) == (steps + 2 * 30, losses + 2 * (9 + 20 + 5))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,46 +133,6 @@ def test_a_policy_is_scored_once(model: Any) -> None:
     scoring.add_all("presets", [("first", policy), ("second", policy)])
     assert [each.source for each in scoring.candidates] == ["first"]
     assert scoring.loss(policy) == scoring.best.loss == problem.static_loss(policy)
-
-
-def test_what_is_low_on_held_back_data_by_chance_does_not_win(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    problem = SearchProblem.of(model, labelled(model), SMALL)
-    assert problem.holds_back and (len(problem.scoring), len(problem.training)) == (1, 3)
-    # Losses of policies that keep so many tokens: held back, and on the data of the steps.
-    losses = {8: (0.5, 0.5), 7: (0.25, 0.75), 6: (0.75, 0.0), 5: (0.375, 0.25)}
-
-    def looked_up(place: int) -> Callable[[SearchProblem, Policy], float]:
-        return lambda _, policy: losses[policy.counts(64)[0]][place]
-
-    monkeypatch.setattr(SearchProblem, "static_loss", looked_up(0))
-    monkeypatch.setattr(SearchProblem, "static_loss_on_steps", looked_up(1))
-    scoring = Scoring(problem, Estimate(None), None)
-    best = []
-    for keep in losses:
-        policy = Policy((Reduction("projector", keep, scores={"feature_norm": 1.0}),))
-        scoring.add(f"keeps {keep}", policy)
-        best.append(scoring.best.source)
-    assert best == ["keeps 8", "keeps 8", "keeps 8", "keeps 5"]
-    # What is worse on held-back data is not looked at again.
-    assert [each.overall for each in scoring.candidates] == [0.5, 0.625, None, 0.28125]
-
-
-def test_batches_that_are_damaged_count_neither_in_steps_nor_in_the_loss_on_them(
-    model: Any,
-) -> None:
-    problem = SearchProblem.of(model, labelled(model), SMALL)
-    losses = dict(zip(map(id, problem.training), (1.0, math.nan, 3.0), strict=True))
-    assert problem.on_steps(lambda batch: torch.tensor(losses[id(batch)])) == 2.0
-    assert problem.on_steps(lambda batch: torch.tensor(math.inf)) == math.inf
-    # Without held-back data, there is one loss alone.
-    few = SearchProblem.of(model, labelled(model)[:2], SMALL)
-    scoring = Scoring(few, Estimate(None), None)
-    policy = Policy((Reduction("projector", 8, scores={"feature_norm": 1.0}),))
-    before = few.effort.evaluations
-    assert scoring.add("once", policy) == scoring.best.overall
-    assert not few.holds_back and few.effort.evaluations - before == 2
 
 
 # *** little data, few tokens, much budget ***

@@ -96,8 +96,8 @@ def test_policy_meets_every_limit(result: SearchResult) -> None:
 
 
 def test_returns_the_best_candidate_and_presets_are_among_them(result: SearchResult) -> None:
-    ranks = [candidate.rank for candidate in result.candidates]
-    assert ranks == sorted(ranks)
+    losses = [candidate.loss for candidate in result.candidates]
+    assert losses == sorted(losses)
     assert result.best.policy == result.policy
     sources = {candidate.source for candidate in result.candidates}
     assert "preset merge" in sources
