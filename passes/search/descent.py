@@ -151,20 +151,25 @@ class Descent:
             self._warn_of(sorted(lost))
 
     def _warn_of(self, lost: Sequence[int]) -> None:
-        """Warn of batches whose losses or gradients were not finite."""
-        cure = "Leave these out, or load the model in float32 or bfloat16."
-        batches = f"the batches {lost} of data (from 0)"
+        """Warn of batches whose losses or gradients were not finite, or of limits."""
+        if lost:
+            where = f"the batches {lost} of data (from 0)"
+            cure = "Leave these out, or load the model in float32 or bfloat16."
+        else:
+            # Case: the loss of every batch was finite, and the penalty was not.
+            where = f"the costs under the limits {self.problem.limits}"
+            cure = "Give other limits."
         if self._is_stuck():
             said = (
                 f"The steps at {' and '.join(self.reductions)} end after {self.state.step} of "
                 f"{self.steps}: {_PATIENCE} in a row had gradients that are NaN or infinite, in "
-                f"{batches}. {cure}"
+                f"{where}. {cure}"
             )
         else:
             # Case: other batches moved something. The words are the same for every place and round.
             said = (
                 "Steps of the search moved nothing where gradients were NaN or infinite, in "
-                f"{batches}. {cure}"
+                f"{where}. {cure}"
             )
         warnings.warn(said, RuntimeWarning, stacklevel=3)
 

@@ -72,7 +72,7 @@ def test_steps_that_costs_stop_end_with_a_warning(
     # Counts are trained where several sites share the limits.
     sites = (Reduction("projector", 32), Reduction("decoder.0", 8))
     run = run_module.SearchRun(problem, 30, 0, None, None)
-    message = r"steps at projector and decoder.0 end after 10 of 30: .*batches \[\]"
+    message = r"decoder.0 end after 10 of 30: .*the costs under the limits .*flops"
     with pytest.warns(RuntimeWarning, match=message):
         descent = run.descend("steps", Policy(sites), 30)
     assert not any(step["finite"] or step["not_finite"] for step in descent.state.history)
