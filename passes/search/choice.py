@@ -21,18 +21,24 @@ def finalists(tried: Sequence[Descent], moved: Sequence[Descent], pairs: int) ->
     """Return the best places after the trials: a single site, and pairs.
 
     Args:
-        tried: The places that were tried.
-        moved: Those near the best of them, which takes part as the best of its neighbourhood.
+        tried: The places that were tried first, spread over the depth.
+        moved: Those near the best of them. Only the best of these can be among the pairs, so that
+            places elsewhere go on as well: after few steps, which is better is hardly known.
         pairs: Largest number of pairs.
     """
-    best = min(tried, key=descended)
-    near = min([best, *moved], key=descended)
-    ranked = sorted([near if each is best else each for each in tried], key=descended)
+    best = min([*tried, *moved], key=descended)
+    ranked = [best, *(each for each in sorted(tried, key=descended) if each is not best)]
     # A pair learns faster than a single site, but costs more. So no comparison between them yet.
     single = [each for each in ranked if len(each.reductions) == 1][:1]
     return single + [each for each in ranked if len(each.reductions) > 1][:pairs]
 
 
 def descended(descent: Descent) -> float:
-    """Return the loss that a descent has reached, with the charge for its sites."""
-    return charged(descent.state.best_loss, len(descent.reductions))
+    """Return the loss that a descent has ended at, with the charge for its sites.
+
+    The lowest loss on its way may be that of a start from which steps lead nowhere.
+    """
+    measured = [entry["static"] for entry in descent.state.history if "static" in entry]
+    # Case: no step was finite until the first loss was due.
+    last = measured[-1] if measured else descent.state.best_loss
+    return charged(last, len(descent.reductions))

@@ -41,7 +41,7 @@ __all__ = ["JUDGED", "STAGES", "SearchRun"]
 
 # Steps at each place, if there are several; the best single site and so many pairs go on for a
 # third of all steps.
-_TRIAL, _PAIRS = 24, 2
+_TRIAL, _PAIRS = 24, 3
 _CHECKPOINT_EVERY = 10
 # How many regimes as they are defined one site can be in.
 _REGIMES = 7
@@ -373,7 +373,8 @@ class SearchRun:
         losses += self.preset_evaluations
         steps, losses = self.further * steps, self.further * losses + self.preset_evaluations
         if places > 1:
-            finalists = min(places, 1 + _PAIRS)
+            # The best of the places near it may go on beside those that were tried first.
+            finalists = min(places + 1, 1 + _PAIRS)
             # On both sides of the best place, at distances that halve.
             tried = places + 2 * (sites // 4).bit_length()
             steps += tried * min(_TRIAL, self.steps) + finalists * (self.steps // 3)

@@ -42,7 +42,7 @@ _SCORES = {
     "cls_attention": 2.0,
     "last_text_attention": 1.0,
     "text_attention": 1.0,
-    "text_relevance": 1.0,
+    "text_relevance": 0.5,
 }
 # Scores of sites that have none of these.
 _OTHERWISE = {"novelty": 1.0}

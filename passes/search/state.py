@@ -31,9 +31,10 @@ __all__ = ["RECORD", "RECORD_BYTES", "SearchState"]
 RECORD, RECORD_BYTES = "search.json", 2**28
 # The files of tensors; there may be others of similar names in the folder.
 _STATE = re.compile(r"step-[0-9]{1,9}\.safetensors")
-# Learning rates: of scalars; of directions of width d, so that a step moves a score by as much at
+# Learning rates: of scalars; of the weights of scores, which soft gates would otherwise lead astray
+# before the rest has learned; of directions of width d, so that a step moves a score by as much at
 # every width; and of the directions that a similarity compares, which start at their full length.
-_SCALARS, _DIRECTIONS, _METRIC = 0.05, 0.1, 0.005
+_SCALARS, _WEIGHTS, _DIRECTIONS, _METRIC = 0.05, 0.02, 0.1, 0.005
 
 
 @dataclass
@@ -234,7 +235,7 @@ def _rate(name: str, parameter: Tensor) -> float:
     """Return the full learning rate of a parameter."""
     *_, kind, part = ("", *name.split("."))
     if kind != "learned":
-        return _SCALARS
+        return _WEIGHTS if part == "scores" else _SCALARS
     return _METRIC if part == "metric" else _DIRECTIONS / math.sqrt(parameter.shape[0])
 
 

@@ -77,6 +77,7 @@ def test_learned_parts_have_rates_of_their_own() -> None:
     rates = dict(zip(names, (group["full_rate"] for group in groups(state)), strict=True))
     assert rates.pop("projector.learned.probe") == 0.1 / 4
     assert rates.pop("projector.learned.metric") == 0.005
+    assert rates.pop("projector.scores") == 0.02
     assert {*rates.values()} == {0.05}
     assert len(state.directions) == 2
 
