@@ -40,7 +40,7 @@ def test_a_disk_that_fills_up_does_not_end_the_search(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "_VARIATIONS", 1)
-    whole = search(model, labelled(model), steps=20, **SETTINGS)
+    whole = search(model, labelled(model), steps=40, **SETTINGS)
     saves: list[int] = []
     save = SearchState.save
 
@@ -53,12 +53,12 @@ def test_a_disk_that_fills_up_does_not_end_the_search(
     monkeypatch.setattr(SearchState, "save", save_once)
     message = "goes on, but its state cannot be saved: .*No space left"
     with pytest.warns(UserWarning, match=message) as caught:
-        found = search(model, labelled(model), steps=20, checkpoint=tmp_path, **SETTINGS)
+        found = search(model, labelled(model), steps=40, checkpoint=tmp_path, **SETTINGS)
     assert len(caught) == 1 and len(saves) > 2
     assert found.policy == whole.policy and found.history == whole.history
     # The first state is there still.
     monkeypatch.setattr(SearchState, "save", save)
-    again = search(model, labelled(model), steps=20, checkpoint=tmp_path, **SETTINGS)
+    again = search(model, labelled(model), steps=40, checkpoint=tmp_path, **SETTINGS)
     assert again.policy == whole.policy and again.history == whole.history
 
 
