@@ -207,7 +207,7 @@ class SearchRun:
             starts = [self.rounded(descent) for descent in finalists(tried, moved, _PAIRS)]
         if len(starts) > 1:
             tried = self._each("finalist", starts, self.steps // 3)
-            starts = [self.rounded(min(tried, key=descended))]
+            starts = [min(map(self.rounded, tried), key=self._on_all_data)]
         (start,) = starts
         looser = factors(self.problem, start, self.steps)
         share = self.steps // len(looser)
@@ -221,6 +221,9 @@ class SearchRun:
         if settled != start:
             # Case: in another regime there is more to gain.
             self.settled(self.rounded(self.descend("regime", settled, max(1, self.steps // 2))))
+
+    def _on_all_data(self, policy: Policy) -> float:
+        return charged(self.scoring.on_all_data(policy), len(policy.reductions))
 
     def _each(self, kind: str, starts: Sequence[Policy], steps: int) -> list[Descent]:
         """Take so many steps from each start, at most as many as the search takes."""
@@ -379,6 +382,8 @@ class SearchRun:
             tried = places + 2 * (sites // 4).bit_length()
             steps += tried * min(_TRIAL, self.steps) + finalists * (self.steps // 3)
             losses += (tried + finalists) * JUDGED
+            # In the end, finalists are compared on the data of the steps as well.
+            losses += finalists * len(self.problem.training) // len(self.problem.scoring)
         steps += self.steps + self.steps // 2
         return steps, losses + 2 * JUDGED + _REGIMES + _VARIATIONS
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -93,12 +95,25 @@ class Scoring:
         self._of(policy).rejected |= not better
         return better
 
+    def on_all_data(self, policy: Policy) -> float:
+        """Return the mean loss of a policy on held-back data and on the data of the steps.
+
+        Held-back data is little: of policies at different places, it often prefers the wrong one.
+        """
+        loss = self.loss(policy) if self.has(policy) else self.measure(policy)
+        own, others = len(self.problem.scoring), len(self.problem.training)
+        return (own * loss + others * self._on_training_data(policy)) / (own + others)
+
     def _on_training_data(self, policy: Policy) -> float:
-        """Return the loss of a policy on the data of the steps."""
+        """Return the loss of a policy on the data of the steps.
+
+        Batches where it is not a number are left out, as they are by the steps.
+        """
         known = self._of(policy)
         if known.on_training_data is None:
             on_steps = replace(self.problem, scoring=self.problem.training)
-            known.on_training_data = on_steps.static_loss(policy)
+            losses = [loss for loss in on_steps.static_losses(policy) if math.isfinite(loss)]
+            known.on_training_data = statistics.fmean(losses) if losses else math.inf
         return known.on_training_data
 
     def _of(self, policy: Policy) -> _Known:

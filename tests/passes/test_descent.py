@@ -135,7 +135,7 @@ def test_what_a_search_takes_is_planned_before_its_first_step(problem: SearchPro
     steps, losses = 60 + 30, 2 * 9 + 7 + 40
     assert run._planned(1, 8) == (steps, losses)
     # Three places and two on each side of the best, and four finalists.
-    assert run._planned(3, 8) == (steps + 7 * 24 + 4 * 20, losses + 11 * 9)
+    assert run._planned(3, 8) == (steps + 7 * 24 + 4 * 20, losses + 11 * 9 + 4 * 3)
     # Two tighter budgets go on from this one, with half of the steps and of the variations.
     run.further = 2
     assert run._planned(1, 8) == (steps + 2 * 30, losses + 2 * (9 + 20 + 5))

@@ -135,6 +135,28 @@ def test_a_policy_is_scored_once(model: Any) -> None:
     assert scoring.loss(policy) == scoring.best.loss == problem.static_loss(policy)
 
 
+def test_a_loss_on_all_data_leaves_out_what_steps_leave_out(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = SearchProblem.of(model, labelled(model), SMALL)
+    (held_back,), steps = problem.scoring, problem.training
+    losses = {held_back.number: 5.0}
+    losses |= {batch.number: loss for batch, loss in zip(steps, (1.0, math.nan, 3.0), strict=True)}
+
+    def looked_up(problem: SearchProblem, policy: Policy) -> list[float]:
+        return [losses[batch.number] for batch in problem.scoring]
+
+    monkeypatch.setattr(SearchProblem, "static_losses", looked_up)
+    monkeypatch.setattr(SearchProblem, "static_loss", lambda problem, policy: losses[3])
+    scoring = Scoring(problem, Estimate(None), None)
+    policy = Policy((Reduction("projector", 8, scores={"feature_norm": 1.0}),))
+    # Three batches of the steps with a mean of 2, and the one that is held back.
+    assert scoring.on_all_data(policy) == (3 * 2.0 + 5.0) / 4
+    other = Policy((Reduction("projector", 9, scores={"feature_norm": 1.0}),))
+    losses |= {batch.number: math.inf for batch in steps}
+    assert scoring.on_all_data(other) == math.inf
+
+
 # *** little data, few tokens, much budget ***
 
 
