@@ -206,8 +206,11 @@ class SearchRun:
             moved = self.moved(min(tried, key=descended), sites)
             starts = [self.rounded(descent) for descent in finalists(tried, moved, _PAIRS)]
         if len(starts) > 1:
+            # What loses on all data is no candidate, however low its loss on held-back data.
             tried = self._each("finalist", starts, self.steps // 3)
-            starts = [min(map(self.rounded, tried), key=self._on_all_data)]
+            best = min(tried, key=self._on_all_data)
+            self.score(best)
+            starts = [self.rounded(best)]
         (start,) = starts
         looser = factors(self.problem, start, self.steps)
         share = self.steps // len(looser)
@@ -222,14 +225,15 @@ class SearchRun:
             # Case: in another regime there is more to gain.
             self.settled(self.rounded(self.descend("regime", settled, max(1, self.steps // 2))))
 
-    def _on_all_data(self, policy: Policy) -> float:
+    def _on_all_data(self, descent: Descent) -> float:
+        policy = self.rounded(descent)
         return charged(self.scoring.on_all_data(policy), len(policy.reductions))
 
     def _each(self, kind: str, starts: Sequence[Policy], steps: int) -> list[Descent]:
         """Take so many steps from each start, at most as many as the search takes."""
         few = max(1, min(steps, self.steps))
         return [
-            self.descend(f"{kind} {i + 1} of {len(starts)}", start, few)
+            self._descend(f"{kind} {i + 1} of {len(starts)}", start, few)
             for i, start in enumerate(starts)
         ]
 
@@ -285,6 +289,12 @@ class SearchRun:
             steps: Number of steps.
             factor: By how much its counts are multiplied first, and the limits raised.
         """
+        descent = self._descend(stage, start, steps, factor)
+        self.score(descent)
+        return descent
+
+    def _descend(self, stage: str, start: Policy, steps: int, factor: int = 1) -> Descent:
+        """Take gradient steps from a policy; see `descend`."""
         problem, start = widened(self.problem, start, factor)
         settings = {
             "steps": steps,
@@ -313,7 +323,6 @@ class SearchRun:
             self.scoring.show(stage, done, steps)
 
         descent.run(after_step)
-        self.score(descent)
         return descent
 
     def rounded(self, descent: Descent) -> Policy:

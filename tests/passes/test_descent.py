@@ -9,12 +9,14 @@ import pytest
 import torch
 from tiny import inputs, tiny_llava
 
+from deos_fx.passes.search import run as run_module
 from deos_fx.passes.search.descent import Descent, site_tokens
 from deos_fx.passes.search.fronts import Fronts
 from deos_fx.passes.search.objective import AugmentedLagrangian
 from deos_fx.passes.search.problem import SearchProblem
 from deos_fx.passes.search.proposals import discretise
 from deos_fx.passes.search.run import SearchRun
+from deos_fx.passes.search.scoring import Scoring
 from deos_fx.passes.search.space import relaxed, start_reduction
 from deos_fx.passes.search.state import SearchState
 from deos_fx.policy.budget import Budget
@@ -139,6 +141,21 @@ def test_what_a_search_takes_is_planned_before_its_first_step(problem: SearchPro
     # Two tighter budgets go on from this one, with half of the steps and of the variations.
     run.further = 2
     assert run._planned(1, 8) == (steps + 2 * 30, losses + 2 * (9 + 20 + 5))
+
+
+def test_places_that_lose_on_all_data_are_no_candidates(
+    problem: SearchProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "_TRIAL", 2)
+    # As if every single site were better than every pair.
+    monkeypatch.setattr(Scoring, "on_all_data", lambda scoring, policy: len(policy.reductions))
+    run = SearchRun(problem, 6, 0, None, None)
+    run.advance(("steps",))
+    assert any(len(descent.reductions) == 2 for descent in run.descents)
+    assert run.scoring.candidates
+    for candidate in run.scoring.candidates:
+        (reduction,) = candidate.policy.reductions
+        assert candidate.source == f"gradient at {reduction.site}"
 
 
 @pytest.mark.parametrize(
