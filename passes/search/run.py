@@ -226,6 +226,7 @@ class SearchRun:
             self.settled(self.rounded(self.descend("regime", settled, max(1, self.steps // 2))))
 
     def _on_all_data(self, descent: Descent) -> float:
+        """Return the loss on all data of the best that a descent has reached, with the charge."""
         policy = self.rounded(descent)
         return charged(self.scoring.on_all_data(policy), len(policy.reductions))
 
